@@ -1,0 +1,32 @@
+"""Low-rank eigen- and singular value decompositions that keep up with a stream, and their damped inverses."""
+
+from brandla import grouped
+from brandla._check import checked
+from brandla.brand import eigh_update, svd_append, svd_update
+from brandla.damped import damped_power, damped_solve, kron_damped_solve
+from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked, track
+from brandla.randomized import randomized_eigh, randomized_svd
+from brandla.subspace import subspace_update
+from brandla_kernels import backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LowRankEigh",
+    "LowRankSVD",
+    "LowRankSym",
+    "Tracked",
+    "backend",
+    "checked",
+    "damped_power",
+    "damped_solve",
+    "eigh_update",
+    "grouped",
+    "kron_damped_solve",
+    "randomized_eigh",
+    "randomized_svd",
+    "subspace_update",
+    "svd_append",
+    "svd_update",
+    "track",
+]

@@ -1,0 +1,220 @@
+"""Every input check, and its message: the function, the rule, the values seen, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+_FULL = (torch.float32, torch.float64)
+
+_checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
+
+
+@contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Verify inside the ``with`` block that the values of all inputs are usable, at the cost of a device sync a call.
+
+    Every public function then raises ``ValueError`` if a tensor holds NaN or infinity, or if a damping given as a
+    tensor is not positive, before anything is computed. Outside, such values are not looked at: non-finite data makes
+    every value of the result NaN, and ``is_finite()`` of the result says so without a sync.
+    """
+    token = _checked.set(enabled)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def fail_value(function: str, rule: str) -> NoReturn:
+    """Raise the ValueError of ``function``."""
+    message = f"{function}: {rule}"
+    raise ValueError(message)
+
+
+def fail_type(function: str, rule: str) -> NoReturn:
+    """Raise the TypeError of ``function``."""
+    message = f"{function}: {rule}"
+    raise TypeError(message)
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def data(function: str, name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is a real floating-point tensor, and finite in checked mode."""
+    if not isinstance(tensor, Tensor):
+        fail_type(function, f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in _HALF + _FULL:
+        rule = f"{name} must be real floating point (float64, float32, bfloat16, float16)"
+        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert it with .float() or .double()")
+    finite(function, name, tensor)
+
+
+def finite(function: str, name: str, tensor: Tensor) -> None:
+    """In checked mode, check that every entry of ``tensor`` is finite."""
+    if _checked.get() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        rule = f"{name} must be finite; got {bad} NaN or infinite entries in shape {tuple(tensor.shape)}"
+        fail_value(function, f"{rule}; skip this batch or replace them")
+
+
+def part(function: str, name: str, tensor: Tensor) -> None:
+    """Check one tensor of a factor: factors are kept in float32 or float64."""
+    data(function, name, tensor)
+    if tensor.dtype not in _FULL:
+        rule = f"{name} must be float32 or float64, since half precision cannot hold an orthonormal basis"
+        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert the factor with .float()")
+
+
+def shape(function: str, name: str, tensor: Tensor, expected: tuple[int, ...], because: str) -> None:
+    """Check that ``tensor`` has exactly the shape ``expected``, and say where that shape comes from."""
+    if tuple(tensor.shape) != expected:
+        fail_value(function, f"{name} must have shape {expected}, {because}; got {tuple(tensor.shape)}")
+
+
+def basis(function: str, name: str, tensor: Tensor) -> None:
+    """Check a tall basis: at least two dimensions, no more columns than rows."""
+    part(function, name, tensor)
+    if tensor.ndim < 2:
+        fail_value(function, f"{name} must have shape (..., n, r); got {tuple(tensor.shape)}")
+    n, r = tensor.shape[-2:]
+    if r > n:
+        fail_value(function, f"{name} must have no more columns than rows; got r = {r} > n = {n}")
+
+
+def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+    """Check that two tensors of one factor share dtype and device."""
+    if tensor.dtype != of.dtype:
+        rule = f"{name} must have the dtype of {of_name}, {_spelled(of.dtype)}"
+        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert one with .to()")
+    same_device(function, name, tensor, of_name, of)
+
+
+def same_device(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+    """Check that two tensors live on one device."""
+    if tensor.device != of.device:
+        rule = f"{name} must be on the device of {of_name}, {of.device}"
+        fail_value(function, f"{rule}; got {tensor.device}; move it with .to({str(of.device)!r})")
+
+
+def matching_data(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
+    """Check data that meets a factor, and return it in the factor's dtype (only half-precision data is converted)."""
+    data(function, name, tensor)
+    same_device(function, name, tensor, of_name, of)
+    if tensor.dtype == of.dtype:
+        return tensor
+    if tensor.dtype in _HALF and of.dtype == torch.float32:
+        return tensor.float()
+    rule = (
+        f"{name} must have the dtype of {of_name}, {_spelled(of.dtype)} (half-precision data may meet a float32 factor)"
+    )
+    fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert one with .to()")
+
+
+def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
+    """Check new columns (..., n, k) against a basis (..., n, r) and return them in its dtype."""
+    converted = matching_data(function, name, tensor, of_name, of)
+    n = of.shape[-2]
+    if tensor.ndim < 2 or tensor.shape[-2] != n:
+        fail_value(function, f"{name} must have n = {n} rows, as {of_name} does; got shape {tuple(tensor.shape)}")
+    if tensor.shape[:-2] != of.shape[:-2]:
+        rule = f"{name} must have the batch shape of {of_name}, {tuple(of.shape[:-2])}"
+        fail_value(function, f"{rule}; got {tuple(tensor.shape[:-2])}; expand() it first")
+    return converted
+
+
+def rank(function: str, value: int | None, default: int, most: int, because: str) -> int:
+    """Check a requested rank and return it, or the default."""
+    if value is None:
+        return min(default, most)
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail_type(function, f"rank must be an int or None; got {type(value).__name__} {value!r}")
+    if not 0 <= value <= most:
+        fail_value(function, f"rank must be between 0 and {most} = {because}; got {value}")
+    return value
+
+
+def count(function: str, name: str, value: int, least: int) -> int:
+    """Check an integer option."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail_type(function, f"{name} must be an int; got {type(value).__name__} {value!r}")
+    if value < least:
+        fail_value(function, f"{name} must be at least {least}; got {value}")
+    return value
+
+
+def scalar(
+    function: str, name: str, value: float | Tensor, of_name: str, of: Tensor, *, positive: bool = False
+) -> float | Tensor:
+    """Check a number, or a tensor that broadcasts to the factor's batch shape; >= 0, or > 0 where ``positive``."""
+    if isinstance(value, Tensor):
+        return _tensor_scalar(function, name, value, of_name, of, positive=positive)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail_type(function, f"{name} must be a number or a tensor; got {type(value).__name__}")
+    bound = "> 0" if positive else ">= 0"
+    # Written so that NaN fails too.
+    if not (value > 0 if positive else value >= 0) or value == float("inf"):
+        fail_value(function, f"{name} must be finite and {bound}; got {value}")
+    return float(value)
+
+
+def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Tensor, *, positive: bool) -> Tensor:
+    data(function, name, value)
+    same_device(function, name, value, of_name, of)
+    batch = tuple(of.shape[:-2])
+    if value.ndim > len(batch) or any(
+        size not in (1, batch_size) for size, batch_size in zip(reversed(value.shape), reversed(batch), strict=False)
+    ):
+        fail_value(
+            function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {tuple(value.shape)}"
+        )
+    if _checked.get() and not bool((value > 0).all() if positive else (value >= 0).all()):
+        bound = "> 0" if positive else ">= 0"
+        fail_value(function, f"{name} must be {bound} everywhere; its smallest entry is {float(value.min()):g}")
+    return value.to(of.dtype)
+
+
+def eigh(function: str, name: str, factor: object) -> None:
+    """Check a LowRankEigh-shaped pair (eigenvalues, eigenvectors)."""
+    values, vectors = _fields(function, name, factor, 2, "LowRankEigh")
+    basis(function, f"{name}.eigenvectors", vectors)
+    part(function, f"{name}.eigenvalues", values)
+    expected = (*vectors.shape[:-2], vectors.shape[-1])
+    shape(function, f"{name}.eigenvalues", values, expected, "one value for each column of eigenvectors")
+    together(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors)
+
+
+def sym(function: str, name: str, factor: object) -> None:
+    """Check a LowRankSym-shaped pair (core, basis)."""
+    core, tall = _fields(function, name, factor, 2, "LowRankSym")
+    basis(function, f"{name}.basis", tall)
+    part(function, f"{name}.core", core)
+    expected = (*tall.shape[:-2], tall.shape[-1], tall.shape[-1])
+    shape(function, f"{name}.core", core, expected, "one row and column for each column of basis")
+    together(function, f"{name}.core", core, f"{name}.basis", tall)
+
+
+def svd(function: str, name: str, factor: object) -> None:
+    """Check a LowRankSVD-shaped triple (U, S, Vh)."""
+    left, values, right = _fields(function, name, factor, 3, "LowRankSVD")
+    basis(function, f"{name}.U", left)
+    part(function, f"{name}.S", values)
+    part(function, f"{name}.Vh", right)
+    r = left.shape[-1]
+    shape(function, f"{name}.S", values, (*left.shape[:-2], r), "one value for each column of U")
+    shape(function, f"{name}.Vh", right, (*left.shape[:-2], r, right.shape[-1]), "one row for each column of U")
+    together(function, f"{name}.S", values, f"{name}.U", left)
+    together(function, f"{name}.Vh", right, f"{name}.U", left)
+
+
+def _fields(function: str, name: str, factor: object, expected: int, kind: str) -> tuple[Tensor, ...]:
+    if not isinstance(factor, tuple) or len(factor) != expected or not all(isinstance(f, Tensor) for f in factor):
+        fail_type(function, f"{name} must be a {kind}; got {type(factor).__name__}; start one with {kind}.zeros(...)")
+    return factor

@@ -1,0 +1,177 @@
+"""The small dense problems: eigen- and singular value decompositions that do not fail, and truncation without one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from brandla_kernels import cholesky_inverse_core
+
+# Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
+# so that no rounding mixes an empty coordinate into an eigenvector.
+_EMPTY = -1.0
+
+
+def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of a small symmetric positive semi-definite matrix, descending, that survives hard cores.
+
+    The core is scaled by its largest diagonal entry. A coordinate whose diagonal entry is 0 is empty: it gets a zero
+    eigenvector and the value 0, after all others. A core with a non-finite entry gives NaN throughout. Where LAPACK
+    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/brand.md``).
+
+    Parameters
+    ----------
+    core
+        (..., m, m).
+    dtype
+        Precision of the decomposition and of the result; that of ``core`` by default.
+    keep
+        Number of leading eigenvectors to return; all by default.
+
+    Returns
+    -------
+    tuple
+        Eigenvalues (..., m) and eigenvectors (..., m, keep).
+
+    Raises
+    ------
+    RuntimeError
+        If the decomposition fails in float64 as well.
+    """
+    dtype = dtype or core.dtype
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    if core.shape[-1] == 0:
+        return diagonal.to(dtype), core[..., :keep].to(dtype)
+    finite = torch.isfinite(core).all(-1).all(-1)
+    largest = diagonal.amax(-1)
+    scale = torch.where(finite & (largest > 0), largest, 1)
+    normalized = torch.where(finite[..., None, None], core / scale[..., None, None], 0)
+    empty = torch.where(diagonal > 0, 0.0, _EMPTY).to(core.dtype)
+    values, vectors = _eigh_with_retry((normalized + torch.diag_embed(empty)).to(dtype))
+    values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
+    vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
+    values = values.clamp_min(0) * scale[..., None].to(dtype)
+    return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
+
+
+def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of a small matrix whose empty rows and columns stay empty.
+
+    Always in float64; values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become
+    0, with zero vectors. A core with a non-finite entry gives NaN throughout. Returns U (..., p, m), S (..., m) and
+    V (..., q, m), not transposed.
+    """
+    core = core.double()
+    if core.numel() == 0:
+        p, q = core.shape[-2:]
+        empty = core.new_zeros(*core.shape[:-2], min(p, q))
+        return empty, core.new_zeros(*core.shape[:-1], min(p, q)), core.new_zeros(*core.shape[:-2], q, min(p, q))
+    finite = torch.isfinite(core).all(-1).all(-1)
+    clean = torch.where(finite[..., None, None], core, 0)
+    scale = clean.abs().amax((-2, -1))
+    scale = torch.where(scale > 0, scale, 1)[..., None]
+    left, values, right = torch.linalg.svd(clean / scale[..., None], full_matrices=False)
+    alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
+    left = _within_rows(left * alive[..., None, :], clean.abs().amax(-1) > 0)
+    right = _within_rows(right.mT * alive[..., None, :], clean.abs().amax(-2) > 0)
+    values = values * scale * alive
+    return (
+        _poison(left, finite[..., None, None]),
+        _poison(values, finite[..., None]),
+        _poison(right, finite[..., None, None]),
+    )
+
+
+def polish(vectors: Tensor) -> Tensor:
+    """One Newton–Schulz step in float64 towards the nearest orthonormal columns.
+
+    LAPACK's eigenvectors are orthonormal to some ten ε, which thousands of updates would add up.
+    """
+    vectors = vectors.double()
+    return 1.5 * vectors - vectors @ (vectors.mT @ vectors) / 2
+
+
+def largest_eigenvalue(core: Tensor) -> Tensor:
+    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync.
+
+    Four power iterations from the column of the largest diagonal entry.
+    """
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    if core.shape[-1] == 0:
+        return diagonal.sum(-1)
+    vector = torch.take_along_dim(core, diagonal.argmax(-1)[..., None, None], dim=-1)
+    tiny = torch.finfo(core.dtype).tiny
+    for _ in range(4):
+        vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny))
+    return torch.maximum(torch.linalg.vector_norm(vector, dim=(-2, -1)), diagonal.amax(-1))
+
+
+def truncate_by_subspace(core: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Rank-``rank`` compression of a positive semi-definite core by subspace iteration: no eigendecomposition.
+
+    Starts from the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
+    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W.
+
+    Returns
+    -------
+    tuple
+        S (..., rank, rank) and W (..., m, rank), in the dtype of ``core``; NaN throughout for a non-finite core.
+    """
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    finite = torch.isfinite(core).all(-1).all(-1)
+    if rank == 0:
+        return core[..., :0, :0], core[..., :0]
+    largest = diagonal.amax(-1)
+    scale = torch.where(finite & (largest > 0), largest, 1)[..., None, None]
+    normalized = torch.where(finite[..., None, None], core / scale, 0)
+    order = torch.where(finite[..., None], diagonal, 0).topk(rank, dim=-1).indices
+    start = torch.take_along_dim(normalized, order[..., None, :], dim=-1)
+    rotation = _orthonormal_columns(start)
+    for _ in range(iterations - 1):
+        rotation = _orthonormal_columns(normalized @ rotation)
+    compressed = rotation.mT @ normalized @ rotation
+    compressed = (compressed + compressed.mT) * (scale / 2)
+    return _poison(compressed, finite[..., None, None]), _poison(rotation, finite[..., None, None])
+
+
+def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        if bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+            return values, vectors
+    except LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+    except LinAlgError as error:
+        order = matrix.shape[-1]
+        message = (
+            f"brandla: eigendecomposition of a finite core of order {order} failed in {matrix.dtype} and in float64;"
+            " use subspace_update, which needs none"
+        )
+        raise RuntimeError(message) from error
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _orthonormal_columns(matrix: Tensor) -> Tensor:
+    """Cholesky QR, twice, of a small float64 matrix; columns that depend on earlier ones become zero."""
+    gram = matrix.mT @ matrix
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    threshold = 64 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    transform, live = cholesky_inverse_core(gram, scale, threshold)
+    nearly = matrix @ transform
+    transform, _ = cholesky_inverse_core(nearly.mT @ nearly, live.to(matrix.dtype), 0.25)
+    return nearly @ transform
+
+
+def _within_rows(vectors: Tensor, occupied: Tensor) -> Tensor:
+    """Clear the rows of empty coordinates, where vectors of tiny values leak, and orthonormalise again."""
+    cleared = vectors * occupied[..., :, None]
+    gram = cleared.mT @ cleared
+    transform, _ = cholesky_inverse_core(gram, (gram.diagonal(dim1=-2, dim2=-1) > 0.5).to(gram.dtype), 0.25)
+    return cleared @ transform
+
+
+def _poison(tensor: Tensor, finite: Tensor) -> Tensor:
+    return torch.where(finite, tensor, float("nan"))

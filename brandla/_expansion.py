@@ -1,0 +1,58 @@
+"""ρ M̂ + w A Aᵀ written in an orthonormal basis that contains both: the step that every symmetric update shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from brandla.orthonormal import Split, split
+
+
+class Expansion(NamedTuple):
+    """A matrix B K Bᵀ with orthonormal B = [U Q], or B = I where [U Q] would have n columns or more."""
+
+    core: Tensor  # K [..., m, m], float64
+    basis: Tensor
+    parts: Split | None
+
+    def rotate(self, rotation: Tensor) -> Tensor:
+        """Return B W for W (..., m, s), in the dtype of U."""
+        if self.parts is None:
+            return rotation.to(self.basis.dtype)
+        return self.parts.rotate(self.basis, rotation)
+
+
+def expand(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor, weight: float | Tensor) -> Expansion:
+    """Expand ``decay * U S Uᵀ + weight * A Aᵀ``.
+
+    Parameters
+    ----------
+    core
+        S as a matrix (..., r, r) or, where diagonal, as its diagonal (..., r).
+    basis, columns
+        U (..., n, r), A (..., n, k).
+    decay, weight
+        Numbers or tensors of batch shape.
+    """
+    diagonal = core.ndim < basis.ndim
+    old = (torch.diag_embed(core) if diagonal else core).double() * _over_matrix(decay)
+    n, r = basis.shape[-2:]
+    k = columns.shape[-1]
+    if r + k >= n:
+        wide, data = basis.double(), columns.double()
+        return Expansion(_symmetric(wide @ old @ wide.mT + (data * _over_matrix(weight)) @ data.mT), basis, None)
+    parts = split(basis, columns)
+    stacked = torch.cat([parts.coefficients, parts.triangle], dim=-2)
+    expanded = (stacked * _over_matrix(weight)) @ stacked.mT
+    expanded[..., :r, :r] += old
+    return Expansion(_symmetric(expanded), basis, parts)
+
+
+def _over_matrix(value: float | Tensor) -> float | Tensor:
+    return value[..., None, None].double() if isinstance(value, Tensor) else value
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2

@@ -1,0 +1,102 @@
+"""RS-KFAC and SRE-KFAC: a dense running factor and its randomized decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.kfac.exact import Exact
+from brandla.kfac.strategy import (
+    Average,
+    State,
+    Strategy,
+    check_period,
+    check_strategy,
+    distance,
+    due,
+    eigh_of,
+    store,
+    tensor,
+)
+from brandla.lowrank import LowRankEigh
+from brandla.randomized import randomized_eigh, randomized_svd
+from brandla_kernels import gram_ema_
+
+
+@dataclass(frozen=True)
+class Randomized(Strategy):
+    """RS-KFAC (``method="svd"``) and SRE-KFAC (``method="eigh"``): O(n²) memory, O(n² r) at a renewal.
+
+    References
+    ----------
+    C. O. Puiu, "Randomized K-FACs: speeding up K-FAC with randomized numerical linear algebra", arXiv 2206.15397.
+    """
+
+    rank: int
+    method: Literal["svd", "eigh"] = "eigh"
+    oversample: int = 10
+    power_iterations: int = 3
+    inverse_every: int = 10
+
+    def __post_init__(self) -> None:
+        check_strategy(self)
+        check_period(self, "inverse_every")
+        _check.count("Randomized", "oversample", self.oversample, 0)
+        _check.count("Randomized", "power_iterations", self.power_iterations, 0)
+        if self.method not in ("svd", "eigh"):
+            _check.fail_value("Randomized", f"method must be 'svd' or 'eigh'; got {self.method!r}")
+
+    def start(self, n: int, dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix."""
+        state: State = {"dense": torch.zeros(n, n, dtype=dtype, device=device)}
+        store(state, LowRankEigh.zeros(n, self.rank, dtype=dtype, device=device))
+        return state
+
+    def absorb(self, state: State, columns: Tensor, average: Average) -> None:
+        """Add the columns to the dense average."""
+        gram_ema_(tensor(state, "dense"), columns, average.decay, average.weight)
+
+    def refresh(self, state: State, step: int, seed: int) -> None:
+        """Decompose the dense average when it is due."""
+        if due(state, step, self.inverse_every):
+            store(state, self.decompose(tensor(state, "dense"), seed))
+
+    def decompose(self, matrix: Tensor, seed: int) -> LowRankEigh:
+        """Return the leading eigenpairs of ``matrix`` from a random start that ``seed`` fixes."""
+        generator = torch.Generator(matrix.device)
+        generator.manual_seed(seed)
+        if self.method == "eigh":
+            return randomized_eigh(
+                matrix,
+                self.rank,
+                oversample=self.oversample,
+                power_iterations=self.power_iterations,
+                generator=generator,
+            )
+        svd = randomized_svd(
+            matrix,
+            self.rank,
+            oversample=self.oversample,
+            power_iterations=self.power_iterations,
+            generator=generator,
+        )
+        return LowRankEigh(svd.S, svd.U)
+
+    def lowrank(self, state: State) -> LowRankEigh:
+        """``rank`` eigenpairs."""
+        return eigh_of(state)
+
+    def error_bound(self, state: State) -> Tensor:
+        """Distance from the dense average as it is now."""
+        return distance(state)
+
+    def substitute(self, n: int, k: int) -> tuple[Strategy, str] | None:
+        """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
+        if self.rank + self.oversample < n:
+            return None
+        reason = f"rank {self.rank} + oversample {self.oversample} >= n = {n}"
+        return Exact(inverse_every=self.inverse_every, tail=self.tail), reason

@@ -1,0 +1,220 @@
+"""The values that flow through everything: low-rank factorisations as NamedTuples."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._core import largest_eigenvalue, safe_eigh
+
+
+class LowRankEigh(NamedTuple):
+    """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
+
+    Parameters
+    ----------
+    eigenvalues
+        d, shape (..., r), descending and >= 0.
+    eigenvectors
+        U, shape (..., n, r), orthonormal columns. Where the rank of the data runs out, a column whose value is 0 may be
+        a zero column instead, so that shapes never depend on the data.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> start = brandla.LowRankEigh.zeros(512, rank=8)
+    >>> tracked = brandla.eigh_update(start, torch.randn(512, 32), decay=0.95, weight=0.05)
+    >>> tracked.eigenvectors.shape
+    torch.Size([512, 8])
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        n: int,
+        rank: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankEigh:
+        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs."""
+        _sizes("LowRankEigh.zeros", rank, n)
+        values = torch.zeros(*batch_shape, rank, dtype=dtype, device=device)
+        return cls(values, torch.zeros(*batch_shape, n, rank, dtype=dtype, device=device))
+
+    @property
+    def n(self) -> int:
+        """Order of the matrix."""
+        return self.eigenvectors.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Number of eigenpairs kept."""
+        return self.eigenvectors.shape[-1]
+
+    def largest_eigenvalue(self) -> Tensor:
+        """Return d₁, of batch shape; 0 at rank 0."""
+        return self.eigenvalues[..., 0] if self.rank else self.eigenvalues.sum(-1)
+
+    def dense(self) -> Tensor:
+        """Return U diag(d) Uᵀ, shape (..., n, n): for tests and small cases."""
+        return (self.eigenvectors * self.eigenvalues[..., None, :]) @ self.eigenvectors.mT
+
+    def is_finite(self) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        return torch.isfinite(self.eigenvalues).all(-1)
+
+
+class LowRankSym(NamedTuple):
+    """M ≈ U S Uᵀ with a small dense S: the form that is updated with no eigendecomposition.
+
+    Parameters
+    ----------
+    core
+        S, shape (..., r, r), symmetric positive semi-definite.
+    basis
+        U, shape (..., n, r), orthonormal columns; a column whose row of S is 0 may be a zero column.
+    """
+
+    core: Tensor
+    basis: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        n: int,
+        rank: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankSym:
+        """Start a stream from the zero matrix of order ``n``, with room for a basis of ``rank`` columns."""
+        _sizes("LowRankSym.zeros", rank, n)
+        core = torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=device)
+        return cls(core, torch.zeros(*batch_shape, n, rank, dtype=dtype, device=device))
+
+    @classmethod
+    def from_eigh(cls, eigh: LowRankEigh) -> LowRankSym:
+        """Take over a LowRankEigh: S = diag(d)."""
+        return cls(torch.diag_embed(eigh.eigenvalues), eigh.eigenvectors)
+
+    @property
+    def n(self) -> int:
+        """Order of the matrix."""
+        return self.basis.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Number of basis columns."""
+        return self.basis.shape[-1]
+
+    def eigh(self) -> LowRankEigh:
+        """Diagonalise S into a LowRankEigh, by an eigendecomposition of order r that waits for the device."""
+        values, rotation = safe_eigh(self.core)
+        return LowRankEigh(values, self.basis @ rotation)
+
+    def largest_eigenvalue(self) -> Tensor:
+        """Estimate the largest eigenvalue from below by power iteration on S, of batch shape, with no sync."""
+        return largest_eigenvalue(self.core)
+
+    def dense(self) -> Tensor:
+        """Return U S Uᵀ, shape (..., n, n): for tests and small cases."""
+        return self.basis @ self.core @ self.basis.mT
+
+    def is_finite(self) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        return torch.isfinite(self.core).all(-1).all(-1)
+
+
+class LowRankSVD(NamedTuple):
+    """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
+
+    Parameters
+    ----------
+    U
+        Left singular vectors, shape (..., m, r), orthonormal columns.
+    S
+        Singular values, shape (..., r), descending and >= 0.
+    Vh
+        Right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of U and its row of Vh may be
+        zero.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        m: int,
+        n: int,
+        rank: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankSVD:
+        """Start a stream from the zero matrix of shape (m, n), with room for ``rank`` singular triplets.
+
+        ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``.
+        """
+        _sizes("LowRankSVD.zeros", rank, m)
+        left = torch.zeros(*batch_shape, m, rank, dtype=dtype, device=device)
+        values = torch.zeros(*batch_shape, rank, dtype=dtype, device=device)
+        return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=device))
+
+    @property
+    def rank(self) -> int:
+        """Number of singular triplets kept."""
+        return self.S.shape[-1]
+
+    def dense(self) -> Tensor:
+        """Return U diag(S) Vh, shape (..., m, n): for tests and small cases."""
+        return (self.U * self.S[..., None, :]) @ self.Vh
+
+    def is_finite(self) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        return torch.isfinite(self.S).all(-1)
+
+
+Factor = TypeVar("Factor", LowRankEigh, LowRankSym)
+
+
+class Tracked(NamedTuple, Generic[Factor]):
+    """A factor together with a running bound on its distance from the matrix it stands for.
+
+    Start one with :func:`track`; the update functions take it in place of the factor and return the next one. The bound
+    is carried along on the device: it costs no pass over tall matrices and no sync.
+
+    Parameters
+    ----------
+    lowrank
+        The LowRankEigh or LowRankSym.
+    error_bound
+        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding of a few ε·‖M‖ an update.
+    """
+
+    lowrank: Factor
+    error_bound: Tensor
+
+
+def track(lowrank: Factor) -> Tracked[Factor]:
+    """Attach an error bound of 0 to a factor that stands for its matrix exactly."""
+    values = lowrank[0]
+    batch_shape = lowrank[1].shape[:-2]
+    return Tracked(lowrank, values.new_zeros(batch_shape))
+
+
+def _sizes(function: str, rank: int, n: int) -> None:
+    _check.count(function, "rank", rank, 0)
+    if rank > n:
+        _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")

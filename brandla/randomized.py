@@ -1,0 +1,240 @@
+"""Randomized decompositions from matrix products: Nyström for positive semi-definite matrices, and the SVD."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._core import safe_eigh, safe_svd
+from brandla.lowrank import LowRankEigh, LowRankSVD
+from brandla.orthonormal import orthonormalize
+from brandla_kernels import cholesky_inverse_core
+
+
+class LinearOperator(Protocol):
+    """Anything that multiplies: ``shape``, ``dtype``, ``device`` and ``@`` with a tensor on the right.
+
+    :func:`randomized_svd` also needs the transposed product: an attribute ``mT`` that multiplies, or ``tensor @
+    operator``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the products."""
+
+    def __matmul__(self, other: Tensor, /) -> Tensor:
+        """Product with a block of vectors (n, p)."""
+
+
+def randomized_eigh(
+    matrix: Tensor | LinearOperator,
+    rank: int,
+    *,
+    oversample: int = 10,
+    power_iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> LowRankEigh:
+    """Leading ``rank`` eigenpairs of a symmetric positive semi-definite matrix by randomized Nyström approximation.
+
+    Equivalent to the leading eigenpairs of ``torch.linalg.eigh(matrix)`` up to the error below, with
+    ``power_iterations + 1`` products of M with n × (rank + oversample) blocks in place of O(n³) operations.
+
+    Parameters
+    ----------
+    matrix
+        M, a tensor (..., n, n) or a linear operator (n, n). Symmetric positive semi-definite: not verified.
+    rank
+        Number of eigenpairs, at most n.
+    oversample
+        Extra columns of the random start, dropped at the end.
+    power_iterations
+        Products with M, each followed by orthonormalisation, before the one that Nyström uses.
+    generator
+        Source of the random start; the default generator of the device otherwise.
+
+    Returns
+    -------
+    LowRankEigh
+        In float32 for half-precision input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values and kinds that do not fit, before anything is computed.
+
+    Notes
+    -----
+    0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved.
+
+    References
+    ----------
+    J. Tropp, A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
+    streaming data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
+    """
+    function = "randomized_eigh"
+    rows, n = _check_matrix(function, matrix)
+    if rows != n:
+        _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
+    width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
+    _check.count(function, "power_iterations", power_iterations, 0)
+    test, _ = orthonormalize(_gaussian(matrix, n, width, generator))
+    image = _product(function, matrix, test)
+    for _ in range(power_iterations):
+        test, _ = orthonormalize(image)
+        image = _product(function, matrix, test)
+    values, vectors = _nystrom(test, image)
+    return LowRankEigh(values[..., :rank].clone(), vectors[..., :rank].clone())
+
+
+def randomized_svd(
+    matrix: Tensor | LinearOperator,
+    rank: int,
+    *,
+    oversample: int = 10,
+    power_iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> LowRankSVD:
+    """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
+
+    Equivalent to the leading triplets of ``torch.linalg.svd(matrix)`` up to the error below, with
+    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns.
+
+    Parameters
+    ----------
+    matrix
+        X, a tensor (..., m, n) or a linear operator (m, n).
+    rank
+        Number of triplets, at most min(m, n).
+    oversample
+        Extra columns of the random start, dropped at the end.
+    power_iterations
+        Products with X Xᵀ after the first product, orthonormalised after each half.
+    generator
+        Source of the random start; the default generator of the device otherwise.
+
+    Returns
+    -------
+    LowRankSVD
+        In float32 for half-precision input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values and kinds that do not fit, before anything is computed.
+
+    Notes
+    -----
+    Without power iterations, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with p = ``oversample`` ≥ 2.
+
+    References
+    ----------
+    N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, theorem 10.5. Derivation:
+    ``docs/randomized.md``.
+    """
+    function = "randomized_svd"
+    m, n = _check_matrix(function, matrix)
+    width = _sketch_width(function, rank, oversample, min(m, n), f"min(m, n) with m = {m}, n = {n}")
+    _check.count(function, "power_iterations", power_iterations, 0)
+    basis, _ = orthonormalize(_product(function, matrix, _gaussian(matrix, n, width, generator)))
+    for _ in range(power_iterations):
+        rows, _ = orthonormalize(_adjoint_product(function, matrix, basis))
+        basis, _ = orthonormalize(_product(function, matrix, rows))
+    rows, triangle = orthonormalize(_adjoint_product(function, matrix, basis))
+    left, values, right = safe_svd(triangle.mT, triangle.dtype)
+    dtype = basis.dtype
+    return LowRankSVD(
+        basis @ left[..., :rank].to(dtype),
+        values[..., :rank].to(dtype),
+        (rows @ right[..., :rank].to(dtype)).mT,
+    )
+
+
+def _nystrom(test: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of Y (XᵀY)⁺ Yᵀ for Y = M X with orthonormal X: the Nyström approximation of M from its range."""
+    n = test.shape[-2]
+    norm = torch.linalg.vector_norm(image, dim=(-2, -1), keepdim=True)
+    shift = n**0.5 * torch.finfo(image.dtype).eps * norm
+    image = image + shift * test
+    inner = (test.mT @ image).double()
+    inner = (inner + inner.mT) / 2
+    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    transform, _ = cholesky_inverse_core(inner, scale, 64 * inner.shape[-1] * torch.finfo(inner.dtype).eps)
+    basis, triangle = orthonormalize(image)
+    half = triangle.double() @ transform
+    values, rotation = safe_eigh(half @ half.mT, image.dtype)
+    return (values - shift[..., 0]).clamp_min(0), basis @ rotation
+
+
+def _gaussian(matrix: Tensor | LinearOperator, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+    batch_shape = tuple(matrix.shape[:-2])
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.randn(*batch_shape, rows, width, dtype=dtype, device=matrix.device, generator=generator)
+
+
+def _check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
+    if isinstance(matrix, Tensor):
+        _check.data(function, "matrix", matrix)
+        if matrix.ndim < 2:
+            _check.fail_value(function, f"matrix must have shape (..., m, n); got {tuple(matrix.shape)}")
+    else:
+        _check_operator(function, matrix)
+    return int(matrix.shape[-2]), int(matrix.shape[-1])
+
+
+def _check_operator(function: str, matrix: object) -> None:
+    missing = [name for name in ("shape", "dtype", "device", "__matmul__") if not hasattr(matrix, name)]
+    if missing:
+        rule = "matrix must be a tensor or a linear operator with shape, dtype, device and @"
+        _check.fail_type(function, f"{rule}; {type(matrix).__name__} has no {', '.join(missing)}")
+    shape, dtype = getattr(matrix, "shape", ()), getattr(matrix, "dtype", None)
+    if len(shape) != 2:
+        _check.fail_value(function, f"a linear operator must have shape (m, n); got {tuple(shape)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        _check.fail_type(function, f"matrix.dtype must be a real floating-point torch.dtype; got {dtype!r}")
+
+
+def _sketch_width(function: str, rank: int, oversample: int, most: int, because: str) -> int:
+    _check.count(function, "rank", rank, 1)
+    _check.count(function, "oversample", oversample, 0)
+    if rank > most:
+        _check.fail_value(function, f"rank must be at most {most}, {because}; got {rank}")
+    return min(rank + oversample, most)
+
+
+def _product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return matrix.to(block.dtype) @ block
+    return _checked_product(function, matrix @ block.to(matrix.dtype), (matrix.shape[0], block.shape[1]), block)
+
+
+def _adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return matrix.mT.to(block.dtype) @ block
+    data = block.to(matrix.dtype)
+    product: object
+    if hasattr(matrix, "mT"):
+        product = matrix.mT @ data
+    elif hasattr(matrix, "__rmatmul__"):
+        product = (data.mT @ cast(Any, matrix)).mT
+    else:
+        rule = "the operator must know its transpose, as attribute mT or by tensor @ operator"
+        _check.fail_type(function, f"{rule}; {type(matrix).__name__} has neither")
+    return _checked_product(function, product, (matrix.shape[1], block.shape[1]), block)
+
+
+def _checked_product(function: str, product: object, expected: tuple[int, int], block: Tensor) -> Tensor:
+    if not isinstance(product, Tensor) or tuple(product.shape) != expected:
+        got = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
+        _check.fail_value(function, f"the operator's product must be a tensor of shape {expected}; got {got}")
+    return product.to(block.dtype)

@@ -1,0 +1,110 @@
+"""The update with no eigendecomposition: matrix products and Cholesky factorisations only, and no host sync."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor
+
+from brandla import _check
+from brandla._core import truncate_by_subspace
+from brandla._expansion import expand
+from brandla.brand import check_update
+from brandla.lowrank import LowRankSym, Tracked
+
+
+@overload
+def subspace_update(
+    sym: LowRankSym,
+    columns: Tensor,
+    *,
+    decay: float | Tensor = ...,
+    weight: float | Tensor = ...,
+    rank: int | None = ...,
+    iterations: int = ...,
+) -> LowRankSym: ...
+
+
+@overload
+def subspace_update(
+    sym: Tracked[LowRankSym],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = ...,
+    weight: float | Tensor = ...,
+    rank: int | None = ...,
+    iterations: int = ...,
+) -> Tracked[LowRankSym]: ...
+
+
+def subspace_update(
+    sym: LowRankSym | Tracked[LowRankSym],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
+    rank: int | None = None,
+    iterations: int = 2,
+) -> LowRankSym | Tracked[LowRankSym]:
+    """Near-best rank-``rank`` truncation of ``decay * U S Uᵀ + weight * A Aᵀ``, with no eigendecomposition.
+
+    The same target as :func:`brandla.eigh_update`. The (r + k)-order core is compressed by subspace iteration from the
+    unit vectors of its largest diagonal entries, so the whole update is matrix products and Cholesky factorisations:
+    it never waits for the device and can be captured in a CUDA graph.
+
+    Parameters
+    ----------
+    sym
+        S (..., r, r) and U (..., n, r), or a :class:`Tracked` one, whose error bound is then carried along.
+    columns
+        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor.
+    decay, weight
+        ρ and w, >= 0: numbers, or tensors of batch shape.
+    rank
+        Rank of the result: at most min(n, r + k), by default the old rank r.
+    iterations
+        Subspace iterations, at least 1. Two come within a few per cent of the exact update's error on every stream
+        measured (``docs/subspace.md``).
+
+    Returns
+    -------
+    LowRankSym or Tracked
+        As ``sym`` was. New tensors: nothing is modified or shared.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+
+    Notes
+    -----
+    Not guaranteed: that the kept subspace is the leading one. The bound of a tracked factor grows by
+    (‖K‖_F² − ‖S⁺‖_F²)^½ an update, which is the Frobenius norm of exactly what the compression left out.
+
+    References
+    ----------
+    N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), section 4.5, for subspace iteration; the warm start and
+    its failure modes: ``docs/subspace.md``.
+    """
+    function = "subspace_update"
+    factor, bound = (sym.lowrank, sym.error_bound) if isinstance(sym, Tracked) else (sym, None)
+    _check.sym(function, "sym", factor)
+    core, basis = factor
+    columns, decay, weight, rank = check_update(function, "sym.basis", basis, columns, decay, weight, rank)
+    iterations = _check.count(function, "iterations", iterations, 1)
+    if columns.shape[-1] == 0 and rank == basis.shape[-1]:
+        scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
+        updated = LowRankSym(core * scale, basis.clone())
+        return updated if bound is None else Tracked(updated, decay * bound)
+    expansion = expand(core, basis, columns, decay, weight)
+    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations)
+    updated = LowRankSym(compressed.to(core.dtype), expansion.rotate(rotation))
+    if bound is None:
+        return updated
+    return Tracked(updated, decay * bound + _left_out(expansion.core, compressed).to(bound.dtype))
+
+
+def _left_out(core: Tensor, compressed: Tensor) -> Tensor:
+    """‖K − W S Wᵀ‖_F for S = WᵀK W, by Pythagoras."""
+    total, kept = (matrix.square().sum((-2, -1)) for matrix in (core, compressed))
+    return (total - kept).clamp_min(0).sqrt()

@@ -1,0 +1,29 @@
+"""The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
+
+from brandla_kernels._op import OPS, Backend, Cost, Op, backend
+from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
+from brandla_kernels.damped_apply import damped_apply
+from brandla_kernels.gram import gram
+from brandla_kernels.gram_ema import gram_ema_
+from brandla_kernels.kron_damped_apply import kron_damped_apply
+from brandla_kernels.project import project
+from brandla_kernels.refine import refine
+from brandla_kernels.residual import residual
+from brandla_kernels.rotate import rotate
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "Cost",
+    "Op",
+    "backend",
+    "cholesky_inverse_core",
+    "damped_apply",
+    "gram",
+    "gram_ema_",
+    "kron_damped_apply",
+    "project",
+    "refine",
+    "residual",
+    "rotate",
+]

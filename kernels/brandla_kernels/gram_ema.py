@@ -1,0 +1,26 @@
+"""``gram_ema_``: M ← ρ M + w A Aᵀ in place: the dense running second moment.
+
+M is (..., n, n) in float32 or float64, A is (..., n, k); half-precision A is summed in M's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brandla_kernels._op import Cost, op
+
+
+def cost(n: int, k: int, itemsize: int = 4) -> Cost:
+    """Work of one call, both triangles counted."""
+    return Cost(flops=2 * n * n * k, bytes=itemsize * (2 * n * n + n * k))
+
+
+@op("gram_ema_(Tensor(a!) matrix, Tensor columns, float decay, float weight) -> ()", cost)
+def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
+    """Overwrite ``matrix`` with ``decay * matrix + weight * columns @ columns.mT``."""
+    data = columns.to(matrix.dtype)
+    if matrix.ndim == 2:
+        torch.addmm(matrix, data, data.mT, beta=decay, alpha=weight, out=matrix)
+    else:
+        matrix.mul_(decay).add_(data @ data.mT, alpha=weight)
