@@ -1,0 +1,86 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+# Each step leaves a stamp in .venv once it has succeeded, so nothing is set up twice and what was
+# interrupted is taken up again. CONTRIBUTING.md explains the variables.
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+python := .venv/bin/python
+pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
+
+# "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
+# "==" takes a local version too where pip has been shown one.
+torch_version := $(shell sed -n 's/^torch==//p' constraints.txt)
+has_gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH := torch$(if $(has_gpu),===,==)$(torch_version)
+torch_stamp := .venv/.$(subst =,-,$(TORCH))
+
+# An environment of another folder (a moved or copied checkout) or without its interpreter is made anew.
+venv_stands := $(shell test -x $(python) && test "$$(cat .venv/.made 2>/dev/null)" = "$$(pwd -P)" && echo yes)
+ifneq ($(venv_stands),yes)
+.PHONY: .venv/.made
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# All targets share one environment, and the checks of `test` run in their order.
+.NOTPARALLEL:
+.PHONY: help setup demo test lint format typecheck imports pytest bench docs clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.extra-test ## make the environment for demo, test and the checks
+
+demo: .venv/.extra-demo ## run the demo (DEMO_ARGS="--quick" for the short one)
+	.venv/bin/brandla demo $(DEMO_ARGS)
+
+test: lint typecheck imports pytest ## run every check, stopping at the first that fails
+
+lint: .venv/.extra-test ## ruff: the rules, then the format
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+format: .venv/.extra-test ## apply what ruff can mend by itself
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+typecheck: .venv/.extra-test ## mypy, strict, on both packages
+	$(python) -m mypy
+
+imports: .venv/.extra-test ## import-linter: the layers
+	.venv/bin/lint-imports
+
+pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on)
+	$(python) -m pytest $(PYTEST_ARGS)
+
+bench: bench/conftest.py .venv/.extra-bench ## the scaling studies (PYTEST_ARGS is passed on)
+	$(python) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
+	$(python) -m mkdocs build --strict
+
+clean: ## remove caches and build products
+	rm -rf build dist site *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find brandla kernels tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## remove the environment as well
+	rm -rf .venv
+
+.venv/.made:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo 'brandla needs Python 3.11 or newer, and "$(PYTHON)" is' \
+	        "$$("$(PYTHON)" --version 2>/dev/null || echo 'not there'). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	@pwd -P > $@
+
+$(torch_stamp): .venv/.made constraints.txt
+	$(pip_install) '$(TORCH)' setuptools
+	@rm -f .venv/.torch-*
+	@touch $@
+
+# The build uses the environment's own pinned setuptools, so that nothing unpinned takes part in it.
+.venv/.extra-%: $(torch_stamp) pyproject.toml constraints.txt
+	$(pip_install) --no-build-isolation -e '.[$*]'
+	@touch $@
