@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from brandla.orthonormal import orthonormalize
+
 from brandla_kernels import cholesky_inverse_core
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
@@ -64,9 +66,13 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """
     core = core.double()
     if core.numel() == 0:
-        p, q = core.shape[-2:]
-        empty = core.new_zeros(*core.shape[:-2], min(p, q))
-        return empty, core.new_zeros(*core.shape[:-1], min(p, q)), core.new_zeros(*core.shape[:-2], q, min(p, q))
+        *batch_shape, p, q = core.shape
+        kept = min(p, q)
+        return (
+            core.new_zeros(*batch_shape, p, kept),
+            core.new_zeros(*batch_shape, kept),
+            core.new_zeros(*batch_shape, q, kept),
+        )
     finite = torch.isfinite(core).all(-1).all(-1)
     clean = torch.where(finite[..., None, None], core, 0)
     scale = clean.abs().amax((-2, -1))
@@ -107,11 +113,12 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     return torch.maximum(torch.linalg.vector_norm(vector, dim=(-2, -1)), diagonal.amax(-1))
 
 
-def truncate_by_subspace(core: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rank-``rank`` compression of a positive semi-definite core by subspace iteration: no eigendecomposition.
 
     Starts from the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
-    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W.
+    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W. Where nothing has to go, W = I.
+    ``dtype`` is the precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
 
     Returns
     -------
@@ -122,14 +129,17 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int) -> tuple[Tens
     finite = torch.isfinite(core).all(-1).all(-1)
     if rank == 0:
         return core[..., :0, :0], core[..., :0]
+    if rank == core.shape[-1]:
+        identity = torch.eye(rank, dtype=core.dtype, device=core.device).expand_as(core)
+        return _poison(core, finite[..., None, None]), _poison(identity, finite[..., None, None])
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)[..., None, None]
     normalized = torch.where(finite[..., None, None], core / scale, 0)
     order = torch.where(finite[..., None], diagonal, 0).topk(rank, dim=-1).indices
     start = torch.take_along_dim(normalized, order[..., None, :], dim=-1)
-    rotation = _orthonormal_columns(start)
+    rotation = _orthonormal_columns(start, dtype)
     for _ in range(iterations - 1):
-        rotation = _orthonormal_columns(normalized @ rotation)
+        rotation = _orthonormal_columns(normalized @ rotation, dtype)
     compressed = rotation.mT @ normalized @ rotation
     compressed = (compressed + compressed.mT) * (scale / 2)
     return _poison(compressed, finite[..., None, None]), _poison(rotation, finite[..., None, None])
@@ -154,8 +164,13 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _orthonormal_columns(matrix: Tensor) -> Tensor:
-    """Cholesky QR, twice, of a small float64 matrix; columns that depend on earlier ones become zero."""
+def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cholesky QR, twice, of a small float64 matrix; columns that depend on earlier ones become zero.
+
+    The Gram matrix resolves 10⁻⁷ of a column's length: enough for float32 factors, not for float64 ones.
+    """
+    if dtype == matrix.dtype:
+        return orthonormalize(matrix)[0]
     gram = matrix.mT @ matrix
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     threshold = 64 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from brandla import _check
@@ -78,8 +79,8 @@ def subspace_update(
 
     Notes
     -----
-    Not guaranteed: that the kept subspace is the leading one. The bound of a tracked factor grows by
-    (‖K‖_F² − ‖S⁺‖_F²)^½ an update, which is the Frobenius norm of exactly what the compression left out.
+    Not guaranteed: that the kept subspace is the leading one, nor that M̂ ⪯ M, which only the exact update has; M̂ ⪰ 0 and
+    tr M̂ <= tr M hold. The bound of a tracked factor grows by the Frobenius norm of what the compression left out.
 
     References
     ----------
@@ -97,14 +98,13 @@ def subspace_update(
         updated = LowRankSym(core * scale, basis.clone())
         return updated if bound is None else Tracked(updated, decay * bound)
     expansion = expand(core, basis, columns, decay, weight)
-    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations)
+    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations, basis.dtype)
     updated = LowRankSym(compressed.to(core.dtype), expansion.rotate(rotation))
     if bound is None:
         return updated
-    return Tracked(updated, decay * bound + _left_out(expansion.core, compressed).to(bound.dtype))
+    return Tracked(updated, decay * bound + _left_out(expansion.core, compressed, rotation).to(bound.dtype))
 
 
-def _left_out(core: Tensor, compressed: Tensor) -> Tensor:
-    """‖K − W S Wᵀ‖_F for S = WᵀK W, by Pythagoras."""
-    total, kept = (matrix.square().sum((-2, -1)) for matrix in (core, compressed))
-    return (total - kept).clamp_min(0).sqrt()
+def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:
+    """‖K − W S Wᵀ‖_F, from the difference itself: ‖K‖² − ‖S‖² would cancel below √ε·‖K‖."""
+    return torch.linalg.vector_norm(core - rotation @ compressed @ rotation.mT, dim=(-2, -1))

@@ -1,0 +1,55 @@
+"""Small networks and the dense K-FAC formula in float64 that the preconditioner is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
+    """A ReLU network whose activations overwrite their input."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+def batch(
+    count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Normal inputs and random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, d_in, generator=generator, dtype=dtype)
+    return inputs, torch.randint(classes, (count,), generator=generator)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Copies of all gradients."""
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def layer_gradient(layer: nn.Linear) -> Tensor:
+    """Gradient of weight and bias as one matrix."""
+    if layer.bias is None:
+        return layer.weight.grad.clone()
+    return torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
+
+
+def with_one(inputs: Tensor) -> Tensor:
+    """Append the 1 of the bias to each row."""
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+
+
+def damped_inverse(factor: Tensor, damping: float) -> Tensor:
+    """(M + damping · λ_max I)⁻¹."""
+    shift = damping * torch.linalg.eigvalsh(factor)[-1]
+    return torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
+
+
+def dense_step(inputs: Tensor, output_gradients: Tensor, gradient: Tensor, damping: float) -> Tensor:
+    """The K-FAC step of one batch by dense inverses: A = mean a aᵀ, G = mean of g gᵀ of a loss that is a mean."""
+    count = len(inputs)
+    A = inputs.T @ inputs / count
+    G = output_gradients.T @ output_gradients * count
+    return damped_inverse(G, damping) @ gradient @ damped_inverse(A, damping)

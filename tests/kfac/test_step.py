@@ -1,0 +1,219 @@
+"""The step against dense formulas, and against the Gauss–Newton matrix where K-FAC is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
+from torch import nn
+
+from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
+
+DAMPING = 0.03
+
+FULL_RANK = {
+    "exact": Exact(inverse_every=1),
+    "randomized-svd": Randomized(40, method="svd", inverse_every=1),
+    "randomized-eigh": Randomized(40, inverse_every=1),
+    "brand": Brand(24),
+    "brand-subspace": Brand(24, update="subspace"),
+    "brand-randomized": BrandRandomized(24, overwrite_every=2),
+    "brand-corrected": BrandCorrected(24, correct_every=2),
+}
+
+
+def one_layer(count: int = 8, d_in: int = 60, d_out: int = 50) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = nn.Linear(d_in, d_out, dtype=torch.float64)
+    inputs, labels = batch(count, d_in, d_out)
+    outputs = layer(inputs)
+    outputs.retain_grad()
+    nn.functional.cross_entropy(outputs, labels).backward()
+    output_gradients = outputs.grad
+    layer.zero_grad()
+    return layer, inputs, output_gradients
+
+
+def backward(layer: nn.Linear, inputs: torch.Tensor, seed: int = 1) -> None:
+    labels = batch(len(inputs), 1, layer.out_features, seed)[1]
+    torch.manual_seed(0)
+    nn.functional.cross_entropy(layer(inputs), labels).backward()
+
+
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize("strategy", FULL_RANK.values(), ids=FULL_RANK)
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_one_batch_equals_the_dense_formula(strategy: Strategy, application: str):
+    torch.manual_seed(0)
+    layer = nn.Linear(60, 50, dtype=torch.float64)
+    inputs, labels = batch(8, 60, 50)
+    preconditioner = KFAC(layer, strategy, damping=DAMPING, clip=None, application=application)
+    outputs = layer(inputs)
+    outputs.retain_grad()
+    nn.functional.cross_entropy(outputs, labels).backward()
+    expected = dense_step(with_one(inputs), outputs.grad, layer_gradient(layer), DAMPING)
+    preconditioner.step()
+    # The subspace form estimates the largest eigenvalue, and with it the damping, from below.
+    tolerance = 1e-3 if getattr(strategy, "update", "") == "subspace" else 1e-9
+    torch.testing.assert_close(
+        layer_gradient(layer), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("strategy", list(FULL_RANK.values())[3:], ids=list(FULL_RANK)[3:])
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_brand_equals_exact_while_its_rank_holds_all_data(strategy: Strategy):
+    """Three batches of 8 have rank 24: nothing is truncated."""
+    steps = {}
+    for name, system in {"exact": Exact(inverse_every=1), "brand": strategy}.items():
+        layer = nn.Linear(60, 50, dtype=torch.float64)
+        torch.manual_seed(3)
+        nn.init.normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        preconditioner = KFAC(layer, system, damping=DAMPING, clip=None)
+        for seed in range(3):
+            inputs, labels = batch(8, 60, 50, seed)
+            layer.zero_grad()
+            nn.functional.cross_entropy(layer(inputs), labels).backward()
+            preconditioner.step()
+        steps[name] = layer_gradient(layer)
+    scale = float(steps["exact"].abs().max())
+    tolerance = 2e-2 if getattr(strategy, "update", "") == "subspace" else 1e-8
+    torch.testing.assert_close(steps["brand"], steps["exact"], rtol=0, atol=tolerance * scale)
+
+
+def test_step_is_the_damped_gauss_newton_step_where_kfac_is_exact():
+    """A deep linear network whose residuals form a full factorial with its inputs: the Fisher is A ⊗ G exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False, dtype=torch.float64) for _ in range(3)))
+    points = torch.randn(7, 5, dtype=torch.float64)
+    residuals = torch.eye(5, dtype=torch.float64) * 5**0.5
+    inputs = points.repeat_interleave(5, dim=0)
+    with torch.no_grad():
+        targets = model(inputs) - residuals.repeat(7, 1)
+    preconditioner = KFAC(model, Exact(inverse_every=1), damping=1e-6, damping_scale="absolute", clip=None)
+    (0.5 * (model(inputs) - targets).square().sum(1).mean()).backward()
+    middle = model[1].weight
+    gradient = middle.grad.clone()
+    preconditioner.step()
+    # Gauss–Newton of the half squared error: mean of JᵀJ, J the derivative of the output by the middle weight.
+    jacobian = torch.autograd.functional.jacobian(
+        lambda weight: (inputs @ model[0].weight.T @ weight.T) @ model[2].weight.T, middle
+    ).reshape(len(inputs), 5, 25)
+    gauss_newton = torch.einsum("nci,ncj->ij", jacobian, jacobian) / len(inputs)
+    expected = torch.linalg.solve(gauss_newton, gradient.reshape(-1)).reshape(5, 5)
+    torch.testing.assert_close(middle.grad, expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_step_of_one_datum_inverts_its_gauss_newton_matrix():
+    """One datum with residual 1: F = (a aᵀ) ⊗ (g gᵀ), and the step solves with the Kronecker product of both."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    point = torch.randn(1, 4, dtype=torch.float64)
+    target = layer(point).detach() - 1
+    preconditioner = KFAC(layer, Exact(inverse_every=1), damping=0.1, damping_scale="absolute", clip=None)
+    (0.5 * (layer(point) - target).square().mean()).backward()
+    gradient = layer.weight.grad.clone()
+    preconditioner.step()
+    eye = torch.eye(4, dtype=torch.float64)
+    fisher = torch.kron(torch.ones(1, 1, dtype=torch.float64) + 0.1, point.T @ point + 0.1 * eye)
+    torch.testing.assert_close(layer.weight.grad.reshape(-1), torch.linalg.solve(fisher, gradient.reshape(-1)))
+
+
+def test_average_weights_all_batches_of_the_past():
+    """M is Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i)."""
+    layer = nn.Linear(6, 3, bias=False, dtype=torch.float64)
+    preconditioner = KFAC(layer, Exact(inverse_every=1), decay=0.7)
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for seed in range(4):
+        inputs, labels = batch(5, 6, 3, seed)
+        layer.zero_grad()
+        nn.functional.cross_entropy(layer(inputs), labels).backward()
+        preconditioner.step()
+        expected = 0.7 * expected + 0.3 * inputs.T @ inputs / 5
+    state = preconditioner.state_dict()["layers"]["(model)"]["input"]["state"]
+    torch.testing.assert_close(state["dense"], expected / (1 - 0.7**4))
+
+
+def test_bias_has_variance_one_in_the_input_factor():
+    layer = nn.Linear(6, 3, dtype=torch.float64)
+    preconditioner = KFAC(layer, Exact())
+    inputs, labels = batch(5, 6, 3)
+    nn.functional.cross_entropy(layer(inputs), labels).backward()
+    preconditioner.step()
+    state = preconditioner.state_dict()["layers"]["(model)"]["input"]["state"]
+    assert state["dense"][-1, -1].item() == pytest.approx(1)
+
+
+def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction():
+    free, clipped = (mlp(10, 30, 30, 4) for _ in range(2))
+    inputs, labels = batch(16, 10, 4)
+    for model, clip in ((free, None), (clipped, 1e-3)):
+        preconditioner = KFAC(model, Exact(), clip=clip)
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        preconditioner.step()
+    for long, short in zip(free[::2], clipped[::2], strict=True):
+        ratio = layer_gradient(short) / layer_gradient(long)
+        assert layer_gradient(short).square().mean().sqrt().item() == pytest.approx(1e-3)
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+
+
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+def test_a_clip_above_the_rms_changes_nothing(application: str):
+    free, clipped = (mlp(10, 30, 4) for _ in range(2))
+    inputs, labels = batch(16, 10, 4)
+    for model, clip in ((free, None), (clipped, 1e6)):
+        preconditioner = KFAC(model, Exact(), clip=clip, application=application)
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        preconditioner.step()
+    torch.testing.assert_close(gradients(clipped), gradients(free))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_sharing_is_exact_in_its_own_setting(sharing: str):
+    """expand: every position has a loss term of its own. reduce: the outputs are averaged over positions first."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4, bias=False, dtype=torch.float64)
+    points = torch.randn(6, 3, 5, dtype=torch.float64)
+    preconditioner = KFAC(layer, Exact(inverse_every=1), sharing=sharing, clip=None, damping=0.1)
+    outputs = layer(points)
+    outputs = outputs if sharing == "expand" else outputs.mean(1)
+    weights = torch.randn(outputs.shape, dtype=torch.float64)
+    terms = outputs.numel() // 4
+    ((outputs * weights).sum() / terms).backward()
+    gradient = layer.weight.grad.clone()
+    preconditioner.step()
+    rows = points.reshape(-1, 5) if sharing == "expand" else points.mean(1)
+    expected = dense_step(rows, weights.reshape(-1, 4) / terms, gradient, 0.1)
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_sharing_by_module_name():
+    model = mlp(5, 4, 3)
+    preconditioner = KFAC(model, Exact(), sharing={"0": "reduce"})
+    model(torch.randn(6, 7, 5, dtype=torch.float64)).square().mean().backward()
+    preconditioner.step()
+    assert [layer.sharing for layer in preconditioner._layers] == ["reduce", "expand"]
+
+
+@pytest.mark.parametrize("tail", ["smallest", 0.5])
+def test_tail_is_what_unseen_directions_are_taken_for(tail: float | str):
+    """A gradient orthogonal to all data seen is divided by τ + λ on both sides."""
+    layer = nn.Linear(40, 30, bias=False, dtype=torch.float64)
+    preconditioner = KFAC(
+        layer, Brand(4, tail=tail), damping=1.0, damping_scale="absolute", clip=None, application="two-sided"
+    )
+    inputs = torch.zeros(6, 40, dtype=torch.float64)
+    inputs[:, :6] = torch.diag(torch.arange(6.0, 0, -1, dtype=torch.float64))
+    layer(inputs)[:, :6].diagonal().sum().backward()
+    layer.weight.grad.zero_()
+    layer.weight.grad[-1, -1] = 1.0
+    preconditioner.step()
+    smallest = [row["state"]["eigenvalues"][-1] for row in _factors(preconditioner)]
+    left, right = smallest if tail == "smallest" else (tail, tail)
+    assert layer.weight.grad[-1, -1].item() == pytest.approx(float(1 / ((left + 1) * (right + 1))))
+
+
+def _factors(preconditioner: KFAC) -> list[dict]:
+    entry = preconditioner.state_dict()["layers"]["(model)"]
+    return [entry["output"], entry["input"]]
