@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla.orthonormal import orthonormalize
-
 from brandla_kernels import cholesky_inverse_core
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
@@ -117,8 +116,8 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.
     """Rank-``rank`` compression of a positive semi-definite core by subspace iteration: no eigendecomposition.
 
     Starts from the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
-    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W. Where nothing has to go, W = I.
-    ``dtype`` is the precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
+    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W. Where nothing has to go,
+    W = I. ``dtype`` is the precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
 
     Returns
     -------

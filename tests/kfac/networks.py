@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: b
     """A ReLU network whose activations overwrite their input."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 

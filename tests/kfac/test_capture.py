@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, Exact
+from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
 
 # Small networks have factors too small for Brand; that they say so is tested with the report.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")

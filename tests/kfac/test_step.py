@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
+from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
 
 DAMPING = 0.03
 
