@@ -115,33 +115,52 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
 def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rank-``rank`` compression of a positive semi-definite core by subspace iteration: no eigendecomposition.
 
-    Starts from the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
-    orthogonal to it; then W ← orth(K W), ``iterations`` times; the compressed core is WᵀK W. Where nothing has to go,
-    W = I. ``dtype`` is the precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
+    W starts as the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
+    orthogonal to it. All but the last iteration are W ← orth(K W); the last is the Nyström approximation
+    Y (WᵀY)⁻¹ Yᵀ ⪯ K with Y = K W, whose range is that of one more product. Where nothing has to go, W = I.
+
+    Parameters
+    ----------
+    core
+        K (..., m, m), float64.
+    rank, iterations
+        Order of the result, and products with K, at least 1.
+    dtype
+        Precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
 
     Returns
     -------
     tuple
-        S (..., rank, rank) and W (..., m, rank), in the dtype of ``core``; NaN throughout for a non-finite core.
+        S (..., rank, rank) and W (..., m, rank), float64, with W S Wᵀ ⪯ K; NaN throughout for a non-finite core.
     """
     diagonal = core.diagonal(dim1=-2, dim2=-1)
-    finite = torch.isfinite(core).all(-1).all(-1)
+    finite = torch.isfinite(core).all(-1).all(-1)[..., None, None]
     if rank == 0:
         return core[..., :0, :0], core[..., :0]
     if rank == core.shape[-1]:
         identity = torch.eye(rank, dtype=core.dtype, device=core.device).expand_as(core)
-        return _poison(core, finite[..., None, None]), _poison(identity, finite[..., None, None])
-    largest = diagonal.amax(-1)
-    scale = torch.where(finite & (largest > 0), largest, 1)[..., None, None]
-    normalized = torch.where(finite[..., None, None], core / scale, 0)
-    order = torch.where(finite[..., None], diagonal, 0).topk(rank, dim=-1).indices
-    start = torch.take_along_dim(normalized, order[..., None, :], dim=-1)
-    rotation = _orthonormal_columns(start, dtype)
+        return _poison(core, finite), _poison(identity, finite)
+    largest = diagonal.amax(-1)[..., None, None]
+    scale = torch.where(finite & (largest > 0), largest, 1)
+    normalized = torch.where(finite, core / scale, 0)
+    order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices[..., None, :]
+    image = torch.take_along_dim(normalized, order, dim=-1)
+    inner = torch.take_along_dim(image, order.mT, dim=-2)
     for _ in range(iterations - 1):
-        rotation = _orthonormal_columns(normalized @ rotation, dtype)
-    compressed = rotation.mT @ normalized @ rotation
-    compressed = (compressed + compressed.mT) * (scale / 2)
-    return _poison(compressed, finite[..., None, None]), _poison(rotation, finite[..., None, None])
+        rotation = _orthonormal_columns(image, dtype)[0]
+        image = normalized @ rotation
+        inner = rotation.mT @ image
+    root = image @ _inverse_root(inner)
+    rotation, triangle = _orthonormal_columns(root, dtype)
+    compressed = triangle @ triangle.mT * scale
+    return _poison(compressed, finite), _poison(rotation, finite)
+
+
+def _inverse_root(inner: Tensor) -> Tensor:
+    """T with T Tᵀ = H⁺ for a positive semi-definite H: columns of a Nyström sketch that add nothing become zero."""
+    inner = (inner + inner.mT) / 2
+    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    return cholesky_inverse_core(inner, scale, 64 * inner.shape[-1] * torch.finfo(inner.dtype).eps)[0]
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,20 +182,20 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cholesky QR, twice, of a small float64 matrix; columns that depend on earlier ones become zero.
+def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Q and R of a small float64 matrix by Cholesky QR, twice; columns that depend on earlier ones become zero.
 
     The Gram matrix resolves 10⁻⁷ of a column's length: enough for float32 factors, not for float64 ones.
     """
     if dtype == matrix.dtype:
-        return orthonormalize(matrix)[0]
+        return orthonormalize(matrix)
     gram = matrix.mT @ matrix
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    threshold = 64 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    transform, live = cholesky_inverse_core(gram, scale, threshold)
+    transform, live = cholesky_inverse_core(gram, scale, 64 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps)
     nearly = matrix @ transform
-    transform, _ = cholesky_inverse_core(nearly.mT @ nearly, live.to(matrix.dtype), 0.25)
-    return nearly @ transform
+    nearly_gram = nearly.mT @ nearly
+    second, _ = cholesky_inverse_core(nearly_gram, live.to(matrix.dtype), 0.25)
+    return nearly @ second, second.mT @ nearly_gram @ (transform.mT @ gram)
 
 
 def _within_rows(vectors: Tensor, occupied: Tensor) -> Tensor:

@@ -48,14 +48,19 @@ def split(basis: Tensor, columns: Tensor) -> Split:
     coefficients = coefficients.double()
     # ‖a_j‖² by Pythagoras, with no pass of its own: a residual is judged against the column it came from.
     length = (coefficients.square().sum(-2) + panel_gram.diagonal(dim1=-2, dim2=-1)).sqrt()
-    panel, to_panel, transform, kept = _first_pass(panel, panel_gram, length, basis.shape[-1] + columns.shape[-1])
-    refined, overlap, refined_gram = refine(basis, panel, transform.to(panel.dtype))
+    first = _first_pass(panel, panel_gram, length, basis.shape[-1] + columns.shape[-1])
+    drift = measure_drift(basis)
+    if _reads_are_free(panel) and _needs_no_second_pass(panel_gram, length, first):
+        overlap = project(basis, first.panel).double()
+        inside = overlap if first.to_panel is None else overlap @ first.to_panel
+        return Split(coefficients + inside, first.triangle(), first.panel, overlap, first.transform, drift)
+    refined, overlap, refined_gram = refine(basis, first.panel, first.transform.to(panel.dtype))
     overlap = overlap.double()
-    first_triangle = kept @ to_panel
+    first_triangle = first.triangle()
     cleaned = refined_gram - overlap.mT @ overlap
     second, _ = cholesky_inverse_core(cleaned, _unit_scale(refined_gram), _SECOND_PASS)
     triangle = second.mT @ cleaned @ first_triangle
-    return Split(coefficients + overlap @ first_triangle, triangle, refined, overlap, second, measure_drift(basis))
+    return Split(coefficients + overlap @ first_triangle, triangle, refined, overlap, second, drift)
 
 
 def measure_drift(basis: Tensor) -> Tensor:
@@ -102,38 +107,65 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     """
     panel_gram = gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    panel, to_panel, transform, kept = _first_pass(panel, panel_gram, length, panel.shape[-1])
-    nearly = panel @ transform.to(panel.dtype)
+    first = _first_pass(panel, panel_gram, length, panel.shape[-1])
+    nearly = first.panel @ first.transform.to(panel.dtype)
     nearly_gram = gram(nearly)
     second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), _SECOND_PASS)
-    triangle = second.mT @ nearly_gram @ kept @ to_panel
+    triangle = second.mT @ nearly_gram @ first.triangle()
     return nearly @ second.to(panel.dtype), triangle.to(panel.dtype)
 
 
-def _first_pass(panel: Tensor, panel_gram: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P′, B, T, R with P = P′ B and P′ ≈ (P′ T) R, where P′ T has nearly orthonormal or zero columns.
+class _FirstPass(NamedTuple):
+    """P = P′ B and P′ ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero."""
 
-    In float32 P′ is P and B = I. A float64 Gram matrix resolves float64 columns only down to √ε of their length, so
-    there a shifted Cholesky factor first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
+    panel: Tensor  # P′         [..., n, k]
+    gram: Tensor  # P′ᵀP′       [..., k, k], float64
+    transform: Tensor  # T      [..., k, k], float64
+    to_panel: Tensor | None  # B, upper triangular; None stands for I
+
+    def triangle(self) -> Tensor:
+        """R B, so that P ≈ (P′ T) R B."""
+        triangle = self.transform.mT @ self.gram
+        return triangle if self.to_panel is None else triangle @ self.to_panel
+
+
+def _first_pass(panel: Tensor, panel_gram: Tensor, length: Tensor, width: int) -> _FirstPass:
+    """Orthonormalise a panel as far as its Gram matrix allows.
+
+    A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
+    first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
     """
-    k = panel.shape[-1]
-    eps = torch.finfo(panel_gram.dtype).eps
-    identity = torch.eye(k, dtype=panel_gram.dtype, device=panel.device)
-    if panel.dtype == panel_gram.dtype:
-        unit = torch.where(length > 0, length, 1)
-        equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
-        factor = torch.linalg.cholesky_ex(equilibrated + 64 * max(k, 1) * eps * identity).L
-        to_panel = factor.mT * unit[..., None, :]
-        panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
-        panel_gram = gram(panel)
-        length = torch.ones_like(length)
-        threshold = 16 * max(k, 1) * eps
-    else:
-        to_panel = identity
+    eps = torch.finfo(panel.dtype).eps
+    if panel.dtype != panel_gram.dtype:
         # Rounding of the projection leaves about √(r + k)·ε of a column that lies inside the span.
-        threshold = 64 * width * torch.finfo(panel.dtype).eps ** 2
-    transform, _ = cholesky_inverse_core(panel_gram, length, threshold)
-    return panel, to_panel, transform, transform.mT @ panel_gram
+        transform, _ = cholesky_inverse_core(panel_gram, length, 64 * width * eps**2)
+        return _FirstPass(panel, panel_gram, transform, None)
+    k = max(panel.shape[-1], 1)
+    unit = torch.where(length > 0, length, 1)
+    equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
+    identity = torch.eye(panel.shape[-1], dtype=panel_gram.dtype, device=panel.device)
+    to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
+    panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
+    panel_gram = gram(panel)
+    transform, _ = cholesky_inverse_core(panel_gram, torch.ones_like(length), 16 * k * eps)
+    return _FirstPass(panel, panel_gram, transform, to_panel)
+
+
+def _needs_no_second_pass(panel_gram: Tensor, length: Tensor, first: _FirstPass) -> bool:
+    """Say whether one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
+
+    Rounding then enters Q at most four times magnified, by T, and a hundred times through what U still shares with P,
+    which is measured and taken out.
+    """
+    left = panel_gram.diagonal(dim1=-2, dim2=-1) >= 1e-4 * length.square()
+    own = first.gram.diagonal(dim1=-2, dim2=-1)
+    magnified = (own[..., :, None] * first.transform.square()).sum(-2)
+    return bool(left.all() & (magnified <= 16).all())
+
+
+def _reads_are_free(tensor: Tensor) -> bool:
+    """Say whether a branch may look at values: on a CPU nothing has to be waited for."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:

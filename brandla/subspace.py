@@ -79,8 +79,9 @@ def subspace_update(
 
     Notes
     -----
-    Not guaranteed: that the kept subspace is the leading one, nor that M̂ ⪯ M, which only the exact update has; M̂ ⪰ 0
-    and tr M̂ <= tr M hold. The bound of a tracked factor grows by the Frobenius norm of what the compression left out.
+    0 ⪯ M̂ ⪯ M holds to rounding, as for the exact update: the compression is a Nyström approximation. Not guaranteed is
+    that the kept subspace is the leading one. The bound of a tracked factor grows by the Frobenius norm of what the
+    compression left out.
 
     References
     ----------
@@ -106,6 +107,6 @@ def subspace_update(
 
 
 def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:
-    """‖K − W S Wᵀ‖_F, from the difference itself: ‖K‖² − ‖S‖² would cancel below √ε·‖K‖."""
+    """‖K − W S Wᵀ‖_F, from the difference itself."""
     left_out: Tensor = torch.linalg.vector_norm(core - rotation @ compressed @ rotation.mT, dim=(-2, -1))
     return left_out
