@@ -187,7 +187,7 @@ def svd_update(
     rotation, spectrum, right_rotation = safe_svd(core, values.dtype)
     return LowRankSVD(
         left_parts.rotate(left_vectors, rotation[..., :rank]),
-        spectrum[..., :rank].to(values.dtype),
+        spectrum[..., :rank].to(values.dtype, copy=True),
         right_parts.rotate(right_vectors, right_rotation[..., :rank]).mT,
     )
 
@@ -243,7 +243,9 @@ def svd_append(svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = 1.0,
     rotation, spectrum, right_rotation = safe_svd(torch.cat([old, _stacked(parts)], dim=-1), values.dtype)
     right_rotation = right_rotation[..., :rank].to(values.dtype)
     right = torch.cat([right_rows.mT @ right_rotation[..., :r, :], right_rotation[..., r:, :]], dim=-2)
-    return LowRankSVD(parts.rotate(left_vectors, rotation[..., :rank]), spectrum[..., :rank].to(values.dtype), right.mT)
+    return LowRankSVD(
+        parts.rotate(left_vectors, rotation[..., :rank]), spectrum[..., :rank].to(values.dtype, copy=True), right.mT
+    )
 
 
 def _stacked(parts: Split) -> Tensor:

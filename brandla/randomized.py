@@ -155,7 +155,7 @@ def randomized_svd(
     dtype = basis.dtype
     return LowRankSVD(
         basis @ left[..., :rank].to(dtype),
-        values[..., :rank].to(dtype),
+        values[..., :rank].to(dtype, copy=True),
         (rows @ right[..., :rank].to(dtype)).mT,
     )
 

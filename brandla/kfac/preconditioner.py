@@ -106,7 +106,14 @@ class KFAC:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in what was captured since the last step, and overwrite the gradients of the layers that have one."""
+        """Take in what was captured since the last step, and overwrite the gradients of the layers that have one.
+
+        Raises
+        ------
+        RuntimeError
+            In a process group of more than one process, whose replicas would drift apart.
+        """
+        _check_single_process()
         for index, layer in enumerate(self._layers):
             if layer.weight.grad is not None:
                 self._step_layer(index, layer)
@@ -162,16 +169,13 @@ class KFAC:
             return
         for side, factor in enumerate((layer.input, layer.output)):
             factor.strategy.refresh(factor.state, self._steps, self._seed_of(2 * index + side))
-        layer.step(self.damping, self.damping_scale, self.clip, may_be_linear=self._may_be_linear())
-
-    def _may_be_linear(self) -> bool:
-        return self.application == "auto" and not _averaged_over_processes()
+        layer.step(self.damping, self.damping_scale, self.clip, may_be_linear=self.application == "auto")
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""
         for layer in self._layers:
             wanted = self._steps % self.factor_every == 0 or not layer.started
-            layer.capture.enabled = wanted or (self._may_be_linear() and layer.linear is not False)
+            layer.capture.enabled = wanted or (self.application == "auto" and layer.linear is not False)
 
     def _seed_of(self, factor: int) -> int:
         # Apart for every step and factor, and the same when training continues from a checkpoint.
@@ -195,9 +199,15 @@ class KFAC:
             )
 
 
-def _averaged_over_processes() -> bool:
+def _check_single_process() -> None:
     distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        world = distributed.get_world_size()
+        message = (
+            "KFAC.step: factors are built from one process's batches, so the process group must have 1 process;"
+            f" got {world}; precondition in one process, or train with the optimizer alone"
+        )
+        raise RuntimeError(message)
 
 
 def _find_layers(model: nn.Module, inverse: Strategy, rule: Mapping[str, Sharing]) -> tuple[list[Layer], list[str]]:

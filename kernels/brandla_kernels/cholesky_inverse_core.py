@@ -4,9 +4,13 @@ For the Gram matrix G = PᵀP (..., k, k) of a panel P, return T (..., k, k) suc
 orthonormal, or exactly zero where a column of P depends on the ones before it, and the mask of the columns that live.
 
 Columns are first scaled by ``scale`` (the norm of the data a column came from, so that "dependent" means "below the
-rounding noise of that data"). Two Cholesky factorisations replace a pivoted one: the first, of G + δI, shows by its
-pivots the squared distance of each column from the span of those before it; columns under the threshold θ = 4δ are
-taken out, and the second factors what is left. No branch depends on the data, so nothing waits for the device.
+rounding noise of that data"). Two Cholesky factorisations replace a pivoted one. The first is of G + δI, with δ = θ/4.
+If column j is at distance s from the columns before it, with coefficients c, its pivot is about s² + δ(1 + ‖c‖²) and
+column j of the inverse factor has squared norm (1 + ‖c‖²)/pivot. Noise of relative size √δ in the data moves s by
+√δ·(1 + ‖c‖²)^½, so a column stands out of the noise where s² > 3δ(1 + ‖c‖²): where that squared norm is below 1/θ. The
+pivot alone would not tell, since columns that nearly cancel have large coefficients. The columns that do not stand out
+are taken out, and the second factorisation is of what is left. No branch depends on the data, so nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ from brandla_kernels._op import Cost, op
 
 
 def cost(k: int) -> Cost:
-    """Work of one call: two factorisations and a triangular inverse, in float64."""
-    return Cost(flops=k * k * k, bytes=8 * 2 * k * k)
+    """Work of one call: two factorisations and two triangular inverses, in float64."""
+    return Cost(flops=4 * k * k * k // 3, bytes=8 * 2 * k * k)
 
 
 @op("cholesky_inverse_core(Tensor gram, Tensor scale, float threshold) -> (Tensor, Tensor)", cost)
@@ -33,13 +37,14 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     scale
         (..., k), float64, >= 0: the length that column j is measured against.
     threshold
-        θ: the squared distance, relative to ``scale``, under which a column counts as dependent.
+        θ: four times the squared noise of a column relative to ``scale``, which it must stand out of.
     """
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
-    live = shifted.diagonal(dim1=-2, dim2=-1).square() > threshold
+    growth = torch.linalg.solve_triangular(shifted, identity.expand_as(shifted), upper=False).square().sum(-1)
+    live = growth * threshold < 1
     kept = live.to(gram.dtype)
     masked = equilibrated * kept[..., :, None] * kept[..., None, :] + torch.diag_embed(1 - kept)
     factor, info = torch.linalg.cholesky_ex(masked)
