@@ -89,11 +89,10 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polish(vectors: Tensor) -> Tensor:
-    """One Newton–Schulz step in float64 towards the nearest orthonormal columns.
+    """One Newton–Schulz step towards the nearest orthonormal columns.
 
     LAPACK's eigenvectors are orthonormal to some ten ε, which thousands of updates would add up.
     """
-    vectors = vectors.double()
     return 1.5 * vectors - vectors @ (vectors.mT @ vectors) / 2
 
 

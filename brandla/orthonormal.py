@@ -33,12 +33,12 @@ class Split(NamedTuple):
 
     def rotate(self, basis: Tensor, rotation: Tensor) -> Tensor:
         """Return [U Q] W for W (..., r + k, s), in one pass over U and Q₁, with the drift of U taken out."""
-        r = basis.shape[-1]
-        rotation = rotation.double()
-        panel_rotation = self.transform @ rotation[..., r:, :]
-        corrected = without_drift(self.drift, rotation[..., :r, :])
-        basis_rotation = corrected - self.overlap @ panel_rotation
-        return rotate(basis, self.panel, basis_rotation.to(basis.dtype), panel_rotation.to(basis.dtype))
+        r, dtype = basis.shape[-1], basis.dtype
+        rotation = rotation.to(dtype)
+        panel_rotation = self.transform.to(dtype) @ rotation[..., r:, :]
+        corrected = without_drift(self.drift.to(dtype), rotation[..., :r, :])
+        basis_rotation = corrected - self.overlap.to(dtype) @ panel_rotation
+        return rotate(basis, self.panel, basis_rotation, panel_rotation)
 
 
 def split(basis: Tensor, columns: Tensor) -> Split:
@@ -73,10 +73,10 @@ def measure_drift(basis: Tensor) -> Tensor:
     r = basis.shape[-1]
     if r == 0:
         return basis.new_zeros(*basis.shape[:-1], 0)[..., :0, :].double()
-    norms = torch.linalg.vector_norm(basis, dim=-2)
+    norms = basis.square().sum(-2).sqrt()
     live = norms > 0.5
     chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
-    picked = torch.take_along_dim(basis, chosen[..., None, :], dim=-1)
+    picked = basis.index_select(-1, chosen) if basis.ndim == 2 else basis.take_along_dim(chosen[..., None, :], dim=-1)
     identity = torch.diag_embed(live.double())
     index = chosen[..., None, :].expand(*basis.shape[:-2], r, chosen.shape[-1])
     deviation = project(basis, picked).double() - identity.gather(-1, index)

@@ -5,10 +5,13 @@ P is (..., n, k), G is (..., k, k). P is read once.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
 
+# Rows converted to float64 at a time: the copy stays small and in cache.
+_ROWS = 2048
 # From this width on, the products left out outweigh the calls added.
 _WIDE = 128
 _BLOCKS = 4
@@ -20,16 +23,24 @@ def cost(n: int, k: int, itemsize: int = 4) -> Cost:
 
 
 def gram_torch(panel: Tensor) -> Tensor:
-    """Return ``panel.mT @ panel`` in float64, computing only the blocks on and above the diagonal of a wide one."""
-    wide = panel.double()
+    """Return ``panel.mT @ panel`` in float64, a slab of rows at a time."""
     k = panel.shape[-1]
+    total = panel.new_zeros(*panel.shape[:-2], k, k, dtype=torch.float64)
+    for slab in panel.split(_ROWS, dim=-2):
+        total = total + _gram_of_slab(slab.double())
+    return total
+
+
+def _gram_of_slab(slab: Tensor) -> Tensor:
+    """Return the Gram matrix of a slab; of a wide one only the blocks on and above the diagonal are computed."""
+    k = slab.shape[-1]
     if k < _WIDE:
-        return wide.mT @ wide
+        return slab.mT @ slab
     block = -(-k // _BLOCKS)
-    gram = wide.new_empty(*panel.shape[:-2], k, k)
+    gram = slab.new_empty(*slab.shape[:-2], k, k)
     for start in range(0, k, block):
         rows, rest = slice(start, start + block), slice(start, k)
-        product = wide[..., rows].mT @ wide[..., rest]
+        product = slab[..., rows].mT @ slab[..., rest]
         gram[..., rows, rest] = product
         gram[..., rest, rows] = product.mT
     return gram

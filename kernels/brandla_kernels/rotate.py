@@ -5,7 +5,6 @@ U is (..., n, r), P is (..., n, k), W₁ is (..., r, s), W₂ is (..., k, s), V 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
@@ -20,6 +19,6 @@ def cost(n: int, r: int, k: int, s: int, itemsize: int = 4) -> Cost:
 def rotate(basis: Tensor, panel: Tensor, basis_rotation: Tensor, panel_rotation: Tensor) -> Tensor:
     """Return ``basis @ basis_rotation + panel @ panel_rotation``."""
     rotated = basis @ basis_rotation
-    if rotated.ndim == 2:
-        return torch.addmm(rotated, panel, panel_rotation)
+    if rotated.ndim == 2 and not rotated.requires_grad:
+        return rotated.addmm_(panel, panel_rotation)
     return rotated + panel @ panel_rotation
