@@ -31,6 +31,11 @@ def checked(enabled: bool = True) -> Iterator[None]:
         _checked.reset(token)
 
 
+def _is_checked() -> bool:
+    # A compiled graph cannot raise on values.
+    return not torch.compiler.is_compiling() and _checked.get()
+
+
 def fail_value(function: str, rule: str) -> NoReturn:
     """Raise the ValueError of ``function``."""
     message = f"{function}: {rule}"
@@ -59,7 +64,7 @@ def data(function: str, name: str, tensor: Tensor) -> None:
 
 def finite(function: str, name: str, tensor: Tensor) -> None:
     """In checked mode, check that every entry of ``tensor`` is finite."""
-    if _checked.get() and not bool(torch.isfinite(tensor).all()):
+    if _is_checked() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         rule = f"{name} must be finite; got {bad} NaN or infinite entries in shape {tuple(tensor.shape)}"
         fail_value(function, f"{rule}; skip this batch or replace them")
@@ -175,7 +180,7 @@ def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Te
         fail_value(
             function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {tuple(value.shape)}"
         )
-    if _checked.get() and not bool((value > 0).all() if positive else (value >= 0).all()):
+    if _is_checked() and not bool((value > 0).all() if positive else (value >= 0).all()):
         bound = "> 0" if positive else ">= 0"
         fail_value(function, f"{name} must be {bound} everywhere; its smallest entry is {float(value.min()):g}")
     return value.to(of.dtype)

@@ -151,7 +151,9 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.
         inner = rotation.mT @ image
     root = image @ _inverse_root(inner)
     rotation, triangle = _orthonormal_columns(root, dtype)
-    compressed = triangle @ triangle.mT * scale
+    compressed = triangle @ triangle.mT
+    # A product with a transpose is symmetric only to rounding.
+    compressed = (compressed + compressed.mT) * (scale / 2)
     return _poison(compressed, finite), _poison(rotation, finite)
 
 

@@ -11,7 +11,6 @@ from brandla import _check
 from brandla._core import safe_eigh, safe_svd
 from brandla.lowrank import LowRankEigh, LowRankSVD
 from brandla.orthonormal import orthonormalize
-from brandla_kernels import cholesky_inverse_core
 
 
 class LinearOperator(Protocol):
@@ -167,11 +166,11 @@ def _nystrom(test: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     shift = n**0.5 * torch.finfo(image.dtype).eps * norm
     image = image + shift * test
     inner = (test.mT @ image).double()
-    inner = (inner + inner.mT) / 2
-    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    transform, _ = cholesky_inverse_core(inner, scale, 64 * inner.shape[-1] * torch.finfo(inner.dtype).eps)
+    levels, directions = safe_eigh((inner + inner.mT) / 2)
+    resolved = levels > inner.shape[-1] * torch.finfo(inner.dtype).eps * levels[..., :1]
+    root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]
     basis, triangle = orthonormalize(image)
-    half = triangle.double() @ transform
+    half = triangle.double() @ root
     values, rotation = safe_eigh(half @ half.mT, image.dtype)
     return (values - shift[..., 0]).clamp_min(0), basis @ rotation
 

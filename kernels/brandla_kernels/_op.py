@@ -43,7 +43,8 @@ class Op(Generic[Parameters, Result]):
     registered: Callable[Parameters, Result]
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if _forced.get() == "torch":
+        # Dynamo traces no context variables; a compiled graph keeps the dispatcher's choice.
+        if not torch.compiler.is_compiling() and _forced.get() == "torch":
             return self.torch_form(*args, **kwargs)
         return self.registered(*args, **kwargs)
 
