@@ -2,30 +2,36 @@
 
 from brandla import grouped
 from brandla._check import checked
-from brandla.brand import eigh_update, svd_append, svd_update
+from brandla.brand import eigh_update, eigh_update_, svd_append, svd_update
 from brandla.damped import damped_power, damped_solve, kron_damped_solve
-from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked, track
+from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, LowRankSym, Tracked, centre, track
 from brandla.randomized import randomized_eigh, randomized_svd
-from brandla.subspace import subspace_update
+from brandla.rank import Rank
+from brandla.subspace import subspace_update, subspace_update_
 from brandla_kernels import backend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Centred",
     "LowRankEigh",
     "LowRankSVD",
     "LowRankSym",
+    "Rank",
     "Tracked",
     "backend",
+    "centre",
     "checked",
     "damped_power",
     "damped_solve",
     "eigh_update",
+    "eigh_update_",
     "grouped",
     "kron_damped_solve",
     "randomized_eigh",
     "randomized_svd",
     "subspace_update",
+    "subspace_update_",
     "svd_append",
     "svd_update",
     "track",

@@ -223,3 +223,12 @@ def _fields(function: str, name: str, factor: object, expected: int, kind: str) 
     if not isinstance(factor, tuple) or len(factor) != expected or not all(isinstance(f, Tensor) for f in factor):
         fail_type(function, f"{name} must be a {kind}; got {type(factor).__name__}; start one with {kind}.zeros(...)")
     return factor
+
+
+def centre(function: str, basis_tensor: Tensor, mean: Tensor, weight: Tensor) -> None:
+    """Check the mean and the weight of a centred stream."""
+    batch, m = tuple(basis_tensor.shape[:-2]), basis_tensor.shape[-2]
+    for name, value, expected in (("svd.mean", mean, (*batch, m)), ("svd.weight", weight, batch)):
+        part(function, name, value)
+        shape(function, name, value, expected, "as its basis needs")
+        together(function, name, value, "svd.svd.U", basis_tensor)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla.orthonormal import orthonormalize
+from brandla.rank import above
 from brandla_kernels import cholesky_inverse_core
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
@@ -111,7 +112,9 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     return torch.maximum(torch.linalg.vector_norm(vector, dim=(-2, -1)), diagonal.amax(-1))
 
 
-def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def truncate_by_subspace(
+    core: Tensor, rank: int, iterations: int, dtype: torch.dtype, tol: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Rank-``rank`` compression of a positive semi-definite core by subspace iteration: no eigendecomposition.
 
     W starts as the unit vectors of the largest diagonal entries of K, which, unlike the old basis, also see directions
@@ -126,6 +129,8 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.
         Order of the result, and products with K, at least 1.
     dtype
         Precision of the factor: eigenvalues below its ε·‖K‖ may be lost.
+    tol
+        Terms of the approximation up to ``tol`` times the largest are left out.
 
     Returns
     -------
@@ -136,7 +141,7 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.
     finite = torch.isfinite(core).all(-1).all(-1)[..., None, None]
     if rank == 0:
         return core[..., :0, :0], core[..., :0]
-    if rank == core.shape[-1]:
+    if rank == core.shape[-1] and tol == 0:
         identity = torch.eye(rank, dtype=core.dtype, device=core.device).expand_as(core)
         return _poison(core, finite), _poison(identity, finite)
     largest = diagonal.amax(-1)[..., None, None]
@@ -146,11 +151,15 @@ def truncate_by_subspace(core: Tensor, rank: int, iterations: int, dtype: torch.
     image = torch.take_along_dim(normalized, order, dim=-1)
     inner = torch.take_along_dim(image, order.mT, dim=-2)
     for _ in range(iterations - 1):
-        rotation = _orthonormal_columns(image, dtype)[0]
+        # Only the span matters here, so columns may come out less than orthonormal, but none that is left may be lost.
+        rotation = _orthonormal_columns(image, dtype, _lowest_threshold(rank))[0]
         image = normalized @ rotation
         inner = rotation.mT @ image
+    # K̂ = F Fᵀ, a sum of terms: leaving some out keeps K̂ ⪯ K.
     root = image @ _inverse_root(inner)
-    rotation, triangle = _orthonormal_columns(root, dtype)
+    root = root * above(root.square().sum(-2), tol)[..., None, :]
+    # A column that keeps 10⁻⁴ of its length is orthonormal to 10⁻⁷; the rest is 10⁻⁸ of an eigenvalue.
+    rotation, triangle = _orthonormal_columns(root, dtype, 1e-8)
     compressed = triangle @ triangle.mT
     # A product with a transpose is symmetric only to rounding.
     compressed = (compressed + compressed.mT) * (scale / 2)
@@ -161,7 +170,12 @@ def _inverse_root(inner: Tensor) -> Tensor:
     """T with T Tᵀ = H⁺ for a positive semi-definite H: columns of a Nyström sketch that add nothing become zero."""
     inner = (inner + inner.mT) / 2
     scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    return cholesky_inverse_core(inner, scale, 64 * inner.shape[-1] * torch.finfo(inner.dtype).eps)[0]
+    return cholesky_inverse_core(inner, scale, _lowest_threshold(inner.shape[-1]))[0]
+
+
+def _lowest_threshold(order: int) -> float:
+    """Threshold just above the rounding of a float64 Gram matrix of columns of this length."""
+    return 64 * order * torch.finfo(torch.float64).eps
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,17 +197,16 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype, threshold: float) -> tuple[Tensor, Tensor]:
     """Q and R of a small float64 matrix by Cholesky QR; columns that depend on earlier ones become zero.
 
-    For float32 factors one pass in float64 is enough: a column that keeps more than 10⁻⁴ of its length comes out
-    orthonormal to 10⁻⁷, and the rest is 10⁻⁸ of an eigenvalue. Float64 factors take the iterated form.
+    For float32 factors one pass in float64 is enough. Float64 factors take the iterated form, with its own threshold.
     """
     if dtype == matrix.dtype:
         return orthonormalize(matrix)
     gram = matrix.mT @ matrix
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    transform, _ = cholesky_inverse_core(gram, scale, 1e-8)
+    transform, _ = cholesky_inverse_core(gram, scale, threshold)
     return matrix @ transform, transform.mT @ gram
 
 
@@ -203,6 +216,17 @@ def _within_rows(vectors: Tensor, occupied: Tensor) -> Tensor:
     gram = cleared.mT @ cleared
     transform, _ = cholesky_inverse_core(gram, (gram.diagonal(dim1=-2, dim2=-1) > 0.5).to(gram.dtype), 0.25)
     return cleared @ transform
+
+
+def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
+    """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no normal number any more.
+
+    A stream that dies out would otherwise slow every product down with denormals, for good.
+    """
+    if values.numel() == 0:
+        return values
+    largest = values.abs().amax(tuple(range(-dims, 0)), keepdim=True)
+    return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
 def _poison(tensor: Tensor, finite: Tensor) -> Tensor:

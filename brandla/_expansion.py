@@ -23,6 +23,13 @@ class Expansion(NamedTuple):
             return rotation.to(self.basis.dtype)
         return self.parts.rotate(self.basis, rotation)
 
+    def rotate_(self, rotation: Tensor) -> None:
+        """Overwrite U with B W, for W (..., m, r)."""
+        if self.parts is None:
+            self.basis.copy_(rotation)
+        else:
+            self.parts.rotate_(self.basis, rotation)
+
 
 def expand(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor, weight: float | Tensor) -> Expansion:
     """Expand ``decay * U S Uᵀ + weight * A Aᵀ``.

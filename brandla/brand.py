@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import polish, safe_eigh, safe_svd
-from brandla._expansion import expand
-from brandla.lowrank import LowRankEigh, LowRankSVD, Tracked
+from brandla._core import polish, safe_eigh, safe_svd, without_denormals
+from brandla._expansion import Expansion, expand
+from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
 from brandla.orthonormal import Split, split
+from brandla.rank import Rank, above
 
 
 @overload
@@ -21,7 +22,7 @@ def eigh_update(
     *,
     decay: float | Tensor = ...,
     weight: float | Tensor = ...,
-    rank: int | None = ...,
+    rank: int | Rank | None = ...,
 ) -> LowRankEigh: ...
 
 
@@ -32,7 +33,7 @@ def eigh_update(
     *,
     decay: float | Tensor = ...,
     weight: float | Tensor = ...,
-    rank: int | None = ...,
+    rank: int | Rank | None = ...,
 ) -> Tracked[LowRankEigh]: ...
 
 
@@ -42,7 +43,7 @@ def eigh_update(
     *,
     decay: float | Tensor = 1.0,
     weight: float | Tensor = 1.0,
-    rank: int | None = None,
+    rank: int | Rank | None = None,
 ) -> LowRankEigh | Tracked[LowRankEigh]:
     """Best rank-``rank`` truncation of ``decay * U diag(d) Uᵀ + weight * A Aᵀ``.
 
@@ -59,7 +60,7 @@ def eigh_update(
         ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
         normalisation of the data (such as 1/√k) inside A.
     rank
-        Rank of the result: at most min(n, r + k), by default the old rank r.
+        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
     Returns
     -------
@@ -82,8 +83,8 @@ def eigh_update(
 
     References
     ----------
-    M. Brand, "Fast low-rank modifications of the thin singular value decomposition", Linear Algebra Appl. 415 (2006),
-    section 4. Derivation: ``docs/brand.md``.
+    M. Brand, "Fast low-rank modifications of the thin singular value decomposition", Linear Algebra Appl. 415 (2006).
+    Derivation: ``docs/brand.md``.
 
     Examples
     --------
@@ -93,22 +94,112 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    function = "eigh_update"
+    return _eigh_step("eigh_update", eigh, columns, decay, weight, rank).as_new()
+
+
+@overload
+def eigh_update_(
+    eigh: LowRankEigh, columns: Tensor, *, decay: float | Tensor = ..., weight: float | Tensor = ..., tol: float = ...
+) -> LowRankEigh: ...
+
+
+@overload
+def eigh_update_(
+    eigh: Tracked[LowRankEigh],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = ...,
+    weight: float | Tensor = ...,
+    tol: float = ...,
+) -> Tracked[LowRankEigh]: ...
+
+
+def eigh_update_(
+    eigh: LowRankEigh | Tracked[LowRankEigh],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
+    tol: float = 0.0,
+) -> LowRankEigh | Tracked[LowRankEigh]:
+    """:func:`eigh_update` at the old rank, written over the tensors of ``eigh``.
+
+    Needs no second basis: the extra memory is that of the columns, and of small matrices.
+
+    Parameters
+    ----------
+    eigh, columns, decay, weight
+        As for :func:`eigh_update`; ``columns`` must not share memory with ``eigh``.
+    tol
+        As in :class:`brandla.Rank`: eigenvalues up to ``tol`` times the largest become 0, with zero vectors.
+
+    Returns
+    -------
+    LowRankEigh or Tracked
+        ``eigh`` itself.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As :func:`eigh_update`, before anything is overwritten.
+    """
+    factor = eigh.lowrank if isinstance(eigh, Tracked) else eigh
+    _check.eigh("eigh_update_", "eigh", factor)
+    rank = Rank(factor.rank, tol) if factor.rank else None
+    return _eigh_step("eigh_update_", eigh, columns, decay, weight, rank).in_place(eigh)
+
+
+class _EighStep(NamedTuple):
+    """The new values, and what gives the new vectors: a rotation of an expansion, or the old vectors as they are."""
+
+    values: Tensor
+    vectors: Tensor
+    expansion: Expansion | None
+    rotation: Tensor
+    bound: Tensor | None
+
+    def as_new(self) -> LowRankEigh | Tracked[LowRankEigh]:
+        vectors = self.vectors.clone() if self.expansion is None else self.expansion.rotate(self.rotation)
+        updated = LowRankEigh(self.values, vectors)
+        return updated if self.bound is None else Tracked(updated, self.bound)
+
+    def in_place(self, eigh: LowRankEigh | Tracked[LowRankEigh]) -> LowRankEigh | Tracked[LowRankEigh]:
+        factor = eigh.lowrank if isinstance(eigh, Tracked) else eigh
+        if self.expansion is not None:
+            self.expansion.rotate_(self.rotation)
+        factor.eigenvalues.copy_(self.values)
+        if isinstance(eigh, Tracked) and self.bound is not None:
+            eigh.error_bound.copy_(self.bound)
+        return eigh
+
+
+def _eigh_step(
+    function: str,
+    eigh: LowRankEigh | Tracked[LowRankEigh],
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+) -> _EighStep:
     factor, bound = (eigh.lowrank, eigh.error_bound) if isinstance(eigh, Tracked) else (eigh, None)
     _check.eigh(function, "eigh", factor)
     values, vectors = factor
+    tol = rank.tol if isinstance(rank, Rank) else 0.0
     columns, decay, weight, rank = check_update(function, "eigh.eigenvectors", vectors, columns, decay, weight, rank)
+    decayed_bound = None if bound is None else decay * bound
     if columns.shape[-1] == 0 and rank == vectors.shape[-1]:
-        decayed = _decayed(decay, values)
-        updated = LowRankEigh(decayed, vectors.clone())
-        return updated if bound is None else Tracked(updated, decay * bound)
+        return _EighStep(without_denormals(_decayed(decay, values)), vectors, None, vectors, decayed_bound)
     expansion = expand(values, vectors, columns, decay, weight)
     spectrum, rotation = safe_eigh(expansion.core, vectors.dtype, keep=rank)
-    updated = LowRankEigh(spectrum[..., :rank].clone(), expansion.rotate(polish(rotation)))
-    if bound is None:
-        return updated
-    first_dropped = spectrum[..., rank] if spectrum.shape[-1] > rank else torch.zeros_like(bound)
-    return Tracked(updated, decay * bound + first_dropped)
+    kept = spectrum[..., :rank]
+    alive = above(kept, tol)
+    rotation = polish(rotation * alive[..., None, :])
+    if decayed_bound is not None:
+        # The largest value left out: the first under the tolerance, or the first beyond the rank.
+        dropped = torch.where(alive, 0, kept)
+        dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
+        decayed_bound = decayed_bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
+    return _EighStep(without_denormals(kept * alive), vectors, expansion, rotation, decayed_bound)
 
 
 def check_update(
@@ -118,7 +209,7 @@ def check_update(
     columns: Tensor,
     decay: float | Tensor,
     weight: float | Tensor,
-    rank: int | None,
+    rank: int | Rank | None,
 ) -> tuple[Tensor, float | Tensor, float | Tensor, int]:
     """Check what every symmetric update takes besides its factor, and return it in the factor's dtype."""
     columns = _check.columns(function, "columns", columns, name, basis)
@@ -126,12 +217,17 @@ def check_update(
     weight = _check.scalar(function, "weight", weight, name, basis)
     n, r = basis.shape[-2:]
     k = columns.shape[-1]
-    rank = _check.rank(function, rank, r, min(n, r + k), f"min(n, r + k) with n = {n}, r = {r}, k = {k}")
-    return columns, decay, weight, rank
+    because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
+    return columns, decay, weight, _check.rank(function, most_of(rank), r, min(n, r + k), because)
+
+
+def most_of(rank: int | Rank | None) -> int | None:
+    """Return the number behind a rule."""
+    return rank.max if isinstance(rank, Rank) else rank
 
 
 def svd_update(
-    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | None = None
+    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
 ) -> LowRankSVD:
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
@@ -165,7 +261,7 @@ def svd_update(
 
     References
     ----------
-    M. Brand, Linear Algebra Appl. 415 (2006), section 2. Derivation: ``docs/brand.md``.
+    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/brand.md``.
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
@@ -180,19 +276,35 @@ def svd_update(
     decay = _check.scalar(function, "decay", decay, "svd.U", left_vectors)
     m, n, r, k = left_vectors.shape[-2], right_vectors.shape[-2], left_vectors.shape[-1], left.shape[-1]
     most = min(m, n, r + k)
-    rank = _check.rank(function, rank, r, most, f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}")
+    tol = rank.tol if isinstance(rank, Rank) else 0.0
+    because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
+    rank = _check.rank(function, most_of(rank), r, most, because)
     left_parts, right_parts = split(left_vectors, left), split(right_vectors, right)
     core = _stacked(left_parts) @ _stacked(right_parts).mT
     core[..., :r, :r] += torch.diag_embed(_decayed(decay, values)).double()
-    rotation, spectrum, right_rotation = safe_svd(core, values.dtype)
+    rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
     return LowRankSVD(
-        left_parts.rotate(left_vectors, rotation[..., :rank]),
-        spectrum[..., :rank].to(values.dtype, copy=True),
-        right_parts.rotate(right_vectors, right_rotation[..., :rank]).mT,
+        left_parts.rotate(left_vectors, rotation),
+        spectrum,
+        right_parts.rotate(right_vectors, right_rotation).mT,
     )
 
 
-def svd_append(svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | None = None) -> LowRankSVD:
+@overload
+def svd_append(
+    svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = ..., rank: int | Rank | None = ...
+) -> LowRankSVD: ...
+
+
+@overload
+def svd_append(
+    svd: Centred, columns: Tensor, *, decay: float | Tensor = ..., rank: int | Rank | None = ...
+) -> Centred: ...
+
+
+def svd_append(
+    svd: LowRankSVD | Centred, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
+) -> LowRankSVD | Centred:
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
@@ -201,18 +313,22 @@ def svd_append(svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = 1.0,
     Parameters
     ----------
     svd
-        U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream.
+        U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream. Or a
+        :class:`Centred` one, started by :func:`centre`: the decomposition is then of the columns less their running
+        mean, as in principal component analysis.
     columns
         A, shape (..., m, k): appended to the right.
     decay
         ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
     rank
-        Rank of the result: at most min(m, r + k), by default the old rank r.
+        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(m, r + k) (one more when centred, for
+        the shift of the mean), by default the old rank r.
 
     Returns
     -------
-    LowRankSVD
-        With Vh of shape (..., rank, n + k). New tensors: nothing is modified or shared.
+    LowRankSVD or Centred
+        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred. New tensors: nothing is
+        modified or shared.
 
     Raises
     ------
@@ -222,29 +338,70 @@ def svd_append(svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = 1.0,
     Notes
     -----
     Vh grows by k columns a call. Where only U and S are wanted, :func:`brandla.eigh_update` on the same columns keeps
-    U and S² in constant memory. A rank above the number of columns seen leaves zero triplets.
+    U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
+    triplets.
 
     References
     ----------
     M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
     Derivation: ``docs/brand.md``.
     """
-    function = "svd_append"
+    if isinstance(svd, Centred):
+        return _append_centred(svd, columns, decay, rank)
+    return _append("svd_append", svd, columns, decay, rank)
+
+
+def _append(
+    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
+) -> LowRankSVD:
     _check.svd(function, "svd", svd)
     left_vectors, values, right_rows = svd
     columns = _check.columns(function, "columns", columns, "svd.U", left_vectors)
     decay = _check.scalar(function, "decay", decay, "svd.U", left_vectors)
     m, r = left_vectors.shape[-2:]
     k = columns.shape[-1]
-    rank = _check.rank(function, rank, r, min(m, r + k), f"min(m, r + k) with m = {m}, r = {r}, k = {k}")
+    tol = rank.tol if isinstance(rank, Rank) else 0.0
+    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
+    rank = _check.rank(function, most_of(rank), r, min(m, r + k), because)
     parts = split(left_vectors, columns)
     old = torch.diag_embed(_decayed(decay, values)).double()
     old = torch.cat([old, old.new_zeros(*old.shape[:-2], k, r)], dim=-2)
-    rotation, spectrum, right_rotation = safe_svd(torch.cat([old, _stacked(parts)], dim=-1), values.dtype)
-    right_rotation = right_rotation[..., :rank].to(values.dtype)
+    core = torch.cat([old, _stacked(parts)], dim=-1)
+    rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    right_rotation = right_rotation.to(values.dtype)
     right = torch.cat([right_rows.mT @ right_rotation[..., :r, :], right_rotation[..., r:, :]], dim=-2)
-    return LowRankSVD(
-        parts.rotate(left_vectors, rotation[..., :rank]), spectrum[..., :rank].to(values.dtype, copy=True), right.mT
+    return LowRankSVD(parts.rotate(left_vectors, rotation), spectrum, right.mT)
+
+
+def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
+    """Append the batch less its own mean, and one column for the distance between the means."""
+    function = "svd_append"
+    svd, mean, weight = state
+    _check.svd(function, "svd.svd", svd)
+    _check.centre(function, svd.U, mean, weight)
+    columns = _check.columns(function, "columns", columns, "svd.svd.U", svd.U)
+    decay = _check.scalar(function, "decay", decay, "svd.svd.U", svd.U)
+    k = columns.shape[-1]
+    old = weight * decay**2
+    total = old + k
+    share = torch.where(total > 0, k / total, 0.0)
+    batch_mean = columns.mean(-1) if k else mean
+    # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + old·k/total · (μ_old − μ_batch)(…)ᵀ.
+    shift = (mean - batch_mean) * (old * share).sqrt()[..., None]
+    centred = torch.cat([columns - batch_mean[..., None], shift[..., None]], dim=-1)
+    updated = _append(function, svd, centred, decay, rank)
+    updated = LowRankSVD(updated.U, updated.S, updated.Vh[..., :0])
+    return Centred(updated, mean + (batch_mean - mean) * share[..., None], total)
+
+
+def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rotation, spectrum, right_rotation = safe_svd(core, dtype)
+    kept = spectrum[..., :rank]
+    alive = above(kept, tol)
+    return (
+        rotation[..., :rank] * alive[..., None, :],
+        without_denormals((kept * alive).to(dtype)),
+        right_rotation[..., :rank] * alive[..., None, :],
     )
 
 

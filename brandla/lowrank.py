@@ -218,3 +218,40 @@ def _sizes(function: str, rank: int, n: int) -> None:
     _check.count(function, "rank", rank, 0)
     if rank > n:
         _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")
+
+
+class Centred(NamedTuple):
+    """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
+
+    Start one with :func:`centre` and feed it to :func:`brandla.svd_append`. ``svd.U`` holds the principal axes, and
+    ``svd.S² / weight`` the variances along them. Right vectors are not kept: a moving mean moves every column seen.
+
+    Parameters
+    ----------
+    svd
+        LowRankSVD with an empty Vh (..., r, 0).
+    mean
+        Shape (..., m): the mean of the columns so far, weighted as decay weights them.
+    weight
+        Tensor of batch shape: the number of columns so far, weighted in the same way.
+    """
+
+    svd: LowRankSVD
+    mean: Tensor
+    weight: Tensor
+
+
+def centre(svd: LowRankSVD) -> Centred:
+    """Start a centred stream from an SVD that has seen no columns, such as ``LowRankSVD.zeros(m, 0, rank)``.
+
+    Raises
+    ------
+    ValueError
+        If ``svd`` holds columns: their mean is not known.
+    """
+    _check.svd("centre", "svd", svd)
+    if svd.Vh.shape[-1] != 0:
+        rule = "svd must have seen no columns, since their mean is not known"
+        _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
+    batch_shape = svd.U.shape[:-2]
+    return Centred(svd, svd.U.new_zeros(*batch_shape, svd.U.shape[-2]), svd.U.new_zeros(batch_shape))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from brandla_kernels import cholesky_inverse_core, gram, project, refine, residual, rotate
+from brandla_kernels import cholesky_inverse_core, gram, project, refine, residual, rotate, rotate_
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
@@ -33,12 +33,19 @@ class Split(NamedTuple):
 
     def rotate(self, basis: Tensor, rotation: Tensor) -> Tensor:
         """Return [U Q] W for W (..., r + k, s), in one pass over U and Q₁, with the drift of U taken out."""
+        return rotate(basis, self.panel, *self._rotations(basis, rotation))
+
+    def rotate_(self, basis: Tensor, rotation: Tensor) -> None:
+        """Overwrite U with [U Q] W, for W (..., r + k, r)."""
+        rotate_(basis, self.panel, *self._rotations(basis, rotation))
+
+    def _rotations(self, basis: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what U and Q₁ are multiplied by, for [U Q] W."""
         r, dtype = basis.shape[-1], basis.dtype
         rotation = rotation.to(dtype)
         panel_rotation = self.transform.to(dtype) @ rotation[..., r:, :]
         corrected = without_drift(self.drift.to(dtype), rotation[..., :r, :])
-        basis_rotation = corrected - self.overlap.to(dtype) @ panel_rotation
-        return rotate(basis, self.panel, basis_rotation, panel_rotation)
+        return corrected - self.overlap.to(dtype) @ panel_rotation, panel_rotation
 
 
 def split(basis: Tensor, columns: Tensor) -> Split:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import truncate_by_subspace
-from brandla._expansion import expand
+from brandla._core import truncate_by_subspace, without_denormals
+from brandla._expansion import Expansion, expand
 from brandla.brand import check_update
 from brandla.lowrank import LowRankSym, Tracked
+from brandla.rank import Rank
 
 
 @overload
@@ -21,7 +22,7 @@ def subspace_update(
     *,
     decay: float | Tensor = ...,
     weight: float | Tensor = ...,
-    rank: int | None = ...,
+    rank: int | Rank | None = ...,
     iterations: int = ...,
 ) -> LowRankSym: ...
 
@@ -33,7 +34,7 @@ def subspace_update(
     *,
     decay: float | Tensor = ...,
     weight: float | Tensor = ...,
-    rank: int | None = ...,
+    rank: int | Rank | None = ...,
     iterations: int = ...,
 ) -> Tracked[LowRankSym]: ...
 
@@ -44,7 +45,7 @@ def subspace_update(
     *,
     decay: float | Tensor = 1.0,
     weight: float | Tensor = 1.0,
-    rank: int | None = None,
+    rank: int | Rank | None = None,
     iterations: int = 2,
 ) -> LowRankSym | Tracked[LowRankSym]:
     """Near-best rank-``rank`` truncation of ``decay * U S Uᵀ + weight * A Aᵀ``, with no eigendecomposition.
@@ -62,7 +63,7 @@ def subspace_update(
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape.
     rank
-        Rank of the result: at most min(n, r + k), by default the old rank r.
+        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
     iterations
         Subspace iterations, at least 1. Two come within a few per cent of the exact update's error on every stream
         measured (``docs/subspace.md``).
@@ -88,22 +89,117 @@ def subspace_update(
     N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), section 4.5, for subspace iteration; the warm start and
     its failure modes: ``docs/subspace.md``.
     """
-    function = "subspace_update"
+    return _step("subspace_update", sym, columns, decay, weight, rank, iterations).as_new()
+
+
+@overload
+def subspace_update_(
+    sym: LowRankSym,
+    columns: Tensor,
+    *,
+    decay: float | Tensor = ...,
+    weight: float | Tensor = ...,
+    tol: float = ...,
+    iterations: int = ...,
+) -> LowRankSym: ...
+
+
+@overload
+def subspace_update_(
+    sym: Tracked[LowRankSym],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = ...,
+    weight: float | Tensor = ...,
+    tol: float = ...,
+    iterations: int = ...,
+) -> Tracked[LowRankSym]: ...
+
+
+def subspace_update_(
+    sym: LowRankSym | Tracked[LowRankSym],
+    columns: Tensor,
+    *,
+    decay: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
+    tol: float = 0.0,
+    iterations: int = 2,
+) -> LowRankSym | Tracked[LowRankSym]:
+    """:func:`subspace_update` at the old rank, written over the tensors of ``sym``.
+
+    Needs no second basis: the extra memory is that of the columns, and of small matrices.
+
+    Parameters
+    ----------
+    sym, columns, decay, weight, iterations
+        As for :func:`subspace_update`; ``columns`` must not share memory with ``sym``.
+    tol
+        As in :class:`brandla.Rank`: terms of the compressed core up to ``tol`` times the largest are left out.
+
+    Returns
+    -------
+    LowRankSym or Tracked
+        ``sym`` itself.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`subspace_update`, before anything is overwritten.
+    """
+    factor = sym.lowrank if isinstance(sym, Tracked) else sym
+    _check.sym("subspace_update_", "sym", factor)
+    rank = Rank(factor.rank, tol) if factor.rank else None
+    return _step("subspace_update_", sym, columns, decay, weight, rank, iterations).in_place(sym)
+
+
+class _SymStep(NamedTuple):
+    """The new core, and what gives the new basis: a rotation of an expansion, or the old basis as it is."""
+
+    core: Tensor
+    basis: Tensor
+    expansion: Expansion | None
+    rotation: Tensor
+    bound: Tensor | None
+
+    def as_new(self) -> LowRankSym | Tracked[LowRankSym]:
+        basis = self.basis.clone() if self.expansion is None else self.expansion.rotate(self.rotation)
+        updated = LowRankSym(self.core, basis)
+        return updated if self.bound is None else Tracked(updated, self.bound)
+
+    def in_place(self, sym: LowRankSym | Tracked[LowRankSym]) -> LowRankSym | Tracked[LowRankSym]:
+        factor = sym.lowrank if isinstance(sym, Tracked) else sym
+        if self.expansion is not None:
+            self.expansion.rotate_(self.rotation)
+        factor.core.copy_(self.core)
+        if isinstance(sym, Tracked) and self.bound is not None:
+            sym.error_bound.copy_(self.bound)
+        return sym
+
+
+def _step(
+    function: str,
+    sym: LowRankSym | Tracked[LowRankSym],
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+    iterations: int,
+) -> _SymStep:
     factor, bound = (sym.lowrank, sym.error_bound) if isinstance(sym, Tracked) else (sym, None)
     _check.sym(function, "sym", factor)
     core, basis = factor
+    tol = rank.tol if isinstance(rank, Rank) else 0.0
     columns, decay, weight, rank = check_update(function, "sym.basis", basis, columns, decay, weight, rank)
     iterations = _check.count(function, "iterations", iterations, 1)
+    decayed_bound = None if bound is None else decay * bound
     if columns.shape[-1] == 0 and rank == basis.shape[-1]:
         scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
-        updated = LowRankSym(core * scale, basis.clone())
-        return updated if bound is None else Tracked(updated, decay * bound)
+        return _SymStep(without_denormals(core * scale, dims=2), basis, None, basis, decayed_bound)
     expansion = expand(core, basis, columns, decay, weight)
-    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations, basis.dtype)
-    updated = LowRankSym(compressed.to(core.dtype), expansion.rotate(rotation))
-    if bound is None:
-        return updated
-    return Tracked(updated, decay * bound + _left_out(expansion.core, compressed, rotation).to(bound.dtype))
+    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations, basis.dtype, tol)
+    if decayed_bound is not None:
+        decayed_bound = decayed_bound + _left_out(expansion.core, compressed, rotation).to(core.dtype)
+    return _SymStep(without_denormals(compressed.to(core.dtype), dims=2), basis, expansion, rotation, decayed_bound)
 
 
 def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:

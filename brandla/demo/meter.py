@@ -30,12 +30,13 @@ class Meter:
         self._previous: Any = None
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
             transient=True,
             disable=not console.is_terminal,
         )

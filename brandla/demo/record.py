@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from brandla.demo.results import Results
 from brandla.demo.summary import summarize_memory, summarize_tracking, summarize_training
 
 SCHEMA = 1
+
+_NUMBERS = re.compile(r"\[[-+.,\deE\snul]+\]")
 
 
 def record(results: Results) -> dict[str, Any]:
@@ -31,8 +34,13 @@ def record(results: Results) -> dict[str, Any]:
 def write(results: Results, path: Path) -> None:
     """Write the figures to ``path``, whole or not at all."""
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(record(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(record(results), indent=1, allow_nan=False)
+    unfinished.write_text(_NUMBERS.sub(_on_one_line, text) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return "[" + " ".join(numbers.group()[1:-1].split()) + "]"
 
 
 def _plain(value: Any) -> Any:

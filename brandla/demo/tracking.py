@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from brandla.demo.meter import Meter
 from brandla.demo.results import Errors, Reference, Tracker, Tracking
 from brandla.demo.settings import Settings
 from brandla.demo.timing import timed
-from brandla.lowrank import Factor
 
 # Relative cost of one step, for the progress bar; about milliseconds.
 STEP_COST = 80.0
@@ -40,13 +39,14 @@ def order(settings: Settings) -> int:
 
 
 def _train(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Split) -> Tensor:
-    """Take a training step and return the scaled inputs of the second Linear, A (n, k), with a last row for the bias."""
+    """Take a training step and return the second Linear's scaled inputs, A (n, k), with a last row for the bias."""
     hidden = model[:2](batch.images)
     optimizer.zero_grad()
     F.cross_entropy(model[2:](hidden), batch.labels).backward()
     optimizer.step()
     inputs = torch.cat([hidden.detach(), hidden.new_ones(len(hidden), 1)], dim=1)
-    return inputs.mT / len(hidden) ** 0.5
+    columns: Tensor = inputs.mT / len(hidden) ** 0.5
+    return columns
 
 
 class _Observer:
@@ -57,7 +57,7 @@ class _Observer:
         self._study = study
         n, device = order(settings), settings.device
         self._truth = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self._updates: list[_Stream[brandla.LowRankEigh] | _Stream[brandla.LowRankSym]] = []
+        self._streams: list[_Stream] = []
         for rank in settings.tracking.ranks:
             study.best[rank] = Errors()
             self._add("eigh_update", rank, brandla.LowRankEigh.zeros(n, rank, device=device), brandla.eigh_update)
@@ -73,11 +73,11 @@ class _Observer:
         decay = settings.decay
         wide = columns.double()
         self._truth = decay * self._truth + (1 - decay) * (wide @ wide.mT)
-        for stream in self._updates:
+        for stream in self._streams:
             stream.update(columns, settings)
         with_spectral = step % settings.tracking.spectral_every == 0 or step == 1
         self._note_truth(with_spectral=with_spectral)
-        for stream in self._updates:
+        for stream in self._streams:
             stream.measure(self._truth, with_spectral=with_spectral)
         study.steps.append(step)
         if with_spectral:
@@ -88,16 +88,11 @@ class _Observer:
                 reference.time(dense, columns, settings.device)
 
     def _add(
-        self,
-        name: str,
-        rank: int,
-        start: Factor,
-        update: Callable[..., brandla.Tracked[Factor]],
+        self, name: str, rank: int, start: brandla.LowRankEigh | brandla.LowRankSym, update: Callable[..., Any]
     ) -> None:
         record = Tracker(name, rank)
         self._study.trackers.append(record)
-        stream: _Stream[Factor] = _Stream(record, brandla.track(start), update)
-        self._updates.append(stream)
+        self._streams.append(_Stream(record, brandla.track(start), update))
 
     def _note_truth(self, *, with_spectral: bool) -> None:
         """Note the norms of M and, by Eckart–Young, of the best rank-r error: those of the trailing eigenvalues."""
@@ -107,15 +102,10 @@ class _Observer:
             _note(best, spectrum[rank:], with_spectral=with_spectral)
 
 
-class _Stream(Generic[Factor]):
+class _Stream:
     """One factor under one update."""
 
-    def __init__(
-        self,
-        record: Tracker,
-        tracked: brandla.Tracked[Factor],
-        update: Callable[..., brandla.Tracked[Factor]],
-    ) -> None:
+    def __init__(self, record: Tracker, tracked: brandla.Tracked[Any], update: Callable[..., Any]) -> None:
         self._record = record
         self._tracked = tracked
         self._update = update

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from brandla.demo import data
 from brandla.demo.data import Digits, Split
-from brandla.demo.methods import METHODS, Method, Trainer
 from brandla.demo.meter import Meter
+from brandla.demo.methods import METHODS, Method, Trainer
 from brandla.demo.results import Evaluation, Run, Search, Training, Trial
 from brandla.demo.settings import Settings
 from brandla.demo.timing import timed

@@ -9,7 +9,7 @@ from brandla_kernels.kron_damped_apply import kron_damped_apply
 from brandla_kernels.project import project
 from brandla_kernels.refine import refine
 from brandla_kernels.residual import residual
-from brandla_kernels.rotate import rotate
+from brandla_kernels.rotate import rotate, rotate_
 
 __all__ = [
     "OPS",
@@ -26,4 +26,5 @@ __all__ = [
     "refine",
     "residual",
     "rotate",
+    "rotate_",
 ]
