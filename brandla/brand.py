@@ -53,14 +53,14 @@ def eigh_update(
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r), or a :class:`Tracked` one, whose error bound is then carried along.
+        d (..., r) and U (..., n, r), or a `Tracked` one, whose error bound is then carried along.
     columns
         A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor.
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
         normalisation of the data (such as 1/√k) inside A.
     rank
-        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
     Returns
     -------
@@ -78,7 +78,7 @@ def eigh_update(
     -----
     Two projection passes keep ‖UᵀU − I‖₂ at a small multiple of ε over any number of updates, on rank-deficient data
     too: columns inside the span of U, or repeated, add no basis vector. The result never exceeds the matrix it stands
-    for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device; :func:`brandla.subspace_update` does
+    for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device; `brandla.subspace_update` does
     not.
 
     References
@@ -122,16 +122,16 @@ def eigh_update_(
     weight: float | Tensor = 1.0,
     tol: float = 0.0,
 ) -> LowRankEigh | Tracked[LowRankEigh]:
-    """:func:`eigh_update` at the old rank, written over the tensors of ``eigh``.
+    """`eigh_update` at the old rank, written over the tensors of ``eigh``.
 
     Needs no second basis: the extra memory is that of the columns, and of small matrices.
 
     Parameters
     ----------
     eigh, columns, decay, weight
-        As for :func:`eigh_update`; ``columns`` must not share memory with ``eigh``.
+        As for `eigh_update`; ``columns`` must not share memory with ``eigh``.
     tol
-        As in :class:`brandla.Rank`: eigenvalues up to ``tol`` times the largest become 0, with zero vectors.
+        As in `brandla.Rank`: eigenvalues up to ``tol`` times the largest become 0, with zero vectors.
 
     Returns
     -------
@@ -141,7 +141,7 @@ def eigh_update_(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As :func:`eigh_update`, before anything is overwritten.
+        As `eigh_update`, before anything is overwritten.
     """
     factor = eigh.lowrank if isinstance(eigh, Tracked) else eigh
     _check.eigh("eigh_update_", "eigh", factor)
@@ -314,14 +314,14 @@ def svd_append(
     ----------
     svd
         U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream. Or a
-        :class:`Centred` one, started by :func:`centre`: the decomposition is then of the columns less their running
+        `Centred` one, started by `centre`: the decomposition is then of the columns less their running
         mean, as in principal component analysis.
     columns
         A, shape (..., m, k): appended to the right.
     decay
         ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
     rank
-        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(m, r + k) (one more when centred, for
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k) (one more when centred, for
         the shift of the mean), by default the old rank r.
 
     Returns
@@ -337,7 +337,7 @@ def svd_append(
 
     Notes
     -----
-    Vh grows by k columns a call. Where only U and S are wanted, :func:`brandla.eigh_update` on the same columns keeps
+    Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
     triplets.
 

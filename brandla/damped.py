@@ -92,9 +92,9 @@ def damped_power(
     Parameters
     ----------
     lowrank, rhs, damping, tail
-        As in :func:`damped_solve`.
+        As in `damped_solve`.
     exponent
-        p, any real number; −1 is :func:`damped_solve`.
+        p, any real number; −1 is `damped_solve`.
 
     Returns
     -------
@@ -169,7 +169,7 @@ def kron_damped_solve(
     left_damping, right_damping
         λ_G, λ_A > 0: numbers, or tensors of batch shape.
     left_tail, right_tail
-        τ of each factor, as in :func:`damped_solve`.
+        τ of each factor, as in `damped_solve`.
 
     Returns
     -------

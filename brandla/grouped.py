@@ -52,7 +52,7 @@ def eigh_update(
     weight: Each[float | Tensor] = 1.0,
     rank: Each[int | None] = None,
 ) -> list[EighFactor]:
-    """:func:`brandla.eigh_update` of each factor."""
+    """`brandla.eigh_update` of each factor."""
     return _each("eigh_update", brand.eigh_update, (eighs, columns), decay=decay, weight=weight, rank=rank)
 
 
@@ -65,7 +65,7 @@ def subspace_update(
     rank: Each[int | None] = None,
     iterations: Each[int] = 2,
 ) -> list[SymFactor]:
-    """:func:`brandla.subspace_update` of each factor."""
+    """`brandla.subspace_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank, "iterations": iterations}
     return _each("subspace_update", subspace.subspace_update, (syms, columns), **options)
 
@@ -78,7 +78,7 @@ def svd_update(
     decay: Each[float | Tensor] = 1.0,
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
-    """:func:`brandla.svd_update` of each factor."""
+    """`brandla.svd_update` of each factor."""
     return _each("svd_update", brand.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
@@ -89,7 +89,7 @@ def svd_append(
     decay: Each[float | Tensor] = 1.0,
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
-    """:func:`brandla.svd_append` of each factor."""
+    """`brandla.svd_append` of each factor."""
     return _each("svd_append", brand.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
@@ -101,7 +101,7 @@ def randomized_eigh(
     power_iterations: Each[int] = 2,
     generator: torch.Generator | None = None,
 ) -> list[LowRankEigh]:
-    """:func:`brandla.randomized_eigh` of each matrix, in order from one generator."""
+    """`brandla.randomized_eigh` of each matrix, in order from one generator."""
     ranks = _spread("randomized_eigh", "rank", rank, len(matrices))
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator}
     return _each("randomized_eigh", randomized.randomized_eigh, (matrices, ranks), **options)
@@ -115,7 +115,7 @@ def randomized_svd(
     power_iterations: Each[int] = 2,
     generator: torch.Generator | None = None,
 ) -> list[LowRankSVD]:
-    """:func:`brandla.randomized_svd` of each matrix, in order from one generator."""
+    """`brandla.randomized_svd` of each matrix, in order from one generator."""
     ranks = _spread("randomized_svd", "rank", rank, len(matrices))
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator}
     return _each("randomized_svd", randomized.randomized_svd, (matrices, ranks), **options)
@@ -128,7 +128,7 @@ def damped_solve(
     *,
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
-    """:func:`brandla.damped_solve` with each factor."""
+    """`brandla.damped_solve` with each factor."""
     dampings = _spread("damped_solve", "damping", damping, len(lowranks))
     return _each("damped_solve", damped.damped_solve, (lowranks, rhs, dampings), tail=tail)
 
@@ -141,7 +141,7 @@ def damped_power(
     *,
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
-    """:func:`brandla.damped_power` with each factor."""
+    """`brandla.damped_power` with each factor."""
     dampings = _spread("damped_power", "damping", damping, len(lowranks))
     exponents = _spread("damped_power", "exponent", exponent, len(lowranks))
     return _each("damped_power", damped.damped_power, (lowranks, rhs, dampings, exponents), tail=tail)
@@ -157,7 +157,7 @@ def kron_damped_solve(
     left_tail: Each[Tail] = 0.0,
     right_tail: Each[Tail] = 0.0,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """:func:`brandla.kron_damped_solve` with each pair of factors."""
+    """`brandla.kron_damped_solve` with each pair of factors."""
     left_dampings = _spread("kron_damped_solve", "left_damping", left_damping, len(lefts))
     right_dampings = _spread("kron_damped_solve", "right_damping", right_damping, len(lefts))
     lists = (lefts, rights, matrices, left_dampings, right_dampings)

@@ -192,7 +192,7 @@ Factor = TypeVar("Factor", LowRankEigh, LowRankSym)
 class Tracked(NamedTuple, Generic[Factor]):
     """A factor together with a running bound on its distance from the matrix it stands for.
 
-    Start one with :func:`track`; the update functions take it in place of the factor and return the next one. The bound
+    Start one with `track`; the update functions take it in place of the factor and return the next one. The bound
     is carried along on the device: it costs no pass over tall matrices and no sync.
 
     Parameters
@@ -223,7 +223,7 @@ def _sizes(function: str, rank: int, n: int) -> None:
 class Centred(NamedTuple):
     """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
 
-    Start one with :func:`centre` and feed it to :func:`brandla.svd_append`. ``svd.U`` holds the principal axes, and
+    Start one with `centre` and feed it to `brandla.svd_append`. ``svd.U`` holds the principal axes, and
     ``svd.S² / weight`` the variances along them. Right vectors are not kept: a moving mean moves every column seen.
 
     Parameters

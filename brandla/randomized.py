@@ -16,7 +16,7 @@ from brandla.orthonormal import orthonormalize
 class LinearOperator(Protocol):
     """Anything that multiplies: ``shape``, ``dtype``, ``device`` and ``@`` with a tensor on the right.
 
-    :func:`randomized_svd` also needs the transposed product: an attribute ``mT`` that multiplies, or ``tensor @
+    `randomized_svd` also needs the transposed product: an attribute ``mT`` that multiplies, or ``tensor @
     operator``.
     """
 

@@ -50,20 +50,20 @@ def subspace_update(
 ) -> LowRankSym | Tracked[LowRankSym]:
     """Near-best rank-``rank`` truncation of ``decay * U S Uᵀ + weight * A Aᵀ``, with no eigendecomposition.
 
-    The same target as :func:`brandla.eigh_update`. The (r + k)-order core is compressed by subspace iteration from the
+    The same target as `brandla.eigh_update`. The (r + k)-order core is compressed by subspace iteration from the
     unit vectors of its largest diagonal entries, so the whole update is matrix products and Cholesky factorisations:
     it never waits for the device and can be captured in a CUDA graph.
 
     Parameters
     ----------
     sym
-        S (..., r, r) and U (..., n, r), or a :class:`Tracked` one, whose error bound is then carried along.
+        S (..., r, r) and U (..., n, r), or a `Tracked` one, whose error bound is then carried along.
     columns
         A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor.
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape.
     rank
-        Rank of the result, a number or a :class:`brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
     iterations
         Subspace iterations, at least 1. Two come within a few per cent of the exact update's error on every stream
         measured (``docs/subspace.md``).
@@ -125,16 +125,16 @@ def subspace_update_(
     tol: float = 0.0,
     iterations: int = 2,
 ) -> LowRankSym | Tracked[LowRankSym]:
-    """:func:`subspace_update` at the old rank, written over the tensors of ``sym``.
+    """`subspace_update` at the old rank, written over the tensors of ``sym``.
 
     Needs no second basis: the extra memory is that of the columns, and of small matrices.
 
     Parameters
     ----------
     sym, columns, decay, weight, iterations
-        As for :func:`subspace_update`; ``columns`` must not share memory with ``sym``.
+        As for `subspace_update`; ``columns`` must not share memory with ``sym``.
     tol
-        As in :class:`brandla.Rank`: terms of the compressed core up to ``tol`` times the largest are left out.
+        As in `brandla.Rank`: terms of the compressed core up to ``tol`` times the largest are left out.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def subspace_update_(
     Raises
     ------
     ValueError, TypeError
-        As :func:`subspace_update`, before anything is overwritten.
+        As `subspace_update`, before anything is overwritten.
     """
     factor = sym.lowrank if isinstance(sym, Tracked) else sym
     _check.sym("subspace_update_", "sym", factor)

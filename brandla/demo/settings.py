@@ -11,7 +11,7 @@ class TrackingSettings:
 
     ranks: tuple[int, ...] = (32, 64, 128)
     headline_rank: int = 64
-    steps: int = 240
+    steps: int = 200
     # The spectral norm of an error costs an eigendecomposition, so it is not taken at every step.
     spectral_every: int = 4
     # The decompositions to compare with are timed at every so many steps.
@@ -28,7 +28,7 @@ class TrainingSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 100
     search_seed: int = 1000
-    search_steps: int = 40
+    search_steps: int = 30
     # Rates tried for each method, spread over its decade.
     trials: int = 4
     evaluate_every: int = 2

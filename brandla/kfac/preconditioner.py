@@ -32,8 +32,8 @@ class KFAC:
         Any module; its ``nn.Linear`` layers with a trainable weight are preconditioned. Modules that share a weight are
         one layer.
     inverse
-        The system: :class:`Exact`, :class:`Randomized`, :class:`Brand`, :class:`BrandRandomized`,
-        :class:`BrandCorrected`.
+        The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`,
+        `BrandCorrected`.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip

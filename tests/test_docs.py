@@ -1,0 +1,102 @@
+"""The documentation runs: code blocks of README.md and docs/, and the examples in docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import brandla
+import brandla_kernels
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README_LINES = 12
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness() -> Iterator[None]:
+    # The examples draw from the global generator, which other tests may have seeded for themselves.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def modules() -> list[str]:
+    """Return every module of the packages; importing a ``__main__`` would run the command line."""
+    found = [
+        module.name
+        for package in (brandla, brandla_kernels)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    return [name for name in ("brandla", "brandla_kernels", *found) if not name.endswith("__main__")]
+
+
+def run(source: str, namespace: dict[str, Any], where: Path) -> None:
+    exec(compile(source, str(where), "exec"), namespace)
+
+
+def run_benchmarks(namespace: dict[str, Any]) -> int:
+    """Call the benchmarks that a block defines once for each parameter, without timing, and count the calls."""
+    functions = [value for name, value in namespace.items() if name.startswith("test_")]
+    calls = 0
+    for function in functions:
+        for mark in function.pytestmark:
+            name, values = mark.args
+            for value in values:
+                function(benchmark=call, **{name: value})
+                calls += 1
+    return calls
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("index", range(len(blocks(ROOT / "README.md"))))
+def test_each_example_of_the_readme_runs_by_itself(index: int) -> None:
+    source = blocks(ROOT / "README.md")[index]
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    run(source, namespace, ROOT / "README.md")
+    assert ("benchmark" in source) == (run_benchmarks(namespace) > 0)
+    assert len([line for line in source.splitlines() if line.strip()]) <= README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_a_page_run_in_their_order(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for source in blocks(page):
+        run(source, namespace, page)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_linked_pages_exist(page: Path) -> None:
+    targets = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_pages_that_the_code_refers_to_exist() -> None:
+    sources = [path for folder in ("brandla", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    named = {page for path in sources for page in re.findall(r"docs/\w+\.md", path.read_text(encoding="utf-8"))}
+    assert named
+    assert {page for page in named if not (ROOT / page).exists()} == set()
