@@ -1,0 +1,286 @@
+"""Matrices of known spectrum, streams of columns, float64 references and error ratios.
+
+Everything here is dense, in float64 and slow: it is what the library is compared with, and it uses nothing of the
+library.
+
+Error ratios follow LAPACK's test programs: an error divided by what rounding can explain, n·ε·‖·‖ in the working
+precision. A ratio above `THRESHOLD` is a failure, whatever the size, the scale or the dtype. `tolerance` is the same
+rule read the other way round, and the only tolerance of the suite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+THRESHOLD = 30.0
+
+Spectrum = Callable[[int], Tensor]
+Stream = Callable[[int, int, int], Iterator[Tensor]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectra and matrices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def power_law(exponent: float) -> Spectrum:
+    """Return the spectrum i^−exponent, i = 1 … n."""
+    return lambda n: torch.arange(1, n + 1, dtype=torch.float64).pow(-exponent)
+
+
+def graded(n: int) -> Tensor:
+    """Return n values from 1 to 1e-12, evenly spaced in the exponent."""
+    return torch.logspace(0, -12, n, dtype=torch.float64)
+
+
+def clustered(n: int) -> Tensor:
+    """Return four clusters (1, 0.3, 0.1, 0.03) whose members differ by 1e-6."""
+    clusters = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+    i = torch.arange(n)
+    return clusters[(4 * i // max(n, 1)).clamp(max=3)] - 1e-6 * i / max(n, 1)
+
+
+def rank_16(n: int) -> Tensor:
+    """Return 16 ones, then zeros."""
+    return (torch.arange(n) < 16).double()
+
+
+SPECTRA: dict[str, Spectrum] = {
+    "slow": power_law(0.5),
+    "medium": power_law(1.5),
+    "fast": power_law(3.0),
+    "flat": power_law(0.0),
+    "clustered": clustered,
+    "graded": graded,
+    "rank-16": rank_16,
+    "zero": lambda n: torch.zeros(n, dtype=torch.float64),
+}
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a CPU generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape: int, seed: int) -> Tensor:
+    """Return standard normal entries."""
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
+
+
+def orthonormal(n: int, r: int, seed: int) -> Tensor:
+    """Return n × r random orthonormal columns."""
+    return torch.linalg.qr(gaussian(n, r, seed=seed)).Q
+
+
+def psd_matrix(spectrum: Tensor, seed: int) -> Tensor:
+    """Return a symmetric matrix with these eigenvalues and random eigenvectors."""
+    q = orthonormal(spectrum.numel(), spectrum.numel(), seed)
+    return symmetrised((q * spectrum) @ q.mT)
+
+
+def rectangular_matrix(spectrum: Tensor, m: int, n: int, seed: int) -> Tensor:
+    """Return an m × n matrix with these min(m, n) singular values and random singular vectors."""
+    r = spectrum.numel()
+    return (orthonormal(m, r, seed) * spectrum) @ orthonormal(n, r, seed + 1).mT
+
+
+def symmetrised(matrix: Tensor) -> Tensor:
+    """Return (M + Mᵀ) / 2."""
+    return (matrix + matrix.mT) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spectral_stream(deviations: Spectrum, copies: int = 1) -> Stream:
+    """Return normal columns with these deviations in a random basis, each column repeated `copies` times."""
+
+    def stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
+        source = generator(seed)
+        mixing = orthonormal(n, n, seed) * deviations(n)
+        while True:
+            distinct = torch.randn(n, -(-k // copies), dtype=torch.float64, generator=source)
+            yield (mixing @ distinct).repeat_interleave(copies, dim=1)[:, :k] / math.sqrt(k)
+
+    return stream
+
+
+def switching_stream(scale: float, switch_at: int = 20) -> Stream:
+    """Return a stream that moves to an orthogonal subspace, `scale` times as large, after `switch_at` batches."""
+
+    def stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
+        source = generator(seed)
+        half = n // 2
+        q = orthonormal(n, n, seed)
+        deviations = power_law(0.5)(half)
+        before, after = q[:, :half] * deviations, scale * q[:, half : 2 * half] * deviations
+        step = 0
+        while True:
+            mixing = before if step < switch_at else after
+            yield mixing @ torch.randn(half, k, dtype=torch.float64, generator=source) / math.sqrt(k)
+            step += 1
+
+    return stream
+
+
+def interrupted_stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
+    """Yield a batch, then two zero batches, and so on, with zeros first."""
+    for columns in spectral_stream(power_law(0.5))(n, k, seed):
+        yield torch.zeros_like(columns)
+        yield torch.zeros_like(columns)
+        yield columns
+
+
+STREAMS: dict[str, Stream] = {
+    "slow": spectral_stream(power_law(0.5)),
+    "medium": spectral_stream(power_law(1.5)),
+    "fast": spectral_stream(power_law(3.0)),
+    "flat": spectral_stream(power_law(0.0)),
+    "clustered": spectral_stream(clustered),
+    "graded": spectral_stream(graded),
+    "rank-16": spectral_stream(rank_16),
+    "repeated-8": spectral_stream(power_law(0.5), copies=8),
+    "switch": switching_stream(1.0),
+    "switch-20x-smaller": switching_stream(1 / 20),
+    "zeros-between": interrupted_stream,
+}
+
+
+def batches(
+    stream: str, n: int, k: int, count: int, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Return the first `count` batches of a stream, rounded to `dtype`."""
+    return [columns.to(dtype) for columns in islice(STREAMS[stream](n, k, seed), count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Float64 references
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Eigh(NamedTuple):
+    """All n eigenvalues, descending, and all eigenvectors of a symmetric matrix."""
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    def truncation(self, rank: int) -> Tensor:
+        """Return the best approximation of rank `rank` as a dense matrix."""
+        d, u = self.eigenvalues[:rank].clamp(min=0), self.eigenvectors[:, :rank]
+        return (u * d) @ u.mT
+
+
+def eigh(matrix: Tensor) -> Eigh:
+    """Return the eigendecomposition of a symmetric matrix by scipy.linalg.eigh in float64."""
+    if matrix.shape[-1] == 0:
+        return Eigh(matrix.new_zeros(0), matrix)
+    values, vectors = scipy.linalg.eigh(matrix.double().numpy())
+    return Eigh(torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1))
+
+
+def svd_truncation(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best approximation of rank `rank` as a dense matrix, and all singular values, by scipy.linalg.svd."""
+    if 0 in matrix.shape:
+        return matrix.double(), torch.zeros(0, dtype=torch.float64)
+    u, s, vh = (torch.from_numpy(part) for part in scipy.linalg.svd(matrix.double().numpy(), full_matrices=False))
+    return (u[:, :rank] * s[:rank]) @ vh[:rank], s
+
+
+def updated(matrix: Tensor, columns: Tensor, decay: float = 1.0, weight: float = 1.0) -> Tensor:
+    """Return decay·M + weight·A Aᵀ in float64."""
+    a = columns.double()
+    return decay * matrix.double() + weight * (a @ a.mT)
+
+
+def truncated_update(matrix: Tensor, columns: Tensor, rank: int, decay: float = 1.0, weight: float = 1.0) -> Tensor:
+    """Return the best approximation of rank `rank` of decay·M + weight·A Aᵀ."""
+    return eigh(updated(matrix, columns, decay, weight)).truncation(rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Error ratios
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """Return ε of the working precision: that of float32 for half data."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def tolerance(n: int, dtype: torch.dtype, scale: float | Tensor = 1.0) -> float:
+    """Return THRESHOLD·n·ε·scale: the largest error that rounding explains."""
+    return THRESHOLD * max(n, 1) * epsilon(dtype) * float(scale)
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """Return the largest singular value, 0 for an empty matrix."""
+    return 0.0 if matrix.numel() == 0 else float(torch.linalg.matrix_norm(matrix.double(), 2))
+
+
+def quotient(error: float, unit: float) -> float:
+    """Return error / unit, where nothing is left unexplained if both are 0."""
+    return error / unit if unit > 0 else (0.0 if error == 0 else math.inf)
+
+
+def difference_ratio(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float | None = None) -> float:
+    """Return ‖X − Y‖₂ / (n·ε·scale), with scale = ‖Y‖₂ unless given."""
+    scale = spectral_norm(expected) if scale is None else scale
+    error = spectral_norm(actual.double() - expected.double())
+    return quotient(error, max(expected.shape) * epsilon(dtype) * scale)
+
+
+def solve_ratio(operator: Tensor, solution: Tensor, rhs: Tensor, dtype: torch.dtype) -> float:
+    """Return ‖b − M x‖ / (‖M‖·‖x‖·n·ε) in the spectral norm."""
+    residual = spectral_norm(rhs.double() - operator.double() @ solution.double())
+    scale = spectral_norm(operator) * spectral_norm(solution)
+    return quotient(residual, scale * operator.shape[-1] * epsilon(dtype))
+
+
+def orthonormality_defect(vectors: Tensor, values: Tensor) -> float:
+    """Return ‖UᵀU − I‖₂, where a column that is zero counts as right if its value is zero.
+
+    `vectors` is (n, r) and `values` (r,).
+    """
+    u = vectors.double()
+    is_missing = (u == 0).all(dim=-2) & (values == 0)
+    return spectral_norm(u.mT @ u - torch.diag((~is_missing).double()))
+
+
+def orthonormality_ratio(vectors: Tensor, values: Tensor) -> float:
+    """Return the defect divided by n·ε."""
+    return orthonormality_defect(vectors, values) / (max(vectors.shape[-2], 1) * epsilon(vectors.dtype))
+
+
+def separated_groups(values: Tensor, relative_gap: float) -> list[tuple[slice, float]]:
+    """Split descending values at falls above `relative_gap` of the first, into (group, smallest gap beside it)."""
+    falls = (values[:-1] - values[1:]).tolist()
+    cuts = [i + 1 for i, fall in enumerate(falls) if fall > relative_gap * float(values[0])]
+    edges = [0, *cuts, len(values)]
+    gap_at = {0: math.inf, len(values): math.inf} | {cut: falls[cut - 1] for cut in cuts}
+    return [(slice(a, b), min(gap_at[a], gap_at[b])) for a, b in pairwise(edges)]
+
+
+def projector_ratio(vectors: Tensor, reference: Eigh, relative_gap: float = 1e-2) -> float:
+    """Return the worst ‖P − P̂‖₂·gap / (n·ε·‖M‖) over the separated groups of eigenvalues that were kept whole.
+
+    The projector of a group moves by at most ‖E‖ / gap under a perturbation E (Davis and Kahan), so this is the ratio
+    of E.
+    """
+    n, rank = vectors.shape
+    largest = float(reference.eigenvalues[0])
+    ratios = [0.0]
+    for group, gap in separated_groups(reference.eigenvalues, relative_gap):
+        if group.stop <= rank and gap < math.inf:
+            u, v = vectors[:, group].double(), reference.eigenvectors[:, group]
+            error = spectral_norm(u @ u.mT - v @ v.mT)
+            ratios.append(quotient(error * gap, n * epsilon(vectors.dtype) * largest))
+    return max(ratios)

@@ -1,0 +1,137 @@
+"""eigh_update: the best truncation, and the eigendecompositions that LAPACK fails on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import brandla
+import oracles
+from builders import dense, make_columns, make_eigh
+from oracles import THRESHOLD
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+@pytest.mark.parametrize("rank", [1, 8, 12])
+def test_one_truncated_update_is_the_best_approximation(spectrum: str, rank: int, dtype: torch.dtype) -> None:
+    n, r, k = 50, 12, 8
+    old, columns = make_eigh(n, r, spectrum, dtype=dtype), make_columns(n, k, dtype=dtype)
+    new = brandla.eigh_update(old, columns, decay=0.9, weight=0.1, rank=rank)
+    matrix = oracles.updated(dense(old), columns, 0.9, 0.1)
+    reference = oracles.eigh(matrix)
+    scale = float(reference.eigenvalues[0])
+    best = oracles.spectral_norm(matrix - reference.truncation(rank))
+    assert (new.eigenvalues - reference.eigenvalues[:rank]).abs().max() <= oracles.tolerance(n, dtype, scale)
+    assert oracles.projector_ratio(new.eigenvectors, reference) <= THRESHOLD
+    assert oracles.spectral_norm(matrix - dense(new)) <= best + oracles.tolerance(n, dtype, scale)
+
+
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_repeated_updates_equal_the_dense_truncated_updates(stream: str, dtype: torch.dtype) -> None:
+    n, r, k, decay = 64, 12, 8, 0.9
+    value = brandla.LowRankEigh.zeros(n, r, dtype=dtype)
+    truncated = whole = torch.zeros(n, n, dtype=torch.float64)
+    peak = 0.0
+    for columns in oracles.batches(stream, n, k, 30, dtype=dtype):
+        value = brandla.eigh_update(value, columns, decay=decay, weight=1 - decay)
+        truncated = oracles.truncated_update(truncated, columns, r, decay, 1 - decay)
+        whole = oracles.updated(whole, columns, decay, 1 - decay)
+        peak = max(peak, oracles.spectral_norm(whole))
+    reference = oracles.eigh(truncated)
+    slack = oracles.tolerance(n, dtype, peak)
+    assert (value.eigenvalues - reference.eigenvalues[:r]).abs().max() <= slack
+    assert abs((whole - dense(value)).trace() - (whole - truncated).trace()) <= slack
+    # Eigenvectors move by the error over the gap, so only clear gaps are compared.
+    assert oracles.projector_ratio(value.eigenvectors, reference, relative_gap=0.05) <= THRESHOLD
+
+
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_small_eigenvalues_are_right_to_the_working_precision(stream: str, dtype: torch.dtype) -> None:
+    n, r, k = 48, 48, 8
+    value = brandla.LowRankEigh.zeros(n, r, dtype=dtype)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for columns in oracles.batches(stream, n, k, 12, dtype=dtype):
+        value = brandla.eigh_update(value, columns)
+        matrix = oracles.updated(matrix, columns)
+    reference = oracles.eigh(matrix).eigenvalues
+    assert (value.eigenvalues - reference).abs().max() <= oracles.tolerance(n, dtype, reference[0])
+
+
+class FailingEigh:
+    """torch.linalg.eigh as it fails on some finite float32 cores: by an exception, or by NaN."""
+
+    def __init__(self, failure: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        """Fail in this way for these dtypes."""
+        self.failure, self.dtypes, self.failures = failure, dtypes, 0
+        self.genuine: Callable[[Tensor], Any] = torch.linalg.eigh
+
+    def __call__(self, matrix: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Decompose, or fail."""
+        values, vectors = self.genuine(matrix, *arguments, **options)
+        if matrix.dtype not in self.dtypes:
+            return values, vectors
+        self.failures += 1
+        if self.failure == "raises":
+            message = "linalg.eigh: the algorithm failed to converge"
+            raise torch.linalg.LinAlgError(message)
+        return values * torch.nan, vectors
+
+
+@pytest.mark.parametrize("failure", ["raises", "NaN"])
+@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
+@pytest.mark.parametrize("k", [8, 45], ids=["usual", "k above n - r"])
+def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(
+    monkeypatch: pytest.MonkeyPatch, failure: str, batch_shape: tuple[int, ...], k: int
+) -> None:
+    old = make_eigh(50, 12, dtype=torch.float32, batch_shape=batch_shape)
+    columns = make_columns(50, k, dtype=torch.float32, batch_shape=batch_shape)
+    expected = dense(brandla.eigh_update(old, columns))
+    failing = FailingEigh(failure, (torch.float32,))
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    new = brandla.eigh_update(old, columns)
+    assert failing.failures > 0
+    assert new.eigenvectors.dtype == torch.float32
+    difference = (dense(new) - expected).reshape(-1, 50, 50)
+    scale = oracles.spectral_norm(expected.reshape(-1, 50, 50)[0])
+    assert max(oracles.spectral_norm(one) for one in difference) <= oracles.tolerance(50, torch.float32, 2 * scale)
+
+
+def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, columns = make_eigh(50, 12, dtype=torch.float32), make_columns(50, 8, dtype=torch.float32)
+    monkeypatch.setattr(torch.linalg, "eigh", FailingEigh("raises", (torch.float32, torch.float64)))
+    with pytest.raises(RuntimeError, match=r"eigendecomposition.*order 20.*float64.*subspace_update"):
+        brandla.eigh_update(old, columns)
+
+
+def test_non_finite_data_does_not_reach_the_eigendecomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = torch.linalg.eigh
+
+    def strict(matrix: Tensor) -> Any:
+        assert torch.isfinite(matrix).all()
+        return genuine(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", strict)
+    old = make_eigh(50, 12, batch_shape=(2,))
+    columns = make_columns(50, 8, batch_shape=(2,))
+    columns[1, 0, 0] = torch.nan
+    assert brandla.eigh_update(old, columns).is_finite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("copies", [8, 64])
+def test_eigendecomposition_survives_repeated_columns_of_a_large_stream(copies: int) -> None:
+    n, r, k = 512, 96, 64
+    stream = oracles.spectral_stream(oracles.power_law(0.5), copies=copies)(n, k, 0)
+    value = brandla.LowRankEigh.zeros(n, r, dtype=torch.float32)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for _ in range(25):
+        columns = next(stream).float()
+        value = brandla.eigh_update(value, columns, decay=0.95, weight=0.05)
+        matrix = oracles.updated(matrix, columns, 0.95, 0.05)
+    assert oracles.orthonormality_defect(value.eigenvectors, value.eigenvalues) <= 200 * torch.finfo(torch.float32).eps
+    best = float(oracles.eigh(matrix).eigenvalues[r:].clamp(min=0).sum())
+    slack = oracles.tolerance(n, torch.float32, oracles.spectral_norm(matrix))
+    assert float((matrix - dense(value)).trace()) <= 1.5 * best + slack

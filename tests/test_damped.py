@@ -1,0 +1,298 @@
+"""damped_solve and damped_power against dense float64 solves, and their derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import brandla
+import oracles
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_sym
+from oracles import THRESHOLD
+
+N, R, M = 40, 8, 5
+MAKERS: dict[str, Callable[..., Any]] = {"LowRankEigh": make_eigh, "LowRankSym": make_sym}
+FACTORS = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, "smallest"], ids=str)
+
+
+def dense_power(operator: Tensor, exponent: float) -> Tensor:
+    """Return a power of a positive definite matrix by its eigendecomposition."""
+    values, vectors = oracles.eigh(operator)
+    return (vectors * values.pow(exponent)) @ vectors.mT
+
+
+@FACTORS
+@TAILS
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+@pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 1e3], ids=lambda damping: f"{damping:g}")
+def test_solve_equals_the_dense_solve(
+    make: Callable[..., Any], spectrum: str, damping: float, tail: float | str, dtype: torch.dtype
+) -> None:
+    lowrank, rhs = make(N, R, spectrum, dtype=dtype), make_columns(N, M, dtype=dtype)
+    solution = brandla.damped_solve(lowrank, rhs, damping, tail=tail)
+    assert (solution.shape, solution.dtype) == (rhs.shape, dtype)
+    assert oracles.solve_ratio(dense_operator(lowrank, damping, tail), solution, rhs, dtype) <= THRESHOLD
+
+
+@FACTORS
+@TAILS
+@pytest.mark.parametrize("exponent", [-1, -0.5, -0.25, 0, 0.5, 1, 2, -1.7])
+def test_power_equals_the_dense_power(
+    make: Callable[..., Any], exponent: float, tail: float | str, dtype: torch.dtype
+) -> None:
+    damping = 0.05
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+    operator = dense_power(dense_operator(lowrank, damping, tail), exponent)
+    applied = brandla.damped_power(lowrank, rhs, damping, exponent, tail=tail)
+    scale = oracles.spectral_norm(operator) * oracles.spectral_norm(rhs)
+    assert applied.dtype == dtype
+    assert oracles.difference_ratio(applied, operator @ rhs.double(), dtype, scale) <= THRESHOLD
+
+
+@FACTORS
+@TAILS
+def test_powers_compose(make: Callable[..., Any], tail: float | str, dtype: torch.dtype) -> None:
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+
+    def power(block: Tensor, exponent: float) -> Tensor:
+        return brandla.damped_power(lowrank, block, 0.1, exponent, tail=tail)
+
+    solution = brandla.damped_solve(lowrank, rhs, 0.1, tail=tail)
+    assert oracles.difference_ratio(power(power(rhs, -0.5), -0.5), solution, dtype) <= THRESHOLD
+    assert oracles.difference_ratio(power(rhs, -1), solution, dtype) <= THRESHOLD
+    assert oracles.difference_ratio(power(solution, 1), rhs, dtype, 10 * oracles.spectral_norm(rhs)) <= THRESHOLD
+
+
+@FACTORS
+def test_power_zero_is_the_identity_and_power_one_the_matrix(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+    assert torch.equal(brandla.damped_power(lowrank, rhs, 0.1, 0), rhs)
+    applied = brandla.damped_power(lowrank, rhs, 0.1, 1)
+    assert oracles.difference_ratio(applied, dense_operator(lowrank, 0.1) @ rhs.double(), dtype) <= THRESHOLD
+
+
+@FACTORS
+@pytest.mark.parametrize(("n", "r"), [(6, 0), (6, 6), (1, 1), (1, 0), (6, 1)], ids=str)
+@TAILS
+def test_every_rank_from_none_to_full(
+    make: Callable[..., Any], n: int, r: int, tail: float | str, dtype: torch.dtype
+) -> None:
+    lowrank, rhs = make(n, r, dtype=dtype), make_columns(n, 2, dtype=dtype)
+    operator = dense_operator(lowrank, 0.2, tail)
+    solution = brandla.damped_solve(lowrank, rhs, 0.2, tail=tail)
+    root = brandla.damped_power(lowrank, brandla.damped_power(lowrank, rhs, 0.2, -0.5, tail=tail), 0.2, -0.5, tail=tail)
+    assert oracles.solve_ratio(operator, solution, rhs, dtype) <= THRESHOLD
+    assert oracles.difference_ratio(root, solution, dtype) <= THRESHOLD
+
+
+@FACTORS
+def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    small = make(N, R, dtype=dtype)
+    pad = torch.nn.functional.pad
+    padded = type(small)(pad(small[0], (0, 3) if small[0].ndim == 1 else (0, 3, 0, 3)), pad(small[1], (0, 3)))
+    rhs = make_columns(N, M, dtype=dtype)
+    for tail in (0.0, 0.3):
+        with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, tail=tail) for value in (padded, small))
+        assert oracles.difference_ratio(with_zeros, without, dtype) <= THRESHOLD
+
+
+@FACTORS
+def test_right_hand_sides_without_columns(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    assert brandla.damped_solve(make(N, R, dtype=dtype), torch.zeros(N, 0, dtype=dtype), 0.1).shape == (N, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors, batches, kinds of arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@FACTORS
+@pytest.mark.parametrize("function", ["damped_solve", "damped_power"])
+def test_a_vector_is_a_block_of_one_column(make: Callable[..., Any], function: str, dtype: torch.dtype) -> None:
+    arguments = (0.1,) if function == "damped_solve" else (0.1, -0.5)
+    apply = getattr(brandla, function)
+    single, vector = make(N, R, dtype=dtype), make_columns(N, 1, dtype=dtype)[:, 0]
+    assert torch.equal(apply(single, vector, *arguments), apply(single, vector[:, None], *arguments)[:, 0])
+    batch, vectors = make(N, R, dtype=dtype, batch_shape=(3,)), make_columns(3, N, dtype=dtype)
+    assert torch.equal(apply(batch, vectors, *arguments), apply(batch, vectors[..., None], *arguments)[..., 0])
+
+
+@FACTORS
+@TAILS
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 2), (1,)], ids=str)
+def test_batch_equals_a_loop(
+    make: Callable[..., Any], tail: float | str, batch_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    count = math.prod(batch_shape)
+    lowrank, rhs = (
+        make(N, R, dtype=dtype, batch_shape=batch_shape),
+        make_columns(N, M, dtype=dtype, batch_shape=batch_shape),
+    )
+    dampings = torch.linspace(0.1, 2, count, dtype=dtype)
+    solved = brandla.damped_solve(lowrank, rhs, dampings.reshape(batch_shape), tail=tail)
+    parts = [part.reshape(count, *part.shape[len(batch_shape) :]) for part in (*lowrank, rhs, solved)]
+    for values, basis, one_rhs, actual, damping in zip(*parts, dampings.tolist(), strict=True):
+        operator = dense_operator(type(lowrank)(values, basis), damping, tail)
+        assert oracles.solve_ratio(operator, actual, one_rhs, dtype) <= THRESHOLD
+
+
+@FACTORS
+def test_one_factor_serves_a_batch_of_right_hand_sides(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype, batch_shape=(3,))
+    solved = brandla.damped_solve(lowrank, rhs, 0.1)
+    for one, actual in zip(rhs, solved, strict=True):
+        assert oracles.solve_ratio(dense_operator(lowrank, 0.1), actual, one, dtype) <= THRESHOLD
+
+
+@FACTORS
+@pytest.mark.parametrize("function", ["damped_solve", "damped_power"])
+def test_numbers_and_tensors_mean_the_same(make: Callable[..., Any], function: str, dtype: torch.dtype) -> None:
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+    apply, more = getattr(brandla, function), () if function == "damped_solve" else (-0.5,)
+    from_numbers = apply(lowrank, rhs, 0.125, *more, tail=0.25)
+    from_tensors = apply(lowrank, rhs, torch.tensor(0.125), *more, tail=torch.tensor(0.25, dtype=dtype))
+    assert from_tensors.dtype == dtype
+    assert torch.equal(from_numbers, from_tensors)
+
+
+@FACTORS
+def test_a_tracked_factor_counts_as_its_factor(make: Callable[..., Any]) -> None:
+    lowrank, rhs = make(N, R), make_columns(N, M)
+    tracked = brandla.track(lowrank)
+    assert torch.equal(brandla.damped_solve(tracked, rhs, 0.1), brandla.damped_solve(lowrank, rhs, 0.1))
+    assert torch.equal(brandla.damped_power(tracked, rhs, 0.1, -0.5), brandla.damped_power(lowrank, rhs, 0.1, -0.5))
+
+
+@FACTORS
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_right_hand_sides_are_solved_in_float32(make: Callable[..., Any], half: torch.dtype) -> None:
+    lowrank, rhs = make(N, R, dtype=torch.float32), make_columns(N, M).to(half)
+    from_half, from_float = (brandla.damped_solve(lowrank, block, 0.1) for block in (rhs, rhs.float()))
+    assert from_half.dtype == torch.float32
+    assert torch.equal(from_half, from_float)
+
+
+@FACTORS
+def test_layout_of_the_arguments_does_not_matter(
+    make: Callable[..., Any], dtype: torch.dtype, unchanged: Callable[..., Any]
+) -> None:
+    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, 1, dtype=dtype)
+    transposed = type(lowrank)(lowrank[0], lowrank[1].mT.contiguous().mT)
+    expanded = rhs.expand(N, 4)
+    with unchanged(transposed, expanded):
+        from_views = brandla.damped_solve(transposed, expanded, 0.1)
+    expected = brandla.damped_solve(lowrank, rhs.repeat(1, 4), 0.1)
+    assert oracles.difference_ratio(from_views, expected, dtype) <= THRESHOLD
+
+
+@FACTORS
+@pytest.mark.parametrize("rank", [0, R])
+@pytest.mark.parametrize("exponent", [0, 1, -1])
+def test_inputs_are_neither_changed_nor_shared(
+    make: Callable[..., Any],
+    rank: int,
+    exponent: int,
+    unchanged: Callable[..., Any],
+    shares_memory: Callable[..., bool],
+) -> None:
+    lowrank, rhs, damping = make(N, rank), make_columns(N, M), torch.tensor(1.0, dtype=torch.float64)
+    with unchanged(lowrank, rhs, damping):
+        results = brandla.damped_solve(lowrank, rhs, damping), brandla.damped_power(lowrank, rhs, damping, exponent)
+    assert not shares_memory((lowrank, rhs, damping), results)
+
+
+@FACTORS
+def test_a_poisoned_factor_gives_no_finite_number(make: Callable[..., Any]) -> None:
+    lowrank, rhs = make(N, R, batch_shape=(2,)), make_columns(N, M, batch_shape=(2,))
+    lowrank[0][1] = math.nan
+    for result in (brandla.damped_solve(lowrank, rhs, 0.1), brandla.damped_power(lowrank, rhs, 0.1, -0.5)):
+        assert result[0].isfinite().all()
+        assert not result[1].isfinite().any()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("scale", [1e-18, 1e18], ids=lambda scale: f"{scale:g}")
+def test_solution_scales_with_the_operator_and_the_right_hand_side(make: Callable[..., Any], scale: float) -> None:
+    lowrank, rhs = make(N, R, dtype=torch.float32), make_columns(N, M, dtype=torch.float32)
+    large = type(lowrank)(lowrank[0] * scale, lowrank[1])
+    solution = brandla.damped_solve(large, rhs * scale, 0.1 * scale)
+    assert oracles.difference_ratio(solution, brandla.damped_solve(lowrank, rhs, 0.1), torch.float32) <= THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def _factor_of(make: Callable[..., Any], values: Tensor, basis: Tensor) -> Symmetric:
+    # A core is symmetric: gradcheck may only move it within the symmetric matrices.
+    return (
+        brandla.LowRankEigh(values, basis) if make is make_eigh else brandla.LowRankSym((values + values.mT) / 2, basis)
+    )
+
+
+@FACTORS
+@pytest.mark.parametrize("tail", ["number", "tensor", "smallest"])
+@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
+def test_solve_is_differentiable_in_every_tensor(
+    make: Callable[..., Any], tail: str, batch_shape: tuple[int, ...]
+) -> None:
+    values, basis = make(7, 3, "slow", batch_shape=batch_shape)
+    damping, tail_value = (torch.full(batch_shape, value, dtype=torch.float64) for value in (0.3, 0.2))
+    rhs = make_columns(7, 2, batch_shape=batch_shape)
+
+    def solve(values: Tensor, basis: Tensor, rhs: Tensor, damping: Tensor, tail_value: Tensor) -> Tensor:
+        chosen = {"number": 0.2, "tensor": tail_value, "smallest": "smallest"}[tail]
+        return brandla.damped_solve(_factor_of(make, values, basis), rhs, damping, tail=chosen)
+
+    inputs = [_leaf(tensor) for tensor in (values, basis, rhs, damping)]
+    inputs.append(_leaf(tail_value) if tail == "tensor" else tail_value)
+    assert gradcheck(solve, inputs)
+
+
+@FACTORS
+@pytest.mark.parametrize("exponent", [-1, -0.5, 0.25])
+def test_power_is_differentiable_in_every_tensor(make: Callable[..., Any], exponent: float) -> None:
+    values, basis = make(7, 3, "slow")
+    damping, tail = (torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.2))
+
+    def power(values: Tensor, basis: Tensor, rhs: Tensor, damping: Tensor, tail: Tensor) -> Tensor:
+        return brandla.damped_power(_factor_of(make, values, basis), rhs, damping, exponent, tail=tail)
+
+    assert gradcheck(power, [_leaf(tensor) for tensor in (values, basis, make_columns(7, 2), damping, tail)])
+
+
+def solve_densely(lowrank: Symmetric, rhs: Tensor, damping: Tensor) -> Tensor:
+    """Return (U diag(d) Uᵀ + λI)⁻¹ V by torch.linalg.solve."""
+    return torch.linalg.solve(lowrank.dense() + damping * torch.eye(N, dtype=torch.float64), rhs)
+
+
+def derivatives(
+    solve: Callable[..., Tensor], lowrank: Symmetric, rhs: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the derivatives of ‖X‖² by values, basis, V and λ, within symmetric cores and orthonormal bases."""
+    leaves = [_leaf(tensor) for tensor in (*lowrank, rhs, damping)]
+    solve(type(lowrank)(*leaves[:2]), *leaves[2:]).square().sum().backward()
+    by_values, by_basis, by_rhs, by_damping = (leaf.grad for leaf in leaves)
+    by_values = by_values if by_values.ndim == 1 else oracles.symmetrised(by_values)
+    tangent = by_basis - lowrank[1] @ oracles.symmetrised(lowrank[1].mT @ by_basis)
+    return by_values, tangent, by_rhs, by_damping
+
+
+@FACTORS
+def test_derivatives_equal_those_of_the_dense_solve(make: Callable[..., Any]) -> None:
+    arguments = make(N, R), make_columns(N, M), torch.tensor(0.3, dtype=torch.float64)
+    ours, expected = (derivatives(solve, *arguments) for solve in (brandla.damped_solve, solve_densely))
+    for actual, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,121 @@
+"""brandla.grouped: the same functions over lists of factors of different sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import brandla
+from brandla import grouped
+from builders import make_columns, make_eigh, make_svd, make_sym
+from oracles import generator, power_law, psd_matrix
+
+SIZES = [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)]
+
+
+def _all(make: Callable[[int, int, int], Any]) -> list[Any]:
+    return [make(*size) for size in SIZES]
+
+
+EIGHS = _all(lambda n, r, _: make_eigh(n, r))
+SYMS = _all(lambda n, r, _: make_sym(n, r))
+SVDS = _all(lambda n, r, _: make_svd(n, n + 2, r))
+COLUMNS = _all(lambda n, _, k: make_columns(n, k))
+RIGHTS = _all(lambda n, _, k: make_columns(n + 2, k, seed=7))
+RHS = _all(lambda n, *_: make_columns(n, 2))
+MATRICES = _all(lambda n, *_: psd_matrix(power_law(1.0)(n), seed=n))
+BLOCKS = _all(lambda n, *_: make_columns(n, n))
+DAMPINGS = [0.1, torch.tensor(0.2), 0.3, 0.4]
+
+CASES: dict[str, tuple[str, list[list[Any]], dict[str, Any]]] = {
+    "eigh_update": ("eigh_update", [EIGHS, COLUMNS], {}),
+    "eigh_update, one value for all": ("eigh_update", [EIGHS, COLUMNS], {"decay": 0.9, "weight": torch.tensor(0.1)}),
+    "eigh_update, one value each": (
+        "eigh_update",
+        [EIGHS, COLUMNS],
+        {"decay": [0.9, 0.5, 0.1, 1.0], "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]},
+    ),
+    "eigh_update, tracked": ("eigh_update", [[brandla.track(eigh) for eigh in EIGHS], COLUMNS], {"decay": 0.9}),
+    "subspace_update": ("subspace_update", [SYMS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0], "iterations": 3}),
+    "svd_update": ("svd_update", [SVDS, COLUMNS, RIGHTS], {"decay": 0.5, "rank": [8, 8, 1, 5]}),
+    "svd_append": ("svd_append", [SVDS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0]}),
+    "damped_solve": ("damped_solve", [EIGHS, RHS, DAMPINGS], {"tail": [0.0, "smallest", 0.5, torch.tensor(0.1)]}),
+    "damped_solve, both kinds": ("damped_solve", [[*EIGHS[:2], *SYMS[2:]], RHS, DAMPINGS], {"tail": "smallest"}),
+    "damped_power": ("damped_power", [SYMS, RHS, DAMPINGS, [-1, -0.5, -0.25, 2]], {}),
+    "kron_damped_solve": (
+        "kron_damped_solve",
+        [EIGHS, SYMS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS],
+        {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]},
+    ),
+}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Check that two results are of one kind and equal bit for bit."""
+    assert type(actual) is type(expected)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_grouped_call_equals_a_loop(name: str, unchanged: Callable[..., Any]) -> None:
+    function, lists, options = CASES[name]
+    with unchanged(lists, options):
+        results = getattr(grouped, function)(*lists, **options)
+    assert isinstance(results, list)
+    assert len(results) == len(SIZES)
+    for i, (result, *arguments) in enumerate(zip(results, *lists, strict=True)):
+        own = {key: value[i] if isinstance(value, (list, tuple)) else value for key, value in options.items()}
+        assert_same(result, getattr(brandla, function)(*arguments, **own))
+
+
+@pytest.mark.parametrize("function", ["randomized_eigh", "randomized_svd"])
+@pytest.mark.parametrize("rank", [4, [4, 8, 2, 1]], ids=str)
+def test_grouped_randomized_call_equals_a_loop_from_one_generator(function: str, rank: Any) -> None:
+    results = getattr(grouped, function)(MATRICES, rank, power_iterations=1, generator=generator(3))
+    source = generator(3)
+    for i, matrix in enumerate(MATRICES):
+        own = rank[i] if isinstance(rank, list) else rank
+        assert_same(results[i], getattr(brandla, function)(matrix, own, power_iterations=1, generator=source))
+
+
+def test_one_positional_value_serves_all_factors() -> None:
+    for result, eigh, rhs in zip(grouped.damped_solve(EIGHS, RHS, 0.1), EIGHS, RHS, strict=True):
+        assert_same(result, brandla.damped_solve(eigh, rhs, 0.1))
+    for result, eigh, rhs in zip(grouped.damped_power(EIGHS, RHS, 0.1, -0.5), EIGHS, RHS, strict=True):
+        assert_same(result, brandla.damped_power(eigh, rhs, 0.1, -0.5))
+
+
+def test_an_empty_group_gives_an_empty_list() -> None:
+    assert grouped.eigh_update([], []) == []
+    assert grouped.damped_solve([], [], 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "fragments"),
+    [
+        (lambda: grouped.eigh_update(EIGHS, COLUMNS[:3]), ["grouped.eigh_update", "4", "3"]),
+        (lambda: grouped.eigh_update(EIGHS, COLUMNS, decay=[0.9, 0.5]), ["grouped.eigh_update", "decay", "4", "2"]),
+        (lambda: grouped.damped_solve(EIGHS, RHS, [0.1]), ["grouped.damped_solve", "damping", "4", "1"]),
+        (lambda: grouped.randomized_eigh(MATRICES, [1, 2]), ["grouped.randomized_eigh", "rank", "4", "2"]),
+    ],
+    ids=["lists", "option", "damping", "rank"],
+)
+def test_lists_of_different_lengths_are_refused(call: Callable[[], Any], fragments: list[str]) -> None:
+    with pytest.raises(ValueError, match=fragments[0]) as caught:
+        call()
+    assert all(fragment in str(caught.value) for fragment in fragments)
+
+
+def test_bad_input_anywhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="eigh_update: columns must have n = 12 rows"):
+        grouped.eigh_update(EIGHS, [*COLUMNS[:3], torch.zeros(5, 2, dtype=torch.float64)])
+
+
+def test_every_public_function_has_a_grouped_form() -> None:
+    """Except the in-place ones: bad input in one factor could no longer leave the others unchanged."""
+    functions = {name for name in brandla.__all__ if "_" in name and not name.endswith("_")}
+    assert functions == set(grouped.__all__)

@@ -1,0 +1,165 @@
+"""kron_damped_solve against two dense float64 solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import brandla
+import oracles
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_sym
+from oracles import THRESHOLD
+
+P, Q, K = 24, 33, 4
+LEFT_DAMPING, RIGHT_DAMPING = 0.2, 0.05
+KINDS = {"eigh": make_eigh, "sym": make_sym}
+PAIRS_OF_KINDS = pytest.mark.parametrize(
+    "makers", [(KINDS[a], KINDS[b]) for a in KINDS for b in KINDS], ids=[f"{a}, {b}" for a in KINDS for b in KINDS]
+)
+TAILS = pytest.mark.parametrize(
+    "tails", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), ("smallest", "smallest"), ("smallest", 0.1)], ids=str
+)
+Makers = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def kron_ratio(
+    left: Symmetric,
+    right: Symmetric,
+    matrix: Tensor,
+    solution: Tensor,
+    dtype: torch.dtype,
+    tails: tuple[float | str, float | str] = (0.0, 0.0),
+) -> float:
+    """Return ‖W − (G + λ_G I) X (A + λ_A I)‖ over the norms of all three and n·ε."""
+    g, a = dense_operator(left, LEFT_DAMPING, tails[0]), dense_operator(right, RIGHT_DAMPING, tails[1])
+    norms = [oracles.spectral_norm(factor) for factor in (g, solution, a)]
+    residual = g @ solution.double() @ a - matrix.double()
+    return oracles.quotient(oracles.spectral_norm(residual), math.prod(norms) * max(P, Q) * oracles.epsilon(dtype))
+
+
+def solve(left: Symmetric, right: Symmetric, matrix: Any, **options: Any) -> Any:
+    """Call the function with the dampings of this file."""
+    return brandla.kron_damped_solve(left, right, matrix, LEFT_DAMPING, RIGHT_DAMPING, **options)
+
+
+@PAIRS_OF_KINDS
+@TAILS
+def test_solve_equals_two_dense_solves(
+    makers: Makers, tails: tuple[float | str, float | str], dtype: torch.dtype
+) -> None:
+    left, right = makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4)
+    matrix = make_columns(P, Q, dtype=dtype)
+    solution = solve(left, right, matrix, left_tail=tails[0], right_tail=tails[1])
+    assert (solution.shape, solution.dtype) == ((P, Q), dtype)
+    assert kron_ratio(left, right, matrix, solution, dtype, tails) <= THRESHOLD
+
+
+@PAIRS_OF_KINDS
+@TAILS
+@pytest.mark.parametrize("k", [0, 1, K, 40])
+def test_a_pair_stands_for_its_product(
+    makers: Makers, tails: tuple[float | str, float | str], k: int, dtype: torch.dtype
+) -> None:
+    left, right = makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4)
+    pair = make_columns(P, k, dtype=dtype), make_columns(Q, k, dtype=dtype, seed=3)
+    options = {"left_tail": tails[0], "right_tail": tails[1]}
+    solved = solve(left, right, pair, **options)
+    assert isinstance(solved, tuple)
+    assert [part.shape for part in solved] == [(P, k), (Q, k)]
+    expected = solve(left, right, pair[0] @ pair[1].mT, **options)
+    assert oracles.difference_ratio(solved[0] @ solved[1].mT, expected, dtype) <= THRESHOLD
+
+
+@PAIRS_OF_KINDS
+@pytest.mark.parametrize(("left_rank", "right_rank"), [(0, 0), (0, 9), (6, 0), (P, Q)], ids=str)
+def test_every_rank_from_none_to_full(makers: Makers, left_rank: int, right_rank: int, dtype: torch.dtype) -> None:
+    left, right = makers[0](P, left_rank, dtype=dtype), makers[1](Q, right_rank, dtype=dtype, seed=4)
+    matrix = make_columns(P, Q, dtype=dtype)
+    assert kron_ratio(left, right, matrix, solve(left, right, matrix), dtype) <= THRESHOLD
+
+
+@PAIRS_OF_KINDS
+@pytest.mark.parametrize("is_pair", [False, True], ids=["matrix", "pair"])
+def test_batch_equals_a_loop(makers: Makers, *, is_pair: bool, dtype: torch.dtype) -> None:
+    left = makers[0](P, 6, dtype=dtype, batch_shape=(3,))
+    right = makers[1](Q, 9, dtype=dtype, batch_shape=(3,), seed=4)
+    dampings = torch.tensor([[0.1, 0.5, 2.0], [1.0, 0.3, 0.2]], dtype=dtype)
+    p, q = (make_columns(n, K, dtype=dtype, batch_shape=(3,), seed=n) for n in (P, Q))
+    data = (p, q) if is_pair else p @ q.mT
+    batched = brandla.kron_damped_solve(left, right, data, *dampings)
+    product = batched[0] @ batched[1].mT if is_pair else batched
+    for i in range(3):
+        factors = (type(factor)(*(part[i] for part in factor)) for factor in (left, right))
+        alone = brandla.kron_damped_solve(*factors, p[i] @ q[i].mT, *dampings[:, i].tolist())
+        assert oracles.difference_ratio(product[i], alone, dtype) <= THRESHOLD
+
+
+def test_layout_of_the_matrix_does_not_matter(dtype: torch.dtype, unchanged: Callable[..., Any]) -> None:
+    left, right = make_eigh(P, 6, dtype=dtype), make_sym(Q, 9, dtype=dtype)
+    matrix = make_columns(P, Q, dtype=dtype)
+    expected = solve(left, right, matrix)
+    for view in (matrix.mT.contiguous().mT, matrix.repeat_interleave(2, dim=1)[:, ::2]):
+        with unchanged(left, right, view):
+            solution = solve(left, right, view)
+        assert oracles.difference_ratio(solution, expected, dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_inputs_are_neither_changed_nor_shared(
+    rank: int, unchanged: Callable[..., Any], shares_memory: Callable[..., bool]
+) -> None:
+    left, right = make_eigh(P, rank), make_sym(Q, rank)
+    pair, matrix = (make_columns(P, K), make_columns(Q, K)), make_columns(P, Q)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    with unchanged(left, right, pair, matrix):
+        results = [brandla.kron_damped_solve(left, right, data, one, one) for data in (pair, matrix)]
+    assert not shares_memory((left, right, pair, matrix), results)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_data_are_solved_in_float32(half: torch.dtype) -> None:
+    left, right = make_eigh(P, 6, dtype=torch.float32), make_sym(Q, 9, dtype=torch.float32)
+    matrix, pair = make_columns(P, Q).to(half), (make_columns(P, K).to(half), make_columns(Q, K).to(half))
+    assert torch.equal(solve(left, right, matrix), solve(left, right, matrix.float()))
+    for actual, expected in zip(
+        solve(left, right, pair), solve(left, right, tuple(part.float() for part in pair)), strict=True
+    ):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
+
+
+def test_tracked_factors_count_as_their_factors() -> None:
+    left, right, matrix = make_eigh(P, 6), make_sym(Q, 9), make_columns(P, Q)
+    assert torch.equal(solve(brandla.track(left), brandla.track(right), matrix), solve(left, right, matrix))
+
+
+@PAIRS_OF_KINDS
+@pytest.mark.parametrize("is_pair", [False, True], ids=["matrix", "pair"])
+def test_solve_is_differentiable_in_every_tensor(makers: Makers, *, is_pair: bool) -> None:
+    left, right = makers[0](6, 2, "slow"), makers[1](5, 3, "slow", seed=4)
+    data = (make_columns(6, 2), make_columns(5, 2)) if is_pair else (make_columns(6, 5),)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.4, 0.1, 0.2)]
+
+    def symmetric_factor(kind: type[Symmetric], values: Tensor, basis: Tensor) -> Symmetric:
+        return kind(values if values.ndim == 1 else oracles.symmetrised(values), basis)
+
+    def solve_parts(*tensors: Tensor) -> Any:
+        a, b, c, d, *rest = tensors
+        data, (left_damping, right_damping, left_tail, right_tail) = rest[:-4], rest[-4:]
+        return brandla.kron_damped_solve(
+            symmetric_factor(type(left), a, b),
+            symmetric_factor(type(right), c, d),
+            tuple(data) if is_pair else data[0],
+            left_damping,
+            right_damping,
+            left_tail=left_tail,
+            right_tail=right_tail,
+        )
+
+    assert gradcheck(solve_parts, [part.clone().requires_grad_() for part in (*left, *right, *data, *scalars)])

@@ -1,0 +1,341 @@
+"""randomized_eigh and randomized_svd: exact on low rank, within the theory's bounds elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import brandla
+import oracles
+from builders import dense
+from oracles import THRESHOLD, rank_16
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
+BOTH = pytest.mark.parametrize("kind", FUNCTIONS)
+
+
+def matrix_for(kind: str, spectrum: Tensor, seed: int = 3) -> Tensor:
+    """Return a semi-definite matrix, or a wide one, with these eigenvalues or singular values."""
+    n = spectrum.numel()
+    return (
+        oracles.psd_matrix(spectrum, seed) if kind == "eigh" else oracles.rectangular_matrix(spectrum, n, n + 13, seed)
+    )
+
+
+def values_of(result: brandla.LowRankEigh | brandla.LowRankSVD) -> Tensor:
+    """Return the eigenvalues or the singular values."""
+    return result.S if isinstance(result, brandla.LowRankSVD) else result.eigenvalues
+
+
+def assert_decomposition(result: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
+    """Check orthonormality, and that the values are descending and non-negative."""
+    values = values_of(result)
+    assert values.shape == (rank,)
+    assert (values >= 0).all()
+    assert (values.diff() <= 0).all()
+    sides = (result.U, result.Vh.mT) if isinstance(result, brandla.LowRankSVD) else (result.eigenvectors,)
+    for side in sides:
+        assert oracles.orthonormality_ratio(side, values) <= THRESHOLD
+
+
+def frobenius(matrix: Tensor) -> float:
+    """Return ‖M‖_F in float64."""
+    return float(torch.linalg.matrix_norm(matrix.double()))
+
+
+@BOTH
+@pytest.mark.parametrize("power_iterations", [0, 1, 4])
+@pytest.mark.parametrize("rank", [5, 8, 16])
+def test_a_matrix_of_lower_rank_is_recovered(kind: str, rank: int, power_iterations: int, dtype: torch.dtype) -> None:
+    spectrum = torch.cat([torch.linspace(3, 1, 5), torch.zeros(55)]).double()
+    matrix = matrix_for(kind, spectrum).to(dtype)
+    result = FUNCTIONS[kind](matrix, rank, power_iterations=power_iterations, generator=oracles.generator(0))
+    assert_decomposition(result, rank)
+    assert oracles.difference_ratio(dense(result), matrix, dtype) <= THRESHOLD
+
+
+@BOTH
+def test_values_beyond_the_rank_of_the_matrix_vanish(kind: str, dtype: torch.dtype) -> None:
+    # The shift that keeps Nyström stable is √n·ε·‖M‖_F, and has to be taken out again.
+    matrix = matrix_for(kind, rank_16(100)).to(dtype)
+    values = values_of(FUNCTIONS[kind](matrix, 20, generator=oracles.generator(0)))
+    assert values[16:].max() <= 4 * oracles.epsilon(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("spectrum", ["medium", "fast", "clustered", "graded", "rank-16", "flat"])
+def test_values_are_near_the_leading_ones_and_never_above(kind: str, spectrum: str, dtype: torch.dtype) -> None:
+    values = oracles.SPECTRA[spectrum](60)
+    matrix = matrix_for(kind, values).to(dtype)
+    result = FUNCTIONS[kind](matrix, 10, power_iterations=3, generator=oracles.generator(0))
+    slack = oracles.tolerance(60, dtype)
+    assert_decomposition(result, 10)
+    assert (values_of(result).double() <= values[:10] + slack).all()
+    assert (values_of(result).double() >= 0.98 * values[:10] - slack).all()
+
+
+@BOTH
+def test_rank_of_the_whole_matrix_gives_the_whole_decomposition(kind: str, dtype: torch.dtype) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](30)).to(dtype)
+    result = FUNCTIONS[kind](matrix, 30, generator=oracles.generator(0))
+    assert_decomposition(result, 30)
+    assert oracles.difference_ratio(dense(result), matrix, dtype) <= THRESHOLD
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5)], ids=str)
+def test_small_matrices(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](shape[0])).to(dtype)
+    result = FUNCTIONS[kind](matrix, shape[0], generator=oracles.generator(0))
+    assert oracles.difference_ratio(dense(result), matrix, dtype) <= THRESHOLD
+
+
+@BOTH
+def test_zero_matrix_gives_zero_values(kind: str, dtype: torch.dtype) -> None:
+    matrix = torch.zeros(20, 20 if kind == "eigh" else 15, dtype=dtype)
+    result = FUNCTIONS[kind](matrix, 4, generator=oracles.generator(0))
+    assert_decomposition(result, 4)
+    assert not values_of(result).any()
+
+
+@pytest.mark.parametrize("shape", [(70, 20), (20, 70)], ids=["tall", "wide"])
+def test_svd_of_tall_and_wide_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = oracles.rectangular_matrix(oracles.SPECTRA["slow"](20), *shape, seed=4).to(dtype)
+    result = brandla.randomized_svd(matrix, 20, generator=oracles.generator(0))
+    assert_decomposition(result, 20)
+    assert oracles.difference_ratio(dense(result), matrix, dtype) <= THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Error bounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("oversample", [2, 5, 10])
+@pytest.mark.parametrize("spectrum", ["slow", "medium", "flat"])
+def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum: str, oversample: int) -> None:
+    # Theorem 10.5 bounds the projection on all rank + oversample columns. Cutting it back to the rank adds at most
+    # the tail once more, since the singular values of a projection are no larger than the matrix's.
+    n, rank = 80, 8
+    values = oracles.SPECTRA[spectrum](n)
+    matrix = matrix_for("svd", values)
+    tail = float(values[rank:].square().sum())
+    squares = [
+        frobenius(matrix - dense(result)) ** 2
+        for result in (
+            brandla.randomized_svd(
+                matrix, rank, oversample=oversample, power_iterations=0, generator=oracles.generator(seed)
+            )
+            for seed in range(20)
+        )
+    ]
+    assert sum(squares) / len(squares) <= (2 + rank / (oversample - 1)) * tail
+
+
+@BOTH
+def test_slow_spectra_need_power_iterations(kind: str) -> None:
+    n, rank = 200, 10
+    values = oracles.SPECTRA["slow"](n)
+    matrix = matrix_for(kind, values)
+    options = {"oversample": 4, "generator": oracles.generator(1)}
+    bare, powered = (
+        oracles.spectral_norm(matrix - dense(FUNCTIONS[kind](matrix, rank, power_iterations=powers, **options)))
+        for powers in (0, 4)
+    )
+    best = float(values[rank])
+    assert bare > 1.3 * best
+    assert powered < 1.1 * best
+
+
+@BOTH
+def test_powers_are_orthonormalised_between_products(kind: str) -> None:
+    # Bare powers leave only the directions above a root of ε. Nyström resolves √n·ε·‖M‖, and the SVD ε·‖X‖.
+    values = torch.logspace(0, -5, 12).double()
+    matrix = matrix_for(kind, torch.cat([values, torch.zeros(48).double()])).float()
+    result = FUNCTIONS[kind](matrix, 12, power_iterations=4, generator=oracles.generator(0))
+    errors = (values_of(result) - values).abs() / values
+    assert errors[: {"eigh": 9, "svd": 11}[kind]].max() < 0.05
+
+
+def projection_error(matrix: Tensor, width: int, rank: int, seed: int) -> float:
+    """Return ‖M − [Q QᵀM Q Qᵀ]_r‖ in the nuclear norm, for a range of M Ω."""
+    q = torch.linalg.qr(matrix @ oracles.gaussian(matrix.shape[0], width, seed=seed)).Q
+    projected = q @ oracles.eigh(oracles.symmetrised(q.mT @ matrix @ q)).truncation(rank) @ q.mT
+    return float(torch.linalg.svdvals(matrix - projected).sum())
+
+
+@pytest.mark.parametrize("oversample", [0, 4])
+@pytest.mark.parametrize("spectrum", ["slow", "medium", "fast"])
+def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum: str, oversample: int) -> None:
+    n, rank, seeds = 80, 8, range(20)
+    matrix = oracles.psd_matrix(oracles.SPECTRA[spectrum](n), seed=3)
+    results = [
+        brandla.randomized_eigh(
+            matrix, rank, oversample=oversample, power_iterations=1, generator=oracles.generator(seed)
+        )
+        for seed in seeds
+    ]
+    nystrom = sum(float((matrix - dense(result)).trace()) for result in results)
+    assert nystrom < sum(projection_error(matrix, rank + oversample, rank, seed) for seed in seeds)
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+def test_eigh_stays_between_zero_and_the_matrix(spectrum: str, dtype: torch.dtype) -> None:
+    matrix = oracles.psd_matrix(oracles.SPECTRA[spectrum](60), seed=3).to(dtype)
+    result = brandla.randomized_eigh(matrix, 12, generator=oracles.generator(0))
+    assert_decomposition(result, 12)
+    remainder = oracles.eigh(oracles.symmetrised(matrix.double()) - dense(result)).eigenvalues
+    assert remainder[-1] >= -oracles.tolerance(60, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operator:
+    """A matrix that can only be multiplied with, and counts how often."""
+
+    matrix: Tensor
+    products: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+        return tuple(self.matrix.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the products."""
+        return self.matrix.device
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        assert block.dtype == self.dtype
+        self.products += 1
+        return self.matrix @ block
+
+
+class WithTranspose(Operator):
+    """An operator that knows its transpose."""
+
+    @property
+    def mT(self) -> Operator:  # noqa: N802
+        """The transpose."""
+        return Operator(self.matrix.mT)
+
+
+class FromTheRight(Operator):
+    """An operator that also multiplies from the right of a tensor."""
+
+    def __rmatmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        return block @ self.matrix
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator"),
+    [("eigh", Operator), ("svd", WithTranspose), ("svd", FromTheRight)],
+    ids=["eigh", "svd by mT", "svd by tensor @ operator"],
+)
+def test_a_linear_operator_gives_what_its_matrix_gives(kind: str, operator: type[Operator], dtype: torch.dtype) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
+    wrapped = operator(matrix)
+    from_operator, from_matrix = (
+        FUNCTIONS[kind](source, 8, generator=oracles.generator(2)) for source in (wrapped, matrix)
+    )
+    assert 0 < wrapped.products <= 3
+    assert oracles.difference_ratio(dense(from_operator), dense(from_matrix), dtype) <= THRESHOLD
+
+
+@BOTH
+def test_generator_makes_the_result_repeat(kind: str) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](40))
+    once, again, other = (
+        FUNCTIONS[kind](matrix, 8, power_iterations=0, generator=oracles.generator(seed)) for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0], other[0])
+
+
+@BOTH
+def test_without_a_generator_the_default_one_is_used(kind: str) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](40))
+    results = []
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(2):
+            torch.manual_seed(5)
+            results.append(FUNCTIONS[kind](matrix, 8))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_matrices_give_float32_factors_of_their_values(kind: str, half: torch.dtype) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](40)).to(half)
+    from_half, from_float = (
+        FUNCTIONS[kind](source, 8, generator=oracles.generator(2)) for source in (matrix, matrix.float())
+    )
+    assert {part.dtype for part in from_half} == {torch.float32}
+    assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
+
+
+@BOTH
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 2)], ids=str)
+def test_every_matrix_of_a_batch_is_decomposed(kind: str, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    spectra = [torch.cat([torch.linspace(3, 1, 5), torch.zeros(25)]).double() * (i + 1) for i in range(4)]
+    matrices = torch.stack([matrix_for(kind, spectrum, i) for i, spectrum in enumerate(spectra)])
+    matrices = matrices[: math.prod(batch_shape)].unflatten(0, batch_shape).to(dtype)
+    result = FUNCTIONS[kind](matrices, 6, generator=oracles.generator(0))
+    assert values_of(result).shape == (*batch_shape, 6)
+    pairs = zip(dense(result).flatten(0, -3), matrices.flatten(0, -3), strict=True)
+    assert all(oracles.difference_ratio(actual, expected, dtype) <= THRESHOLD for actual, expected in pairs)
+
+
+@BOTH
+def test_inputs_are_neither_changed_nor_shared(
+    kind: str, unchanged: Callable[..., Any], shares_memory: Callable[..., bool]
+) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](12)).mT.contiguous().mT
+    with unchanged(matrix):
+        result = FUNCTIONS[kind](matrix, 12)
+    assert not shares_memory(matrix, result)
+
+
+@BOTH
+def test_results_own_no_more_memory_than_they_show(kind: str) -> None:
+    result = FUNCTIONS[kind](matrix_for(kind, oracles.SPECTRA["slow"](40)), 3, oversample=20)
+    for part in result:
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_non_finite_data_makes_all_values_nan(kind: str, bad: float) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["slow"](20))
+    matrix[3, 4] = matrix[4, 3] = bad
+    result = FUNCTIONS[kind](matrix, 4, generator=oracles.generator(0))
+    assert values_of(result).isnan().all()
+    assert not result.is_finite()
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18], ids=lambda scale: f"{scale:g}")
+def test_result_scales_with_the_matrix(kind: str, scale: float) -> None:
+    spectrum = torch.cat([torch.linspace(3, 1, 5), torch.zeros(25)]).double()
+    matrix = (scale * matrix_for(kind, spectrum)).float()
+    result = FUNCTIONS[kind](matrix, 6, generator=oracles.generator(0))
+    assert_decomposition(result, 6)
+    assert oracles.difference_ratio(dense(result), matrix, torch.float32) <= THRESHOLD

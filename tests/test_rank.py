@@ -1,0 +1,97 @@
+"""Rank(max, tol): a rank that adapts to the spectrum within fixed shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import brandla
+import oracles
+from builders import SymmetricUpdate, basis_of, dense, make_columns, make_svd, values_of
+from oracles import THRESHOLD
+
+
+def kept(value: Any) -> int:
+    """Return the number of columns in use."""
+    return int((values_of(value) > 0).sum())
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
+def test_values_under_the_tolerance_leave_with_their_vectors(
+    update: SymmetricUpdate, tol: float, dtype: torch.dtype
+) -> None:
+    n, r, k = 50, 12, 8
+    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype, scale=0.1)
+    new = update(brandla.track(old), columns, rank=brandla.Rank(max=12, tol=tol))
+    matrix = oracles.updated(dense(old), columns)
+    values = oracles.eigh(matrix).eigenvalues
+    assert basis_of(new.lowrank).shape == (n, 12)
+    # Subspace iteration sees the values near the tolerance only nearly, so it may keep one fewer or one more.
+    wanted = min(12, int((values > tol * values[0]).sum()))
+    assert abs(kept(new.lowrank) - wanted) <= (update.name == "subspace_update")
+    assert oracles.orthonormality_ratio(basis_of(new.lowrank), values_of(new.lowrank)) <= THRESHOLD
+    assert oracles.eigh(matrix - dense(new.lowrank)).eigenvalues[-1] >= -oracles.tolerance(n, dtype, values[0])
+    error = oracles.spectral_norm(matrix - dense(new.lowrank))
+    assert error <= float(new.error_bound) + oracles.tolerance(n, dtype, values[0])
+    assert error <= 1.5 * max(tol * float(values[0]), float(values[12])) + oracles.tolerance(n, dtype, values[0])
+
+
+def test_zero_tolerance_is_the_number(update: SymmetricUpdate) -> None:
+    old, columns = update.make(50, 12), make_columns(50, 8)
+    by_rule, by_number = (update(old, columns, rank=rank) for rank in (brandla.Rank(max=9, tol=0.0), 9))
+    assert all(torch.equal(a, b) for a, b in zip(by_rule, by_number, strict=True))
+
+
+def test_columns_that_left_are_used_again(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    n, rule = 50, brandla.Rank(max=12, tol=1e-2)
+    value = update.factor.zeros(n, 12, dtype=dtype)
+    one = make_columns(n, 1, dtype=dtype)
+    for _ in range(3):
+        value = update(value, one, decay=0.5, rank=rule)
+    assert kept(value) == 1
+    for columns in oracles.batches("flat", n, 8, 30, dtype=dtype):
+        value = update(value, columns, decay=0.9, weight=0.1, rank=rule)
+    assert kept(value) == 12
+    assert oracles.orthonormality_ratio(basis_of(value), values_of(value)) <= THRESHOLD
+
+
+def test_svd_takes_a_rule_of_singular_values(dtype: torch.dtype) -> None:
+    old = make_svd(40, 31, 8, "slow", dtype=dtype)
+    left, right = (
+        make_columns(40, 6, dtype=dtype, seed=3, scale=0.1),
+        make_columns(31, 6, dtype=dtype, seed=4, scale=0.1),
+    )
+    rule = brandla.Rank(max=10, tol=0.4)
+    for new, matrix in (
+        (brandla.svd_update(old, left, right, rank=rule), dense(old) + left.double() @ right.double().mT),
+        (brandla.svd_append(old, left, rank=rule), torch.cat([dense(old), left.double()], dim=1)),
+    ):
+        _, values = oracles.svd_truncation(matrix, 1)
+        wanted = int((values > 0.4 * values[0]).sum())
+        truncation, _ = oracles.svd_truncation(matrix, wanted)
+        assert new.S.shape == (10,)
+        assert int((new.S > 0).sum()) == wanted
+        assert not new.U[:, wanted:].any()
+        assert oracles.difference_ratio(dense(new), truncation, dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("maximum", "tol", "error", "fragment"),
+    [
+        (0, 0.1, ValueError, "got 0"),
+        (2.5, 0.1, TypeError, "float"),
+        (4, 1.0, ValueError, "got 1"),
+        (4, -0.1, ValueError, "-0.1"),
+    ],
+    ids=["max 0", "max a float", "tol 1", "tol negative"],
+)
+def test_rules_without_sense_are_refused(maximum: Any, tol: float, error: type[Exception], fragment: str) -> None:
+    with pytest.raises(error, match=f"^Rank: .*{fragment}"):
+        brandla.Rank(max=maximum, tol=tol)
+
+
+def test_a_rule_above_what_fits_is_refused(update: SymmetricUpdate) -> None:
+    with pytest.raises(ValueError, match=rf"{update.name}: rank must be between 0 and 20.*got 21"):
+        update(update.make(50, 12), make_columns(50, 8), rank=brandla.Rank(max=21, tol=0.1))

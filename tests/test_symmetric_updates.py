@@ -1,0 +1,419 @@
+"""What eigh_update and subspace_update promise alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import brandla
+import oracles
+from builders import SymmetricUpdate, basis_of, dense, make_columns, values_of
+from oracles import THRESHOLD
+
+
+def bound_slack(n: int, dtype: torch.dtype, largest: float) -> float:
+    """Return the rounding of a running error bound: a few ε of the largest value, and that of the float64 oracle."""
+    return 8 * oracles.epsilon(dtype) * largest + oracles.tolerance(n, torch.float64, largest)
+
+
+def assert_factor(value: Any, n: int, rank: int) -> None:
+    """Check shapes, orthonormality, and that the values are non-negative and, if eigenvalues, descending."""
+    values, basis = values_of(value), basis_of(value)
+    assert values.shape[-1] == rank
+    assert basis.shape[-2:] == (n, rank)
+    count = math.prod(values.shape[:-1])
+    flat_values, flat_basis = values.reshape(count, rank), basis.reshape(count, n, rank)
+    for one_values, one_basis in zip(flat_values, flat_basis, strict=True):
+        assert oracles.orthonormality_ratio(one_basis, one_values) <= THRESHOLD
+    if isinstance(value, brandla.LowRankEigh):
+        assert (values >= 0).all()
+        assert (values.diff(dim=-1) <= 0).all()
+    else:
+        assert torch.equal(value.core, value.core.mT)
+
+
+def assert_underestimates(value: Any, matrix: Tensor, scale: float | None = None) -> None:
+    """Check 0 ⪯ M̂ ⪯ M up to rounding."""
+    scale = oracles.spectral_norm(matrix) if scale is None else scale
+    slack = oracles.tolerance(matrix.shape[-1], basis_of(value).dtype, scale)
+    approximation = dense(value)
+    assert oracles.eigh(approximation).eigenvalues.amin() >= -slack
+    assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+@pytest.mark.parametrize("stream", ["medium", "flat", "repeated-8", "rank-16", "graded"])
+def test_update_without_truncation_equals_batch_decomposition(
+    update: SymmetricUpdate, spectrum: str, stream: str, dtype: torch.dtype
+) -> None:
+    n, r, k = 61, 20, 16
+    old = update.make(n, r, spectrum, dtype=dtype)
+    (columns,) = oracles.batches(stream, n, k, 1, dtype=dtype)
+    new = update(old, columns, decay=0.9, weight=0.3, rank=r + k)
+    expected = oracles.updated(dense(old), columns, 0.9, 0.3)
+    assert_factor(new, n, r + k)
+    assert oracles.difference_ratio(dense(new), expected, dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("n", "r", "k"),
+    [
+        pytest.param(12, 7, 8, id="k above n - r"),
+        pytest.param(12, 7, 5, id="k equal to n - r"),
+        pytest.param(12, 7, 4, id="k one below n - r"),
+        pytest.param(7, 3, 20, id="k above n"),
+        pytest.param(9, 9, 4, id="r equal to n"),
+        pytest.param(9, 9, 0, id="r equal to n, no columns"),
+        pytest.param(11, 4, 0, id="no columns"),
+        pytest.param(11, 0, 3, id="rank 0"),
+        pytest.param(11, 0, 0, id="rank 0, no columns"),
+        pytest.param(11, 4, 1, id="a single column"),
+        pytest.param(1, 1, 1, id="order 1"),
+        pytest.param(1, 0, 3, id="order 1 from rank 0"),
+        pytest.param(101, 13, 17, id="primes"),
+    ],
+)
+def test_every_shape_gives_the_whole_update_at_full_rank(
+    update: SymmetricUpdate, n: int, r: int, k: int, dtype: torch.dtype
+) -> None:
+    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype)
+    rank = min(n, r + k)
+    new = update(old, columns, decay=0.5, weight=0.3, rank=rank)
+    assert_factor(new, n, rank)
+    assert oracles.difference_ratio(dense(new), oracles.updated(dense(old), columns, 0.5, 0.3), dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 8, 9, 14], ids=lambda rank: f"to-{rank}")
+def test_rank_shrinks_and_grows(update: SymmetricUpdate, rank: int, dtype: torch.dtype) -> None:
+    n, r, k = 40, 8, 6
+    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype)
+    new = update(old, columns, rank=rank)
+    whole = oracles.updated(dense(old), columns)
+    assert_factor(new, n, rank)
+    assert_underestimates(new, whole)
+    best = oracles.eigh(whole).eigenvalues[rank:].sum()
+    assert (whole - dense(new)).trace() <= 1.25 * best + oracles.tolerance(n, dtype, oracles.spectral_norm(whole))
+
+
+def test_default_rank_is_the_old_one(update: SymmetricUpdate) -> None:
+    new = update(update.make(20, 5), make_columns(20, 3))
+    assert isinstance(new, update.factor)
+    assert basis_of(new).shape == (20, 5)
+
+
+@pytest.mark.parametrize("perturbation", [0.0, 1e-7, 1e-3])
+def test_columns_inside_the_span_add_no_direction(
+    update: SymmetricUpdate, perturbation: float, dtype: torch.dtype
+) -> None:
+    n, r, k = 64, 12, 8
+    old = update.make(n, r, dtype=dtype)
+    inside = basis_of(old).double() @ oracles.gaussian(r, k, seed=3)
+    columns = (inside + perturbation * oracles.gaussian(n, k, seed=4)).to(dtype)
+    new = update(old, columns, rank=r + k)
+    assert_factor(new, n, r + k)
+    assert oracles.difference_ratio(dense(new), oracles.updated(dense(old), columns), dtype) <= THRESHOLD
+
+
+def test_zero_columns_only_decay(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    old = update.make(30, 6, dtype=dtype)
+    new = update(old, torch.zeros(30, 4, dtype=dtype), decay=0.25)
+    assert_factor(new, 30, 6)
+    assert oracles.difference_ratio(dense(new), 0.25 * dense(old), dtype) <= THRESHOLD
+
+
+def test_zero_matrix_stays_zero(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    zero = update.factor.zeros(30, 6, dtype=dtype)
+    new = update(zero, torch.zeros(30, 4, dtype=dtype), rank=10)
+    assert_factor(new, 30, 10)
+    assert dense(new).abs().max() == 0
+
+
+def test_decay_zero_forgets_and_weight_zero_ignores(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
+    forgotten = update(old, columns, decay=0.0, rank=10)
+    ignored = update(old, columns, weight=0.0, rank=10)
+    assert_factor(forgotten, 30, 10)
+    assert_factor(ignored, 30, 10)
+    assert oracles.difference_ratio(dense(forgotten), oracles.updated(dense(old), columns, 0.0), dtype) <= THRESHOLD
+    assert oracles.difference_ratio(dense(ignored), dense(old), dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18], ids=lambda scale: f"{scale:g}")
+def test_result_scales_with_the_data(update: SymmetricUpdate, scale: float) -> None:
+    n, k = 24, 4
+    steps = [make_columns(n, k, seed=seed, scale=scale, dtype=torch.float32) for seed in range(4)]
+    value, matrix = update.factor.zeros(n, 8, dtype=torch.float32), torch.zeros(n, n, dtype=torch.float64)
+    for columns in steps:
+        rank = min(n, basis_of(value).shape[-1] + k)
+        value, matrix = update(value, columns, rank=rank), oracles.updated(matrix, columns)
+    assert_factor(value, n, n)
+    assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments: layouts, dtypes, batches, kinds of scalars
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _every_other(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)[..., ::2, ::2]
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def _inside_a_larger_one(tensor: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tensor, (3, 2, 1, 4), value=math.nan)[..., 1:-4, 3:-2]
+
+
+LAYOUTS = {"every-other": _every_other, "transposed": _transposed, "inside-a-larger-one": _inside_a_larger_one}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_of_the_arguments_does_not_matter(
+    update: SymmetricUpdate, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, unchanged: Callable[..., Any]
+) -> None:
+    old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
+    parts = [layout(part) if part.ndim > 1 else part.repeat_interleave(2)[::2] for part in old]
+    view, viewed_columns = update.factor(*parts), layout(columns)
+    assert not viewed_columns.is_contiguous()
+    with unchanged(view, viewed_columns):
+        from_views = update(view, viewed_columns, rank=10)
+    assert oracles.difference_ratio(dense(from_views), dense(update(old, columns, rank=10)), dtype) <= THRESHOLD
+
+
+def test_expanded_columns_are_read_as_their_values(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    old, column = update.make(30, 6, dtype=dtype), make_columns(30, 1, dtype=dtype)
+    new = update(old, column.expand(30, 5), rank=11)
+    expected = oracles.updated(dense(old), column.repeat(1, 5))
+    assert_factor(new, 30, 11)
+    assert oracles.difference_ratio(dense(new), expected, dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("k", "rank", "decay"),
+    [(4, None, 0.9), (4, 10, 1.0), (0, None, 1.0), (0, None, 0.5), (0, 4, 1.0), (28, None, 1.0)],
+    ids=["usual", "grown", "no columns", "no columns, decay", "no columns, shrunk", "k above n - r"],
+)
+def test_inputs_are_neither_changed_nor_shared(
+    update: SymmetricUpdate,
+    k: int,
+    rank: int | None,
+    decay: float,
+    unchanged: Callable[..., Any],
+    shares_memory: Callable[..., bool],
+) -> None:
+    old, columns = brandla.track(update.make(30, 6)), make_columns(30, k)
+    with unchanged(old, columns):
+        new = update(old, columns, decay=decay, rank=rank)
+    assert not shares_memory((old, columns), new)
+
+
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3), (0,), (1,)], ids=str)
+def test_batch_equals_a_loop(update: SymmetricUpdate, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    count = math.prod(batch_shape)
+    n, r, k = 25, 6, 4
+    if count == 0:
+        old = update.factor.zeros(n, r, batch_shape=batch_shape, dtype=dtype)
+    else:
+        old = update.make(n, r, dtype=dtype, batch_shape=batch_shape)
+    columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
+    decay = torch.linspace(0.5, 1, count, dtype=dtype).reshape(batch_shape)
+    batched = update(brandla.track(old), columns, decay=decay, weight=1 - decay / 2, rank=8)
+    assert basis_of(batched.lowrank).shape == (*batch_shape, n, 8)
+    assert batched.error_bound.shape == batch_shape
+    tensors = (*old, columns, decay, dense(batched.lowrank))
+    flat = (part.reshape(count, *part.shape[len(batch_shape) :]) for part in tensors)
+    *parts, each_columns, each_decay, each_result = (part.unbind(0) for part in flat)
+    for *fields, one_columns, one_decay, actual in zip(*parts, each_columns, each_decay, each_result, strict=True):
+        factor = update.factor(*fields)
+        alone = update(factor, one_columns, decay=float(one_decay), weight=1 - float(one_decay) / 2, rank=8)
+        assert oracles.difference_ratio(actual, dense(alone), dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("scalar_dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_and_tensors_mean_the_same(
+    update: SymmetricUpdate, scalar_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    old, columns = update.make(25, 6, dtype=dtype), make_columns(25, 4, dtype=dtype)
+    decay, weight = (torch.tensor(value, dtype=scalar_dtype) for value in (0.75, 0.25))
+    from_tensors = update(old, columns, decay=decay, weight=weight)
+    from_numbers = update(old, columns, decay=0.75, weight=0.25)
+    assert basis_of(from_tensors).dtype == dtype
+    assert oracles.difference_ratio(dense(from_tensors), dense(from_numbers), dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_columns_equal_their_float32_values(update: SymmetricUpdate, half: torch.dtype) -> None:
+    old, columns = update.make(25, 6, dtype=torch.float32), make_columns(25, 4).to(half)
+    from_half, from_float = (update(old, data, decay=0.9, weight=0.1) for data in (columns, columns.float()))
+    assert basis_of(from_half).dtype == torch.float32
+    assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
+
+
+def test_result_unpacks_as_a_tuple_and_is_a_pytree(update: SymmetricUpdate) -> None:
+    new = update(update.make(25, 6), make_columns(25, 4))
+    values, basis = new
+    assert values is new[0]
+    assert basis is new[1]
+    leaves, tree = torch.utils._pytree.tree_flatten(new)
+    assert len(leaves) == 2
+    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, tree), update.factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Non-finite data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("k", [4, 28], ids=["usual", "k above n - r"])
+@pytest.mark.parametrize("where", ["columns", "values", "basis"])
+def test_non_finite_data_makes_all_values_nan(update: SymmetricUpdate, bad: float, k: int, where: str) -> None:
+    old, columns = update.make(30, 6), make_columns(30, k)
+    {"columns": columns, "values": old[0], "basis": old[1]}[where][0, ...] = bad
+    new = update(brandla.track(old), columns)
+    assert new.lowrank[0].isnan().all()
+    assert not new.lowrank.is_finite()
+    assert not new.error_bound.isfinite()
+
+
+def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
+    columns = make_columns(30, 4)
+    poisoned = update(update.make(30, 6), columns * math.nan)
+    for again in (update(poisoned, columns), update(poisoned, columns[:, :0]), update(poisoned, columns, decay=0.0)):
+        assert again[0].isnan().all()
+
+
+def test_non_finite_data_poisons_only_its_own_batch_entry(update: SymmetricUpdate) -> None:
+    old, columns = update.make(30, 6, batch_shape=(3,)), make_columns(30, 4, batch_shape=(3,))
+    clean = update(old, columns)
+    columns[1, 5, 2] = math.inf
+    new = update(old, columns)
+    assert new.is_finite().tolist() == [True, False, True]
+    for i in (0, 2):
+        assert oracles.difference_ratio(dense(new)[i], dense(clean)[i], torch.float64) <= THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_error_is_what_was_discarded_and_stays_within_its_bound(
+    update: SymmetricUpdate, stream: str, dtype: torch.dtype
+) -> None:
+    n, r, k, decay = 64, 12, 8, 0.9
+    tracked = brandla.track(update.factor.zeros(n, r, dtype=dtype))
+    matrix = discarded = torch.zeros(n, n, dtype=torch.float64)
+    peak = 0.0
+    for columns in oracles.batches(stream, n, k, 40, dtype=dtype):
+        target = oracles.updated(dense(tracked.lowrank), columns, decay, 1 - decay)
+        tracked = update(tracked, columns, decay=decay, weight=1 - decay)
+        discarded = decay * discarded + target - dense(tracked.lowrank)
+        matrix = oracles.updated(matrix, columns, decay, 1 - decay)
+        peak = max(peak, oracles.spectral_norm(matrix))
+        error = matrix - dense(tracked.lowrank)
+        assert oracles.spectral_norm(error) <= float(tracked.error_bound) + bound_slack(n, dtype, peak)
+    assert_factor(tracked.lowrank, n, r)
+    assert_underestimates(tracked.lowrank, matrix)
+    assert oracles.difference_ratio(error, discarded, torch.float64, scale=peak) <= THRESHOLD
+    # A useful bound: no larger than the trace, which bounds every norm of a semi-definite remainder.
+    assert float(tracked.error_bound) <= float(discarded.trace()) + oracles.tolerance(n, dtype, peak)
+
+
+@pytest.mark.parametrize("stream", ["rank-16", "repeated-8"])
+def test_batches_wider_than_their_rank_lose_nothing(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
+    # Sixteen directions in batches of 32 columns, or 4 in each of 5 batches: a rank of 24 holds them all.
+    n, r, k = 64, 24, 32
+    batches = oracles.batches(stream, n, k, 5 if stream == "repeated-8" else 40, dtype=dtype)
+    value, matrix = update.factor.zeros(n, r, dtype=dtype), torch.zeros(n, n, dtype=torch.float64)
+    for columns in batches:
+        value = update(value, columns, decay=0.9, weight=0.1)
+        matrix = oracles.updated(matrix, columns, 0.9, 0.1)
+        assert_factor(value, n, r)
+    assert oracles.difference_ratio(dense(value), matrix, dtype) <= THRESHOLD
+
+
+def test_tracking_does_not_change_the_factor(update: SymmetricUpdate) -> None:
+    plain = update.make(30, 6)
+    tracked = brandla.track(plain)
+    for columns in oracles.batches("slow", 30, 4, 3):
+        plain, tracked = update(plain, columns, decay=0.9), update(tracked, columns, decay=0.9)
+    assert isinstance(tracked, brandla.Tracked)
+    assert all(torch.equal(a, b) for a, b in zip(plain, tracked.lowrank, strict=True))
+
+
+def test_error_bound_stays_zero_without_truncation(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    tracked = brandla.track(update.factor.zeros(30, 0, dtype=dtype))
+    for step, columns in enumerate(oracles.batches("slow", 30, 4, 5, dtype=dtype), start=1):
+        tracked = update(tracked, columns, rank=4 * step)
+    assert tracked.error_bound <= oracles.tolerance(30, dtype, oracles.spectral_norm(dense(tracked.lowrank)))
+
+
+def test_ten_thousand_updates_do_not_drift(update: SymmetricUpdate) -> None:
+    names = ["slow", "medium", "fast", "graded", "rank-16", "repeated-8", "switch", "zeros-between"]
+    n, r, k, decay, period = 96, 16, 4, 0.95, 100
+    # Each stream repeats its first `period` batches, so that the test does not spend its time drawing them.
+    batches = [torch.stack(oracles.batches(name, n, k, period, dtype=torch.float32)) for name in names]
+    steps = torch.stack(batches, dim=1)
+    value = update.factor.zeros(n, r, batch_shape=(len(names),), dtype=torch.float32)
+    defects = torch.zeros(len(names), dtype=torch.float64)
+    for step in range(10_000):
+        value = update(value, steps[step % period], decay=decay, weight=1 - decay)
+        if step % 250 == 249:
+            pairs = zip(basis_of(value), values_of(value), strict=True)
+            defects = torch.maximum(defects, torch.tensor([oracles.orthonormality_defect(u, d) for u, d in pairs]))
+    limit = 200 * torch.finfo(torch.float32).eps
+    assert {name: defect for name, defect in zip(names, defects.tolist(), strict=True) if defect > limit} == {}
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[float, int, float, bool]:
+    """Draw (decay, k, scale of the columns, whether a column is repeated)."""
+    return (
+        draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
+        draw(st.integers(0, 14)),
+        draw(st.sampled_from([0.0, 1e-6, 1.0, 1e4])),
+        draw(st.booleans()),
+    )
+
+
+@given(
+    sequence=st.lists(steps(), min_size=1, max_size=8),
+    rank=st.integers(0, 12),
+    is_double=st.booleans(),
+    seed=st.integers(0, 10),
+)
+@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
+def test_any_sequence_stays_between_zero_and_the_truth(
+    name: str, sequence: list[tuple[float, int, float, bool]], rank: int, *, is_double: bool, seed: int
+) -> None:
+    n, dtype = 12, torch.float64 if is_double else torch.float32
+    factor = brandla.LowRankEigh if name == "eigh_update" else brandla.LowRankSym
+    tracked = brandla.track(factor.zeros(n, rank, dtype=dtype))
+    matrix, peak = torch.zeros(n, n, dtype=torch.float64), 0.0
+    for step, (decay, k, scale, is_repeated) in enumerate(sequence):
+        columns = make_columns(n, k, seed=100 * seed + step, scale=scale, dtype=dtype)
+        columns = columns[:, :1].expand(n, k) if is_repeated and k else columns
+        tracked = getattr(brandla, name)(tracked, columns, decay=decay)
+        matrix = oracles.updated(matrix, columns, decay)
+        peak = max(decay * peak, oracles.spectral_norm(matrix))
+        assert_factor(tracked.lowrank, n, rank)
+        assert_underestimates(tracked.lowrank, matrix, peak)
+        error = oracles.spectral_norm(matrix - dense(tracked.lowrank))
+        assert error <= float(tracked.error_bound) + oracles.tolerance(n, dtype, peak)
