@@ -45,12 +45,12 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     diagonal = core.diagonal(dim1=-2, dim2=-1)
     if core.shape[-1] == 0:
         return diagonal.to(dtype), core[..., :keep].to(dtype)
-    finite = torch.isfinite(core).all(-1).all(-1)
+    finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
-    normalized = torch.where(finite[..., None, None], core / scale[..., None, None], 0)
-    empty = torch.where(diagonal > 0, 0.0, _EMPTY).to(core.dtype)
-    values, vectors = _eigh_with_retry((normalized + torch.diag_embed(empty)).to(dtype))
+    normalized = (core / scale[..., None, None]).masked_fill_(~finite[..., None, None], 0).to(dtype)
+    normalized.diagonal(dim1=-2, dim2=-1).add_(torch.where(diagonal > 0, 0.0, _EMPTY))
+    values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
     values = values.clamp_min(0) * scale[..., None].to(dtype)
@@ -73,7 +73,7 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
             core.new_zeros(*batch_shape, kept),
             core.new_zeros(*batch_shape, q, kept),
         )
-    finite = torch.isfinite(core).all(-1).all(-1)
+    finite = _is_finite(core)
     clean = torch.where(finite[..., None, None], core, 0)
     scale = clean.abs().amax((-2, -1))
     scale = torch.where(scale > 0, scale, 1)[..., None]
@@ -138,15 +138,15 @@ def truncate_by_subspace(
         S (..., rank, rank) and W (..., m, rank), float64, with W S Wᵀ ⪯ K; NaN throughout for a non-finite core.
     """
     diagonal = core.diagonal(dim1=-2, dim2=-1)
-    finite = torch.isfinite(core).all(-1).all(-1)[..., None, None]
+    finite = _is_finite(core)[..., None, None]
     if rank == 0:
         return core[..., :0, :0], core[..., :0]
     if rank == core.shape[-1] and tol == 0:
-        identity = torch.eye(rank, dtype=core.dtype, device=core.device).expand_as(core)
-        return _poison(core, finite), _poison(identity, finite)
+        identity = torch.eye(rank, dtype=core.dtype, device=core.device).expand_as(core).clone()
+        return _poison((core + core.mT) / 2, finite), _poison(identity, finite)
     largest = diagonal.amax(-1)[..., None, None]
     scale = torch.where(finite & (largest > 0), largest, 1)
-    normalized = torch.where(finite, core / scale, 0)
+    normalized = (core / scale).masked_fill_(~finite, 0)
     order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices[..., None, :]
     image = torch.take_along_dim(normalized, order, dim=-1)
     inner = torch.take_along_dim(image, order.mT, dim=-2)
@@ -229,5 +229,11 @@ def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
     return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
+def _is_finite(core: Tensor) -> Tensor:
+    """Bool tensor of batch shape, by one reduction: NaN and infinity survive a sum in float64."""
+    return torch.isfinite(core.double().sum((-2, -1)))
+
+
 def _poison(tensor: Tensor, finite: Tensor) -> Tensor:
-    return torch.where(finite, tensor, float("nan"))
+    """Fill a new tensor with NaN, in place, where a core was not finite."""
+    return tensor.masked_fill_(~finite, float("nan"))

@@ -13,7 +13,7 @@ from brandla.orthonormal import Split, split
 class Expansion(NamedTuple):
     """A matrix B K Bᵀ with orthonormal B = [U Q], or B = I where [U Q] would have n columns or more."""
 
-    core: Tensor  # K [..., m, m], float64
+    core: Tensor  # K [..., m, m], float64, symmetric to rounding
     basis: Tensor
     parts: Split | None
 
@@ -49,17 +49,13 @@ def expand(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor, 
     k = columns.shape[-1]
     if r + k >= n:
         wide, data = basis.double(), columns.double()
-        return Expansion(_symmetric(wide @ old @ wide.mT + (data * _over_matrix(weight)) @ data.mT), basis, None)
+        return Expansion(wide @ old @ wide.mT + (data * _over_matrix(weight)) @ data.mT, basis, None)
     parts = split(basis, columns)
     stacked = torch.cat([parts.coefficients, parts.triangle], dim=-2)
     expanded = (stacked * _over_matrix(weight)) @ stacked.mT
     expanded[..., :r, :r] += old
-    return Expansion(_symmetric(expanded), basis, parts)
+    return Expansion(expanded, basis, parts)
 
 
 def _over_matrix(value: float | Tensor) -> float | Tensor:
     return value[..., None, None].double() if isinstance(value, Tensor) else value
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2

@@ -49,6 +49,20 @@ def test_more_iterations_approach_the_best_truncation(spectrum: str, dtype: torc
     assert lost[1] <= 1.25 * best + slack
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_small_values_of_a_dense_core_survive_the_iterations(iterations: int, dtype: torch.dtype) -> None:
+    # The columns of such a core are nearly parallel: a coarse orthonormalisation between two products would lose some.
+    r = 24
+    core = oracles.psd_matrix(torch.logspace(0, -6, r, dtype=torch.float64), seed=3)
+    sym = brandla.LowRankSym(core.to(dtype), oracles.orthonormal(128, r, seed=4).to(dtype))
+    columns = make_columns(128, 4, dtype=dtype, scale=1e-4)
+    matrix = oracles.updated(dense(sym), columns)
+    reference = oracles.eigh(matrix)
+    best = oracles.spectral_norm(matrix - reference.truncation(r))
+    error = oracles.spectral_norm(matrix - dense(brandla.subspace_update(sym, columns, iterations=iterations)))
+    assert error <= 4 * best + THRESHOLD * oracles.epsilon(dtype)
+
+
 def test_a_diagonal_core_equals_the_exact_update_where_the_kept_directions_stand_out() -> None:
     sym = brandla.LowRankSym(torch.diag(torch.tensor([4.0, 3.0, 1e-3])).double(), torch.eye(8, 3).double())
     columns = torch.zeros(8, 2, dtype=torch.float64)
