@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib")
 
 
 def facts() -> dict[str, Any]:
-    """Return CPU, GPUs, versions, threads and, in a git checkout of brandla, the commit."""
+    """Return CPU, GPUs, versions, threads, load and, in a git checkout of brandla, the commit."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -29,6 +29,7 @@ def facts() -> dict[str, Any]:
         "blas": linear_algebra()[0],
         "lapack": linear_algebra()[1],
         "threads": torch.get_num_threads(),
+        "load": load(),
         **commit(),
     }
 
@@ -51,6 +52,11 @@ def cpu_name() -> str:
 def gpu_names() -> list[str]:
     """Return the names of the GPUs that torch sees."""
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def load() -> float | None:
+    """Return how many programs wanted to run in the last minute, on average, where the system says."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def linear_algebra() -> tuple[str, str]:

@@ -11,10 +11,9 @@ from brandla.kfac import FactorReport
 
 @dataclass
 class Errors:
-    """Sizes of a matrix, or of the errors of a factor, step by step, in three norms.
+    """Sizes of a matrix, or of the errors of a factor, step by step.
 
-    ``spectral`` is ‖·‖₂, ``frobenius`` ‖·‖_F, and ``trace`` the sum of the eigenvalues, which for these positive
-    semi-definite errors is the nuclear norm.
+    ``spectral`` is ‖·‖₂, ``frobenius`` ‖·‖_F, and ``trace`` the trace norm, the sum of the absolute eigenvalues.
     """
 
     spectral: list[float] = field(default_factory=list)
@@ -46,12 +45,11 @@ class Reference:
 
 @dataclass
 class Tracking:
-    """The tracking study. Entry i of a list belongs to ``steps[i]``, of a spectral one to ``spectral_steps[i]``."""
+    """The tracking study. Entry i of a list of norms belongs to ``steps[i]``."""
 
     n: int
     columns: int
     steps: list[int] = field(default_factory=list)
-    spectral_steps: list[int] = field(default_factory=list)
     norms: Errors = field(default_factory=Errors)
     best: dict[int, Errors] = field(default_factory=dict)
     trackers: list[Tracker] = field(default_factory=list)

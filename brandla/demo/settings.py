@@ -12,8 +12,6 @@ class TrackingSettings:
     ranks: tuple[int, ...] = (32, 64, 128)
     headline_rank: int = 64
     steps: int = 200
-    # The spectral norm of an error costs an eigendecomposition, so it is not taken at every step.
-    spectral_every: int = 4
     # The decompositions to compare with are timed at every so many steps.
     reference_every: int = 12
     warmup: int = 5
@@ -28,7 +26,7 @@ class TrainingSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 100
     search_seed: int = 1000
-    search_steps: int = 30
+    search_steps: int = 50
     # Rates tried for each method, spread over its decade.
     trials: int = 4
     evaluate_every: int = 2

@@ -18,6 +18,7 @@ from brandla.demo.tables import tables
 def run(settings: Settings, console: Console) -> Results:
     """Run both studies; an interrupted run returns what was measured until then."""
     results = Results(machine.facts(), settings)
+    _warn_of_load(results, console)
     start = perf_counter()
     total = tracking.STEP_COST * settings.tracking.steps + training.total_cost(settings)
     with Meter(console, total) as meter:
@@ -42,6 +43,15 @@ def leave(results: Results, output: Path, console: Console) -> None:
         written.append(output / "demo.png")
     names = " and ".join(str(path) for path in written)
     console.print(f"{results.seconds:.0f} s. Figures in {names}", soft_wrap=True, highlight=False)
+
+
+def _warn_of_load(results: Results, console: Console) -> None:
+    """Say so where other programs may spoil the times: threads that wait for each other then wait for those as well."""
+    load, cores = results.machine["load"], results.machine["cores"]
+    if load and cores and load > cores / 2:
+        console.print(
+            f"The machine is busy (load {load:.1f} on {cores} cores): times will be too long.", highlight=False
+        )
 
 
 def _measure(results: Results, meter: Meter) -> None:

@@ -78,11 +78,10 @@ class MemorySummary:
 
 def ratios(study: Tracking, tracker: Tracker, norm: Norm) -> tuple[list[int], list[float]]:
     """Return the steps at which error over best error means something, and that ratio."""
-    steps = study.spectral_steps if norm == "spectral" else study.steps
     errors, best, whole = (getattr(part, norm) for part in (tracker.errors, study.best[tracker.rank], study.norms))
     kept = [
         (step, error / least)
-        for step, error, least, size in zip(steps, errors, best, whole, strict=False)
+        for step, error, least, size in zip(study.steps, errors, best, whole, strict=False)
         if least > _NOISE * size
     ]
     return [step for step, _ in kept], [value for _, value in kept]
@@ -138,9 +137,8 @@ def _summarize_tracker(study: Tracking, tracker: Tracker, settings: Settings) ->
 
 def _bounds(study: Tracking, tracker: Tracker) -> list[tuple[float, float, float]]:
     """List running bound, true spectral error and ‖M‖₂, where the error is above rounding."""
-    bounds = dict(zip(study.steps, tracker.bound, strict=False))
-    measured = zip(study.spectral_steps, tracker.errors.spectral, study.norms.spectral, strict=False)
-    return [(bounds[step], error, size) for step, error, size in measured if error > _NOISE * size]
+    measured = zip(tracker.bound, tracker.errors.spectral, study.norms.spectral, strict=False)
+    return [(bound, error, size) for bound, error, size in measured if error > _NOISE * size]
 
 
 def _ratio(values: list[float]) -> Ratio | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -55,7 +56,8 @@ def _errors(study: Tracking, summaries: list[TrackerSummary]) -> Group:
     for one in summaries:
         ratios = [one.ratios.get(norm) for norm in NORMS]
         cells = [f"{ratio.median:.2f} ({ratio.worst:.2f})" if ratio else _NOTHING for ratio in ratios]
-        within = f"{ratios[0].within:.0%}" if ratios[0] else _NOTHING
+        # Rounded down: 100 % means every step.
+        within = f"{floor(100 * ratios[0].within)} %" if ratios[0] else _NOTHING
         over = _NOTHING if one.bound_over_error is None else f"{one.bound_over_error:.1f} ×"
         table.add_row(one.update, str(one.rank), *cells, within, over if one.bound_held else f"{over} broken")
     orthogonality = max(one.orthogonality for one in summaries)
@@ -133,7 +135,9 @@ def _memory(summaries: list[MemorySummary]) -> Group:
 
 
 def _milliseconds(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.3g}"
+    if value is None:
+        return _NOTHING
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _accuracy(one: MethodSummary) -> str:

@@ -18,7 +18,7 @@ from brandla.demo.settings import Settings
 from brandla.demo.timing import timed
 
 # Relative cost of one step, for the progress bar; about milliseconds.
-STEP_COST = 80.0
+STEP_COST = 100.0
 
 
 def track(settings: Settings, digits: Digits, study: Tracking, meter: Meter) -> None:
@@ -75,13 +75,10 @@ class _Observer:
         self._truth = decay * self._truth + (1 - decay) * (wide @ wide.mT)
         for stream in self._streams:
             stream.update(columns, settings)
-        with_spectral = step % settings.tracking.spectral_every == 0 or step == 1
-        self._note_truth(with_spectral=with_spectral)
+        self._note_truth()
         for stream in self._streams:
-            stream.measure(self._truth, with_spectral=with_spectral)
+            stream.measure(self._truth)
         study.steps.append(step)
-        if with_spectral:
-            study.spectral_steps.append(step)
         if step % settings.tracking.reference_every == 0:
             dense = self._truth.float()
             for reference in self._references:
@@ -94,12 +91,12 @@ class _Observer:
         self._study.trackers.append(record)
         self._streams.append(_Stream(record, brandla.track(start), update))
 
-    def _note_truth(self, *, with_spectral: bool) -> None:
+    def _note_truth(self) -> None:
         """Note the norms of M and, by Eckart–Young, of the best rank-r error: those of the trailing eigenvalues."""
         spectrum = torch.linalg.eigvalsh(self._truth).flip(0).clamp_min(0)
-        _note(self._study.norms, spectrum, with_spectral=with_spectral)
+        _note(self._study.norms, spectrum)
         for rank, best in self._study.best.items():
-            _note(best, spectrum[rank:], with_spectral=with_spectral)
+            _note(best, spectrum[rank:])
 
 
 class _Stream:
@@ -118,23 +115,19 @@ class _Stream:
         )
         self._record.milliseconds.append(milliseconds)
 
-    def measure(self, truth: Tensor, *, with_spectral: bool) -> None:
+    def measure(self, truth: Tensor) -> None:
         """Note the errors, the running bound and the loss of orthogonality."""
         record, (factor, bound) = self._record, self._tracked
-        error = truth - factor.dense().double()
-        record.errors.trace.append(float(error.trace()))
-        record.errors.frobenius.append(float(torch.linalg.matrix_norm(error)))
-        if with_spectral:
-            record.errors.spectral.append(float(torch.linalg.eigvalsh(error).abs().max()))
+        _note(record.errors, torch.linalg.eigvalsh(truth - factor.dense().double()))
         record.bound.append(float(bound))
         record.orthogonality.append(_orthogonality_loss(factor[1]))
 
 
-def _note(errors: Errors, eigenvalues: Tensor, *, with_spectral: bool) -> None:
-    errors.trace.append(float(eigenvalues.sum()))
-    errors.frobenius.append(float(eigenvalues.norm()))
-    if with_spectral:
-        errors.spectral.append(float(eigenvalues.max()))
+def _note(errors: Errors, eigenvalues: Tensor) -> None:
+    sizes = eigenvalues.abs()
+    errors.trace.append(float(sizes.sum()))
+    errors.frobenius.append(float(sizes.norm()))
+    errors.spectral.append(float(sizes.max()))
 
 
 def _orthogonality_loss(basis: Tensor) -> float:

@@ -1,0 +1,146 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import brandla
+from brandla.demo.commands import app
+from brandla_kernels import OPS
+
+COMMAND = [sys.executable, "-m", "brandla"]
+INTERRUPTED = 130
+CURSOR_SHOWN, CURSOR_HIDDEN = b"\x1b[?25h", b"\x1b[?25l"
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
+
+
+def in_a_process(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_no_command_shows_the_commands(runner: CliRunner) -> None:
+    answer = runner.invoke(app, [])
+    assert "info" in answer.output
+    assert "demo" in answer.output
+
+
+def test_version(runner: CliRunner) -> None:
+    assert runner.invoke(app, ["--version"]).output == f"brandla {brandla.__version__}\n"
+
+
+def test_info_names_the_backend_of_every_op(runner: CliRunner) -> None:
+    answer = runner.invoke(app, ["info"])
+    assert answer.exit_code == 0
+    lines = [line.split() for line in answer.output.splitlines()]
+    served = {words[0]: words[1:3] for words in lines if words and words[0] in OPS}
+    assert served == {name: ["torch", "(1)"] for name in OPS}
+    assert f"(1) {OPS['project'].implementation('cpu')[1]}" in answer.output
+    assert brandla.__version__ in answer.output
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "sklearn", "numpy"])
+def test_missing_package_is_one_line_that_says_how_to_get_it(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from brandla.cli import main
+
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message == f'brandla: {package} not installed; pip install "brandla[demo]"\n'
+
+
+def test_entry_point_imports_without_the_extra() -> None:
+    # Not numpy: torch itself warns of its absence, before anything of brandla runs.
+    hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn'))"
+    answer = in_a_process(f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()")
+    assert answer.returncode == 1
+    assert answer.stderr.count("\n") == 1
+    assert 'pip install "brandla[demo]"' in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "abacus"], "torch cannot use 'abacus'"),
+        (["--seeds", "0"], "--seeds"),
+        (["--output", __file__], "--output"),
+        (["--output", f"{__file__}/below"], "--output"),
+    ],
+)
+def test_bad_option_is_refused_before_anything_runs(runner: CliRunner, options: list[str], words: str) -> None:
+    answer = runner.invoke(app, ["demo", *options])
+    assert answer.exit_code == 2
+    assert words in answer.output
+
+
+def check_what_is_left(output: Path) -> None:
+    figures = json.loads((output / "demo.json").read_text())
+    assert figures["interrupted"] is True
+    assert len(figures["tracking"]["steps"]) >= 1
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in output.iterdir()) == ["demo.json", "demo.png"]
+
+
+@pytest.mark.slow
+def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
+    arguments = [*COMMAND, "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "tracking" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        printed, complaints = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED
+    assert complaints == ""
+    assert "Tracked error" in printed
+    assert "Interrupted" in printed
+    check_what_is_left(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_interrupt_leaves_a_clean_terminal(tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = [*COMMAND, "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    with subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        while b"tracking" not in shown:
+            shown += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        shown += read_to_the_end(ours)
+    os.close(ours)
+    assert process.returncode == INTERRUPTED
+    assert b"Traceback" not in shown
+    assert b"Interrupted" in shown
+    assert shown.rfind(CURSOR_SHOWN) > shown.rfind(CURSOR_HIDDEN) > -1
+    check_what_is_left(tmp_path)
+
+
+def read_to_the_end(terminal: int) -> bytes:
+    """Read a pseudo-terminal until its other end is closed, which Linux reports as an error."""
+    chunks = []
+    try:
+        while chunk := os.read(terminal, 4096):
+            chunks.append(chunk)
+    except OSError:
+        pass
+    return b"".join(chunks)
