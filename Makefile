@@ -5,6 +5,7 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+STUDY_ARGS ?=
 
 python := .venv/bin/python
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
@@ -26,10 +27,11 @@ endif
 .DELETE_ON_ERROR:
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format typecheck imports pytest bench docs clean distclean
+.PHONY: help setup demo test lint format typecheck imports pytest bench bench-cpu study-streams docs-figures docs \
+    clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.extra-test ## make the environment for demo, test and the checks
 
@@ -57,6 +59,15 @@ pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passe
 
 bench: bench/conftest.py .venv/.extra-bench ## the scaling studies (PYTEST_ARGS is passed on)
 	$(python) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
+	$(python) -m pytest bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
+
+study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
+	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
+
+docs-figures: .venv/.extra-bench ## write docs/measurements.md from the result files
+	$(python) -m bench.report
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict

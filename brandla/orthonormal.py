@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from brandla_kernels import cholesky_inverse_core, gram, project, refine, residual, rotate, rotate_
+from brandla_kernels import cholesky_inverse_core, gram, project, reads_are_free, refine, residual, rotate, rotate_
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 _SECOND_PASS = 0.25
+# Rows squared at a time, so that no second copy of a basis is made.
+_ROWS = 4096
 
 
 class Split(NamedTuple):
@@ -57,8 +59,8 @@ def split(basis: Tensor, columns: Tensor) -> Split:
     length = (coefficients.square().sum(-2) + panel_gram.diagonal(dim1=-2, dim2=-1)).sqrt()
     first = _first_pass(panel, panel_gram, length, basis.shape[-1] + columns.shape[-1])
     drift = measure_drift(basis)
-    if _reads_are_free(panel) and _needs_no_second_pass(panel_gram, length, first):
-        overlap = project(basis, first.panel).double()
+    if reads_are_free(panel) and _needs_no_second_pass(panel_gram, length, first):
+        overlap = _overlap(basis, length, first)
         inside = overlap if first.to_panel is None else overlap @ first.to_panel
         return Split(coefficients + inside, first.triangle(), first.panel, overlap, first.transform, drift)
     refined, overlap, refined_gram = refine(basis, first.panel, first.transform.to(panel.dtype))
@@ -80,7 +82,7 @@ def measure_drift(basis: Tensor) -> Tensor:
     r = basis.shape[-1]
     if r == 0:
         return basis.new_zeros(*basis.shape[:-1], 0)[..., :0, :].double()
-    norms = basis.square().sum(-2).sqrt()
+    norms = sum((slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)), basis.new_zeros(())).sqrt()
     live = norms > 0.5
     chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
     picked = basis.index_select(-1, chosen) if basis.ndim == 2 else basis.take_along_dim(chosen[..., None, :], dim=-1)
@@ -166,13 +168,19 @@ def _needs_no_second_pass(panel_gram: Tensor, length: Tensor, first: _FirstPass)
     """
     left = panel_gram.diagonal(dim1=-2, dim2=-1) >= 1e-4 * length.square()
     own = first.gram.diagonal(dim1=-2, dim2=-1)
-    magnified = (own[..., :, None] * first.transform.square()).sum(-2)
-    return bool(left.all() & (magnified <= 16).all())
+    return bool(left.all()) and _magnifies_little(own, first.transform)
 
 
-def _reads_are_free(tensor: Tensor) -> bool:
-    """Say whether a branch may look at values: on a CPU nothing has to be waited for."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _overlap(basis: Tensor, length: Tensor, first: _FirstPass) -> Tensor:
+    """UᵀP′ (..., r, k), or 0 where the rounding of the projection reaches Q at most four times magnified."""
+    if first.to_panel is None and _magnifies_little(length.square(), first.transform):
+        return basis.new_zeros(*basis.shape[:-2], basis.shape[-1], length.shape[-1], dtype=torch.float64)
+    return project(basis, first.panel).double()
+
+
+def _magnifies_little(squares: Tensor, transform: Tensor) -> bool:
+    """Say whether T makes errors of these squared lengths in the columns at most four times larger."""
+    return bool(((squares[..., :, None] * transform.square()).sum(-2) <= 16).all())
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:

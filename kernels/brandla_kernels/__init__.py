@@ -1,6 +1,6 @@
 """The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
 
-from brandla_kernels._op import OPS, Backend, Cost, Op, backend
+from brandla_kernels._op import OPS, Backend, Cost, Op, backend, reads_are_free
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
 from brandla_kernels.damped_apply import damped_apply
 from brandla_kernels.gram import gram
@@ -23,6 +23,7 @@ __all__ = [
     "gram_ema_",
     "kron_damped_apply",
     "project",
+    "reads_are_free",
     "refine",
     "residual",
     "rotate",

@@ -72,6 +72,11 @@ def op(schema: str, cost: Callable[..., Cost]) -> Callable[[Callable[Parameters,
     return register
 
 
+def reads_are_free(tensor: torch.Tensor) -> bool:
+    """Say whether a branch may look at values: on a CPU nothing has to be waited for; a traced tensor has none yet."""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """Force one implementation of every op inside the ``with`` block: for tests, benches and debugging.

@@ -10,7 +10,7 @@ column j of the inverse factor has squared norm (1 + ‖c‖²)/pivot. Noise of 
 √δ·(1 + ‖c‖²)^½, so a column stands out of the noise where s² > 3δ(1 + ‖c‖²): where that squared norm is below 1/θ. The
 pivot alone would not tell, since columns that nearly cancel have large coefficients. The columns that do not stand out
 are taken out, and the second factorisation is of what is left. No branch depends on the data, so nothing waits for the
-device.
+device; on a CPU, where there is nothing to wait for, one factorisation is enough when every column stands out of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from brandla_kernels._op import Cost, op
+from brandla_kernels._op import Cost, op, reads_are_free
 
 
 def cost(k: int) -> Cost:
@@ -41,10 +41,13 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     """
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    if reads_are_free(gram):
+        inverse, stands_out = _factor_all(equilibrated, identity, threshold)
+        if stands_out:
+            return inverse.mT * inverse_scale[..., :, None], torch.ones_like(scale, dtype=torch.bool)
     shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
-    growth = torch.linalg.solve_triangular(shifted, identity.expand_as(shifted), upper=False).square().sum(-1)
-    live = growth * threshold < 1
+    live = _growth(torch.linalg.solve_triangular(shifted, identity, upper=False)) * threshold < 1
     kept = live.to(gram.dtype)
     masked = equilibrated * kept[..., :, None] * kept[..., None, :] + torch.diag_embed(1 - kept)
     factor, info = torch.linalg.cholesky_ex(masked)
@@ -53,3 +56,15 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     factor = torch.where((info == 0)[..., None, None], factor, shifted)
     inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(kept * inverse_scale), upper=False)
     return inverse.mT * kept[..., None, :], live
+
+
+def _factor_all(equilibrated: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, bool]:
+    """Invert the factor of the whole matrix, and say whether every column stands out, so that none has to go."""
+    factor, info = torch.linalg.cholesky_ex(equilibrated)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse, bool((info == 0).all() & (_growth(inverse) * threshold < 1).all())
+
+
+def _growth(inverse: Tensor) -> Tensor:
+    """Squared norms of the rows of an inverse factor: (1 + ‖c‖²) / pivot of each column."""
+    return inverse.square().sum(-1)

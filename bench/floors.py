@@ -1,0 +1,32 @@
+"""The products that an algorithm cannot do without, and nothing else: what its time is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.problems import Case
+
+
+def update_floor(case: Case) -> Callable[[], Tensor]:
+    """Return the six tall products of a plain update with two projections."""
+    basis, columns = case.factor[1], case.columns
+    r, k = basis.shape[-1], columns.shape[-1]
+    first, second = torch.randn(r, r), torch.randn(k, r)
+
+    def products() -> Tensor:
+        coefficients = basis.mT @ columns
+        panel = torch.addmm(columns, basis, coefficients, alpha=-1)
+        again = basis.mT @ panel
+        panel = torch.addmm(panel, basis, again, alpha=-1)
+        panel.mT @ panel
+        return (basis @ first).addmm_(panel, second)
+
+    return products
+
+
+def solve_floor(basis: Tensor, rhs: Tensor) -> Callable[[], Tensor]:
+    """Return the two products of a damped application."""
+    return lambda: basis @ (basis.mT @ rhs)
