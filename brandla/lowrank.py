@@ -200,7 +200,8 @@ class Tracked(NamedTuple, Generic[Factor]):
     lowrank
         The LowRankEigh or LowRankSym.
     error_bound
-        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding of a few ε·‖M‖ an update.
+        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding: a few ε·‖M‖ an
+        update, and up to a hundred ε·‖M‖ in all where batches are rank-deficient.
     """
 
     lowrank: Factor
