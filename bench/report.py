@@ -1,4 +1,4 @@
-"""Write ``docs/measurements.md`` from the result files: no figure of the documentation is typed by hand.
+"""Write ``docs/measurements.md``, and the figures of README, from the result files: none is typed by hand.
 
 Run by ``make docs-figures``. ``--check`` writes nothing and fails where the page is not what the files say.
 """
@@ -6,12 +6,13 @@ Run by ``make docs-figures``. ``--check`` writes nothing and fails where the pag
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import figures, results
+from bench import demo_tables, figures, results
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
 
@@ -37,6 +38,7 @@ def page(folder: Path) -> str:
 
 def of_machine(studies: dict[str, Row]) -> Iterator[str]:
     """Yield the sections of one machine."""
+    demo = studies.pop("demo", None)
     if not studies:
         return
     machine = next(iter(studies.values()))["facts"]
@@ -48,6 +50,8 @@ def of_machine(studies: dict[str, Row]) -> Iterator[str]:
         yield from speed(studies["updates"])
     if "streams" in studies:
         yield from streams(studies["streams"])
+    if demo is not None:
+        yield from demo_tables.section(demo)
 
 
 def provenance(name: str, study: Row) -> list[str]:
@@ -358,11 +362,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="fail if the page is not what the files say")
     options = parser.parse_args()
-    text = page(options.results)
-    if not options.check:
-        options.output.write_text(text, encoding="utf-8")
-    elif not options.output.exists() or options.output.read_text(encoding="utf-8") != text:
-        sys.exit(f"{options.output.name} is not what the result files say: run make docs-figures")
+    texts = {options.output: page(options.results), **readme(options.results)}
+    for path, text in texts.items():
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is not what the result files say: run make docs-figures")
+
+
+def readme(folder: Path) -> dict[Path, str]:
+    """Return README with its figures, where a run of the demo is among the result files."""
+    path = ROOT / "README.md"
+    for demo in sorted(folder.glob("*/demo.json"))[:1]:
+        content = json.loads(demo.read_text(encoding="utf-8"))
+        return {path: demo_tables.filled(path.read_text(encoding="utf-8"), content)}
+    return {}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,12 @@ def test_pages_that_the_code_refers_to_exist() -> None:
     named = {page for path in sources for page in re.findall(r"docs/\w+\.md", path.read_text(encoding="utf-8"))}
     assert named
     assert {page for page in named if not (ROOT / page).exists()} == set()
+
+
+def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
+    """The page and README's tables are generated: an edit by hand, or a new result file alone, shows here."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.report", "--check"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
