@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._core import polish, safe_eigh, safe_svd, without_denormals
-from brandla._expansion import Expansion, expand
+from brandla._expansion import expand
+from brandla._step import Step
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
 from brandla.orthonormal import Split, split
 from brandla.rank import Rank, above
@@ -149,30 +150,6 @@ def eigh_update_(
     return _eigh_step("eigh_update_", eigh, columns, decay, weight, rank).in_place(eigh)
 
 
-class _EighStep(NamedTuple):
-    """The new values, and what gives the new vectors: a rotation of an expansion, or the old vectors as they are."""
-
-    values: Tensor
-    vectors: Tensor
-    expansion: Expansion | None
-    rotation: Tensor
-    bound: Tensor | None
-
-    def as_new(self) -> LowRankEigh | Tracked[LowRankEigh]:
-        vectors = self.vectors.clone() if self.expansion is None else self.expansion.rotate(self.rotation)
-        updated = LowRankEigh(self.values, vectors)
-        return updated if self.bound is None else Tracked(updated, self.bound)
-
-    def in_place(self, eigh: LowRankEigh | Tracked[LowRankEigh]) -> LowRankEigh | Tracked[LowRankEigh]:
-        factor = eigh.lowrank if isinstance(eigh, Tracked) else eigh
-        if self.expansion is not None:
-            self.expansion.rotate_(self.rotation)
-        factor.eigenvalues.copy_(self.values)
-        if isinstance(eigh, Tracked) and self.bound is not None:
-            eigh.error_bound.copy_(self.bound)
-        return eigh
-
-
 def _eigh_step(
     function: str,
     eigh: LowRankEigh | Tracked[LowRankEigh],
@@ -180,7 +157,7 @@ def _eigh_step(
     decay: float | Tensor,
     weight: float | Tensor,
     rank: int | Rank | None,
-) -> _EighStep:
+) -> Step[LowRankEigh]:
     factor, bound = (eigh.lowrank, eigh.error_bound) if isinstance(eigh, Tracked) else (eigh, None)
     _check.eigh(function, "eigh", factor)
     values, vectors = factor
@@ -188,7 +165,7 @@ def _eigh_step(
     columns, decay, weight, rank = check_update(function, "eigh.eigenvectors", vectors, columns, decay, weight, rank)
     decayed_bound = None if bound is None else decay * bound
     if columns.shape[-1] == 0 and rank == vectors.shape[-1]:
-        return _EighStep(without_denormals(_decayed(decay, values)), vectors, None, vectors, decayed_bound)
+        return Step(LowRankEigh, without_denormals(_decayed(decay, values)), vectors, None, vectors, decayed_bound)
     expansion = expand(values, vectors, columns, decay, weight)
     spectrum, rotation = safe_eigh(expansion.core, vectors.dtype, keep=rank)
     kept = spectrum[..., :rank]
@@ -199,7 +176,7 @@ def _eigh_step(
         dropped = torch.where(alive, 0, kept)
         dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
         decayed_bound = decayed_bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
-    return _EighStep(without_denormals(kept * alive), vectors, expansion, rotation, decayed_bound)
+    return Step(LowRankEigh, without_denormals(kept * alive), vectors, expansion, rotation, decayed_bound)
 
 
 def check_update(

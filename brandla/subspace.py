@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._core import truncate_by_subspace, without_denormals
-from brandla._expansion import Expansion, expand
+from brandla._expansion import expand
+from brandla._step import Step
 from brandla.brand import check_update
 from brandla.lowrank import LowRankSym, Tracked
 from brandla.rank import Rank
@@ -152,30 +153,6 @@ def subspace_update_(
     return _step("subspace_update_", sym, columns, decay, weight, rank, iterations).in_place(sym)
 
 
-class _SymStep(NamedTuple):
-    """The new core, and what gives the new basis: a rotation of an expansion, or the old basis as it is."""
-
-    core: Tensor
-    basis: Tensor
-    expansion: Expansion | None
-    rotation: Tensor
-    bound: Tensor | None
-
-    def as_new(self) -> LowRankSym | Tracked[LowRankSym]:
-        basis = self.basis.clone() if self.expansion is None else self.expansion.rotate(self.rotation)
-        updated = LowRankSym(self.core, basis)
-        return updated if self.bound is None else Tracked(updated, self.bound)
-
-    def in_place(self, sym: LowRankSym | Tracked[LowRankSym]) -> LowRankSym | Tracked[LowRankSym]:
-        factor = sym.lowrank if isinstance(sym, Tracked) else sym
-        if self.expansion is not None:
-            self.expansion.rotate_(self.rotation)
-        factor.core.copy_(self.core)
-        if isinstance(sym, Tracked) and self.bound is not None:
-            sym.error_bound.copy_(self.bound)
-        return sym
-
-
 def _step(
     function: str,
     sym: LowRankSym | Tracked[LowRankSym],
@@ -184,7 +161,7 @@ def _step(
     weight: float | Tensor,
     rank: int | Rank | None,
     iterations: int,
-) -> _SymStep:
+) -> Step[LowRankSym]:
     factor, bound = (sym.lowrank, sym.error_bound) if isinstance(sym, Tracked) else (sym, None)
     _check.sym(function, "sym", factor)
     core, basis = factor
@@ -194,12 +171,14 @@ def _step(
     decayed_bound = None if bound is None else decay * bound
     if columns.shape[-1] == 0 and rank == basis.shape[-1]:
         scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
-        return _SymStep(without_denormals(core * scale, dims=2), basis, None, basis, decayed_bound)
+        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, basis, decayed_bound)
     expansion = expand(core, basis, columns, decay, weight)
     compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations, basis.dtype, tol)
     if decayed_bound is not None:
         decayed_bound = decayed_bound + _left_out(expansion.core, compressed, rotation).to(core.dtype)
-    return _SymStep(without_denormals(compressed.to(core.dtype), dims=2), basis, expansion, rotation, decayed_bound)
+    return Step(
+        LowRankSym, without_denormals(compressed.to(core.dtype), dims=2), basis, expansion, rotation, decayed_bound
+    )
 
 
 def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:
