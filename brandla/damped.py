@@ -13,7 +13,8 @@ from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
 from brandla_kernels import damped_apply, kron_damped_apply
 
 LowRank = LowRankEigh | LowRankSym | Tracked[LowRankEigh] | Tracked[LowRankSym]
-Tail = float | Tensor | Literal["smallest"]
+Number = float | Tensor
+Tail = Number | Literal["smallest"]
 
 
 class _Shifted(NamedTuple):
@@ -199,32 +200,33 @@ def kron_damped_solve(
     return kron_damped_apply(*left_inverse, *right_inverse, data)
 
 
-def _inverse(factor: LowRankEigh | LowRankSym, damping: Tensor, tail: Tensor | None) -> _Shifted:
+def _inverse(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None) -> _Shifted:
     """β = 1/(τ + λ) and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals."""
     if tail is None:
         tail = _smallest(factor)
     complement = 1 / (tail + damping)
+    as_tensor = _as_tensor(complement, factor[1])
     if isinstance(factor, LowRankEigh):
         values, vectors = factor
-        middle = (tail[..., None] - values) / (values + damping[..., None]) * complement[..., None]
-        return _Shifted(vectors, middle, complement)
+        middle = (_over(tail) - values) / (values + _over(damping)) * _over(complement)
+        return _Shifted(vectors, middle, as_tensor)
     core = (factor.core + factor.core.mT) / 2
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    lower, info = torch.linalg.cholesky_ex(core + damping[..., None, None] * identity)
+    lower, info = torch.linalg.cholesky_ex(core + _over(damping, 2) * identity)
     # S + λI that is not positive definite shows as NaN, never as a wrong number.
     lower = torch.where((info == 0)[..., None, None], lower, float("nan"))
-    middle = torch.cholesky_solve(tail[..., None, None] * identity - core, lower) * complement[..., None, None]
-    return _Shifted(factor.basis, middle, complement)
+    middle = torch.cholesky_solve(_over(tail, 2) * identity - core, lower) * _over(complement, 2)
+    return _Shifted(factor.basis, middle, as_tensor)
 
 
-def _power(factor: LowRankEigh, damping: Tensor, tail: Tensor | None, exponent: float) -> _Shifted:
+def _power(factor: LowRankEigh, damping: Number, tail: Number | None, exponent: float) -> _Shifted:
     """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log1p((d − τ)/(τ + λ)))."""
     values, vectors = factor
     if tail is None:
         tail = _smallest(factor)
-    shift = tail + damping
+    shift = _as_tensor(tail + damping, vectors)
     complement = shift**exponent
-    relative = torch.log1p((values - tail[..., None]) / shift[..., None])
+    relative = torch.log1p((values - _over(tail)) / shift[..., None])
     return _Shifted(vectors, complement[..., None] * torch.expm1(exponent * relative), complement)
 
 
@@ -278,19 +280,23 @@ def _check_shift(
     factor: LowRankEigh | LowRankSym,
     damping: float | Tensor,
     tail: Tail,
-) -> tuple[Tensor, Tensor | None]:
-    """Return λ and τ as tensors that broadcast with the batch shape; None stands for "smallest"."""
+) -> tuple[Number, Number | None]:
+    """Return λ and τ, numbers or tensors that broadcast with the batch shape; None stands for "smallest"."""
     basis = factor[1]
     damping = _check.scalar(function, names[0], damping, "the factor", basis, positive=True)
     if isinstance(tail, str):
         if tail != "smallest":
             _check.fail_value(function, f"{names[1]} must be a number, a tensor or 'smallest'; got {tail!r}")
-        return _as_tensor(damping, basis), None
-    tail = _check.scalar(function, names[1], tail, "the factor", basis)
-    return _as_tensor(damping, basis), _as_tensor(tail, basis)
+        return damping, None
+    return damping, _check.scalar(function, names[1], tail, "the factor", basis)
 
 
-def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+def _over(value: Number, dims: int = 1) -> Number:
+    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
+    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
+
+
+def _as_tensor(value: Number, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full(like.shape[:-2], value, dtype=like.dtype, device=like.device)

@@ -20,7 +20,10 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 def damped_apply(basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor) -> Tensor:
     """Return ``complement * rhs + basis @ (middle · (basis.mT @ rhs))``."""
     inner = apply_middle(basis, middle, basis.mT @ rhs)
-    return complement[..., None, None] * rhs + basis @ inner
+    scaled = complement[..., None, None] * rhs
+    if basis.ndim == scaled.ndim == inner.ndim == 2 and not (scaled.requires_grad or inner.requires_grad):
+        return scaled.addmm_(basis, inner)
+    return scaled + basis @ inner
 
 
 def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
