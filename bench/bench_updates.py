@@ -102,7 +102,7 @@ def test_svd_lowrank_over_update(benchmark, figures, repeats) -> None:
     case = steady(EIGH, n, r, k)
     update, matrix = call_of(EIGH, case), dense_target(case)
     check_update(EIGH, case, update())
-    baseline = lambda: torch.svd_lowrank(matrix, q=r, niter=2)  # noqa: E731
+    baseline = lambda: torch.svd_lowrank(matrix, q=r, niter=2)
     seconds = timing.alternating({"update": update, "baseline": baseline}, repeats(25))
     speedup = timing.ratio(seconds["baseline"], seconds["update"])
     figures(f"torch.svd_lowrank (q {r}, niter 2), {in_words(n, r, k)}", speedup, at_least=50)
@@ -115,7 +115,7 @@ def test_scikit_learn_over_update(benchmark, figures, repeats) -> None:
     case = steady(EIGH, n, r, k)
     update, matrix = call_of(EIGH, case), dense_target(case).numpy()
     check_update(EIGH, case, update())
-    baseline = lambda: randomized_svd(matrix, r, random_state=0)  # noqa: E731
+    baseline = lambda: randomized_svd(matrix, r, random_state=0)
     seconds = timing.alternating({"update": update, "baseline": baseline}, repeats(15))
     speedup = timing.ratio(seconds["baseline"], seconds["update"])
     figures(f"scikit-learn randomized_svd (its defaults), {in_words(n, r, k)}", speedup, at_least=120)
@@ -177,8 +177,8 @@ def test_randomized_eigh(exponent, benchmark, figures, repeats, quick) -> None:
     for powers in (POWERS, POWERS + 1, 2 * POWERS):
         own = relative_errors(lambda powers=powers: lowrank_eigh(matrix, r, powers), truth, best)
         require(max(own) < 2, f"randomized_eigh: {max(own):.2f} times the best error")
-        ours = lambda powers=powers: brandla.randomized_eigh(matrix, r, power_iterations=powers)  # noqa: E731
-        theirs = lambda: torch.svd_lowrank(matrix, q=r + OVERSAMPLE, niter=POWERS)  # noqa: E731
+        ours = lambda powers=powers: brandla.randomized_eigh(matrix, r, power_iterations=powers)
+        theirs = lambda: torch.svd_lowrank(matrix, q=r + OVERSAMPLE, niter=POWERS)
         seconds = timing.alternating({"ours": ours, "theirs": theirs}, repeats(15))
         same = powers == POWERS
         case = f"i^−{exponent:g}, n {n}, r {r}: power_iterations {powers} against niter {POWERS}"
@@ -199,7 +199,7 @@ def test_randomized_eigh(exponent, benchmark, figures, repeats, quick) -> None:
 def test_solve_over_its_gemms(benchmark, figures, repeats) -> None:
     n, r, _ = SHAPES[0]
     factor, rhs = steady(EIGH, *SHAPES[0]).factor, torch.randn(n, 64)
-    solve = lambda: brandla.damped_solve(factor, rhs, DAMPING)  # noqa: E731
+    solve = lambda: brandla.damped_solve(factor, rhs, DAMPING)
     check_solve(factor, rhs, DAMPING, solve())
     seconds = timing.alternating({"solve": solve, "gemms": solve_floor(factor.eigenvectors, rhs)}, repeats(500))
     figures(f"n {n}, r {r}, 64 right-hand sides", timing.ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
@@ -348,7 +348,7 @@ def test_peak_memory(name, r, k, benchmark, figures, repeats) -> None:
     update = call_of(name, case)
     check_update(name, case, update())
     own = type(case.factor)(*(part.clone() for part in case.factor))
-    in_place = lambda: IN_PLACE[name](own, case.columns, decay=DECAY, weight=WEIGHT)  # noqa: E731
+    in_place = lambda: IN_PLACE[name](own, case.columns, decay=DECAY, weight=WEIGHT)
     in_place()
     check_update(name, case, own)
     size = 4 * n * (r + k)

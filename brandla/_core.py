@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla.orthonormal import orthonormalize

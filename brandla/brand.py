@@ -220,7 +220,7 @@ def svd_update(
     decay
         ρ >= 0: a number, or a tensor of batch shape.
     rank
-        Rank of the result: at most min(m, n, r + k), by default the old rank r.
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, n, r + k), by default the old rank r.
 
     Returns
     -------

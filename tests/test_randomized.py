@@ -237,6 +237,7 @@ class WithTranspose(Operator):
     """An operator that knows its transpose."""
 
     @property
+    # The name is torch.Tensor's.
     def mT(self) -> Operator:  # noqa: N802
         """The transpose."""
         return Operator(self.matrix.mT)

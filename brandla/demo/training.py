@@ -51,6 +51,7 @@ def steps(run: Run, trainer: Trainer, training: Split, judged: Split, settings: 
     stream = data.batches(training, settings.batch, count, run.seed)
     for step, batch in enumerate(stream, start=1):
         try:
+            # mypy infers no type for a lambda with a default.
             _, milliseconds = timed(lambda batch=batch: trainer.step(batch), settings.device)  # type: ignore[misc]
         except RuntimeError as error:
             run.failure = str(error)

@@ -30,15 +30,17 @@ class Factor:
     def __post_init__(self) -> None:
         self.strategy = self.asked
 
-    def absorb(self, columns: Tensor, decay: float) -> None:
-        """Take in new columns (n, k), choosing the strategy at the first ones."""
+    def absorb(self, columns: Tensor, decay: float, scale: float) -> None:
+        """Take in ``scale`` · A Aᵀ for new columns A (n, k), choosing the strategy at the first ones."""
         if self.count == 0:
             replacement = self.strategy.substitute(self.n, columns.shape[-1])
             if replacement is not None:
                 self.strategy, self.reason = replacement
             self.state = self.strategy.start(self.n, columns.dtype, columns.device)
         self.count += 1
-        self.strategy.absorb(self.state, columns, Average.at(self.count, decay))
+        average = Average.at(self.count, decay)
+        # In the weight, the normalisation costs no scaled copy of the columns.
+        self.strategy.absorb(self.state, columns, average._replace(weight=scale * average.weight))
 
     def damped(self, damping: float, scale: Scale) -> tuple[LowRankEigh | LowRankSym, Tensor]:
         """Return the factor and λ; a factor that is zero so far gets λ = 1, which leaves its side as it is."""
@@ -67,6 +69,7 @@ class Layer:
         d_out, d_in = module.weight.shape
         self.input = Factor(d_in + (self.bias is not None), strategy)
         self.output = Factor(d_out, strategy)
+        self._stacked_rows: tuple[Tensor, Tensor] | None = None
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
 
@@ -80,13 +83,19 @@ class Layer:
         """Precision of factors and of the step: that of the weight, but at least float32."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
+    def forget_rows(self) -> None:
+        """Drop the rows stacked for a step."""
+        self._stacked_rows = None
+
     def absorb(self, decay: float) -> None:
         """Take the captured pairs into both factors."""
-        pairs = [pair.rows() if self.sharing == "expand" else pair.reduced() for pair in self.capture.pairs]
-        count = sum(len(pair.inputs) for pair in pairs)
-        inputs, gradients = self._stacked(pairs)
-        self.input.absorb((inputs / count**0.5).mT, decay)
-        self.output.absorb((gradients * count**0.5).mT, decay)
+        if self.sharing == "expand":
+            inputs, gradients = self._rows()
+        else:
+            inputs, gradients = self._stacked([pair.reduced() for pair in self.capture.pairs])
+        count = len(inputs)
+        self.input.absorb(inputs.mT, decay, 1 / count)
+        self.output.absorb(gradients.mT, decay, count)
 
     def step(self, damping: float, scale: Scale, clip: float | None, *, may_be_linear: bool) -> None:
         """Overwrite the gradient with (G + λ_G I)⁻¹ (∂W) (A + λ_A I)⁻¹, clipped."""
@@ -105,14 +114,13 @@ class Layer:
 
     def _pair(self) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it."""
-        pairs = [pair.rows() for pair in self.capture.pairs]
-        columns = sum(len(pair.inputs) for pair in pairs)
+        columns = sum(pair.samples * pair.positions for pair in self.capture.pairs)
         ranks = (
             self.output.strategy.lowrank(self.output.state).rank + self.input.strategy.lowrank(self.input.state).rank
         )
-        if not pairs or self.linear is False or columns > 2 * ranks or not self.capture.gradient_is_pairs():
+        if columns == 0 or self.linear is False or columns > 2 * ranks or not self.capture.gradient_is_pairs():
             return None
-        inputs, gradients = self._stacked(pairs)
+        inputs, gradients = self._rows()
         pair = gradients.mT, inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
@@ -125,6 +133,12 @@ class Layer:
         eps = max(torch.finfo(part.dtype).eps for part in (*self.capture.pairs[0], self.weight))
         bound = 8 * eps * torch.linalg.matrix_norm(first) * torch.linalg.matrix_norm(second)
         return bool(difference <= bound)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """One row for every sample and position, stacked once a step for both the factors and the application."""
+        if self._stacked_rows is None:
+            self._stacked_rows = self._stacked([pair.rows() for pair in self.capture.pairs])
+        return self._stacked_rows
 
     def _stacked(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """Rows of inputs, with the 1 of the bias, and rows of gradients, in the factors' dtype."""

@@ -30,7 +30,7 @@ class KFAC:
     ----------
     model
         Any module; its ``nn.Linear`` layers with a trainable weight are preconditioned. Modules that share a weight are
-        one layer.
+        one layer, with the bias of the first.
     inverse
         The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`,
         `BrandCorrected`.
@@ -115,8 +115,11 @@ class KFAC:
         """
         _check_single_process()
         for index, layer in enumerate(self._layers):
+            # Rows of a step that was broken off would be stale.
+            layer.forget_rows()
             if layer.weight.grad is not None:
                 self._step_layer(index, layer)
+            layer.forget_rows()
             layer.capture.clear()
         self._steps += 1
         self._choose_captures()
@@ -220,6 +223,8 @@ def _find_layers(model: nn.Module, inverse: Strategy, rule: Mapping[str, Sharing
             layers[id(module.weight)] = Layer(name or "(model)", module, inverse, rule.get(name, rule[""]))
         else:
             known.capture.attach(module)
+            if module.bias is not None and module.bias is not known.bias:
+                unsupported.append(f"{name}.bias")
     supported = {id(module) for _, module in linear}
     for name, module in model.named_modules():
         trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -48,6 +48,7 @@ class Strategy(ABC):
     def absorb(self, state: State, columns: Tensor, average: Average) -> None:
         """Take new columns (n, k) into the state."""
 
+    # Not abstract: a strategy with nothing periodic leaves it empty.
     def refresh(self, state: State, step: int, seed: int) -> None:  # noqa: B027
         """Do what falls due at this step besides taking in data; ``seed`` is new at every step and factor."""
 

@@ -92,7 +92,9 @@ def test_modules_with_a_common_weight_are_one_layer():
     preconditioner = KFAC(model, Exact())
     model(torch.randn(4, 6)).square().mean().backward()
     preconditioner.step()
-    assert {row.layer for row in preconditioner.report().factors} == {"0"}
+    report = preconditioner.report()
+    assert {row.layer for row in report.factors} == {"0"}
+    assert report.unsupported == ["2.bias"]
 
 
 class Branches(nn.Module):
