@@ -154,4 +154,4 @@ def test_an_op_follows_the_dispatcher_on_every_device():
     """On meta tensors, which have no data, shapes and dtypes come out right: what a tracer sees."""
     panel, gram = OPS["residual"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3), (2, 3))))
     assert (panel.shape, gram.shape, gram.dtype) == ((9, 3), (3, 3), torch.float64)
-    assert OPS["residual"].implementation("cuda") == ("torch", "no Triton kernel is registered for this op")
+    assert OPS["residual"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")

@@ -26,7 +26,10 @@ def cost(k: int) -> Cost:
     return Cost(flops=4 * k * k * k // 3, bytes=8 * 2 * k * k)
 
 
-@op("cholesky_inverse_core(Tensor gram, Tensor scale, float threshold) -> (Tensor, Tensor)", cost)
+@op(
+    "cholesky_inverse_core(Small[k,k] gram, Small[k] scale, float threshold) -> (Small[k,k], Small[k])",
+    cost,
+)
 def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return the transform T and the boolean mask (..., k) of its nonzero columns.
 
@@ -68,3 +71,13 @@ def _factor_all(equilibrated: Tensor, identity: Tensor, threshold: float) -> tup
 def _growth(inverse: Tensor) -> Tensor:
     """Squared norms of the rows of an inverse factor: (1 + ‖c‖²) / pivot of each column."""
     return inverse.square().sum(-1)
+
+
+@cholesky_inverse_core.gradient
+def _gradient(inputs: tuple[Tensor, Tensor, float], gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, None, None]:
+    """From TᵀGT = I: dT = −T Φ(Tᵀ dG T), where Φ takes the upper triangle and half the diagonal."""
+    transform = cholesky_inverse_core(*inputs)[0]
+    half = torch.triu(transform.mT @ gradients[0])
+    half.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    of_gram = -transform @ half @ transform.mT
+    return (of_gram + of_gram.mT) / 2, None, None

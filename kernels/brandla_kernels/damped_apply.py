@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
+from brandla_kernels._signature import Matrices
 
 
 def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
@@ -16,7 +17,10 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
     return Cost(flops=4 * n * r * m + 2 * n * m, bytes=itemsize * (n * r + 2 * n * m))
 
 
-@op("damped_apply(Tensor basis, Tensor middle, Tensor complement, Tensor rhs) -> Tensor", cost)
+@op(
+    "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] complement, Tall[n,m] rhs) -> Tall[n,m]",
+    cost,
+)
 def damped_apply(basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor) -> Tensor:
     """Return ``complement * rhs + basis @ (middle · (basis.mT @ rhs))``."""
     inner = apply_middle(basis, middle, basis.mT @ rhs)
@@ -31,3 +35,34 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
     if middle.ndim < basis.ndim:
         return middle[..., None] * coefficients
     return middle @ coefficients
+
+
+@damped_apply.triton
+def _launch(basis: Matrices, middle: Tensor, complement: Tensor, rhs: Matrices) -> Matrices:
+    from brandla_kernels._kernels.inner_product import inner_product
+    from brandla_kernels._kernels.tall_product import Term, tall_product
+
+    batch_ndim = 1 if isinstance(basis, list) else basis.ndim - 2
+    if middle.ndim == batch_ndim + 1:
+        inner = inner_product(basis, rhs, row_scale=middle)
+    else:
+        inner = middle @ inner_product(basis, rhs)
+    return tall_product([Term(basis, inner)], add=rhs, scale=complement)
+
+
+@damped_apply.gradient
+def _gradient(inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
+    return damped_apply_gradient(*inputs, gradients[0])
+
+
+def damped_apply_gradient(
+    basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to U, H, β and V, from that with respect to Y."""
+    transposed = middle if middle.ndim < basis.ndim else middle.mT
+    coefficients, pulled = basis.mT @ rhs, basis.mT @ gradient
+    inner = apply_middle(basis, transposed, pulled)
+    of_basis = gradient @ apply_middle(basis, middle, coefficients).mT + rhs @ inner.mT
+    of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
+    of_complement = (gradient * rhs).sum((-2, -1))
+    return of_basis, of_middle, of_complement, complement[..., None, None] * gradient + basis @ inner

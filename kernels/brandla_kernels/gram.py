@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
+from brandla_kernels._signature import Matrices
 
 # Rows converted to float64 at a time: the copy stays small and in cache.
 _ROWS = 2048
@@ -46,4 +47,21 @@ def _gram_of_slab(slab: Tensor) -> Tensor:
     return gram
 
 
-gram = op("gram(Tensor panel) -> Tensor", cost)(gram_torch)
+gram = op("gram(Tall[n,k] panel) -> Small[k,k]", cost)(gram_torch)
+
+
+@gram.triton
+def _launch(panel: Matrices) -> Tensor:
+    from brandla_kernels._kernels.inner_product import gram
+
+    return gram(panel)
+
+
+@gram.gradient
+def _gradient(inputs: tuple[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor]:
+    return (gram_gradient(inputs[0], gradients[0]),)
+
+
+def gram_gradient(panel: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient with respect to P of a function whose gradient with respect to PᵀP is given."""
+    return panel @ (gradient + gradient.mT).to(panel.dtype)

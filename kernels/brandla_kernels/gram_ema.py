@@ -16,7 +16,7 @@ def cost(n: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * n * k, bytes=itemsize * (2 * n * n + n * k))
 
 
-@op("gram_ema_(Tensor(a!) matrix, Tensor columns, float decay, float weight) -> ()", cost)
+@op("gram_ema_(Tall[n,n]! matrix, Data[n,k] columns, float decay, float weight) -> ()", cost)
 def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
     """Overwrite ``matrix`` with ``decay * matrix + weight * columns @ columns.mT``."""
     data = columns.to(matrix.dtype)

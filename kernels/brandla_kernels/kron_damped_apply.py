@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.damped_apply import apply_middle
+from brandla_kernels._signature import Matrices
+from brandla_kernels.damped_apply import apply_middle, damped_apply_gradient
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
@@ -21,8 +22,8 @@ def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> 
 
 
 @op(
-    "kron_damped_apply(Tensor left_basis, Tensor left_middle, Tensor left_complement, Tensor right_basis,"
-    " Tensor right_middle, Tensor right_complement, Tensor matrix) -> Tensor",
+    "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_complement,"
+    " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_complement, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
 )
 def kron_damped_apply(
@@ -51,3 +52,40 @@ def kron_damped_apply(
 
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
     return apply_middle(basis, middle, rows.mT).mT
+
+
+@kron_damped_apply.triton
+def _launch(
+    left_basis: Matrices,
+    left_middle: Tensor,
+    left_complement: Tensor,
+    right_basis: Matrices,
+    right_middle: Tensor,
+    right_complement: Tensor,
+    matrix: Matrices,
+) -> Matrices:
+    from brandla_kernels._kernels.kron import kron_damped_apply
+
+    return kron_damped_apply(
+        (left_basis, left_middle, left_complement), (right_basis, right_middle, right_complement), matrix
+    )
+
+
+@kron_damped_apply.gradient
+def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
+    left, right, matrix = inputs[:3], inputs[3:6], inputs[6]
+    (gradient,) = gradients
+    from_right = _apply(right, matrix.mT).mT
+    *of_left, of_matrix = damped_apply_gradient(left[0], left[1], left[2], from_right, gradient)
+    *of_right, _ = damped_apply_gradient(right[0], right[1], right[2], _apply(left, matrix).mT, gradient.mT)
+    return *of_left, *of_right, _apply_transposed(right, of_matrix.mT).mT
+
+
+def _apply(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
+    basis, middle, complement = operator
+    return complement[..., None, None] * block + basis @ apply_middle(basis, middle, basis.mT @ block)
+
+
+def _apply_transposed(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
+    basis, middle, complement = operator
+    return _apply((basis, middle if middle.ndim < basis.ndim else middle.mT, complement), block)

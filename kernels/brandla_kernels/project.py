@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
+from brandla_kernels._signature import Matrices
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -15,7 +16,20 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * r * k, bytes=itemsize * (n * r + n * k + r * k))
 
 
-@op("project(Tensor basis, Tensor columns) -> Tensor", cost)
+@op("project(Tall[n,r] basis, Data[n,k] columns) -> Small[r,k]", cost)
 def project(basis: Tensor, columns: Tensor) -> Tensor:
     """Return ``basis.mT @ columns``."""
-    return basis.mT @ columns
+    return basis.mT @ columns.to(basis.dtype)
+
+
+@project.triton
+def _launch(basis: Matrices, columns: Matrices) -> Tensor:
+    from brandla_kernels._kernels.inner_product import inner_product
+
+    return inner_product(basis, columns)
+
+
+@project.gradient
+def _gradient(inputs: tuple[Tensor, Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    (basis, columns), (gradient,) = inputs, gradients
+    return columns.to(basis.dtype) @ gradient.mT, basis @ gradient

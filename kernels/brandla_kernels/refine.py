@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.gram import gram_torch
+from brandla_kernels._signature import Matrices
+from brandla_kernels.gram import gram_gradient, gram_torch
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -19,8 +20,30 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=flops, bytes=itemsize * (n * r + 2 * n * k + r * k) + 8 * k * k)
 
 
-@op("refine(Tensor basis, Tensor panel, Tensor transform) -> (Tensor, Tensor, Tensor)", cost)
+@op(
+    "refine(Tall[n,r] basis, Tall[n,k] panel, Small[k,k] transform) -> (Tall[n,k], Small[r,k], Small[k,k])",
+    cost,
+)
 def refine(basis: Tensor, panel: Tensor, transform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``Q = panel @ transform``, ``basis.mT @ Q`` and the float64 Gram matrix of ``Q``."""
     refined = panel @ transform
     return refined, basis.mT @ refined, gram_torch(refined)
+
+
+@refine.triton
+def _launch(basis: Matrices, panel: Matrices, transform: Tensor) -> tuple[Matrices, Tensor, Tensor]:
+    from brandla_kernels._kernels.inner_product import inner_product
+    from brandla_kernels._kernels.tall_product import Term, tall_product_and_gram
+
+    refined, gram = tall_product_and_gram([Term(panel, transform)], as_wide_as=panel)
+    return refined, inner_product(basis, refined), gram
+
+
+@refine.gradient
+def _gradient(
+    inputs: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    basis, panel, transform = inputs
+    refined = panel @ transform
+    gradient = gradients[0] + basis @ gradients[1] + gram_gradient(refined, gradients[2])
+    return refined @ gradients[1].mT, gradient @ transform.mT, panel.mT @ gradient

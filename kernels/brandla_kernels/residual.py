@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.gram import gram_torch
+from brandla_kernels._signature import Matrices
+from brandla_kernels.gram import gram_gradient, gram_torch
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -19,10 +20,13 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * r * k + 2 * n * k * k, bytes=itemsize * (n * r + 2 * n * k + r * k) + 8 * k * k)
 
 
-@op("residual(Tensor basis, Tensor columns, Tensor coefficients) -> (Tensor, Tensor)", cost)
+@op(
+    "residual(Tall[n,r] basis, Data[n,k] columns, Small[r,k] coefficients) -> (Tall[n,k], Small[k,k])",
+    cost,
+)
 def residual(basis: Tensor, columns: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``columns - basis @ coefficients`` and its float64 Gram matrix."""
-    panel = subtract_product(columns, basis, coefficients)
+    panel = subtract_product(columns.to(basis.dtype), basis, coefficients)
     return panel, gram_torch(panel)
 
 
@@ -31,3 +35,18 @@ def subtract_product(columns: Tensor, basis: Tensor, coefficients: Tensor) -> Te
     if columns.ndim == 2:
         return torch.addmm(columns, basis, coefficients, alpha=-1)
     return columns - basis @ coefficients
+
+
+@residual.triton
+def _launch(basis: Matrices, columns: Matrices, coefficients: Tensor) -> tuple[Matrices, Tensor]:
+    from brandla_kernels._kernels.tall_product import Term, tall_product_and_gram
+
+    return tall_product_and_gram([Term(basis, coefficients)], add=columns, subtract=True)
+
+
+@residual.gradient
+def _gradient(inputs: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    basis, columns, coefficients = inputs
+    panel = subtract_product(columns.to(basis.dtype), basis, coefficients)
+    gradient = gradients[0] + gram_gradient(panel, gradients[1])
+    return -gradient @ coefficients.mT, gradient, -basis.mT @ gradient

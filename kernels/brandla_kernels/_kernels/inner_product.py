@@ -1,0 +1,161 @@
+"""C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
+
+X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices, `refine` (UᵀQ) and the first half of `damped_apply`
+and `kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
+one tile of C over one stretch of rows into a workspace, and a second kernel adds the stretches in their order. No
+atomic addition takes part, so two runs are equal to the bit.
+
+A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and both triangles are written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brandla_kernels._kernels import configs
+from brandla_kernels._kernels.launch import Config, float32_products, start, target_of, triton_dtype
+from brandla_kernels._kernels.matrices import (
+    arrange,
+    columns,
+    columns_of,
+    device_of,
+    dtype_of,
+    entry_of,
+    load_tile,
+    locate,
+    new_small,
+    rows,
+    rows_of,
+)
+from brandla_kernels._signature import Matrices
+
+
+@triton.jit
+def inner_product_kernel(
+    x_ptr, y_ptr, parts_ptr, table_ptr,
+    n, r, k, r_most, k_most,
+    x_strides, y_strides,
+    X_LAYOUT: tl.constexpr, Y_LAYOUT: tl.constexpr, SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of C, SPLITS, problems). Parts: (problems, SPLITS, r_most, k_most)."""
+    problem = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    tiles_k = tl.cdiv(k_most, BLOCK_K)
+    tile_r = tl.program_id(0) // tiles_k
+    tile_k = tl.program_id(0) % tiles_k
+    if SYMMETRIC:
+        if tile_k < tile_r:
+            return
+    x_entry = entry_of(table_ptr, problem, 0, 2)
+    y_entry = entry_of(table_ptr, problem, 1, 2)
+    n = rows_of(x_entry, n, X_LAYOUT)
+    r = columns_of(x_entry, r, X_LAYOUT)
+    k = columns_of(y_entry, k, Y_LAYOUT)
+    x, x_row, x_column = locate(x_entry, x_ptr, x_strides, problem, X_LAYOUT)
+    y, y_row, y_column = locate(y_entry, y_ptr, y_strides, problem, Y_LAYOUT)
+
+    index_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    stretch = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLITS) * BLOCK_N
+    first = split * stretch
+    # Not past the end of the stretch: the next program takes it up there.
+    last = tl.minimum(first + stretch, n)
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float64 if COMPUTE == tl.float64 else tl.float32)
+    for start_n in range(first, last, BLOCK_N):
+        row = start_n + tl.arange(0, BLOCK_N)
+        left = load_tile(x, x_row, x_column, row, index_r, n, r, COMPUTE)  # [BLOCK_N, BLOCK_R]
+        right = load_tile(y, y_row, y_column, row, index_k, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    part = parts_ptr + (problem * SPLITS + split) * r_most * k_most
+    inside = (index_r < r_most)[:, None] & (index_k < k_most)[None, :]
+    tl.store(part + index_r.to(tl.int64)[:, None] * k_most + index_k[None, :], total, mask=inside)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr, out_ptr, row_scale_ptr,
+    rows, columns, parts_columns, parts_size, out_strides, row_scale_stride,
+    SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of C, 1, problems). C = Σ parts, each row times its scale."""
+    problem = tl.program_id(2).to(tl.int64)
+    tiles_k = tl.cdiv(columns, BLOCK_K)
+    row = (tl.program_id(0) // tiles_k) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    # What lies in a tile below the diagonal was not summed: its mirror image was.
+    below = (row // TILE_R)[:, None] > (column // TILE_K)[None, :]
+    from_row = tl.where(below & SYMMETRIC, column[None, :], row[:, None])
+    from_column = tl.where(below & SYMMETRIC, row[:, None], column[None, :])
+    source = parts_ptr + problem * SPLITS * parts_size + from_row * parts_columns + from_column
+    total = tl.zeros((BLOCK_R, BLOCK_K), parts_ptr.dtype.element_ty)
+    for split in range(SPLITS):
+        total += tl.load(source + split * parts_size, mask=inside, other=0.0)
+    if SCALED:
+        scale = tl.load(row_scale_ptr + problem * row_scale_stride + row, mask=row < rows, other=0.0)
+        total = total * scale.to(total.dtype)[:, None]
+    out = out_ptr + problem * out_strides[0] + row[:, None] * out_strides[1] + column[None, :] * out_strides[2]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) -> Tensor:
+    """Return diag(``row_scale``) XᵀY in the dtype of X, stacked, with zeros where a problem of a list is smaller."""
+    return _inner_product(x, y, dtype_of(x), row_scale, symmetric=False)
+
+
+def gram(panel: Matrices) -> Tensor:
+    """Return PᵀP in float64, stacked."""
+    return _inner_product(panel, panel, torch.float64, None, symmetric=True)
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Add up parts (problems, splits, a, b) of C in order, and write the leading rows and columns that ``out`` has."""
+    _sum_parts(parts, out, None, None)
+
+
+def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, row_scale: Tensor | None, symmetric: bool) -> Tensor:
+    r, k, n = columns(x), columns(y), rows(x)
+    operands = arrange({"x": x, "y": y})
+    target = target_of(x[0] if isinstance(x, list) else x)
+    config = configs.inner_product(target, dtype, r, k)
+    blocks = config.blocks
+    tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(k, blocks["BLOCK_K"])
+    splits = configs.splits(target, triton.cdiv(n, blocks["BLOCK_N"]), tiles * operands.problems)
+    parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
+    arguments = operands.arguments() | {
+        "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k,
+        "SYMMETRIC": symmetric, "SPLITS": splits, "COMPUTE": triton_dtype(dtype),
+        "PRECISION": float32_products(target) if dtype == torch.float32 else "ieee",
+    }  # fmt: skip
+    start(inner_product_kernel, (tiles, splits, operands.problems), arguments, config)
+    out = new_small(_wider(x, y), (r, k), dtype)
+    _sum_parts(parts, out, row_scale, config if symmetric else None)
+    return out
+
+
+def _wider(x: Matrices, y: Matrices) -> Matrices:
+    """Whichever of the two has the batch dimensions, if one is the same for all problems."""
+    return y if isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim > x.ndim else x
+
+
+def _sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None, triangle: Config | None) -> None:
+    count, splits, parts_rows, parts_columns = parts.shape
+    r, k = out.shape[-2:]
+    config = configs.sum_parts()
+    tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
+    flat = out.view(count, r, k)
+    arguments = {
+        "parts_ptr": parts, "out_ptr": out, "row_scale_ptr": row_scale,
+        "rows": r, "columns": k, "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,
+        "out_strides": flat.stride(), "row_scale_stride": r if row_scale is not None else 0,
+        "SYMMETRIC": triangle is not None, "SCALED": row_scale is not None, "SPLITS": splits,
+        "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
+        "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,
+    }  # fmt: skip
+    start(sum_parts_kernel, (tiles, 1, count), arguments, config)
