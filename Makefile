@@ -4,10 +4,14 @@
 
 PYTHON ?= python3
 DEMO_ARGS ?=
+GPU_ARGS ?=
+KERNELS_ARGS ?=
 PYTEST_ARGS ?=
 STUDY_ARGS ?=
 
 python := .venv/bin/python
+# Triton decides at its import whether it interprets, so these tests take a process of their own.
+interpreted_tests := TRITON_INTERPRET=1 $(python) -m pytest tests/kernels/interpreted
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
@@ -27,8 +31,8 @@ endif
 .DELETE_ON_ERROR:
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format typecheck imports pytest bench bench-cpu study-streams docs-figures docs \
-    clean distclean
+.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu study-streams gpu \
+    docs-figures docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
@@ -54,8 +58,15 @@ typecheck: .venv/.extra-test ## mypy, strict, on both packages
 imports: .venv/.extra-test ## import-linter: the layers
 	.venv/bin/lint-imports
 
-pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on)
+pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on, and leaves out `interpret`)
 	$(python) -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(interpreted_tests))
+
+interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU (PYTEST_ARGS is passed on)
+	$(interpreted_tests) $(PYTEST_ARGS)
+
+kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a table (KERNELS_ARGS="--json FILE --targets sm_90")
+	$(python) -m bench.kernels_table $(KERNELS_ARGS)
 
 bench: bench/conftest.py .venv/.extra-bench ## the scaling studies (PYTEST_ARGS is passed on)
 	$(python) -m pytest bench --benchmark-only $(PYTEST_ARGS)
@@ -65,6 +76,11 @@ bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet mac
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
 	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
+
+# GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
+GPU_PYTHON ?= $(python)
+gpu: $(if $(filter $(python),$(GPU_PYTHON)),.venv/.extra-test .venv/.extra-bench) ## tests and measurements on a GPU in 9 minutes (GPU_ARGS="--dry-run" without one)
+	PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
 
 docs-figures: .venv/.extra-bench ## write docs/measurements.md from the result files
 	$(python) -m bench.report

@@ -35,13 +35,14 @@ def eigh_update(eigh: LowRankEigh, columns: Tensor, decay: float, weight: float)
     r = basis.shape[1]
     expanded = _expand(torch.diag(values), basis, columns, decay, weight)
     normalized, diagonal, scale, finite = _normalized(expanded.core)
-    empty = torch.where(diagonal > 0, 0.0, -1.0).double()
-    spectrum, vectors = torch.linalg.eigh((normalized + torch.diag(empty)).float())
+    normalized = normalized.float()
+    normalized.diagonal().add_(torch.where(diagonal > 0, 0.0, -1.0))
+    spectrum, vectors = torch.linalg.eigh(normalized)
     bool(torch.isfinite(spectrum).all() & torch.isfinite(vectors).all())
     spectrum, vectors = spectrum.flip(0)[:r], vectors.flip(1)[:, :r]
-    rotation = torch.where(finite, vectors * (spectrum > -0.5), float("nan"))
+    rotation = (vectors * (spectrum > -0.5)).masked_fill_(~finite, float("nan"))
     rotation = 1.5 * rotation - rotation @ (rotation.mT @ rotation) / 2
-    spectrum = torch.where(finite, spectrum.clamp_min(0) * scale.float(), float("nan"))
+    spectrum = (spectrum.clamp_min(0) * scale.float()).masked_fill_(~finite, float("nan"))
     spectrum = torch.where(spectrum.abs().amax() < torch.finfo(spectrum.dtype).tiny, 0, spectrum)
     return LowRankEigh(spectrum, expanded.rotate(basis, rotation))
 
@@ -53,20 +54,18 @@ def subspace_update(sym: LowRankSym, columns: Tensor, decay: float, weight: floa
     expanded = _expand(old, basis, columns, decay, weight)
     normalized, diagonal, scale, finite = _normalized(expanded.core)
     order = torch.where(finite, diagonal, 0).topk(r).indices
-    lowest = 64 * r * torch.finfo(torch.float64).eps
     image = normalized.index_select(1, order)
     gram = image.mT @ image
-    rotation = image @ _inverse_core(gram, gram.diagonal().clamp_min(0).sqrt(), lowest)
+    rotation = image @ _inverse_core(gram)
     image = normalized @ rotation
     inner = rotation.mT @ image
-    inner = (inner + inner.mT) / 2
-    root = image @ _inverse_core(inner, inner.diagonal().clamp_min(0).sqrt(), lowest)
+    root = image @ _inverse_core((inner + inner.mT) / 2)
     gram = root.mT @ root
-    transform = _inverse_core(gram, gram.diagonal().clamp_min(0).sqrt(), 1e-8)
+    transform = _inverse_core(gram)
     rotation, triangle = root @ transform, transform.mT @ gram
     core = triangle @ triangle.mT
-    core = torch.where(finite, (core + core.mT) * (scale / 2), float("nan")).float()
-    rotation = torch.where(finite, rotation, float("nan"))
+    core = ((core + core.mT) * (scale / 2)).masked_fill_(~finite, float("nan")).float()
+    rotation.masked_fill_(~finite, float("nan"))
     core = torch.where(core.abs().amax() < torch.finfo(core.dtype).tiny, 0, core)
     return LowRankSym(core, expanded.rotate(basis, rotation))
 
@@ -79,36 +78,33 @@ def damped_solve(eigh: LowRankEigh, rhs: Tensor, damping: float) -> Tensor:
 
 
 def _expand(old: Tensor, basis: Tensor, columns: Tensor, decay: float, weight: float) -> _Expanded:
-    r, k = basis.shape[1], columns.shape[1]
-    eps = torch.finfo(columns.dtype).eps
+    r = basis.shape[1]
     projection = basis.mT @ columns
     panel = torch.addmm(columns, basis, projection, alpha=-1)
-    coefficients, wide = projection.double(), panel.double()
-    gram = wide.mT @ wide
+    coefficients, gram = projection.double(), (panel.mT @ panel).double()
     own = gram.diagonal()
     length = (coefficients.square().sum(0) + own).sqrt()
-    transform = _inverse_core(gram, length, 64 * (r + k) * eps**2)
-    drift = _drift(basis)
-    magnified = (own[:, None] * transform.square()).sum(0)
-    bool((own >= 1e-4 * length.square()).all() & (magnified <= 16).all())
+    bool((own > 1e-4 * length.square()).all())
+    unit = own.rsqrt()
+    factor, info = torch.linalg.cholesky_ex(gram * unit[:, None] * unit[None, :])
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(gram), dtype=gram.dtype), upper=False)
+    bool((info == 0) & (inverse.square().sum(1) <= 16).all())
+    transform, triangle = inverse.mT * unit[:, None], factor.mT / unit[None, :]
+    bool(((length.square()[:, None] * transform.square()).sum(0) <= 16).all())
     overlap = (basis.mT @ panel).double()
-    stacked = torch.cat([coefficients + overlap, transform.mT @ gram])
+    stacked = torch.cat([coefficients + overlap, triangle])
     core = (stacked * weight) @ stacked.mT
     core[:r, :r] += old.double() * decay
-    return _Expanded((core + core.mT) / 2, panel, overlap, transform, drift)
+    return _Expanded(core, panel, overlap, transform, _drift(basis))
 
 
-def _inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    inverse_scale = torch.where(scale > 0, 1 / scale, 0)
-    equilibrated = gram * inverse_scale[:, None] * inverse_scale[None, :]
-    identity = torch.eye(len(gram), dtype=gram.dtype)
-    shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
-    growth = torch.linalg.solve_triangular(shifted, identity, upper=False).square().sum(-1)
-    kept = (growth * threshold < 1).to(gram.dtype)
-    masked = equilibrated * kept[:, None] * kept[None, :] + torch.diag(1 - kept)
-    factor, info = torch.linalg.cholesky_ex(masked)
-    factor = torch.where(info == 0, factor, shifted)
-    return torch.linalg.solve_triangular(factor, torch.diag(kept * inverse_scale), upper=False).mT * kept
+def _inverse_core(gram: Tensor) -> Tensor:
+    """Inverse factor of a Gram matrix all of whose columns stand out."""
+    inverse_scale = 1 / gram.diagonal().clamp_min(0).sqrt()
+    factor, info = torch.linalg.cholesky_ex(gram * inverse_scale[:, None] * inverse_scale[None, :])
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(gram), dtype=gram.dtype), upper=False)
+    bool((info == 0) & (inverse.square().sum(1) < 1e8).all())
+    return inverse.mT * inverse_scale[:, None]
 
 
 def _drift(basis: Tensor) -> Tensor:
@@ -125,7 +121,7 @@ def _drift(basis: Tensor) -> Tensor:
 def _normalized(core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the core over its largest diagonal entry, its diagonal, that entry, and whether all of it is finite."""
     diagonal = core.diagonal()
-    finite = torch.isfinite(core).all()
+    finite = torch.isfinite(core.sum())
     largest = diagonal.amax()
     scale = torch.where(finite & (largest > 0), largest, 1)
-    return torch.where(finite, core / scale, 0), diagonal, scale, finite
+    return (core / scale).masked_fill_(~finite, 0), diagonal, scale, finite

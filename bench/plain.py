@@ -42,3 +42,16 @@ def subspace_update(
     for _ in range(iterations):
         rotation = torch.linalg.qr(expanded @ rotation).Q
     return rotation.mT @ expanded @ rotation, torch.cat([basis, orthonormal], dim=1) @ rotation
+
+
+def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, weight: float) -> tuple[Tensor, Tensor]:
+    """Return d and U after Brand's update as torch code has it: project, ``qr``, ``eigh``, rotate, in one dtype."""
+    r = basis.shape[1]
+    inside = basis.mT @ columns
+    orthonormal, triangle = torch.linalg.qr(columns - basis @ inside)
+    stacked = torch.cat([inside, triangle])
+    core = weight * stacked @ stacked.mT
+    core[:r, :r].diagonal().add_(values, alpha=decay)
+    spectrum, vectors = torch.linalg.eigh(core)
+    kept = spectrum[-r:].flip(0).clamp_min(0)
+    return kept, torch.cat([basis, orthonormal], dim=1) @ vectors[:, -r:].flip(1)

@@ -15,6 +15,7 @@ from typing import Any
 from bench import demo_tables, figures, results
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
+from bench.gpu import page as gpu_page
 
 PAGE = ROOT / "docs" / "measurements.md"
 ORTHONORMALITY_LIMIT = 200
@@ -38,7 +39,9 @@ def page(folder: Path) -> str:
 
 def of_machine(studies: dict[str, Row]) -> Iterator[str]:
     """Yield the sections of one machine."""
-    demo = studies.pop("demo", None)
+    demo, gpu = studies.pop("demo", None), studies.pop("gpu", None)
+    if gpu is not None:
+        yield from gpu_page.section(gpu, table)
     if not studies:
         return
     machine = next(iter(studies.values()))["facts"]

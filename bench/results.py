@@ -16,9 +16,12 @@ FOLDER = ROOT / "bench" / "results"
 QUICK_FOLDER = ROOT / ".benchmarks" / "quick"
 
 
-def write(study: str, machine: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write a study's figures beside its machine's facts, whole or not at all, and return the path."""
-    folder = (QUICK_FOLDER if machine["quick"] else FOLDER) / slug(machine)
+def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write a study's figures beside its machine's facts, whole or not at all, and return the path.
+
+    ``folder`` is that of the machine's processor unless another is named.
+    """
+    folder = folder or (QUICK_FOLDER if machine["quick"] else FOLDER) / slug(machine)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study}.json"
     unfinished = path.with_suffix(".part")

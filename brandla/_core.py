@@ -8,9 +8,9 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla.orthonormal import orthonormalize
+from brandla.orthonormal import columns_at, orthonormalize
 from brandla.rank import above
-from brandla_kernels import cholesky_inverse_core
+from brandla_kernels import cholesky_inverse_core, gram
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
 # so that no rounding mixes an empty coordinate into an eigenvector.
@@ -80,9 +80,12 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     scale = clean.abs().amax((-2, -1))
     scale = torch.where(scale > 0, scale, 1)[..., None]
     left, values, right = torch.linalg.svd(clean / scale[..., None], full_matrices=False)
-    alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
-    left = _within_rows(left * alive[..., None, :], clean.abs().amax(-1) > 0)
-    right = _within_rows(right.mT * alive[..., None, :], clean.abs().amax(-2) > 0)
+    left = left * (clean.abs().amax(-1) > 0)[..., :, None]
+    right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
+    # A vector of an empty coordinate has no value, even where rounding of the others is above the threshold.
+    alive = (values > 4 * torch.finfo(dtype).eps * values[..., :1]) & _has_length(left) & _has_length(right)
+    left = _orthonormal_again(left * alive[..., None, :])
+    right = _orthonormal_again(right * alive[..., None, :])
     values = values * scale * alive
     return (
         _poison(left, finite[..., None, None]),
@@ -107,7 +110,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     diagonal = core.diagonal(dim1=-2, dim2=-1)
     if core.shape[-1] == 0:
         return diagonal.sum(-1)
-    vector = torch.take_along_dim(core, diagonal.argmax(-1)[..., None, None], dim=-1)
+    vector = columns_at(core, diagonal.argmax(-1, keepdim=True))
     tiny = torch.finfo(core.dtype).tiny
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny))
@@ -149,9 +152,9 @@ def truncate_by_subspace(
     largest = diagonal.amax(-1)[..., None, None]
     scale = torch.where(finite & (largest > 0), largest, 1)
     normalized = (core / scale).masked_fill_(~finite, 0)
-    order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices[..., None, :]
-    image = torch.take_along_dim(normalized, order, dim=-1)
-    inner = torch.take_along_dim(image, order.mT, dim=-2)
+    order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices
+    image = columns_at(normalized, order)
+    inner = columns_at(image.mT, order)
     for _ in range(iterations - 1):
         # Only the span matters here, so columns may come out less than orthonormal, but none that is left may be lost.
         rotation = _orthonormal_columns(image, dtype, _lowest_threshold(rank))[0]
@@ -206,18 +209,22 @@ def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype, threshold: float) -
     """
     if dtype == matrix.dtype:
         return orthonormalize(matrix)
-    gram = matrix.mT @ matrix
-    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    transform, _ = cholesky_inverse_core(gram, scale, threshold)
-    return matrix @ transform, transform.mT @ gram
+    inner = gram(matrix)
+    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    transform, _ = cholesky_inverse_core(inner, scale, threshold)
+    return matrix @ transform, transform.mT @ inner
 
 
-def _within_rows(vectors: Tensor, occupied: Tensor) -> Tensor:
-    """Clear the rows of empty coordinates, where vectors of tiny values leak, and orthonormalise again."""
-    cleared = vectors * occupied[..., :, None]
-    gram = cleared.mT @ cleared
-    transform, _ = cholesky_inverse_core(gram, (gram.diagonal(dim1=-2, dim2=-1) > 0.5).to(gram.dtype), 0.25)
-    return cleared @ transform
+def _has_length(vectors: Tensor) -> Tensor:
+    """Say which columns kept more than half of their squared length."""
+    return vectors.square().sum(-2) > 0.5
+
+
+def _orthonormal_again(vectors: Tensor) -> Tensor:
+    """Orthonormalise what clearing the rows of empty coordinates left of unit vectors, or of zero ones."""
+    inner = vectors.mT @ vectors
+    transform, _ = cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
+    return vectors @ transform
 
 
 def without_denormals(values: Tensor, dims: int = 1) -> Tensor:

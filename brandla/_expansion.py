@@ -8,30 +8,31 @@ import torch
 from torch import Tensor
 
 from brandla.orthonormal import Split, split
+from brandla_kernels import Tall, tall
 
 
 class Expansion(NamedTuple):
     """A matrix B K Bᵀ with orthonormal B = [U Q], or B = I where [U Q] would have n columns or more."""
 
     core: Tensor  # K [..., m, m], float64, symmetric to rounding
-    basis: Tensor
+    basis: Tall
     parts: Split | None
 
-    def rotate(self, rotation: Tensor) -> Tensor:
+    def rotate(self, rotation: Tensor) -> Tall:
         """Return B W for W (..., m, s), in the dtype of U."""
         if self.parts is None:
-            return rotation.to(self.basis.dtype)
+            return rotation.to(tall.dtype_of(self.basis))
         return self.parts.rotate(self.basis, rotation)
 
     def rotate_(self, rotation: Tensor) -> None:
         """Overwrite U with B W, for W (..., m, r)."""
-        if self.parts is None:
-            self.basis.copy_(rotation)
-        else:
+        if self.parts is not None:
             self.parts.rotate_(self.basis, rotation)
+        elif isinstance(self.basis, Tensor):
+            self.basis.copy_(rotation)
 
 
-def expand(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor, weight: float | Tensor) -> Expansion:
+def expand(core: Tensor, basis: Tall, columns: Tall, decay: float | Tensor, weight: float | Tensor) -> Expansion:
     """Expand ``decay * U S Uᵀ + weight * A Aᵀ``.
 
     Parameters
@@ -39,17 +40,16 @@ def expand(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor, 
     core
         S as a matrix (..., r, r) or, where diagonal, as its diagonal (..., r).
     basis, columns
-        U (..., n, r), A (..., n, k).
+        U (..., n, r), A (..., n, k); lists of matrices with r + k < n, then S and the numbers are stacked.
     decay, weight
         Numbers or tensors of batch shape.
     """
-    diagonal = core.ndim < basis.ndim
+    diagonal = core.ndim < (3 if isinstance(basis, list) else basis.ndim)
     old = (torch.diag_embed(core) if diagonal else core).double() * _over_matrix(decay)
-    n, r = basis.shape[-2:]
-    k = columns.shape[-1]
-    if r + k >= n:
+    if not isinstance(basis, list) and basis.shape[-1] + columns.shape[-1] >= basis.shape[-2]:
         wide, data = basis.double(), columns.double()
         return Expansion(wide @ old @ wide.mT + (data * _over_matrix(weight)) @ data.mT, basis, None)
+    r = tall.columns(basis)
     parts = split(basis, columns)
     stacked = torch.cat([parts.coefficients, parts.triangle], dim=-2)
     expanded = (stacked * _over_matrix(weight)) @ stacked.mT

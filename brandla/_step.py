@@ -1,39 +1,122 @@
-"""The end of a symmetric update: its new values as a new factor, or written over the old one."""
+"""A symmetric update from its checked arguments to its result: a new factor, one written over the old, or several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, NamedTuple
 
+import torch
 from torch import Tensor
 
+from brandla import _check
 from brandla._expansion import Expansion
 from brandla.lowrank import Factor, Tracked
+from brandla.rank import Rank, most_of, tolerance_of
+from brandla_kernels import Tall, tall
+
+
+class Update(NamedTuple):
+    """Arguments of an update that fit together: of one factor, of a batch, or of a list of factors."""
+
+    values: Tensor  # d or S
+    basis: Tall
+    columns: Tall
+    decay: float | Tensor
+    weight: float | Tensor
+    rank: int
+    tol: float
+    bound: Tensor | None  # error bound of a tracked factor
+
+    @property
+    def decayed_bound(self) -> Tensor | None:
+        """The bound for what the old factor leaves of the new matrix."""
+        return None if self.bound is None else self.decay * self.bound
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether only the decay has to be applied."""
+        return tall.columns(self.columns) == 0 and self.rank == tall.columns(self.basis)
 
 
 @dataclass(frozen=True)
 class Step(Generic[Factor]):
-    """New values (d or S), and what gives the new U: a rotation of an expansion, or the old U as it is."""
+    """New values (d or S), and what gives the new U: an expansion B and W with U = B W, or None where U stays."""
 
     kind: type[Factor]
     values: Tensor
-    basis: Tensor
-    expansion: Expansion | None
-    rotation: Tensor
+    basis: Tall
+    turn: tuple[Expansion, Tensor] | None
     bound: Tensor | None
 
     def as_new(self) -> Factor | Tracked[Factor]:
         """Return the updated factor, tracked if the old one was."""
-        basis = self.basis.clone() if self.expansion is None else self.expansion.rotate(self.rotation)
-        updated = self.kind(self.values, basis)
+        updated = self.kind(self.values, self._new_basis())
         return updated if self.bound is None else Tracked(updated, self.bound)
+
+    def as_list(self) -> list[Factor | Tracked[Factor]]:
+        """Return the updated factors of a list."""
+        updated = [self.kind(*parts) for parts in zip(self.values, self._new_basis(), strict=True)]
+        if self.bound is None:
+            return list(updated)
+        return [Tracked(factor, bound) for factor, bound in zip(updated, self.bound, strict=True)]
 
     def in_place(self, target: Factor | Tracked[Factor]) -> Factor | Tracked[Factor]:
         """Write the updated factor over the tensors of the old one, and return that."""
         old_values, _ = target.lowrank if isinstance(target, Tracked) else target
-        if self.expansion is not None:
-            self.expansion.rotate_(self.rotation)
+        if self.turn is not None:
+            expansion, rotation = self.turn
+            expansion.rotate_(rotation)
         old_values.copy_(self.values)
         if isinstance(target, Tracked) and self.bound is not None:
             target.error_bound.copy_(self.bound)
         return target
+
+    def _new_basis(self) -> Tall:
+        if self.turn is None:
+            return self.basis.clone()
+        expansion, rotation = self.turn
+        return expansion.rotate(rotation)
+
+
+def check_update(
+    function: str,
+    name: str,
+    factor: Factor | Tracked[Factor],
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+) -> Update:
+    """Check what every symmetric update takes besides its factor, whose basis is called ``name``."""
+    (values, basis), bound = (factor.lowrank, factor.error_bound) if isinstance(factor, Tracked) else (factor, None)
+    columns = _check.columns(function, "columns", columns, name, basis)
+    decay = _check.scalar(function, "decay", decay, name, basis)
+    weight = _check.scalar(function, "weight", weight, name, basis)
+    n, r = basis.shape[-2:]
+    k = columns.shape[-1]
+    because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
+    most = _check.rank(function, most_of(rank), r, min(n, r + k), because)
+    return Update(values, basis, columns, decay, weight, most, tolerance_of(rank), bound)
+
+
+def stack(updates: Sequence[Update]) -> Update:
+    """Join updates of one r, k, rank and tolerance, of single factors, into that of a list."""
+    first = updates[0]
+    return Update(
+        torch.stack([update.values for update in updates]),
+        [update.basis for update in updates],
+        [update.columns for update in updates],
+        stack_numbers([update.decay for update in updates], first.values),
+        stack_numbers([update.weight for update in updates], first.values),
+        first.rank,
+        first.tol,
+        None if first.bound is None else torch.stack([update.bound for update in updates if update.bound is not None]),
+    )
+
+
+def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+    """Return the one number that all are, or a tensor of them."""
+    if all(not isinstance(number, Tensor) and number == numbers[0] for number in numbers):
+        return numbers[0]
+    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])

@@ -10,10 +10,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import polish, safe_eigh, safe_svd, without_denormals
 from brandla._expansion import expand
-from brandla._step import Step
+from brandla._step import Step, Update, check_update
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
 from brandla.orthonormal import Split, split
-from brandla.rank import Rank, above
+from brandla.rank import Rank, above, most_of, tolerance_of
 
 
 @overload
@@ -158,49 +158,38 @@ def _eigh_step(
     weight: float | Tensor,
     rank: int | Rank | None,
 ) -> Step[LowRankEigh]:
-    factor, bound = (eigh.lowrank, eigh.error_bound) if isinstance(eigh, Tracked) else (eigh, None)
-    _check.eigh(function, "eigh", factor)
-    values, vectors = factor
-    tol = rank.tol if isinstance(rank, Rank) else 0.0
-    columns, decay, weight, rank = check_update(function, "eigh.eigenvectors", vectors, columns, decay, weight, rank)
-    decayed_bound = None if bound is None else decay * bound
-    if columns.shape[-1] == 0 and rank == vectors.shape[-1]:
-        return Step(LowRankEigh, without_denormals(_decayed(decay, values)), vectors, None, vectors, decayed_bound)
-    expansion = expand(values, vectors, columns, decay, weight)
-    spectrum, rotation = safe_eigh(expansion.core, vectors.dtype, keep=rank)
-    kept = spectrum[..., :rank]
-    alive = above(kept, tol)
-    rotation = polish(rotation * alive[..., None, :])
-    if decayed_bound is not None:
-        # The largest value left out: the first under the tolerance, or the first beyond the rank.
-        dropped = torch.where(alive, 0, kept)
-        dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
-        decayed_bound = decayed_bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
-    return Step(LowRankEigh, without_denormals(kept * alive), vectors, expansion, rotation, decayed_bound)
+    return eigh_step(check_eigh_update(function, eigh, columns, decay, weight, rank))
 
 
-def check_update(
+def check_eigh_update(
     function: str,
-    name: str,
-    basis: Tensor,
+    eigh: LowRankEigh | Tracked[LowRankEigh],
     columns: Tensor,
     decay: float | Tensor,
     weight: float | Tensor,
     rank: int | Rank | None,
-) -> tuple[Tensor, float | Tensor, float | Tensor, int]:
-    """Check what every symmetric update takes besides its factor, and return it in the factor's dtype."""
-    columns = _check.columns(function, "columns", columns, name, basis)
-    decay = _check.scalar(function, "decay", decay, name, basis)
-    weight = _check.scalar(function, "weight", weight, name, basis)
-    n, r = basis.shape[-2:]
-    k = columns.shape[-1]
-    because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
-    return columns, decay, weight, _check.rank(function, most_of(rank), r, min(n, r + k), because)
+) -> Update:
+    """Check the arguments of `eigh_update`."""
+    _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
+    return check_update(function, "eigh.eigenvectors", eigh, columns, decay, weight, rank)
 
 
-def most_of(rank: int | Rank | None) -> int | None:
-    """Return the number behind a rule."""
-    return rank.max if isinstance(rank, Rank) else rank
+def eigh_step(update: Update) -> Step[LowRankEigh]:
+    """Compute `eigh_update`, up to the rotation of U."""
+    values, vectors, rank, bound = update.values, update.basis, update.rank, update.decayed_bound
+    if update.adds_nothing:
+        return Step(LowRankEigh, without_denormals(_decayed(update.decay, values)), vectors, None, bound)
+    expansion = expand(values, vectors, update.columns, update.decay, update.weight)
+    spectrum, rotation = safe_eigh(expansion.core, values.dtype, keep=rank)
+    kept = spectrum[..., :rank]
+    alive = above(kept, update.tol)
+    rotation = polish(rotation * alive[..., None, :])
+    if bound is not None:
+        # The largest value left out: the first under the tolerance, or the first beyond the rank.
+        dropped = torch.where(alive, 0, kept)
+        dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
+        bound = bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
+    return Step(LowRankEigh, without_denormals(kept * alive), vectors, (expansion, rotation), bound)
 
 
 def svd_update(
@@ -335,23 +324,25 @@ def _append(
     left_vectors, values, right_rows = svd
     columns = _check.columns(function, "columns", columns, "svd.U", left_vectors)
     decay = _check.scalar(function, "decay", decay, "svd.U", left_vectors)
-    m, r = left_vectors.shape[-2:]
-    k = columns.shape[-1]
-    tol = rank.tol if isinstance(rank, Rank) else 0.0
-    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
-    rank = _check.rank(function, most_of(rank), r, min(m, r + k), because)
-    parts = split(left_vectors, columns)
-    old = torch.diag_embed(_decayed(decay, values)).double()
-    old = torch.cat([old, old.new_zeros(*old.shape[:-2], k, r)], dim=-2)
-    core = torch.cat([old, _stacked(parts)], dim=-1)
+    r, tol = values.shape[-1], tolerance_of(rank)
+    rank = _checked_rank(function, svd, columns, rank)
+    parts, core = _appended_core(svd, columns, decay)
     rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
     right_rotation = right_rotation.to(values.dtype)
     right = torch.cat([right_rows.mT @ right_rotation[..., :r, :], right_rotation[..., r:, :]], dim=-2)
     return LowRankSVD(parts.rotate(left_vectors, rotation), spectrum, right.mT)
 
 
+def _appended_core(svd: LowRankSVD, columns: Tensor, decay: float | Tensor) -> tuple[Split, Tensor]:
+    """Return the split of the columns, and [ρ U diag(S), A] in the basis [U Q]."""
+    parts = split(svd.U, columns)
+    old = torch.diag_embed(_decayed(decay, svd.S)).double()
+    old = torch.cat([old, old.new_zeros(*old.shape[:-2], columns.shape[-1], svd.S.shape[-1])], dim=-2)
+    return parts, torch.cat([old, _stacked(parts)], dim=-1)
+
+
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
-    """Append the batch less its own mean, and one column for the distance between the means."""
+    """Append the batch about its own mean, and the distance between the means in the direction this leaves free."""
     function = "svd_append"
     svd, mean, weight = state
     _check.svd(function, "svd.svd", svd)
@@ -363,12 +354,36 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     total = old + k
     share = torch.where(total > 0, k / total, 0.0)
     batch_mean = columns.mean(-1) if k else mean
-    # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + old·k/total · (μ_old − μ_batch)(…)ᵀ.
-    shift = (mean - batch_mean) * (old * share).sqrt()[..., None]
-    centred = torch.cat([columns - batch_mean[..., None], shift[..., None]], dim=-1)
-    updated = _append(function, svd, centred, decay, rank)
-    updated = LowRankSVD(updated.U, updated.S, updated.Vh[..., :0])
+    # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + s sᵀ, s = √(old·k/total) (μ_old − μ_batch).
+    # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
+    shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
+    centred = columns - (batch_mean - shift)[..., None]
+    updated = _append_left(function, svd, centred, decay, rank)
     return Centred(updated, mean + (batch_mean - mean) * share[..., None], total)
+
+
+def _append_left(
+    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
+) -> LowRankSVD:
+    """`_append` without Vh. In float32 U and S come from K Kᵀ, whose rounding in float64 is below that of S."""
+    if svd.S.dtype == torch.float64:
+        updated = _append(function, svd, columns, decay, rank)
+        return LowRankSVD(updated.U, updated.S, updated.Vh[..., :0])
+    tol, rank = tolerance_of(rank), _checked_rank(function, svd, columns, rank)
+    parts, core = _appended_core(svd, columns, decay)
+    squares, rotation = safe_eigh(core @ core.mT, keep=rank)
+    kept = squares[..., :rank].sqrt()
+    alive = above(kept, tol) & (kept > 4 * torch.finfo(svd.S.dtype).eps * kept[..., :1])
+    values = without_denormals((kept * alive).to(svd.S.dtype))
+    vectors = parts.rotate(svd.U, polish(rotation * alive[..., None, :]))
+    return LowRankSVD(vectors, values, svd.Vh.new_zeros(*svd.Vh.shape[:-2], rank, 0))
+
+
+def _checked_rank(function: str, svd: LowRankSVD, columns: Tensor, rank: int | Rank | None) -> int:
+    m, r = svd.U.shape[-2:]
+    k = columns.shape[-1]
+    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
+    return _check.rank(function, most_of(rank), r, min(m, r + k), because)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

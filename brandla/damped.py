@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,22 +10,30 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import safe_eigh
 from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
-from brandla_kernels import damped_apply, kron_damped_apply
+from brandla_kernels import Tall, damped_apply, kron_damped_apply
 
 LowRank = LowRankEigh | LowRankSym | Tracked[LowRankEigh] | Tracked[LowRankSym]
 Number = float | Tensor
 Tail = Number | Literal["smallest"]
 
 
-class _Shifted(NamedTuple):
-    """β I + U H Uᵀ."""
+class Shifted(NamedTuple):
+    """β I + U H Uᵀ, of one factor, of a batch, or of a list of factors with H and β stacked."""
 
-    basis: Tensor
+    basis: Tall
     middle: Tensor  # H: [..., r] where diagonal, else [..., r, r]
     complement: Tensor  # β: batch shape
 
-    def __matmul__(self, rhs: Tensor) -> Tensor:
-        return damped_apply(self.basis, self.middle, self.complement, rhs)
+    def __matmul__(self, rhs: Tall) -> Tall:
+        batch = _batch_of(self, rhs)
+        return damped_apply(*self.expand(batch), _expand(rhs, batch))
+
+    def expand(self, batch: tuple[int, ...] | None) -> Shifted:
+        """Repeat the operator over a batch shape, as a view."""
+        if batch is None:
+            return self
+        middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
+        return Shifted(_expand(self.basis, batch), middle, self.complement.expand(batch))
 
 
 def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail: Tail = 0.0) -> Tensor:
@@ -74,12 +82,8 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
     >>> brandla.damped_solve(factor, torch.ones(4), damping=1.0)
     tensor([0.2500, 1.0000, 1.0000, 1.0000])
     """
-    function = "damped_solve"
-    factor = _check_factor(function, "lowrank", lowrank)
-    block, vector = _check_rhs(function, "rhs", rhs, factor)
-    shift = _check_shift(function, ("damping", "tail"), factor, damping, tail)
-    solved = _inverse(factor, *shift) @ block
-    return solved[..., 0] if vector else solved
+    problem = check_solve("damped_solve", lowrank, rhs, damping, tail)
+    return problem.shaped(inverse(problem.factor, *problem.shift) @ problem.block)
 
 
 def damped_power(
@@ -107,16 +111,10 @@ def damped_power(
     ValueError, TypeError
         For shapes, values, dtypes and devices that do not fit, before anything is computed.
     """
-    function = "damped_power"
-    factor = _check_factor(function, "lowrank", lowrank)
-    block, vector = _check_rhs(function, "rhs", rhs, factor)
-    shift = _check_shift(function, ("damping", "tail"), factor, damping, tail)
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
-        _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
-    if not abs(exponent) < float("inf"):
-        _check.fail_value(function, f"exponent must be finite; got {exponent}")
-    powered = _power(_diagonalized(factor), *shift, float(exponent)) @ block
-    return powered[..., 0] if vector else powered
+    problem = check_solve("damped_power", lowrank, rhs, damping, tail)
+    check_exponent(exponent)
+    problem = problem.diagonalized()
+    return problem.shaped(power(problem.factor, *problem.shift, float(exponent)) @ problem.block)
 
 
 @overload
@@ -186,60 +184,130 @@ def kron_damped_solve(
     ----------
     J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
     """
+    problem = check_kron(left, right, matrix, (left_damping, left_tail), (right_damping, right_tail))
+    applied: Tensor | tuple[Tensor, Tensor] = kron_apply(inverse(*problem.left), inverse(*problem.right), problem.data)
+    return applied
+
+
+class Solve(NamedTuple):
+    """Arguments of a damped application that fit together."""
+
+    factor: LowRankEigh | LowRankSym
+    block: Tensor
+    vector: bool
+    shift: tuple[Number, Number | None]
+
+    def shaped(self, block: Tensor) -> Tensor:
+        """Return the result in the shape of the right-hand side."""
+        return block[..., 0] if self.vector else block
+
+    def diagonalized(self) -> Solve:
+        """Return the problem with a LowRankEigh, whose eigenvalues can be raised to a power."""
+        return self if isinstance(self.factor, LowRankEigh) else self._replace(factor=self.factor.eigh())
+
+
+class Kron(NamedTuple):
+    """Arguments of a two-sided damped application that fit together: factor, λ and τ of each side, and the data."""
+
+    left: tuple[LowRankEigh | LowRankSym, Number, Number | None]
+    right: tuple[LowRankEigh | LowRankSym, Number, Number | None]
+    data: Tensor | tuple[Tensor, Tensor]
+
+
+def check_solve(function: str, lowrank: LowRank, rhs: Tensor, damping: float | Tensor, tail: Tail) -> Solve:
+    """Check what every damped application takes."""
+    factor = _check_factor(function, "lowrank", lowrank)
+    block, vector = _check_rhs(function, "rhs", rhs, factor)
+    return Solve(factor, block, vector, _check_shift(function, ("damping", "tail"), factor, damping, tail))
+
+
+def check_exponent(exponent: float) -> None:
+    """Check the exponent of `damped_power`."""
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        _check.fail_type("damped_power", f"exponent must be a number; got {type(exponent).__name__}")
+    if not abs(exponent) < float("inf"):
+        _check.fail_value("damped_power", f"exponent must be finite; got {exponent}")
+
+
+def check_kron(
+    left: LowRank,
+    right: LowRank,
+    matrix: Tensor | tuple[Tensor, Tensor],
+    left_shift: tuple[float | Tensor, Tail],
+    right_shift: tuple[float | Tensor, Tail],
+) -> Kron:
+    """Check the arguments of `kron_damped_solve`."""
     function = "kron_damped_solve"
     left_factor = _check_factor(function, "left", left)
     right_factor = _check_factor(function, "right", right)
     _check.together(function, "right", right_factor[1], "left", left_factor[1])
     data = _check_kron_data(function, matrix, left_factor, right_factor)
-    left_shift = _check_shift(function, ("left_damping", "left_tail"), left_factor, left_damping, left_tail)
-    right_shift = _check_shift(function, ("right_damping", "right_tail"), right_factor, right_damping, right_tail)
-    left_inverse = _inverse(left_factor, *left_shift)
-    right_inverse = _inverse(right_factor, *right_shift)
+    left_checked = _check_shift(function, ("left_damping", "left_tail"), left_factor, *left_shift)
+    right_checked = _check_shift(function, ("right_damping", "right_tail"), right_factor, *right_shift)
+    return Kron((left_factor, *left_checked), (right_factor, *right_checked), data)
+
+
+def kron_apply(left: Shifted, right: Shifted, data: Tall | tuple[Tall, Tall]) -> Any:
+    """Apply both operators to W, or each to its side of a pair."""
     if isinstance(data, tuple):
-        return left_inverse @ data[0], right_inverse @ data[1]
-    return kron_damped_apply(*left_inverse, *right_inverse, data)
+        return left @ data[0], right @ data[1]
+    batch = _batch_of(left, right, data)
+    return kron_damped_apply(*left.expand(batch), *right.expand(batch), _expand(data, batch))
 
 
-def _inverse(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None) -> _Shifted:
+def _batch_of(*parts: Shifted | Tall) -> tuple[int, ...] | None:
+    """Return the batch shape to repeat the parts over, or None where all have it already."""
+    matrices = [part.basis if isinstance(part, Shifted) else part for part in parts]
+    if isinstance(matrices[0], list) or len({matrix.shape[:-2] for matrix in matrices}) == 1:
+        return None
+    return tuple(torch.broadcast_shapes(*(matrix.shape[:-2] for matrix in matrices)))
+
+
+def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
+    return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
+
+
+def inverse(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None) -> Shifted:
     """β = 1/(τ + λ) and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals."""
     if tail is None:
         tail = _smallest(factor)
     complement = 1 / (tail + damping)
-    as_tensor = _as_tensor(complement, factor[1])
+    as_tensor = _as_tensor(complement, factor)
     if isinstance(factor, LowRankEigh):
         values, vectors = factor
         middle = (_over(tail) - values) / (values + _over(damping)) * _over(complement)
-        return _Shifted(vectors, middle, as_tensor)
+        return Shifted(vectors, middle, as_tensor)
     core = (factor.core + factor.core.mT) / 2
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     lower, info = torch.linalg.cholesky_ex(core + _over(damping, 2) * identity)
     # S + λI that is not positive definite shows as NaN, never as a wrong number.
     lower = torch.where((info == 0)[..., None, None], lower, float("nan"))
     middle = torch.cholesky_solve(_over(tail, 2) * identity - core, lower) * _over(complement, 2)
-    return _Shifted(factor.basis, middle, as_tensor)
+    return Shifted(factor.basis, middle, as_tensor)
 
 
-def _power(factor: LowRankEigh, damping: Number, tail: Number | None, exponent: float) -> _Shifted:
+def power(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None, exponent: float) -> Shifted:
     """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log1p((d − τ)/(τ + λ)))."""
     values, vectors = factor
     if tail is None:
         tail = _smallest(factor)
-    shift = _as_tensor(tail + damping, vectors)
+    shift = _as_tensor(tail + damping, factor)
     complement = shift**exponent
     relative = torch.log1p((values - _over(tail)) / shift[..., None])
-    return _Shifted(vectors, complement[..., None] * torch.expm1(exponent * relative), complement)
-
-
-def _diagonalized(factor: LowRankEigh | LowRankSym) -> LowRankEigh:
-    return factor if isinstance(factor, LowRankEigh) else factor.eigh()
+    return Shifted(vectors, complement[..., None] * torch.expm1(exponent * relative), complement)
 
 
 def _smallest(factor: LowRankEigh | LowRankSym) -> Tensor:
-    if factor.rank == 0:
-        return factor[0].new_zeros(factor[1].shape[:-2])
+    if factor[0].shape[-1] == 0:
+        return factor[0].new_zeros(_batch_shape(factor))
     if isinstance(factor, LowRankEigh):
         return factor.eigenvalues.amin(-1)
     return safe_eigh(factor.core, keep=0)[0][..., -1]
+
+
+def _batch_shape(factor: LowRankEigh | LowRankSym) -> tuple[int, ...]:
+    """Batch shape of a factor, from what is stacked for a list."""
+    return tuple(factor[0].shape[: -1 if isinstance(factor, LowRankEigh) else -2])
 
 
 def _check_factor(function: str, name: str, lowrank: LowRank) -> LowRankEigh | LowRankSym:
@@ -267,6 +335,8 @@ def _check_rhs(function: str, name: str, rhs: Tensor, factor: LowRankEigh | LowR
 
 
 def _check_batch(function: str, name: str, block: Tensor, basis: Tensor) -> None:
+    if block.shape[:-2] == basis.shape[:-2]:
+        return
     try:
         torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
     except RuntimeError:
@@ -296,10 +366,12 @@ def _over(value: Number, dims: int = 1) -> Number:
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
-def _as_tensor(value: Number, like: Tensor) -> Tensor:
+def _as_tensor(value: Number, factor: LowRankEigh | LowRankSym) -> Tensor:
+    """Return a number as a tensor of the factor's batch shape."""
+    batch = _batch_shape(factor)
     if isinstance(value, Tensor):
-        return value
-    return torch.full(like.shape[:-2], value, dtype=like.dtype, device=like.device)
+        return value if value.shape == batch else value.expand(batch)
+    return torch.full(batch, value, dtype=factor[0].dtype, device=factor[0].device)
 
 
 def _check_kron_data(

@@ -1,7 +1,9 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. On a CPU the factors are taken one after the other.
+factors, or a list or tuple with one value for each. On a CPU the factors are taken one after the other. On a GPU
+`eigh_update`, `subspace_update`, `damped_solve`, `damped_power` and `kron_damped_solve` launch each kernel once for all
+factors of equal rank (for the updates also of equal k), whatever their n; the other functions take turns.
 
 Examples
 --------
@@ -21,9 +23,11 @@ import torch
 from torch import Tensor
 
 from brandla import _check, brand, damped, randomized, subspace
+from brandla._step import Update, stack, stack_numbers
 from brandla.damped import LowRank, Tail
 from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked
 from brandla.randomized import LinearOperator
+from brandla_kernels import reads_are_free
 
 __all__ = [
     "damped_power",
@@ -41,7 +45,10 @@ Result = TypeVar("Result")
 Option = TypeVar("Option")
 EighFactor = TypeVar("EighFactor", LowRankEigh, Tracked[LowRankEigh])
 SymFactor = TypeVar("SymFactor", LowRankSym, Tracked[LowRankSym])
+Item = TypeVar("Item")
 Each: TypeAlias = Option | Sequence[Option]
+# What the members of a class, which are computed together, have in common; None for what is computed by itself.
+Class: TypeAlias = tuple[Any, ...] | None
 
 
 def eigh_update(
@@ -53,7 +60,15 @@ def eigh_update(
     rank: Each[int | None] = None,
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
-    return _each("eigh_update", brand.eigh_update, (eighs, columns), decay=decay, weight=weight, rank=rank)
+    function = "eigh_update"
+    calls = _calls(function, (eighs, columns), decay=decay, weight=weight, rank=rank)
+    updates = [brand.check_eigh_update(function, *lists, **options) for lists, options in calls]
+    return _in_classes(
+        updates,
+        _class_of_update,
+        lambda update: brand.eigh_step(update).as_new(),
+        lambda members: brand.eigh_step(stack(members)).as_list(),
+    )
 
 
 def subspace_update(
@@ -66,8 +81,17 @@ def subspace_update(
     iterations: Each[int] = 2,
 ) -> list[SymFactor]:
     """`brandla.subspace_update` of each factor."""
-    options = {"decay": decay, "weight": weight, "rank": rank, "iterations": iterations}
-    return _each("subspace_update", subspace.subspace_update, (syms, columns), **options)
+    function = "subspace_update"
+    calls = _calls(function, (syms, columns), decay=decay, weight=weight, rank=rank)
+    updates = [subspace.check_sym_update(function, *lists, **options) for lists, options in calls]
+    spread_iterations = _spread(function, "iterations", iterations, len(updates))
+    counts = [_check.count(function, "iterations", each, 1) for each in spread_iterations]
+    return _in_classes(
+        list(zip(updates, counts, strict=True)),
+        lambda item: _with_option(_class_of_update(item[0]), item[1]),
+        lambda item: subspace.subspace_step(*item).as_new(),
+        lambda members: subspace.subspace_step(stack([update for update, _ in members]), members[0][1]).as_list(),
+    )
 
 
 def svd_update(
@@ -129,8 +153,15 @@ def damped_solve(
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
     """`brandla.damped_solve` with each factor."""
-    dampings = _spread("damped_solve", "damping", damping, len(lowranks))
-    return _each("damped_solve", damped.damped_solve, (lowranks, rhs, dampings), tail=tail)
+    function = "damped_solve"
+    calls = _calls(function, (lowranks, rhs), damping=damping, tail=tail)
+    problems = [damped.check_solve(function, *lists, **options) for lists, options in calls]
+    return _in_classes(
+        problems,
+        _class_of_solve,
+        lambda problem: problem.shaped(damped.inverse(*_operator_of(problem)) @ problem.block),
+        lambda members: _solve_together(members, damped.inverse(*_stacked_operator(members))),
+    )
 
 
 def damped_power(
@@ -142,9 +173,22 @@ def damped_power(
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
     """`brandla.damped_power` with each factor."""
-    dampings = _spread("damped_power", "damping", damping, len(lowranks))
-    exponents = _spread("damped_power", "exponent", exponent, len(lowranks))
-    return _each("damped_power", damped.damped_power, (lowranks, rhs, dampings, exponents), tail=tail)
+    function = "damped_power"
+    calls = _calls(function, (lowranks, rhs), damping=damping, tail=tail)
+    problems = [damped.check_solve(function, *lists, **options) for lists, options in calls]
+    exponents = _spread(function, "exponent", exponent, len(problems))
+    for each in exponents:
+        damped.check_exponent(each)
+    diagonal = [problem.diagonalized() for problem in problems]
+    return _in_classes(
+        list(zip(diagonal, map(float, exponents), strict=True)),
+        lambda item: _with_option(_class_of_solve(item[0]), item[1]),
+        lambda item: item[0].shaped(damped.power(*_operator_of(item[0]), item[1]) @ item[0].block),
+        lambda members: _solve_together(
+            [problem for problem, _ in members],
+            damped.power(*_stacked_operator([problem for problem, _ in members]), members[0][1]),
+        ),
+    )
 
 
 def kron_damped_solve(
@@ -158,23 +202,129 @@ def kron_damped_solve(
     right_tail: Each[Tail] = 0.0,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     """`brandla.kron_damped_solve` with each pair of factors."""
-    left_dampings = _spread("kron_damped_solve", "left_damping", left_damping, len(lefts))
-    right_dampings = _spread("kron_damped_solve", "right_damping", right_damping, len(lefts))
-    lists = (lefts, rights, matrices, left_dampings, right_dampings)
-    return _each("kron_damped_solve", damped.kron_damped_solve, lists, left_tail=left_tail, right_tail=right_tail)
+    sides = {"left_damping": left_damping, "left_tail": left_tail}
+    sides |= {"right_damping": right_damping, "right_tail": right_tail}
+    problems = [
+        damped.check_kron(
+            left,
+            right,
+            matrix,
+            (options["left_damping"], options["left_tail"]),
+            (options["right_damping"], options["right_tail"]),
+        )
+        for (left, right, matrix), options in _calls("kron_damped_solve", (lefts, rights, matrices), **sides)
+    ]
+    return _in_classes(
+        problems,
+        _class_of_kron,
+        lambda problem: damped.kron_apply(damped.inverse(*problem.left), damped.inverse(*problem.right), problem.data),
+        _kron_together,
+    )
 
 
 def _each(name: str, function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
+    # Every factor is computed before any is returned: bad input anywhere changes nothing.
+    return [function(*arguments, **chosen) for arguments, chosen in _calls(name, lists, **options)]
+
+
+def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the arguments and options of each single call."""
     lengths = [len(items) for items in lists]
     if len(set(lengths)) != 1:
         _check.fail_value(f"grouped.{name}", f"all lists must have one length; got {lengths}")
     spread = {option: _spread(name, option, value, lengths[0]) for option, value in options.items()}
-    calls = zip(*lists, strict=True)
-    # Every factor is computed before any is returned: bad input anywhere changes nothing.
     return [
-        function(*arguments, **{option: values[index] for option, values in spread.items()})
-        for index, arguments in enumerate(calls)
+        (arguments, {option: values[index] for option, values in spread.items()})
+        for index, arguments in enumerate(zip(*lists, strict=True))
     ]
+
+
+def _in_classes(
+    items: Sequence[Item],
+    class_of: Callable[[Item], Class],
+    alone: Callable[[Item], Any],
+    together: Callable[[list[Item]], Sequence[Any]],
+) -> list[Any]:
+    """Compute the items of a class together; those of class None, and those alone in theirs, one by one."""
+    members: dict[Class, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(class_of(item), []).append(index)
+    results: dict[int, Any] = {}
+    for kind, indices in members.items():
+        if kind is None or len(indices) == 1:
+            results |= {index: alone(items[index]) for index in indices}
+        else:
+            results |= dict(zip(indices, together([items[index] for index in indices]), strict=True))
+    return [results[index] for index in range(len(items))]
+
+
+def _class_of_update(update: Update) -> Class:
+    """Factors that one launch can update: of one r, k, rank and tolerance, narrow enough for Brand's form."""
+    basis = update.basis
+    n, r = basis.shape[-2:]
+    k = update.columns.shape[-1]
+    if basis.ndim != 2 or reads_are_free(basis) or 0 in (r, k, update.rank) or r + k >= n:
+        return None
+    return (r, k, update.rank, update.tol, basis.dtype, basis.device, update.bound is None)
+
+
+def _class_of_solve(problem: damped.Solve) -> Class:
+    factor, (_, tail) = problem.factor, problem.shift
+    if problem.block.ndim != 2:
+        return None
+    return _with_option(_class_of_factor(factor), tail is None)
+
+
+def _class_of_kron(problem: damped.Kron) -> Class:
+    (left, _, left_tail), (right, _, right_tail), data = problem
+    pair = isinstance(data, tuple)
+    if any(part.ndim != 2 for part in (data if isinstance(data, tuple) else (data,))):
+        return None
+    kinds = (_class_of_factor(left), _class_of_factor(right))
+    return None if None in kinds else (*kinds, left_tail is None, right_tail is None, pair)
+
+
+def _class_of_factor(factor: LowRankEigh | LowRankSym) -> Class:
+    basis = factor[1]
+    if basis.ndim != 2 or reads_are_free(basis) or basis.shape[-1] == 0:
+        return None
+    return (type(factor), basis.shape[-1], basis.dtype, basis.device)
+
+
+def _with_option(kind: Class, option: Any) -> Class:
+    return None if kind is None else (*kind, option)
+
+
+def _operator_of(problem: damped.Solve) -> tuple[Any, Any, Any]:
+    return problem.factor, *problem.shift
+
+
+def _stacked_operator(problems: Sequence[damped.Solve]) -> tuple[Any, Any, Any]:
+    return _stacked_factor([_operator_of(problem) for problem in problems])
+
+
+def _stacked_factor(sides: Sequence[tuple[LowRankEigh | LowRankSym, Any, Any]]) -> tuple[Any, Any, Any]:
+    """Join factors of one kind and rank, their λ and their τ: small parts stacked, bases in a list."""
+    factors, dampings, tails = zip(*sides, strict=True)
+    values = torch.stack([factor[0] for factor in factors])
+    joined = type(factors[0])(values, [factor[1] for factor in factors])
+    tail = None if tails[0] is None else stack_numbers(tails, values)
+    return joined, stack_numbers(dampings, values), tail
+
+
+def _solve_together(problems: Sequence[damped.Solve], operator: damped.Shifted) -> list[Tensor]:
+    blocks = operator @ [problem.block for problem in problems]
+    return [problem.shaped(block) for problem, block in zip(problems, blocks, strict=True)]
+
+
+def _kron_together(problems: Sequence[damped.Kron]) -> list[Any]:
+    left = damped.inverse(*_stacked_factor([problem.left for problem in problems]))
+    right = damped.inverse(*_stacked_factor([problem.right for problem in problems]))
+    data = [problem.data for problem in problems]
+    if isinstance(data[0], tuple):
+        sides = tuple(list(side) for side in zip(*data, strict=True))
+        return list(zip(*damped.kron_apply(left, right, sides), strict=True))
+    return list(damped.kron_apply(left, right, data))
 
 
 def _spread(name: str, option: str, value: Any, length: int) -> Sequence[Any]:

@@ -2,6 +2,8 @@
 
 Orthonormal columns come out to working precision whatever the panel: columns that depend on earlier ones, or on the
 basis they are split against, become zero columns. Derivation and error bounds: ``docs/orthonormalisation.md``.
+
+Tall matrices are one, a batch, or a list with different n (`brandla_kernels.tall`); what belongs to a list is stacked.
 """
 
 from __future__ import annotations
@@ -11,7 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from brandla_kernels import cholesky_inverse_core, gram, project, reads_are_free, refine, residual, rotate, rotate_
+from brandla_kernels import (
+    Tall,
+    cholesky_inverse_core,
+    gram,
+    project,
+    reads_are_free,
+    refine,
+    residual,
+    rotate,
+    rotate_,
+    rounded_gram,
+    subtract_product,
+    tall,
+)
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
@@ -28,69 +43,109 @@ class Split(NamedTuple):
 
     coefficients: Tensor  # C   [..., r, k], float64
     triangle: Tensor  # R       [..., k, k], float64
-    panel: Tensor  # Q₁         [..., n, k], dtype of A
+    panel: Tall  # Q₁       [..., n, k], dtype of A
     overlap: Tensor  # C₂       [..., r, k], float64
     transform: Tensor  # T₂     [..., k, k], float64
     drift: Tensor  # UᵀU − I    [..., r, r], float64, in the columns that drifted most
 
-    def rotate(self, basis: Tensor, rotation: Tensor) -> Tensor:
+    def rotate(self, basis: Tall, rotation: Tensor) -> Tall:
         """Return [U Q] W for W (..., r + k, s), in one pass over U and Q₁, with the drift of U taken out."""
         return rotate(basis, self.panel, *self._rotations(basis, rotation))
 
-    def rotate_(self, basis: Tensor, rotation: Tensor) -> None:
+    def rotate_(self, basis: Tall, rotation: Tensor) -> None:
         """Overwrite U with [U Q] W, for W (..., r + k, r)."""
         rotate_(basis, self.panel, *self._rotations(basis, rotation))
 
-    def _rotations(self, basis: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotations(self, basis: Tall, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Return what U and Q₁ are multiplied by, for [U Q] W."""
-        r, dtype = basis.shape[-1], basis.dtype
+        r, dtype = tall.columns(basis), tall.dtype_of(basis)
         rotation = rotation.to(dtype)
         panel_rotation = self.transform.to(dtype) @ rotation[..., r:, :]
         corrected = without_drift(self.drift.to(dtype), rotation[..., :r, :])
         return corrected - self.overlap.to(dtype) @ panel_rotation, panel_rotation
 
 
-def split(basis: Tensor, columns: Tensor) -> Split:
+def split(basis: Tall, columns: Tall) -> Split:
     """Split columns A (..., n, k) into their part in the span of an orthonormal U (..., n, r) and the rest."""
     coefficients = project(basis, columns)
-    panel, panel_gram = residual(basis, columns, coefficients)
-    coefficients = coefficients.double()
+    if isinstance(basis, Tensor) and reads_are_free(basis):
+        panel = subtract_product(columns, basis, coefficients)
+        easy = _one_pass(basis, coefficients.double(), panel)
+        if easy is not None:
+            return easy
+        panel_gram = gram(panel)
+    else:
+        panel, panel_gram = residual(basis, columns, coefficients)
+    return _two_passes(basis, coefficients.double(), panel, panel_gram)
+
+
+def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor) -> Split | None:
+    """Split where one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
+
+    Rounding then enters Q at most four times magnified, by T, and so does that of a Gram matrix of rounded products;
+    and a hundred times through what U still shares with P, which is measured and taken out.
+    """
+    panel_gram = rounded_gram(panel)
+    squares = panel_gram.diagonal(dim1=-2, dim2=-1)
+    length = (coefficients.square().sum(-2) + squares).sqrt()
+    if not bool((squares > 1e-4 * length.square()).all()):
+        return None
+    unit = squares.rsqrt()
+    factor, info = torch.linalg.cholesky_ex(panel_gram * unit[..., :, None] * unit[..., None, :])
+    identity = torch.eye(squares.shape[-1], dtype=squares.dtype)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    if not bool((info == 0).all() and (inverse.square().sum(-1) <= 16).all()):
+        return None
+    transform, triangle = inverse.mT * unit[..., :, None], factor.mT / unit[..., None, :]
+    overlap = _overlap(basis, length, panel, transform)
+    return Split(coefficients + overlap, triangle, panel, overlap, transform, measure_drift(basis))
+
+
+def _two_passes(basis: Tall, coefficients: Tensor, panel: Tall, panel_gram: Tensor) -> Split:
+    """Split whatever the columns are: the second pass orthogonalises what the first left."""
     # ‖a_j‖² by Pythagoras, with no pass of its own: a residual is judged against the column it came from.
     length = (coefficients.square().sum(-2) + panel_gram.diagonal(dim1=-2, dim2=-1)).sqrt()
-    first = _first_pass(panel, panel_gram, length, basis.shape[-1] + columns.shape[-1])
-    drift = measure_drift(basis)
-    if reads_are_free(panel) and _needs_no_second_pass(panel_gram, length, first):
-        overlap = _overlap(basis, length, first)
-        inside = overlap if first.to_panel is None else overlap @ first.to_panel
-        return Split(coefficients + inside, first.triangle(), first.panel, overlap, first.transform, drift)
-    refined, overlap, refined_gram = refine(basis, first.panel, first.transform.to(panel.dtype))
+    first = _first_pass(panel, panel_gram, length, tall.columns(basis) + tall.columns(panel))
+    refined, overlap, refined_gram = refine(basis, first.panel, first.transform.to(tall.dtype_of(panel)))
     overlap = overlap.double()
     first_triangle = first.triangle()
     cleaned = refined_gram - overlap.mT @ overlap
     second, _ = cholesky_inverse_core(cleaned, _unit_scale(refined_gram), _SECOND_PASS)
     triangle = second.mT @ cleaned @ first_triangle
-    return Split(coefficients + overlap @ first_triangle, triangle, refined, overlap, second, drift)
+    return Split(coefficients + overlap @ first_triangle, triangle, refined, overlap, second, measure_drift(basis))
 
 
-def measure_drift(basis: Tensor) -> Tensor:
+def measure_drift(basis: Tall) -> Tensor:
     """Return UᵀU − I in float64, for the eighth of the columns that drifted furthest; 0 elsewhere.
 
     Each update rounds a little orthogonality away, and what a column of long standing has lost it never gets back by
     itself. The norm of a column shows how far it has drifted; corrected columns fall back behind the others, so every
-    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix.
+    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix. For a list, where launches
+    count for more than products, all columns are measured.
     """
-    r = basis.shape[-1]
+    r = tall.columns(basis)
+    if not isinstance(basis, Tensor):
+        inner: Tensor = project(basis, basis).double()
+        return inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.25).double())
     if r == 0:
         return basis.new_zeros(*basis.shape[:-1], 0)[..., :0, :].double()
     norms = sum((slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)), basis.new_zeros(())).sqrt()
     live = norms > 0.5
     chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
-    picked = basis.index_select(-1, chosen) if basis.ndim == 2 else basis.take_along_dim(chosen[..., None, :], dim=-1)
+    picked = columns_at(basis, chosen)
     identity = torch.diag_embed(live.double())
     index = chosen[..., None, :].expand(*basis.shape[:-2], r, chosen.shape[-1])
     deviation = project(basis, picked).double() - identity.gather(-1, index)
     drift = torch.zeros_like(identity).scatter(-1, index, deviation)
     return drift.scatter(-2, index.mT, deviation.mT)
+
+
+def columns_at(matrix: Tensor, index: Tensor) -> Tensor:
+    """Return the columns of a matrix (..., m, n) at the indices (..., p)."""
+    if matrix.ndim == 2:
+        # Many times faster than the general form.
+        return matrix.index_select(-1, index)
+    return matrix.take_along_dim(index[..., None, :], dim=-1)
 
 
 def without_drift(drift: Tensor, rotation: Tensor) -> Tensor:
@@ -114,20 +169,37 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     tuple
         Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P. R is upper triangular in its live rows.
     """
+    nearly, transform, triangle = factorize(panel)
+    return nearly @ transform, triangle
+
+
+def factorize(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`."""
     panel_gram = gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
     first = _first_pass(panel, panel_gram, length, panel.shape[-1])
     nearly = first.panel @ first.transform.to(panel.dtype)
-    nearly_gram = gram(nearly)
+    nearly_gram = rounded_gram(nearly)
     second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), _SECOND_PASS)
     triangle = second.mT @ nearly_gram @ first.triangle()
-    return nearly @ second.to(panel.dtype), triangle.to(panel.dtype)
+    return nearly, second.to(panel.dtype), triangle.to(panel.dtype)
+
+
+def spanning(panel: Tensor) -> Tensor:
+    """Return a matrix of the size of P whose columns span what those of P do, and are orthonormal to about √ε.
+
+    One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
+    """
+    panel_gram = gram(panel)
+    first = _first_pass(panel, panel_gram, panel_gram.diagonal(dim1=-2, dim2=-1).sqrt(), panel.shape[-1])
+    spanned: Tensor = first.panel @ first.transform.to(panel.dtype)
+    return spanned
 
 
 class _FirstPass(NamedTuple):
     """P = P′ B and P′ ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero."""
 
-    panel: Tensor  # P′         [..., n, k]
+    panel: Tall  # P′       [..., n, k]
     gram: Tensor  # P′ᵀP′       [..., k, k], float64
     transform: Tensor  # T      [..., k, k], float64
     to_panel: Tensor | None  # B, upper triangular; None stands for I
@@ -138,49 +210,41 @@ class _FirstPass(NamedTuple):
         return triangle if self.to_panel is None else triangle @ self.to_panel
 
 
-def _first_pass(panel: Tensor, panel_gram: Tensor, length: Tensor, width: int) -> _FirstPass:
+def _first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int) -> _FirstPass:
     """Orthonormalise a panel as far as its Gram matrix allows.
 
     A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
     first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
     """
-    eps = torch.finfo(panel.dtype).eps
-    if panel.dtype != panel_gram.dtype:
+    dtype = tall.dtype_of(panel)
+    eps = torch.finfo(dtype).eps
+    if dtype != panel_gram.dtype:
         # Rounding of the projection leaves about √(r + k)·ε of a column that lies inside the span.
         transform, _ = cholesky_inverse_core(panel_gram, length, 64 * width * eps**2)
         return _FirstPass(panel, panel_gram, transform, None)
-    k = max(panel.shape[-1], 1)
+    k = max(tall.columns(panel), 1)
     unit = torch.where(length > 0, length, 1)
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
-    identity = torch.eye(panel.shape[-1], dtype=panel_gram.dtype, device=panel.device)
+    identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
+    panel = _solve_from_right(panel, to_panel)
     panel_gram = gram(panel)
     transform, _ = cholesky_inverse_core(panel_gram, torch.ones_like(length), 16 * k * eps)
     return _FirstPass(panel, panel_gram, transform, to_panel)
 
 
-def _needs_no_second_pass(panel_gram: Tensor, length: Tensor, first: _FirstPass) -> bool:
-    """Say whether one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
-
-    Rounding then enters Q at most four times magnified, by T, and a hundred times through what U still shares with P,
-    which is measured and taken out.
-    """
-    left = panel_gram.diagonal(dim1=-2, dim2=-1) >= 1e-4 * length.square()
-    own = first.gram.diagonal(dim1=-2, dim2=-1)
-    return bool(left.all()) and _magnifies_little(own, first.transform)
+def _solve_from_right(panel: Tall, triangle: Tensor) -> Tall:
+    """Return P B⁻¹ for upper triangular B."""
+    if isinstance(panel, Tensor):
+        return torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
+    return [_solve_from_right(part, own) for part, own in zip(panel, triangle, strict=True)]
 
 
-def _overlap(basis: Tensor, length: Tensor, first: _FirstPass) -> Tensor:
-    """UᵀP′ (..., r, k), or 0 where the rounding of the projection reaches Q at most four times magnified."""
-    if first.to_panel is None and _magnifies_little(length.square(), first.transform):
-        return basis.new_zeros(*basis.shape[:-2], basis.shape[-1], length.shape[-1], dtype=torch.float64)
-    return project(basis, first.panel).double()
-
-
-def _magnifies_little(squares: Tensor, transform: Tensor) -> bool:
-    """Say whether T makes errors of these squared lengths in the columns at most four times larger."""
-    return bool(((squares[..., :, None] * transform.square()).sum(-2) <= 16).all())
+def _overlap(basis: Tensor, length: Tensor, panel: Tensor, transform: Tensor) -> Tensor:
+    """UᵀP (..., r, k), or 0 where the rounding of the projection reaches Q at most four times magnified."""
+    if bool(((length.square()[..., :, None] * transform.square()).sum(-2) <= 16).all()):
+        return basis.new_zeros(*panel.shape[:-2], basis.shape[-1], panel.shape[-1], dtype=torch.float64)
+    return project(basis, panel).double()
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:

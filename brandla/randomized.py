@@ -10,7 +10,12 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import safe_eigh, safe_svd
 from brandla.lowrank import LowRankEigh, LowRankSVD
-from brandla.orthonormal import orthonormalize
+from brandla.orthonormal import factorize, orthonormalize, spanning
+from brandla_kernels import signs, sketch
+
+# Among at most _SMALL rows of random signs, _SMALL_WIDTH columns are dependent with a probability below 10⁻⁶.
+_SMALL = 128
+_SMALL_WIDTH = 32
 
 
 class LinearOperator(Protocol):
@@ -60,7 +65,7 @@ def randomized_eigh(
     power_iterations
         Products with M, each followed by orthonormalisation, before the one that Nyström uses.
     generator
-        Source of the random start; the default generator of the device otherwise.
+        Source of the seed of the random signs; the default generator of the device otherwise.
 
     Returns
     -------
@@ -87,13 +92,23 @@ def randomized_eigh(
         _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
     width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
     _check.count(function, "power_iterations", power_iterations, 0)
-    test, _ = orthonormalize(_gaussian(matrix, n, width, generator))
+    if width == n:
+        # A sketch as large as the matrix would save nothing.
+        dense = _product(function, matrix, _identity(matrix, n))
+        values, vectors = safe_eigh((dense + dense.mT) / 2, keep=rank)
+        return LowRankEigh(values[..., :rank].clone(), vectors.clone())
+    if power_iterations == 0:
+        test, _ = orthonormalize(_signs(matrix, n, width, _seed(matrix, generator)))
+    else:
+        test, power_iterations = (
+            spanning(_sketch(function, matrix, width, _seed(matrix, generator))),
+            power_iterations - 1,
+        )
     image = _product(function, matrix, test)
     for _ in range(power_iterations):
-        test, _ = orthonormalize(image)
+        test = spanning(image)
         image = _product(function, matrix, test)
-    values, vectors = _nystrom(test, image)
-    return LowRankEigh(values[..., :rank].clone(), vectors[..., :rank].clone())
+    return _nystrom(test, image, rank)
 
 
 def randomized_svd(
@@ -120,7 +135,7 @@ def randomized_svd(
     power_iterations
         Products with X Xᵀ after the first product, orthonormalised after each half.
     generator
-        Source of the random start; the default generator of the device otherwise.
+        Source of the seed of the random signs; the default generator of the device otherwise.
 
     Returns
     -------
@@ -134,7 +149,9 @@ def randomized_svd(
 
     Notes
     -----
-    Without power iterations, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with p = ``oversample`` ≥ 2.
+    Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
+    p = ``oversample`` ≥ 2. The test matrix here has random signs: as good in every measurement
+    (``docs/randomized.md``), the same on every device, and exact in every precision.
 
     References
     ----------
@@ -145,10 +162,14 @@ def randomized_svd(
     m, n = _check_matrix(function, matrix)
     width = _sketch_width(function, rank, oversample, min(m, n), f"min(m, n) with m = {m}, n = {n}")
     _check.count(function, "power_iterations", power_iterations, 0)
-    basis, _ = orthonormalize(_product(function, matrix, _gaussian(matrix, n, width, generator)))
-    for _ in range(power_iterations):
-        rows, _ = orthonormalize(_adjoint_product(function, matrix, basis))
-        basis, _ = orthonormalize(_product(function, matrix, rows))
+    if width == m:
+        basis = _identity(matrix, m)
+    else:
+        image = _sketch(function, matrix, width, _seed(matrix, generator))
+        for _ in range(power_iterations):
+            rows = spanning(_adjoint_product(function, matrix, spanning(image)))
+            image = _product(function, matrix, rows)
+        basis, _ = orthonormalize(image)
     rows, triangle = orthonormalize(_adjoint_product(function, matrix, basis))
     left, values, right = safe_svd(triangle.mT, triangle.dtype)
     dtype = basis.dtype
@@ -159,8 +180,8 @@ def randomized_svd(
     )
 
 
-def _nystrom(test: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of Y (XᵀY)⁺ Yᵀ for Y = M X with orthonormal X: the Nyström approximation of M from its range."""
+def _nystrom(test: Tensor, image: Tensor, rank: int) -> LowRankEigh:
+    """Leading eigenpairs of Y (XᵀY)⁺ Yᵀ for Y = M X: the Nyström approximation of M from the range of X."""
     n = test.shape[-2]
     norm = torch.linalg.vector_norm(image, dim=(-2, -1), keepdim=True)
     shift = n**0.5 * torch.finfo(image.dtype).eps * norm
@@ -169,16 +190,35 @@ def _nystrom(test: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     levels, directions = safe_eigh((inner + inner.mT) / 2)
     resolved = levels > inner.shape[-1] * torch.finfo(inner.dtype).eps * levels[..., :1]
     root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]
-    basis, triangle = orthonormalize(image)
+    panel, transform, triangle = factorize(image)
     half = triangle.double() @ root
-    values, rotation = safe_eigh(half @ half.mT, image.dtype)
-    return (values - shift[..., 0]).clamp_min(0), basis @ rotation
+    values, rotation = safe_eigh(half @ half.mT, image.dtype, keep=rank)
+    values = (values[..., :rank] - shift[..., 0]).clamp_min(0)
+    return LowRankEigh(values, panel @ (transform @ rotation))
 
 
-def _gaussian(matrix: Tensor | LinearOperator, rows: int, width: int, generator: torch.Generator | None) -> Tensor:
-    batch_shape = tuple(matrix.shape[:-2])
+def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) -> Tensor:
+    """Draw the seed of a test matrix, on the device: nothing waits for it."""
+    return torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
+
+
+def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, seed: Tensor) -> Tensor:
+    """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
+    if width == matrix.shape[-1]:
+        return _product(function, matrix, _identity(matrix, width))
+    if isinstance(matrix, Tensor):
+        return sketch(matrix, seed, width)
+    return _product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
+
+
+def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
     dtype = torch.promote_types(matrix.dtype, torch.float32)
-    return torch.randn(*batch_shape, rows, width, dtype=dtype, device=matrix.device, generator=generator)
+    return torch.eye(order, dtype=dtype, device=matrix.device).expand(*matrix.shape[:-2], order, order)
+
+
+def _signs(matrix: Tensor | LinearOperator, rows: int, width: int, seed: Tensor) -> Tensor:
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return signs(seed, rows, width, batch_shape=matrix.shape[:-2], dtype=dtype)
 
 
 def _check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
@@ -208,7 +248,9 @@ def _sketch_width(function: str, rank: int, oversample: int, most: int, because:
     _check.count(function, "oversample", oversample, 0)
     if rank > most:
         _check.fail_value(function, f"rank must be at most {most}, {because}; got {rank}")
-    return min(rank + oversample, most)
+    # Few random signs may be dependent: a small matrix gets enough columns, or all.
+    least = _SMALL_WIDTH if most <= _SMALL else 0
+    return min(max(rank + oversample, least), most)
 
 
 def _product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:

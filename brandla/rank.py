@@ -35,6 +35,16 @@ class Rank:
             _check.fail_value("Rank", f"tol must be in [0, 1); got {self.tol}")
 
 
+def most_of(rank: int | Rank | None) -> int | None:
+    """Return the number behind a rule."""
+    return rank.max if isinstance(rank, Rank) else rank
+
+
+def tolerance_of(rank: int | Rank | None) -> float:
+    """Return the tolerance of a rule; a number has none."""
+    return rank.tol if isinstance(rank, Rank) else 0.0
+
+
 def above(values: Tensor, tol: float) -> Tensor:
     """Mask of the values (..., r) that exceed ``tol`` times the largest of them: all at tolerance 0, and every NaN."""
     if tol == 0 or values.shape[-1] == 0:

@@ -10,8 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import truncate_by_subspace, without_denormals
 from brandla._expansion import expand
-from brandla._step import Step
-from brandla.brand import check_update
+from brandla._step import Step, Update, check_update
 from brandla.lowrank import LowRankSym, Tracked
 from brandla.rank import Rank
 
@@ -162,23 +161,36 @@ def _step(
     rank: int | Rank | None,
     iterations: int,
 ) -> Step[LowRankSym]:
-    factor, bound = (sym.lowrank, sym.error_bound) if isinstance(sym, Tracked) else (sym, None)
-    _check.sym(function, "sym", factor)
-    core, basis = factor
-    tol = rank.tol if isinstance(rank, Rank) else 0.0
-    columns, decay, weight, rank = check_update(function, "sym.basis", basis, columns, decay, weight, rank)
-    iterations = _check.count(function, "iterations", iterations, 1)
-    decayed_bound = None if bound is None else decay * bound
-    if columns.shape[-1] == 0 and rank == basis.shape[-1]:
+    update = check_sym_update(function, sym, columns, decay, weight, rank)
+    return subspace_step(update, _check.count(function, "iterations", iterations, 1))
+
+
+def check_sym_update(
+    function: str,
+    sym: LowRankSym | Tracked[LowRankSym],
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+) -> Update:
+    """Check the arguments of `subspace_update`, all but ``iterations``."""
+    _check.sym(function, "sym", sym.lowrank if isinstance(sym, Tracked) else sym)
+    return check_update(function, "sym.basis", sym, columns, decay, weight, rank)
+
+
+def subspace_step(update: Update, iterations: int) -> Step[LowRankSym]:
+    """Compute `subspace_update`, up to the rotation of U."""
+    core, basis, bound = update.values, update.basis, update.decayed_bound
+    if update.adds_nothing:
+        decay = update.decay
         scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
-        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, basis, decayed_bound)
-    expansion = expand(core, basis, columns, decay, weight)
-    compressed, rotation = truncate_by_subspace(expansion.core, rank, iterations, basis.dtype, tol)
-    if decayed_bound is not None:
-        decayed_bound = decayed_bound + _left_out(expansion.core, compressed, rotation).to(core.dtype)
-    return Step(
-        LowRankSym, without_denormals(compressed.to(core.dtype), dims=2), basis, expansion, rotation, decayed_bound
-    )
+        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, bound)
+    expansion = expand(core, basis, update.columns, update.decay, update.weight)
+    compressed, rotation = truncate_by_subspace(expansion.core, update.rank, iterations, core.dtype, update.tol)
+    if bound is not None:
+        bound = bound + _left_out(expansion.core, compressed, rotation).to(core.dtype)
+    values = without_denormals(compressed.to(core.dtype), dims=2)
+    return Step(LowRankSym, values, basis, (expansion, rotation), bound)
 
 
 def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:

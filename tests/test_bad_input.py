@@ -44,6 +44,11 @@ class OperatorOfWrongShape(OperatorWithoutTranspose):
 
     shape = (N, N)
 
+    @property
+    def mT(self) -> OperatorOfWrongShape:  # noqa: N802
+        """Return an operator whose products are as wrong."""
+        return self
+
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
         """Return a product with a row too many."""
         return torch.ones(N + 1, block.shape[1], dtype=torch.float64)

@@ -28,7 +28,7 @@ def test_centred_stream_equals_the_svd_of_centred_columns(k: int, dtype: torch.d
     batches = stream(m, k, count, dtype)
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype))
     for columns in batches:
-        value = brandla.svd_append(value, columns, rank=min(m, value.svd.rank + k + 1))
+        value = brandla.svd_append(value, columns, rank=min(m, value.svd.rank + k))
     columns = torch.cat(batches, dim=1)
     scale = oracles.spectral_norm(columns)
     gram = (value.svd.U.double() * value.svd.S.double().square()) @ value.svd.U.double().mT
@@ -60,7 +60,7 @@ def test_decay_forgets_columns_and_their_mean(dtype: torch.dtype) -> None:
     batches = stream(m, k, 3, dtype)
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype))
     for columns in batches:
-        value = brandla.svd_append(value, columns, decay=decay, rank=min(m, value.svd.rank + k + 1))
+        value = brandla.svd_append(value, columns, decay=decay, rank=min(m, value.svd.rank + k))
     # A column that is scaled by ρ counts ρ² in every mean and every product.
     weights = torch.cat([torch.full((k,), decay ** (2 * age), dtype=torch.float64) for age in (2, 1, 0)])
     columns = torch.cat(batches, dim=1).double()

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
-from test_sync_free import CALLS, COLUMNS, EIGH
+from brandla_kernels import gram_ema_
+from builders import make_columns
+from test_sync_free import CALLS, COLUMNS, DAMPING, EIGH, SYM, N
 
-TRACED = [
-    "subspace_update",
-    "subspace_update, tracked",
-    "damped_solve, eigh",
-    "damped_solve, sym",
-    "damped_power, eigh",
-    "kron_damped_solve",
-    "kron_damped_solve, pair",
-]
+# What promises never to wait for the device.
+TRACED = CALLS | {
+    "subspace_update_": (brandla.subspace_update_, (SYM, COLUMNS)),
+    "subspace_update_, tracked": (brandla.subspace_update_, (brandla.track(SYM), COLUMNS)),
+    "gram_ema_": (gram_ema_, (torch.eye(N), COLUMNS, 0.9, 0.1)),
+}
+BACKENDS = ("eager", "aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> None:
+    torch._dynamo.reset()
+
+
+def cloned(arguments: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -29,18 +41,65 @@ def assert_close(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(a, b)
 
 
+def ops_in(function: Callable[..., Any], arguments: Any) -> set[str]:
+    """Return the names of the brandla ops in the graph that reaches a compiler."""
+    found: set[str] = set()
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.update(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("brandla."))
+        return graph.forward
+
+    torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(*arguments)
+    return {name.removeprefix("brandla.").removesuffix(".default") for name in found}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TRACED)
-def test_function_compiles_to_one_graph(name: str) -> None:
-    function, arguments = CALLS[name]
-    torch._dynamo.reset()
-    # The backend "eager" runs the captured graph as it is: what is tested is the capture.
-    compiled = torch.compile(function, fullgraph=True, backend="eager")
-    assert_close(compiled(*arguments), function(*arguments))
+def test_function_compiles_to_one_graph(name: str, backend: str) -> None:
+    """Both backends run the captured graph as it is: what is tested is the capture, by Dynamo and by AOTAutograd."""
+    function, arguments = TRACED[name]
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    written, expected_written = cloned(arguments), cloned(arguments)
+    assert_close(compiled(*written), function(*expected_written))
+    assert_close(written, expected_written)
+
+
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("subspace_update", {"project", "residual", "refine", "rotate", "cholesky_inverse_core"}),
+        ("damped_solve, eigh", {"damped_apply"}),
+        ("kron_damped_solve", {"kron_damped_apply"}),
+    ],
+)
+def test_ops_stay_whole_in_the_graph(name: str, ops: set[str]) -> None:
+    assert ops <= ops_in(*TRACED[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_may_be_unknown_to_the_compiler(backend: str) -> None:
+    compiled = torch.compile(
+        lambda eigh, rhs: brandla.damped_solve(eigh, rhs, 0.1), fullgraph=True, backend=backend, dynamic=True
+    )
+    for columns in (3, 5):
+        rhs = make_columns(N, columns, dtype=torch.float32)
+        assert_close(compiled(EIGH, rhs), brandla.damped_solve(EIGH, rhs, 0.1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [EIGH, SYM], ids=["eigh", "sym"])
+def test_gradients_come_through_a_compiled_solve(factor: Any, backend: str) -> None:
+    inputs = [part.detach().double().requires_grad_() for part in (*factor, COLUMNS, DAMPING)]
+
+    def loss(values: Tensor, basis: Tensor, rhs: Tensor, damping: Tensor) -> Tensor:
+        return brandla.damped_solve(type(factor)(values, basis), rhs, damping).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_exact_update_compiles_around_its_eigendecomposition() -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(lambda eigh, columns: brandla.eigh_update(eigh, columns, decay=0.9), backend="eager")
     actual, expected = compiled(EIGH, COLUMNS), brandla.eigh_update(EIGH, COLUMNS, decay=0.9)
     assert isinstance(actual, brandla.LowRankEigh)

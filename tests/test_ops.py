@@ -1,4 +1,4 @@
-"""brandla_kernels: each op against its formula in float64, through the dispatcher, and by PyTorch's own check."""
+"""brandla_kernels: each op against its formula in float64, through the dispatcher, and by PyTorch's own checks."""
 
 from __future__ import annotations
 
@@ -8,110 +8,95 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import brandla
 import brandla_kernels
 from brandla_kernels import OPS
+from op_cases import (
+    CASES,
+    LAYOUTS,
+    SIZES,
+    assert_computes,
+    exact,
+    grouped,
+    half_precision_data,
+    matrix,
+    op_of,
+    operands,
+    problems_of,
+    run,
+)
 
-SIZES = {
-    "usual": (37, 5, 3),
-    "empty basis": (11, 0, 4),
-    "no columns": (11, 3, 0),
-    "one": (1, 1, 1),
-    "wide": (5, 4, 150),
-}
-LAYOUTS = ("plain", "transposed", "strided", "batched")
-
-
-def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    if layout == "transposed":
-        return normal(columns, rows).mT
-    if layout == "strided":
-        return normal(2 * rows, 3 * columns)[::2, ::3]
-    if layout == "batched":
-        return normal(2, 3, rows, columns)
-    return normal(rows, columns)
+GROUPED = [name for name, op in OPS.items() if op.signature.lists]
+IN_PLACE = [name for name, op in OPS.items() if op.signature.writes]
+DIFFERENTIABLE = [name for name in OPS if name not in IN_PLACE]
+# n, r, k of the problems of a list.
+PROBLEMS = [(13, 4, 3), (9, 2, 5), (6, 0, 2), (7, 3, 0)]
 
 
-def symmetric(square: Tensor) -> Tensor:
-    return square + square.mT
+def single(name: str) -> Any:
+    """The registered op."""
+    return getattr(torch.ops.brandla, name).default
 
 
-def operands(name: str, n: int, r: int, k: int, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    def new(rows: int, columns: int, seed: int) -> Tensor:
-        return matrix(rows, columns, layout, dtype, seed)
-
-    basis, columns, small = new(n, r, 0), new(n, k, 1), new(r, k, 2)
-    batch = basis.shape[:-2]
-    if name == "cholesky_inverse_core":
-        panel = columns.double()
-        return panel.mT @ panel, panel.square().sum(-2).sqrt(), 1e-10
-    table: dict[str, tuple[Any, ...]] = {
-        "project": (basis, columns),
-        "residual": (basis, columns, small),
-        "gram": (columns,),
-        "refine": (basis, columns, new(k, k, 3)),
-        "rotate": (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
-        "rotate_": (basis.clone(), columns, new(r, r, 3), new(k, r, 4)),
-        "gram_ema_": (new(n, n, 5).clone(), columns, 0.9, 0.25),
-        "damped_apply": (basis, new(r, 1, 6)[..., 0], torch.full(batch, 0.5, dtype=dtype), columns),
-        "kron_damped_apply": (
-            *(basis, new(r, 1, 6)[..., 0], torch.full(batch, 0.5, dtype=dtype)),
-            *(new(k, min(2, k), 7), symmetric(new(min(2, k), min(2, k), 8)), torch.full(batch, 2.0, dtype=dtype)),
-            new(n, k, 9),
-        ),
-    }
-    return table[name]
+def several(name: str) -> Any:
+    """The registered op over lists."""
+    return getattr(torch.ops.brandla, OPS[name].signature.grouped_name).default
 
 
-def shifted(basis: Tensor, middle: Tensor, complement: Tensor) -> Tensor:
-    """β I + U H Uᵀ, dense."""
-    inner = torch.diag_embed(middle) if middle.ndim < basis.ndim else middle
-    identity = torch.eye(basis.shape[-2], dtype=basis.dtype)
-    return complement[..., None, None] * identity + basis @ inner @ basis.mT
+def listed(case: str, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    return grouped(case, [operands(case, *size, "plain", dtype) for size in PROBLEMS])
 
 
-FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "project": lambda U, A: (U.mT @ A,),
-    "residual": lambda U, A, C: (A - U @ C, (A - U @ C).mT @ (A - U @ C)),
-    "gram": lambda P: (P.mT @ P,),
-    "refine": lambda U, P, T: (P @ T, U.mT @ P @ T, T.mT @ P.mT @ P @ T),
-    "rotate": lambda U, P, V, W: (U @ V + P @ W,),
-    "rotate_": lambda U, P, V, W: (U @ V + P @ W,),
-    "gram_ema_": lambda M, A, decay, weight: (decay * M + weight * A @ A.mT,),
-    "damped_apply": lambda U, H, b, V: (shifted(U, H, b) @ V,),
-    "kron_damped_apply": lambda U, H, b, V, K, c, W: (shifted(U, H, b) @ W @ shifted(V, K, c),),
-}
+def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    leaves, structure = tree_flatten(list(arguments))
+    return tuple(tree_unflatten([_requiring_grad(leaf) for leaf in leaves], structure))
 
 
-def run(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    result = OPS[name](*arguments)
-    if result is None:
-        return (arguments[0],)
-    return result if isinstance(result, tuple) else (result,)
+def _requiring_grad(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.detach().clone().requires_grad_()
+    return leaf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", FORMULAS)
-def test_op_computes_its_formula(name: str, size: tuple[int, int, int], layout: str, dtype: torch.dtype):
-    arguments = operands(name, *size, layout, dtype)
-    exact = FORMULAS[name](*(part.double() if isinstance(part, Tensor) else part for part in arguments))
-    # Inner products of length n + r + k with entries of order 1, three deep at most.
-    tolerance = 30 * sum(size) ** 1.5 * torch.finfo(dtype).eps
-    for got, expected in zip(run(name, arguments), exact, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("case", CASES)
+def test_op_computes_its_formula(case: str, size: tuple[int, int, int], layout: str, dtype: torch.dtype) -> None:
+    arguments = operands(case, *size, layout, dtype)
+    assert_computes(case, run(OPS[op_of(case)], arguments), operands(case, *size, layout, dtype))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])
+def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
+    arguments = listed(case)
+    results = run(several(op_of(case)), arguments)
+    for problem, own in enumerate(problems_of(case, listed(case))):
+        expected = exact(case, own)
+        corners = [tuple(slice(size) for size in part.shape) for part in expected]
+        found = tuple(result[problem][corner] for result, corner in zip(results, corners, strict=True))
+        assert_computes(case, found, own, expected)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_"])
+def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
+    def new() -> tuple[Any, ...]:
+        return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
+
+    assert_computes(case, run(single(case), new()), new())
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int], layout: str):
+def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int], layout: str) -> None:
     gram, scale, threshold = operands("cholesky_inverse_core", *size, layout, torch.float64)
     transform, live = brandla_kernels.cholesky_inverse_core(gram, scale, threshold)
     expected = torch.diag_embed(live.double())
@@ -119,39 +104,390 @@ def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int
     assert (live.sum(-1) == min(size[0], size[2])).all()
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_op_passes_the_check_of_torch(name: str):
-    torch.library.opcheck(getattr(torch.ops.brandla, name).default, operands(name, 13, 4, 3, "plain", torch.float64))
+def test_gram_of_many_slabs_equals_the_gram_of_one() -> None:
+    panel = matrix(5000, 130, "plain", torch.float32, 0)
+    exact = panel.double().mT @ panel.double()
+    torch.testing.assert_close(brandla_kernels.gram(panel), exact, rtol=1e-13, atol=1e-11)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As torch ops
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_forced_torch_backend_gives_the_same_bits(name: str):
+def test_op_passes_the_check_of_torch(name: str) -> None:
+    torch.library.opcheck(single(name), operands(name, 13, 4, 3, "plain", torch.float64))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_op_passes_the_check_of_torch(name: str) -> None:
+    torch.library.opcheck(several(name), listed(name))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_op_on_inputs_that_require_grad_passes_the_check_of_torch(name: str) -> None:
+    torch.library.opcheck(single(name), requiring_grad(operands(name, 13, 4, 3, "plain", torch.float64)))
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPED if name in DIFFERENTIABLE])
+def test_grouped_op_on_inputs_that_require_grad_passes_the_check_of_torch(name: str) -> None:
+    torch.library.opcheck(several(name), requiring_grad(listed(name)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_forced_torch_backend_gives_the_same_bits(name: str) -> None:
     first, second = (operands(name, 13, 4, 3, "plain", torch.float64) for _ in range(2))
-    dispatched = run(name, first)
+    dispatched = run(single(name), first)
     with brandla.backend("torch"):
-        forced = run(name, second)
+        forced = run(OPS[name], second)
         assert OPS[name].implementation("cpu") == ("torch", "forced by brandla.backend('torch')")
     for one, other in zip(dispatched, forced, strict=True):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", GROUPED)
+def test_op_called_with_lists_is_the_grouped_op(name: str) -> None:
+    for one, other in zip(run(OPS[name], listed(name)), run(several(name), listed(name)), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_op_takes_its_arguments_by_name() -> None:
+    basis, columns = operands("project", 13, 4, 3, "plain", torch.float64)
+    assert torch.equal(brandla_kernels.project(basis=basis, columns=columns), brandla_kernels.project(basis, columns))
+
+
 @pytest.mark.parametrize("name", OPS)
-def test_cost_counts_work_and_traffic(name: str):
-    sizes = {"n": 64, "r": 8, "k": 4, "s": 8, "m": 4, "p": 64, "q": 32, "left_rank": 8, "right_rank": 8}
+def test_cost_counts_work_and_traffic(name: str) -> None:
+    sizes = {"n": 64, "r": 8, "k": 4, "s": 8, "m": 4, "p": 64, "q": 32, "left_rank": 8, "right_rank": 8, "width": 8}
     wanted = OPS[name].cost.__code__.co_varnames[: OPS[name].cost.__code__.co_argcount]
     cost = OPS[name].cost(**{key: sizes[key] for key in wanted if key in sizes})
     assert cost.flops > 0
     assert cost.bytes > 0
 
 
-def test_gram_of_many_slabs_equals_the_gram_of_one():
-    panel = matrix(5000, 130, "plain", torch.float32, 0)
-    exact = panel.double().mT @ panel.double()
-    torch.testing.assert_close(brandla_kernels.gram(panel), exact, rtol=1e-13, atol=1e-11)
-
-
-def test_an_op_follows_the_dispatcher_on_every_device():
+def test_an_op_follows_the_dispatcher_on_every_device() -> None:
     """On meta tensors, which have no data, shapes and dtypes come out right: what a tracer sees."""
     panel, gram = OPS["residual"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3), (2, 3))))
     assert (panel.shape, gram.shape, gram.dtype) == ((9, 3), (3, 3), torch.float64)
     assert OPS["residual"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return ``call`` as a function of its floating-point tensors, whose results are in float64.
+
+    The Gram matrix of the Cholesky core is one of the panel that is varied in its place, and so stays symmetric.
+    """
+    leaves, structure = tree_flatten(list(arguments))
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        given = iter(inputs)
+        own = [next(given) if _is_varied(leaf) else leaf for leaf in leaves]
+        if name == "cholesky_inverse_core":
+            own[0] = own[0].mT @ own[0]
+            own[1] = own[1].detach()
+        results = call(*tree_unflatten(own, structure))
+        return tuple(part for part in tree_leaves(results) if part.is_floating_point())
+
+    return function
+
+
+def _is_varied(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if _is_varied(leaf)]
+    if name == "cholesky_inverse_core":
+        leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
+    return tuple(leaves)
+
+
+@pytest.mark.parametrize("layout", ["plain", "batched"])
+@pytest.mark.parametrize("case", [*DIFFERENTIABLE, "damped_apply, matrix", "kron_damped_apply, diagonals"])
+def test_gradient_is_that_of_finite_differences_and_of_the_torch_form(case: str, layout: str) -> None:
+    name = op_of(case)
+    arguments = operands(case, 6, 3, 2, layout, torch.float64)
+    if name == "cholesky_inverse_core" and layout == "batched":
+        pytest.skip("varied through one panel; the batch is that of torch.linalg")
+    inputs = inputs_of(name, arguments)
+    registered = differentiable_call(name, single(name), arguments)
+    torch.autograd.gradcheck(registered, inputs, fast_mode=True)
+    assert_same_gradients(registered, differentiable_call(name, OPS[name].torch_form, arguments), inputs)
+
+
+@pytest.mark.parametrize("case", [name for name in GROUPED if name in DIFFERENTIABLE])
+def test_gradient_of_a_grouped_op_is_that_of_the_torch_form(case: str) -> None:
+    arguments = listed(case)
+    inputs = inputs_of(case, arguments)
+    registered = differentiable_call(case, several(case), arguments)
+    torch.autograd.gradcheck(registered, inputs, fast_mode=True)
+    assert_same_gradients(registered, differentiable_call(case, OPS[case].grouped_form, arguments), inputs)
+
+
+def assert_same_gradients(function: Callable[..., Any], other: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+    found, expected = (
+        torch.autograd.grad(sum(part.square().sum() for part in call(*inputs)), inputs, materialize_grads=True)
+        for call in (function, other)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("case", ["project", "residual"])
+def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None:
+    arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
+    inputs = requiring_grad(arguments)
+    sum(part.sum() for part in run(single(case), inputs)).backward()
+    assert [part.grad.dtype for part in inputs] == [part.dtype for part in inputs]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_overwrites_refuses_to_lose_a_gradient(name: str, unchanged: Callable[..., Any]) -> None:
+    arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))
+    for call in (single(name), OPS[name]):
+        with unchanged(arguments), pytest.raises(RuntimeError, match=rf"brandla::{name}: .*no_grad"):
+            call(*arguments)
+    with torch.no_grad():
+        single(name)(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+WIDE, LONG = torch.zeros(9, 4), torch.zeros(10, 2)
+
+BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception], str]] = {
+    "rows": (
+        "project",
+        lambda U, A: (U, LONG),
+        ValueError,
+        r"columns must have shape \(n, k\) with n = 9; got \(10, 2\)",
+    ),
+    "rank": (
+        "residual",
+        lambda U, A, C: (U, A, C[1:]),
+        ValueError,
+        r"coefficients must have shape \(r, k\) with r = 3, k = 2; got \(2, 2\)",
+    ),
+    "vector": (
+        "project",
+        lambda U, A: (U, A[:, 0]),
+        ValueError,
+        r"columns must have shape \(n, k\) with n = 9; got \(9,\)",
+    ),
+    "vector first": ("project", lambda U, A: (U[0], A), ValueError, r"basis must have shape \(n, r\); got \(3,\)"),
+    "batch": (
+        "project",
+        lambda U, A: (U, A.expand(5, 9, 2)),
+        ValueError,
+        r"columns must have shape \(n, k\) with n = 9; got \(5, 9, 2\)",
+    ),
+    "batch of the basis": (
+        "project",
+        lambda U, A: (U.expand(5, 9, 3), A),
+        ValueError,
+        r"columns must have shape \(5, n, k\) with n = 9; got \(9, 2\)",
+    ),
+    "batch of a number": (
+        "damped_apply",
+        lambda U, H, b, V: (U, H, b.expand(2), V),
+        ValueError,
+        r"complement must have shape \(\); got \(2,\)",
+    ),
+    "either shape": (
+        "damped_apply",
+        lambda U, H, b, V: (U, H[1:], b, V),
+        ValueError,
+        r"middle must have shape \(r,\) or \(r, r\) with r = 3; got \(2,\)",
+    ),
+    "not square": (
+        "refine",
+        lambda U, P, T: (U, P, WIDE[:2]),
+        ValueError,
+        r"transform must have shape \(k, k\) with k = 2; got \(2, 4\)",
+    ),
+    "not square, overwritten": (
+        "gram_ema_",
+        lambda M, A, *rest: (M[:, 1:], A, *rest),
+        ValueError,
+        r"matrix must have shape \(n, n\); got \(9, 8\)",
+    ),
+    "rows, overwritten": (
+        "rotate_",
+        lambda U, P, V, W: (U, LONG, V, W),
+        ValueError,
+        r"panel must have shape \(n, k\) with n = 9; got \(10, 2\)",
+    ),
+    "memory shared": (
+        "rotate_",
+        lambda U, P, V, W: (U[:1].expand(9, 3), P, V, W),
+        ValueError,
+        r"basis is overwritten, so no two of its entries may share memory; got shape \(9, 3\), strides \(0, 1\)",
+    ),
+    "precision": (
+        "rotate",
+        lambda U, P, V, W: (U, P.double(), V, W),
+        TypeError,
+        r"panel must have the dtype of basis, torch\.float32; got torch\.float64",
+    ),
+    "precision of a small matrix": (
+        "residual",
+        lambda U, A, C: (U, A, C.double()),
+        TypeError,
+        r"coefficients must have the dtype of basis, torch\.float32; got torch\.float64",
+    ),
+    "half a basis": (
+        "project",
+        lambda U, A: (U.bfloat16(), A),
+        TypeError,
+        r"basis must have dtype torch\.float32 or torch\.float64; got torch\.bfloat16",
+    ),
+    "half data beside float64": (
+        "project",
+        lambda U, A: (U.double(), A.bfloat16()),
+        TypeError,
+        r"columns must have the dtype of basis, torch\.float64; got torch\.bfloat16",
+    ),
+    "data of another precision": (
+        "residual",
+        lambda U, A, C: (U, A.double(), C),
+        TypeError,
+        r"columns must have the dtype of basis, torch\.float32; got torch\.float64",
+    ),
+    "whole numbers": (
+        "project",
+        lambda U, A: (U, A.long()),
+        TypeError,
+        r"columns must have dtype torch\.float32 or .* or torch\.float16; got torch\.int64",
+    ),
+    "device": (
+        "rotate_",
+        lambda U, P, V, W: (U, P, V.to("meta"), W),
+        ValueError,
+        r"basis_rotation must be on the device of basis, cpu; got meta",
+    ),
+}
+
+
+def cpu(call: Any, *arguments: Any) -> Any:
+    """Call the implementation of a CPU, although some tensors of the test are elsewhere."""
+    return call.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS)
+def test_bad_input_to_an_op_is_refused_before_anything_is_written(bad: str, unchanged: Callable[..., Any]) -> None:
+    name, spoil, kind, message = BAD_CALLS[bad]
+    arguments = spoil(*operands(name, 9, 3, 2, "plain", torch.float32))
+    with unchanged(arguments[0]), pytest.raises(kind, match=f"^brandla::{name}: {message}$"):
+        (cpu if bad == "device" else lambda op, *given: op(*given))(single(name), *arguments)
+
+
+@pytest.mark.parametrize("bad", [bad for bad, (name, *_) in BAD_CALLS.items() if name in IN_PLACE and bad != "device"])
+def test_what_overwrites_checks_however_it_is_called(bad: str, unchanged: Callable[..., Any]) -> None:
+    name, spoil, kind, message = BAD_CALLS[bad]
+    arguments = spoil(*operands(name, 9, 3, 2, "plain", torch.float32))
+    with unchanged(arguments[0]), pytest.raises(kind, match=message):
+        OPS[name](*arguments)
+    with brandla.backend("torch"), unchanged(arguments[0]), pytest.raises(kind, match=message):
+        OPS[name](*arguments)
+
+
+BAD_LISTS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception], str]] = {
+    "lengths": (
+        "project",
+        lambda U, A: (U, A[:3]),
+        ValueError,
+        r"the lists must be of one length, at least 1; got \{'basis': 4, 'columns': 3\}",
+    ),
+    "no problems": (
+        "project",
+        lambda U, A: ([], []),
+        ValueError,
+        r"the lists must be of one length, at least 1; got \{'basis': 0, 'columns': 0\}",
+    ),
+    "rows": (
+        "project",
+        lambda U, A: (U, [A[0], LONG.double(), *A[2:]]),
+        ValueError,
+        r"columns\[1\] must have shape \(n, k\) with n = 9; got \(10, 2\)",
+    ),
+    "a batch in a list": (
+        "project",
+        lambda U, A: ([U[0][None], *U[1:]], A),
+        ValueError,
+        r"basis\[0\] must have shape \(n, r\); got \(1, 13, 4\)",
+    ),
+    "a list of two precisions": (
+        "project",
+        lambda U, A: ([part.float() for part in U], [*(part.float() for part in A[:3]), A[3].bfloat16()]),
+        TypeError,
+        r"columns\[3\] must have the dtype of columns\[0\], torch\.float32; got torch\.bfloat16",
+    ),
+    "precision": (
+        "rotate",
+        lambda U, P, V, W: (U, [part.float() for part in P], V, W),
+        TypeError,
+        r"panel\[0\] must have the dtype of basis, torch\.float64; got torch\.float32",
+    ),
+    "stack too small": (
+        "residual",
+        lambda U, A, C: (U, A, C[:, 1:]),
+        ValueError,
+        r"coefficients must have shape \(4, r, k\) with r = 4, k = 5; got \(4, 3, 5\)",
+    ),
+    "stack too large": (
+        "damped_apply",
+        lambda U, H, b, V: (U, torch.cat([H, H], dim=-1), b, V),
+        ValueError,
+        r"middle must have shape \(4, r\) or \(4, r, r\) with r = 4; got \(4, 8\)",
+    ),
+    "stack of too few": (
+        "rotate_",
+        lambda U, P, V, W: (U, P, V[:3], W),
+        ValueError,
+        r"basis_rotation must have shape \(4, r, r\) with r = 4; got \(3, 4, 4\)",
+    ),
+    "memory shared": (
+        "rotate_",
+        lambda U, P, V, W: ([*U[:3], U[3][:1].expand(7, 3)], P, V, W),
+        ValueError,
+        r"basis\[3\] is overwritten, so no two of its entries may share memory; .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LISTS)
+def test_bad_input_to_a_grouped_op_is_refused_before_anything_is_written(
+    bad: str, unchanged: Callable[..., Any]
+) -> None:
+    name, spoil, kind, message = BAD_LISTS[bad]
+    arguments = spoil(*listed(name))
+    with unchanged(arguments[0]), pytest.raises(kind, match=f"^brandla::{name}: {message}$"):
+        several(name)(*arguments)
+    if name in IN_PLACE:
+        with unchanged(arguments[0]), pytest.raises(kind, match=message):
+            OPS[name](*arguments)
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    signature = OPS["project"].signature
+    basis, columns = operands("project", 9, 3, 2, "plain", torch.float32)
+    with pytest.raises(TypeError, match="brandla::project: columns must be a tensor; got list"):
+        signature.sizes((basis, columns.tolist()))
+    with pytest.raises(TypeError, match="brandla::project: basis must be a tensor; got NoneType"):
+        signature.sizes((None, columns))
+    with pytest.raises(TypeError, match="brandla::project: columns must be a list of tensors; got Tensor"):
+        signature.grouped_sizes(([basis], columns))
+    with pytest.raises(TypeError, match=r"brandla::project: columns\[0\] must be a tensor; got int"):
+        signature.grouped_sizes(([basis], [1]))
+
+
+def test_bad_input_is_refused_while_tracing() -> None:
+    with pytest.raises(ValueError, match=r"brandla::project: columns must have shape"):
+        single("project")(torch.empty(9, 3, device="meta"), torch.empty(8, 2, device="meta"))

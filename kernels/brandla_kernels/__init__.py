@@ -1,21 +1,25 @@
 """The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
 
+from brandla_kernels import tall
 from brandla_kernels._op import OPS, Backend, Cost, Op, backend, reads_are_free
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
 from brandla_kernels.damped_apply import damped_apply
-from brandla_kernels.gram import gram
+from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
 from brandla_kernels.project import project
 from brandla_kernels.refine import refine
-from brandla_kernels.residual import residual
+from brandla_kernels.residual import residual, subtract_product
 from brandla_kernels.rotate import rotate, rotate_
+from brandla_kernels.sketch import signs, sketch
+from brandla_kernels.tall import Tall
 
 __all__ = [
     "OPS",
     "Backend",
     "Cost",
     "Op",
+    "Tall",
     "backend",
     "cholesky_inverse_core",
     "damped_apply",
@@ -28,4 +32,9 @@ __all__ = [
     "residual",
     "rotate",
     "rotate_",
+    "rounded_gram",
+    "signs",
+    "sketch",
+    "subtract_product",
+    "tall",
 ]

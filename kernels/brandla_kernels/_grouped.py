@@ -1,10 +1,11 @@
-"""The torch form of a grouped op: the op of each problem in turn, its small results stacked and padded with zeros."""
+"""A grouped op problem by problem, and its gradient: small results are stacked and padded with zeros."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from brandla_kernels._signature import Operand, Signature
@@ -30,22 +31,58 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
     return call
 
 
+def looped_gradient(signature: Signature, backward: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+    """Return ``backward``, (inputs, gradients of the results) -> gradients of the inputs, over lists of problems."""
+
+    def call(inputs: Sequence[Any], gradients: Sequence[Any]) -> Sequence[Any]:
+        found = [
+            backward(
+                tuple(_own_arguments(signature, inputs, problem, sizes)),
+                tuple(
+                    _own(gradient[problem], result, sizes)
+                    for gradient, result in zip(gradients, signature.results, strict=True)
+                ),
+            )
+            for problem, sizes in enumerate(signature.grouped_sizes(inputs))
+        ]
+        return [_gather_like(value, parts) for value, parts in zip(inputs, zip(*found, strict=True), strict=True)]
+
+    return call
+
+
 def _own_arguments(signature: Signature, arguments: Sequence[Any], problem: int, sizes: dict[str, int]) -> list[Any]:
     own = list(arguments)
     for operand in signature.operands:
-        value = arguments[operand.position]
-        if operand.listed:
-            own[operand.position] = value[problem]
-        else:
-            shape = next(shape for shape in operand.shapes if len(shape) == value.ndim - 1)
-            own[operand.position] = value[problem][tuple(slice(sizes.get(letter)) for letter in shape)]
+        own[operand.position] = _own(arguments[operand.position][problem], operand, sizes)
+    if signature.counter is not None:
+        # The dispatcher leaves out what has its default.
+        own[signature.counter :] = [sum(own[signature.counter :]) + problem]
     return own
+
+
+def _own(matrix: Tensor, operand: Operand, sizes: dict[str, int]) -> Tensor:
+    """Return the part of a stack's entry that belongs to the problem, or a list's entry as it is."""
+    if operand.listed:
+        return matrix
+    shape = next(shape for shape in operand.shapes if len(shape) == matrix.ndim)
+    return matrix[tuple(slice(sizes[letter]) for letter in shape)]
 
 
 def _gather(result: Operand, parts: Sequence[Tensor], largest: dict[str, int]) -> list[Tensor] | Tensor:
     if result.listed:
         return list(parts)
-    stack = parts[0].new_zeros(len(parts), *(largest[letter] for letter in result.shapes[0]))
+    return _stacked(parts[0].new_zeros(len(parts), *(largest[letter] for letter in result.shapes[0])), parts)
+
+
+def _gather_like(value: Any, parts: Sequence[Any]) -> Any:
+    """Arrange the gradients of the problems as the argument that they belong to is."""
+    if isinstance(value, list):
+        return list(parts)
+    return None if parts[0] is None else _stacked(torch.zeros_like(value), parts)
+
+
+def _stacked(stack: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Write each part into the leading corner of its entry."""
     for problem, part in enumerate(parts):
         stack[problem][tuple(slice(size) for size in part.shape)] = part
     return stack

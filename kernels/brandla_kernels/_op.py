@@ -8,7 +8,7 @@ on fake tensors tells a tracer the shapes.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
@@ -46,6 +46,7 @@ class Op(Generic[Parameters, Result]):
         self, signature: Signature, torch_form: Callable[Parameters, Result], cost: Callable[..., Cost]
     ) -> None:
         self.name = signature.name
+        self._writes = signature.writes
         self.signature = signature
         self.torch_form = torch_form
         self.cost = cost
@@ -59,14 +60,13 @@ class Op(Generic[Parameters, Result]):
         OPS[self.name] = cast(AnyOp, self)
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        first: Any = args[0]
+        first: Any = args[0] if args else next(iter(kwargs.values()))
         listed = isinstance(first, (list, tuple))
-        backend = None if torch.compiler.is_compiling() else _forced.get()
-        if backend == "triton" and self.launch is not None:
-            (self.signature.grouped_sizes if listed else self.signature.sizes)(args)
-            return cast(Result, self.launch(*args, **kwargs))
-        if backend == "torch" or reads_are_free(first[0] if listed else first):
-            # The dispatcher would come to the same, some microseconds later.
+        forced = None if torch.compiler.is_compiling() else _forced.get()
+        direct = forced == "torch" or (forced is None and reads_are_free(first[0] if listed and first else first))
+        if direct and not self._writes:
+            # The dispatcher would come to the same, some microseconds later. Torch's own errors do here, since nothing
+            # is overwritten; `torch.ops.brandla` checks.
             return cast(Result, (self.grouped_form if listed else self.torch_form)(*args, **kwargs))
         return cast(Result, (self.registered_grouped if listed else self.registered)(*args, **kwargs))
 
@@ -74,29 +74,18 @@ class Op(Generic[Parameters, Result]):
         """Register the decorated function as the op on CUDA and ROCm, for one problem, a batch and a list."""
         self.launch = launch
         if _HAS_TRITON:
-            _library.impl(self.name, _checked(launch, self.signature.sizes), "CUDA")
-            if self.signature.lists:
-                _library.impl(self.signature.grouped_name, _checked(launch, self.signature.grouped_sizes), "CUDA")
+            signature = self.signature
+            _library.impl(self.name, self._choice("triton", self.torch_form, signature.sizes), "CUDA")
+            if signature.lists:
+                choice = self._choice("triton", self.grouped_form, signature.grouped_sizes)
+                _library.impl(signature.grouped_name, choice, "CUDA")
         return launch
 
     def gradient(self, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         """Register the decorated function (inputs, gradients of the results) -> gradients of the inputs."""
-
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-            ctx.tensors = [isinstance(value, Tensor) for value in inputs]
-
-        def run(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            inputs = tuple(next(saved) if one else other for one, other in zip(ctx.tensors, ctx.others, strict=True))
-            found = backward(inputs, gradients)
-            return tuple(
-                None if part is None else part.sum_to_size(value.shape).to(value.dtype)
-                for part, value in zip(found, inputs, strict=True)
-            )
-
-        torch.library.register_autograd(f"brandla::{self.name}", run, setup_context=setup_context, lib=_library)
+        self._register_gradient(self.name, backward)
+        if self.signature.lists:
+            self._register_gradient(self.signature.grouped_name, _grouped.looped_gradient(self.signature, backward))
         return backward
 
     def implementation(self, device_type: str) -> tuple[Backend, str]:
@@ -115,9 +104,39 @@ class Op(Generic[Parameters, Result]):
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
         _library.define(schema)
-        _library.impl(name, _checked(torch_form, check), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"brandla::{name}", torch_form, lib=_library)
+        _library.impl(name, self._choice("torch", torch_form, check), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"brandla::{name}", _checked(torch_form, check), lib=_library)
         return getattr(torch.ops.brandla, name).default
+
+    def _choice(
+        self, default: Backend, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]
+    ) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            chosen = _forced.get() or default
+            return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
+
+        return _checked(run, check)
+
+    def _register_gradient(self, name: str, backward: Callable[..., Sequence[Any]]) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*_tensors_in(inputs))
+            ctx.rest = [None if isinstance(value, (Tensor, list)) else value for value in inputs]
+            ctx.counts = [
+                1 if isinstance(value, Tensor) else [1] * len(value) if isinstance(value, list) else 0
+                for value in inputs
+            ]
+
+        def run(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            saved, inputs = iter(ctx.saved_tensors), list(ctx.rest)
+            for position, count in enumerate(ctx.counts):
+                if count:
+                    inputs[position] = next(saved) if count == 1 else [next(saved) for _ in count]
+            found = backward(tuple(inputs), gradients)
+            # The dispatcher left out arguments that have their default.
+            given = len(ctx.needs_input_grad)
+            return tuple(_in_dtype_of(value, part) for value, part in zip(inputs[:given], found, strict=False))
+
+        torch.library.register_autograd(f"brandla::{name}", run, setup_context=setup_context, lib=_library)
 
 
 def op(line: str, cost: Callable[..., Cost]) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
@@ -130,8 +149,13 @@ def op(line: str, cost: Callable[..., Cost]) -> Callable[[Callable[Parameters, R
 
 
 def reads_are_free(tensor: Any) -> bool:
-    """Say whether a branch may look at values: on a CPU nothing has to be waited for; a traced tensor has none yet."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Say whether a branch may look at values: on a CPU nothing has to be waited for; a traced tensor has none yet.
+
+    Where the Triton backend is forced nothing is looked at, so that what runs is what a GPU would run.
+    """
+    if torch.compiler.is_compiling() or _forced.get() == "triton":
+        return False
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 @contextmanager
@@ -180,3 +204,17 @@ def _checked(implementation: Callable[..., Any], check: Callable[[Sequence[Any]]
         return implementation(*args)
 
     return call
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from value
+
+
+def _in_dtype_of(value: Any, part: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_dtype_of(*pair) for pair in zip(value, part, strict=True)]
+    return None if part is None else part.to(value.dtype)

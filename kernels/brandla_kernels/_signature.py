@@ -4,7 +4,11 @@
 a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes; ``columns`` likewise, and may be in
 half precision; ``coefficients`` is small: for the grouped op a stack, padded with zeros to the largest problem. ``!``
 marks what is overwritten, ``|`` separates alternative shapes, and ``Small[]`` is one number a problem. Other arguments
-are written as in a torch schema.
+are written as in a torch schema; a last one named ``problem`` is the index of the problem, which counts on in a list.
+
+All operands have the same batch dimensions: what is one for all problems is ``expand``-ed, which copies nothing. All
+have one dtype, but ``Data`` in half precision may meet float32. Both keep the torch forms and the kernels from reading
+one call in two ways.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ Shape: TypeAlias = tuple[str, ...]
 
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
+_DATA = (*_FULL, *_HALF)
+_NO_BATCH = torch.Size()
 _OPERAND = re.compile(r"(Tall|Data|Small)\[([\w,|]*)\](!?)")
 
 
@@ -32,6 +38,7 @@ class Operand(NamedTuple):
     position: int
     kind: str
     shapes: tuple[Shape, ...]
+    written: bool = False
 
     @property
     def listed(self) -> bool:
@@ -48,11 +55,18 @@ class Signature:
     grouped_schema: str
     operands: tuple[Operand, ...]
     results: tuple[Operand, ...]
+    leader: Operand  # whose dtype and device the others have
+    counter: int | None  # position of the argument that is the index of the problem
 
     @property
     def lists(self) -> bool:
         """Whether there is a grouped op."""
         return any(operand.listed for operand in self.operands)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the op overwrites an operand."""
+        return any(operand.written for operand in self.operands)
 
     @property
     def grouped_name(self) -> str:
@@ -67,87 +81,109 @@ class Signature:
         ValueError, TypeError
             Naming the op, the rule and what was seen, if the tensors do not fit together.
         """
-        tall = [arguments[operand.position] for operand in self.operands if operand.listed] or [arguments[0]]
-        self._check_kinds(arguments)
-        batch = max((tuple(tensor.shape[:-2]) for tensor in tall), key=len)
+        leader = arguments[self.leader.position]
         sizes: dict[str, int] = {}
+        batch = None
         for operand in self.operands:
-            self._match(operand, operand.name, arguments[operand.position], batch, sizes)
+            tensor = arguments[operand.position]
+            self._check_kind(operand, operand.name, tensor, leader)
+            if batch is None:
+                batch = tensor.shape[: max(tensor.ndim - len(operand.shapes[0]), 0)]
+            sizes = self._matched(operand, operand.name, tensor, batch, sizes)
         return sizes
 
     def grouped_sizes(self, arguments: Sequence[Any]) -> list[dict[str, int]]:
         """Do the same for a call of the grouped op, for each problem."""
         lists = {operand.name: arguments[operand.position] for operand in self.operands if operand.listed}
+        for name, matrices in lists.items():
+            if not isinstance(matrices, (list, tuple)):
+                self._fail(TypeError, f"{name} must be a list of tensors; got {type(matrices).__name__}")
         counts = {name: len(matrices) for name, matrices in lists.items()}
         count = next(iter(counts.values()))
         if count == 0 or any(other != count for other in counts.values()):
             self._fail(ValueError, f"the lists must be of one length, at least 1; got {counts}")
-        sizes = [self._problem_sizes(arguments, problem) for problem in range(count)]
-        first = next(iter(lists.values()))[0]
+        leader = arguments[self.leader.position]
+        leader = leader[0] if self.leader.listed else leader
+        sizes = [self._problem_sizes(arguments, problem, leader) for problem in range(count)]
         for operand in self.operands:
             if not operand.listed:
                 stack = arguments[operand.position]
-                self._check_kind(operand, operand.name, stack, first)
+                self._check_kind(operand, operand.name, stack, leader)
                 shape = self._check_stack(operand, stack, sizes)
                 # A size that no list shows, such as that of the result, is the stack's for all.
                 sizes = [dict(zip(shape, stack.shape[1:], strict=True)) | own for own in sizes]
         return sizes
 
-    def _problem_sizes(self, arguments: Sequence[Any], problem: int) -> dict[str, int]:
-        listed = [operand for operand in self.operands if operand.listed]
-        first = arguments[listed[0].position][0]
+    def _problem_sizes(self, arguments: Sequence[Any], problem: int, leader: Any) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for operand in listed:
-            matrix = arguments[operand.position][problem]
-            self._check_kind(operand, f"{operand.name}[{problem}]", matrix, first)
-            self._match(operand, f"{operand.name}[{problem}]", matrix, (), sizes)
+        for operand in self.operands:
+            if operand.listed:
+                matrices = arguments[operand.position]
+                matrix, name = matrices[problem], f"{operand.name}[{problem}]"
+                self._check_kind(operand, name, matrix, leader)
+                if matrix.dtype != matrices[0].dtype:
+                    rule = f"{name} must have the dtype of {operand.name}[0], {matrices[0].dtype}"
+                    self._fail(TypeError, f"{rule}; got {matrix.dtype}")
+                sizes = self._matched(operand, name, matrix, _NO_BATCH, sizes)
         return sizes
 
-    def _check_kinds(self, arguments: Sequence[Any]) -> None:
-        first = arguments[self.operands[0].position]
-        for operand in self.operands:
-            self._check_kind(operand, operand.name, arguments[operand.position], first)
+    def _check_kind(self, operand: Operand, name: str, tensor: Any, leader: Any) -> None:
+        if not isinstance(tensor, Tensor) or not isinstance(leader, Tensor):
+            seen = tensor if not isinstance(tensor, Tensor) else leader
+            name = name if seen is tensor else self.leader.name
+            self._fail(TypeError, f"{name} must be a tensor; got {type(seen).__name__}")
+        dtype = tensor.dtype
+        allowed = _DATA if operand.kind == "Data" else _FULL
+        if dtype not in allowed:
+            self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
+        # Half-precision data may meet a float32 factor.
+        exempt = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leader.dtype == torch.float32))
+        if dtype != leader.dtype and not exempt:
+            self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leader.dtype}; got {dtype}")
+        if tensor.device != leader.device:
+            self._fail(
+                ValueError, f"{name} must be on the device of {self.leader.name}, {leader.device}; got {tensor.device}"
+            )
+        if self.writes:
+            self._check_written(operand, name, tensor)
 
-    def _check_kind(self, operand: Operand, name: str, tensor: Tensor, first: Tensor) -> None:
-        allowed = _FULL + _HALF if operand.kind == "Data" else _FULL
-        if tensor.dtype not in allowed:
-            self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {tensor.dtype}")
-        reference = self.operands[0].name
-        if operand.kind == "Tall" and first.dtype in _FULL and tensor.dtype != first.dtype:
-            self._fail(TypeError, f"{name} must have the dtype of {reference}, {first.dtype}; got {tensor.dtype}")
-        if tensor.device != first.device:
-            self._fail(ValueError, f"{name} must be on the device of {reference}, {first.device}; got {tensor.device}")
+    def _check_written(self, operand: Operand, name: str, tensor: Tensor) -> None:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} must not require grad, since what overwrites has no gradient"
+            self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
+        if operand.written and _overlaps_itself(tensor):
+            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
-    def _match(
+    def _matched(
         self, operand: Operand, name: str, tensor: Tensor, batch: tuple[int, ...], sizes: dict[str, int]
-    ) -> None:
-        """Take up the sizes of a tensor, or fail if they contradict those of the tensors before it."""
-        for shape in operand.shapes:
-            lead = tensor.ndim - len(shape)
-            if lead in (len(batch), 0) and tuple(tensor.shape[:lead]) in (batch, ()):
+    ) -> dict[str, int]:
+        """Return ``sizes`` with those of a tensor, or fail if they contradict the tensors before it."""
+        shape, lead = tensor.shape, len(batch)
+        for letters in operand.shapes:
+            # The number of dimensions tells the alternatives apart.
+            if len(shape) == lead + len(letters) and shape[:lead] == batch:
                 found = dict(sizes)
-                if all(
-                    found.setdefault(letter, size) == size
-                    for letter, size in zip(shape, tensor.shape[lead:], strict=True)
-                ):
-                    sizes.update(found)
-                    return
-        wanted = " or ".join(_in_words(tuple(map(str, batch)) + shape) for shape in operand.shapes)
-        letters = {letter for shape in operand.shapes for letter in shape}
-        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in letters)
-        where = f" with {known}" if known else ""
-        self._fail(ValueError, f"{name} must have shape {wanted}{where}; got {tuple(tensor.shape)}")
+                for letter, size in zip(letters, shape[lead:], strict=True):
+                    if found.setdefault(letter, size) != size:
+                        break
+                else:
+                    return found
+        known = _listed_sizes(operand, sizes)
+        wanted = " or ".join(_in_words(tuple(map(str, batch)) + letters) for letters in operand.shapes)
+        self._fail(ValueError, f"{name} must have shape {wanted}{known}; got {tuple(shape)}")
 
-    def _check_stack(self, operand: Operand, tensor: Tensor, sizes: list[dict[str, int]]) -> Shape:
-        most = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
-        for shape in operand.shapes:
-            fits = tensor.ndim == len(shape) + 1 and tensor.shape[0] == len(sizes)
-            if fits and all(size >= most.get(letter, 0) for letter, size in zip(shape, tensor.shape[1:], strict=True)):
-                return shape
-        wanted = " or ".join(_in_words((str(len(sizes)), *shape)) for shape in operand.shapes)
-        letters = {letter for shape in operand.shapes for letter in shape}
-        known = ", ".join(f"{letter} >= {size}" for letter, size in most.items() if letter in letters)
-        self._fail(ValueError, f"{operand.name} must have shape {wanted} with {known}; got {tuple(tensor.shape)}")
+    def _check_stack(self, operand: Operand, stack: Tensor, sizes: list[dict[str, int]]) -> Shape:
+        largest = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
+        for letters in operand.shapes:
+            fits = stack.ndim == len(letters) + 1 and stack.shape[0] == len(sizes)
+            if fits and all(
+                size == largest.get(letter, size) for letter, size in zip(letters, stack.shape[1:], strict=True)
+            ):
+                return letters
+        known = _listed_sizes(operand, largest)
+        wanted = " or ".join(_in_words((str(len(sizes)), *letters)) for letters in operand.shapes)
+        self._fail(ValueError, f"{operand.name} must have shape {wanted}{known}; got {tuple(stack.shape)}")
 
     def _fail(self, kind: type[Exception], message: str) -> NoReturn:
         text = f"brandla::{self.name}: {message}"
@@ -167,12 +203,14 @@ def parse(line: str) -> Signature:
     results = tuple(_operand(found, "", position) for position, found in enumerate(_OPERAND.finditer(returned)))
     grouped_name = f"{name.rstrip('_')}_grouped{'_' if name.endswith('_') else ''}"
     grouped = _schema(line, "[]").replace(name, grouped_name, 1)
-    return Signature(name, _schema(line, ""), grouped, operands, results)
+    leader = next((operand for operand in operands if operand.kind != "Data"), operands[0])
+    counter = len(declared) - 1 if re.search(r"\bproblem\b", declared[-1]) else None
+    return Signature(name, _schema(line, ""), grouped, operands, results, leader, counter)
 
 
 def _operand(found: re.Match[str], name: str, position: int) -> Operand:
     shapes = tuple(tuple(filter(None, shape.split(","))) for shape in found[2].split("|"))
-    return Operand(name, position, found[1], shapes)
+    return Operand(name, position, found[1], shapes, written=bool(found[3]))
 
 
 def _schema(line: str, brackets: str) -> str:
@@ -185,3 +223,13 @@ def _schema(line: str, brackets: str) -> str:
 
 def _in_words(shape: tuple[str, ...]) -> str:
     return f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+
+
+def _listed_sizes(operand: Operand, sizes: dict[str, int]) -> str:
+    letters = {letter for shape in operand.shapes for letter in shape}
+    known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in letters)
+    return f" with {known}" if known else ""
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -81,3 +81,10 @@ def _gradient(inputs: tuple[Tensor, Tensor, float], gradients: tuple[Tensor, Ten
     half.diagonal(dim1=-2, dim2=-1).mul_(0.5)
     of_gram = -transform @ half @ transform.mT
     return (of_gram + of_gram.mT) / 2, None, None
+
+
+@cholesky_inverse_core.triton
+def _launch(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    from brandla_kernels._kernels import small_spd
+
+    return small_spd.cholesky_inverse_core(gram, scale, threshold)

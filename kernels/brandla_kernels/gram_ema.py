@@ -1,6 +1,7 @@
 """``gram_ema_``: M ← ρ M + w A Aᵀ in place: the dense running second moment.
 
-M is (..., n, n) in float32 or float64, A is (..., n, k); half-precision A is summed in M's dtype.
+M is symmetric (..., n, n) in float32 or float64, A is (..., n, k); half-precision A is summed in M's dtype. On a GPU
+only the tiles of one triangle are computed, and each is written twice: half the products, and M read in half.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
+from brandla_kernels._signature import Matrices
 
 
 def cost(n: int, k: int, itemsize: int = 4) -> Cost:
@@ -18,9 +20,20 @@ def cost(n: int, k: int, itemsize: int = 4) -> Cost:
 
 @op("gram_ema_(Tall[n,n]! matrix, Data[n,k] columns, float decay, float weight) -> ()", cost)
 def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
-    """Overwrite ``matrix`` with ``decay * matrix + weight * columns @ columns.mT``."""
+    """Overwrite ``matrix`` with ``decay * matrix + weight * columns @ columns.mT``.
+
+    ``matrix`` must be symmetric, if only to rounding: the kernels read one triangle of it, and leave it symmetric to
+    the bit.
+    """
     data = columns.to(matrix.dtype)
     if matrix.ndim == 2:
         torch.addmm(matrix, data, data.mT, beta=decay, alpha=weight, out=matrix)
     else:
         matrix.mul_(decay).add_(data @ data.mT, alpha=weight)
+
+
+@gram_ema_.triton
+def _launch(matrix: Matrices, columns: Matrices, decay: float, weight: float) -> None:
+    from brandla_kernels._kernels.symmetric_update import symmetric_update
+
+    symmetric_update(matrix, columns, decay, weight)

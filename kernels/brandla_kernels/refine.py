@@ -2,7 +2,8 @@
 
 U is (..., n, r), P and Q are (..., n, k), T is (..., k, k). T makes the columns of P nearly orthonormal; what Q still
 shares with U, and how far it is from orthonormal, come out as the small matrices UᵀQ (..., r, k) and QᵀQ (..., k, k,
-summed in float64), so that the correction never has to be applied to the tall matrix by itself.
+in float64, of products rounded to the dtype of Q: nearly orthonormal columns ask for no more), so that the correction
+never has to be applied to the tall matrix by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, op
 from brandla_kernels._signature import Matrices
-from brandla_kernels.gram import gram_gradient, gram_torch
+from brandla_kernels.gram import gram_gradient, rounded_gram
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -25,9 +26,9 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     cost,
 )
 def refine(basis: Tensor, panel: Tensor, transform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``Q = panel @ transform``, ``basis.mT @ Q`` and the float64 Gram matrix of ``Q``."""
+    """Return ``Q = panel @ transform``, ``basis.mT @ Q`` and the Gram matrix of ``Q``."""
     refined = panel @ transform
-    return refined, basis.mT @ refined, gram_torch(refined)
+    return refined, basis.mT @ refined, rounded_gram(refined)
 
 
 @refine.triton
@@ -35,7 +36,7 @@ def _launch(basis: Matrices, panel: Matrices, transform: Tensor) -> tuple[Matric
     from brandla_kernels._kernels.inner_product import inner_product
     from brandla_kernels._kernels.tall_product import Term, tall_product_and_gram
 
-    refined, gram = tall_product_and_gram([Term(panel, transform)], as_wide_as=panel)
+    refined, gram = tall_product_and_gram([Term(panel, transform)], as_wide_as=panel, exact=False)
     return refined, inner_product(basis, refined), gram
 
 

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of recorded launches, and what the machine code shows: no GPU is needed.
 
 `recording` collects what a call of an op would start on a target; `compile_for` compiles each such launch for it with
-the specialisation Triton would choose at run time, and reads registers, spills and instructions off the result.
+the specialisation Triton would choose at run time, and reads registers, spills and instructions off the result;
+`faults` says what must not be.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from brandla_kernels._kernels.launch import Launch, Target
+from brandla_kernels._kernels.launch import Launch, Target, product_precision
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,6 +28,31 @@ TARGETS: dict[str, GPUTarget] = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+
+class Limits(NamedTuple):
+    """What the programs on one multiprocessor (compute unit) share, and what one program may take."""
+
+    warps: int
+    programs: int
+    registers: int  # 32 bits each
+    registers_granule: int  # allocated to a warp in multiples of this
+    shared_bytes: int
+    shared_bytes_program: int
+    shared_bytes_reserved: int  # of each program, by the driver
+    tensor_memory: int  # columns
+
+
+# CUDA C++ programming guide, "Technical specifications per compute capability" and "Occupancy calculator"; AMD CDNA 3
+# and CDNA 4 instruction set references, on registers and LDS. A compute unit has 4 SIMDs with 512 registers of 64 lanes
+# each for up to 8 waves, vector and accumulation registers together.
+LIMITS = {
+    "sm_80": Limits(64, 32, 65536, 256, 164 << 10, 163 << 10, 1 << 10, 0),
+    "sm_90": Limits(64, 32, 65536, 256, 228 << 10, 227 << 10, 1 << 10, 0),
+    "sm_100": Limits(64, 32, 65536, 256, 228 << 10, 227 << 10, 1 << 10, 512),
+    "gfx942": Limits(32, 32, 4 * 512 * 64, 8 * 64, 64 << 10, 64 << 10, 0, 0),
+    "gfx950": Limits(32, 32, 4 * 512 * 64, 8 * 64, 160 << 10, 160 << 10, 0, 0),
 }
 
 _POINTERS = {
@@ -38,7 +64,25 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-_MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+)")
+_MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+|v_smfmac_\w+)")
+_DOT = re.compile(r"= tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)>")
+# How the names of matrix instructions end for products of matrices of a type.
+_MULTIPLIES = {
+    "f64": re.compile(r"f64"),
+    "f32": re.compile(r"tf32|_f32$|x\d+f32$"),
+    "bf16": re.compile(r"bf16|kind::f16"),
+    "f16": re.compile(r"\.f16\.|kind::f16|[x_]\d*_?f16$"),
+}
+# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90, but none on Blackwell, whose tcgen05 has
+# no float64 either: on sm_100 it is fused multiply-adds, at the rate of the float64 units.
+_WITHOUT_MATRIX_INSTRUCTIONS = {("sm_100", "f64")}
+
+
+class Product(NamedTuple):
+    """A ``tl.dot`` of a kernel: type of the matrices ("f32"), and the precision asked for ("ieee", "tf32x3")."""
+
+    dtype: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -47,16 +91,66 @@ class Compiled:
 
     launch: Launch
     target: str
-    registers: int
-    spills: int
+    registers: int  # of a thread
+    spills: int  # bytes of a thread in memory
     shared_bytes: int
+    tensor_memory: int  # columns
+    products: tuple[Product, ...]
     matrix_instructions: tuple[str, ...]
+    intermediate: str  # Triton's own IR, before any lowering
     assembly: str
 
     @property
-    def threads(self) -> int:
-        """Threads of a program."""
-        return int(self.launch.config.num_warps * TARGETS[self.target].warp_size)
+    def programs(self) -> int:
+        """Programs that fit on a multiprocessor (compute unit) at once."""
+        limits, warps = LIMITS[self.target], self.launch.config.num_warps
+        lanes = TARGETS[self.target].warp_size
+        warp_registers = _round_up(self.registers * lanes, limits.registers_granule)
+        bounds = [
+            limits.programs,
+            limits.warps // warps,
+            limits.registers // max(warp_registers * warps, 1),
+            limits.shared_bytes // max(self.shared_bytes + limits.shared_bytes_reserved, 1),
+        ]
+        if self.tensor_memory:
+            bounds.append(limits.tensor_memory // self.tensor_memory)
+        return min(bounds)
+
+    @property
+    def occupancy(self) -> float:
+        """Warps that are resident, as a fraction of those that could be."""
+        return self.programs * self.launch.config.num_warps / LIMITS[self.target].warps
+
+
+def faults(compiled: Compiled) -> list[str]:
+    """Say in words what no kernel may show: spills, TF32, products off the matrix units, too much shared memory."""
+    found = []
+    if compiled.spills:
+        found.append(f"{compiled.spills} bytes of registers spilled")
+    if compiled.programs == 0 or compiled.shared_bytes > LIMITS[compiled.target].shared_bytes_program:
+        # Triton compiles a program that takes too much tensor memory to an empty one.
+        found.append(
+            f"a program does not fit: {compiled.shared_bytes} bytes of shared memory,"
+            f" {compiled.tensor_memory} columns of tensor memory"
+        )
+    accurate = {product_precision(target_named(compiled.target), torch.float32), "bf16x6"}
+    for dtype, precision in sorted(set(compiled.products)):
+        if dtype == "f32" and precision not in accurate:
+            found.append(f"float32 products in {precision}")
+        if not _on_matrix_units(compiled, dtype, precision) and (compiled.target, dtype) not in (
+            _WITHOUT_MATRIX_INSTRUCTIONS
+        ):
+            found.append(f"no matrix instruction for {dtype} products")
+    return found
+
+
+def _on_matrix_units(compiled: Compiled, dtype: str, precision: str) -> bool:
+    pattern = _MULTIPLIES["bf16" if precision.startswith("bf16") else dtype]
+    return any(pattern.search(name) for name in compiled.matrix_instructions)
+
+
+def _round_up(value: int, granule: int) -> int:
+    return -(-value // granule) * granule
 
 
 def target_named(name: str) -> Target:
@@ -66,34 +160,65 @@ def target_named(name: str) -> Target:
 
 def compile_for(target: str, launch: Launch) -> Compiled:
     """Compile ``launch`` for ``target``, a key of `TARGETS`."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    given = dict(launch.arguments) | dict(launch.config.blocks)
-    declared = {parameter.name: parameter.is_constexpr for parameter in launch.kernel.params}
-    for position, (name, is_constant) in enumerate(declared.items()):
-        signature[name] = _specialize(given[name], (position,), is_constant, constants, attributes)
+    signature, constants, attributes = specialization(target, launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spills = _registers(compiled, text)
-    found = tuple(sorted(set(_MATRIX_INSTRUCTIONS.findall(text))))
-    return Compiled(launch, target, registers, spills, int(compiled.metadata.shared), found, text)
+    return Compiled(
+        launch=launch,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared_bytes=int(compiled.metadata.shared),
+        tensor_memory=int(getattr(compiled.metadata, "tmem_size", 0) or 0),
+        products=tuple(Product(dtype, precision or "ieee") for precision, dtype in _DOT.findall(compiled.asm["ttir"])),
+        matrix_instructions=tuple(sorted(set(_MATRIX_INSTRUCTIONS.findall(text)))),
+        intermediate=compiled.asm["ttir"],
+        assembly=text,
+    )
+
+
+def specialization(
+    target: str, launch: Launch
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Return what Triton compiles a launch for: types of the arguments, constants, and what is known of pointers."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    given = dict(launch.arguments) | dict(launch.config.blocks)
+    buffers = TARGETS[target].backend == "hip"
+    for position, parameter in enumerate(launch.kernel.params):
+        kind = _specialize(given[parameter.name], (position,), parameter.is_constexpr, constants, attributes, buffers)
+        # What a kernel declares a number to be goes before what it looks like.
+        signature[parameter.name] = (parameter.annotation_type or kind) if kind == "fp32" else kind
+    return signature, constants, attributes
 
 
 def _specialize(
-    value: Any, path: tuple[int, ...], is_constant: bool, constants: dict[Any, Any], attributes: dict[Any, Any]
+    value: Any,
+    path: tuple[int, ...],
+    is_constant: bool,
+    constants: dict[Any, Any],
+    attributes: dict[Any, Any],
+    buffers: bool,
 ) -> Any:
     """Return the type of an argument, noting constants and alignment under its ``path``, as Triton's launcher does."""
     if is_constant or value is None:
         constants[path] = value
         return "constexpr"
     if isinstance(value, tuple):
-        return tuple(_specialize(part, (*path, i), False, constants, attributes) for i, part in enumerate(value))
+        return tuple(
+            _specialize(part, (*path, i), False, constants, attributes, buffers) for i, part in enumerate(value)
+        )
     if isinstance(value, Tensor):
-        if value.data_ptr() % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
+        known = [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []
+        if buffers and value.untyped_storage().nbytes() < 2**31:
+            # Lets the AMD backend use buffer instructions, which take 32-bit offsets.
+            known.append(["tt.pointer_range", 32])
+        if known:
+            attributes[path] = known
         return _POINTERS[value.dtype]
     if isinstance(value, bool):
         return "i1"
@@ -111,20 +236,27 @@ def _specialize(
 
 
 def _registers(compiled: Any, text: str) -> tuple[int, int]:
-    if "cubin" in compiled.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [str(_cuobjdump()), "-res-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        registers = re.search(r"REG:(\d+)", usage)
-        stack = re.search(r"STACK:(\d+)", usage)
-        local = re.search(r"LOCAL:(\d+)", usage)
-        return int(registers[1]) if registers else 0, int(stack[1] if stack else 0) + int(local[1] if local else 0)
-    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
-    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
-    return int(registers[1]) if registers else 0, int(spills[1]) if spills else 0
+    """Return registers of a thread, and bytes of its own memory: what registers were spilled to."""
+    if "cubin" not in compiled.asm:
+        spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        return _number(r"\.vgpr_count:\s+(\d+)", text), max(
+            spilled, _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(_cuobjdump()), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        message = f"the compiler's output has no {pattern!r}"
+        raise RuntimeError(message)
+    return int(found[1])
 
 
 def _cuobjdump() -> Path:

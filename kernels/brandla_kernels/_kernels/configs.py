@@ -33,19 +33,25 @@ def gram_splits(target: Target, tiles: int, problems: int) -> int:
     return splits(target, 4 * tiles, problems)
 
 
-def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool) -> Config:
+def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
     """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
-    wide = dtype == torch.float64
     if fused:
-        block_s = bucket(columns, 16, 128)
-        return Config({"BLOCK_N": 32 if wide else 64, "BLOCK_S": block_s, "BLOCK_R": 16 if wide else 32}, 8, 2)
-    block_s = bucket(columns, 16, 64 if wide else 128)
+        block_n, most, block_r, stages = (32, 128, 16, 2) if dtype == torch.float64 else (64, 128, 32, 2)
+    elif dtype == torch.float64:
+        block_n, most, block_r, stages = 64, 32, 16, 3
+    elif not aligned:
+        block_n, most, block_r, stages = 64, 64, 16, 2
+    elif target.arch == "sm_80":
+        block_n, most, block_r, stages = 128, 64, 16, 2
+    else:
+        block_n, most, block_r, stages = 128, 128, 32, 3
+    block_s = bucket(columns, 16, most)
     return Config(
-        {"BLOCK_N": 64 if wide else 128, "BLOCK_S": block_s, "BLOCK_R": 16 if wide else 32}, 8 if block_s > 64 else 4, 3
+        {"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, 8 if fused or block_s > 32 else 4, stages
     )
 
 
-def inner_product(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
+def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
     most = 64 if wide else 128
@@ -56,3 +62,38 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
 def sum_parts() -> Config:
     """Tiles of `sum_parts_kernel`."""
     return Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 1)
+
+
+def symmetric_product(target: Target, dtype: torch.dtype, n: int) -> Config:
+    """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
+    # TF32 in three terms has no registers left for larger tiles without wgmma.
+    small = dtype == torch.float64 or (dtype == torch.float32 and target.backend == "cuda" and target.arch < "sm_9")
+    block_n = bucket(n, 16, 64 if small else 128)
+    return Config({"BLOCK_N": block_n, "BLOCK_K": 128 // dtype.itemsize}, 8 if block_n > 64 else 4, 3)
+
+
+def symmetric_update(block_n: int) -> Config:
+    """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
+    return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1)
+
+
+def sketch(target: Target, dtype: torch.dtype, width: int) -> Config:
+    """Tiles of `sketch_kernel`; ``dtype`` is that of the data."""
+    stages = 2 if target.backend == "hip" else 4
+    if dtype == torch.float64:
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, min(stages, 3))
+    block_w = bucket(width, 16, 128)
+    if dtype == torch.float32:
+        # Three programs on a multiprocessor: one cuts its X and draws its Ω while another multiplies.
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
+    # To draw Ω takes as long as to multiply, so that more rows share it.
+    return Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_W": block_w}, 8 if block_w > 64 else 4, stages)
+
+
+def small_spd(target: Target, k: int) -> Config:
+    """Tiles of `small_spd_kernel`: as few warps as the products need, since the column loop waits for all of them.
+
+    Larger tiles spill on one target or another, with some of the layouts.
+    """
+    warps = 2 if k <= 32 else 8
+    return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1)

@@ -16,21 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Config, float32_products, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import Config, product_precision, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
     arrange,
-    columns,
     columns_of,
-    device_of,
-    dtype_of,
     entry_of,
     load_tile,
     locate,
     new_small,
-    rows,
     rows_of,
 )
 from brandla_kernels._signature import Matrices
+from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 
 @triton.jit
@@ -106,12 +103,13 @@ def sum_parts_kernel(
 
 def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) -> Tensor:
     """Return diag(``row_scale``) XᵀY in the dtype of X, stacked, with zeros where a problem of a list is smaller."""
-    return _inner_product(x, y, dtype_of(x), row_scale, symmetric=False)
+    return _inner_product(x, y, dtype_of(x), dtype_of(x), row_scale, symmetric=False)
 
 
-def gram(panel: Matrices) -> Tensor:
-    """Return PᵀP in float64, stacked."""
-    return _inner_product(panel, panel, torch.float64, None, symmetric=True)
+def gram(panel: Matrices, *, exact: bool = True) -> Tensor:
+    """Return PᵀP in float64, stacked, of exact products or of products rounded to the panel's dtype."""
+    dtype = torch.float64 if exact else dtype_of(panel)
+    return _inner_product(panel, panel, dtype, torch.float64, None, symmetric=True)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> None:
@@ -119,11 +117,13 @@ def sum_parts(parts: Tensor, out: Tensor) -> None:
     _sum_parts(parts, out, None, None)
 
 
-def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, row_scale: Tensor | None, symmetric: bool) -> Tensor:
+def _inner_product(
+    x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torch.dtype, row_scale: Tensor | None, symmetric: bool
+) -> Tensor:
     r, k, n = columns(x), columns(y), rows(x)
     operands = arrange({"x": x, "y": y})
     target = target_of(x[0] if isinstance(x, list) else x)
-    config = configs.inner_product(target, dtype, r, k)
+    config = configs.inner_product(target, dtype, r, k, operands.aligned)
     blocks = config.blocks
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(k, blocks["BLOCK_K"])
     splits = configs.splits(target, triton.cdiv(n, blocks["BLOCK_N"]), tiles * operands.problems)
@@ -131,10 +131,10 @@ def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, row_scale: Tens
     arguments = operands.arguments() | {
         "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k,
         "SYMMETRIC": symmetric, "SPLITS": splits, "COMPUTE": triton_dtype(dtype),
-        "PRECISION": float32_products(target) if dtype == torch.float32 else "ieee",
+        "PRECISION": product_precision(target, dtype),
     }  # fmt: skip
     start(inner_product_kernel, (tiles, splits, operands.problems), arguments, config)
-    out = new_small(_wider(x, y), (r, k), dtype)
+    out = new_small(_wider(x, y), (r, k), out_dtype)
     _sum_parts(parts, out, row_scale, config if symmetric else None)
     return out
 
@@ -150,6 +150,9 @@ def _sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None, triangle: C
     config = configs.sum_parts()
     tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
     flat = out.view(count, r, k)
+    if row_scale is not None:
+        # r numbers a problem, next to each other.
+        row_scale = row_scale.contiguous()
     arguments = {
         "parts_ptr": parts, "out_ptr": out, "row_scale_ptr": row_scale,
         "rows": r, "columns": k, "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,

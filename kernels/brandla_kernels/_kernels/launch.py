@@ -98,9 +98,9 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def float32_products(target: Target) -> str:
-    """Return ``input_precision`` for products of float32 matrices that need float32 accuracy."""
-    return _FLOAT32_PRODUCTS.get(target.backend, "ieee")
+def product_precision(target: Target, dtype: torch.dtype) -> str:
+    """Return ``input_precision`` for products in ``dtype`` that lose none of its accuracy."""
+    return _FLOAT32_PRODUCTS.get(target.backend, "ieee") if dtype == torch.float32 else "ieee"
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

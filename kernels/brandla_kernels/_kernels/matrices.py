@@ -46,6 +46,15 @@ class Operands(NamedTuple):
     pointers: dict[str, Tensor | None]
     strides: dict[str, Strides]
 
+    @property
+    def aligned(self) -> bool:
+        """Whether all matrices lie in aligned rows, so that a tile of them takes few registers for addresses."""
+        return all(
+            layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(matrix))
+            for matrix, layout in zip(self.pointers.values(), self.layouts.values(), strict=True)
+            if matrix is not None
+        )
+
     def arguments(self) -> dict[str, Any]:
         """Return ``NAME_ptr``, ``NAME_strides`` and ``NAME_LAYOUT`` of each matrix, and ``table_ptr``."""
         named: dict[str, Any] = {f"{name}_ptr": pointer for name, pointer in self.pointers.items()}
@@ -71,26 +80,6 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     return Operands(count, None, dict.fromkeys(matrices, BATCH.value), dict(_pointers(matrices)), strides)
 
 
-def rows(matrices: Matrices) -> int:
-    """Return the number of rows; the largest of a list."""
-    return _largest(matrices, -2)
-
-
-def columns(matrices: Matrices) -> int:
-    """Return the number of columns; the largest of a list."""
-    return _largest(matrices, -1)
-
-
-def dtype_of(matrices: Matrices) -> torch.dtype:
-    """Return the dtype that all the matrices have."""
-    return matrices.dtype if isinstance(matrices, Tensor) else matrices[0].dtype
-
-
-def device_of(matrices: Matrices) -> torch.device:
-    """Return the device that all the matrices are on."""
-    return matrices.device if isinstance(matrices, Tensor) else matrices[0].device
-
-
 def new_like(matrices: list[Tensor], widths: Sequence[int]) -> Matrices:
     """Return unwritten matrices with the rows of ``matrices`` and as many columns as ``widths`` says."""
     return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(matrices, widths, strict=True)]
@@ -101,12 +90,6 @@ def new_small(matrices: Matrices, shape: tuple[int, ...], dtype: torch.dtype | N
     if isinstance(matrices, Tensor):
         return matrices.new_empty(*matrices.shape[:-2], *shape, dtype=dtype)
     return matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
-
-
-def _largest(matrices: Matrices, dim: int) -> int:
-    if isinstance(matrices, Tensor):
-        return matrices.shape[dim]
-    return max((matrix.shape[dim] for matrix in matrices), default=0)
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
@@ -166,16 +149,16 @@ def _entry(matrix: Tensor) -> list[int]:
 
 
 def _layout(matrices: list[Tensor]) -> int:
-    def aligned(outer: int, inner: int) -> bool:
-        return all(
-            matrix.stride(inner) == 1
-            and matrix.data_ptr() % _ALIGNED == matrix.stride(outer) % _ALIGNED == matrix.shape[inner] % _ALIGNED == 0
-            for matrix in matrices
-        )
-
-    if aligned(0, 1):
+    if all(map(_in_aligned_rows, matrices)):
         return int(LISTED_ROWS.value)
-    return int(LISTED_COLUMNS.value if aligned(1, 0) else LISTED.value)
+    return int(LISTED_COLUMNS.value if all(_in_aligned_rows(matrix.mT) for matrix in matrices) else LISTED.value)
+
+
+def _in_aligned_rows(matrix: Tensor) -> bool:
+    *_, row_stride, column_stride = matrix.stride()
+    return (
+        column_stride == 1 and matrix.data_ptr() % _ALIGNED == row_stride % _ALIGNED == matrix.shape[-1] % _ALIGNED == 0
+    )
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:

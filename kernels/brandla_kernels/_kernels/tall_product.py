@@ -1,4 +1,4 @@
-"""OUT = β A + Σᵢ Xᵢ Yᵢ for tall Xᵢ and small Yᵢ and, while OUT is at hand, its Gram matrix in float64.
+"""OUT = β A + Σᵢ Xᵢ Yᵢ for tall Xᵢ and small Yᵢ and, while OUT is at hand, its Gram matrix.
 
 OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms; ``subtract`` changes the sign of the sum.
 `residual` (A − U C), `refine` (P T), `rotate` (U W₁ + P W₂), `damped_apply` (β V + U C) and `kron_damped_apply` are
@@ -7,6 +7,8 @@ calls of this kernel. A program computes tiles of BLOCK_N rows and BLOCK_S colum
 With the Gram matrix, a program owns all s columns of its rows, walks over every SPLITS-th tile of rows, and keeps its
 part of OUTᵀOUT in registers; the parts are summed in a fixed order. OUT is then written once and not read again. That
 holds up to MOST_FUSED columns; a wider OUT is followed by a Gram kernel that reads it back, from the cache if it fits.
+The products of the Gram matrix are exact, in float64, or rounded to float32 where the columns of OUT are known to be
+nearly orthonormal.
 """
 
 from __future__ import annotations
@@ -19,23 +21,20 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, inner_product
-from brandla_kernels._kernels.launch import float32_products, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import product_precision, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
     arrange,
-    columns,
     columns_of,
-    device_of,
-    dtype_of,
     entry_of,
     load_tile,
     locate,
     new_like,
     new_small,
-    rows,
     rows_of,
     store_tile,
 )
 from brandla_kernels._signature import Matrices
+from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 # Widest OUT whose Gram matrix a program can keep in registers.
 MOST_FUSED = 64
@@ -69,8 +68,9 @@ def tall_product_kernel(
     out_strides, add_strides, x1_strides, y1_strides, x2_strides, y2_strides,
     OUT_LAYOUT: tl.constexpr, ADD_LAYOUT: tl.constexpr, X1_LAYOUT: tl.constexpr,
     Y1_LAYOUT: tl.constexpr, X2_LAYOUT: tl.constexpr, Y2_LAYOUT: tl.constexpr,
-    TERMS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, SUBTRACT: tl.constexpr, GRAM: tl.constexpr,
-    SPLITS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, SUBTRACT: tl.constexpr,
+    GRAM: tl.constexpr, GRAM_DTYPE: tl.constexpr, GRAM_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of columns × tiles of rows, problems), or (SPLITS, problems) with the Gram matrix."""
@@ -93,7 +93,7 @@ def tall_product_kernel(
     tiles_s = 1 if GRAM else tl.cdiv(s, BLOCK_S)
     first_tile = tl.program_id(0)
     tiles = tl.cdiv(n, BLOCK_N) * tiles_s
-    gram = tl.zeros((BLOCK_S, BLOCK_S), tl.float64) if GRAM else 0
+    gram = tl.zeros((BLOCK_S, BLOCK_S), GRAM_DTYPE) if GRAM else 0
     for tile in range(first_tile, tiles, tl.num_programs(0)):
         row = (tile // tiles_s) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = (tile % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -120,9 +120,14 @@ def tall_product_kernel(
             total += added
         store_tile(out, out_row, out_column, row, column, n, s, total)
         if GRAM:
-            # What was stored, and so what Q is made of: the sum over n is of exact products in float64.
-            rounded = total.to(out.dtype.element_ty).to(tl.float64)
-            gram = tl.dot(tl.trans(rounded), rounded, gram, input_precision="ieee", out_dtype=tl.float64)
+            # What was stored, and so what Q is made of.
+            rounded = total.to(out.dtype.element_ty)
+            if ADD and add_ptr.dtype.element_ty.primitive_bitwidth < 32:
+                # Read back: Triton 3.7 miscompiles a float64 product of what was computed from narrower loads.
+                tl.debug_barrier()
+                rounded = load_tile(out, out_row, out_column, row, column, n, s, out.dtype.element_ty)
+            rounded = rounded.to(GRAM_DTYPE)
+            gram = tl.dot(tl.trans(rounded), rounded, gram, input_precision=GRAM_PRECISION, out_dtype=GRAM_DTYPE)
     if GRAM:
         index = tl.arange(0, BLOCK_S)
         part = gram_ptr + (problem * SPLITS + first_tile) * BLOCK_S * BLOCK_S
@@ -147,16 +152,21 @@ def tall_product(
 
 
 def tall_product_and_gram(
-    terms: list[Term], *, add: Matrices | None = None, subtract: bool = False, as_wide_as: Matrices | None = None
+    terms: list[Term],
+    *,
+    add: Matrices | None = None,
+    subtract: bool = False,
+    as_wide_as: Matrices | None = None,
+    exact: bool = True,
 ) -> tuple[Matrices, Tensor]:
-    """Return OUT = A ± Σ X Y and OUTᵀOUT in float64; see `tall_product`."""
+    """Return OUT = A ± Σ X Y and, in float64, OUTᵀOUT, of exact products or rounded ones; see `tall_product`."""
     out = _new_out(terms, add if as_wide_as is None else as_wide_as)
     width = columns(out)
     if width > MOST_FUSED:
         _launch(out, terms, add, None, subtract, None)
-        return out, inner_product.gram(out)
+        return out, inner_product.gram(out, exact=exact)
     gram = new_small(out, (width, width), torch.float64)
-    _launch(out, terms, add, None, subtract, gram)
+    _launch(out, terms, add, None, subtract, gram, torch.float64 if exact else dtype_of(out))
     return out, gram
 
 
@@ -179,23 +189,26 @@ def _launch(
     scale: Tensor | None,
     subtract: bool,
     gram: Tensor | None,
+    gram_dtype: torch.dtype = torch.float64,
 ) -> None:
     (x1, y1), (x2, y2) = terms[0], terms[1] if len(terms) == 2 else (None, None)
     operands = arrange({"out": out, "add": add, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
     n, s, target = rows(out), columns(out), target_of(out[0] if isinstance(out, list) else out)
-    config = configs.tall_product(target, dtype_of(out), s, fused=gram is not None)
+    config = configs.tall_product(target, dtype_of(out), s, gram is not None, operands.aligned)
     block_n, block_s = config.blocks["BLOCK_N"], config.blocks["BLOCK_S"]
     tiles = triton.cdiv(n, block_n) * triton.cdiv(s, block_s)
     splits = configs.gram_splits(target, triton.cdiv(n, block_n), operands.problems)
     parts = None
     if gram is not None:
-        parts = torch.empty(operands.problems, splits, block_s, block_s, dtype=torch.float64, device=device_of(out))
+        parts = torch.empty(operands.problems, splits, block_s, block_s, dtype=gram_dtype, device=device_of(out))
     arguments = operands.arguments() | {
-        "scale_ptr": scale, "gram_ptr": parts,
+        # One number a problem, next to each other.
+        "scale_ptr": None if scale is None else scale.contiguous(), "gram_ptr": parts,
         "n": n, "s": s, "r1": columns(x1), "r2": columns(x2) if x2 is not None else 0,
         "TERMS": len(terms), "ADD": add is not None, "SCALED": scale is not None, "SUBTRACT": subtract,
-        "GRAM": gram is not None, "SPLITS": splits,
-        "COMPUTE": triton_dtype(dtype_of(out)), "PRECISION": float32_products(target),
+        "GRAM": gram is not None, "GRAM_DTYPE": triton_dtype(gram_dtype),
+        "GRAM_PRECISION": product_precision(target, gram_dtype), "SPLITS": splits if gram is not None else 1,
+        "COMPUTE": triton_dtype(dtype_of(out)), "PRECISION": product_precision(target, dtype_of(out)),
     }  # fmt: skip
     start(tall_product_kernel, (splits if gram is not None else tiles, operands.problems), arguments, config)
     if gram is not None and parts is not None:

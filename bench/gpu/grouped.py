@@ -1,0 +1,87 @@
+"""A network's worth of factors in one grouped call, against a loop over them; and the launches both take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import brandla
+from bench import plain
+from bench.gpu import factors
+from bench.gpu.device import started
+from bench.gpu.findings import Bench, Deadline, Findings
+from bench.gpu.timed import called, microseconds, tensors_in
+from bench.problems import DECAY, WEIGHT, require
+
+DAMPING = 0.1
+UPDATE, SOLVE = "grouped.subspace_update", "grouped.damped_solve"
+
+
+def run(bench: Bench, found: Findings, time: Deadline) -> None:
+    """Compare both functions with their loops."""
+    device, sizes = bench.device, bench.sizes
+    rank, count = sizes.group_rank, sizes.group_columns
+    syms = [factors.sym(device, n, rank) for n in sizes.group]
+    columns = [device.normal(n, count) for n in sizes.group]
+    loops = {
+        UPDATE: {
+            "grouped": lambda: brandla.grouped.subspace_update(syms, columns, decay=DECAY, weight=WEIGHT),
+            "loop": lambda: [
+                brandla.subspace_update(sym, block, decay=DECAY, weight=WEIGHT)
+                for sym, block in zip(syms, columns, strict=True)
+            ],
+            "loop of eager torch Brand updates": lambda: [
+                plain.brand_update(sym.core.diagonal(), sym.basis, block, DECAY, WEIGHT)
+                for sym, block in zip(syms, columns, strict=True)
+            ],
+        },
+        SOLVE: {
+            "grouped": lambda: brandla.grouped.damped_solve(syms, columns, DAMPING),
+            "loop": lambda: [
+                brandla.damped_solve(sym, block, DAMPING) for sym, block in zip(syms, columns, strict=True)
+            ],
+        },
+    }
+    for name, calls in loops.items():
+        if found.in_time(name, time, 0 if device.dry else 10.0):
+            with found.case(name, device):
+                _compare(bench, found, name, calls)
+
+
+def _compare(bench: Bench, found: Findings, name: str, calls: dict[str, Callable[[], Any]]) -> None:
+    device, sizes = bench.device, bench.sizes
+    # Sums of n terms, in another order perhaps; the update takes a dozen such steps, each well conditioned.
+    limit = 64 * max(sizes.group) ** 0.5 * torch.finfo(torch.float32).eps
+    apart = _apart(_dense_parts(calls["grouped"]()), _dense_parts(calls["loop"]()))
+    require(apart <= limit, f"{name} and the loop differ by {apart:.1e}, allowed {limit:.1e}")
+    times = called(device, calls, 4 * sizes.seconds)
+    words = f"{len(sizes.group)} factors, n {min(sizes.group)} … {max(sizes.group)}, r {sizes.group_rank}"
+    at_least = 8.0 if name == UPDATE else None
+    note = f"{sizes.group_columns} columns each"
+    found.figure(name, f"{words}: loop / it", times.ratio("loop", "grouped"), at_least=at_least, note=note)
+    for other in list(calls)[2:]:
+        found.figure(name, f"{words}: {other} / it", times.ratio(other, "grouped"))
+    for way, call in calls.items():
+        kernels = device.kernels(call)
+        found.row(
+            "launches",
+            **{"call": name, "way": way, "µs": microseconds(times.median(way)).value, "launches": started(kernels)},
+            **{"µs in kernels": sum(kernel["µs"] for kernel in kernels)},
+        )
+
+
+def _dense_parts(results: list[Any]) -> list[torch.Tensor]:
+    """Return what is determined: a solution, or U S Uᵀ times a fixed block, since U alone is not."""
+    return [_image(result) if isinstance(result, brandla.LowRankSym) else result for result in results]
+
+
+def _image(sym: brandla.LowRankSym) -> torch.Tensor:
+    probe = torch.cos(torch.arange(sym.n, device=sym.basis.device, dtype=sym.basis.dtype))[:, None]
+    return sym.basis @ (sym.core @ (sym.basis.mT @ probe))
+
+
+def _apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return max(float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)) for a, b in pairs)

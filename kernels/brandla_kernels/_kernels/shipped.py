@@ -1,0 +1,145 @@
+"""Every specialisation of every kernel that the ops start: what has to compile well before it ships.
+
+Calls of each op are recorded, not run, over its dtypes, over widths that reach each bucket of `configs`, and over ways
+for the matrices to lie in memory. Those other than the first are taken at fewer widths: the narrowest tiles, and the
+widest, with the Gram matrix and without. What differs in nothing that Triton specialises on is listed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brandla_kernels._kernels.ahead import specialization, target_named
+from brandla_kernels._kernels.launch import Launch, recording
+from brandla_kernels._op import OPS, AnyOp
+
+WIDTHS = (16, 32, 64, 128)
+# Of the factor, and of the data beside it.
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+)
+_ROWS = 4096
+# What is added to the sizes of a ragged matrix: no pointer but the first is then aligned.
+_RAGGED = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the matrices of a call lie in memory."""
+
+    name: str
+    listed: bool = False
+    transposed: bool = False
+    ragged: bool = False
+    widths: tuple[int, ...] = (16, 64, 128)
+
+
+LAYOUTS = (
+    Layout("rows", widths=WIDTHS),
+    Layout("columns", transposed=True),
+    Layout("ragged", ragged=True),
+    Layout("list", listed=True),
+    Layout("list of columns", listed=True, transposed=True),
+    Layout("ragged list", listed=True, ragged=True),
+)
+
+
+@dataclass
+class Specialization:
+    """One kernel to compile, and the calls that start it."""
+
+    launch: Launch
+    dtype: torch.dtype  # of the data
+    layout: Layout
+    ops: list[str] = field(default_factory=list)
+
+
+def specializations(
+    target: str,
+    *,
+    ops: Iterable[str] | None = None,
+    layouts: Iterable[Layout] = LAYOUTS,
+    dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES,
+) -> list[Specialization]:
+    """List what the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
+    found: dict[str, Specialization] = {}
+    for name, layout, (dtype, data) in product(ops or OPS, list(layouts), list(dtypes)):
+        for width in layout.widths:
+            for launch in _launches(target, OPS[name], layout, width, dtype, data):
+                key = repr((launch.name, launch.config, specialization(target, launch)))
+                entry = found.setdefault(key, Specialization(launch, data, layout))
+                if name not in entry.ops:
+                    entry.ops.append(name)
+    return list(found.values())
+
+
+def _launches(
+    target: str, op: AnyOp, layout: Layout, width: int, dtype: torch.dtype, data: torch.dtype
+) -> list[Launch]:
+    takes_data = any(operand.kind == "Data" for operand in op.signature.operands)
+    if op.launch is None or (data != dtype and not takes_data) or (layout.listed and not op.signature.lists):
+        return []
+    with recording(target_named(target)) as launches:
+        for sizes, alternative in product(_sizes(op, width, layout), range(2)):
+            op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
+    return launches
+
+
+def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
+    """Sizes by letter: what counts rows of a tall matrix is long, and one of the others has the width.
+
+    The others have each width in turn, up to it.
+    """
+    extra = _RAGGED if layout.ragged else 0
+    tall = [operand for operand in op.signature.operands if operand.listed]
+    letters = [letter for operand in op.signature.operands for letter in operand.shapes[-1]]
+    long = {operand.shapes[0][0] for operand in tall}
+    narrow = sorted(set(letters) - long)
+    for others in WIDTHS[: WIDTHS.index(width) + 1] if layout == LAYOUTS[0] else (width,):
+        for widest in narrow[: 1 if others == width else None]:
+            sizes = dict.fromkeys(narrow, others + extra) | {widest: width + extra}
+            yield dict.fromkeys(long, _ROWS + extra) | sizes
+    if not narrow:
+        yield dict.fromkeys(long, _ROWS + extra)
+
+
+def _arguments(
+    op: AnyOp, sizes: Mapping[str, int], layout: Layout, alternative: int, dtype: torch.dtype, data: torch.dtype
+) -> list[Any]:
+    operands = {operand.position: operand for operand in op.signature.operands}
+    arguments = []
+    for position, argument in enumerate(op.registered._schema.arguments):
+        operand = operands.get(position)
+        if operand is None:
+            arguments.append(_other(str(argument.type), sizes))
+            continue
+        shape = [sizes[letter] for letter in operand.shapes[min(alternative, len(operand.shapes) - 1)]]
+        kind = data if operand.kind == "Data" else dtype
+        if op.name == "cholesky_inverse_core":
+            kind = torch.float64
+        if layout.listed and operand.listed:
+            arguments.append([_empty(shape, kind, layout.transposed) for _ in range(2)])
+        else:
+            stack = [2, *shape] if layout.listed else shape
+            arguments.append(_empty(stack, kind, layout.transposed and operand.listed))
+    return arguments
+
+
+def _empty(shape: list[int], dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return an unwritten matrix; pages that nothing touches take no memory."""
+    return torch.empty(shape[::-1], dtype=dtype).mT if transposed else torch.empty(shape, dtype=dtype)
+
+
+def _other(kind: str, sizes: Mapping[str, int]) -> Any:
+    if kind == "Tensor":
+        return torch.zeros((), dtype=torch.int64)
+    return 0.5 if kind == "float" else max(min(sizes.values()), 1)

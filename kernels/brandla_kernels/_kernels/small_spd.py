@@ -1,0 +1,241 @@
+"""The rank-aware Cholesky core of a batch of small matrices: one launch, one program a matrix.
+
+For G (k, k) the kernel writes T and the mask of its live columns; ``cholesky_inverse_core`` has the mathematics. One
+factorisation, of the equilibrated matrix E with columns taken out or a shift added, takes the columns in blocks of
+BLOCK. It runs as column operations on E with the identity on top of it,
+
+    [ I ]             [ L⁻ᵀ ]
+    [ E ]  ·  L⁻ᵀ  =  [  L  ],
+
+so that the inverse is no second algorithm: at block j, for the rows i of both,
+
+    Yᵢ = Cᵢ − Σ_p Tᵢₚ Lⱼₚᵀ,    Lⱼⱼ Lⱼⱼᵀ = Yⱼ,    Tᵢⱼ = Yᵢ Lⱼⱼ⁻ᵀ,
+
+where C is E below block j and 0 above it. L⁻ᵀ is upper triangular and L is lower triangular, hence both fit into one
+matrix, and that matrix is the output T: it holds L⁻ᵀ in the blocks on and above the diagonal and L below it. At the end
+L is overwritten by zeros, and L⁻ᵀ is scaled. The only workspace beside it holds one weight a column.
+
+The diagonal block is factored and inverted in registers by a loop over its columns, with the same operations. Products
+with the explicit inverse Lⱼⱼ⁻ᵀ alone would not be backward stable: with two nearly equal columns in a block, whose
+pivot is about the shift δ, they disturb the pivots to come by ε/√δ, which is far more than δ. One step of iterative
+refinement, Y Lⱼⱼ⁻ᵀ + (Y − Y Lⱼⱼ⁻ᵀ Lⱼⱼᵀ) Lⱼⱼ⁻ᵀ, brings that to the ε of a substitution.
+
+T is written and read by different threads of one program: a barrier follows each block, whose columns only later blocks
+read, and two more surround the way of the diagonal block through memory. (They order shared and global memory within a
+program; on gfx942 and gfx950 LLVM adds no wait for stores to them, since a program's waves share one cache.) Programs
+share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed order, so two
+runs are equal to the bit.
+
+**What bounds it**, by count: nothing has been measured on a GPU yet. One program works on one multiprocessor, and a
+batch of fewer matrices than there are multiprocessors takes as long as one. A factorisation is k steps of the column
+loop, one after the other, each a chain of shuffles, three barriers and a division, some 400 cycles; and k / BLOCK
+blocks with 2k³/3 flops (factor and inverse) + 6k²·BLOCK (solutions with refinement) in float64. At k = 256 and 1.7 GHz
+the steps take about 60 µs and the 18 Mflop at least 35 µs, at the 0.5 TFLOP/s of a multiprocessor of an H100; below,
+the latency of the steps prevails, and above k = 512 the flops. There are two factorisations, and a third where the
+second breaks down. Blocks of 32 would halve the number of products, but spill. The products are on matrix units where
+Triton 3.7 puts float64 on them, sm_80, sm_90, gfx942 and gfx950; on sm_100 they are loops of FMA.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brandla_kernels._kernels import configs, launch
+from brandla_kernels._kernels.matrices import arrange, entry_of, load_tile, locate, store_tile
+
+# The factorisations, in order. The even ones are without the shift, and the last if they succeed.
+WHOLE = tl.constexpr(0)  # all columns of positive scale: enough if every one of them stands out
+SHIFTED = tl.constexpr(1)  # the same plus δ: its inverse tells which columns live
+MASKED = tl.constexpr(2)  # the live columns
+AGAIN = tl.constexpr(3)  # the shifted one once more, where the live columns broke down
+DONE = tl.constexpr(4)
+
+
+@triton.jit
+def _factor_block(block, added, BLOCK: tl.constexpr):
+    """Return the Cholesky factor of a tile plus a diagonal, and its transposed inverse.
+
+    The tile is symmetric to the bit. Also return whether all pivots are positive. A column whose pivot is not becomes
+    zero in the factor, as if it was not there, and in the inverse.
+    """
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    block += tl.where(row == column, added[None, :], 0.0)
+    inverse = tl.where(row == column, 1.0, 0.0).to(tl.float64)
+    for step in range(BLOCK):
+        pivot_row = tl.sum(tl.where(row == step, block, 0.0), 0, keep_dims=True)
+        pivot = tl.sum(tl.where(column == step, pivot_row, 0.0), 1, keep_dims=True)
+        reciprocal = tl.where(pivot <= 0, 0.0, 1 / tl.where(pivot == 0, 1.0, pivot))
+        reciprocal = tl.where(column > step, reciprocal, 0.0)
+        here = tl.zeros((BLOCK, 1), tl.int32) + step
+        # In this order of products the tile stays symmetric to the bit, so that its rows are its columns.
+        block -= tl.gather(block, here, 1) * pivot_row * reciprocal
+        inverse -= tl.gather(inverse, here, 1) * pivot_row * reciprocal
+    pivots = tl.sum(tl.where(row == column, block, 0.0), 0)[None, :]
+    # NaN is not <= 0, and stays.
+    inverse_root = tl.where(pivots <= 0, 0.0, 1 / tl.sqrt(tl.where(pivots <= 0, 1.0, pivots)))
+    sound = tl.min((pivots > 0).to(tl.int32)) == 1
+    return tl.where(row >= column, block * inverse_root, 0.0), inverse * inverse_root, sound
+
+
+@triton.jit
+def _store_weights(weight, scale, scale_stride, live, only_live, k, BLOCK_ROWS: tl.constexpr):
+    """Store what rows and columns of G are multiplied by: 1 / scale, or 0 for those that are taken out."""
+    for start in range(0, k, BLOCK_ROWS):
+        index = start + tl.arange(0, BLOCK_ROWS)
+        length = tl.load(scale + index.to(tl.int64) * scale_stride, mask=index < k, other=0.0)
+        kept = tl.load(live + index, mask=(index < k) & only_live, other=True)
+        # A comparison with NaN is false.
+        inverse = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
+        tl.store(weight + index, tl.where(kept, inverse, 0.0), mask=index < k)
+
+
+@triton.jit
+def _equilibrated(gram, gram_row, gram_column, weight, row, column, k, inside):
+    """Load a tile of E, with 0 where it is not ``inside``; NaN is not hidden by a weight of 0."""
+    offsets = row.to(tl.int64)[:, None] * gram_row + column.to(tl.int64)[None, :] * gram_column
+    row_weight = tl.load(weight + row, mask=row < k, other=0.0)
+    column_weight = tl.load(weight + column, mask=column < k, other=0.0)
+    return tl.load(gram + offsets, mask=inside, other=0.0) * row_weight[:, None] * column_weight[None, :]
+
+
+@triton.jit
+def _earlier(
+    transform, row, column, first, stop, k,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """Return Σ_p T[row, p] T[column, p]ᵀ over p from ``first`` to ``stop``; rows of L⁻ᵀ begin at their diagonal."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK), tl.float64)
+    for start in range(first, stop, BLOCK_INNER):
+        inner = start + tl.arange(0, BLOCK_INNER)
+        stored = (row >= stop)[:, None] | ((inner // BLOCK)[None, :] >= (row // BLOCK)[:, None])
+        inside = (row < k)[:, None] & (inner < stop)[None, :] & stored
+        left = tl.load(transform + row.to(tl.int64)[:, None] * k + inner[None, :], mask=inside, other=0.0)
+        right = load_tile(transform, k, 1, column, inner, k, stop, tl.float64)  # [BLOCK, BLOCK_INNER]
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee", out_dtype=tl.float64)
+    return total
+
+
+@triton.jit
+def _through_memory(transform, column, k, block):
+    """Make a diagonal block symmetric to the bit: its lower triangle is read for both.
+
+    It comes back in the layout of a load. That of a product, over several warps, would cost the column loop three times
+    the barriers.
+    """
+    store_tile(transform, k, 1, column, column, k, k, block)
+    tl.debug_barrier()
+    lower = tl.maximum(column[:, None], column[None, :])
+    upper = tl.minimum(column[:, None], column[None, :])
+    block = tl.load(transform + lower.to(tl.int64) * k + upper, mask=lower < k, other=0.0)
+    tl.debug_barrier()
+    return block
+
+
+@triton.jit
+def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """Scale the rows of L⁻ᵀ, clear the rows and columns that are taken out, and what lies below the diagonal."""
+    for start in range(0, k, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        row_lives = tl.load(live + row, mask=row < k, other=False)
+        row_weight = tl.load(weight + row, mask=row < k, other=0.0) * row_lives.to(tl.float64)
+        for start_column in range(0, k, BLOCK_INNER):
+            column = start_column + tl.arange(0, BLOCK_INNER)
+            lives = tl.load(live + column, mask=column < k, other=False)
+            upper = row[:, None] <= column[None, :]
+            inside = (row < k)[:, None] & (column < k)[None, :]
+            address = transform + row.to(tl.int64)[:, None] * k + column[None, :]
+            tile = tl.load(address, mask=inside & upper, other=0.0)
+            tile = tile * row_weight[:, None] * lives.to(tl.float64)[None, :]
+            tl.store(address, tl.where(upper, tile, 0.0), mask=inside)
+
+
+@triton.jit
+def small_spd_kernel(
+    gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,
+    k, threshold: tl.float64,
+    gram_strides, scale_strides,
+    GRAM_LAYOUT: tl.constexpr, SCALE_LAYOUT: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """Grid: (problems,). T (k, k), the mask (k) and the weights of rows and columns (k) are contiguous."""
+    problem = tl.program_id(0).to(tl.int64)
+    entry = entry_of(table_ptr, problem, 0, 2)
+    gram, gram_row, gram_column = locate(entry, gram_ptr, gram_strides, problem, GRAM_LAYOUT)
+    entry = entry_of(table_ptr, problem, 1, 2)
+    scale, scale_stride, _ = locate(entry, scale_ptr, scale_strides, problem, SCALE_LAYOUT)
+    transform = transform_ptr + problem * k * k
+    live = live_ptr + problem * k
+    weight = weight_ptr + problem * k
+
+    task = FIRST
+    while task < DONE:
+        shift = tl.where(task % 2 == 1, threshold * 0.25, 0.0)
+        _store_weights(weight, scale, scale_stride, live, task == MASKED, k, BLOCK_ROWS)
+        tl.debug_barrier()
+        sound = True
+        start = 0
+        while start < k:
+            stop = start + BLOCK
+            column = start + tl.arange(0, BLOCK)
+            kept = tl.load(weight + column, mask=column < k, other=0.0) > 0
+            inside = (column < k)[:, None] & (column < k)[None, :]
+            block = _equilibrated(gram, gram_row, gram_column, weight, column, column, k, inside)
+            block -= _earlier(transform, column, column, 0, start, k, BLOCK, BLOCK, BLOCK_INNER)
+            block = _through_memory(transform, column, k, block)
+            factor, inverse, positive = _factor_block(block, tl.where(kept, shift, 1 + shift), BLOCK)
+            store_tile(transform, k, 1, column, column, k, k, inverse)
+            growth = tl.sum(inverse * inverse, 0)
+
+            for start_row in range(0, k, BLOCK_ROWS):
+                row = start_row + tl.arange(0, BLOCK_ROWS)
+                above = (row < start)[:, None]
+                below = ((row >= stop) & (row < k))[:, None] & (column < k)[None, :]
+                tile = _equilibrated(gram, gram_row, gram_column, weight, row, column, k, below)
+                first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)
+                tile -= _earlier(transform, row, column, first, start, k, BLOCK, BLOCK_ROWS, BLOCK_INNER)
+                solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
+                rest = tile - tl.dot(solved, tl.trans(factor), input_precision="ieee", out_dtype=tl.float64)
+                solved = tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
+                outside = (above & (column < k)[None, :]) | below
+                tl.store(transform + row.to(tl.int64)[:, None] * k + column[None, :], solved, mask=outside)
+                growth += tl.sum(tl.where(above, solved * solved, 0.0), 0)
+
+            if task < MASKED:
+                # Growth 0: the pivot was not positive.
+                stands_out = kept & (growth > 0) & (growth * threshold < 1)
+                tl.store(live + column, stands_out, mask=column < k)
+                if task == WHOLE:
+                    positive = positive & (tl.min((stands_out == kept).to(tl.int32)) == 1)
+            sound = sound & positive
+            # Blocks to come read what other threads have written here.
+            tl.debug_barrier()
+            start = tl.where(sound | (shift > 0), stop, k)
+        task = tl.where(sound & (task % 2 == 0), DONE, task + 1)
+    _finish(transform, live, weight, k, BLOCK_ROWS, BLOCK_INNER)
+
+
+def cholesky_inverse_core(
+    gram: Tensor, scale: Tensor, threshold: float, *, whole_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return T (..., k, k) and the mask (..., k) of its live columns.
+
+    With ``whole_first`` the whole matrix is factored first, as the torch form does on a CPU: one factorisation where
+    all columns of positive scale stand out, and up to one more than otherwise where they do not.
+    """
+    k = gram.shape[-1]
+    transform = gram.new_empty(gram.shape)
+    live = gram.new_empty(gram.shape[:-1], dtype=torch.bool)
+    if transform.numel() == 0:
+        return transform, live
+    operands = arrange({"gram": gram, "scale": scale[..., None]})
+    arguments = operands.arguments() | {
+        "transform_ptr": transform, "live_ptr": live, "weight_ptr": gram.new_empty(gram.shape[:-1]),
+        "k": k, "threshold": threshold, "FIRST": WHOLE.value if whole_first else SHIFTED.value,
+    }  # fmt: skip
+    config = configs.small_spd(launch.target_of(gram), k)
+    launch.start(small_spd_kernel, (operands.problems,), arguments, config)
+    return transform, live

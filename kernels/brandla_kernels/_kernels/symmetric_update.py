@@ -1,0 +1,182 @@
+"""M ← ρ M + w A Aᵀ in place: one triangle of tiles is computed, both are written.
+
+M is symmetric (n, n), A is (n, k). A program owns the tile (i, j), i ≥ j, and its mirror image (j, i): it sums A_i A_jᵀ
+over k, reads the tile (i, j) of M, and writes the new tile and its transpose. Half the products of a general update are
+left out, and M is read in half. What M held above the diagonal is never read, so the result is symmetric to the bit
+even if M was so to rounding only. No program reads what another writes.
+
+Where M has few tiles and k is long, the columns are split: a program sums one tile over one stretch of columns into a
+workspace, and a second kernel adds the stretches in their order and updates M.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brandla_kernels._kernels import configs
+from brandla_kernels._kernels.launch import Target, product_precision, start, target_of, triton_dtype
+from brandla_kernels._kernels.matrices import (
+    arrange,
+    columns_of,
+    entry_of,
+    load_tile,
+    locate,
+    rows_of,
+)
+from brandla_kernels._signature import Matrices
+from brandla_kernels.tall import columns, device_of, dtype_of, rows
+
+# Rows of tiles that are gone through together, column by column: programs that run at one time then share their A_i
+# and A_j in the cache.
+_BAND = tl.constexpr(8)
+
+
+@triton.jit
+def _row_in_triangle(index):
+    """Return the row i of entry ``index`` of a triangle counted by rows: i(i + 1)/2 ≤ index < (i + 1)(i + 2)/2."""
+    index = index.to(tl.int64)
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int64)
+    # A grid has less than 2³¹ programs, so i < 2¹⁶, and the root in float32 is at most one off.
+    row = tl.where((row * (row + 1)) >> 1 > index, row - 1, row)
+    return tl.where(((row + 1) * (row + 2)) >> 1 <= index, row + 1, row)
+
+
+@triton.jit
+def tile_in_triangle(index, tiles):
+    """Return (i, j), i ≥ j, of the tile at place ``index`` in a triangle of ``tiles`` rows, band by band."""
+    top = _row_in_triangle(index) // _BAND * _BAND
+    height = tl.minimum(_BAND, tiles - top)
+    place = index - ((top * (top + 1)) >> 1)
+    if place < top * height:
+        row = place % height
+        column = place // height
+    else:
+        place -= top * height
+        row = _row_in_triangle(place)
+        column = top + place - ((row * (row + 1)) >> 1)
+    return top + row, column
+
+
+@triton.jit
+def _update_entries(m, m_row, m_column, n, row, column, total, decay, weight):
+    """Write ρ M + w ``total`` to these entries of M on and below the diagonal, and to their mirror images."""
+    row, column = row.to(tl.int64), column.to(tl.int64)
+    lower = (row < n)[:, None] & (row[:, None] >= column[None, :])
+    places = m + row[:, None] * m_row + column[None, :] * m_column
+    new = tl.load(places, mask=lower, other=0.0).to(total.dtype) * decay + total * weight
+    tl.store(places, new, mask=lower)
+    upper = (row < n)[None, :] & (column[:, None] <= row[None, :])
+    tl.store(m + column[:, None] * m_row + row[None, :] * m_column, tl.trans(new), mask=upper)
+
+
+@triton.jit
+def _update_tile(m, m_row, m_column, n, first_row, first_column, total, decay, weight, BLOCK: tl.constexpr):
+    """Update M with the tile ``total`` of A Aᵀ, half its columns at a time: M takes fewer registers then."""
+    row = first_row + tl.arange(0, BLOCK)
+    column = first_column + tl.arange(0, BLOCK // 2)
+    left, right = total.reshape(BLOCK, 2, BLOCK // 2).permute(0, 2, 1).split()
+    _update_entries(m, m_row, m_column, n, row, column, left, decay, weight)
+    _update_entries(m, m_row, m_column, n, row, column + BLOCK // 2, right, decay, weight)
+
+
+@triton.jit
+def symmetric_product_kernel(
+    m_ptr, a_ptr, parts_ptr, table_ptr,
+    n, k, decay: tl.float64, weight: tl.float64,
+    m_strides, a_strides,
+    M_LAYOUT: tl.constexpr, A_LAYOUT: tl.constexpr,
+    SPLITS: tl.constexpr, TOTAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of a triangle, SPLITS, problems). Parts, with SPLITS > 1: (problems, SPLITS, tiles, tile)."""
+    problem = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    index = tl.program_id(0)
+    m_entry = entry_of(table_ptr, problem, 0, 2)
+    a_entry = entry_of(table_ptr, problem, 1, 2)
+    n = rows_of(m_entry, n, M_LAYOUT)
+    k = columns_of(a_entry, k, A_LAYOUT)
+    tiles = tl.cdiv(n, BLOCK_N).to(tl.int64)
+    # A problem of a list may be smaller than the largest.
+    if index >= (tiles * (tiles + 1)) >> 1:
+        return
+    tile_i, tile_j = tile_in_triangle(index, tiles)
+    a, a_row, a_column = locate(a_entry, a_ptr, a_strides, problem, A_LAYOUT)
+
+    row_i = tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    stretch = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    first = split * stretch
+    total = tl.zeros((BLOCK_N, BLOCK_N), TOTAL)
+    for start_k in range(first, tl.minimum(first + stretch, k), BLOCK_K):
+        column = start_k + tl.arange(0, BLOCK_K)
+        left = load_tile(a, a_row, a_column, row_i, column, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        right = load_tile(a, a_row, a_column, row_j, column, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION, out_dtype=TOTAL)
+    if SPLITS == 1:
+        m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
+        _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
+    else:
+        part = parts_ptr + ((problem * SPLITS + split) * tl.num_programs(0) + index) * BLOCK_N * BLOCK_N
+        inner = tl.arange(0, BLOCK_N)
+        tl.store(part + inner[:, None] * BLOCK_N + inner[None, :], total)
+
+
+@triton.jit
+def symmetric_update_kernel(
+    m_ptr, parts_ptr, table_ptr, n, decay: tl.float64, weight: tl.float64, m_strides,
+    M_LAYOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of a triangle, problems). The second half of a split product: sum of the parts, then the update."""
+    problem = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0)
+    m_entry = entry_of(table_ptr, problem, 0, 2)
+    n = rows_of(m_entry, n, M_LAYOUT)
+    tiles = tl.cdiv(n, BLOCK_N).to(tl.int64)
+    if index >= (tiles * (tiles + 1)) >> 1:
+        return
+    tile_i, tile_j = tile_in_triangle(index, tiles)
+    inner = tl.arange(0, BLOCK_N)
+    within = inner[:, None] * BLOCK_N + inner[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_N), parts_ptr.dtype.element_ty)
+    for split in range(SPLITS):
+        part = parts_ptr + ((problem * SPLITS + split) * tl.num_programs(0) + index) * BLOCK_N * BLOCK_N
+        total += tl.load(part + within)
+    m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
+    _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
+
+
+def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: float) -> None:
+    """Overwrite M with ``decay`` M + ``weight`` A Aᵀ, M symmetric, A = ``added``."""
+    operands = arrange({"m": matrix, "a": added})
+    target = target_of(matrix[0] if isinstance(matrix, list) else matrix)
+    total = dtype_of(matrix)
+    compute = _product_dtype(target, total, dtype_of(added))
+    n, k = rows(matrix), columns(added)
+    config = configs.symmetric_product(target, compute, n)
+    block = config.blocks["BLOCK_N"]
+    across = triton.cdiv(n, block)
+    tiles = across * (across + 1) // 2
+    splits = configs.splits(target, triton.cdiv(k, config.blocks["BLOCK_K"]), tiles * operands.problems)
+    parts: Tensor | None = None
+    if splits > 1:
+        parts = torch.empty(operands.problems, splits, tiles, block, block, dtype=total, device=device_of(matrix))
+    common = operands.arguments() | {"parts_ptr": parts, "n": n, "decay": decay, "weight": weight, "SPLITS": splits}
+    product = common | {
+        "k": k, "TOTAL": triton_dtype(total), "COMPUTE": triton_dtype(compute),
+        "PRECISION": product_precision(target, compute),
+    }  # fmt: skip
+    start(symmetric_product_kernel, (tiles, splits, operands.problems), product, config)
+    if splits > 1:
+        update = {name: common[name] for name in symmetric_update_kernel.arg_names if name in common}
+        start(symmetric_update_kernel, (tiles, operands.problems), update, configs.symmetric_update(block))
+
+
+def _product_dtype(target: Target, total: torch.dtype, data: torch.dtype) -> torch.dtype:
+    """Half-precision data under a float32 M go to the matrix units as they are: their products are exact in float32."""
+    # Arithmetic on bfloat16 is wrong in the interpreter.
+    native = total == torch.float32 and data.itemsize == 2 and target.backend != "interpreter"
+    return data if native else total

@@ -1,0 +1,41 @@
+"""What tall matrices are: one (n, r), a batch (..., n, r), or a list of them with different n."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from brandla_kernels._signature import Matrices
+
+__all__ = ["Matrices", "Tall", "columns", "device_of", "dtype_of", "rows"]
+
+# `Matrices` for code that works on either kind: what comes out is of the kind that went in, which no alias can say.
+Tall: TypeAlias = Any
+
+
+def rows(matrices: Matrices) -> int:
+    """Return the number of rows; the largest of a list."""
+    return _largest(matrices, -2)
+
+
+def columns(matrices: Matrices) -> int:
+    """Return the number of columns; the largest of a list."""
+    return _largest(matrices, -1)
+
+
+def dtype_of(matrices: Matrices) -> torch.dtype:
+    """Return the dtype that all the matrices have."""
+    return matrices.dtype if isinstance(matrices, Tensor) else matrices[0].dtype
+
+
+def device_of(matrices: Matrices) -> torch.device:
+    """Return the device that all the matrices are on."""
+    return matrices.device if isinstance(matrices, Tensor) else matrices[0].device
+
+
+def _largest(matrices: Matrices, dim: int) -> int:
+    if isinstance(matrices, Tensor):
+        return matrices.shape[dim]
+    return max((matrix.shape[dim] for matrix in matrices), default=0)

@@ -1,0 +1,49 @@
+"""Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import brandla
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()):
+    # Triton decides at its import whether it interprets, so these tests need a process of their own: `make interpret`.
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def on_kernels() -> Iterator[None]:
+    """Run every op that has a kernel on it."""
+    with brandla.backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated for results with NaN: an element that no program writes shows."""
+
+    def filled(allocate: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))

@@ -1,0 +1,226 @@
+"""Each kernel against the formula of its op in float64, on every layout and on sizes around the edges of its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from brandla_kernels import OPS
+from op_cases import (
+    CASES,
+    LAYOUTS,
+    assert_computes,
+    exact,
+    grouped,
+    half_precision_data,
+    op_of,
+    operands,
+    problems_of,
+    run,
+)
+
+# n, r, k. Tiles have 128 rows, or 64 (float64, or beside a Gram matrix), 16 to 128 columns, and 32 (16) terms of a sum.
+SIZES = {
+    "no rows": (0, 0, 0),
+    "no rows, some columns": (0, 3, 4),
+    "empty basis": (11, 0, 4),
+    "no columns": (11, 3, 0),
+    "one": (1, 1, 1),
+    "primes": (131, 13, 7),
+    "blocks less one": (127, 31, 15),
+    "blocks": (128, 32, 16),
+    "blocks and one": (129, 33, 17),
+    "Gram matrix of most fused columns less one": (63, 15, 63),
+    "Gram matrix of most fused columns": (64, 16, 64),
+    "Gram matrix of its own": (65, 17, 65),
+    "several tiles of columns": (5, 4, 150),
+    "several tiles of both": (70, 129, 130),
+}
+# What the grouped ops take together: of different n, r and k, with no basis, and with no columns.
+MIXED = [(37, 5, 3), (130, 33, 17), (11, 0, 4), (9, 4, 0), (1, 1, 1), (0, 2, 2)]
+# Sizes that let a thread load 16 bytes at once.
+ALIGNED = [(64, 16, 32), (32, 32, 16), (160, 48, 80)]
+
+
+class NoCopies(TorchDispatchMode):
+    """Let no matrix of ``smallest`` elements or more be copied."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__()
+        self.smallest = smallest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            assert args[0].numel() < self.smallest, f"{func} copies {tuple(args[0].shape)}"
+        return func(*args, **(kwargs or {}))
+
+
+def assert_kernel(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any]) -> None:
+    """Check an op against its formula, that it leaves its inputs alone, and that it copies none of them."""
+    arguments = new()
+    overwrites = op_of(case).endswith("_")
+    inputs = arguments[1:] if overwrites else arguments
+    tall = max(part.shape[-2:].numel() for part in arguments if isinstance(part, Tensor))
+    with unchanged(inputs), nullcontext() if overwrites else NoCopies(max(tall, 2)):
+        results = run(OPS[op_of(case)], arguments)
+    assert_computes(case, results, new() if overwrites else arguments)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_computes_the_formula_at_every_size(
+    case: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, unchanged: Callable[..., Any]
+) -> None:
+    assert_kernel(case, lambda: operands(case, *size, "plain", dtype, device), unchanged)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_computes_the_formula_in_every_layout(
+    case: str, layout: str, device: torch.device, unchanged: Callable[..., Any]
+) -> None:
+    assert_kernel(case, lambda: operands(case, 37, 17, 5, layout, torch.float32, device), unchanged)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "batched, with gaps"])
+@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_", "sketch"])
+def test_kernel_takes_half_precision_data_exactly(
+    case: str, layout: str, half: torch.dtype, device: torch.device, unchanged: Callable[..., Any]
+) -> None:
+    def new() -> tuple[Any, ...]:
+        return half_precision_data(case, operands(case, 129, 33, 17, layout, torch.float32, device), half)
+
+    assert_kernel(case, new, unchanged)
+
+
+@pytest.mark.parametrize("case", ["residual", "refine"])
+@pytest.mark.parametrize("columns", [5, 64, 65])
+def test_gram_matrix_is_that_of_the_returned_panel_in_float64(case: str, columns: int, device: torch.device) -> None:
+    panel, *_, gram = OPS[case](*operands(case, 300, 6, columns, "plain", torch.float32, device))
+    assert_computes("gram", (gram,), (panel,))
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_takes_a_batch_of_no_problems(case: str, batch: tuple[int, ...], device: torch.device) -> None:
+    def without_problems(part: Any) -> Any:
+        own = isinstance(part, Tensor) and part.is_floating_point()
+        return part.new_zeros(*batch, *part.shape) if own else part
+
+    arguments = tuple(map(without_problems, operands(case, 9, 3, 2, "plain", torch.float32, device)))
+    expected = exact(case, arguments)
+    assert [part.shape for part in run(OPS[op_of(case)], arguments)] == [part.shape for part in expected]
+
+
+@pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
+def test_matrices_of_one_call_lie_in_memory_as_they_please(
+    case: str, device: torch.device, unchanged: Callable[..., Any]
+) -> None:
+    layouts = ["batched, with gaps", "batched", "batched, one for all", "batched, permuted"]
+
+    def new() -> tuple[Any, ...]:
+        several = [operands(case, 21, 5, 4, layout, torch.float32, device) for layout in layouts]
+        return tuple(several[position % len(layouts)][position] for position in range(len(several[0])))
+
+    assert_kernel(case, new, unchanged)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> None:
+    """Also over the programs that share a sum: their parts are added in a fixed order."""
+    single = (operands(case, 150, 33, 17, "plain", torch.float32, device) for _ in range(2))
+    first, second = (run(OPS[op_of(case)], arguments) for arguments in single)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    lists = (grouped_operands(case, MIXED, ["plain"], torch.float32, device) for _ in range(2))
+    first, second = (run(OPS[op_of(case)], arguments) for arguments in lists)
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grouped_operands(
+    case: str, sizes: list[tuple[int, int, int]], layouts: list[str], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
+    """Return arguments of the grouped op, for problems of these sizes in these layouts, taken in turn."""
+    problems = [operands(case, *size, layouts[index % len(layouts)], dtype, device) for index, size in enumerate(sizes)]
+    return grouped(case, problems)
+
+
+def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any]) -> None:
+    """Check a grouped op problem by problem, and the zeros that stacks are padded with."""
+    arguments = new()
+    overwrites = op_of(case).endswith("_")
+    with unchanged(arguments[1:] if overwrites else arguments):
+        results = run(OPS[op_of(case)], arguments)
+    for problem, own in enumerate(problems_of(case, new() if overwrites else arguments)):
+        expected = exact(case, own)
+        assert all(
+            isinstance(result, Tensor) or result[problem].shape == part.shape
+            for result, part in zip(results, expected, strict=True)
+        )
+        corners = [tuple(slice(size) for size in part.shape) for part in expected]
+        assert_computes(
+            case, tuple(result[problem][corner] for result, corner in zip(results, corners, strict=True)), own, expected
+        )
+        for result, corner in zip(results, corners, strict=True):
+            padding = result[problem].clone()
+            padding[corner] = 0
+            assert torch.equal(padding, torch.zeros_like(padding))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layouts", "dtype"),
+    [
+        (MIXED, ["strided", "plain", "embedded"], torch.float32),
+        (MIXED, ["plain"], torch.float64),
+        (ALIGNED, ["plain"], torch.float32),
+        (ALIGNED, ["transposed"], torch.float32),
+    ],
+    ids=["mixed", "mixed float64", "aligned rows", "aligned columns"],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_kernel_computes_the_formula_of_each_problem(
+    case: str,
+    sizes: list[tuple[int, int, int]],
+    layouts: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    unchanged: Callable[..., Any],
+) -> None:
+    assert_grouped(case, lambda: grouped_operands(case, sizes, layouts, dtype, device), unchanged)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [MIXED, ALIGNED], ids=["mixed", "aligned"])
+@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_", "sketch"])
+def test_grouped_kernel_takes_half_precision_data_exactly(
+    case: str,
+    sizes: list[tuple[int, int, int]],
+    half: torch.dtype,
+    device: torch.device,
+    unchanged: Callable[..., Any],
+) -> None:
+    def new() -> tuple[Any, ...]:
+        problems = [operands(case, *size, "plain", torch.float32, device) for size in sizes]
+        return grouped(case, [half_precision_data(case, arguments, half) for arguments in problems])
+
+    assert_grouped(case, new, unchanged)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_list_of_one_equals_the_single_op(case: str, device: torch.device) -> None:
+    single = run(OPS[op_of(case)], operands(case, 48, 16, 32, "plain", torch.float32, device))
+    listed = run(OPS[op_of(case)], grouped_operands(case, [(48, 16, 32)], ["plain"], torch.float32, device))
+    for one, other in zip(single, listed, strict=True):
+        assert torch.equal(one, other[0])

@@ -1,0 +1,175 @@
+"""The kernels of gram_ema_: the walk over a triangle of tiles, symmetry to the bit, what is read and what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brandla_kernels import gram_ema_
+from brandla_kernels._kernels.symmetric_update import (
+    symmetric_product_kernel,
+    symmetric_update_kernel,
+    tile_in_triangle,
+)
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.bfloat16),
+]
+# n, k: tiles have 16 to 128 rows, sums are taken 16 to 64 terms at a time.
+SIZES = [(1, 1), (2, 0), (16, 3), (17, 33), (127, 31), (128, 64), (129, 65), (257, 200)]
+
+
+@triton.jit
+def walk_kernel(index_ptr, tile_ptr, tiles):
+    """Write (i, j) of the tile at the place that ``index_ptr`` holds for each program."""
+    program = tl.program_id(0)
+    row, column = tile_in_triangle(tl.load(index_ptr + program), tiles)
+    tl.store(tile_ptr + 2 * program, row)
+    tl.store(tile_ptr + 2 * program + 1, column)
+
+
+def walk(index: Tensor, tiles: int) -> list[tuple[int, ...]]:
+    found = torch.full((len(index), 2), -1, dtype=torch.int64, device=index.device)
+    walk_kernel[(len(index),)](index, found, tiles)
+    return [tuple(pair) for pair in found.tolist()]
+
+
+def symmetric(n: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    square = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
+    return (square + square.mT).to(device, dtype)
+
+
+def data(n: int, k: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*batch, n, k, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
+    """Check ρ M + w A Aᵀ entry by entry.
+
+    A sum of k products in any order is within k·ε of the exact one, relative to the sum of the absolute values; the two
+    products with ρ and w, their sum and the rounding of three TF32 terms add at most 8ε.
+    """
+    matrix, columns, own = matrix.double(), columns.double(), torch.finfo(result.dtype).eps
+    exact = decay * matrix + weight * columns @ columns.mT
+    terms = abs(decay) * matrix.abs() + abs(weight) * columns.abs() @ columns.abs().mT
+    assert ((result.double() - exact).abs() <= (columns.shape[-1] + 8) * own * terms).all()
+    assert torch.equal(result, result.mT)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 7, 8, 9, 15, 16, 17, 29])
+def test_walk_meets_every_tile_of_the_triangle_once(tiles: int, device: torch.device) -> None:
+    met = walk(torch.arange(tiles * (tiles + 1) // 2, dtype=torch.int32, device=device), tiles)
+    assert sorted(met) == [(row, column) for row in range(tiles) for column in range(row + 1)]
+
+
+def test_walk_stays_in_a_band_of_eight_rows_until_it_is_done(device: torch.device) -> None:
+    bands = [row // 8 for row, _ in walk(torch.arange(29 * 30 // 2, dtype=torch.int32, device=device), 29)]
+    assert bands == sorted(bands)
+
+
+@pytest.mark.parametrize("row", [4095, 5793, 46340, 65527, 65534])
+def test_walk_is_exact_where_the_root_in_float32_is_not(row: int, device: torch.device) -> None:
+    """At the first and the last places of the bands that begin and end there: 8·index + 1 has up to 34 bits."""
+    top = row // 8 * 8
+    first, last = top * (top + 1) // 2, (top + 8) * (top + 9) // 2 - 1
+    index = torch.tensor([first - 1, first, last, last + 1], dtype=torch.int64, device=device)
+    index = index[index < 2**31].to(torch.int32)
+    expected = [(top - 1, top - 1), (top, 0), (top + 7, top + 7), (top + 8, 0)]
+    assert walk(index, 2**16) == expected[: len(index)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1), (2, 0), (16, 3), (17, 33), (127, 31), (128, 64), (129, 65), (257, 200)], ids=str
+)
+def test_every_size_and_dtype(
+    size: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> None:
+    n, k = size
+    matrix, columns = symmetric(n, dtypes[0], device), data(n, k, dtypes[1], device)
+    result = matrix.clone()
+    gram_ema_(result, columns, 0.9, 0.25)
+    assert_updated(result, matrix, columns, 0.9, 0.25)
+
+
+def test_more_tiles_than_a_band(device: torch.device) -> None:
+    """1200 rows are ten rows of tiles of 128: a band of eight, and two."""
+    matrix, columns = symmetric(1200, torch.float32, device), data(1200, 5, torch.float32, device)
+    result = matrix.clone()
+    gram_ema_(result, columns, 0.5, 0.5)
+    assert_updated(result, matrix, columns, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("columns", [3, 400], ids=["one sum", "split sum"])
+def test_only_the_lower_triangle_is_read(columns: int, device: torch.device) -> None:
+    matrix, added = symmetric(150, torch.float32, device), data(150, columns, torch.float32, device)
+    result = matrix.clone()
+    result[torch.ones_like(result).triu(1).bool()] = torch.nan
+    gram_ema_(result, added, 0.9, 0.25)
+    assert_updated(result, matrix, added, 0.9, 0.25)
+
+
+@pytest.mark.parametrize("n", [15, 16, 100, 128, 200])
+def test_nothing_around_the_matrix_is_touched(n: int, device: torch.device) -> None:
+    around = torch.full((n + 4, n + 7), 5.0, device=device)
+    inside = around[2:-2, 3:-4]
+    matrix, columns = symmetric(n, torch.float32, device), data(n, 6, torch.float32, device)
+    inside.copy_(matrix)
+    gram_ema_(inside, columns, 0.9, 0.25)
+    assert_updated(inside.clone(), matrix, columns, 0.9, 0.25)
+    inside.fill_(5)
+    assert (around == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_whose_strides_are_irregular(dtype: torch.dtype, device: torch.device) -> None:
+    """A view (3, 2, n, n) of a (2, 4, 3, n, n) batch: no single stride leads through the problems."""
+    whole = symmetric(20, torch.float32, device, 2, 4, 3)
+    columns = data(20, 5, dtype, device, 2, 3).transpose(0, 1)
+    result = whole.clone()
+    gram_ema_(result[:, 1].transpose(0, 1), columns, 0.9, 0.25)
+    assert_updated(result[:, 1].transpose(0, 1), whole[:, 1].transpose(0, 1), columns, 0.9, 0.25)
+    others = [0, 2, 3]
+    assert torch.equal(result[:, others], whole[:, others])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_list_of_different_sizes(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+    sizes = [(130, 7), (1, 1), (40, 300), (0, 3), (16, 0)]
+    matrices = [symmetric(n, dtypes[0], device) for n, _ in sizes]
+    columns = [data(n, k, dtypes[1], device) for n, k in sizes]
+    results = [matrix.clone() for matrix in matrices]
+    gram_ema_(results, columns, 0.9, 0.25)
+    for result, matrix, added in zip(results, matrices, columns, strict=True):
+        assert_updated(result, matrix, added, 0.9, 0.25)
+
+
+def test_decay_and_weight_are_not_rounded_to_float32(device: torch.device) -> None:
+    matrix, columns = symmetric(10, torch.float64, device), data(10, 4, torch.float64, device)
+    result = matrix.clone()
+    gram_ema_(result, columns, 1 / 3, 1 / 7)
+    assert_updated(result, matrix, columns, 1 / 3, 1 / 7)
+
+
+@pytest.mark.parametrize("kernel", [symmetric_product_kernel, symmetric_update_kernel])
+def test_decay_and_weight_are_passed_in_float64(kernel: object) -> None:
+    """Triton passes a float as float32 unless the parameter says otherwise, which its interpreter does not show."""
+    annotations = getattr(kernel, "fn", kernel).__annotations__
+    assert annotations["decay"] == annotations["weight"] == "tl.float64"
+
+
+def test_two_runs_are_equal_to_the_bit(device: torch.device) -> None:
+    matrix, columns = symmetric(50, torch.float32, device), data(50, 700, torch.float32, device)
+    first, second = matrix.clone(), matrix.clone()
+    gram_ema_(first, columns, 0.9, 0.25)
+    gram_ema_(second, columns, 0.9, 0.25)
+    assert torch.equal(first, second)

@@ -1,0 +1,240 @@
+"""The ops under test: operands of every layout, the formula of each op, and the error that rounding explains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brandla_kernels import OPS, signs
+from brandla_kernels._grouped import _own_arguments
+
+# n, r, k.
+SIZES = {
+    "usual": (37, 5, 3),
+    "empty basis": (11, 0, 4),
+    "no columns": (11, 3, 0),
+    "one": (1, 1, 1),
+    "wide": (5, 4, 150),
+}
+
+PLAIN_LAYOUTS = ("plain", "transposed", "strided", "embedded", "repeated row", "repeated column")
+BATCHED_LAYOUTS = (
+    "batched",
+    "batched, transposed",
+    "batched, with gaps",
+    "batched, permuted",
+    "batched, one for all",
+    "batched, one for some",
+)
+LAYOUTS = (*PLAIN_LAYOUTS, *BATCHED_LAYOUTS)
+
+
+def matrix(
+    rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return a normal matrix, or a (2, 2) batch of them, that lies in memory as ``layout`` says."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    match layout:
+        case "transposed":
+            return normal(columns, rows).mT
+        case "strided":
+            return normal(2 * rows, 3 * columns)[::2, ::3]
+        case "embedded":
+            # What lies around it must not be read.
+            around = normal(rows + 2, columns + 2).fill_(torch.nan)
+            around[1:-1, 1:-1] = normal(rows, columns)
+            return around[1:-1, 1:-1]
+        case "repeated row":
+            return normal(1, columns).expand(rows, columns)
+        case "repeated column":
+            return normal(rows, 1).expand(rows, columns)
+        case "batched":
+            return normal(2, 2, rows, columns)
+        case "batched, transposed":
+            return normal(2, 2, columns, rows).mT
+        case "batched, with gaps":
+            return normal(4, 2, rows, columns)[::2]
+        case "batched, permuted":
+            return normal(2, 2, rows, columns).transpose(0, 1)
+        case "batched, one for all":
+            return normal(rows, columns).expand(2, 2, rows, columns)
+        case "batched, one for some":
+            return normal(2, 1, rows, columns).expand(2, 2, rows, columns)
+    return normal(rows, columns)
+
+
+def written(layout: str) -> str:
+    """Return a layout like ``layout`` in which no two entries share memory: one that can be written to."""
+    if layout.startswith("repeated"):
+        return "plain"
+    return "batched" if "one for" in layout else layout
+
+
+def symmetric(square: Tensor) -> Tensor:
+    """Return M + Mᵀ."""
+    return square + square.mT
+
+
+def op_of(case: str) -> str:
+    """Return the name of the op that a case calls."""
+    return case.partition(",")[0]
+
+
+def operands(
+    case: str, n: int, r: int, k: int, layout: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """Return arguments for the op of a case, new at every call."""
+
+    def new(rows: int, columns: int, seed: int, layout: str = layout) -> Tensor:
+        return matrix(rows, columns, layout, dtype, seed, device)
+
+    def number(seed: int) -> Tensor:
+        return new(1, 1, seed)[..., 0, 0]
+
+    basis, columns, small = new(n, r, 0), new(n, k, 1), new(r, k, 2)
+    table: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "project": lambda: (basis, columns),
+        "residual": lambda: (basis, columns, small),
+        "gram": lambda: (columns,),
+        "refine": lambda: (basis, columns, new(k, k, 3)),
+        "rotate": lambda: (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
+        "rotate_": lambda: (new(n, r, 0, written(layout)), columns, new(r, r, 3), new(k, r, 4)),
+        "gram_ema_": lambda: (symmetric(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
+        "damped_apply": lambda: (basis, new(r, 1, 6)[..., 0], number(7), columns),
+        "damped_apply, matrix": lambda: (basis, symmetric(new(r, r, 6)), number(7), columns),
+        "kron_damped_apply": lambda: (
+            *(basis, new(r, 1, 6)[..., 0], number(7)),
+            *(new(k, min(2, k), 8), symmetric(new(min(2, k), min(2, k), 9)), number(10)),
+            new(n, k, 11),
+        ),
+        "kron_damped_apply, diagonals": lambda: (
+            *(basis, new(r, 1, 6)[..., 0], number(7)),
+            *(new(k, min(2, k), 8), new(min(2, k), 1, 9)[..., 0], number(10)),
+            new(n, k, 11),
+        ),
+        "cholesky_inverse_core": lambda: _core_operands(columns),
+        "sketch": lambda: (columns, torch.tensor(7, device=device), r + 1),
+    }
+    return table[case]()
+
+
+def _core_operands(columns: Tensor) -> tuple[Tensor, Tensor, float]:
+    panel = columns.double()
+    return panel.mT @ panel, panel.square().sum(-2).sqrt(), 1e-10
+
+
+def half_precision_data(case: str, arguments: tuple[Any, ...], half: torch.dtype) -> tuple[Any, ...]:
+    """Return the arguments with what the op takes in half precision in ``half``."""
+    data = {operand.position for operand in OPS[op_of(case)].signature.operands if operand.kind == "Data"}
+    return tuple(value.to(half) if position in data else value for position, value in enumerate(arguments))
+
+
+def grouped(case: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the arguments of the grouped op: lists, and stacks padded with zeros."""
+    together: list[Any] = list(problems[0])
+    for operand in OPS[op_of(case)].signature.operands:
+        parts = [arguments[operand.position] for arguments in problems]
+        together[operand.position] = parts if operand.listed else _stack(parts)
+    return tuple(together)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    largest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    stack = parts[0].new_zeros(len(parts), *largest)
+    for entry, part in zip(stack, parts, strict=True):
+        entry[tuple(map(slice, part.shape))] = part
+    return stack
+
+
+def problems_of(case: str, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Take the arguments of a grouped op apart into those of each problem."""
+    signature = OPS[op_of(case)].signature
+    sizes = signature.grouped_sizes(arguments)
+    return [tuple(_own_arguments(signature, arguments, problem, own)) for problem, own in enumerate(sizes)]
+
+
+def shifted(basis: Tensor, middle: Tensor, complement: Tensor) -> Tensor:
+    """Return β I + U H Uᵀ, dense."""
+    inner = torch.diag_embed(middle) if middle.ndim < basis.ndim else middle
+    identity = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
+    return complement[..., None, None] * identity + basis @ inner @ basis.mT
+
+
+def random_signs(matrix: Tensor, seed: Tensor | None, width: int, problem: int = 0) -> Tensor:
+    """Return Ω in float64, or without a seed the absolute values of its entries."""
+    batch_shape, n = matrix.shape[:-2], matrix.shape[-1]
+    if seed is None:
+        return matrix.new_ones(*batch_shape, n, width)
+    return signs(seed.long(), n, width, batch_shape=batch_shape, problem=problem, dtype=torch.float64)
+
+
+FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "project": lambda U, A: (U.mT @ A,),
+    "residual": lambda U, A, C: (A - U @ C, (A - U @ C).mT @ (A - U @ C)),
+    "gram": lambda P: (P.mT @ P,),
+    "refine": lambda U, P, T: (P @ T, U.mT @ P @ T, T.mT @ P.mT @ P @ T),
+    "rotate": lambda U, P, V, W: (U @ V + P @ W,),
+    "rotate_": lambda U, P, V, W: (U @ V + P @ W,),
+    "gram_ema_": lambda M, A, decay, weight: (decay * M + weight * A @ A.mT,),
+    "damped_apply": lambda U, H, b, V: (shifted(U, H, b) @ V,),
+    "kron_damped_apply": lambda U, H, b, V, K, c, W: (shifted(U, H, b) @ W @ shifted(V, K, c),),
+    "sketch": lambda X, *drawn: (X @ random_signs(X, *drawn),),
+}
+CASES = tuple(
+    case
+    for name in FORMULAS
+    for case in (name, f"{name}, matrix", f"{name}, diagonals")
+    if case in (name, "damped_apply, matrix", "kron_damped_apply, diagonals")
+)
+
+
+def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the results of the op by its formula, in float64."""
+    return FORMULAS[op_of(case)](*(part.double() if isinstance(part, Tensor) else part for part in arguments))
+
+
+def magnitude(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the formula with every term of every sum made positive: what rounding errors are relative to."""
+    positive = [part.double().abs() if isinstance(part, Tensor) else part for part in arguments]
+    if op_of(case) == "residual":
+        positive[0] = -positive[0]
+    if op_of(case) == "sketch":
+        positive[1] = None
+    return FORMULAS[op_of(case)](*positive)
+
+
+def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Call an op and return its results; for one that returns nothing, what it overwrote."""
+    result = call(*arguments)
+    if result is None:
+        return (arguments[0],)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_computes(
+    case: str, results: tuple[Tensor, ...], arguments: tuple[Any, ...], expected: tuple[Tensor, ...] | None = None
+) -> None:
+    """Check results, entry by entry, against the formula in float64.
+
+    A sum of m products, in any order, is within m·ε/2 of the exact one, relative to the sum of the absolute values, and
+    the errors of nested sums add up; here the lengths of all sums together are at most 3 (the sum of all sizes), and
+    products of three TF32 terms are good to 4ε. Formula and op may both be in float64: another factor of two.
+    """
+    tensors = [part for part in arguments if isinstance(part, Tensor)]
+    precision = max(torch.finfo(torch.promote_types(part.dtype, torch.float32)).eps for part in tensors)
+    if case == "gram":
+        precision = torch.finfo(torch.float64).eps
+    lengths = sum({size for part in tensors for size in part.shape[-2:]}) + 8
+    expected = exact(case, arguments) if expected is None else expected
+    assert len(results) == len(expected)
+    for got, wanted, terms in zip(results, expected, magnitude(case, arguments), strict=True):
+        assert got.shape == wanted.shape
+        # A NaN is no small error.
+        assert ((got.double() - wanted).abs() <= 3 * lengths * precision * terms).all()
