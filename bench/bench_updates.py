@@ -34,6 +34,9 @@ from bench.problems import (
     require,
     steady,
 )
+from brandla._core import polish, safe_eigh, truncate_by_subspace
+from brandla._expansion import expand
+from brandla.orthonormal import split
 
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -71,6 +74,42 @@ def test_update_over_its_gemms(name, n, r, k, benchmark, figures, repeats) -> No
     limit = {SUBSPACE: 1.3, EIGH: 1.6}[name]
     figures(f"{name}, {in_words(n, r, k)}", timing.ratio(seconds["update"], seconds["gemms"]), at_most=limit)
     benchmark.pedantic(update, rounds=repeats(60), warmup_rounds=2)
+
+
+@pytest.mark.benchmark(group="where the time of an update goes, stage / its GEMMs")
+@both_shapes
+@both_updates
+def test_profile_of_an_update(name, n, r, k, benchmark, figures, repeats) -> None:
+    case = steady(name, n, r, k)
+    stages = stages_of(name, case)
+    seconds = timing.alternating(stages | {"gemms": update_floor(case)}, repeats(60))
+    for stage in stages:
+        figures(f"{name}, {in_words(n, r, k)}: {stage}", timing.ratio(seconds[stage], seconds["gemms"]))
+    benchmark.pedantic(stages["rotation of U"], rounds=repeats(30), warmup_rounds=2)
+
+
+def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
+    """Return an update in the four parts that it is made of, each on the results of the ones before it."""
+    values, basis = case.factor
+    r, dtype = basis.shape[-1], basis.dtype
+    parts = split(basis, case.columns)
+    expansion = expand(values, basis, case.columns, DECAY, WEIGHT)
+    compress = {
+        SUBSPACE: lambda: truncate_by_subspace(expansion.core, r, 2, dtype)[1],
+        EIGH: lambda: polish(safe_eigh(expansion.core, dtype, keep=r)[1]),
+    }[name]
+    rotation = compress()
+
+    def core() -> Tensor:
+        stacked = torch.cat([parts.coefficients, parts.triangle], dim=-2)
+        return (stacked * WEIGHT) @ stacked.mT
+
+    return {
+        "split of the columns": lambda: split(basis, case.columns),
+        "the core, float64": core,
+        "truncation of the core": compress,
+        "rotation of U": lambda: expansion.rotate(rotation),
+    }
 
 
 @pytest.mark.benchmark(group="update / its GEMMs")

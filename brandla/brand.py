@@ -287,8 +287,7 @@ def svd_append(
     decay
         ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
     rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k) (one more when centred, for
-        the shift of the mean), by default the old rank r.
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k), by default the old rank r.
 
     Returns
     -------

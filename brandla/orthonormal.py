@@ -82,8 +82,8 @@ def split(basis: Tall, columns: Tall) -> Split:
 def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor) -> Split | None:
     """Split where one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
 
-    Rounding then enters Q at most four times magnified, by T, and so does that of a Gram matrix of rounded products;
-    and a hundred times through what U still shares with P, which is measured and taken out.
+    Rounding then enters Q at most four times magnified, by T, and that of a Gram matrix of rounded products sixteen
+    times; and a hundred times through what U still shares with P, which is measured and taken out.
     """
     panel_gram = rounded_gram(panel)
     squares = panel_gram.diagonal(dim1=-2, dim2=-1)
@@ -157,7 +157,7 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q and R with P = Q R, where Q has orthonormal columns, or zero ones where the rank of P runs out.
 
     Equivalent to ``torch.linalg.qr`` in exact arithmetic and full rank, with matrix products and Cholesky
-    factorisations of order k only: 6nk² flops and no host sync.
+    factorisations of order k only: 8nk² flops and no host sync.
 
     Parameters
     ----------

@@ -150,8 +150,8 @@ def randomized_svd(
     Notes
     -----
     Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
-    p = ``oversample`` ≥ 2. The test matrix here has random signs: as good in every measurement
-    (``docs/randomized.md``), the same on every device, and exact in every precision.
+    p = ``oversample`` ≥ 2. The test matrix here has random signs, the same on every device and exact in
+    every precision (``docs/randomized.md``).
 
     References
     ----------

@@ -46,7 +46,6 @@ class Op(Generic[Parameters, Result]):
         self, signature: Signature, torch_form: Callable[Parameters, Result], cost: Callable[..., Cost]
     ) -> None:
         self.name = signature.name
-        self._writes = signature.writes
         self.signature = signature
         self.torch_form = torch_form
         self.cost = cost
@@ -64,7 +63,7 @@ class Op(Generic[Parameters, Result]):
         listed = isinstance(first, (list, tuple))
         forced = None if torch.compiler.is_compiling() else _forced.get()
         direct = forced == "torch" or (forced is None and reads_are_free(first[0] if listed and first else first))
-        if direct and not self._writes:
+        if direct and not self.signature.writes:
             # The dispatcher would come to the same, some microseconds later. Torch's own errors do here, since nothing
             # is overwritten; `torch.ops.brandla` checks.
             return cast(Result, (self.grouped_form if listed else self.torch_form)(*args, **kwargs))

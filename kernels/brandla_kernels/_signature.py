@@ -57,16 +57,12 @@ class Signature:
     results: tuple[Operand, ...]
     leader: Operand  # whose dtype and device the others have
     counter: int | None  # position of the argument that is the index of the problem
+    writes: bool  # whether an operand is overwritten
 
     @property
     def lists(self) -> bool:
         """Whether there is a grouped op."""
         return any(operand.listed for operand in self.operands)
-
-    @property
-    def writes(self) -> bool:
-        """Whether the op overwrites an operand."""
-        return any(operand.written for operand in self.operands)
 
     @property
     def grouped_name(self) -> str:
@@ -128,24 +124,27 @@ class Signature:
         return sizes
 
     def _check_kind(self, operand: Operand, name: str, tensor: Any, leader: Any) -> None:
-        if not isinstance(tensor, Tensor) or not isinstance(leader, Tensor):
-            seen = tensor if not isinstance(tensor, Tensor) else leader
-            name = name if seen is tensor else self.leader.name
-            self._fail(TypeError, f"{name} must be a tensor; got {type(seen).__name__}")
+        if not isinstance(tensor, Tensor):
+            self._fail(TypeError, f"{name} must be a tensor; got {type(tensor).__name__}")
+        if not isinstance(leader, Tensor):
+            self._fail(TypeError, f"{self.leader.name} must be a tensor; got {type(leader).__name__}")
         dtype = tensor.dtype
+        if dtype != leader.dtype or dtype not in _FULL:
+            self._check_dtype(operand, name, dtype, leader.dtype)
+        if tensor.device != leader.device:
+            rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
+            self._fail(ValueError, f"{rule}; got {tensor.device}")
+        if self.writes:
+            self._check_written(operand, name, tensor)
+
+    def _check_dtype(self, operand: Operand, name: str, dtype: torch.dtype, leading: torch.dtype) -> None:
         allowed = _DATA if operand.kind == "Data" else _FULL
         if dtype not in allowed:
             self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
-        # Half-precision data may meet a float32 factor.
-        exempt = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leader.dtype == torch.float32))
-        if dtype != leader.dtype and not exempt:
-            self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leader.dtype}; got {dtype}")
-        if tensor.device != leader.device:
-            self._fail(
-                ValueError, f"{name} must be on the device of {self.leader.name}, {leader.device}; got {tensor.device}"
-            )
-        if self.writes:
-            self._check_written(operand, name, tensor)
+        # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
+        free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
+        if dtype != leading and not free:
+            self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
 
     def _check_written(self, operand: Operand, name: str, tensor: Tensor) -> None:
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -205,7 +204,8 @@ def parse(line: str) -> Signature:
     grouped = _schema(line, "[]").replace(name, grouped_name, 1)
     leader = next((operand for operand in operands if operand.kind != "Data"), operands[0])
     counter = len(declared) - 1 if re.search(r"\bproblem\b", declared[-1]) else None
-    return Signature(name, _schema(line, ""), grouped, operands, results, leader, counter)
+    writes = any(operand.written for operand in operands)
+    return Signature(name, _schema(line, ""), grouped, operands, results, leader, counter, writes)
 
 
 def _operand(found: re.Match[str], name: str, position: int) -> Operand:

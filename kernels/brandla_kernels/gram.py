@@ -15,6 +15,8 @@ from brandla_kernels._signature import Matrices
 _ROWS = 2048
 # Rows whose products are summed in the panel's own dtype: the fewer, the less they round.
 _ROUNDED_ROWS = 256
+# Slabs multiplied at a time: each leaves a k × k matrix until they are added up.
+_SLABS = 16
 # From this width on, the products left out outweigh the calls added.
 _WIDE = 128
 _BLOCKS = 4
@@ -39,10 +41,14 @@ def rounded_gram(panel: Tensor) -> Tensor:
 
     At twice the speed of `gram_torch` or better, it is as good for a panel whose columns do not lean on one another.
     """
-    whole = panel.shape[-2] // _ROUNDED_ROWS * _ROUNDED_ROWS
-    slabs = panel[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS))
-    rest = panel[..., whole:, :]
-    total: Tensor = (slabs.mT @ slabs).sum(-3) + rest.mT @ rest
+    k = panel.shape[-1]
+    total = panel.new_zeros(*panel.shape[:-2], k, k)
+    for part in panel.split(_ROUNDED_ROWS * _SLABS, dim=-2):
+        whole = part.shape[-2] // _ROUNDED_ROWS * _ROUNDED_ROWS
+        slabs, rest = part[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS)), part[..., whole:, :]
+        total = total + (slabs.mT @ slabs).sum(-3)
+        if rest.shape[-2]:
+            total = total + rest.mT @ rest
     return total.double()
 
 

@@ -1,7 +1,8 @@
 """``gram_ema_``: M ← ρ M + w A Aᵀ in place: the dense running second moment.
 
-M is symmetric (..., n, n) in float32 or float64, A is (..., n, k); half-precision A is summed in M's dtype. On a GPU
-only the tiles of one triangle are computed, and each is written twice: half the products, and M read in half.
+M is symmetric (..., n, n) in float32 or float64, A is (..., n, k) in the same dtype or, beside float32, in half
+precision. On a GPU only the tiles of one triangle are computed, and each is written twice: half the products, and M
+read in half.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def gram_splits(target: Target, tiles: int, problems: int) -> int:
 def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
     """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
     if fused:
-        block_n, most, block_r, stages = (32, 128, 16, 2) if dtype == torch.float64 else (64, 128, 32, 2)
+        block_n, most, block_r, stages = (32, 128, 16, 3) if dtype == torch.float64 else (64, 128, 16, 2)
     elif dtype == torch.float64:
         block_n, most, block_r, stages = 64, 32, 16, 3
     elif not aligned:
@@ -46,17 +46,19 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
     else:
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
-    return Config(
-        {"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, 8 if fused or block_s > 32 else 4, stages
-    )
+    warps = 8 if block_s > (16 if fused else 32) else 4
+    return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages)
 
 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
-    most = 64 if wide else 128
-    blocks = {"BLOCK_R": bucket(r, 16, most), "BLOCK_K": bucket(k, 16, most), "BLOCK_N": 16 if wide else 32}
-    return Config(blocks, 8 if blocks["BLOCK_R"] * blocks["BLOCK_K"] > 4096 else 4, 3)
+    most, largest_of_four = (64, 2048) if wide else (128, 4096)
+    block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
+    warps = 8 if block_r * block_k > largest_of_four else 4
+    long = aligned and not wide and (warps == 4 or target.arch != "sm_80")
+    stages = 2 if warps == 4 and not (aligned or wide) else 3
+    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, stages)
 
 
 def sum_parts() -> Config:
@@ -64,12 +66,17 @@ def sum_parts() -> Config:
     return Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 1)
 
 
-def symmetric_product(target: Target, dtype: torch.dtype, n: int) -> Config:
+def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool) -> Config:
     """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
-    # TF32 in three terms has no registers left for larger tiles without wgmma.
-    small = dtype == torch.float64 or (dtype == torch.float32 and target.backend == "cuda" and target.arch < "sm_9")
-    block_n = bucket(n, 16, 64 if small else 128)
-    return Config({"BLOCK_N": block_n, "BLOCK_K": 128 // dtype.itemsize}, 8 if block_n > 64 else 4, 3)
+    stages = 2 if target.backend == "hip" else 3
+    if dtype == torch.float64:
+        return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages)
+    if not aligned:
+        return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 4, stages)
+    # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
+    most = 64 if dtype == torch.float32 and target.arch == "sm_80" else 128
+    block_n = bucket(n, 16, most)
+    return Config({"BLOCK_N": block_n, "BLOCK_K": 128 // dtype.itemsize}, 8 if block_n > 64 else 4, stages)
 
 
 def symmetric_update(block_n: int) -> Config:
@@ -77,16 +84,22 @@ def symmetric_update(block_n: int) -> Config:
     return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1)
 
 
-def sketch(target: Target, dtype: torch.dtype, width: int) -> Config:
+def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Config:
     """Tiles of `sketch_kernel`; ``dtype`` is that of the data."""
-    stages = 2 if target.backend == "hip" else 4
+    stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64:
-        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, min(stages, 3))
-    block_w = bucket(width, 16, 128)
+        return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages)
+    if not aligned:
+        return Config(
+            {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 32 if target.arch == "sm_100" else 64)},
+            4,
+            stages,
+        )
+    block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch == "sm_80" else 128)
     if dtype == torch.float32:
         # Three programs on a multiprocessor: one cuts its X and draws its Ω while another multiplies.
         return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
-    # To draw Ω takes as long as to multiply, so that more rows share it.
+    # To draw Ω takes as long as to multiply: more rows share it.
     return Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_W": block_w}, 8 if block_w > 64 else 4, stages)
 
 

@@ -39,12 +39,13 @@ def inner_product_kernel(
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of C, SPLITS, problems). Parts: (problems, SPLITS, r_most, k_most)."""
-    problem = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1)
+    """Grid: problems × SPLITS × tiles of C. Parts: (problems, SPLITS, r_most, k_most)."""
     tiles_k = tl.cdiv(k_most, BLOCK_K)
-    tile_r = tl.program_id(0) // tiles_k
+    tiles = tl.cdiv(r_most, BLOCK_R) * tiles_k
+    tile_r = (tl.program_id(0) % tiles) // tiles_k
     tile_k = tl.program_id(0) % tiles_k
+    split = (tl.program_id(0) // tiles) % SPLITS
+    problem = (tl.program_id(0) // (tiles * SPLITS)).to(tl.int64)
     if SYMMETRIC:
         if tile_k < tile_r:
             return
@@ -80,10 +81,11 @@ def sum_parts_kernel(
     SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of C, 1, problems). C = Σ parts, each row times its scale."""
-    problem = tl.program_id(2).to(tl.int64)
+    """Grid: problems × tiles of C. C = Σ parts, each row times its scale."""
     tiles_k = tl.cdiv(columns, BLOCK_K)
-    row = (tl.program_id(0) // tiles_k) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tiles = tl.cdiv(rows, BLOCK_R) * tiles_k
+    problem = (tl.program_id(0) // tiles).to(tl.int64)
+    row = ((tl.program_id(0) % tiles) // tiles_k) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     # What lies in a tile below the diagonal was not summed: its mirror image was.
@@ -133,7 +135,7 @@ def _inner_product(
         "SYMMETRIC": symmetric, "SPLITS": splits, "COMPUTE": triton_dtype(dtype),
         "PRECISION": product_precision(target, dtype),
     }  # fmt: skip
-    start(inner_product_kernel, (tiles, splits, operands.problems), arguments, config)
+    start(inner_product_kernel, (operands.problems * splits * tiles,), arguments, config)
     out = new_small(_wider(x, y), (r, k), out_dtype)
     _sum_parts(parts, out, row_scale, config if symmetric else None)
     return out
@@ -161,4 +163,4 @@ def _sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None, triangle: C
         "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
         "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,
     }  # fmt: skip
-    start(sum_parts_kernel, (tiles, 1, count), arguments, config)
+    start(sum_parts_kernel, (count * tiles,), arguments, config)

@@ -92,6 +92,14 @@ def new_small(matrices: Matrices, shape: tuple[int, ...], dtype: torch.dtype | N
     return matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
 
 
+def aligned(matrices: Matrices) -> bool:
+    """Whether all the matrices lie in aligned rows, or all in aligned columns: a thread can load 16 bytes at once."""
+    if isinstance(matrices, list):
+        return bool(_layout(matrices) != LISTED.value)
+    apart = all(stride % _ALIGNED == 0 for stride in matrices.stride()[:-2])
+    return apart and (_in_aligned_rows(matrices) or _in_aligned_rows(matrices.mT))
+
+
 def _flat(tensor: Tensor) -> Tensor | None:
     """View (..., a, b) as (B, a, b), or return None where that would need a copy."""
     if tensor.ndim == 2:

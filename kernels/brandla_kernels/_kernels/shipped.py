@@ -28,6 +28,7 @@ DTYPES = (
     (torch.float32, torch.float16),
 )
 _ROWS = 4096
+_LONG_SUM = 1024
 # What is added to the sizes of a ragged matrix: no pointer but the first is then aligned.
 _RAGGED = 3
 
@@ -110,6 +111,13 @@ def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
             yield dict.fromkeys(long, _ROWS + extra) | sizes
     if not narrow:
         yield dict.fromkeys(long, _ROWS + extra)
+    if (
+        tall == [*op.signature.operands]
+        and all(result.listed for result in op.signature.results)
+        and width == WIDTHS[-1]
+    ):
+        # The sum is not over what is long: few tiles and a long sum, which is then split.
+        yield dict.fromkeys(long, width + extra) | dict.fromkeys(narrow, _LONG_SUM + extra)
 
 
 def _arguments(

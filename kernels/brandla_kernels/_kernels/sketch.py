@@ -22,8 +22,9 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
-from brandla_kernels._kernels.launch import Config, Target, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import Target, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
+    aligned,
     arrange,
     columns_of,
     entry_of,
@@ -96,7 +97,7 @@ def sketch_kernel(
     # A problem of a list may be smaller than the largest.
     if first_row >= m:
         return
-    out, out_row, out_column = locate(out_entry, out_ptr, out_strides, problem, OUT_LAYOUT)
+    out, _, _ = locate(out_entry, out_ptr, out_strides, problem, OUT_LAYOUT)
     x, x_row, x_column = locate(x_entry, x_ptr, x_strides, problem, X_LAYOUT)
 
     seed = tl.load(seed_ptr)
@@ -116,8 +117,8 @@ def sketch_kernel(
             total = tl.dot(_held(high, UNIT), signs, total, input_precision="ieee", out_dtype=total.dtype)
         else:
             total = tl.dot(values, signs, total, input_precision="ieee", out_dtype=total.dtype)
-    out += split.to(tl.int64) * split_stride
-    store_tile(out, out_row, out_column, row, column, m, width, total)
+    # Y was allocated for this: row by row without gaps.
+    store_tile(out + split.to(tl.int64) * split_stride, width, 1, row, column, m, width, total)
 
 
 def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matrices:
@@ -126,42 +127,35 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
     ``problem`` is the index of the first problem.
     """
     dtype = torch.promote_types(dtype_of(matrix), torch.float32)
+    target = target_of(matrix[0] if isinstance(matrix, list) else matrix)
+    config = configs.sketch(target, dtype_of(matrix), width, aligned(matrix))
+    tiles = triton.cdiv(rows(matrix), config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_W"])
+
+    def launch(out: Matrices, splits: int) -> None:
+        operands = arrange({"out": out, "x": matrix})
+        compute, unit, cut = _units(target, dtype_of(matrix))
+        arguments = operands.arguments() | {
+            "seed_ptr": seed, "m": rows(matrix), "n": columns(matrix), "width": width, "first_problem": problem,
+            "split_stride": rows(matrix) * width, "SPLITS": splits,
+            "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,
+        }  # fmt: skip
+        start(sketch_kernel, (tiles, splits, operands.problems), arguments, config)
+
     if isinstance(matrix, list):
         listed = [one.new_empty(one.shape[0], width, dtype=dtype) for one in matrix]
-        _launch(listed, matrix, seed, width, problem, 1)
+        launch(listed, 1)
         return listed
     out = matrix.new_empty(*matrix.shape[:-1], width, dtype=dtype)
-    problems, (m, n) = math.prod(matrix.shape[:-2]), matrix.shape[-2:]
-    target = target_of(matrix)
-    config = configs.sketch(target, matrix.dtype, width)
-    steps = triton.cdiv(n, config.blocks["BLOCK_N"])
-    splits = configs.splits(target, steps, _tiles(m, width, config) * problems)
+    problems = math.prod(matrix.shape[:-2])
+    splits = configs.splits(target, triton.cdiv(columns(matrix), config.blocks["BLOCK_N"]), tiles * problems)
     if splits == 1:
-        _launch(out, matrix, seed, width, problem, 1)
+        launch(out, 1)
     else:
-        parts = out.new_empty(problems, splits, m, width)
-        _launch(parts[:, 0], matrix, seed, width, problem, splits)
+        # The first stretch of each problem, and the others behind it.
+        parts = out.new_empty(problems, splits, rows(matrix), width)
+        launch(parts[:, 0], splits)
         sum_parts(parts, out)
     return out
-
-
-def _launch(out: Matrices, matrix: Matrices, seed: Tensor, width: int, problem: int, splits: int) -> None:
-    """Write X Ω to ``out``, or its sums over ``splits`` stretches to ``out`` and the matrices of its size behind it."""
-    operands = arrange({"out": out, "x": matrix})
-    data, m = dtype_of(matrix), rows(matrix)
-    target = target_of(matrix[0] if isinstance(matrix, list) else matrix)
-    config = configs.sketch(target, data, width)
-    compute, unit, cut = _units(target, data)
-    arguments = operands.arguments() | {
-        "seed_ptr": seed, "m": m, "n": columns(matrix), "width": width, "first_problem": problem,
-        "split_stride": m * width, "SPLITS": splits,
-        "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,
-    }  # fmt: skip
-    start(sketch_kernel, (_tiles(m, width, config), splits, operands.problems), arguments, config)
-
-
-def _tiles(m: int, width: int, config: Config) -> int:
-    return int(triton.cdiv(m, config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_W"]))
 
 
 def _units(target: Target, data: torch.dtype) -> tuple[torch.dtype, torch.dtype, bool]:

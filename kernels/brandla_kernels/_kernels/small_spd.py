@@ -219,7 +219,7 @@ def small_spd_kernel(
 
 
 def cholesky_inverse_core(
-    gram: Tensor, scale: Tensor, threshold: float, *, whole_first: bool = False
+    gram: Tensor, scale: Tensor, threshold: float, *, whole_first: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return T (..., k, k) and the mask (..., k) of its live columns.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.launch import Target, product_precision, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
+    aligned,
     arrange,
     columns_of,
     entry_of,
@@ -68,7 +69,7 @@ def _update_entries(m, m_row, m_column, n, row, column, total, decay, weight):
     places = m + row[:, None] * m_row + column[None, :] * m_column
     new = tl.load(places, mask=lower, other=0.0).to(total.dtype) * decay + total * weight
     tl.store(places, new, mask=lower)
-    upper = (row < n)[None, :] & (column[:, None] <= row[None, :])
+    upper = (row < n)[None, :] & (column[:, None] < row[None, :])
     tl.store(m + column[:, None] * m_row + row[None, :] * m_column, tl.trans(new), mask=upper)
 
 
@@ -156,7 +157,7 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     total = dtype_of(matrix)
     compute = _product_dtype(target, total, dtype_of(added))
     n, k = rows(matrix), columns(added)
-    config = configs.symmetric_product(target, compute, n)
+    config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))
     block = config.blocks["BLOCK_N"]
     across = triton.cdiv(n, block)
     tiles = across * (across + 1) // 2

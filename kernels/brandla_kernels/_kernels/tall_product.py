@@ -73,8 +73,10 @@ def tall_product_kernel(
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of columns × tiles of rows, problems), or (SPLITS, problems) with the Gram matrix."""
-    problem = tl.program_id(1).to(tl.int64)
+    """Grid: problems × tiles of rows × tiles of columns, or problems × SPLITS with the Gram matrix."""
+    programs = SPLITS if GRAM else tl.cdiv(n, BLOCK_N) * tl.cdiv(s, BLOCK_S)
+    problem = (tl.program_id(0) // programs).to(tl.int64)
+    first_tile = tl.program_id(0) % programs
     out_entry = entry_of(table_ptr, problem, 0, 6)
     add_entry = entry_of(table_ptr, problem, 1, 6)
     x1_entry = entry_of(table_ptr, problem, 2, 6)
@@ -91,10 +93,9 @@ def tall_product_kernel(
     y1, y1_row, y1_column = locate(y1_entry, y1_ptr, y1_strides, problem, Y1_LAYOUT)
 
     tiles_s = 1 if GRAM else tl.cdiv(s, BLOCK_S)
-    first_tile = tl.program_id(0)
     tiles = tl.cdiv(n, BLOCK_N) * tiles_s
     gram = tl.zeros((BLOCK_S, BLOCK_S), GRAM_DTYPE) if GRAM else 0
-    for tile in range(first_tile, tiles, tl.num_programs(0)):
+    for tile in range(first_tile, tiles, programs):
         row = (tile // tiles_s) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = (tile % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
         total = tl.zeros((BLOCK_N, BLOCK_S), tl.float64 if COMPUTE == tl.float64 else tl.float32)
@@ -210,6 +211,7 @@ def _launch(
         "GRAM_PRECISION": product_precision(target, gram_dtype), "SPLITS": splits if gram is not None else 1,
         "COMPUTE": triton_dtype(dtype_of(out)), "PRECISION": product_precision(target, dtype_of(out)),
     }  # fmt: skip
-    start(tall_product_kernel, (splits if gram is not None else tiles, operands.problems), arguments, config)
+    programs = splits if gram is not None else tiles
+    start(tall_product_kernel, (operands.problems * programs,), arguments, config)
     if gram is not None and parts is not None:
         inner_product.sum_parts(parts, gram)

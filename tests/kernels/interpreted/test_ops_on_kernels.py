@@ -100,10 +100,13 @@ def test_kernel_takes_half_precision_data_exactly(
     assert_kernel(case, new, unchanged)
 
 
-@pytest.mark.parametrize("case", ["residual", "refine"])
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [5, 64, 65])
-def test_gram_matrix_is_that_of_the_returned_panel_in_float64(case: str, columns: int, device: torch.device) -> None:
-    panel, *_, gram = OPS[case](*operands(case, 300, 6, columns, "plain", torch.float32, device))
+def test_gram_matrix_is_that_of_the_returned_panel_in_float64(
+    columns: int, half: torch.dtype | None, device: torch.device
+) -> None:
+    arguments = operands("residual", 300, 6, columns, "plain", torch.float32, device)
+    panel, gram = OPS["residual"](*(arguments if half is None else half_precision_data("residual", arguments, half)))
     assert_computes("gram", (gram,), (panel,))
 
 

@@ -20,7 +20,6 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
     (torch.float64, torch.float64),
-    (torch.float64, torch.bfloat16),
 ]
 # n, k: tiles have 16 to 128 rows, sums are taken 16 to 64 terms at a time.
 SIZES = [(1, 1), (2, 0), (16, 3), (17, 33), (127, 31), (128, 64), (129, 65), (257, 200)]

@@ -1,0 +1,238 @@
+"""Kernels compiled ahead of time: no spills, products on matrix units, no TF32. `make kernels` checks all that ship."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from brandla_kernels import OPS  # noqa: E402
+from brandla_kernels._kernels.ahead import (  # noqa: E402
+    TARGETS,
+    Compiled,
+    Product,
+    compile_for,
+    faults,
+    target_named,
+)
+from brandla_kernels._kernels.launch import Config, Launch, recording, target_of  # noqa: E402
+from brandla_kernels._kernels.shipped import DTYPES, LAYOUTS, Specialization, specializations  # noqa: E402
+
+pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
+
+ROWS, LIST, RAGGED_LIST = (
+    next(replace(layout, widths=(128,)) for layout in LAYOUTS if layout.name == name)
+    for name in ("rows", "list", "ragged list")
+)
+TALL = {"tall_product_kernel", "inner_product_kernel", "symmetric_product_kernel"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is looked at is compiled now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def representative(target: str) -> dict[str, Specialization]:
+    """One specialisation of each kernel, dtype and way through the kernel, at full tiles, with rows and with a list."""
+    found: dict[str, Specialization] = {}
+    for case in specializations(target, layouts=(replace(ROWS, widths=(64, 128)), RAGGED_LIST), dtypes=DTYPES[:3]):
+        given = case.launch.arguments
+        ways = "".join(f", {name.lower()}" for name in ("GRAM", "SYMMETRIC") if given.get(name))
+        terms = f", {given['TERMS']} terms" if "TERMS" in given else ""
+        name = f"{case.launch.name}, {str(case.dtype).removeprefix('torch.')}, {case.layout.name}{terms}{ways}"
+        if name not in found or _work(case) > _work(found[name]):
+            found[name] = case
+    return found
+
+
+def _work(case: Specialization) -> int:
+    return sum(case.launch.config.blocks.values())
+
+
+def launches(target: str, name: str, *arguments: Any) -> list[Launch]:
+    """Record what a call of an op would start."""
+    launch = OPS[name].launch
+    assert launch is not None
+    with recording(target_named(target)) as recorded:
+        launch(*arguments)
+    return recorded
+
+
+def with_constants(launch: Launch, **constants: Any) -> Launch:
+    """Return the launch of a wrong kernel: other constants than those that ship."""
+    assert constants.keys() <= launch.arguments.keys()
+    return replace(launch, arguments=dict(launch.arguments) | constants)
+
+
+def tall(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(512, columns, dtype=dtype)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_compile_without_fault(target: str) -> None:
+    found = {name: faults(compile_for(target, case.launch)) for name, case in representative(target).items()}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx950"])
+def test_widest_product_compiles_without_fault_on_the_other_targets(target: str) -> None:
+    (launch,) = launches(target, "rotate", tall(128), tall(128), torch.zeros(128, 128), torch.zeros(128, 128))
+    compiled = compile_for(target, launch)
+    assert faults(compiled) == []
+    assert compiled.matrix_instructions
+
+
+def test_every_op_with_a_kernel_is_among_what_ships() -> None:
+    shipped = specializations("sm_90", layouts=(ROWS, LIST))
+    assert {op for case in shipped for op in case.ops} == {name for name, op in OPS.items() if op.launch is not None}
+    listed = {op for case in shipped for op in case.ops if case.layout.listed}
+    assert listed == {name for name, op in OPS.items() if op.launch is not None and op.signature.lists}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_gram_matrices_are_summed_in_float64(target: str) -> None:
+    panel = tall(64)
+    cases = {
+        "gram": (panel,),
+        "residual": (panel, panel, torch.zeros(64, 64)),
+    }
+    for name, arguments in cases.items():
+        sums = [launch for launch in launches(target, name, *arguments) if launch.name in TALL]
+        compiled = compile_for(target, sums[-1])
+        assert Product("f64", "ieee") in compiled.products
+        assert faults(compiled) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong is seen
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def product(target: str) -> Launch:
+    return launches(target, "project", tall(64), tall(64))[0]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tf32_is_seen(target: str) -> None:
+    assert "float32 products in tf32" in faults(compile_for(target, with_constants(product(target), PRECISION="tf32")))
+
+
+def test_three_products_of_tf32_are_three() -> None:
+    """What Triton's IR asks for is what the machine code does."""
+    right, wrong = (
+        compile_for("sm_80", with_constants(product("sm_80"), PRECISION=precision)) for precision in ("tf32x3", "tf32")
+    )
+    counts = [len(re.findall(r"mma\.sync\S*tf32", compiled.assembly)) for compiled in (right, wrong)]
+    assert counts[0] == 3 * counts[1] > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_products_off_the_matrix_units_are_seen(target: str) -> None:
+    compiled = compile_for(target, with_constants(product(target), PRECISION="ieee"))
+    assert "no matrix instruction for f32 products" in faults(compiled)
+
+
+@pytest.mark.parametrize(("target", "columns", "warps"), [("sm_90", 128, 4), ("gfx942", 256, 2)])
+def test_spills_are_seen(target: str, columns: int, warps: int) -> None:
+    launch = product(target)
+    config = Config(dict(launch.config.blocks) | {"BLOCK_R": 128, "BLOCK_K": columns}, warps, 1)
+    assert any("spilled" in fault for fault in faults(compile_for(target, replace(launch, config=config))))
+
+
+@pytest.mark.parametrize(
+    ("target", "memory"), [("gfx942", {"shared_bytes": 65 << 10}), ("sm_100", {"tensor_memory": 513})], ids=str
+)
+def test_too_much_memory_is_seen(target: str, memory: dict[str, int]) -> None:
+    (fault,) = faults(replace(compile_for(target, product(target)), **memory))
+    assert "does not fit" in fault
+
+
+def test_float64_products_of_sm_100_are_the_one_exception() -> None:
+    panel = tall(64, torch.float64)
+    compiled = compile_for("sm_100", launches("sm_100", "gram", panel)[0])
+    assert faults(compiled) == []
+    assert faults(replace(compiled, target="sm_90", matrix_instructions=())) == [
+        "no matrix instruction for f64 products"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loads_16_bytes(compiled: Compiled) -> bool:
+    """Say whether a thread loads 16 bytes at once anywhere: what rows promise that are aligned."""
+    return bool(
+        re.search(r"cp\.async\.cg\.\S+ .*0x10|ld\.global\S*\.v4\.|(?:global|buffer)_load_dwordx4", compiled.assembly)
+    )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target: str, transposed: bool) -> None:
+    def listed(columns: int) -> list[torch.Tensor]:
+        matrices = [torch.zeros(512, columns), torch.zeros(256, columns)]
+        return [matrix.mT.contiguous().mT for matrix in matrices] if transposed else matrices
+
+    aligned, ragged = (
+        compile_for(target, launches(target, "project", listed(columns), listed(columns))[0]) for columns in (64, 63)
+    )
+    assert loads_16_bytes(aligned)
+    # Columns of 512 and 256 rows are aligned however many there are.
+    assert loads_16_bytes(ragged) == transposed
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
+@pytest.mark.parametrize("name", ["project", "rotate"])
+def test_offsets_into_matrices_are_64_bits_wide(name: str, listed: bool) -> None:
+    small = [torch.zeros(2, 33, 33)] * 2 if listed else [torch.zeros(33, 33)] * 2
+    panels = [[tall(33), tall(33)]] * 2 if listed else [tall(33)] * 2
+    launch = launches("sm_90", name, *panels, *(small if name == "rotate" else ()))[0]
+    ir = compile_for("sm_90", launch).intermediate
+    offsets = dict(re.findall(r"(%\w+) = tt\.addptr .*, tensor<\d+x\d+x(i\d+)>", ir))
+    # The sums of `project` go to a small workspace.
+    into = re.findall(r"tt\.load (%\w+)," if name == "project" else r"tt\.(?:load|store) (%\w+),", ir)
+    assert {offsets[pointer] for pointer in into if pointer in offsets} == {"i64"}
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "programs"),
+    [
+        # 65536 registers / (128 registers · 32 lanes · 8 warps)
+        ("sm_90", 128, 8, 0, 2),
+        # 228 KB / (98 KB + 1 KB that the driver takes)
+        ("sm_90", 32, 4, 98 << 10, 2),
+        # 64 warps / 4 warps
+        ("sm_80", 32, 4, 0, 16),
+        # Each of 4 SIMDs has 512 registers a lane: 4 waves of 128, and a program of 4 waves has one on each.
+        ("gfx942", 128, 4, 0, 4),
+        ("gfx942", 128, 4, 33 << 10, 1),
+    ],
+)
+def test_occupancy_is_what_the_scarcest_resource_leaves(
+    target: str, registers: int, warps: int, shared: int, programs: int
+) -> None:
+    compiled = replace(compile_for(target, product(target)), registers=registers, shared_bytes=shared, tensor_memory=0)
+    compiled = replace(
+        compiled, launch=replace(compiled.launch, config=compiled.launch.config._replace(num_warps=warps))
+    )
+    assert compiled.programs == programs
+    assert compiled.occupancy == programs * warps / (64 if target.startswith("sm") else 32)
+
+
+def test_recording_starts_nothing() -> None:
+    panel = tall(8)
+    with recording(target_named("gfx950")) as recorded:
+        assert target_of(panel) == target_named("gfx950")
+        OPS["gram"].launch(panel)
+    assert [launch.name for launch in recorded] == ["inner_product_kernel", "sum_parts_kernel"]
