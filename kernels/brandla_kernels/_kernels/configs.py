@@ -56,9 +56,8 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     most, largest_of_four = (64, 2048) if wide else (128, 4096)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
-    long = aligned and not wide and (warps == 4 or target.arch != "sm_80")
-    stages = 2 if warps == 4 and not (aligned or wide) else 3
-    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, stages)
+    long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
+    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3)
 
 
 def sum_parts() -> Config:

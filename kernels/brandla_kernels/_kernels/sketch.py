@@ -82,11 +82,12 @@ def sketch_kernel(
     SPLITS: tl.constexpr, COMPUTE: tl.constexpr, UNIT: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of Y, SPLITS, problems). One stretch of the sum lies ``split_stride`` behind the other."""
-    problem = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1)
+    """Grid: problems × SPLITS × tiles of Y. One stretch of the sum lies ``split_stride`` behind the other."""
     tiles_w = tl.cdiv(width, BLOCK_W)
-    first_row = (tl.program_id(0) // tiles_w) * BLOCK_M
+    tiles = tl.cdiv(m, BLOCK_M) * tiles_w
+    split = (tl.program_id(0) // tiles) % SPLITS
+    problem = (tl.program_id(0) // (tiles * SPLITS)).to(tl.int64)
+    first_row = ((tl.program_id(0) % tiles) // tiles_w) * BLOCK_M
     first_column = (tl.program_id(0) % tiles_w) * BLOCK_W
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_W)
@@ -139,7 +140,7 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
             "split_stride": rows(matrix) * width, "SPLITS": splits,
             "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,
         }  # fmt: skip
-        start(sketch_kernel, (tiles, splits, operands.problems), arguments, config)
+        start(sketch_kernel, (operands.problems * splits * tiles,), arguments, config)
 
     if isinstance(matrix, list):
         listed = [one.new_empty(one.shape[0], width, dtype=dtype) for one in matrix]

@@ -84,6 +84,12 @@ def _update_tile(m, m_row, m_column, n, first_row, first_column, total, decay, w
 
 
 @triton.jit
+def tiles_of_triangle(across):
+    """Return how many tiles lie on and below the diagonal of ``across`` × ``across``."""
+    return (across * (across + 1)) // 2
+
+
+@triton.jit
 def symmetric_product_kernel(
     m_ptr, a_ptr, parts_ptr, table_ptr,
     n, k, decay: tl.float64, weight: tl.float64,
@@ -92,10 +98,11 @@ def symmetric_product_kernel(
     SPLITS: tl.constexpr, TOTAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of a triangle, SPLITS, problems). Parts, with SPLITS > 1: (problems, SPLITS, tiles, tile)."""
-    problem = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1)
-    index = tl.program_id(0)
+    """Grid: problems × SPLITS × tiles of a triangle. Parts, with SPLITS > 1: (problems, SPLITS, tiles, tile)."""
+    programs = tiles_of_triangle(tl.cdiv(n, BLOCK_N))
+    index = tl.program_id(0) % programs
+    split = (tl.program_id(0) // programs) % SPLITS
+    problem = (tl.program_id(0) // (programs * SPLITS)).to(tl.int64)
     m_entry = entry_of(table_ptr, problem, 0, 2)
     a_entry = entry_of(table_ptr, problem, 1, 2)
     n = rows_of(m_entry, n, M_LAYOUT)
@@ -121,7 +128,7 @@ def symmetric_product_kernel(
         m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
         _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
     else:
-        part = parts_ptr + ((problem * SPLITS + split) * tl.num_programs(0) + index) * BLOCK_N * BLOCK_N
+        part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
         inner = tl.arange(0, BLOCK_N)
         tl.store(part + inner[:, None] * BLOCK_N + inner[None, :], total)
 
@@ -131,9 +138,10 @@ def symmetric_update_kernel(
     m_ptr, parts_ptr, table_ptr, n, decay: tl.float64, weight: tl.float64, m_strides,
     M_LAYOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of a triangle, problems). The second half of a split product: sum of the parts, then the update."""
-    problem = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0)
+    """Grid: problems × tiles of a triangle. The second half of a split product: sum of the parts, then the update."""
+    programs = tiles_of_triangle(tl.cdiv(n, BLOCK_N))
+    index = tl.program_id(0) % programs
+    problem = (tl.program_id(0) // programs).to(tl.int64)
     m_entry = entry_of(table_ptr, problem, 0, 2)
     n = rows_of(m_entry, n, M_LAYOUT)
     tiles = tl.cdiv(n, BLOCK_N).to(tl.int64)
@@ -144,7 +152,7 @@ def symmetric_update_kernel(
     within = inner[:, None] * BLOCK_N + inner[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_N), parts_ptr.dtype.element_ty)
     for split in range(SPLITS):
-        part = parts_ptr + ((problem * SPLITS + split) * tl.num_programs(0) + index) * BLOCK_N * BLOCK_N
+        part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
         total += tl.load(part + within)
     m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
     _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
@@ -170,10 +178,10 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
         "k": k, "TOTAL": triton_dtype(total), "COMPUTE": triton_dtype(compute),
         "PRECISION": product_precision(target, compute),
     }  # fmt: skip
-    start(symmetric_product_kernel, (tiles, splits, operands.problems), product, config)
+    start(symmetric_product_kernel, (operands.problems * splits * tiles,), product, config)
     if splits > 1:
         update = {name: common[name] for name in symmetric_update_kernel.arg_names if name in common}
-        start(symmetric_update_kernel, (tiles, operands.problems), update, configs.symmetric_update(block))
+        start(symmetric_update_kernel, (operands.problems * tiles,), update, configs.symmetric_update(block))
 
 
 def _product_dtype(target: Target, total: torch.dtype, data: torch.dtype) -> torch.dtype:
