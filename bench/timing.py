@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +24,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def alternating(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Call all functions `repeats` times in turn, every other time in reverse order, and return their seconds."""
+def alternating(functions: Mapping[str, Callable[[], Any]], repeats: int, rest: float = 0.0) -> dict[str, list[float]]:
+    """Call all functions `repeats` times in turn, every other time in reverse order, and return their seconds.
+
+    Before each call there are `rest` seconds of sleep: threads of one BLAS library spin for a while after a call, and would
+    take a core from a function that uses another.
+    """
     for _ in range(WARM_UP):
         for function in functions.values():
             function()
@@ -33,6 +37,7 @@ def alternating(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dic
     with _collector_off():
         for repeat in range(repeats):
             for name in list(functions)[:: -1 if repeat % 2 else 1]:
+                sleep(rest)
                 start = perf_counter()
                 functions[name]()
                 seconds[name].append(perf_counter() - start)

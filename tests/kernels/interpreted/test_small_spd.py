@@ -30,6 +30,10 @@ FAMILIES = (
 )
 
 
+# Of the larger orders, which the interpreter takes seconds for, the families that reach every branch.
+OF_LARGE_ORDER = ("graded", "half the rank", "nearly cancelling")
+
+
 def panel_of(family: str, k: int, seed: int = 0) -> Tensor:
     """Return a (2k + 5) × k panel."""
     n = 2 * k + 5
@@ -115,7 +119,7 @@ def assert_definition(gram: Tensor, scale: Tensor, transform: Tensor, live: Tens
 def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(
     k: int, whole_first: bool, device: torch.device
 ) -> None:
-    panels = torch.stack([panel_of(family, k) for family in FAMILIES])
+    panels = torch.stack([panel_of(family, k) for family in (FAMILIES if k < 64 else OF_LARGE_ORDER)])
     gram, scale = problem_of(panels)
     of_float32_data = 64 * max(k, 1) * torch.finfo(torch.float32).eps ** 2
     for threshold in (lowest_threshold(k), of_float32_data)[: 2 if k < 64 else 1]:
