@@ -27,8 +27,8 @@ class Interval(NamedTuple):
 def alternating(functions: Mapping[str, Callable[[], Any]], repeats: int, rest: float = 0.0) -> dict[str, list[float]]:
     """Call all functions `repeats` times in turn, every other time in reverse order, and return their seconds.
 
-    Before each call there are `rest` seconds of sleep: threads of one BLAS library spin for a while after a call, and would
-    take a core from a function that uses another.
+    Before each call there are `rest` seconds of sleep: threads of one BLAS library spin for a while after a call, and
+    would take a core from a function that uses another.
     """
     for _ in range(WARM_UP):
         for function in functions.values():

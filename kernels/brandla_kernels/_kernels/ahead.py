@@ -162,8 +162,7 @@ def compile_for(target: str, launch: Launch) -> Compiled:
     """Compile ``launch`` for ``target``, a key of `TARGETS`."""
     signature, constants, attributes = specialization(target, launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.config.options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     registers, spills = _registers(compiled, text)
     return Compiled(

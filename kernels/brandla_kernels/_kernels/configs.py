@@ -33,12 +33,17 @@ def gram_splits(target: Target, tiles: int, problems: int) -> int:
     return splits(target, 4 * tiles, problems)
 
 
+def _registers(target: Target) -> int | None:
+    """Where the assembler's own limit on registers makes products spill, the most that a thread can have."""
+    return 255 if target.arch == "sm_100" else None
+
+
 def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
     """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
     if fused:
         block_n, most, block_r, stages = (32, 128, 16, 3) if dtype == torch.float64 else (64, 128, 16, 2)
     elif dtype == torch.float64:
-        block_n, most, block_r, stages = 64, 32, 16, 3
+        block_n, most, block_r, stages = 32 if target.arch == "sm_100" else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
     elif target.arch == "sm_80":
@@ -47,7 +52,7 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
     warps = 8 if block_s > (16 if fused else 32) else 4
-    return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages)
+    return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, _registers(target))
 
 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
@@ -57,7 +62,7 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
     long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
-    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3)
+    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, _registers(target))
 
 
 def sum_parts() -> Config:

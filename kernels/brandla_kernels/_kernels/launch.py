@@ -15,11 +15,22 @@ from torch import Tensor
 
 
 class Config(NamedTuple):
-    """Tile sizes (the kernel's BLOCK_ constants), warps of a program, and stages of its software pipeline."""
+    """Tile sizes (the kernel's BLOCK_ constants), warps of a program, and stages of its software pipeline.
+
+    ``registers`` of a thread, where given, takes the place of the limit that NVIDIA's assembler sets itself to fit more
+    programs on a multiprocessor, and for which it may spill.
+    """
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton takes beside the kernel's arguments."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
 class Target(NamedTuple):
@@ -63,7 +74,7 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
     if record is not None:
         record.launches.append(Launch(kernel, grid, dict(arguments), config))
         return
-    kernel[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](**arguments, **config.blocks, **config.options)
 
 
 @contextmanager
