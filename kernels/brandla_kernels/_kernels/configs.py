@@ -40,10 +40,12 @@ def _registers(target: Target) -> int | None:
 
 def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
     """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
+    # Products of float64 on sm_100 are fused multiply-adds, unrolled: small tiles of many threads.
+    unrolled = dtype == torch.float64 and target.arch == "sm_100"
     if fused:
         block_n, most, block_r, stages = (32, 128, 16, 3) if dtype == torch.float64 else (64, 128, 16, 2)
     elif dtype == torch.float64:
-        block_n, most, block_r, stages = 32 if target.arch == "sm_100" else 64, 32, 16, 3
+        block_n, most, block_r, stages = 32 if unrolled else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
     elif target.arch == "sm_80":
@@ -51,7 +53,7 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
     else:
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
-    warps = 8 if block_s > (16 if fused else 32) else 4
+    warps = 8 if block_s > (16 if fused or unrolled else 32) else 4
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, _registers(target))
 
 
@@ -80,7 +82,7 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
     # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
     most = 64 if dtype == torch.float32 and target.arch == "sm_80" else 128
     block_n = bucket(n, 16, most)
-    return Config({"BLOCK_N": block_n, "BLOCK_K": 128 // dtype.itemsize}, 8 if block_n > 64 else 4, stages)
+    return Config({"BLOCK_N": block_n, "BLOCK_K": 32}, 8 if block_n > 64 else 4, stages)
 
 
 def symmetric_update(block_n: int) -> Config:
@@ -92,7 +94,9 @@ def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Con
     """Tiles of `sketch_kernel`; ``dtype`` is that of the data."""
     stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64:
-        return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages)
+        # Without a limit of our own the assembler stops at 80 or 96 registers, and spills two.
+        registers = 255 if target.arch == "sm_90" or (target.arch == "sm_100" and aligned) else None
+        return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages, registers)
     if not aligned:
         return Config(
             {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 32 if target.arch == "sm_100" else 64)},
