@@ -7,6 +7,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import safe_eigh
 from brandla.lowrank import LowRankEigh
+from brandla.orthonormal import columns_at
 
 
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
@@ -18,9 +19,9 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
     Parameters
     ----------
     eigh
-        d (r,) and U (n, r).
+        d (..., r) and U (..., n, r).
     matrix
-        M, shape (n, n), symmetric positive semi-definite.
+        M, shape (..., n, n), symmetric positive semi-definite.
     subset
         Indices s of the columns to correct, shape (m,), int64.
 
@@ -37,10 +38,10 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)
     matrix = _check.matching_data(function, "matrix", matrix, "eigh", eigh.eigenvectors)
-    _check.shape(function, "matrix", matrix, (eigh.n, eigh.n), "the order of eigh")
+    _check.shape(function, "matrix", matrix, (*eigh.eigenvalues.shape[:-1], eigh.n, eigh.n), "the order of eigh")
     chosen = eigh.eigenvectors.index_select(-1, subset)
     values, rotation = safe_eigh(chosen.mT @ (matrix @ chosen))
     corrected = eigh.eigenvalues.index_copy(-1, subset, values)
     vectors = eigh.eigenvectors.index_copy(-1, subset, chosen @ rotation)
     ordered, order = corrected.sort(descending=True)
-    return LowRankEigh(ordered, vectors.index_select(-1, order))
+    return LowRankEigh(ordered, columns_at(vectors, order))

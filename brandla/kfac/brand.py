@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from brandla import _check
-from brandla.brand import eigh_update
+from brandla import _check, grouped
 from brandla.kfac.exact import Exact
-from brandla.kfac.randomized import Randomized
-from brandla.kfac.strategy import (
-    Average,
+from brandla.kfac.factor import (
+    Absorption,
+    FactorStrategy,
     State,
-    Strategy,
-    check_strategy,
-    eigh_of,
+    check_factor_strategy,
+    normalised,
     store,
+    stored,
+    stored_normalised,
     tensor,
 )
+from brandla.kfac.randomized import Randomized
 from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
-from brandla.subspace import subspace_update
+
+
+def update_eigh(absorptions: Sequence[Absorption]) -> None:
+    """Take columns into the decompositions of the states by Brand's update."""
+    columns, averages = columns_and_averages(absorptions)
+    updated = grouped.eigh_update([stored(state) for state, *_ in absorptions], columns, **averages)
+    for (state, *_), eigh in zip(absorptions, updated, strict=True):
+        store(state, eigh)
+
+
+def columns_and_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return the columns, and decay and weight as the grouped updates take them."""
+    decays = [absorption.average.decay for absorption in absorptions]
+    weights = [absorption.average.weight for absorption in absorptions]
+    return [absorption.columns for absorption in absorptions], {"decay": decays, "weight": weights}
 
 
 @dataclass(frozen=True)
-class Brand(Strategy):
+class Brand(FactorStrategy):
     """B-KFAC: U and d (or S) only. O(n r) memory, and time linear in n at every update.
 
     ``update="subspace"`` uses the update with no eigendecomposition: no host sync.
@@ -40,52 +56,59 @@ class Brand(Strategy):
     update: Literal["exact", "subspace"] = "exact"
 
     def __post_init__(self) -> None:
-        check_strategy(self)
+        check_factor_strategy(self)
         if self.update not in ("exact", "subspace"):
             _check.fail_value("Brand", f"update must be 'exact' or 'subspace'; got {self.update!r}")
 
-    def start(self, n: int, dtype: torch.dtype, device: torch.device) -> State:
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with nothing known."""
-        state: State = {"error_bound": torch.zeros((), dtype=dtype, device=device)}
+        state: State = {"error_bound": torch.zeros(groups, dtype=dtype, device=device)}
         if self.update == "exact":
-            store(state, LowRankEigh.zeros(n, self.rank, dtype=dtype, device=device))
+            store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
         else:
-            state["core"], state["basis"] = LowRankSym.zeros(n, self.rank, dtype=dtype, device=device)
+            zeros = LowRankSym.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device)
+            state["core"], state["basis"] = zeros
         return state
 
-    def absorb(self, state: State, columns: Tensor, average: Average) -> None:
-        """Update the decomposition with the columns."""
-        bound = tensor(state, "error_bound")
-        decay, weight = average
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Update the decompositions with the columns."""
+        columns, averages = columns_and_averages(absorptions)
+        bounds = [tensor(state, "error_bound") for state, *_ in absorptions]
         if self.update == "exact":
-            eigh, state["error_bound"] = eigh_update(
-                Tracked(eigh_of(state), bound), columns, decay=decay, weight=weight
-            )
-            store(state, eigh)
-        else:
-            sym, state["error_bound"] = subspace_update(
-                Tracked(self._sym(state), bound), columns, decay=decay, weight=weight
-            )
-            state["core"], state["basis"] = sym
+            tracked = [Tracked(stored(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
+            for (state, *_), (eigh, bound) in zip(
+                absorptions, grouped.eigh_update(tracked, columns, **averages), strict=True
+            ):
+                store(state, eigh)
+                state["error_bound"] = bound
+            return
+        syms = [Tracked(_sym(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
+        for (state, *_), ((core, basis), bound) in zip(
+            absorptions, grouped.subspace_update(syms, columns, **averages), strict=True
+        ):
+            state.update(core=core, basis=basis, error_bound=bound)
 
     def lowrank(self, state: State) -> LowRankEigh | LowRankSym:
         """``rank`` eigenpairs, or a basis of ``rank`` columns with its core."""
-        return eigh_of(state) if self.update == "exact" else self._sym(state)
+        if self.update == "exact":
+            return stored_normalised(state)
+        core, basis = _sym(state)
+        return LowRankSym(normalised(state, core), basis)
 
     def error_bound(self, state: State) -> Tensor:
         """Return the running bound that travels with the factor."""
-        return tensor(state, "error_bound")
+        return normalised(state, tensor(state, "error_bound"))
 
-    def substitute(self, n: int, k: int) -> tuple[Strategy, str] | None:
+    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space, so that a low-rank update saves nothing."""
         return substitute_for_brand(self, n, self.rank, k)
 
-    @staticmethod
-    def _sym(state: State) -> LowRankSym:
-        return LowRankSym(tensor(state, "core"), tensor(state, "basis"))
+
+def _sym(state: State) -> LowRankSym:
+    return LowRankSym(tensor(state, "core"), tensor(state, "basis"))
 
 
-def substitute_for_brand(strategy: Strategy, n: int, rank: int, k: int) -> tuple[Strategy, str] | None:
+def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int, k: int) -> tuple[FactorStrategy, str] | None:
     """Return what stands in for a Brand strategy: Exact at every step for a small order, else Randomized."""
     if rank + k < n:
         return None

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.brand import eigh_update
 from brandla.correction import ritz_correct
-from brandla.kfac.brand import substitute_for_brand
-from brandla.kfac.strategy import (
-    Average,
+from brandla.kfac.brand import substitute_for_brand, update_eigh
+from brandla.kfac.exact import add_to_dense
+from brandla.kfac.factor import (
+    Absorption,
+    FactorStrategy,
     State,
-    Strategy,
+    check_factor_strategy,
     check_period,
-    check_strategy,
     distance,
     due,
-    eigh_of,
     store,
+    stored,
+    stored_normalised,
     tensor,
 )
+from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh
-from brandla_kernels import gram_ema_
 
 
 @dataclass(frozen=True)
-class BrandCorrected(Strategy):
+class BrandCorrected(FactorStrategy):
     """B-KFAC-C: every ``correct_every`` steps, Rayleigh–Ritz on a random ``fraction`` of the columns. O(n²) memory.
 
     References
@@ -42,24 +44,23 @@ class BrandCorrected(Strategy):
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        check_strategy(self)
+        check_factor_strategy(self)
         check_period(self, "correct_every")
         if not 0 < self.fraction <= 1:
             _check.fail_value("BrandCorrected", f"fraction must be in (0, 1]; got {self.fraction}")
 
-    def start(self, n: int, dtype: torch.dtype, device: torch.device) -> State:
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix and nothing known of it."""
-        state: State = {"dense": torch.zeros(n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, self.rank, dtype=dtype, device=device))
+        state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
+        store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
         return state
 
-    def absorb(self, state: State, columns: Tensor, average: Average) -> None:
-        """Add the columns to the dense average and update the decomposition."""
-        decay, weight = average
-        gram_ema_(tensor(state, "dense"), columns, decay, weight)
-        store(state, eigh_update(eigh_of(state), columns, decay=decay, weight=weight))
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sum and update its decomposition."""
+        add_to_dense(absorptions)
+        update_eigh(absorptions)
 
-    def refresh(self, state: State, step: int, seed: int) -> None:
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Correct a random part of the columns when it is due."""
         if due(state, step, self.correct_every):
             dense = tensor(state, "dense")
@@ -67,16 +68,16 @@ class BrandCorrected(Strategy):
             generator.manual_seed(seed)
             shuffled = torch.randperm(self.rank, generator=generator, device=dense.device)
             subset = shuffled[: math.ceil(self.fraction * self.rank)]
-            store(state, ritz_correct(eigh_of(state), dense, subset))
+            store(state, ritz_correct(stored(state), dense, subset))
 
     def lowrank(self, state: State) -> LowRankEigh:
         """``rank`` eigenpairs."""
-        return eigh_of(state)
+        return stored_normalised(state)
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state)
+        return distance(state, stored_normalised(state))
 
-    def substitute(self, n: int, k: int) -> tuple[Strategy, str] | None:
+    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space."""
         return substitute_for_brand(self, n, self.rank, k)

@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Sharing = Literal["expand", "reduce"]
+from brandla.kfac.kinds import Kind
+
+# Whose gradients a backward pass brings: the loss's own, or draws that stand for its curvature.
+Pass = Literal["loss", "curvature"]
 
 
-class Pair(NamedTuple):
-    """Input (samples, *positions, d_in) and output gradient (samples, *positions, d_out) of one call of a layer."""
+class Call:
+    """One use of a weight: its input, and what gradients of its output came back."""
 
-    inputs: Tensor
-    gradients: Tensor
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+        self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
 
-    @property
-    def samples(self) -> int:
-        """Size of the leading dimension; 1 for a single vector."""
-        return self.inputs.shape[0] if self.inputs.ndim > 1 else 1
 
-    @property
-    def positions(self) -> int:
-        """Number of weight uses a sample: the product of the dimensions between the first and the last."""
-        return self.inputs.shape[1:-1].numel() if self.inputs.ndim > 2 else 1
+class Recorder:
+    """What all captures of a model have in common: which backward pass is running."""
 
-    def rows(self) -> Pair:
-        """Return the pair with one row for every sample and position."""
-        return Pair(*(part.reshape(-1, part.shape[-1]) for part in self))
-
-    def reduced(self) -> Pair:
-        """Return the pair with one row a sample: inputs averaged and gradients summed over positions."""
-        inputs, gradients = (part.reshape(self.samples, self.positions, part.shape[-1]) for part in self)
-        return Pair(inputs.mean(1), gradients.sum(1))
+    def __init__(self) -> None:
+        self.running: Pass = "loss"
 
 
 class Capture:
-    """Collects the pairs of one Linear weight between two steps.
+    """Collects the calls of one weight between two steps.
 
     Hooks sit on the output tensor of each call, not on the module: the gradient seen is that of the value the layer
     returned, also when an activation overwrites it in place. A forward pass under ``torch.no_grad`` leaves no trace,
-    and a call whose output gets no gradient contributes no pair.
+    and a call whose output gets no gradient contributes nothing.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, kind: Kind, recorder: Recorder) -> None:
         self.enabled = True
-        self.pairs: list[Pair] = []
-        self._weight = weight
+        self.calls: list[Call] = []
+        self._kind = kind
+        self._recorder = recorder
         self._fresh = False
         self._accumulated: tuple[Tensor, int] | None = None
-        self._handles: list[Any] = [weight.register_post_accumulate_grad_hook(self._note_gradient)]
+        self._handles: list[Any] = []
+        self._noting: Tensor | None = None
+        self.attach(kind)
 
-    def attach(self, module: nn.Linear) -> None:
+    def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        self._handles.append(module.register_forward_hook(self._watch_output, with_kwargs=True))
+        self._handles += kind.attach(self._record)
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -66,29 +61,39 @@ class Capture:
 
         It was empty before the first of them, and nobody has written to it since autograd did.
         """
-        gradient = self._weight.grad
+        gradient = self._kind.weight.grad
         if not self._fresh or self._accumulated is None or gradient is None:
             return False
         noted, version = self._accumulated
         return gradient is noted and gradient._version == version
 
     def clear(self) -> None:
-        """Forget the pairs."""
-        self.pairs = []
+        """Forget the calls."""
+        self.calls = []
         self._fresh = False
         self._accumulated = None
 
-    def _watch_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
-            return
-        inputs = (args[0] if args else kwargs["input"]).detach()
-        output.register_hook(lambda gradient: self._collect(inputs, gradient))
+    def _record(self, inputs: Tensor, output: Tensor) -> Tensor:
+        weight = self._kind.weight
+        if self.enabled and weight.requires_grad and torch.is_grad_enabled() and output.requires_grad:
+            self._note_gradients_of(weight)
+            call = Call(inputs.detach())
+            output.register_hook(lambda gradient: self._collect(call, gradient))
+        return output
 
-    def _collect(self, inputs: Tensor, gradient: Tensor) -> None:
-        if not self.pairs:
-            self._fresh = self._weight.grad is None
-        self.pairs.append(Pair(inputs, gradient.detach()))
+    def _collect(self, call: Call, gradient: Tensor) -> None:
+        if not self.calls:
+            self._fresh = self._kind.weight.grad is None
+        if not any(call is known for known in self.calls):
+            self.calls.append(call)
+        call.gradients[self._recorder.running].append(gradient.detach())
 
-    def _note_gradient(self, weight: Tensor) -> None:
+    def _note_gradients_of(self, weight: Tensor) -> None:
+        """Have the gradient of a weight noted, once it is trainable: a frozen one takes no such hook."""
+        if self._noting is not weight:
+            self._noting = weight
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._note))
+
+    def _note(self, weight: Tensor) -> None:
         if weight.grad is not None:
             self._accumulated = (weight.grad, weight.grad._version)

@@ -1,182 +1,162 @@
-"""One Linear layer under K-FAC: its two factors, and its gradient preconditioned by them."""
+"""One weight under K-FAC: its calls as rows, its gradient as a matrix, and the step written back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from brandla.damped import kron_damped_solve
-from brandla.kfac.capture import Capture, Pair, Sharing
-from brandla.kfac.strategy import Average, State, Strategy
-from brandla.lowrank import LowRankEigh, LowRankSym
+from brandla.kfac.capture import Call, Capture, Pass, Recorder
+from brandla.kfac.kinds import Kind, Uses
+from brandla.kfac.strategy import Curvature, Gradient, Rows, Shape, Strategy
 
-Scale = Literal["relative", "absolute"]
-
-
-@dataclass
-class Factor:
-    """One Kronecker factor: the strategy it got, and why if not the one asked for, with the state it keeps."""
-
-    n: int
-    asked: Strategy
-    strategy: Strategy = field(init=False)
-    reason: str = ""
-    count: int = 0
-    state: State = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.strategy = self.asked
-
-    def absorb(self, columns: Tensor, decay: float, scale: float) -> None:
-        """Take in ``scale`` · A Aᵀ for new columns A (n, k), choosing the strategy at the first ones."""
-        if self.count == 0:
-            replacement = self.strategy.substitute(self.n, columns.shape[-1])
-            if replacement is not None:
-                self.strategy, self.reason = replacement
-            self.state = self.strategy.start(self.n, columns.dtype, columns.device)
-        self.count += 1
-        average = Average.at(self.count, decay)
-        # In the weight, the normalisation costs no scaled copy of the columns.
-        self.strategy.absorb(self.state, columns, average._replace(weight=scale * average.weight))
-
-    def damped(self, damping: float, scale: Scale) -> tuple[LowRankEigh | LowRankSym, Tensor]:
-        """Return the factor and λ; a factor that is zero so far gets λ = 1, which leaves its side as it is."""
-        lowrank = self.strategy.lowrank(self.state)
-        largest = lowrank.largest_eigenvalue()
-        if scale == "absolute":
-            return lowrank, torch.full_like(largest, damping)
-        return lowrank, torch.where(largest > 0, damping * largest, 1)
+Sharing = Literal["expand", "reduce"]
 
 
 class Layer:
-    """A Linear weight (d_out, d_in) and its bias, with the input factor A and the output factor G.
+    """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
 
-    A is the mean of a aᵀ over samples and positions, a being the input with a 1 appended for the bias; G is the mean of
-    g gᵀ, g being the gradient of one term of a loss that is a mean over them (``docs/kfac.md``).
-    """
-
-    def __init__(self, name: str, module: nn.Linear, strategy: Strategy, sharing: Sharing) -> None:
+    def __init__(self, name: str, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
         self.name = name
-        self.weight = cast(nn.Parameter, module.weight)
-        bias: nn.Parameter | None = module.bias
-        self.bias = bias if bias is not None and bias.requires_grad else None
+        self.kind = kind
+        self.strategy = strategy
         self.sharing = sharing
-        self.capture = Capture(self.weight)
-        self.capture.attach(module)
-        d_out, d_in = module.weight.shape
-        self.input = Factor(d_in + (self.bias is not None), strategy)
-        self.output = Factor(d_out, strategy)
-        self._stacked_rows: tuple[Tensor, Tensor] | None = None
+        self.has_bias = kind.bias is not None
+        self.capture = Capture(kind, recorder)
+        self.curvature: Curvature = strategy.curvature(self.shape)
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
 
     @property
-    def started(self) -> bool:
-        """Whether the factors hold data."""
-        return self.input.count > 0
-
-    @property
     def dtype(self) -> torch.dtype:
         """Precision of factors and of the step: that of the weight, but at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(self.kind.weight.dtype, torch.float32)
 
-    def forget_rows(self) -> None:
-        """Drop the rows stacked for a step."""
-        self._stacked_rows = None
+    @property
+    def shape(self) -> Shape:
+        """Of the weight and its bias as a matrix."""
+        groups, d_out, d_in = self.kind.shape
+        device = self.kind.weight.device
+        return Shape(groups, d_out, d_in + self.has_bias, self.dtype, device, self.kind.one_hot, self.kind.single)
 
-    def absorb(self, decay: float) -> None:
-        """Take the captured pairs into both factors."""
-        if self.sharing == "expand":
-            inputs, gradients = self._rows()
-        else:
-            inputs, gradients = self._stacked([pair.reduced() for pair in self.capture.pairs])
-        count = len(inputs)
-        self.input.absorb(inputs.mT, decay, 1 / count)
-        self.output.absorb(gradients.mT, decay, count)
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is anything to precondition."""
+        return self.kind.weight.grad is not None
 
-    def step(self, damping: float, scale: Scale, clip: float | None, *, may_be_linear: bool) -> None:
-        """Overwrite the gradient with (G + λ_G I)⁻¹ (∂W) (A + λ_A I)⁻¹, clipped."""
-        left, left_damping = self.output.damped(damping, scale)
-        right, right_damping = self.input.damped(damping, scale)
-        tails = {"left_tail": self.output.strategy.tail, "right_tail": self.input.strategy.tail}
-        pair = self._pair() if may_be_linear else None
-        if pair is None:
-            step = kron_damped_solve(left, right, self._gradient(), left_damping, right_damping, **tails)
-            self._write(step * _clipping(step.square().mean(), clip))
-            return
-        first, second = kron_damped_solve(left, right, pair, left_damping, right_damping, **tails)
-        # ‖P Qᵀ‖_F² = ⟨PᵀP, QᵀQ⟩: the clip, too, needs no d_out × d_in matrix.
-        mean_square = ((first.mT @ first) * (second.mT @ second)).sum() / (first.shape[0] * second.shape[0])
-        self._write_product(first * _clipping(mean_square, clip), second)
-
-    def _pair(self) -> tuple[Tensor, Tensor] | None:
-        """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it."""
-        columns = sum(pair.samples * pair.positions for pair in self.capture.pairs)
-        ranks = (
-            self.output.strategy.lowrank(self.output.state).rank + self.input.strategy.lowrank(self.input.state).rank
-        )
-        if columns == 0 or self.linear is False or columns > 2 * ranks or not self.capture.gradient_is_pairs():
+    def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
+        """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
+        calls = [call for call in self.capture.calls if call.gradients[of]]
+        if not calls:
             return None
-        inputs, gradients = self._rows()
-        pair = gradients.mT, inputs.mT
+        return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
+
+    def pair(self, rows: Rows | None) -> tuple[Tensor, Tensor] | None:
+        """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
+
+        ``rows`` are those of the loss's own gradients, where they were stacked already.
+        """
+        rank = self.curvature.rank()
+        if self.linear is False or rank is None or self.kind.one_hot or self.kind.single:
+            return None
+        calls = [call for call in self.capture.calls if call.gradients["loss"]]
+        if not calls or not self.capture.gradient_is_pairs():
+            return None
+        if rows is None or self.sharing == "reduce":
+            rows = self._stacked(calls, "loss", None, reduce=False)
+        if rows.uses > 2 * rank:
+            return None
+        pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
         return pair if self.linear else None
 
+    def gradient(self) -> Tensor:
+        """Return the gradient as a matrix."""
+        weight = self.kind.weight.grad
+        assert weight is not None
+        matrix = self.kind.matrix(weight.to(self.dtype))
+        if not self.has_bias:
+            return matrix
+        return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
+
+    def write(self, step: Gradient, factor: Tensor | float) -> None:
+        """Overwrite the gradient with ``factor`` times the step."""
+        weight, bias = self.kind.weight.grad, self.kind.bias
+        assert weight is not None
+        d_in = self.kind.shape[2]
+        if isinstance(step, Tensor):
+            matrix, column = step[..., :d_in] * factor, step[..., -1:] * factor
+        else:
+            first, second = step[0] * factor, step[1]
+            if self._writes_directly(weight):
+                torch.mm(first, second[:d_in].mT, out=weight)
+                matrix = None
+            else:
+                matrix = first @ second[..., :d_in, :].mT
+            column = first @ second[..., -1:, :].mT
+        if matrix is not None:
+            weight.copy_(matrix.reshape(weight.shape))
+        if self.has_bias and bias is not None and bias.grad is not None:
+            bias.grad.copy_(column.reshape(bias.shape))
+
+    def _writes_directly(self, weight: Tensor) -> bool:
+        return weight.ndim == 2 and not self.kind.shape[0] and weight.dtype == self.dtype
+
+    def _bias_column(self, matrix: Tensor) -> Tensor:
+        bias = self.kind.bias
+        if bias is None or bias.grad is None:
+            return matrix.new_zeros(*matrix.shape[:-1], 1)
+        return bias.grad.to(self.dtype).reshape(*matrix.shape[:-1], 1)
+
+    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
+        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
+        inputs, gradients, positions = [], [], set()
+        count = 0
+        for call in calls:
+            for index, gradient in enumerate(call.gradients[of]):
+                uses = self.kind.uses(call.inputs, gradient)
+                uses = _reduced(uses) if reduce and not self.kind.one_hot else uses
+                samples = uses.gradients.shape[-3]
+                positions.add(uses.gradients.shape[-2])
+                gradients.append(uses.gradients.flatten(-3, -2))
+                if of == "loss" or index == 0 or self.kind.single:
+                    inputs.append(uses.inputs.flatten(-3, -2) if not self.kind.one_hot else uses.inputs.flatten())
+                if of == "loss" or index == 0:
+                    count += samples * uses.gradients.shape[-2]
+        return Rows(
+            self._with_one(_joined(inputs, -2)),
+            self._unscaled(_joined(gradients, -2).to(self.dtype), scale),
+            count,
+            positions.pop() if len(positions) == 1 else 1,
+        )
+
+    def _with_one(self, inputs: Tensor) -> Tensor:
+        """Append the 1 of the bias, in the factors' dtype; indices and whole gradients stay."""
+        if self.kind.one_hot:
+            return inputs
+        inputs = inputs.to(self.dtype)
+        if self.kind.single or not self.has_bias:
+            return inputs
+        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+
+    def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
+        return gradients if scale is None else gradients / scale
+
     def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
-        gradient = self._gradient()
-        difference = torch.linalg.matrix_norm(first @ second.mT - gradient)
-        eps = max(torch.finfo(part.dtype).eps for part in (*self.capture.pairs[0], self.weight))
-        bound = 8 * eps * torch.linalg.matrix_norm(first) * torch.linalg.matrix_norm(second)
+        difference = torch.linalg.vector_norm(first @ second.mT - self.gradient())
+        call = self.capture.calls[0]
+        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
+        bound = 8 * eps * torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
         return bool(difference <= bound)
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """One row for every sample and position, stacked once a step for both the factors and the application."""
-        if self._stacked_rows is None:
-            self._stacked_rows = self._stacked([pair.rows() for pair in self.capture.pairs])
-        return self._stacked_rows
 
-    def _stacked(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-        """Rows of inputs, with the 1 of the bias, and rows of gradients, in the factors' dtype."""
-        inputs = torch.cat([pair.inputs for pair in pairs]).to(self.dtype)
-        gradients = torch.cat([pair.gradients for pair in pairs]).to(self.dtype)
-        if self.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        return inputs, gradients
-
-    def _gradient(self) -> Tensor:
-        assert self.weight.grad is not None
-        gradient = self.weight.grad.to(self.dtype)
-        if self.bias is None:
-            return gradient
-        bias = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
-        return torch.cat([gradient, bias[:, None].to(self.dtype)], dim=1)
-
-    def _write(self, step: Tensor) -> None:
-        assert self.weight.grad is not None
-        self.weight.grad.copy_(step[:, : self.weight.shape[1]])
-        self._write_bias(step[:, -1])
-
-    def _write_product(self, first: Tensor, second: Tensor) -> None:
-        assert self.weight.grad is not None
-        d_in = self.weight.shape[1]
-        if self.weight.dtype == self.dtype:
-            torch.mm(first, second[:d_in].mT, out=self.weight.grad)
-        else:
-            self.weight.grad.copy_(first @ second[:d_in].mT)
-        self._write_bias(first @ second[-1])
-
-    def _write_bias(self, step: Tensor) -> None:
-        if self.bias is not None and self.bias.grad is not None:
-            self.bias.grad.copy_(step)
+def _reduced(uses: Uses) -> Uses:
+    """Average inputs and sum gradients over positions."""
+    return Uses(uses.inputs.mean(-2, keepdim=True), uses.gradients.sum(-2, keepdim=True))
 
 
-def _clipping(mean_square: Tensor, clip: float | None) -> Tensor | float:
-    """min(1, clip / RMS), on the device."""
-    if clip is None:
-        return 1.0
-    return (clip / mean_square.sqrt()).clamp(max=1.0)
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if parts[0].ndim == 1 else dim)

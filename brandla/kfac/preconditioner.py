@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import Tensor, nn
 
 from brandla import _check
 from brandla.kfac.brand import Brand
-from brandla.kfac.capture import Sharing
-from brandla.kfac.layer import Factor, Layer, Scale
+from brandla.kfac.capture import Recorder
+from brandla.kfac.clip import clipping
+from brandla.kfac.find import find_layers
+from brandla.kfac.layer import Layer, Sharing
+from brandla.kfac.options import ByModule, Options, Schedule, sharings, strategies
 from brandla.kfac.report import Report, describe
-from brandla.kfac.strategy import Strategy
+from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Scale, Strategy
+from brandla_kernels import reads_are_free
 
-_FORMAT = 1
+_FORMAT = 2
 _DEFAULT = Brand(rank=128)
 
 
 class KFAC:
-    """Precondition the gradients of a model's Linear layers: ∂W ← (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹.
+    """Precondition the gradients of a model's layers: ∂W ← (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹.
 
     Use it between ``loss.backward()`` and ``optimizer.step()``; every other parameter is left to the optimizer.
 
     Parameters
     ----------
     model
-        Any module; its ``nn.Linear`` layers with a trainable weight are preconditioned. Modules that share a weight are
-        one layer, with the bias of the first.
+        Any module. Modules that share a weight are one layer, with the bias of the first.
     inverse
-        The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`,
-        `BrandCorrected`.
+        The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`. One for all layers, or a
+        mapping from module names, which holds for all that they contain; ``""`` names the model.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip
-        Largest RMS of the entries of a layer's step; None for no clipping.
+        Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
         ρ of the factors' exponential average, in [0, 1); normalised so that the first batches count fully.
     factor_every
-        Take data into the factors at every so many steps.
+        Take data into the factors at every so many steps. ``damping``, ``clip``, ``decay`` and ``factor_every`` are
+        numbers, or functions of the step's number (from 0).
     sharing
         For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
         ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, or a mapping from module
         names.
     damping_scale
         ``"relative"`` or ``"absolute"``.
+    clip_by
+        ``"rms"``: the root mean square of the entries of each layer's step. ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
     application
         ``"auto"`` applies the factors to the pair of inputs and output gradients, whose cost is linear in the layer's
         size, wherever the gradient is exactly that pair and the pair is thin; ``"two-sided"`` always applies them to
@@ -58,13 +63,14 @@ class KFAC:
     Raises
     ------
     ValueError, TypeError
-        For options out of range, and for a model with no Linear layer to precondition.
+        For options out of range, and for a model with no layer to precondition.
 
     Notes
     -----
     The loss is taken to be a mean over samples (and positions, for ``"expand"``); a sum scales G only. Whether the
     pair is the whole gradient is told from the gradient's history, and compared once in a layer's life with one
-    read-back.
+    read-back. A batch with a non-finite value anywhere is skipped: factors stay as they are and all gradients of the
+    model become 0, on the device.
 
     Examples
     --------
@@ -80,29 +86,26 @@ class KFAC:
     def __init__(
         self,
         model: nn.Module,
-        inverse: Strategy = _DEFAULT,
+        inverse: ByModule[Strategy] = _DEFAULT,
         *,
-        damping: float = 0.03,
-        clip: float | None = 0.07,
-        decay: float = 0.95,
-        factor_every: int = 1,
-        sharing: Sharing | Mapping[str, Sharing] = "expand",
+        damping: Schedule[float] = 0.03,
+        clip: Schedule[float | None] = 0.07,
+        decay: Schedule[float] = 0.95,
+        factor_every: Schedule[int] = 1,
+        sharing: ByModule[Sharing] = "expand",
         damping_scale: Scale = "relative",
+        clip_by: Literal["rms", "kl"] = "rms",
         application: Literal["auto", "two-sided"] = "auto",
         seed: int = 0,
     ) -> None:
-        _check_options(inverse, damping, clip, decay, factor_every, damping_scale, application, seed)
-        self.damping = damping
-        self.clip = clip
-        self.decay = decay
-        self.factor_every = factor_every
-        self.damping_scale = damping_scale
-        self.application = application
-        self.seed = seed
+        by_name = strategies(model, inverse, _DEFAULT)
+        self.options = Options(damping, clip, decay, factor_every, damping_scale, clip_by, application, seed)
+        self._model = model
+        self._recorder = Recorder()
         self._steps = 0
         self._warned = False
-        rule = _sharing_rule(model, sharing)
-        self._layers, self._unsupported = _find_layers(model, inverse, rule)
+        self._skipped: Tensor | None = None
+        self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -114,12 +117,10 @@ class KFAC:
             In a process group of more than one process, whose replicas would drift apart.
         """
         _check_single_process()
-        for index, layer in enumerate(self._layers):
-            # Rows of a step that was broken off would be stale.
-            layer.forget_rows()
-            if layer.weight.grad is not None:
-                self._step_layer(index, layer)
-            layer.forget_rows()
+        layers = [layer for layer in self._layers if layer.has_gradient]
+        if layers:
+            self._step(layers)
+        for layer in self._layers:
             layer.capture.clear()
         self._steps += 1
         self._choose_captures()
@@ -127,7 +128,8 @@ class KFAC:
 
     def report(self) -> Report:
         """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's."""
-        return describe(self._layers, self._unsupported)
+        skipped = 0 if self._skipped is None else int(self._skipped)
+        return describe(self._layers, self._unsupported, skipped)
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -137,15 +139,10 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
 
-        Pairs captured since the last step are not in it: save between a step and the next backward pass.
+        Data captured since the last step is not in it: save between a step and the next backward pass.
         """
         layers = {
-            layer.name: {
-                "input": _factor_state(layer.input),
-                "output": _factor_state(layer.output),
-                "linear": layer.linear,
-            }
-            for layer in self._layers
+            layer.name: {"curvature": layer.curvature.state_dict(), "linear": layer.linear} for layer in self._layers
         }
         return {"format": _FORMAT, "steps": self._steps, "layers": layers}
 
@@ -157,32 +154,66 @@ class KFAC:
         ValueError
             If it does not; nothing is changed then.
         """
-        loaded = _check_state(self._layers, state)
-        for layer, (factors, linear) in zip(self._layers, loaded, strict=True):
-            layer.input, layer.output = factors
-            layer.linear = linear
+        curvatures = self._loaded(state)
+        for layer, curvature in zip(self._layers, curvatures, strict=True):
+            layer.curvature = curvature
+            layer.linear = state["layers"][layer.name]["linear"]
             layer.capture.clear()
         self._steps = int(state["steps"])
         self._choose_captures()
 
-    def _step_layer(self, index: int, layer: Layer) -> None:
-        if layer.capture.pairs and (not layer.started or self._steps % self.factor_every == 0):
-            layer.absorb(self.decay)
-        if not layer.started:
-            return
-        for side, factor in enumerate((layer.input, layer.output)):
-            factor.strategy.refresh(factor.state, self._steps, self._seed_of(2 * index + side))
-        layer.step(self.damping, self.damping_scale, self.clip, may_be_linear=self.application == "auto")
+    def _step(self, layers: list[Layer]) -> None:
+        now_options = self.options.at(self._steps)
+        absorbing = {
+            layer: rows
+            for layer in layers
+            if (self._steps % now_options.factor_every == 0 or not layer.curvature.started)
+            and (rows := layer.rows("loss", None)) is not None
+        }
+        mask = _Mask.of([*_parts(absorbing.values()), *_gradients(self._model)])
+        absorbing = {layer: mask.rows(rows) for layer, rows in absorbing.items()}
+        damping = Damping(now_options.damping, self.options.damping_scale)
+        # Seeds are apart for every step and factor, and the same when training continues from a checkpoint.
+        seed = (self.options.seed * 1_000_003 + self._steps) * 65_537
+        now = Now(self._steps, seed, now_options.decay, damping, mask.finite)
+        for strategy, members in _by_strategy(absorbing).items():
+            strategy.absorb([layer.curvature for layer in members], [absorbing[layer] for layer in members], now)
+        self._precondition([layer for layer in layers if layer.curvature.started], absorbing, now, now_options.clip)
+        mask.clear(self._model)
+        self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+
+    def _precondition(self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None) -> None:
+        auto = self.options.application == "auto"
+        gradients: dict[Layer, Gradient] = {}
+        steps: dict[Layer, Gradient] = {}
+        for layer in layers:
+            pair = layer.pair(rows.get(layer)) if auto else None
+            gradients[layer] = layer.gradient() if pair is None else pair
+        for strategy, members in _by_strategy(layers).items():
+            problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
+            steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
+        factors = clipping([steps[layer] for layer in layers], list(gradients.values()), clip, self.options.clip_by)
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.write(steps[layer], factor)
+
+    def _loaded(self, state: Mapping[str, Any]) -> list[Curvature]:
+        """Build the curvatures that ``state`` describes, or raise before anything is changed."""
+        function = "KFAC.load_state_dict"
+        if state.get("format") != _FORMAT:
+            _check.fail_value(function, f"the state must have format {_FORMAT}; got {state.get('format')!r}")
+        saved = state["layers"]
+        names = [layer.name for layer in self._layers]
+        if sorted(saved) != sorted(names):
+            missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
+            _check.fail_value(function, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
+        return [layer.curvature.loaded(saved[layer.name]["curvature"], layer.name) for layer in self._layers]
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""
+        every = self.options.at(self._steps).factor_every
         for layer in self._layers:
-            wanted = self._steps % self.factor_every == 0 or not layer.started
-            layer.capture.enabled = wanted or (self.application == "auto" and layer.linear is not False)
-
-    def _seed_of(self, factor: int) -> int:
-        # Apart for every step and factor, and the same when training continues from a checkpoint.
-        return (self.seed * 1_000_003 + self._steps) * 65_537 + factor
+            wanted = self._steps % every == 0 or not layer.curvature.started
+            layer.capture.enabled = wanted or (self.options.application == "auto" and layer.linear is not False)
 
     def _warn_of_substitutes(self) -> None:
         if self._warned:
@@ -190,7 +221,7 @@ class KFAC:
         replaced = [
             f"{layer.name} ({side}): {factor.reason}"
             for layer in self._layers
-            for side, factor in (("input", layer.input), ("output", layer.output))
+            for side, factor in layer.curvature.factors()
             if factor.reason
         ]
         if replaced:
@@ -202,6 +233,53 @@ class KFAC:
             )
 
 
+class _Mask(NamedTuple):
+    """Whether everything of a step is finite, and what becomes of it if not; a device is not waited for."""
+
+    finite: Tensor
+    known_finite: bool
+
+    @classmethod
+    def of(cls, parts: list[Tensor]) -> _Mask:
+        """Look at all parts once."""
+        finite = nn.utils.get_total_norm(parts, float("inf")).isfinite()
+        return cls(finite, reads_are_free(finite) and bool(finite))
+
+    def rows(self, rows: Rows) -> Rows:
+        """Return the rows, or zeros."""
+        if self.known_finite:
+            return rows
+        inputs = rows.inputs if not rows.inputs.is_floating_point() else self._or_zero(rows.inputs)
+        return rows._replace(inputs=inputs, gradients=self._or_zero(rows.gradients))
+
+    def clear(self, model: nn.Module) -> None:
+        """Make all gradients of the model 0 unless finite."""
+        if not self.known_finite:
+            for gradient in _gradients(model):
+                gradient.masked_fill_(~self.finite, 0)
+
+    def _or_zero(self, part: Tensor) -> Tensor:
+        return torch.where(self.finite, part, 0)
+
+
+def _parts(rows: Iterable[Rows]) -> Iterable[Tensor]:
+    for inputs, gradients, *_ in rows:
+        if inputs.is_floating_point():
+            yield inputs
+        yield gradients
+
+
+def _gradients(model: nn.Module) -> Iterable[Tensor]:
+    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+def _by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:
+    members: dict[Strategy, list[Layer]] = {}
+    for layer in layers:
+        members.setdefault(layer.strategy, []).append(layer)
+    return members
+
+
 def _check_single_process() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -211,142 +289,3 @@ def _check_single_process() -> None:
             f" got {world}; precondition in one process, or train with the optimizer alone"
         )
         raise RuntimeError(message)
-
-
-def _find_layers(model: nn.Module, inverse: Strategy, rule: Mapping[str, Sharing]) -> tuple[list[Layer], list[str]]:
-    layers: dict[int, Layer] = {}
-    unsupported: list[str] = []
-    linear = [(name, module) for name, module in model.named_modules() if _is_supported(module)]
-    for name, module in linear:
-        known = layers.get(id(module.weight))
-        if known is None:
-            layers[id(module.weight)] = Layer(name or "(model)", module, inverse, rule.get(name, rule[""]))
-        else:
-            known.capture.attach(module)
-            if module.bias is not None and module.bias is not known.bias:
-                unsupported.append(f"{name}.bias")
-    supported = {id(module) for _, module in linear}
-    for name, module in model.named_modules():
-        trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if trainable and id(module) not in supported:
-            unsupported.append(name or "(model)")
-    if not layers:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        _check.fail_value(
-            "KFAC",
-            "the model must have an nn.Linear with a trainable weight; got modules of type "
-            f"{', '.join(kinds)}; train it with the optimizer alone",
-        )
-    return list(layers.values()), unsupported
-
-
-def _is_supported(module: nn.Module) -> bool:
-    # MultiheadAttention reads its projections' weights without calling them, so no input of theirs is ever seen.
-    return (
-        isinstance(module, nn.Linear)
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-        and not isinstance(module.weight, nn.parameter.UninitializedParameter)
-        and module.weight.requires_grad
-    )
-
-
-def _sharing_rule(model: nn.Module, sharing: Sharing | Mapping[str, Sharing]) -> dict[str, Sharing]:
-    """Return a mapping from module names to sharing, with the default under the empty name."""
-    rule: dict[str, Any] = {"": "expand", **sharing} if isinstance(sharing, Mapping) else {"": sharing}
-    names = {name for name, _ in model.named_modules()}
-    for name, value in rule.items():
-        if value not in ("expand", "reduce"):
-            _check.fail_value("KFAC", f"sharing must be 'expand' or 'reduce'; got {value!r}")
-        if name not in names:
-            _check.fail_value("KFAC", f"sharing must name modules of the model; it has no module {name!r}")
-    return cast(dict[str, Sharing], rule)
-
-
-def _check_options(
-    inverse: Strategy,
-    damping: float,
-    clip: float | None,
-    decay: float,
-    factor_every: int,
-    damping_scale: str,
-    application: str,
-    seed: int,
-) -> None:
-    if not isinstance(inverse, Strategy):
-        kind = inverse.__name__ if isinstance(inverse, type) else type(inverse).__name__
-        _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128); got {kind}")
-    if not 0 < damping < float("inf"):
-        _check.fail_value("KFAC", f"damping must be finite and > 0; got {damping}")
-    if clip is not None and not 0 < clip < float("inf"):
-        _check.fail_value("KFAC", f"clip must be finite and > 0, or None; got {clip}")
-    if not 0 <= decay < 1:
-        _check.fail_value("KFAC", f"decay must be in [0, 1); got {decay}")
-    _check.count("KFAC", "factor_every", factor_every, 1)
-    _check.count("KFAC", "seed", seed, 0)
-    if damping_scale not in ("relative", "absolute"):
-        _check.fail_value("KFAC", f"damping_scale must be 'relative' or 'absolute'; got {damping_scale!r}")
-    if application not in ("auto", "two-sided"):
-        _check.fail_value("KFAC", f"application must be 'auto' or 'two-sided'; got {application!r}")
-
-
-def _factor_state(factor: Factor) -> dict[str, Any]:
-    state = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in factor.state.items()}
-    return {"strategy": repr(factor.strategy), "reason": factor.reason, "count": factor.count, "state": state}
-
-
-def _check_state(layers: list[Layer], state: Mapping[str, Any]) -> list[tuple[tuple[Factor, Factor], bool | None]]:
-    """Build the factors that ``state`` describes, or raise before anything is changed."""
-    function = "KFAC.load_state_dict"
-    if state.get("format") != _FORMAT:
-        _check.fail_value(function, f"the state must have format {_FORMAT}; got {state.get('format')!r}")
-    saved = state["layers"]
-    names = [layer.name for layer in layers]
-    if sorted(saved) != sorted(names):
-        missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
-        _check.fail_value(function, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
-    return [
-        (
-            (
-                _load_factor(layer, "input", layer.input, saved[layer.name]),
-                _load_factor(layer, "output", layer.output, saved[layer.name]),
-            ),
-            saved[layer.name]["linear"],
-        )
-        for layer in layers
-    ]
-
-
-def _load_factor(layer: Layer, side: str, factor: Factor, saved: Mapping[str, Any]) -> Factor:
-    function = "KFAC.load_state_dict"
-    entry = saved[side]
-    count = int(entry["count"])
-    loaded = Factor(factor.n, factor.asked, reason=entry["reason"], count=count)
-    if count == 0:
-        return loaded
-    loaded.strategy = _strategy_named(factor, entry, f"{layer.name} ({side})")
-    expected = loaded.strategy.start(factor.n, layer.dtype, layer.weight.device)
-    for name, value in entry["state"].items():
-        template = expected.get(name)
-        if not isinstance(value, torch.Tensor):
-            loaded.state[name] = value
-            continue
-        if not isinstance(template, torch.Tensor) or template.shape != value.shape:
-            wanted = tuple(template.shape) if isinstance(template, torch.Tensor) else "nothing"
-            _check.fail_value(
-                function, f"{layer.name} ({side}): {name} must have shape {wanted}; got {tuple(value.shape)}"
-            )
-        loaded.state[name] = value.to(device=template.device, dtype=template.dtype, copy=True)
-    return loaded
-
-
-def _strategy_named(factor: Factor, entry: Mapping[str, Any], where: str) -> Strategy:
-    """Find the strategy that was saved: the one asked for, or one it gives way to."""
-    candidates = [factor.asked]
-    replacement = factor.asked.substitute(factor.n, factor.n)
-    if replacement is not None:
-        candidates.append(replacement[0])
-    for candidate in candidates:
-        if repr(candidate) == entry["strategy"]:
-            return candidate
-    rule = f"the strategy must be {candidates[0]!r}, as in this preconditioner"
-    _check.fail_value("KFAC.load_state_dict", f"{where}: {rule}; the state has {entry['strategy']}")

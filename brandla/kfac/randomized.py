@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,26 +10,27 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.exact import Exact
-from brandla.kfac.strategy import (
-    Average,
+from brandla.kfac.exact import Exact, add_to_dense
+from brandla.kfac.factor import (
+    Absorption,
+    FactorStrategy,
     State,
-    Strategy,
+    check_factor_strategy,
     check_period,
-    check_strategy,
     distance,
     due,
-    eigh_of,
+    normalised,
     store,
+    stored,
     tensor,
 )
+from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh
 from brandla.randomized import randomized_eigh, randomized_svd
-from brandla_kernels import gram_ema_
 
 
 @dataclass(frozen=True)
-class Randomized(Strategy):
+class Randomized(FactorStrategy):
     """RS-KFAC (``method="svd"``) and SRE-KFAC (``method="eigh"``): O(n²) memory, O(n² r) at a renewal.
 
     References
@@ -43,27 +45,27 @@ class Randomized(Strategy):
     inverse_every: int = 10
 
     def __post_init__(self) -> None:
-        check_strategy(self)
+        check_factor_strategy(self)
         check_period(self, "inverse_every")
         _check.count("Randomized", "oversample", self.oversample, 0)
         _check.count("Randomized", "power_iterations", self.power_iterations, 0)
         if self.method not in ("svd", "eigh"):
             _check.fail_value("Randomized", f"method must be 'svd' or 'eigh'; got {self.method!r}")
 
-    def start(self, n: int, dtype: torch.dtype, device: torch.device) -> State:
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix."""
-        state: State = {"dense": torch.zeros(n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, self.rank, dtype=dtype, device=device))
+        state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
+        store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
         return state
 
-    def absorb(self, state: State, columns: Tensor, average: Average) -> None:
-        """Add the columns to the dense average."""
-        gram_ema_(tensor(state, "dense"), columns, average.decay, average.weight)
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sum."""
+        add_to_dense(absorptions)
 
-    def refresh(self, state: State, step: int, seed: int) -> None:
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose the dense average when it is due."""
         if due(state, step, self.inverse_every):
-            store(state, self.decompose(tensor(state, "dense"), seed))
+            store(state, self.decompose(normalised(state, tensor(state, "dense")), seed))
 
     def decompose(self, matrix: Tensor, seed: int) -> LowRankEigh:
         """Return the leading eigenpairs of ``matrix`` from a random start that ``seed`` fixes."""
@@ -88,13 +90,13 @@ class Randomized(Strategy):
 
     def lowrank(self, state: State) -> LowRankEigh:
         """``rank`` eigenpairs."""
-        return eigh_of(state)
+        return stored(state)
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state)
+        return distance(state, stored(state))
 
-    def substitute(self, n: int, k: int) -> tuple[Strategy, str] | None:
+    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
         if self.rank + self.oversample < n:
             return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from brandla.kfac.layer import Factor, Layer
+from brandla.kfac.factor import Factor
+from brandla.kfac.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class FactorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All factors of a preconditioner, and the modules whose parameters are left to the optimizer."""
+    """All factors of a preconditioner, the modules left to the optimizer, and the number of batches skipped."""
 
     factors: list[FactorReport]
     unsupported: list[str]
+    skipped: int = 0
 
     def __str__(self) -> str:
         header = ("layer", "side", "n", "strategy", "rank", "error bound", "memory", "dense", "note")
@@ -39,33 +42,31 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.unsupported:
             lines.append("left to the optimizer: " + ", ".join(self.unsupported))
+        if self.skipped:
+            lines.append(f"batches skipped for values that are not finite: {self.skipped}")
         return "\n".join(lines)
 
 
-def describe(layers: list[Layer], unsupported: list[str]) -> Report:
+def describe(layers: list[Layer], unsupported: list[str], skipped: int) -> Report:
     """Read every factor; waits for the device."""
-    rows = [
-        row
-        for layer in layers
-        for row in (_describe(layer.name, "input", layer.input), _describe(layer.name, "output", layer.output))
-    ]
-    return Report(rows, unsupported)
+    rows = [_describe(layer.name, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
+    return Report(rows, unsupported, skipped)
 
 
 def _describe(layer: str, side: Literal["input", "output"], factor: Factor) -> FactorReport:
-    tensors = [value for value in factor.state.values() if isinstance(value, Tensor)]
-    itemsize = tensors[0].element_size() if tensors else 4
-    started = factor.count > 0
+    tensors = [part for part in factor.state.values() if isinstance(part, Tensor)]
+    groups = math.prod(factor.groups)
+    lowrank = factor.lowrank() if factor.started else None
     return FactorReport(
         layer=layer,
         side=side,
         n=factor.n,
         strategy=repr(factor.strategy),
-        reason=factor.reason if started else "no data yet",
-        rank=factor.strategy.lowrank(factor.state).rank if started else None,
-        error_bound=float(factor.strategy.error_bound(factor.state)) if started else None,
-        bytes=sum(value.numel() * value.element_size() for value in tensors),
-        dense_bytes=factor.n**2 * itemsize,
+        reason=factor.reason if factor.started else "no data yet",
+        rank=None if lowrank is None else lowrank.rank,
+        error_bound=float(factor.strategy.error_bound(factor.state).max()) if factor.started else None,
+        bytes=sum(part.numel() * part.element_size() for part in tensors),
+        dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
     )
 
 

@@ -1,110 +1,137 @@
-"""What a K-FAC system is to the loop: how a factor starts, takes in data, is refreshed, and is read."""
+"""What a K-FAC system is to the loop: it makes the curvature of each layer, feeds it, and solves with it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from brandla import _check
-from brandla.lowrank import LowRankEigh, LowRankSym
+if TYPE_CHECKING:
+    from brandla.kfac.factor import Factor
 
-State = dict[str, Tensor | int]
+Scale = Literal["relative", "absolute"]
+# The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
+Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Average(NamedTuple):
-    """Weights of one step of an exponential average: M ← decay · M + weight · A Aᵀ."""
+class Shape(NamedTuple):
+    """Of a layer's weight as a matrix (*groups, d_out, d_in), the bias's column counted in.
 
+    ``one_hot`` inputs are given as indices, and their factor is diagonal. ``single`` layers have no output factor:
+    their input rows are whole gradients of samples.
+    """
+
+    groups: tuple[int, ...]
+    d_out: int
+    d_in: int
+    dtype: torch.dtype
+    device: torch.device
+    one_hot: bool = False
+    single: bool = False
+
+
+class Rows(NamedTuple):
+    """Uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
+
+    The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
+    curvature takes m gradients of every use. One-hot inputs are (N,) indices; those of single layers are m N rows.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    uses: int
+    positions: int = 1
+
+
+class Damping(NamedTuple):
+    """λ, relative to each factor's largest eigenvalue or absolute."""
+
+    value: float
+    scale: Scale
+
+    def of(self, largest: Tensor) -> Tensor:
+        """Return λ for factors of these largest eigenvalues; 1 for one that is zero so far, which leaves its side."""
+        if self.scale == "absolute":
+            return torch.full_like(largest, self.value)
+        return torch.where(largest > 0, self.value * largest, 1)
+
+
+class Now(NamedTuple):
+    """What a step of training brings besides data.
+
+    ``seed`` is new at every step. Where ``finite``, a 0-dim bool tensor, is False, the rows are all 0 and the step
+    counts for nothing.
+    """
+
+    step: int
+    seed: int
     decay: float
-    weight: float
+    damping: Damping
+    finite: Tensor
 
-    @classmethod
-    def at(cls, count: int, decay: float) -> Average:
-        """Weights of the ``count``-th data (from 1), normalised so that all weights so far sum to 1."""
-        total = 1 - decay**count
-        return cls(decay * (1 - decay ** (count - 1)) / total, (1 - decay) / total)
+
+class Problem(NamedTuple):
+    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured."""
+
+    curvature: Curvature
+    gradient: Gradient
+    rows: Rows | None
+
+
+class Curvature(ABC):
+    """What is kept of one layer."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Whether data came in."""
+
+    @abstractmethod
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Take in the rows of a step, and renew what falls due."""
+
+    @abstractmethod
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return the preconditioned gradient, a pair for a pair or else a matrix."""
+
+    def rank(self) -> int | None:
+        """Return the sum of the factors' ranks; None where the curvature is not applied to pairs."""
+        return None
+
+    def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
+        """Go through the Kronecker factors, where there are any."""
+        return iter(())
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is kept, as numbers, strings and copies of tensors."""
+
+    @abstractmethod
+    def loaded(self, state: dict[str, Any], where: str) -> Curvature:
+        """Return a new curvature of this kind that continues from ``state``, or raise ValueError naming ``where``."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept, to count its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """One system of the K-FAC family: what is kept for a factor of order n, and when it is renewed.
-
-    Parameters
-    ----------
-    tail
-        τ of the damped inverse: 0, or ``"smallest"`` (spectrum continuation).
-    """
-
-    tail: float | Literal["smallest"] = 0.0
+    """One system of the K-FAC family."""
 
     @abstractmethod
-    def start(self, n: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Return the state of a factor of order ``n`` before any data."""
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return the curvature of a layer before any data."""
 
-    @abstractmethod
-    def absorb(self, state: State, columns: Tensor, average: Average) -> None:
-        """Take new columns (n, k) into the state."""
+    def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
+        """Take the rows of a step into the curvatures of all layers of this strategy."""
+        for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
+            curvature.absorb(own, now._replace(seed=now.seed + index))
 
-    # Not abstract: a strategy with nothing periodic leaves it empty.
-    def refresh(self, state: State, step: int, seed: int) -> None:  # noqa: B027
-        """Do what falls due at this step besides taking in data; ``seed`` is new at every step and factor."""
-
-    @abstractmethod
-    def lowrank(self, state: State) -> LowRankEigh | LowRankSym:
-        """Return the factor as the damped functions take it."""
-
-    @abstractmethod
-    def error_bound(self, state: State) -> Tensor:
-        """Return a 0-dim tensor: an upper bound of ‖M − M̂‖₂, for reports."""
-
-    def substitute(self, n: int, k: int) -> tuple[Strategy, str] | None:
-        """Return another strategy and the reason, where this one does not apply to order ``n`` and ``k`` columns."""
-        return None
-
-
-def tensor(state: State, name: str) -> Tensor:
-    """Read a tensor of a state."""
-    return cast(Tensor, state[name])
-
-
-def eigh_of(state: State) -> LowRankEigh:
-    """Read the LowRankEigh of a state."""
-    return LowRankEigh(tensor(state, "eigenvalues"), tensor(state, "eigenvectors"))
-
-
-def store(state: State, eigh: LowRankEigh) -> None:
-    """Write the LowRankEigh of a state."""
-    state["eigenvalues"], state["eigenvectors"] = eigh
-
-
-def distance(state: State) -> Tensor:
-    """‖M − M̂‖_F >= ‖M − M̂‖₂, where the state holds a dense M. O(n² r): for reports."""
-    difference = tensor(state, "dense") - eigh_of(state).dense()
-    return difference.square().sum().sqrt()
-
-
-def due(state: State, step: int, every: int) -> bool:
-    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
-    last = state.get("renewed")
-    if isinstance(last, int) and step - last < every:
-        return False
-    state["renewed"] = step
-    return True
-
-
-def check_period(strategy: Strategy, name: str) -> None:
-    """Check that a period is a whole number of steps, at least 1."""
-    _check.count(type(strategy).__name__, name, getattr(strategy, name), 1)
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Check the options that every strategy has, and its rank where it has one."""
-    name = type(strategy).__name__
-    tail: object = strategy.tail
-    if tail != "smallest" and not (isinstance(tail, (int, float)) and tail >= 0):
-        _check.fail_value(name, f"tail must be a number >= 0 or 'smallest'; got {strategy.tail!r}")
-    if hasattr(strategy, "rank"):
-        _check.count(name, "rank", strategy.rank, 1)
+    def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Return the preconditioned gradients of all layers of this strategy."""
+        return [problem.curvature.solve(problem.gradient, now) for problem in problems]

@@ -163,14 +163,15 @@ def test_a_gradient_that_is_more_than_the_pair_is_applied_two_sided(change: str)
 def test_factors_are_updated_every_so_many_steps_only():
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, Brand(3), factor_every=3, application="two-sided")
-    counts = []
+    totals = []
     for seed in range(7):
         inputs, labels = batch(4, 10, 4, seed)
         model.zero_grad()
         CROSS_ENTROPY(model(inputs), labels).backward()
         preconditioner.step()
-        counts.append(preconditioner._layers[0].input.count)
-    assert counts == [1, 1, 1, 2, 2, 2, 3]
+        totals.append(preconditioner._layers[0].curvature.input.state["total"].item())
+    once, twice, thrice = (1 - 0.95**count for count in (1, 2, 3))
+    assert totals == pytest.approx([once] * 3 + [twice] * 3 + [thrice])
 
 
 def test_keyword_and_single_vector_inputs():
@@ -198,7 +199,7 @@ def test_half_precision_models_keep_float32_factors(dtype: torch.dtype):
     preconditioner = KFAC(layer, Brand(3))
     layer(torch.randn(4, 20, dtype=dtype)).float().square().mean().backward()
     preconditioner.step()
-    entry = preconditioner.state_dict()["layers"]["(model)"]["input"]["state"]
+    entry = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
     assert entry["eigenvectors"].dtype == torch.float32
     assert layer.weight.grad.dtype == dtype
     assert torch.isfinite(layer.weight.grad).all()

@@ -131,8 +131,9 @@ def test_average_weights_all_batches_of_the_past():
         nn.functional.cross_entropy(layer(inputs), labels).backward()
         preconditioner.step()
         expected = 0.7 * expected + 0.3 * inputs.T @ inputs / 5
-    state = preconditioner.state_dict()["layers"]["(model)"]["input"]["state"]
-    torch.testing.assert_close(state["dense"], expected / (1 - 0.7**4))
+    state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
+    torch.testing.assert_close(state["dense"], expected)
+    torch.testing.assert_close(state["total"].item(), 1 - 0.7**4)
 
 
 def test_bias_has_variance_one_in_the_input_factor():
@@ -141,8 +142,8 @@ def test_bias_has_variance_one_in_the_input_factor():
     inputs, labels = batch(5, 6, 3)
     nn.functional.cross_entropy(layer(inputs), labels).backward()
     preconditioner.step()
-    state = preconditioner.state_dict()["layers"]["(model)"]["input"]["state"]
-    assert state["dense"][-1, -1].item() == pytest.approx(1)
+    state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
+    assert (state["dense"][-1, -1] / state["total"]).item() == pytest.approx(1)
 
 
 def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction():
@@ -209,13 +210,13 @@ def test_tail_is_what_unseen_directions_are_taken_for(tail: float | str):
     layer.weight.grad.zero_()
     layer.weight.grad[-1, -1] = 1.0
     preconditioner.step()
-    smallest = [row["state"]["eigenvalues"][-1] for row in _factors(preconditioner)]
+    smallest = [row["state"]["eigenvalues"][-1] / row["state"]["total"] for row in _factors(preconditioner)]
     left, right = smallest if tail == "smallest" else (tail, tail)
     assert layer.weight.grad[-1, -1].item() == pytest.approx(float(1 / ((left + 1) * (right + 1))))
 
 
 def _factors(preconditioner: KFAC) -> list[dict]:
-    entry = preconditioner.state_dict()["layers"]["(model)"]
+    entry = preconditioner.state_dict()["layers"]["(model)"]["curvature"]
     return [entry["output"], entry["input"]]
 
 

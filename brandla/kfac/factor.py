@@ -1,0 +1,278 @@
+"""One Kronecker factor, the strategies that keep it, and lists of factors taken in together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.damped import damped_solve
+from brandla.kfac.strategy import Curvature, Damping, Now, Problem, Rows, Shape, Strategy
+from brandla.lowrank import LowRankEigh, LowRankSym
+from brandla.rank import Rank
+
+State = dict[str, Tensor | int]
+
+
+class Average(NamedTuple):
+    """One step of an exponential sum: S ← decay · S + weight · A Aᵀ."""
+
+    decay: float
+    weight: float
+
+
+class Absorption(NamedTuple):
+    """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one."""
+
+    state: State
+    columns: Tensor
+    average: Average
+    finite: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorStrategy(Strategy):
+    """A system that keeps each Kronecker factor by itself.
+
+    A state holds exponential sums S and what follows from them; ``state["total"]`` is the sum of the weights, and the
+    factor is M = S / total.
+
+    Parameters
+    ----------
+    tail
+        τ of the damped inverse: 0, or ``"smallest"`` (spectrum continuation).
+    """
+
+    tail: float | Literal["smallest"] = 0.0
+
+    @abstractmethod
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Return the state of factors (*groups, n, n) before any data."""
+
+    @abstractmethod
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Take new columns into the states of factors of this strategy."""
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Do what falls due at this step besides taking in data; ``seed`` is new at every step and factor."""
+
+    @abstractmethod
+    def lowrank(self, state: State) -> LowRankEigh | LowRankSym | None:
+        """Return the factor as the damped functions take it; None where the strategy has a solve of its own."""
+
+    def largest(self, state: State) -> Tensor:
+        """Return the largest eigenvalue, shape (*groups,)."""
+        return _known(self.lowrank(state)).largest_eigenvalue()
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        """Return (M + λI)⁻¹ times a block (..., n, m)."""
+        return damped_solve(_known(self.lowrank(state)), block, shift, tail=self.tail)
+
+    @abstractmethod
+    def error_bound(self, state: State) -> Tensor:
+        """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
+
+    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
+        """Return another strategy and the reason, where this one does not apply to order ``n`` and ``k`` columns."""
+        return None
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return a Kronecker product of two factors of this strategy."""
+        from brandla.kfac.kronecker import Kronecker
+
+        return Kronecker.of(shape, self)
+
+    def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
+        """Take in the factors of all layers together, so that a GPU is asked once for all of a size."""
+        from brandla.kfac import kronecker
+
+        kronecker.absorb(cast(Sequence[kronecker.Kronecker], curvatures), rows, now)
+
+    def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
+        """Solve for all layers together."""
+        from brandla.kfac import kronecker
+
+        return kronecker.solve(problems, now.damping)
+
+
+def _known(lowrank: LowRankEigh | LowRankSym | None) -> LowRankEigh | LowRankSym:
+    assert lowrank is not None, "a strategy whose lowrank() is None has largest() and damped_solve() of its own"
+    return lowrank
+
+
+@dataclass
+class Factor:
+    """One Kronecker factor M, or a batch of them: the strategy it got, why if not the one asked for, and its state."""
+
+    n: int
+    groups: tuple[int, ...]
+    asked: FactorStrategy
+    dtype: torch.dtype
+    device: torch.device
+    strategy: FactorStrategy = field(init=False)
+    reason: str = ""
+    state: State = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.strategy = self.asked
+
+    @property
+    def started(self) -> bool:
+        """Whether the factor holds data."""
+        return bool(self.state)
+
+    def begin(self, k: int) -> None:
+        """Choose the strategy for batches of ``k`` columns, and the state before them."""
+        replacement = self.asked.substitute(self.n, k)
+        if replacement is not None:
+            self.strategy, self.reason = replacement
+        self.state = self._fresh()
+
+    def lowrank(self) -> LowRankEigh | LowRankSym | None:
+        """Return M as the damped functions take it, or None."""
+        return self.strategy.lowrank(self.state)
+
+    def shift(self, damping: Damping) -> Tensor:
+        """Return λ."""
+        return damping.of(self.strategy.largest(self.state))
+
+    def damped_solve(self, block: Tensor, damping: Damping) -> Tensor:
+        """Return (M + λI)⁻¹ times a block (..., n, m)."""
+        return self.strategy.damped_solve(self.state, block, self.shift(damping))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        state = {name: part.clone() if isinstance(part, Tensor) else part for name, part in self.state.items()}
+        return {"strategy": repr(self.strategy), "reason": self.reason, "state": state}
+
+    def loaded(self, saved: dict[str, Any], where: str) -> Factor:
+        """Return a new factor that continues from ``saved``, or raise ValueError."""
+        fresh = replace(self, reason=saved["reason"], state={})
+        if saved["state"]:
+            fresh.strategy = self._strategy_named(saved["strategy"], where)
+            fresh.state = _loaded_state(fresh._fresh(), saved["state"], where)
+        return fresh
+
+    def _fresh(self) -> State:
+        state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
+        state["total"] = torch.zeros((), dtype=self.dtype, device=self.device)
+        return state
+
+    def _strategy_named(self, name: str, where: str) -> FactorStrategy:
+        """Find the strategy that was saved: the one asked for, or one it gives way to."""
+        candidates = [self.asked]
+        replacement = self.asked.substitute(self.n, self.n)
+        if replacement is not None:
+            candidates.append(replacement[0])
+        for candidate in candidates:
+            if repr(candidate) == name:
+                return candidate
+        rule = f"the strategy must be {candidates[0]!r}, as in this preconditioner"
+        _check.fail_value("KFAC.load_state_dict", f"{where}: {rule}; the state has {name}")
+
+
+def _loaded_state(fresh: State, saved: dict[str, Any], where: str) -> State:
+    for name, part in saved.items():
+        template = fresh.get(name)
+        if not isinstance(part, Tensor):
+            fresh[name] = part
+            continue
+        # A rank that changes from step to step is as it was saved.
+        if not isinstance(template, Tensor) or template.ndim != part.ndim or template.shape[:-1] != part.shape[:-1]:
+            wanted = tuple(template.shape) if isinstance(template, Tensor) else "nothing"
+            rule = f"{where}: {name} must have shape {wanted}; got {tuple(part.shape)}"
+            _check.fail_value("KFAC.load_state_dict", rule)
+        fresh[name] = part.to(device=template.device, dtype=template.dtype, copy=True)
+    return fresh
+
+
+class Intake(NamedTuple):
+    """Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for."""
+
+    factor: Factor
+    columns: Tensor
+    scale: float
+
+
+def absorb(intakes: Iterable[Intake], now: Now) -> None:
+    """Take columns into factors, those of one strategy together, and refresh each.
+
+    A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike.
+    """
+    members: dict[FactorStrategy, list[Absorption]] = {}
+    factors = []
+    for factor, columns, scale in intakes:
+        if not factor.started:
+            factor.begin(columns.shape[-1])
+        # In the weight, the normalisation costs no scaled copy of the columns.
+        average = Average(now.decay, (1 - now.decay) * scale)
+        total = factor.state["total"]
+        factor.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(total.dtype)
+        members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, average, now.finite))
+        factors.append(factor)
+    for strategy, absorptions in members.items():
+        strategy.take(absorptions, now.step)
+    for index, factor in enumerate(factors):
+        factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
+
+
+def tensor(state: State, name: str) -> Tensor:
+    """Read a tensor of a state."""
+    return cast(Tensor, state[name])
+
+
+def normalised(state: State, sums: Tensor) -> Tensor:
+    """Return S / total, or S while total is 0."""
+    total = tensor(state, "total")
+    return sums / torch.where(total > 0, total, 1)
+
+
+def stored(state: State) -> LowRankEigh:
+    """Read a decomposition as it was stored."""
+    return LowRankEigh(tensor(state, "eigenvalues"), tensor(state, "eigenvectors"))
+
+
+def stored_normalised(state: State) -> LowRankEigh:
+    """Read the decomposition of M where that of S was stored."""
+    return LowRankEigh(normalised(state, tensor(state, "eigenvalues")), tensor(state, "eigenvectors"))
+
+
+def store(state: State, eigh: LowRankEigh) -> None:
+    """Write a decomposition."""
+    state["eigenvalues"], state["eigenvectors"] = eigh
+
+
+def distance(state: State, lowrank: LowRankEigh) -> Tensor:
+    """‖M − M̂‖_F >= ‖M − M̂‖₂, where the state holds a dense S. O(n² r): for reports."""
+    norm: Tensor = torch.linalg.matrix_norm(normalised(state, tensor(state, "dense")) - lowrank.dense())
+    return norm
+
+
+def due(state: State, step: int, every: int) -> bool:
+    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
+    last = state.get("renewed")
+    if isinstance(last, int) and step - last < every:
+        return False
+    state["renewed"] = step
+    return True
+
+
+def check_period(strategy: Strategy, name: str) -> None:
+    """Check that a period is a whole number of steps, at least 1."""
+    _check.count(type(strategy).__name__, name, getattr(strategy, name), 1)
+
+
+def check_factor_strategy(strategy: FactorStrategy) -> None:
+    """Check the options that every strategy of factors has, and its rank where it has one."""
+    name = type(strategy).__name__
+    tail: object = strategy.tail
+    if tail != "smallest" and not (isinstance(tail, (int, float)) and tail >= 0):
+        _check.fail_value(name, f"tail must be a number >= 0 or 'smallest'; got {strategy.tail!r}")
+    rank = getattr(strategy, "rank", None)
+    if rank is not None and not isinstance(rank, Rank):
+        _check.count(name, "rank", rank, 1)

@@ -1,0 +1,164 @@
+"""The curvature of a layer as a Kronecker product A ⊗ G, and lists of layers fed and solved together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
+
+from torch import Tensor
+
+from brandla import grouped
+from brandla.kfac import factor
+from brandla.kfac.diagonal import Diagonal
+from brandla.kfac.factor import Factor, FactorStrategy, Intake
+from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Shape
+from brandla.lowrank import LowRankEigh, LowRankSym
+
+
+@dataclass(frozen=True)
+class Kronecker(Curvature):
+    """Factors A (d_in, d_in) of the inputs and G (d_out, d_out) of the output gradients; None stands for I, undamped.
+
+    A is the mean of a aᵀ over uses; G is the mean of g gᵀ, g being the gradient of one term of a loss that is a mean
+    over uses (``docs/kfac.md``). A ``single`` layer's only factor is the mean of g gᵀ, g being its whole gradient.
+    """
+
+    input: Factor | None
+    output: Factor | None
+    single: bool = False
+
+    @classmethod
+    def of(cls, shape: Shape, strategy: FactorStrategy) -> Kronecker:
+        """Return the curvature of a layer before any data."""
+
+        def fresh(n: int, asked: FactorStrategy) -> Factor:
+            return Factor(n, shape.groups, asked, shape.dtype, shape.device)
+
+        return cls(
+            fresh(shape.d_in, Diagonal(tail=0.0) if shape.one_hot else strategy),
+            None if shape.single else fresh(shape.d_out, strategy),
+            shape.single,
+        )
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return all(side.started for _, side in self.factors())
+
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Take rows into both factors."""
+        absorb([self], [rows], now)
+
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹."""
+        return solve([Problem(self, gradient, None)], now.damping)[0]
+
+    def rank(self) -> int | None:
+        """Return the sum of the factors' ranks; None unless both are low-rank."""
+        sides = _lowranks(self)
+        return None if sides is None else sides[0].rank + sides[1].rank
+
+    def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
+        """Go through the factors there are."""
+        if self.input is not None:
+            yield "input", self.input
+        if self.output is not None:
+            yield "output", self.output
+
+    def intakes(self, rows: Rows) -> Iterator[Intake]:
+        """Say what each factor gets of the rows."""
+        if self.input is not None:
+            inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
+            yield Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses)
+        if self.output is not None:
+            yield Intake(self.output, rows.gradients.mT, rows.uses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        return {side: own.state_dict() for side, own in self.factors()}
+
+    def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
+        return replace(self, **sides)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        for _, own in self.factors():
+            yield from (part for part in own.state.values() if isinstance(part, Tensor))
+
+
+def absorb(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> None:
+    """Take rows into the factors of all layers, those of one strategy together."""
+    intakes = (intake for curvature, own in zip(curvatures, rows, strict=True) for intake in curvature.intakes(own))
+    factor.absorb(intakes, now)
+
+
+class _Product(NamedTuple):
+    """Arguments of one `kron_damped_solve`."""
+
+    left: LowRankEigh | LowRankSym
+    right: LowRankEigh | LowRankSym
+    gradient: Gradient
+    left_damping: Tensor
+    right_damping: Tensor
+    left_tail: Any
+    right_tail: Any
+
+
+def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
+    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, those with two low-rank factors together."""
+    products: dict[int, _Product] = {}
+    solved: dict[int, Gradient] = {}
+    for index, problem in enumerate(problems):
+        curvature = cast(Kronecker, problem.curvature)
+        lowranks = _lowranks(curvature)
+        if lowranks is None:
+            solved[index] = _from_each_side(curvature, problem.gradient, damping)
+        else:
+            products[index] = _product(curvature, lowranks, problem.gradient, damping)
+    if products:
+        left, right, gradients, left_damping, right_damping, left_tail, right_tail = (
+            list(part) for part in zip(*products.values(), strict=True)
+        )
+        steps = grouped.kron_damped_solve(
+            left, right, gradients, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
+        )
+        solved |= dict(zip(products, steps, strict=True))
+    return [solved[index] for index in range(len(problems))]
+
+
+def _lowranks(curvature: Kronecker) -> tuple[LowRankEigh | LowRankSym, LowRankEigh | LowRankSym] | None:
+    """Return left (output) and right (input) factors where both are low-rank."""
+    if curvature.input is None or curvature.output is None:
+        return None
+    left, right = curvature.output.lowrank(), curvature.input.lowrank()
+    return None if left is None or right is None else (left, right)
+
+
+def _product(
+    curvature: Kronecker,
+    lowranks: tuple[LowRankEigh | LowRankSym, LowRankEigh | LowRankSym],
+    gradient: Gradient,
+    damping: Damping,
+) -> _Product:
+    assert curvature.input is not None
+    assert curvature.output is not None
+    return _Product(
+        *lowranks,
+        gradient,
+        damping.of(lowranks[0].largest_eigenvalue()),
+        damping.of(lowranks[1].largest_eigenvalue()),
+        curvature.output.strategy.tail,
+        curvature.input.strategy.tail,
+    )
+
+
+def _from_each_side(curvature: Kronecker, gradient: Gradient, damping: Damping) -> Gradient:
+    step = gradient if isinstance(gradient, Tensor) else gradient[0] @ gradient[1].mT
+    if curvature.output is not None:
+        step = curvature.output.damped_solve(step, damping)
+    if curvature.input is not None:
+        step = curvature.input.damped_solve(step.mT, damping).mT
+    return step

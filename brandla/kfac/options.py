@@ -1,0 +1,113 @@
+"""The options of the preconditioner: schedules, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from torch import nn
+
+from brandla import _check
+from brandla.kfac.layer import Sharing
+from brandla.kfac.strategy import Scale, Strategy
+
+Option = TypeVar("Option")
+# A number, or a function of the step's number, from 0.
+Schedule: TypeAlias = Option | Callable[[int], Option]
+ByModule: TypeAlias = Option | Mapping[str, Option]
+
+
+def at(schedule: Schedule[Option], step: int) -> Option:
+    """Return the value of a schedule."""
+    return schedule(step) if callable(schedule) else schedule
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a preconditioner was asked for; schedules are checked at every step."""
+
+    damping: Schedule[float]
+    clip: Schedule[float | None]
+    decay: Schedule[float]
+    factor_every: Schedule[int]
+    damping_scale: Scale
+    clip_by: Literal["rms", "kl"]
+    application: Literal["auto", "two-sided"]
+    seed: int
+
+    def __post_init__(self) -> None:
+        _choice("damping_scale", self.damping_scale, ("relative", "absolute"))
+        _choice("clip_by", self.clip_by, ("rms", "kl"))
+        _choice("application", self.application, ("auto", "two-sided"))
+        _check.count("KFAC", "seed", self.seed, 0)
+        self.at(0)
+
+    def at(self, step: int) -> AtStep:
+        """Return the values of a step.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Where a schedule gives a value out of range.
+        """
+        damping, clip = at(self.damping, step), at(self.clip, step)
+        decay, factor_every = at(self.decay, step), at(self.factor_every, step)
+        if not 0 < damping < float("inf"):
+            _check.fail_value("KFAC", f"damping must be finite and > 0; got {damping}")
+        if clip is not None and not 0 < clip < float("inf"):
+            _check.fail_value("KFAC", f"clip must be finite and > 0, or None; got {clip}")
+        if not 0 <= decay < 1:
+            _check.fail_value("KFAC", f"decay must be in [0, 1); got {decay}")
+        _check.count("KFAC", "factor_every", factor_every, 1)
+        return AtStep(damping, clip, decay, factor_every)
+
+
+@dataclass(frozen=True)
+class AtStep:
+    """Values of the schedules at one step."""
+
+    damping: float
+    clip: float | None
+    decay: float
+    factor_every: int
+
+
+def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) -> dict[str, Any]:
+    """Return a mapping from module names to an option, with the default under the empty name."""
+    rule: dict[str, Any] = {"": default, **option} if isinstance(option, Mapping) else {"": option}
+    names = {module for module, _ in model.named_modules()}
+    for module in rule:
+        if module not in names:
+            _check.fail_value("KFAC", f"{name} must name modules of the model; it has no module {module!r}")
+    return rule
+
+
+def strategies(model: nn.Module, inverse: ByModule[Strategy], default: Strategy) -> dict[str, Strategy]:
+    """Check ``inverse`` and return it by module name."""
+    rule = by_module(model, "inverse", inverse, default)
+    for strategy in rule.values():
+        if not isinstance(strategy, Strategy):
+            kind = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
+            _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128); got {kind}")
+    return rule
+
+
+def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]:
+    """Check ``sharing`` and return it by module name."""
+    rule = by_module(model, "sharing", sharing, "expand")
+    for value in rule.values():
+        _choice("sharing", value, ("expand", "reduce"))
+    return rule
+
+
+def of_module(rule: Mapping[str, Option], name: str) -> Option:
+    """Return the option of the nearest module that a rule names: itself, one that holds it, or the model."""
+    while name not in rule:
+        name = name.rpartition(".")[0]
+    return rule[name]
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        _check.fail_value("KFAC", f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")
