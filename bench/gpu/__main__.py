@@ -45,7 +45,7 @@ SECTIONS = {
     "updates": Section(updates.run, 15, 60),
     "graph": Section(graph.run, 8, 25),
     "grouped": Section(grouped.run, 10, 30),
-    "profile": Section(profiles.run, 5, 15),
+    "profile": Section(profiles.run, 15, 45),
     "tune": Section(tune.run, 15, 600),
 }
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -277,8 +276,3 @@ def _summed(events: Any) -> list[dict[str, Any]]:
 def started(kernels: list[dict[str, Any]]) -> int:
     """Return how many launches a profile counted, copies left out."""
     return sum(each["count"] for each in kernels if not each["kernel"].startswith(("Memcpy", "Memset")))
-
-
-def longest(kernels: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return the first kernels of a profile."""
-    return list(islice(kernels, count))

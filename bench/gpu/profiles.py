@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import brandla
-from bench.gpu import cases, factors
-from bench.gpu.device import longest, started
+from bench.gpu import cases, processes
 from bench.gpu.findings import Bench, Deadline, Findings
-from bench.problems import DECAY, WEIGHT
+from bench.profiling.__main__ import table_of
+from bench.profiling.request import Request, prepare
 from brandla_kernels import OPS
 
 KERNELS = 15
+# Seconds of a process that imports torch, compiles what is not cached, and profiles.
+PROCESS = 10.0
+CEILINGS = ("copy", "float32", "tf32", "bf16", "float64")
 CALLS = 200
 # Sizes at which a kernel takes less time than its call.
 SMALL = cases.Size(64, 8, 8, 64, 1)
@@ -20,10 +25,10 @@ SMALL = cases.Size(64, 8, 8, 64, 1)
 
 def run(bench: Bench, found: Findings, time: Deadline) -> None:
     """Profile one op and one update, then time the calls of all ops on the host."""
-    for name, call in _profiled(bench).items():
-        if found.in_time(f"profile of {name}", time, 0 if bench.device.dry else 4.0):
-            with found.case(f"profile of {name}", bench.device):
-                _profile(bench, found, name, call)
+    for request in _requests(bench):
+        if found.in_time(f"profile of {request.op}", time, 0 if bench.device.dry else PROCESS):
+            with found.case(f"profile of {request.op}", bench.device):
+                _profile(bench, found, request, time)
     if found.in_time("host time of calls", time, 0 if bench.device.dry else 2.0):
         for name in OPS:
             if name in cases.OPERANDS:
@@ -31,25 +36,34 @@ def run(bench: Bench, found: Findings, time: Deadline) -> None:
                     _host_time(bench, found, name)
 
 
-def _profiled(bench: Bench) -> dict[str, Callable[[], Any]]:
+def _requests(bench: Bench) -> list[Request]:
     n, r, k = bench.sizes.update
-    case = factors.steady("subspace_update", n, r, k, bench.sizes.steps, bench.device.tensors)
-    factor, columns = case
-    coefficients = factor.basis.mT @ columns
-    return {
-        f"residual, n {n}, r {r}, k {k}": lambda: OPS["residual"](factor.basis, columns, coefficients),
-        f"subspace_update, n {n}, r {r}, k {k}": lambda: brandla.subspace_update(
-            factor, columns, decay=DECAY, weight=WEIGHT
-        ),
-    }
+    return [Request(op, n, r, k) for op in ("residual", "subspace_update")]
 
 
-def _profile(bench: Bench, found: Findings, name: str, call: Callable[[], Any]) -> None:
-    kernels = bench.device.kernels(call)
-    total = sum(kernel["µs"] for kernel in kernels)
-    found.notes.append(f"{name}: {started(kernels)} launches, {total:.4g} µs in kernels")
-    for kernel in longest(kernels, KERNELS):
-        found.row(f"kernels of {name}", **kernel, **{"% of all": 100 * kernel["µs"] / max(total, 1e-9)})
+def _profile(bench: Bench, found: Findings, request: Request, time: Deadline) -> None:
+    if bench.device.dry:
+        rows = table_of(prepare(request, bench.device), bench.device, bench.ceilings)
+    else:
+        rows = _in_process(bench, request, time)
+    every = rows[0]
+    found.notes.append(f"{request.words}: {every['launches']:g} launches, {every['µs']:.4g} µs in kernels")
+    for row in rows[: KERNELS + 1]:
+        found.row(f"kernels of {request.words}", **row)
+
+
+def _in_process(bench: Bench, request: Request, time: Deadline) -> list[dict[str, Any]]:
+    """Profile in a process of its own: two profilers, torch's and Proton, cannot both listen to one."""
+    given = {name: getattr(bench.ceilings, name) for name in CEILINGS}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "bench.profiling", *request.arguments, "--json", str(path)]
+        finished = processes.run([*command, "--ceilings", json.dumps(given)], time.left())
+        if finished.status != 0:
+            message = f"python -m bench.profiling ended with {finished.status}: {finished.tail}"
+            raise RuntimeError(message)
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return rows
 
 
 def _host_time(bench: Bench, found: Findings, name: str) -> None:

@@ -33,9 +33,9 @@ def gram_splits(target: Target, tiles: int, problems: int) -> int:
     return splits(target, 4 * tiles, problems)
 
 
-def _registers(target: Target) -> int | None:
+def _registers(target: Target, *spilling: str) -> int | None:
     """Where the assembler's own limit on registers makes products spill, the most that a thread can have."""
-    return 255 if target.arch == "sm_100" else None
+    return 255 if target.arch in ("sm_100", *spilling) else None
 
 
 def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
@@ -54,7 +54,8 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
     warps = 8 if block_s > (16 if fused or unrolled else 32) else 4
-    return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, _registers(target))
+    registers = _registers(target, "sm_80", "sm_90") if dtype == torch.float64 else _registers(target, "sm_80")
+    return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 
 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:

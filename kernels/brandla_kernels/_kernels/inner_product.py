@@ -10,26 +10,48 @@ A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Config, product_precision, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import (
+    Config,
+    Work,
+    bits_of,
+    counted,
+    product_precision,
+    start,
+    target_of,
+    triton_dtype,
+)
 from brandla_kernels._kernels.matrices import (
     arrange,
+    bytes_of,
     columns_of,
     entry_of,
     load_tile,
     locate,
     new_small,
     rows_of,
+    shapes,
 )
 from brandla_kernels._signature import Matrices
+from brandla_kernels.project import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 
+def _product_work(arguments: Mapping[str, Any]) -> Work:
+    flops = sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(arguments, "x", "y"))
+    sizes = {letter: arguments[letter] for letter in ("n", "r", "k")}
+    return Work({bits_of(arguments["COMPUTE"]): flops}, bytes_of(arguments, "x", "y", "parts"), sizes)
+
+
+@counted(_product_work)
 @triton.jit
 def inner_product_kernel(
     x_ptr, y_ptr, parts_ptr, table_ptr,
@@ -74,6 +96,12 @@ def inner_product_kernel(
     tl.store(part + index_r.to(tl.int64)[:, None] * k_most + index_k[None, :], total, mask=inside)
 
 
+def _sum_work(arguments: Mapping[str, Any]) -> Work:
+    sizes = {"rows": arguments["rows"], "columns": arguments["columns"], "splits": arguments["SPLITS"]}
+    return Work({}, bytes_of(arguments, "parts", "out", "row_scale"), sizes)
+
+
+@counted(_sum_work)
 @triton.jit
 def sum_parts_kernel(
     parts_ptr, out_ptr, row_scale_ptr,

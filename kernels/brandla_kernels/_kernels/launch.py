@@ -1,12 +1,17 @@
-"""One way to start a kernel: on the device, in Triton's interpreter, or as a record of what would be started."""
+"""One way to start a kernel: on the device, in Triton's interpreter, or as a record of what would be started.
+
+A kernel says by `counted` how much it does. Where a profiler listens to launches (Proton with ``hook="triton"``), it is
+told: the kernel's name with its sizes, flops by the width of the numbers, and bytes. Otherwise nothing is counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -40,6 +45,23 @@ class Target(NamedTuple):
     arch: str
 
 
+class Work(NamedTuple):
+    """What a launch does.
+
+    ``flops`` are those of the ops' own `brandla_kernels.Cost`, by the bits of the numbers (16, 32, 64). ``bytes``
+    counts each matrix that the launch reads or writes once, workspaces among them, and twice where it is overwritten.
+    ``sizes`` are the kernel's letters, for its name.
+    """
+
+    flops: Mapping[int, int]
+    bytes: int
+    sizes: Mapping[str, int]
+
+
+Count = Callable[[Mapping[str, Any]], Work]
+Kernel = TypeVar("Kernel")
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with all that it would have been started with."""
@@ -53,6 +75,12 @@ class Launch:
     def name(self) -> str:
         """The kernel's name."""
         return str(self.kernel.__name__)
+
+    @property
+    def work(self) -> Work:
+        """What the kernel says of itself."""
+        counted: Work = self.kernel.count(self.arguments)
+        return counted
 
 
 class _Record(NamedTuple):
@@ -74,7 +102,45 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
     if record is not None:
         record.launches.append(Launch(kernel, grid, dict(arguments), config))
         return
+    if _listened_to():
+        # Not by triton.jit: a kernel that has this pays for a dictionary of its arguments at every launch.
+        kernel.launch_metadata = partial(metadata, kernel.count)
     kernel[grid](**arguments, **config.blocks, **config.options)
+
+
+def counted(count: Count) -> Callable[[Kernel], Kernel]:
+    """Attach to a kernel the count of its work, a function of its arguments."""
+
+    def attach(kernel: Kernel) -> Kernel:
+        kernel.count = count  # type: ignore[attr-defined]
+        return kernel
+
+    return attach
+
+
+def bits_of(dtype: Any) -> int:
+    """Return the width of a number of a Triton dtype, which may be wrapped as a constant."""
+    return int(getattr(dtype, "value", dtype).primitive_bitwidth)
+
+
+def metadata(count: Count, grid: tuple[int, ...], compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a profiler is told of a launch, as Triton's ``launch_metadata`` does.
+
+    The sizes of a list lie on the device, and are read from there; not while a graph is captured.
+    """
+    table = arguments.get("table_ptr")
+    if table is not None and table.is_cuda and torch.cuda.is_current_stream_capturing():
+        return {"name": compiled.name}
+    work = count(arguments)
+    sizes = ", ".join(f"{letter}={size}" for letter, size in work.sizes.items())
+    flops = {f"flops{bits}": number for bits, number in work.flops.items()}
+    return {"name": f"{compiled.name} [{sizes}]", **flops, "bytes": work.bytes}
+
+
+def _listened_to() -> bool:
+    # A chain of hooks, which is never None and has no truth value of its own.
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ launch arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -80,6 +81,33 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     return Operands(count, None, dict.fromkeys(matrices, BATCH.value), dict(_pointers(matrices)), strides)
 
 
+def shapes(arguments: Mapping[str, Any], *names: str) -> list[tuple[tuple[int, int], ...]]:
+    """Return rows and columns of the named matrices for each problem, from a kernel's arguments; (0, 0) of none.
+
+    ``names`` are all the matrices of the launch, in the order of its table, which is read.
+    """
+    matrices = [arguments[f"{name}_ptr"] for name in names]
+    whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
+    if arguments["table_ptr"] is None:
+        return [whole] * max(math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None)
+    # A matrix that is no list has a blank entry: it is stacked, and as large for all problems.
+    return [
+        tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=True))
+        for problem in arguments["table_ptr"].tolist()
+    ]
+
+
+def bytes_of(arguments: Mapping[str, Any], *names: str) -> int:
+    """Return the bytes of the named arguments, matrices or other tensors, each counted once; 0 of None."""
+    listed = {name for name in names if arguments.get(f"{name.upper()}_LAYOUT", BATCH.value) != BATCH.value}
+    found: dict[int, int] = {}
+    for name in names:
+        tensor = arguments[f"{name}_ptr"]
+        if tensor is not None:
+            found[tensor.data_ptr()] = _bytes_of_list(arguments, name) if name in listed else _bytes_of(tensor)
+    return sum(found.values())
+
+
 def new_like(matrices: list[Tensor], widths: Sequence[int]) -> Matrices:
     """Return unwritten matrices with the rows of ``matrices`` and as many columns as ``widths`` says."""
     return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(matrices, widths, strict=True)]
@@ -98,6 +126,18 @@ def aligned(matrices: Matrices) -> bool:
         return bool(_layout(matrices) != LISTED.value)
     apart = all(stride % _ALIGNED == 0 for stride in matrices.stride()[:-2])
     return apart and (_in_aligned_rows(matrices) or _in_aligned_rows(matrices.mT))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor; what is expanded is there once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(sizes) * int(tensor.itemsize)
+
+
+def _bytes_of_list(arguments: Mapping[str, Any], name: str) -> int:
+    place = [one for one in arguments if one.endswith("_LAYOUT")].index(f"{name.upper()}_LAYOUT")
+    entries = (problem[place] for problem in arguments["table_ptr"].tolist())
+    return int(arguments[f"{name}_ptr"].itemsize * sum(entry[3] * entry[4] for entry in entries))
 
 
 def _flat(tensor: Tensor) -> Tensor | None:

@@ -14,6 +14,8 @@ and a second kernel adds the stretches in their order.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -22,19 +24,21 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
-from brandla_kernels._kernels.launch import Target, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import Target, Work, bits_of, counted, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
     aligned,
     arrange,
+    bytes_of,
     columns_of,
     entry_of,
     load_tile,
     locate,
     rows_of,
+    shapes,
     store_tile,
 )
 from brandla_kernels._signature import Matrices
-from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM
+from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, cost
 from brandla_kernels.tall import columns, dtype_of, rows
 
 _ROWS = tl.constexpr(ROWS_PER_CALL)
@@ -73,6 +77,15 @@ def signs_tile(
     return _held(numbers.reshape(BLOCK_N, BLOCK_W).to(tl.float32, bitcast=True), UNIT)
 
 
+def _work(arguments: Mapping[str, Any]) -> Work:
+    flops = sum(cost(m, n, width).flops for (_, width), (m, n) in shapes(arguments, "out", "x"))
+    # One stretch of the sum lies behind the other: all of them are written.
+    moved = arguments["SPLITS"] * bytes_of(arguments, "out") + bytes_of(arguments, "x", "seed")
+    sizes = {letter: arguments[letter] for letter in ("m", "n", "width")}
+    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, sizes)
+
+
+@counted(_work)
 @triton.jit
 def sketch_kernel(
     out_ptr, x_ptr, seed_ptr, table_ptr,

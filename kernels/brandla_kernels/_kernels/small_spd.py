@@ -38,13 +38,18 @@ Triton 3.7 puts float64 on them, sm_80, sm_90, gfx942 and gfx950; on sm_100 they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.matrices import arrange, entry_of, load_tile, locate, store_tile
+from brandla_kernels._kernels.launch import Work
+from brandla_kernels._kernels.matrices import arrange, bytes_of, entry_of, load_tile, locate, shapes, store_tile
+from brandla_kernels.cholesky_inverse_core import cost
 
 # The factorisations, in order. The even ones are without the shift, and the last if they succeed.
 WHOLE = tl.constexpr(0)  # all columns of positive scale: enough if every one of them stands out
@@ -153,6 +158,14 @@ def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: t
             tl.store(address, tl.where(upper, tile, 0.0), mask=inside)
 
 
+def _work(arguments: Mapping[str, Any]) -> Work:
+    problems = shapes(arguments, "gram", "scale")
+    k = arguments["k"]
+    moved = bytes_of(arguments, "gram", "scale", "transform", "live", "weight")
+    return Work({64: len(problems) * cost(k).flops}, moved, {"matrices": len(problems), "k": k})
+
+
+@launch.counted(_work)
 @triton.jit
 def small_spd_kernel(
     gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,

@@ -11,23 +11,38 @@ workspace, and a second kernel adds the stretches in their order and updates M.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Target, product_precision, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import (
+    Target,
+    Work,
+    bits_of,
+    counted,
+    product_precision,
+    start,
+    target_of,
+    triton_dtype,
+)
 from brandla_kernels._kernels.matrices import (
     aligned,
     arrange,
+    bytes_of,
     columns_of,
     entry_of,
     load_tile,
     locate,
     rows_of,
+    shapes,
 )
 from brandla_kernels._signature import Matrices
+from brandla_kernels.gram_ema import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 # Rows of tiles that are gone through together, column by column: programs that run at one time then share their A_i
@@ -89,6 +104,16 @@ def tiles_of_triangle(across):
     return (across * (across + 1)) // 2
 
 
+def _product_work(arguments: Mapping[str, Any]) -> Work:
+    flops = sum(cost(n, k).flops for (n, _), (_, k) in shapes(arguments, "m", "a"))
+    # M is read and written here, or by the kernel that adds up the stretches.
+    moved = bytes_of(arguments, "a") + (
+        2 * bytes_of(arguments, "m") if arguments["SPLITS"] == 1 else bytes_of(arguments, "parts")
+    )
+    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, {"n": arguments["n"], "k": arguments["k"]})
+
+
+@counted(_product_work)
 @triton.jit
 def symmetric_product_kernel(
     m_ptr, a_ptr, parts_ptr, table_ptr,
@@ -133,6 +158,12 @@ def symmetric_product_kernel(
         tl.store(part + inner[:, None] * BLOCK_N + inner[None, :], total)
 
 
+def _update_work(arguments: Mapping[str, Any]) -> Work:
+    sizes = {"n": arguments["n"], "splits": arguments["SPLITS"]}
+    return Work({}, 2 * bytes_of(arguments, "m") + bytes_of(arguments, "parts"), sizes)
+
+
+@counted(_update_work)
 @triton.jit
 def symmetric_update_kernel(
     m_ptr, parts_ptr, table_ptr, n, decay: tl.float64, weight: tl.float64, m_strides,

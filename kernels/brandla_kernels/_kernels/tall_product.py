@@ -13,7 +13,9 @@ nearly orthonormal.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,9 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, inner_product
-from brandla_kernels._kernels.launch import product_precision, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import (
+    Work,
+    bits_of,
+    counted,
+    product_precision,
+    start,
+    target_of,
+    triton_dtype,
+)
 from brandla_kernels._kernels.matrices import (
     arrange,
+    bytes_of,
     columns_of,
     entry_of,
     load_tile,
@@ -31,9 +42,12 @@ from brandla_kernels._kernels.matrices import (
     new_like,
     new_small,
     rows_of,
+    shapes,
     store_tile,
 )
 from brandla_kernels._signature import Matrices
+from brandla_kernels.gram import cost as gram_cost
+from brandla_kernels.rotate import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 # Widest OUT whose Gram matrix a program can keep in registers.
@@ -61,6 +75,17 @@ def _add_product(
     return total
 
 
+def _work(arguments: Mapping[str, Any]) -> Work:
+    flops: Counter[int] = Counter()
+    compute, gram = bits_of(arguments["COMPUTE"]), bits_of(arguments["GRAM_DTYPE"])
+    for (n, s), _, (_, r1), _, (_, r2), _ in shapes(arguments, "out", "add", "x1", "y1", "x2", "y2"):
+        flops[compute] += cost(n, r1, r2, s).flops + (2 * n * s if arguments["SCALED"] else 0)
+        flops[gram] += gram_cost(n, s).flops if arguments["GRAM"] else 0
+    moved = bytes_of(arguments, "out", "add", "x1", "y1", "x2", "y2", "scale", "gram")
+    return Work(+flops, moved, {letter: arguments[letter] for letter in ("n", "s", "r1", "r2")})
+
+
+@counted(_work)
 @triton.jit
 def tall_product_kernel(
     out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, gram_ptr, table_ptr,

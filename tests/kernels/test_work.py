@@ -1,0 +1,176 @@
+"""What kernels tell a profiler of their launches: the flops and bytes of the ops' own cost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from bench.gpu import cases  # noqa: E402
+from bench.gpu.cases import Case, Size  # noqa: E402
+from bench.gpu.device import Stub  # noqa: E402
+from brandla_kernels import OPS  # noqa: E402
+from brandla_kernels._kernels import launch as launching  # noqa: E402
+from brandla_kernels._kernels.ahead import target_named  # noqa: E402
+from brandla_kernels._kernels.inner_product import sum_parts_kernel  # noqa: E402
+from brandla_kernels._kernels.launch import Launch, metadata, recording  # noqa: E402
+
+pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
+
+# Narrow enough for Gram matrices in the registers of a program, and too wide for that.
+SIZES = (Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3))
+FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+def recorded(op: str, arguments: tuple[Any, ...]) -> list[Launch]:
+    with recording(target_named("sm_90")) as launches:
+        OPS[op].launch(*arguments)
+    return launches
+
+
+def sizes_in_bytes(launch: Launch) -> dict[int, int]:
+    """Bytes of each distinct tensor that a launch reads or writes, by address; twice those that it overwrites."""
+    given = {name: one for name, one in launch.arguments.items() if isinstance(one, Tensor)}
+    if launch.name == "symmetric_product_kernel" and launch.arguments["SPLITS"] > 1:
+        del given["m_ptr"]
+    times = {name: 1 + (launch.name.startswith("symmetric") and name == "m_ptr") for name in given}
+    return {one.data_ptr(): times[name] * one.numel() * one.itemsize for name, one in given.items()}
+
+
+def flops_left_out_by_cost(op: str, size: Size) -> int:
+    """What the two-sided form adds in terms without the factor p q, and the scaling of W."""
+    if op != "kron_damped_apply":
+        return 0
+    p, q, r = size.n, size.wide, size.r
+    # U_Lᵀ(W U_R); (U_LᵀW U_R) U_Rᵀ; W U_R times H_R; and β_L β_R W
+    return 2 * p * r * r + 2 * q * r * r + 2 * p * r * r + 2 * p * q
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
+@pytest.mark.parametrize("op", OPS)
+def test_flops_of_the_launches_are_those_of_the_cost(op: str, dtype: torch.dtype, size: Size):
+    case = Case(op, size, dtype, dtype)
+    launches = recorded(op, cases.operands(case, Stub()))
+    assert flops_of(launches) == cases.cost(case).flops + flops_left_out_by_cost(op, size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@pytest.mark.parametrize("op", OPS)
+def test_bytes_of_a_launch_are_those_of_its_tensors(op: str, size: Size):
+    for launch in recorded(op, cases.operands(Case(op, size, FLOAT32, FLOAT32), Stub())):
+        assert launch.work.bytes == sum(sizes_in_bytes(launch).values())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@pytest.mark.parametrize("op", ["project", "residual", "gram", "gram_ema_", "rotate"])
+def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op: str, size: Size):
+    case = Case(op, size, FLOAT32, FLOAT32)
+    launches = recorded(op, cases.operands(case, Stub()))
+    workspaces = {
+        launch.arguments[name].data_ptr()
+        for launch in launches
+        for name in ("parts_ptr", "gram_ptr")
+        if launch.arguments.get(name) is not None
+    }
+    again, seen = 0, set(workspaces)
+    for launch in launches:
+        for address, size_in_bytes in sizes_in_bytes(launch).items():
+            again += size_in_bytes if address in seen else 0
+            seen.add(address)
+    assert sum(launch.work.bytes for launch in launches) - again == cases.cost(case).bytes
+
+
+def test_a_long_sum_is_split_and_its_parts_are_counted():
+    size = Size(n=96, r=8, k=4096, width=96, cores=1)
+    (first, second) = recorded("gram_ema_", cases.operands(Case("gram_ema_", size, FLOAT32, FLOAT32), Stub()))
+    parts = first.arguments["parts_ptr"]
+    assert first.work.bytes == 4 * (96 * 4096 + parts.numel())
+    assert second.work == (
+        {},
+        4 * (2 * 96 * 96 + parts.numel()),
+        {"n": 96, "splits": first.arguments["SPLITS"]},
+    )
+    seed = torch.zeros((), dtype=torch.int64)
+    (first, second) = recorded("sketch", (torch.zeros(96, 8192), seed, 16))
+    parts = second.arguments["parts_ptr"]
+    assert first.work.flops == {32: 2 * 96 * 8192 * 16}
+    assert first.work.bytes == 4 * (96 * 8192 + parts.numel()) + 8
+
+
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
+def test_a_list_is_counted_problem_by_problem(op: str):
+    """One rank and width, as stacks are padded to the largest; n as different as it gets."""
+    chosen = [Case(op, Size(n=n, r=24, k=16, width=40, cores=1), FLOAT32, FLOAT32) for n in (64, 1000, 250)]
+    problems = [cases.operands(case, Stub()) for case in chosen]
+    launches = recorded(op, cases.grouped(op, problems))
+    alone = [recorded(op, arguments) for arguments in problems]
+    assert flops_of(launches) == sum(map(flops_of, alone))
+    if op not in ("rotate_", "kron_damped_apply"):
+        # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
+        assert matrices_in_bytes(launches) == sum(map(matrices_in_bytes, alone))
+
+
+def flops_of(launches: list[Launch]) -> int:
+    return sum(sum(launch.work.flops.values()) for launch in launches)
+
+
+def matrices_in_bytes(launches: list[Launch]) -> int:
+    """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
+    own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
+    parts = (launch.arguments.get(name) for launch in own for name in ("parts_ptr", "gram_ptr", "seed_ptr"))
+    return sum(launch.work.bytes for launch in own) - sum(
+        one.numel() * one.itemsize for one in parts if one is not None
+    )
+
+
+def test_half_precision_products_are_told_apart():
+    case = Case("gram_ema_", SIZES[0], FLOAT32, BF16)
+    (launch,) = recorded("gram_ema_", cases.operands(case, Stub()))
+    assert launch.work.flops == {16: cases.cost(case).flops}
+    assert launch.work.bytes == cases.cost(case).bytes
+
+
+def test_proton_is_told_name_flops_and_bytes():
+    launch = recorded("residual", cases.operands(Case("residual", SIZES[0], FLOAT32, FLOAT32), Stub()))[0]
+    told = metadata(launch.kernel.count, launch.grid, SimpleNamespace(name=launch.name), launch.arguments)
+    assert told == {
+        "name": "tall_product_kernel [n=1200, s=24, r1=40, r2=0]",
+        "flops32": 2 * 1200 * 40 * 24,
+        "flops64": 2 * 1200 * 24 * 24,
+        "bytes": launch.work.bytes,
+    }
+
+
+class _Kernel:
+    """Stands in for a compiled kernel."""
+
+    launch_metadata = None
+    count = staticmethod(sum_parts_kernel.count)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: None
+
+
+def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
+    """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
+    (_, launch) = recorded("project", cases.operands(Case("project", SIZES[0], FLOAT32, FLOAT32), Stub()))
+    kernel = _Kernel()
+    launching.start(kernel, launch.grid, launch.arguments, launch.config)
+    assert kernel.launch_metadata is None
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    launching.start(kernel, launch.grid, launch.arguments, launch.config)
+    told = kernel.launch_metadata(launch.grid, SimpleNamespace(name="sum_parts_kernel"), launch.arguments)
+    assert told["bytes"] == launch.work.bytes
+
+
+def test_every_kernel_that_is_started_counts_its_work():
+    for op in OPS:
+        for launch in recorded(op, cases.operands(Case(op, SIZES[1], FLOAT32, FLOAT32), Stub())):
+            assert launch.work.bytes > 0
+            assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
