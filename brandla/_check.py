@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
+ONE_DIMENSION = "must lie on a device mesh of one dimension"
 
 _checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
 
@@ -64,10 +65,17 @@ def data(function: str, name: str, tensor: Tensor) -> None:
 
 def finite(function: str, name: str, tensor: Tensor) -> None:
     """In checked mode, check that every entry of ``tensor`` is finite."""
-    if _is_checked() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        rule = f"{name} must be finite; got {bad} NaN or infinite entries in shape {tuple(tensor.shape)}"
+    if not _is_checked():
+        return
+    # Of a DTensor the processes count together, so that all of them raise.
+    if bad := _read((~torch.isfinite(tensor)).sum()):
+        rule = f"{name} must be finite; got {int(bad)} NaN or infinite entries in shape {tuple(tensor.shape)}"
         fail_value(function, f"{rule}; skip this batch or replace them")
+
+
+def _read(number: Tensor) -> float:
+    """Return a number on the host, of a DTensor too."""
+    return (number.full_tensor() if hasattr(number, "full_tensor") else number).item()
 
 
 def part(function: str, name: str, tensor: Tensor) -> None:
@@ -232,3 +240,41 @@ def centre(function: str, basis_tensor: Tensor, mean: Tensor, weight: Tensor) ->
         part(function, name, value)
         shape(function, name, value, expected, "as its basis needs")
         together(function, name, value, "svd.svd.U", basis_tensor)
+
+
+def mixture(function: str, name: str, tensor: Tensor, *, as_dtensor: bool = False) -> NoReturn:
+    """Raise the TypeError for a tall matrix, or a small one, that is not of the kind of the factor's."""
+    if as_dtensor:
+        rule = f"{name} must be a DTensor sharded on its rows, as the factor is"
+        remedy = "make it one with torch.distributed.tensor.distribute_tensor"
+    else:
+        rule = f"{name} must be a plain tensor, as the tall matrices beside it are"
+        remedy = "take its .full_tensor(), or shard those on their rows as well"
+    fail_type(function, f"{rule}; got a {type(tensor).__name__}; {remedy}")
+
+
+def sharded(function: str, name: str, tensor: Any, dim: int, mesh: Any = None) -> None:
+    """Check that the rows of a DTensor, its dimension ``dim``, are sharded over a 1-D mesh: over ``mesh`` if given."""
+    _same_mesh(function, name, tensor, mesh)
+    at = tensor.ndim + dim
+    if not tensor.placements[0].is_shard(at):
+        rule = f"{name} must be sharded on its rows, [Shard({at})]"
+        remedy = f"redistribute it with .redistribute(placements=[Shard({at})])"
+        fail_value(function, f"{rule}; got {list(tensor.placements)}; {remedy}")
+
+
+def replicated(function: str, name: str, tensor: Any, mesh: Any) -> None:
+    """Check that a small DTensor is whole on every process of the mesh of the factor."""
+    _same_mesh(function, name, tensor, mesh)
+    if not tensor.placements[0].is_replicate():
+        rule = f"{name} must be a plain tensor or [Replicate()], the same in every process"
+        remedy = "redistribute it with .redistribute(placements=[Replicate()])"
+        fail_value(function, f"{rule}; got {list(tensor.placements)}; {remedy}")
+
+
+def _same_mesh(function: str, name: str, tensor: Any, mesh: Any) -> None:
+    if tensor.device_mesh.ndim != 1:
+        fail_value(function, f"{name} {ONE_DIMENSION}; got {tensor.device_mesh}; take one with mesh[name]")
+    if mesh is not None and tensor.device_mesh != mesh:
+        rule = f"{name} must lie on the device mesh of the factor, of ranks {mesh.mesh.tolist()}"
+        fail_value(function, f"{rule}; got {tensor.device_mesh.mesh.tolist()}; distribute it over that one")

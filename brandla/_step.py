@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._expansion import Expansion
+from brandla._sharded import Rows, here, join, rows_of
 from brandla.lowrank import Factor, Tracked
 from brandla.rank import Rank, most_of, tolerance_of
 from brandla_kernels import Tall, tall
@@ -27,6 +28,7 @@ class Update(NamedTuple):
     rank: int
     tol: float
     bound: Tensor | None  # error bound of a tracked factor
+    rows: Rows  # which rows of the tall matrices are here
 
     @property
     def decayed_bound(self) -> Tensor | None:
@@ -48,18 +50,17 @@ class Step(Generic[Factor]):
     basis: Tall
     turn: tuple[Expansion, Tensor] | None
     bound: Tensor | None
+    rows: Rows
 
     def as_new(self) -> Factor | Tracked[Factor]:
         """Return the updated factor, tracked if the old one was."""
-        updated = self.kind(self.values, self._new_basis())
-        return updated if self.bound is None else Tracked(updated, self.bound)
+        return _given_out(self.kind, self.values, self._new_basis(), self.bound, self.rows)
 
     def as_list(self) -> list[Factor | Tracked[Factor]]:
         """Return the updated factors of a list."""
-        updated = [self.kind(*parts) for parts in zip(self.values, self._new_basis(), strict=True)]
-        if self.bound is None:
-            return list(updated)
-        return [Tracked(factor, bound) for factor, bound in zip(updated, self.bound, strict=True)]
+        bounds = [None] * len(self.values) if self.bound is None else self.bound
+        parts = zip(self.values, self._new_basis(), bounds, strict=True)
+        return [_given_out(self.kind, *member, self.rows.of(index)) for index, member in enumerate(parts)]
 
     def in_place(self, target: Factor | Tracked[Factor]) -> Factor | Tracked[Factor]:
         """Write the updated factor over the tensors of the old one, and return that."""
@@ -67,9 +68,9 @@ class Step(Generic[Factor]):
         if self.turn is not None:
             expansion, rotation = self.turn
             expansion.rotate_(rotation)
-        old_values.copy_(self.values)
+        here(old_values).copy_(self.values)
         if isinstance(target, Tracked) and self.bound is not None:
-            target.error_bound.copy_(self.bound)
+            here(target.error_bound).copy_(self.bound)
         return target
 
     def _new_basis(self) -> Tall:
@@ -79,25 +80,45 @@ class Step(Generic[Factor]):
         return expansion.rotate(rotation)
 
 
+def _given_out(
+    kind: type[Factor], values: Tensor, basis: Tensor, bound: Tensor | None, rows: Rows
+) -> Factor | Tracked[Factor]:
+    updated = kind(rows.small_result(values), rows.tall_result(basis))
+    return updated if bound is None else Tracked(updated, rows.small_result(bound))
+
+
 def check_update(
     function: str,
     name: str,
+    small_name: str,
     factor: Factor | Tracked[Factor],
     columns: Tensor,
     decay: float | Tensor,
     weight: float | Tensor,
     rank: int | Rank | None,
 ) -> Update:
-    """Check what every symmetric update takes besides its factor, whose basis is called ``name``."""
+    """Check what every symmetric update takes besides its factor, whose basis is called ``name``, d or S otherwise."""
     (values, basis), bound = (factor.lowrank, factor.error_bound) if isinstance(factor, Tracked) else (factor, None)
+    rows = rows_of(function, name, basis, values)
+    rows.admit(function, "columns", columns)
     columns = _check.columns(function, "columns", columns, name, basis)
-    decay = _check.scalar(function, "decay", decay, name, basis)
-    weight = _check.scalar(function, "weight", weight, name, basis)
+    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis)
+    weight = _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis)
     n, r = basis.shape[-2:]
     k = columns.shape[-1]
     because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
     most = _check.rank(function, most_of(rank), r, min(n, r + k), because)
-    return Update(values, basis, columns, decay, weight, most, tolerance_of(rank), bound)
+    return Update(
+        rows.small(function, small_name, values),
+        rows.local(function, name, basis),
+        rows.local(function, "columns", columns),
+        decay,
+        weight,
+        most,
+        tolerance_of(rank),
+        rows.small(function, "error_bound", bound),
+        rows,
+    )
 
 
 def stack(updates: Sequence[Update]) -> Update:
@@ -112,6 +133,7 @@ def stack(updates: Sequence[Update]) -> Update:
         first.rank,
         first.tol,
         None if first.bound is None else torch.stack([update.bound for update in updates if update.bound is not None]),
+        join([update.rows for update in updates]),
     )
 
 

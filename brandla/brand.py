@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import polish, safe_eigh, safe_svd, without_denormals
 from brandla._expansion import expand
+from brandla._ranges import ranged
+from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._step import Step, Update, check_update
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
 from brandla.orthonormal import Split, split
@@ -38,6 +40,7 @@ def eigh_update(
 ) -> Tracked[LowRankEigh]: ...
 
 
+@ranged("n,r", "n,k")
 def eigh_update(
     eigh: LowRankEigh | Tracked[LowRankEigh],
     columns: Tensor,
@@ -80,7 +83,7 @@ def eigh_update(
     Two projection passes keep ‖UᵀU − I‖₂ at a small multiple of ε over any number of updates, on rank-deficient data
     too: columns inside the span of U, or repeated, add no basis vector. The result never exceeds the matrix it stands
     for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device; `brandla.subspace_update` does
-    not.
+    not. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -115,6 +118,7 @@ def eigh_update_(
 ) -> Tracked[LowRankEigh]: ...
 
 
+@ranged("n,r", "n,k")
 def eigh_update_(
     eigh: LowRankEigh | Tracked[LowRankEigh],
     columns: Tensor,
@@ -171,15 +175,15 @@ def check_eigh_update(
 ) -> Update:
     """Check the arguments of `eigh_update`."""
     _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
-    return check_update(function, "eigh.eigenvectors", eigh, columns, decay, weight, rank)
+    return check_update(function, "eigh.eigenvectors", "eigh.eigenvalues", eigh, columns, decay, weight, rank)
 
 
 def eigh_step(update: Update) -> Step[LowRankEigh]:
     """Compute `eigh_update`, up to the rotation of U."""
     values, vectors, rank, bound = update.values, update.basis, update.rank, update.decayed_bound
     if update.adds_nothing:
-        return Step(LowRankEigh, without_denormals(_decayed(update.decay, values)), vectors, None, bound)
-    expansion = expand(values, vectors, update.columns, update.decay, update.weight)
+        return Step(LowRankEigh, without_denormals(_decayed(update.decay, values)), vectors, None, bound, update.rows)
+    expansion = expand(values, vectors, update.columns, update.decay, update.weight, update.rows)
     spectrum, rotation = safe_eigh(expansion.core, values.dtype, keep=rank)
     kept = spectrum[..., :rank]
     alive = above(kept, update.tol)
@@ -189,9 +193,10 @@ def eigh_step(update: Update) -> Step[LowRankEigh]:
         dropped = torch.where(alive, 0, kept)
         dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
         bound = bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
-    return Step(LowRankEigh, without_denormals(kept * alive), vectors, (expansion, rotation), bound)
+    return Step(LowRankEigh, without_denormals(kept * alive), vectors, (expansion, rotation), bound, update.rows)
 
 
+@ranged("m,r,n", "m,k", "n,k")
 def svd_update(
     svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
 ) -> LowRankSVD:
@@ -223,7 +228,8 @@ def svd_update(
 
     Notes
     -----
-    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
+    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. U and
+    ``left`` may be DTensors sharded on their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
 
     References
     ----------
@@ -232,6 +238,10 @@ def svd_update(
     function = "svd_update"
     _check.svd(function, "svd", svd)
     left_vectors, values, right_vectors = svd.U, svd.S, svd.Vh.mT
+    left_rows = rows_of(function, "svd.U", left_vectors, values)
+    right_rows = rows_of(function, "svd.Vh.mT", right_vectors, values)
+    left_rows.admit(function, "left", left)
+    right_rows.admit(function, "right", right)
     left = _check.columns(function, "left", left, "svd.U", left_vectors)
     right = _check.columns(function, "right", right, "svd.Vh.mT", right_vectors)
     if left.shape[-1] != right.shape[-1]:
@@ -239,20 +249,25 @@ def svd_update(
             function,
             f"left and right must have the same number k of columns; got {left.shape[-1]} and {right.shape[-1]}",
         )
-    decay = _check.scalar(function, "decay", decay, "svd.U", left_vectors)
+    small = left_rows if right_rows is WHOLE else right_rows
+    decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", left_vectors)
     m, n, r, k = left_vectors.shape[-2], right_vectors.shape[-2], left_vectors.shape[-1], left.shape[-1]
     most = min(m, n, r + k)
     tol = rank.tol if isinstance(rank, Rank) else 0.0
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
     rank = _check.rank(function, most_of(rank), r, most, because)
-    left_parts, right_parts = split(left_vectors, left), split(right_vectors, right)
+    values = small.small(function, "svd.S", values)
+    left_vectors, left = left_rows.local(function, "svd.U", left_vectors), left_rows.local(function, "left", left)
+    right_vectors = right_rows.local(function, "svd.Vh.mT", right_vectors)
+    right = right_rows.local(function, "right", right)
+    left_parts, right_parts = split(left_vectors, left, left_rows), split(right_vectors, right, right_rows)
     core = _stacked(left_parts) @ _stacked(right_parts).mT
     core[..., :r, :r] += torch.diag_embed(_decayed(decay, values)).double()
     rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
     return LowRankSVD(
-        left_parts.rotate(left_vectors, rotation),
-        spectrum,
-        right_parts.rotate(right_vectors, right_rotation).mT,
+        left_rows.tall_result(left_parts.rotate(left_vectors, rotation)),
+        small.small_result(spectrum),
+        right_rows.tall_result(right_parts.rotate(right_vectors, right_rotation)).mT,
     )
 
 
@@ -268,6 +283,7 @@ def svd_append(
 ) -> Centred: ...
 
 
+@ranged("m,r,n", "m,k")
 def svd_append(
     svd: LowRankSVD | Centred, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
 ) -> LowRankSVD | Centred:
@@ -304,7 +320,7 @@ def svd_append(
     -----
     Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
-    triplets.
+    triplets. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -319,23 +335,61 @@ def svd_append(
 def _append(
     function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
 ) -> LowRankSVD:
+    append = _check_append(function, svd, columns, decay, rank)
+    return append.as_given(_append_here(append))
+
+
+class _Append(NamedTuple):
+    """Arguments of `svd_append` that fit together, as far as they are here."""
+
+    svd: LowRankSVD
+    columns: Tensor
+    decay: float | Tensor
+    rank: int
+    tol: float
+    rows: Rows  # which rows of U and of the columns are here
+
+    def as_given(self, svd: LowRankSVD) -> LowRankSVD:
+        """Return a result of the kind of the old factor."""
+        rows = self.rows
+        return LowRankSVD(rows.tall_result(svd.U), rows.small_result(svd.S), rows.small_result(svd.Vh))
+
+
+def _check_append(
+    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
+) -> _Append:
     _check.svd(function, "svd", svd)
-    left_vectors, values, right_rows = svd
-    columns = _check.columns(function, "columns", columns, "svd.U", left_vectors)
-    decay = _check.scalar(function, "decay", decay, "svd.U", left_vectors)
-    r, tol = values.shape[-1], tolerance_of(rank)
-    rank = _checked_rank(function, svd, columns, rank)
-    parts, core = _appended_core(svd, columns, decay)
-    rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    rows = rows_of(function, "svd.U", svd.U, svd.S)
+    rows.admit(function, "columns", columns)
+    columns = _check.columns(function, "columns", columns, "svd.U", svd.U)
+    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", svd.U)
+    m, r = svd.U.shape[-2:]
+    k = columns.shape[-1]
+    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
+    most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
+    local = LowRankSVD(
+        rows.local(function, "svd.U", svd.U),
+        rows.small(function, "svd.S", svd.S),
+        rows.small(function, "svd.Vh", svd.Vh),
+    )
+    return _Append(local, rows.local(function, "columns", columns), decay, most, tolerance_of(rank), rows)
+
+
+def _append_here(append: _Append) -> LowRankSVD:
+    left_vectors, values, right_rows = append.svd
+    r = values.shape[-1]
+    parts, core = _appended_core(append)
+    rotation, spectrum, right_rotation = _truncated_svd(core, append.rank, append.tol, values.dtype)
     right_rotation = right_rotation.to(values.dtype)
     right = torch.cat([right_rows.mT @ right_rotation[..., :r, :], right_rotation[..., r:, :]], dim=-2)
     return LowRankSVD(parts.rotate(left_vectors, rotation), spectrum, right.mT)
 
 
-def _appended_core(svd: LowRankSVD, columns: Tensor, decay: float | Tensor) -> tuple[Split, Tensor]:
+def _appended_core(append: _Append) -> tuple[Split, Tensor]:
     """Return the split of the columns, and [ρ U diag(S), A] in the basis [U Q]."""
-    parts = split(svd.U, columns)
-    old = torch.diag_embed(_decayed(decay, svd.S)).double()
+    svd, columns = append.svd, append.columns
+    parts = split(svd.U, columns, append.rows)
+    old = torch.diag_embed(_decayed(append.decay, svd.S)).double()
     old = torch.cat([old, old.new_zeros(*old.shape[:-2], columns.shape[-1], svd.S.shape[-1])], dim=-2)
     return parts, torch.cat([old, _stacked(parts)], dim=-1)
 
@@ -346,10 +400,12 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     svd, mean, weight = state
     _check.svd(function, "svd.svd", svd)
     _check.centre(function, svd.U, mean, weight)
-    columns = _check.columns(function, "columns", columns, "svd.svd.U", svd.U)
-    decay = _check.scalar(function, "decay", decay, "svd.svd.U", svd.U)
+    append = _check_append(function, svd, columns, decay, rank)
+    columns, rows = append.columns, append.rows
+    rows.admit(function, "svd.mean", mean)
+    mean, weight = rows.local(function, "svd.mean", mean, -1), rows.small(function, "svd.weight", weight)
     k = columns.shape[-1]
-    old = weight * decay**2
+    old = weight * append.decay**2
     total = old + k
     share = torch.where(total > 0, k / total, 0.0)
     batch_mean = columns.mean(-1) if k else mean
@@ -357,32 +413,24 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
     centred = columns - (batch_mean - shift)[..., None]
-    updated = _append_left(function, svd, centred, decay, rank)
-    return Centred(updated, mean + (batch_mean - mean) * share[..., None], total)
+    updated = _append_left(append._replace(columns=centred))
+    mean = mean + (batch_mean - mean) * share[..., None]
+    return Centred(append.as_given(updated), rows.tall_result(mean, -1), rows.small_result(total))
 
 
-def _append_left(
-    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
-) -> LowRankSVD:
-    """`_append` without Vh. In float32 U and S come from K Kᵀ, whose rounding in float64 is below that of S."""
+def _append_left(append: _Append) -> LowRankSVD:
+    """`_append_here` without Vh. In float32 U and S come from K Kᵀ, whose rounding in float64 is below that of S."""
+    svd, rank, tol = append.svd, append.rank, append.tol
     if svd.S.dtype == torch.float64:
-        updated = _append(function, svd, columns, decay, rank)
+        updated = _append_here(append)
         return LowRankSVD(updated.U, updated.S, updated.Vh[..., :0])
-    tol, rank = tolerance_of(rank), _checked_rank(function, svd, columns, rank)
-    parts, core = _appended_core(svd, columns, decay)
+    parts, core = _appended_core(append)
     squares, rotation = safe_eigh(core @ core.mT, keep=rank)
     kept = squares[..., :rank].sqrt()
     alive = above(kept, tol) & (kept > 4 * torch.finfo(svd.S.dtype).eps * kept[..., :1])
     values = without_denormals((kept * alive).to(svd.S.dtype))
     vectors = parts.rotate(svd.U, polish(rotation * alive[..., None, :]))
     return LowRankSVD(vectors, values, svd.Vh.new_zeros(*svd.Vh.shape[:-2], rank, 0))
-
-
-def _checked_rank(function: str, svd: LowRankSVD, columns: Tensor, rank: int | Rank | None) -> int:
-    m, r = svd.U.shape[-2:]
-    k = columns.shape[-1]
-    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
-    return _check.rank(function, most_of(rank), r, min(m, r + k), because)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._core import safe_eigh
+from brandla._ranges import ranged
+from brandla._sharded import WHOLE, Rows, rows_of
 from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
-from brandla_kernels import Tall, damped_apply, kron_damped_apply
+from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, subtract_product
 
 LowRank = LowRankEigh | LowRankSym | Tracked[LowRankEigh] | Tracked[LowRankSym]
 Number = float | Tensor
@@ -28,6 +30,19 @@ class Shifted(NamedTuple):
         batch = _batch_of(self, rhs)
         return damped_apply(*self.expand(batch), _expand(rhs, batch))
 
+    def on(self, rhs: Tall, rows: Rows) -> Tall:
+        """Return the product with a right-hand side of which these rows are here."""
+        if rows is WHOLE:
+            return self @ rhs
+        batch = _batch_of(self, rhs)
+        basis, middle, complement = self.expand(batch)
+        rhs = _expand(rhs, batch)
+        middle, complement = rows.shared(middle), rows.shared(complement)
+        coefficients = rows.total(project(basis, rhs))
+        diagonal = middle.ndim < basis.ndim
+        inner = middle[..., None] * coefficients if diagonal else middle @ coefficients
+        return subtract_product(complement[..., None, None] * rhs, basis, -inner)
+
     def expand(self, batch: tuple[int, ...] | None) -> Shifted:
         """Repeat the operator over a batch shape, as a view."""
         if batch is None:
@@ -36,6 +51,7 @@ class Shifted(NamedTuple):
         return Shifted(_expand(self.basis, batch), middle, self.complement.expand(batch))
 
 
+@ranged("n,r", "n,m")
 def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail: Tail = 0.0) -> Tensor:
     """(U diag(d) Uᵀ + τ(I − UUᵀ) + λI)⁻¹ V: the damped inverse of a low-rank matrix, applied.
 
@@ -69,7 +85,8 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
     -----
     The part of V inside the span of U is divided by d + λ after a subtraction, so the relative error there is about
     ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of the basis enters multiplied in the same way. ``tail="smallest"`` for a
-    LowRankSym needs its eigenvalues and waits for the device.
+    LowRankSym needs its eigenvalues and waits for the device. U and V may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
 
     References
     ----------
@@ -83,9 +100,10 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
     tensor([0.2500, 1.0000, 1.0000, 1.0000])
     """
     problem = check_solve("damped_solve", lowrank, rhs, damping, tail)
-    return problem.shaped(inverse(problem.factor, *problem.shift) @ problem.block)
+    return problem.solution(inverse(problem.factor, *problem.shift))
 
 
+@ranged("n,r", "n,m")
 def damped_power(
     lowrank: LowRank, rhs: Tensor, damping: float | Tensor, exponent: float, *, tail: Tail = 0.0
 ) -> Tensor:
@@ -114,7 +132,7 @@ def damped_power(
     problem = check_solve("damped_power", lowrank, rhs, damping, tail)
     check_exponent(exponent)
     problem = problem.diagonalized()
-    return problem.shaped(power(problem.factor, *problem.shift, float(exponent)) @ problem.block)
+    return problem.solution(power(problem.factor, *problem.shift, float(exponent)))
 
 
 @overload
@@ -143,6 +161,7 @@ def kron_damped_solve(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@ranged("p,a", "q,b", "p,q")
 def kron_damped_solve(
     left: LowRank,
     right: LowRank,
@@ -180,13 +199,17 @@ def kron_damped_solve(
     ValueError, TypeError
         For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
+    Notes
+    -----
+    The basis and the data of either side of a pair, or the left basis and W, may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
+
     References
     ----------
     J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
     """
     problem = check_kron(left, right, matrix, (left_damping, left_tail), (right_damping, right_tail))
-    applied: Tensor | tuple[Tensor, Tensor] = kron_apply(inverse(*problem.left), inverse(*problem.right), problem.data)
-    return applied
+    return problem.solution(inverse(*problem.left), inverse(*problem.right))
 
 
 class Solve(NamedTuple):
@@ -196,10 +219,15 @@ class Solve(NamedTuple):
     block: Tensor
     vector: bool
     shift: tuple[Number, Number | None]
+    rows: Rows  # which rows of the tall matrices are here
+
+    def solution(self, operator: Shifted) -> Tensor:
+        """Apply the operator."""
+        return self.shaped(operator.on(self.block, self.rows))
 
     def shaped(self, block: Tensor) -> Tensor:
-        """Return the result in the shape of the right-hand side."""
-        return block[..., 0] if self.vector else block
+        """Return the result in the shape and of the kind of the right-hand side."""
+        return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
 
     def diagonalized(self) -> Solve:
         """Return the problem with a LowRankEigh, whose eigenvalues can be raised to a power."""
@@ -212,13 +240,28 @@ class Kron(NamedTuple):
     left: tuple[LowRankEigh | LowRankSym, Number, Number | None]
     right: tuple[LowRankEigh | LowRankSym, Number, Number | None]
     data: Tensor | tuple[Tensor, Tensor]
+    rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
+
+    def solution(self, left: Shifted, right: Shifted) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply both operators to W, or each to its side of a pair."""
+        left_rows, right_rows = self.rows
+        if isinstance(self.data, tuple):
+            first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
+            return left_rows.tall_result(first), right_rows.tall_result(second)
+        if left_rows is WHOLE:
+            applied: Tensor = kron_apply(left, right, self.data)
+            return applied
+        right = Shifted(*map(left_rows.shared, right))
+        return left_rows.tall_result(left.on((right @ self.data.mT).mT, left_rows))
 
 
 def check_solve(function: str, lowrank: LowRank, rhs: Tensor, damping: float | Tensor, tail: Tail) -> Solve:
     """Check what every damped application takes."""
-    factor = _check_factor(function, "lowrank", lowrank)
-    block, vector = _check_rhs(function, "rhs", rhs, factor)
-    return Solve(factor, block, vector, _check_shift(function, ("damping", "tail"), factor, damping, tail))
+    factor, rows = _check_factor(function, "lowrank", lowrank)
+    rows.admit(function, "rhs", rhs)
+    block, vector = _check_rhs(function, "rhs", rhs, factor, rows)
+    shift = _check_shift(function, ("damping", "tail"), factor, damping, tail, rows)
+    return Solve(_local(function, "lowrank", factor, rows), block, vector, shift, rows)
 
 
 def check_exponent(exponent: float) -> None:
@@ -238,13 +281,18 @@ def check_kron(
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
     function = "kron_damped_solve"
-    left_factor = _check_factor(function, "left", left)
-    right_factor = _check_factor(function, "right", right)
+    left_factor, left_rows = _check_factor(function, "left", left)
+    right_factor, right_rows = _check_factor(function, "right", right)
     _check.together(function, "right", right_factor[1], "left", left_factor[1])
-    data = _check_kron_data(function, matrix, left_factor, right_factor)
-    left_checked = _check_shift(function, ("left_damping", "left_tail"), left_factor, *left_shift)
-    right_checked = _check_shift(function, ("right_damping", "right_tail"), right_factor, *right_shift)
-    return Kron((left_factor, *left_checked), (right_factor, *right_checked), data)
+    data = _check_kron_data(function, matrix, left_factor, right_factor, (left_rows, right_rows))
+    left_checked = _check_shift(function, ("left_damping", "left_tail"), left_factor, *left_shift, left_rows)
+    right_checked = _check_shift(function, ("right_damping", "right_tail"), right_factor, *right_shift, right_rows)
+    return Kron(
+        (_local(function, "left", left_factor, left_rows), *left_checked),
+        (_local(function, "right", right_factor, right_rows), *right_checked),
+        data,
+        (left_rows, right_rows),
+    )
 
 
 def kron_apply(left: Shifted, right: Shifted, data: Tall | tuple[Tall, Tall]) -> Any:
@@ -310,18 +358,29 @@ def _batch_shape(factor: LowRankEigh | LowRankSym) -> tuple[int, ...]:
     return tuple(factor[0].shape[: -1 if isinstance(factor, LowRankEigh) else -2])
 
 
-def _check_factor(function: str, name: str, lowrank: LowRank) -> LowRankEigh | LowRankSym:
+def _check_factor(function: str, name: str, lowrank: LowRank) -> tuple[LowRankEigh | LowRankSym, Rows]:
     factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     if isinstance(factor, LowRankEigh):
         _check.eigh(function, name, factor)
-        return factor
+        return factor, rows_of(function, f"{name}.eigenvectors", factor[1], factor[0])
     if isinstance(factor, LowRankSym):
         _check.sym(function, name, factor)
-        return factor
+        return factor, rows_of(function, f"{name}.basis", factor[1], factor[0])
     _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankSym; got {type(lowrank).__name__}")
 
 
-def _check_rhs(function: str, name: str, rhs: Tensor, factor: LowRankEigh | LowRankSym) -> tuple[Tensor, bool]:
+def _local(function: str, name: str, factor: LowRankEigh | LowRankSym, rows: Rows) -> LowRankEigh | LowRankSym:
+    """Return a factor of what this process holds."""
+    if rows is WHOLE:
+        rows.small(function, f"{name}.{factor._fields[0]}", factor[0])
+        return factor
+    small, tall = (f"{name}.{field}" for field in factor._fields)
+    return type(factor)(rows.small(function, small, factor[0]), rows.local(function, tall, factor[1]))
+
+
+def _check_rhs(
+    function: str, name: str, rhs: Tensor, factor: LowRankEigh | LowRankSym, rows: Rows
+) -> tuple[Tensor, bool]:
     """Return the right-hand side as a block (..., n, m), and whether it was a vector."""
     basis = factor[1]
     converted = _check.matching_data(function, name, rhs, "lowrank", basis)
@@ -331,7 +390,7 @@ def _check_rhs(function: str, name: str, rhs: Tensor, factor: LowRankEigh | LowR
     if rhs.ndim == 0 or block.shape[-2] != n:
         _check.fail_value(function, f"{name} must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
     _check_batch(function, name, block, basis)
-    return block, vector
+    return rows.local(function, name, block), vector
 
 
 def _check_batch(function: str, name: str, block: Tensor, basis: Tensor) -> None:
@@ -350,15 +409,17 @@ def _check_shift(
     factor: LowRankEigh | LowRankSym,
     damping: float | Tensor,
     tail: Tail,
+    rows: Rows,
 ) -> tuple[Number, Number | None]:
     """Return λ and τ, numbers or tensors that broadcast with the batch shape; None stands for "smallest"."""
     basis = factor[1]
+    damping = rows.small(function, names[0], damping)
     damping = _check.scalar(function, names[0], damping, "the factor", basis, positive=True)
     if isinstance(tail, str):
         if tail != "smallest":
             _check.fail_value(function, f"{names[1]} must be a number, a tensor or 'smallest'; got {tail!r}")
         return damping, None
-    return damping, _check.scalar(function, names[1], tail, "the factor", basis)
+    return damping, _check.scalar(function, names[1], rows.small(function, names[1], tail), "the factor", basis)
 
 
 def _over(value: Number, dims: int = 1) -> Number:
@@ -379,20 +440,27 @@ def _check_kron_data(
     matrix: Tensor | tuple[Tensor, Tensor],
     left: LowRankEigh | LowRankSym,
     right: LowRankEigh | LowRankSym,
+    rows: tuple[Rows, Rows],
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, q = left.n, right.n
     if isinstance(matrix, Tensor):
+        if rows[1] is not WHOLE:
+            rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
+            _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
+        rows[0].admit(function, "matrix", matrix)
         data = _check.matching_data(function, "matrix", matrix, "left", left[1])
         if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
             rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
             _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
         _check_batch(function, "matrix", data, left[1])
         _check_batch(function, "matrix", data, right[1])
-        return data
+        return rows[0].local(function, "matrix", data)
     pair: object = matrix
     if not isinstance(pair, tuple) or len(pair) != 2:
         _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(matrix).__name__}")
     first, second = matrix
+    rows[0].admit(function, "P", first)
+    rows[1].admit(function, "Q", second)
     first = _check.matching_data(function, "P", first, "left", left[1])
     second = _check.matching_data(function, "Q", second, "right", right[1])
     if first.ndim < 2 or second.ndim < 2 or first.shape[-2] != p or second.shape[-2] != q:
@@ -403,4 +471,4 @@ def _check_kron_data(
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
     _check_batch(function, "P", first, left[1])
     _check_batch(function, "Q", second, right[1])
-    return first, second
+    return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)

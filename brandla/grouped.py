@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from brandla import _check, brand, damped, randomized, subspace
+from brandla._ranges import ranged
+from brandla._sharded import WHOLE, kind_of
 from brandla._step import Update, stack, stack_numbers
 from brandla.damped import LowRank, Tail
 from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked
@@ -51,6 +53,7 @@ Each: TypeAlias = Option | Sequence[Option]
 Class: TypeAlias = tuple[Any, ...] | None
 
 
+@ranged("n,r", "n,k")
 def eigh_update(
     eighs: Sequence[EighFactor],
     columns: Sequence[Tensor],
@@ -71,6 +74,7 @@ def eigh_update(
     )
 
 
+@ranged("n,r", "n,k")
 def subspace_update(
     syms: Sequence[SymFactor],
     columns: Sequence[Tensor],
@@ -94,6 +98,7 @@ def subspace_update(
     )
 
 
+@ranged("m,r,n", "m,k", "n,k")
 def svd_update(
     svds: Sequence[LowRankSVD],
     left: Sequence[Tensor],
@@ -106,6 +111,7 @@ def svd_update(
     return _each("svd_update", brand.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
+@ranged("m,r,n", "m,k")
 def svd_append(
     svds: Sequence[LowRankSVD],
     columns: Sequence[Tensor],
@@ -117,6 +123,7 @@ def svd_append(
     return _each("svd_append", brand.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
+@ranged("n,n", "r")
 def randomized_eigh(
     matrices: Sequence[Tensor | LinearOperator],
     rank: Each[int],
@@ -131,6 +138,7 @@ def randomized_eigh(
     return _each("randomized_eigh", randomized.randomized_eigh, (matrices, ranks), **options)
 
 
+@ranged("m,n", "r")
 def randomized_svd(
     matrices: Sequence[Tensor | LinearOperator],
     rank: Each[int],
@@ -145,6 +153,7 @@ def randomized_svd(
     return _each("randomized_svd", randomized.randomized_svd, (matrices, ranks), **options)
 
 
+@ranged("n,r", "n,m")
 def damped_solve(
     lowranks: Sequence[LowRank],
     rhs: Sequence[Tensor],
@@ -159,11 +168,12 @@ def damped_solve(
     return _in_classes(
         problems,
         _class_of_solve,
-        lambda problem: problem.shaped(damped.inverse(*_operator_of(problem)) @ problem.block),
+        lambda problem: problem.solution(damped.inverse(*_operator_of(problem))),
         lambda members: _solve_together(members, damped.inverse(*_stacked_operator(members))),
     )
 
 
+@ranged("n,r", "n,m")
 def damped_power(
     lowranks: Sequence[LowRank],
     rhs: Sequence[Tensor],
@@ -183,7 +193,7 @@ def damped_power(
     return _in_classes(
         list(zip(diagonal, map(float, exponents), strict=True)),
         lambda item: _with_option(_class_of_solve(item[0]), item[1]),
-        lambda item: item[0].shaped(damped.power(*_operator_of(item[0]), item[1]) @ item[0].block),
+        lambda item: item[0].solution(damped.power(*_operator_of(item[0]), item[1])),
         lambda members: _solve_together(
             [problem for problem, _ in members],
             damped.power(*_stacked_operator([problem for problem, _ in members]), members[0][1]),
@@ -191,6 +201,7 @@ def damped_power(
     )
 
 
+@ranged("p,a", "q,b", "p,q")
 def kron_damped_solve(
     lefts: Sequence[LowRank],
     rights: Sequence[LowRank],
@@ -217,7 +228,7 @@ def kron_damped_solve(
     return _in_classes(
         problems,
         _class_of_kron,
-        lambda problem: damped.kron_apply(damped.inverse(*problem.left), damped.inverse(*problem.right), problem.data),
+        lambda problem: problem.solution(damped.inverse(*problem.left), damped.inverse(*problem.right)),
         _kron_together,
     )
 
@@ -261,24 +272,24 @@ def _in_classes(
 def _class_of_update(update: Update) -> Class:
     """Factors that one launch can update: of one r, k, rank and tolerance, narrow enough for Brand's form."""
     basis = update.basis
-    n, r = basis.shape[-2:]
+    n, r = update.rows.count(basis), basis.shape[-1]
     k = update.columns.shape[-1]
     if basis.ndim != 2 or reads_are_free(basis) or 0 in (r, k, update.rank) or r + k >= n:
         return None
-    return (r, k, update.rank, update.tol, basis.dtype, basis.device, update.bound is None)
+    return (r, k, update.rank, update.tol, basis.dtype, basis.device, update.bound is None, kind_of(update.rows))
 
 
 def _class_of_solve(problem: damped.Solve) -> Class:
     factor, (_, tail) = problem.factor, problem.shift
-    if problem.block.ndim != 2:
+    if problem.block.ndim != 2 or problem.rows is not WHOLE:
         return None
     return _with_option(_class_of_factor(factor), tail is None)
 
 
 def _class_of_kron(problem: damped.Kron) -> Class:
-    (left, _, left_tail), (right, _, right_tail), data = problem
+    (left, _, left_tail), (right, _, right_tail), data, rows = problem
     pair = isinstance(data, tuple)
-    if any(part.ndim != 2 for part in (data if isinstance(data, tuple) else (data,))):
+    if rows != (WHOLE, WHOLE) or any(part.ndim != 2 for part in (data if isinstance(data, tuple) else (data,))):
         return None
     kinds = (_class_of_factor(left), _class_of_factor(right))
     return None if None in kinds else (*kinds, left_tail is None, right_tail is None, pair)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._core import largest_eigenvalue, safe_eigh
+from brandla._sharded import everywhere, rows_of, zero_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class LowRankEigh(NamedTuple):
@@ -43,11 +47,15 @@ class LowRankEigh(NamedTuple):
         batch_shape: tuple[int, ...] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> LowRankEigh:
-        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs."""
+        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs.
+
+        Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
+        """
         _sizes("LowRankEigh.zeros", rank, n)
-        values = torch.zeros(*batch_shape, rank, dtype=dtype, device=device)
-        return cls(values, torch.zeros(*batch_shape, n, rank, dtype=dtype, device=device))
+        vectors = zero_rows("LowRankEigh.zeros", mesh, (*batch_shape, n, rank), dtype, device)
+        return cls(torch.zeros(*batch_shape, rank, dtype=dtype, device=vectors.device), vectors)
 
     @property
     def n(self) -> int:
@@ -65,7 +73,8 @@ class LowRankEigh(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return U diag(d) Uᵀ, shape (..., n, n): for tests and small cases."""
-        return (self.eigenvectors * self.eigenvalues[..., None, :]) @ self.eigenvectors.mT
+        values, vectors = map(everywhere, self)
+        return (vectors * values[..., None, :]) @ vectors.mT
 
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
@@ -95,11 +104,15 @@ class LowRankSym(NamedTuple):
         batch_shape: tuple[int, ...] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> LowRankSym:
-        """Start a stream from the zero matrix of order ``n``, with room for a basis of ``rank`` columns."""
+        """Start a stream from the zero matrix of order ``n``, with room for a basis of ``rank`` columns.
+
+        Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
+        """
         _sizes("LowRankSym.zeros", rank, n)
-        core = torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=device)
-        return cls(core, torch.zeros(*batch_shape, n, rank, dtype=dtype, device=device))
+        basis = zero_rows("LowRankSym.zeros", mesh, (*batch_shape, n, rank), dtype, device)
+        return cls(torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=basis.device), basis)
 
     @classmethod
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankSym:
@@ -118,16 +131,22 @@ class LowRankSym(NamedTuple):
 
     def eigh(self) -> LowRankEigh:
         """Diagonalise S into a LowRankEigh, by an eigendecomposition of order r that waits for the device."""
-        values, rotation = safe_eigh(self.core)
-        return LowRankEigh(values, self.basis @ rotation)
+        function = "LowRankSym.eigh"
+        rows = rows_of(function, "basis", self.basis, self.core)
+        values, rotation = safe_eigh(rows.small(function, "core", self.core))
+        vectors = rows.local(function, "basis", self.basis) @ rotation
+        return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
     def largest_eigenvalue(self) -> Tensor:
         """Estimate the largest eigenvalue from below by power iteration on S, of batch shape, with no sync."""
-        return largest_eigenvalue(self.core)
+        rows = rows_of("LowRankSym.largest_eigenvalue", "basis", self.basis, self.core)
+        core = rows.small("LowRankSym.largest_eigenvalue", "core", self.core)
+        return rows.small_result(largest_eigenvalue(core))
 
     def dense(self) -> Tensor:
         """Return U S Uᵀ, shape (..., n, n): for tests and small cases."""
-        return self.basis @ self.core @ self.basis.mT
+        core, basis = map(everywhere, self)
+        return basis @ core @ basis.mT
 
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
@@ -162,15 +181,17 @@ class LowRankSVD(NamedTuple):
         batch_shape: tuple[int, ...] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> LowRankSVD:
         """Start a stream from the zero matrix of shape (m, n), with room for ``rank`` singular triplets.
 
-        ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``.
+        ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. Over a 1-D ``mesh`` U is a
+        DTensor sharded on its rows, on the device of each process.
         """
         _sizes("LowRankSVD.zeros", rank, m)
-        left = torch.zeros(*batch_shape, m, rank, dtype=dtype, device=device)
-        values = torch.zeros(*batch_shape, rank, dtype=dtype, device=device)
-        return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=device))
+        left = zero_rows("LowRankSVD.zeros", mesh, (*batch_shape, m, rank), dtype, device)
+        values = torch.zeros(*batch_shape, rank, dtype=dtype, device=left.device)
+        return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=left.device))
 
     @property
     def rank(self) -> int:
@@ -179,7 +200,8 @@ class LowRankSVD(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return U diag(S) Vh, shape (..., m, n): for tests and small cases."""
-        return (self.U * self.S[..., None, :]) @ self.Vh
+        left, values, right = map(everywhere, self)
+        return (left * values[..., None, :]) @ right
 
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
@@ -254,5 +276,7 @@ def centre(svd: LowRankSVD) -> Centred:
     if svd.Vh.shape[-1] != 0:
         rule = "svd must have seen no columns, since their mean is not known"
         _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
-    batch_shape = svd.U.shape[:-2]
-    return Centred(svd, svd.U.new_zeros(*batch_shape, svd.U.shape[-2]), svd.U.new_zeros(batch_shape))
+    rows = rows_of("centre", "svd.U", svd.U, svd.S)
+    left = rows.local("centre", "svd.U", svd.U)
+    mean = rows.tall_result(left.new_zeros(left.shape[:-1]), -1)
+    return Centred(svd, mean, rows.small_result(left.new_zeros(left.shape[:-2])))

@@ -4,6 +4,7 @@ Orthonormal columns come out to working precision whatever the panel: columns th
 basis they are split against, become zero columns. Derivation and error bounds: ``docs/orthonormalisation.md``.
 
 Tall matrices are one, a batch, or a list with different n (`brandla_kernels.tall`); what belongs to a list is stacked.
+They may be some of the rows of larger ones: ``rows.total`` makes an inner product over all rows of one over these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from brandla._sharded import WHOLE, Rows
 from brandla_kernels import (
     Tall,
     cholesky_inverse_core,
@@ -65,27 +67,27 @@ class Split(NamedTuple):
         return corrected - self.overlap.to(dtype) @ panel_rotation, panel_rotation
 
 
-def split(basis: Tall, columns: Tall) -> Split:
+def split(basis: Tall, columns: Tall, rows: Rows = WHOLE) -> Split:
     """Split columns A (..., n, k) into their part in the span of an orthonormal U (..., n, r) and the rest."""
-    coefficients = project(basis, columns)
+    coefficients = rows.total(project(basis, columns))
     if isinstance(basis, Tensor) and reads_are_free(basis):
         panel = subtract_product(columns, basis, coefficients)
-        easy = _one_pass(basis, coefficients.double(), panel)
+        easy = _one_pass(basis, coefficients.double(), panel, rows)
         if easy is not None:
             return easy
         panel_gram = gram(panel)
     else:
         panel, panel_gram = residual(basis, columns, coefficients)
-    return _two_passes(basis, coefficients.double(), panel, panel_gram)
+    return _two_passes(basis, coefficients.double(), panel, rows.total(panel_gram), rows)
 
 
-def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor) -> Split | None:
+def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor, rows: Rows) -> Split | None:
     """Split where one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
 
     Rounding then enters Q at most four times magnified, by T, and that of a Gram matrix of rounded products sixteen
     times; and a hundred times through what U still shares with P, which is measured and taken out.
     """
-    panel_gram = rounded_gram(panel)
+    panel_gram = rows.total(rounded_gram(panel))
     squares = panel_gram.diagonal(dim1=-2, dim2=-1)
     length = (coefficients.square().sum(-2) + squares).sqrt()
     if not bool((squares > 1e-4 * length.square()).all()):
@@ -97,25 +99,26 @@ def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor) -> Split | Non
     if not bool((info == 0).all() and (inverse.square().sum(-1) <= 16).all()):
         return None
     transform, triangle = inverse.mT * unit[..., :, None], factor.mT / unit[..., None, :]
-    overlap = _overlap(basis, length, panel, transform)
-    return Split(coefficients + overlap, triangle, panel, overlap, transform, measure_drift(basis))
+    overlap = _overlap(basis, length, panel, transform, rows)
+    return Split(coefficients + overlap, triangle, panel, overlap, transform, measure_drift(basis, rows))
 
 
-def _two_passes(basis: Tall, coefficients: Tensor, panel: Tall, panel_gram: Tensor) -> Split:
+def _two_passes(basis: Tall, coefficients: Tensor, panel: Tall, panel_gram: Tensor, rows: Rows) -> Split:
     """Split whatever the columns are: the second pass orthogonalises what the first left."""
     # ‖a_j‖² by Pythagoras, with no pass of its own: a residual is judged against the column it came from.
     length = (coefficients.square().sum(-2) + panel_gram.diagonal(dim1=-2, dim2=-1)).sqrt()
-    first = _first_pass(panel, panel_gram, length, tall.columns(basis) + tall.columns(panel))
+    first = _first_pass(panel, panel_gram, length, tall.columns(basis) + tall.columns(panel), rows)
     refined, overlap, refined_gram = refine(basis, first.panel, first.transform.to(tall.dtype_of(panel)))
-    overlap = overlap.double()
+    overlap, refined_gram = rows.totals(overlap.double(), refined_gram)
     first_triangle = first.triangle()
     cleaned = refined_gram - overlap.mT @ overlap
     second, _ = cholesky_inverse_core(cleaned, _unit_scale(refined_gram), _SECOND_PASS)
     triangle = second.mT @ cleaned @ first_triangle
-    return Split(coefficients + overlap @ first_triangle, triangle, refined, overlap, second, measure_drift(basis))
+    coefficients = coefficients + overlap @ first_triangle
+    return Split(coefficients, triangle, refined, overlap, second, measure_drift(basis, rows))
 
 
-def measure_drift(basis: Tall) -> Tensor:
+def measure_drift(basis: Tall, rows: Rows = WHOLE) -> Tensor:
     """Return UᵀU − I in float64, for the eighth of the columns that drifted furthest; 0 elsewhere.
 
     Each update rounds a little orthogonality away, and what a column of long standing has lost it never gets back by
@@ -125,17 +128,18 @@ def measure_drift(basis: Tall) -> Tensor:
     """
     r = tall.columns(basis)
     if not isinstance(basis, Tensor):
-        inner: Tensor = project(basis, basis).double()
+        inner = rows.total(project(basis, basis)).double()
         return inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.25).double())
     if r == 0:
         return basis.new_zeros(*basis.shape[:-1], 0)[..., :0, :].double()
-    norms = sum((slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)), basis.new_zeros(())).sqrt()
+    squares = sum((slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)), basis.new_zeros(()))
+    norms = rows.total(squares).sqrt()
     live = norms > 0.5
     chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
     picked = columns_at(basis, chosen)
     identity = torch.diag_embed(live.double())
     index = chosen[..., None, :].expand(*basis.shape[:-2], r, chosen.shape[-1])
-    deviation = project(basis, picked).double() - identity.gather(-1, index)
+    deviation = rows.total(project(basis, picked)).double() - identity.gather(-1, index)
     drift = torch.zeros_like(identity).scatter(-1, index, deviation)
     return drift.scatter(-2, index.mT, deviation.mT)
 
@@ -177,7 +181,7 @@ def factorize(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`."""
     panel_gram = gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    first = _first_pass(panel, panel_gram, length, panel.shape[-1])
+    first = _first_pass(panel, panel_gram, length, panel.shape[-1], WHOLE)
     nearly = first.panel @ first.transform.to(panel.dtype)
     nearly_gram = rounded_gram(nearly)
     second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), _SECOND_PASS)
@@ -191,7 +195,7 @@ def spanning(panel: Tensor) -> Tensor:
     One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
     """
     panel_gram = gram(panel)
-    first = _first_pass(panel, panel_gram, panel_gram.diagonal(dim1=-2, dim2=-1).sqrt(), panel.shape[-1])
+    first = _first_pass(panel, panel_gram, panel_gram.diagonal(dim1=-2, dim2=-1).sqrt(), panel.shape[-1], WHOLE)
     spanned: Tensor = first.panel @ first.transform.to(panel.dtype)
     return spanned
 
@@ -210,7 +214,7 @@ class _FirstPass(NamedTuple):
         return triangle if self.to_panel is None else triangle @ self.to_panel
 
 
-def _first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int) -> _FirstPass:
+def _first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int, rows: Rows) -> _FirstPass:
     """Orthonormalise a panel as far as its Gram matrix allows.
 
     A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
@@ -228,7 +232,7 @@ def _first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int) -> 
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
     panel = _solve_from_right(panel, to_panel)
-    panel_gram = gram(panel)
+    panel_gram = rows.total(gram(panel))
     transform, _ = cholesky_inverse_core(panel_gram, torch.ones_like(length), 16 * k * eps)
     return _FirstPass(panel, panel_gram, transform, to_panel)
 
@@ -240,11 +244,11 @@ def _solve_from_right(panel: Tall, triangle: Tensor) -> Tall:
     return [_solve_from_right(part, own) for part, own in zip(panel, triangle, strict=True)]
 
 
-def _overlap(basis: Tensor, length: Tensor, panel: Tensor, transform: Tensor) -> Tensor:
+def _overlap(basis: Tensor, length: Tensor, panel: Tensor, transform: Tensor, rows: Rows) -> Tensor:
     """UᵀP (..., r, k), or 0 where the rounding of the projection reaches Q at most four times magnified."""
     if bool(((length.square()[..., :, None] * transform.square()).sum(-2) <= 16).all()):
         return basis.new_zeros(*panel.shape[:-2], basis.shape[-1], panel.shape[-1], dtype=torch.float64)
-    return project(basis, panel).double()
+    return rows.total(project(basis, panel)).double()
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._core import safe_eigh, safe_svd
+from brandla._ranges import ranged
+from brandla._sharded import is_dtensor
 from brandla.lowrank import LowRankEigh, LowRankSVD
 from brandla.orthonormal import factorize, orthonormalize, spanning
 from brandla_kernels import signs, sketch
@@ -41,6 +43,7 @@ class LinearOperator(Protocol):
         """Product with a block of vectors (n, p)."""
 
 
+@ranged("n,n", "r")
 def randomized_eigh(
     matrix: Tensor | LinearOperator,
     rank: int,
@@ -111,6 +114,7 @@ def randomized_eigh(
     return _nystrom(test, image, rank)
 
 
+@ranged("m,n", "r")
 def randomized_svd(
     matrix: Tensor | LinearOperator,
     rank: int,
@@ -226,6 +230,9 @@ def _check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, 
         _check.data(function, "matrix", matrix)
         if matrix.ndim < 2:
             _check.fail_value(function, f"matrix must have shape (..., m, n); got {tuple(matrix.shape)}")
+        if is_dtensor(matrix):
+            rule = "matrix must be a plain tensor or a linear operator"
+            _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor(), or an operator that holds it")
     else:
         _check_operator(function, matrix)
     return int(matrix.shape[-2]), int(matrix.shape[-1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._core import truncate_by_subspace, without_denormals
 from brandla._expansion import expand
+from brandla._ranges import ranged
 from brandla._step import Step, Update, check_update
 from brandla.lowrank import LowRankSym, Tracked
 from brandla.rank import Rank
@@ -39,6 +40,7 @@ def subspace_update(
 ) -> Tracked[LowRankSym]: ...
 
 
+@ranged("n,r", "n,k")
 def subspace_update(
     sym: LowRankSym | Tracked[LowRankSym],
     columns: Tensor,
@@ -82,7 +84,7 @@ def subspace_update(
     -----
     0 ⪯ M̂ ⪯ M holds to rounding, as for the exact update: the compression is a Nyström approximation. Not guaranteed is
     that the kept subspace is the leading one. The bound of a tracked factor grows by the Frobenius norm of what the
-    compression left out.
+    compression left out. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -116,6 +118,7 @@ def subspace_update_(
 ) -> Tracked[LowRankSym]: ...
 
 
+@ranged("n,r", "n,k")
 def subspace_update_(
     sym: LowRankSym | Tracked[LowRankSym],
     columns: Tensor,
@@ -175,7 +178,7 @@ def check_sym_update(
 ) -> Update:
     """Check the arguments of `subspace_update`, all but ``iterations``."""
     _check.sym(function, "sym", sym.lowrank if isinstance(sym, Tracked) else sym)
-    return check_update(function, "sym.basis", sym, columns, decay, weight, rank)
+    return check_update(function, "sym.basis", "sym.core", sym, columns, decay, weight, rank)
 
 
 def subspace_step(update: Update, iterations: int) -> Step[LowRankSym]:
@@ -184,13 +187,13 @@ def subspace_step(update: Update, iterations: int) -> Step[LowRankSym]:
     if update.adds_nothing:
         decay = update.decay
         scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
-        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, bound)
-    expansion = expand(core, basis, update.columns, update.decay, update.weight)
+        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, bound, update.rows)
+    expansion = expand(core, basis, update.columns, update.decay, update.weight, update.rows)
     compressed, rotation = truncate_by_subspace(expansion.core, update.rank, iterations, core.dtype, update.tol)
     if bound is not None:
         bound = bound + _left_out(expansion.core, compressed, rotation).to(core.dtype)
     values = without_denormals(compressed.to(core.dtype), dims=2)
-    return Step(LowRankSym, values, basis, (expansion, rotation), bound)
+    return Step(LowRankSym, values, basis, (expansion, rotation), bound, update.rows)
 
 
 def _left_out(core: Tensor, compressed: Tensor, rotation: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""Which rows of a tall matrix this process holds: all of them or, of a DTensor sharded on its rows, some.
+
+The functions of brandla compute with what a process holds. An inner product of tall matrices is the sum of those of
+their parts: one all-reduce of something small, after which it is the same in every process, as is whatever follows from
+it. Tall matrices never travel. ``docs/sharded.md`` lists what does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Small = TypeVar("Small", bound=float | Tensor | None)
+
+
+class Rows:
+    """All rows of a tall matrix are here, and nothing has to be summed. `Shards` is the other kind."""
+
+    def admit(self, function: str, name: str, tensor: Tensor) -> None:
+        """Check that a tall argument is of the kind of the factor's tall matrix."""
+        if is_dtensor(tensor):
+            _check.mixture(function, name, tensor)
+
+    def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
+        """Return what this process holds of a tall argument, whose rows are dimension ``dim``."""
+        return tensor
+
+    def small(self, function: str, name: str, value: Small) -> Small:
+        """Return a small argument as what it is in this process."""
+        if isinstance(value, Tensor) and is_dtensor(value):
+            _check.mixture(function, name, value)
+        return value
+
+    def count(self, local: Tensor) -> int:
+        """Return n, of a tall matrix of which this process holds ``local``."""
+        return local.shape[-2]
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return an inner product over all rows from that over the rows held here, which it may overwrite."""
+        return part
+
+    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Return `total` of each, of one dtype, in one message."""
+        return parts
+
+    def shared(self, small: Tensor) -> Tensor:
+        """Return what every process computed for itself; its gradient comes from all of them."""
+        return small
+
+    def gathered(self, local: Tensor) -> Tensor:
+        """Return all rows of a matrix that is not taller than small ones are."""
+        return local
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return the rows that this process holds of a matrix that it has computed whole."""
+        return whole
+
+    def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
+        """Return a tall result as its argument came in."""
+        return local
+
+    def small_result(self, value: Tensor) -> Tensor:
+        """Return a small result as that of the factor came in."""
+        return value
+
+    def of(self, index: int) -> Rows:
+        """Return the rows of one matrix of a list."""
+        return self
+
+
+WHOLE = Rows()
+
+
+@dataclass(frozen=True)
+class Shards(Rows):
+    """Some rows of a tall matrix with n of them are here: those of a DTensor's shard, perhaps none."""
+
+    mesh: DeviceMesh
+    n: int
+    replicates: bool  # Small results are replicated DTensors, and not plain tensors.
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The processes that hold the other rows."""
+        return self.mesh.get_group()
+
+    def admit(self, function: str, name: str, tensor: Tensor) -> None:
+        """Check that a tall argument is a DTensor."""
+        if not is_dtensor(tensor):
+            _check.mixture(function, name, tensor, as_dtensor=True)
+
+    def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
+        """Return the rows held here of a DTensor that is sharded as the factor's is."""
+        _check.sharded(function, name, tensor, dim, self.mesh)
+        local = _local(tensor)
+        start, stop = self._span()
+        if local.shape[dim] != stop - start:
+            rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
+            _check.fail_value(function, f"{rule}; got {local.shape[dim]} rows; distribute it again")
+        return local
+
+    def small(self, function: str, name: str, value: Small) -> Small:
+        """Return a number, a plain tensor, or the local copy of a replicated DTensor."""
+        if not (isinstance(value, Tensor) and is_dtensor(value)):
+            return value
+        _check.replicated(function, name, value, self.mesh)
+        copy: Small = _local(value)  # type: ignore[assignment]
+        return copy
+
+    def count(self, local: Tensor) -> int:
+        """Return n."""
+        return self.n
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum over the processes: every one gets the same bits."""
+        if part.requires_grad:
+            summed: Tensor = _Total.apply(part, self.group)  # type: ignore[no-untyped-call]
+            return summed
+        return _sum(part, self.group)
+
+    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sum several over the processes in one message."""
+        joined = self.total(torch.cat([part.flatten() for part in parts]))
+        pieces = joined.split([part.numel() for part in parts])
+        return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+    def shared(self, small: Tensor) -> Tensor:
+        """Return what every process computed for itself; its gradient is summed over them."""
+        if not small.requires_grad:
+            return small
+        same: Tensor = _Shared.apply(small, self.group)  # type: ignore[no-untyped-call]
+        return same
+
+    def gathered(self, local: Tensor) -> Tensor:
+        """Sum matrices that are zero but for the rows of one process each."""
+        whole = local.new_zeros(*local.shape[:-2], self.n, local.shape[-1])
+        whole[..., slice(*self._span()), :] = local
+        return self.total(whole)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return the rows of this process."""
+        return whole[..., slice(*self._span()), :].clone()
+
+    def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
+        """Return the DTensor of which this process holds ``local``."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        dim %= local.ndim
+        shape = torch.Size([self.n if at == dim else size for at, size in enumerate(local.shape)])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
+
+    def small_result(self, value: Tensor) -> Tensor:
+        """Return a plain tensor or a replicated DTensor, whichever the factor has."""
+        if not self.replicates:
+            return value
+        from torch.distributed.tensor import DTensor, Replicate
+
+        return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
+
+    def _span(self) -> tuple[int, int]:
+        """First row held here, and the one after the last: shards are of one size until the rows run out."""
+        size = -(-self.n // self.mesh.size())
+        start = min(self.mesh.get_local_rank() * size, self.n)
+        return start, min(start + size, self.n)
+
+
+@dataclass(frozen=True)
+class Joined(Rows):
+    """Some rows of each matrix of a list are here, all over one mesh: stacked inner products travel together."""
+
+    members: tuple[Rows, ...]
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return self.members[0].total(part)
+
+    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sum several over the processes in one message."""
+        return self.members[0].totals(*parts)
+
+    def of(self, index: int) -> Rows:
+        """Return the rows of one matrix."""
+        return self.members[index]
+
+
+def join(rows: Sequence[Rows]) -> Rows:
+    """Return the rows of a list of matrices that agree in `kind_of`."""
+    return rows[0] if rows[0] is WHOLE else Joined(tuple(rows))
+
+
+def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
+    """Return what the rows of matrices that are computed together have in common."""
+    return (rows.mesh, rows.replicates) if isinstance(rows, Shards) else None
+
+
+def rows_of(function: str, name: str, tall: Tensor, small: Tensor) -> Rows:
+    """Return how the rows of a factor's tall matrix are laid out; ``small`` shows what its small parts are."""
+    if not is_dtensor(tall):
+        return WHOLE
+    _check.sharded(function, name, tall, -2)
+    return Shards(_as_dtensor(tall).device_mesh, tall.shape[-2], is_dtensor(small))
+
+
+def zero_rows(
+    function: str,
+    mesh: DeviceMesh | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Return a tall matrix (..., n, r) of zeros, sharded on its rows over a mesh if there is one."""
+    if mesh is None:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    if device is not None:
+        _check.fail_value(function, f"device must be left out where a mesh is given, which has its own; got {device}")
+    from torch.distributed.tensor import Shard, zeros
+
+    if mesh.ndim != 1:
+        _check.fail_value(function, f"mesh {_check.ONE_DIMENSION}; got {mesh}; take one with mesh[name]")
+    return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[Shard(len(shape) - 2)])
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, at no cost for others and without importing what it takes to make one."""
+    if type(tensor) is Tensor or torch.compiler.is_compiling():
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: the tensor itself unless it is a DTensor."""
+    return _local(tensor) if is_dtensor(tensor) else tensor
+
+
+def everywhere(tensor: Tensor) -> Tensor:
+    """Return a whole tensor in every process, by gathering a DTensor: for tests and small cases."""
+    return _as_dtensor(tensor).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def _as_dtensor(tensor: Any) -> DTensor:
+    return tensor  # type: ignore[no-any-return]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = _as_dtensor(tensor).to_local()
+    # What a redistribution is still bringing is a tensor that waits for it.
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def _sum(part: Tensor, group: ProcessGroup) -> Tensor:
+    if part.numel():
+        part = part.contiguous()
+        torch.distributed.all_reduce(part, group=group)
+    return part
+
+
+class _Total(torch.autograd.Function):
+    """y = Σ x over the processes, where every process goes on to use y for its own part of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum(part.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _sum(gradients[0].clone(), ctx.group), None
+
+
+class _Shared(torch.autograd.Function):
+    """y = x, the same in every process, where every process goes on to use y for its own part of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, small: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return small.view_as(small)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _sum(gradients[0].clone(), ctx.group), None

@@ -1,0 +1,139 @@
+"""Run a function in several processes that form a gloo group on the loopback interface.
+
+Processes are forked from a server that has imported torch, so the first launch costs seconds and the others a tenth of
+one. They meet in a file, not at a port. Nothing outlives a call: after ``timeout`` seconds what still runs is killed,
+and its stack is reported.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_context = get_context("forkserver")
+# The first DTensor imports torch._dynamo, and the oracles scipy.linalg: once here, in place of once a process.
+_context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "scipy.linalg", "brandla"])
+# Seconds before the end at which a process that still runs writes down where it is.
+_LAST_WORDS = 1.0
+
+
+class Outcome(NamedTuple):
+    """How one rank ended: with a result, or with the reason why there is none."""
+
+    result: Any
+    failure: str | None
+
+
+class RanksFailedError(RuntimeError):
+    """Raised by `run`, with the traceback of every rank that failed."""
+
+
+def run(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, group_timeout: float = 20.0
+) -> list[Any]:
+    """Return what ``function(*args)`` returns on each rank.
+
+    Parameters
+    ----------
+    function
+        A function that can be pickled: of a module under ``tests``, such as this one's neighbours. A group is
+        initialised around it, so `torch.distributed.get_rank` tells it who it is.
+    world_size
+        Number of processes, each with one thread.
+    args, results
+        Anything that pickles; a DTensor does not.
+    timeout, group_timeout
+        Seconds for all of it, and for one collective.
+
+    Raises
+    ------
+    RanksFailedError
+        If a rank raised, died, or was still running after ``timeout`` seconds.
+    """
+    outcomes = launch(function, world_size, *args, timeout=timeout, group_timeout=group_timeout)
+    failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]
+    if failures:
+        raise RanksFailedError("\n".join([f"{len(failures)} of {world_size} ranks failed", *failures]))
+    return [outcome.result for outcome in outcomes]
+
+
+def launch(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, group_timeout: float = 20.0
+) -> list[Outcome]:
+    """`run`, for tests in which a rank is meant to fail: return how each rank ended."""
+    call = pickle.dumps((function, args))
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        ends, processes = [], []
+        try:
+            for rank in range(world_size):
+                receiver, sender = _context.Pipe(duplex=False)
+                group = (folder, rank, world_size, group_timeout)
+                process = _context.Process(target=_rank, args=(call, sender, group, timeout), daemon=True)
+                process.start()
+                sender.close()
+                ends.append(receiver)
+                processes.append(process)
+            return [
+                _outcome(end, process, _stack_file(folder, rank), deadline)
+                for rank, (end, process) in enumerate(zip(ends, processes, strict=True))
+            ]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for end in ends:
+                end.close()
+
+
+def _outcome(end: connection.Connection, process: Any, stack: Path, deadline: float) -> Outcome:
+    """Wait for one rank. The answers of the others meanwhile lie in their pipes or keep them waiting to write."""
+    if not end.poll(max(0.0, deadline - time.monotonic())):
+        return Outcome(None, f"still running at the time limit\n{stack.read_text() if stack.exists() else ''}")
+    try:
+        return Outcome(*pickle.loads(end.recv_bytes()))
+    except EOFError:
+        process.join()
+        return Outcome(None, f"died with exit code {process.exitcode}")
+
+
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stack-{rank}"
+
+
+def _rank(call: bytes, sender: connection.Connection, group: tuple[str, int, int, float], timeout: float) -> None:
+    folder, rank, world_size, group_timeout = group
+    with _stack_file(folder, rank).open("w") as stack:
+        faulthandler.dump_traceback_later(max(timeout - _LAST_WORDS, 0.1), file=stack)
+        try:
+            outcome = Outcome(_in_group(call, folder, rank, world_size, group_timeout), None)
+            answer = pickle.dumps(outcome)
+        except BaseException:
+            answer = pickle.dumps(Outcome(None, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
+    sender.send_bytes(answer)
+
+
+def _in_group(call: bytes, folder: str, rank: int, world_size: int, group_timeout: float) -> Any:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = distributed.FileStore(str(Path(folder) / "store"), world_size)
+    limit = timedelta(seconds=group_timeout)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    try:
+        function, args = pickle.loads(call)
+        return function(*args)
+    finally:
+        distributed.destroy_process_group()

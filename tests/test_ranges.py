@@ -1,0 +1,152 @@
+"""Named ranges of the public functions: what a profiler sees, and what nobody else does."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import profiler as autograd_profiler
+from torch.profiler import ProfilerActivity, profile
+
+import brandla
+from brandla._ranges import ranged
+from builders import make_columns
+
+N, R, K = 40, 6, 5
+EIGH = brandla.eigh_update(brandla.LowRankEigh.zeros(N, R), make_columns(N, R, dtype=torch.float32))
+SYM = brandla.LowRankSym.from_eigh(EIGH)
+COLUMNS = make_columns(N, K, dtype=torch.float32)
+SVD = brandla.LowRankSVD.zeros(N, 30, R)
+RIGHT = make_columns(30, K, dtype=torch.float32)
+SQUARE = EIGH.dense()
+GROUP = ([EIGH, EIGH], [COLUMNS, COLUMNS])
+
+# A call of each public function, and the range that it must show as.
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
+    "brandla::eigh_update n=40 r=6 k=5": (brandla.eigh_update, (EIGH, COLUMNS), {}),
+    "brandla::eigh_update_ n=40 r=6 k=5": (brandla.eigh_update_, (EIGH, COLUMNS), {"decay": 1.0, "weight": 0.0}),
+    "brandla::subspace_update n=40 r=6 k=5": (brandla.subspace_update, (SYM, COLUMNS), {}),
+    "brandla::subspace_update_ n=40 r=6 k=5": (brandla.subspace_update_, (SYM, COLUMNS), {"weight": 0.0}),
+    "brandla::svd_update m=40 r=6 n=30 k=5": (brandla.svd_update, (SVD, COLUMNS, RIGHT), {}),
+    "brandla::svd_append m=40 r=6 n=30 k=5": (brandla.svd_append, (SVD, COLUMNS), {}),
+    "brandla::randomized_eigh n=40 r=6": (brandla.randomized_eigh, (SQUARE, R), {}),
+    "brandla::randomized_svd m=40 n=40 r=6": (brandla.randomized_svd, (SQUARE, R), {}),
+    "brandla::damped_solve n=40 r=6 m=5": (brandla.damped_solve, (EIGH, COLUMNS, 0.1), {}),
+    "brandla::damped_power n=40 r=6 m=5": (brandla.damped_power, (EIGH, COLUMNS, 0.1, -0.5), {}),
+    "brandla::kron_damped_solve p=40 a=6 q=40 b=6": (
+        brandla.kron_damped_solve,
+        (EIGH, SYM, (COLUMNS, COLUMNS), 0.1, 0.1),
+        {},
+    ),
+    "brandla::grouped.eigh_update problems=2 n=40 r=6 k=5": (brandla.grouped.eigh_update, GROUP, {}),
+    "brandla::grouped.damped_solve problems=2 n=40 r=6 m=5": (brandla.grouped.damped_solve, (*GROUP, 0.1), {}),
+    "brandla::grouped.randomized_eigh problems=2 n=40 r=6": (
+        brandla.grouped.randomized_eigh,
+        ([SQUARE, SQUARE], R),
+        {},
+    ),
+}
+FUNCTIONS = [
+    getattr(module, name)
+    for module in (brandla, brandla.grouped)
+    for name in module.__all__
+    if inspect.isfunction(getattr(module, name))
+]
+# What starts or names something, and computes nothing.
+WITHOUT_RANGE = {"backend", "centre", "checked", "track"}
+
+
+def names_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function(*args, **kwargs)
+    return [event.name for event in profiler.events() if event.name.startswith("brandla::")]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_a_range_with_its_sizes(name: str):
+    function, args, kwargs = CALLS[name]
+    assert names_of(function, *args, **kwargs)[0] == name
+
+
+def test_every_public_function_that_computes_is_a_range():
+    without = {function.__name__ for function in FUNCTIONS if not hasattr(function, "__wrapped__")}
+    generators = {name for name in WITHOUT_RANGE if hasattr(getattr(brandla, name), "__wrapped__")}
+    assert without | generators == WITHOUT_RANGE
+
+
+def test_arguments_by_keyword_a_batch_and_a_vector_are_named_too():
+    batch = brandla.LowRankEigh(*(part.expand(3, *part.shape) for part in EIGH))
+    solve = brandla.damped_solve
+    assert names_of(solve, rhs=COLUMNS, damping=0.1, lowrank=EIGH) == ["brandla::damped_solve n=40 r=6 m=5"]
+    assert names_of(solve, batch, COLUMNS.expand(3, N, K), 0.1) == ["brandla::damped_solve batch=3 n=40 r=6 m=5"]
+    assert names_of(solve, EIGH, COLUMNS[:, 0], 0.1) == ["brandla::damped_solve n=40 r=6"]
+    tracked = brandla.track(EIGH)
+    assert names_of(brandla.eigh_update, tracked, COLUMNS) == ["brandla::eigh_update n=40 r=6 k=5"]
+
+
+def test_ranges_hold_the_calls_of_torch():
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        brandla.damped_solve(EIGH, COLUMNS, 0.1)
+    (solve,) = [event for event in profiler.events() if event.name.startswith("brandla::damped_solve")]
+    assert any(child.name.startswith("aten::") for child in solve.cpu_children)
+
+
+@pytest.mark.parametrize("arguments", [(), (None, None), (EIGH, "columns"), (EIGH,)])
+def test_bad_input_fails_under_a_profiler_as_it_does_without(arguments: tuple[Any, ...]):
+    with pytest.raises((TypeError, ValueError)) as without:
+        brandla.eigh_update(*arguments)
+    with profile(activities=[ProfilerActivity.CPU]), pytest.raises((TypeError, ValueError)) as under:
+        brandla.eigh_update(*arguments)
+    assert (type(under.value), str(under.value)) == (type(without.value), str(without.value))
+
+
+def test_without_a_profiler_no_range_is_made(monkeypatch: pytest.MonkeyPatch):
+    made: list[str] = []
+    monkeypatch.setattr(autograd_profiler, "record_function", made.append)
+    brandla.damped_solve(EIGH, COLUMNS, 0.1)
+    assert made == []
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__name__}")
+def test_functions_stay_what_they_were(function: Callable[..., Any]):
+    plain = inspect.unwrap(function)
+    assert function.__doc__ == plain.__doc__
+    assert inspect.signature(function) == inspect.signature(plain)
+    assert typing.get_type_hints(function) == typing.get_type_hints(plain)
+    assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_overloads_are_found():
+    assert len(typing.get_overloads(brandla.eigh_update)) == 2
+
+
+def test_a_profiler_does_not_enter_a_compiled_graph():
+    compiled = torch.compile(lambda rhs: brandla.damped_solve(EIGH, rhs, 0.1), fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda rhs: brandla.damped_solve(EIGH, rhs, 0.1), fullgraph=True, backend=counter)
+    expected = compiled(COLUMNS)
+    with profile(activities=[ProfilerActivity.CPU]):
+        torch.testing.assert_close(compiled(COLUMNS), expected)
+    assert counter.frame_count == 1
+
+
+class Stepper:
+    @ranged()
+    def step(self) -> None:
+        pass
+
+
+@ranged("n", "a,b")
+def doubled(number: int, other: Any = None) -> int:
+    return 2 * number
+
+
+def test_methods_and_functions_of_numbers_are_named():
+    assert names_of(Stepper().step) == ["brandla::Stepper.step"]
+    assert names_of(doubled, 4) == ["brandla::doubled n=4"]

@@ -1,0 +1,116 @@
+"""Tall matrices sharded on their rows: every function equals itself on the whole matrices, and no tall one travels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed import sharded
+from distributed.processes import run
+
+
+@pytest.fixture(params=[2, 4])
+def world_size(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+def assert_ranks_agree(results: list[list[Tensor]]) -> None:
+    """Check that the small parts, which decide branches, have the same bits on every rank."""
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("name", sharded.UPDATES)
+def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size) -> None:
+    assert_ranks_agree(run(sharded.update_streams, world_size, name, dtype))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        sharded.other_forms_of_updates,
+        sharded.grouped_launches,
+        sharded.svd_streams,
+        sharded.damped_applications,
+        sharded.kron_applications,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_function_equals_itself_on_the_whole(check, dtype, world_size) -> None:
+    assert_ranks_agree(run(check, world_size, dtype))
+
+
+def test_gradients_equal_those_of_the_whole(world_size) -> None:
+    assert_ranks_agree(run(sharded.gradients, world_size))
+
+
+def test_zeros_and_values_of_a_sharded_factor() -> None:
+    run(sharded.zeros, 2)
+
+
+def test_only_small_all_reduces_travel(dtype) -> None:
+    n, r, k = 1600, 12, 8
+    for seen in run(sharded.messages, 2, n, r, k, dtype):
+        for name, messages in seen.items():
+            assert {kind for kind, _ in messages} == {"allreduce_"}, name
+            # The largest holds UᵀQ and QᵀQ of the second pass: a quarter of the rows of one process.
+            assert max(size for _, size in messages) <= (r + k) * k, (name, messages)
+        assert {name: len(messages) for name, messages in seen.items()} == {
+            "eigh_update": 4,
+            # In float64 the first pass takes a Gram matrix more.
+            "eigh_update, two passes": 6 if dtype == torch.float32 else 7,
+            "eigh_update_": 4,
+            "subspace_update": 4,
+            "subspace_update_": 4,
+            "svd_append": 4,
+            "damped_solve": 1,
+            "damped_power": 1,
+            "kron_damped_solve": 2,
+        }
+
+
+@pytest.fixture(scope="module")
+def refusals() -> list[dict[str, str]]:
+    return run(sharded.refusals, 2)
+
+
+SHARD = r"must be sharded on its rows, \[Shard\(0\)\]; got \["
+REFUSALS = {
+    "replicated basis": rf"ValueError: eigh_update: eigh.eigenvectors {SHARD}Repl.*redistribute\(pl",
+    "columns on all": f"ValueError: eigh_update: columns {SHARD}Repl",
+    "columns on columns": f"ValueError: eigh_update: columns {SHARD}Shard",
+    "two dimensions": "ValueError: eigh_update_: eigh.eigenvectors must lie on a device mesh of one dimension; got Dev",
+    "plain columns": "TypeError: subspace_update: columns must be a DTensor sharded on its rows, .*; got a Tensor",
+    "plain local columns": "TypeError: eigh_update: columns must be a DTensor sharded on its rows",
+    "plain basis": "TypeError: eigh_update: columns must be a plain tensor, .*; got a DTensor; take its .full_tensor",
+    "plain rhs": "TypeError: damped_solve: rhs must be a DTensor sharded on its rows",
+    "plain P": "TypeError: kron_damped_solve: P must be a DTensor sharded on its rows",
+    "sharded values": r"ValueError: eigh_update: eigh.eigenvalues must be a plain tensor or \[Replicate",
+    "another mesh": r"ValueError: eigh_update: columns must lie on the device mesh .* \[0, 1\]; got \[1, 0\]",
+    "another layout": r"ValueError: eigh_update: columns must have its rows \d+ to \d+ here, .* 37 rows out; got",
+    "sharded right of a matrix": "ValueError: kron_damped_solve: right must hold plain tensors where matrix is one W",
+    "sharded Vh": r"ValueError: svd_append: svd.Vh must be a plain tensor or \[Replicate\(\)\]",
+    "replicated number for a plain factor": "TypeError: eigh_update: decay must be a plain tensor",
+    "rank": r"ValueError: eigh_update: rank must be between 0 and 7 = min\(n, r \+ k\) with n = 37, r = 4, k = 3",
+    "device and mesh": "ValueError: LowRankEigh.zeros: device must be left out where a mesh is given",
+    "zeros over two dimensions": "ValueError: LowRankEigh.zeros: mesh must lie on a device mesh of one dimension",
+    "a matrix to sketch": "TypeError: randomized_eigh: matrix must be a plain tensor or a linear operator; got a DTens",
+    "not finite": "ValueError: eigh_update: columns must be finite; got 1 NaN or infinite entries",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused_on_every_rank(case, refusals) -> None:
+    for errors in refusals:
+        assert errors.keys() == REFUSALS.keys()
+        with pytest.raises(RuntimeError, match=REFUSALS[case]):
+            raise RuntimeError(errors[case])
+
+
+def test_plain_tensors_import_no_dtensor() -> None:
+    from test_import import modules_added
+
+    program = "import brandla; brandla.eigh_update(brandla.LowRankEigh.zeros(9, 2), torch.ones(9, 1))"
+    assert "torch.distributed.tensor" not in modules_added(program)
