@@ -3,6 +3,7 @@
 # interrupted is taken up again. CONTRIBUTING.md explains the variables.
 
 PYTHON ?= python3
+COMPARE_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS ?=
 KERNELS_ARGS ?=
@@ -31,11 +32,12 @@ endif
 .DELETE_ON_ERROR:
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu study-streams gpu \
+.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu bench-functions \
+    bench-compare study-accuracy study-scaling study-roofline study-streams gpu profile \
     docs-figures docs clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.extra-test ## make the environment for demo, test and the checks
 
@@ -68,11 +70,26 @@ interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU 
 kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a table (KERNELS_ARGS="--json FILE --targets sm_90")
 	$(python) -m bench.kernels_table $(KERNELS_ARGS)
 
-bench: bench/conftest.py .venv/.extra-bench ## the scaling studies (PYTEST_ARGS is passed on)
+bench: bench/conftest.py .venv/.extra-bench ## every benchmark: bench-cpu and bench-functions in one (PYTEST_ARGS is passed on)
 	$(python) -m pytest bench --benchmark-only $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
 	$(python) -m pytest bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
+
+bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
+	$(python) -m pytest bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+
+bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
+	$(python) -m bench.compare $(COMPARE_ARGS)
+
+study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
+	$(python) -m bench.scaling $(STUDY_ARGS)
+
+study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op reaches (STUDY_ARGS as above)
+	$(python) -m bench.roofline $(STUDY_ARGS)
+
+study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
+	$(python) -m bench.accuracy $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
 	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
@@ -82,8 +99,14 @@ GPU_PYTHON ?= $(python)
 gpu: $(if $(filter $(python),$(GPU_PYTHON)),.venv/.extra-test .venv/.extra-bench) ## tests and measurements on a GPU in 9 minutes (GPU_ARGS="--dry-run" without one)
 	PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
 
-docs-figures: .venv/.extra-bench ## write docs/measurements.md from the result files
+# A size that is not named is that of bench.profiling.
+sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) '$($(size))'))
+profile: .venv/.extra-bench ## one op, kernel by kernel (OP=residual N=16384 R=256 K=256 DTYPE=float32), and the ncu line
+	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
+
+docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md and pictures from the result files
 	$(python) -m bench.report
+	$(python) -m bench.accuracy.page
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict

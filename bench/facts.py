@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from brandla.demo.machine import cpu_name, linear_algebra
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "brandla")
+# Named where they are installed.
+OPTIONAL = ("fbpca", "cupy")
 
 # What a figure depends on; the results themselves and the pages made of them are left out.
 SOURCES = ("brandla", "kernels", "bench", "tests/oracles.py", "constraints.txt", ":(exclude)bench/results")
@@ -32,7 +34,7 @@ def facts(quick: bool) -> dict[str, Any]:
         "platform": platform.platform(),
         "blas": blas,
         "lapack": lapack,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _installed()},
         "commit": _git("rev-parse", "HEAD"),
         "modified": _is_modified(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -57,6 +59,12 @@ def commit_of(machine: dict[str, Any]) -> str:
     if machine["commit"] is None:
         return "no commit"
     return f"commit {machine['commit'][:12]}" + (" with uncommitted changes" if machine["modified"] else "")
+
+
+def _installed() -> tuple[str, ...]:
+    # Builds of cupy are named after the version of CUDA that they are for; the module has one name.
+    known = metadata.packages_distributions()
+    return PACKAGES + tuple(known[name][0] for name in OPTIONAL if util.find_spec(name) and name in known)
 
 
 def _is_modified() -> bool | None:

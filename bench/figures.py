@@ -75,10 +75,11 @@ def spelled(value: float) -> str:
 
 @dataclass
 class Study:
-    """All figures of one file of benchmarks, and the plain times of its calls."""
+    """What one file of benchmarks found: figures with the plain times of their calls, or the rows of its cases."""
 
     figures: list[Figure] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    cases: list[dict[str, Any]] = field(default_factory=list)
 
     def add_timing(self, group: str, name: str, stats: Any) -> None:
         """Keep pytest-benchmark's own statistics, in milliseconds."""
@@ -88,4 +89,6 @@ class Study:
 
     def record(self) -> dict[str, Any]:
         """Return what the result file keeps."""
+        if self.cases:
+            return {"rows": self.cases}
         return {"figures": [figure.record() for figure in self.figures], "timings": self.timings}

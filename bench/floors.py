@@ -14,7 +14,7 @@ def update_floor(case: Case) -> Callable[[], Tensor]:
     """Return the six tall products of a plain update with two projections."""
     basis, columns = case.factor[1], case.columns
     r, k = basis.shape[-1], columns.shape[-1]
-    first, second = torch.randn(r, r), torch.randn(k, r)
+    first, second = (torch.randn(rows, r, device=basis.device) for rows in (r, k))
 
     def products() -> Tensor:
         coefficients = basis.mT @ columns

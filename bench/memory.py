@@ -8,15 +8,32 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_extra_bytes(function: Callable[[], Any]) -> int:
+def peak_extra_bytes_on(device: torch.device, function: Callable[[], Any], *, warm_up: bool = True) -> int:
+    """Return `peak_extra_bytes` of a call whose tensors are on ``device``."""
+    if device.type != "cuda":
+        return peak_extra_bytes(function, warm_up=warm_up)
+    if warm_up:
+        function()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_extra_bytes(function: Callable[[], Any], *, warm_up: bool = True) -> int:
     """Return how far the memory in use rises above where it stood before the call, the result included.
 
-    Buffers that the BLAS holds for itself are not seen.
+    Buffers that the BLAS holds for itself are not seen. What is kept from a first call on does not count: where there
+    has been one, ``warm_up`` may be left out.
     """
-    function()
+    if warm_up:
+        function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result

@@ -116,9 +116,39 @@ def check_solve(factor: Symmetric, rhs: Tensor, damping: float, solution: Tensor
     require(error <= 200, f"damped_solve: residual of {error:.0f} ε‖M‖‖X‖, allowed 200")
 
 
+def check_decomposition(name: str, truth: Tensor, values: Tensor, vectors: Tensor, rank: int, slack: float) -> None:
+    """Check U diag(d) Uᵀ of a rank against a dense float64 matrix: at most ``slack`` times the best error is left."""
+    basis = vectors.double()
+    error = float(torch.linalg.matrix_norm(truth - (basis * values.double()) @ basis.mT))
+    best = best_error(truth, rank)
+    require(error <= slack * best, f"{name}: {error / best:.4f} times the best error, allowed {slack}")
+
+
+def best_error(truth: Tensor, rank: int) -> float:
+    """Return ‖M − M_r‖_F for the matrix of eigenvalues 1/i."""
+    return float(torch.linalg.vector_norm(1 / torch.arange(rank + 1, len(truth) + 1, dtype=torch.float64)))
+
+
+def check_moment(before: Tensor, columns: Tensor, after: Tensor) -> None:
+    """Check ρM + w·A Aᵀ, entry by entry, against float64."""
+    exact = DECAY * before.double() + WEIGHT * columns.double() @ columns.double().mT
+    # A sum of k products of normal numbers is within k·ε/2 of the exact one, relative to its positive terms.
+    terms = DECAY * before.double().abs() + WEIGHT * columns.double().abs() @ columns.double().abs().mT
+    excess = float(((after.double() - exact).abs() / terms).max()) / torch.finfo(after.dtype).eps
+    require(excess <= columns.shape[-1] + 4, f"gram_ema_: {excess:.0f} ε off, allowed {columns.shape[-1] + 4}")
+
+
+def residual_is_rounding(name: str, matrix: Tensor, damping: float, rhs: Tensor, solution: Tensor) -> None:
+    """Check (M + λI) X = V in float64 by its residual, for a dense M of norm 1."""
+    solved = solution.double()
+    residual = matrix @ solved + damping * solved - rhs.double()
+    scale = (1 + damping) * float(torch.linalg.matrix_norm(solved)) * torch.finfo(solution.dtype).eps
+    error = float(torch.linalg.matrix_norm(residual)) / scale
+    require(error <= 200, f"{name}: residual of {error:.0f} ε‖M‖‖X‖, allowed 200")
+
+
 def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:
-    """Return a dense float64 matrix with these eigenvalues."""
-    n = len(eigenvalues)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, 1))
-    basis = torch.from_numpy(signs * scipy.fft.dct(np.eye(n), axis=0, norm="ortho"))
-    return (basis * torch.from_numpy(eigenvalues)) @ basis.mT
+    """Return a dense float64 matrix with these eigenvalues: two cosine transforms of their diagonal, random signs."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(len(eigenvalues), 1))
+    half = scipy.fft.dct(np.diag(eigenvalues), axis=0, norm="ortho")
+    return torch.from_numpy(signs * scipy.fft.dct(half, axis=1, norm="ortho") * signs.T)

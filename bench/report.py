@@ -1,4 +1,4 @@
-"""Write ``docs/measurements.md``, and the figures of README, from the result files: none is typed by hand.
+"""Write ``docs/measurements.md``, its pictures, and the figures of README, from the result files: none is typed.
 
 Run by ``make docs-figures``. ``--check`` writes nothing and fails where the page is not what the files say.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import demo_tables, figures, results
+from bench import demo_tables, figures, pictures, results, study_pages
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
 from bench.gpu import page as gpu_page
@@ -24,7 +24,7 @@ BOUND_LIMIT = 25
 INTRODUCTION = """# Measurements
 
 All measured figures of this documentation, made from the files under `bench/results` by `make docs-figures`. Do not
-edit this page. `make bench-cpu` measures speed and memory anew, `make study-streams` the rest.
+edit this page. [Benchmarks](benchmarks.md) says how to measure anew and how to read what is found.
 """
 
 Row = dict[str, Any]
@@ -33,24 +33,33 @@ Row = dict[str, Any]
 def page(folder: Path) -> str:
     """Return the page for all machines under a folder."""
     machines = [machine for machine in sorted(folder.glob("*")) if machine.is_dir()]
-    sections = [section for machine in machines for section in of_machine(results.read(machine))]
+    sections = [section for machine in machines for section in of_machine(results.read(machine), machine.name)]
     return "\n".join([INTRODUCTION, *(sections or ["Nothing has been measured yet.\n"])])
 
 
-def of_machine(studies: dict[str, Row]) -> Iterator[str]:
-    """Yield the sections of one machine."""
+def of_machine(studies: dict[str, Row], name: str) -> Iterator[str]:
+    """Yield the sections of one machine, whose results are in the folder of this name."""
     demo, gpu = studies.pop("demo", None), studies.pop("gpu", None)
     if gpu is not None:
         yield from gpu_page.section(gpu, table)
     if not studies:
         return
     machine = next(iter(studies.values()))["facts"]
-    yield f"## {machine['cpu']}, {machine['cores']} cores\n"
+    place = machine["gpu"]["name"] if machine.get("gpu") else f"{machine['cpu']}, {machine['cores']} cores"
+    if gpu is None:
+        yield f"## {place}\n"
     yield table(
         ["study", "threads", "date", "commit", "versions", "BLAS"], (provenance(*one) for one in studies.items())
     )
+    if "scaling" in studies:
+        yield from study_pages.growth(studies["scaling"], name, table)
     if "updates" in studies:
         yield from speed(studies["updates"])
+    for kind in ("functions", "ops"):
+        if kind in studies:
+            yield from study_pages.cases(studies[kind], kind, table)
+    if "roofline" in studies:
+        yield from study_pages.rooflines(studies["roofline"], name, table)
     if "streams" in studies:
         yield from streams(studies["streams"])
     if demo is not None:
@@ -62,6 +71,7 @@ def provenance(name: str, study: Row) -> list[str]:
     machine = study["facts"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     short = " (short run: its figures mean nothing)" if machine["quick"] else ""
+    short += " (interrupted)" if machine.get("interrupted") else ""
     return [f"`{name}`{short}", str(machine["threads"]), machine["date"], commit_of(machine), versions, machine["blas"]]
 
 
@@ -371,6 +381,20 @@ def main() -> None:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             sys.exit(f"{path.name} is not what the result files say: run make docs-figures")
+    for path in drawn(options.results, options.output.parent / study_pages.PICTURES, check=options.check):
+        if options.check:
+            sys.exit(f"{path.name} does not show what the result files say: run make docs-figures")
+
+
+def drawn(folder: Path, target: Path, *, check: bool) -> Iterator[Path]:
+    """Yield the pictures that do not show what the result files say, drawn anew unless this is a check."""
+    for machine in sorted(one for one in folder.glob("*") if one.is_dir()):
+        found = results.read(machine)
+        for name in pictures.studies(found):
+            stale = pictures.stale(name, found[name], target / machine.name)
+            if stale and not check:
+                pictures.write(name, found[name], target / machine.name)
+            yield from stale
 
 
 def readme(folder: Path) -> dict[Path, str]:

@@ -21,7 +21,7 @@ def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: 
 
     ``folder`` is that of the machine's processor unless another is named.
     """
-    folder = folder or (QUICK_FOLDER if machine["quick"] else FOLDER) / slug(machine)
+    folder = folder or folder_of(slug(machine), machine["quick"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study}.json"
     unfinished = path.with_suffix(".part")
@@ -29,6 +29,11 @@ def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: 
     unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def folder_of(machine: str, quick: bool) -> Path:
+    """Return the folder of a machine's results."""
+    return (QUICK_FOLDER if quick else FOLDER) / machine
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

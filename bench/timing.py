@@ -24,13 +24,15 @@ class Interval(NamedTuple):
     high: float
 
 
-def alternating(functions: Mapping[str, Callable[[], Any]], repeats: int, rest: float = 0.0) -> dict[str, list[float]]:
+def alternating(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, rest: float = 0.0, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
     """Call all functions `repeats` times in turn, every other time in reverse order, and return their seconds.
 
     Before each call there are `rest` seconds of sleep: threads of one BLAS library spin for a while after a call, and
-    would take a core from a function that uses another.
+    would take a core from a function that uses another. Each function is first called ``warm_up`` times untimed.
     """
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         for function in functions.values():
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}

@@ -1,0 +1,93 @@
+"""Every public function over sizes and dtypes, beside other libraries that give the same result.
+
+Each case checks its result against float64 first and does not time a wrong one. ``--full`` takes larger sizes, and
+lets what is slow there take part in all of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from bench import tasks
+from bench.events import TIMER
+from bench.gpu.device import Device
+from bench.gpu.timed import size_of
+from bench.tasks import TASKS, Call, Shape, Task
+
+pytestmark = pytest.mark.benchmark(timer=TIMER)
+
+FLOAT64, BFLOAT16 = torch.float64, torch.bfloat16
+USUAL = (
+    Shape(1024, 64, 32),
+    Shape(1024, 64, 32, FLOAT64),
+    Shape(1024, 64, 32, data=BFLOAT16),
+    Shape(4096, 128, 64),
+)
+FULL = (*USUAL, Shape(4096, 256, 256), Shape(8192, 256, 256), Shape(16384, 256, 256))
+TOY = (Shape(96, 8, 4), Shape(96, 8, 4, FLOAT64), Shape(96, 8, 4, data=BFLOAT16))
+# The largest n at which what decomposes a whole matrix, or iterates to full precision, has a part.
+MOST_SLOW = 1024
+# Factors of a group, by their part of the largest n.
+PARTS = (1, 2, 4, 4)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a case of every task, shape and implementation."""
+    quick, full = (metafunc.config.getoption(name) for name in ("quick", "full"))
+    shapes = TOY if quick else FULL if full else USUAL
+    kind = "cuda" if torch.cuda.is_available() and not quick else "cpu"
+    grouped = metafunc.function is test_grouped
+    cases = []
+    for name in TASKS:
+        for shape in shapes:
+            if (shape.data and name not in tasks.TAKES_HALF) or (grouped and "centred" in name):
+                continue
+            found = tasks.implementations(name, shape, kind, shape.n if full else MOST_SLOW)
+            own = [one for one in found if one in tasks.OWN]
+            cases.extend((name, by, shape) for by in ([*own, tasks.ONE_BY_ONE] if grouped else found))
+    metafunc.parametrize(("name", "by", "shape"), cases, ids=str)
+
+
+@lru_cache(maxsize=1)
+def task_of(name: str, shape: Shape, device: Device) -> Task:
+    """Return a task; the implementations at it follow one another."""
+    return TASKS[name](shape, device)
+
+
+@lru_cache(maxsize=1)
+def group_of(name: str, shape: Shape, device: Device) -> Task:
+    """Return a task over factors of several n."""
+    # Half as many columns as rows have to hold the rank and what is new.
+    least = 2 * (shape.r + shape.k)
+    return tasks.together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
+
+
+def copies(call: Call, device: Device) -> list[partial[Any]]:
+    """Return the call on as many copies of its tensors as outlast the cache of a GPU; on a CPU on one."""
+    count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
+    clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
+    return [partial(call.function, *tree_map(clone, call.arguments)) for _ in range(count)]
+
+
+def measure(task: Task, name: str, by: str, shape: Shape, device: Device, benchmark: Any, timed: Any) -> None:
+    """Check, then time."""
+    benchmark.group = f"{name} {shape}"
+    call = task.call(by)
+    judged = tasks.check(f"{by}, {benchmark.group}", call)
+    sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
+    about = {"group": benchmark.group, "function": name, "shape": str(shape), "by": by, **sizes}
+    timed(copies(call, device), task.work, **about, error=judged.error, orthogonality=judged.orthogonality)
+
+
+def test_function(name, by, shape, device, benchmark, timed) -> None:
+    measure(task_of(name, shape, device), name, by, shape, device, benchmark, timed)
+
+
+def test_grouped(name, by, shape, device, benchmark, timed) -> None:
+    measure(group_of(name, shape, device), f"grouped.{name}", by, shape, device, benchmark, timed)
