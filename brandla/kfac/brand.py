@@ -4,89 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from brandla import _check, grouped
+from brandla.kfac.adaptive import ErrorBound
 from brandla.kfac.exact import Exact
 from brandla.kfac.factor import (
     Absorption,
     FactorStrategy,
     State,
     check_factor_strategy,
+    check_rank,
+    due,
+    first_rank,
+    fitting,
     normalised,
+    rank_at,
     store,
     stored,
     stored_normalised,
     tensor,
 )
 from brandla.kfac.randomized import Randomized
+from brandla.kfac.schedule import Schedule
+from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
+from brandla.rank import Rank
 
 
-def update_eigh(absorptions: Sequence[Absorption]) -> None:
+def update_eigh(absorptions: Sequence[Absorption], rank: int | Rank) -> None:
     """Take columns into the decompositions of the states by Brand's update."""
-    columns, averages = columns_and_averages(absorptions)
-    updated = grouped.eigh_update([stored(state) for state, *_ in absorptions], columns, **averages)
+    columns, options = columns_and_options(absorptions, [rank] * len(absorptions))
+    updated = grouped.eigh_update([stored(state) for state, *_ in absorptions], columns, **options)
     for (state, *_), eigh in zip(absorptions, updated, strict=True):
         store(state, eigh)
 
 
-def columns_and_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return the columns, and decay and weight as the grouped updates take them."""
-    decays = [absorption.average.decay for absorption in absorptions]
-    weights = [absorption.average.weight for absorption in absorptions]
-    return [absorption.columns for absorption in absorptions], {"decay": decays, "weight": weights}
+def columns_and_options(
+    absorptions: Sequence[Absorption], ranks: Sequence[int | Rank]
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return the columns, and decay, weight and rank as the grouped updates take them."""
+    columns = [absorption.columns for absorption in absorptions]
+    options = {
+        "decay": [absorption.average.decay for absorption in absorptions],
+        "weight": [absorption.average.weight for absorption in absorptions],
+        "rank": [
+            fitting(rank, _basis(absorption.state), absorption.columns)
+            for rank, absorption in zip(ranks, absorptions, strict=True)
+        ],
+    }
+    return columns, options
 
 
 @dataclass(frozen=True)
 class Brand(FactorStrategy):
     """B-KFAC: U and d (or S) only. O(n r) memory, and time linear in n at every update.
 
-    ``update="subspace"`` uses the update with no eigendecomposition: no host sync.
+    Parameters
+    ----------
+    rank
+        r: a number, a function of the step that returns one, a `brandla.Rank` rule (also as a function's value), or
+        `ErrorBound`, a rank that follows the error bound.
+    update
+        ``"exact"``, or ``"subspace"``: the update with no eigendecomposition and no host sync.
 
     References
     ----------
     C. O. Puiu, "Brand New K-FACs: speeding up K-FAC with online decomposition updates", arXiv 2210.08494.
     """
 
-    rank: int
+    unread: ClassVar[tuple[str, ...]] = ("error_bound",)
+
+    rank: Schedule[int | Rank] | ErrorBound
     update: Literal["exact", "subspace"] = "exact"
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
+        if not isinstance(self.rank, ErrorBound):
+            check_rank(self, self.rank)
         if self.update not in ("exact", "subspace"):
             _check.fail_value("Brand", f"update must be 'exact' or 'subspace'; got {self.update!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with nothing known."""
         state: State = {"error_bound": torch.zeros(groups, dtype=dtype, device=device)}
+        rank = self._first_rank
+        if isinstance(self.rank, ErrorBound):
+            state["rank"] = rank
         if self.update == "exact":
-            store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
+            store(state, LowRankEigh.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
         else:
-            zeros = LowRankSym.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device)
+            zeros = LowRankSym.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device)
             state["core"], state["basis"] = zeros
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Update the decompositions with the columns."""
-        columns, averages = columns_and_averages(absorptions)
+        ranks = [self._rank(absorption.state, step) for absorption in absorptions]
+        columns, options = columns_and_options(absorptions, ranks)
         bounds = [tensor(state, "error_bound") for state, *_ in absorptions]
         if self.update == "exact":
             tracked = [Tracked(stored(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
             for (state, *_), (eigh, bound) in zip(
-                absorptions, grouped.eigh_update(tracked, columns, **averages), strict=True
+                absorptions, grouped.eigh_update(tracked, columns, **options), strict=True
             ):
                 store(state, eigh)
                 state["error_bound"] = bound
             return
         syms = [Tracked(_sym(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
         for (state, *_), ((core, basis), bound) in zip(
-            absorptions, grouped.subspace_update(syms, columns, **averages), strict=True
+            absorptions, grouped.subspace_update(syms, columns, **options), strict=True
         ):
             state.update(core=core, basis=basis, error_bound=bound)
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Read the error bound when it is due, where the rank follows it."""
+        if isinstance(self.rank, ErrorBound) and due(state, step, self.rank.every):
+            largest = self.largest(state)
+            # A factor that is still zero has no error.
+            errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
+            error = errors.amax().item()
+            state["rank"] = self.rank.next(cast(int, state["rank"]), error)
 
     def lowrank(self, state: State) -> LowRankEigh | LowRankSym:
         """``rank`` eigenpairs, or a basis of ``rank`` columns with its core."""
@@ -101,7 +142,18 @@ class Brand(FactorStrategy):
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space, so that a low-rank update saves nothing."""
-        return substitute_for_brand(self, n, self.rank, k)
+        return substitute_for_brand(self, n, self._first_rank, k)
+
+    @property
+    def _first_rank(self) -> int:
+        return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
+
+    def _rank(self, state: State, step: int) -> int | Rank:
+        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
+
+
+def _basis(state: State) -> Tensor:
+    return tensor(state, "basis" if "basis" in state else "eigenvectors")
 
 
 def _sym(state: State) -> LowRankSym:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,15 +20,20 @@ from brandla.kfac.factor import (
     State,
     check_factor_strategy,
     check_period,
+    check_rank,
     distance,
     due,
+    first_rank,
+    rank_at,
     store,
     stored,
     stored_normalised,
     tensor,
 )
+from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh
+from brandla.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,15 @@ class BrandCorrected(FactorStrategy):
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the corrected variant.
     """
 
-    rank: int
-    correct_every: int = 10
+    unread: ClassVar[tuple[str, ...]] = ("dense",)
+
+    rank: Schedule[int | Rank]
+    correct_every: Schedule[int] = 10
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
+        check_rank(self, self.rank)
         check_period(self, "correct_every")
         if not 0 < self.fraction <= 1:
             _check.fail_value("BrandCorrected", f"fraction must be in (0, 1]; got {self.fraction}")
@@ -52,13 +61,13 @@ class BrandCorrected(FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix and nothing known of it."""
         state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
+        store(state, LowRankEigh.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum and update its decomposition."""
         add_to_dense(absorptions)
-        update_eigh(absorptions)
+        update_eigh(absorptions, rank_at(self.rank, step))
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Correct a random part of the columns when it is due."""
@@ -66,9 +75,10 @@ class BrandCorrected(FactorStrategy):
             dense = tensor(state, "dense")
             generator = torch.Generator(dense.device)
             generator.manual_seed(seed)
-            shuffled = torch.randperm(self.rank, generator=generator, device=dense.device)
-            subset = shuffled[: math.ceil(self.fraction * self.rank)]
-            store(state, ritz_correct(stored(state), dense, subset))
+            eigh = stored(state)
+            shuffled = torch.randperm(eigh.rank, generator=generator, device=dense.device)
+            subset = shuffled[: math.ceil(self.fraction * eigh.rank)]
+            store(state, ritz_correct(eigh, dense, subset))
 
     def lowrank(self, state: State) -> LowRankEigh:
         """``rank`` eigenpairs."""
@@ -76,8 +86,8 @@ class BrandCorrected(FactorStrategy):
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state, stored_normalised(state))
+        return distance(state, stored_normalised(state).dense())
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space."""
-        return substitute_for_brand(self, n, self.rank, k)
+        return substitute_for_brand(self, n, first_rank(self.rank), k)

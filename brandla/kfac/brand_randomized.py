@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,15 +18,21 @@ from brandla.kfac.factor import (
     State,
     check_factor_strategy,
     check_period,
+    check_rank,
     distance,
     due,
+    first_rank,
+    rank_at,
     store,
+    stored,
     stored_normalised,
     tensor,
 )
 from brandla.kfac.randomized import Randomized
+from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh
+from brandla.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,16 @@ class BrandRandomized(FactorStrategy):
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the variant with overwriting.
     """
 
-    rank: int
-    overwrite_every: int = 50
+    unread: ClassVar[tuple[str, ...]] = ("dense",)
+
+    rank: Schedule[int | Rank]
+    overwrite_every: Schedule[int] = 50
     oversample: int = 10
     power_iterations: int = 3
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
+        check_rank(self, self.rank)
         check_period(self, "overwrite_every")
         _check.count("BrandRandomized", "oversample", self.oversample, 0)
         _check.count("BrandRandomized", "power_iterations", self.power_iterations, 0)
@@ -51,19 +61,20 @@ class BrandRandomized(FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix and nothing known of it."""
         state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
+        store(state, LowRankEigh.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum and update its decomposition."""
         add_to_dense(absorptions)
-        update_eigh(absorptions)
+        update_eigh(absorptions, rank_at(self.rank, step))
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Overwrite the decomposition when it is due."""
         if due(state, step, self.overwrite_every):
-            randomized = Randomized(self.rank, oversample=self.oversample, power_iterations=self.power_iterations)
-            store(state, randomized.decompose(tensor(state, "dense"), seed))
+            rank = stored(state).rank
+            randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
+            store(state, randomized.decompose(tensor(state, "dense"), rank, seed))
 
     def lowrank(self, state: State) -> LowRankEigh:
         """``rank`` eigenpairs."""
@@ -71,8 +82,8 @@ class BrandRandomized(FactorStrategy):
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state, stored_normalised(state))
+        return distance(state, stored_normalised(state).dense())
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space."""
-        return substitute_for_brand(self, n, self.rank, k)
+        return substitute_for_brand(self, n, first_rank(self.rank), k)

@@ -1,31 +1,80 @@
-"""Capture: what goes into a layer and what gradient comes back to it, by tensor hooks."""
+"""Capture: what goes into a layer and what gradient comes back to it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brandla.kfac.kinds import Kind
+from brandla.kfac.saved import Saved
+from brandla.kfac.tap import Ticket, tap
 
-# Whose gradients a backward pass brings: the loss's own, or draws that stand for its curvature.
+# Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]
 
 
-class Call:
-    """One use of a weight: its input, and what gradients of its output came back."""
+class Terms:
+    """The terms of the loss that one run of backward passes for the curvature is about: the sum of their weights."""
 
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
+    def __init__(self, total: Tensor | float) -> None:
+        self.total = total
+
+
+class Call:
+    """One use of a weight: the kind that makes rows of it, its input, and what gradients of its output came back."""
+
+    def __init__(self, kind: Kind, saved: Saved) -> None:
+        self.kind = kind
+        self.terms: Terms | None = None
         self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
+        self._saved: Saved | None = saved
+        self._inputs: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """The input, once a gradient has come."""
+        assert self._inputs is not None
+        return self._inputs
+
+    def add(self, gradient: Tensor, recorder: Recorder) -> None:
+        """Take in a gradient; the first one fetches the input from where autograd has kept it."""
+        if self._saved is not None:
+            self._inputs, self._saved = self._saved.fetch(), None
+        if recorder.running == "curvature":
+            self.terms = recorder.terms
+        self.gradients[recorder.running].append(gradient)
+
+    @property
+    def released(self) -> bool:
+        """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
+        return self._saved is None and self._inputs is None
+
+    def release(self) -> None:
+        """Forget the data."""
+        self._saved = self._inputs = None
+        self.gradients = {"loss": [], "curvature": []}
+
+    def bytes(self) -> int:
+        """Return the memory of inputs and gradients."""
+        gradients = [gradient for of in self.gradients.values() for gradient in of]
+        return sum(part.numel() * part.element_size() for part in (self.inputs, *gradients))
 
 
 class Recorder:
-    """What all captures of a model have in common: which backward pass is running."""
+    """What all captures of a model have in common: which backward pass is running.
 
-    def __init__(self) -> None:
+    ``draw`` counts backward passes for the curvature through one graph; ``terms`` are those that they are about.
+    """
+
+    def __init__(self, *, edges: bool = False) -> None:
         self.running: Pass = "loss"
+        self.draw = 0
+        self.terms: Terms | None = None
+        # Whether captures note the place of their outputs in the graph, for backward passes that end there.
+        self.edges = edges
 
 
 class Capture:
@@ -33,33 +82,53 @@ class Capture:
 
     Hooks sit on the output tensor of each call, not on the module: the gradient seen is that of the value the layer
     returned, also when an activation overwrites it in place. A forward pass under ``torch.no_grad`` leaves no trace,
-    and a call whose output gets no gradient contributes nothing.
+    and a call whose output gets no gradient contributes nothing. A call that cannot be made into rows ends it all:
+    ``refusal`` says why from then on, and the weight is left to the optimizer.
+
+    Calls whose gradient was thrown away, by setting it to None without a step, are forgotten at the next use.
     """
 
     def __init__(self, kind: Kind, recorder: Recorder) -> None:
         self.enabled = True
+        self.wanted: frozenset[Pass] = frozenset(("loss", "curvature"))
         self.calls: list[Call] = []
+        self.edges: list[Any] = []
+        self.refusal = ""
         self._kind = kind
         self._recorder = recorder
         self._fresh = False
         self._accumulated: tuple[Tensor, int] | None = None
         self._handles: list[Any] = []
         self._noting: Tensor | None = None
+        # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
+        self._of_first_draw: list[Call] = []
+        self._task: tuple[int, int] = (-1, -1)
+        self._index = 0
         self.attach(kind)
 
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        self._handles += kind.attach(self._record)
+        self._handles += kind.attach(_Watch(self, kind).record)
 
     def detach(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, and be deaf to graphs that are still alive."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        self.wanted = frozenset()
+        self.clear()
+
+    def want(self, passes: Iterable[Pass]) -> None:
+        """Choose the passes whose gradients are collected from now on."""
+        if self._handles:
+            self.wanted = frozenset(passes)
+            self.enabled = bool(self.wanted) and not self.refusal
 
     def gradient_is_pairs(self) -> bool:
         """Say whether nothing but the captured calls can be in the gradient, as far as can be told with no read-back.
 
-        It was empty before the first of them, and nobody has written to it since autograd did.
+        It was empty before the first of them, and nobody has written to it since autograd did. What GradScaler.unscale_
+        does to it does not count as writing.
         """
         gradient = self._kind.weight.grad
         if not self._fresh or self._accumulated is None or gradient is None:
@@ -67,26 +136,82 @@ class Capture:
         noted, version = self._accumulated
         return gradient is noted and gradient._version == version
 
+    def bytes(self) -> int:
+        """Return the memory of what is held."""
+        return sum(call.bytes() for call in self.calls)
+
     def clear(self) -> None:
         """Forget the calls."""
+        for call in self.calls:
+            call.release()
         self.calls = []
+        self.edges = []
+        self._of_first_draw = []
+        self._task = (-1, -1)
         self._fresh = False
         self._accumulated = None
 
-    def _record(self, inputs: Tensor, output: Tensor) -> Tensor:
-        weight = self._kind.weight
-        if self.enabled and weight.requires_grad and torch.is_grad_enabled() and output.requires_grad:
-            self._note_gradients_of(weight)
-            call = Call(inputs.detach())
-            output.register_hook(lambda gradient: self._collect(call, gradient))
+    def forget_discarded(self, of: Pass) -> None:
+        """Forget the calls if their gradient, or the step they were for, has been given up: it is None again."""
+        if self._kind.weight.grad is None and any(call.gradients[of] for call in self.calls):
+            self.clear()
+
+    def record(self, kind: Kind, inputs: Any, output: Any, ticket: Ticket) -> Any:
+        """Watch the output of a call; return what takes its place."""
+        weight = kind.weight
+        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
+            return output
+        if _is_lent(weight, kind):
+            return output
+        if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
+            self.refusal = refusal
+        elif output.requires_grad:
+            if torch.compiler.is_compiling():
+                return tap(output, inputs, ticket.number)
+            self._watch(Call(kind, Saved.of(inputs)), output)
         return output
 
-    def _collect(self, call: Call, gradient: Tensor) -> None:
-        if not self.calls:
-            self._fresh = self._kind.weight.grad is None
+    def collect(self, call: Call, gradient: Tensor) -> None:
+        """Take in the gradient of a call's output."""
+        if self.refusal or call.released or self._recorder.running not in self.wanted:
+            return
+        if self._recorder.running == "loss":
+            if not any(known.gradients["loss"] for known in self.calls):
+                self._fresh = self._kind.weight.grad is None
+            self._note_gradients_of(self._kind.weight)
         if not any(call is known for known in self.calls):
             self.calls.append(call)
-        call.gradients[self._recorder.running].append(gradient.detach())
+        call.add(gradient.detach(), self._recorder)
+
+    def collect_compiled(self, kind: Kind, inputs: Tensor, gradient: Tensor) -> None:
+        """Take in input and output gradient of a call inside a compiled graph, whose memory may be used again."""
+        if self.refusal or self._recorder.running not in self.wanted:
+            return
+        task = (torch._C._current_graph_task_id(), self._recorder.draw)
+        if task != self._task:
+            self._task, self._index = task, 0
+            if self._recorder.running == "loss":
+                self.forget_discarded("loss")
+                self._task = task
+        if self._recorder.running == "loss":
+            call = Call(kind.of_call(), Saved(inputs.clone()))
+        else:
+            if self._recorder.draw == 0:
+                if self._index == 0:
+                    self._of_first_draw = []
+                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone())))
+            call = self._of_first_draw[self._index]
+            self._index += 1
+        self.collect(call, gradient.clone())
+
+    def _watch(self, call: Call, output: Tensor) -> None:
+        value, shape = _own_value(output), output.shape
+        # Inside a backward pass an activation checkpoint computes again what has been watched already.
+        if torch._C._current_graph_task_id() == -1:
+            self.forget_discarded("loss")
+            if self._recorder.edges:
+                self.edges.append(torch.autograd.graph.get_gradient_edge(value))
+        value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))
 
     def _note_gradients_of(self, weight: Tensor) -> None:
         """Have the gradient of a weight noted, once it is trainable: a frozen one takes no such hook."""
@@ -97,3 +222,31 @@ class Capture:
     def _note(self, weight: Tensor) -> None:
         if weight.grad is not None:
             self._accumulated = (weight.grad, weight.grad._version)
+
+
+def _is_lent(weight: Tensor, kind: Kind) -> bool:
+    """Say whether a functional call has put a tensor of its own in the parameter's place."""
+    return not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values())
+
+
+def _own_value(output: Tensor) -> Tensor:
+    """Return the tensor whose gradient is seen whatever becomes of the output.
+
+    A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives the view a
+    new history, with no hook in it, and leaves that of the values behind it.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+class _Watch:
+    """One module that uses the weight of a capture."""
+
+    def __init__(self, capture: Capture, kind: Kind) -> None:
+        self._capture = capture
+        self._ticket = Ticket(kind, capture.collect_compiled)
+
+    def record(self, kind: Kind, inputs: Any, output: Any) -> Any:
+        return self._capture.record(kind, inputs, output, self._ticket)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from brandla.kfac.gradient import inner
 from brandla.kfac.strategy import Gradient
 
 
@@ -23,22 +24,11 @@ def clipping(
         return [1.0] * len(steps)
     if by == "rms":
         return [(clip / _mean_square(step).sqrt()).clamp(max=1.0) for step in steps]
-    length = torch.stack([_inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
+    length = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
     return [(clip / length.abs()).sqrt().clamp(max=1.0)] * len(steps)
 
 
 def _mean_square(step: Gradient) -> Tensor:
     if isinstance(step, Tensor):
         return step.square().mean()
-    return _inner(step, step) / (step[0][..., 0].numel() * step[1].shape[-2])
-
-
-def _inner(one: Gradient, other: Gradient) -> Tensor:
-    """Return the inner product; of products, ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return (_dense(one) * _dense(other)).sum()
-    return ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
-
-
-def _dense(part: Gradient) -> Tensor:
-    return part if isinstance(part, Tensor) else part[0] @ part[1].mT
+    return inner(step, step) / (step[0][..., 0].numel() * step[1].shape[-2])

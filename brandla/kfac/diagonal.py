@@ -22,7 +22,7 @@ from brandla.kfac.factor import (
 class Diagonal(FactorStrategy):
     """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers.
 
-    Its columns are given as indices (k,). ``tail`` has no part in it: nothing is unseen.
+    Its columns are given as indices (k,), −1 for a column of zeros. ``tail`` has no part in it: nothing is unseen.
     """
 
     def __post_init__(self) -> None:
@@ -36,7 +36,8 @@ class Diagonal(FactorStrategy):
         """Count the indices."""
         for state, indices, (decay, weight), finite in absorptions:
             diagonal = tensor(state, "diagonal")
-            diagonal.mul_(decay).index_add_(0, indices, (weight * finite).to(diagonal.dtype).expand(len(indices)))
+            weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
+            diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
 
     def lowrank(self, state: State) -> None:
         """None: its solve is a division."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from brandla import _check
+from brandla import _check, grouped
 from brandla.damped import damped_solve
+from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.strategy import Curvature, Damping, Now, Problem, Rows, Shape, Strategy
 from brandla.lowrank import LowRankEigh, LowRankSym
-from brandla.rank import Rank
+from brandla.rank import Rank, most_of
 
 State = dict[str, Tensor | int]
+# Parts of states whose last dimensions are the rank, which may change from step to step.
+_RANKED = {"eigenvalues": 1, "eigenvectors": 1, "core": 2, "basis": 1}
 
 
 class Average(NamedTuple):
@@ -48,6 +51,9 @@ class FactorStrategy(Strategy):
         τ of the damped inverse: 0, or ``"smallest"`` (spectrum continuation).
     """
 
+    # Parts of a state that only updates and reports read.
+    unread: ClassVar[tuple[str, ...]] = ()
+
     tail: float | Literal["smallest"] = 0.0
 
     @abstractmethod
@@ -76,6 +82,10 @@ class FactorStrategy(Strategy):
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
         """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
+
+    def solving(self, state: State) -> State:
+        """Return the part of a state that `lowrank`, `largest` and `damped_solve` read."""
+        return {name: part for name, part in state.items() if name not in self.unread}
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Return another strategy and the reason, where this one does not apply to order ``n`` and ``k`` columns."""
@@ -126,12 +136,21 @@ class Factor:
         """Whether the factor holds data."""
         return bool(self.state)
 
-    def begin(self, k: int) -> None:
-        """Choose the strategy for batches of ``k`` columns, and the state before them."""
+    def choose(self, k: int) -> None:
+        """Choose the strategy for batches of ``k`` columns."""
         replacement = self.asked.substitute(self.n, k)
         if replacement is not None:
             self.strategy, self.reason = replacement
+
+    def begin(self, k: int) -> None:
+        """Choose the strategy for batches of ``k`` columns, and the state before them."""
+        self.choose(k)
         self.state = self._fresh()
+
+    def outline(self) -> Iterable[Tensor]:
+        """Return tensors of the shapes that the state begins with, and no memory of their own."""
+        state = self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta"))
+        return (part for part in state.values() if isinstance(part, Tensor))
 
     def lowrank(self) -> LowRankEigh | LowRankSym | None:
         """Return M as the damped functions take it, or None."""
@@ -148,7 +167,7 @@ class Factor:
     def state_dict(self) -> dict[str, Any]:
         """Return what a bit-equal continuation needs."""
         state = {name: part.clone() if isinstance(part, Tensor) else part for name, part in self.state.items()}
-        return {"strategy": repr(self.strategy), "reason": self.reason, "state": state}
+        return {"strategy": str(self.strategy), "reason": self.reason, "state": state}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
         """Return a new factor that continues from ``saved``, or raise ValueError."""
@@ -170,9 +189,9 @@ class Factor:
         if replacement is not None:
             candidates.append(replacement[0])
         for candidate in candidates:
-            if repr(candidate) == name:
+            if str(candidate) == name:
                 return candidate
-        rule = f"the strategy must be {candidates[0]!r}, as in this preconditioner"
+        rule = f"the strategy must be {candidates[0]}, as in this preconditioner"
         _check.fail_value("KFAC.load_state_dict", f"{where}: {rule}; the state has {name}")
 
 
@@ -182,13 +201,17 @@ def _loaded_state(fresh: State, saved: dict[str, Any], where: str) -> State:
         if not isinstance(part, Tensor):
             fresh[name] = part
             continue
-        # A rank that changes from step to step is as it was saved.
-        if not isinstance(template, Tensor) or template.ndim != part.ndim or template.shape[:-1] != part.shape[:-1]:
+        if not isinstance(template, Tensor) or _fixed_shape(name, template) != _fixed_shape(name, part):
             wanted = tuple(template.shape) if isinstance(template, Tensor) else "nothing"
             rule = f"{where}: {name} must have shape {wanted}; got {tuple(part.shape)}"
             _check.fail_value("KFAC.load_state_dict", rule)
         fresh[name] = part.to(device=template.device, dtype=template.dtype, copy=True)
     return fresh
+
+
+def _fixed_shape(name: str, part: Tensor) -> tuple[int, ...]:
+    """Return the dimensions that do not depend on the rank, and their number."""
+    return *part.shape[: part.ndim - _RANKED.get(name, 0)], part.ndim
 
 
 class Intake(NamedTuple):
@@ -202,22 +225,25 @@ class Intake(NamedTuple):
 def absorb(intakes: Iterable[Intake], now: Now) -> None:
     """Take columns into factors, those of one strategy together, and refresh each.
 
-    A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike.
+    A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike. A factor that gets
+    no columns belongs to another process, and is left as it is.
     """
     members: dict[FactorStrategy, list[Absorption]] = {}
-    factors = []
-    for factor, columns, scale in intakes:
+    factors = {}
+    for index, (factor, columns, scale) in enumerate(intakes):
+        if not columns.shape[-1]:
+            continue
         if not factor.started:
             factor.begin(columns.shape[-1])
         # In the weight, the normalisation costs no scaled copy of the columns.
         average = Average(now.decay, (1 - now.decay) * scale)
-        total = factor.state["total"]
+        total = tensor(factor.state, "total")
         factor.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(total.dtype)
         members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, average, now.finite))
-        factors.append(factor)
+        factors[index] = factor
     for strategy, absorptions in members.items():
         strategy.take(absorptions, now.step)
-    for index, factor in enumerate(factors):
+    for index, factor in factors.items():
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
@@ -247,32 +273,74 @@ def store(state: State, eigh: LowRankEigh) -> None:
     state["eigenvalues"], state["eigenvectors"] = eigh
 
 
-def distance(state: State, lowrank: LowRankEigh) -> Tensor:
-    """‖M − M̂‖_F >= ‖M − M̂‖₂, where the state holds a dense S. O(n² r): for reports."""
-    norm: Tensor = torch.linalg.matrix_norm(normalised(state, tensor(state, "dense")) - lowrank.dense())
+def distance(state: State, approximation: Tensor) -> Tensor:
+    """‖M − M̂‖_F >= ‖M − M̂‖₂ for a dense M̂, where the state holds a dense S: for reports."""
+    norm: Tensor = torch.linalg.matrix_norm(normalised(state, tensor(state, "dense")) - approximation)
     return norm
 
 
-def due(state: State, step: int, every: int) -> bool:
+def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
+    lowranks = {index: known for index, own in enumerate(factors) if (known := own.lowrank()) is not None}
+    solved = {
+        index: own.damped_solve(block, damping)
+        for index, (own, block) in enumerate(zip(factors, blocks, strict=True))
+        if index not in lowranks
+    }
+    if lowranks:
+        shifts = [damping.of(lowrank.largest_eigenvalue()) for lowrank in lowranks.values()]
+        tails = [factors[index].strategy.tail for index in lowranks]
+        known_blocks = [blocks[index] for index in lowranks]
+        together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
+        solved |= dict(zip(lowranks, together, strict=True))
+    return [solved[index] for index in range(len(factors))]
+
+
+def due(state: State, step: int, every: Schedule[int]) -> bool:
     """Say whether ``every`` steps have passed since the last time this returned True for the state."""
     last = state.get("renewed")
-    if isinstance(last, int) and step - last < every:
+    if isinstance(last, int) and step - last < at(every, step):
         return False
     state["renewed"] = step
     return True
 
 
 def check_period(strategy: Strategy, name: str) -> None:
-    """Check that a period is a whole number of steps, at least 1."""
-    _check.count(type(strategy).__name__, name, getattr(strategy, name), 1)
+    """Check that a period is a whole number of steps, at least 1; of a schedule, its first value."""
+    _check.count(type(strategy).__name__, name, at(getattr(strategy, name), 0), 1)
+
+
+def check_rank(strategy: Strategy, rank: Schedule[int | Rank]) -> None:
+    """Check a rank, or the first value of a schedule."""
+    first = rank_at(rank, 0)
+    if not isinstance(first, Rank):
+        _check.count(type(strategy).__name__, "rank", first, 1)
+
+
+def first_rank(rank: Schedule[int | Rank]) -> int:
+    """Return the number of columns that a factor begins with."""
+    return _number(rank_at(rank, 0))
+
+
+def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
+    """Return the rank of a step."""
+    return rank(step) if callable(rank) else rank
+
+
+def fitting(rank: int | Rank, basis: Tensor, columns: Tensor) -> int | Rank:
+    """Return the rank, or the largest one that an update of this basis (n, r) by k columns can have."""
+    n, r = basis.shape[-2:]
+    most = min(_number(rank), n, r + columns.shape[-1])
+    return replace(rank, max=most) if isinstance(rank, Rank) else most
+
+
+def _number(rank: int | Rank) -> int:
+    return cast(int, most_of(rank))
 
 
 def check_factor_strategy(strategy: FactorStrategy) -> None:
-    """Check the options that every strategy of factors has, and its rank where it has one."""
+    """Check the options that every strategy of factors has."""
     name = type(strategy).__name__
     tail: object = strategy.tail
     if tail != "smallest" and not (isinstance(tail, (int, float)) and tail >= 0):
         _check.fail_value(name, f"tail must be a number >= 0 or 'smallest'; got {strategy.tail!r}")
-    rank = getattr(strategy, "rank", None)
-    if rank is not None and not isinstance(rank, Rank):
-        _check.count(name, "rank", rank, 1)

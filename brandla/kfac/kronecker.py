@@ -10,6 +10,7 @@ from torch import Tensor
 
 from brandla import grouped
 from brandla.kfac import factor
+from brandla.kfac.blocks import Blocks
 from brandla.kfac.diagonal import Diagonal
 from brandla.kfac.factor import Factor, FactorStrategy, Intake
 from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Shape
@@ -36,7 +37,7 @@ class Kronecker(Curvature):
             return Factor(n, shape.groups, asked, shape.dtype, shape.device)
 
         return cls(
-            fresh(shape.d_in, Diagonal(tail=0.0) if shape.one_hot else strategy),
+            fresh(shape.d_in, _of_inputs(shape, strategy)),
             None if shape.single else fresh(shape.d_out, strategy),
             shape.single,
         )
@@ -55,9 +56,10 @@ class Kronecker(Curvature):
         return solve([Problem(self, gradient, None)], now.damping)[0]
 
     def rank(self) -> int | None:
-        """Return the sum of the factors' ranks; None unless both are low-rank."""
-        sides = _lowranks(self)
-        return None if sides is None else sides[0].rank + sides[1].rank
+        """Return the sum of the factors' ranks; None unless all there are are low-rank."""
+        lowranks = [side.lowrank() for _, side in self.factors()]
+        known = [lowrank.rank for lowrank in lowranks if lowrank is not None]
+        return sum(known) if len(known) == len(lowranks) > 0 else None
 
     def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
         """Go through the factors there are."""
@@ -89,6 +91,13 @@ class Kronecker(Curvature):
             yield from (part for part in own.state.values() if isinstance(part, Tensor))
 
 
+def _of_inputs(shape: Shape, strategy: FactorStrategy) -> FactorStrategy:
+    """Return the strategy of an input factor, or the exact one where its form is known to be simple."""
+    if shape.one_hot:
+        return Diagonal(tail=0.0)
+    return Blocks(tail=0.0) if shape.single else strategy
+
+
 def absorb(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> None:
     """Take rows into the factors of all layers, those of one strategy together."""
     intakes = (intake for curvature, own in zip(curvatures, rows, strict=True) for intake in curvature.intakes(own))
@@ -110,14 +119,15 @@ class _Product(NamedTuple):
 def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, those with two low-rank factors together."""
     products: dict[int, _Product] = {}
-    solved: dict[int, Gradient] = {}
+    others: dict[int, Problem] = {}
     for index, problem in enumerate(problems):
-        curvature = cast(Kronecker, problem.curvature)
+        curvature = _of(problem)
         lowranks = _lowranks(curvature)
         if lowranks is None:
-            solved[index] = _from_each_side(curvature, problem.gradient, damping)
+            others[index] = problem
         else:
             products[index] = _product(curvature, lowranks, problem.gradient, damping)
+    solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
         left, right, gradients, left_damping, right_damping, left_tail, right_tail = (
             list(part) for part in zip(*products.values(), strict=True)
@@ -155,10 +165,31 @@ def _product(
     )
 
 
-def _from_each_side(curvature: Kronecker, gradient: Gradient, damping: Damping) -> Gradient:
-    step = gradient if isinstance(gradient, Tensor) else gradient[0] @ gradient[1].mT
-    if curvature.output is not None:
-        step = curvature.output.damped_solve(step, damping)
-    if curvature.input is not None:
-        step = curvature.input.damped_solve(step.mT, damping).mT
-    return step
+def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
+    """Solve with the factors there are: all output factors, then all input factors."""
+    steps = [problem.gradient for problem in problems]
+    outputs = {i: side for i, problem in enumerate(problems) if (side := _of(problem).output) is not None}
+    blocks = [_first(steps[index]) for index in outputs]
+    for index, block in zip(outputs, factor.damped_solves(list(outputs.values()), blocks, damping), strict=True):
+        step = steps[index]
+        steps[index] = block if isinstance(step, Tensor) else (block, step[1])
+    inputs = {i: side for i, problem in enumerate(problems) if (side := _of(problem).input) is not None}
+    blocks = [_second(steps[index]) for index in inputs]
+    for index, block in zip(inputs, factor.damped_solves(list(inputs.values()), blocks, damping), strict=True):
+        step = steps[index]
+        steps[index] = block.mT if isinstance(step, Tensor) else (step[0], block)
+    return steps
+
+
+def _of(problem: Problem) -> Kronecker:
+    return cast(Kronecker, problem.curvature)
+
+
+def _first(step: Gradient) -> Tensor:
+    """Return what an output factor is applied to: W, or P."""
+    return step if isinstance(step, Tensor) else step[0]
+
+
+def _second(step: Gradient) -> Tensor:
+    """Return what an input factor is applied to: Wᵀ, or Q."""
+    return step.mT if isinstance(step, Tensor) else step[1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,6 +30,9 @@ class Layer:
         self.curvature: Curvature = strategy.curvature(self.shape)
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
+        self._made_for = self.shape
+        # The gradient that was overwritten last, and its version then.
+        self._written: tuple[ref[Tensor], int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,31 +48,67 @@ class Layer:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is anything to precondition."""
-        return self.kind.weight.grad is not None
+        """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
+        gradient = self.kind.weight.grad
+        if self.refusal or gradient is None:
+            return False
+        if self._written is None:
+            return True
+        step, version = self._written[0](), self._written[1]
+        return step is None or step is not gradient or step._version != version
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
+        return bool(self.capture.wanted) and not self.capture.calls and not self.curvature.started
+
+    def follow(self) -> None:
+        """Make what is kept go with the weight, where that got another dtype or device."""
+        shape = self.shape
+        if shape != self._made_for:
+            kept = self.curvature.state_dict()
+            self.curvature = self.strategy.curvature(shape).loaded(kept, self.name)
+            self._made_for = shape
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any call was seen, though its batch may have been empty."""
+        return self.curvature.started or bool(self.capture.calls)
+
+    @property
+    def refusal(self) -> str:
+        """Why the weight is left to the optimizer; empty while it is not."""
+        return self.capture.refusal
+
+    @refusal.setter
+    def refusal(self, reason: str) -> None:
+        self.capture.refusal = reason
 
     def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
-        calls = [call for call in self.capture.calls if call.gradients[of]]
+        calls = self._calls(of)
         if not calls:
             return None
         return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
 
-    def pair(self, rows: Rows | None) -> tuple[Tensor, Tensor] | None:
+    def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
 
-        ``rows`` are those of the loss's own gradients, where they were stacked already.
+        ``rows`` are those of the loss's own gradients, where they were stacked already. Where the loss had a ``scale``,
+        the gradient has been divided by it, which changes nothing else.
         """
         rank = self.curvature.rank()
         if self.linear is False or rank is None or self.kind.one_hot or self.kind.single:
             return None
-        calls = [call for call in self.capture.calls if call.gradients["loss"]]
+        calls = self._calls("loss")
         if not calls or not self.capture.gradient_is_pairs():
             return None
-        if rows is None or self.sharing == "reduce":
-            rows = self._stacked(calls, "loss", None, reduce=False)
-        if rows.uses > 2 * rank:
+        if self.has_bias and self.kind.bias is None:
             return None
+        if self._count(calls) > 2 * rank:
+            return None
+        if rows is None or self.sharing == "reduce":
+            rows = self._stacked(calls, "loss", scale, reduce=False)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
@@ -83,7 +125,7 @@ class Layer:
 
     def write(self, step: Gradient, factor: Tensor | float) -> None:
         """Overwrite the gradient with ``factor`` times the step."""
-        weight, bias = self.kind.weight.grad, self.kind.bias
+        weight, bias = self.kind.weight.grad, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
         if isinstance(step, Tensor):
@@ -97,49 +139,61 @@ class Layer:
                 matrix = first @ second[..., :d_in, :].mT
             column = first @ second[..., -1:, :].mT
         if matrix is not None:
-            weight.copy_(matrix.reshape(weight.shape))
-        if self.has_bias and bias is not None and bias.grad is not None:
-            bias.grad.copy_(column.reshape(bias.shape))
+            weight.copy_(self.kind.tensor(matrix))
+        if self.has_bias and bias is not None:
+            bias.copy_(column.reshape(bias.shape))
+
+    def seal(self) -> None:
+        """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
+        gradient = self.kind.weight.grad
+        if gradient is not None:
+            self._written = ref(gradient), gradient._version
 
     def _writes_directly(self, weight: Tensor) -> bool:
         return weight.ndim == 2 and not self.kind.shape[0] and weight.dtype == self.dtype
 
     def _bias_column(self, matrix: Tensor) -> Tensor:
-        bias = self.kind.bias
-        if bias is None or bias.grad is None:
+        bias = self.kind.bias_gradient
+        if bias is None:
             return matrix.new_zeros(*matrix.shape[:-1], 1)
-        return bias.grad.to(self.dtype).reshape(*matrix.shape[:-1], 1)
+        return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
+
+    def _calls(self, of: Pass) -> list[Call]:
+        """Return the calls that have rows: a batch may be empty."""
+        return [call for call in self.capture.calls if call.gradients[of] and call.gradients[of][0].numel()]
+
+    def _count(self, calls: list[Call]) -> int:
+        """Return how many rows the calls make with no reduction."""
+        groups, d_out, _ = self.kind.shape
+        numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
+        return numbers // math.prod((*groups, d_out))
 
     def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
         """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
         inputs, gradients, positions = [], [], set()
         count = 0
-        for call in calls:
-            for index, gradient in enumerate(call.gradients[of]):
-                uses = self.kind.uses(call.inputs, gradient)
-                uses = _reduced(uses) if reduce and not self.kind.one_hot else uses
-                samples = uses.gradients.shape[-3]
-                positions.add(uses.gradients.shape[-2])
-                gradients.append(uses.gradients.flatten(-3, -2))
-                if of == "loss" or index == 0 or self.kind.single:
-                    inputs.append(uses.inputs.flatten(-3, -2) if not self.kind.one_hot else uses.inputs.flatten())
-                if of == "loss" or index == 0:
-                    count += samples * uses.gradients.shape[-2]
-        return Rows(
-            self._with_one(_joined(inputs, -2)),
-            self._unscaled(_joined(gradients, -2).to(self.dtype), scale),
-            count,
-            positions.pop() if len(positions) == 1 else 1,
-        )
+        for index, call, gradient in _in_order(calls, of):
+            make = call.kind.reduced if reduce else call.kind.uses
+            uses = make(call.inputs, self._unscaled(gradient.to(self.dtype), scale))
+            samples, position_count = uses.gradients.shape[-3:-1]
+            positions.add(position_count)
+            gradients.append(uses.gradients.flatten(-3, -2))
+            if of == "loss" or index == 0:
+                count += samples * position_count
+            if of == "loss" or index == 0 or self.kind.single:
+                inputs.append(self._input_rows(uses))
+        position_count = positions.pop() if len(positions) == 1 else 1
+        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
 
-    def _with_one(self, inputs: Tensor) -> Tensor:
-        """Append the 1 of the bias, in the factors' dtype; indices and whole gradients stay."""
+    def _input_rows(self, uses: Uses) -> Tensor:
+        """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""
         if self.kind.one_hot:
-            return inputs
-        inputs = inputs.to(self.dtype)
-        if self.kind.single or not self.has_bias:
-            return inputs
-        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+            return uses.inputs.flatten()
+        inputs = uses.inputs.to(self.dtype)
+        if self.has_bias and not self.kind.single:
+            ones = inputs.new_ones(*inputs.shape[:-1], 1) if uses.ones is None else uses.ones.to(self.dtype)
+            inputs = torch.cat([inputs, ones], dim=-1)
+        return inputs.flatten(-3, -2)
 
     def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
         return gradients if scale is None else gradients / scale
@@ -147,16 +201,28 @@ class Layer:
     def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
         difference = torch.linalg.vector_norm(first @ second.mT - self.gradient())
-        call = self.capture.calls[0]
+        call = next(call for call in self.capture.calls if call.gradients["loss"])
         eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
         bound = 8 * eps * torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
         return bool(difference <= bound)
 
 
-def _reduced(uses: Uses) -> Uses:
-    """Average inputs and sum gradients over positions."""
-    return Uses(uses.inputs.mean(-2, keepdim=True), uses.gradients.sum(-2, keepdim=True))
+def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]:
+    """Go through all calls for the first gradients, then through all of them for the second ones."""
+    for index in range(max(len(call.gradients[of]) for call in calls)):
+        for call in calls:
+            if index < len(call.gradients[of]):
+                yield index, call, call.gradients[of][index]
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if parts[0].ndim == 1 else dim)
+def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:
+    """Sort layers by strategy, in their order."""
+    members: dict[Strategy, list[Layer]] = {}
+    for layer in layers:
+        members.setdefault(layer.strategy, []).append(layer)
+    return members
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put rows, or indices, of several calls one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
 from brandla import _check
+from brandla.kfac.fisher import CurvatureType
 from brandla.kfac.layer import Sharing
+from brandla.kfac.schedule import Schedule, at, spelled
 from brandla.kfac.strategy import Scale, Strategy
 
 Option = TypeVar("Option")
-# A number, or a function of the step's number, from 0.
-Schedule: TypeAlias = Option | Callable[[int], Option]
-ByModule: TypeAlias = Option | Mapping[str, Option]
-
-
-def at(schedule: Schedule[Option], step: int) -> Option:
-    """Return the value of a schedule."""
-    return schedule(step) if callable(schedule) else schedule
+ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module], Option]
 
 
 @dataclass(frozen=True)
@@ -34,14 +29,19 @@ class Options:
     damping_scale: Scale
     clip_by: Literal["rms", "kl"]
     application: Literal["auto", "two-sided"]
+    curvature: CurvatureType
     seed: int
 
     def __post_init__(self) -> None:
         _choice("damping_scale", self.damping_scale, ("relative", "absolute"))
         _choice("clip_by", self.clip_by, ("rms", "kl"))
         _choice("application", self.application, ("auto", "two-sided"))
+        _choice("curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
         _check.count("KFAC", "seed", self.seed, 0)
         self.at(0)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{own.name}={spelled(getattr(self, own.name))}" for own in fields(self))
 
     def at(self, step: int) -> AtStep:
         """Return the values of a step.
@@ -75,6 +75,8 @@ class AtStep:
 
 def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) -> dict[str, Any]:
     """Return a mapping from module names to an option, with the default under the empty name."""
+    if callable(option) and not isinstance(option, type):
+        return {module_name: option(module_name, module) for module_name, module in model.named_modules()}
     rule: dict[str, Any] = {"": default, **option} if isinstance(option, Mapping) else {"": option}
     names = {module for module, _ in model.named_modules()}
     for module in rule:
@@ -83,13 +85,13 @@ def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) 
     return rule
 
 
-def strategies(model: nn.Module, inverse: ByModule[Strategy], default: Strategy) -> dict[str, Strategy]:
+def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: Strategy) -> dict[str, Strategy | None]:
     """Check ``inverse`` and return it by module name."""
     rule = by_module(model, "inverse", inverse, default)
     for strategy in rule.values():
-        if not isinstance(strategy, Strategy):
+        if not isinstance(strategy, Strategy | None):
             kind = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
-            _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128); got {kind}")
+            _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {kind}")
     return rule
 
 
@@ -106,6 +108,19 @@ def of_module(rule: Mapping[str, Option], name: str) -> Option:
     while name not in rule:
         name = name.rpartition(".")[0]
     return rule[name]
+
+
+def check_loss(loss: object) -> None:
+    """Check the name of a loss."""
+    if loss not in ("cross_entropy", "mse"):
+        _check.fail_value("KFAC.curvature", f"loss must be 'cross_entropy' or 'mse'; got {loss!r}")
+
+
+def check_distributed(mode: object, columns: int | None) -> None:
+    """Check how several processes are to work together."""
+    _choice("distributed", mode, ("gather", "split"))
+    if columns is not None:
+        _check.count("KFAC", "columns", columns, 1)
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from brandla import _check
+from brandla.kfac import passes, state
 from brandla.kfac.brand import Brand
-from brandla.kfac.capture import Recorder
+from brandla.kfac.capture import Pass, Recorder
 from brandla.kfac.clip import clipping
+from brandla.kfac.distributed import Mode, Replicas, replicas
 from brandla.kfac.find import find_layers
-from brandla.kfac.layer import Layer, Sharing
-from brandla.kfac.options import ByModule, Options, Schedule, sharings, strategies
+from brandla.kfac.fisher import CurvatureType, Loss
+from brandla.kfac.layer import Layer, Sharing, by_strategy
+from brandla.kfac.loss_scale import is_unscaled, scale_of
+from brandla.kfac.mask import Mask
+from brandla.kfac.notices import Notices
+from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, check_loss, sharings, strategies
 from brandla.kfac.report import Report, describe
-from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Scale, Strategy
-from brandla_kernels import reads_are_free
+from brandla.kfac.schedule import Schedule
+from brandla.kfac.strategy import Damping, Gradient, Now, Problem, Rows, Scale, Strategy
+from brandla.kfac.whole import whole_gradients
 
-_FORMAT = 2
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _DEFAULT = Brand(rank=128)
 
 
@@ -32,10 +40,12 @@ class KFAC:
     Parameters
     ----------
     model
-        Any module. Modules that share a weight are one layer, with the bias of the first.
+        Any module. Modules that share a weight are one layer, with the bias of the first. What it cannot precondition,
+        and what turns out so in training, is left to the optimizer: `report` says why.
     inverse
         The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`. One for all layers, or a
-        mapping from module names, which holds for all that they contain; ``""`` names the model.
+        mapping from module names, which holds for all that they contain; ``""`` names the model; or a function of a
+        module's name and the module, asked for each. None leaves a layer to the optimizer.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip
@@ -47,8 +57,8 @@ class KFAC:
         numbers, or functions of the step's number (from 0).
     sharing
         For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
-        ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, or a mapping from module
-        names.
+        ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, a mapping or a function,
+        as ``inverse``.
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
@@ -57,8 +67,24 @@ class KFAC:
         ``"auto"`` applies the factors to the pair of inputs and output gradients, whose cost is linear in the layer's
         size, wherever the gradient is exactly that pair and the pair is thin; ``"two-sided"`` always applies them to
         the gradient.
+    curvature
+        What G is made of. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: those of labels drawn from
+        the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, at one backward
+        pass for each of them. For the last two call `curvature` in every step.
+    scaler
+        The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
-        Fixes the random starts of randomized decompositions.
+        Fixes the random starts of randomized decompositions, and the draws of labels.
+    distributed
+        With several processes that each hold the model and a batch of their own, and losses that are averaged over
+        them, as DistributedDataParallel and FSDP2 do: ``"gather"`` has every process take in the rows of all;
+        ``"split"`` gives each factor to one, which broadcasts what solving needs (``docs/many-machines.md``). The
+        application is two-sided then.
+    process_group
+        The processes; None for all.
+    columns
+        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound
+        but that of the strategy.
 
     Raises
     ------
@@ -86,7 +112,7 @@ class KFAC:
     def __init__(
         self,
         model: nn.Module,
-        inverse: ByModule[Strategy] = _DEFAULT,
+        inverse: ByModule[Strategy | None] = _DEFAULT,
         *,
         damping: Schedule[float] = 0.03,
         clip: Schedule[float | None] = 0.07,
@@ -96,40 +122,99 @@ class KFAC:
         damping_scale: Scale = "relative",
         clip_by: Literal["rms", "kl"] = "rms",
         application: Literal["auto", "two-sided"] = "auto",
+        curvature: CurvatureType = "empirical",
+        scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
+        distributed: Mode = "gather",
+        process_group: ProcessGroup | None = None,
+        columns: int | None = None,
     ) -> None:
+        model = _innermost(model)
         by_name = strategies(model, inverse, _DEFAULT)
-        self.options = Options(damping, clip, decay, factor_every, damping_scale, clip_by, application, seed)
+        self.options = Options(damping, clip, decay, factor_every, damping_scale, clip_by, application, curvature, seed)
+        check_distributed(distributed, columns)
         self._model = model
-        self._recorder = Recorder()
+        self._scaler = scaler
+        self._among = (distributed, process_group, columns)
+        self._known_replicas: Replicas | None = None
+        self._recorder = Recorder(edges=self._takes_curvature)
+        self._notices = Notices()
         self._steps = 0
-        self._warned = False
+        self._curvatures = 0
+        self._captured = 0
         self._skipped: Tensor | None = None
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
+        self._choose_captures()
+
+    def __repr__(self) -> str:
+        systems = ", ".join(f"{len(members)} {strategy}" for strategy, members in by_strategy(self._layers).items())
+        return f"KFAC({systems}; {self.options}; step {self._steps})"
+
+    def curvature(self, outputs: Tensor, loss: Loss = "cross_entropy", weights: Tensor | None = None) -> None:
+        """Send the curvature of a loss back through the model, where factors are not made of the loss's own gradients.
+
+        Call it after the forward pass and before the loss's backward pass, in every step; it does nothing where no
+        factor takes data in, or with ``curvature="empirical"``. Gradients of parameters are left as they are.
+
+        Parameters
+        ----------
+        outputs
+            What the loss is given: logits or predictions, shape (N, C) or (N, C, positions...).
+        loss
+            As ``torch.nn.functional`` has it, with ``reduction="mean"``: ``"cross_entropy"`` or ``"mse"``.
+        weights
+            Weight of each term, shape (N,) or (N, positions...): 0 for what the loss ignores, or the weight of its
+            class. None for 1. Label smoothing makes no difference.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For a loss that is not one of these, outputs that require no gradient, and weights of another shape.
+        """
+        check_loss(loss)
+        if self._takes_curvature and any("curvature" in layer.capture.wanted for layer in self._layers):
+            self._curvatures += 1
+            seed = self._seed + 65_537 - self._curvatures
+            passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
 
     @torch.no_grad()
     def step(self) -> None:
         """Take in what was captured since the last step, and overwrite the gradients of the layers that have one.
 
+        A gradient that nobody has written to since the last step is left as it is.
+
+        With several processes all of them must come here, each after a backward pass; one that does not comes to be
+        missed when the group's timeout is over, and the others raise an error of torch.distributed.
+
         Raises
         ------
         RuntimeError
-            In a process group of more than one process, whose replicas would drift apart.
+            If `curvature` has not been called where it has to be, or gradients are still multiplied by the scale of
+            the ``scaler``.
         """
-        _check_single_process()
-        layers = [layer for layer in self._layers if layer.has_gradient]
-        if layers:
-            self._step(layers)
+        unseen: list[Layer] = []
+        with whole_gradients(layer.kind.module for layer in self._layers):
+            layers = [layer for layer in self._layers if layer.has_gradient]
+            if layers or self._replicas.several:
+                self._step(layers)
+                unseen = [layer for layer in layers if layer.is_unseen]
+        self._captured = sum(layer.capture.bytes() for layer in self._layers)
         for layer in self._layers:
             layer.capture.clear()
+        self._recorder.terms = None
+        self._curvatures = 0
         self._steps += 1
         self._choose_captures()
-        self._warn_of_substitutes()
+        self._notices.tell(self._layers, unseen)
 
     def report(self) -> Report:
-        """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's."""
+        """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's.
+
+        With several processes and factors split among them, all of them must come here.
+        """
         skipped = 0 if self._skipped is None else int(self._skipped)
-        return describe(self._layers, self._unsupported, skipped)
+        with self._replicas.complete():
+            return describe(self._layers, self._unsupported, skipped, self._captured)
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -139,153 +224,140 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
 
-        Data captured since the last step is not in it: save between a step and the next backward pass.
+        Data captured since the last step is not in it: save between a step and the next backward pass. With several
+        processes it is the same in each, and can be continued from by any number of them; where factors are split
+        among them, all must come here.
         """
-        layers = {
-            layer.name: {"curvature": layer.curvature.state_dict(), "linear": layer.linear} for layer in self._layers
-        }
-        return {"format": _FORMAT, "steps": self._steps, "layers": layers}
+        with self._replicas.complete():
+            layers = {layer.name: state.of_layer(layer) for layer in self._layers}
+        return {"format": state.FORMAT, "steps": self._steps, "layers": layers}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``, which must come from the same layers and strategy.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``, which must come from the same layers and strategies; options may be others.
 
         Raises
         ------
         ValueError
             If it does not; nothing is changed then.
         """
-        curvatures = self._loaded(state)
+        curvatures = state.curvatures(self._layers, state_dict)
         for layer, curvature in zip(self._layers, curvatures, strict=True):
             layer.curvature = curvature
-            layer.linear = state["layers"][layer.name]["linear"]
+            layer.linear = state_dict["layers"][layer.name]["linear"]
+            layer.refusal = state_dict["layers"][layer.name]["refusal"]
             layer.capture.clear()
-        self._steps = int(state["steps"])
+        self._steps = int(state_dict["steps"])
+        self._known_replicas = None
         self._choose_captures()
 
     def _step(self, layers: list[Layer]) -> None:
-        now_options = self.options.at(self._steps)
-        absorbing = {
-            layer: rows
-            for layer in layers
-            if (self._steps % now_options.factor_every == 0 or not layer.curvature.started)
-            and (rows := layer.rows("loss", None)) is not None
-        }
-        mask = _Mask.of([*_parts(absorbing.values()), *_gradients(self._model)])
-        absorbing = {layer: mask.rows(rows) for layer, rows in absorbing.items()}
-        damping = Damping(now_options.damping, self.options.damping_scale)
-        # Seeds are apart for every step and factor, and the same when training continues from a checkpoint.
-        seed = (self.options.seed * 1_000_003 + self._steps) * 65_537
-        now = Now(self._steps, seed, now_options.decay, damping, mask.finite)
-        for strategy, members in _by_strategy(absorbing).items():
-            strategy.absorb([layer.curvature for layer in members], [absorbing[layer] for layer in members], now)
-        self._precondition([layer for layer in layers if layer.curvature.started], absorbing, now, now_options.clip)
+        options = self.options.at(self._steps)
+        scale = self._loss_scale(layers)
+        for layer in layers:
+            layer.follow()
+        own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
+        mask = Mask.of(own.values(), self._model)
+        damping = Damping(options.damping, self.options.damping_scale)
+        mask, absorbing = self._replicas.exchange(own, mask, self._seed)
+        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        self._replicas.absorb(absorbing, now)
+        ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
+        self._precondition(ready, absorbing, now, options.clip, scale)
         mask.clear(self._model)
+        for layer in ready:
+            layer.seal()
         self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
 
-    def _precondition(self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None) -> None:
-        auto = self.options.application == "auto"
+    def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
+        """Return what the factors of layers take in at this step."""
+        if self._takes_curvature and layers and self._recorder.terms is None:
+            kind = self.options.curvature
+            message = (
+                f"KFAC.step: curvature={kind!r} needs a call of preconditioner.curvature(outputs, loss=...) before the"
+                " loss's backward pass, in every step that takes data into the factors; got none since the last step"
+            )
+            raise RuntimeError(message)
+        found = (
+            (layer, passes.rows(layer) if self._takes_curvature else layer.rows("loss", scale)) for layer in layers
+        )
+        return {layer: rows for layer, rows in found if rows is not None}
+
+    def _precondition(
+        self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
+    ) -> None:
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
         for layer in layers:
-            pair = layer.pair(rows.get(layer)) if auto else None
+            of_loss = None if self._takes_curvature else rows.get(layer)
+            pair = layer.pair(of_loss, scale) if self._applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
-        for strategy, members in _by_strategy(layers).items():
+        for strategy, members in by_strategy(layers).items():
             problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
             steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
         factors = clipping([steps[layer] for layer in layers], list(gradients.values()), clip, self.options.clip_by)
         for layer, factor in zip(layers, factors, strict=True):
             layer.write(steps[layer], factor)
 
-    def _loaded(self, state: Mapping[str, Any]) -> list[Curvature]:
-        """Build the curvatures that ``state`` describes, or raise before anything is changed."""
-        function = "KFAC.load_state_dict"
-        if state.get("format") != _FORMAT:
-            _check.fail_value(function, f"the state must have format {_FORMAT}; got {state.get('format')!r}")
-        saved = state["layers"]
-        names = [layer.name for layer in self._layers]
-        if sorted(saved) != sorted(names):
-            missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
-            _check.fail_value(function, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
-        return [layer.curvature.loaded(saved[layer.name]["curvature"], layer.name) for layer in self._layers]
+    def _loss_scale(self, layers: list[Layer]) -> Tensor | None:
+        """Return what the loss was multiplied by, without reading it; gradients must be so no longer."""
+        if self._scaler is None or not self._scaler.is_enabled() or not layers:
+            return None
+        if not is_unscaled(self._scaler):
+            message = (
+                "KFAC.step: gradients must be divided by the scale of the loss first; call scaler.unscale_(optimizer)"
+                " between loss.backward() and preconditioner.step()"
+            )
+            raise RuntimeError(message)
+        return scale_of(self._scaler, layers[0].kind.weight.device)
+
+    def _is_due(self, layer: Layer, options: AtStep) -> bool:
+        """Say whether a layer takes data in at this step."""
+        return self._steps % options.factor_every == 0 or not layer.curvature.started
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""
-        every = self.options.at(self._steps).factor_every
+        options = self.options.at(self._steps)
         for layer in self._layers:
-            wanted = self._steps % every == 0 or not layer.curvature.started
-            layer.capture.enabled = wanted or (self.options.application == "auto" and layer.linear is not False)
+            wanted: set[Pass] = {"loss"} if self._applies_to_pairs and layer.linear is not False else set()
+            if self._is_due(layer, options):
+                wanted.add("curvature" if self._takes_curvature else "loss")
+            layer.capture.want(wanted)
 
-    def _warn_of_substitutes(self) -> None:
-        if self._warned:
-            return
-        replaced = [
-            f"{layer.name} ({side}): {factor.reason}"
-            for layer in self._layers
-            for side, factor in layer.curvature.factors()
-            if factor.reason
-        ]
-        if replaced:
-            self._warned = True
-            warnings.warn(
-                "KFAC: some factors are too small for the strategy and got another, see report(): "
-                + "; ".join(replaced),
-                stacklevel=3,
+    @property
+    def _seed(self) -> int:
+        """Apart for every step and factor, and the same when training continues from a checkpoint."""
+        return (self.options.seed * 1_000_003 + self._steps) * 65_537
+
+    @property
+    def _takes_curvature(self) -> bool:
+        """Whether factors are made of backward passes for the curvature alone."""
+        return self.options.curvature != "empirical"
+
+    @property
+    def _replicas(self) -> Replicas:
+        """The processes: a group may be made later than this object."""
+        if self._known_replicas is not None:
+            return self._known_replicas
+        found = replicas(self._layers, *self._among)
+        self._known_replicas = found if found.several else None
+        return found
+
+    @property
+    def _applies_to_pairs(self) -> bool:
+        """Whether a gradient may be that of the rows captured here."""
+        return self.options.application == "auto" and not self._replicas.several
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """Take off what compiling and DistributedDataParallel put around a model."""
+    while True:
+        if isinstance(model, nn.DataParallel):
+            _check.fail_value(
+                "KFAC", "the model must not be in nn.DataParallel; use nn.parallel.DistributedDataParallel"
             )
-
-
-class _Mask(NamedTuple):
-    """Whether everything of a step is finite, and what becomes of it if not; a device is not waited for."""
-
-    finite: Tensor
-    known_finite: bool
-
-    @classmethod
-    def of(cls, parts: list[Tensor]) -> _Mask:
-        """Look at all parts once."""
-        finite = nn.utils.get_total_norm(parts, float("inf")).isfinite()
-        return cls(finite, reads_are_free(finite) and bool(finite))
-
-    def rows(self, rows: Rows) -> Rows:
-        """Return the rows, or zeros."""
-        if self.known_finite:
-            return rows
-        inputs = rows.inputs if not rows.inputs.is_floating_point() else self._or_zero(rows.inputs)
-        return rows._replace(inputs=inputs, gradients=self._or_zero(rows.gradients))
-
-    def clear(self, model: nn.Module) -> None:
-        """Make all gradients of the model 0 unless finite."""
-        if not self.known_finite:
-            for gradient in _gradients(model):
-                gradient.masked_fill_(~self.finite, 0)
-
-    def _or_zero(self, part: Tensor) -> Tensor:
-        return torch.where(self.finite, part, 0)
-
-
-def _parts(rows: Iterable[Rows]) -> Iterable[Tensor]:
-    for inputs, gradients, *_ in rows:
-        if inputs.is_floating_point():
-            yield inputs
-        yield gradients
-
-
-def _gradients(model: nn.Module) -> Iterable[Tensor]:
-    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
-
-
-def _by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:
-    members: dict[Strategy, list[Layer]] = {}
-    for layer in layers:
-        members.setdefault(layer.strategy, []).append(layer)
-    return members
-
-
-def _check_single_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        world = distributed.get_world_size()
-        message = (
-            "KFAC.step: factors are built from one process's batches, so the process group must have 1 process;"
-            f" got {world}; precondition in one process, or train with the optimizer alone"
-        )
-        raise RuntimeError(message)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from brandla.kfac.factor import (
     stored,
     tensor,
 )
+from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh
 from brandla.randomized import randomized_eigh, randomized_svd
@@ -38,14 +39,17 @@ class Randomized(FactorStrategy):
     C. O. Puiu, "Randomized K-FACs: speeding up K-FAC with randomized numerical linear algebra", arXiv 2206.15397.
     """
 
-    rank: int
+    unread: ClassVar[tuple[str, ...]] = ("dense",)
+
+    rank: Schedule[int]
     method: Literal["svd", "eigh"] = "eigh"
     oversample: int = 10
     power_iterations: int = 3
-    inverse_every: int = 10
+    inverse_every: Schedule[int] = 10
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
+        _check.count("Randomized", "rank", at(self.rank, 0), 1)
         check_period(self, "inverse_every")
         _check.count("Randomized", "oversample", self.oversample, 0)
         _check.count("Randomized", "power_iterations", self.power_iterations, 0)
@@ -55,7 +59,7 @@ class Randomized(FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix."""
         state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, self.rank, batch_shape=groups, dtype=dtype, device=device))
+        store(state, LowRankEigh.zeros(n, at(self.rank, 0), batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
@@ -65,23 +69,25 @@ class Randomized(FactorStrategy):
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose the dense average when it is due."""
         if due(state, step, self.inverse_every):
-            store(state, self.decompose(normalised(state, tensor(state, "dense")), seed))
+            average = normalised(state, tensor(state, "dense"))
+            rank = min(at(self.rank, step), average.shape[-1])
+            store(state, self.decompose(average, rank, seed))
 
-    def decompose(self, matrix: Tensor, seed: int) -> LowRankEigh:
-        """Return the leading eigenpairs of ``matrix`` from a random start that ``seed`` fixes."""
+    def decompose(self, matrix: Tensor, rank: int, seed: int) -> LowRankEigh:
+        """Return the ``rank`` leading eigenpairs of ``matrix`` from a random start that ``seed`` fixes."""
         generator = torch.Generator(matrix.device)
         generator.manual_seed(seed)
         if self.method == "eigh":
             return randomized_eigh(
                 matrix,
-                self.rank,
+                rank,
                 oversample=self.oversample,
                 power_iterations=self.power_iterations,
                 generator=generator,
             )
         svd = randomized_svd(
             matrix,
-            self.rank,
+            rank,
             oversample=self.oversample,
             power_iterations=self.power_iterations,
             generator=generator,
@@ -94,11 +100,12 @@ class Randomized(FactorStrategy):
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state, stored(state))
+        return distance(state, stored(state).dense())
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
-        if self.rank + self.oversample < n:
+        rank = at(self.rank, 0)
+        if rank + self.oversample < n:
             return None
-        reason = f"rank {self.rank} + oversample {self.oversample} >= n = {n}"
+        reason = f"rank {rank} + oversample {self.oversample} >= n = {n}"
         return Exact(inverse_every=self.inverse_every, tail=self.tail), reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,14 +11,21 @@ from torch import Tensor
 
 from brandla.kfac.factor import Factor
 from brandla.kfac.layer import Layer
+from brandla.kfac.strategy import Kept
+
+Side = Literal["input", "output", "beside"]
 
 
 @dataclass(frozen=True)
 class FactorReport:
-    """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take."""
+    """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
+
+    A curvature that keeps more than its factors has a row for what comes beside them, whose ``side`` is ``"beside"``;
+    n is the layer's number of parameters there, and ``dense_bytes`` is 0.
+    """
 
     layer: str
-    side: Literal["input", "output"]
+    side: Side
     n: int
     strategy: str
     reason: str
@@ -29,44 +37,87 @@ class FactorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All factors of a preconditioner, the modules left to the optimizer, and the number of batches skipped."""
+    """All factors of a preconditioner, and the number of batches skipped.
+
+    ``unsupported`` says of each module and parameter that is left to the optimizer why it is; ``captured_bytes`` is
+    what inputs and output gradients took at the last step, until it was done with them.
+    """
 
     factors: list[FactorReport]
-    unsupported: list[str]
+    unsupported: dict[str, str]
     skipped: int = 0
+    captured_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """What all factors take."""
+        return sum(factor.bytes for factor in self.factors)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the matrices of all factors alone would take."""
+        return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
         header = ("layer", "side", "n", "strategy", "rank", "error bound", "memory", "dense", "note")
         rows = [header, *(_cells(factor) for factor in self.factors)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(
+            f"factors: {_size(self.bytes)}, dense: {_size(self.dense_bytes)};"
+            f" captured in the last step: {_size(self.captured_bytes)}"
+        )
         if self.unsupported:
-            lines.append("left to the optimizer: " + ", ".join(self.unsupported))
+            lines.append("left to the optimizer:")
+            lines += [f"  {name}: {reason}" for name, reason in self.unsupported.items()]
         if self.skipped:
             lines.append(f"batches skipped for values that are not finite: {self.skipped}")
         return "\n".join(lines)
 
 
-def describe(layers: list[Layer], unsupported: list[str], skipped: int) -> Report:
+def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int) -> Report:
     """Read every factor; waits for the device."""
-    rows = [_describe(layer.name, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
-    return Report(rows, unsupported, skipped)
+    active = [layer for layer in layers if not layer.refusal]
+    rows = [row for layer in active for row in _of_layer(layer)]
+    refused = {layer.name: layer.refusal for layer in layers if layer.refusal}
+    return Report(rows, unsupported | refused, skipped, captured_bytes)
 
 
-def _describe(layer: str, side: Literal["input", "output"], factor: Factor) -> FactorReport:
-    tensors = [part for part in factor.state.values() if isinstance(part, Tensor)]
+def _of_layer(layer: Layer) -> Iterator[FactorReport]:
+    """Describe the factors of a layer, and what its curvature keeps beside them."""
+    rows = [_describe(layer.name, side, factor) for side, factor in layer.curvature.factors()]
+    rows += [_describe_kept(layer, kept) for kept in layer.curvature.kept()]
+    yield from rows
+    beside = _bytes(layer.curvature.tensors()) - sum(row.bytes for row in rows)
+    if beside > 0 or not rows:
+        groups, d_out, d_in = layer.shape[:3]
+        n = math.prod(groups) * d_out * d_in
+        started = layer.curvature.started
+        reason = "" if started else "no data yet"
+        yield FactorReport(layer.name, "beside", n, str(layer.strategy), reason, None, None, beside, 0)
+
+
+def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
     groups = math.prod(factor.groups)
     lowrank = factor.lowrank() if factor.started else None
     return FactorReport(
         layer=layer,
         side=side,
         n=factor.n,
-        strategy=repr(factor.strategy),
+        strategy=str(factor.strategy),
         reason=factor.reason if factor.started else "no data yet",
         rank=None if lowrank is None else lowrank.rank,
         error_bound=float(factor.strategy.error_bound(factor.state).max()) if factor.started else None,
-        bytes=sum(part.numel() * part.element_size() for part in tensors),
+        bytes=_bytes(part for part in factor.state.values() if isinstance(part, Tensor)),
         dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
+    )
+
+
+def _describe_kept(layer: Layer, kept: Kept) -> FactorReport:
+    note = kept.note if layer.curvature.started else "no data yet"
+    dense = math.prod(layer.shape.groups) * kept.n**2 * layer.dtype.itemsize
+    return FactorReport(
+        layer.name, kept.side, kept.n, str(layer.strategy), note, None, None, _bytes(kept.tensors), dense
     )
 
 
@@ -82,6 +133,10 @@ def _cells(factor: FactorReport) -> tuple[str, ...]:
         _size(factor.dense_bytes),
         factor.reason,
     )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in tensors)
 
 
 def _size(count: int) -> str:

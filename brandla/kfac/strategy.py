@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from brandla.kfac.schedule import spelled
 
 if TYPE_CHECKING:
     from brandla.kfac.factor import Factor
@@ -38,13 +40,15 @@ class Rows(NamedTuple):
     """Uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
 
     The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
-    curvature takes m gradients of every use. One-hot inputs are (N,) indices; those of single layers are m N rows.
+    curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
+    layers are m N rows, and their gradients the same.
     """
 
     inputs: Tensor
     gradients: Tensor
     uses: int
     positions: int = 1
+    single: bool = False
 
 
 class Damping(NamedTuple):
@@ -82,6 +86,15 @@ class Problem(NamedTuple):
     rows: Rows | None
 
 
+class Kept(NamedTuple):
+    """What is kept for one side of a layer where that is no factor: for reports."""
+
+    side: Literal["input", "output"]
+    n: int
+    note: str
+    tensors: Sequence[Tensor]
+
+
 class Curvature(ABC):
     """What is kept of one layer."""
 
@@ -106,6 +119,10 @@ class Curvature(ABC):
         """Go through the Kronecker factors, where there are any."""
         return iter(())
 
+    def kept(self) -> Iterator[Kept]:
+        """Go through what is kept for each side, where there are no factors."""
+        return iter(())
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return all that is kept, as numbers, strings and copies of tensors."""
@@ -121,7 +138,17 @@ class Curvature(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """One system of the K-FAC family."""
+    """One system of the K-FAC family.
+
+    ``str()`` of it names it in checkpoints and reports. Options that are functions of the step are spelled by their
+    qualified name there: a checkpoint is continued by the function of the same name.
+    """
+
+    # Whether `solve` reads the rows of the step, which every process then needs.
+    reads_rows: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return spelled(self)
 
     @abstractmethod
     def curvature(self, shape: Shape) -> Curvature:

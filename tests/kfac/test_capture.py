@@ -94,7 +94,7 @@ def test_modules_with_a_common_weight_are_one_layer():
     preconditioner.step()
     report = preconditioner.report()
     assert {row.layer for row in report.factors} == {"0"}
-    assert report.unsupported == ["2.bias"]
+    assert report.unsupported == {"2.bias": "its weight is that of 0, which has another bias"}
 
 
 class Branches(nn.Module):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-# Called with input and output of each use of a weight; what it returns takes the place of the output.
-Record: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# Called at each use of a weight with the kind that makes rows of this call, its input and its output; what it returns
+# takes the place of the output.
+Record: TypeAlias = Callable[["Kind", Any, Any], Any]
 
 
 class Uses(NamedTuple):
-    """Inputs (*groups, samples, positions, d_in) and output gradients (..., d_out) of one call."""
+    """Inputs (*groups, samples, positions, d_in) and output gradients (..., d_out) of one call.
+
+    ``ones`` (..., 1) is the bias's input, where that is not 1 everywhere.
+    """
 
     inputs: Tensor
     gradients: Tensor
+    ones: Tensor | None = None
 
 
 class Kind(ABC):
@@ -31,6 +36,8 @@ class Kind(ABC):
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
     single = False
+    # What tells this weight from others of its module, in the layer's name.
+    part = ""
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
         self.module = module
@@ -39,19 +46,24 @@ class Kind(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, module: nn.Module) -> Iterable[Kind]:
-        """Return the weights of a module of this kind; nothing for any other module."""
+    def of(cls, module: nn.Module) -> list[Kind] | str | None:
+        """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Any:
         """The weight as it is now: a sharded one may be another tensor in a forward pass."""
-        return cast(nn.Parameter, getattr(self.module, self._weight))
+        return getattr(self.module, self._weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
         bias: nn.Parameter | None = getattr(self.module, self._bias, None)
         return bias if bias is not None and bias.requires_grad else None
+
+    @property
+    def bias_gradient(self) -> Tensor | None:
+        """The part of the bias's gradient that belongs to this weight, to be written to."""
+        return None if self.bias is None else self.bias.grad
 
     @property
     @abstractmethod
@@ -62,20 +74,96 @@ class Kind(ABC):
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return the uses of the weight in one call, from its input and the gradient of its output."""
 
+    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return one use a sample: inputs averaged and gradients summed over its positions."""
+        uses = self.uses(inputs, gradient)
+        return Uses(
+            uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
+            uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
+        )
+
     def attach(self, record: Record) -> list[Any]:
         """Have ``record`` called at each use, and return handles with ``remove()``."""
+        return [self.module.register_forward_hook(_Hook(self, record), with_kwargs=True)]
 
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return record(args[0] if args else kwargs["input"], output)
+    def of_call(self) -> Kind:
+        """Return the kind that makes rows of the call that is going on."""
+        return self
 
-        return [self.module.register_forward_hook(watch, with_kwargs=True)]
+    def refusal(self, inputs: object, output: object) -> str:
+        """Say why a call cannot be made into rows; an empty string if it can."""
+        for name, part in (("input", inputs), ("output", output)):
+            if not isinstance(part, Tensor):
+                return f"its {name} is of type {type(part).__name__}, not a tensor"
+            if part.is_nested or part.layout is not torch.strided:
+                return f"its {name} is not a dense tensor"
+        if not isinstance(self.weight, nn.Parameter):
+            return COMPUTED
+        return ""
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """View a tensor of the weight's shape as a matrix (*groups, d_out, d_in)."""
+        """Arrange a tensor of the weight's shape as a matrix (*groups, d_out, d_in)."""
         groups, d_out, d_in = self.shape
         return weight.reshape(*groups, d_out, d_in)
 
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Arrange a matrix (*groups, d_out, d_in) in the weight's shape."""
+        return matrix.reshape(self.weight.shape)
 
-def is_ready(parameter: object) -> bool:
-    """Say whether a parameter has been given its shape."""
-    return isinstance(parameter, torch.Tensor) and not isinstance(parameter, nn.parameter.UninitializedParameter)
+
+class _Hook:
+    """A forward hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
+
+    def __init__(self, kind: Kind, record: Record) -> None:
+        self._kind = kind
+        self._record = record
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        # A shallow copy of the module's attributes, as DataParallel makes, takes the hook along.
+        if module is not self._kind.module:
+            return output
+        return self._record(self._kind.of_call(), args[0] if args else kwargs.get("input"), output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """Leave the output of a module as it is."""
+
+
+COMPUTED = "its weight is computed from other parameters"
+
+
+def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Say whether a module is of one of the types, and its forward pass too: a subclass may have its own."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types)
+
+
+def why_left(module: nn.Module, *names: str) -> str:
+    """Say why weights cannot be preconditioned; an empty string if they can."""
+    for name in names:
+        weight = getattr(module, name)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return "it has no shape yet: run it once before it is preconditioned"
+        if not isinstance(weight, nn.Parameter):
+            return COMPUTED
+        if not weight.is_floating_point():
+            return "its weight is not real"
+    return ""
+
+
+def full_dtype(part: Tensor) -> torch.dtype:
+    """Return the dtype in which sums of a tensor are taken."""
+    return torch.promote_types(part.dtype, torch.float32)
+
+
+def by_sample(part: Tensor) -> Tensor:
+    """Reshape (samples, *positions, d) to (samples, positions, d); a single vector is one sample."""
+    if part.ndim <= 2:
+        return part.reshape(-1, 1, part.shape[-1])
+    return part.reshape(part.shape[0], -1, part.shape[-1])

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from brandla.kfac.kinds.kind import Kind, Uses, is_ready
+from brandla.kfac.kinds.kind import Kind, Uses, by_sample, is_called_as, why_left
 
 
 class LinearKind(Kind):
     """A Linear: rows are samples and the positions between the first and the last dimension."""
 
     @classmethod
-    def of(cls, module: nn.Module) -> Iterable[Kind]:
+    def of(cls, module: nn.Module) -> list[Kind] | str | None:
         """Return the weight of a Linear."""
-        # MultiheadAttention reads the weight of its output projection without calling it.
-        projection = isinstance(module, NonDynamicallyQuantizableLinear)
-        if isinstance(module, nn.Linear) and not projection and is_ready(module.weight):
-            yield cls(module)
+        if not isinstance(module, nn.Linear):
+            return None
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "the attention that holds it never calls it"
+        if not is_called_as(module, nn.Linear):
+            return f"{type(module).__name__} has a forward pass of its own"
+        return why_left(module, "weight") or [cls(module)]
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -27,13 +28,17 @@ class LinearKind(Kind):
         d_out, d_in = self.weight.shape
         return (), d_out, d_in
 
+    def refusal(self, inputs: object, output: object) -> str:
+        """Say so where the last dimensions are not those of the weight."""
+        if reason := super().refusal(inputs, output):
+            return reason
+        assert isinstance(inputs, Tensor)
+        assert isinstance(output, Tensor)
+        wanted = (*inputs.shape[:-1], self.weight.shape[0])
+        if output.shape != wanted:
+            return f"its output has shape {tuple(output.shape)}, where the input makes {wanted}"
+        return ""
+
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return samples, positions and features."""
-        return Uses(_by_sample(inputs), _by_sample(gradient))
-
-
-def _by_sample(part: Tensor) -> Tensor:
-    """Reshape (samples, *positions, d) to (samples, positions, d); a single vector is one sample."""
-    if part.ndim <= 2:
-        return part.reshape(-1, 1, part.shape[-1])
-    return part.reshape(part.shape[0], -1, part.shape[-1])
+        return Uses(by_sample(inputs), by_sample(gradient))

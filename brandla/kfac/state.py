@@ -1,0 +1,131 @@
+"""The state of a preconditioner as nested mappings, and its way through checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.kfac.layer import Layer
+from brandla.kfac.strategy import Curvature
+
+FORMAT = 3
+_FUNCTION = "KFAC.load_state_dict"
+
+
+def of_layer(layer: Layer) -> dict[str, Any]:
+    """Return what a layer needs to go on: numbers, strings and copies of tensors."""
+    curvature = layer.curvature.state_dict()
+    return {
+        "curvature": curvature,
+        "linear": layer.linear,
+        "refusal": layer.refusal,
+        "tensors": ", ".join(_tensors(curvature)),
+    }
+
+
+def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvature]:
+    """Build the curvatures that ``state`` describes, or raise before anything is changed."""
+    if state.get("format") != FORMAT:
+        rule = f"the state must have format {FORMAT}; got {state.get('format')!r}"
+        remedy = "one of another version cannot be read: train on with new factors, or with the version that wrote it"
+        _check.fail_value(_FUNCTION, f"{rule}; {remedy}")
+    saved = state["layers"]
+    names = [layer.name for layer in layers]
+    if sorted(saved) != sorted(names):
+        missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
+        _check.fail_value(_FUNCTION, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
+    built = []
+    for layer in layers:
+        own = saved[layer.name]
+        _check_complete(layer.name, own)
+        built.append(layer.curvature.loaded(_with_empty(own["curvature"], layer.curvature.state_dict()), layer.name))
+    return built
+
+
+def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str, Any]:
+    """Read the state of a preconditioner from a checkpoint of ``torch.distributed.checkpoint``.
+
+    ``torch.distributed.checkpoint.load`` fills what the object to be loaded has by itself, and a preconditioner that
+    has seen no data has no factors. This reads all that was saved.
+
+    Parameters
+    ----------
+    checkpoint
+        The directory.
+    name
+        The key that the preconditioner was saved under.
+
+    Returns
+    -------
+    dict
+        For `KFAC.load_state_dict`. The values are those that were saved, but not their order in memory, so that
+        training goes on equal to rounding where a decomposition was stored by columns.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint has nothing under ``name``.
+
+    Examples
+    --------
+    >>> dcp.save({"kfac": preconditioner}, checkpoint_id=path)  # doctest: +SKIP
+    >>> preconditioner.load_state_dict(brandla.kfac.read_state(path))  # doctest: +SKIP
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata()
+    state: dict[str, Any] = {}
+    for key, path in (metadata.planner_data or {}).items():
+        if path[0] == name and len(path) > 1:
+            _put(state, path[1:], _empty(metadata.state_dict_metadata[key]))
+    if not state:
+        names = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
+        _check.fail_value("read_state", f"the checkpoint must have {name!r}; it has {names}")
+    loaded = {name: state}
+    load(loaded, storage_reader=reader)
+    return loaded[name]
+
+
+def _put(state: dict[str, Any], path: Sequence[str], value: object) -> None:
+    for part in path[:-1]:
+        state = state.setdefault(part, {})
+    state[path[-1]] = value
+
+
+def _empty(metadata: Any) -> Tensor | None:
+    """Return memory for a tensor; None for what is not one."""
+    return torch.empty(metadata.size, dtype=metadata.properties.dtype) if hasattr(metadata, "properties") else None
+
+
+def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Put back the mappings with nothing in them, which torch.distributed.checkpoint does not keep."""
+    inner = {key: part for key, part in fresh.items() if isinstance(part, Mapping)}
+    return {**state, **{key: _with_empty(state.get(key, {}), part) for key, part in inner.items()}}
+
+
+def _check_complete(name: str, saved: Mapping[str, Any]) -> None:
+    """Check that every tensor that was saved has come along."""
+    wanted = {part for part in saved["tensors"].split(", ") if part}
+    missing = sorted(wanted - set(_tensors(saved["curvature"])))
+    if missing:
+        remedy = (
+            "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"
+            " brandla.kfac.read_state"
+        )
+        _check.fail_value(_FUNCTION, f"{name}: the state lacks {', '.join(missing)}; {remedy}")
+
+
+def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Name all tensors of nested mappings."""
+    for key, part in state.items():
+        if isinstance(part, Mapping):
+            yield from _tensors(part, f"{prefix}{key}.")
+        elif isinstance(part, Tensor):
+            yield f"{prefix}{key}"

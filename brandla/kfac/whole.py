@@ -1,0 +1,47 @@
+"""Gradients of parameters that are sharded over processes, whole for as long as they are worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from brandla._sharded import everywhere, is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@contextmanager
+def whole_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have plain tensors as the gradients of the modules' parameters, and write them back to the shards.
+
+    Every process gathers all of each such gradient. Those that are plain already stay what they are.
+    """
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    sharded = [
+        (parameter, parameter.grad)
+        for parameter in parameters.values()
+        if parameter.grad is not None and is_dtensor(parameter.grad)
+    ]
+    for parameter, gradient in sharded:
+        parameter.grad = everywhere(gradient)
+    try:
+        yield
+        for parameter, gradient in sharded:
+            _write(cast("DTensor", gradient), cast(Tensor, parameter.grad))
+    finally:
+        for parameter, gradient in sharded:
+            parameter.grad = gradient
+
+
+def _write(gradient: DTensor, whole: Tensor) -> None:
+    """Copy this process's part of a tensor that is the same in all; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = gradient.device_mesh
+    everywhere_alike = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    own = everywhere_alike.redistribute(placements=gradient.placements)
+    gradient.to_local().copy_(own.to_local())

@@ -1,0 +1,323 @@
+"""``nn.MultiheadAttention``: the forward pass that takes its place computes the same, and the rows are its own."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Brand, Exact
+from brandla.kfac.layer import Layer
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+
+SAMPLES, QUERIES, KEYS, D, HEADS = 3, 4, 5, 8, 2
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+MODULES = {
+    "packed": {},
+    "batch-first": {"batch_first": True},
+    "no-bias": {"bias": False},
+    "dropout": {"dropout": 0.3},
+    "apart": {"kdim": 6, "vdim": 7},
+    "apart-batch-first-no-bias": {"kdim": 6, "vdim": 7, "batch_first": True, "bias": False},
+}
+INPUTS = ("self", "keys", "all")
+CALLS = {
+    "weights": {},
+    "weights-of-heads": {"average_attn_weights": False},
+    "no-weights": {"need_weights": False},
+    "padding": {"need_weights": False, "key_padding_mask": "bool"},
+    "padding-float-weights": {"key_padding_mask": "float"},
+    "mask": {"need_weights": False, "attn_mask": "bool"},
+    "mask-float-weights": {"attn_mask": "float"},
+    "mask-of-heads": {"need_weights": False, "attn_mask": "heads"},
+    "mask-of-heads-weights": {"attn_mask": "heads"},
+    "both": {"need_weights": False, "attn_mask": "bool", "key_padding_mask": "bool"},
+    "both-weights": {"attn_mask": "bool", "key_padding_mask": "bool"},
+    "causal": {"need_weights": False, "attn_mask": "causal", "is_causal": True},
+    "causal-weights": {"attn_mask": "causal", "is_causal": True},
+}
+
+
+def attention(**options: object) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(D, HEADS, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for part in module.parameters():
+            part.copy_(torch.randn_like(part) / 2)
+    return module
+
+
+def fitting(options: dict, of: str) -> dict:
+    """Sizes of keys and values that allow one tensor to be both, without making the projections packed."""
+    if "kdim" not in options or of == "all":
+        return options
+    return options | {"kdim": 7, "vdim": 7}
+
+
+def inputs_of(module: nn.MultiheadAttention, of: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, some of them the same tensor."""
+    generator = torch.Generator().manual_seed(1)
+
+    def one(length: int, d: int) -> Tensor:
+        shape = (SAMPLES, length, d) if module.batch_first else (length, SAMPLES, d)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    query = one(QUERIES, D)
+    if of == "self" and module.kdim == D:
+        return query, query, query
+    key = one(KEYS, module.kdim)
+    return query, key, one(KEYS, module.vdim) if of == "all" else key
+
+
+def call_options(options: dict, keys: int) -> dict:
+    """Masks in place of their names."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"attn_mask": (QUERIES, keys), "key_padding_mask": (SAMPLES, keys)}
+    made = dict(options)
+    for name, shape in shapes.items():
+        kind = options.get(name)
+        if kind == "heads":
+            made[name] = torch.randn(SAMPLES * HEADS, *shape, generator=generator, dtype=torch.float64)
+        elif kind == "float":
+            made[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        elif kind == "causal":
+            made[name] = torch.ones(shape, dtype=torch.bool).triu(1)
+        elif kind == "bool":
+            made[name] = torch.rand(shape, generator=generator) < 0.4
+            made[name][:, 0] = False
+    return made
+
+
+def of_module(module: nn.MultiheadAttention, options: dict, of: str) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Outputs, and gradients of all parameters and of the inputs."""
+    inputs = inputs_of(module, of)
+    distinct = [part.requires_grad_() for part in {id(part): part for part in inputs}.values()]
+    torch.manual_seed(7)
+    output, weights = module(*inputs, **call_options(options, inputs[1].shape[1 if module.batch_first else 0]))
+    module.zero_grad()
+    generator = torch.Generator().manual_seed(3)
+    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
+    if weights is not None:
+        loss = loss + weights.square().sum()
+    loss.backward()
+    return output, weights, [part.grad for part in (*module.parameters(), *distinct)]
+
+
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
+def test_outputs_and_gradients_are_those_of_the_module(options: dict, call: dict, of: str):
+    options = fitting(options, of)
+    expected = of_module(attention(**options), call, of)
+    module = attention(**options)
+    preconditioner = KFAC(module, Exact())
+    assert "forward" in vars(module)
+    actual = of_module(module, call, of)
+    # The same operations in the same order; where queries and keys are apart, gradients of one input are added up in
+    # another one.
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
+    if expected[1] is None:
+        assert actual[1] is None
+    else:
+        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0)
+    for mine, theirs in zip(actual[2], expected[2], strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    preconditioner.remove()
+    assert "forward" not in vars(module)
+
+
+def test_one_sample_without_a_batch_dimension():
+    expected = attention()
+    module = attention()
+    KFAC(module, Exact())
+    query, key = torch.randn(QUERIES, D, dtype=torch.float64), torch.randn(KEYS, D, dtype=torch.float64)
+    padding = torch.tensor([False, True, False, False, True])
+    for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}):
+        mine, theirs = module(query, key, key, **options), expected(query, key, key, **options)
+        # The module does not see that key and value are one here, and projects them one by one.
+        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+
+
+def test_what_the_module_refuses_it_refuses_still():
+    module = attention()
+    KFAC(module, Exact())
+    query = torch.randn(QUERIES, SAMPLES, D, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="is_causal"):
+        module(query, query, query, is_causal=True)
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        module(query[..., :4], query[..., :4], query[..., :4])
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        module(query, query, query, attn_mask=torch.zeros(2, 2))
+
+
+def rows_of(layer: Layer) -> tuple[Tensor, Tensor]:
+    rows = layer.rows("loss", None)
+    assert rows is not None
+    return rows.inputs, rows.gradients
+
+
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
+def test_rows_make_up_the_gradients(options: dict, of: str):
+    options = fitting(options, of)
+    module = attention(**options)
+    preconditioner = KFAC(module, Exact())
+    of_module(module, {}, of)
+    names = ["q_proj", "k_proj", "v_proj"] if "kdim" in options else ["in_proj"]
+    assert [layer.name for layer in preconditioner._layers] == [*names, "out_proj"]
+    for layer in preconditioner._layers:
+        inputs, gradients = rows_of(layer)
+        torch.testing.assert_close(gradients.mT @ inputs, layer.gradient(), **TOLERANCE)
+    assert preconditioner.report().unsupported == {}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_projections_have_the_factors_of_three_linears(sharing: str, of: str, bias: bool):
+    """Also where queries and keys are not equally many: each group is normalised by the number of its own rows."""
+    module = attention(bias=bias)
+    preconditioner = KFAC(module, Exact(), sharing=sharing, clip=None)
+    inputs = inputs_of(module, of)
+    linears = [nn.Linear(D, D, bias=bias, dtype=torch.float64) for _ in range(3)]
+    outputs = []
+    for index, (linear, part) in enumerate(zip(linears, inputs, strict=True)):
+        linear.weight.data.copy_(module.in_proj_weight.data.chunk(3)[index])
+        if bias:
+            linear.bias.data.copy_(module.in_proj_bias.data.chunk(3)[index])
+        outputs.append(linear(part.transpose(0, 1)))
+        outputs[-1].retain_grad()
+    query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in outputs)
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    projected = nn.functional.linear(mixed, module.out_proj.weight, module.out_proj.bias)
+    projected.square().sum(-1).mean().backward()
+    expected = [
+        linear_factors(part.transpose(0, 1), out.grad, sharing, bias=bias)
+        for part, out in zip(inputs, outputs, strict=True)
+    ]
+    module.zero_grad()
+    module(*inputs)[0].square().sum(-1).mean().backward()
+    preconditioner.step()
+    state = preconditioner.state_dict()["layers"]["in_proj"]["curvature"]
+    for side, index in (("input", 0), ("output", 1)):
+        kept = state[side]["state"]
+        torch.testing.assert_close(
+            kept["dense"] / kept["total"], torch.stack([factors[index] for factors in expected]), **TOLERANCE
+        )
+
+
+def linear_factors(inputs: Tensor, gradients: Tensor, sharing: str, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """A and G of a Linear by their definition; inputs (samples, positions, d)."""
+    if bias:
+        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=-1)
+    if sharing == "reduce":
+        inputs, gradients = inputs.mean(1, keepdim=True), gradients.sum(1, keepdim=True)
+    inputs, gradients = inputs.detach().flatten(0, 1), gradients.flatten(0, 1)
+    return inputs.T @ inputs / len(inputs), len(inputs) * gradients.T @ gradients
+
+
+def test_weights_of_their_own_take_their_third_of_the_bias():
+    """A step of the module with kdim and vdim is that of three Linears."""
+    module = attention(kdim=6, vdim=7)
+    preconditioner = KFAC(module, Exact(inverse_every=1), clip=None)
+    of_module(module, {}, "all")
+    layers = preconditioner._layers[:3]
+    expected = []
+    for layer, gradient in zip(layers, module.in_proj_bias.grad.chunk(3), strict=True):
+        assert torch.equal(layer.gradient()[:, -1], gradient)
+        inputs, gradients = rows_of(layer)
+        A, G = inputs.T @ inputs / len(inputs), len(inputs) * gradients.T @ gradients
+        shifted = [part + 0.03 * torch.linalg.eigvalsh(part)[-1] * torch.eye(len(part)) for part in (G, A)]
+        expected.append(torch.linalg.solve(shifted[0], layer.gradient()) @ torch.linalg.inv(shifted[1]))
+    preconditioner.step()
+    for layer, step in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.gradient(), step, rtol=1e-7, atol=1e-9)
+
+
+def test_a_transformer_layer_gives_all_its_weights():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    plain = copy.deepcopy(layer)
+    preconditioner = KFAC(layer, Brand(2), sharing="reduce")
+    inputs = torch.randn(4, 5, 16)
+    assert torch.equal(layer(inputs), plain(inputs))
+    layer(inputs).square().mean().backward()
+    before = [part.grad.clone() for part in layer.parameters()]
+    preconditioner.step()
+    report = preconditioner.report()
+    assert report.unsupported == {}
+    assert {row.layer for row in report.factors} == {
+        "self_attn.in_proj",
+        "self_attn.out_proj",
+        "linear1",
+        "linear2",
+        "norm1",
+        "norm2",
+    }
+    assert not any(torch.equal(part.grad, old) for part, old in zip(layer.parameters(), before, strict=True))
+
+
+def test_evaluation_takes_the_path_of_the_module():
+    """Without gradients the module is called as it is, with its fast path."""
+    module = attention(batch_first=True).eval()
+    KFAC(module, Exact())
+    query = torch.randn(SAMPLES, QUERIES, D, dtype=torch.float64)
+    with torch.no_grad():
+        expected = nn.MultiheadAttention.forward(module, query, query, query)
+        actual = module(query, query, query)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def test_a_copy_of_the_model_is_independent():
+    """A copy for averaged weights, say, computes with its own weights, and its calls are not captured."""
+    model = nn.ModuleList([attention(), nn.Linear(D, D, dtype=torch.float64)])
+    preconditioner = KFAC(model, Exact())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in other.parameters():
+            part.mul_(2)
+    query = torch.randn(QUERIES, SAMPLES, D, dtype=torch.float64)
+    assert not torch.equal(other[0](query, query, query)[0], model[0](query, query, query)[0])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded[0](query, query, query)[0], model[0](query, query, query)[0])
+    other[1](other[0](query, query, query)[0]).square().sum().backward()
+    assert all(not layer.capture.calls for layer in preconditioner._layers)
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_added_positions_are_left_to_the_optimizer(options: dict):
+    model = nn.Sequential(nn.Linear(D, D), nn.MultiheadAttention(D, HEADS, **options))
+    report = KFAC(model, Exact()).report()
+    assert {row.layer for row in report.factors} == {"0"}
+    assert "add_bias_kv" in report.unsupported["1"]
+    assert "1.out_proj" in report.unsupported
+
+
+def test_an_attention_with_a_forward_pass_of_its_own_is_left_to_the_optimizer():
+    class Own(nn.MultiheadAttention):
+        def forward(self, query: Tensor) -> Tensor:
+            return query
+
+    model = nn.Sequential(nn.Linear(D, D), Own(D, HEADS))
+    assert KFAC(model, Exact()).report().unsupported["1"] == "Own has a forward pass of its own"
+
+
+def test_rows_in_reduce_are_as_many_as_samples():
+    """What makes Brand's update linear in cost on attention: k does not grow with the number of positions."""
+    widths = []
+    for length in (QUERIES, 4 * QUERIES):
+        module = attention()
+        preconditioner = KFAC(module, Brand(2), sharing="reduce")
+        query = torch.randn(length, SAMPLES, D, dtype=torch.float64)
+        module(query, query, query)[0].square().sum().backward()
+        widths.append([layer.rows("loss", None).inputs.shape[-2] for layer in preconditioner._layers])
+    assert all(one == other == [SAMPLES] * 2 for one, other in pairwise(widths))

@@ -1,0 +1,382 @@
+"""What is left to the optimizer: modules that are not known, and layers that turn out not to work in training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Brand, Exact
+from kfac.networks import gradients
+
+FACTORS = pytest.mark.filterwarnings("ignore:KFAC. some factors")
+
+
+class OwnForward(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(2 * inputs)
+
+
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(inputs, weight - weight.mean(), bias)
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "unknown": (lambda: nn.Bilinear(2, 3, 4), {"1": "Bilinear is not known"}),
+    "no-parameters": (nn.ReLU, {}),
+    "no-scale": (lambda: nn.LayerNorm(4, elementwise_affine=False), {}),
+    "own-forward": (lambda: OwnForward(4, 4), {"1": "OwnForward has a forward pass of its own"}),
+    "own-convolution": (lambda: OwnConvolution(4, 4, 1), {"1": "OwnConvolution has a forward pass of its own"}),
+    "lazy": (lambda: nn.LazyLinear(4), {"1": "it has no shape yet: run it once before it is preconditioned"}),
+    "sparse-embedding": (lambda: nn.Embedding(4, 3, sparse=True), {"1": "its gradient is sparse"}),
+    "scaled-embedding": (
+        lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
+        {"1": "its gradient is scaled by frequency"},
+    ),
+    "synchronised": (lambda: nn.SyncBatchNorm(4), {"1": "its statistics are of several processes"}),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        {
+            "1": "its weight is computed from other parameters",
+            "1.parametrizations.weight": "ParametrizationList is not known",
+        },
+    ),
+    "spectral": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)),
+        {
+            "1": "its weight is computed from other parameters",
+            "1.parametrizations.weight": "ParametrizationList is not known",
+        },
+    ),
+    "spectral-norm-by-hooks": (
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+        {"1": "its weight is computed from other parameters"},
+    ),
+    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), {"1": "its weight is not real"}),
+    "recurrent": (lambda: nn.LSTM(4, 4), {"1": "LSTM is not known"}),
+}
+
+
+@pytest.mark.parametrize(("make", "left"), LEFT.values(), ids=LEFT)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make: Callable[[], nn.Module], left: dict[str, str]):
+    preconditioner = KFAC(nn.Sequential(nn.Linear(4, 4), make()), Exact())
+    report = preconditioner.report()
+    assert report.unsupported == left
+    assert {row.layer for row in report.factors} == {"0"}
+    for name, reason in left.items():
+        assert f"{name}: {reason}" in str(report)
+
+
+class Tied(nn.Module):
+    """A language model whose output projection has the weight of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 4)
+        self.hidden = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.embedding(indices))))
+
+
+def test_a_weight_of_two_kinds_is_left_and_both_are_listed():
+    model = Tied()
+    preconditioner = KFAC(model, Exact())
+    nn.functional.cross_entropy(model(torch.arange(9)), torch.arange(9)).backward()
+    tied, bias = model.head.weight.grad.clone(), model.head.bias.grad.clone()
+    preconditioner.step()
+    assert torch.equal(model.head.weight.grad, tied)
+    assert torch.equal(model.head.bias.grad, bias)
+    assert preconditioner.report().unsupported == {
+        "embedding": "its weight is also that of head, used differently",
+        "head": "its weight is also that of embedding, used differently",
+    }
+
+
+def test_a_weight_that_two_convolutions_use_differently_gives_the_rows_of_each():
+    """The same kernel at two dilations is one layer; a call's rows are made by the module that was called."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 2, 3, bias=False, dtype=torch.float64),
+        nn.Conv1d(2, 2, 3, bias=False, dilation=2, padding=2, dtype=torch.float64),
+    )
+    model[1].weight = model[0].weight
+    preconditioner = KFAC(model, Exact())
+    model(torch.randn(3, 2, 8, dtype=torch.float64)).square().sum().backward()
+    (layer,) = preconditioner._layers
+    rows = layer.rows("loss", None)
+    torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient())
+
+
+def nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+
+
+class Pair(nn.Module):
+    """Give its Linear what no hook can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 3)
+        self.odd: Callable[[Tensor], Any] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if self.odd is None:
+            return self.second(hidden)
+        return self.second(self.odd(hidden))
+
+
+def trained(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    preconditioner.step()
+    return gradients(model)
+
+
+@FACTORS
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
+    """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
+    model = Pair()
+    preconditioner = KFAC(model, Exact(inverse_every=1))
+    inputs = torch.randn(5, 4)
+    for _ in range(when):
+        trained(model, preconditioner, model(inputs).square().mean())
+    model.odd = lambda hidden: hidden.to_sparse()
+    loss = model(inputs).square().mean()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    with pytest.warns(UserWarning, match="left to the optimizer from now on: second: its input is not a dense tensor"):
+        actual = trained(model, preconditioner, loss)
+    assert all(torch.equal(one, other) for one, other in zip(actual[2:], expected[2:], strict=True))
+    assert not torch.equal(actual[0], expected[0])
+    report = preconditioner.report()
+    assert report.unsupported == {"second": "its input is not a dense tensor"}
+    assert {row.layer for row in report.factors} == {"first"}
+    # Said once: a second warning would be an error. The layer stays where it is, with whatever input.
+    model.odd = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = model(inputs).square().mean()
+        expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        actual = trained(model, preconditioner, loss)
+    assert torch.equal(actual[2], expected[2])
+
+
+@FACTORS
+def test_a_dropped_layer_is_dropped_after_a_checkpoint_too():
+    model = Pair()
+    preconditioner = KFAC(model, Exact())
+    trained(model, preconditioner, model(torch.randn(5, 4)).square().mean())
+    model.odd = lambda hidden: hidden.to_sparse()
+    with pytest.warns(UserWarning, match="second: its input"):
+        trained(model, preconditioner, model(torch.randn(5, 4)).square().mean())
+    resumed = KFAC(model, Exact())
+    resumed.load_state_dict(preconditioner.state_dict())
+    assert resumed.report().unsupported == {"second": "its input is not a dense tensor"}
+
+
+def through(module: nn.Module, hook: Callable[..., Any]) -> nn.Module:
+    """A module whose output a hook of the user turns into something else, before it is captured."""
+    module.register_forward_hook(hook)
+    return module
+
+
+ODD_CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], str]] = {
+    "tuple": (
+        lambda: through(nn.Linear(4, 4), lambda module, args, output: (output, 1)),
+        lambda module: module(torch.randn(3, 4))[0],
+        "its output is of type tuple, not a tensor",
+    ),
+    "dict": (
+        lambda: through(nn.Conv1d(2, 2, 1), lambda module, args, output: {"output": output}),
+        lambda module: module(torch.randn(3, 2, 4))["output"],
+        "its output is of type dict, not a tensor",
+    ),
+    "other-shape": (
+        lambda: through(nn.Linear(4, 4), lambda module, args, output: output.sum(-1)),
+        lambda module: module(torch.randn(3, 4)),
+        "its output has shape (3,), where the input makes (3, 4)",
+    ),
+    "nested": (
+        lambda: nn.Linear(4, 4),
+        lambda module: torch.cat(module(nested()).unbind()),
+        "its input is not a dense tensor",
+    ),
+    "sparse": (
+        lambda: nn.Linear(4, 4),
+        lambda module: module(torch.randn(3, 4).to_sparse()),
+        "its input is not a dense tensor",
+    ),
+    "flattened": (
+        lambda: through(nn.Conv2d(2, 2, 1), lambda module, args, output: output.flatten(1)),
+        lambda module: module(torch.randn(3, 2, 2, 2)),
+        "its input has 4 dimensions and its output 2; a batch has 4",
+    ),
+    "one-sample-norm": (
+        lambda: nn.InstanceNorm1d(2, affine=True),
+        lambda module: module(torch.randn(2, 2)),
+        "its input of shape (2, 2) is not a batch",
+    ),
+    "embedding-shape": (
+        lambda: through(nn.Embedding(4, 4), lambda module, args, output: output.sum(1)),
+        lambda module: module(torch.ones(3, 2, dtype=torch.long)),
+        "its output has shape (3, 4), where the input makes (3, 2, 4)",
+    ),
+}
+
+
+@FACTORS
+@pytest.mark.parametrize(("make", "call", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
+def test_no_call_makes_training_fail(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], reason: str):
+    torch.manual_seed(0)
+    module = make()
+    preconditioner = KFAC(module, Exact())
+    loss = call(module).square().sum()
+    expected = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+    with pytest.warns(UserWarning, match="left to the optimizer from now on"):
+        actual = trained(module, preconditioner, loss)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    assert preconditioner.report().unsupported == {"(model)": reason}
+
+
+@FACTORS
+def test_a_weight_that_is_parametrized_later_is_dropped():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    preconditioner = KFAC(model, Exact())
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.warns(UserWarning, match="1: its weight is computed from other parameters"):
+        trained(model, preconditioner, model(torch.randn(5, 4)).square().sum())
+
+
+@FACTORS
+def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
+    """Neither where all is finite nor where it is not: then they become 0 like the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3))
+    preconditioner = KFAC(model, Exact())
+    trained(model, preconditioner, model(torch.tensor([1, 2, 1])).square().sum())
+    assert model[0].weight.grad.is_sparse
+    assert model[0].weight.grad.to_dense()[1].abs().sum() > 0
+    trained(model, preconditioner, (model(torch.tensor([1, 2, 1])) * float("inf")).sum())
+    assert model[0].weight.grad.to_dense().abs().sum() == 0
+    assert preconditioner.report().skipped == 1
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def test_none_leaves_a_layer_to_the_optimizer():
+    preconditioner = KFAC(network(), {"": Brand(2), "0.1": None})
+    report = preconditioner.report()
+    assert {row.layer for row in report.factors} == {"0.0", "3"}
+    assert report.unsupported == {"0.1": "inverse is None"}
+
+
+def test_none_for_all_but_one():
+    report = KFAC(network(), {"": None, "3": Brand(2)}).report()
+    assert {row.layer for row in report.factors} == {"3"}
+
+
+def test_a_mapping_holds_for_all_that_a_container_has():
+    layers = KFAC(network(), Exact(), sharing={"0": "reduce", "0.1": "expand"})._layers
+    assert {layer.name: layer.sharing for layer in layers} == {"0.0": "reduce", "0.1": "expand", "3": "expand"}
+
+
+def test_a_rule_is_a_function_of_name_and_module():
+    strategies = {"Conv2d": Brand(2), "Linear": Exact()}
+    layers = KFAC(
+        network(),
+        lambda name, module: strategies.get(type(module).__name__),
+        sharing=lambda name, module: "reduce" if name.startswith("0.") else "expand",
+    )._layers
+    assert {layer.name: (layer.strategy, layer.sharing) for layer in layers} == {
+        "0.0": (Brand(2), "reduce"),
+        "3": (Exact(), "expand"),
+    }
+
+
+def test_a_rule_is_checked():
+    with pytest.raises(ValueError, match="sharing must be 'expand' or 'reduce'; got None"):
+        KFAC(network(), Exact(), sharing=lambda name, module: None)
+    with pytest.raises(TypeError, match="inverse must be a strategy"):
+        KFAC(network(), lambda name, module: "brand")
+
+
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_the_report_shows_groups_and_kinds():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 1, groups=3))
+    preconditioner = KFAC(model, Brand(3))
+    trained(model, preconditioner, model(torch.randint(9, (4, 6))).square().sum())
+    rows = {(row.layer, row.side): row for row in preconditioner.report().factors}
+    assert {key: row.strategy.partition("(")[0] for key, row in rows.items()} == {
+        ("0", "input"): "Diagonal",
+        ("0", "output"): "Exact",
+        ("1", "input"): "Blocks",
+        ("2", "input"): "Exact",
+        ("2", "output"): "Exact",
+    }
+    # 9 frequencies, 6 blocks of 2 × 2, and what adds up the weights.
+    assert rows["0", "input"].bytes == 4 * (9 + 1)
+    assert rows["1", "input"].bytes == 4 * (6 * 4 + 1)
+    assert rows["1", "input"].dense_bytes == 4 * 6 * 4
+    assert rows["2", "input"].dense_bytes == 4 * 3 * 9
+
+
+def test_running_statistics_are_those_of_the_call():
+    """A call in evaluation mode goes by the statistics that held then, whatever comes before the step."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3, dtype=torch.float64)
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    norm(3 * inputs)
+    preconditioner = KFAC(norm, Exact())
+    norm.eval()
+    norm(inputs).square().sum().backward()
+    norm.train()
+    with torch.no_grad():
+        norm(100 * inputs)
+    (layer,) = preconditioner._layers
+    torch.testing.assert_close(layer.rows("loss", None).inputs.sum(-2), layer.gradient()[:, 0])
+
+
+EMPTY = {
+    "linear": (lambda: nn.Linear(4, 3), lambda count: torch.randn(count, 4)),
+    "linear-positions": (lambda: nn.Linear(4, 3), lambda count: torch.randn(2, count, 4)),
+    "conv": (lambda: nn.Conv1d(4, 3, 1), lambda count: torch.randn(count, 4, 5)),
+    "embedding": (lambda: nn.Embedding(4, 3), lambda count: torch.zeros(count, dtype=torch.long)),
+    "norm": (lambda: nn.LayerNorm(4), lambda count: torch.randn(count, 4)),
+}
+
+
+@FACTORS
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("order", [(0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize(("make", "inputs"), EMPTY.values(), ids=EMPTY)
+def test_an_empty_batch_counts_for_nothing(
+    make: Callable[[], nn.Module], inputs: Callable[[int], Tensor], order: tuple[int, int], sharing: str
+):
+    """As an expert gets that no token was sent to."""
+    torch.manual_seed(0)
+    module = make()
+    preconditioner = KFAC(module, Exact(), sharing=sharing)
+    for count in order:
+        step = trained(module, preconditioner, module(inputs(count)).square().sum())
+        assert all(torch.isfinite(part).all() for part in step)
+        assert count or not any(part.any() for part in step)
+    assert preconditioner.report().unsupported == {}
+    total = next(preconditioner._layers[0].curvature.factors())[1].state["total"]
+    assert total.item() == pytest.approx(0.05)

@@ -1,0 +1,179 @@
+"""Structures against dense arithmetic on matrices written down entry by entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brandla.kfac.structures import (
+    STRUCTURES,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Hierarchical,
+    Structure,
+    Toeplitz,
+    Triangular,
+)
+from kfac.structured import projected, random_dense, stored
+from oracles import tolerance
+
+DOUBLE, CPU = torch.float64, torch.device("cpu")
+
+structures = st.one_of(
+    st.sampled_from([Dense(), Diagonal(), Triangular(), Toeplitz()]),
+    st.builds(BlockDiagonal, st.integers(1, 9)),
+    st.builds(Hierarchical, st.integers(0, 5), st.integers(0, 5)),
+)
+sizes = st.sampled_from([1, 2, 3, 7, 12, 13, 17])
+EACH = pytest.mark.parametrize("structure", [*STRUCTURES.values(), BlockDiagonal(5), Hierarchical(3, 2)], ids=repr)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare to rounding: sums of n products of each entry, by whatever algorithm."""
+    bound = tolerance(max(expected.shape), actual.dtype, expected.norm())
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
+
+
+def rows(count: int, n: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(count, n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+@given(structures, sizes)
+def test_products_with_rows_are_those_of_the_dense_matrix(structure: Structure, n: int):
+    dense = random_dense(structure, n)
+    member, X = stored(structure, dense), rows(4, n)
+    close(structure.dense(member, n), dense)
+    close(structure.times(X, member), X @ dense)
+    close(structure.times_transposed(X, member), X @ dense.T)
+
+
+@given(structures, sizes)
+def test_product_of_two_members_is_a_member(structure: Structure, n: int):
+    """The dense product is in the structure, and what is stored of it is what was computed."""
+    first, second = random_dense(structure, n, 1), random_dense(structure, n, 2)
+    product = structure.product(stored(structure, first), stored(structure, second))
+    close(structure.dense(product, n), first @ second)
+    for part, expected in zip(product, stored(structure, first @ second), strict=True):
+        assert part.shape == expected.shape
+        close(part, expected)
+
+
+@given(structures, sizes)
+def test_gram_is_the_projection_of_the_dense_one(structure: Structure, n: int):
+    X = rows(5, n)
+    close(structure.dense(structure.gram(X), n), projected(structure, X.T @ X))
+
+
+@given(structures, sizes)
+def test_own_gram_is_the_projection_of_the_dense_one(structure: Structure, n: int):
+    dense = random_dense(structure, n)
+    close(structure.dense(structure.own_gram(stored(structure, dense)), n), projected(structure, dense.T @ dense))
+
+
+@given(structures, sizes)
+def test_identity_trace_norm_and_sums(structure: Structure, n: int):
+    identity = structure.identity(n, (), DOUBLE, CPU)
+    dense = random_dense(structure, n)
+    member = stored(structure, dense)
+    close(structure.dense(identity, n), torch.eye(n, dtype=DOUBLE))
+    close(structure.trace(member)[None], dense.trace()[None])
+    close(structure.squared_norm(member)[None], dense.square().sum()[None])
+    total = structure.combine((2.0, member), (torch.tensor(-1.0, dtype=DOUBLE), identity))
+    close(structure.dense(total, n), 2 * dense - torch.eye(n, dtype=DOUBLE))
+
+
+@given(structures, sizes)
+def test_projection_keeps_the_trace(structure: Structure, n: int):
+    X = rows(5, n)
+    close(structure.trace(structure.gram(X))[None], X.square().sum()[None])
+
+
+@EACH
+def test_no_other_member_is_nearer_than_the_projection(structure: Structure):
+    """Nothing in the structure has a symmetric part nearer to S."""
+    X = rows(5, 11)
+    S, m = X.T @ X, structure.dense(structure.gram(X), 11)
+    distance = ((m + m.T) / 2 - S).norm()
+    for seed in range(5):
+        other = m + 0.1 * random_dense(structure, 11, seed)
+        assert ((other + other.T) / 2 - S).norm() >= distance - 1e-12 * S.norm()
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_groups_are_matrices_of_their_own(structure: Structure, dtype: torch.dtype):
+    n, groups = 13, (2, 3)
+    denses = [random_dense(structure, n, seed).to(dtype) for seed in range(6)]
+    members = [stored(structure, dense) for dense in denses]
+    batch = tuple(torch.stack(parts).unflatten(0, groups) for parts in zip(*members, strict=True))
+    X = torch.stack([rows(4, n, seed) for seed in range(6)]).to(dtype)
+    together = X.unflatten(0, groups)
+    weights = torch.arange(1, 7, dtype=dtype).reshape(groups)
+    by_group = {
+        "times": structure.times(together, batch),
+        "transposed": structure.times_transposed(together, batch),
+        "gram": structure.dense(structure.gram(together), n),
+        "own": structure.dense(structure.own_gram(batch), n),
+        "product": structure.dense(structure.product(batch, batch), n),
+        "trace": structure.trace(batch),
+        "norm": structure.squared_norm(batch),
+        "sum": structure.dense(structure.combine((weights, batch), (1, structure.identity(n, (), dtype, CPU))), n),
+    }
+    for index, (member, x) in enumerate(zip(members, X, strict=True)):
+        alone = {
+            "times": structure.times(x, member),
+            "transposed": structure.times_transposed(x, member),
+            "gram": structure.dense(structure.gram(x), n),
+            "own": structure.dense(structure.own_gram(member), n),
+            "product": structure.dense(structure.product(member, member), n),
+            "trace": structure.trace(member),
+            "norm": structure.squared_norm(member),
+            "sum": structure.dense(
+                structure.combine((index + 1.0, member), (1, structure.identity(n, (), dtype, CPU))), n
+            ),
+        }
+        for name, expected in alone.items():
+            actual = by_group[name].flatten(0, 1)[index]
+            assert actual.dtype == dtype, name
+            bound = tolerance(n, dtype, expected.norm())
+            torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("structure", "numbers"),
+    [
+        (Dense(), 1000**2),
+        (Triangular(), 1000**2),
+        (Diagonal(), 1000),
+        (BlockDiagonal(32), 32 * 1024),
+        (Hierarchical(16, 16), 16 * 1000 + 968 + 16 * 984),
+        (Toeplitz(), 1000),
+    ],
+    ids=repr,
+)
+def test_storage_is_what_the_structure_promises(structure: Structure, numbers: int):
+    assert sum(part.numel() for part in structure.identity(1000, (), torch.float32, CPU)) == numbers
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_flops_of_small_structures_grow_slower_than_dense_ones(structure: Structure):
+    growth = structure.flops(8192) / structure.flops(1024)
+    # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
+    assert growth == 64 if isinstance(structure, Dense) else growth < 11
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockDiagonal(0), "BlockDiagonal: block must be at least 1"),
+        (lambda: Hierarchical(-1), "Hierarchical: first must be at least 0"),
+        (lambda: Hierarchical(1, -2), "Hierarchical: last must be at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_sizes_are_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

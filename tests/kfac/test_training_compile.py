@@ -1,0 +1,214 @@
+"""Models under torch.compile are captured with no break in their graphs, and take the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from brandla.kfac import KFAC, Exact
+from brandla.kfac.tap import Ticket, collect
+from kfac.networks import batch, gradients, mlp
+
+# The compiler instantiates autograd functions, uses torch.jit, and looks at .grad of what is no leaf.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
+
+EXACT = Exact(inverse_every=1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, dtype=torch.float64)
+        self.up = nn.Linear(width, 2 * width, dtype=torch.float64)
+        self.down = nn.Linear(2 * width, width, dtype=torch.float64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True))
+
+
+def blocks(count: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(6) for _ in range(count)))
+
+
+def train(model: nn.Module, run: Callable[[Tensor], Tensor], preconditioner: KFAC, steps: int = 3) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for seed in range(steps):
+        inputs, labels = batch(8, 6, 6, seed)
+        optimizer.zero_grad()
+        outputs = run(inputs)
+        preconditioner.curvature(outputs)
+        nn.functional.cross_entropy(outputs, labels).backward()
+        preconditioner.step()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def eager(**options: object) -> list[Tensor]:
+    model = blocks()
+    return train(model, model, KFAC(model, EXACT, **options))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("first", ["model", "preconditioner"])
+def test_compiled_steps_are_those_of_the_model_as_it_is(backend: str, first: str):
+    model = blocks()
+    if first == "model":
+        run = torch.compile(model, backend=backend)
+        preconditioner = KFAC(run, EXACT)
+    else:
+        preconditioner = KFAC(model, EXACT)
+        run = torch.compile(model, backend=backend)
+    found = train(model, run, preconditioner)
+    assert dict(counters["graph_break"]) == {}
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found, eager())
+
+
+def test_blocks_that_are_compiled_alike_share_their_graph():
+    model = blocks(12)
+    for block in model:
+        block.compile(backend="aot_eager")
+    preconditioner = KFAC(model, EXACT)
+    found = train(model, model, preconditioner)
+    # One for the first block, whose input needs no gradient, and one for all others.
+    assert counters["stats"]["unique_graphs"] == 2
+    reference = blocks(12)
+    torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT)))
+
+
+def test_steps_with_no_capture_do_not_compile_again():
+    model = blocks()
+    run = torch.compile(model, backend="aot_eager")
+    train(model, run, KFAC(model, EXACT, factor_every=3, application="two-sided"), steps=7)
+    # With and without the tap.
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_activation_checkpoints_inside():
+    model = blocks()
+
+    def forward(inputs: Tensor) -> Tensor:
+        for block in model:
+            inputs = checkpoint(block, inputs, use_reentrant=False)
+        return inputs
+
+    found = train(model, torch.compile(forward, backend="aot_eager"), KFAC(model, EXACT))
+    assert dict(counters["graph_break"]) == {}
+    torch.testing.assert_close(found, eager())
+
+
+def test_evaluation_between_leaves_no_trace():
+    model = blocks()
+    run = torch.compile(model, backend="aot_eager")
+    preconditioner = KFAC(model, EXACT)
+
+    def with_evaluation(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            run(inputs * 3)
+        return run(inputs)
+
+    torch.testing.assert_close(train(model, with_evaluation, preconditioner), eager())
+
+
+@pytest.mark.parametrize("kind", ["type-2", "monte-carlo"])
+def test_passes_for_the_curvature(kind: str):
+    model = blocks()
+    run = torch.compile(model, backend="aot_eager")
+    # The compiler's own condition for a graph that is to be gone through more than once.
+    with torch._functorch.config.patch(donated_buffer=False):
+        found = train(model, run, KFAC(model, EXACT, curvature=kind))
+    torch.testing.assert_close(found, eager(curvature=kind))
+
+
+def test_micro_batches_through_one_graph():
+    model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
+    inputs, labels = batch(12, 6, 4)
+    run = torch.compile(model, backend="aot_eager")
+    for forward, preconditioner in ((run, KFAC(model, EXACT)), (reference, KFAC(reference, EXACT))):
+        for rows in (slice(0, 6), slice(6, 12)):
+            nn.functional.cross_entropy(forward(inputs[rows]), labels[rows]).div(2).backward()
+        preconditioner.step()
+    torch.testing.assert_close(gradients(model), gradients(reference))
+
+
+def test_a_batch_that_was_given_up_is_forgotten():
+    model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
+    run = torch.compile(model, backend="aot_eager")
+    preconditioner, expected = KFAC(model, EXACT), KFAC(reference, EXACT)
+    inputs, labels = batch(12, 6, 4, 7)
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    model.zero_grad()
+    inputs, labels = batch(12, 6, 4)
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    preconditioner.step()
+    nn.functional.cross_entropy(reference(inputs), labels).backward()
+    expected.step()
+    torch.testing.assert_close(gradients(model), gradients(reference))
+
+
+def test_a_model_that_ran_before_says_that_it_is_not_seen():
+    model = mlp(6, 8, 4)
+    run = torch.compile(model, backend="aot_eager")
+    inputs, labels = batch(12, 6, 4)
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    model.zero_grad()
+    preconditioner = KFAC(model, EXACT)
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    before = gradients(model)
+    with pytest.warns(UserWarning, match=r"none of the calls that made it was seen.*torch.compiler.reset\(\).*: 0; 2"):
+        preconditioner.step()
+    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
+    torch.compiler.reset()
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    preconditioner.step()
+    assert all(row.reason == "" for row in preconditioner.report().factors)
+
+
+def test_removed_hooks_leave_compiled_graphs_alone():
+    model = mlp(6, 8, 4)
+    run = torch.compile(model, backend="aot_eager")
+    preconditioner = KFAC(model, EXACT)
+    inputs, labels = batch(12, 6, 4)
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    preconditioner.remove()
+    model.zero_grad()
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    before = gradients(model)
+    preconditioner.step()
+    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
+    del preconditioner
+    nn.functional.cross_entropy(run(inputs), labels).backward()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
+
+
+def test_the_op_is_registered_as_torch_asks():
+    seen: list[tuple[Tensor, Tensor]] = []
+    ticket = Ticket(
+        KFAC(nn.Linear(2, 2))._layers[0].kind, lambda kind, inputs, gradient: seen.append((inputs, gradient))
+    )
+    arguments = (ticket.number, torch.randn(3, 2), torch.randn(2, 3).mT)
+    torch.library.opcheck(collect, arguments)
+    result = collect(*arguments)
+    assert torch.equal(result, arguments[2])
+    assert result.data_ptr() != arguments[2].data_ptr()
+    assert seen[-1] == arguments[1:]
+    gone = ticket.number
+    del ticket
+    assert torch.equal(collect(gone, *arguments[1:]), arguments[2])

@@ -1,0 +1,149 @@
+"""Mixed precision: autocast, loss scaling, batches that overflow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Brand, Exact
+from kfac.networks import batch, gradients, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+
+CROSS_ENTROPY = nn.functional.cross_entropy
+# Well-conditioned, so that what rounding does to the gradients is not made larger.
+OPTIONS = {"damping": 1.0, "clip": None}
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    return mlp(10, 32, 32, 4, seed=seed, dtype=torch.float32)
+
+
+def scaled(scale: float) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1_000_000)
+
+
+def one_step(
+    scaler: torch.amp.GradScaler | None,
+    dtype: torch.dtype | None = None,
+    parts: int = 1,
+    **options: object,
+) -> tuple[KFAC, list[Tensor]]:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = KFAC(model, Exact(inverse_every=1), scaler=scaler, **{**OPTIONS, **options})
+    inputs, labels = batch(16, 10, 4, dtype=torch.float32)
+    for rows in torch.arange(16).chunk(parts):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            outputs = model(inputs[rows])
+            preconditioner.curvature(outputs)
+            loss = CROSS_ENTROPY(outputs, labels[rows]) / parts
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    preconditioner.step()
+    return preconditioner, gradients(model)
+
+
+@pytest.mark.parametrize("curvature", ["empirical", "type-2"])
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: str):
+    """A power of two as scale rounds nothing."""
+    options = {"application": application, "parts": parts, "curvature": curvature}
+    preconditioner, found = one_step(scaled(2.0**12), **options)
+    _, expected = one_step(None, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    # Unscaling is known to be all that happened to the gradient.
+    linear = [layer.linear for layer in preconditioner._layers]
+    assert linear == ([True] * 3 if application == "auto" else [None] * 3)
+
+
+def test_a_disabled_scaler_is_none():
+    _, found = one_step(torch.amp.GradScaler("cpu", enabled=False))
+    _, expected = one_step(None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_agrees_with_full_precision(dtype: torch.dtype):
+    """To what rounding does to the gradients themselves, error e, a unit that changes sides of a ReLU included.
+
+    With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
+    and errors of the factors, 2 e each for A and G as products of two such rows, 2 times each: 12 e.
+    """
+    inputs, labels = batch(16, 10, 4, dtype=torch.float32)
+    raw = []
+    for enabled in (True, False):
+        model = model_of()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = CROSS_ENTROPY(model(inputs), labels)
+        (loss * 1024).backward()
+        raw.append(gradients(model))
+    own_error = max(relative_error(one, other) for one, other in zip(*raw, strict=True))
+    _, found = one_step(scaled(2.0**10) if dtype == torch.float16 else None, dtype)
+    _, expected = one_step(None)
+    assert max(relative_error(one, other) for one, other in zip(found, expected, strict=True)) < 12 * own_error
+
+
+def relative_error(one: Tensor, other: Tensor) -> float:
+    return float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other))
+
+
+def test_gradients_that_are_still_scaled_are_refused():
+    model = model_of()
+    scaler = scaled(2.0**10)
+    preconditioner = KFAC(model, Exact(), scaler=scaler)
+    inputs, labels = batch(16, 10, 4, dtype=torch.float32)
+    scaler.scale(CROSS_ENTROPY(model(inputs), labels)).backward()
+    with pytest.raises(RuntimeError, match=r"KFAC.step: .*call scaler.unscale_\(optimizer\) between"):
+        preconditioner.step()
+
+
+@pytest.mark.parametrize("strategy", [Brand(4), Exact(inverse_every=1)], ids=["brand", "exact"])
+def test_a_batch_that_overflows_is_skipped_by_all(strategy: object):
+    """At a scale of 2^30 a float16 gradient is infinite: weights and factors stay, and the scale is halved."""
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = scaled(2.0**10)
+    preconditioner = KFAC(model, strategy, scaler=scaler)
+
+    def train(seed: int) -> None:
+        inputs, labels = batch(16, 10, 4, seed, dtype=torch.float32)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = CROSS_ENTROPY(model(inputs), labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        preconditioner.step()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def factors() -> list[Tensor]:
+        kept = [own.state for layer in preconditioner._layers for _, own in layer.curvature.factors()]
+        return [
+            state.get("dense", state["eigenvalues"]) / torch.where(state["total"] > 0, state["total"], 1)
+            for state in kept
+        ]
+
+    train(0)
+    weights, before = [parameter.detach().clone() for parameter in model.parameters()], factors()
+    scaler.update(2.0**30)
+    train(1)
+    assert scaler.get_scale() == 2.0**29
+    assert preconditioner.report().skipped == 1
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(parameter, weight)
+    # Sums and their weights were multiplied by the same decay, with a rounding each.
+    torch.testing.assert_close(factors(), before, rtol=1e-5, atol=1e-7)
+    scaler.update(2.0**10)
+    train(2)
+    assert preconditioner.report().skipped == 1
+    assert not torch.equal(model[0].weight, weights[0])
+
+
+def test_the_scale_is_never_read(monkeypatch: pytest.MonkeyPatch):
+    scaler = scaled(2.0**12)
+    monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
+    one_step(scaler)
