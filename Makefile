@@ -5,14 +5,17 @@
 PYTHON ?= python3
 COMPARE_ARGS ?=
 DEMO_ARGS ?=
+EXAMPLE_ARGS ?=
 GPU_ARGS ?=
 KERNELS_ARGS ?=
 PYTEST_ARGS ?=
 STUDY_ARGS ?=
 
 python := .venv/bin/python
-# Triton decides at its import whether it interprets, so these tests take a process of their own.
-interpreted_tests := TRITON_INTERPRET=1 $(python) -m pytest tests/kernels/interpreted
+# A worker for each core, and no more than eight: each imports torch. One that is done takes tests over from the others.
+tests := $(python) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
+# Triton decides at its import whether it interprets, so these tests take processes of their own.
+interpreted_tests := TRITON_INTERPRET=1 $(tests) tests/kernels/interpreted
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
@@ -32,9 +35,9 @@ endif
 .DELETE_ON_ERROR:
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu bench-functions \
-    bench-compare study-accuracy study-scaling study-roofline study-streams gpu profile \
-    docs-figures docs clean distclean
+.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu bench-functions bench-kfac \
+    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams gpu profile \
+    examples docs-figures docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
@@ -61,7 +64,7 @@ imports: .venv/.extra-test ## import-linter: the layers
 	.venv/bin/lint-imports
 
 pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on, and leaves out `interpret`)
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(tests) $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(interpreted_tests))
 
 interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU (PYTEST_ARGS is passed on)
@@ -79,8 +82,15 @@ bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet mac
 bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
 	$(python) -m pytest bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
 
+bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
+	$(python) -m pytest bench/bench_kfac.py --benchmark-only $(PYTEST_ARGS)
+
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)
+
+examples: .venv/.extra-demo ## train a transformer and a residual network with every system (EXAMPLE_ARGS="--system B-KFAC")
+	$(python) -m examples.resnet $(EXAMPLE_ARGS)
+	$(python) -m examples.transformer $(EXAMPLE_ARGS)
 
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
 	$(python) -m bench.scaling $(STUDY_ARGS)
@@ -90,6 +100,9 @@ study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op
 
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
 	$(python) -m bench.accuracy $(STUDY_ARGS)
+
+study-kfac: .venv/.extra-bench ## steps and seconds to an accuracy on Fashion-MNIST and digits (STUDY_ARGS="--data FOLDER", "--quick", "--full")
+	$(python) -m bench.kfac_study $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
 	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
@@ -104,9 +117,10 @@ sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $
 profile: .venv/.extra-bench ## one op, kernel by kernel (OP=residual N=16384 R=256 K=256 DTYPE=float32), and the ncu line
 	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
 
-docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md and pictures from the result files
+docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.md and pictures from the result files
 	$(python) -m bench.report
 	$(python) -m bench.accuracy.page
+	$(python) -m bench.kfac_study.page
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict

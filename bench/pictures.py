@@ -56,8 +56,8 @@ COLOURS = {
 }
 
 
-def write(name: str, study: Row, folder: Path) -> None:
-    """Draw a study, once for each theme."""
+def write(name: str, study: Row, folder: Path, draw: Callable[[Row, Theme], Figure] | None = None) -> None:
+    """Draw a study, once for each theme; by ``draw`` where it is none of those here."""
     folder.mkdir(parents=True, exist_ok=True)
     for theme in THEMES:
         style = {
@@ -72,7 +72,7 @@ def write(name: str, study: Row, folder: Path) -> None:
             "font.size": 11,
         }
         with rc_context(style):
-            figure = DRAWN[name](study, theme)
+            figure = (draw or DRAWN[name])(study, theme)
             FigureCanvasAgg(figure)
             metadata = {DIGEST: digest(study), "Software": None}
             figure.savefig(path(name, theme, folder), facecolor=theme.background, dpi=110, metadata=metadata)

@@ -23,7 +23,10 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 README_LINES = 12
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KFAC. some factors are too small"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 @pytest.fixture(autouse=True)

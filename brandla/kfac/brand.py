@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -33,6 +34,7 @@ from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
 from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
 from brandla.rank import Rank
+from brandla_kernels import signs
 
 
 def update_eigh(absorptions: Sequence[Absorption], rank: int | Rank) -> None:
@@ -41,6 +43,23 @@ def update_eigh(absorptions: Sequence[Absorption], rank: int | Rank) -> None:
     updated = grouped.eigh_update([stored(state) for state, *_ in absorptions], columns, **options)
     for (state, *_), eigh in zip(absorptions, updated, strict=True):
         store(state, eigh)
+
+
+def sketched(absorptions: Sequence[Absorption], width: int, step: int) -> list[Absorption]:
+    """Bring batches of more columns down to ``width``: A Ω / √width with the same random signs for all of a size."""
+    drawn: dict[int, Tensor] = {}
+
+    def narrow(absorption: Absorption) -> Absorption:
+        columns = absorption.columns
+        k = columns.shape[-1]
+        if k <= width:
+            return absorption
+        if k not in drawn:
+            seed = torch.full((), step, dtype=torch.int64, device=columns.device)
+            drawn[k] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
+        return absorption._replace(columns=columns @ drawn[k])
+
+    return [narrow(absorption) for absorption in absorptions]
 
 
 def columns_and_options(
@@ -70,6 +89,10 @@ class Brand(FactorStrategy):
         `ErrorBound`, a rank that follows the error bound.
     update
         ``"exact"``, or ``"subspace"``: the update with no eigendecomposition and no host sync.
+    sketch
+        Columns that a batch of more, A, is first brought down to: A Ω for random signs Ω, with A Aᵀ as its expectation.
+        The average over batches smooths what the signs add, and ``error_bound`` is that of the average of what was
+        taken in. None takes every batch as it is.
 
     References
     ----------
@@ -80,9 +103,12 @@ class Brand(FactorStrategy):
 
     rank: Schedule[int | Rank] | ErrorBound
     update: Literal["exact", "subspace"] = "exact"
+    sketch: int | None = None
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
+        if self.sketch is not None:
+            _check.count("Brand", "sketch", self.sketch, 1)
         if not isinstance(self.rank, ErrorBound):
             check_rank(self, self.rank)
         if self.update not in ("exact", "subspace"):
@@ -103,6 +129,8 @@ class Brand(FactorStrategy):
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Update the decompositions with the columns."""
+        if self.sketch is not None:
+            absorptions = sketched(absorptions, self.sketch, step)
         ranks = [self._rank(absorption.state, step) for absorption in absorptions]
         columns, options = columns_and_options(absorptions, ranks)
         bounds = [tensor(state, "error_bound") for state, *_ in absorptions]
@@ -142,7 +170,7 @@ class Brand(FactorStrategy):
 
     def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
         """Give way where r + k columns span the whole space, so that a low-rank update saves nothing."""
-        return substitute_for_brand(self, n, self._first_rank, k)
+        return substitute_for_brand(self, n, self._first_rank, k if self.sketch is None else min(k, self.sketch))
 
     @property
     def _first_rank(self) -> int:

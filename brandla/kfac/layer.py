@@ -71,11 +71,6 @@ class Layer:
             self._made_for = shape
 
     @property
-    def has_data(self) -> bool:
-        """Whether any call was seen, though its batch may have been empty."""
-        return self.curvature.started or bool(self.capture.calls)
-
-    @property
     def refusal(self) -> str:
         """Why the weight is left to the optimizer; empty while it is not."""
         return self.capture.refusal

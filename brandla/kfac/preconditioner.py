@@ -43,9 +43,10 @@ class KFAC:
         Any module. Modules that share a weight are one layer, with the bias of the first. What it cannot precondition,
         and what turns out so in training, is left to the optimizer: `report` says why.
     inverse
-        The system: `Exact`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`. One for all layers, or a
-        mapping from module names, which holds for all that they contain; ``""`` names the model; or a function of a
-        module's name and the module, asked for each. None leaves a layer to the optimizer.
+        The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
+        `ConjugateGradient`, `TwoLevel`. One for all layers, or a mapping from module names, which holds for all that
+        they contain; ``""`` names the model; or a function of a module's name and the module, asked for each. None
+        leaves a layer to the optimizer.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip

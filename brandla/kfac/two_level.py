@@ -37,9 +37,10 @@ class TwoLevel(Strategy):
 
     Notes
     -----
-    Layers with no rows in a step, or with another number of samples than most, keep the inner step. v goes downhill as
-    a whole and not layer by layer, so a clip of each layer by itself can turn it uphill; and ⟨v, ∇⟩ is not its length in
-    the curvature's metric, so a clip by KL does not bound it. Keep the rate or the clip small.
+    Layers with no rows in a step, or with another number of samples than most, keep the inner step.
+
+    Unlike v₁, v is not a positive definite matrix times ∇: in single layers, and after a clip of each layer by itself
+    also as a whole, it may go uphill, and ⟨v, ∇⟩, which the clip by KL takes for its length, does not bound it.
 
     References
     ----------

@@ -1,5 +1,7 @@
 """A program for torchrun: train two replicas, and say whether their weights are equal."""
 
+import gc
+
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -7,9 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from brandla.kfac import KFAC, Brand
 
 
-def main() -> None:
-    """Take three steps."""
-    distributed.init_process_group("gloo")
+def train() -> bool:
+    """Take three steps, and compare with the weights of the first process."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 50)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -23,7 +24,18 @@ def main() -> None:
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     first = weights.clone()
     distributed.broadcast(first, 0)
-    print("equal" if torch.equal(weights, first) else "different", flush=True)
+    return torch.equal(weights, first)
+
+
+def main() -> None:
+    """Train in a group, and take it down when nothing holds it any more.
+
+    A DistributedDataParallel that outlives the group leaves threads to the end of the interpreter, which now and
+    then aborts then: "terminate called without an active exception", without K-FAC as well.
+    """
+    distributed.init_process_group("gloo")
+    print("equal" if train() else "different", flush=True)
+    gc.collect()
     distributed.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from brandla.kfac import KFAC, Brand, Strategy
+from brandla.kfac import KFAC, Brand, Exact, Strategy
 from kfac.networks import batch, mlp
 
 STEPS = 5
@@ -247,6 +247,27 @@ def train_sharded(cases: list[Case], *, before: bool) -> list[list[Tensor]]:
             optimizer.step()
         results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
     return results
+
+
+def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
+    """Have the last rank leave a layer to the optimizer; return which layers are left, and what becomes of gradients.
+
+    That of the layer must be as it was, and all gradients the same on all ranks.
+    """
+    warnings.simplefilter("ignore")
+    case = Case(Exact(), mode)
+    model = case.model()
+    wrapped = DistributedDataParallel(model)
+    preconditioner = preconditioner_of(wrapped, case)
+    rank = distributed.get_rank()
+    backward(wrapped, case, preconditioner, rank, 0, 0, 1)
+    if rank == distributed.get_world_size() - 1:
+        preconditioner._layers[1].refusal = "its output is a secret"
+    before = model[2].weight.grad.clone()
+    preconditioner.step()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    left = [bool(layer.refusal) for layer in preconditioner._layers]
+    return left, torch.equal(before, model[2].weight.grad), _is_same(gradients)
 
 
 def last_rank_leaves(mode: str) -> str:

@@ -18,9 +18,9 @@ import oracles
 
 UPDATES = {"eigh_update": brandla.LowRankEigh, "subspace_update": brandla.LowRankSym}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
-# (n, r, k). Shards of one size; uneven ones; an empty one among four; r + k >= n, also with empty shards; fewer local
-# rows than columns of U.
-SIZES = ((64, 8, 4), (37, 6, 5), (5, 2, 1), (8, 5, 4), (3, 2, 2), (33, 12, 3))
+# (n, r, k). Shards of one size; uneven ones; an empty one among four; r + k >= n, also with empty shards among four and
+# among two; fewer local rows than columns of U.
+SIZES = ((64, 8, 4), (37, 6, 5), (5, 2, 1), (8, 5, 4), (3, 2, 2), (1, 1, 1), (33, 12, 3))
 
 
 class Messages(TorchDispatchMode):
@@ -45,12 +45,12 @@ def mesh_of_all() -> DeviceMesh:
 
 
 def on_rows(mesh: DeviceMesh, matrix: Tensor, dim: int = -2) -> Tensor:
-    # A shard may lie in the memory of the whole.
-    return distribute_tensor(matrix.detach().clone(), mesh, [Shard(dim % matrix.ndim)])
+    # Every rank has the whole, so none is sent. A shard may lie in its memory.
+    return distribute_tensor(matrix.detach().clone(), mesh, [Shard(dim % matrix.ndim)], src_data_rank=None)
 
 
 def on_all(mesh: DeviceMesh, small: Tensor) -> Tensor:
-    return distribute_tensor(small.detach().clone(), mesh, [Replicate()])
+    return distribute_tensor(small.detach().clone(), mesh, [Replicate()], src_data_rank=None)
 
 
 def sharded(mesh: DeviceMesh, factor: Any, *, replicate: bool = False) -> Any:
@@ -101,7 +101,7 @@ def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
     """Update sharded and whole factors side by side, on every stream and size; return all small parts."""
     mesh, function, small_parts = mesh_of_all(), getattr(brandla, name), []
     for index in range(2 * len(SIZES)):
-        # Each size with two streams, each stream with three sizes; and small parts of both kinds.
+        # Each size with two streams, each stream with three or four sizes; and small parts of both kinds.
         (n, r, k), stream = SIZES[index // 2], STREAMS[index % 4]
         replicate = index // 4 % 2 == 1
         label = (name, dtype, n, r, k, stream)

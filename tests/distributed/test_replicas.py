@@ -183,6 +183,14 @@ def test_batches_of_the_same_samples_lose_nothing_in_fewer_columns(mode: str, op
 
 
 @pytest.mark.parametrize("mode", ["gather", "split"])
+def test_a_layer_that_one_rank_cannot_precondition_is_left_by_all(mode: str):
+    for left, untouched, same in run(replicas.last_rank_refuses, 2, mode):
+        assert left == [False, True, False]
+        assert untouched
+        assert same
+
+
+@pytest.mark.parametrize("mode", ["gather", "split"])
 def test_death_of_a_rank_is_an_error_of_the_others(mode: str):
     *others, last = launch(replicas.last_rank_leaves, 3, mode, group_timeout=10.0, timeout=40.0)
     assert last.failure == "died with exit code 3"

@@ -477,7 +477,6 @@ def test_updates_fall_due_by_a_period_or_a_schedule():
         (lambda: InverseFree(momentum=1.0), ValueError, "momentum must be in [0, 1); got 1.0"),
         (lambda: InverseFree(preconditioner_every=0), ValueError, "preconditioner_every must be at least 1"),
     ],
-    ids=str,
 )
 def test_bad_options_are_refused(make, error: type[Exception], message: str):
     with pytest.raises(error, match=re.escape(message)):

@@ -189,7 +189,6 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
         (lambda: BrandRandomized(4, overwrite_every=0), "BrandRandomized: overwrite_every must be at least 1"),
         (lambda: BrandCorrected(4, fraction=0.0), "BrandCorrected: fraction must be in (0, 1]; got 0.0"),
     ],
-    ids=str,
 )
 def test_bad_strategies_are_refused(make: object, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -172,7 +172,6 @@ def test_flops_of_small_structures_grow_slower_than_dense_ones(structure: Struct
         (lambda: Hierarchical(-1), "Hierarchical: first must be at least 0"),
         (lambda: Hierarchical(1, -2), "Hierarchical: last must be at least 0"),
     ],
-    ids=str,
 )
 def test_bad_sizes_are_refused(make, message: str):
     with pytest.raises(ValueError, match=message):

@@ -123,7 +123,6 @@ def test_report_bounds_staleness_of_a_cholesky_factor():
         (lambda: Exact(method="cholesky", tail="smallest"), "Exact: tail has no meaning for method='cholesky'"),
         (lambda: Exact(method="cholesky", tail=0.1), "leaves no eigenvalue out; got 0.1"),
     ],
-    ids=str,
 )
 def test_bad_options_are_refused(make: object, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):

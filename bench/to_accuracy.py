@@ -1,0 +1,88 @@
+"""Steps and seconds that a method takes to an accuracy on digits, its rate and rank searched with a stated budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from time import perf_counter
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from brandla.demo import data
+from brandla.demo.data import Digits, Split
+from brandla.kfac import KFAC, Strategy
+
+BATCH = 128
+# The seed of the search is none of those that are measured.
+SEARCH_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of a method's options: a rate, and a strategy of ours or AdamW."""
+
+    rate: float
+    strategy: Strategy | None
+
+    def optimizers(self, model: nn.Module) -> tuple[torch.optim.Optimizer, KFAC | None]:
+        """Return what takes the steps of a model."""
+        if self.strategy is None:
+            return torch.optim.AdamW(model.parameters(), self.rate), None
+        return torch.optim.SGD(model.parameters(), self.rate), KFAC(model, self.strategy, damping=0.03, clip=0.07)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run: steps and seconds to the target, None where it was not reached."""
+
+    steps: int | None
+    seconds: float | None
+    scores: list[float]
+
+
+def train(
+    candidate: Candidate, width: int, training: Split, judged: Split, steps: int, seed: int, target: float
+) -> Outcome:
+    """Train for ``steps`` steps, or to the target, judging after each; only the steps are timed."""
+    model = data.network(width, "cpu", seed)
+    optimizer, preconditioner = candidate.optimizers(model)
+    seconds, scores = 0.0, []
+    for step, (images, labels) in enumerate(data.batches(training, BATCH, steps, seed), start=1):
+        start = perf_counter()
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        if preconditioner is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="KFAC: some factors")
+                preconditioner.step()
+        optimizer.step()
+        seconds += perf_counter() - start
+        scores.append(data.accuracy(model, judged))
+        if scores[-1] >= target:
+            return Outcome(step, seconds, scores)
+    return Outcome(None, None, scores)
+
+
+def search(candidates: Sequence[Candidate], digits: Digits, width: int, steps: int) -> Candidate:
+    """Return the candidate of the best mean validation accuracy over a short training."""
+
+    def score(candidate: Candidate) -> float:
+        parts = digits.search_training, digits.search_validation
+        return mean(train(candidate, width, *parts, steps, SEARCH_SEED, target=2.0).scores)
+
+    return max(candidates, key=score)
+
+
+def grid(low: float, high: float, count: int, strategies: Sequence[Strategy | None]) -> list[Candidate]:
+    """Return rates evenly spaced in their logarithm, with each of the strategies."""
+    rates = [low * (high / low) ** (index / max(count - 1, 1)) for index in range(count)]
+    return [Candidate(float(f"{rate:.3g}"), strategy) for strategy in strategies for rate in rates]
+
+
+def middle(values: Sequence[float | None]) -> float:
+    """Return the median over runs; infinite where half of them did not arrive."""
+    return median(float("inf") if value is None else value for value in values)

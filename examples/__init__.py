@@ -1,0 +1,1 @@
+"""Networks that people train, with every K-FAC system of the library."""

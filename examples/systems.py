@@ -1,0 +1,49 @@
+"""Every system of the library as the examples use it, with its learning rate."""
+
+from __future__ import annotations
+
+import typer
+
+from brandla.kfac import (
+    EKFAC,
+    Brand,
+    BrandCorrected,
+    BrandRandomized,
+    ConjugateGradient,
+    Exact,
+    Foof,
+    InverseFree,
+    Randomized,
+    Strategy,
+    TwoLevel,
+)
+
+RANK = 32
+
+SYSTEMS: dict[str, tuple[Strategy | None, float]] = {
+    "AdamW": (None, 0.003),
+    "K-FAC": (Exact(), 0.1),
+    "K-FAC, Cholesky": (Exact(method="cholesky"), 0.1),
+    "EK-FAC": (EKFAC(), 0.1),
+    "RS-KFAC": (Randomized(RANK, method="svd"), 0.1),
+    "SRE-KFAC": (Randomized(RANK), 0.1),
+    "B-KFAC": (Brand(RANK), 0.1),
+    "B-KFAC, sketched": (Brand(RANK, sketch=16), 0.1),
+    "B-KFAC, no eigh": (Brand(RANK, update="subspace", sketch=16), 0.1),
+    "B-R-KFAC": (BrandRandomized(RANK), 0.1),
+    "B-KFAC-C": (BrandCorrected(RANK), 0.1),
+    "IKFAC": (InverseFree(variant="ikfac"), 0.1),
+    "SINGD": (InverseFree(), 0.1),
+    "SINGD, hierarchical": (InverseFree("hierarchical"), 0.1),
+    "FOOF": (Foof(Brand(RANK)), 0.1),
+    "CG-FAC": (ConjugateGradient(), 0.1),
+    "two-level B-KFAC": (TwoLevel(Brand(RANK)), 0.1),
+}
+
+
+def chosen(system: str) -> list[tuple[str, Strategy | None, float]]:
+    """Return the systems of a name, or all, with their rates."""
+    if system != "all" and system not in SYSTEMS:
+        message = f"system must be all or one of {', '.join(SYSTEMS)}; got {system}"
+        raise typer.BadParameter(message)
+    return [(name, *what) for name, what in SYSTEMS.items() if system in ("all", name)]

@@ -1,0 +1,91 @@
+"""A small transformer that learns to write like Python's manual: ``python -m examples.transformer``.
+
+The text is ``pydoc_data.topics``, which comes with Python: the prompt's help pages, read letter by letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pydoc_data.topics import topics
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from examples.loop import Batch, Task, compare
+from examples.systems import chosen
+
+CONTEXT, WIDTH, HEADS, DEPTH = 32, 64, 4, 2
+BATCH = 16
+
+
+class Block(nn.Module):
+    """Attention to the letters so far, then two Linears, each added to what came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_attention = nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.before_linear = nn.LayerNorm(WIDTH)
+        self.linear = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.register_buffer("future", torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map states (batch, context, width) to new ones."""
+        normed = self.before_attention(states)
+        seen, _ = self.attention(normed, normed, normed, attn_mask=self.future, need_weights=False)
+        states = states + seen
+        return states + self.linear(self.before_linear(states))
+
+
+class Transformer(nn.Module):
+    """Predicts the next letter at every place of a text."""
+
+    def __init__(self, letters: int) -> None:
+        super().__init__()
+        self.letters = nn.Embedding(letters, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, letters)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Map letters (batch, context) to scores (batch, context, letters)."""
+        places = torch.arange(text.shape[1], device=text.device).expand_as(text)
+        return self.head(self.norm(self.blocks(self.letters(text) + self.places(places))))
+
+
+def task() -> Task:
+    """Return the transformer with its text: a tenth is held out."""
+    text = "".join(topics.values())
+    alphabet = {letter: index for index, letter in enumerate(sorted(set(text)))}
+    numbers = torch.tensor([alphabet[letter] for letter in text])
+    training, held_out = numbers[: -len(numbers) // 10], numbers[-len(numbers) // 10 :]
+
+    def batches() -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            yield _cut(training, torch.randint(len(training) - CONTEXT - 1, (BATCH,), generator=generator))
+
+    judged = _cut(held_out, torch.arange(0, 64 * CONTEXT, CONTEXT))
+    return Task(lambda: Transformer(len(alphabet)), batches, judged, _loss)
+
+
+def _cut(numbers: Tensor, starts: Tensor) -> Batch:
+    """Return stretches of text, and the same one letter on."""
+    places = starts[:, None] + torch.arange(CONTEXT)
+    return numbers[places], numbers[places + 1]
+
+
+def _loss(scores: Tensor, letters: Tensor) -> Tensor:
+    return cross_entropy(scores.flatten(0, 1), letters.flatten())
+
+
+def main(steps: int = 60, system: str = typer.Option("all", help="one of examples.systems, or all")) -> None:
+    """Train with one system or with all."""
+    compare("transformer on Python's manual", task(), chosen(system), steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)
