@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# The matrices are small, and each worker has a core: more threads would only wait for each other. This is read when
+# torch is imported, also by the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
@@ -17,15 +22,6 @@ from builders import SYMMETRIC_UPDATES, SymmetricUpdate
 # One fixed set of examples, so that a failure is the change's and not the day's.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("fixed")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    # The matrices are small: threads would only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

@@ -115,7 +115,9 @@ def run_bench(expression: str, folder: Path, *plugins: str) -> subprocess.Comple
     ]
     options = [part for plugin in plugins for part in ("-p", plugin)]
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # What pytest-benchmark would take for a worker of xdist, in which nothing is timed.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    environment = inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
     )

@@ -26,6 +26,31 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _language_is_patched_once() -> Iterator[None]:
+    """Spare the interpreter what takes a third of its time.
+
+    It puts its own functions into the modules of Triton's language that a kernel sees, and again, to no effect, at each
+    call of a function within the kernel.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+
+    def once(function: Any) -> Any:
+        seen = (value for value in function.__globals__.values() if value is triton.language or value is core)
+        return patch_language(function) if any(core.is_builtin(module.load) for module in seen) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def on_kernels() -> Iterator[None]:
     """Run every op that has a kernel on it."""

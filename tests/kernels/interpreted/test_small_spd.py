@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -186,19 +188,26 @@ LAYOUTS = {
 }
 
 
+@cache
+def batch_and_each_alone(k: int, device: torch.device) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return a (2, 3) batch of Gram matrices, their scales, and what comes of each in a launch of its own."""
+    panels = torch.stack([panel_of(family, k) for family in FAMILIES[:6]])
+    gram, scale = problem_of(panels)
+    alone = [solve(*problem, 1e-12, device, False) for problem in zip(gram, scale, strict=True)]
+    return gram.unflatten(0, (2, 3)), scale.unflatten(0, (2, 3)), alone
+
+
 @pytest.mark.parametrize("k", [1, 16, 33])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_batch_change_no_bit(layout: str, k: int, device: torch.device) -> None:
-    panels = torch.stack([panel_of(family, k) for family in FAMILIES[:6]]).unflatten(0, (2, 3))
-    gram, scale = problem_of(panels)
+    gram, scale, alone = batch_and_each_alone(k, device)
     strided = LAYOUTS[layout](gram.to(device))
     strided_scale = scale.to(device).repeat_interleave(2, -1)[..., ::2]
     assert torch.equal(strided.cpu(), gram)
-    transform, live = small_spd.cholesky_inverse_core(strided, strided_scale, 1e-12)
-    for i, j in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
-        alone, alone_live = solve(gram[i, j], scale[i, j], 1e-12, device, False)
-        assert torch.equal(transform[i, j].cpu(), alone)
-        assert torch.equal(live[i, j].cpu(), alone_live)
+    transforms, lives = small_spd.cholesky_inverse_core(strided, strided_scale, 1e-12)
+    for transform, live, expected in zip(transforms.flatten(0, 1), lives.flatten(0, 1), alone, strict=True):
+        assert torch.equal(transform.cpu(), expected[0])
+        assert torch.equal(live.cpu(), expected[1])
 
 
 def test_one_scale_serves_a_batch(device: torch.device) -> None:
@@ -215,13 +224,20 @@ def test_only_the_lower_triangle_is_read(device: torch.device) -> None:
         assert torch.equal(one, other)
 
 
+@cache
+def three_gaussian(whole_first: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Gram matrices of three panels, their scales and transforms."""
+    gram, scale = problem_of(torch.stack([panel_of("gaussian", 40, seed) for seed in range(3)]))
+    return gram, scale, solve(gram, scale, 1e-12, device, whole_first)[0]
+
+
 @pytest.mark.parametrize("whole_first", [False, True], ids=["shifted first", "whole first"])
 @pytest.mark.parametrize("where", [(0, 0), (20, 20), (35, 3), (39, 39)], ids=str)
 def test_nan_stays_in_its_own_problem_and_does_not_vanish(
     where: tuple[int, int], whole_first: bool, device: torch.device
 ) -> None:
-    gram, scale = problem_of(torch.stack([panel_of("gaussian", 40, seed) for seed in range(3)]))
-    clean, _ = solve(gram, scale, 1e-12, device, whole_first)
+    gram, scale, clean = three_gaussian(whole_first, device)
+    gram = gram.clone()
     i, j = where
     gram[1, i, j] = gram[1, j, i] = torch.nan
     transform, live = solve(gram, scale, 1e-12, device, whole_first)
