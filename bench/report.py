@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import demo_tables, figures, pictures, results, study_pages
+from bench import demo_tables, figures, kfac_guide, pictures, results, study_pages
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
 from bench.gpu import page as gpu_page
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="fail if the page is not what the files say")
     options = parser.parse_args()
-    texts = {options.output: page(options.results), **readme(options.results)}
+    texts = {options.output: page(options.results), **readme(options.results), **guide(options.results)}
     for path, text in texts.items():
         if not options.check:
             path.write_text(text, encoding="utf-8")
@@ -413,6 +413,15 @@ def readme(folder: Path) -> dict[Path, str]:
     for demo in sorted(folder.glob("*/demo.json"))[:1]:
         content = json.loads(demo.read_text(encoding="utf-8"))
         return {path: demo_tables.filled(path.read_text(encoding="utf-8"), content)}
+    return {}
+
+
+def guide(folder: Path) -> dict[Path, str]:
+    """Return the guide to K-FAC with its figures, where a run of bench-kfac is among the result files."""
+    path = ROOT / "docs" / "switch-on.md"
+    for study in sorted(folder.glob("*/kfac.json"))[:1]:
+        content = json.loads(study.read_text(encoding="utf-8"))
+        return {path: kfac_guide.filled(path.read_text(encoding="utf-8"), content)}
     return {}
 
 
