@@ -1,0 +1,103 @@
+"""The images: scikit-learn's digits, and Fashion-MNIST from the files of Debian's package. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.kfac_study.settings import DIGITS, Task
+from brandla.demo import data
+from brandla.demo.data import Split
+
+PACKAGE = "dataset-fashion-mnist"
+# Where the package puts its files.
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+# Of the training images, the last of every so many validate in the search.
+PARTS = 12
+# What an idx file of bytes starts with, before the number of its dimensions.
+BYTES = b"\0\0\x08"
+
+
+class Images(NamedTuple):
+    """What is trained on and judged by, in the runs that are measured and in the search before them."""
+
+    training: Split
+    test: Split
+    search_training: Split
+    search_validation: Split
+
+
+class UnusableError(Exception):
+    """Files of images are not there, or are not what they should be."""
+
+
+def load(task: Task, folder: Path, device: str, most: int | None = None) -> Images:
+    """Return a task's images as rows of pixels, less the mean pixel of those trained on, over its deviation.
+
+    Of each part, the first ``most`` are returned; None for all.
+    """
+    whole = Images(*data.load("cpu")) if task.images == DIGITS else fashion(folder)
+    raw = Images(*(Split(part.images[:most], part.labels[:most]) for part in whole))
+    pixels = raw.training.images
+    mean, deviation = pixels.mean(), pixels.std()
+    return Images(*(Split(((part.images - mean) / deviation).to(device), part.labels.to(device)) for part in raw))
+
+
+def fashion(folder: Path) -> Images:
+    """Read Fashion-MNIST."""
+    check(folder)
+    train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
+    training, test = _split(train_images, train_labels, folder), _split(test_images, test_labels, folder)
+    validating = torch.arange(len(training.labels)) % PARTS == PARTS - 1
+    return Images(
+        training, test, *(Split(*(part[chosen] for part in training)) for chosen in (~validating, validating))
+    )
+
+
+def check(folder: Path) -> None:
+    """Raise the line that says how to get the files, where one is missing."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        message = (
+            f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
+            f" name the folder of the four files with --data, or leave them out with --only {DIGITS}"
+        )
+        raise UnusableError(message)
+
+
+def read(path: Path) -> np.ndarray:
+    """Return the array in a compressed idx file of bytes."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+        sizes = np.frombuffer(content, ">i4", content[3], offset=4)
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        message = f"{path} is no idx file: {error}"
+        raise UnusableError(message) from error
+    if content[:3] != BYTES:
+        message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
+        raise UnusableError(message)
+    return array
+
+
+def _split(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
+    if len(images) != len(labels):
+        message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
+        raise UnusableError(message)
+    return Split(_scaled(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _scaled(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
