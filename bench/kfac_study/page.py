@@ -42,6 +42,7 @@ damping, `sharing="reduce"`, steps clipped to an RMS of {clip}; rank {rank}:
 | K-FAC | `Exact`, renewed every {renew_every} steps |
 | RS-KFAC, SRE-KFAC | `Randomized`, `"svd"` and `"eigh"`, renewed every {renew_every} steps |
 | B-KFAC | `Brand` |
+| B-KFAC, sketched | `Brand` with `sketch` of half the rank: batches brought down to so many columns by random signs |
 | B-R-KFAC | `BrandRandomized`, overwritten every {overwrite_every} steps |
 | B-KFAC-C | `BrandCorrected`, corrected every {renew_every} steps |
 | SINGD | `InverseFree`, dense, moved every {singd_every} steps; `decay` {decay} |
