@@ -116,6 +116,7 @@ class Shards(Rows):
         if not (isinstance(value, Tensor) and is_dtensor(value)):
             return value
         _check.replicated(function, name, value, self.mesh)
+        # A TypeVar of number or tensor: this branch is the tensor's.
         copy: Small = _local(value)  # type: ignore[assignment]
         return copy
 
@@ -126,6 +127,7 @@ class Shards(Rows):
     def total(self, part: Tensor) -> Tensor:
         """Sum over the processes: every one gets the same bits."""
         if part.requires_grad:
+            # torch leaves Function.apply without annotations.
             summed: Tensor = _Total.apply(part, self.group)  # type: ignore[no-untyped-call]
             return summed
         return _sum(part, self.group)
@@ -140,6 +142,7 @@ class Shards(Rows):
         """Return what every process computed for itself; its gradient is summed over them."""
         if not small.requires_grad:
             return small
+        # torch leaves Function.apply without annotations.
         same: Tensor = _Shared.apply(small, self.group)  # type: ignore[no-untyped-call]
         return same
 
@@ -252,6 +255,7 @@ def everywhere(tensor: Tensor) -> Tensor:
 
 
 def _as_dtensor(tensor: Any) -> DTensor:
+    # What DTensor returns has no type.
     return tensor  # type: ignore[no-any-return]
 
 

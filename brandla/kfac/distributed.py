@@ -259,6 +259,7 @@ class Split(_Many):
     def _factor(self, unit: Unit) -> Factor | None:
         """Return the factor that a unit is, if it is one."""
         index, side = unit
+        # mypy does not see that a side that is named is one of the two.
         return dict(self._layers[index].curvature.factors())[side] if side else None  # type: ignore[index]
 
     def _is_here(self, unit: Unit) -> bool:

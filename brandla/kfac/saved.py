@@ -24,6 +24,7 @@ class Saved:
     @classmethod
     def of(cls, tensor: Tensor) -> Saved:
         """Let autograd keep a tensor."""
+        # torch leaves Function.apply without annotations.
         kept: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
         return cls(node=kept.grad_fn)
 
@@ -45,4 +46,5 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        # Nothing comes after what this returned: it is kept for its saved tensor alone.
         raise NotImplementedError

@@ -62,6 +62,7 @@ def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
 
 def tap(output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
     """Return the output, whose gradient is collected on its way back."""
+    # torch leaves Function.apply without annotations.
     tapped: Tensor = _Tap.apply(output, inputs.detach(), ticket)  # type: ignore[no-untyped-call]
     return tapped
 

@@ -36,6 +36,7 @@ class AttentionForward:
         """Have ``record`` called at each use of the kind's weight."""
         self._records.setdefault(kind.part, []).append((kind, record))
         # The module's own attribute shadows that of its class.
+        # On the instance, and taken off again: mypy knows methods as the class's.
         self.module.forward = self.forward  # type: ignore[method-assign]
         return Attachment(self, kind.part, (kind, record))
 

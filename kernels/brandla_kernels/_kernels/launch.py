@@ -112,6 +112,7 @@ def counted(count: Count) -> Callable[[Kernel], Kernel]:
     """Attach to a kernel the count of its work, a function of its arguments."""
 
     def attach(kernel: Kernel) -> Kernel:
+        # Triton's kernels take attributes that their type does not name.
         kernel.count = count  # type: ignore[attr-defined]
         return kernel
 
