@@ -74,16 +74,16 @@ kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a 
 	$(python) -m bench.kernels_table $(KERNELS_ARGS)
 
 bench: bench/conftest.py .venv/.extra-bench ## every benchmark: bench-cpu and bench-functions in one (PYTEST_ARGS is passed on)
-	$(python) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+	$(python) -m pytest -v bench --benchmark-only $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
+	$(python) -m pytest -v bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
 
 bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
-	$(python) -m pytest bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+	$(python) -m pytest -v bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
 
 bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest bench/bench_kfac.py --benchmark-only $(PYTEST_ARGS)
+	$(python) -m pytest -v bench/bench_kfac.py --benchmark-only $(PYTEST_ARGS)
 
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)

@@ -1,7 +1,7 @@
 """Every public function over sizes and dtypes, beside other libraries that give the same result.
 
-Each case checks its result against float64 first and does not time a wrong one. ``--full`` takes larger sizes, and
-lets what is slow there take part in all of them.
+Each case checks its result against float64 first and does not time a wrong one: where that is a peer's, the run goes on
+and the result file says so. ``--full`` takes larger sizes, and lets what is slow there take part in all of them.
 """
 
 from __future__ import annotations
@@ -75,19 +75,18 @@ def copies(call: Call, device: Device) -> list[partial[Any]]:
     return [partial(call.function, *tree_map(clone, call.arguments)) for _ in range(count)]
 
 
-def measure(task: Task, name: str, by: str, shape: Shape, device: Device, benchmark: Any, timed: Any) -> None:
+def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: Any) -> None:
     """Check, then time."""
-    benchmark.group = f"{name} {shape}"
-    call = task.call(by)
-    judged = tasks.check(f"{by}, {benchmark.group}", call)
     sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
-    about = {"group": benchmark.group, "function": name, "shape": str(shape), "by": by, **sizes}
-    timed(copies(call, device), task.work, **about, error=judged.error, orthogonality=judged.orthogonality)
+    with case(f"{name} {shape}", by, function=name, shape=str(shape), **sizes) as timed:
+        call = task.call(by)
+        judged = tasks.check(f"{by}, {name} {shape}", call)
+        timed(copies(call, device), task.work, error=judged.error, orthogonality=judged.orthogonality)
 
 
-def test_function(name, by, shape, device, benchmark, timed) -> None:
-    measure(task_of(name, shape, device), name, by, shape, device, benchmark, timed)
+def test_function(name, by, shape, device, case) -> None:
+    measure(task_of(name, shape, device), name, by, shape, device, case)
 
 
-def test_grouped(name, by, shape, device, benchmark, timed) -> None:
-    measure(group_of(name, shape, device), f"grouped.{name}", by, shape, device, benchmark, timed)
+def test_grouped(name, by, shape, device, case) -> None:
+    measure(group_of(name, shape, device), f"grouped.{name}", by, shape, device, case)

@@ -1,6 +1,7 @@
 """Every op of brandla_kernels over sizes and dtypes: as the dispatcher serves it and, on a GPU, its torch form.
 
-Each case checks its result against float64 first and does not time a wrong one. ``--full`` takes the sizes of a GPU.
+Each case checks its result against float64 first and does not time a wrong one: where that is what ``torch.compile``
+made, the run goes on and the result file says so. ``--full`` takes the sizes of a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     gpu = torch.cuda.is_available() and not quick
     by = [BRANDLA, TORCH_FORM, COMPILED] if gpu else [BRANDLA]
     found = [(case, one) for case in cases.cases(sizes) for one in by]
-    metafunc.parametrize(("case", "by"), found, ids=[f"{case.op}-{one}-{shape(case)}" for case, one in found])
+    metafunc.parametrize(("op_case", "by"), found, ids=[f"{case.op}-{one}-{shape(case)}" for case, one in found])
 
 
 def shape(case: Case) -> str:
@@ -71,13 +72,13 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(got.double() - wanted) / torch.linalg.vector_norm(wanted))
 
 
-def test_op(case, by, device, benchmark, timed) -> None:
-    benchmark.group = f"{case.op} {shape(case)}"
-    call = implementation(case, by, device)
-    error = error_of(case, call, device)
-    first = cases.operands(case, device)
-    count = device.sets(size_of(first)) if device.tensors.type == "cuda" else 1
-    inputs = [first, *(cases.operands(case, device) for _ in range(count - 1))]
-    sizes = {"n": case.size.n, "r": case.size.r, "k": case.size.k, "dtype": str(case.dtype).removeprefix("torch.")}
-    about = {"group": benchmark.group, "function": case.op, "shape": shape(case), "by": by, **sizes}
-    timed([partial(call, *one) for one in inputs], cases.work(case), **about, error=error, orthogonality=None)
+def test_op(op_case, by, device, case) -> None:
+    size, words = op_case.size, shape(op_case)
+    sizes = {"n": size.n, "r": size.r, "k": size.k, "dtype": str(op_case.dtype).removeprefix("torch.")}
+    with case(f"{op_case.op} {words}", by, function=op_case.op, shape=words, **sizes) as timed:
+        call = implementation(op_case, by, device)
+        error = error_of(op_case, call, device)
+        first = cases.operands(op_case, device)
+        count = device.sets(size_of(first)) if device.tensors.type == "cuda" else 1
+        inputs = [first, *(cases.operands(op_case, device) for _ in range(count - 1))]
+        timed([partial(call, *one) for one in inputs], cases.work(op_case), error=error, orthogonality=None)

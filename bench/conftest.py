@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -18,22 +20,21 @@ from bench import results, roofline
 from bench.cpu import device_of
 from bench.facts import facts, in_words
 from bench.figures import Figure, Study, spelled
-from bench.gpu.ceilings import Ceilings, Work, measure
+from bench.gpu.ceilings import Ceilings, measure
 from bench.gpu.device import Device
 from bench.gpu.sizes import TOY
-from bench.study import THREADS, machine_of
-from bench.timing import Interval, of_median
+from bench.study import INTERRUPTED, THREADS, machine_of
+from bench.tasks import OURS
+from bench.timed_case import Case, Run, reference_on
 
 WIDTH = 130
-# Seconds that a case is timed for, and how often it is called at least and at most.
-SECONDS, FEWEST, MOST = 0.25, 3, 100
-# Order of the product that is timed before and after each case, and the seconds it may take: what two runs have in
-# common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
-REFERENCE, REFERENCE_SECONDS, REST = 512, 0.01, 0.1
 
 studies = pytest.StashKey[dict[str, Study]]()
 started = pytest.StashKey[float]()
 deselected = pytest.StashKey[int]()
+# Cases of each file that have not ended, and whether Ctrl-C was pressed.
+left = pytest.StashKey[Counter[str]]()
+interrupted = pytest.StashKey[bool]()
 machine_facts = pytest.StashKey[tuple[dict[str, Any], Path]]()
 
 
@@ -50,11 +51,45 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[studies] = {}
     config.stash[started] = time.monotonic()
     config.stash[deselected] = 0
+    config.stash[left] = Counter()
+    config.stash[interrupted] = False
+    # What is refused before it is timed is told by its own words.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     if items:
         items[0].config.stash[deselected] += len(items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[left].update(name_of(item) for item in session.items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    done = yield
+    item.config.stash[left][name_of(item)] -= 1
+    return done
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        session.config.stash[interrupted] = True
+        raise
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.stash[interrupted]:
+        session.exitstatus = INTERRUPTED
+
+
+def name_of(node: Any) -> str:
+    """Return the name of the study that a case belongs to, which is that of its file."""
+    return node.module.__name__.rpartition("bench_")[2]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -73,6 +108,13 @@ def _same_threads_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _same_draws_for_each() -> None:
+    # Some peers draw from these; a case is then the same whatever ran before it.
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the one that fbpca draws from)
+
+
 @pytest.fixture
 def repeats(request: pytest.FixtureRequest) -> Callable[[int], int]:
     """Return how often to repeat: as often as asked for, or a few times in a short run."""
@@ -88,7 +130,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def figures(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[..., None]]:
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
-    study = request.config.stash[studies].setdefault(request.module.__name__.rpartition("bench_")[2], Study())
+    study = request.config.stash[studies].setdefault(name_of(request), Study())
 
     def keep(case: str, value: Any, **about: Any) -> None:
         figure = Figure.of(benchmark.group or "", case, value, **about)
@@ -127,52 +169,33 @@ def place(request: pytest.FixtureRequest, device: Device) -> tuple[dict[str, Any
 
 
 @pytest.fixture(scope="session")
-def reference(device: Device) -> Callable[[], list[float]]:
-    """Return a function that times a square product, after a rest."""
-    left, right = (device.normal(REFERENCE, REFERENCE) for _ in range(2))
-
-    def times() -> list[float]:
-        time.sleep(0.0 if device.dry else REST)
-        return device.alternating({"it": lambda: left @ right}, REFERENCE_SECONDS)["it"]
-
-    return times
+def run(device: Device, ceilings: Ceilings, place: tuple[dict[str, Any], Path]) -> Run:
+    """Return what all cases have in common."""
+    return Run(device.dry, place[0], ceilings, reference_on(device))
 
 
 @pytest.fixture
-def timed(
-    request: pytest.FixtureRequest, benchmark: Any, ceilings: Ceilings, place: Any, reference: Callable[[], list[float]]
-) -> Callable[..., None]:
-    """Return a function that times a checked case: calls on copies of its inputs in turn, so that no cache holds them.
+def case(
+    request: pytest.FixtureRequest, benchmark: Any, run: Run
+) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
+    """Return a function that opens a case: there a result is checked, and timed by the function that the case gives.
 
-    With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
+    Whatever goes wrong with a peer there is kept, with its reason, and the run goes on; what is ours fails.
     """
-    study = request.config.stash[studies].setdefault(request.module.__name__.rpartition("bench_")[2], Study())
+    study = request.config.stash[studies].setdefault(name_of(request), Study())
 
-    def time_and_keep(copies: list[Callable[[], Any]], work: Work, **about: Any) -> None:
-        start = time.perf_counter()
-        copies[0]()
-        rounds = int(min(max(SECONDS / len(copies) / (time.perf_counter() - start), FEWEST), MOST))
-        in_turn = itertools.cycle(copies)
-        call = lambda: next(in_turn)()  # noqa: PLW0108 (the call that comes next is what is timed)
-        quick = request.config.getoption("quick")
-        around = reference()
-        benchmark.pedantic(call, rounds=2 if quick else rounds, iterations=len(copies), warmup_rounds=1)
-        around = of_median([*around, *reference()])
-        floor = ceilings.floor(work)
-        about |= {"flops": work.float32 + work.float64 + work.bf16, "bytes": work.bytes, "bound_by": floor.bound_by}
-        machine, _ = place
-        versions = {key: machine[key] for key in ("cpu", "cores", "threads", "versions", "commit", "modified", "date")}
-        benchmark.extra_info.update(results.plain(about | versions | {"gpu": machine.get("gpu")}))
-        if benchmark.stats:
-            seconds = of_median(benchmark.stats.stats.data)
-            part = Interval(*(floor.seconds / each for each in (seconds.value, seconds.high, seconds.low)))
-            benchmark.extra_info["of_ceiling"] = part.value
-            over = Interval(*(each / around.value for each in seconds))
-            row = {"seconds": seconds, "of_ceiling": part, "over_reference": over}
-            row["rounds"] = benchmark.stats.stats.rounds
-            study.cases.append(about | row)
+    @contextmanager
+    def opened(group: str, by: str, **about: Any) -> Iterator[Callable[..., None]]:
+        benchmark.group = group
+        one = Case(run, study, {"group": group, "by": by, **about}, benchmark)
+        try:
+            yield one.time
+        except Exception as error:
+            if by in OURS:
+                raise
+            pytest.skip(f"not timed: {one.refuse(error)}")
 
-    return time_and_keep
+    return opened
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -185,16 +208,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dict[str, Any]) -> str:
-    """Write the result files of a run that was whole and right, and say what was done."""
-    troubled = sum(len(reporter.stats.get(outcome, ())) for outcome in ("failed", "error", "skipped", "xfailed"))
-    if troubled or config.stash[deselected] or config.getoption("benchmark_disable"):
+    """Write the result files of a run that was right, and say what was done.
+
+    Of what Ctrl-C stopped, rows are kept, and the file says that some are missing. Figures are looked up by their
+    names: a part of them makes no file.
+    """
+    found, count = config.stash[studies], {name: len(those) for name, those in reporter.stats.items()}
+    skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.values())
+    if skipped + sum(count.get(outcome, 0) for outcome in ("failed", "error", "xfailed")):
+        return "no result file: the run was not right"
+    if config.stash[deselected] or config.getoption("benchmark_disable"):
         return "no result file: the run was not whole"
-    about = {"seconds": time.monotonic() - config.stash[started], "full": config.getoption("full")}
-    paths = []
-    for name, study in config.stash[studies].items():
+    lines = []
+    for name, study in found.items():
+        missing = config.stash[left][name]
+        if missing and not study.cases:
+            lines.append(f"not written: {name} was interrupted")
+            continue
+        about = {"seconds": time.monotonic() - config.stash[started], "full": config.getoption("full")}
         measured, folder = config.stash[machine_facts] if study.cases else (machine, None)
-        paths.append(results.write(name, measured | about, study.record(), folder))
-    return "\n".join(f"written: {path.relative_to(results.ROOT)}" for path in paths)
+        about["interrupted"] = missing > 0
+        path = results.write(name, measured | about, study.record(), folder).relative_to(results.ROOT)
+        lines.append(f"written: {path}" + (f", interrupted: {missing} cases are missing" if missing else ""))
+    return "\n".join(lines)
 
 
 def _table(name: str, figures: list[Figure]) -> Table:

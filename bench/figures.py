@@ -75,11 +75,15 @@ def spelled(value: float) -> str:
 
 @dataclass
 class Study:
-    """What one file of benchmarks found: figures with the plain times of their calls, or the rows of its cases."""
+    """What one file of benchmarks found: figures with the plain times of their calls, or the rows of its cases.
+
+    Cases of other libraries that failed are beside the rows, each with its reason.
+    """
 
     figures: list[Figure] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
     cases: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
 
     def add_timing(self, group: str, name: str, stats: Any) -> None:
         """Keep pytest-benchmark's own statistics, in milliseconds."""
@@ -90,5 +94,5 @@ class Study:
     def record(self) -> dict[str, Any]:
         """Return what the result file keeps."""
         if self.cases:
-            return {"rows": self.cases}
+            return {"rows": self.cases, "refused": self.refused}
         return {"figures": [figure.record() for figure in self.figures], "timings": self.timings}

@@ -58,11 +58,11 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 
 @cache
-def steady(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Case:
+def steady(name: str, n: int, r: int, k: int, exponent: float = 0.5, dtype: torch.dtype = torch.float32) -> Case:
     """Return the factor that a stream of deviations i^−exponent settles to, and the columns that come next."""
     update, kind = UPDATES[name]
-    stream = columns_of(n, k, exponent, seed=n + r + k)
-    factor = kind.zeros(n, r)
+    stream = columns_of(n, k, exponent, n + r + k, dtype)
+    factor = kind.zeros(n, r, dtype=dtype)
     for _ in range(STEPS_TO_STEADY_STATE):
         factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
     return Case(factor, next(stream))

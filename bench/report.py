@@ -5,17 +5,16 @@ Run by ``make docs-figures``. ``--check`` writes nothing and fails where the pag
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import demo_tables, figures, kfac_guide, pictures, results, study_pages
+from bench import demo_tables, figures, kfac_guide, pages, pictures, results, study_pages
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
 from bench.gpu import page as gpu_page
+from bench.pages import table
 
 PAGE = ROOT / "docs" / "measurements.md"
 ORTHONORMALITY_LIMIT = 200
@@ -41,7 +40,7 @@ def of_machine(studies: dict[str, Row], name: str) -> Iterator[str]:
     """Yield the sections of one machine, whose results are in the folder of this name."""
     demo, gpu = studies.pop("demo", None), studies.pop("gpu", None)
     if gpu is not None:
-        yield from gpu_page.section(gpu, table)
+        yield from gpu_page.section(gpu)
     if not studies:
         return
     machine = next(iter(studies.values()))["facts"]
@@ -52,16 +51,16 @@ def of_machine(studies: dict[str, Row], name: str) -> Iterator[str]:
         ["study", "threads", "date", "commit", "versions", "BLAS"], (provenance(*one) for one in studies.items())
     )
     if "scaling" in studies:
-        yield from study_pages.growth(studies["scaling"], name, table)
+        yield from study_pages.growth(studies["scaling"], name)
     if "updates" in studies:
         yield from speed(studies["updates"], SPEED)
     if "kfac" in studies:
         yield from speed(studies["kfac"], TRAINING)
     for kind in ("functions", "ops"):
         if kind in studies:
-            yield from study_pages.cases(studies[kind], kind, table)
+            yield from study_pages.cases(studies[kind], kind)
     if "roofline" in studies:
-        yield from study_pages.rooflines(studies["roofline"], name, table)
+        yield from study_pages.rooflines(studies["roofline"], name)
     if "streams" in studies:
         yield from streams(studies["streams"])
     if demo is not None:
@@ -372,28 +371,14 @@ def capitalized(words: str) -> str:
     return words if "_" in words.split(maxsplit=1)[0] else words[0].upper() + words[1:]
 
 
-def table(headings: list[str], rows: Iterable[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write page, pictures and the figures of README and guide, or check them."""
+    pages.main("bench.report", PAGE, texts, drawn, arguments)
 
 
-def main() -> None:
-    """Write the page, or check it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder with one folder a machine")
-    parser.add_argument("--output", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not what the files say")
-    options = parser.parse_args()
-    texts = {options.output: page(options.results), **readme(options.results), **guide(options.results)}
-    for path, text in texts.items():
-        if not options.check:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{path.name} is not what the result files say: run make docs-figures")
-    for path in drawn(options.results, options.output.parent / study_pages.PICTURES, check=options.check):
-        if options.check:
-            sys.exit(f"{path.name} does not show what the result files say: run make docs-figures")
+def texts(folder: Path, output: Path) -> dict[Path, str]:
+    """Return the page, and README and guide with their figures."""
+    return {output: page(folder), **readme(folder), **guide(folder)}
 
 
 def drawn(folder: Path, target: Path, *, check: bool) -> Iterator[Path]:

@@ -6,6 +6,7 @@ everywhere on inputs that are no longer in the cache when their turn comes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,7 +102,7 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def main() -> None:
+def main() -> int:
     """Measure the ceilings and the ops, print the table and write the result file."""
     chosen = study.options("roofline", __doc__)
     device, console = device_of(chosen.quick), Console()
@@ -115,7 +116,8 @@ def main() -> None:
         levels.extend(in_rows(measure(device, sizes), sizes, "after"))
     content = {"ceilings": levels, "rows": rows, "interrupted": interrupted}
     study.keep("roofline", content, device, chosen, start, console)
+    return study.INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

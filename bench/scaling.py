@@ -6,6 +6,7 @@ turns with one reference, the GEMMs of an update of that size, so that times can
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -329,7 +330,7 @@ def table(fits: Sequence[Row]) -> Table:
     return shown
 
 
-def main() -> None:
+def main() -> int:
     """Measure, fit, print the table and write the result file."""
     chosen = study.options("scaling", __doc__)
     device, console = device_of(chosen.quick), Console()
@@ -340,7 +341,8 @@ def main() -> None:
     console.print(table(fits))
     content = {"rows": rows, "exponents": fits, "interrupted": interrupted}
     study.keep("scaling", content, device, chosen, start, console)
+    return study.INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,8 @@ from bench.gpu.device import Device
 from brandla.demo.meter import Meter
 
 THREADS = 2
+# The exit code after Ctrl-C.
+INTERRUPTED = 130
 Row = dict[str, Any]
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.figures import spelled
+from bench.pages import PICTURES, table
 from bench.pictures import THEMES
 from bench.scaling import METHODS
 
 Row = dict[str, Any]
-Table = Callable[[list[str], Any], str]
-
-# Folder of the pictures, beside the page.
-PICTURES = "measured"
 
 
 def picture(name: str, machine: str, words: str) -> str:
@@ -42,7 +39,7 @@ larger half of them, where what does not grow (calls, the core of order r + k) w
 LIMIT = 1.1
 
 
-def growth(study: Row, machine: str, table: Table) -> Iterator[str]:
+def growth(study: Row, machine: str) -> Iterator[str]:
     """Yield pictures, verdict and tables of the scaling study."""
     yield GROWTH + interrupted(study)
     yield picture("scaling", machine, "Time and memory against n, r and k")
@@ -124,7 +121,7 @@ the tests hold to the formula; where that form is what runs, the error is 0.
 UNITS = {"copy": "GB/s, read + write"}
 
 
-def rooflines(study: Row, machine: str, table: Table) -> Iterator[str]:
+def rooflines(study: Row, machine: str) -> Iterator[str]:
     """Yield pictures and tables of the roofline study."""
     yield ROOFLINES + interrupted(study)
     yield picture("roofline", machine, "Part of the measured ceilings that each op reaches")
@@ -169,15 +166,18 @@ in float64: 0 where that form is what runs.
 """
 
 
-def cases(study: Row, name: str, table: Table) -> Iterator[str]:
+def cases(study: Row, name: str) -> Iterator[str]:
     """Yield one table a function."""
-    yield FUNCTIONS if name == "functions" else OPS
+    yield (FUNCTIONS if name == "functions" else OPS) + interrupted(study)
     rows = study["rows"]
     headings = ["by", "ms", "95 % interval", "× brandla", "of the floor", "error", "off orthonormal, ε"]
     for function in dict.fromkeys(row["function"] for row in rows):
         yield f"#### `{function}`\n" if " " not in function else f"#### {function}\n"
         own = [row for row in rows if row["function"] == function]
         yield table(["case", *headings], case_rows(own))
+    if study["refused"]:
+        yield "#### Not timed\n\nWhat others failed at, or did not get right.\n"
+        yield table(["case", "by", "why"], ([row["group"], row["by"], row["reason"]] for row in study["refused"]))
 
 
 def case_rows(rows: Sequence[Row]) -> Iterator[list[str]]:

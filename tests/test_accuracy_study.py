@@ -233,7 +233,7 @@ def test_the_page_is_that_of_the_result_file():
 def test_a_page_that_was_edited_is_found(tmp_path: Path):
     edited = tmp_path / "accuracy.md"
     edited.write_text("0.3", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not what the result file says"):
+    with pytest.raises(SystemExit, match="not what the result files say"):
         page.main(["--check", "--output", str(edited)])
 
 

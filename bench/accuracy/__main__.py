@@ -18,9 +18,10 @@ from bench.accuracy.record import Record
 from bench.accuracy.settings import FULL, QUICK
 from bench.accuracy.study import run_all, total
 from bench.facts import commit_of, facts, slug
+from bench.study import INTERRUPTED
 from brandla.demo.meter import Meter
 
-INTERRUPTED, WIDTH = 130, 150
+WIDTH = 150
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

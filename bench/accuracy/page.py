@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import pages
 from bench.accuracy import record, summary, tables
 from bench.accuracy.record import Record
 from bench.accuracy.settings import FULL
 from bench.facts import ROOT, commit_of
+from bench.pages import table
 
 PAGE = ROOT / "docs" / "accuracy.md"
 
@@ -69,8 +68,7 @@ def of_file(machine: dict[str, Any], study: Record) -> Iterator[str]:
     yield "![Errors over the steps, and errors over cost](accuracy-dark.png#only-dark)\n"
     for width in summary.widths(study):
         yield f"### Width {width}\n"
-        headings = ["tracker", *tables.headings()]
-        yield _table([headings, ["---"] * len(headings), *tables.rows(study, width)])
+        yield table(["tracker", *tables.headings()], tables.rows(study, width))
     yield method(study)
 
 
@@ -87,7 +85,8 @@ def provenance(machine: dict[str, Any], study: Record) -> str:
 def why(study: Record) -> str:
     """Say what the quotients are at the steps at which RS has just been renewed, and at the others."""
     lines = ["The step's error over that of the best rank r, at the steps that renew RS and at the others (medians):\n"]
-    rows = [["width", "RS renewed every", "RS, renewed", "B-R, at the same steps", "RS, not renewed", "B-R"]]
+    headings = ["width", "RS renewed every", "RS, renewed", "B-R, at the same steps", "RS, not renewed", "B-R"]
+    rows = []
     for width in summary.widths(study):
         r_s = next(one for one in study.trackers[width] if one.name == "RS")
         quotients = (
@@ -97,8 +96,7 @@ def why(study: Record) -> str:
         )
         spelled = ["–" if one is None else f"{one:.2f}" for one in quotients]
         rows.append([str(width), f"{r_s.period} steps", *spelled])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join([*lines, _table(rows)])
+    return "\n".join([*lines, table(headings, rows)])
 
 
 def method(study: Record) -> str:
@@ -108,22 +106,9 @@ def method(study: Record) -> str:
     return METHOD.format(part=part, **{name: getattr(settings, name) for name in settings.__dataclass_fields__})
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.page", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder with one folder a machine")
-    parser.add_argument("--output", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not what the file says")
-    options = parser.parse_args(arguments)
-    text = page(options.results)
-    if not options.check:
-        options.output.write_text(text, encoding="utf-8")
-    elif not options.output.exists() or options.output.read_text(encoding="utf-8") != text:
-        sys.exit(f"{options.output.name} is not what the result file says: run make docs-figures")
+    pages.main("bench.accuracy.page", PAGE, lambda folder, output: {output: page(folder)}, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from bench import figures
 from bench.figures import spelled
 from bench.gpu.facts import in_words
+from bench.pages import table
 
 Row = dict[str, Any]
-Table = Callable[[list[str], Any], str]
 
 INTRODUCTION = """`make gpu`. Every op was checked against float64 before it was timed: by events around replays of a
 CUDA graph, on inputs that outlast the cache. Ceilings are of the same run. Products at float32 accuracy are held to the
@@ -19,8 +19,8 @@ larger of torch's own float32 product and a third of its TF32 product, and a sym
 COLUMNS = ("op", "case", "by", "µs", "of ceiling", "bound by", "× torch", "error", "torch's error")
 
 
-def section(study: Row, table: Table) -> Iterator[str]:
-    """Yield the section of one run, with a function that lays out a table."""
+def section(study: Row) -> Iterator[str]:
+    """Yield the section of one run."""
     machine, sections = study["facts"], study["sections"]
     yield f"## {machine['gpu']['name']}\n"
     yield f"{INTRODUCTION}\n{in_words(machine)}\n"

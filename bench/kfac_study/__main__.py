@@ -20,10 +20,11 @@ from bench.kfac_study.images import FOLDER, UnusableError, check
 from bench.kfac_study.record import STUDY, Record
 from bench.kfac_study.settings import FASHION, FULL, QUICK, USUAL, Settings
 from bench.kfac_study.study import run_all, total
-from bench.study_pages import PICTURES
+from bench.pages import PICTURES
+from bench.study import INTERRUPTED
 from brandla.demo.meter import Meter
 
-UNUSABLE, INTERRUPTED, WIDTH = 2, 130, 230
+UNUSABLE, WIDTH = 2, 230
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

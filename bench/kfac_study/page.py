@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results, study_pages
+from bench import pages, study_pages
 from bench.facts import ROOT, commit_of
 from bench.kfac_study import figures, summary, tables
 from bench.kfac_study.images import PACKAGE, PARTS
 from bench.kfac_study.methods import DECAY
 from bench.kfac_study.record import STUDY, Record, of_content
 from bench.kfac_study.settings import USUAL, Task
+from bench.pages import table
 
 PAGE = ROOT / "docs" / "kfac-study.md"
 INTRODUCTION = """# K-FAC on real images
@@ -84,13 +83,13 @@ def of_file(study: dict[str, Any], machine: str) -> Iterator[str]:
         yield f"### {task.name}, to {tables.percent(task.target)}\n"
         if rows := list(tables.rows(record, task)):
             yield "\n".join([*(f"- {line}" for line in tables.verdict(record, task)), ""])
-            yield _table(tables.headings(task), rows)
+            yield table(tables.headings(task), rows)
         else:
             yield "No run was made.\n"
         if rows := list(tables.search_rows(record, task)):
             yield "The search:\n"
             headings = ["method", "ranges", "chosen", "best, middle and worst mean accuracy", "trials that failed"]
-            yield _table(headings, rows)
+            yield table(headings, rows)
     yield from method(record)
 
 
@@ -131,34 +130,24 @@ def of_task(task: Task) -> str:
     )
 
 
-def _table(headings: list[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
-
-
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
+def drawn(folder: Path, target: Path, *, check: bool) -> Iterator[Path]:
+    """Yield the pictures that do not show what the result files say, drawn anew unless this is a check."""
+    for path in sorted(folder.glob(f"*/{STUDY}.json")):
+        study, place = _read(path), target / path.parent.name
+        stale = figures.stale(study, place)
+        if stale and not check:
+            figures.write(study, place)
+        yield from stale
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write page and pictures, or check them."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kfac_study.page", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder with one folder a machine")
-    parser.add_argument("--output", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="fail if page or pictures are not what the files say")
-    options = parser.parse_args(arguments)
-    text = page(options.results)
-    if not options.check:
-        options.output.write_text(text, encoding="utf-8")
-    elif not options.output.exists() or options.output.read_text(encoding="utf-8") != text:
-        sys.exit(f"{options.output.name} is not what the result files say: run make docs-figures")
-    for path in sorted(options.results.glob(f"*/{STUDY}.json")):
-        study, target = _read(path), options.output.parent / study_pages.PICTURES / path.parent.name
-        if stale := figures.stale(study, target):
-            if options.check:
-                sys.exit(f"{stale[0].name} does not show what the result file says: run make docs-figures")
-            figures.write(study, target)
+    pages.main("bench.kfac_study.page", PAGE, lambda folder, output: {output: page(folder)}, drawn, arguments)
 
 
 if __name__ == "__main__":
