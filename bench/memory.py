@@ -34,7 +34,8 @@ def peak_extra_bytes(function: Callable[[], Any], *, warm_up: bool = True) -> in
     """
     if warm_up:
         function()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = function()
     del result
     in_use = peak = 0

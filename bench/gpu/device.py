@@ -173,7 +173,8 @@ class Gpu(Device):
     def kernels(self, function: Callable[[], Any]) -> list[dict[str, Any]]:
         function()
         self.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             function()
             self.synchronize()
         return _summed(
@@ -244,7 +245,8 @@ class Stub(Device):
         yield
 
     def kernels(self, function: Callable[[], Any]) -> list[dict[str, Any]]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
             function()
         return _summed(event for event in profiler.events() if event.cpu_parent is None)
 

@@ -126,7 +126,8 @@ def by_torch(calls: Sequence[Callable[[], Any]], bits: int) -> list[Kernel]:
 
     Torch does not say in which precision these are: in that of numbers of so many bits.
     """
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as profiler:
+    # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True, acc_events=True) as profiler:
         for call in calls:
             call()
     return [

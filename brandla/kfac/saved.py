@@ -17,22 +17,25 @@ class Saved:
     again, and ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
     """
 
-    def __init__(self, tensor: Tensor | None = None, node: Any = None) -> None:
+    def __init__(self, tensor: Tensor | None = None, kept: Tensor | None = None) -> None:
         self._tensor = tensor
-        self._node = node
+        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+        self._kept = kept
 
     @classmethod
     def of(cls, tensor: Tensor) -> Saved:
         """Let autograd keep a tensor."""
         # torch leaves Function.apply without annotations.
-        kept: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
-        return cls(node=kept.grad_fn)
+        kept: Tensor = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
+        return cls(kept=kept)
 
     def fetch(self) -> Tensor:
         """Return the tensor."""
         if self._tensor is not None:
             return self._tensor
-        tensor: Tensor = self._node.saved_tensors[0]
+        assert self._kept is not None
+        node: Any = self._kept.grad_fn
+        tensor: Tensor = node.saved_tensors[0]
         return tensor
 
 
