@@ -142,10 +142,11 @@ def test_products_off_the_matrix_units_are_seen(target: str) -> None:
     assert "no matrix instruction for f32 products" in faults(compiled)
 
 
-@pytest.mark.parametrize(("target", "columns", "warps"), [("sm_90", 128, 4), ("gfx942", 256, 2)])
-def test_spills_are_seen(target: str, columns: int, warps: int) -> None:
+@pytest.mark.parametrize(("target", "rows", "warps"), [("sm_90", 128, 4), ("gfx942", 256, 2)])
+def test_spills_are_seen(target: str, rows: int, warps: int) -> None:
+    """A tile of sums takes all the registers that a thread can have: 256 of at most 255, and 512 of 512."""
     launch = product(target)
-    config = Config(dict(launch.config.blocks) | {"BLOCK_R": 128, "BLOCK_K": columns}, warps, 1)
+    config = Config(dict(launch.config.blocks) | {"BLOCK_R": rows, "BLOCK_K": 256}, warps, 1)
     assert any("spilled" in fault for fault in faults(compile_for(target, replace(launch, config=config))))
 
 
@@ -204,6 +205,16 @@ def test_offsets_into_matrices_are_64_bits_wide(name: str, listed: bool) -> None
     # The sums of `project` go to a small workspace.
     into = re.findall(r"tt\.load (%\w+)," if name == "project" else r"tt\.(?:load|store) (%\w+),", ir)
     assert {offsets[pointer] for pointer in into if pointer in offsets} == {"i64"}
+
+
+def test_update_of_float32_holds_no_tile_in_float64() -> None:
+    """ρ and w are float64: a tile that they widen takes twice the registers, and spills with some Triton."""
+    found = launches("sm_90", "gram_ema_", torch.zeros(128, 128), tall(128).mT.contiguous(), 0.9, 0.1)
+    found += launches("sm_90", "gram_ema_", torch.zeros(4096, 4096), torch.zeros(4096, 64), 0.9, 0.1)
+    # Two kernels of a split sum, and one of a sum in one piece.
+    assert len(found) == 3
+    for launch in found:
+        assert not re.search(r"tensor<\d+x\d+xf64>", compile_for("sm_90", launch).intermediate)
 
 
 @pytest.mark.parametrize(

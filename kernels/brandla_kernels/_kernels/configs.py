@@ -61,11 +61,13 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
-    most, largest_of_four = (64, 2048) if wide else (128, 4096)
+    # Off alignment each element of a tile has an address of its own, of two registers: they spill beside a larger sum.
+    most, largest_of_four = (128, 4096) if aligned and not wide else (64, 2048)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
     long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
-    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, _registers(target))
+    registers = _registers(target) if aligned else _registers(target, "sm_80", "sm_90")
+    return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
 def sum_parts() -> Config:
@@ -76,10 +78,11 @@ def sum_parts() -> Config:
 def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool) -> Config:
     """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
     stages = 2 if target.backend == "hip" else 3
-    if dtype == torch.float64:
-        return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages)
-    if not aligned:
-        return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 4, stages)
+    if dtype == torch.float64 or not aligned:
+        # Unrolled products of float64 on sm_100 spill least within the assembler's own limit.
+        unrolled = dtype == torch.float64 and target.arch == "sm_100"
+        registers = None if unrolled else _registers(target, "sm_80", "sm_90")
+        return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages, registers)
     # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
     most = 64 if dtype == torch.float32 and target.arch == "sm_80" else 128
     block_n = bucket(n, 16, most)
@@ -118,4 +121,5 @@ def small_spd(target: Target, k: int) -> Config:
     Larger tiles spill on one target or another, with some of the layouts.
     """
     warps = 2 if k <= 32 else 8
-    return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1)
+    registers = _registers(target, "sm_90") if warps == 2 else None
+    return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1, registers)

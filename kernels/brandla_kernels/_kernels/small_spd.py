@@ -87,12 +87,15 @@ def _factor_block(block, added, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_weights(weight, scale, scale_stride, live, only_live, k, BLOCK_ROWS: tl.constexpr):
-    """Store what rows and columns of G are multiplied by: 1 / scale, or 0 for those that are taken out."""
+def _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS: tl.constexpr):
+    """Store what rows and columns of G are multiplied by: 1 / scale, or 0 for those that are taken out.
+
+    Taken out are columns of scale 0, and of the first ``marked``, k or 0, those that do not live.
+    """
     for start in range(0, k, BLOCK_ROWS):
         index = start + tl.arange(0, BLOCK_ROWS)
         length = tl.load(scale + index.to(tl.int64) * scale_stride, mask=index < k, other=0.0)
-        kept = tl.load(live + index, mask=(index < k) & only_live, other=True)
+        kept = tl.load(live + index, mask=index < marked, other=True)
         # A comparison with NaN is false.
         inverse = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
         tl.store(weight + index, tl.where(kept, inverse, 0.0), mask=index < k)
@@ -187,7 +190,8 @@ def small_spd_kernel(
     task = FIRST
     while task < DONE:
         shift = tl.where(task % 2 == 1, threshold * 0.25, 0.0)
-        _store_weights(weight, scale, scale_stride, live, task == MASKED, k, BLOCK_ROWS)
+        marked = tl.where(task == MASKED, k, 0)
+        _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS)
         tl.debug_barrier()
         sound = True
         start = 0

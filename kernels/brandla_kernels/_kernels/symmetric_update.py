@@ -78,7 +78,12 @@ def tile_in_triangle(index, tiles):
 
 @triton.jit
 def _update_entries(m, m_row, m_column, n, row, column, total, decay, weight):
-    """Write ρ M + w ``total`` to these entries of M on and below the diagonal, and to their mirror images."""
+    """Write ρ M + w ``total`` to these entries of M on and below the diagonal, and to their mirror images.
+
+    ρ and w are rounded to the precision of the sum: beside float64 scalars the tile would take twice the registers.
+    """
+    decay = tl.full((1, 1), decay, total.dtype)
+    weight = tl.full((1, 1), weight, total.dtype)
     row, column = row.to(tl.int64), column.to(tl.int64)
     lower = (row < n)[:, None] & (row[:, None] >= column[None, :])
     places = m + row[:, None] * m_row + column[None, :] * m_column
@@ -179,14 +184,18 @@ def symmetric_update_kernel(
     if index >= (tiles * (tiles + 1)) >> 1:
         return
     tile_i, tile_j = tile_in_triangle(index, tiles)
-    inner = tl.arange(0, BLOCK_N)
-    within = inner[:, None] * BLOCK_N + inner[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_N), parts_ptr.dtype.element_ty)
-    for split in range(SPLITS):
-        part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
-        total += tl.load(part + within)
     m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
-    _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
+    inner = tl.arange(0, BLOCK_N)
+    row = tile_i * BLOCK_N + inner
+    # A quarter of the columns at a time: addresses of both triangles take four registers an entry beside the sum's own.
+    for first in range(0, BLOCK_N, BLOCK_N // 4):
+        column = first + tl.arange(0, BLOCK_N // 4)
+        within = inner[:, None] * BLOCK_N + column[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_N // 4), parts_ptr.dtype.element_ty)
+        for split in range(SPLITS):
+            part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
+            total += tl.load(part + within)
+        _update_entries(m, m_row, m_column, n, row, tile_j * BLOCK_N + column, total, decay, weight)
 
 
 def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: float) -> None:

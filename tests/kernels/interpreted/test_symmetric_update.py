@@ -54,8 +54,8 @@ def data(n: int, k: int, dtype: torch.dtype, device: torch.device, *batch: int) 
 def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
     """Check ρ M + w A Aᵀ entry by entry.
 
-    A sum of k products in any order is within k·ε of the exact one, relative to the sum of the absolute values; the two
-    products with ρ and w, their sum and the rounding of three TF32 terms add at most 8ε.
+    A sum of k products in any order is within k·ε of the exact one, relative to the sum of the absolute values; the
+    rounding of ρ and w, the two products with them, their sum and the rounding of three TF32 terms add at most 8ε.
     """
     matrix, columns, own = matrix.double(), columns.double(), torch.finfo(result.dtype).eps
     exact = decay * matrix + weight * columns @ columns.mT
