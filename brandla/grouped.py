@@ -1,9 +1,9 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. On a CPU the factors are taken one after the other. On a GPU
-`eigh_update`, `subspace_update`, `damped_solve`, `damped_power` and `kron_damped_solve` launch each kernel once for all
-factors of equal rank (for the updates also of equal k), whatever their n; the other functions take turns.
+factors, or a list or tuple with one value for each. `eigh_update`, `subspace_update`, `damped_solve`, `damped_power`
+and `kron_damped_solve` take all factors of equal rank (for the updates also of equal k) together, whatever their n: a
+GPU launches each kernel once, and on a CPU the small matrices of all are stacked. The other functions take turns.
 
 Examples
 --------
@@ -29,7 +29,6 @@ from brandla._step import Update, stack, stack_numbers
 from brandla.damped import LowRank, Tail
 from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked
 from brandla.randomized import LinearOperator
-from brandla_kernels import reads_are_free
 
 __all__ = [
     "damped_power",
@@ -274,7 +273,7 @@ def _class_of_update(update: Update) -> Class:
     basis = update.basis
     n, r = update.rows.count(basis), basis.shape[-1]
     k = update.columns.shape[-1]
-    if basis.ndim != 2 or reads_are_free(basis) or 0 in (r, k, update.rank) or r + k >= n:
+    if basis.ndim != 2 or 0 in (r, k, update.rank) or r + k >= n:
         return None
     return (r, k, update.rank, update.tol, basis.dtype, basis.device, update.bound is None, kind_of(update.rows))
 
@@ -297,7 +296,7 @@ def _class_of_kron(problem: damped.Kron) -> Class:
 
 def _class_of_factor(factor: LowRankEigh | LowRankSym) -> Class:
     basis = factor[1]
-    if basis.ndim != 2 or reads_are_free(basis) or basis.shape[-1] == 0:
+    if basis.ndim != 2 or basis.shape[-1] == 0:
         return None
     return (type(factor), basis.shape[-1], basis.dtype, basis.device)
 

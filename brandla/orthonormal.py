@@ -9,6 +9,7 @@ They may be some of the rows of larger ones: ``rows.total`` makes an inner produ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ class Split(NamedTuple):
 def split(basis: Tall, columns: Tall, rows: Rows = WHOLE) -> Split:
     """Split columns A (..., n, k) into their part in the span of an orthonormal U (..., n, r) and the rest."""
     coefficients = rows.total(project(basis, columns))
-    if isinstance(basis, Tensor) and reads_are_free(basis):
-        panel = subtract_product(columns, basis, coefficients)
+    if reads_are_free(coefficients):
+        panel = _each(subtract_product, columns, basis, coefficients)
         easy = _one_pass(basis, coefficients.double(), panel, rows)
         if easy is not None:
             return easy
@@ -81,13 +82,13 @@ def split(basis: Tall, columns: Tall, rows: Rows = WHOLE) -> Split:
     return _two_passes(basis, coefficients.double(), panel, rows.total(panel_gram), rows)
 
 
-def _one_pass(basis: Tensor, coefficients: Tensor, panel: Tensor, rows: Rows) -> Split | None:
+def _one_pass(basis: Tall, coefficients: Tensor, panel: Tall, rows: Rows) -> Split | None:
     """Split where one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
 
     Rounding then enters Q at most four times magnified, by T, and that of a Gram matrix of rounded products sixteen
     times; and a hundred times through what U still shares with P, which is measured and taken out.
     """
-    panel_gram = rows.total(rounded_gram(panel))
+    panel_gram = rows.total(_stacked(_each(rounded_gram, panel)))
     squares = panel_gram.diagonal(dim1=-2, dim2=-1)
     length = (coefficients.square().sum(-2) + squares).sqrt()
     if not bool((squares > 1e-4 * length.square()).all()):
@@ -244,11 +245,23 @@ def _solve_from_right(panel: Tall, triangle: Tensor) -> Tall:
     return [_solve_from_right(part, own) for part, own in zip(panel, triangle, strict=True)]
 
 
-def _overlap(basis: Tensor, length: Tensor, panel: Tensor, transform: Tensor, rows: Rows) -> Tensor:
+def _overlap(basis: Tall, length: Tensor, panel: Tall, transform: Tensor, rows: Rows) -> Tensor:
     """UᵀP (..., r, k), or 0 where the rounding of the projection reaches Q at most four times magnified."""
     if bool(((length.square()[..., :, None] * transform.square()).sum(-2) <= 16).all()):
-        return basis.new_zeros(*panel.shape[:-2], basis.shape[-1], panel.shape[-1], dtype=torch.float64)
+        return transform.new_zeros(*transform.shape[:-2], tall.columns(basis), transform.shape[-1])
     return rows.total(project(basis, panel)).double()
+
+
+def _each(function: Callable[..., Tensor], matrices: Tall, *others: Tall | Tensor) -> Tall:
+    """Return ``function`` of a matrix, or of each in a list; what belongs to a list is stacked."""
+    if isinstance(matrices, Tensor):
+        return function(matrices, *others)
+    return [function(*members) for members in zip(matrices, *others, strict=True)]
+
+
+def _stacked(small: Tall) -> Tensor:
+    """Return a small matrix as it is, those of a list stacked."""
+    return small if isinstance(small, Tensor) else torch.stack(small)
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import brandla
 from brandla import grouped
 from builders import make_columns, make_eigh, make_svd, make_sym
-from oracles import generator, power_law, psd_matrix
+from oracles import generator, power_law, psd_matrix, spectral_norm
 
 SIZES = [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)]
 
@@ -87,6 +87,56 @@ def test_one_positional_value_serves_all_factors() -> None:
         assert_same(result, brandla.damped_solve(eigh, rhs, 0.1))
     for result, eigh, rhs in zip(grouped.damped_power(EIGHS, RHS, 0.1, -0.5), EIGHS, RHS, strict=True):
         assert_same(result, brandla.damped_power(eigh, rhs, 0.1, -0.5))
+
+
+ORDERS = (40, 64, 90)
+# Which of the factors get columns that lie inside the span of their basis, for which one pass is not enough.
+INSIDE = {"none": (), "one": (64,), "all": ORDERS}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
+def test_factors_of_one_rank_are_updated_as_each_by_itself(name: str, inside: str, dtype: torch.dtype) -> None:
+    r, k = 8, 5
+    make = make_eigh if name == "eigh_update" else make_sym
+    factors = [make(n, r, dtype=dtype, seed=n) for n in ORDERS]
+    columns = [make_columns(n, k, dtype=dtype, seed=n) for n in ORDERS]
+    for index, n in enumerate(ORDERS):
+        if n in INSIDE[inside]:
+            columns[index] = factors[index][1] @ columns[index][:r]
+    results = getattr(grouped, name)(factors, columns, decay=0.9, weight=0.5)
+    for n, result, factor, own in zip(ORDERS, results, factors, columns, strict=True):
+        basis, eps = result[1].double(), torch.finfo(dtype).eps
+        expected = getattr(brandla, name)(factor, own, decay=0.9, weight=0.5).dense()
+        # Two backward stable ways to one matrix of order n.
+        assert spectral_norm(result.dense() - expected) <= 8 * n * eps * spectral_norm(expected)
+        assert spectral_norm(basis.mT @ basis - torch.eye(r, dtype=torch.float64)) <= 200 * eps
+
+
+@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
+def test_a_factor_that_is_not_finite_spoils_no_other(name: str) -> None:
+    make = make_eigh if name == "eigh_update" else make_sym
+    factors = [make(n, 8, seed=n) for n in ORDERS]
+    columns = [make_columns(n, 5, seed=n) for n in ORDERS]
+    columns[1][3, 2] = float("nan")
+    results = getattr(grouped, name)(factors, columns, decay=0.9)
+    assert [bool(result.is_finite()) for result in results] == [True, False, True]
+    for index in (0, 2):
+        expected = getattr(brandla, name)(factors[index], columns[index], decay=0.9)
+        torch.testing.assert_close(results[index].dense(), expected.dense())
+
+
+def test_applications_of_one_rank_are_those_of_each_by_itself(dtype: torch.dtype) -> None:
+    factors = [make_eigh(n, 8, dtype=dtype, seed=n) for n in ORDERS]
+    rhs = [make_columns(n, 3, dtype=dtype, seed=n) for n in ORDERS]
+    blocks = [make_columns(n, n, dtype=dtype, seed=n) for n in ORDERS]
+    for result, *arguments in zip(grouped.damped_solve(factors, rhs, 0.1), factors, rhs, strict=True):
+        torch.testing.assert_close(result, brandla.damped_solve(*arguments, 0.1))
+    pairs = list(zip(rhs, rhs, strict=True))
+    for data in (blocks, pairs):
+        results = grouped.kron_damped_solve(factors, factors, data, 0.1, 0.2)
+        for result, factor, own in zip(results, factors, data, strict=True):
+            torch.testing.assert_close(result, brandla.kron_damped_solve(factor, factor, own, 0.1, 0.2))
 
 
 def test_an_empty_group_gives_an_empty_list() -> None:

@@ -30,5 +30,6 @@ def clipping(
 
 def _mean_square(step: Gradient) -> Tensor:
     if isinstance(step, Tensor):
-        return step.square().mean()
+        norm: Tensor = torch.linalg.vector_norm(step)
+        return norm.square() / step.numel()
     return inner(step, step) / (step[0][..., 0].numel() * step[1].shape[-2])

@@ -127,13 +127,13 @@ class InverseFreeCurvature(Curvature):
             return self._from_output(first), self.input.apply(second.mT).mT
         return self._from_output(self.input.apply(gradient))
 
-    def rank(self) -> int | None:
-        """Return r such that a pair of k columns is cheaper than its product for k <= 2r."""
+    def widest_pair(self, entries: int) -> int | None:
+        """Compare the flops of both, those of the pair's product included."""
         if self.output is None:
             return None
         d_in, d_out = self.input.n, self.output.n
         by_row, by_column = 2 * self.input.structure.flops(d_in), 2 * self.output.structure.flops(d_out)
-        return (d_out * by_row + d_in * by_column) // (2 * (by_row + by_column + 2 * d_in * d_out))
+        return (d_out * by_row + d_in * by_column) // (by_row + by_column + 2 * entries)
 
     def kept(self) -> Iterator[Kept]:
         """Go through the sides."""

@@ -92,15 +92,16 @@ class Layer:
         ``rows`` are those of the loss's own gradients, where they were stacked already. Where the loss had a ``scale``,
         the gradient has been divided by it, which changes nothing else.
         """
-        rank = self.curvature.rank()
-        if self.linear is False or rank is None or self.kind.one_hot or self.kind.single:
+        shape = self.shape
+        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+        if self.linear is False or widest is None or self.kind.one_hot or self.kind.single:
             return None
         calls = self._calls("loss")
         if not calls or not self.capture.gradient_is_pairs():
             return None
         if self.has_bias and self.kind.bias is None:
             return None
-        if self._count(calls) > 2 * rank:
+        if self._count(calls) > widest:
             return None
         if rows is None or self.sharing == "reduce":
             rows = self._stacked(calls, "loss", scale, reduce=False)
@@ -123,17 +124,14 @@ class Layer:
         weight, bias = self.kind.weight.grad, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
+        out = {"out": weight} if self._writes_directly(weight) else {}
         if isinstance(step, Tensor):
-            matrix, column = step[..., :d_in] * factor, step[..., -1:] * factor
+            matrix, column = torch.mul(step[..., :d_in], factor, **out), step[..., -1:] * factor
         else:
             first, second = step[0] * factor, step[1]
-            if self._writes_directly(weight):
-                torch.mm(first, second[:d_in].mT, out=weight)
-                matrix = None
-            else:
-                matrix = first @ second[..., :d_in, :].mT
+            matrix = torch.matmul(first, second[..., :d_in, :].mT, **out)
             column = first @ second[..., -1:, :].mT
-        if matrix is not None:
+        if not out:
             weight.copy_(self.kind.tensor(matrix))
         if self.has_bias and bias is not None:
             bias.copy_(column.reshape(bias.shape))
@@ -145,7 +143,8 @@ class Layer:
             self._written = ref(gradient), gradient._version
 
     def _writes_directly(self, weight: Tensor) -> bool:
-        return weight.ndim == 2 and not self.kind.shape[0] and weight.dtype == self.dtype
+        groups, *shape = self.kind.shape
+        return not groups and not self.kind.one_hot and list(weight.shape) == shape and weight.dtype == self.dtype
 
     def _bias_column(self, matrix: Tensor) -> Tensor:
         bias = self.kind.bias_gradient

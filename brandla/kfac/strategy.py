@@ -111,8 +111,11 @@ class Curvature(ABC):
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return the preconditioned gradient, a pair for a pair or else a matrix."""
 
-    def rank(self) -> int | None:
-        """Return the sum of the factors' ranks; None where the curvature is not applied to pairs."""
+    def widest_pair(self, entries: int) -> int | None:
+        """Return k up to which a pair (d_out, k), (d_in, k) is cheaper to solve for than its d_out d_in ``entries``.
+
+        None where the curvature is not applied to pairs.
+        """
         return None
 
     def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:

@@ -9,6 +9,7 @@ Y = β_L β_R W + U_L H_L (β_R U_LᵀW + (U_LᵀW U_R) H_R U_Rᵀ) + (β_L W U_
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
@@ -42,12 +43,20 @@ def kron_damped_apply(
     right_projection = matrix @ right_basis
     both = left_basis.mT @ right_projection
     left_inner = right_scale * left_projection + _times_middle(right_basis, right_middle, both) @ right_basis.mT
+    left_inner = apply_middle(left_basis, left_middle, left_inner)
     right_inner = _times_middle(right_basis, right_middle, left_scale * right_projection)
-    return (
-        left_scale * right_scale * matrix
-        + left_basis @ apply_middle(left_basis, left_middle, left_inner)
-        + right_inner @ right_basis.mT
-    )
+    scaled = left_scale * right_scale * matrix
+    if scaled.ndim == left_inner.ndim == right_inner.ndim == 2 and not _any_requires_grad(
+        scaled, left_inner, right_inner
+    ):
+        # In place, and both terms in one pass over Y.
+        columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT])
+        return scaled.addmm_(columns, rows)
+    return scaled + left_basis @ left_inner + right_inner @ right_basis.mT
+
+
+def _any_requires_grad(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -182,7 +183,7 @@ def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
 
 
 def grouped_launches(dtype: torch.dtype) -> list[Tensor]:
-    """Classes of factors that a GPU updates together, here by the looped torch forms."""
+    """Classes of factors that are updated together, as a GPU would, here by the looped torch forms."""
     mesh, r, k = mesh_of_all(), 6, 5
     small_parts = []
     for name, kind in UPDATES.items():
@@ -192,13 +193,14 @@ def grouped_launches(dtype: torch.dtype) -> list[Tensor]:
         columns = [builders.make_columns(n, k, dtype=dtype, seed=n) for n in sizes]
         single = getattr(brandla, name)
         expected = [single(*pair, decay=0.9) for pair in zip(factors, columns, strict=True)]
-        for replicate in (False, True):
+        for replicate, reads in itertools.product((False, True), repeat=2):
             own = [brandla.track(sharded(mesh, factor.lowrank, replicate=replicate)) for factor in factors]
             spread = [on_rows(mesh, part) for part in columns]
-            with mock.patch("brandla.grouped.reads_are_free", return_value=False), Messages() as recorder:
+            with mock.patch("brandla.orthonormal.reads_are_free", return_value=reads), Messages() as recorder:
                 results = getattr(brandla.grouped, name)(own, spread, decay=0.9)
-            # As many messages as one factor takes on a GPU.
-            assert len(recorder.seen) == (4 if dtype == torch.float32 else 5), recorder.seen
+            # As many messages as one factor takes on a GPU; where one pass is enough, fewer.
+            most = 4 if dtype == torch.float32 else 5
+            assert len(recorder.seen) <= most if reads else len(recorder.seen) == most, recorder.seen
             for result, before, reference in zip(results, own, expected, strict=True):
                 same_kind(result.lowrank, before.lowrank, name)
                 agree(result.lowrank.dense(), reference.lowrank.dense(), dtype, name)

@@ -166,7 +166,7 @@ def test_nothing_but_the_captures_sees_these_passes():
 
 @pytest.mark.parametrize("kind", ["monte-carlo", "type-2"])
 def test_pairs_are_those_of_the_loss_and_factors_those_of_the_curvature(kind: str):
-    inputs, labels = batch(7, 5, 4)
+    inputs, labels = batch(3, 5, 4)
     steps = []
     for application in ("auto", "two-sided"):
         model = mlp(5, 6, 4)

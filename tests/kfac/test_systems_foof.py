@@ -45,7 +45,7 @@ def test_the_pair_of_a_thin_batch_is_solved_with_as_a_pair():
     """The linear application is what `auto` takes here, for a network and for several steps, with the same result."""
     results, seen = [], []
     for application in ("auto", "two-sided"):
-        model = mlp(40, 50, 30, 4)
+        model = mlp(40, 50, 30, 20)
         preconditioner = KFAC(model, Foof(Brand(16)), application=application)
         for seed in range(3):
             inputs, labels = batch(8, 40, 4, seed)
