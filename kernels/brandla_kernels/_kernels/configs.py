@@ -61,8 +61,10 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
-    # Off alignment each element of a tile has an address of its own, of two registers: they spill beside a larger sum.
-    most, largest_of_four = (128, 4096) if aligned and not wide else (64, 2048)
+    # Off alignment each element of a tile has an address of its own, of two registers: beside a larger sum they spill
+    # where a thread has no more than 255.
+    roomy = aligned or target.backend == "hip"
+    most, largest_of_four = (128, 4096) if roomy and not wide else (64, 2048)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
     long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
