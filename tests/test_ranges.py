@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import brandla
 from brandla._ranges import ranged
+from brandla.kfac import KFAC, Brand
 from builders import make_columns
 
 N, R, K = 40, 6, 5
@@ -92,6 +93,15 @@ def test_arguments_by_keyword_a_batch_and_a_vector_are_named_too():
     assert names_of(solve, EIGH, COLUMNS[:, 0], 0.1) == ["brandla::damped_solve n=40 r=6"]
     tracked = brandla.track(EIGH)
     assert names_of(brandla.eigh_update, tracked, COLUMNS) == ["brandla::eigh_update n=40 r=6 k=5"]
+
+
+def test_a_step_of_kfac_is_a_range_that_holds_those_of_its_factors():
+    model = torch.nn.Linear(20, 15)
+    preconditioner = KFAC(model, Brand(rank=4))
+    model(torch.randn(8, 20)).square().mean().backward()
+    first, *others = names_of(preconditioner.step)
+    assert first == "brandla::KFAC.step"
+    assert "brandla::grouped.eigh_update problems=2 n=21 r=4 k=8" in others
 
 
 def test_ranges_hold_the_calls_of_torch():

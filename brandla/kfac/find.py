@@ -11,6 +11,7 @@ from brandla import _check
 from brandla.kfac.capture import Recorder
 from brandla.kfac.kinds import KINDS, Kind
 from brandla.kfac.layer import Layer, Sharing
+from brandla.kfac.names import named_modules
 from brandla.kfac.options import of_module
 from brandla.kfac.strategy import Strategy
 
@@ -60,7 +61,7 @@ def _find(model: nn.Module) -> tuple[dict[int, list[_Found]], dict[str, str]]:
     found: dict[int, list[_Found]] = {}
     left: dict[str, str] = {}
     covered: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         kinds = _kinds_of(module)
         for kind in kinds if isinstance(kinds, list) else []:
             covered |= {id(kind.weight), id(kind.bias)}

@@ -37,5 +37,5 @@ class Notices:
         self._said.update((what, name) for name in new)
         if new:
             of_each = "; ".join(f"{name}: {reason}" if reason else name for name, reason in new.items())
-            # Past this class, step() and the decorator around it.
-            warnings.warn(f"KFAC: {what}: {of_each}", stacklevel=5)
+            # Past this class, step() and the two decorators around it.
+            warnings.warn(f"KFAC: {what}: {of_each}", stacklevel=6)

@@ -11,6 +11,7 @@ from torch import nn
 from brandla import _check
 from brandla.kfac.fisher import CurvatureType
 from brandla.kfac.layer import Sharing
+from brandla.kfac.names import named_modules
 from brandla.kfac.schedule import Schedule, at, spelled
 from brandla.kfac.strategy import Scale, Strategy
 
@@ -76,9 +77,9 @@ class AtStep:
 def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) -> dict[str, Any]:
     """Return a mapping from module names to an option, with the default under the empty name."""
     if callable(option) and not isinstance(option, type):
-        return {module_name: option(module_name, module) for module_name, module in model.named_modules()}
+        return {module_name: option(module_name, module) for module_name, module in named_modules(model)}
     rule: dict[str, Any] = {"": default, **option} if isinstance(option, Mapping) else {"": option}
-    names = {module for module, _ in model.named_modules()}
+    names = {module for module, _ in named_modules(model)}
     for module in rule:
         if module not in names:
             _check.fail_value("KFAC", f"{name} must name modules of the model; it has no module {module!r}")

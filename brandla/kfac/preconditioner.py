@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla import _check
+from brandla._ranges import ranged
 from brandla.kfac import passes, state
 from brandla.kfac.brand import Brand
 from brandla.kfac.capture import Pass, Recorder
@@ -178,6 +179,7 @@ class KFAC:
             seed = self._seed + 65_537 - self._curvatures
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
 
+    @ranged()
     @torch.no_grad()
     def step(self) -> None:
         """Take in what was captured since the last step, and overwrite the gradients of the layers that have one.

@@ -54,8 +54,6 @@ class TwoLevel(Strategy):
     inner: Strategy
     space: Literal["nicolaides", "residual"] = "nicolaides"
 
-    reads_rows = True
-
     def __post_init__(self) -> None:
         check_inner(self, self.inner, Strategy, "a strategy such as Brand(rank=128)")
         if self.space not in ("nicolaides", "residual"):

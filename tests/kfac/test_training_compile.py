@@ -104,6 +104,24 @@ def test_blocks_that_are_compiled_alike_share_their_graph():
     torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT)))
 
 
+def test_compiled_blocks_keep_the_names_of_their_layers():
+    """Options go by them, and a state of the one model is a state of the other."""
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        blocks = [Block(6), Block(6)]
+        model = nn.Sequential(*(torch.compile(block, backend="eager") for block in blocks) if compiled else blocks)
+        preconditioner = KFAC(model, {"": EXACT, "1.up": None}, damping=0.1)
+        names = [layer.name for layer in preconditioner._layers]
+        assert [name for name in names if "norm" not in name] == ["0.up", "0.down", "1.down"]
+        assert preconditioner.report().unsupported["1.up"] == "inverse is None"
+        model(batch(8, 6, 2)[0]).square().mean().backward()
+        preconditioner.step()
+        states.append(preconditioner.state_dict())
+        preconditioner.load_state_dict(states[0])
+    assert states[0]["layers"].keys() == states[1]["layers"].keys()
+
+
 def test_steps_with_no_capture_do_not_compile_again():
     model = blocks()
     run = torch.compile(model, backend="aot_eager")
