@@ -124,11 +124,13 @@ def measure_drift(basis: Tall, rows: Rows = WHOLE) -> Tensor:
 
     Each update rounds a little orthogonality away, and what a column of long standing has lost it never gets back by
     itself. The norm of a column shows how far it has drifted; corrected columns fall back behind the others, so every
-    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix. For a list, where launches
-    count for more than products, all columns are measured.
+    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix. For a list on a GPU, where
+    launches count for more than products, all columns are measured.
     """
     r = tall.columns(basis)
     if not isinstance(basis, Tensor):
+        if rows is WHOLE and reads_are_free(basis[0]):
+            return torch.stack([measure_drift(own) for own in basis])
         inner = rows.total(project(basis, basis)).double()
         return inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.25).double())
     if r == 0:
