@@ -124,8 +124,8 @@ def measure_drift(basis: Tall, rows: Rows = WHOLE) -> Tensor:
 
     Each update rounds a little orthogonality away, and what a column of long standing has lost it never gets back by
     itself. The norm of a column shows how far it has drifted; corrected columns fall back behind the others, so every
-    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix. For a list on a GPU, where
-    launches count for more than products, all columns are measured.
+    column has its turn after a few updates, at an eighth of the cost of a full Gram matrix. For a list on a GPU, or
+    sharded, where launches and messages count for more than products, all columns are measured.
     """
     r = tall.columns(basis)
     if not isinstance(basis, Tensor):

@@ -92,16 +92,16 @@ class Layer:
         ``rows`` are those of the loss's own gradients, where they were stacked already. Where the loss had a ``scale``,
         the gradient has been divided by it, which changes nothing else.
         """
-        shape = self.shape
-        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-        if self.linear is False or widest is None or self.kind.one_hot or self.kind.single:
+        if self.linear is False or self.kind.one_hot or self.kind.single:
             return None
         calls = self._calls("loss")
         if not calls or not self.capture.gradient_is_pairs():
             return None
         if self.has_bias and self.kind.bias is None:
             return None
-        if self._count(calls) > widest:
+        shape = self.shape
+        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+        if widest is None or self._count(calls) > widest:
             return None
         if rows is None or self.sharing == "reduce":
             rows = self._stacked(calls, "loss", scale, reduce=False)
