@@ -34,6 +34,8 @@ from brandla_kernels import (
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 _SECOND_PASS = 0.25
+# Columns up to which a float64 Gram matrix, which two passes need, is cheap enough to begin with.
+_NARROW = 32
 # Rows squared at a time, so that no second copy of a basis is made.
 _ROWS = 4096
 
@@ -73,22 +75,24 @@ def split(basis: Tall, columns: Tall, rows: Rows = WHOLE) -> Split:
     coefficients = rows.total(project(basis, columns))
     if reads_are_free(coefficients):
         panel = _each(subtract_product, columns, basis, coefficients)
-        easy = _one_pass(basis, coefficients.double(), panel, rows)
+        exact = tall.columns(panel) <= _NARROW
+        panel_gram = rows.total(gram(panel) if exact else _stacked(_each(rounded_gram, panel)))
+        easy = _one_pass(basis, coefficients.double(), panel, panel_gram, rows)
         if easy is not None:
             return easy
-        panel_gram = gram(panel)
+        panel_gram = panel_gram if exact else rows.total(gram(panel))
     else:
         panel, panel_gram = residual(basis, columns, coefficients)
-    return _two_passes(basis, coefficients.double(), panel, rows.total(panel_gram), rows)
+        panel_gram = rows.total(panel_gram)
+    return _two_passes(basis, coefficients.double(), panel, panel_gram, rows)
 
 
-def _one_pass(basis: Tall, coefficients: Tensor, panel: Tall, rows: Rows) -> Split | None:
+def _one_pass(basis: Tall, coefficients: Tensor, panel: Tall, panel_gram: Tensor, rows: Rows) -> Split | None:
     """Split where one pass is as good as two: no column lost 99 % of its length, and none leans on the others.
 
     Rounding then enters Q at most four times magnified, by T, and that of a Gram matrix of rounded products sixteen
     times; and a hundred times through what U still shares with P, which is measured and taken out.
     """
-    panel_gram = rows.total(_stacked(_each(rounded_gram, panel)))
     squares = panel_gram.diagonal(dim1=-2, dim2=-1)
     length = (coefficients.square().sum(-2) + squares).sqrt()
     if not bool((squares > 1e-4 * length.square()).all()):
@@ -128,23 +132,26 @@ def measure_drift(basis: Tall, rows: Rows = WHOLE) -> Tensor:
     sharded, where launches and messages count for more than products, all columns are measured.
     """
     r = tall.columns(basis)
-    if not isinstance(basis, Tensor):
-        if rows is WHOLE and reads_are_free(basis[0]):
-            return torch.stack([measure_drift(own) for own in basis])
+    if not isinstance(basis, Tensor) and not (rows is WHOLE and reads_are_free(basis[0])):
         inner = rows.total(project(basis, basis)).double()
         return inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.25).double())
-    if r == 0:
-        return basis.new_zeros(*basis.shape[:-1], 0)[..., :0, :].double()
-    squares = sum((slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)), basis.new_zeros(()))
-    norms = rows.total(squares).sqrt()
+    norms = rows.total(_stacked(_each(_squared_lengths, basis))).sqrt()
     live = norms > 0.5
-    chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
-    picked = columns_at(basis, chosen)
     identity = torch.diag_embed(live.double())
-    index = chosen[..., None, :].expand(*basis.shape[:-2], r, chosen.shape[-1])
-    deviation = rows.total(project(basis, picked)).double() - identity.gather(-1, index)
-    drift = torch.zeros_like(identity).scatter(-1, index, deviation)
-    return drift.scatter(-2, index.mT, deviation.mT)
+    if r == 0:
+        return identity
+    chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
+    index = chosen[..., None, :].expand(*norms.shape, chosen.shape[-1])
+    inner = rows.total(project(basis, _each(columns_at, basis, chosen))).double()
+    deviation = inner - identity.gather(-1, index)
+    drift = torch.zeros_like(identity).scatter_(-1, index, deviation)
+    return drift.scatter_(-2, index.mT, deviation.mT)
+
+
+def _squared_lengths(basis: Tensor) -> Tensor:
+    """Return ‖u_j‖² (..., r), a slab of rows at a time."""
+    slabs = [slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)]
+    return slabs[0] if len(slabs) == 1 else torch.stack(slabs).sum(0)
 
 
 def columns_at(matrix: Tensor, index: Tensor) -> Tensor:

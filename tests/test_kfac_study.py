@@ -103,7 +103,12 @@ def test_images_are_standardised_and_validation_is_apart(fashion: Path) -> None:
     assert not any(tuple(row) in seen for row in found.search_validation.images.tolist())
 
 
-@pytest.mark.parametrize("broken", [b"", b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\1\0\0\0\1\0")])
+# Named, since a compressed file holds the time it was made at, and a name must be the same in every test process.
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\1\0\0\0\1\0")],
+    ids=["empty", "not compressed", "too short", "of floats"],
+)
 def test_a_file_that_is_no_idx_file_is_named(broken: bytes, tmp_path: Path) -> None:
     (tmp_path / "one.gz").write_bytes(broken)
     with pytest.raises(images.UnusableError, match=r"one\.gz is no idx file"):

@@ -63,8 +63,8 @@ def test_only_small_all_reduces_travel(dtype) -> None:
             assert max(size for _, size in messages) <= (r + k) * k, (name, messages)
         assert {name: len(messages) for name, messages in seen.items()} == {
             "eigh_update": 4,
-            # In float64 the first pass takes a Gram matrix more.
-            "eigh_update, two passes": 6 if dtype == torch.float32 else 7,
+            # In float64 the first pass takes a Gram matrix more. Wider columns than these do, too.
+            "eigh_update, two passes": 5 if dtype == torch.float32 else 6,
             "eigh_update_": 4,
             "subspace_update": 4,
             "subspace_update_": 4,

@@ -120,16 +120,9 @@ class _Product(NamedTuple):
 
 
 def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
-    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, those with two low-rank factors together."""
-    products: dict[int, _Product] = {}
-    others: dict[int, Problem] = {}
-    for index, problem in enumerate(problems):
-        curvature = _of(problem)
-        lowranks = _lowranks(curvature)
-        if lowranks is None:
-            others[index] = problem
-        else:
-            products[index] = _product(curvature, lowranks, problem.gradient, damping)
+    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
+    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem, damping))}
+    others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
         left, right, gradients, left_damping, right_damping, left_tail, right_tail = (
@@ -142,45 +135,39 @@ def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     return [solved[index] for index in range(len(problems))]
 
 
-def _lowranks(curvature: Kronecker) -> tuple[LowRankEigh | LowRankSym, LowRankEigh | LowRankSym] | None:
-    """Return left (output) and right (input) factors where both are low-rank."""
-    if curvature.input is None or curvature.output is None:
+def _product(problem: Problem, damping: Damping) -> _Product | None:
+    """Return what a gradient that is a matrix between two low-rank factors is solved with."""
+    curvature = _of(problem)
+    if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
         return None
     left, right = curvature.output.lowrank(), curvature.input.lowrank()
-    return None if left is None or right is None else (left, right)
-
-
-def _product(
-    curvature: Kronecker,
-    lowranks: tuple[LowRankEigh | LowRankSym, LowRankEigh | LowRankSym],
-    gradient: Gradient,
-    damping: Damping,
-) -> _Product:
-    assert curvature.input is not None
-    assert curvature.output is not None
+    if left is None or right is None:
+        return None
     return _Product(
-        *lowranks,
-        gradient,
-        damping.of(lowranks[0].largest_eigenvalue()),
-        damping.of(lowranks[1].largest_eigenvalue()),
+        left,
+        right,
+        problem.gradient,
+        damping.of(left.largest_eigenvalue()),
+        damping.of(right.largest_eigenvalue()),
         curvature.output.strategy.tail,
         curvature.input.strategy.tail,
     )
 
 
 def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
-    """Solve with the factors there are: all output factors, then all input factors."""
+    """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
     steps = [problem.gradient for problem in problems]
-    outputs = {i: side for i, problem in enumerate(problems) if (side := _of(problem).output) is not None}
-    blocks = [_first(steps[index]) for index in outputs]
-    for index, block in zip(outputs, factor.damped_solves(list(outputs.values()), blocks, damping), strict=True):
-        step = steps[index]
-        steps[index] = block if isinstance(step, Tensor) else (block, step[1])
-    inputs = {i: side for i, problem in enumerate(problems) if (side := _of(problem).input) is not None}
-    blocks = [_second(steps[index]) for index in inputs]
-    for index, block in zip(inputs, factor.damped_solves(list(inputs.values()), blocks, damping), strict=True):
-        step = steps[index]
-        steps[index] = block.mT if isinstance(step, Tensor) else (step[0], block)
+    outputs = {index: side for index, problem in enumerate(problems) if (side := _of(problem).output) is not None}
+    inputs = {index: side for index, problem in enumerate(problems) if (side := _of(problem).input) is not None}
+    at_once = {index: side for index, side in inputs.items() if isinstance(steps[index], tuple)}
+    blocks = [_first(steps[index]) for index in outputs] + [_second(steps[index]) for index in at_once]
+    solved = factor.damped_solves([*outputs.values(), *at_once.values()], blocks, damping)
+    for index, block in zip(outputs, solved[: len(outputs)], strict=True):
+        steps[index] = _with_first(steps[index], block)
+    then = {index: side for index, side in inputs.items() if index not in at_once}
+    rest = factor.damped_solves(list(then.values()), [_second(steps[index]) for index in then], damping)
+    for index, block in zip([*at_once, *then], [*solved[len(outputs) :], *rest], strict=True):
+        steps[index] = _with_second(steps[index], block)
     return steps
 
 
@@ -196,3 +183,11 @@ def _first(step: Gradient) -> Tensor:
 def _second(step: Gradient) -> Tensor:
     """Return what an input factor is applied to: Wᵀ, or Q."""
     return step.mT if isinstance(step, Tensor) else step[1]
+
+
+def _with_first(step: Gradient, block: Tensor) -> Gradient:
+    return block if isinstance(step, Tensor) else (block, step[1])
+
+
+def _with_second(step: Gradient, block: Tensor) -> Gradient:
+    return block.mT if isinstance(step, Tensor) else (step[0], block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ class Mask(NamedTuple):
         """Look once at all rows and all gradients of the model."""
         parts = (part for part in [*_parts(rows), *_gradients(model)] if part.numel())
         # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
-        extremes = [extreme.to(torch.float64) for part in parts for extreme in torch.aminmax(part)]
-        finite = torch.stack([extreme.to(extremes[0].device) for extreme in extremes]).isfinite().all()
+        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
+        widest = reduce(torch.promote_types, {extreme.dtype for extreme in extremes})
+        finite = torch.stack([extreme.to(extremes[0].device, widest) for extreme in extremes]).isfinite().all()
         return cls(finite, reads_are_free(finite) and bool(finite))
 
     def agreed(self, finite: bool) -> Mask:

@@ -41,15 +41,20 @@ def rounded_gram(panel: Tensor) -> Tensor:
 
     At twice the speed of `gram_torch` or better, it is as good for a panel whose columns do not lean on one another.
     """
-    k = panel.shape[-1]
-    total = panel.new_zeros(*panel.shape[:-2], k, k)
-    for part in panel.split(_ROUNDED_ROWS * _SLABS, dim=-2):
-        whole = part.shape[-2] // _ROUNDED_ROWS * _ROUNDED_ROWS
-        slabs, rest = part[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS)), part[..., whole:, :]
-        total = total + (slabs.mT @ slabs).sum(-3)
-        if rest.shape[-2]:
-            total = total + rest.mT @ rest
+    n = panel.shape[-2]
+    whole = n // _ROUNDED_ROWS * _ROUNDED_ROWS
+    slabs, rest = panel[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS)), panel[..., whole:, :]
+    parts = [_sum_of_grams(some) for some in slabs.split(_SLABS, dim=-3)]
+    if whole < n:
+        parts.append(rest.mT @ rest)
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return total.double()
+
+
+def _sum_of_grams(slabs: Tensor) -> Tensor:
+    """Return the sum of the Gram matrices of slabs (..., slabs, rows, k)."""
+    products = torch.bmm(slabs.mT, slabs) if slabs.ndim == 3 else slabs.mT @ slabs
+    return products.sum(-3)
 
 
 def _gram_of_slab(slab: Tensor) -> Tensor:

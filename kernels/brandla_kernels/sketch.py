@@ -96,7 +96,7 @@ def _words(seed: Tensor, shape: Sequence[int], problem: int) -> Tensor:
 
     key = seed.reshape(())
     counter = (count(quads), count(blocks, 1, 1), count(*batch_shape, 1, 1, 1) + problem, torch.full_like(key, STREAM))
-    return torch.stack([word.expand(tuple(shape)) for word in philox(counter, (key, key >> 32))], -1)
+    return torch.stack(philox(counter, (key, key >> 32)), -1)
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,17 +105,20 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     Words are int64 tensors, which are broadcast; what is taken in may have any upper half, what is returned is in
     [0, 2³²).
     """
-    first, second, third, fourth = counter
-    first, third = first & _MASK, third & _MASK
-    steps = torch.arange(_ROUNDS, device=key[0].device)
-    schedules = (key[0] + steps * _KEY_STEPS[0], key[1] + steps * _KEY_STEPS[1])
-    for low, high in zip(*(schedule.unbind() for schedule in schedules), strict=True):
+    words = torch.broadcast_tensors(*counter)
+    # Words 0 and 2, which are multiplied, and words 1 and 3, each pair as one tensor: half as many operations.
+    multiplied, others = torch.stack(words[::2]) & _MASK, torch.stack(words[1::2])
+    pair = torch.arange(2, device=words[0].device).view(2, *(1,) * words[0].ndim)
+    multipliers = _MULTIPLIERS[0] + pair * (_MULTIPLIERS[1] - _MULTIPLIERS[0])
+    steps = torch.arange(_ROUNDS, device=words[0].device)
+    keys = torch.stack([word + steps * step for word, step in zip(key, _KEY_STEPS, strict=True)], -1)
+    for key_of_round in keys.view(_ROUNDS, *pair.shape).unbind():
         # The product of two words wraps around in int64, and has the right 64 bits.
-        product, other = first * _MULTIPLIERS[0], third * _MULTIPLIERS[1]
-        first, second = (other >> 32) ^ second ^ low & _MASK, other
-        third, fourth = (product >> 32) ^ fourth ^ high & _MASK, product
-        first, third = first & _MASK, third & _MASK
-    return first, second & _MASK, third, fourth & _MASK
+        products = (multiplied * multipliers).flip(0)
+        multiplied = (products >> 32).bitwise_xor_(others).bitwise_xor_(key_of_round).bitwise_and_(_MASK)
+        others = products
+    others = others & _MASK
+    return multiplied[0], others[0], multiplied[1], others[1]
 
 
 def cost(m: int, n: int, width: int, itemsize: int = 4) -> Cost:
