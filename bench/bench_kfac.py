@@ -24,6 +24,8 @@ PERIOD = 10
 COLUMNS = 32
 TARGET = 0.97
 
+OVER_SGD = "a step, renewals counted as often as they happen / SGD's step"
+
 STRATEGIES = {
     "B-KFAC": Brand(RANK),
     f"B-KFAC, {COLUMNS} columns": Brand(RANK, sketch=COLUMNS),
@@ -51,7 +53,7 @@ def steps() -> dict[str, training_methods.Step]:
     return methods | {name: preconditioned(WIDTH, BATCH, strategy) for name, strategy in STRATEGIES.items()}
 
 
-@pytest.mark.benchmark(group="a step, renewals counted as often as they happen / SGD's step")
+@pytest.mark.benchmark(group=OVER_SGD)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_step_over_sgd(name, steps, benchmark, figures, repeats) -> None:
     pair = {"SGD": steps["SGD"], name: steps[name]}
@@ -59,6 +61,19 @@ def test_step_over_sgd(name, steps, benchmark, figures, repeats) -> None:
     limit = {"at_most": 3.0} if name in HELD_TO else {}
     figures(name, timing.ratio(by_period(seconds[name]), by_period(seconds["SGD"])), **limit)
     benchmark.pedantic(steps[name], rounds=repeats(PERIOD))
+
+
+@pytest.mark.benchmark(group=OVER_SGD)
+@pytest.mark.parametrize("columns", [BATCH, COLUMNS])
+def test_floor_of_a_step(columns, benchmark, figures, repeats) -> None:
+    pair = {
+        "SGD": training_methods.sgd(WIDTH, BATCH),
+        "floor": training_methods.bare(WIDTH, BATCH, RANK, columns),
+    }
+    seconds = timing.alternating(pair, repeats(6 * PERIOD), warm_up=PERIOD)
+    name = f"only the tall products and eigh of B-KFAC, {columns} columns"
+    figures(name, timing.ratio(by_period(seconds["floor"]), by_period(seconds["SGD"])))
+    benchmark.pedantic(pair["floor"], rounds=repeats(PERIOD))
 
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")

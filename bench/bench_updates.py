@@ -36,7 +36,7 @@ from bench.problems import (
 )
 from brandla._core import polish, safe_eigh, truncate_by_subspace
 from brandla._expansion import expand
-from brandla.orthonormal import split
+from brandla._split import split
 
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]

@@ -203,7 +203,7 @@ def drift_of(
 def uncorrected() -> Iterator[None]:
     """Switch the correction of drift off."""
     none = lambda basis, rows: basis.new_zeros(basis.shape[-1], basis.shape[-1], dtype=torch.float64)
-    with mock.patch("brandla.orthonormal.measure_drift", none):
+    with mock.patch("brandla._split.measure_drift", none):
         yield
 
 

@@ -55,6 +55,36 @@ def preconditioned(width: int, batch: int, strategy: Strategy | None, rate: floa
     return step
 
 
+def bare(width: int, batch: int, rank: int, columns: int) -> Step:
+    """SGD's step, and of B-KFAC's only the products with tall matrices and the eigendecompositions: a floor for it.
+
+    Four factors of an order of about ``width`` get ``columns`` each in one pass, and are applied to the gradients of
+    the two large layers as pairs and of the others as matrices. Nothing orthonormalises, truncates or checks.
+    """
+    plain = sgd(width, batch)
+    order = rank + columns
+    basis, data = torch.randn(width, rank) / width**0.5, torch.randn(width, batch)
+    signs, rotation = torch.randn(batch, columns), torch.randn(order, rank)
+    added = torch.randn(4, order, columns)
+    cores = torch.diag(torch.logspace(0, -4, order)) + 0.05 / order * added @ added.mT
+    weight = torch.empty(width, width)
+    # Columns that each factor is applied to: the inputs with their bias, twice the rows of a batch, and the classes.
+    widths = (65, batch, batch, 10)
+
+    def step() -> None:
+        plain()
+        torch.linalg.eigh(cores)
+        for applied in widths:
+            taken = data @ signs if columns < batch else data
+            panel = torch.addmm(taken, basis, basis.mT @ taken, alpha=-1)
+            _ = panel.mT @ panel
+            _ = (basis @ rotation[:rank]).addmm_(panel, rotation[rank:])
+            _ = basis @ (basis.mT @ data[:, :applied])
+        torch.matmul(data, data.mT, out=weight)
+
+    return step
+
+
 def singd(width: int, batch: int, period: int) -> Step:
     """SINGD with dense structures, of the package ``singd``."""
     from singd.optim.optimizer import SINGD

@@ -8,7 +8,8 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla.orthonormal import columns_at, orthonormalize
+from brandla._drift import columns_at
+from brandla.orthonormal import orthonormalize
 from brandla.rank import above
 from brandla_kernels import cholesky_inverse_core, gram
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brandla._sharded import WHOLE, Rows
-from brandla.orthonormal import Split, split
+from brandla._split import Split, split
 from brandla_kernels import Tall, tall
 
 

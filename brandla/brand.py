@@ -12,9 +12,9 @@ from brandla._core import polish, safe_eigh, safe_svd, without_denormals
 from brandla._expansion import expand
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
+from brandla._split import Split, split
 from brandla._step import Step, Update, check_update
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
-from brandla.orthonormal import Split, split
 from brandla.rank import Rank, above, most_of, tolerance_of
 
 
@@ -80,10 +80,10 @@ def eigh_update(
 
     Notes
     -----
-    Two projection passes keep ‖UᵀU − I‖₂ at a small multiple of ε over any number of updates, on rank-deficient data
-    too: columns inside the span of U, or repeated, add no basis vector. The result never exceeds the matrix it stands
-    for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device; `brandla.subspace_update` does
-    not. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
+    Two projection passes, or one on a CPU where it is as good, keep ‖UᵀU − I‖₂ at a small multiple of ε over any
+    number of updates, on rank-deficient data too: columns inside the span of U, or repeated, add no basis vector. The
+    result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the
+    device; `brandla.subspace_update` does not. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._core import safe_eigh
+from brandla._drift import columns_at
 from brandla.lowrank import LowRankEigh
-from brandla.orthonormal import columns_at
 
 
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:

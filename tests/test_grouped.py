@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -111,6 +112,25 @@ def test_factors_of_one_rank_are_updated_as_each_by_itself(name: str, inside: st
         # Two backward stable ways to one matrix of order n.
         assert spectral_norm(result.dense() - expected) <= 8 * n * eps * spectral_norm(expected)
         assert spectral_norm(basis.mT @ basis - torch.eye(r, dtype=torch.float64)) <= 200 * eps
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_only_the_factors_that_need_a_second_pass_take_it(k: int, dtype: torch.dtype) -> None:
+    """The widths of columns have different Gram matrices to begin with."""
+    orders, r = (150, 100, 120, 110), 8
+    factors = [make_eigh(n, r, dtype=dtype, seed=n) for n in orders]
+    columns = [make_columns(n, k, dtype=dtype, seed=n) for n in orders]
+    for index in (0, 2):
+        columns[index] = factors[index].eigenvectors @ columns[index][:r]
+    with mock.patch("brandla._split.refine", wraps=brandla._split.refine) as second_pass:
+        results = grouped.eigh_update(factors, columns, decay=0.9, weight=0.5)
+    (bases, *_), _ = second_pass.call_args
+    assert [basis.shape[0] for basis in bases] == [150, 120]
+    for result, factor, own in zip(results, factors, columns, strict=True):
+        expected = brandla.eigh_update(factor, own, decay=0.9, weight=0.5).dense()
+        # Two backward stable ways to one matrix.
+        bound = 8 * factor.n * torch.finfo(dtype).eps * spectral_norm(expected)
+        assert spectral_norm(result.dense() - expected) <= bound
 
 
 @pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import oracles
-from brandla.orthonormal import orthonormalize, split
+from brandla._split import split
+from brandla.orthonormal import orthonormalize
 from oracles import THRESHOLD
 
 N, K = 90, 16

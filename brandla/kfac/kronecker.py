@@ -154,20 +154,25 @@ def _product(problem: Problem, damping: Damping) -> _Product | None:
     )
 
 
+class _Side(NamedTuple):
+    """One factor to solve with, and the problem it belongs to."""
+
+    problem: int
+    name: Literal["input", "output"]
+    factor: Factor
+
+
 def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
     steps = [problem.gradient for problem in problems]
-    outputs = {index: side for index, problem in enumerate(problems) if (side := _of(problem).output) is not None}
-    inputs = {index: side for index, problem in enumerate(problems) if (side := _of(problem).input) is not None}
-    at_once = {index: side for index, side in inputs.items() if isinstance(steps[index], tuple)}
-    blocks = [_first(steps[index]) for index in outputs] + [_second(steps[index]) for index in at_once]
-    solved = factor.damped_solves([*outputs.values(), *at_once.values()], blocks, damping)
-    for index, block in zip(outputs, solved[: len(outputs)], strict=True):
-        steps[index] = _with_first(steps[index], block)
-    then = {index: side for index, side in inputs.items() if index not in at_once}
-    rest = factor.damped_solves(list(then.values()), [_second(steps[index]) for index in then], damping)
-    for index, block in zip([*at_once, *then], [*solved[len(outputs) :], *rest], strict=True):
-        steps[index] = _with_second(steps[index], block)
+    sides = [_Side(index, *own) for index, problem in enumerate(problems) for own in _of(problem).factors()]
+    waiting = [side.name == "input" and isinstance(steps[side.problem], Tensor) for side in sides]
+    for turn in (False, True):
+        taken = [side for side, waits in zip(sides, waiting, strict=True) if waits is turn]
+        blocks = [_block(steps[side.problem], side.name) for side in taken]
+        solved = factor.damped_solves([side.factor for side in taken], blocks, damping)
+        for side, block in zip(taken, solved, strict=True):
+            steps[side.problem] = _with_block(steps[side.problem], side.name, block)
     return steps
 
 
@@ -175,19 +180,14 @@ def _of(problem: Problem) -> Kronecker:
     return cast(Kronecker, problem.curvature)
 
 
-def _first(step: Gradient) -> Tensor:
-    """Return what an output factor is applied to: W, or P."""
-    return step if isinstance(step, Tensor) else step[0]
+def _block(step: Gradient, side: Literal["input", "output"]) -> Tensor:
+    """Return what a factor is applied to: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
+    if isinstance(step, Tensor):
+        return step if side == "output" else step.mT
+    return step[0] if side == "output" else step[1]
 
 
-def _second(step: Gradient) -> Tensor:
-    """Return what an input factor is applied to: Wᵀ, or Q."""
-    return step.mT if isinstance(step, Tensor) else step[1]
-
-
-def _with_first(step: Gradient, block: Tensor) -> Gradient:
-    return block if isinstance(step, Tensor) else (block, step[1])
-
-
-def _with_second(step: Gradient, block: Tensor) -> Gradient:
-    return block.mT if isinstance(step, Tensor) else (step[0], block)
+def _with_block(step: Gradient, side: Literal["input", "output"], block: Tensor) -> Gradient:
+    if isinstance(step, Tensor):
+        return block if side == "output" else block.mT
+    return (block, step[1]) if side == "output" else (step[0], block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-__all__ = ["Matrices", "Tall", "columns", "device_of", "dtype_of", "rows"]
+__all__ = ["Matrices", "Tall", "columns", "device_of", "dtype_of", "each", "rows", "stacked"]
 
 # `Matrices` for code that works on either kind: what comes out is of the kind that went in, which no alias can say.
 Tall: TypeAlias = Any
@@ -33,6 +34,18 @@ def dtype_of(matrices: Matrices) -> torch.dtype:
 def device_of(matrices: Matrices) -> torch.device:
     """Return the device that all the matrices are on."""
     return matrices.device if isinstance(matrices, Tensor) else matrices[0].device
+
+
+def each(function: Callable[..., Tensor], matrices: Tall, *others: Tall | Tensor) -> Tall:
+    """Return ``function`` of a matrix, or of each in a list and what belongs to it."""
+    if isinstance(matrices, Tensor):
+        return function(matrices, *others)
+    return [function(*members) for members in zip(matrices, *others, strict=True)]
+
+
+def stacked(small: Tall) -> Tensor:
+    """Return a small matrix as it is, those of a list stacked."""
+    return small if isinstance(small, Tensor) else torch.stack(small)
 
 
 def _largest(matrices: Matrices, dim: int) -> int:

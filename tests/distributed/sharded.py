@@ -196,7 +196,7 @@ def grouped_launches(dtype: torch.dtype) -> list[Tensor]:
         for replicate, reads in itertools.product((False, True), repeat=2):
             own = [brandla.track(sharded(mesh, factor.lowrank, replicate=replicate)) for factor in factors]
             spread = [on_rows(mesh, part) for part in columns]
-            with mock.patch("brandla.orthonormal.reads_are_free", return_value=reads), Messages() as recorder:
+            with mock.patch("brandla._split.reads_are_free", return_value=reads), Messages() as recorder:
                 results = getattr(brandla.grouped, name)(own, spread, decay=0.9)
             # As many messages as one factor takes on a GPU; where one pass is enough, fewer.
             most = 4 if dtype == torch.float32 else 5
