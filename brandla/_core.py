@@ -8,10 +8,9 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla._drift import columns_at
 from brandla.orthonormal import orthonormalize
 from brandla.rank import above
-from brandla_kernels import cholesky_inverse_core, gram
+from brandla_kernels import cholesky_inverse_core, gram, tall
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
 # so that no rounding mixes an empty coordinate into an eigenvector.
@@ -111,7 +110,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     diagonal = core.diagonal(dim1=-2, dim2=-1)
     if core.shape[-1] == 0:
         return diagonal.sum(-1)
-    vector = columns_at(core, diagonal.argmax(-1, keepdim=True))
+    vector = tall.columns_at(core, diagonal.argmax(-1, keepdim=True))
     tiny = torch.finfo(core.dtype).tiny
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny))
@@ -154,11 +153,11 @@ def truncate_by_subspace(
     scale = torch.where(finite & (largest > 0), largest, 1)
     normalized = (core / scale).masked_fill_(~finite, 0)
     order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices
-    image = columns_at(normalized, order)
-    inner = columns_at(image.mT, order)
+    image = tall.columns_at(normalized, order)
+    inner = tall.columns_at(image.mT, order)
     for _ in range(iterations - 1):
         # Only the span matters here, so columns may come out less than orthonormal, but none that is left may be lost.
-        rotation = _orthonormal_columns(image, dtype, _lowest_threshold(rank))[0]
+        rotation = _orthonormal_basis(image, dtype, _lowest_threshold(rank))
         image = normalized @ rotation
         inner = rotation.mT @ image
     # K̂ = F Fᵀ, a sum of terms: leaving some out keeps K̂ ⪯ K.
@@ -211,10 +210,22 @@ def _orthonormal_columns(matrix: Tensor, dtype: torch.dtype, threshold: float) -
     """
     if dtype == matrix.dtype:
         return orthonormalize(matrix)
+    transform, inner = _cholesky_transform(matrix, threshold)
+    return matrix @ transform, transform.mT @ inner
+
+
+def _orthonormal_basis(matrix: Tensor, dtype: torch.dtype, threshold: float) -> Tensor:
+    """Q of `_orthonormal_columns` alone."""
+    if dtype == matrix.dtype:
+        return orthonormalize(matrix)[0]
+    return matrix @ _cholesky_transform(matrix, threshold)[0]
+
+
+def _cholesky_transform(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """T with Q = M T orthonormal but for zero columns, and MᵀM."""
     inner = gram(matrix)
     scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    transform, _ = cholesky_inverse_core(inner, scale, threshold)
-    return matrix @ transform, transform.mT @ inner
+    return cholesky_inverse_core(inner, scale, threshold)[0], inner
 
 
 def _has_length(vectors: Tensor) -> Tensor:

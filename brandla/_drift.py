@@ -31,7 +31,7 @@ def measure_drift(basis: Tall, rows: Rows = WHOLE) -> Tensor:
         return identity
     chosen = torch.where(live, (norms - 1).abs(), 0).nan_to_num().topk(-(-r // 8), dim=-1).indices
     index = chosen[..., None, :].expand(*norms.shape, chosen.shape[-1])
-    inner = rows.total(project(basis, tall.each(columns_at, basis, chosen))).double()
+    inner = rows.total(project(basis, tall.each(tall.columns_at, basis, chosen))).double()
     deviation = inner - identity.gather(-1, index)
     drift = torch.zeros_like(identity).scatter_(-1, index, deviation)
     return drift.scatter_(-2, index.mT, deviation.mT)
@@ -41,14 +41,6 @@ def _squared_lengths(basis: Tensor) -> Tensor:
     """Return ‖u_j‖² (..., r), a slab of rows at a time."""
     slabs = [slab.square().sum(-2) for slab in basis.split(_ROWS, dim=-2)]
     return slabs[0] if len(slabs) == 1 else torch.stack(slabs).sum(0)
-
-
-def columns_at(matrix: Tensor, index: Tensor) -> Tensor:
-    """Return the columns of a matrix (..., m, n) at the indices (..., p)."""
-    if matrix.ndim == 2:
-        # Many times faster than the general form.
-        return matrix.index_select(-1, index)
-    return matrix.take_along_dim(index[..., None, :], dim=-1)
 
 
 def without_drift(drift: Tensor, rotation: Tensor) -> Tensor:

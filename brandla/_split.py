@@ -101,7 +101,7 @@ def _as_few_passes(basis: Tall, coefficients: Tensor, panel: Tall, rows: Rows) -
     """Split in one pass where that is as good as two, each matrix of a list by itself, those of a batch alike."""
     exact = tall.columns(panel) <= _NARROW
     panel_gram = rows.total(gram(panel) if exact else tall.stacked(tall.each(rounded_gram, panel)))
-    attempt = _attempt(coefficients, panel_gram)
+    attempt = _attempt(coefficients, panel_gram, tall.dtype_of(panel))
     good = attempt.good.flatten().tolist()
     if all(good):
         return _one_pass(basis, coefficients, panel, attempt, rows)
@@ -132,7 +132,7 @@ def _lengths(coefficients: Tensor, panel_gram: Tensor) -> Tensor:
     return (coefficients.square().sum(-2) + panel_gram.diagonal(dim1=-2, dim2=-1)).sqrt()
 
 
-def _attempt(coefficients: Tensor, panel_gram: Tensor) -> _Attempt:
+def _attempt(coefficients: Tensor, panel_gram: Tensor, dtype: torch.dtype) -> _Attempt:
     """Orthonormalise in one pass: as good as two where no column lost 99 % of its length, and none leans on the others.
 
     Rounding then enters Q at most four times magnified, by T, and that of a Gram matrix of rounded products sixteen
@@ -145,7 +145,10 @@ def _attempt(coefficients: Tensor, panel_gram: Tensor) -> _Attempt:
     factor, info = torch.linalg.cholesky_ex(panel_gram * unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(squares.shape[-1], dtype=squares.dtype)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    stands_out = (squares > 1e-4 * length.square()) & (inverse.square().sum(-1) <= 16)
+    finfo = torch.finfo(dtype)
+    # A rounded square must be a normal number.
+    stands_out = (squares > finfo.tiny / finfo.eps) & (squares > 1e-4 * length.square())
+    stands_out &= inverse.square().sum(-1) <= 16
     transform, triangle = inverse.mT * unit[..., :, None], factor.mT / unit[..., None, :]
     reaching = (length[..., :, None] * transform).square().sum(-2)
     return _Attempt(transform, triangle, stands_out.all(-1) & (info == 0), (reaching <= 16).all(-1))

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._core import safe_eigh
-from brandla._drift import columns_at
 from brandla.lowrank import LowRankEigh
+from brandla_kernels import tall
 
 
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
@@ -44,4 +44,4 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
     corrected = eigh.eigenvalues.index_copy(-1, subset, values)
     vectors = eigh.eigenvectors.index_copy(-1, subset, chosen @ rotation)
     ordered, order = corrected.sort(descending=True)
-    return LowRankEigh(ordered, columns_at(vectors, order))
+    return LowRankEigh(ordered, tall.columns_at(vectors, order))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from brandla._ranked import permuted, ranked_core, strongest_first
 from brandla._sharded import WHOLE, Rows
 from brandla_kernels import Tall, cholesky_inverse_core, gram, rounded_gram, tall
 
@@ -33,7 +34,7 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple
-        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P. R is upper triangular in its live rows.
+        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P.
     """
     nearly, transform, triangle = factorize(panel)
     return nearly @ transform, triangle
@@ -68,7 +69,7 @@ class FirstPass(NamedTuple):
     panel: Tall  # P′       [..., n, k]
     gram: Tensor  # P′ᵀP′       [..., k, k], float64
     transform: Tensor  # T      [..., k, k], float64
-    to_panel: Tensor | None  # B, upper triangular; None stands for I
+    to_panel: Tensor | None  # B; None stands for I
 
     def triangle(self) -> Tensor:
         """R B, so that P ≈ (P′ T) R B."""
@@ -84,19 +85,28 @@ def first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int, rows
     """
     dtype = tall.dtype_of(panel)
     eps = torch.finfo(dtype).eps
+    # A comparison with NaN is false.
+    length = torch.where(length <= shortest(dtype), 0, length)
     if dtype != panel_gram.dtype:
         # Rounding of the projection leaves about √(r + k)·ε of a column that lies inside the span.
-        transform, _ = cholesky_inverse_core(panel_gram, length, 64 * width * eps**2)
+        transform = ranked_core(panel_gram, length, 64 * width * eps**2)
         return FirstPass(panel, panel_gram, transform, None)
     k = max(tall.columns(panel), 1)
-    unit = torch.where(length > 0, length, 1)
-    equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
+    order = strongest_first(panel_gram, length, 64 * k * eps)
+    unit = torch.where(length > 0, length, 1).gather(-1, order)
+    equilibrated = permuted(panel_gram, order) / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = _solve_from_right(panel, to_panel)
+    panel = _solve_from_right(tall.each(tall.columns_at, panel, order), to_panel)
     panel_gram = rows.total(gram(panel))
-    transform, _ = cholesky_inverse_core(panel_gram, torch.ones_like(length), 16 * k * eps)
-    return FirstPass(panel, panel_gram, transform, to_panel)
+    transform = ranked_core(panel_gram, torch.ones_like(length), 16 * k * eps)
+    return FirstPass(panel, panel_gram, transform, to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1))
+
+
+def shortest(dtype: torch.dtype) -> float:
+    """Length up to which a column counts as zero: its inverse must be finite, and its square in float64 normal."""
+    finfo, finest = torch.finfo(dtype), torch.finfo(torch.float64)
+    return float(max(finfo.tiny / finfo.eps, (finest.tiny / finest.eps) ** 0.5))
 
 
 def _solve_from_right(panel: Tall, triangle: Tensor) -> Tall:

@@ -67,8 +67,8 @@ def subspace_update(
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
     iterations
-        Subspace iterations, at least 1. Two come within a few per cent of the exact update's error on every stream
-        measured (``docs/subspace.md``).
+        Subspace iterations, at least 1. Two come within 5 % of what the exact update loses of the trace on every
+        stream measured but one, which switches to an orthogonal subspace (``docs/subspace.md``).
 
     Returns
     -------

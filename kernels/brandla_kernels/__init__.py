@@ -2,7 +2,7 @@
 
 from brandla_kernels import tall
 from brandla_kernels._op import OPS, Backend, Cost, Op, backend, reads_are_free
-from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
+from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
 from brandla_kernels.damped_apply import damped_apply
 from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
@@ -26,6 +26,7 @@ __all__ = [
     "gram",
     "gram_ema_",
     "kron_damped_apply",
+    "live_columns",
     "project",
     "reads_are_free",
     "refine",

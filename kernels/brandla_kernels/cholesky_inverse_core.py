@@ -42,15 +42,12 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     threshold
         θ: four times the squared noise of a column relative to ``scale``, which it must stand out of.
     """
-    inverse_scale = torch.where(scale > 0, 1 / scale, 0)
-    equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    equilibrated, inverse_scale, identity = _equilibrated(gram, scale)
     if reads_are_free(gram):
         inverse, stands_out = _factor_all(equilibrated, identity, threshold)
         if stands_out:
             return inverse.mT * inverse_scale[..., :, None], torch.ones_like(scale, dtype=torch.bool)
-    shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
-    live = _growth(torch.linalg.solve_triangular(shifted, identity, upper=False)) * threshold < 1
+    shifted, live = _shifted(equilibrated, identity, threshold)
     kept = live.to(gram.dtype)
     masked = equilibrated * kept[..., :, None] * kept[..., None, :] + torch.diag_embed(1 - kept)
     factor, info = torch.linalg.cholesky_ex(masked)
@@ -59,6 +56,27 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     factor = torch.where((info == 0)[..., None, None], factor, shifted)
     inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(kept * inverse_scale), upper=False)
     return inverse.mT * kept[..., None, :], live
+
+
+def live_columns(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Return the mask of `cholesky_inverse_core` alone, where that is less work."""
+    if not reads_are_free(gram):
+        return cholesky_inverse_core(gram, scale, threshold)[1]
+    equilibrated, _, identity = _equilibrated(gram, scale)
+    return _shifted(equilibrated, identity, threshold)[1]
+
+
+def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E, what rows and columns of G were multiplied by, and I."""
+    inverse_scale = torch.where(scale > 0, 1 / scale, 0)
+    equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
+    return equilibrated, inverse_scale, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+
+
+def _shifted(equilibrated: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Factor E + δI, and say which columns stand out of the noise."""
+    shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
+    return shifted, _growth(torch.linalg.solve_triangular(shifted, identity, upper=False)) * threshold < 1
 
 
 def _factor_all(equilibrated: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, bool]:

@@ -1,0 +1,60 @@
+"""The core of Cholesky QR with the columns in an order that loses nothing of the ones that are dropped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brandla_kernels import cholesky_inverse_core, live_columns, reads_are_free
+
+
+def ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Return T of `cholesky_inverse_core` for columns taken in the order in which they stand out.
+
+    A column that depends on the ones before it is dropped, and with it the noise of those times its coefficients on
+    them: no noise any more where a coefficient on a weak column is large. So none is measured against much weaker ones.
+    The columns of Q come in that order too.
+    """
+    if reads_are_free(gram):
+        transform, live = cholesky_inverse_core(gram, scale, threshold)
+        if bool(_nothing_goes(live, scale).all()):
+            return transform
+    order = _order(gram, scale, threshold)
+    transform, _ = cholesky_inverse_core(permuted(gram, order), scale.gather(-1, order), threshold)
+    return transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
+
+
+def strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Return the order (..., k) of `ranked_core`."""
+    if reads_are_free(gram) and bool(_nothing_goes(live_columns(gram, scale, threshold), scale).all()):
+        return _natural(scale)
+    return _order(gram, scale, threshold)
+
+
+def permuted(gram: Tensor, order: Tensor) -> Tensor:
+    """Return Πᵀ G Π."""
+    return gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+
+
+def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Take first what stands out of longer columns at a coarse threshold, then at a finer one, then the rest.
+
+    Pivoting, three levels deep: a coefficient on an earlier column is at most about θ^(−1/6). Columns that all stand
+    out clearly of the ones before them stay in their order.
+    """
+    levels = (threshold ** (1 / 3), threshold ** (2 / 3))
+    clear = _nothing_goes(live_columns(gram, scale, levels[0]), scale)
+    order = torch.where(clear, _natural(scale), gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
+    for level in levels:
+        live = live_columns(permuted(gram, order), scale.gather(-1, order), level)
+        order = order.gather(-1, torch.argsort((~live).to(torch.uint8), dim=-1, stable=True))
+    return order
+
+
+def _natural(scale: Tensor) -> Tensor:
+    return torch.arange(scale.shape[-1], device=scale.device).expand(scale.shape)
+
+
+def _nothing_goes(live: Tensor, scale: Tensor) -> Tensor:
+    """Say whether all columns live that are not zero: bool (..., 1)."""
+    return (live | (scale == 0)).all(-1, keepdim=True)
