@@ -155,13 +155,16 @@ def truncate_by_subspace(
     order = torch.where(finite[..., 0], diagonal, 0).topk(rank, dim=-1).indices
     image = tall.columns_at(normalized, order)
     inner = tall.columns_at(image.mT, order)
+    size = inner.diagonal(dim1=-2, dim2=-1)
     for _ in range(iterations - 1):
         # Only the span matters here, so columns may come out less than orthonormal, but none that is left may be lost.
         rotation = _orthonormal_basis(image, dtype, _lowest_threshold(rank))
         image = normalized @ rotation
         inner = rotation.mT @ image
+        size = (rotation.abs() * (normalized.abs() @ rotation.abs())).sum(-2)
+    # K is known to the factor's ε in every entry, and no more semi-definite than that; so wᵀK w to ε |w|ᵀ|K||w|.
     # K̂ = F Fᵀ, a sum of terms: leaving some out keeps K̂ ⪯ K.
-    root = image @ _inverse_root(inner)
+    root = image @ _inverse_root(inner, 2 * rank * torch.finfo(dtype).eps * size)
     root = root * above(root.square().sum(-2), tol)[..., None, :]
     # A column that keeps 10⁻⁴ of its length is orthonormal to 10⁻⁷; the rest is 10⁻⁸ of an eigenvalue.
     rotation, triangle = _orthonormal_columns(root, dtype, 1e-8)
@@ -171,11 +174,15 @@ def truncate_by_subspace(
     return _poison(compressed, finite), _poison(rotation, finite)
 
 
-def _inverse_root(inner: Tensor) -> Tensor:
-    """T with T Tᵀ = H⁺ for a positive semi-definite H: columns of a Nyström sketch that add nothing become zero."""
+def _inverse_root(inner: Tensor, rounding: Tensor) -> Tensor:
+    """T with T Tᵀ = H⁺ for a positive semi-definite H: columns of a Nyström sketch that add nothing become zero.
+
+    So do those that add no more than ``rounding`` (..., rank), by which the Nyström approximation would divide.
+    """
     inner = (inner + inner.mT) / 2
-    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    return cholesky_inverse_core(inner, scale, _lowest_threshold(inner.shape[-1]))[0]
+    threshold = _lowest_threshold(inner.shape[-1])
+    squares = torch.maximum(inner.diagonal(dim1=-2, dim2=-1).clamp_min(0), rounding / threshold)
+    return cholesky_inverse_core(inner, squares.sqrt(), threshold)[0]
 
 
 def _lowest_threshold(order: int) -> float:

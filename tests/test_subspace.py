@@ -80,3 +80,20 @@ def test_core_is_symmetric_and_semi_definite_over_many_updates(iterations: int, 
         assert torch.equal(value.core, value.core.mT)
     values = oracles.eigh(value.core).eigenvalues
     assert values[-1] >= -oracles.tolerance(8, dtype, values[0])
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_a_core_that_rounding_made_indefinite_gives_no_more_than_it_holds(iterations: int) -> None:
+    """The Nyström approximation divides by what a column adds, which may be rounding, and may be negative."""
+    n, r, k, rank = 60, 16, 4, 12
+    eps = torch.finfo(torch.float32).eps
+    for seed in range(40):
+        core = oracles.psd_matrix(torch.arange(1, r + 1).double() ** -8, seed=seed).float()
+        basis = oracles.orthonormal(n, r, seed=seed + 100).float()
+        sym = brandla.LowRankSym((core + core.mT) / 2, basis)
+        columns = basis @ oracles.gaussian(r, k, seed=seed + 200).float() * 1e-6
+        excess = oracles.updated(dense(sym), columns) - dense(
+            brandla.subspace_update(sym, columns, rank=rank, iterations=iterations)
+        )
+        # Rounding of entries of S, which are at most 1, and of U.
+        assert -oracles.eigh(excess).eigenvalues[-1] <= 4 * r * eps, seed
