@@ -73,8 +73,8 @@ interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU 
 kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a table (KERNELS_ARGS="--json FILE --targets sm_90")
 	$(python) -m bench.kernels_table $(KERNELS_ARGS)
 
-bench: bench/conftest.py .venv/.extra-bench ## every benchmark: bench-cpu and bench-functions in one (PYTEST_ARGS is passed on)
-	$(python) -m pytest -v bench --benchmark-only $(PYTEST_ARGS)
+bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
+	$(python) -m pytest -v bench/bench_updates.py bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
 	$(python) -m pytest -v bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)

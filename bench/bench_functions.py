@@ -6,6 +6,7 @@ and the result file says so. ``--full`` takes larger sizes, and lets what is slo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench import tasks
 from bench.events import TIMER
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
+from bench.peer_threads import at_best
 from bench.tasks import TASKS, Call, Shape, Task
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -81,7 +83,10 @@ def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: 
     with case(f"{name} {shape}", by, function=name, shape=str(shape), **sizes) as timed:
         call = task.call(by)
         judged = tasks.check(f"{by}, {name} {shape}", call)
-        timed(copies(call, device), task.work, error=judged.error, orthogonality=judged.orthogonality)
+        calls = copies(call, device)
+        found = {"error": judged.error, "orthogonality": judged.orthogonality}
+        with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:
+            timed(calls, task.work, **found, blas_threads=threads)
 
 
 def test_function(name, by, shape, device, case) -> None:

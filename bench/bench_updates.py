@@ -21,6 +21,7 @@ import brandla
 from bench import by_hand, timing
 from bench.floors import solve_floor, update_floor
 from bench.memory import peak_extra_bytes
+from bench.peer_threads import REST, at_best, in_threads
 from bench.problems import (
     DECAY,
     UPDATES,
@@ -42,8 +43,6 @@ SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
 DAMPING = 0.1
-# Seconds after which the threads of NumPy's OpenBLAS no longer spin; torch has its own BLAS.
-OTHER_BLAS = 0.1
 EIGH, SUBSPACE = "eigh_update", "subspace_update"
 
 both_updates = pytest.mark.parametrize("name", [SUBSPACE, EIGH])
@@ -157,10 +156,13 @@ def test_scikit_learn_over_update(benchmark, figures, repeats) -> None:
     update, matrix = call_of(EIGH, case), dense_target(case).numpy()
     check_update(EIGH, case, update())
     baseline = lambda: randomized_svd(matrix, r, random_state=0)
-    seconds = timing.alternating({"update": update, "baseline": baseline}, repeats(15), rest=OTHER_BLAS)
+    baseline()
+    with at_best(baseline) as threads:
+        seconds = timing.alternating({"update": update, "baseline": baseline}, repeats(15), rest=REST)
+        benchmark.pedantic(baseline, rounds=repeats(5), warmup_rounds=1)
     speedup = timing.ratio(seconds["baseline"], seconds["update"])
-    figures(f"scikit-learn randomized_svd (its defaults), {in_words(n, r, k)}", speedup, at_least=120)
-    benchmark.pedantic(baseline, rounds=repeats(5), warmup_rounds=1)
+    case = f"scikit-learn randomized_svd (its defaults), {in_words(n, r, k)}"
+    figures(case, speedup, at_least=120, note=in_threads(threads))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,9 +369,11 @@ def test_incremental_pca_over_append(benchmark, figures, repeats) -> None:
     columns = next(stream) + 0.1
     rows = columns.mT.contiguous().numpy()
     calls = {"append": lambda: brandla.svd_append(state, columns), "peer": lambda: peer.partial_fit(rows)}
-    seconds = timing.alternating(calls, repeats(50), rest=OTHER_BLAS)
+    with at_best(calls["peer"]) as threads:
+        seconds = timing.alternating(calls, repeats(50), rest=REST)
     case = f"{features} features, rank {rank}, batches of {batch}, centred"
-    figures(case, timing.ratio(seconds["peer"], seconds["append"]), at_least=5)
+    ratio = timing.ratio(seconds["peer"], seconds["append"])
+    figures(case, ratio, at_least=5, note=in_threads(threads))
     benchmark.pedantic(calls["append"], rounds=repeats(50), warmup_rounds=2)
 
 

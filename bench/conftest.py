@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[deselected] = 0
     config.stash[left] = Counter()
     config.stash[interrupted] = False
-    # What is refused before it is timed is told by its own words.
+    # What is refused before it is timed is told by its own words; figures of whole runs time no call.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 

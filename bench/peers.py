@@ -25,6 +25,12 @@ class Peer(NamedTuple):
     slack: float
     slow: bool = False  # decomposes the whole matrix, or iterates to full precision
     package: str = "torch"
+    float64: bool = False  # computes in it whatever it is given
+
+    @property
+    def on_numpy(self) -> bool:
+        """Whether a BLAS other than torch's computes, on the CPU."""
+        return self.package not in ("torch", "cupy")
 
     def runs_on(self, device_type: str) -> bool:
         """Say whether the package is installed and works where the matrix is."""
@@ -133,13 +139,13 @@ GENERAL = {
     "torch.svd_lowrank": Peer(_svd_lowrank, SKETCHED),
     "torch.linalg.svd": Peer(_torch_svd, EXACT, slow=True),
     "scikit-learn randomized_svd": Peer(_sklearn_svd, SKETCHED, package="sklearn"),
-    "fbpca.pca": Peer(_fbpca_svd, SKETCHED, package="fbpca"),
+    "fbpca.pca": Peer(_fbpca_svd, SKETCHED, package="fbpca", float64=True),
     "cupy.linalg.svd": Peer(_cupy_svd, EXACT, slow=True, package="cupy"),
 }
 SYMMETRIC = GENERAL | {
     "torch.lobpcg": Peer(_lobpcg, EXACT, slow=True),
     "torch.linalg.eigh": Peer(_torch_eigh, EXACT, slow=True),
     "scipy eigsh": Peer(_eigsh, EXACT, slow=True, package="scipy"),
-    "fbpca.eigens": Peer(_eigens, SKETCHED, package="fbpca"),
+    "fbpca.eigens": Peer(_eigens, SKETCHED, package="fbpca", float64=True),
     "cupy.linalg.eigh": Peer(_cupy_eigh, EXACT, slow=True, package="cupy"),
 }

@@ -7,8 +7,10 @@ from typing import Any
 
 from bench.figures import spelled
 from bench.pages import PICTURES, table
+from bench.peer_threads import in_threads
 from bench.pictures import THEMES
 from bench.scaling import METHODS
+from bench.tasks import IN_FLOAT64
 
 Row = dict[str, Any]
 
@@ -170,6 +172,7 @@ def cases(study: Row, name: str) -> Iterator[str]:
     """Yield one table a function."""
     yield (FUNCTIONS if name == "functions" else OPS) + interrupted(study)
     rows = study["rows"]
+    yield from peers_of_numpy(rows)
     headings = ["by", "ms", "95 % interval", "× brandla", "of the floor", "error", "off orthonormal, ε"]
     for function in dict.fromkeys(row["function"] for row in rows):
         yield f"#### `{function}`\n" if " " not in function else f"#### {function}\n"
@@ -180,6 +183,20 @@ def cases(study: Row, name: str) -> Iterator[str]:
         yield table(["case", "by", "why"], ([row["group"], row["by"], row["reason"]] for row in study["refused"]))
 
 
+def peers_of_numpy(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield how many threads NumPy's peers had, where the file says so, and which do not compute in float32."""
+    if any(row.get("blas_threads") for row in rows):
+        yield "Peers on NumPy have one BLAS thread or as many as torch, whichever is quicker; the row says which.\n"
+    doubled = [by for by in IN_FLOAT64 if any(row["by"] == by and row["dtype"] == "float32" for row in rows)]
+    if doubled:
+        yield f"In float64 even where the case is in float32: {', '.join(doubled)}.\n"
+
+
+def whom(row: Row) -> str:
+    """Return who computed a row, with the number of threads where it was chosen."""
+    return f"{row['by']} ({in_threads(row['blas_threads'])})" if row.get("blas_threads") else str(row["by"])
+
+
 def case_rows(rows: Sequence[Row]) -> Iterator[list[str]]:
     """Yield the rows of a function, each beside the library's own time in its group."""
     own = {row["group"]: row["seconds"][0] for row in rows if row["by"] == "brandla"}
@@ -188,4 +205,4 @@ def case_rows(rows: Sequence[Row]) -> Iterator[list[str]]:
         ratio = spelled(row["seconds"][0] / own[row["group"]])
         orthogonality = "" if row["orthogonality"] is None else spelled(row["orthogonality"])
         part = f"{row['of_ceiling'][0]:.2g}"
-        yield [row["shape"], row["by"], seconds, f"{low} to {high}", ratio, part, f"{row['error']:.1e}", orthogonality]
+        yield [row["shape"], whom(row), seconds, f"{low} to {high}", ratio, part, f"{row['error']:.1e}", orthogonality]

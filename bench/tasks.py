@@ -62,11 +62,12 @@ class Judgement(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A function, its arguments, and the check of what it returns."""
+    """A function, its arguments, the check of what it returns, and whether NumPy computes it."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     judge: Callable[[Any], Judgement]
+    on_numpy: bool = False
 
 
 class Task(NamedTuple):
@@ -186,6 +187,7 @@ def against(
             peer.call,
             (peer.takes(matrix), shape.r),
             approximation(target, shape.r, shape.eps, peer.slack, PEER_ROUNDING),
+            peer.on_numpy,
         )
         for name, peer in kinds.items()
         if peer.runs_on(device.tensors.type)
@@ -310,7 +312,7 @@ def centred_append(shape: Shape, device: Device) -> Task:
         return Judgement(float(((found.double() - truth).abs() / truth).max()), allowed)
 
     own = Call(brandla.svd_append, (state, last.to(device.tensors, shape.dtype)), lambda it: judge(it.svd.S))
-    fitted = Call(peer.partial_fit, (rows,), lambda it: judge(torch.from_numpy(it.singular_values_)))
+    fitted = Call(peer.partial_fit, (rows,), lambda it: judge(torch.from_numpy(it.singular_values_)), True)
     flops = n * (8 * r * k + 2 * k**2 + 2 * (r + k) * r)
     others = {INCREMENTAL: fitted} if device.tensors.type == "cpu" else {}
     return Task(own, {}, others, _work(shape, flops, shape.dtype.itemsize * n * (2 * r + k)))
@@ -465,6 +467,8 @@ DENSE = {"damped_power": "torch.linalg.eigh, dense"} | dict.fromkeys(
     ("damped_solve", "kron_damped_solve", "kron_damped_solve, pair"), "torch.linalg.solve, dense"
 )
 INCREMENTAL = "scikit-learn IncrementalPCA"
+# What computes in float64 whatever it is given: fbpca draws, and scikit-learn's PCA keeps its mean, in it.
+IN_FLOAT64 = (*(name for name, peer in peers.SYMMETRIC.items() if peer.float64), INCREMENTAL)
 
 
 def implementations(name: str, shape: Shape, device_type: str, most: int) -> list[str]:

@@ -12,13 +12,14 @@ from bench import results
 from bench.figures import Study
 from bench.gpu.ceilings import Ceilings, Work
 from bench.gpu.device import Device
+from bench.peer_threads import REST
 from bench.timing import Interval, of_median
 
 # Seconds that a case is timed for, and how often it is called at least and at most.
 SECONDS, FEWEST, MOST = 0.25, 3, 100
 # Order of the product that is timed before and after each case, and the seconds it may take: what two runs have in
 # common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
-REFERENCE, REFERENCE_SECONDS, REST = 512, 0.01, 0.1
+REFERENCE, REFERENCE_SECONDS = 512, 0.01
 # Characters of a reason.
 LONGEST = 160
 # Facts of the machine that pytest-benchmark's own record of a case has too.

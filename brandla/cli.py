@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line, or say in one line how to get what it needs."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f'brandla: {", ".join(missing)} not installed; pip install "brandla[demo]"', file=sys.stderr)
+        print(f"brandla: {', '.join(missing)} not installed; in a clone: pip install '.[demo]'", file=sys.stderr)
         raise SystemExit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The tables hold signs such as ≤, which not every terminal has.

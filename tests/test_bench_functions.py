@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
-from bench import bench_ops, events, study_pages, tasks
+from bench import bench_ops, events, peers, study_pages, tasks
 from bench.gpu import cases
 from bench.gpu.device import Stub
 from bench.gpu.sizes import TOY
+from bench.peer_threads import at_best
 from bench.problems import LOSS_ALLOWED, WrongResultError
 from bench.study import INTERRUPTED
 from bench.tasks import TASKS, Shape
@@ -138,12 +142,14 @@ def test_a_wrong_op_is_refused(name: str) -> None:
         bench_ops.error_of(case, slightly_off, Stub())
 
 
-def run_bench(expression: str, folder: Path, *plugins: str) -> subprocess.CompletedProcess[str]:
+def run_bench(
+    expression: str, folder: Path, *plugins: str, file: str = "functions"
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
         "pytest",
-        "bench/bench_functions.py",
+        f"bench/bench_{file}.py",
         "--quick",
         "--benchmark-only",
         *(["-k", expression] if expression else []),
@@ -192,7 +198,14 @@ def test_a_peer_that_fails_or_is_wrong_is_named_in_file_and_page_and_the_run_goe
     timed = {row["by"] for row in found["rows"]}
     assert {"brandla", "scipy eigsh", "torch.linalg.solve, dense"} <= timed
     assert not timed & {"torch.lobpcg", "torch.linalg.eigh"}
+    # What NumPy computes says with how many threads; a short run has one.
+    threads = {row["by"]: row["blas_threads"] for row in found["rows"]}
+    numpy_peers = {name for name, peer in peers.SYMMETRIC.items() if peer.on_numpy and name in timed}
+    assert numpy_peers >= {"scipy eigsh", "scikit-learn randomized_svd"}
+    assert threads == {by: 1 if by in numpy_peers else None for by in timed}
     page = "\n".join(study_pages.cases(found, "functions"))
+    assert "| scipy eigsh (1 BLAS thread) |" in page
+    assert "the row says which" in page
     assert "| randomized_eigh n=96 r=8 k=4 fp32 | torch.lobpcg | RuntimeError: did not converge/in time |" in page
 
 
@@ -205,6 +218,59 @@ def test_ctrl_c_keeps_the_cases_that_ended_and_says_so(tmp_path: Path) -> None:
     assert {row["function"] for row in found["rows"]} == {"randomized_eigh"}
     assert "cases are missing" in done.stdout
     assert "The run was interrupted" in "\n".join(study_pages.cases(found, "functions"))
+
+
+def test_times_of_whole_runs_make_no_row_of_single_calls(tmp_path: Path) -> None:
+    done = run_bench("to_accuracy and steps", tmp_path, file="kfac")
+    assert "1 passed" in done.stdout
+    assert "│ B-KFAC, steps" in done.stdout
+    assert "benchmark 'to 97%" not in done.stdout
+
+
+def test_make_bench_runs_the_files_whose_peers_it_installs() -> None:
+    # What an outer make was given is none of this one's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    told = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    files = re.findall(r"bench/bench_(\w+)\.py", told.stdout)
+    assert sorted(files) == ["functions", "ops", "updates"]
+
+
+@pytest.mark.parametrize("quicker", [1, 2])
+def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(
+    quicker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    controller = ThreadpoolController()
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in controller.info() if pool["user_api"] == "blas"}
+
+    before = threads()
+    with at_best(lambda: time.sleep(0.001 if threads() == {quicker} else 0.1)) as chosen:
+        assert chosen == quicker
+        assert threads() == {quicker}
+    assert threads() == before
+
+
+@pytest.mark.parametrize("name", ["randomized_eigh", "svd_append, centred"])
+def test_the_page_names_what_computes_in_float64_where_the_case_is_in_float32(name: str) -> None:
+    task = TASKS[name](SHAPES[0], Stub())
+    dtypes = {by: dtype_of(call.function(*call.arguments)) for by, call in task.others.items()}
+    doubled = [by for by in tasks.IN_FLOAT64 if by in dtypes]
+    assert {by for by, dtype in dtypes.items() if dtype == torch.float64} == set(doubled)
+    rows = [{"by": by, "dtype": "float32"} for by in dtypes]
+    (note,) = study_pages.peers_of_numpy(rows)
+    assert note.endswith(f"the case is in float32: {', '.join(doubled)}.\n")
+    assert not list(study_pages.peers_of_numpy([row | {"dtype": "float64"} for row in rows]))
+
+
+def dtype_of(result: Any) -> torch.dtype:
+    """Return the dtype of the singular values, or eigenvectors."""
+    found = torch.from_numpy(result.singular_values_) if hasattr(result, "singular_values_") else result[1]
+    dtype: torch.dtype = found.dtype
+    return dtype
 
 
 def test_lobpcg_is_right_in_float32_from_whatever_start() -> None:

@@ -61,7 +61,7 @@ def test_missing_package_is_one_line_that_says_how_to_get_it(
         main()
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert message == f'brandla: {package} not installed; pip install "brandla[demo]"\n'
+    assert message == f"brandla: {package} not installed; in a clone: pip install '.[demo]'\n"
 
 
 def test_entry_point_imports_without_the_extra() -> None:
@@ -70,7 +70,7 @@ def test_entry_point_imports_without_the_extra() -> None:
     answer = in_a_process(f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()")
     assert answer.returncode == 1
     assert answer.stderr.count("\n") == 1
-    assert 'pip install "brandla[demo]"' in answer.stderr
+    assert "in a clone: pip install '.[demo]'" in answer.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ _AT_ONCE = 2**22
 class Eigenbasis(Exact):
     """`Exact` with all n eigenvectors, those of directions without data too."""
 
+    def __str__(self) -> str:
+        """Return the name and options of the strategy that was asked for, as reports and saved states have it."""
+        return str(EKFAC(self.inverse_every))
+
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Decompose M + ε M_max I, M_max the largest entry: the same to rounding, and no direction is empty."""
         largest = average.diagonal(dim1=-2, dim2=-1).amax(-1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from brandla.kfac.factor import Factor
@@ -20,6 +21,9 @@ Side = Literal["input", "output", "beside"]
 class FactorReport:
     """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
 
+    ``relative_error_bound`` is that bound over d₁, the largest eigenvalue of M̂: for a batch of matrices the largest of
+    theirs, as ``error_bound`` is. A bound of 0 is 0 of any d₁, and another one infinitely much of d₁ = 0.
+
     A curvature that keeps more than its factors has a row for what comes beside them, whose ``side`` is ``"beside"``;
     n is the layer's number of parameters there, and ``dense_bytes`` is 0.
     """
@@ -31,6 +35,7 @@ class FactorReport:
     reason: str
     rank: int | None
     error_bound: float | None
+    relative_error_bound: float | None
     bytes: int
     dense_bytes: int
 
@@ -59,7 +64,7 @@ class Report:
         return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
-        header = ("layer", "side", "n", "strategy", "rank", "error bound", "memory", "dense", "note")
+        header = ("layer", "side", "n", "strategy", "rank", "error bound / d₁", "memory", "dense", "note")
         rows = [header, *(_cells(factor) for factor in self.factors)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -77,10 +82,14 @@ class Report:
 
 def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int) -> Report:
     """Read every factor; waits for the device."""
-    active = [layer for layer in layers if not layer.refusal]
+    refused = {layer.name: layer.refusal or "frozen" for layer in layers if layer.refusal or _is_frozen(layer)}
+    active = [layer for layer in layers if layer.name not in refused]
     rows = [row for layer in active for row in _of_layer(layer)]
-    refused = {layer.name: layer.refusal for layer in layers if layer.refusal}
     return Report(rows, unsupported | refused, skipped, captured_bytes)
+
+
+def _is_frozen(layer: Layer) -> bool:
+    return layer.is_frozen and not layer.curvature.started
 
 
 def _of_layer(layer: Layer) -> Iterator[FactorReport]:
@@ -94,12 +103,13 @@ def _of_layer(layer: Layer) -> Iterator[FactorReport]:
         n = math.prod(groups) * d_out * d_in
         started = layer.curvature.started
         reason = "" if started else "no data yet"
-        yield FactorReport(layer.name, "beside", n, str(layer.strategy), reason, None, None, beside, 0)
+        yield FactorReport(layer.name, "beside", n, str(layer.strategy), reason, None, None, None, beside, 0)
 
 
 def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
     groups = math.prod(factor.groups)
     lowrank = factor.lowrank() if factor.started else None
+    bound, relative = _bounds(factor) if factor.started else (None, None)
     return FactorReport(
         layer=layer,
         side=side,
@@ -107,17 +117,25 @@ def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
         strategy=str(factor.strategy),
         reason=factor.reason if factor.started else "no data yet",
         rank=None if lowrank is None else lowrank.rank,
-        error_bound=float(factor.strategy.error_bound(factor.state).max()) if factor.started else None,
+        error_bound=bound,
+        relative_error_bound=relative,
         bytes=_bytes(part for part in factor.state.values() if isinstance(part, Tensor)),
         dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
     )
+
+
+def _bounds(factor: Factor) -> tuple[float, float]:
+    """Return the bound of ‖M − M̂‖₂, absolute and over d₁."""
+    bounds = factor.strategy.error_bound(factor.state)
+    relative = torch.where(bounds == 0, 0, bounds / factor.strategy.largest(factor.state))
+    return float(bounds.max()), float(relative.max())
 
 
 def _describe_kept(layer: Layer, kept: Kept) -> FactorReport:
     note = kept.note if layer.curvature.started else "no data yet"
     dense = math.prod(layer.shape.groups) * kept.n**2 * layer.dtype.itemsize
     return FactorReport(
-        layer.name, kept.side, kept.n, str(layer.strategy), note, None, None, _bytes(kept.tensors), dense
+        layer.name, kept.side, kept.n, str(layer.strategy), note, None, None, None, _bytes(kept.tensors), dense
     )
 
 
@@ -128,7 +146,7 @@ def _cells(factor: FactorReport) -> tuple[str, ...]:
         str(factor.n),
         factor.strategy.partition("(")[0],
         "-" if factor.rank is None else str(factor.rank),
-        "-" if factor.error_bound is None else f"{factor.error_bound:.2e}",
+        "-" if factor.relative_error_bound is None else f"{factor.relative_error_bound:.2e}",
         _size(factor.bytes),
         _size(factor.dense_bytes),
         factor.reason,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Exact
+from brandla.kfac import EKFAC, KFAC, Brand, Exact, Foof, Report
 from kfac.networks import gradients
 
 FACTORS = pytest.mark.filterwarnings("ignore:KFAC. some factors")
@@ -335,6 +335,59 @@ def test_the_report_shows_groups_and_kinds():
     assert rows["1", "input"].bytes == 4 * (6 * 4 + 1)
     assert rows["1", "input"].dense_bytes == 4 * 6 * 4
     assert rows["2", "input"].dense_bytes == 4 * 3 * 9
+
+
+def reported(model: nn.Module, preconditioner: KFAC, batches: list[Tensor]) -> Report:
+    for inputs in batches:
+        trained(model, preconditioner, model(inputs).square().sum())
+    return preconditioner.report()
+
+
+def test_the_report_shows_bounds_over_the_largest_eigenvalue():
+    """Inputs 2¹⁰ times as large make the factor and its bound 2²⁰ times as large, and what is shown no other."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 2, bias=False, dtype=torch.float64)
+    batches = [torch.randn(6, 40, dtype=torch.float64) for _ in range(8)]
+    rows = []
+    for scale in (1, 2**10):
+        preconditioner = KFAC(layer, Foof(Brand(5)), clip=None)
+        report = reported(layer, preconditioner, [scale * inputs for inputs in batches])
+        (row,) = (row for row in report.factors if row.side == "input")
+        (factor,) = (factor for _, factor in preconditioner._layers[0].curvature.factors())
+        assert row.relative_error_bound == pytest.approx(row.error_bound / float(factor.lowrank().eigenvalues[0]))
+        assert 0 < row.relative_error_bound < 10
+        assert "error bound / d₁" in str(report)
+        assert f"  {row.relative_error_bound:.2e}  " in str(report)
+        rows.append(row)
+    # Powers of two: rounding is the same.
+    assert rows[1].error_bound == 2**20 * rows[0].error_bound
+    assert rows[1].relative_error_bound == rows[0].relative_error_bound
+
+
+def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data():
+    """Of three groups one gets no data, and one small data: that one's bound is far from the largest, over d₁ it is."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(6, 3, 1, groups=3, bias=False, dtype=torch.float64)
+    batches = [torch.randn(8, 6, 1, dtype=torch.float64) for _ in range(2)]
+    for inputs in batches:
+        inputs[:, 2:4] = 0
+        inputs[:, 4:] *= 1e-3
+    batches[1][:, :2] = batches[0][:, :2]
+    # The eigenvectors are those of the first batch.
+    preconditioner = KFAC(layer, Exact(inverse_every=10))
+    row = next(row for row in reported(layer, preconditioner, batches).factors if row.side == "input")
+    sums = [torch.einsum("sik,sjk->ij", inputs[:, 4:], inputs[:, 4:]) / 8 for inputs in batches]
+    average = (0.95 * sums[0] + sums[1]) / 1.95
+    expected = torch.linalg.matrix_norm(average - sums[0]) / torch.linalg.eigvalsh(sums[0])[-1]
+    assert row.relative_error_bound == pytest.approx(expected.item())
+    assert row.error_bound < 1e-4
+    assert row.relative_error_bound > 1e-2
+
+
+def test_the_report_names_the_strategy_that_was_asked_for():
+    layer = nn.Linear(4, 3)
+    report = reported(layer, KFAC(layer, EKFAC(inverse_every=7)), [torch.randn(5, 4)])
+    assert {row.strategy for row in report.factors} == {"EKFAC(inverse_every=7)"}
 
 
 def test_running_statistics_are_those_of_the_call():
