@@ -1,27 +1,47 @@
-"""The core of Cholesky QR with the columns in an order that loses nothing of the ones that are dropped."""
+"""The core of Cholesky QR where columns have to go: those that stay lose nothing by it."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
+
+# torch.linalg does not list its error in __all__.
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla_kernels import cholesky_inverse_core, live_columns, reads_are_free
 
 
 def ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Return T of `cholesky_inverse_core` for columns taken in the order in which they stand out.
+    """Return T as `cholesky_inverse_core` does, by a way that is good where columns depend on one another too.
 
     A column that depends on the ones before it is dropped, and with it the noise of those times its coefficients on
-    them: no noise any more where a coefficient on a weak column is large. So none is measured against much weaker ones.
-    The columns of Q come in that order too.
+    them: no noise any more where a coefficient on a weak column is large. So the columns are taken in an order in which
+    none is measured against much weaker ones. On a CPU, where it is known whether any has to go, the eigenvectors of G
+    serve then, of which the least go.
     """
     if reads_are_free(gram):
         transform, live = cholesky_inverse_core(gram, scale, threshold)
         if bool(_nothing_goes(live, scale).all()):
             return transform
+        if not gram.requires_grad:
+            with suppress(LinAlgError):
+                return _principal(gram, scale, threshold)
     order = _order(gram, scale, threshold)
     transform, _ = cholesky_inverse_core(permuted(gram, order), scale.gather(-1, order), threshold)
     return transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
+
+
+def _principal(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Return D V Λ^(−½) for the eigenpairs of D G D above the threshold, D = 1/scale; zero columns for the others."""
+    unit = torch.where(scale > 0, 1 / scale, 0)
+    equilibrated = gram * unit[..., :, None] * unit[..., None, :]
+    finite = equilibrated.sum((-2, -1)).isfinite()[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, equilibrated, 0))
+    roots = torch.where(values > threshold, values.clamp_min(threshold).rsqrt(), 0)
+    transform = unit[..., :, None] * vectors * roots[..., None, :]
+    return torch.where(finite, transform, float("nan")).flip(-1)
 
 
 def strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:

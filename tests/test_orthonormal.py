@@ -176,6 +176,16 @@ def test_strong_columns_lose_nothing_to_a_weak_one_before_them(case: str, expone
     assert error <= 8 * n * torch.finfo(dtype).eps * oracles.spectral_norm(columns), error
 
 
+def test_dependent_columns_are_split_where_lapack_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    q, r = orthonormalize(panel_of("rank 5"))
+    assert_orthonormal(q, r)
+    assert oracles.difference_ratio(q @ r, panel_of("rank 5"), torch.float64) <= THRESHOLD
+
+
 @pytest.mark.usefixtures("_reads")
 @pytest.mark.parametrize("k", [8, 48])
 @pytest.mark.parametrize("length", [1e-18, 1e-22, 1e-30, 1e-36, 1e-40, 1e-44, 1e-150, 1e-200, 1e-310])
