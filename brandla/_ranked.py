@@ -27,21 +27,29 @@ def ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
             return transform
         if not gram.requires_grad:
             with suppress(LinAlgError):
-                return _principal(gram, scale, threshold)
+                return _principal(gram, scale, live, threshold)
     order = _order(gram, scale, threshold)
     transform, _ = cholesky_inverse_core(permuted(gram, order), scale.gather(-1, order), threshold)
     return transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
 
 
-def _principal(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Return D V Λ^(−½) for the eigenpairs of D G D above the threshold, D = 1/scale; zero columns for the others."""
+def _principal(gram: Tensor, scale: Tensor, live: Tensor, threshold: float) -> Tensor:
+    """Return T for the span of the eigenvectors of D G D, D = 1/scale, whose eigenvalues are above the threshold.
+
+    The columns of P D V Λ^(−½) may be turned among themselves, by rounding alone where eigenvalues agree. They are
+    turned into those of Gram–Schmidt on the columns that live, which depend on them continuously.
+    """
     unit = torch.where(scale > 0, 1 / scale, 0)
     equilibrated = gram * unit[..., :, None] * unit[..., None, :]
     finite = equilibrated.sum((-2, -1)).isfinite()[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(finite, equilibrated, 0))
-    roots = torch.where(values > threshold, values.clamp_min(threshold).rsqrt(), 0)
-    transform = unit[..., :, None] * vectors * roots[..., None, :]
-    return torch.where(finite, transform, float("nan")).flip(-1)
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(torch.where(finite, equilibrated, 0)))
+    kept = values > threshold
+    roots = torch.where(kept, values, 0).sqrt()
+    order = _stable(live)
+    turn = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1)).Q
+    transform = unit[..., :, None] * ((vectors * torch.where(kept, 1 / roots, 0)[..., None, :]) @ turn)
+    transform = transform * kept[..., None, :]
+    return torch.where(finite, transform, float("nan"))
 
 
 def strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
@@ -67,8 +75,13 @@ def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     order = torch.where(clear, _natural(scale), gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
     for level in levels:
         live = live_columns(permuted(gram, order), scale.gather(-1, order), level)
-        order = order.gather(-1, torch.argsort((~live).to(torch.uint8), dim=-1, stable=True))
+        order = order.gather(-1, _stable(live))
     return order
+
+
+def _stable(live: Tensor) -> Tensor:
+    """Return the order that puts the columns that live first."""
+    return torch.argsort((~live).to(torch.uint8), dim=-1, stable=True)
 
 
 def _natural(scale: Tensor) -> Tensor:
