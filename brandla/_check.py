@@ -154,6 +154,12 @@ def rank(function: str, value: int | None, default: int, most: int, because: str
     return value
 
 
+def tolerance(function: str, value: float) -> None:
+    """Check a relative tolerance."""
+    if not 0 <= value < 1:
+        fail_value(function, f"tol must be in [0, 1); got {value}")
+
+
 def count(function: str, name: str, value: int, least: int) -> int:
     """Check an integer option."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -231,6 +237,29 @@ def _fields(function: str, name: str, factor: object, expected: int, kind: str) 
     if not isinstance(factor, tuple) or len(factor) != expected or not all(isinstance(f, Tensor) for f in factor):
         fail_type(function, f"{name} must be a {kind}; got {type(factor).__name__}; start one with {kind}.zeros(...)")
     return factor
+
+
+def error_bound(function: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+    """Check the error bound of a tracked factor."""
+    part(function, "error_bound", tensor)
+    shape(function, "error_bound", tensor, tuple(of.shape[:-2]), f"the batch shape of {of_name}")
+    together(function, "error_bound", tensor, of_name, of)
+
+
+def without_gradient(function: str, name: str, tensor: Tensor) -> None:
+    """Check an argument of a function that overwrites."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        rule = f"{name} must not require grad, since what overwrites has no gradient"
+        message = f"{function}: {rule}; call it under torch.no_grad()"
+        raise RuntimeError(message)
+
+
+def written(function: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor can be overwritten: an expanded one cannot."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        rule = f"{name} is overwritten, so no two of its entries may share memory"
+        seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        fail_value(function, f"{rule}; got {seen}; take its .contiguous()")
 
 
 def centre(function: str, basis_tensor: Tensor, mean: Tensor, weight: Tensor) -> None:

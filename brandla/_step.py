@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
+from brandla._core import without_denormals
 from brandla._expansion import Expansion
 from brandla._sharded import Rows, here, join, rows_of
 from brandla.lowrank import Factor, Tracked
@@ -38,17 +39,30 @@ class Update(NamedTuple):
     @property
     def adds_nothing(self) -> bool:
         """Whether only the decay has to be applied."""
-        return tall.columns(self.columns) == 0 and self.rank == tall.columns(self.basis)
+        return tall.columns(self.columns) == 0 and self.rank == tall.columns(self.basis) and self.tol == 0
+
+    @property
+    def old_values(self) -> Tensor:
+        """The values; NaN where U is not finite, if there are no columns whose products with U would say so."""
+        if tall.columns(self.columns):
+            return self.values
+        flat = self.values.flatten(self.basis.ndim - 2)
+        flat = flat + 0 * self.rows.total(self.basis.sum((-2, -1)))[..., None]
+        return flat.reshape(self.values.shape)
 
 
 @dataclass(frozen=True)
 class Step(Generic[Factor]):
-    """New values (d or S), and what gives the new U: an expansion B and W with U = B W, or None where U stays."""
+    """New values (d or S), and what gives the new U.
+
+    That is an expansion B and W with U = B W or, where U stays, what it is added, of batch shape: 0, or NaN where
+    something was not finite.
+    """
 
     kind: type[Factor]
     values: Tensor
     basis: Tall
-    turn: tuple[Expansion, Tensor] | None
+    turn: tuple[Expansion, Tensor] | Tensor
     bound: Tensor | None
     rows: Rows
 
@@ -65,7 +79,9 @@ class Step(Generic[Factor]):
     def in_place(self, target: Factor | Tracked[Factor]) -> Factor | Tracked[Factor]:
         """Write the updated factor over the tensors of the old one, and return that."""
         old_values, _ = target.lowrank if isinstance(target, Tracked) else target
-        if self.turn is not None:
+        if isinstance(self.turn, Tensor):
+            self.basis.add_(self.turn[..., None, None])
+        else:
             expansion, rotation = self.turn
             expansion.rotate_(rotation)
         here(old_values).copy_(self.values)
@@ -74,10 +90,20 @@ class Step(Generic[Factor]):
         return target
 
     def _new_basis(self) -> Tall:
-        if self.turn is None:
-            return self.basis.clone()
+        if isinstance(self.turn, Tensor):
+            return self.basis + self.turn[..., None, None]
         expansion, rotation = self.turn
         return expansion.rotate(rotation)
+
+
+def decay_step(kind: type[Factor], update: Update) -> Step[Factor]:
+    """Apply the decay alone; what is not finite makes all of the factor NaN, as it does in every update."""
+    decay = update.decay[..., None] if isinstance(update.decay, Tensor) else update.decay
+    flat = decay * update.old_values.flatten(update.basis.ndim - 2)
+    nothing = (0 * flat).sum(-1)
+    values = without_denormals(flat + nothing[..., None]).reshape(update.values.shape)
+    bound = None if update.decayed_bound is None else update.decayed_bound + nothing
+    return Step(kind, values, update.basis, nothing, bound, update.rows)
 
 
 def _given_out(
@@ -99,6 +125,8 @@ def check_update(
 ) -> Update:
     """Check what every symmetric update takes besides its factor, whose basis is called ``name``, d or S otherwise."""
     (values, basis), bound = (factor.lowrank, factor.error_bound) if isinstance(factor, Tracked) else (factor, None)
+    if isinstance(factor, Tracked):
+        _check.error_bound(function, factor.error_bound, name, basis)
     rows = rows_of(function, name, basis, values)
     rows.admit(function, "columns", columns)
     columns = _check.columns(function, "columns", columns, name, basis)
@@ -119,6 +147,19 @@ def check_update(
         rows.small(function, "error_bound", bound),
         rows,
     )
+
+
+def check_in_place(function: str, name: str, small_name: str, update: Update, tol: float) -> Update:
+    """Check what overwriting the factor of an update needs besides, and return the update with that tolerance."""
+    _check.tolerance(function, tol)
+    written = {name: update.basis, small_name: update.values, "error_bound": update.bound}
+    read = {"columns": update.columns, "decay": update.decay, "weight": update.weight}
+    for each, value in (written | read).items():
+        if isinstance(value, Tensor):
+            _check.without_gradient(function, each, value)
+            if each in written:
+                _check.written(function, each, value)
+    return update._replace(tol=tol)
 
 
 def stack(updates: Sequence[Update]) -> Update:

@@ -13,7 +13,7 @@ from brandla._expansion import expand
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._split import Split, split
-from brandla._step import Step, Update, check_update
+from brandla._step import Step, Update, check_in_place, check_update, decay_step
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
 from brandla.rank import Rank, above, most_of, tolerance_of
 
@@ -98,7 +98,7 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    return _eigh_step("eigh_update", eigh, columns, decay, weight, rank).as_new()
+    return eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new()
 
 
 @overload
@@ -146,23 +146,13 @@ def eigh_update_(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As `eigh_update`, before anything is overwritten.
+        As `eigh_update`, and for tensors of ``eigh`` that are expanded and arguments that require grad, before anything
+        is overwritten.
     """
-    factor = eigh.lowrank if isinstance(eigh, Tracked) else eigh
-    _check.eigh("eigh_update_", "eigh", factor)
-    rank = Rank(factor.rank, tol) if factor.rank else None
-    return _eigh_step("eigh_update_", eigh, columns, decay, weight, rank).in_place(eigh)
-
-
-def _eigh_step(
-    function: str,
-    eigh: LowRankEigh | Tracked[LowRankEigh],
-    columns: Tensor,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    rank: int | Rank | None,
-) -> Step[LowRankEigh]:
-    return eigh_step(check_eigh_update(function, eigh, columns, decay, weight, rank))
+    function = "eigh_update_"
+    update = check_eigh_update(function, eigh, columns, decay, weight, None)
+    update = check_in_place(function, "eigh.eigenvectors", "eigh.eigenvalues", update, tol)
+    return eigh_step(update).in_place(eigh)
 
 
 def check_eigh_update(
@@ -180,17 +170,17 @@ def check_eigh_update(
 
 def eigh_step(update: Update) -> Step[LowRankEigh]:
     """Compute `eigh_update`, up to the rotation of U."""
-    values, vectors, rank, bound = update.values, update.basis, update.rank, update.decayed_bound
     if update.adds_nothing:
-        return Step(LowRankEigh, without_denormals(_decayed(update.decay, values)), vectors, None, bound, update.rows)
+        return decay_step(LowRankEigh, update)
+    values, vectors, rank, bound = update.old_values, update.basis, update.rank, update.decayed_bound
     expansion = expand(values, vectors, update.columns, update.decay, update.weight, update.rows)
     spectrum, rotation = safe_eigh(expansion.core, values.dtype, keep=rank)
     kept = spectrum[..., :rank]
     alive = above(kept, update.tol)
     rotation = polish(rotation * alive[..., None, :])
     if bound is not None:
-        # The largest value left out: the first under the tolerance, or the first beyond the rank.
-        dropped = torch.where(alive, 0, kept)
+        # The largest value left out: the first under the tolerance, or the first beyond the rank. 0 · NaN is NaN.
+        dropped = torch.where(alive, 0 * kept, kept)
         dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
         bound = bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
     return Step(LowRankEigh, without_denormals(kept * alive), vectors, (expansion, rotation), bound, update.rows)
@@ -228,8 +218,10 @@ def svd_update(
 
     Notes
     -----
-    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. U and
-    ``left`` may be DTensors sharded on their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
+    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
+    Columns of ``left`` and ``right`` are to have lengths from tiny/ε on in float32, from √(tiny/ε) to √max in float64:
+    shorter ones count as zero, longer ones give NaN. U and ``left`` may be DTensors sharded on their rows, and so may
+    the transpose of Vh and ``right``: ``docs/sharded.md``.
 
     References
     ----------
@@ -320,7 +312,8 @@ def svd_append(
     -----
     Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
-    triplets. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
+    triplets. Lengths of columns as for `svd_update`. U and A may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
 
     References
     ----------

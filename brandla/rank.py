@@ -31,8 +31,7 @@ class Rank:
 
     def __post_init__(self) -> None:
         _check.count("Rank", "max", self.max, 1)
-        if not 0 <= self.tol < 1:
-            _check.fail_value("Rank", f"tol must be in [0, 1); got {self.tol}")
+        _check.tolerance("Rank", self.tol)
 
 
 def most_of(rank: int | Rank | None) -> int | None:

@@ -11,7 +11,7 @@ from brandla import _check
 from brandla._core import truncate_by_subspace, without_denormals
 from brandla._expansion import expand
 from brandla._ranges import ranged
-from brandla._step import Step, Update, check_update
+from brandla._step import Step, Update, check_in_place, check_update, decay_step
 from brandla.lowrank import LowRankSym, Tracked
 from brandla.rank import Rank
 
@@ -91,7 +91,8 @@ def subspace_update(
     N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), section 4.5, for subspace iteration; the warm start and
     its failure modes: ``docs/subspace.md``.
     """
-    return _step("subspace_update", sym, columns, decay, weight, rank, iterations).as_new()
+    update = check_sym_update("subspace_update", sym, columns, decay, weight, rank)
+    return subspace_step(update, _check.count("subspace_update", "iterations", iterations, 1)).as_new()
 
 
 @overload
@@ -146,26 +147,14 @@ def subspace_update_(
 
     Raises
     ------
-    ValueError, TypeError
-        As `subspace_update`, before anything is overwritten.
+    ValueError, TypeError, RuntimeError
+        As `subspace_update`, and for tensors of ``sym`` that are expanded and arguments that require grad, before
+        anything is overwritten.
     """
-    factor = sym.lowrank if isinstance(sym, Tracked) else sym
-    _check.sym("subspace_update_", "sym", factor)
-    rank = Rank(factor.rank, tol) if factor.rank else None
-    return _step("subspace_update_", sym, columns, decay, weight, rank, iterations).in_place(sym)
-
-
-def _step(
-    function: str,
-    sym: LowRankSym | Tracked[LowRankSym],
-    columns: Tensor,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    rank: int | Rank | None,
-    iterations: int,
-) -> Step[LowRankSym]:
-    update = check_sym_update(function, sym, columns, decay, weight, rank)
-    return subspace_step(update, _check.count(function, "iterations", iterations, 1))
+    function = "subspace_update_"
+    update = check_sym_update(function, sym, columns, decay, weight, None)
+    update = check_in_place(function, "sym.basis", "sym.core", update, tol)
+    return subspace_step(update, _check.count(function, "iterations", iterations, 1)).in_place(sym)
 
 
 def check_sym_update(
@@ -183,11 +172,9 @@ def check_sym_update(
 
 def subspace_step(update: Update, iterations: int) -> Step[LowRankSym]:
     """Compute `subspace_update`, up to the rotation of U."""
-    core, basis, bound = update.values, update.basis, update.decayed_bound
     if update.adds_nothing:
-        decay = update.decay
-        scale = decay[..., None, None] if isinstance(decay, Tensor) else decay
-        return Step(LowRankSym, without_denormals(core * scale, dims=2), basis, None, bound, update.rows)
+        return decay_step(LowRankSym, update)
+    core, basis, bound = update.old_values, update.basis, update.decayed_bound
     expansion = expand(core, basis, update.columns, update.decay, update.weight, update.rows)
     compressed, rotation = truncate_by_subspace(expansion.core, update.rank, iterations, core.dtype, update.tol)
     if bound is not None:

@@ -69,6 +69,7 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
     same = type(factor)
     half = same(values.bfloat16(), basis.bfloat16())
     wide = same(torch.ones(N, dtype=torch.float64), basis.mT)
+    bound = brandla.track(factor).error_bound
     return [
         refuse("rows", ValueError, ["columns", "n = 12", "(5, 3)"], factor, make_columns(5, K)),
         refuse("a vector", ValueError, ["columns", "(12,)"], factor, torch.ones(N, dtype=torch.float64)),
@@ -112,6 +113,24 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
         refuse("factor of two dtypes", TypeError, ["float64", "float32"], same(values.float(), basis), COLUMNS),
         refuse("factor on two devices", ValueError, ["device", "meta"], same(values.to("meta"), basis), COLUMNS),
         refuse("factor of two ranks", ValueError, ["shape", "4", "3"], same(values[..., :3], basis), COLUMNS),
+        refuse(
+            "bound of a wrong shape",
+            ValueError,
+            ["error_bound", "shape ()", "batch shape", "(3,)"],
+            brandla.Tracked(factor, THREE_NUMBERS),
+            COLUMNS,
+        ),
+        refuse(
+            "bound of another dtype",
+            TypeError,
+            ["error_bound", "float64", "float32"],
+            brandla.Tracked(factor, bound.float()),
+            COLUMNS,
+        ),
+        refuse(
+            "bound elsewhere", ValueError, ["error_bound", "meta"], brandla.Tracked(factor, bound.to("meta")), COLUMNS
+        ),
+        refuse("bound as a number", TypeError, ["error_bound", "float"], brandla.Tracked(factor, 0.0), COLUMNS),
         refuse("a basis wider than tall", ValueError, ["r = 12 > n = 4"], wide, basis.mT),
     ]
 
@@ -282,6 +301,9 @@ VALUE_CASES = [
     case("columns", "eigh_update", ValueError, ["columns", "finite", "1", "(12, 3)"], EIGH, spoiled(COLUMNS)),
     case("factor", "eigh_update", ValueError, ["eigenvectors", "finite"], spoiled(EIGH, math.inf), COLUMNS),
     case("decay", "eigh_update", ValueError, ["decay", ">= 0", "-1"], EIGH, COLUMNS, decay=ZERO - 1),
+    case(
+        "bound", "eigh_update", ValueError, ["error_bound", "finite"], brandla.Tracked(EIGH, ZERO * math.nan), COLUMNS
+    ),
     case("columns", "subspace_update", ValueError, ["columns", "finite"], SYM, spoiled(COLUMNS, -math.inf)),
     case("factor", "subspace_update", ValueError, ["basis", "finite"], spoiled(SYM), COLUMNS),
     case("right", "svd_update", ValueError, ["right", "finite"], SVD, COLUMNS, spoiled(RIGHT)),

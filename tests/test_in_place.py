@@ -68,6 +68,61 @@ def test_refused_input_leaves_the_factor_as_it_was(
         in_place(update)(value, columns, **options)
 
 
+@pytest.mark.parametrize("n", [64, 14], ids=["usual", "k above n - r"])
+@pytest.mark.parametrize("spoilt", ["values", "basis", "error_bound"])
+def test_expanded_tensors_are_refused_before_anything_is_overwritten(
+    update: SymmetricUpdate, spoilt: str, n: int, unchanged: Callable[..., Any]
+) -> None:
+    old, columns = update.make(n, 12, batch_shape=(2,)), make_columns(n, 8, batch_shape=(2,))
+    parts = {"values": old[0], "basis": old[1], "error_bound": brandla.track(old).error_bound}
+    parts[spoilt] = parts[spoilt][:1].expand_as(parts[spoilt])
+    value = brandla.Tracked(update.factor(parts["values"], parts["basis"]), parts["error_bound"])
+    with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: .*share memory; got .*strides \(0, ?"):
+        in_place(update)(value, columns)
+
+
+@pytest.mark.parametrize("n", [64, 14], ids=["usual", "k above n - r"])
+@pytest.mark.parametrize("spoilt", ["values", "basis", "error_bound", "columns", "decay", "weight"])
+def test_gradients_are_refused_before_anything_is_overwritten(
+    update: SymmetricUpdate, spoilt: str, n: int, unchanged: Callable[..., Any]
+) -> None:
+    value, columns = brandla.track(update.make(n, 12)), make_columns(n, 8)
+    decay, weight = torch.tensor(0.9), torch.tensor(0.1)
+    parts = {"values": value.lowrank[0], "basis": value.lowrank[1], "error_bound": value.error_bound}
+    (parts | {"columns": columns, "decay": decay, "weight": weight})[spoilt].requires_grad_()
+    with unchanged(value), pytest.raises(RuntimeError, match=f"^{update.name}_: .* must not require grad"):
+        in_place(update)(value, columns, decay=decay, weight=weight)
+    assert all(part.grad_fn is None for part in parts.values())
+    with torch.no_grad():
+        in_place(update)(value, columns, decay=decay, weight=weight)
+
+
+@pytest.mark.parametrize("tol", [1.0, -0.1, math.nan])
+@pytest.mark.parametrize("rank", [0, 12])
+def test_tolerances_without_sense_are_refused(
+    update: SymmetricUpdate, tol: float, rank: int, unchanged: Callable[..., Any]
+) -> None:
+    value = update.make(64, rank)
+    with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: tol must be in .*got {tol}"):
+        in_place(update)(value, make_columns(64, 8), tol=tol)
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_a_tolerance_at_rank_zero_changes_nothing(update: SymmetricUpdate, k: int) -> None:
+    value = update.make(64, 0)
+    assert in_place(update)(value, make_columns(64, k), tol=0.1) is value
+    assert not dense(value).any()
+
+
+def test_non_finite_data_makes_all_nan_without_columns(update: SymmetricUpdate) -> None:
+    value = update.make(64, 12, batch_shape=(2,))
+    value[1][1, 5, 2] = math.nan
+    kept = tree_map(lambda part: part[0].clone(), value)
+    in_place(update)(value, make_columns(64, 0, batch_shape=(2,)))
+    assert all(part[1].isnan().all() for part in value)
+    assert all(torch.equal(part[0], old) for part, old in zip(value, kept, strict=True))
+
+
 def test_non_finite_data_makes_all_values_nan(update: SymmetricUpdate) -> None:
     value, columns = update.make(64, 12), make_columns(64, 8)
     columns[3, 2] = math.nan

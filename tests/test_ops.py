@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,15 @@ def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int
     expected = torch.diag_embed(live.double())
     torch.testing.assert_close(transform.mT @ gram @ transform, expected, rtol=0, atol=1e-5)
     assert (live.sum(-1) == min(size[0], size[2])).all()
+
+
+@pytest.mark.parametrize("batch_shape", [(), (1,)], ids=["one", "batch"])
+@pytest.mark.parametrize("spoilt", ["matrix", "columns"])
+def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape: tuple[int, ...], spoilt: str) -> None:
+    parts = {"matrix": torch.ones(*batch_shape, 5, 5), "columns": torch.ones(*batch_shape, 5, 2)}
+    parts[spoilt].fill_(math.nan)
+    brandla_kernels.gram_ema_(*parts.values(), float(spoilt != "matrix"), float(spoilt != "columns"))
+    assert parts["matrix"].isnan().all()
 
 
 def test_gram_of_many_slabs_equals_the_gram_of_one() -> None:

@@ -44,6 +44,16 @@ def test_zero_tolerance_is_the_number(update: SymmetricUpdate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(by_rule, by_number, strict=True))
 
 
+def test_tolerance_holds_without_new_columns(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    values = torch.tensor([1.0, 0.5, 1e-3], dtype=dtype)
+    old = brandla.LowRankEigh(values, oracles.orthonormal(20, 3, 1).to(dtype))
+    old = old if update.factor is brandla.LowRankEigh else brandla.LowRankSym.from_eigh(old)
+    new = update(brandla.track(old), make_columns(20, 0, dtype=dtype), rank=brandla.Rank(max=3, tol=0.1))
+    assert kept(new.lowrank) == 2
+    # What was left out, 1e-3, to the rounding of d₁ = 1.
+    assert abs(float(new.error_bound) - 1e-3) <= oracles.tolerance(20, dtype, 1.0)
+
+
 def test_columns_that_left_are_used_again(update: SymmetricUpdate, dtype: torch.dtype) -> None:
     n, rule = 50, brandla.Rank(max=12, tol=1e-2)
     value = update.factor.zeros(n, 12, dtype=dtype)

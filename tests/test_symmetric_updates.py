@@ -291,6 +291,25 @@ def test_non_finite_data_makes_all_values_nan(update: SymmetricUpdate, bad: floa
     assert not new.error_bound.isfinite()
 
 
+@pytest.mark.parametrize("rank", [6, 4])
+@pytest.mark.parametrize("where", ["values", "basis", "decay"])
+def test_non_finite_data_makes_all_nan_without_columns(update: SymmetricUpdate, where: str, rank: int) -> None:
+    old, decay = update.make(30, 6, batch_shape=(2,)), torch.tensor([0.5, 0.5])
+    {"values": old[0], "basis": old[1], "decay": decay}[where][1, ...] = math.nan
+    new = update(brandla.track(old), make_columns(30, 0, batch_shape=(2,)), decay=decay, rank=rank)
+    for part in (*new.lowrank, new.error_bound):
+        assert part[1].isnan().all()
+        assert part[0].isfinite().all()
+
+
+@pytest.mark.parametrize("k", [4, 28], ids=["usual", "k above n - r"])
+def test_non_finite_data_makes_the_bound_nan_where_nothing_is_dropped(update: SymmetricUpdate, k: int) -> None:
+    columns = make_columns(30, k)
+    columns[3, 2] = math.nan
+    new = update(brandla.track(update.make(30, 6)), columns, rank=min(30, 6 + k))
+    assert new.error_bound.isnan()
+
+
 def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
     columns = make_columns(30, 4)
     poisoned = update(update.make(30, 6), columns * math.nan)

@@ -27,7 +27,8 @@ def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> N
     the bit.
     """
     data = columns.to(matrix.dtype)
-    if matrix.ndim == 2:
+    # BLAS does not read what it is to multiply by 0: NaN in it would be lost.
+    if matrix.ndim == 2 and decay and weight:
         torch.addmm(matrix, data, data.mT, beta=decay, alpha=weight, out=matrix)
     else:
         matrix.mul_(decay).add_(data @ data.mT, alpha=weight)
