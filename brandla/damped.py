@@ -201,6 +201,7 @@ def kron_damped_solve(
 
     Notes
     -----
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype; a pair has no such limit.
     The basis and the data of either side of a pair, or the left basis and W, may be DTensors sharded on their rows:
     ``docs/sharded.md``.
 
@@ -335,14 +336,15 @@ def inverse(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | No
 
 
 def power(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None, exponent: float) -> Shifted:
-    """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log1p((d − τ)/(τ + λ)))."""
+    """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log((d + λ)/(τ + λ))), the logarithm from d − τ."""
     values, vectors = factor
     if tail is None:
         tail = _smallest(factor)
-    shift = _as_tensor(tail + damping, factor)
-    complement = shift**exponent
-    relative = torch.log1p((values - _over(tail)) / shift[..., None])
-    return Shifted(vectors, complement[..., None] * torch.expm1(exponent * relative), complement)
+    complement = _as_tensor(tail + damping, factor) ** exponent
+    # At d = τ clamp_min passes the derivative on and relu does not: the difference has it once.
+    above = torch.log1p((values - _over(tail)).clamp_min(0) / _over(tail + damping))
+    below = torch.log1p((_over(tail) - values).relu() / (values + _over(damping)))
+    return Shifted(vectors, complement[..., None] * torch.expm1(exponent * (above - below)), complement)
 
 
 def _smallest(factor: LowRankEigh | LowRankSym) -> Tensor:
@@ -393,13 +395,13 @@ def _check_rhs(
     return rows.local(function, name, block), vector
 
 
-def _check_batch(function: str, name: str, block: Tensor, basis: Tensor) -> None:
+def _check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
     if block.shape[:-2] == basis.shape[:-2]:
         return
     try:
         torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
     except RuntimeError:
-        rule = f"batch shape of {name} must broadcast with the factor's, {tuple(basis.shape[:-2])}"
+        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
         _check.fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
 
 
@@ -454,6 +456,7 @@ def _check_kron_data(
             _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
         _check_batch(function, "matrix", data, left[1])
         _check_batch(function, "matrix", data, right[1])
+        _check_batch(function, "right", right[1], left[1], "left's")
         return rows[0].local(function, "matrix", data)
     pair: object = matrix
     if not isinstance(pair, tuple) or len(pair) != 2:

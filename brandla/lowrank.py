@@ -89,7 +89,8 @@ class LowRankSym(NamedTuple):
     core
         S, shape (..., r, r), symmetric positive semi-definite.
     basis
-        U, shape (..., n, r), orthonormal columns; a column whose row of S is 0 may be a zero column.
+        U, shape (..., n, r), orthonormal columns; a column whose row of S is 0 may be a zero column, which spans
+        nothing; if it is not, M is 0 along it.
     """
 
     core: Tensor
@@ -130,10 +131,15 @@ class LowRankSym(NamedTuple):
         return self.basis.shape[-1]
 
     def eigh(self) -> LowRankEigh:
-        """Diagonalise S into a LowRankEigh, by an eigendecomposition of order r that waits for the device."""
+        """Diagonalise S into a LowRankEigh, by an eigendecomposition of order r that waits for the device.
+
+        U keeps its span: a column whose row of S is 0 becomes a column of value 0 as it is.
+        """
         function = "LowRankSym.eigh"
         rows = rows_of(function, "basis", self.basis, self.core)
-        values, rotation = safe_eigh(rows.small(function, "core", self.core))
+        core = rows.small(function, "core", self.core)
+        values, rotation = safe_eigh(core)
+        rotation = rotation + _empty_coordinates(core)
         vectors = rows.local(function, "basis", self.basis) @ rotation
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
@@ -206,6 +212,13 @@ class LowRankSVD(NamedTuple):
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
         return torch.isfinite(self.S).all(-1)
+
+
+def _empty_coordinates(core: Tensor) -> Tensor:
+    """Return the unit vectors of what `safe_eigh` leaves out, as the last columns; the others are zero."""
+    empty, order = (core.diagonal(dim1=-2, dim2=-1) <= 0).to(core.dtype).sort(stable=True)
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    return identity[order].mT * empty[..., None, :]
 
 
 Factor = TypeVar("Factor", LowRankEigh, LowRankSym)

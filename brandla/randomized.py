@@ -82,7 +82,8 @@ def randomized_eigh(
 
     Notes
     -----
-    0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved.
+    0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
+    max/(2n) and its norm as small as tiny/ε of the dtype.
 
     References
     ----------
@@ -102,16 +103,15 @@ def randomized_eigh(
         return LowRankEigh(values[..., :rank].clone(), vectors.clone())
     if power_iterations == 0:
         test, _ = orthonormalize(_signs(matrix, n, width, _seed(matrix, generator)))
-    else:
-        test, power_iterations = (
-            spanning(_sketch(function, matrix, width, _seed(matrix, generator))),
-            power_iterations - 1,
-        )
-    image = _product(function, matrix, test)
-    for _ in range(power_iterations):
-        test = spanning(image)
         image = _product(function, matrix, test)
-    return _nystrom(test, image, rank)
+    else:
+        image = _sketch(function, matrix, width, _seed(matrix, generator))
+    scale = _scale(image)
+    for _ in range(power_iterations):
+        test = spanning(image / scale)
+        image = _product(function, matrix, test)
+    values, vectors = _nystrom(test, image / scale, rank)
+    return LowRankEigh(values * scale[..., 0], vectors)
 
 
 @ranged("m,n", "r")
@@ -155,7 +155,8 @@ def randomized_svd(
     -----
     Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
     p = ``oversample`` ≥ 2. The test matrix here has random signs, the same on every device and exact in
-    every precision (``docs/randomized.md``).
+    every precision (``docs/randomized.md``). Entries of X may be as large as max/(m + n) of the dtype, and its norm
+    as small as tiny/ε.
 
     References
     ----------
@@ -170,16 +171,19 @@ def randomized_svd(
         basis = _identity(matrix, m)
     else:
         image = _sketch(function, matrix, width, _seed(matrix, generator))
+        scale = _scale(image)
         for _ in range(power_iterations):
-            rows = spanning(_adjoint_product(function, matrix, spanning(image)))
+            rows = spanning(_adjoint_product(function, matrix, spanning(image / scale)) / scale)
             image = _product(function, matrix, rows)
-        basis, _ = orthonormalize(image)
-    rows, triangle = orthonormalize(_adjoint_product(function, matrix, basis))
+        basis, _ = orthonormalize(image / scale)
+    image = _adjoint_product(function, matrix, basis)
+    scale = _scale(image)
+    rows, triangle = orthonormalize(image / scale)
     left, values, right = safe_svd(triangle.mT, triangle.dtype)
     dtype = basis.dtype
     return LowRankSVD(
         basis @ left[..., :rank].to(dtype),
-        values[..., :rank].to(dtype, copy=True),
+        values[..., :rank].to(dtype) * scale[..., 0],
         (rows @ right[..., :rank].to(dtype)).mT,
     )
 
@@ -199,6 +203,13 @@ def _nystrom(test: Tensor, image: Tensor, rank: int) -> LowRankEigh:
     values, rotation = safe_eigh(half @ half.mT, image.dtype, keep=rank)
     values = (values[..., :rank] - shift[..., 0]).clamp_min(0)
     return LowRankEigh(values, panel @ (transform @ rotation))
+
+
+def _scale(image: Tensor) -> Tensor:
+    """Power of two (..., 1, 1) by which an image is divided, exactly, before products of its columns are taken."""
+    largest = image.detach().abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    return largest / torch.frexp(largest).mantissa
 
 
 def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) -> Tensor:

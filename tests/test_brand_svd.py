@@ -185,14 +185,20 @@ def test_zero_matrix_stays_zero(dtype: torch.dtype) -> None:
     assert not dense(grown).any()
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18], ids=lambda scale: f"{scale:g}")
-def test_result_scales_with_the_data(scale: float) -> None:
-    columns = make_columns(24, 6, scale=scale, dtype=torch.float32)
-    value = brandla.svd_append(brandla.LowRankSVD.zeros(24, 0, 6, dtype=torch.float32), columns)
-    right = make_columns(6, 3, dtype=torch.float32)
-    new = brandla.svd_update(value, columns[:, :3], right)
-    assert_svd(new, 24, 6, 6)
-    assert oracles.difference_ratio(dense(new), summed(value, columns[:, :3], right), torch.float32) <= THRESHOLD
+# The ends of the range that the docstrings promise for the lengths of columns, and scales between.
+SCALES = {torch.float32: (1e-30, 1e-18, 1e-9, 1e9, 1e18, 1e36), torch.float64: (1e-145, 1e-100, 1e100, 1e152)}
+
+
+def test_result_scales_with_the_data(dtype: torch.dtype) -> None:
+    for scale in SCALES[dtype]:
+        columns = make_columns(24, 6, scale=scale, dtype=dtype)
+        value = brandla.svd_append(brandla.LowRankSVD.zeros(24, 0, 6, dtype=dtype), columns)
+        right = make_columns(6, 3, dtype=dtype)
+        new = brandla.svd_update(value, columns[:, :3], right)
+        assert_svd(value, 24, 6, 6)
+        assert_svd(new, 24, 6, 6)
+        for actual, expected in ((value, columns), (new, summed(value, columns[:, :3], right))):
+            assert oracles.difference_ratio(dense(actual) / scale, expected.double() / scale, dtype) <= THRESHOLD
 
 
 def test_a_thousand_updates_do_not_drift() -> None:

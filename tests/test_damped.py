@@ -103,6 +103,38 @@ def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[...
         assert oracles.difference_ratio(with_zeros, without, dtype) <= THRESHOLD
 
 
+@pytest.mark.parametrize("exponent", [-1, -0.5, -0.25])
+@pytest.mark.parametrize("damping", [1e-7, 1e-9, 1e-20], ids=lambda damping: f"{damping:g}")
+def test_power_far_below_the_tail_is_as_accurate_as_the_solve(
+    exponent: float, damping: float, dtype: torch.dtype
+) -> None:
+    # Columns of the identity: every entry of the result is the power of one number.
+    basis = torch.eye(7, 5, dtype=dtype)
+    basis[4, 4] = 0
+    values = torch.tensor([2, 1, 0.5, damping, 0], dtype=dtype)
+    factor = brandla.LowRankEigh(values, basis)
+    expected = (torch.tensor([2, 1, 0.5, damping, 1, 1, 1], dtype=torch.float64) + damping) ** exponent
+    applied = brandla.damped_power(factor, torch.ones(7, dtype=dtype), damping, exponent, tail=1.0)
+    # expm1 multiplies the few ε of the logarithm, which is at most 46, by it.
+    assert ((applied.double() - expected) / expected).abs().max() <= 2 * 46 * oracles.epsilon(dtype)
+
+
+def test_a_column_of_value_zero_belongs_to_the_span_of_either_form(dtype: torch.dtype) -> None:
+    live, zero, damping, tail = 1, 3, 0.1, 0.6
+    basis = oracles.orthonormal(N, 5, seed=1)
+    basis[:, zero] = 0
+    core = torch.diag(torch.tensor([1, 0, 2, 0, 3], dtype=torch.float64)) + 0.25
+    core[[live, zero]] = core[:, [live, zero]] = 0
+    sym = brandla.LowRankSym(core.to(dtype), basis.to(dtype))
+    rhs = make_columns(N, M, dtype=dtype)
+    operator = dense_operator(sym, damping, tail)
+    for factor in (sym, sym.eigh()):
+        solution = brandla.damped_solve(factor, rhs, damping, tail=tail)
+        assert oracles.solve_ratio(operator, solution, rhs, dtype) <= THRESHOLD
+        root = brandla.damped_power(factor, rhs, damping, -0.5, tail=tail)
+        assert oracles.difference_ratio(root, dense_power(operator, -0.5) @ rhs.double(), dtype) <= THRESHOLD
+
+
 @FACTORS
 def test_right_hand_sides_without_columns(make: Callable[..., Any], dtype: torch.dtype) -> None:
     assert brandla.damped_solve(make(N, R, dtype=dtype), torch.zeros(N, 0, dtype=dtype), 0.1).shape == (N, 0)
@@ -271,6 +303,17 @@ def test_power_is_differentiable_in_every_tensor(make: Callable[..., Any], expon
         return brandla.damped_power(_factor_of(make, values, basis), rhs, damping, exponent, tail=tail)
 
     assert gradcheck(power, [_leaf(tensor) for tensor in (values, basis, make_columns(7, 2), damping, tail)])
+
+
+@pytest.mark.parametrize("exponent", [-1, -0.5, 0.25])
+def test_power_is_differentiable_above_at_and_far_below_the_tail(exponent: float) -> None:
+    values, damping, tail = torch.tensor([3, 2, 0.02, 0]).double(), torch.tensor(0.05).double(), torch.tensor(2.0)
+    basis, rhs = oracles.orthonormal(7, 4, seed=1), make_columns(7, 2)
+
+    def power(values: Tensor, damping: Tensor, tail: Tensor) -> Tensor:
+        return brandla.damped_power(brandla.LowRankEigh(values, basis), rhs, damping, exponent, tail=tail)
+
+    assert gradcheck(power, [_leaf(tensor.double()) for tensor in (values, damping, tail)])
 
 
 def solve_densely(lowrank: Symmetric, rhs: Tensor, damping: Tensor) -> Tensor:

@@ -163,3 +163,9 @@ def test_solve_is_differentiable_in_every_tensor(makers: Makers, *, is_pair: boo
         )
 
     assert gradcheck(solve_parts, [part.clone().requires_grad_() for part in (*left, *right, *data, *scalars)])
+
+
+def test_factors_whose_batches_clash_are_refused() -> None:
+    left, right = make_eigh(P, 6, batch_shape=(2,)), make_eigh(Q, 9, batch_shape=(3,))
+    with pytest.raises(ValueError, match=r"batch shape of right must broadcast with left's, \(2,\); got \(3,\)"):
+        solve(left, right, make_columns(P, Q))

@@ -338,11 +338,27 @@ def test_non_finite_data_makes_all_values_nan(kind: str, bad: float) -> None:
     assert not result.is_finite()
 
 
+# Nearly all of the range of the dtype: sums of 60 entries must not overflow, nor 25 bits of an entry underflow.
+SCALES = {torch.float32: (1e-30, 1e-18, 1e-9, 1e9, 1e20, 1e36), torch.float64: (1e-290, 1e-160, 1e160, 1e300)}
+
+
 @BOTH
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18], ids=lambda scale: f"{scale:g}")
-def test_result_scales_with_the_matrix(kind: str, scale: float) -> None:
-    spectrum = torch.cat([torch.linspace(3, 1, 5), torch.zeros(25)]).double()
-    matrix = (scale * matrix_for(kind, spectrum)).float()
-    result = FUNCTIONS[kind](matrix, 6, generator=oracles.generator(0))
-    assert_decomposition(result, 6)
-    assert oracles.difference_ratio(dense(result), matrix, torch.float32) <= THRESHOLD
+@pytest.mark.parametrize("power_iterations", [0, 1, 2])
+def test_result_scales_with_the_matrix(kind: str, power_iterations: int, dtype: torch.dtype) -> None:
+    spectrum = torch.cat([torch.linspace(3, 1, 5), torch.zeros(55)]).double()
+    for scale in SCALES[dtype]:
+        matrix = (scale * matrix_for(kind, spectrum)).to(dtype)
+        result = FUNCTIONS[kind](matrix, 6, power_iterations=power_iterations, generator=oracles.generator(0))
+        assert_decomposition(result, 6)
+        assert oracles.difference_ratio(dense(result) / scale, matrix.double() / scale, dtype) <= THRESHOLD
+
+
+def test_matrices_of_a_batch_have_scales_of_their_own(dtype: torch.dtype) -> None:
+    spectrum = torch.cat([torch.linspace(3, 1, 5), torch.zeros(55)]).double()
+    scales = torch.tensor([0.0, *SCALES[dtype]], dtype=torch.float64)[:, None, None]
+    matrix = (scales * matrix_for("eigh", spectrum)).to(dtype)
+    result = brandla.randomized_eigh(matrix, 6, generator=oracles.generator(0))
+    for scale, one, values, vectors in zip(scales[1:], matrix[1:], *(part[1:] for part in result), strict=True):
+        approximation = dense(brandla.LowRankEigh(values, vectors)) / scale
+        assert oracles.difference_ratio(approximation, one.double() / scale, dtype) <= THRESHOLD
+    assert not result.eigenvalues[0].any()
