@@ -47,17 +47,18 @@ def update_eigh(absorptions: Sequence[Absorption], rank: int | Rank) -> None:
 
 def sketched(absorptions: Sequence[Absorption], width: int, step: int) -> list[Absorption]:
     """Bring batches of more columns down to ``width``: A Ω / √width with the same random signs for all of a size."""
-    drawn: dict[int, Tensor] = {}
+    drawn: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def narrow(absorption: Absorption) -> Absorption:
         columns = absorption.columns
         k = columns.shape[-1]
         if k <= width:
             return absorption
-        if k not in drawn:
+        key = k, columns.dtype, columns.device
+        if key not in drawn:
             seed = torch.full((), step, dtype=torch.int64, device=columns.device)
-            drawn[k] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
-        return absorption._replace(columns=columns @ drawn[k])
+            drawn[key] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
+        return absorption._replace(columns=columns @ drawn[key])
 
     return [narrow(absorption) for absorption in absorptions]
 

@@ -40,6 +40,15 @@ from brandla.rank import Rank
 class BrandCorrected(FactorStrategy):
     """B-KFAC-C: every ``correct_every`` steps, Rayleigh–Ritz on a random ``fraction`` of the columns. O(n²) memory.
 
+    Parameters
+    ----------
+    rank
+        r: a number, a `brandla.Rank` rule, or a function of the step that returns one of them.
+    correct_every
+        Steps between corrections: a number, or a function of the step.
+    fraction
+        Part of the columns of U that a correction takes, in (0, 1].
+
     References
     ----------
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the corrected variant.

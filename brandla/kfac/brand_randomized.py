@@ -39,6 +39,15 @@ from brandla.rank import Rank
 class BrandRandomized(FactorStrategy):
     """B-R-KFAC: fresh at every update, and rid of truncation error every ``overwrite_every`` steps. O(n²) memory.
 
+    Parameters
+    ----------
+    rank
+        r: a number, a `brandla.Rank` rule, or a function of the step that returns one of them.
+    overwrite_every
+        Steps between the decompositions that overwrite: a number, or a function of the step.
+    oversample, power_iterations
+        Of these decompositions, as `brandla.randomized_eigh` takes them.
+
     References
     ----------
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the variant with overwriting.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Literal
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
 
+from brandla._sharded import is_dtensor
 from brandla.kfac.kinds import Kind
 from brandla.kfac.saved import Saved
 from brandla.kfac.tap import Ticket, tap
@@ -30,6 +32,8 @@ class Call:
         self.kind = kind
         self.terms: Terms | None = None
         self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
+        # The backward pass, by autograd's number for it, of each of the loss's gradients.
+        self._tasks: list[int] = []
         self._saved: Saved | None = saved
         self._inputs: Tensor | None = None
 
@@ -45,7 +49,21 @@ class Call:
             self._inputs, self._saved = self._saved.fetch(), None
         if recorder.running == "curvature":
             self.terms = recorder.terms
+        else:
+            self._tasks.append(torch._C._current_graph_task_id())
         self.gradients[recorder.running].append(gradient)
+
+    def keep(self, tasks: Container[int]) -> None:
+        """Forget the loss's gradients of all backward passes but these."""
+        kept = [pair for pair in zip(self._tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
+        self._tasks = [task for task, _ in kept]
+        self.gradients["loss"] = [gradient for _, gradient in kept]
+
+    def forget(self, but: Terms | None = None) -> None:
+        """Forget all gradients but those of the curvature of these terms; the graph may be gone through again."""
+        self.keep(())
+        if but is None or self.terms is not but:
+            self.gradients["curvature"] = []
 
     @property
     def released(self) -> bool:
@@ -55,6 +73,7 @@ class Call:
     def release(self) -> None:
         """Forget the data."""
         self._saved = self._inputs = None
+        self._tasks = []
         self.gradients = {"loss": [], "curvature": []}
 
     def bytes(self) -> int:
@@ -67,12 +86,14 @@ class Recorder:
     """What all captures of a model have in common: which backward pass is running.
 
     ``draw`` counts backward passes for the curvature through one graph; ``terms`` are those that they are about.
+    ``has_run`` says whether there have been any.
     """
 
     def __init__(self, *, edges: bool = False) -> None:
         self.running: Pass = "loss"
         self.draw = 0
         self.terms: Terms | None = None
+        self.has_run = False
         # Whether captures note the place of their outputs in the graph, for backward passes that end there.
         self.edges = edges
 
@@ -85,7 +106,9 @@ class Capture:
     and a call whose output gets no gradient contributes nothing. A call that cannot be made into rows ends it all:
     ``refusal`` says why from then on, and the weight is left to the optimizer.
 
-    Calls whose gradient was thrown away, by setting it to None without a step, are forgotten at the next use.
+    Calls whose gradient was thrown away, by setting it to None without a step, are forgotten at the next use or
+    backward pass, unless the weight is sharded. Those of backward passes that ended elsewhere than in the weight's
+    gradient are forgotten at the step.
     """
 
     def __init__(self, kind: Kind, recorder: Recorder) -> None:
@@ -96,10 +119,15 @@ class Capture:
         self.refusal = ""
         self._kind = kind
         self._recorder = recorder
+        # The weight between steps, which may be sharded later and freed.
+        self._lasting = ref(kind.weight)
         self._fresh = False
         self._accumulated: tuple[Tensor, int] | None = None
+        # The backward passes, by autograd's numbers, that have added to the weight's gradient.
+        self._reached: set[int] = set()
         self._handles: list[Any] = []
-        self._noting: Tensor | None = None
+        # The weight whose gradient is noted, and the hook that does it.
+        self._noting: tuple[Tensor, Any] | None = None
         # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
         self._of_first_draw: list[Call] = []
         self._task: tuple[int, int] = (-1, -1)
@@ -115,11 +143,15 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._noting is not None:
+            self._noting[1].remove()
+            self._noting = None
         self.wanted = frozenset()
         self.clear()
 
     def want(self, passes: Iterable[Pass]) -> None:
         """Choose the passes whose gradients are collected from now on."""
+        self._lasting = ref(self._kind.weight)
         if self._handles:
             self.wanted = frozenset(passes)
             self.enabled = bool(self.wanted) and not self.refusal
@@ -130,11 +162,7 @@ class Capture:
         It was empty before the first of them, and nobody has written to it since autograd did. What GradScaler.unscale_
         does to it does not count as writing.
         """
-        gradient = self._kind.weight.grad
-        if not self._fresh or self._accumulated is None or gradient is None:
-            return False
-        noted, version = self._accumulated
-        return gradient is noted and gradient._version == version
+        return self._fresh and self._is_as_noted()
 
     def bytes(self) -> int:
         """Return the memory of what is held."""
@@ -150,18 +178,30 @@ class Capture:
         self._task = (-1, -1)
         self._fresh = False
         self._accumulated = None
+        self._reached = set()
+
+    def keep_reached(self) -> None:
+        """Forget the loss's gradients of backward passes that have not added to the weight's.
+
+        Where none has as far as is known, as with gradients that were put there by hand, all are kept.
+        """
+        if self._reached:
+            for call in self.calls:
+                call.keep(self._reached)
+            self._drop_empty()
 
     def forget_discarded(self, of: Pass) -> None:
         """Forget the calls if their gradient, or the step they were for, has been given up: it is None again."""
-        if self._kind.weight.grad is None and any(call.gradients[of] for call in self.calls):
-            self.clear()
+        if self._gradient_is_gone() and any(call.gradients[of] for call in self.calls):
+            self._forget_passes()
+            self.edges = []
 
     def record(self, kind: Kind, inputs: Any, output: Any, ticket: Ticket) -> Any:
         """Watch the output of a call; return what takes its place."""
         weight = kind.weight
         if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
             return output
-        if _is_lent(weight, kind):
+        if _is_lent(weight, kind) or _is_functional():
             return output
         if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
             self.refusal = refusal
@@ -176,8 +216,12 @@ class Capture:
         if self.refusal or call.released or self._recorder.running not in self.wanted:
             return
         if self._recorder.running == "loss":
-            if not any(known.gradients["loss"] for known in self.calls):
+            if self._reached and self._gradient_is_gone():
+                self._forget_passes(but=self._recorder.terms)
+            if not self._reached:
                 self._fresh = self._kind.weight.grad is None
+            elif not self._is_as_noted():
+                self._fresh = False
             self._note_gradients_of(self._kind.weight)
         if not any(call is known for known in self.calls):
             self.calls.append(call)
@@ -190,9 +234,6 @@ class Capture:
         task = (torch._C._current_graph_task_id(), self._recorder.draw)
         if task != self._task:
             self._task, self._index = task, 0
-            if self._recorder.running == "loss":
-                self.forget_discarded("loss")
-                self._task = task
         if self._recorder.running == "loss":
             call = Call(kind.of_call(), Saved(inputs.clone()))
         else:
@@ -213,20 +254,70 @@ class Capture:
                 self.edges.append(torch.autograd.graph.get_gradient_edge(value))
         value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))
 
+    def _gradient_is_gone(self) -> bool:
+        """Say whether the weight has no gradient, or is not the one that had it: its shape is another.
+
+        Of a weight that is sharded this cannot be told: what is seen during a pass takes the weight's place, and has no
+        gradient once that has been reduced; nor has the weight until then.
+        """
+        weight: Tensor = self._kind.weight
+        if self._noting is not None and self._noting[0].shape != weight.shape:
+            return True
+        return weight is self._lasting() and not is_dtensor(weight) and weight.grad is None
+
+    def _is_as_noted(self) -> bool:
+        """Say whether nobody has written to the gradient since autograd last did."""
+        gradient = self._kind.weight.grad
+        if self._accumulated is None or gradient is None:
+            return False
+        noted, version = self._accumulated
+        return gradient is noted and gradient._version == version
+
+    def _forget_passes(self, but: Terms | None = None) -> None:
+        """Forget all backward passes so far but those for the curvature of these terms."""
+        for call in self.calls:
+            call.forget(but)
+        self._drop_empty()
+        self._reached = set()
+
+    def _drop_empty(self) -> None:
+        self.calls = [call for call in self.calls if any(call.gradients.values())]
+
     def _note_gradients_of(self, weight: Tensor) -> None:
         """Have the gradient of a weight noted, once it is trainable: a frozen one takes no such hook."""
-        if self._noting is not weight:
-            self._noting = weight
-            self._handles.append(weight.register_post_accumulate_grad_hook(self._note))
+        if weight.requires_grad and (self._noting is None or self._noting[0] is not weight):
+            if self._noting is not None:
+                self._noting[1].remove()
+            # The garbage collector does not see through hooks of a tensor's: they must not hold what holds the tensor.
+            self._noting = weight, weight.register_post_accumulate_grad_hook(_weakly(self._note))
 
     def _note(self, weight: Tensor) -> None:
+        self._reached.add(torch._C._current_graph_task_id())
         if weight.grad is not None:
             self._accumulated = (weight.grad, weight.grad._version)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return what calls a method for as long as its object is there."""
+    known = WeakMethod(method)
+
+    def call(weight: Tensor) -> None:
+        found = known()
+        if found is not None:
+            found(weight)
+
+    return call
 
 
 def _is_lent(weight: Tensor, kind: Kind) -> bool:
     """Say whether a functional call has put a tensor of its own in the parameter's place."""
     return not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values())
+
+
+def _is_functional() -> bool:
+    """Say whether torch.func differentiates the call: that never gets to the weight's gradient."""
+    # The compiler takes None for an object here, but not for one of the type.
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def _own_value(output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from brandla.kfac.strategy import Curvature, Gradient, Now, Rows, Shape, Strateg
 class ConjugateGradient(Strategy):
     """CG-FAC: ``iterations`` steps of conjugate gradients for (A ⊗ G + λI) x = ∂W, by products G X A with rows alone.
 
-    O(k (d_G + d_A)) memory for the k rows kept, and 4k d_G d_A + 4k²(d_G + d_A) operations an iteration. λ is relative
+    O(k (d_G + d_A)) memory for the k rows kept, and 4k d_G d_A + 2k²(d_G + d_A) operations an iteration. λ is relative
     to the largest eigenvalue of A ⊗ G, the product of the factors', and is added to A ⊗ G as a whole: factors that are
     damped each on its own have a direct solve from k rows, and leave nothing to iterate for. No read-back: the number
     of iterations is fixed. At relative damping μ each takes the error down by about (1 − √μ)/(1 + √μ).
@@ -30,7 +30,7 @@ class ConjugateGradient(Strategy):
     Parameters
     ----------
     iterations
-        Number of products with the curvature.
+        Steps, each of one product with the curvature; the start takes one more.
     batches
         Room for the rows of so many batches, of the largest seen. A and G are the exponential averages of the latest
         rows that it holds.
@@ -118,17 +118,10 @@ class RowsOfBatches(Curvature):
         sides = {
             name: {"rows": rows.clone(), "weights": weights.clone()} for name, (rows, weights) in self.sides.items()
         }
-        return {
-            "strategy": str(self.strategy),
-            "sides": sides,
-            "last": None if self.last is None else self.last.clone(),
-        }
+        return {"sides": sides, "last": None if self.last is None else self.last.clone()}
 
     def loaded(self, state: dict[str, Any], where: str) -> RowsOfBatches:
         """Return a new curvature that continues from ``state``, or raise ValueError."""
-        if state.get("strategy") != str(self.strategy):
-            rule = f"{where}: the strategy must be {self.strategy}, as in this preconditioner"
-            _check.fail_value("KFAC.load_state_dict", f"{rule}; the state has {state.get('strategy')}")
         groups, d_out, d_in = self.shape[:3]
         sides = {}
         for name, n in (("output", d_out), ("input", d_in)):
@@ -171,19 +164,25 @@ class _Operator(NamedTuple):
 def _largest(root: Tensor) -> Tensor:
     """Estimate the largest eigenvalue of RᵀR from below by power iteration from its longest row, with no sync."""
     tiny = torch.finfo(root.dtype).tiny
+    # The length of RᵀR v is a sum of fourth powers.
+    scale = root.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    root = root / scale
     longest = torch.linalg.vector_norm(root, dim=-1).argmax(-1, keepdim=True)
     vector = torch.take_along_dim(root, longest[..., None], dim=-2).mT
     for _ in range(4):
         vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
         vector = root.mT @ (root @ vector)
-    norm: Tensor = torch.linalg.vector_norm(vector, dim=(-2, -1))
+    norm: Tensor = torch.linalg.vector_norm(vector, dim=(-2, -1)) * scale[..., 0, 0].square()
     return norm
 
 
 def conjugate_gradient(operator: _Operator, target: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Return the iterate of conjugate gradients for ``operator @ X = target``, each group by itself; no read-back."""
-    iterate = start
-    residual = target - operator @ iterate
+    # Of order 1, so that the squares of residuals are: those of their images are fourth powers more.
+    scale = target.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    iterate = start / scale
+    residual = target / scale - operator @ iterate
     direction, squared = residual, _squared(residual)
     for _ in range(iterations):
         image = operator @ direction
@@ -192,7 +191,7 @@ def conjugate_gradient(operator: _Operator, target: Tensor, start: Tensor, itera
         residual = residual - length * image
         before, squared = squared, _squared(residual)
         direction = residual + _ratio(squared, before) * direction
-    return iterate
+    return iterate * scale
 
 
 def _squared(part: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from brandla.kfac.gradient import inner
+from brandla.kfac.gradient import inner, length
 from brandla.kfac.strategy import Gradient
 
 
@@ -23,13 +24,10 @@ def clipping(
     if clip is None or not steps:
         return [1.0] * len(steps)
     if by == "rms":
-        return [(clip / _mean_square(step).sqrt()).clamp(max=1.0) for step in steps]
-    length = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
-    return [(clip / length.abs()).sqrt().clamp(max=1.0)] * len(steps)
+        return [(clip * math.sqrt(_entries(step)) / length(step)).clamp(max=1.0) for step in steps]
+    squared = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
+    return [(clip / squared.abs()).sqrt().clamp(max=1.0)] * len(steps)
 
 
-def _mean_square(step: Gradient) -> Tensor:
-    if isinstance(step, Tensor):
-        norm: Tensor = torch.linalg.vector_norm(step)
-        return norm.square() / step.numel()
-    return inner(step, step) / (step[0][..., 0].numel() * step[1].shape[-2])
+def _entries(step: Gradient) -> int:
+    return step.numel() if isinstance(step, Tensor) else step[0][..., 0].numel() * step[1].shape[-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -40,7 +41,8 @@ class Share(NamedTuple):
 class Part(NamedTuple):
     """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
 
-    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second.
+    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second. The γ
+    of each process are multiplied by its one of ``weights``.
     """
 
     layer: Layer
@@ -49,7 +51,7 @@ class Part(NamedTuple):
     sent: list[int]
     kept: int
     draws: int
-    world: int
+    weights: list[float]
 
     @property
     def width(self) -> int:
@@ -68,9 +70,13 @@ class Part(NamedTuple):
         return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
 
 
-def parts_of(layer: Layer, shares: Sequence[Share], most: int | None) -> Iterator[Part]:
-    """Say what is sent of a layer: inputs and gradients, but for those that no factor is made of."""
-    curvature, shape, world = layer.curvature, layer.shape, len(shares)
+def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
+    """Say what is sent of a layer: inputs and gradients, but for those that no factor is made of.
+
+    The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
+    """
+    curvature, shape = layer.curvature, layer.shape
+    weights = weights_of(shares, of_terms=of_terms)
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
     factors = dict(curvature.factors()) if by_factor else {}
@@ -79,9 +85,22 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None) -> Iterato
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
         if by_factor and not (shape.one_hot and name == "inputs"):
-            yield Part(layer, name, shape, *_fewer_columns(factors[side], counts, most), 1, world)
+            yield Part(layer, name, shape, *_fewer_columns(factors[side], counts, most), 1, weights)
         else:
-            yield Part(layer, name, shape, counts, sum(counts), _draws(shares) if name == "gradients" else 1, world)
+            draws = _draws(shares) if name == "gradients" or shape.single else 1
+            yield Part(layer, name, shape, counts, sum(counts), draws, weights)
+
+
+def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
+    """Return the factors of γ that make W losses one, their mean: 1/W for its gradients.
+
+    For its curvature N Σ γ γᵀ has to be the mean of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    """
+    world = len(shares)
+    if not of_terms:
+        return [1 / world] * world
+    uses = sum(share.uses for share in shares)
+    return [math.sqrt(share.uses / (uses * world)) for share in shares]
 
 
 def columns_kept(factor: Factor, counts: Sequence[int], most: int | None) -> int:
@@ -108,7 +127,7 @@ def _fewer_columns(factor: Factor, counts: list[int], most: int | None) -> tuple
 
 
 def _draws(shares: Sequence[Share]) -> int:
-    return max(share.gradients // share.inputs for share in shares if share.inputs)
+    return max(share.gradients // share.uses for share in shares if share.uses)
 
 
 def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
@@ -120,7 +139,7 @@ def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
     if part.is_index:
         return own.long()
     if part.name == "gradients" or part.shape.single:
-        own = own / part.world
+        own = own * part.weights[rank]
     return fewer(own.to(part.shape.dtype), part.sent[rank], seed)
 
 

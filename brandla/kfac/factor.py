@@ -48,7 +48,7 @@ class FactorStrategy(Strategy):
     Parameters
     ----------
     tail
-        τ of the damped inverse: 0, or ``"smallest"`` (spectrum continuation).
+        τ of the damped inverse: a number >= 0, or ``"smallest"`` (spectrum continuation).
     """
 
     # Parts of a state that only updates and reports read.

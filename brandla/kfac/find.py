@@ -35,6 +35,7 @@ def find_layers(
     """Return the layers of a model, and why each other module or parameter is left to the optimizer."""
     found, left = _find(model)
     layers: list[Layer] = []
+    biases: dict[int, _Found] = {}
     for first, *others in found.values():
         strategy = of_module(inverse, first.name)
         other_kind = next((other for other in others if not _is_alike(first.kind, other.kind)), None)
@@ -44,6 +45,7 @@ def find_layers(
         elif strategy is None:
             left |= {one.name: "inverse is None" for one in (first, *others)}
         else:
+            left |= _leave_known_bias([first, *others], biases)
             layers.append(Layer(first.name, first.kind, strategy, of_module(sharing, first.name), recorder))
             left |= _attach(layers[-1], others)
     if not layers:
@@ -86,6 +88,21 @@ def _kinds_of(module: nn.Module) -> list[Kind] | str | None:
 
 def _is_alike(one: Kind, other: Kind) -> bool:
     return type(one) is type(other) and one.shape == other.shape
+
+
+def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[str, str]:
+    """Have a weight go without its bias where that is also another module's, of a layer found before; say so."""
+    first = group[0]
+    if first.kind.bias is None:
+        return {}
+    owner = biases.setdefault(id(first.kind.bias), first)
+    # Attention has one bias for several weights.
+    if owner.kind.module is first.kind.module:
+        return {}
+    left = [one.name for one in group if one.kind.bias is not None]
+    for one in group:
+        one.kind.leave_bias()
+    return {f"{name}.bias": f"it is also that of {owner.name}" for name in left}
 
 
 def _attach(layer: Layer, others: list[_Found]) -> dict[str, str]:

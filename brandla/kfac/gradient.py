@@ -15,6 +15,16 @@ def inner(one: Gradient, other: Gradient) -> Tensor:
     return ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
 
 
+def length(part: Gradient) -> Tensor:
+    """Return ‖·‖_F; of a product P Qᵀ no less than √ε ‖P‖ ‖Q‖, below which ⟨PᵀP, QᵀQ⟩ is rounding, of either sign."""
+    if isinstance(part, Tensor):
+        norm: Tensor = torch.linalg.vector_norm(part)
+        return norm
+    first, second = (torch.linalg.vector_norm(factor) for factor in part)
+    rounding = torch.finfo(first.dtype).eps ** 0.5 * first * second
+    return torch.maximum(inner(part, part).clamp_min(0).sqrt(), rounding)
+
+
 def dense(part: Gradient) -> Tensor:
     """Return the matrix."""
     return part if isinstance(part, Tensor) else part[0] @ part[1].mT

@@ -143,21 +143,15 @@ class InverseFreeCurvature(Curvature):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a bit-equal continuation needs."""
-        state: dict[str, Any] = {"variant": self.strategy.variant, "input": self.input.state_dict()}
-        if self.output is not None:
-            state["output"] = self.output.state_dict()
-        if self.renewed is not None:
-            state["renewed"] = self.renewed
-        return state
+        sides = {"input": self.input, "output": self.output}
+        states = {name: side.state_dict() for name, side in sides.items() if side is not None}
+        return {**states, "renewed": self.renewed}
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseFreeCurvature:
         """Return a new curvature that continues from ``state``, or raise ValueError naming ``where``."""
-        if state["variant"] != self.strategy.variant:
-            rule = f"{where}: the variant must be {self.strategy.variant!r}; the state has {state['variant']!r}"
-            _check.fail_value("KFAC.load_state_dict", rule)
         input = self.input.loaded(state["input"], f"{where} (input)")
         output = None if self.output is None else self.output.loaded(state["output"], f"{where} (output)")
-        return replace(self, input=input, output=output, renewed=state.get("renewed"))
+        return replace(self, input=input, output=output, renewed=state["renewed"])
 
     def tensors(self) -> Iterator[Tensor]:
         """Go through all that is kept."""

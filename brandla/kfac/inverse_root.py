@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from brandla import _check
 from brandla.kfac.strategy import Now, Shape
@@ -119,14 +118,15 @@ class InverseRoot:
 
     def largest(self) -> Tensor:
         """Estimate the largest eigenvalue of M, shape (*groups,); 0 before any data but zeros."""
-        length: Tensor = torch.linalg.vector_norm(self.direction, dim=-1)
+        length = _length(self.direction)
         return length / torch.where(self.total > 0, self.total, 1)
 
     def observe(self, batch: Batch, now: Now) -> None:
         """Take a batch into the estimate of the largest eigenvalue."""
         known = (self.largest() > 0)[..., None]
         start = torch.where(known, self.direction, batch.start())
-        unit = normalize(start, dim=-1, eps=torch.finfo(start.dtype).tiny)
+        length = _length(start)[..., None]
+        unit = start / torch.where(length > 0, length, 1)
         weight = (1 - now.decay) * now.finite.to(start.dtype)
         self.direction = (1 - weight) * self.direction + weight * batch.times(unit)
         self.total = (1 - weight) * self.total + weight
@@ -134,7 +134,9 @@ class InverseRoot:
     def restart(self, where: Tensor, length: Tensor) -> None:
         """K ← ``length`` · I in the groups ``where``."""
         identity = self.structure.identity(self.n, (), length.dtype, length.device)
-        self.root = self.structure.combine((1.0 * ~where, self.root), (torch.where(where, length, 0), identity))
+        self.root = self.structure.combine(
+            ((~where).to(length.dtype), self.root), (torch.where(where, length, 0), identity)
+        )
 
     def look(self, batch: Batch) -> tuple[Member, Member]:
         """Return Π(KᵀMK) and Π(KᵀK)."""
@@ -171,8 +173,8 @@ class InverseRoot:
         """Return what a bit-equal continuation needs."""
         return {
             "structure": repr(self.structure),
-            "root": [part.clone() for part in self.root],
-            "momentum": [part.clone() for part in self.momentum],
+            "root": _saved(self.root),
+            "momentum": _saved(self.momentum),
             "direction": self.direction.clone(),
             "total": self.total.clone(),
         }
@@ -185,10 +187,27 @@ class InverseRoot:
         return InverseRoot(
             self.n,
             self.structure,
-            _loaded(self.root, state["root"], f"{where}: root"),
-            _loaded(self.momentum, state["momentum"], f"{where}: momentum"),
+            _loaded(self.root, _parts(state["root"]), f"{where}: root"),
+            _loaded(self.momentum, _parts(state["momentum"]), f"{where}: momentum"),
             *_loaded((self.direction, self.total), (state["direction"], state["total"]), f"{where}: estimate"),
         )
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Return lengths along the last dimension, also where squares overflow or vanish: of M v, data to the fourth."""
+    largest = vectors.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    length: Tensor = torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1)
+    return length
+
+
+def _saved(member: Member) -> dict[str, Tensor]:
+    """Return copies by number: torch.distributed.checkpoint gives no lists back."""
+    return {str(index): part.clone() for index, part in enumerate(member)}
+
+
+def _parts(saved: Mapping[str, Tensor]) -> list[Tensor]:
+    return [saved[str(index)] for index in range(len(saved))]
 
 
 def _loaded(templates: Sequence[Tensor], saved: Sequence[Tensor], where: str) -> Member:

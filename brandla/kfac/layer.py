@@ -27,10 +27,11 @@ class Layer:
         self.sharing = sharing
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
-        self.curvature: Curvature = strategy.curvature(self.shape)
+        # That of a frozen weight takes no memory: it is made anew when the weight thaws.
+        self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
+        self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
-        self._made_for = self.shape
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
 
@@ -49,26 +50,36 @@ class Layer:
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
-        gradient = self.kind.weight.grad
-        if self.refusal or gradient is None:
+        # The weight of a refused call may be no parameter any more.
+        if self.refusal or self.kind.weight.grad is None:
             return False
         if self._written is None:
             return True
         step, version = self._written[0](), self._written[1]
-        return step is None or step is not gradient or step._version != version
+        return step is None or step is not self.kind.weight.grad or step._version != version
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight is not trained, and has no gradient from when it was."""
+        return not self.kind.weight.requires_grad and self.kind.weight.grad is None
 
     @property
     def is_unseen(self) -> bool:
         """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
         return bool(self.capture.wanted) and not self.capture.calls and not self.curvature.started
 
+    def fresh(self) -> Curvature:
+        """Return a curvature before any data."""
+        return self.strategy.curvature(self._made_for)
+
     def follow(self) -> None:
-        """Make what is kept go with the weight, where that got another dtype or device."""
-        shape = self.shape
-        if shape != self._made_for:
-            kept = self.curvature.state_dict()
-            self.curvature = self.strategy.curvature(shape).loaded(kept, self.name)
+        """Make what is kept go with the weight, where that got another dtype or device; another size starts anew."""
+        shape, known = self.shape, self._made_for
+        if shape != known:
             self._made_for = shape
+            goes_on = self.curvature.started and shape[:3] == known[:3]
+            fresh = self.fresh()
+            self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
 
     @property
     def refusal(self) -> str:
@@ -194,11 +205,13 @@ class Layer:
 
     def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
-        difference = torch.linalg.vector_norm(first @ second.mT - self.gradient())
+        norm, gradient = torch.linalg.vector_norm, self.gradient()
         call = next(call for call in self.capture.calls if call.gradients["loss"])
         eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
-        bound = 8 * eps * torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
-        return bool(difference <= bound)
+        # In half precision rows are rounded independently of each other, and the gradient once more.
+        bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
+        bound += 8 * torch.finfo(self.dtype).eps * norm(first) * norm(second)
+        return bool(norm(first @ second.mT - gradient) <= bound)
 
 
 def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]:

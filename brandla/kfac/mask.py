@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
@@ -14,19 +15,22 @@ from brandla_kernels import reads_are_free
 
 
 class Mask(NamedTuple):
-    """Whether everything of a step is finite, and what becomes of it if not."""
+    """Whether everything of a step is finite, squares of rows included, and what becomes of it if not."""
 
     finite: Tensor
     known_finite: bool
 
     @classmethod
     def of(cls, rows: Iterable[Rows], model: nn.Module) -> Mask:
-        """Look once at all rows and all gradients of the model."""
-        parts = (part for part in [*_parts(rows), *_gradients(model)] if part.numel())
-        # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
-        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
-        widest = reduce(torch.promote_types, {extreme.dtype for extreme in extremes})
-        finite = torch.stack([extreme.to(extremes[0].device, widest) for extreme in extremes]).isfinite().all()
+        """Look once at all rows, which are squared, and all gradients of the model."""
+        rows = list(rows)
+        squares = min((_largest_squares(part, own.uses) for own in rows for part in _parts([own])), default=math.inf)
+        found = [_all_within(_parts(rows), math.sqrt(squares)), _all_within(_gradients(model), math.inf)]
+        looked_at = [finite for finite in found if finite is not None]
+        if not looked_at:
+            # One of several processes may have nothing.
+            return cls(torch.tensor(True, device=next(model.parameters()).device), known_finite=True)
+        finite = torch.stack([finite.to(looked_at[0].device) for finite in looked_at]).all()
         return cls(finite, reads_are_free(finite) and bool(finite))
 
     def agreed(self, finite: bool) -> Mask:
@@ -55,6 +59,26 @@ def _parts(rows: Iterable[Rows]) -> Iterable[Tensor]:
         if inputs.is_floating_point():
             yield inputs
         yield gradients
+
+
+def _largest_squares(part: Tensor, uses: int) -> float:
+    """Return what the squares of all entries stay under where ``uses`` times their sum is finite."""
+    return torch.finfo(part.dtype).max / max(uses * part.numel(), 1)
+
+
+def _all_within(parts: Iterable[Tensor], bound: float) -> Tensor | None:
+    """Say whether all entries are less than the bound in size; None where there is no entry."""
+    # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
+    extremes = [extreme for part in parts if part.numel() for extreme in torch.aminmax(_real(part))]
+    if not extremes:
+        return None
+    widest = reduce(torch.promote_types, {extreme.dtype for extreme in extremes})
+    within: Tensor = torch.stack([extreme.to(extremes[0].device, widest) for extreme in extremes]).abs() < bound
+    return within.all()
+
+
+def _real(part: Tensor) -> Tensor:
+    return torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
 
 
 def _gradients(model: nn.Module) -> Iterable[Tensor]:

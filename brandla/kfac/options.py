@@ -79,10 +79,12 @@ def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) 
     if callable(option) and not isinstance(option, type):
         return {module_name: option(module_name, module) for module_name, module in named_modules(model)}
     rule: dict[str, Any] = {"": default, **option} if isinstance(option, Mapping) else {"": option}
-    names = {module for module, _ in named_modules(model)}
+    names, aliases = dict(named_modules(model)), dict(named_modules(model, aliases=True))
     for module in rule:
         if module not in names:
-            _check.fail_value("KFAC", f"{name} must name modules of the model; it has no module {module!r}")
+            first = next((known for known, own in names.items() if own is aliases.get(module)), None)
+            got = f"it has no module {module!r}" if first is None else f"{module!r} is {first!r}: use that name"
+            _check.fail_value("KFAC", f"{name} must name modules of the model; {got}")
     return rule
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from brandla import _check
 from brandla.kfac import fisher
@@ -35,13 +37,15 @@ def send_back(
     for layer in layers:
         layer.capture.forget_discarded("curvature")
     generator = torch.Generator(outputs.device)
-    generator.manual_seed(seed + _rank())
+    generator.manual_seed(seed)
     recorder.terms = Terms(fisher.total(outputs, loss, weights))
     recorder.running = "curvature"
     try:
         targets = _targets(layers)
-        for recorder.draw, vector in enumerate(fisher.vectors(outputs, loss, of, weights, generator)):
-            torch.autograd.grad(outputs, targets, vector, retain_graph=True, allow_unused=True)
+        with nullcontext() if recorder.has_run else _reductions_left_to_the_loss(outputs):
+            for recorder.draw, vector in enumerate(fisher.vectors(outputs, loss, of, weights, generator)):
+                torch.autograd.grad(outputs, targets, vector, retain_graph=True, allow_unused=True)
+        recorder.has_run = True
     except BaseException:
         recorder.terms = None
         for layer in layers:
@@ -54,16 +58,54 @@ def send_back(
             layer.capture.edges = []
 
 
-def rows(layer: Layer) -> Rows | None:
-    """Return what these passes brought: rows γ with N Σ γ γᵀ the sum of g gᵀ over that of the terms' weights."""
-    found = layer.rows("curvature", None)
-    if found is None:
-        return None
-    totals = {id(call.terms): call.terms.total for call in layer.capture.calls if call.terms is not None}
-    divisor = (found.uses * sum(totals.values())) ** 0.5
+def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
+    """Return what these passes brought to layers: rows γ with N Σ γ γᵀ the sum of g gᵀ over that of all terms' weights.
+
+    A run that did not reach a layer counts for it too: the layers that it reached know its terms.
+    """
+    stacked = {layer: layer.rows("curvature", None) for layer in layers}
+    terms = (call.terms for layer in stacked for call in layer.capture.calls)
+    total = sum({id(of_run): of_run.total for of_run in terms if of_run is not None}.values())
+    return {
+        layer: _divided(found, (found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None
+    }
+
+
+def _divided(found: Rows, divisor: Tensor | float) -> Rows:
     gradients = found.gradients / divisor
     # Those of single layers are in both places.
     return found._replace(inputs=gradients if found.single else found.inputs, gradients=gradients)
+
+
+@contextmanager
+def _reductions_left_to_the_loss(outputs: Tensor) -> Iterator[None]:
+    """Keep DistributedDataParallel with a static graph, which reduces at the end of its first pass, from taking ours.
+
+    Only the first graph has a node that asks for that.
+    """
+    waiting = [model for model in _replicated(outputs) if model.static_graph]
+    known = [model._static_graph_delay_allreduce_enqueued for model in waiting]
+    for model in waiting:
+        model._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for model, enqueued in zip(waiting, known, strict=True):
+            model._static_graph_delay_allreduce_enqueued = enqueued
+
+
+def _replicated(outputs: Tensor) -> Iterator[DistributedDataParallel]:
+    """Go through what the graph of ``outputs`` has gone through, as far as it has left a node there."""
+    nodes: list[Any] = [outputs.grad_fn]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "ddp_weakref"):
+            yield node.ddp_weakref()
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _targets(layers: Iterable[Layer]) -> list[Any]:
@@ -75,8 +117,3 @@ def _targets(layers: Iterable[Layer]) -> list[Any]:
         elif layer.kind.weight.requires_grad:
             targets.append(layer.kind.weight)
     return targets
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,7 @@ class KFAC:
         self._curvatures = 0
         self._captured = 0
         self._skipped: Tensor | None = None
+        self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         self._choose_captures()
 
@@ -175,9 +176,8 @@ class KFAC:
         """
         check_loss(loss)
         if self._takes_curvature and any("curvature" in layer.capture.wanted for layer in self._layers):
+            passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
-            seed = self._seed + 65_537 - self._curvatures
-            passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
 
     @ranged()
     @torch.no_grad()
@@ -195,7 +195,11 @@ class KFAC:
             If `curvature` has not been called where it has to be, or gradients are still multiplied by the scale of
             the ``scaler``.
         """
+        if self._removed:
+            return
         unseen: list[Layer] = []
+        for layer in self._layers:
+            layer.capture.keep_reached()
         with whole_gradients(layer.kind.module for layer in self._layers):
             layers = [layer for layer in self._layers if layer.has_gradient]
             if layers or self._replicas.several:
@@ -220,9 +224,15 @@ class KFAC:
             return describe(self._layers, self._unsupported, skipped, self._captured)
 
     def remove(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model: steps leave gradients as they are from then on."""
+        self._removed = True
         for layer in self._layers:
             layer.capture.detach()
+
+    def __reduce__(self) -> NoReturn:
+        _check.fail_type(
+            "KFAC", "it cannot be copied or pickled: make one for the copied model, and give it this one's state_dict()"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
@@ -249,6 +259,8 @@ class KFAC:
             layer.linear = state_dict["layers"][layer.name]["linear"]
             layer.refusal = state_dict["layers"][layer.name]["refusal"]
             layer.capture.clear()
+        self._recorder.terms = None
+        self._curvatures = 0
         self._steps = int(state_dict["steps"])
         self._known_replicas = None
         self._choose_captures()
@@ -256,8 +268,10 @@ class KFAC:
     def _step(self, layers: list[Layer]) -> None:
         options = self.options.at(self._steps)
         scale = self._loss_scale(layers)
-        for layer in layers:
-            layer.follow()
+        # Also those whose data comes from another process.
+        for layer in self._layers:
+            if not layer.refusal and not layer.is_frozen:
+                layer.follow()
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
         mask = Mask.of(own.values(), self._model)
         damping = Damping(options.damping, self.options.damping_scale)
@@ -280,9 +294,9 @@ class KFAC:
                 " loss's backward pass, in every step that takes data into the factors; got none since the last step"
             )
             raise RuntimeError(message)
-        found = (
-            (layer, passes.rows(layer) if self._takes_curvature else layer.rows("loss", scale)) for layer in layers
-        )
+        if self._takes_curvature:
+            return passes.rows(layers)
+        found = ((layer, layer.rows("loss", scale)) for layer in layers)
         return {layer: rows for layer, rows in found if rows is not None}
 
     def _precondition(
@@ -332,6 +346,14 @@ class KFAC:
         return (self.options.seed * 1_000_003 + self._steps) * 65_537
 
     @property
+    def _draw(self) -> int:
+        """The seed of the next call of `curvature`: apart from those of factors, and for every call and process.
+
+        Calls are counted in the order in which one process would make those of all.
+        """
+        return self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
+
+    @property
     def _takes_curvature(self) -> bool:
         """Whether factors are made of backward passes for the curvature alone."""
         return self.options.curvature != "empirical"
@@ -341,7 +363,7 @@ class KFAC:
         """The processes: a group may be made later than this object."""
         if self._known_replicas is not None:
             return self._known_replicas
-        found = replicas(self._layers, *self._among)
+        found = replicas(self._layers, *self._among, of_terms=self._takes_curvature)
         self._known_replicas = found if found.several else None
         return found
 

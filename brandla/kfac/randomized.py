@@ -34,6 +34,17 @@ from brandla.randomized import randomized_eigh, randomized_svd
 class Randomized(FactorStrategy):
     """RS-KFAC (``method="svd"``) and SRE-KFAC (``method="eigh"``): O(n²) memory, O(n² r) at a renewal.
 
+    Parameters
+    ----------
+    rank
+        r: a number, or a function of the step.
+    method
+        ``"eigh"``: `brandla.randomized_eigh` of the dense average; ``"svd"``: `brandla.randomized_svd`.
+    oversample, power_iterations
+        As those functions take them.
+    inverse_every
+        Steps between renewals: a number, or a function of the step.
+
     References
     ----------
     C. O. Puiu, "Randomized K-FACs: speeding up K-FAC with randomized numerical linear algebra", arXiv 2206.15397.
@@ -78,13 +89,17 @@ class Randomized(FactorStrategy):
         generator = torch.Generator(matrix.device)
         generator.manual_seed(seed)
         if self.method == "eigh":
-            return randomized_eigh(
-                matrix,
+            # It squares products of M, which are of fourth order in the data.
+            largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+            scale = torch.where(largest > 0, largest, 1)
+            values, vectors = randomized_eigh(
+                matrix / scale[..., None],
                 rank,
                 oversample=self.oversample,
                 power_iterations=self.power_iterations,
                 generator=generator,
             )
+            return LowRankEigh(values * scale, vectors)
         svd = randomized_svd(
             matrix,
             rank,

@@ -50,7 +50,8 @@ class Samples(NamedTuple):
 
     def combined(self, coefficients: Tensor, d_in: int) -> Gradient:
         """√N Σ c v over the samples, for c (S,): a pair, or a matrix (d_out, d_in) where inputs are indices."""
-        weights = (coefficients * math.sqrt(self.uses)).repeat_interleave(self.positions)
+        # Those of samples over all layers have the widest of their dtypes.
+        weights = (coefficients * math.sqrt(self.uses)).repeat_interleave(self.positions).to(self.gradients.dtype)
         gradients = (self.gradients * weights[:, None]).mT
         if self.inputs.is_floating_point():
             return gradients, self.inputs.mT

@@ -13,14 +13,15 @@ from brandla import _check
 from brandla.kfac.layer import Layer
 from brandla.kfac.strategy import Curvature
 
-FORMAT = 3
+FORMAT = 4
 _FUNCTION = "KFAC.load_state_dict"
 
 
 def of_layer(layer: Layer) -> dict[str, Any]:
-    """Return what a layer needs to go on: numbers, strings and copies of tensors."""
-    curvature = layer.curvature.state_dict()
+    """Return what a layer needs to go on: numbers, strings and copies of tensors, with no tensor before any data."""
+    curvature = layer.curvature.state_dict() if layer.curvature.started else {}
     return {
+        "strategy": str(layer.strategy),
         "curvature": curvature,
         "linear": layer.linear,
         "refusal": layer.refusal,
@@ -39,12 +40,7 @@ def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvat
     if sorted(saved) != sorted(names):
         missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
         _check.fail_value(_FUNCTION, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
-    built = []
-    for layer in layers:
-        own = saved[layer.name]
-        _check_complete(layer.name, own)
-        built.append(layer.curvature.loaded(_with_empty(own["curvature"], layer.curvature.state_dict()), layer.name))
-    return built
+    return [_continued(layer, saved[layer.name]) for layer in layers]
 
 
 def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str, Any]:
@@ -93,6 +89,23 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     return loaded[name]
 
 
+def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
+    """Build the curvature of a layer from what was saved of it."""
+    if saved["strategy"] != str(layer.strategy):
+        rule = f"{layer.name}: the strategy must be {layer.strategy}, as in this preconditioner"
+        _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")
+    curvature = saved.get("curvature", {})
+    _check_complete(layer.name, saved["tensors"], curvature)
+    if not saved["tensors"]:
+        return layer.fresh()
+    layer.follow()
+    try:
+        return layer.curvature.loaded(_with_empty(curvature, layer.curvature.state_dict()), layer.name)
+    except KeyError as missing:
+        message = f"{_FUNCTION}: {layer.name}: the state must be of the same kind of layer; it lacks {missing}"
+        raise ValueError(message) from missing
+
+
 def _put(state: dict[str, Any], path: Sequence[str], value: object) -> None:
     for part in path[:-1]:
         state = state.setdefault(part, {})
@@ -110,10 +123,10 @@ def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str,
     return {**state, **{key: _with_empty(state.get(key, {}), part) for key, part in inner.items()}}
 
 
-def _check_complete(name: str, saved: Mapping[str, Any]) -> None:
+def _check_complete(name: str, tensors: str, curvature: Mapping[str, Any]) -> None:
     """Check that every tensor that was saved has come along."""
-    wanted = {part for part in saved["tensors"].split(", ") if part}
-    missing = sorted(wanted - set(_tensors(saved["curvature"])))
+    wanted = {part for part in tensors.split(", ") if part}
+    missing = sorted(wanted - set(_tensors(curvature)))
     if missing:
         remedy = (
             "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"

@@ -58,10 +58,14 @@ class Damping(NamedTuple):
     scale: Scale
 
     def of(self, largest: Tensor) -> Tensor:
-        """Return λ for factors of these largest eigenvalues; 1 for one that is zero so far, which leaves its side."""
+        """Return λ for factors of these largest eigenvalues; 1 for one that is zero so far, which leaves its side.
+
+        So is one whose λ is no normal number any more: 1/λ might not be finite.
+        """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
-        return torch.where(largest > 0, self.value * largest, 1)
+        shift = self.value * largest
+        return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
 
 
 class Now(NamedTuple):

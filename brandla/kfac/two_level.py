@@ -14,7 +14,7 @@ from brandla import _check
 from brandla._core import largest_eigenvalue
 from brandla.kfac.foof import check_inner
 from brandla.kfac.gradient import inner as product
-from brandla.kfac.gradient import plus, scaled
+from brandla.kfac.gradient import length, plus, scaled
 from brandla.kfac.samples import Samples
 from brandla.kfac.strategy import Curvature, Gradient, Now, Problem, Rows, Shape, Strategy
 
@@ -151,5 +151,5 @@ def _d_in(gradient: Gradient) -> int:
 
 def _unit(vector: Gradient) -> Gradient:
     """Divide by the length; zero stays zero."""
-    length = product(vector, vector).clamp_min(0).sqrt()
-    return scaled(vector, 1 / torch.where(length > 0, length, 1))
+    own = length(vector)
+    return scaled(vector, 1 / torch.where(own > 0, own, 1))

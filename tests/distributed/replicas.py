@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup as Group
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from brandla.kfac import KFAC, Brand, Exact, Strategy
@@ -18,6 +21,8 @@ from kfac.networks import batch, mlp
 STEPS = 5
 RATE = 0.3
 WIDTHS = (10, 30, 24, 4)
+# Times a scale of 2³⁰ this is more than the largest float64, 2¹⁰²⁴.
+HUGE = 2.0**1000
 
 
 def network() -> nn.Module:
@@ -44,6 +49,9 @@ class Case(NamedTuple):
     wrap: str = "ddp"
     # The rank and the step of a batch with a NaN in it.
     broken: tuple[int, int] | None = None
+    # The first scale of the loss, and the ranks and steps at which the scaled loss is infinite.
+    scale: float | None = None
+    overflows: tuple[tuple[int, int], ...] = ()
 
 
 class Mixed(nn.Module):
@@ -85,50 +93,132 @@ def share(case: Case, rank: int, step: int, part: int) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-def backward(model: nn.Module, case: Case, preconditioner: KFAC, rank: int, step: int, part: int, ranks: int) -> None:
-    """Send back the mean over a rank's samples, scaled for accumulation and for the number of ranks."""
-    inputs, labels = share(case, rank, step, part)
-    outputs = model(inputs)
-    preconditioner.curvature(outputs)
-    (nn.functional.cross_entropy(outputs, labels) / (case.accumulate * ranks)).backward()
+class Training:
+    """A network of one process with all that trains it; ``wrapped`` is what its batches go through."""
+
+    def __init__(
+        self, case: Case, model: nn.Module, wrapped: nn.Module | None = None, group: Group | None = None
+    ) -> None:
+        self.case = case
+        self.group = group
+        self.model = model
+        self.wrapped = model if wrapped is None else wrapped
+        self.scaler = torch.amp.GradScaler("cpu", case.scale or 1.0, enabled=case.scale is not None)
+        self.preconditioner = self._preconditioner()
+
+    def backward(self, rank: int, step: int, part: int, ranks: int = 1) -> None:
+        """Send back the mean over a rank's samples, divided for accumulation and by the number of ranks."""
+        case = self.case
+        inputs, labels = share(case, rank, step, part)
+        outputs = self.wrapped(inputs)
+        # Of several ranks' terms in one process, each has the weight that the mean of their means gives it.
+        weights = None if ranks == 1 else outputs.new_full((len(inputs),), 1 / len(inputs))
+        self.preconditioner.curvature(outputs, weights=weights)
+        loss = nn.functional.cross_entropy(outputs, labels) / (case.accumulate * ranks)
+        self.scaler.scale(loss * (HUGE if (rank, step) in case.overflows else 1)).backward()
+
+    def finish(self) -> None:
+        """Take the step that the gradients are for."""
+        # No momentum, so that a new one at each step goes on as the last.
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)
+        self.scaler.unscale_(optimizer)
+        self.preconditioner.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def step(self, step: int) -> None:
+        """Take a step as one process of the group."""
+        self.model.zero_grad()
+        rank, case = distributed.get_rank(self.group), self.case
+        with unsynchronised(self.wrapped):
+            for part in range(case.accumulate - 1):
+                self.backward(rank, step, part)
+        self.backward(rank, step, case.accumulate - 1)
+        self.finish()
+
+    def step_alone(self, step: int) -> None:
+        """Take a step with the batches of all ranks."""
+        self.model.zero_grad()
+        ranks = len(self.case.sizes)
+        for part in range(self.case.accumulate):
+            for rank in range(ranks):
+                self.backward(rank, step, part, ranks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "KFAC")
+            self.finish()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that training goes on from."""
+        weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        return {"model": weights, "kfac": self.preconditioner.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a state, with a new preconditioner."""
+        self.preconditioner.remove()
+        self.model.load_state_dict(state["model"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.preconditioner = self._preconditioner()
+        self.preconditioner.load_state_dict(state["kfac"])
+
+    def parameters(self) -> list[Tensor]:
+        """Return copies of the weights."""
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def _preconditioner(self) -> KFAC:
+        options = {"damping": 0.1, "clip": 0.1, "process_group": self.group, **(self.case.options or {})}
+        model = self.model if self.case.wrap == "plain" else self.wrapped
+        return KFAC(model, self.case.strategy, distributed=self.case.mode, scaler=self.scaler, **options)
 
 
-def preconditioner_of(model: nn.Module, case: Case) -> KFAC:
-    """Construct with the options of a case."""
-    options = {"damping": 0.1, "clip": 0.1, **(case.options or {})}
-    return KFAC(model, case.strategy, distributed=case.mode, **options)
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep the gradients of backward passes where they are."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    model.set_requires_gradient_sync(requires_gradient_sync=False)
+    yield
+    model.set_requires_gradient_sync(requires_gradient_sync=True)
 
 
-def alone(case: Case, steps: int = STEPS) -> list[Tensor]:
-    """Train in one process on the batches of all ranks: the loss is the mean of theirs."""
+def replica(case: Case, group: Group | None = None) -> Training:
+    """Return one process's part of the training of a case."""
     model = case.model()
-    preconditioner = preconditioner_of(model, case._replace(mode="gather"))
-    for step in range(steps):
-        step_alone(case, model, preconditioner, step)
-    return [parameter.detach() for parameter in model.parameters()]
+    wrapped = DistributedDataParallel(
+        model,
+        process_group=group,
+        find_unused_parameters=case.model is Branches,
+        static_graph=case.wrap == "static",
+    )
+    return Training(case, model, wrapped, group)
 
 
-def step_alone(case: Case, model: nn.Module, preconditioner: KFAC, step: int) -> None:
-    """Take one step of `alone`."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    optimizer.zero_grad()
-    for rank in range(len(case.sizes)):
-        for part in range(case.accumulate):
-            backward(model, case, preconditioner, rank, step, part, len(case.sizes))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "KFAC")
-        preconditioner.step()
-    optimizer.step()
+def alone(case: Case, first: int = 0) -> list[Tensor]:
+    """Train in one process on the batches of all ranks: the loss is the mean of theirs."""
+    training = Training(case, case.model())
+    for step in range(first, first + STEPS):
+        training.step_alone(step)
+    return training.parameters()
+
+
+def error_of(parameters: list[Tensor], reference: list[Tensor]) -> float:
+    """Return the largest relative error."""
+    return max(float((own - right).norm() / right.norm()) for own, right in zip(parameters, reference, strict=True))
 
 
 class Outcome(NamedTuple):
-    """What a rank found: its parameters, and whether they and all states are those of the others, bit by bit."""
+    """What a rank found: its parameters, and whether they and all states are those of the others, bit by bit.
+
+    Besides how many steps were skipped, and the last scale of the loss.
+    """
 
     parameters: list[Tensor]
     same: bool
     states_same: bool
     continued_same: bool
     skipped: int
+    scale: float
 
 
 def train(cases: list[Case]) -> list[Outcome]:
@@ -139,41 +229,21 @@ def train(cases: list[Case]) -> list[Outcome]:
 
 
 def _train(case: Case) -> Outcome:
-    model = case.model()
-    wrapped = DistributedDataParallel(model, find_unused_parameters=case.model is Branches)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    preconditioner = preconditioner_of(wrapped if case.wrap == "ddp" else model, case)
+    training = replica(case)
     same = True
     for step in range(STEPS):
         if step == STEPS - 1:
-            saved = preconditioner.state_dict()
-            before = [parameter.detach().clone() for parameter in model.parameters()]
-        _take_step(case, wrapped, optimizer, preconditioner, step)
-        same = same and _is_same(list(model.parameters()))
-    parameters = [parameter.detach().clone() for parameter in model.parameters()]
-    states_same = _is_same(tensors_of(preconditioner.state_dict()))
-    skipped = preconditioner.report().skipped
-    preconditioner.remove()
-    # Once more from the checkpoint, by a new preconditioner.
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), before, strict=True):
-            parameter.copy_(value)
-    resumed = preconditioner_of(model, case)
-    resumed.load_state_dict(saved)
-    _take_step(case, wrapped, optimizer, resumed, STEPS - 1)
-    continued = all(map(torch.equal, parameters, model.parameters()))
-    return Outcome(parameters, same, states_same, continued, skipped)
-
-
-def _take_step(case: Case, model: Any, optimizer: torch.optim.Optimizer, preconditioner: KFAC, step: int) -> None:
-    rank = distributed.get_rank()
-    optimizer.zero_grad()
-    with model.no_sync():
-        for part in range(case.accumulate - 1):
-            backward(model, case, preconditioner, rank, step, part, 1)
-    backward(model, case, preconditioner, rank, step, case.accumulate - 1, 1)
-    preconditioner.step()
-    optimizer.step()
+            state = training.state()
+        training.step(step)
+        same = same and _is_same(training.parameters())
+    parameters = training.parameters()
+    states_same = _is_same(tensors_of(training.preconditioner.state_dict()))
+    skipped, scale = training.preconditioner.report().skipped, training.scaler.get_scale()
+    # Once more from the checkpoint.
+    training.resume(state)
+    training.step(STEPS - 1)
+    continued = all(map(torch.equal, parameters, training.parameters()))
+    return Outcome(parameters, same, states_same, continued, skipped, scale)
 
 
 def tensors_of(nested: Any) -> list[Tensor]:
@@ -196,16 +266,58 @@ def _is_same(tensors: list[Tensor]) -> bool:
 def checkpoint(case: Case) -> tuple[dict[str, Any], list[Tensor]]:
     """Return the state after some steps, and the parameters after one more."""
     warnings.simplefilter("ignore")
-    model = case.model()
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    preconditioner = preconditioner_of(wrapped, case)
+    training = replica(case)
     for step in range(STEPS):
-        _take_step(case, wrapped, optimizer, preconditioner, step)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    state = {"model": weights, "kfac": preconditioner.state_dict()}
-    _take_step(case, wrapped, optimizer, preconditioner, STEPS)
-    return state, [parameter.detach() for parameter in model.parameters()]
+        training.step(step)
+    state = training.state()
+    training.step(STEPS)
+    return state, training.parameters()
+
+
+def train_in_pairs(cases: list[Case], firsts: tuple[int, int]) -> list[list[Tensor]]:
+    """Train in two groups of two that know nothing of each other, on the batches from each one's first step on."""
+    groups = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    own = distributed.get_rank() // 2
+    results = []
+    for case in cases:
+        training = replica(case, groups[own])
+        for step in range(firsts[own], firsts[own] + STEPS):
+            training.step(step)
+        results.append(training.parameters())
+    return results
+
+
+def draws(calls: int, steps: int) -> Tensor:
+    """Return the noise that this rank sent back in each call of `KFAC.curvature`, (steps · calls, numbers)."""
+    model = nn.Linear(10, 10)
+    preconditioner = KFAC(DistributedDataParallel(model), Exact(), curvature="monte-carlo")
+    inputs, _ = batch(100, 10, 10, dtype=torch.float32)
+    drawn: list[Tensor] = []
+    for _ in range(steps):
+        model.zero_grad()
+        for _ in range(calls):
+            outputs = model(inputs)
+            handle = outputs.register_hook(drawn.append)
+            preconditioner.curvature(outputs, loss="mse")
+            handle.remove()
+            outputs.square().mean().backward()
+        preconditioner.step()
+    return torch.stack(drawn).flatten(1)
+
+
+def first_rank_brings_all(mode: str) -> tuple[list[bool], bool]:
+    """Step before any backward pass, then with gradients in the first rank alone.
+
+    Return whether this rank has a gradient then, of each parameter, and whether all states are the same.
+    """
+    warnings.simplefilter("ignore")
+    training = Training(Case(Brand(6), mode), network())
+    training.preconditioner.step()
+    if distributed.get_rank() == 0:
+        training.backward(0, 1, 0)
+    training.preconditioner.step()
+    states = tensors_of(training.preconditioner.state_dict())
+    return [parameter.grad is not None for parameter in training.model.parameters()], bool(states) and _is_same(states)
 
 
 def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], list[Tensor]]:
@@ -227,24 +339,18 @@ def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], l
 
 def train_sharded(cases: list[Case], *, before: bool) -> list[list[Tensor]]:
     """Train with parameters sharded by FSDP2, the preconditioner constructed before or after they are."""
-    from torch.distributed.fsdp import fully_shard
-
     warnings.simplefilter("ignore")
     results = []
     for case in cases:
         model = case.model()
-        preconditioner = preconditioner_of(model, case) if before else None
+        training = Training(case, model) if before else None
         for module in model:
             if isinstance(module, nn.Linear):
                 fully_shard(module)
         fully_shard(model)
-        preconditioner = preconditioner or preconditioner_of(model, case)
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        training = training or Training(case, model)
         for step in range(STEPS):
-            optimizer.zero_grad()
-            backward(model, case, preconditioner, distributed.get_rank(), step, 0, 1)
-            preconditioner.step()
-            optimizer.step()
+            training.step(step)
         results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
     return results
 
@@ -255,12 +361,10 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
     That of the layer must be as it was, and all gradients the same on all ranks.
     """
     warnings.simplefilter("ignore")
-    case = Case(Exact(), mode)
-    model = case.model()
-    wrapped = DistributedDataParallel(model)
-    preconditioner = preconditioner_of(wrapped, case)
+    training = replica(Case(Exact(), mode))
+    model, preconditioner = training.model, training.preconditioner
     rank = distributed.get_rank()
-    backward(wrapped, case, preconditioner, rank, 0, 0, 1)
+    training.backward(rank, 0, 0)
     if rank == distributed.get_world_size() - 1:
         preconditioner._layers[1].refusal = "its output is a secret"
     before = model[2].weight.grad.clone()
@@ -272,15 +376,13 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
 
 def last_rank_leaves(mode: str) -> str:
     """Step in all ranks but the last, which ends before; return what the others are told."""
-    case = Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size())
-    model = DistributedDataParallel(case.model())
-    preconditioner = preconditioner_of(model, case)
+    training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
     rank = distributed.get_rank()
-    backward(model, case, preconditioner, rank, 0, 0, 1)
+    training.backward(rank, 0, 0)
     if rank == distributed.get_world_size() - 1:
         os._exit(3)
     try:
-        preconditioner.step()
+        training.preconditioner.step()
     except RuntimeError as error:
         return str(error)
     return ""
@@ -288,15 +390,13 @@ def last_rank_leaves(mode: str) -> str:
 
 def last_rank_is_late(seconds: float) -> str:
     """Step in the first rank alone; return what it is told when the group's timeout is over."""
-    case = Case(Brand(4))
-    model = case.model()
-    preconditioner = preconditioner_of(model, case)
-    backward(model, case, preconditioner, 0, 0, 0, 1)
+    training = Training(Case(Brand(4)), network())
+    training.backward(0, 0, 0)
     if distributed.get_rank() == distributed.get_world_size() - 1:
         time.sleep(seconds)
         return ""
     try:
-        preconditioner.step()
+        training.preconditioner.step()
     except RuntimeError as error:
         return str(error)
     return "no error"

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from brandla.kfac import (
     EKFAC,
@@ -29,7 +28,7 @@ from brandla.kfac.factor import Factor
 from brandla.kfac.inverse_free import InverseFree
 from distributed import replicas
 from distributed.processes import launch, run
-from distributed.replicas import Branches, Case, Mixed, alone
+from distributed.replicas import Branches, Case, Mixed, alone, error_of
 
 STRATEGIES = {
     "exact": Exact(inverse_every=2),
@@ -65,7 +64,6 @@ def cases_of_two() -> dict[str, Case]:
     for mode in ("gather", "split"):
         for name in ("exact", "two-level", "inverse-free"):
             cases[f"mixed layers, {name}, {mode}"] = Case(MIXED[name], mode, (4, 2), model=Mixed)
-        cases[f"type-2, {mode}"] = Case(EKFAC(inverse_every=2), mode, options={"curvature": "type-2"})
     for name, changes in PRACTICE.items():
         for mode in ("gather", "split"):
             cases[f"{name}, {mode}"] = Case(Brand(6), mode)._replace(**changes)
@@ -100,10 +98,6 @@ CASES = {f"2: {name}": case for name, case in cases_of_two().items()} | {
 }
 
 
-def error_of(parameters: list[Tensor], reference: list[Tensor]) -> float:
-    return max(float((own - right).norm() / right.norm()) for own, right in zip(parameters, reference, strict=True))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process_with_all_batches(trained: dict[str, list[replicas.Outcome]], name: str):
     """To rounding: five steps, each with damped inverses of condition 10 a side, far from losing seven digits."""
@@ -127,16 +121,20 @@ def test_a_batch_that_is_broken_on_one_rank_is_skipped_by_all(trained: dict[str,
 @pytest.mark.filterwarnings("ignore:KFAC")
 def test_one_process_continues_from_a_checkpoint_of_two(mode: str):
     state, expected = run(replicas.checkpoint, 2, Case(Brand(6), mode))[0]
-    model = Case(Brand(6)).model()
-    model.load_state_dict(state["model"])
-    preconditioner = replicas.preconditioner_of(model, Case(Brand(6)))
-    preconditioner.load_state_dict(state["kfac"])
-    replicas.step_alone(Case(Brand(6)), model, preconditioner, replicas.STEPS)
-    assert error_of([parameter.detach() for parameter in model.parameters()], expected) < 1e-9
+    training = replicas.Training(Case(Brand(6)), replicas.network())
+    training.resume(state)
+    training.step_alone(replicas.STEPS)
+    assert error_of(training.parameters(), expected) < 1e-9
 
 
 def test_sharded_parameters_equal_one_process():
-    cases = [Case(Exact(inverse_every=2)), Case(Brand(6), "split", (9, 3))]
+    exact = {"curvature": "type-2"}
+    cases = [
+        Case(Exact(inverse_every=2)),
+        Case(Brand(6), "split", (9, 3)),
+        Case(Exact(inverse_every=1), "gather", (3, 2), 3, exact),
+        Case(InverseFree(preconditioner_every=2), "split", (3, 2), 2, exact, scale=2.0**30, overflows=((0, 0), (1, 3))),
+    ]
     for before in (False, True):
         for outcomes in run(_sharded, 2, cases, before):
             for case, parameters in zip(cases, outcomes, strict=True):
@@ -188,6 +186,15 @@ def test_a_layer_that_one_rank_cannot_precondition_is_left_by_all(mode: str):
         assert left == [False, True, False]
         assert untouched
         assert same
+
+
+@pytest.mark.parametrize("mode", ["gather", "split"])
+def test_a_rank_that_has_nothing_takes_part(mode: str):
+    (first, same), (second, also_same) = run(replicas.first_rank_brings_all, 2, mode)
+    assert all(first)
+    assert not any(second)
+    assert same
+    assert also_same
 
 
 @pytest.mark.parametrize("mode", ["gather", "split"])

@@ -433,8 +433,8 @@ def test_training_goes_on_bit_equal_from_a_checkpoint(structure: str, variant: s
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (InverseFree("diagonal"), "(input): the structure must be Diagonal(); the state has Dense()"),
-        (InverseFree(variant="ikfac"), "the variant must be 'ikfac'; the state has 'singd'"),
+        (InverseFree("diagonal"), r"must be InverseFree\(structure='diagonal'.*the state has .*structure='dense'"),
+        (InverseFree(variant="ikfac"), "must be .*variant='ikfac'.*the state has .*variant='singd'"),
     ],
     ids=["structure", "variant"],
 )
@@ -442,7 +442,7 @@ def test_a_state_of_another_kind_is_refused(other: InverseFree, message: str):
     model = mlp(10, 20, 4, dtype=torch.float32)
     preconditioner = KFAC(model, InverseFree())
     _train(model, preconditioner, range(2))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         KFAC(model, other).load_state_dict(preconditioner.state_dict())
 
 

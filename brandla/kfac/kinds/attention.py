@@ -24,7 +24,8 @@ class AttentionKind(Kind):
         """Return the weights of an attention."""
         if not isinstance(module, nn.MultiheadAttention):
             return None
-        if not is_called_as(module, nn.MultiheadAttention) or "forward" in vars(module):
+        forward = AttentionForward.of(module)
+        if not is_called_as(module, nn.MultiheadAttention) or forward is None:
             return f"{type(module).__name__} has a forward pass of its own"
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds positions to keys and values (add_bias_kv, add_zero_attn)"
@@ -32,7 +33,6 @@ class AttentionKind(Kind):
         names = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in "qkv"]
         if reason := why_left(module, *names) or why_left(module.out_proj, "weight"):
             return reason
-        forward = AttentionForward(module)
         inner: list[Kind] = [PackedKind(forward)] if packed else [SliceKind(forward, index) for index in range(3)]
         return [*inner, cls(forward, "out_proj", module.out_proj, "weight", "bias")]
 

@@ -57,8 +57,12 @@ class Kind(ABC):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
-        bias: nn.Parameter | None = getattr(self.module, self._bias, None)
+        bias: nn.Parameter | None = getattr(self.module, self._bias, None) if self._bias else None
         return bias if bias is not None and bias.requires_grad else None
+
+    def leave_bias(self) -> None:
+        """Have the weight alone, without its bias."""
+        self._bias = ""
 
     @property
     def bias_gradient(self) -> Tensor | None:
@@ -154,6 +158,8 @@ def why_left(module: nn.Module, *names: str) -> str:
             return COMPUTED
         if not weight.is_floating_point():
             return "its weight is not real"
+        if not weight.numel():
+            return "its weight is empty"
     return ""
 
 

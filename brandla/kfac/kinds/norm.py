@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ class NormKind(Kind):
 
     single = True
 
-    def __init__(self, module: nn.Module, fixed: Statistics | None = None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._fixed = fixed
+        self._fixed: Statistics | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
@@ -73,7 +74,9 @@ class NormKind(Kind):
         if mean is None or self.module.training:
             return self
         norm: Any = self.module
-        return NormKind(norm, Statistics(mean, norm.running_var))
+        kind = copy.copy(self)
+        kind._fixed = Statistics(mean, norm.running_var)
+        return kind
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return (channels, samples, 1, 2): the gradients of scale and shift of each sample."""

@@ -1,0 +1,352 @@
+"""Strategies, clip, states and masks where they once failed: cancelling gradients, penalties, mixed precisions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import (
+    EKFAC,
+    KFAC,
+    Brand,
+    ConjugateGradient,
+    Exact,
+    Foof,
+    InverseFree,
+    Randomized,
+    Strategy,
+    TwoLevel,
+    read_state,
+)
+from brandla.kfac.clip import clipping
+from brandla.kfac.mask import Mask
+from brandla.kfac.two_level import _unit
+from kfac.networks import batch, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")
+
+CROSS_ENTROPY = nn.functional.cross_entropy
+ALL = {
+    "exact": Exact(),
+    "cholesky": Exact(method="cholesky"),
+    "ekfac": EKFAC(),
+    "randomized": Randomized(6),
+    "brand": Brand(6),
+    "sketched": Brand(6, sketch=3),
+    "subspace": Brand(6, update="subspace"),
+    "inverse-free": InverseFree(),
+    "ikfac": InverseFree(variant="ikfac"),
+    "foof": Foof(Brand(6)),
+    "cg": ConjugateGradient(),
+    "two-level": TwoLevel(Brand(6)),
+    "residual": TwoLevel(Exact(), space="residual"),
+}
+EVERY_STRATEGY = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
+
+
+def train(model: nn.Module, preconditioner: KFAC, steps: int, dtype: torch.dtype = torch.float32) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for seed in range(steps):
+        inputs, labels = batch(8, 10, 4, seed, dtype)
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model(inputs), labels).backward()
+        preconditioner.step()
+        optimizer.step()
+
+
+def cancelling(seed: int, rest: float) -> tuple[Tensor, Tensor]:
+    """A pair of twice 16 columns with P Qᵀ smaller by ``rest`` than the terms of the sum."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second, error = (torch.randn(n, 16, generator=generator) for n in (60, 80, 80))
+    return torch.cat([first, first], dim=1), torch.cat([second, rest * error - second], dim=1)
+
+
+def rms(pair: tuple[Tensor, Tensor]) -> float:
+    product = pair[0].double() @ pair[1].double().mT
+    return float(product.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 1e-4])
+def test_a_pair_that_cancels_is_clipped_too(rest: float):
+    """Its Gram matrices give a square of either sign: rounding, once √ε times the lengths is more than the product."""
+    for seed in range(20):
+        # Long enough that the bound is exceeded by what rounding leaves.
+        first, second = cancelling(seed, rest)
+        pair = 1e6 * first, second
+        (factor,) = clipping([pair], [pair], 0.07, "rms")
+        assert torch.is_tensor(factor)
+        assert 0 < factor <= 1
+        # What is rounding alone is bounded; Gram matrices over 80 terms, and sums of 32², round by far less than 1e3 ε.
+        assert factor * rms(pair) <= 0.07 * (1 + 1e3 * torch.finfo(torch.float32).eps)
+
+
+def test_the_clip_of_a_pair_is_that_of_its_product():
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(60, 16, generator=generator), torch.randn(80, 16, generator=generator)
+    (factor,) = clipping([pair], [pair], 0.07, "rms")
+    # Two Gram matrices of at most 80 terms, and a sum of 16²: relative errors of a few ε.
+    assert float(factor) == pytest.approx(0.07 / rms(pair), rel=1e-5)
+
+
+def test_the_kl_clip_of_gradients_that_cancel_is_finite():
+    pairs = [cancelling(seed, 1e-6) for seed in range(20)]
+    factors = clipping(pairs, pairs, 1e-3, "kl")
+    assert all(bool(torch.as_tensor(factor).isfinite()) for factor in factors)
+
+
+def test_unit_vectors_of_the_coarse_space_are_finite_where_pairs_cancel():
+    for seed in range(20):
+        first, second = _unit(cancelling(seed, 1e-5))
+        assert first.isfinite().all()
+        # No longer than 1, however small the product is.
+        assert torch.linalg.matrix_norm(first.double() @ second.double().mT) <= 1
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [Brand(16), Exact(), InverseFree(), TwoLevel(Brand(16)), TwoLevel(Exact(), space="residual")],
+    ids=["brand", "exact", "inverse-free", "two-level", "residual"],
+)
+def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy: Strategy):
+    """Every input is there twice, with targets on either side: at the optimum terms are left of a gradient of 0."""
+    torch.manual_seed(0)
+    inputs, targets, errors = torch.randn(8, 100), torch.randn(8, 60), torch.randn(8, 60)
+    inputs, targets = torch.cat([inputs, inputs]), torch.cat([targets + errors, targets - errors])
+    model = nn.Linear(100, 60)
+    preconditioner = KFAC(model, strategy, damping=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(80):
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        preconditioner.step()
+        optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def linear_of(
+    model: nn.Module, inputs: Tensor, dtype: torch.dtype, penalty: float, *, autocast: bool
+) -> list[bool | None]:
+    """Take one step, and say which layers took the gradient for that of the captured pairs."""
+    preconditioner = KFAC(model, InverseFree())
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = CROSS_ENTROPY(model(inputs).flatten(1), torch.arange(len(inputs)) % 4)
+    (loss + penalty * sum(parameter.float().square().sum() for parameter in model.parameters())).backward()
+    preconditioner.step()
+    return [layer.linear for layer in preconditioner._layers]
+
+
+def network(kind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)), 3 * torch.rand(6, 64)
+    if kind == "conv":
+        layers = [nn.Conv2d(3, 24, 3, stride=3), nn.ReLU(), nn.Conv2d(24, 20, 2, groups=2), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(20, 40)), torch.rand(2, 3, 6, 6)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(3 * 32, 40)), torch.randn(4, 3, 32)
+
+
+KINDS = pytest.mark.parametrize("kind", ["linear", "conv", "attention"])
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@KINDS
+@HALF
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rounding_in_half_precision_is_no_penalty(kind: str, dtype: torch.dtype, autocast: bool):
+    model, inputs = network(kind)
+    if not autocast:
+        model, inputs = model.to(dtype), inputs.to(dtype)
+    linear = linear_of(model, inputs, dtype, 0.0, autocast=autocast)
+    assert True in linear
+    assert False not in linear
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("linear", 0.03), ("conv", 0.01), ("attention", 0.03)])
+def test_a_penalty_is_seen_under_autocast(kind: str, penalty: float):
+    """That of the weights as they start is a tenth of the gradient or so."""
+    model, inputs = network(kind)
+    assert True not in linear_of(model, inputs, torch.bfloat16, penalty, autocast=True)
+
+
+@EVERY_STRATEGY
+def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy: Strategy):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20, dtype=torch.float64)])
+    preconditioner = KFAC(model, strategy)
+    for seed in range(2):
+        inputs, _ = batch(8, 20, 4, seed, torch.float32)
+        model.zero_grad()
+        model[1](model[0](inputs).double()).square().mean().backward()
+        preconditioner.step()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@EVERY_STRATEGY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(strategy: Strategy, dtype: torch.dtype):
+    gradients = []
+    for default in (torch.float32, torch.float64):
+        model = mlp(10, 20, 4, dtype=dtype)
+        with default_dtype(default):
+            train(model, KFAC(model, strategy), 2, dtype)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+class WithComplex(nn.Module):
+    """A layer that is preconditioned, and a complex one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.real = nn.Linear(10, 16)
+        self.complex = nn.Linear(8, 4, dtype=torch.complex64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.complex(torch.view_as_complex(self.real(inputs).unflatten(-1, (8, 2)))).abs()
+
+
+def test_complex_gradients_of_other_layers_are_looked_at():
+    model = WithComplex()
+    preconditioner = KFAC(model, Exact())
+    train(model, preconditioner, 2)
+    assert preconditioner.report().skipped == 0
+    inputs, labels = batch(8, 10, 4, dtype=torch.float32)
+    CROSS_ENTROPY(model(inputs), labels).backward()
+    model.complex.bias.grad[0] = complex(0, float("nan"))
+    preconditioner.step()
+    assert preconditioner.report().skipped == 1
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+@EVERY_STRATEGY
+@pytest.mark.parametrize("of_loss", [True, False])
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e12, 1e15])
+def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
+    model = mlp(10, 40, 40, 4, dtype=torch.float32)
+    preconditioner = KFAC(model, strategy)
+    for seed in range(3):
+        inputs, labels = batch(4, 10, 4, seed, torch.float32)
+        model.zero_grad()
+        outputs = model(inputs * (1 if of_loss else scale))
+        (CROSS_ENTROPY(outputs, labels) * (scale if of_loss else 1)).backward()
+        preconditioner.step()
+    assert preconditioner.report().skipped == 0
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert any(bool(gradient.any()) for gradient in gradients)
+
+
+@EVERY_STRATEGY
+@pytest.mark.parametrize("of_loss", [True, False])
+def test_a_batch_whose_squares_overflow_is_skipped(strategy: Strategy, of_loss: bool):
+    model = mlp(10, 20, 4, dtype=torch.float32)
+    preconditioner = KFAC(model, strategy)
+    train(model, preconditioner, 1)
+    inputs, labels = batch(8, 10, 4, 1, torch.float32)
+    model.zero_grad()
+    outputs = model(inputs * (1 if of_loss else 1e20))
+    (CROSS_ENTROPY(outputs, labels) * (1e20 if of_loss else 1)).backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+    preconditioner.step()
+    assert preconditioner.report().skipped == 1
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_mask_of_nothing_is_finite():
+    assert Mask.of([], nn.Linear(2, 2)).finite
+
+
+@pytest.mark.parametrize(
+    ("strategy", "make"),
+    [
+        (InverseFree(), lambda: mlp(10, 20, 4, dtype=torch.float32)),
+        (InverseFree("hierarchical", variant="ikfac"), lambda: mlp(10, 20, 4, dtype=torch.float32)),
+        (Foof(Exact()), lambda: nn.Sequential(nn.Linear(10, 4), nn.LayerNorm(4))),
+    ],
+    ids=["singd", "ikfac", "foof"],
+)
+def test_every_state_comes_back_from_torch_distributed(
+    strategy: Strategy, make: Callable[[], nn.Module], tmp_path: Path
+):
+    from torch.distributed import checkpoint as dcp
+
+    model = make()
+    preconditioner = KFAC(model, strategy)
+    train(model, preconditioner, 3)
+    dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
+    other = make()
+    other.load_state_dict(model.state_dict())
+    resumed = KFAC(other, strategy)
+    resumed.load_state_dict(read_state(tmp_path))
+    train(model, preconditioner, 3)
+    train(other, resumed, 3)
+    # Nothing is decomposed between: all operations are the same.
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, another, rtol=1e-6, atol=1e-7)
+
+
+def test_roots_are_not_filled_in_place_of_a_new_preconditioner(tmp_path: Path):
+    from torch.distributed import checkpoint as dcp
+
+    model = mlp(10, 20, 4, dtype=torch.float32)
+    preconditioner = KFAC(model, InverseFree())
+    train(model, preconditioner, 3)
+    dcp.save({"kfac": preconditioner}, checkpoint_id=tmp_path)
+    resumed = KFAC(mlp(10, 20, 4, dtype=torch.float32), InverseFree())
+    with pytest.raises(ValueError, match=r"the state lacks input.direction, .*: use brandla.kfac.read_state"):
+        dcp.load({"kfac": resumed}, checkpoint_id=tmp_path)
+    assert not any(layer.curvature.started for layer in resumed._layers)
+
+
+@pytest.mark.parametrize("asked", ALL)
+def test_a_state_of_another_strategy_is_refused(asked: str):
+    model = mlp(10, 20, 4, dtype=torch.float32)
+    for name, strategy in ALL.items():
+        preconditioner = KFAC(model, strategy)
+        train(model, preconditioner, 1)
+        state = preconditioner.state_dict()
+        preconditioner.remove()
+        resumed = KFAC(model, ALL[asked])
+        if name == asked:
+            resumed.load_state_dict(state)
+        else:
+            message = f"0: the strategy must be {ALL[asked]}, as in this preconditioner; the state has {strategy}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                resumed.load_state_dict(state)
+        resumed.remove()
+
+
+@pytest.mark.parametrize("strategy", [Exact(), EKFAC(), InverseFree(), ConjugateGradient()], ids=str)
+def test_a_state_of_another_kind_of_layer_is_refused(strategy: Strategy):
+    model = nn.Sequential(nn.LayerNorm(10))
+    preconditioner = KFAC(model, strategy)
+    train(model, preconditioner, 1)
+    resumed = KFAC(nn.Sequential(nn.Linear(10, 10)), strategy)
+    with pytest.raises(ValueError, match=re.escape("KFAC.load_state_dict: 0")):
+        resumed.load_state_dict(preconditioner.state_dict())
+
+
+def test_the_other_name_of_a_shared_module_is_told():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    message = "KFAC: inverse must name modules of the model; 'b' is 'a': use that name"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        KFAC(model, {"b": Exact()})
