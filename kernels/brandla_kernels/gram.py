@@ -43,10 +43,11 @@ def rounded_gram(panel: Tensor) -> Tensor:
     """
     n = panel.shape[-2]
     whole = n // _ROUNDED_ROWS * _ROUNDED_ROWS
-    slabs, rest = panel[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS)), panel[..., whole:, :]
-    parts = [_sum_of_grams(some) for some in slabs.split(_SLABS, dim=-3)]
-    if whole < n:
-        parts.append(rest.mT @ rest)
+    rest = panel[..., whole:, :]
+    parts = [] if 0 < whole == n else [rest.mT @ rest]
+    if whole:
+        slabs = panel[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS))
+        parts += [_sum_of_grams(some) for some in slabs.split(_SLABS, dim=-3)]
     total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return total.double()
 
