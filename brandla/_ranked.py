@@ -52,10 +52,10 @@ def _principal(gram: Tensor, scale: Tensor, live: Tensor, threshold: float) -> T
     return torch.where(finite, transform, float("nan"))
 
 
-def strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Return the order (..., k) of `ranked_core`."""
+def strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor | None:
+    """Return an order (..., k) in which no column is measured against much weaker ones; None for that they have."""
     if reads_are_free(gram) and bool(_nothing_goes(live_columns(gram, scale, threshold), scale).all()):
-        return _natural(scale)
+        return None
     return _order(gram, scale, threshold)
 
 

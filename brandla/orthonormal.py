@@ -93,14 +93,19 @@ def first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int, rows
         return FirstPass(panel, panel_gram, transform, None)
     k = max(tall.columns(panel), 1)
     order = strongest_first(panel_gram, length, 64 * k * eps)
-    unit = torch.where(length > 0, length, 1).gather(-1, order)
-    equilibrated = permuted(panel_gram, order) / (unit[..., :, None] * unit[..., None, :])
+    if order is not None:
+        panel, panel_gram = tall.each(tall.columns_at, panel, order), permuted(panel_gram, order)
+        length = length.gather(-1, order)
+    unit = torch.where(length > 0, length, 1)
+    equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = _solve_from_right(tall.each(tall.columns_at, panel, order), to_panel)
+    panel = _solve_from_right(panel, to_panel)
     panel_gram = rows.total(gram(panel))
     transform = ranked_core(panel_gram, torch.ones_like(length), 16 * k * eps)
-    return FirstPass(panel, panel_gram, transform, to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1))
+    if order is not None:
+        to_panel = to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1)
+    return FirstPass(panel, panel_gram, transform, to_panel)
 
 
 def shortest(dtype: torch.dtype) -> float:

@@ -89,17 +89,13 @@ class Randomized(FactorStrategy):
         generator = torch.Generator(matrix.device)
         generator.manual_seed(seed)
         if self.method == "eigh":
-            # It squares products of M, which are of fourth order in the data.
-            largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-            scale = torch.where(largest > 0, largest, 1)
-            values, vectors = randomized_eigh(
-                matrix / scale[..., None],
+            return randomized_eigh(
+                matrix,
                 rank,
                 oversample=self.oversample,
                 power_iterations=self.power_iterations,
                 generator=generator,
             )
-            return LowRankEigh(values * scale, vectors)
         svd = randomized_svd(
             matrix,
             rank,
