@@ -4,10 +4,10 @@ from brandla import grouped
 from brandla._check import checked
 from brandla.brand import eigh_update, eigh_update_, svd_append, svd_update
 from brandla.damped import damped_power, damped_solve, kron_damped_solve
-from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, LowRankSym, Tracked, centre, track
+from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
+from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
-from brandla.rank import Rank
-from brandla.subspace import subspace_update, subspace_update_
+from brandla.root import root_update, root_update_
 from brandla_kernels import backend
 
 __version__ = "0.1.0"
@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Centred",
     "LowRankEigh",
+    "LowRankRoot",
     "LowRankSVD",
-    "LowRankSym",
     "Rank",
     "Tracked",
     "backend",
@@ -28,10 +28,11 @@ __all__ = [
     "eigh_update_",
     "grouped",
     "kron_damped_solve",
+    "orthonormalize",
     "randomized_eigh",
     "randomized_svd",
-    "subspace_update",
-    "subspace_update_",
+    "root_update",
+    "root_update_",
     "svd_append",
     "svd_update",
     "track",

@@ -210,14 +210,16 @@ def eigh(function: str, name: str, factor: object) -> None:
     together(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors)
 
 
-def sym(function: str, name: str, factor: object) -> None:
-    """Check a LowRankSym-shaped pair (core, basis)."""
-    core, tall = _fields(function, name, factor, 2, "LowRankSym")
-    basis(function, f"{name}.basis", tall)
-    part(function, f"{name}.core", core)
+def root(function: str, name: str, factor: object) -> None:
+    """Check a LowRankRoot-shaped pair (root, gram)."""
+    tall, gram = _fields(function, name, factor, 2, "LowRankRoot")
+    part(function, f"{name}.root", tall)
+    if tall.ndim < 2:
+        fail_value(function, f"{name}.root must have shape (..., n, r); got {tuple(tall.shape)}")
+    part(function, f"{name}.gram", gram)
     expected = (*tall.shape[:-2], tall.shape[-1], tall.shape[-1])
-    shape(function, f"{name}.core", core, expected, "one row and column for each column of basis")
-    together(function, f"{name}.core", core, f"{name}.basis", tall)
+    shape(function, f"{name}.gram", gram, expected, "one row and column for each column of root")
+    together(function, f"{name}.gram", gram, f"{name}.root", tall)
 
 
 def svd(function: str, name: str, factor: object) -> None:
@@ -239,11 +241,11 @@ def _fields(function: str, name: str, factor: object, expected: int, kind: str) 
     return factor
 
 
-def error_bound(function: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
-    """Check the error bound of a tracked factor."""
-    part(function, "error_bound", tensor)
-    shape(function, "error_bound", tensor, tuple(of.shape[:-2]), f"the batch shape of {of_name}")
-    together(function, "error_bound", tensor, of_name, of)
+def tracked(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+    """Check the error bound or the trace of a tracked factor."""
+    part(function, name, tensor)
+    shape(function, name, tensor, tuple(of.shape[:-2]), f"the batch shape of {of_name}")
+    together(function, name, tensor, of_name, of)
 
 
 def without_gradient(function: str, name: str, tensor: Tensor) -> None:

@@ -88,5 +88,5 @@ def _shape(value: Any) -> tuple[int, ...]:
         value = getattr(value, "lowrank", getattr(value, "svd", value))
         if hasattr(value, "Vh"):
             return (*value.U.shape, value.Vh.shape[-1])
-        value = getattr(value, "eigenvectors", getattr(value, "basis", value))
+        value = getattr(value, "eigenvectors", getattr(value, "root", value))
     return tuple(getattr(value, "shape", ()))

@@ -59,13 +59,13 @@ class Rows:
         """Return what every process computed for itself; its gradient comes from all of them."""
         return small
 
-    def gathered(self, local: Tensor) -> Tensor:
-        """Return all rows of a matrix that is not taller than small ones are."""
-        return local
+    def stacked(self, square: Tensor) -> Tensor:
+        """Return the square matrices of all processes, one below the other."""
+        return square
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Return the rows that this process holds of a matrix that it has computed whole."""
-        return whole
+    def own(self, stacked: Tensor) -> Tensor:
+        """Return the block of this process of a matrix laid out as `stacked` lays it out."""
+        return stacked
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
         """Return a tall result as its argument came in."""
@@ -146,15 +146,16 @@ class Shards(Rows):
         same: Tensor = _Shared.apply(small, self.group)  # type: ignore[no-untyped-call]
         return same
 
-    def gathered(self, local: Tensor) -> Tensor:
-        """Sum matrices that are zero but for the rows of one process each."""
-        whole = local.new_zeros(*local.shape[:-2], self.n, local.shape[-1])
-        whole[..., slice(*self._span()), :] = local
+    def stacked(self, square: Tensor) -> Tensor:
+        """Sum matrices that are zero but for the block of one process each."""
+        p = square.shape[-1]
+        whole = square.new_zeros(*square.shape[:-2], self.mesh.size() * p, p)
+        whole[..., self._block(p), :] = square
         return self.total(whole)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Return the rows of this process."""
-        return whole[..., slice(*self._span()), :].clone()
+    def own(self, stacked: Tensor) -> Tensor:
+        """Return the block of this process."""
+        return stacked[..., self._block(stacked.shape[-2] // self.mesh.size()), :]
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
         """Return the DTensor of which this process holds ``local``."""
@@ -172,6 +173,11 @@ class Shards(Rows):
         from torch.distributed.tensor import DTensor, Replicate
 
         return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
+
+    def _block(self, p: int) -> slice:
+        """Rows of this process among blocks of p rows for each."""
+        first = self.mesh.get_local_rank() * p
+        return slice(first, first + p)
 
     def _span(self) -> tuple[int, int]:
         """First row held here, and the one after the last: shards are of one size until the rows run out."""

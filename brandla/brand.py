@@ -1,54 +1,34 @@
-"""Brand's updates: a truncated eigen- or singular value decomposition kept up to date while data streams in."""
+"""Brand's updates of an orthonormal form: eigen- or singular value decompositions kept up to date while data streams in."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import polish, safe_eigh, safe_svd, without_denormals
-from brandla._expansion import expand
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._split import Split, split
-from brandla._step import Step, Update, check_in_place, check_update, decay_step
-from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Tracked
-from brandla.rank import Rank, above, most_of, tolerance_of
+from brandla._small import UNRESOLVED, above, leading, safe_svd, unit_scaled, without_denormals
+from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
+from brandla.orthonormal import polish, polish_
+from brandla.root import Update, Updated, check_update
+from brandla_kernels import gram
 
-
-@overload
-def eigh_update(
-    eigh: LowRankEigh,
-    columns: Tensor,
-    *,
-    decay: float | Tensor = ...,
-    weight: float | Tensor = ...,
-    rank: int | Rank | None = ...,
-) -> LowRankEigh: ...
-
-
-@overload
-def eigh_update(
-    eigh: Tracked[LowRankEigh],
-    columns: Tensor,
-    *,
-    decay: float | Tensor = ...,
-    weight: float | Tensor = ...,
-    rank: int | Rank | None = ...,
-) -> Tracked[LowRankEigh]: ...
+Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
+SVD = TypeVar("SVD", LowRankSVD, Centred)
 
 
 @ranged("n,r", "n,k")
 def eigh_update(
-    eigh: LowRankEigh | Tracked[LowRankEigh],
+    eigh: Eigh,
     columns: Tensor,
     *,
     decay: float | Tensor = 1.0,
     weight: float | Tensor = 1.0,
     rank: int | Rank | None = None,
-) -> LowRankEigh | Tracked[LowRankEigh]:
+) -> Eigh:
     """Best rank-``rank`` truncation of ``decay * U diag(d) Uᵀ + weight * A Aᵀ``.
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * eigh.dense() + weight * A @ A.mT)``, in
@@ -57,7 +37,7 @@ def eigh_update(
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r), or a `Tracked` one, whose error bound is then carried along.
+        d (..., r) and U (..., n, r), or a `Tracked` one, whose error bound and trace are then carried along.
     columns
         A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor.
     decay, weight
@@ -80,15 +60,17 @@ def eigh_update(
 
     Notes
     -----
-    Two projection passes, or one on a CPU where it is as good, keep ‖UᵀU − I‖₂ at a small multiple of ε over any
-    number of updates, on rank-deficient data too: columns inside the span of U, or repeated, add no basis vector. The
-    result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the
-    device; `brandla.subspace_update` does not. U and A may be DTensors sharded on their rows: ``docs/sharded.md``.
+    The update of `brandla.root_update` with F = U √d, scaled and polished once: U is made orthonormal anew at every
+    update, so that nothing drifts. ‖UᵀU − I‖₂ is a few ε; on a CPU the polish is left out while it is at most about 50 ε.
+    Eigenvalues up to 8 ε of the largest are not resolved: they become 0, with zero columns. The result never exceeds the
+    matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device;
+    `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
 
     References
     ----------
     M. Brand, "Fast low-rank modifications of the thin singular value decomposition", Linear Algebra Appl. 415 (2006).
-    Derivation: ``docs/brand.md``.
+    Derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -98,66 +80,28 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    return eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new()
-
-
-@overload
-def eigh_update_(
-    eigh: LowRankEigh, columns: Tensor, *, decay: float | Tensor = ..., weight: float | Tensor = ..., tol: float = ...
-) -> LowRankEigh: ...
-
-
-@overload
-def eigh_update_(
-    eigh: Tracked[LowRankEigh],
-    columns: Tensor,
-    *,
-    decay: float | Tensor = ...,
-    weight: float | Tensor = ...,
-    tol: float = ...,
-) -> Tracked[LowRankEigh]: ...
+    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new(LowRankEigh)
+    return updated
 
 
 @ranged("n,r", "n,k")
 def eigh_update_(
-    eigh: LowRankEigh | Tracked[LowRankEigh],
-    columns: Tensor,
-    *,
-    decay: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    tol: float = 0.0,
-) -> LowRankEigh | Tracked[LowRankEigh]:
-    """`eigh_update` at the old rank, written over the tensors of ``eigh``.
+    eigh: Eigh, columns: Tensor, *, decay: float | Tensor = 1.0, weight: float | Tensor = 1.0, tol: float = 0.0
+) -> Eigh:
+    """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
-    Needs no second basis: the extra memory is that of the columns, and of small matrices.
-
-    Parameters
-    ----------
-    eigh, columns, decay, weight
-        As for `eigh_update`; ``columns`` must not share memory with ``eigh``.
-    tol
-        As in `brandla.Rank`: eigenvalues up to ``tol`` times the largest become 0, with zero vectors.
-
-    Returns
-    -------
-    LowRankEigh or Tracked
-        ``eigh`` itself.
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As `eigh_update`, and for tensors of ``eigh`` that are expanded and arguments that require grad, before anything
-        is overwritten.
+    Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is that of a `brandla.Rank`. Raises as
+    `eigh_update` does, and for tensors of ``eigh`` that are expanded and arguments that require grad, before anything is
+    overwritten.
     """
-    function = "eigh_update_"
-    update = check_eigh_update(function, eigh, columns, decay, weight, None)
-    update = check_in_place(function, "eigh.eigenvectors", "eigh.eigenvalues", update, tol)
-    return eigh_step(update).in_place(eigh)
+    update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
+    update = update.overwriting("eigh_update_", ("eigh.eigenvectors", "eigh.eigenvalues"), tol)
+    return eigh_step(update).over(eigh)
 
 
 def check_eigh_update(
     function: str,
-    eigh: LowRankEigh | Tracked[LowRankEigh],
+    eigh: Any,
     columns: Tensor,
     decay: float | Tensor,
     weight: float | Tensor,
@@ -165,25 +109,22 @@ def check_eigh_update(
 ) -> Update:
     """Check the arguments of `eigh_update`."""
     _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
-    return check_update(function, "eigh.eigenvectors", "eigh.eigenvalues", eigh, columns, decay, weight, rank)
+    return check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, decay, weight, rank)
 
 
-def eigh_step(update: Update) -> Step[LowRankEigh]:
-    """Compute `eigh_update`, up to the rotation of U."""
+def eigh_step(update: Update) -> Updated:
+    """Compute `eigh_update` from checked arguments: the root's step from F = U √d, scaled to unit columns and polished."""
     if update.adds_nothing:
-        return decay_step(LowRankEigh, update)
-    values, vectors, rank, bound = update.old_values, update.basis, update.rank, update.decayed_bound
-    expansion = expand(values, vectors, update.columns, update.decay, update.weight, update.rows)
-    spectrum, rotation = safe_eigh(expansion.core, values.dtype, keep=rank)
-    kept = spectrum[..., :rank]
-    alive = above(kept, update.tol)
-    rotation = polish(rotation * alive[..., None, :])
-    if bound is not None:
-        # The largest value left out: the first under the tolerance, or the first beyond the rank. 0 · NaN is NaN.
-        dropped = torch.where(alive, 0 * kept, kept)
-        dropped = torch.cat([dropped, spectrum[..., rank:]], dim=-1)
-        bound = bound + (dropped.amax(-1) if dropped.shape[-1] else 0)
-    return Step(LowRankEigh, without_denormals(kept * alive), vectors, (expansion, rotation), bound, update.rows)
+        return update.decayed()
+    lengths = update.small.sqrt()
+    core = update.core(torch.diag_embed(update.small), lengths)
+    values, rotation, left_out = leading(core, update.rank, update.dtype, max(update.tol, UNRESOLVED[update.dtype]))
+    vectors = update.rotated(unit_scaled(rotation, values), lengths)
+    if update.in_place:
+        polish_(vectors, update.rows)
+    else:
+        vectors = polish(vectors, update.rows)
+    return update.result(values, vectors, core, left_out)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -225,7 +166,7 @@ def svd_update(
 
     References
     ----------
-    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/brand.md``.
+    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
@@ -252,33 +193,20 @@ def svd_update(
     left_vectors, left = left_rows.local(function, "svd.U", left_vectors), left_rows.local(function, "left", left)
     right_vectors = right_rows.local(function, "svd.Vh.mT", right_vectors)
     right = right_rows.local(function, "right", right)
-    left_parts, right_parts = split(left_vectors, left, left_rows), split(right_vectors, right, right_rows)
-    core = _stacked(left_parts) @ _stacked(right_parts).mT
-    core[..., :r, :r] += torch.diag_embed(_decayed(decay, values)).double()
+    left_panel = torch.cat([left_vectors * _decayed(decay, values)[..., None, :], left], dim=-1)
+    left_side = _factored(left_panel, left_rows)
+    right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
+    core = left_side.triangle @ right_side.triangle.mT
     rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
     return LowRankSVD(
-        left_rows.tall_result(left_parts.rotate(left_vectors, rotation)),
+        left_rows.tall_result(left_side.basis(rotation)),
         small.small_result(spectrum),
-        right_rows.tall_result(right_parts.rotate(right_vectors, right_rotation)).mT,
+        right_rows.tall_result(right_side.basis(right_rotation)).mT,
     )
 
 
-@overload
-def svd_append(
-    svd: LowRankSVD, columns: Tensor, *, decay: float | Tensor = ..., rank: int | Rank | None = ...
-) -> LowRankSVD: ...
-
-
-@overload
-def svd_append(
-    svd: Centred, columns: Tensor, *, decay: float | Tensor = ..., rank: int | Rank | None = ...
-) -> Centred: ...
-
-
 @ranged("m,r,n", "m,k")
-def svd_append(
-    svd: LowRankSVD | Centred, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
-) -> LowRankSVD | Centred:
+def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None) -> SVD:
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
@@ -318,7 +246,7 @@ def svd_append(
     References
     ----------
     M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
-    Derivation: ``docs/brand.md``.
+    Derivation: ``docs/updates.md``.
     """
     if isinstance(svd, Centred):
         return _append_centred(svd, columns, decay, rank)
@@ -369,22 +297,75 @@ def _check_append(
 
 
 def _append_here(append: _Append) -> LowRankSVD:
-    left_vectors, values, right_rows = append.svd
-    r = values.shape[-1]
-    parts, core = _appended_core(append)
-    rotation, spectrum, right_rotation = _truncated_svd(core, append.rank, append.tol, values.dtype)
-    right_rotation = right_rotation.to(values.dtype)
-    right = torch.cat([right_rows.mT @ right_rotation[..., :r, :], right_rotation[..., r:, :]], dim=-2)
-    return LowRankSVD(parts.rotate(left_vectors, rotation), spectrum, right.mT)
+    left, spectrum, rotation = _leading_triplets(append)
+    r = append.svd.S.shape[-1]
+    right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
+    return LowRankSVD(left, spectrum, right.mT)
 
 
-def _appended_core(append: _Append) -> tuple[Split, Tensor]:
-    """Return the split of the columns, and [ρ U diag(S), A] in the basis [U Q]."""
-    svd, columns = append.svd, append.columns
-    parts = split(svd.U, columns, append.rows)
-    old = torch.diag_embed(_decayed(append.decay, svd.S)).double()
-    old = torch.cat([old, old.new_zeros(*old.shape[:-2], columns.shape[-1], svd.S.shape[-1])], dim=-2)
-    return parts, torch.cat([old, _stacked(parts)], dim=-1)
+def _append_left(append: _Append) -> LowRankSVD:
+    """`_append_here` without Vh."""
+    left, spectrum, rotation = _leading_triplets(append)
+    return LowRankSVD(left, spectrum, append.svd.Vh.new_zeros(*rotation.shape[:-2], rotation.shape[-1], 0))
+
+
+def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V of the panel B = [ρ U diag(S), A]: those of its QR's R in float64, else of BᵀB = V S² Vᵀ.
+
+    A Gram matrix in float64 resolves all that float32 data holds.
+    """
+    svd, dtype = append.svd, append.svd.S.dtype
+    panel = torch.cat([svd.U * _decayed(append.decay, svd.S)[..., None, :], append.columns], dim=-1)
+    if dtype == torch.float64:
+        side = _factored(panel, append.rows)
+        rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
+        return side.basis(rotation), spectrum, right
+    noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
+    squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+    left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
+    return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
+
+
+class _Factored(NamedTuple):
+    """A panel P = Q T with Q = P′ X orthonormal, or zero columns: Q itself is not formed."""
+
+    panel: Tensor  # P′       [..., n, p]
+    transform: Tensor | None  # X      [..., p, q], float64; None stands for I
+    triangle: Tensor  # T       [..., q, p], float64
+    rows: Rows
+
+    def basis(self, rotation: Tensor) -> Tensor:
+        """Return Q W for W (..., q, s)."""
+        if self.transform is None:
+            return self.panel @ rotation
+        dtype = self.panel.dtype
+        return polish(self.panel @ (self.transform @ rotation.double()).to(dtype), self.rows)
+
+
+def _factored(panel: Tensor, rows: Rows) -> _Factored:
+    """Factor a panel: by QR in float64, else by D PᵀP D = V Λ Vᵀ in float64 with unit columns P D."""
+    if panel.dtype == torch.float64:
+        basis, triangle = _qr(panel, rows)
+        return _Factored(basis, None, triangle, rows)
+    inner = rows.total(gram(panel))
+    lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
+    shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
+    unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
+    noise = (4 * torch.finfo(panel.dtype).eps) ** 2
+    values, vectors, _ = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
+    transform = unit[..., :, None] * unit_scaled(vectors, values)
+    return _Factored(panel, transform, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :], rows)
+
+
+def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return Q and R of a panel (n, p); of a sharded one from the QR of all processes' R."""
+    basis, triangle = torch.linalg.qr(panel)
+    if rows is WHOLE:
+        return basis, triangle
+    q, p = triangle.shape[-2:]
+    square = torch.nn.functional.pad(triangle, (0, 0, 0, p - q))
+    inner, triangle = torch.linalg.qr(rows.stacked(square))
+    return basis @ rows.own(inner)[..., :q, :], triangle
 
 
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
@@ -411,21 +392,6 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     return Centred(append.as_given(updated), rows.tall_result(mean, -1), rows.small_result(total))
 
 
-def _append_left(append: _Append) -> LowRankSVD:
-    """`_append_here` without Vh. In float32 U and S come from K Kᵀ, whose rounding in float64 is below that of S."""
-    svd, rank, tol = append.svd, append.rank, append.tol
-    if svd.S.dtype == torch.float64:
-        updated = _append_here(append)
-        return LowRankSVD(updated.U, updated.S, updated.Vh[..., :0])
-    parts, core = _appended_core(append)
-    squares, rotation = safe_eigh(core @ core.mT, keep=rank)
-    kept = squares[..., :rank].sqrt()
-    alive = above(kept, tol) & (kept > 4 * torch.finfo(svd.S.dtype).eps * kept[..., :1])
-    values = without_denormals((kept * alive).to(svd.S.dtype))
-    vectors = parts.rotate(svd.U, polish(rotation * alive[..., None, :]))
-    return LowRankSVD(vectors, values, svd.Vh.new_zeros(*svd.Vh.shape[:-2], rank, 0))
-
-
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     rotation, spectrum, right_rotation = safe_svd(core, dtype)
     kept = spectrum[..., :rank]
@@ -435,10 +401,6 @@ def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> t
         without_denormals((kept * alive).to(dtype)),
         right_rotation[..., :rank] * alive[..., None, :],
     )
-
-
-def _stacked(parts: Split) -> Tensor:
-    return torch.cat([parts.coefficients, parts.triangle], dim=-2)
 
 
 def _decayed(decay: float | Tensor, values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import safe_eigh
+from brandla._small import safe_eigh
 from brandla.lowrank import LowRankEigh
 from brandla_kernels import tall
 

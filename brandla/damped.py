@@ -1,4 +1,7 @@
-"""Damped application: (U diag(d) Uᵀ + τ(I − UUᵀ) + λI) to any power, times a block of vectors, in O(n r) a vector."""
+"""Damped application: (M̂ + τ(I − P) + λI) to any power, times a block of vectors, in O(n r) a vector.
+
+M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,20 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import safe_eigh
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
-from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, subtract_product
+from brandla._small import safe_eigh
+from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
+from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, reads_are_free
 
-LowRank = LowRankEigh | LowRankSym | Tracked[LowRankEigh] | Tracked[LowRankSym]
+Factor = LowRankEigh | LowRankRoot
+LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
 Number = float | Tensor
-Tail = Number | Literal["smallest"]
+Tail = Number | Literal["mean", "smallest"]
 
 
 class Shifted(NamedTuple):
-    """β I + U H Uᵀ, of one factor, of a batch, or of a list of factors with H and β stacked."""
+    """β I + U H Uᵀ for U or F, of one factor, of a batch, or of a list of factors with H and β stacked."""
 
     basis: Tall
     middle: Tensor  # H: [..., r] where diagonal, else [..., r, r]
@@ -41,7 +45,7 @@ class Shifted(NamedTuple):
         coefficients = rows.total(project(basis, rhs))
         diagonal = middle.ndim < basis.ndim
         inner = middle[..., None] * coefficients if diagonal else middle @ coefficients
-        return subtract_product(complement[..., None, None] * rhs, basis, -inner)
+        return complement[..., None, None] * rhs + basis @ inner
 
     def expand(self, batch: tuple[int, ...] | None) -> Shifted:
         """Repeat the operator over a batch shape, as a view."""
@@ -53,7 +57,7 @@ class Shifted(NamedTuple):
 
 @ranged("n,r", "n,m")
 def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail: Tail = 0.0) -> Tensor:
-    """(U diag(d) Uᵀ + τ(I − UUᵀ) + λI)⁻¹ V: the damped inverse of a low-rank matrix, applied.
+    """(M̂ + τ(I − P) + λI)⁻¹ V: the damped inverse of a low-rank matrix M̂ with range P, applied.
 
     Equivalent to ``torch.linalg.solve(lowrank.dense() + damping * I, rhs)`` (for τ = 0), in 4nrm operations for m
     right-hand sides in place of O(n³ + n²m), and with no n × n matrix. Differentiable in every tensor argument.
@@ -61,15 +65,16 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
     Parameters
     ----------
     lowrank
-        LowRankEigh, or LowRankSym (then a Cholesky factorisation of S + λI of order r is added), or a Tracked one.
+        LowRankEigh, LowRankRoot (then a Cholesky factorisation of S + λI of order r is added), or a Tracked one.
     rhs
         V, shape (..., n, m), or a vector: (n,), or exactly the batch shape of the factor and n, as in
         ``torch.linalg.solve``.
     damping
         λ > 0: a number, or a tensor of batch shape, which stays on its device.
     tail
-        τ >= 0: the value taken for the eigenvalues that the factor does not hold: a number, a tensor of batch shape, or
-        ``"smallest"``, the smallest eigenvalue it holds (spectrum continuation).
+        τ >= 0: the value taken for the eigenvalues that the factor does not hold: a number, a tensor of batch shape,
+        ``"mean"``, their mean, from the trace that a Tracked factor carries, or ``"smallest"``, the smallest eigenvalue
+        it holds (spectrum continuation).
 
     Returns
     -------
@@ -83,9 +88,10 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
 
     Notes
     -----
-    The part of V inside the span of U is divided by d + λ after a subtraction, so the relative error there is about
-    ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of the basis enters multiplied in the same way. ``tail="smallest"`` for a
-    LowRankSym needs its eigenvalues and waits for the device. U and V may be DTensors sharded on their rows:
+    The part of V inside the range is divided by d + λ after a subtraction, so the relative error there is about
+    ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis enters multiplied in the same way. A LowRankRoot has no
+    direction of a value 0: in it, every value under τ counts as τ. A τ other than 0 then needs the eigenvalues of S and
+    waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors sharded on their rows:
     ``docs/sharded.md``.
 
     References
@@ -107,10 +113,10 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
 def damped_power(
     lowrank: LowRank, rhs: Tensor, damping: float | Tensor, exponent: float, *, tail: Tail = 0.0
 ) -> Tensor:
-    """(U diag(d) Uᵀ + τ(I − UUᵀ) + λI)^p V for any real p: −1/2 for whitening, −1/4 for Shampoo.
+    """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, −1/4 for Shampoo.
 
     Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument
-    for a LowRankEigh; a LowRankSym is first diagonalised (order r), which waits for the device.
+    for a LowRankEigh; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
 
     Parameters
     ----------
@@ -131,7 +137,6 @@ def damped_power(
     """
     problem = check_solve("damped_power", lowrank, rhs, damping, tail)
     check_exponent(exponent)
-    problem = problem.diagonalized()
     return problem.solution(power(problem.factor, *problem.shift, float(exponent)))
 
 
@@ -181,7 +186,7 @@ def kron_damped_solve(
     Parameters
     ----------
     left, right
-        G of order p and A of order q: LowRankEigh, LowRankSym or Tracked, in any combination.
+        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination.
     matrix
         W, shape (..., p, q), or a pair P (..., p, k), Q (..., q, k).
     left_damping, right_damping
@@ -216,7 +221,7 @@ def kron_damped_solve(
 class Solve(NamedTuple):
     """Arguments of a damped application that fit together."""
 
-    factor: LowRankEigh | LowRankSym
+    factor: Factor
     block: Tensor
     vector: bool
     shift: tuple[Number, Number | None]
@@ -230,16 +235,12 @@ class Solve(NamedTuple):
         """Return the result in the shape and of the kind of the right-hand side."""
         return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
 
-    def diagonalized(self) -> Solve:
-        """Return the problem with a LowRankEigh, whose eigenvalues can be raised to a power."""
-        return self if isinstance(self.factor, LowRankEigh) else self._replace(factor=self.factor.eigh())
-
 
 class Kron(NamedTuple):
     """Arguments of a two-sided damped application that fit together: factor, λ and τ of each side, and the data."""
 
-    left: tuple[LowRankEigh | LowRankSym, Number, Number | None]
-    right: tuple[LowRankEigh | LowRankSym, Number, Number | None]
+    left: tuple[Factor, Number, Number | None]
+    right: tuple[Factor, Number, Number | None]
     data: Tensor | tuple[Tensor, Tensor]
     rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
 
@@ -261,7 +262,7 @@ def check_solve(function: str, lowrank: LowRank, rhs: Tensor, damping: float | T
     factor, rows = _check_factor(function, "lowrank", lowrank)
     rows.admit(function, "rhs", rhs)
     block, vector = _check_rhs(function, "rhs", rhs, factor, rows)
-    shift = _check_shift(function, ("damping", "tail"), factor, damping, tail, rows)
+    shift = _check_shift(function, ("damping", "tail"), lowrank, damping, tail, rows)
     return Solve(_local(function, "lowrank", factor, rows), block, vector, shift, rows)
 
 
@@ -284,10 +285,10 @@ def check_kron(
     function = "kron_damped_solve"
     left_factor, left_rows = _check_factor(function, "left", left)
     right_factor, right_rows = _check_factor(function, "right", right)
-    _check.together(function, "right", right_factor[1], "left", left_factor[1])
+    _check.together(function, "right", basis_of(right_factor), "left", basis_of(left_factor))
     data = _check_kron_data(function, matrix, left_factor, right_factor, (left_rows, right_rows))
-    left_checked = _check_shift(function, ("left_damping", "left_tail"), left_factor, *left_shift, left_rows)
-    right_checked = _check_shift(function, ("right_damping", "right_tail"), right_factor, *right_shift, right_rows)
+    left_checked = _check_shift(function, ("left_damping", "left_tail"), left, *left_shift, left_rows)
+    right_checked = _check_shift(function, ("right_damping", "right_tail"), right, *right_shift, right_rows)
     return Kron(
         (_local(function, "left", left_factor, left_rows), *left_checked),
         (_local(function, "right", right_factor, right_rows), *right_checked),
@@ -316,75 +317,128 @@ def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
     return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
 
 
-def inverse(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None) -> Shifted:
-    """β = 1/(τ + λ) and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals."""
-    if tail is None:
-        tail = _smallest(factor)
+def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
+    """β = 1/(τ + λ), and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals.
+
+    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)); and with
+    τ = 0 that is −β (S + λI)⁻¹.
+    """
+    if isinstance(factor, LowRankRoot) and isinstance(tail, float) and tail == 0 and not _is_diagonal(factor.gram):
+        complement = 1 / damping
+        return Shifted(factor.root, -_over(complement, 2) * _inverse_of(factor.gram, damping), _filled(complement, factor))
+    values, vectors = _pairs(factor)
+    tail = _smallest(values) if tail is None else tail
     complement = 1 / (tail + damping)
-    as_tensor = _as_tensor(complement, factor)
     if isinstance(factor, LowRankEigh):
-        values, vectors = factor
         middle = (_over(tail) - values) / (values + _over(damping)) * _over(complement)
-        return Shifted(vectors, middle, as_tensor)
-    core = (factor.core + factor.core.mT) / 2
-    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    lower, info = torch.linalg.cholesky_ex(core + _over(damping, 2) * identity)
-    # S + λI that is not positive definite shows as NaN, never as a wrong number.
-    lower = torch.where((info == 0)[..., None, None], lower, float("nan"))
-    middle = torch.cholesky_solve(_over(tail, 2) * identity - core, lower) * _over(complement, 2)
-    return Shifted(factor.basis, middle, as_tensor)
+    else:
+        held = (values - _over(tail)).clamp_min(0) / torch.where(values > 0, values, 1) if _is_given(tail) else 1.0
+        middle = -held / (values + _over(damping)) * _over(complement)
+    return Shifted(basis_of(factor), _turned(middle, vectors), _filled(complement, factor))
 
 
-def power(factor: LowRankEigh | LowRankSym, damping: Number, tail: Number | None, exponent: float) -> Shifted:
-    """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log((d + λ)/(τ + λ))), the logarithm from d − τ."""
-    values, vectors = factor
-    if tail is None:
-        tail = _smallest(factor)
-    complement = _as_tensor(tail + damping, factor) ** exponent
+def power(factor: Factor, damping: Number, tail: Number | None, exponent: float) -> Shifted:
+    """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log((d + λ)/(τ + λ))), the logarithm from d − τ.
+
+    Of a root H is divided by d, and 0 for every d up to τ.
+    """
+    values, vectors = _pairs(factor)
+    tail = _smallest(values) if tail is None else tail
+    complement = _filled(tail + damping, factor) ** exponent
     # At d = τ clamp_min passes the derivative on and relu does not: the difference has it once.
     above = torch.log1p((values - _over(tail)).clamp_min(0) / _over(tail + damping))
     below = torch.log1p((_over(tail) - values).relu() / (values + _over(damping)))
-    return Shifted(vectors, complement[..., None] * torch.expm1(exponent * (above - below)), complement)
-
-
-def _smallest(factor: LowRankEigh | LowRankSym) -> Tensor:
-    if factor[0].shape[-1] == 0:
-        return factor[0].new_zeros(_batch_shape(factor))
     if isinstance(factor, LowRankEigh):
-        return factor.eigenvalues.amin(-1)
-    return safe_eigh(factor.core, keep=0)[0][..., -1]
+        middle = torch.expm1(exponent * (above - below))
+    else:
+        middle = torch.expm1(exponent * above) / torch.where(values > 0, values, 1)
+    return Shifted(basis_of(factor), _turned(complement[..., None] * middle, vectors), complement)
 
 
-def _batch_shape(factor: LowRankEigh | LowRankSym) -> tuple[int, ...]:
+def _pairs(factor: Factor) -> tuple[Tensor, Tensor | None]:
+    """Return d, and the eigenvectors of S where it is not diagonal."""
+    if isinstance(factor, LowRankEigh):
+        return factor.eigenvalues, None
+    if _is_diagonal(factor.gram):
+        return factor.gram.diagonal(dim1=-2, dim2=-1), None
+    return safe_eigh((factor.gram + factor.gram.mT) / 2)
+
+
+def _is_diagonal(gram: Tensor) -> bool:
+    """Say whether S is diagonal, as `root_update` leaves it; not where looking at it would wait for a device."""
+    if not reads_are_free(gram) or gram.requires_grad:
+        return False
+    return torch.equal(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
+
+
+def _turned(middle: Tensor, vectors: Tensor | None) -> Tensor:
+    """Return V diag(H) Vᵀ, or H where V is I."""
+    return middle if vectors is None else (vectors * middle[..., None, :]) @ vectors.mT
+
+
+def _is_given(tail: Number) -> bool:
+    return isinstance(tail, Tensor) or tail != 0
+
+
+def _inverse_of(gram: Tensor, damping: Number) -> Tensor:
+    """(S + λI)⁻¹; where rounding left S + λI not positive definite, NaN and never a wrong number."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lower, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2 + _over(damping, 2) * identity)
+    return torch.cholesky_inverse(torch.where((info == 0)[..., None, None], lower, float("nan")))
+
+
+def _smallest(values: Tensor) -> Tensor:
+    return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+
+
+def small_of(factor: Factor) -> Tensor:
+    """Return d or S."""
+    return factor.eigenvalues if isinstance(factor, LowRankEigh) else factor.gram
+
+
+def basis_of(factor: Factor) -> Tensor:
+    """Return U or F."""
+    return factor.eigenvectors if isinstance(factor, LowRankEigh) else factor.root
+
+
+def of_parts(kind: type[Factor], small: Tensor, basis: Tall) -> Factor:
+    """Return a factor of this kind."""
+    return LowRankEigh(small, basis) if kind is LowRankEigh else LowRankRoot(basis, small)
+
+
+def _batch_shape(factor: Factor) -> tuple[int, ...]:
     """Batch shape of a factor, from what is stacked for a list."""
-    return tuple(factor[0].shape[: -1 if isinstance(factor, LowRankEigh) else -2])
+    small = small_of(factor)
+    return tuple(small.shape[: -1 if isinstance(factor, LowRankEigh) else -2])
 
 
-def _check_factor(function: str, name: str, lowrank: LowRank) -> tuple[LowRankEigh | LowRankSym, Rows]:
+def _check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:
     factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     if isinstance(factor, LowRankEigh):
         _check.eigh(function, name, factor)
-        return factor, rows_of(function, f"{name}.eigenvectors", factor[1], factor[0])
-    if isinstance(factor, LowRankSym):
-        _check.sym(function, name, factor)
-        return factor, rows_of(function, f"{name}.basis", factor[1], factor[0])
-    _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankSym; got {type(lowrank).__name__}")
+    elif isinstance(factor, LowRankRoot):
+        _check.root(function, name, factor)
+    else:
+        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(lowrank).__name__}")
+    return factor, rows_of(function, f"{name}.{_tall_name(factor)}", basis_of(factor), small_of(factor))
 
 
-def _local(function: str, name: str, factor: LowRankEigh | LowRankSym, rows: Rows) -> LowRankEigh | LowRankSym:
+def _tall_name(factor: Factor) -> str:
+    return "eigenvectors" if isinstance(factor, LowRankEigh) else "root"
+
+
+def _local(function: str, name: str, factor: Factor, rows: Rows) -> Factor:
     """Return a factor of what this process holds."""
+    small_name = "eigenvalues" if isinstance(factor, LowRankEigh) else "gram"
+    small = rows.small(function, f"{name}.{small_name}", small_of(factor))
     if rows is WHOLE:
-        rows.small(function, f"{name}.{factor._fields[0]}", factor[0])
         return factor
-    small, tall = (f"{name}.{field}" for field in factor._fields)
-    return type(factor)(rows.small(function, small, factor[0]), rows.local(function, tall, factor[1]))
+    return of_parts(type(factor), small, rows.local(function, f"{name}.{_tall_name(factor)}", basis_of(factor)))
 
 
-def _check_rhs(
-    function: str, name: str, rhs: Tensor, factor: LowRankEigh | LowRankSym, rows: Rows
-) -> tuple[Tensor, bool]:
+def _check_rhs(function: str, name: str, rhs: Tensor, factor: Factor, rows: Rows) -> tuple[Tensor, bool]:
     """Return the right-hand side as a block (..., n, m), and whether it was a vector."""
-    basis = factor[1]
+    basis = basis_of(factor)
     converted = _check.matching_data(function, name, rhs, "lowrank", basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
     block = converted[..., None] if vector else converted
@@ -406,22 +460,31 @@ def _check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: 
 
 
 def _check_shift(
-    function: str,
-    names: tuple[str, str],
-    factor: LowRankEigh | LowRankSym,
-    damping: float | Tensor,
-    tail: Tail,
-    rows: Rows,
+    function: str, names: tuple[str, str], lowrank: LowRank, damping: float | Tensor, tail: Tail, rows: Rows
 ) -> tuple[Number, Number | None]:
     """Return λ and τ, numbers or tensors that broadcast with the batch shape; None stands for "smallest"."""
-    basis = factor[1]
+    factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
+    basis = basis_of(factor)
     damping = rows.small(function, names[0], damping)
     damping = _check.scalar(function, names[0], damping, "the factor", basis, positive=True)
-    if isinstance(tail, str):
-        if tail != "smallest":
-            _check.fail_value(function, f"{names[1]} must be a number, a tensor or 'smallest'; got {tail!r}")
+    if not isinstance(tail, str):
+        return damping, _check.scalar(function, names[1], rows.small(function, names[1], tail), "the factor", basis)
+    if tail == "smallest":
         return damping, None
-    return damping, _check.scalar(function, names[1], rows.small(function, names[1], tail), "the factor", basis)
+    if tail != "mean":
+        _check.fail_value(function, f"{names[1]} must be a number, a tensor, 'mean' or 'smallest'; got {tail!r}")
+    if not isinstance(lowrank, Tracked):
+        rule = f"{names[1]}='mean' needs a Tracked factor, which carries the trace"
+        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
+    _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
+    return damping, _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
+
+
+def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
+    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all."""
+    small = rows.small("tail", "the factor", small_of(factor))
+    held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (trace - held).clamp_min(0) / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
 
 
 def _over(value: Number, dims: int = 1) -> Number:
@@ -429,19 +492,20 @@ def _over(value: Number, dims: int = 1) -> Number:
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
-def _as_tensor(value: Number, factor: LowRankEigh | LowRankSym) -> Tensor:
+def _filled(value: Number, factor: Factor) -> Tensor:
     """Return a number as a tensor of the factor's batch shape."""
     batch = _batch_shape(factor)
     if isinstance(value, Tensor):
         return value if value.shape == batch else value.expand(batch)
-    return torch.full(batch, value, dtype=factor[0].dtype, device=factor[0].device)
+    small = small_of(factor)
+    return torch.full(batch, value, dtype=small.dtype, device=small.device)
 
 
 def _check_kron_data(
     function: str,
     matrix: Tensor | tuple[Tensor, Tensor],
-    left: LowRankEigh | LowRankSym,
-    right: LowRankEigh | LowRankSym,
+    left: Factor,
+    right: Factor,
     rows: tuple[Rows, Rows],
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, q = left.n, right.n
@@ -450,13 +514,13 @@ def _check_kron_data(
             rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
             _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
         rows[0].admit(function, "matrix", matrix)
-        data = _check.matching_data(function, "matrix", matrix, "left", left[1])
+        data = _check.matching_data(function, "matrix", matrix, "left", basis_of(left))
         if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
             rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
             _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-        _check_batch(function, "matrix", data, left[1])
-        _check_batch(function, "matrix", data, right[1])
-        _check_batch(function, "right", right[1], left[1], "left's")
+        _check_batch(function, "matrix", data, basis_of(left))
+        _check_batch(function, "matrix", data, basis_of(right))
+        _check_batch(function, "right", basis_of(right), basis_of(left), "left's")
         return rows[0].local(function, "matrix", data)
     pair: object = matrix
     if not isinstance(pair, tuple) or len(pair) != 2:
@@ -464,14 +528,14 @@ def _check_kron_data(
     first, second = matrix
     rows[0].admit(function, "P", first)
     rows[1].admit(function, "Q", second)
-    first = _check.matching_data(function, "P", first, "left", left[1])
-    second = _check.matching_data(function, "Q", second, "right", right[1])
+    first = _check.matching_data(function, "P", first, "left", basis_of(left))
+    second = _check.matching_data(function, "Q", second, "right", basis_of(right))
     if first.ndim < 2 or second.ndim < 2 or first.shape[-2] != p or second.shape[-2] != q:
         rule = f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k)"
         _check.fail_value(function, f"{rule}; got {tuple(first.shape)} and {tuple(second.shape)}")
     if first.shape[-1] != second.shape[-1]:
         rule = "P and Q must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
-    _check_batch(function, "P", first, left[1])
-    _check_batch(function, "Q", second, right[1])
+    _check_batch(function, "P", first, basis_of(left))
+    _check_batch(function, "Q", second, basis_of(right))
     return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)

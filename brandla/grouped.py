@@ -1,8 +1,8 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. `eigh_update`, `subspace_update`, `damped_solve`, `damped_power`
-and `kron_damped_solve` take all factors of equal rank (for the updates also of equal k) together, whatever their n: a
+factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power` and
+`kron_damped_solve` take all factors of equal rank (for the updates also of equal k) together, whatever their n: a
 GPU launches each kernel once, and on a CPU the small matrices of all are stacked. The other functions take turns.
 
 Examples
@@ -22,13 +22,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from brandla import _check, brand, damped, randomized, subspace
+from brandla import _check, brand, damped, randomized, root
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
-from brandla._step import Update, stack, stack_numbers
 from brandla.damped import LowRank, Tail
-from brandla.lowrank import LowRankEigh, LowRankSVD, LowRankSym, Tracked
+from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
 from brandla.randomized import LinearOperator
+from brandla.root import Compress, Update, stack, stack_numbers
 
 __all__ = [
     "damped_power",
@@ -37,7 +37,7 @@ __all__ = [
     "kron_damped_solve",
     "randomized_eigh",
     "randomized_svd",
-    "subspace_update",
+    "root_update",
     "svd_append",
     "svd_update",
 ]
@@ -45,7 +45,7 @@ __all__ = [
 Result = TypeVar("Result")
 Option = TypeVar("Option")
 EighFactor = TypeVar("EighFactor", LowRankEigh, Tracked[LowRankEigh])
-SymFactor = TypeVar("SymFactor", LowRankSym, Tracked[LowRankSym])
+RootFactor = TypeVar("RootFactor", LowRankRoot, Tracked[LowRankRoot])
 Item = TypeVar("Item")
 Each: TypeAlias = Option | Sequence[Option]
 # What the members of a class, which are computed together, have in common; None for what is computed by itself.
@@ -59,7 +59,7 @@ def eigh_update(
     *,
     decay: Each[float | Tensor] = 1.0,
     weight: Each[float | Tensor] = 1.0,
-    rank: Each[int | None] = None,
+    rank: Each[int | Rank | None] = None,
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
     function = "eigh_update"
@@ -68,32 +68,30 @@ def eigh_update(
     return _in_classes(
         updates,
         _class_of_update,
-        lambda update: brand.eigh_step(update).as_new(),
-        lambda members: brand.eigh_step(stack(members)).as_list(),
+        lambda update: brand.eigh_step(update).as_new(LowRankEigh),
+        lambda members: brand.eigh_step(stack(members)).as_list(LowRankEigh),
     )
 
 
 @ranged("n,r", "n,k")
-def subspace_update(
-    syms: Sequence[SymFactor],
+def root_update(
+    roots: Sequence[RootFactor],
     columns: Sequence[Tensor],
     *,
     decay: Each[float | Tensor] = 1.0,
     weight: Each[float | Tensor] = 1.0,
-    rank: Each[int | None] = None,
-    iterations: Each[int] = 2,
-) -> list[SymFactor]:
-    """`brandla.subspace_update` of each factor."""
-    function = "subspace_update"
-    calls = _calls(function, (syms, columns), decay=decay, weight=weight, rank=rank)
-    updates = [subspace.check_sym_update(function, *lists, **options) for lists, options in calls]
-    spread_iterations = _spread(function, "iterations", iterations, len(updates))
-    counts = [_check.count(function, "iterations", each, 1) for each in spread_iterations]
+    rank: Each[int | Rank | None] = None,
+    compress: Each[Compress] = "eigh",
+) -> list[RootFactor]:
+    """`brandla.root_update` of each factor."""
+    function = "root_update"
+    calls = _calls(function, (roots, columns), decay=decay, weight=weight, rank=rank, compress=compress)
+    updates = [root.check_root_update(function, *lists, **options) for lists, options in calls]
     return _in_classes(
-        list(zip(updates, counts, strict=True)),
+        list(zip(updates, [options["compress"] for _, options in calls], strict=True)),
         lambda item: _with_option(_class_of_update(item[0]), item[1]),
-        lambda item: subspace.subspace_step(*item).as_new(),
-        lambda members: subspace.subspace_step(stack([update for update, _ in members]), members[0][1]).as_list(),
+        lambda item: root.root_step(*item).as_new(LowRankRoot),
+        lambda members: root.root_step(stack([update for update, _ in members]), members[0][1]).as_list(LowRankRoot),
     )
 
 
@@ -188,9 +186,8 @@ def damped_power(
     exponents = _spread(function, "exponent", exponent, len(problems))
     for each in exponents:
         damped.check_exponent(each)
-    diagonal = [problem.diagonalized() for problem in problems]
     return _in_classes(
-        list(zip(diagonal, map(float, exponents), strict=True)),
+        list(zip(problems, map(float, exponents), strict=True)),
         lambda item: _with_option(_class_of_solve(item[0]), item[1]),
         lambda item: item[0].solution(damped.power(*_operator_of(item[0]), item[1])),
         lambda members: _solve_together(
@@ -269,13 +266,12 @@ def _in_classes(
 
 
 def _class_of_update(update: Update) -> Class:
-    """Factors that one launch can update: of one r, k, rank and tolerance, narrow enough for Brand's form."""
-    basis = update.basis
-    n, r = update.rows.count(basis), basis.shape[-1]
-    k = update.columns.shape[-1]
-    if basis.ndim != 2 or 0 in (r, k, update.rank) or r + k >= n:
+    """Factors that one launch can update: of one r, k, rank and tolerance."""
+    r, k = update.tall.shape[-1], update.columns.shape[-1]
+    if update.tall.ndim != 2 or 0 in (r, k, update.rank):
         return None
-    return (r, k, update.rank, update.tol, basis.dtype, basis.device, update.bound is None, kind_of(update.rows))
+    device = update.tall.device
+    return (r, k, update.rank, update.tol, update.dtype, device, update.tracked is None, kind_of(update.rows))
 
 
 def _class_of_solve(problem: damped.Solve) -> Class:
@@ -294,8 +290,8 @@ def _class_of_kron(problem: damped.Kron) -> Class:
     return None if None in kinds else (*kinds, left_tail is None, right_tail is None, pair)
 
 
-def _class_of_factor(factor: LowRankEigh | LowRankSym) -> Class:
-    basis = factor[1]
+def _class_of_factor(factor: damped.Factor) -> Class:
+    basis = damped.basis_of(factor)
     if basis.ndim != 2 or basis.shape[-1] == 0:
         return None
     return (type(factor), basis.shape[-1], basis.dtype, basis.device)
@@ -313,13 +309,13 @@ def _stacked_operator(problems: Sequence[damped.Solve]) -> tuple[Any, Any, Any]:
     return _stacked_factor([_operator_of(problem) for problem in problems])
 
 
-def _stacked_factor(sides: Sequence[tuple[LowRankEigh | LowRankSym, Any, Any]]) -> tuple[Any, Any, Any]:
+def _stacked_factor(sides: Sequence[tuple[damped.Factor, Any, Any]]) -> tuple[Any, Any, Any]:
     """Join factors of one kind and rank, their λ and their τ: small parts stacked, bases in a list."""
     factors, dampings, tails = zip(*sides, strict=True)
-    values = torch.stack([factor[0] for factor in factors])
-    joined = type(factors[0])(values, [factor[1] for factor in factors])
-    tail = None if tails[0] is None else stack_numbers(tails, values)
-    return joined, stack_numbers(dampings, values), tail
+    small = torch.stack([damped.small_of(factor) for factor in factors])
+    joined = damped.of_parts(type(factors[0]), small, [damped.basis_of(factor) for factor in factors])
+    tail = None if tails[0] is None else stack_numbers(tails, small)
+    return joined, stack_numbers(dampings, small), tail
 
 
 def _solve_together(problems: Sequence[damped.Solve], operator: damped.Shifted) -> list[Tensor]:

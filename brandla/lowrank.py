@@ -1,15 +1,18 @@
-"""The values that flow through everything: low-rank factorisations as NamedTuples."""
+"""The values that flow through everything: low-rank factorisations as NamedTuples, and the rank they are kept at."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import largest_eigenvalue, safe_eigh
 from brandla._sharded import everywhere, rows_of, zero_rows
+from brandla._small import UNRESOLVED, largest_eigenvalue, leading, unit_scaled
+from brandla.orthonormal import polish
+from brandla_kernels import rounded_gram
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,20 +84,30 @@ class LowRankEigh(NamedTuple):
         return torch.isfinite(self.eigenvalues).all(-1)
 
 
-class LowRankSym(NamedTuple):
-    """M ≈ U S Uᵀ with a small dense S: the form that is updated with no eigendecomposition.
+class LowRankRoot(NamedTuple):
+    """M ≈ F Fᵀ, with S = FᵀF beside it: the form that is cheapest to update.
+
+    Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
+    eigenvalue): take it where damping is at least 10⁻⁴ d₁ in float32, and `to_eigh` where eigenvectors are wanted.
 
     Parameters
     ----------
-    core
-        S, shape (..., r, r), symmetric positive semi-definite.
-    basis
-        U, shape (..., n, r), orthonormal columns; a column whose row of S is 0 may be a zero column, which spans
-        nothing; if it is not, M is 0 along it.
+    root
+        F, shape (..., n, r), any columns.
+    gram
+        S = FᵀF, shape (..., r, r), to rounding. The updates carry it along and do not measure it again.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> start = brandla.LowRankRoot.zeros(512, rank=8)
+    >>> tracked = brandla.root_update(start, torch.randn(512, 32), decay=0.95, weight=0.05)
+    >>> tracked.to_eigh().eigenvectors.shape
+    torch.Size([512, 8])
     """
 
-    core: Tensor
-    basis: Tensor
+    root: Tensor
+    gram: Tensor
 
     @classmethod
     def zeros(
@@ -106,57 +119,58 @@ class LowRankSym(NamedTuple):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         mesh: DeviceMesh | None = None,
-    ) -> LowRankSym:
-        """Start a stream from the zero matrix of order ``n``, with room for a basis of ``rank`` columns.
+    ) -> LowRankRoot:
+        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` columns.
 
-        Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
+        Over a 1-D ``mesh`` F is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankSym.zeros", rank, n)
-        basis = zero_rows("LowRankSym.zeros", mesh, (*batch_shape, n, rank), dtype, device)
-        return cls(torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=basis.device), basis)
+        _sizes("LowRankRoot.zeros", rank, n)
+        root = zero_rows("LowRankRoot.zeros", mesh, (*batch_shape, n, rank), dtype, device)
+        return cls(root, torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=root.device))
 
     @classmethod
-    def from_eigh(cls, eigh: LowRankEigh) -> LowRankSym:
-        """Take over a LowRankEigh: S = diag(d)."""
-        return cls(torch.diag_embed(eigh.eigenvalues), eigh.eigenvectors)
+    def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
+        """Take over a LowRankEigh: F = U √d."""
+        return cls(eigh.eigenvectors * eigh.eigenvalues.sqrt()[..., None, :], torch.diag_embed(eigh.eigenvalues))
 
     @property
     def n(self) -> int:
         """Order of the matrix."""
-        return self.basis.shape[-2]
+        return self.root.shape[-2]
 
     @property
     def rank(self) -> int:
-        """Number of basis columns."""
-        return self.basis.shape[-1]
+        """Number of columns."""
+        return self.root.shape[-1]
 
-    def eigh(self) -> LowRankEigh:
-        """Diagonalise S into a LowRankEigh, by an eigendecomposition of order r that waits for the device.
+    def to_eigh(self) -> LowRankEigh:
+        """Return the LowRankEigh of the same matrix and rank, from the Gram matrix of F measured anew.
 
-        U keeps its span: a column whose row of S is 0 becomes a column of value 0 as it is.
+        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁ are
+        not resolved: they become 0, with zero vectors.
         """
-        function = "LowRankSym.eigh"
-        rows = rows_of(function, "basis", self.basis, self.core)
-        core = rows.small(function, "core", self.core)
-        values, rotation = safe_eigh(core)
-        rotation = rotation + _empty_coordinates(core)
-        vectors = rows.local(function, "basis", self.basis) @ rotation
+        function = "LowRankRoot.to_eigh"
+        rows = rows_of(function, "root", self.root, self.gram)
+        root = rows.local(function, "root", self.root)
+        inner = rows.total(rounded_gram(root))
+        values, rotation, _ = leading(inner, min(root.shape[-1], self.n), root.dtype, UNRESOLVED[root.dtype])
+        vectors = polish(root @ unit_scaled(rotation, values), rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
     def largest_eigenvalue(self) -> Tensor:
-        """Estimate the largest eigenvalue from below by power iteration on S, of batch shape, with no sync."""
-        rows = rows_of("LowRankSym.largest_eigenvalue", "basis", self.basis, self.core)
-        core = rows.small("LowRankSym.largest_eigenvalue", "core", self.core)
-        return rows.small_result(largest_eigenvalue(core))
+        """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
+        function = "LowRankRoot.largest_eigenvalue"
+        rows = rows_of(function, "root", self.root, self.gram)
+        return rows.small_result(largest_eigenvalue(rows.small(function, "gram", self.gram)))
 
     def dense(self) -> Tensor:
-        """Return U S Uᵀ, shape (..., n, n): for tests and small cases."""
-        core, basis = map(everywhere, self)
-        return basis @ core @ basis.mT
+        """Return F Fᵀ, shape (..., n, n): for tests and small cases."""
+        root = everywhere(self.root)
+        return root @ root.mT
 
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
-        return torch.isfinite(self.core).all(-1).all(-1)
+        return torch.isfinite(self.gram).all(-1).all(-1)
 
 
 class LowRankSVD(NamedTuple):
@@ -214,40 +228,72 @@ class LowRankSVD(NamedTuple):
         return torch.isfinite(self.S).all(-1)
 
 
-def _empty_coordinates(core: Tensor) -> Tensor:
-    """Return the unit vectors of what `safe_eigh` leaves out, as the last columns; the others are zero."""
-    empty, order = (core.diagonal(dim1=-2, dim2=-1) <= 0).to(core.dtype).sort(stable=True)
-    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    return identity[order].mT * empty[..., None, :]
-
-
-Factor = TypeVar("Factor", LowRankEigh, LowRankSym)
+Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
 
 
 class Tracked(NamedTuple, Generic[Factor]):
-    """A factor together with a running bound on its distance from the matrix it stands for.
+    """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
 
-    Start one with `track`; the update functions take it in place of the factor and return the next one. The bound
-    is carried along on the device: it costs no pass over tall matrices and no sync.
+    Start one with `track`; the update functions take it in place of the factor and return the next one. Both numbers
+    are carried along on the device: they cost no pass over tall matrices and no sync.
 
     Parameters
     ----------
     lowrank
-        The LowRankEigh or LowRankSym.
+        The LowRankEigh or LowRankRoot.
     error_bound
-        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding: a few ε·‖M‖ an
-        update, and up to a hundred ε·‖M‖ in all where batches are rank-deficient.
+        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding: a few ε·‖M‖ an update.
+    trace
+        Tensor of batch shape: tr M of the whole stream, what truncation left out included. ``tail="mean"`` of the
+        damped functions comes from it.
     """
 
     lowrank: Factor
     error_bound: Tensor
+    trace: Tensor
 
 
 def track(lowrank: Factor) -> Tracked[Factor]:
-    """Attach an error bound of 0 to a factor that stands for its matrix exactly."""
-    values = lowrank[0]
-    batch_shape = lowrank[1].shape[:-2]
-    return Tracked(lowrank, values.new_zeros(batch_shape))
+    """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly."""
+    if isinstance(lowrank, LowRankRoot):
+        trace = lowrank.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    else:
+        trace = lowrank.eigenvalues.sum(-1)
+    return Tracked(lowrank, torch.zeros_like(trace), trace)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Keep at most ``max`` values, and of those only the ones above ``tol`` times the largest.
+
+    The shapes of the result are those of rank ``max``; what falls under the tolerance becomes the value 0 with a zero
+    vector, on the device and with no sync, and enters the error bound of a tracked factor. Zero columns are filled
+    again when the data calls for them. ``(values > 0).sum(-1)`` is the number of values kept.
+
+    Parameters
+    ----------
+    max
+        Largest rank, at least 1.
+    tol
+        Relative tolerance, in [0, 1): of eigenvalues for the symmetric updates, of singular values for the SVD.
+    """
+
+    max: int
+    tol: float
+
+    def __post_init__(self) -> None:
+        _check.count("Rank", "max", self.max, 1)
+        _check.tolerance("Rank", self.tol)
+
+
+def most_of(rank: int | Rank | None) -> int | None:
+    """Return the number behind a rule."""
+    return rank.max if isinstance(rank, Rank) else rank
+
+
+def tolerance_of(rank: int | Rank | None) -> float:
+    """Return the tolerance of a rule; a number has none."""
+    return rank.tol if isinstance(rank, Rank) else 0.0
 
 
 def _sizes(function: str, rank: int, n: int) -> None:

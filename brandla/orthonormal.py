@@ -1,53 +1,97 @@
-"""Rank-aware orthonormalisation of tall panels by Cholesky QR with a float64 Gram matrix.
+"""Orthonormal columns without a host sync: rank-aware Cholesky QR of tall panels, and the polish of an update.
 
-Orthonormal columns come out to working precision whatever the panel: columns that depend on earlier ones become zero
-columns. Derivation and error bounds: ``docs/orthonormalisation.md``.
+Derivation and error bounds: ``docs/orthonormalisation.md``.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from brandla._ranked import permuted, ranked_core, strongest_first
+# torch.linalg does not list its error in __all__.
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from brandla import _check
+from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows
-from brandla_kernels import Tall, cholesky_inverse_core, gram, rounded_gram, tall
+from brandla_kernels import (
+    Tall,
+    cholesky_inverse_core,
+    gram,
+    live_columns,
+    project,
+    reads_are_free,
+    rotate,
+    rotate_,
+    rounded_gram,
+    tall,
+)
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 SECOND_PASS = 0.25
+# Multiple of ε up to which ‖UᵀU − I‖_F, as four probes show it, needs no polish: no more than rounding leaves after one.
+_CLEAN = 32
+_PROBES = 4
 
 
+@ranged("n,k")
 def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q and R with P = Q R, where Q has orthonormal columns, or zero ones where the rank of P runs out.
 
     Equivalent to ``torch.linalg.qr`` in exact arithmetic and full rank, with matrix products and Cholesky
-    factorisations of order k only: 8nk² flops and no host sync.
+    factorisations of order k only: 8nk² flops, a batch at once, and no host sync on a GPU.
 
     Parameters
     ----------
     panel
-        P, shape (..., n, k), float32 or float64.
+        P, shape (..., n, k), float32 or float64; bfloat16 and float16 are computed in float32.
 
     Returns
     -------
     tuple
-        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P.
+        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P. R is upper triangular where no column of P
+        depends on the others, and square in any case. A panel with a non-finite entry gives NaN throughout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes and dtypes that do not fit, before anything is computed.
+
+    Notes
+    -----
+    ‖QᵀQ − I‖₂ is a few ε whatever the condition of P, but for zero columns; so is the backward error ‖P − Q R‖/‖P‖.
+    Lengths of columns: from tiny/ε on in float32, from √(tiny/ε) to √max in float64; shorter columns count as zero.
+
+    References
+    ----------
+    T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42 (2020), for float64.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> q, r = brandla.orthonormalize(torch.tensor([[3.0, 3.0], [4.0, 4.0]]))
+    >>> torch.dist(q @ r, torch.tensor([[3.0, 3.0], [4.0, 4.0]])) < 1e-6
+    tensor(True)
     """
-    nearly, transform, triangle = factorize(panel)
+    _check.data("orthonormalize", "panel", panel)
+    if panel.ndim < 2:
+        _check.fail_value("orthonormalize", f"panel must have shape (..., n, k); got {tuple(panel.shape)}")
+    nearly, transform, triangle = factorize(panel.to(torch.promote_types(panel.dtype, torch.float32)))
     return nearly @ transform, triangle
 
 
 def factorize(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`."""
-    panel_gram = gram(panel)
-    length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    first = first_pass(panel, panel_gram, length, panel.shape[-1], WHOLE)
+    first = _first_pass(panel)
     nearly = first.panel @ first.transform.to(panel.dtype)
     nearly_gram = rounded_gram(nearly)
-    second, _ = cholesky_inverse_core(nearly_gram, unit_scale(nearly_gram), SECOND_PASS)
+    second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), SECOND_PASS)
     triangle = second.mT @ nearly_gram @ first.triangle()
     return nearly, second.to(panel.dtype), triangle.to(panel.dtype)
 
@@ -57,16 +101,61 @@ def spanning(panel: Tensor) -> Tensor:
 
     One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
     """
-    panel_gram = gram(panel)
-    first = first_pass(panel, panel_gram, panel_gram.diagonal(dim1=-2, dim2=-1).sqrt(), panel.shape[-1], WHOLE)
-    spanned: Tensor = first.panel @ first.transform.to(panel.dtype)
-    return spanned
+    first = _first_pass(panel)
+    return first.panel @ first.transform.to(panel.dtype)
 
 
-class FirstPass(NamedTuple):
+def polish(panel: Tall, rows: Rows = WHOLE) -> Tall:
+    """Return Y L⁻ᵀ for H = YᵀY = L Lᵀ: nearly orthonormal columns made orthonormal to a few ε. Zero columns stay zero.
+
+    On a CPU columns that are clean already, as a few probes show, are returned as they are.
+    """
+    if _is_clean(panel, rows):
+        return panel
+    return rotate(panel, _nothing_of(panel), *_polishing(panel, rows))
+
+
+def polish_(panel: Tall, rows: Rows = WHOLE) -> None:
+    """Overwrite Y with `polish` of it."""
+    if not _is_clean(panel, rows):
+        rotate_(panel, _nothing_of(panel), *_polishing(panel, rows))
+
+
+def _polishing(panel: Tall, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return L⁻ᵀ as `rotate` takes it, beside nothing for a second panel."""
+    inner = rows.total(rounded_gram(panel))
+    transform = cholesky_inverse_core(inner, _unit_scale(inner), SECOND_PASS)[0].to(tall.dtype_of(panel))
+    return transform, transform[..., :0, :]
+
+
+def _nothing_of(panel: Tall) -> Tall:
+    return panel[..., :0] if isinstance(panel, Tensor) else [each[..., :0] for each in panel]
+
+
+def _is_clean(panel: Tall, rows: Rows) -> bool:
+    """Say whether ‖(YᵀY − I) z‖ is rounding for a few fixed sign vectors z, whose mean square is ‖YᵀY − I‖_F²."""
+    first = panel if isinstance(panel, Tensor) else panel[0]
+    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad:
+        return False
+    k = tall.columns(panel)
+    probes = _signs(k, first.dtype)
+    images = tall.each(torch.matmul, panel, [probes] * len(panel)) if isinstance(panel, list) else panel @ probes
+    back = project(panel, images)
+    # What a zero column returns is 0, and so it should be.
+    error = torch.where(back == 0, 0, back - probes).square().sum((-2, -1)).amax() / _PROBES
+    return bool(error.sqrt() <= _CLEAN * torch.finfo(first.dtype).eps)
+
+
+@cache
+def _signs(k: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(k)
+    return torch.randint(0, 2, (k, _PROBES), generator=generator).mul_(2).sub_(1).to(dtype)
+
+
+class _FirstPass(NamedTuple):
     """P = P′ B and P′ ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero."""
 
-    panel: Tall  # P′       [..., n, k]
+    panel: Tensor  # P′       [..., n, k]
     gram: Tensor  # P′ᵀP′       [..., k, k], float64
     transform: Tensor  # T      [..., k, k], float64
     to_panel: Tensor | None  # B; None stands for I
@@ -77,50 +166,122 @@ class FirstPass(NamedTuple):
         return triangle if self.to_panel is None else triangle @ self.to_panel
 
 
-def first_pass(panel: Tall, panel_gram: Tensor, length: Tensor, width: int, rows: Rows) -> FirstPass:
+def _first_pass(panel: Tensor) -> _FirstPass:
     """Orthonormalise a panel as far as its Gram matrix allows.
 
     A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
     first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
     """
-    dtype = tall.dtype_of(panel)
+    dtype, k = panel.dtype, max(panel.shape[-1], 1)
     eps = torch.finfo(dtype).eps
+    panel_gram = gram(panel)
+    length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
     # A comparison with NaN is false.
-    length = torch.where(length <= shortest(dtype), 0, length)
+    length = torch.where(length <= _shortest(dtype), 0, length)
     if dtype != panel_gram.dtype:
-        # Rounding of the projection leaves about √(r + k)·ε of a column that lies inside the span.
-        transform = ranked_core(panel_gram, length, 64 * width * eps**2)
-        return FirstPass(panel, panel_gram, transform, None)
-    k = max(tall.columns(panel), 1)
-    order = strongest_first(panel_gram, length, 64 * k * eps)
+        return _FirstPass(panel, panel_gram, _ranked_core(panel_gram, length, 64 * k * eps**2), None)
+    order = _strongest_first(panel_gram, length, 64 * k * eps)
     if order is not None:
-        panel, panel_gram = tall.each(tall.columns_at, panel, order), permuted(panel_gram, order)
+        panel, panel_gram = tall.columns_at(panel, order), _permuted(panel_gram, order)
         length = length.gather(-1, order)
     unit = torch.where(length > 0, length, 1)
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = _solve_from_right(panel, to_panel)
-    panel_gram = rows.total(gram(panel))
-    transform = ranked_core(panel_gram, torch.ones_like(length), 16 * k * eps)
+    panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
+    panel_gram = gram(panel)
+    transform = _ranked_core(panel_gram, torch.ones_like(length), 16 * k * eps)
     if order is not None:
         to_panel = to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1)
-    return FirstPass(panel, panel_gram, transform, to_panel)
+    return _FirstPass(panel, panel_gram, transform, to_panel)
 
 
-def shortest(dtype: torch.dtype) -> float:
+def _shortest(dtype: torch.dtype) -> float:
     """Length up to which a column counts as zero: its inverse must be finite, and its square in float64 normal."""
     finfo, finest = torch.finfo(dtype), torch.finfo(torch.float64)
     return float(max(finfo.tiny / finfo.eps, (finest.tiny / finest.eps) ** 0.5))
 
 
-def _solve_from_right(panel: Tall, triangle: Tensor) -> Tall:
-    """Return P B⁻¹ for upper triangular B."""
-    if isinstance(panel, Tensor):
-        return torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
-    return [_solve_from_right(part, own) for part, own in zip(panel, triangle, strict=True)]
-
-
-def unit_scale(matrix: Tensor) -> Tensor:
+def _unit_scale(matrix: Tensor) -> Tensor:
     """Scale 1 for columns that hold something, 0 for the ones already cleared."""
     return (matrix.diagonal(dim1=-2, dim2=-1) > 0).to(matrix.dtype)
+
+
+def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Return T as `cholesky_inverse_core` does, by a way that is good where columns depend on one another too.
+
+    A column that depends on the ones before it is dropped, and with it the noise of those times its coefficients on
+    them: no noise any more where a coefficient on a weak column is large. So the columns are taken in an order in which
+    none is measured against much weaker ones. On a CPU, where it is known whether any has to go, the eigenvectors of G
+    serve then, of which the least go.
+    """
+    if reads_are_free(gram):
+        transform, live = cholesky_inverse_core(gram, scale, threshold)
+        if bool(_nothing_goes(live, scale).all()):
+            return transform
+        if not gram.requires_grad:
+            with suppress(LinAlgError):
+                return _principal(gram, scale, live, threshold)
+    order = _order(gram, scale, threshold)
+    transform, _ = cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
+    return transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
+
+
+def _principal(gram: Tensor, scale: Tensor, live: Tensor, threshold: float) -> Tensor:
+    """Return T for the span of the eigenvectors of D G D, D = 1/scale, whose eigenvalues are above the threshold.
+
+    The columns of P D V Λ^(−½) may be turned among themselves, by rounding alone where eigenvalues agree. They are
+    turned into those of Gram–Schmidt on the columns that live, which depend on them continuously.
+    """
+    unit = torch.where(scale > 0, 1 / scale, 0)
+    equilibrated = gram * unit[..., :, None] * unit[..., None, :]
+    finite = equilibrated.sum((-2, -1)).isfinite()[..., None, None]
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(torch.where(finite, equilibrated, 0)))
+    kept = values > threshold
+    roots = torch.where(kept, values, 0).sqrt()
+    order = _stable(live)
+    turn = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1)).Q
+    transform = unit[..., :, None] * ((vectors * torch.where(kept, 1 / roots, 0)[..., None, :]) @ turn)
+    transform = transform * kept[..., None, :]
+    return torch.where(finite, transform, float("nan"))
+
+
+def _strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor | None:
+    """Return an order (..., k) in which no column is measured against much weaker ones; None for that they have."""
+    if reads_are_free(gram) and bool(_nothing_goes(live_columns(gram, scale, threshold), scale).all()):
+        return None
+    return _order(gram, scale, threshold)
+
+
+def _permuted(gram: Tensor, order: Tensor) -> Tensor:
+    """Return Πᵀ G Π."""
+    return gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+
+
+def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+    """Take first what stands out of longer columns at a coarse threshold, then at a finer one, then the rest.
+
+    Pivoting, three levels deep: a coefficient on an earlier column is at most about θ^(−1/6). Columns that all stand
+    out clearly of the ones before them stay in their order.
+    """
+    levels = (threshold ** (1 / 3), threshold ** (2 / 3))
+    clear = _nothing_goes(live_columns(gram, scale, levels[0]), scale)
+    order = torch.where(clear, _natural(scale), gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
+    for level in levels:
+        live = live_columns(_permuted(gram, order), scale.gather(-1, order), level)
+        order = order.gather(-1, _stable(live))
+    return order
+
+
+def _stable(live: Tensor) -> Tensor:
+    """Return the order that puts the columns that live first."""
+    return torch.argsort((~live).to(torch.uint8), dim=-1, stable=True)
+
+
+def _natural(scale: Tensor) -> Tensor:
+    return torch.arange(scale.shape[-1], device=scale.device).expand(scale.shape)
+
+
+def _nothing_goes(live: Tensor, scale: Tensor) -> Tensor:
+    """Say whether all columns live that are not zero: bool (..., 1)."""
+    return (live | (scale == 0)).all(-1, keepdim=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import safe_eigh, safe_svd
 from brandla._ranges import ranged
 from brandla._sharded import is_dtensor
+from brandla._small import safe_eigh, safe_svd
 from brandla.lowrank import LowRankEigh, LowRankSVD
 from brandla.orthonormal import factorize, orthonormalize, spanning
 from brandla_kernels import signs, sketch

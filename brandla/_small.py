@@ -1,0 +1,275 @@
+"""The small dense problems: eigen- and singular value decompositions that do not fail."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# torch.linalg does not list its error in __all__.
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from brandla_kernels import cholesky_inverse_core, tall
+
+# Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
+# so that no rounding mixes an empty coordinate into an eigenvector.
+_EMPTY = -1.0
+
+# Eigenvalues of a core, relative to the largest, up to which they are its rounding: 8 ε.
+UNRESOLVED = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of a small symmetric positive semi-definite matrix, descending, that survives hard cores.
+
+    The core is scaled by its largest diagonal entry. A coordinate whose diagonal entry is 0 is empty: it gets a zero
+    eigenvector and the value 0, after all others. A core with a non-finite entry gives NaN throughout. Where LAPACK
+    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/brand.md``).
+
+    Parameters
+    ----------
+    core
+        (..., m, m).
+    dtype
+        Precision of the decomposition and of the result; that of ``core`` by default.
+    keep
+        Number of leading eigenvectors to return; all by default.
+
+    Returns
+    -------
+    tuple
+        Eigenvalues (..., m) and eigenvectors (..., m, keep).
+
+    Raises
+    ------
+    RuntimeError
+        If the decomposition fails in float64 as well.
+    """
+    dtype = dtype or core.dtype
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    if core.shape[-1] == 0:
+        return diagonal.to(dtype), core[..., :keep].to(dtype)
+    finite = _is_finite(core)
+    largest = diagonal.amax(-1)
+    scale = torch.where(finite & (largest > 0), largest, 1)
+    normalized = (core / scale[..., None, None]).masked_fill_(~finite[..., None, None], 0).to(dtype)
+    normalized.diagonal(dim1=-2, dim2=-1).add_(torch.where(diagonal > 0, 0.0, _EMPTY))
+    values, vectors = _eigh_with_retry(normalized)
+    values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
+    vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
+    values = values.clamp_min(0) * scale[..., None].to(dtype)
+    return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
+
+
+class Leading(NamedTuple):
+    """Leading eigenpairs of a core, descending, and the largest eigenvalue that is not among them."""
+
+    values: Tensor  # (..., rank)
+    vectors: Tensor  # (..., m, rank)
+    left_out: Tensor  # (...,)
+
+
+def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0) -> Leading:
+    """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, in ``dtype``.
+
+    Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out.
+    """
+    values, vectors = safe_eigh(core, dtype, keep=rank)
+    kept, dropped = values[..., :rank], values[..., rank:]
+    if tol and rank:
+        alive = above(kept, tol)
+        dropped = torch.cat([torch.where(alive, 0 * kept, kept), dropped], dim=-1)
+        kept, vectors = kept * alive, vectors * alive[..., None, :]
+    left_out = dropped.amax(-1) if dropped.shape[-1] else values.new_zeros(values.shape[:-1])
+    return Leading(without_denormals(kept), vectors, left_out)
+
+
+def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
+    """Return V Σ⁻¹ for Σ² = ``values``: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. 0 where a value is."""
+    inverse = torch.where(values <= 0, 1, values).rsqrt()
+    return vectors * torch.where(values <= 0, 0, inverse)[..., None, :]
+
+
+def above(values: Tensor, tol: float) -> Tensor:
+    """Mask of the values (..., r) that exceed ``tol`` times the largest of them: all at tolerance 0, and every NaN."""
+    if tol == 0 or values.shape[-1] == 0:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~(values <= tol * values.amax(-1, keepdim=True))
+
+
+class Compressed(NamedTuple):
+    """A core K compressed to the range of W: S = WᵀK W, and a bound of the norm of (I − W Wᵀ) K (I − W Wᵀ)."""
+
+    gram: Tensor  # (..., rank, rank)
+    rotation: Tensor  # (..., m, rank), orthonormal or zero columns
+    left_out: Tensor  # (...,): the Frobenius norm, or 0 where it is not asked for
+
+
+def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
+    """Compress a positive semi-definite core by one step of the LR algorithm: no eigendecomposition, no sync.
+
+    With the diagonal of K in descending order, K + σI = RᵀR. L = R Rᵀ is the same core in orthonormal coordinates and
+    nearer to diagonal, Z the unit vectors of its largest diagonal entries, and W = orth(Rᵀ L Z). Column i of Rᵀ L is
+    (K + σI) times row i of R, and the diagonal of L are the squared lengths of these rows, so L is never formed.
+
+    Parameters
+    ----------
+    core
+        K (..., m, m), float64.
+    rank
+        Columns of W.
+    dtype
+        Precision of the factor that K was made from: σ is 32 of its ε times ‖K‖, since K is no more definite than that.
+    tol
+        Columns whose entry on the diagonal of S is up to ``tol`` times the largest become zero.
+    measure
+        Whether to measure what is left out.
+    """
+    m = core.shape[-1]
+    finite = _is_finite(core)[..., None, None]
+    identity = torch.eye(m, dtype=core.dtype, device=core.device).expand_as(core)
+    if rank == m and tol == 0:
+        rotation = identity.clone()
+    else:
+        diagonal = core.diagonal(dim1=-2, dim2=-1)
+        order = torch.where(finite[..., 0], diagonal, 0).argsort(dim=-1, descending=True)
+        largest = diagonal.gather(-1, order[..., :1])[..., None]
+        normalized = torch.where(finite, core / torch.where(largest > 0, largest, 1), 0)
+        normalized = normalized.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+        shift = 32 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(normalized, keepdim=True)
+        shifted = normalized + shift.clamp_min(torch.finfo(dtype).eps) * identity
+        factor, info = torch.linalg.cholesky_ex(shifted, upper=True)
+        # Where rounding left K less definite than the shift, its largest diagonal entries serve.
+        plain = torch.diag_embed(shifted.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
+        factor = torch.where((info == 0)[..., None, None], factor, plain)
+        chosen = factor.square().sum(-1).topk(rank, dim=-1).indices
+        rotation = _orthonormal(shifted @ tall.columns_at(factor.mT, chosen))
+        rotation = rotation.take_along_dim(order.argsort(dim=-1)[..., :, None], -2)
+    image = core @ rotation
+    gram = rotation.mT @ image
+    if tol:
+        alive = above(gram.diagonal(dim1=-2, dim2=-1), tol).to(core.dtype)
+        rotation, image = rotation * alive[..., None, :], image * alive[..., None, :]
+        gram = gram * alive[..., None, :] * alive[..., :, None]
+    left_out = core.new_zeros(core.shape[:-2])
+    if measure:
+        rest = core - image @ rotation.mT
+        left_out = torch.linalg.matrix_norm(rest - rotation @ (rotation.mT @ rest))
+    gram = without_denormals(((gram + gram.mT) / 2).to(dtype), dims=2)
+    return Compressed(
+        torch.where(finite, gram, float("nan")),
+        torch.where(finite, rotation, float("nan")),
+        left_out,
+    )
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Orthonormalise the columns of a small float64 matrix by two rounds of Cholesky QR; dependent ones become zero."""
+    lengths = torch.linalg.vector_norm(matrix, dim=-2)
+    noise = 64 * max(matrix.shape[-1], 1) * torch.finfo(matrix.dtype).eps
+    for scale, threshold in ((lengths, noise), (None, 0.25)):
+        inner = matrix.mT @ matrix
+        scale = (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype) if scale is None else scale
+        matrix = matrix @ cholesky_inverse_core(inner, scale, threshold)[0]
+    return matrix
+
+
+def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of a small matrix whose empty rows and columns stay empty.
+
+    Always in float64; values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become
+    0, with zero vectors. A core with a non-finite entry gives NaN throughout. Returns U (..., p, m), S (..., m) and
+    V (..., q, m), not transposed.
+    """
+    core = core.double()
+    if core.numel() == 0:
+        *batch_shape, p, q = core.shape
+        kept = min(p, q)
+        return (
+            core.new_zeros(*batch_shape, p, kept),
+            core.new_zeros(*batch_shape, kept),
+            core.new_zeros(*batch_shape, q, kept),
+        )
+    finite = _is_finite(core)
+    clean = torch.where(finite[..., None, None], core, 0)
+    scale = clean.abs().amax((-2, -1))
+    scale = torch.where(scale > 0, scale, 1)[..., None]
+    left, values, right = torch.linalg.svd(clean / scale[..., None], full_matrices=False)
+    left = left * (clean.abs().amax(-1) > 0)[..., :, None]
+    right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
+    # A vector of an empty coordinate has no value, even where rounding of the others is above the threshold.
+    alive = (values > 4 * torch.finfo(dtype).eps * values[..., :1]) & _has_length(left) & _has_length(right)
+    left = _orthonormal_again(left * alive[..., None, :])
+    right = _orthonormal_again(right * alive[..., None, :])
+    values = values * scale * alive
+    return (
+        _poison(left, finite[..., None, None]),
+        _poison(values, finite[..., None]),
+        _poison(right, finite[..., None, None]),
+    )
+
+
+def largest_eigenvalue(core: Tensor) -> Tensor:
+    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync.
+
+    Two steps of the power iteration from every unit vector at once; exact for a diagonal core.
+    """
+    if core.shape[-1] == 0:
+        return core.sum((-2, -1))
+    lengths = torch.linalg.vector_norm(core, dim=-2, keepdim=True)
+    image = core @ (core / lengths.clamp_min(torch.finfo(core.dtype).tiny))
+    return torch.linalg.vector_norm(image, dim=-2).amax(-1)
+
+
+def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        # NaN and infinity survive a sum, which is read at a tenth of the cost of every entry's own test.
+        if bool(torch.isfinite(values.sum() + vectors.sum())):
+            return values, vectors
+    except LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(matrix.double())
+    except LinAlgError as error:
+        order = matrix.shape[-1]
+        message = (
+            f"brandla: eigendecomposition of a finite core of order {order} failed in {matrix.dtype} and in float64;"
+            " use root_update with compress='cholesky', which needs none"
+        )
+        raise RuntimeError(message) from error
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _has_length(vectors: Tensor) -> Tensor:
+    """Say which columns kept more than half of their squared length."""
+    return vectors.square().sum(-2) > 0.5
+
+
+def _orthonormal_again(vectors: Tensor) -> Tensor:
+    """Orthonormalise what clearing the rows of empty coordinates left of unit vectors, or of zero ones."""
+    inner = vectors.mT @ vectors
+    transform, _ = cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
+    return vectors @ transform
+
+
+def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
+    """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no normal number any more.
+
+    A stream that dies out would otherwise slow every product down with denormals, for good.
+    """
+    if values.numel() == 0:
+        return values
+    largest = values.abs().amax(tuple(range(-dims, 0)), keepdim=True)
+    return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
+
+
+def _is_finite(core: Tensor) -> Tensor:
+    """Bool tensor of batch shape, by one reduction: NaN and infinity survive a sum in float64."""
+    return torch.isfinite(core.double().sum((-2, -1)))
+
+
+def _poison(tensor: Tensor, finite: Tensor) -> Tensor:
+    """Fill a new tensor with NaN, in place, where a core was not finite."""
+    return tensor.masked_fill_(~finite, float("nan"))

@@ -1,0 +1,342 @@
+"""The square-root form M̂ = F Fᵀ, and what all symmetric updates share: one Gram pass, one small core, one rotation.
+
+With B = [√ρ F, √w A] the new matrix is B Bᵀ, and its eigenvalues are those of the core K = BᵀB of order r + k. With W the
+leading eigenvectors of K, F⁺ = B W is the square root of the best truncation. Derivation: ``docs/updates.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._ranges import ranged
+from brandla._sharded import Rows, here, join, rows_of
+from brandla._small import compressed, leading, without_denormals
+from brandla.lowrank import Factor, LowRankEigh, LowRankRoot, Rank, Tracked, most_of, tolerance_of
+from brandla_kernels import Tall, cross_gram, rotate, rotate_, tall
+
+Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
+Compress = Literal["eigh", "cholesky"]
+
+
+@ranged("n,r", "n,k")
+def root_update(
+    root: Root,
+    columns: Tensor,
+    *,
+    decay: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
+    rank: int | Rank | None = None,
+    compress: Compress = "eigh",
+) -> Root:
+    """Best rank-``rank`` truncation of ``decay * F Fᵀ + weight * A Aᵀ``, in the square-root form.
+
+    Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in exact
+    arithmetic, to `brandla.eigh_update`, in two passes over F and A: n(2rk + k² + 2(r + k)r) flops and O((r + k)³). No
+    column is orthonormal, so none is ever made so again.
+
+    Parameters
+    ----------
+    root
+        F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` one, whose error bound and trace are then carried along.
+    columns
+        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Any k.
+    decay, weight
+        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
+        normalisation of the data (such as 1/√k) inside A.
+    rank
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
+    compress
+        ``"eigh"``: an eigendecomposition of order r + k, which waits for a GPU; S comes out diagonal, descending.
+        ``"cholesky"``: products and Cholesky factorisations alone. Nothing waits for the device, and a CUDA graph can
+        capture it. It leaves out at most a few per cent more of the trace on every stream measured.
+
+    Returns
+    -------
+    LowRankRoot or Tracked
+        As ``root`` was. New tensors: nothing is modified or shared.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+    RuntimeError
+        If the (r + k)-order eigendecomposition fails even in float64.
+
+    Notes
+    -----
+    The result never exceeds the matrix it stands for: 0 ⪯ M̂ ⪯ M, to rounding, which is relative to the largest
+    eigenvalue d₁: a damped solve is right to about ε·d₁/(λ (1 − ρ)). F and A may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
+
+    References
+    ----------
+    M. Brand, Linear Algebra Appl. 415 (2006), for the update; this form: ``docs/updates.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> old = brandla.LowRankRoot.zeros(100, rank=4, dtype=torch.float64)
+    >>> new = brandla.root_update(old, torch.eye(100, 6, dtype=torch.float64), decay=0.9, weight=0.5)
+    >>> new.gram.diagonal()
+    tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
+    """
+    update = check_root_update("root_update", root, columns, decay, weight, rank, compress)
+    updated: Root = root_step(update, compress).as_new(LowRankRoot)
+    return updated
+
+
+@ranged("n,r", "n,k")
+def root_update_(
+    root: Root,
+    columns: Tensor,
+    *,
+    decay: float | Tensor = 1.0,
+    weight: float | Tensor = 1.0,
+    tol: float = 0.0,
+    compress: Compress = "eigh",
+) -> Root:
+    """`root_update` at the old rank, written over the tensors of ``root``, which it returns.
+
+    Needs no second F. ``columns`` must not share memory with ``root``. ``tol`` is that of a `brandla.Rank`. Raises as
+    `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything is
+    overwritten.
+    """
+    update = check_root_update("root_update_", root, columns, decay, weight, None, compress)
+    update = update.overwriting("root_update_", ("root.root", "root.gram"), tol)
+    return root_step(update, compress).over(root)
+
+
+def check_root_update(
+    function: str,
+    root: Any,
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+    compress: Compress,
+) -> Update:
+    """Check the arguments of `root_update`."""
+    _check.root(function, "root", root.lowrank if isinstance(root, Tracked) else root)
+    if compress not in ("eigh", "cholesky"):
+        _check.fail_value(function, f"compress must be 'eigh' or 'cholesky'; got {compress!r}")
+    return check_update(function, ("root.root", "root.gram"), root, columns, decay, weight, rank)
+
+
+def root_step(update: Update, compress: Compress) -> Updated:
+    """Compute `root_update` from checked arguments."""
+    if update.adds_nothing:
+        return update.decayed(update.decay**0.5)
+    core = update.core(update.small)
+    if compress == "eigh":
+        values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
+        gram = torch.diag_embed(values)
+    else:
+        gram, rotation, left_out = compressed(core, update.rank, update.dtype, update.tol, update.tracked is not None)
+    return update.result(gram, update.rotated(rotation), core, left_out)
+
+
+class Update(NamedTuple):
+    """Arguments of an update that fit together: of one factor, of a batch, or of a list of factors."""
+
+    small: Tensor  # S or d
+    tall: Tall  # F or U
+    columns: Tall
+    decay: float | Tensor
+    weight: float | Tensor
+    rank: int
+    tol: float
+    tracked: tuple[Tensor, Tensor] | None  # error bound and trace of a tracked factor
+    rows: Rows  # which rows of the tall matrices are here
+    in_place: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the factor."""
+        return self.small.dtype
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether only the decay has to be applied."""
+        return tall.columns(self.columns) == 0 and self.rank == tall.columns(self.tall) and self.tol == 0
+
+    def core(self, gram: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return K = BᵀB in float64 for B = [√ρ F, √w A]: one pass over F and A.
+
+        F is the tall matrix or, where ``lengths`` (..., r) are given, that matrix times them; ``gram`` is FᵀF.
+        """
+        cross, own = self.rows.totals(*cross_gram(self.tall, self.columns))
+        if tall.columns(self.columns) == 0:
+            gram = gram + self._nothing()[..., None, None]
+        if lengths is not None:
+            cross = cross * lengths[..., :, None]
+        cross = cross * _matrix((self.decay * self.weight) ** 0.5)
+        upper = torch.cat([gram.double() * _matrix(self.decay), cross], dim=-1)
+        lower = torch.cat([cross.mT, own * _matrix(self.weight)], dim=-1)
+        return torch.cat([upper, lower], dim=-2)
+
+    def rotated(self, rotation: Tensor, lengths: Tensor | None = None) -> Tall:
+        """Return B W for W (..., r + k, s), or write it over the tall matrix: one more pass."""
+        r = tall.columns(self.tall)
+        of_old = rotation[..., :r, :] * _matrix(self.decay**0.5)
+        if lengths is not None:
+            of_old = of_old * lengths[..., :, None]
+        of_columns = rotation[..., r:, :] * _matrix(self.weight**0.5)
+        if not self.in_place:
+            return rotate(self.tall, self.columns, of_old.to(self.dtype), of_columns.to(self.dtype))
+        rotate_(self.tall, self.columns, of_old.to(self.dtype), of_columns.to(self.dtype))
+        return self.tall
+
+    def decayed(self, factor: float | Tensor = 1.0) -> Updated:
+        """Apply the decay alone, to F by ``factor``; what is not finite makes all of the factor NaN."""
+        nothing = self._nothing() + (0 * self.small.flatten(self.tall.ndim - 2)).sum(-1)
+        batch_dims = self.tall.ndim - 2
+        spread = (..., *[None] * (self.small.ndim - batch_dims))
+        decay = self.decay[spread] if isinstance(self.decay, Tensor) else self.decay
+        small = without_denormals(decay * self.small + nothing[spread], self.small.ndim - batch_dims)
+        scale = _matrix(factor)
+        if self.in_place:
+            basis = self.tall.mul_(scale).add_(nothing[..., None, None])
+        else:
+            basis = self.tall * scale + nothing[..., None, None]
+        tracked = self.tracked and tuple(self.decay * number + nothing for number in self.tracked)
+        return Updated(small, basis, tracked, self.rows)
+
+    def result(self, small: Tensor, basis: Tall, core: Tensor, left_out: Tensor) -> Updated:
+        """Return the updated factor, with the numbers of a tracked one carried along."""
+        if self.tracked is None:
+            return Updated(small, basis, None, self.rows)
+        bound, trace = self.tracked
+        added = core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1)
+        tracked = self.decay * bound + left_out.to(bound.dtype), self.decay * trace + added.to(trace.dtype)
+        return Updated(small, basis, tracked, self.rows)
+
+    def overwriting(self, function: str, names: tuple[str, str], tol: float) -> Update:
+        """Check what overwriting the factor needs besides, and return the update with that tolerance."""
+        _check.tolerance(function, tol)
+        written = dict(zip(names, (self.tall, self.small), strict=True))
+        written |= dict(zip(("error_bound", "trace"), self.tracked or (), strict=False))
+        read = {"columns": self.columns, "decay": self.decay, "weight": self.weight}
+        for name, value in (written | read).items():
+            if isinstance(value, Tensor):
+                _check.without_gradient(function, name, value)
+                if name in written:
+                    _check.written(function, name, value)
+        return self._replace(tol=tol, in_place=True)
+
+    def _nothing(self) -> Tensor:
+        """Return 0 of batch shape, or NaN where the tall matrix is not finite: what no columns would have told."""
+        sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
+        return 0 * sums
+
+
+class Updated(NamedTuple):
+    """An updated factor, or a list of them with what is small stacked."""
+
+    small: Tensor
+    tall: Tall
+    tracked: tuple[Tensor, ...] | None
+    rows: Rows
+
+    def as_new(self, kind: type[Factor]) -> Any:
+        """Return a factor of this kind, tracked if the old one was."""
+        return _factor(kind, self.small, self.tall, self.tracked, self.rows)
+
+    def as_list(self, kind: type[Factor]) -> list[Any]:
+        """Return the factors of a list."""
+        return [
+            _factor(kind, small, basis, self.tracked and tuple(part[index] for part in self.tracked), self.rows.of(index))
+            for index, (small, basis) in enumerate(zip(self.small, self.tall, strict=True))
+        ]
+
+    def over(self, target: Any) -> Any:
+        """Write what is small over the tensors of the old factor, whose tall matrix is overwritten, and return that."""
+        small, _ = parts_of(target)
+        here(small).copy_(self.small)
+        if isinstance(target, Tracked) and self.tracked is not None:
+            for old, new in zip(target[1:], self.tracked, strict=True):
+                here(old).copy_(new)
+        return target
+
+
+def _factor(
+    kind: type[Factor], small: Tensor, basis: Tensor, tracked: tuple[Tensor, ...] | None, rows: Rows
+) -> Factor | Tracked[Factor]:
+    small, basis = rows.small_result(small), rows.tall_result(basis)
+    factor: Any = LowRankRoot(basis, small) if kind is LowRankRoot else LowRankEigh(small, basis)
+    return factor if tracked is None else Tracked(factor, *map(rows.small_result, tracked))
+
+
+def parts_of(factor: Any) -> tuple[Tensor, Tensor]:
+    """Return the small part and the tall one of a symmetric factor."""
+    lowrank = factor.lowrank if isinstance(factor, Tracked) else factor
+    return (lowrank.gram, lowrank.root) if isinstance(lowrank, LowRankRoot) else tuple(lowrank)
+
+
+def check_update(
+    function: str,
+    names: tuple[str, str],
+    factor: Any,
+    columns: Tensor,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    rank: int | Rank | None,
+) -> Update:
+    """Check what every symmetric update takes besides its factor, whose tall and small parts have these names."""
+    name, small_name = names
+    small, basis = parts_of(factor)
+    tracked = None
+    rows = rows_of(function, name, basis, small)
+    if isinstance(factor, Tracked):
+        for each in ("error_bound", "trace"):
+            _check.tracked(function, each, getattr(factor, each), name, basis)
+        tracked = tuple(rows.small(function, each, getattr(factor, each)) for each in ("error_bound", "trace"))
+    rows.admit(function, "columns", columns)
+    columns = _check.columns(function, "columns", columns, name, basis)
+    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis)
+    weight = _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis)
+    n, r = basis.shape[-2:]
+    k = columns.shape[-1]
+    because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
+    return Update(
+        rows.small(function, small_name, small),
+        rows.local(function, name, basis),
+        rows.local(function, "columns", columns),
+        decay,
+        weight,
+        _check.rank(function, most_of(rank), r, min(n, r + k), because),
+        tolerance_of(rank),
+        tracked,
+        rows,
+    )
+
+
+def stack(updates: Sequence[Update]) -> Update:
+    """Join updates of one r, k, rank and tolerance, of single factors, into that of a list."""
+    first = updates[0]
+    tracked = zip(*(update.tracked for update in updates if update.tracked is not None), strict=True)
+    return first._replace(
+        small=torch.stack([update.small for update in updates]),
+        tall=[update.tall for update in updates],
+        columns=[update.columns for update in updates],
+        decay=stack_numbers([update.decay for update in updates], first.small),
+        weight=stack_numbers([update.weight for update in updates], first.small),
+        tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
+        rows=join([update.rows for update in updates]),
+    )
+
+
+def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+    """Return the one number that all are, or a tensor of them."""
+    if all(not isinstance(number, Tensor) and number == numbers[0] for number in numbers):
+        return numbers[0]
+    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
+
+
+def _matrix(number: float | Tensor) -> float | Tensor:
+    """Return a number, or a tensor of batch shape with the dimensions of matrices to broadcast over."""
+    return number[..., None, None] if isinstance(number, Tensor) else number
