@@ -152,6 +152,11 @@ class Factor:
         state = self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta"))
         return (part for part in state.values() if isinstance(part, Tensor))
 
+    @property
+    def rank(self) -> int | None:
+        """The columns of what `lowrank` returns, and None where that is None."""
+        return next((cast(Tensor, part).shape[-1] for name, part in self.state.items() if name in _RANKED), None)
+
     def lowrank(self) -> LowRankEigh | LowRankSym | None:
         """Return M as the damped functions take it, or None."""
         return self.strategy.lowrank(self.state)
@@ -179,7 +184,8 @@ class Factor:
 
     def _fresh(self) -> State:
         state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
-        state["total"] = torch.zeros((), dtype=self.dtype, device=self.device)
+        # No less than tiny ever: S, which is 0 as well then, is divided by it.
+        state["total"] = torch.full((), torch.finfo(self.dtype).tiny, dtype=self.dtype, device=self.device)
         return state
 
     def _strategy_named(self, name: str, where: str) -> FactorStrategy:
@@ -230,15 +236,16 @@ def absorb(intakes: Iterable[Intake], now: Now) -> None:
     """
     members: dict[FactorStrategy, list[Absorption]] = {}
     factors = {}
+    totals = _Totals(now)
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
         if not factor.started:
             factor.begin(columns.shape[-1])
+            totals.begin(factor)
         # In the weight, the normalisation costs no scaled copy of the columns.
         average = Average(now.decay, (1 - now.decay) * scale)
-        total = tensor(factor.state, "total")
-        factor.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(total.dtype)
+        totals.renew(factor)
         members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, average, now.finite))
         factors[index] = factor
     for strategy, absorptions in members.items():
@@ -247,15 +254,37 @@ def absorb(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
+class _Totals:
+    """The sums of weights of a step: factors that began together have one tensor, which is computed once."""
+
+    def __init__(self, now: Now) -> None:
+        self._now = now
+        self._first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        # By the identity of the old one, which is kept here so that no other tensor can get it.
+        self._renewed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, factor: Factor) -> None:
+        """Give a new factor the sum that others begin with."""
+        factor.state["total"] = self._first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
+
+    def renew(self, factor: Factor) -> None:
+        """Decay the sum of a factor and add this step's weight, which is 0 unless the step is finite."""
+        old = tensor(factor.state, "total")
+        if id(old) not in self._renewed:
+            decay, finite = self._now.decay, self._now.finite.to(old.dtype)
+            new = torch.add(decay * old, finite, alpha=1 - decay).clamp_min(torch.finfo(old.dtype).tiny)
+            self._renewed[id(old)] = old, new
+        factor.state["total"] = self._renewed[id(old)][1]
+
+
 def tensor(state: State, name: str) -> Tensor:
     """Read a tensor of a state."""
     return cast(Tensor, state[name])
 
 
 def normalised(state: State, sums: Tensor) -> Tensor:
-    """Return S / total, or S while total is 0."""
-    total = tensor(state, "total")
-    return sums / torch.where(total > 0, total, 1)
+    """Return S / total."""
+    return sums / tensor(state, "total")
 
 
 def stored(state: State) -> LowRankEigh:
@@ -288,7 +317,7 @@ def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: 
         if index not in lowranks
     }
     if lowranks:
-        shifts = [damping.of(lowrank.largest_eigenvalue()) for lowrank in lowranks.values()]
+        shifts = damping.of_each([lowrank.largest_eigenvalue() for lowrank in lowranks.values()])
         tails = [factors[index].strategy.tail for index in lowranks]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
