@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import Tensor
 
 from brandla import grouped
+from brandla.damped import LowRank
 from brandla.kfac import factor
 from brandla.kfac.blocks import Blocks
 from brandla.kfac.diagonal import Diagonal
 from brandla.kfac.factor import Factor, FactorStrategy, Intake
 from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Shape
-from brandla.lowrank import LowRankEigh, LowRankSym
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,11 @@ def absorb(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> N
 class _Product(NamedTuple):
     """A gradient that is a matrix, between two low-rank factors."""
 
-    left: LowRankEigh | LowRankSym
-    right: LowRankEigh | LowRankSym
+    left: LowRank
+    right: LowRank
     gradient: Gradient
+    left_largest: Tensor
+    right_largest: Tensor
     left_tail: Any
     right_tail: Any
 
@@ -123,8 +125,10 @@ def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
-        left, right, gradients, left_tail, right_tail = (list(part) for part in zip(*products.values(), strict=True))
-        shifts = damping.of_each([lowrank.largest_eigenvalue() for lowrank in (*left, *right)])
+        left, right, gradients, left_largest, right_largest, left_tail, right_tail = (
+            list(part) for part in zip(*products.values(), strict=True)
+        )
+        shifts = damping.of_each(left_largest + right_largest)
         left_damping, right_damping = shifts[: len(left)], shifts[len(left) :]
         steps = grouped.kron_damped_solve(
             left, right, gradients, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
@@ -138,10 +142,12 @@ def _product(problem: Problem) -> _Product | None:
     curvature = _of(problem)
     if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
         return None
-    left, right = curvature.output.lowrank(), curvature.input.lowrank()
-    if left is None or right is None:
+    left, right = curvature.output, curvature.input
+    of_left, of_right = left.operand(), right.operand()
+    if of_left is None or of_right is None:
         return None
-    return _Product(left, right, problem.gradient, curvature.output.strategy.tail, curvature.input.strategy.tail)
+    largest, tails = (left.largest(), right.largest()), (left.strategy.tail, right.strategy.tail)
+    return _Product(of_left, of_right, problem.gradient, *largest, *tails)
 
 
 class _Side(NamedTuple):
