@@ -35,7 +35,8 @@ STRATEGIES = {
     "randomized": Randomized(6, inverse_every=2),
     "randomized-svd": Randomized(6, method="svd", inverse_every=1),
     "brand": Brand(6),
-    "brand-subspace": Brand(6, update="subspace"),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
     "brand-randomized": BrandRandomized(6, overwrite_every=2),
     "brand-corrected": BrandCorrected(6, correct_every=2),
 }
@@ -73,7 +74,7 @@ def cases_of_two() -> dict[str, Case]:
 def cases_of_four() -> dict[str, Case]:
     cases = {}
     for mode in ("gather", "split"):
-        for name in ("exact", "randomized", "brand", "brand-subspace", "ekfac"):
+        for name in ("exact", "randomized", "brand", "brand-cholesky", "ekfac"):
             cases[f"{name}, {mode}"] = Case((STRATEGIES | OTHERS)[name], mode, (3, 3, 3, 3))
         cases[f"uneven, {mode}"] = Case(Brand(6), mode, (1, 5, 2, 4))
     return cases
