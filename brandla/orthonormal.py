@@ -141,9 +141,15 @@ def _is_clean(panel: Tall, rows: Rows) -> bool:
     probes = _signs(k, first.dtype)
     images = tall.each(torch.matmul, panel, [probes] * len(panel)) if isinstance(panel, list) else panel @ probes
     back = project(panel, images)
+    limit = _CLEAN * _PROBES**0.5 * torch.finfo(first.dtype).eps
+    error = back - probes
     # What a zero column returns is 0, and so it should be.
-    error = torch.where(back == 0, 0, back - probes).square().sum((-2, -1)).amax() / _PROBES
-    return bool(error.sqrt() <= _CLEAN * torch.finfo(first.dtype).eps)
+    return _norm(error) <= limit or _norm(torch.where(back == 0, 0, error)) <= limit
+
+
+def _norm(small: Tensor) -> float:
+    """Return the largest Frobenius norm of a batch of small matrices."""
+    return torch.linalg.vector_norm(small, dim=(-2, -1)).amax().item()
 
 
 @cache

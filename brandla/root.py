@@ -175,7 +175,7 @@ class Update(NamedTuple):
         if lengths is not None:
             cross = cross * lengths[..., :, None]
         cross = cross * _matrix((self.decay * self.weight) ** 0.5)
-        upper = torch.cat([gram.double() * _matrix(self.decay), cross], dim=-1)
+        upper = torch.cat([gram * _matrix(self.decay), cross], dim=-1)
         lower = torch.cat([cross.mT, own * _matrix(self.weight)], dim=-1)
         return torch.cat([upper, lower], dim=-2)
 
