@@ -3,6 +3,7 @@
 from brandla_kernels import tall
 from brandla_kernels._op import OPS, Backend, Cost, Op, backend, reads_are_free
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
+from brandla_kernels.cross_gram import cross_gram
 from brandla_kernels.damped_apply import damped_apply
 from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
@@ -22,6 +23,7 @@ __all__ = [
     "Tall",
     "backend",
     "cholesky_inverse_core",
+    "cross_gram",
     "damped_apply",
     "gram",
     "gram_ema_",

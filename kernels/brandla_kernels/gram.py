@@ -1,6 +1,7 @@
-"""``gram``: G = PᵀP, summed in float64.
+"""``gram`` and ``rounded_gram``: G = PᵀP, in float64, of exact products or of products rounded to the dtype of P.
 
-P is (..., n, k), G is (..., k, k). P is read once.
+P is (..., n, k), G is (..., k, k). P is read once. Rounded products, summed in slabs of rows with float64 between them,
+leave an error of some ε at any n: as good for columns that are nearly orthonormal, at twice the speed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from brandla_kernels._signature import Matrices
 
 # Rows converted to float64 at a time: the copy stays small and in cache.
 _ROWS = 2048
-# Rows whose products are summed in the panel's own dtype: the fewer, the less they round.
-_ROUNDED_ROWS = 256
-# Slabs multiplied at a time: each leaves a k × k matrix until they are added up.
-_SLABS = 16
 # From this width on, the products left out outweigh the calls added.
 _WIDE = 128
 _BLOCKS = 4
+# Rows whose products are summed in the dtype of the data. BLAS sums few columns with one accumulator an entry, and a
+# sum of 4096 products is then wrong by 20 ε; for more columns it sums in blocks, and is wrong by 3 ε at most.
+_SLAB_OF_FEW = 1024
+_SLAB = 4096
+_FEW = 16
 
 
 def cost(n: int, k: int, itemsize: int = 4) -> Cost:
@@ -36,26 +38,20 @@ def gram_torch(panel: Tensor) -> Tensor:
     return total
 
 
-def rounded_gram(panel: Tensor) -> Tensor:
-    """Return ``panel.mT @ panel``, computed in the dtype of the panel a slab of rows at a time, in float64.
+def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``left.mT @ right`` in float64: products in ``dtype`` within a slab of rows, float64 sums between slabs.
 
-    At twice the speed of `gram_torch` or better, it is as good for a panel whose columns do not lean on one another.
+    A float32 product of few columns with an inner dimension of 10⁶ is wrong by 4·10⁻⁴; this is by some ε.
     """
-    n = panel.shape[-2]
-    whole = n // _ROUNDED_ROWS * _ROUNDED_ROWS
-    rest = panel[..., whole:, :]
-    parts = [] if 0 < whole == n else [rest.mT @ rest]
-    if whole:
-        slabs = panel[..., :whole, :].unflatten(-2, (-1, _ROUNDED_ROWS))
-        parts += [_sum_of_grams(some) for some in slabs.split(_SLABS, dim=-3)]
-    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return total.double()
-
-
-def _sum_of_grams(slabs: Tensor) -> Tensor:
-    """Return the sum of the Gram matrices of slabs (..., slabs, rows, k)."""
-    products = torch.bmm(slabs.mT, slabs) if slabs.ndim == 3 else slabs.mT @ slabs
-    return products.sum(-3)
+    rows = _SLAB if min(left.shape[-1], right.shape[-1]) >= _FEW else _SLAB_OF_FEW
+    if left.dtype == right.dtype == torch.float64:
+        rows = max(left.shape[-2], 1)
+    slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
+    products = (x.to(dtype).mT @ y.to(dtype) for x, y in slabs)
+    total = next(products).double()
+    for product in products:
+        total += product
+    return total
 
 
 def _gram_of_slab(slab: Tensor) -> Tensor:
@@ -91,3 +87,19 @@ def _gradient(inputs: tuple[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor]:
 def gram_gradient(panel: Tensor, gradient: Tensor) -> Tensor:
     """Gradient with respect to P of a function whose gradient with respect to PᵀP is given."""
     return panel @ (gradient + gradient.mT).to(panel.dtype)
+
+
+@op("rounded_gram(Tall[n,k] panel) -> Small[k,k]", cost)
+def rounded_gram(panel: Tensor) -> Tensor:
+    """Return ``panel.mT @ panel`` in float64, of products in the dtype of the panel."""
+    return sum_of_slabs(panel, panel, panel.dtype)
+
+
+@rounded_gram.triton
+def _launch_rounded(panel: Matrices) -> Tensor:
+    from brandla_kernels._kernels.inner_product import gram
+
+    return gram(panel, exact=False)
+
+
+rounded_gram.gradient(_gradient)
