@@ -74,7 +74,9 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    return inner_product(target, dtype, r, k, aligned)
+    config = inner_product(target, dtype, max(r, k), k, aligned)
+    blocks = dict(config.blocks)
+    return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
 
 
 def sum_parts() -> Config:
