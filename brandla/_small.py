@@ -67,7 +67,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
 
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
-    """Say whether a core is finite, has no empty coordinate and no entry that float32 would not hold, if a look is free."""
+    """Say, if a look is free, whether a core is finite, has no empty coordinate and fits float32 without scaling."""
     if not reads_are_free(core):
         return False
     smallest, largest = diagonal.detach().aminmax()
@@ -188,13 +188,11 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormalise the columns of a small float64 matrix by two rounds of Cholesky QR; dependent ones become zero."""
-    lengths = torch.linalg.vector_norm(matrix, dim=-2)
     noise = 64 * max(matrix.shape[-1], 1) * torch.finfo(matrix.dtype).eps
-    for scale, threshold in ((lengths, noise), (None, 0.25)):
-        inner = matrix.mT @ matrix
-        scale = (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype) if scale is None else scale
-        matrix = matrix @ cholesky_inverse_core(inner, scale, threshold)[0]
-    return matrix
+    inner = matrix.mT @ matrix
+    matrix = matrix @ cholesky_inverse_core(inner, inner.diagonal(dim1=-2, dim2=-1).sqrt(), noise)[0]
+    inner = matrix.mT @ matrix
+    return matrix @ cholesky_inverse_core(inner, (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype), 0.25)[0]
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +239,8 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
         return core.sum((-2, -1))
     lengths = torch.linalg.vector_norm(core, dim=-2, keepdim=True)
     image = core @ (core / lengths.clamp_min(torch.finfo(core.dtype).tiny))
-    return torch.linalg.vector_norm(image, dim=-2).amax(-1)
+    largest: Tensor = torch.linalg.vector_norm(image, dim=-2).amax(-1)
+    return largest
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:

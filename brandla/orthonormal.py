@@ -147,13 +147,12 @@ def _is_clean(panel: Tall, rows: Rows) -> bool:
     if lengths.amax().item() <= limit:
         return True
     error = _error_of(panel, error / lengths.clamp_min(torch.finfo(first.dtype).tiny))
-    return torch.linalg.vector_norm(error, dim=-2).amax().item() <= limit
+    return bool(torch.linalg.vector_norm(error, dim=-2).amax().item() <= limit)
 
 
 def _error_of(panel: Tall, block: Tensor) -> Tensor:
     """Return (YᵀY − I) Z, and 0 where a column of Y is."""
-    images = [y @ z for y, z in zip(panel, block, strict=True)] if isinstance(panel, list) else panel @ block
-    back = project(panel, images)
+    back = project(panel, tall.each(torch.matmul, panel, block))
     return torch.where(back == 0, 0, back - block)
 
 
