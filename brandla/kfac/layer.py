@@ -239,7 +239,9 @@ class Layer:
 
     def _left_out(self) -> list[Call]:
         """Return the calls whose weight's gradient autograd has not formed."""
-        return [call for call in self._calls("loss") if call.left_out] if self.capture.left_out else []
+        if not self.capture.left_out or self.kind.bias_gradient is None:
+            return []
+        return [call for call in self._calls("loss") if call.left_out]
 
     def _product(self, rows: Rows) -> Tensor:
         """Return the weight's gradient from its rows."""

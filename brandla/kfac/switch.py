@@ -36,7 +36,7 @@ class Switch:
 
     def off(self) -> None:
         """Leave the gradient out of the call that comes, if it may be."""
-        self.is_off = self._is_wanted() and self._may_be_left_out()
+        self.is_off = self._may_be_left_out() and self._is_wanted()
         if self.is_off:
             self._weight = self.kind.weight.requires_grad_(False)
 

@@ -104,8 +104,10 @@ def thawed(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
 
 
 def looked_at(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
-    """Passes without gradients, and with torch.func, in between."""
+    """Passes that are none of the training: without gradients, for those of inputs, with torch.func."""
     for _ in plain(model, preconditioner):
+        inputs = batch(2, WIDTHS[0], 3)[0].requires_grad_()
+        torch.autograd.grad(model(inputs).sum(), inputs)
         with torch.no_grad():
             loss(model, 7)
         torch.func.grad(sum_of_outputs, argnums=1)(model, dict(model.named_parameters()))
@@ -222,6 +224,18 @@ def test_autograd_forms_no_gradient_of_a_weight_with_a_bias():
     assert all(parameter.requires_grad for parameter in model.parameters())
     preconditioner.step()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_step_without_gradients_does_nothing():
+    model = mlp(20, 10)
+    preconditioner = KFAC(model, Exact(), gradient="pair")
+    inputs = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    torch.autograd.grad(model(inputs).sum(), inputs)
+    preconditioner.step()
+    model(inputs).sum().backward()
+    model.zero_grad()
+    preconditioner.step()
+    assert gradients(model) == []
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
