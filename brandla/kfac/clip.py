@@ -17,8 +17,8 @@ from brandla.kfac.strategy import Gradient
 def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
     """Return min(1, clip / RMS of its entries) for the step of each layer, given in parts; on the device.
 
-    Summed over the entries: the Gram matrices of a pair take more time from some 70 columns on, and where its terms
-    cancel they leave rounding only.
+    Summed over the entries, which are written in any case: the Gram matrices of a pair are more work unless it is thin,
+    and where its terms cancel they are rounding only.
     """
 
     def of(members: list[Sequence[Tensor]]) -> Sequence[Tensor]:

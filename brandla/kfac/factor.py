@@ -291,6 +291,15 @@ class _Totals:
         factor.state["total"] = self._renewed[id(old)][1]
 
 
+def share_totals(factors: Iterable[Factor]) -> None:
+    """Give factors of one sum of weights one tensor for it, as those have that began together; reads them back."""
+    known: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+    for factor in factors:
+        if factor.started:
+            total = tensor(factor.state, "total")
+            factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
+
+
 def tensor(state: State, name: str) -> Tensor:
     """Read a tensor of a state."""
     return cast(Tensor, state[name])

@@ -21,7 +21,7 @@ class Mask(NamedTuple):
     known_finite: bool
 
     @classmethod
-    def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor] = ()) -> Mask:
+    def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
         """Look once at all rows, which are squared, and at all gradients of the model ``but`` those that rows make."""
         left_out = {id(gradient) for gradient in but}
         bounds = [(part, _bound(part, own.uses)) for own in rows for part in _parts(own)]

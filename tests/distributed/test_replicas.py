@@ -189,6 +189,13 @@ def test_a_layer_that_one_rank_cannot_precondition_is_left_by_all(mode: str):
         assert same
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradients_that_are_reduced_must_be_formed(processes: int):
+    told = ["a model in DistributedDataParallel", "several processes"][:processes]
+    rule = "KFAC: gradient must be 'autograd' where gradients are reduced over processes; got"
+    assert run(replicas.leaves_gradients_out, processes) == [[f"{rule} {got}" for got in told]] * processes
+
+
 @pytest.mark.parametrize("mode", ["gather", "split"])
 def test_a_rank_that_has_nothing_takes_part(mode: str):
     (first, same), (second, also_same) = run(replicas.first_rank_brings_all, 2, mode)
