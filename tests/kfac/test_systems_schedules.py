@@ -87,7 +87,15 @@ def test_a_rank_grows_no_faster_than_there_are_columns():
     assert seen == [2, 10, 18, 26, 34, 40]
 
 
-@pytest.mark.parametrize("strategy", [Brand(Rank(12, 1e-2)), Brand(Rank(12, 1e-2), form="eigh"), Brand(Rank(12, 1e-2), compress="cholesky"), Brand(rule)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Brand(Rank(12, 1e-2)),
+        Brand(Rank(12, 1e-2), form="eigh"),
+        Brand(Rank(12, 1e-2), compress="cholesky"),
+        Brand(rule),
+    ],
+)
 def test_rank_rules_keep_values_above_their_tolerance(strategy: Brand):
     layer, preconditioner = layer_and(strategy)
     train(layer, preconditioner, range(5))
