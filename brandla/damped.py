@@ -320,8 +320,8 @@ def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
 def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
     """β = 1/(τ + λ), and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals.
 
-    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)): for τ = 0
-    that is −β (S + λI)⁻¹.
+    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)), and
+    with τ = 0 that is −β (S + λI)⁻¹.
     """
     if isinstance(factor, LowRankRoot) and not _is_of_order_one(factor.gram, damping):
         return _inverse_of_any_size(factor, damping, tail)
@@ -329,7 +329,7 @@ def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
 
 
 def _inverse_of_any_size(root: LowRankRoot, damping: Number, tail: Number | None) -> Shifted:
-    """`inverse` by way of c² M of order one, c a power of two: the H of M itself is of order 1/d², soon out of range."""
+    """`inverse` by way of c² M of order one, c a power of two: the H of M itself, of order 1/d², leaves the range."""
     size = root.gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(damping)
     unit = torch.exp2((torch.log2(size) / -2).round())
     square = unit * unit
