@@ -340,7 +340,8 @@ def _inverse_of_any_size(root: LowRankRoot, damping: Number, tail: Number | None
     else:
         basis = basis * _over(unit, 2)
     scaled = LowRankRoot(basis, root.gram * _over(square, 2))
-    _, middle, complement = _inverse(scaled, damping * square, None if tail is None else tail * square)
+    tail = tail * square if tail is not None and _is_given(tail) else tail
+    _, middle, complement = _inverse(scaled, damping * square, tail)
     return Shifted(basis, middle * _over(square, middle.ndim - square.ndim), complement * square)
 
 

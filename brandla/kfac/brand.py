@@ -113,9 +113,13 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> li
 
 
 def sketch_width(rank: int, k: int) -> int:
-    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: k, or max(r, 32) if k > 2s."""
+    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: max(r, 32), or k if k < 2s.
+
+    With s = r the core has the order 2r, whatever k is. Fewer columns save little more, since the passes over F stay;
+    more of them cost more, and no network measured came out better with them (``docs/kfac.md``). n has no part in it.
+    """
     width = max(rank, 32)
-    return width if k > 2 * width else k
+    return width if k >= 2 * width else k
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ class Brand(FactorStrategy):
     sketch
         Columns that a batch of more, A, is first brought down to: A Ω for random signs Ω, with A Aᵀ as its expectation.
         The average over batches smooths what the signs add, and ``error_bound`` is that of the average of what was
-        taken in. A number; ``"auto"``, by the rule of `sketch_width`; or None, which takes every batch as it is.
+        taken in. A number; ``"auto"``: max(r, 32) where there are at least twice as many, else all; or None, which
+        takes every batch as it is.
 
     References
     ----------

@@ -23,8 +23,7 @@ from brandla.kfac import (
     Randomized,
     TwoLevel,
 )
-from brandla.kfac.exchange import columns_kept, fewer
-from brandla.kfac.factor import Factor
+from brandla.kfac.exchange import fewer
 from brandla.kfac.inverse_free import InverseFree
 from distributed import replicas
 from distributed.processes import launch, run
@@ -144,17 +143,6 @@ def test_sharded_parameters_equal_one_process():
 
 def _sharded(cases: list[Case], before: bool) -> Any:
     return replicas.train_sharded(cases, before=before)
-
-
-def test_columns_are_made_fewer_where_brand_takes_no_more():
-    """n = 41, rank 12: 28 columns are the most that Brand takes, of the 32 that four ranks have."""
-    factor = Factor(41, (), Brand(12), torch.float64, torch.device("cpu"))
-    assert columns_kept(factor, [8, 8, 8, 8], None) == 28
-    assert columns_kept(factor, [7, 7, 7, 7], None) == 28
-    assert columns_kept(factor, [8, 8, 8, 8], 20) == 20
-    # One rank's alone are too many, and n so small that the substitute is as cheap.
-    assert columns_kept(factor, [29, 1], None) == 30
-    assert columns_kept(Factor(20, (), Brand(12), torch.float64, torch.device("cpu")), [4, 4], None) == 8
 
 
 def test_fewer_rows_have_nearly_the_same_sum_of_outer_products():

@@ -59,7 +59,7 @@ def test_one_batch_equals_the_dense_formula(strategy: Strategy, application: str
     for side, factor in preconditioner._layers[0].curvature.factors():
         true, found = torch.linalg.eigvalsh(averages[side])[-1], factor.largest()
         # compress="cholesky" estimates d₁ from below, and with it the damping.
-        assert (0.98 if getattr(strategy, "compress", "") == "cholesky" else 1 - 1e-12) <= found / true <= 1 + 1e-12
+        assert (0.9 if getattr(strategy, "compress", "") == "cholesky" else 1 - 1e-12) <= found / true <= 1 + 1e-12
         inverses[side] = damped_inverse(averages[side], DAMPING, found)
     expected = inverses["output"] @ gradient @ inverses["input"]
     torch.testing.assert_close(layer_gradient(layer), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
