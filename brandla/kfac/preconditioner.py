@@ -94,8 +94,7 @@ class KFAC:
     process_group
         The processes; None for all.
     columns
-        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound
-        but that of the strategy.
+        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound.
 
     Raises
     ------
