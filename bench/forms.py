@@ -150,6 +150,20 @@ def tails() -> Iterator[list[str]]:
         yield [f"i^−{exponent}", *(f"{_distance(each, truth):.3f}" for each in found)]
 
 
+def carried() -> Iterator[list[str]]:
+    """Yield ‖FᵀF − S‖₂/d₁ after many float32 updates at ρ = .95 and at ρ = 1."""
+    for name in ("slow", "fast"):
+        found = []
+        for decay in (DECAY, 1.0):
+            root = brandla.LowRankRoot.zeros(N, RANK)
+            for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
+                root = brandla.root_update(root, columns.float(), decay=decay, weight=1 - DECAY)
+            inner = root.root.double().mT @ root.root.double()
+            error = torch.linalg.matrix_norm(inner - root.gram, 2) / torch.linalg.matrix_norm(inner, 2)
+            found.append(f"{float(error):.0e}")
+        yield [WORDS[name], *found]
+
+
 def _truncated(root: Tensor, columns: Tensor) -> Tensor:
     """Return Brand's truncated update of F Fᵀ by a singular value decomposition of [√ρ F, √w A]."""
     panel = torch.cat([DECAY**0.5 * root, (1 - DECAY) ** 0.5 * columns], dim=-1)
@@ -187,6 +201,7 @@ def _left_out_as_it_stands(core: Tensor, rank: int) -> float:
 
 TABLES: dict[str, tuple[str, Callable[[], Iterator[list[str]]]]] = {
     "Damped solve": ("stream | λ/d₁ | root | eigh | truncation", solves),
+    "Gram matrix carried": ("stream | ρ = .95 | ρ = 1", carried),
     "One update": ("n, r, k | columns | sorted | as it stands", losses),
     "Streams": ("stream | steps | mean | worst", streams),
     "Basis": ("stream | median | worst", bases),
