@@ -168,8 +168,8 @@ def _truncated(root: Tensor, columns: Tensor) -> Tensor:
     """Return Brand's truncated update of F Fᵀ by a singular value decomposition of [√ρ F, √w A]."""
     panel = torch.cat([DECAY**0.5 * root, (1 - DECAY) ** 0.5 * columns], dim=-1)
     vectors, values, _ = torch.linalg.svd(panel, full_matrices=False)
-    root: Tensor = vectors[:, :RANK] * values[:RANK]
-    return root
+    leading: Tensor = vectors[:, :RANK] * values[:RANK]
+    return leading
 
 
 def _largest(matrix: Tensor) -> float:
