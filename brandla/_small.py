@@ -26,7 +26,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
 
     The core is scaled by its largest diagonal entry. A coordinate whose diagonal entry is 0 is empty: it gets a zero
     eigenvector and the value 0, after all others. A core with a non-finite entry gives NaN throughout. Where LAPACK
-    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/brand.md``).
+    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/updates.md``).
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 U is (..., n, r), C is (..., r, k), A and P are (..., n, k), the Gram matrix is (..., k, k). The Gram matrix is summed
 in float64 whatever the data: a Cholesky factor of it then resolves columns down to the rounding noise of float32 data
-(``docs/orthonormalisation.md``), which a float32 Gram matrix does not.
+(``docs/updates.md``), which a float32 Gram matrix does not.
 """
 
 from __future__ import annotations
