@@ -13,6 +13,8 @@ from brandla_kernels._kernels.launch import Config, Target
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
+# Most rows whose products are summed in float32 where the sum is then one in float64.
+STRETCH = 4096
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -26,6 +28,12 @@ def splits(target: Target, steps: int, programs: int) -> int:
         return max(1, min(3, steps))
     wanted = max(1, _PROGRAMS // max(programs, 1))
     return int(min(triton.next_power_of_2(wanted), triton.next_power_of_2(max(steps // 4, 1)), 64))
+
+
+def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: torch.dtype) -> int:
+    """Do the same for a sum in float64 of sums in ``dtype``, of which those in float32 are short."""
+    least = triton.cdiv(rows, STRETCH) if dtype == torch.float32 else 1
+    return max(splits(target, triton.cdiv(rows, block_n), programs), int(triton.next_power_of_2(max(least, 1))))
 
 
 def gram_splits(target: Target, tiles: int, problems: int) -> int:
