@@ -82,8 +82,8 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    # On sm_80 the second look at a tile spills beside the widest.
-    config = inner_product(target, dtype, max(r, k), k, aligned and target.arch != "sm_80")
+    # On sm_80 and sm_100 the second look at a tile spills beside the widest.
+    config = inner_product(target, dtype, max(r, k), k, aligned and target.arch not in ("sm_80", "sm_100"))
     blocks = dict(config.blocks)
     return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
 
