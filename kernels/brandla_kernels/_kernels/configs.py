@@ -36,23 +36,16 @@ def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: t
     return max(splits(target, triton.cdiv(rows, block_n), programs), int(triton.next_power_of_2(max(least, 1))))
 
 
-def gram_splits(target: Target, tiles: int, problems: int) -> int:
-    """How many programs share the rows of one problem where each keeps a Gram matrix."""
-    return splits(target, 4 * tiles, problems)
-
-
 def _registers(target: Target, *spilling: str) -> int | None:
     """Where the assembler's own limit on registers makes products spill, the most that a thread can have."""
     return 255 if target.arch in ("sm_100", *spilling) else None
 
 
-def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
-    """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
+def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool) -> Config:
+    """Tiles of `tall_product_kernel`."""
     # Products of float64 on sm_100 are fused multiply-adds, unrolled: small tiles of many threads.
     unrolled = dtype == torch.float64 and target.arch == "sm_100"
-    if fused:
-        block_n, most, block_r, stages = (32, 128, 16, 3) if dtype == torch.float64 else (64, 128, 16, 2)
-    elif dtype == torch.float64:
+    if dtype == torch.float64:
         block_n, most, block_r, stages = 32 if unrolled else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
@@ -61,7 +54,7 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
     else:
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
-    warps = 8 if block_s > (16 if fused or unrolled else 32) else 4
+    warps = 8 if block_s > (16 if unrolled else 32) else 4
     registers = _registers(target, "sm_80", "sm_90") if dtype == torch.float64 else _registers(target, "sm_80")
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 

@@ -1,7 +1,7 @@
 """C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
 
-X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices, `refine` (UᵀQ) and the first half of `damped_apply`
-and `kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
+X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices and the first half of `damped_apply` and
+`kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
 one tile of C over one stretch of rows into a workspace, and a second kernel adds the stretches in their order. No
 atomic addition takes part, so two runs are equal to the bit.
 
