@@ -325,7 +325,7 @@ def test_the_report_shows_groups_and_kinds():
     rows = {(row.layer, row.side): row for row in preconditioner.report().factors}
     assert {key: row.strategy.partition("(")[0] for key, row in rows.items()} == {
         ("0", "input"): "Diagonal",
-        ("0", "output"): "Exact",
+        ("0", "output"): "Brand",
         ("1", "input"): "Blocks",
         ("2", "input"): "Exact",
         ("2", "output"): "Exact",
