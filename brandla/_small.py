@@ -94,7 +94,7 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0) -> Le
         dropped = torch.cat([torch.where(alive, 0 * kept, kept).amax(-1, keepdim=True), dropped], dim=-1)
         dropped = dropped.amax(-1, keepdim=True)
         kept, vectors = kept * alive, vectors * alive[..., None, :]
-    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else values.new_zeros(values.shape[:-1]))
+    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else (0 * values).sum(-1))
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
