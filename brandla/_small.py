@@ -53,7 +53,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
         return diagonal.to(dtype), core[..., :keep].to(dtype)
     if _is_plain(core, diagonal):
         values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors[..., -keep if keep else keep :].flip(-1)
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -152,7 +152,7 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     m = core.shape[-1]
     finite = _is_finite(core)[..., None, None]
     identity = torch.eye(m, dtype=core.dtype, device=core.device).expand_as(core)
-    if rank == m and tol == 0:
+    if rank == m and not (m and tol):
         rotation = identity.clone()
     else:
         largest = core.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
