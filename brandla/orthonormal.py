@@ -1,6 +1,6 @@
 """Orthonormal columns without a host sync: rank-aware Cholesky QR of tall panels, and the polish of an update.
 
-Derivation and error bounds: ``docs/orthonormalisation.md``.
+Derivation and error bounds: ``docs/updates.md``.
 """
 
 from __future__ import annotations
