@@ -160,9 +160,10 @@ def svd_update(
     Notes
     -----
     Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
-    Columns of ``left`` and ``right`` are to have lengths from tiny/ε on in float32, from √(tiny/ε) to √max in float64:
-    shorter ones count as zero, longer ones give NaN. U and ``left`` may be DTensors sharded on their rows, and so may
-    the transpose of Vh and ``right``: ``docs/sharded.md``.
+    In float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
+    dtype give NaN. The derivative is right where the values kept are distinct and [U diag(S), left] and [V, right] have
+    full rank: elsewhere, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
+    their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
 
     References
     ----------
@@ -240,8 +241,9 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     -----
     Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
-    triplets. Lengths of columns as for `svd_update`. U and A may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    triplets. Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The
+    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and A
+    may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -322,6 +324,9 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
         return side.basis(rotation), spectrum, right
     noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
     squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+    # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
+    vanished = squares < torch.finfo(dtype).tiny ** 2
+    squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
