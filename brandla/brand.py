@@ -242,8 +242,8 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
     triplets. Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The
-    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and A
-    may be DTensors sharded on their rows: ``docs/sharded.md``.
+    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and
+    A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
