@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,82 @@ def test_gram_of_many_slabs_equals_the_gram_of_one() -> None:
     panel = matrix(5000, 130, "plain", torch.float32, 0)
     exact = panel.double().mT @ panel.double()
     torch.testing.assert_close(brandla_kernels.gram(panel), exact, rtol=1e-13, atol=1e-11)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few columns", "many"])
+def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few: bool) -> None:
+    """A sum of m products is within m·ε/2. One product over all rows is wrong by 3000 ε for these columns."""
+    (r, k), slab = ((5, 3), 1024) if few else ((16, 16), 4096)
+    generator = torch.Generator().manual_seed(0)
+    root, columns = (1 + torch.randn(10**6, width, generator=generator) for width in (r, k))
+    cross, gram = brandla_kernels.cross_gram(root, columns)
+    rounded = brandla_kernels.rounded_gram(columns)
+    expected = columns.double().mT @ columns.double()
+    terms = columns.double().norm(dim=0).square().max()
+    allowed = slab / 2 * torch.finfo(torch.float32).eps
+    assert (gram - expected).abs().max() <= allowed * terms
+    assert (rounded - expected).abs().max() <= allowed * terms
+    terms = root.double().norm(dim=0).max() * terms.sqrt()
+    assert (cross - root.double().mT @ columns.double()).abs().max() <= allowed * terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cross_gram at any range
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
+RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-40, 37), (15, -36)]
+
+
+@pytest.fixture(params=[True, False], ids=["read", "not read"])
+def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a branch may look at values."""
+    module = importlib.import_module("brandla_kernels.cross_gram")
+    monkeypatch.setattr(module, "reads_are_free", lambda tensor: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("powers", RANGES, ids=str)
+@pytest.mark.parametrize("layout", ["plain", "batched"])
+def test_cross_gram_takes_columns_of_any_length(layout: str, powers: tuple[int, int], reads: bool) -> None:
+    root, columns = (
+        (part * 10.0**power).float()
+        for part, power in zip(operands("cross_gram", 300, 5, 3, layout, torch.float64), powers, strict=True)
+    )
+    if layout == "batched":
+        # Beside a problem in range, and one that nothing has come into yet.
+        root[0, 0] /= 10.0 ** powers[0]
+        columns[0, 0] /= 10.0 ** powers[1]
+        root[0, 1] = 0
+    arguments = root, columns
+    for got, wanted in zip(OPS["cross_gram"](*arguments), exact("cross_gram", arguments), strict=True):
+        largest = wanted.abs().amax((-2, -1), keepdim=True)
+        assert ((got - wanted).abs() <= 300 * torch.finfo(torch.float32).eps * largest).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cross_gram_shows_what_is_not_finite(dtype: torch.dtype, spoilt: int, value: float, reads: bool) -> None:
+    arguments = operands("cross_gram", 9, 3, 2, "plain", dtype)
+    arguments[spoilt][4, 1] = value
+    cross, gram = OPS["cross_gram"](*arguments)
+    assert not torch.isfinite(gram if spoilt else cross).all()
+    assert cross.isnan().any() if math.isnan(value) else True
+
+
+def test_cross_gram_of_an_empty_root_takes_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor starts at 0: its first update is as fast as the others."""
+    module = importlib.import_module("brandla_kernels.cross_gram")
+    taken: list[torch.dtype] = []
+
+    def noted(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        taken.append(dtype)
+        return brandla_kernels.gram(left).new_zeros(left.shape[-1], right.shape[-1])
+
+    monkeypatch.setattr(module, "sum_of_slabs", noted)
+    OPS["cross_gram"](torch.zeros(9, 3), torch.zeros(9, 2))
+    assert taken == [torch.float32, torch.float32]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
