@@ -17,7 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows
+from brandla._sharded import WHOLE, Rows, is_dtensor
 from brandla_kernels import (
     Tall,
     cholesky_inverse_core,
@@ -88,6 +88,8 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     _check.data("orthonormalize", "panel", panel)
     if panel.ndim < 2:
         _check.fail_value("orthonormalize", f"panel must have shape (..., n, k); got {tuple(panel.shape)}")
+    if is_dtensor(panel):
+        _check.fail_type("orthonormalize", "panel must be a plain tensor; got a DTensor; take its .full_tensor()")
     nearly, transform, triangle = factorize(panel.to(torch.promote_types(panel.dtype, torch.float32)))
     return nearly @ transform, triangle
 
