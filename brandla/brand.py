@@ -368,10 +368,8 @@ def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     basis, triangle = torch.linalg.qr(panel)
     if rows is WHOLE:
         return basis, triangle
-    q, p = triangle.shape[-2:]
-    square = torch.nn.functional.pad(triangle, (0, 0, 0, p - q))
-    inner, triangle = torch.linalg.qr(rows.stacked(square))
-    return basis @ rows.own(inner)[..., :q, :], triangle
+    inner, triangle = torch.linalg.qr(rows.stacked(triangle))
+    return basis @ rows.own(inner, panel.shape[-1]), triangle
 
 
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:

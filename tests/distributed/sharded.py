@@ -249,6 +249,11 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
             agree((spread * many.S.square()) @ spread.mT, gram, dtype, label)
             agree(many.dense(), one.dense(), dtype, label)
             small_parts += [many.S, many.Vh]
+    small_parts += nearly_dependent_columns(mesh, dtype)
+    batch = builders.make_svd(37, 21, 6, dtype=dtype, batch_shape=(2,))
+    columns = builders.make_columns(37, 4, dtype=dtype, batch_shape=(2,))
+    result = brandla.svd_append(sharded(mesh, batch), on_rows(mesh, columns), decay=0.9)
+    agree(result.dense(), brandla.svd_append(batch, columns, decay=0.9).dense(), dtype, "batch")
     svd = builders.make_svd(37, 21, 6, dtype=dtype)
     left, right = builders.make_columns(37, 4, dtype=dtype), builders.make_columns(21, 4, dtype=dtype, seed=3)
     expected = brandla.svd_update(svd, left, right, decay=0.9).dense()
@@ -260,6 +265,22 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
         result = brandla.svd_update(factor, *sides, decay=0.9)
         same_kind(result, factor, "svd_update")
         agree(result.dense(), expected, dtype, "svd_update")
+    return small_parts
+
+
+def nearly_dependent_columns(mesh: DeviceMesh, dtype: torch.dtype) -> list[Tensor]:
+    """Append columns whose last directions are weak where a process holds fewer rows than the panel has columns."""
+    small_parts = []
+    for n, r, k, weak in ((12, 4, 4, 8.0), (12, 6, 10, 64.0), (7, 4, 4, 4e3), (3, 0, 8, 16.0), (64, 6, 10, 64.0)):
+        svd = builders.make_svd(n, 20, r, "slow", dtype=dtype)
+        few = oracles.gaussian(n, 2, seed=1) @ oracles.gaussian(2, k, seed=2)
+        columns = (few + weak * torch.finfo(dtype).eps * oracles.gaussian(n, k, seed=3)).to(dtype)
+        result = brandla.svd_append(sharded(mesh, svd), on_rows(mesh, columns), rank=min(n, r + k))
+        label = ("dependent columns", dtype, n, r, k)
+        assert oracles.orthonormality_ratio(whole(result.U), result.S) < oracles.THRESHOLD, label
+        assert oracles.orthonormality_ratio(result.Vh.mT, result.S) < oracles.THRESHOLD, label
+        agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), dtype, label)
+        small_parts.append(result.S)
     return small_parts
 
 
