@@ -53,7 +53,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
         return diagonal.to(dtype), core[..., :keep].to(dtype)
     if _is_plain(core, diagonal):
         values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors[..., -keep if keep else keep :].flip(-1)
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -94,7 +94,7 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0) -> Le
         dropped = torch.cat([torch.where(alive, 0 * kept, kept).amax(-1, keepdim=True), dropped], dim=-1)
         dropped = dropped.amax(-1, keepdim=True)
         kept, vectors = kept * alive, vectors * alive[..., None, :]
-    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else values.new_zeros(values.shape[:-1]))
+    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else (0 * values).sum(-1))
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
@@ -129,11 +129,12 @@ class Compressed(NamedTuple):
 
 
 def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
-    """Compress a positive semi-definite core by one step of the LR algorithm: no eigendecomposition, no sync.
+    """Compress a positive semi-definite core by three steps of the LR algorithm: no eigendecomposition, no sync.
 
-    With the diagonal of K in descending order, K + σI = RᵀR. L = R Rᵀ is the same core in orthonormal coordinates and
-    nearer to diagonal, Z the unit vectors of its largest diagonal entries, and W = orth(Rᵀ L Z). Column i of Rᵀ L is
-    (K + σI) times row i of R, and the diagonal of L are the squared lengths of these rows, so L is never formed.
+    With the diagonal in descending order, K + σI = RᵀR, and R Rᵀ is the same core in orthonormal coordinates and nearer
+    to diagonal: that is one step. Z are the unit vectors of the largest diagonal entries after the last one, and W is
+    orth(R₁ᵀ R₂ᵀ R₃ᵀ Z). With fewer steps, or with products by K in their place, streams that decay fast lose more: a
+    product makes the columns nearly parallel, and the weak ones are lost among them.
 
     Parameters
     ----------
@@ -151,23 +152,20 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     m = core.shape[-1]
     finite = _is_finite(core)[..., None, None]
     identity = torch.eye(m, dtype=core.dtype, device=core.device).expand_as(core)
-    if rank == m and tol == 0:
+    if rank == m and not (m and tol):
         rotation = identity.clone()
     else:
-        diagonal = core.diagonal(dim1=-2, dim2=-1)
-        order = torch.where(finite[..., 0], diagonal, 0).argsort(dim=-1, descending=True)
-        largest = diagonal.gather(-1, order[..., :1])[..., None]
+        largest = core.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
         normalized = torch.where(finite, core / torch.where(largest > 0, largest, 1), 0)
-        normalized = normalized.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
-        shift = 32 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(normalized, keepdim=True)
-        shifted = normalized + shift.clamp_min(torch.finfo(dtype).eps) * identity
-        factor, info = torch.linalg.cholesky_ex(shifted, upper=True)
-        # Where rounding left K less definite than the shift, its largest diagonal entries serve.
-        plain = torch.diag_embed(shifted.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
-        factor = torch.where((info == 0)[..., None, None], factor, plain)
-        chosen = factor.square().sum(-1).topk(rank, dim=-1).indices
-        rotation = _orthonormal(shifted @ tall.columns_at(factor.mT, chosen))
-        rotation = rotation.take_along_dim(order.argsort(dim=-1)[..., :, None], -2)
+        steps = [_factored(normalized, torch.finfo(dtype).eps)]
+        for _ in range(2):
+            factor = steps[-1][1]
+            steps.append(_factored(factor @ factor.mT, torch.finfo(core.dtype).eps))
+        chosen = steps[-1][1].square().sum(-1).topk(rank, dim=-1).indices
+        rotation = tall.columns_at(identity, chosen)
+        for order, factor in reversed(steps):
+            rotation = (factor.mT @ rotation).take_along_dim(order.argsort(dim=-1)[..., :, None], -2)
+        rotation = _orthonormal(rotation)
     image = core @ rotation
     gram = rotation.mT @ image
     if tol:
@@ -184,6 +182,18 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
         torch.where(finite, rotation, float("nan")),
         left_out,
     )
+
+
+def _factored(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the order of a descending diagonal, and the upper Cholesky factor of X + σI in that order."""
+    order = matrix.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    matrix = matrix.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+    shift = (32 * eps * torch.linalg.matrix_norm(matrix, keepdim=True)).clamp_min(eps)
+    shifted = matrix + shift * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(shifted, upper=True)
+    # Where rounding left X less definite than the shift, its largest diagonal entries serve.
+    plain = torch.diag_embed(shifted.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
+    return order, torch.where((info == 0)[..., None, None], factor, plain)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
