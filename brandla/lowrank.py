@@ -131,7 +131,12 @@ class LowRankRoot(NamedTuple):
     @classmethod
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
         """Take over a LowRankEigh: F = U √d."""
-        return cls(eigh.eigenvectors * eigh.eigenvalues.sqrt()[..., None, :], torch.diag_embed(eigh.eigenvalues))
+        function = "LowRankRoot.from_eigh"
+        rows = rows_of(function, "eigh.eigenvectors", eigh.eigenvectors, eigh.eigenvalues)
+        values = rows.small(function, "eigh.eigenvalues", eigh.eigenvalues)
+        vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
+        root = vectors * rows.shared(values.sqrt())[..., None, :]
+        return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
 
     @property
     def n(self) -> int:
