@@ -89,13 +89,14 @@ def _symmetric(square: Tensor) -> Tensor:
 
 # In-place ops are timed many times on the same tensors: their rotations and decays keep the values of order 1.
 OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
+    "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "project": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "residual": lambda normal, data, s: (
         *(_basis(normal, s.n, s.r), data(s.n, s.k)),
         # U C as large as A: an error in either shows in the difference.
         normal(s.r, s.k) * (s.n / s.r) ** 0.5,
     ),
-    "gram": lambda normal, data, s: (normal(s.n, s.k),),
+    **dict.fromkeys(("gram", "rounded_gram"), lambda normal, data, s: (normal(s.n, s.k),)),
     "refine": lambda normal, data, s: (_basis(normal, s.n, s.r), normal(s.n, s.k), normal(s.k, s.k) / s.k**0.5),
     "rotate": _rotate_operands,
     "rotate_": _rotate_operands,
