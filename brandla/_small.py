@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla_kernels import cholesky_inverse_core, tall
+from brandla_kernels import cholesky_inverse_core, reads_are_free, tall
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
 # so that no rounding mixes an empty coordinate into an eigenvector.
@@ -50,6 +51,9 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     diagonal = core.diagonal(dim1=-2, dim2=-1)
     if core.shape[-1] == 0:
         return diagonal.to(dtype), core[..., :keep].to(dtype)
+    if _is_plain(core, diagonal):
+        values, vectors = _eigh_with_retry(core.to(dtype))
+        return values.flip(-1).clamp_min(0), vectors[..., -keep if keep else keep :].flip(-1)
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -58,8 +62,16 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = values.clamp_min(0) * scale[..., None].to(dtype)
+    values = without_denormals(values.clamp_min(0) * scale[..., None].to(dtype))
     return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
+
+
+def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
+    """Say, if a look is free, whether a core is finite, has no empty coordinate and fits float32 without scaling."""
+    if not reads_are_free(core):
+        return False
+    smallest, largest = diagonal.detach().aminmax()
+    return smallest.item() > 1e-30 and largest.item() < 1e30 and math.isfinite(core.detach().sum().item())
 
 
 class Leading(NamedTuple):
@@ -77,18 +89,28 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0) -> Le
     """
     values, vectors = safe_eigh(core, dtype, keep=rank)
     kept, dropped = values[..., :rank], values[..., rank:]
-    if tol and rank:
+    if tol and rank and not _all_above(kept, tol):
         alive = above(kept, tol)
-        dropped = torch.cat([torch.where(alive, 0 * kept, kept), dropped], dim=-1)
+        dropped = torch.cat([torch.where(alive, 0 * kept, kept).amax(-1, keepdim=True), dropped], dim=-1)
+        dropped = dropped.amax(-1, keepdim=True)
         kept, vectors = kept * alive, vectors * alive[..., None, :]
-    left_out = dropped.amax(-1) if dropped.shape[-1] else values.new_zeros(values.shape[:-1])
-    return Leading(without_denormals(kept), vectors, left_out)
+    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else values.new_zeros(values.shape[:-1]))
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
     """Return V Σ⁻¹ for Σ² = ``values``: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. 0 where a value is."""
+    if _all_above(values, 0.0):
+        return vectors * values.rsqrt()[..., None, :]
     inverse = torch.where(values <= 0, 1, values).rsqrt()
     return vectors * torch.where(values <= 0, 0, inverse)[..., None, :]
+
+
+def _all_above(values: Tensor, tol: float) -> bool:
+    """Say whether each of descending values exceeds ``tol`` times the largest, if a look is free."""
+    if not reads_are_free(values) or not values.numel():
+        return False
+    seen = values.detach()
+    return seen[..., -1].amin().item() > tol * seen[..., 0].amax().item()
 
 
 def above(values: Tensor, tol: float) -> Tensor:
@@ -166,13 +188,11 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormalise the columns of a small float64 matrix by two rounds of Cholesky QR; dependent ones become zero."""
-    lengths = torch.linalg.vector_norm(matrix, dim=-2)
     noise = 64 * max(matrix.shape[-1], 1) * torch.finfo(matrix.dtype).eps
-    for scale, threshold in ((lengths, noise), (None, 0.25)):
-        inner = matrix.mT @ matrix
-        scale = (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype) if scale is None else scale
-        matrix = matrix @ cholesky_inverse_core(inner, scale, threshold)[0]
-    return matrix
+    inner = matrix.mT @ matrix
+    matrix = matrix @ cholesky_inverse_core(inner, inner.diagonal(dim1=-2, dim2=-1).sqrt(), noise)[0]
+    inner = matrix.mT @ matrix
+    return matrix @ cholesky_inverse_core(inner, (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype), 0.25)[0]
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,14 +239,15 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
         return core.sum((-2, -1))
     lengths = torch.linalg.vector_norm(core, dim=-2, keepdim=True)
     image = core @ (core / lengths.clamp_min(torch.finfo(core.dtype).tiny))
-    return torch.linalg.vector_norm(image, dim=-2).amax(-1)
+    largest: Tensor = torch.linalg.vector_norm(image, dim=-2).amax(-1)
+    return largest
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
-        # NaN and infinity survive a sum, which is read at a tenth of the cost of every entry's own test.
-        if bool(torch.isfinite(values.sum() + vectors.sum())):
+        # NaN and infinity survive a sum. Where LAPACK leaves them, they are among the values.
+        if math.isfinite(values.sum().item()):
             return values, vectors
     except LinAlgError:
         pass

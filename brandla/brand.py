@@ -1,4 +1,4 @@
-"""Brand's updates of an orthonormal form: eigen- or singular value decompositions kept up to date while data streams in."""
+"""Brand's updates in an orthonormal form: eigen- and singular value decompositions that keep up with a stream."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def eigh_update(
 
     Notes
     -----
-    The update of `brandla.root_update` with F = U √d, scaled and polished once: U is made orthonormal anew at every
-    update, so that nothing drifts. ‖UᵀU − I‖₂ is a few ε; on a CPU the polish is left out while it is at most about 50 ε.
-    Eigenvalues up to 8 ε of the largest are not resolved: they become 0, with zero columns. The result never exceeds the
-    matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device;
+    The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
+    so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
+    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest are not resolved: they become 0, with zero columns. The
+    result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device;
     `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be DTensors sharded on their rows:
     ``docs/sharded.md``.
 
@@ -90,9 +90,9 @@ def eigh_update_(
 ) -> Eigh:
     """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
-    Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is that of a `brandla.Rank`. Raises as
-    `eigh_update` does, and for tensors of ``eigh`` that are expanded and arguments that require grad, before anything is
-    overwritten.
+    Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is that of a `brandla.Rank`. Raises
+    as `eigh_update` does, and for tensors of ``eigh`` that are expanded and arguments that require grad, before
+    anything is overwritten.
     """
     update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
     update = update.overwriting("eigh_update_", ("eigh.eigenvectors", "eigh.eigenvalues"), tol)
@@ -113,7 +113,7 @@ def check_eigh_update(
 
 
 def eigh_step(update: Update) -> Updated:
-    """Compute `eigh_update` from checked arguments: the root's step from F = U √d, scaled to unit columns and polished."""
+    """Compute `eigh_update` from checked arguments: the root's step from F = U √d, to unit columns and polished."""
     if update.adds_nothing:
         return update.decayed()
     lengths = update.small.sqrt()
@@ -338,8 +338,9 @@ class _Factored(NamedTuple):
         """Return Q W for W (..., q, s)."""
         if self.transform is None:
             return self.panel @ rotation
-        dtype = self.panel.dtype
-        return polish(self.panel @ (self.transform @ rotation.double()).to(dtype), self.rows)
+        panel: Tensor = self.panel @ (self.transform @ rotation.double()).to(self.panel.dtype)
+        polished: Tensor = polish(panel, self.rows)
+        return polished
 
 
 def _factored(panel: Tensor, rows: Rows) -> _Factored:

@@ -320,12 +320,12 @@ def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
 def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
     """β = 1/(τ + λ), and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals.
 
-    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)); and with
-    τ = 0 that is −β (S + λI)⁻¹.
+    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)), which is
+    −β (S + λI)⁻¹ for τ = 0.
     """
     if isinstance(factor, LowRankRoot) and isinstance(tail, float) and tail == 0 and not _is_diagonal(factor.gram):
-        complement = 1 / damping
-        return Shifted(factor.root, -_over(complement, 2) * _inverse_of(factor.gram, damping), _filled(complement, factor))
+        middle = -_inverse_of(factor.gram, damping) / _over(damping, 2)
+        return Shifted(factor.root, middle, _filled(1 / damping, factor))
     values, vectors = _pairs(factor)
     tail = _smallest(values) if tail is None else tail
     complement = 1 / (tail + damping)

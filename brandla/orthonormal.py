@@ -34,8 +34,8 @@ from brandla_kernels import (
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 SECOND_PASS = 0.25
-# Multiple of ε up to which ‖UᵀU − I‖_F, as four probes show it, needs no polish: no more than rounding leaves after one.
-_CLEAN = 32
+# Multiple of ε that an estimate of ‖UᵀU − I‖₂ from a few probes may reach before a polish: half of what is promised.
+_CLEAN = 100
 _PROBES = 4
 
 
@@ -133,17 +133,27 @@ def _nothing_of(panel: Tall) -> Tall:
 
 
 def _is_clean(panel: Tall, rows: Rows) -> bool:
-    """Say whether ‖(YᵀY − I) z‖ is rounding for a few fixed sign vectors z, whose mean square is ‖YᵀY − I‖_F²."""
+    """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors; False where a look is not free."""
     first = panel if isinstance(panel, Tensor) else panel[0]
     if rows is not WHOLE or not reads_are_free(first) or first.requires_grad:
         return False
-    k = tall.columns(panel)
-    probes = _signs(k, first.dtype)
-    images = tall.each(torch.matmul, panel, [probes] * len(panel)) if isinstance(panel, list) else panel @ probes
-    back = project(panel, images)
-    # What a zero column returns is 0, and so it should be.
-    error = torch.where(back == 0, 0, back - probes).square().sum((-2, -1)).amax() / _PROBES
-    return bool(error.sqrt() <= _CLEAN * torch.finfo(first.dtype).eps)
+    limit = _CLEAN * torch.finfo(first.dtype).eps
+    probes = _signs(tall.columns(panel), first.dtype)
+    if isinstance(panel, list):
+        probes = probes.expand(len(panel), *probes.shape)
+    error = _error_of(panel, probes)
+    lengths = torch.linalg.vector_norm(error, dim=-2, keepdim=True)
+    # The mean square of the lengths is ‖YᵀY − I‖_F².
+    if lengths.amax().item() <= limit:
+        return True
+    error = _error_of(panel, error / lengths.clamp_min(torch.finfo(first.dtype).tiny))
+    return bool(torch.linalg.vector_norm(error, dim=-2).amax().item() <= limit)
+
+
+def _error_of(panel: Tall, block: Tensor) -> Tensor:
+    """Return (YᵀY − I) Z, and 0 where a column of Y is."""
+    back = project(panel, tall.each(torch.matmul, panel, block))
+    return torch.where(back == 0, 0, back - block)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The square-root form M̂ = F Fᵀ, and what all symmetric updates share: one Gram pass, one small core, one rotation.
 
-With B = [√ρ F, √w A] the new matrix is B Bᵀ, and its eigenvalues are those of the core K = BᵀB of order r + k. With W the
-leading eigenvectors of K, F⁺ = B W is the square root of the best truncation. Derivation: ``docs/updates.md``.
+With B = [√ρ F, √w A] the new matrix is B Bᵀ, and its eigenvalues are those of the core K = BᵀB, of order r + k. With
+the leading eigenvectors W of K, F⁺ = B W is the root of the best truncation. Derivation: ``docs/updates.md``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from brandla.lowrank import Factor, LowRankEigh, LowRankRoot, Rank, Tracked, mos
 from brandla_kernels import Tall, cross_gram, rotate, rotate_, tall
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
+Target = TypeVar("Target")
 Compress = Literal["eigh", "cholesky"]
 
 
@@ -35,9 +36,9 @@ def root_update(
 ) -> Root:
     """Best rank-``rank`` truncation of ``decay * F Fᵀ + weight * A Aᵀ``, in the square-root form.
 
-    Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in exact
-    arithmetic, to `brandla.eigh_update`, in two passes over F and A: n(2rk + k² + 2(r + k)r) flops and O((r + k)³). No
-    column is orthonormal, so none is ever made so again.
+    Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in
+    exact arithmetic, to `brandla.eigh_update`, in two passes over F and A: n(2rk + k² + 2(r + k)r) flops and
+    O((r + k)³).
 
     Parameters
     ----------
@@ -103,8 +104,8 @@ def root_update_(
     """`root_update` at the old rank, written over the tensors of ``root``, which it returns.
 
     Needs no second F. ``columns`` must not share memory with ``root``. ``tol`` is that of a `brandla.Rank`. Raises as
-    `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything is
-    overwritten.
+    `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything
+    is overwritten.
     """
     update = check_root_update("root_update_", root, columns, decay, weight, None, compress)
     update = update.overwriting("root_update_", ("root.root", "root.gram"), tol)
@@ -150,7 +151,7 @@ class Update(NamedTuple):
     weight: float | Tensor
     rank: int
     tol: float
-    tracked: tuple[Tensor, Tensor] | None  # error bound and trace of a tracked factor
+    tracked: tuple[Tensor, ...] | None  # error bound and trace of a tracked factor
     rows: Rows  # which rows of the tall matrices are here
     in_place: bool = False
 
@@ -175,7 +176,7 @@ class Update(NamedTuple):
         if lengths is not None:
             cross = cross * lengths[..., :, None]
         cross = cross * _matrix((self.decay * self.weight) ** 0.5)
-        upper = torch.cat([gram.double() * _matrix(self.decay), cross], dim=-1)
+        upper = torch.cat([gram * _matrix(self.decay), cross], dim=-1)
         lower = torch.cat([cross.mT, own * _matrix(self.weight)], dim=-1)
         return torch.cat([upper, lower], dim=-2)
 
@@ -248,12 +249,11 @@ class Updated(NamedTuple):
 
     def as_list(self, kind: type[Factor]) -> list[Any]:
         """Return the factors of a list."""
-        return [
-            _factor(kind, small, basis, self.tracked and tuple(part[index] for part in self.tracked), self.rows.of(index))
-            for index, (small, basis) in enumerate(zip(self.small, self.tall, strict=True))
-        ]
+        tracked = list(zip(*self.tracked, strict=True)) if self.tracked else [None] * len(self.small)
+        members = zip(self.small, self.tall, tracked, strict=True)
+        return [_factor(kind, *member, self.rows.of(index)) for index, member in enumerate(members)]
 
-    def over(self, target: Any) -> Any:
+    def over(self, target: Target) -> Target:
         """Write what is small over the tensors of the old factor, whose tall matrix is overwritten, and return that."""
         small, _ = parts_of(target)
         here(small).copy_(self.small)

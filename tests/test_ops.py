@@ -87,7 +87,7 @@ def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "residual", "gram_ema_"])
 def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
     def new() -> tuple[Any, ...]:
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
@@ -254,7 +254,7 @@ def assert_same_gradients(function: Callable[..., Any], other: Callable[..., Any
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("case", ["project", "residual"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "residual"])
 def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None:
     arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
     inputs = requiring_grad(arguments)

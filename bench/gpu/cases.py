@@ -89,14 +89,15 @@ def _symmetric(square: Tensor) -> Tensor:
 
 # In-place ops are timed many times on the same tensors: their rotations and decays keep the values of order 1.
 OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
-    "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "project": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "residual": lambda normal, data, s: (
         *(_basis(normal, s.n, s.r), data(s.n, s.k)),
         # U C as large as A: an error in either shows in the difference.
         normal(s.r, s.k) * (s.n / s.r) ** 0.5,
     ),
-    **dict.fromkeys(("gram", "rounded_gram"), lambda normal, data, s: (normal(s.n, s.k),)),
+    "gram": lambda normal, data, s: (normal(s.n, s.k),),
+    "rounded_gram": lambda normal, data, s: (_basis(normal, s.n, s.k),),
+    "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "refine": lambda normal, data, s: (_basis(normal, s.n, s.r), normal(s.n, s.k), normal(s.k, s.k) / s.k**0.5),
     "rotate": _rotate_operands,
     "rotate_": _rotate_operands,
@@ -118,6 +119,8 @@ ALL_FLOAT64 = ("gram", "cholesky_inverse_core")
 # Flops that float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
 NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
     "gram": lambda s: (0, s.n * s.k**2),
+    "rounded_gram": lambda s: (s.n * s.k**2, 0),
+    "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
     "residual": lambda s: (2 * s.n * s.r * s.k, s.n * s.k**2),
     "refine": lambda s: (2 * s.n * s.k * (s.k + s.r), s.n * s.k**2),
     "gram_ema_": lambda s: (s.n**2 * s.k, 0),
@@ -137,7 +140,9 @@ def cases(sizes: Sizes) -> list[Case]:
         if _fits(name, n, sizes)
     ]
     other = _size(sizes, *sizes.other_dtypes)
-    halves = [Case(name, other, float32, bf16) for name in ("project", "residual", "gram_ema_") if name in known]
+    halves = [
+        Case(name, other, float32, bf16) for name in ("project", "cross_gram", "residual", "gram_ema_") if name in known
+    ]
     doubles = [
         Case(name, other, float64, float64) for name in ("project", "residual", "rotate", "damped_apply", "gram")
     ]

@@ -28,34 +28,25 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
 
 def cross_gram_torch(root: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``root.mT @ columns`` and ``columns.mT @ columns`` in float64, a slab of rows at a time."""
-    return _in_any_range(root, columns, root.dtype), _in_any_range(columns, columns, root.dtype)
+    dtype = root.dtype
+    if dtype == torch.float32 and reads_are_free(columns):
+        inner = sum_of_slabs(columns, columns, dtype)
+        if _keeps_precision(inner, columns.shape[-2]):
+            return sum_of_slabs(root, columns, dtype), inner
+    return sum_of_slabs(root, columns, torch.float64), sum_of_slabs(columns, columns, torch.float64)
 
 
-def _in_any_range(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``left.mT @ right``, of products in ``dtype`` where these keep their precision, and else in float64."""
-    if dtype == torch.float64 or not reads_are_free(left):
-        return sum_of_slabs(left, right, torch.float64)
-    product = sum_of_slabs(left, right, dtype)
-    return product if _keeps_precision(product, left, right) else sum_of_slabs(left, right, torch.float64)
+def _keeps_precision(inner: Tensor, n: int) -> bool:
+    """Say whether float32 squares neither overflowed nor vanished: n of them may lose a denormal number each.
 
-
-def _keeps_precision(product: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Say whether float32 products neither overflowed nor vanished: n of them may lose a denormal number each."""
-    if product.numel() == 0:
+    Products with a root whose own squares are in range then are so too.
+    """
+    if inner.numel() == 0:
         return True
-    smallest, largest = product.detach().flatten(-2).aminmax(dim=-1)
-    pairs = zip(smallest.flatten().tolist(), largest.flatten().tolist(), strict=True)
-    peaks = [max(high, -low) for low, high in pairs]
+    longest = inner.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
+    smallest, largest = longest.aminmax() if longest.ndim else (longest, longest)
     info = torch.finfo(torch.float32)
-    least = left.shape[-2] * info.tiny / info.eps
-    if all(least <= peak < math.inf for peak in peaks):
-        return True
-    # A root that nothing has come into yet has no products to lose.
-    empty = ~(left.any(-1).any(-1) & right.any(-1).any(-1))
-    return all(
-        least <= peak < math.inf or (peak == 0 and none)
-        for peak, none in zip(peaks, empty.flatten().tolist(), strict=True)
-    )
+    return n * info.tiny / info.eps <= smallest.item() and largest.item() < math.inf
 
 
 cross_gram = op("cross_gram(Tall[n,r] root, Data[n,k] columns) -> (Small[r,k], Small[k,k])", cost)(cross_gram_torch)

@@ -48,7 +48,7 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         rows = max(left.shape[-2], 1)
     slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
     products = (x.to(dtype).mT @ y.to(dtype) for x, y in slabs)
-    total = next(products).double()
+    total: Tensor = next(products).double()
     for product in products:
         total += product
     return total

@@ -72,8 +72,15 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
+def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
+    """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
+    config = inner_product(target, dtype, max(r, k), k, aligned)
+    blocks = dict(config.blocks)
+    return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
+
+
 def sum_parts() -> Config:
-    """Tiles of `sum_parts_kernel`."""
+    """Tiles of `sum_parts_kernel` and `sum_cross_gram_kernel`."""
     return Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 1)
 
 

@@ -164,12 +164,12 @@ def _inner_product(
         "PRECISION": product_precision(target, dtype),
     }  # fmt: skip
     start(inner_product_kernel, (operands.problems * splits * tiles,), arguments, config)
-    out = new_small(_wider(x, y), (r, k), out_dtype)
+    out = new_small(wider(x, y), (r, k), out_dtype)
     _sum_parts(parts, out, row_scale, config if symmetric else None)
     return out
 
 
-def _wider(x: Matrices, y: Matrices) -> Matrices:
+def wider(x: Matrices, y: Matrices) -> Matrices:
     """Whichever of the two has the batch dimensions, if one is the same for all problems."""
     return y if isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim > x.ndim else x
 

@@ -90,7 +90,7 @@ def test_kernel_computes_the_formula_in_every_layout(
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "transposed", "batched, with gaps"])
-@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_", "sketch"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "residual", "gram_ema_", "sketch"])
 def test_kernel_takes_half_precision_data_exactly(
     case: str, layout: str, half: torch.dtype, device: torch.device, unchanged: Callable[..., Any]
 ) -> None:
@@ -206,7 +206,7 @@ def test_grouped_kernel_computes_the_formula_of_each_problem(
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [MIXED, ALIGNED], ids=["mixed", "aligned"])
-@pytest.mark.parametrize("case", ["project", "residual", "gram_ema_", "sketch"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "residual", "gram_ema_", "sketch"])
 def test_grouped_kernel_takes_half_precision_data_exactly(
     case: str,
     sizes: list[tuple[int, int, int]],
