@@ -191,11 +191,11 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
     n = n // 64 if quick else n
     r = k = 16
     source = torch.Generator().manual_seed(0)
-    lead = torch.randn(n, r // 2, generator=source)
+    lead = torch.randn(n, r, generator=source)
     update, kind = UPDATES[name]
     factor = kind.zeros(n, r)
     for _ in range(5):
-        columns = lead @ torch.randn(r // 2, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
+        columns = lead @ torch.randn(r, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
         factor = update(factor, columns, decay=DECAY, weight=WEIGHT)
     eigh = factor if name == EIGH else factor.to_eigh()
     defect = orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps

@@ -144,7 +144,7 @@ def cases(sizes: Sizes) -> list[Case]:
         Case(name, other, float32, bf16) for name in ("project", "cross_gram", "residual", "gram_ema_") if name in known
     ]
     doubles = [
-        Case(name, other, float64, float64) for name in ("project", "residual", "rotate", "damped_apply", "gram")
+        Case(name, other, float64, float64) for name in ("project", "cross_gram", "rotate", "damped_apply", "gram")
     ]
     return listed + halves + doubles
 
