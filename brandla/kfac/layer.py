@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brandla.kfac.capture import Call, Capture, Pass, Recorder
 from brandla.kfac.kinds import Kind, Uses
 from brandla.kfac.strategy import Curvature, Gradient, Rows, Shape, Strategy
 
 Sharing = Literal["expand", "reduce"]
+
+
+class Written(NamedTuple):
+    """Part of a step, and the gradient that it is for: the same tensor, unless that has less precision."""
+
+    step: Tensor
+    gradient: Tensor
 
 
 class Layer:
@@ -38,7 +45,7 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of factors and of the step: that of the weight, but at least float32."""
-        return torch.promote_types(self.kind.weight.dtype, torch.float32)
+        return torch.float64 if self.kind.weight.dtype == torch.float64 else torch.float32
 
     @property
     def shape(self) -> Shape:
@@ -110,9 +117,7 @@ class Layer:
             return None
         if self.has_bias and self.kind.bias is None:
             return None
-        shape = self.shape
-        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-        if widest is None or self._count(calls) > widest:
+        if not self._is_narrow(calls):
             return None
         if rows is None or self.sharing == "reduce":
             rows = self._stacked(calls, "loss", scale, reduce=False)
@@ -120,6 +125,20 @@ class Layer:
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
         return pair if self.linear else None
+
+    @property
+    def checked_by_rows(self) -> bool:
+        """Whether the gradient is the product of the loss's rows: finite where their squares are, and not read itself.
+
+        That the rows are so narrow that they take the gradient's place is what makes it worth asking.
+        """
+        return (
+            bool(self.linear)
+            and self.sharing == "expand"
+            and self.kind.weight.dtype == self.dtype
+            and self.capture.gradient_is_pairs()
+            and self._is_narrow(self._calls("loss"))
+        )
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
@@ -130,22 +149,21 @@ class Layer:
             return matrix
         return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
 
-    def write(self, step: Gradient, factor: Tensor | float) -> None:
-        """Overwrite the gradient with ``factor`` times the step."""
+    def write(self, step: Gradient) -> list[Written]:
+        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
         weight, bias = self.kind.weight.grad, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
-        out = {"out": weight} if self._writes_directly(weight) else {}
+        direct = isinstance(step, tuple) and self._writes_directly(weight)
         if isinstance(step, Tensor):
-            matrix, column = torch.mul(step[..., :d_in], factor, **out), step[..., -1:] * factor
+            matrix = step[..., :d_in]
         else:
-            first, second = step[0] * factor, step[1]
-            matrix = torch.matmul(first, second[..., :d_in, :].mT, **out)
-            column = first @ second[..., -1:, :].mT
-        if not out:
-            weight.copy_(self.kind.tensor(matrix))
+            matrix = torch.matmul(step[0], step[1][..., :d_in, :].mT, **({"out": weight} if direct else {}))
+        parts = [Written(weight, weight) if direct else _written(self.kind.tensor(matrix), weight)]
         if self.has_bias and bias is not None:
-            bias.copy_(column.reshape(bias.shape))
+            column = step[..., -1] if isinstance(step, Tensor) else step[0] @ step[1][..., -1, :, None]
+            parts.append(_written(column.reshape(bias.shape), bias))
+        return parts
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
@@ -166,6 +184,12 @@ class Layer:
     def _calls(self, of: Pass) -> list[Call]:
         """Return the calls that have rows: a batch may be empty."""
         return [call for call in self.capture.calls if call.gradients[of] and call.gradients[of][0].numel()]
+
+    def _is_narrow(self, calls: list[Call]) -> bool:
+        """Say whether a pair of these calls is cheaper to apply than the gradient."""
+        shape = self.shape
+        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+        return widest is not None and self._count(calls) <= widest
 
     def _count(self, calls: list[Call]) -> int:
         """Return how many rows the calls make with no reduction."""
@@ -196,8 +220,10 @@ class Layer:
             return uses.inputs.flatten()
         inputs = uses.inputs.to(self.dtype)
         if self.has_bias and not self.kind.single:
-            ones = inputs.new_ones(*inputs.shape[:-1], 1) if uses.ones is None else uses.ones.to(self.dtype)
-            inputs = torch.cat([inputs, ones], dim=-1)
+            if uses.ones is None:
+                inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+            else:
+                inputs = torch.cat([inputs, uses.ones.to(self.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
 
     def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
@@ -220,6 +246,11 @@ def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]
         for call in calls:
             if index < len(call.gradients[of]):
                 yield index, call, call.gradients[of][index]
+
+
+def _written(step: Tensor, gradient: Tensor) -> Written:
+    """Write a part, unless it would be rounded before it is scaled."""
+    return Written(gradient.copy_(step), gradient) if gradient.dtype == step.dtype else Written(step, gradient)
 
 
 def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:

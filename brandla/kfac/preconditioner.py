@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
@@ -13,7 +13,7 @@ from brandla._ranges import ranged
 from brandla.kfac import passes, state
 from brandla.kfac.brand import Brand
 from brandla.kfac.capture import Pass, Recorder
-from brandla.kfac.clip import clipping
+from brandla.kfac.clip import by_kl, by_rms, finish
 from brandla.kfac.distributed import Mode, Replicas, replicas
 from brandla.kfac.find import find_layers
 from brandla.kfac.fisher import CurvatureType, Loss
@@ -273,7 +273,8 @@ class KFAC:
             if not layer.refusal and not layer.is_frozen:
                 layer.follow()
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
-        mask = Mask.of(own.values(), self._model)
+        products = [layer.kind.weight.grad for layer in own if self._reads_rows_alone(layer)]
+        mask = Mask.of(own.values(), self._model, but=products)
         damping = Damping(options.damping, self.options.damping_scale)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
@@ -283,7 +284,8 @@ class KFAC:
         mask.clear(self._model)
         for layer in ready:
             layer.seal()
-        self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+        if not mask.known_finite:
+            self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return what the factors of layers take in at this step."""
@@ -311,9 +313,18 @@ class KFAC:
         for strategy, members in by_strategy(layers).items():
             problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
             steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
-        factors = clipping([steps[layer] for layer in layers], list(gradients.values()), clip, self.options.clip_by)
-        for layer, factor in zip(layers, factors, strict=True):
-            layer.write(steps[layer], factor)
+        self._write([steps[layer] for layer in layers], gradients, clip)
+
+    def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
+        """Overwrite the gradients of layers with their steps, clipped."""
+        factors: Sequence[Tensor] | None = None
+        if clip is not None and steps and self.options.clip_by == "kl":
+            # Before anything is written: a gradient may be the weight's own.
+            factors = [by_kl(steps, list(gradients.values()), clip)] * len(steps)
+        written = [layer.write(step) for layer, step in zip(gradients, steps, strict=True)]
+        if clip is not None and self.options.clip_by == "rms":
+            factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        finish(written, factors)
 
     def _loss_scale(self, layers: list[Layer]) -> Tensor | None:
         """Return what the loss was multiplied by, without reading it; gradients must be so no longer."""
@@ -326,6 +337,10 @@ class KFAC:
             )
             raise RuntimeError(message)
         return scale_of(self._scaler, layers[0].kind.weight.device)
+
+    def _reads_rows_alone(self, layer: Layer) -> bool:
+        """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
+        return self._applies_to_pairs and not self._takes_curvature and layer.checked_by_rows
 
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
         """Say whether a layer takes data in at this step."""
