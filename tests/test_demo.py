@@ -169,8 +169,8 @@ def test_only_brand_keeps_less_than_the_dense_factor(results: Results) -> None:
     assert {name for name, share in shares.items() if share < 1} == {"B-KFAC", "B-KFAC, sketched"}
     n, rank = TINY.width + 1, TINY.training.rank
     brand = results.training.memory["B-KFAC"]
-    # U and d, the error bound and the sum of the weights.
-    assert max(factor.bytes for factor in brand if factor.n == n) == 4 * (n * rank + rank + 2)
+    # F and S, the error bound, the trace and the sum of the weights.
+    assert max(factor.bytes for factor in brand if factor.n == n) == 4 * (n * rank + rank**2 + 3)
 
 
 def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
