@@ -135,7 +135,7 @@ def _nothing_of(panel: Tall) -> Tall:
 def _is_clean(panel: Tall, rows: Rows) -> bool:
     """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors; False where a look is not free."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad:
+    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad or not first.numel():
         return False
     limit = _CLEAN * torch.finfo(first.dtype).eps
     probes = _signs(tall.columns(panel), first.dtype)
