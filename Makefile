@@ -114,7 +114,7 @@ gpu: $(if $(filter $(python),$(GPU_PYTHON)),.venv/.extra-test .venv/.extra-bench
 
 # A size that is not named is that of bench.profiling.
 sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) '$($(size))'))
-profile: .venv/.extra-bench ## one op, kernel by kernel (OP=residual N=16384 R=256 K=256 DTYPE=float32), and the ncu line
+profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R=256 K=256 DTYPE=float32), and the ncu line
 	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
 
 docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.md and pictures from the result files

@@ -17,16 +17,13 @@ from brandla_kernels import cholesky_inverse_core, reads_are_free, tall
 # so that no rounding mixes an empty coordinate into an eigenvector.
 _EMPTY = -1.0
 
-# Eigenvalues of a core, relative to the largest, up to which they are its rounding: 8 ε.
-UNRESOLVED = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
-
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigendecomposition of a small symmetric positive semi-definite matrix, descending, that survives hard cores.
 
     The core is scaled by its largest diagonal entry. A coordinate whose diagonal entry is 0 is empty: it gets a zero
     eigenvector and the value 0, after all others. A core with a non-finite entry gives NaN throughout. Where LAPACK
-    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/brand.md``).
+    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/updates.md``).
 
     Parameters
     ----------
@@ -62,16 +59,26 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = without_denormals(values.clamp_min(0) * scale[..., None].to(dtype))
+    values = without_denormals((values.clamp_min(0) * scale[..., None]).to(dtype))
+    # Eigenvalues that the dtype does not hold are not finite either.
+    finite = finite & torch.isfinite(values[..., 0])
     return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
 
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
     """Say, if a look is free, whether a core is finite, has no empty coordinate and fits float32 without scaling."""
-    if not reads_are_free(core):
+    if not reads_are_free(core) or not core.numel():
         return False
     smallest, largest = diagonal.detach().aminmax()
     return smallest.item() > 1e-30 and largest.item() < 1e30 and math.isfinite(core.detach().sum().item())
+
+
+def unresolved(dtype: torch.dtype, order: int) -> float:
+    """Return what eigenvalues of a core may be its rounding, relative to the largest: 8 ε, or √m ε of a large order m.
+
+    Of a core of order 160 whose columns repeat, float32 `eigh` gave values of 8.4 ε for zeros.
+    """
+    return float(torch.finfo(dtype).eps * max(8, order**0.5))
 
 
 class Leading(NamedTuple):
@@ -129,12 +136,11 @@ class Compressed(NamedTuple):
 
 
 def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
-    """Compress a positive semi-definite core by three steps of the LR algorithm: no eigendecomposition, no sync.
+    """Compress a positive semi-definite core by two steps of the LR algorithm: no eigendecomposition, no sync.
 
-    With the diagonal in descending order, K + σI = RᵀR, and R Rᵀ is the same core in orthonormal coordinates and nearer
-    to diagonal: that is one step. Z are the unit vectors of the largest diagonal entries after the last one, and W is
-    orth(R₁ᵀ R₂ᵀ R₃ᵀ Z). With fewer steps, or with products by K in their place, streams that decay fast lose more: a
-    product makes the columns nearly parallel, and the weak ones are lost among them.
+    K + σI = RᵀR, and L = R Rᵀ is the same core in orthonormal coordinates and nearer to diagonal. With its diagonal in
+    descending order, ΠᵀLΠ = R₂ᵀR₂ in the same way, and the leading eigenvectors of L are nearly LΠR₂ᵀZ, with Z the unit
+    vectors of the longest rows of R₂. W = orth(RᵀLΠR₂ᵀZ).
 
     Parameters
     ----------
@@ -157,15 +163,14 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     else:
         largest = core.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
         normalized = torch.where(finite, core / torch.where(largest > 0, largest, 1), 0)
-        steps = [_factored(normalized, torch.finfo(dtype).eps)]
-        for _ in range(2):
-            factor = steps[-1][1]
-            steps.append(_factored(factor @ factor.mT, torch.finfo(core.dtype).eps))
-        chosen = steps[-1][1].square().sum(-1).topk(rank, dim=-1).indices
-        rotation = tall.columns_at(identity, chosen)
-        for order, factor in reversed(steps):
-            rotation = (factor.mT @ rotation).take_along_dim(order.argsort(dim=-1)[..., :, None], -2)
-        rotation = _orthonormal(rotation)
+        shift = 32 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(normalized, keepdim=True)
+        factor = _upper_factor(normalized + shift.clamp_min(torch.finfo(dtype).eps) * identity)
+        nearer = factor @ factor.mT
+        order = nearer.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+        sorted_columns = nearer.take_along_dim(order[..., None, :], -1)
+        second = _upper_factor(sorted_columns.take_along_dim(order[..., :, None], -2))
+        chosen = second.square().sum(-1).topk(rank, dim=-1).indices
+        rotation = _orthonormal(factor.mT @ (sorted_columns @ tall.columns_at(second.mT, chosen)))
     image = core @ rotation
     gram = rotation.mT @ image
     if tol:
@@ -177,6 +182,7 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
         rest = core - image @ rotation.mT
         left_out = torch.linalg.matrix_norm(rest - rotation @ (rotation.mT @ rest))
     gram = without_denormals(((gram + gram.mT) / 2).to(dtype), dims=2)
+    finite = finite & torch.isfinite(gram.sum((-2, -1), keepdim=True))
     return Compressed(
         torch.where(finite, gram, float("nan")),
         torch.where(finite, rotation, float("nan")),
@@ -184,25 +190,27 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     )
 
 
-def _factored(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the order of a descending diagonal, and the upper Cholesky factor of X + σI in that order."""
-    order = matrix.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-    matrix = matrix.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
-    shift = (32 * eps * torch.linalg.matrix_norm(matrix, keepdim=True)).clamp_min(eps)
-    shifted = matrix + shift * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(shifted, upper=True)
-    # Where rounding left X less definite than the shift, its largest diagonal entries serve.
-    plain = torch.diag_embed(shifted.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
-    return order, torch.where((info == 0)[..., None, None], factor, plain)
+def _upper_factor(matrix: Tensor) -> Tensor:
+    """Return R with M = RᵀR; where rounding left M not definite, the root of its diagonal, which still serves."""
+    factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
+    plain = torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
+    return torch.where((info == 0)[..., None, None], factor, plain)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    """Orthonormalise the columns of a small float64 matrix by two rounds of Cholesky QR; dependent ones become zero."""
+    """Orthonormalise the columns of a small float64 matrix by shifted Cholesky QR; dependent ones become zero."""
+    lengths = torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
+    matrix = matrix / torch.where(lengths > 0, lengths, 1)
     noise = 64 * max(matrix.shape[-1], 1) * torch.finfo(matrix.dtype).eps
     inner = matrix.mT @ matrix
-    matrix = matrix @ cholesky_inverse_core(inner, inner.diagonal(dim1=-2, dim2=-1).sqrt(), noise)[0]
-    inner = matrix.mT @ matrix
-    return matrix @ cholesky_inverse_core(inner, (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype), 0.25)[0]
+    identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    factor = torch.linalg.cholesky_ex(inner + noise * identity, upper=True).L
+    matrix = torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
+    for threshold in (noise, 0.25):
+        inner = matrix.mT @ matrix
+        scale = (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype)
+        matrix = matrix @ cholesky_inverse_core(inner, scale, threshold)[0]
+    return matrix
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

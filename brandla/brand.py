@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import UNRESOLVED, above, leading, safe_svd, unit_scaled, without_denormals
+from brandla._small import above, leading, safe_svd, unit_scaled, unresolved, without_denormals
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, check_update
@@ -62,10 +62,10 @@ def eigh_update(
     -----
     The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
     so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
-    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest are not resolved: they become 0, with zero columns. The
-    result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device;
-    `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
+    become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
+    eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
+    DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -118,7 +118,8 @@ def eigh_step(update: Update) -> Updated:
         return update.decayed()
     lengths = update.small.sqrt()
     core = update.core(torch.diag_embed(update.small), lengths)
-    values, rotation, left_out = leading(core, update.rank, update.dtype, max(update.tol, UNRESOLVED[update.dtype]))
+    tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
+    values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
     vectors = update.rotated(unit_scaled(rotation, values), lengths)
     if update.in_place:
         polish_(vectors, update.rows)

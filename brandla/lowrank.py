@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, rows_of, zero_rows
-from brandla._small import UNRESOLVED, largest_eigenvalue, leading, unit_scaled
+from brandla._small import largest_eigenvalue, leading, unit_scaled, unresolved
 from brandla.orthonormal import polish
 from brandla_kernels import rounded_gram
 
@@ -151,14 +151,15 @@ class LowRankRoot(NamedTuple):
     def to_eigh(self) -> LowRankEigh:
         """Return the LowRankEigh of the same matrix and rank, from the Gram matrix of F measured anew.
 
-        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁ are
-        not resolved: they become 0, with zero vectors.
+        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁
+        (√r ε·d₁ above rank 64) are not resolved: they become 0, with zero vectors.
         """
         function = "LowRankRoot.to_eigh"
         rows = rows_of(function, "root", self.root, self.gram)
         root = rows.local(function, "root", self.root)
         inner = rows.total(rounded_gram(root))
-        values, rotation, _ = leading(inner, min(root.shape[-1], self.n), root.dtype, UNRESOLVED[root.dtype])
+        r = root.shape[-1]
+        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r))
         vectors = polish(root @ unit_scaled(rotation, values), rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 

@@ -1,6 +1,6 @@
 """Orthonormal columns without a host sync: rank-aware Cholesky QR of tall panels, and the polish of an update.
 
-Derivation and error bounds: ``docs/orthonormalisation.md``.
+Derivation and error bounds: ``docs/updates.md``.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _nothing_of(panel: Tall) -> Tall:
 def _is_clean(panel: Tall, rows: Rows) -> bool:
     """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors; False where a look is not free."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad:
+    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad or not first.numel():
         return False
     limit = _CLEAN * torch.finfo(first.dtype).eps
     probes = _signs(tall.columns(panel), first.dtype)

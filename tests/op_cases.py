@@ -98,14 +98,12 @@ def operands(
     def number(seed: int) -> Tensor:
         return new(1, 1, seed)[..., 0, 0]
 
-    basis, columns, small = new(n, r, 0), new(n, k, 1), new(r, k, 2)
+    basis, columns = new(n, r, 0), new(n, k, 1)
     table: dict[str, Callable[[], tuple[Any, ...]]] = {
         "project": lambda: (basis, columns),
-        "residual": lambda: (basis, columns, small),
         "gram": lambda: (columns,),
         "rounded_gram": lambda: (columns,),
         "cross_gram": lambda: (basis, columns),
-        "refine": lambda: (basis, columns, new(k, k, 3)),
         "rotate": lambda: (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
         "rotate_": lambda: (new(n, r, 0, written(layout)), columns, new(r, r, 3), new(k, r, 4)),
         "gram_ema_": lambda: (symmetric(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
@@ -179,11 +177,9 @@ def random_signs(matrix: Tensor, seed: Tensor | None, width: int, problem: int =
 
 FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "project": lambda U, A: (U.mT @ A,),
-    "residual": lambda U, A, C: (A - U @ C, (A - U @ C).mT @ (A - U @ C)),
     "gram": lambda P: (P.mT @ P,),
     "rounded_gram": lambda P: (P.mT @ P,),
     "cross_gram": lambda F, A: (F.mT @ A, A.mT @ A),
-    "refine": lambda U, P, T: (P @ T, U.mT @ P @ T, T.mT @ P.mT @ P @ T),
     "rotate": lambda U, P, V, W: (U @ V + P @ W,),
     "rotate_": lambda U, P, V, W: (U @ V + P @ W,),
     "gram_ema_": lambda M, A, decay, weight: (decay * M + weight * A @ A.mT,),
@@ -207,8 +203,6 @@ def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def magnitude(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the formula with every term of every sum made positive: what rounding errors are relative to."""
     positive = [part.double().abs() if isinstance(part, Tensor) else part for part in arguments]
-    if op_of(case) == "residual":
-        positive[0] = -positive[0]
     if op_of(case) == "sketch":
         positive[1] = None
     return FORMULAS[op_of(case)](*positive)

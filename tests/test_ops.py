@@ -88,7 +88,7 @@ def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["project", "cross_gram", "residual", "gram_ema_"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_"])
 def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
     def new() -> tuple[Any, ...]:
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
@@ -255,9 +255,9 @@ def test_cost_counts_work_and_traffic(name: str) -> None:
 
 def test_an_op_follows_the_dispatcher_on_every_device() -> None:
     """On meta tensors, which have no data, shapes and dtypes come out right: what a tracer sees."""
-    panel, gram = OPS["residual"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3), (2, 3))))
-    assert (panel.shape, gram.shape, gram.dtype) == ((9, 3), (3, 3), torch.float64)
-    assert OPS["residual"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
+    cross, gram = OPS["cross_gram"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3))))
+    assert (cross.shape, gram.shape, cross.dtype, gram.dtype) == ((2, 3), (3, 3), torch.float64, torch.float64)
+    assert OPS["cross_gram"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def assert_same_gradients(function: Callable[..., Any], other: Callable[..., Any
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("case", ["project", "cross_gram", "residual"])
+@pytest.mark.parametrize("case", ["project", "cross_gram"])
 def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None:
     arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
     inputs = requiring_grad(arguments)
@@ -353,7 +353,7 @@ def test_what_overwrites_refuses_to_lose_a_gradient(name: str, unchanged: Callab
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------------
 
-WIDE, LONG = torch.zeros(9, 4), torch.zeros(10, 2)
+LONG = torch.zeros(10, 2)
 
 BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception], str]] = {
     "rows": (
@@ -363,10 +363,10 @@ BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception],
         r"columns must have shape \(n, k\) with n = 9; got \(10, 2\)",
     ),
     "rank": (
-        "residual",
-        lambda U, A, C: (U, A, C[1:]),
+        "rotate",
+        lambda U, P, V, W: (U, P, V[1:], W),
         ValueError,
-        r"coefficients must have shape \(r, k\) with r = 3, k = 2; got \(2, 2\)",
+        r"basis_rotation must have shape \(r, s\) with r = 3; got \(2, 4\)",
     ),
     "vector": (
         "project",
@@ -400,10 +400,10 @@ BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception],
         r"middle must have shape \(r,\) or \(r, r\) with r = 3; got \(2,\)",
     ),
     "not square": (
-        "refine",
-        lambda U, P, T: (U, P, WIDE[:2]),
+        "rotate_",
+        lambda U, P, V, W: (U, P, V[:, 1:], W),
         ValueError,
-        r"transform must have shape \(k, k\) with k = 2; got \(2, 4\)",
+        r"basis_rotation must have shape \(r, r\) with r = 3; got \(3, 2\)",
     ),
     "not square, overwritten": (
         "gram_ema_",
@@ -430,10 +430,10 @@ BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception],
         r"panel must have the dtype of basis, torch\.float32; got torch\.float64",
     ),
     "precision of a small matrix": (
-        "residual",
-        lambda U, A, C: (U, A, C.double()),
+        "rotate",
+        lambda U, P, V, W: (U, P, V.double(), W),
         TypeError,
-        r"coefficients must have the dtype of basis, torch\.float32; got torch\.float64",
+        r"basis_rotation must have the dtype of basis, torch\.float32; got torch\.float64",
     ),
     "half a basis": (
         "project",
@@ -448,10 +448,10 @@ BAD_CALLS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception],
         r"columns must have the dtype of basis, torch\.float64; got torch\.bfloat16",
     ),
     "data of another precision": (
-        "residual",
-        lambda U, A, C: (U, A.double(), C),
+        "cross_gram",
+        lambda F, A: (F, A.double()),
         TypeError,
-        r"columns must have the dtype of basis, torch\.float32; got torch\.float64",
+        r"columns must have the dtype of root, torch\.float32; got torch\.float64",
     ),
     "whole numbers": (
         "project",
@@ -529,10 +529,10 @@ BAD_LISTS: dict[str, tuple[str, Callable[..., tuple[Any, ...]], type[Exception],
         r"panel\[0\] must have the dtype of basis, torch\.float64; got torch\.float32",
     ),
     "stack too small": (
-        "residual",
-        lambda U, A, C: (U, A, C[:, 1:]),
+        "rotate",
+        lambda U, P, V, W: (U, P, V[:, 1:], W),
         ValueError,
-        r"coefficients must have shape \(4, r, k\) with r = 4, k = 5; got \(4, 3, 5\)",
+        r"basis_rotation must have shape \(4, r, s\) with r = 4; got \(4, 3, 5\)",
     ),
     "stack too large": (
         "damped_apply",

@@ -41,9 +41,9 @@ def test_the_row_of_all_kernels_has_the_cost_of_the_op(tmp_path: Path):
 
 
 def test_what_is_printed_names_size_time_and_the_way_deeper(capsys: pytest.CaptureFixture[str]):
-    assert main(["--op", "residual", *SMALL, *GIVEN]) == 0
+    assert main(["--op", "cross_gram", *SMALL, *GIVEN]) == 0
     printed = capsys.readouterr().out
-    assert "residual: n 96, r 8, k 8" in printed
+    assert "cross_gram: n 96, r 8, k 8" in printed
     assert "torch form on a CPU" in printed
     assert "ncu --clock-control none" in printed
     assert "nsys profile" in printed
@@ -53,11 +53,11 @@ def test_what_is_printed_names_size_time_and_the_way_deeper(capsys: pytest.Captu
     ("arguments", "rule"),
     [
         (["--op", "residuum"], "OP must be one of"),
-        (["--op", "residual", "--n", "0"], "N must be at least 1; got 0"),
-        (["--op", "residual", "--n", "many"], "invalid int value: 'many'"),
-        (["--op", "residual", "--n", "8", "--r", "9"], "R must be at most N = 8"),
+        (["--op", "cross_gram", "--n", "0"], "N must be at least 1; got 0"),
+        (["--op", "cross_gram", "--n", "many"], "invalid int value: 'many'"),
+        (["--op", "cross_gram", "--n", "8", "--r", "9"], "R must be at most N = 8"),
         (["--op", "eigh_update", "--n", "16", "--r", "8", "--k", "9"], "R + K must be at most N = 16"),
-        (["--op", "residual", "--dtype", "int8"], "DTYPE must be one of"),
+        (["--op", "cross_gram", "--dtype", "int8"], "DTYPE must be one of"),
         (["--op", "rotate", "--dtype", "bfloat16"], "rotate takes none"),
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],
@@ -75,12 +75,12 @@ def test_what_cannot_be_profiled_is_said_in_one_line(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("op", ["residual", "subspace_update"])
+@pytest.mark.parametrize("op", ["cross_gram", "subspace_update"])
 def test_the_lines_of_other_profilers_run_the_same_calls_bare(op: str):
     pytest.importorskip("triton")
     request = Request(op, n=96, r=8, k=8, m=24, dtype="float32", cores=2)
     ncu, nsys = deeper(request, Stub())
-    assert ("regex:tall_product_kernel|sum_parts_kernel" in ncu) == (op == "residual")
+    assert ("regex:cross_gram_kernel|sum_cross_gram_kernel" in ncu) == (op == "cross_gram")
     for line in (ncu, nsys):
         words = shlex.split(line)
         own = words[words.index("bench.profiling") + 1 :]

@@ -90,15 +90,9 @@ def _symmetric(square: Tensor) -> Tensor:
 # In-place ops are timed many times on the same tensors: their rotations and decays keep the values of order 1.
 OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "project": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
-    "residual": lambda normal, data, s: (
-        *(_basis(normal, s.n, s.r), data(s.n, s.k)),
-        # U C as large as A: an error in either shows in the difference.
-        normal(s.r, s.k) * (s.n / s.r) ** 0.5,
-    ),
     "gram": lambda normal, data, s: (normal(s.n, s.k),),
     "rounded_gram": lambda normal, data, s: (_basis(normal, s.n, s.k),),
     "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
-    "refine": lambda normal, data, s: (_basis(normal, s.n, s.r), normal(s.n, s.k), normal(s.k, s.k) / s.k**0.5),
     "rotate": _rotate_operands,
     "rotate_": _rotate_operands,
     "gram_ema_": lambda normal, data, s: (_symmetric(normal(s.n, s.n)), data(s.n, s.k), DECAY, WEIGHT),
@@ -121,8 +115,6 @@ NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
     "gram": lambda s: (0, s.n * s.k**2),
     "rounded_gram": lambda s: (s.n * s.k**2, 0),
     "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
-    "residual": lambda s: (2 * s.n * s.r * s.k, s.n * s.k**2),
-    "refine": lambda s: (2 * s.n * s.k * (s.k + s.r), s.n * s.k**2),
     "gram_ema_": lambda s: (s.n**2 * s.k, 0),
     "cholesky_inverse_core": lambda s: (0, s.cores * OPS["cholesky_inverse_core"].cost(s.k).flops),
 }
@@ -140,11 +132,9 @@ def cases(sizes: Sizes) -> list[Case]:
         if _fits(name, n, sizes)
     ]
     other = _size(sizes, *sizes.other_dtypes)
-    halves = [
-        Case(name, other, float32, bf16) for name in ("project", "cross_gram", "residual", "gram_ema_") if name in known
-    ]
+    halves = [Case(name, other, float32, bf16) for name in ("project", "cross_gram", "gram_ema_") if name in known]
     doubles = [
-        Case(name, other, float64, float64) for name in ("project", "residual", "rotate", "damped_apply", "gram")
+        Case(name, other, float64, float64) for name in ("project", "cross_gram", "rotate", "damped_apply", "gram")
     ]
     return listed + halves + doubles
 

@@ -155,9 +155,8 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
 
 
 def _fixed(choice: Choice, block: str) -> bool:
-    """Say whether a block is no choice: a program that keeps a Gram matrix spans all columns, for one."""
-    spans_all = block == "BLOCK_S" and dict(choice.arguments).get("fused") is True
-    return spans_all or (choice.function, block) in FIXED
+    """Say whether a block is no choice."""
+    return (choice.function, block) in FIXED
 
 
 def _beside(value: int, allowed: tuple[int, ...]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The command line; run by ``make profile OP=residual N=16384 R=256 K=256 DTYPE=float32``."""
+"""The command line; run by ``make profile OP=cross_gram N=16384 R=256 K=256 DTYPE=float32``."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=f"python -m {MODULE}", description="Time, rates and part of the ceilings, kernel by kernel.")
-    defaults = asdict(Request("residual"))
+    defaults = asdict(Request("cross_gram"))
     parser.add_argument("--op", required=True, help="an op of brandla_kernels, or a public function")
     for name, words in {
         "n": "rows", "r": "rank", "k": "columns", "m": "columns of W, or of the matrix of a sketch",

@@ -9,11 +9,9 @@ from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
 from brandla_kernels.project import project
-from brandla_kernels.refine import refine
-from brandla_kernels.residual import residual, subtract_product
 from brandla_kernels.rotate import rotate, rotate_
 from brandla_kernels.sketch import signs, sketch
-from brandla_kernels.tall import Tall
+from brandla_kernels.tall import Tall, subtract_product
 
 __all__ = [
     "OPS",
@@ -31,8 +29,6 @@ __all__ = [
     "live_columns",
     "project",
     "reads_are_free",
-    "refine",
-    "residual",
     "rotate",
     "rotate_",
     "rounded_gram",

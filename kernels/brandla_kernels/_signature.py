@@ -1,10 +1,11 @@
 """What an op takes and returns, in one line: kinds and shapes of its operands, from which schemas and checks follow.
 
-``residual(Tall[n,r] basis, Data[n,k] columns, Small[r,k] coefficients) -> (Tall[n,k], Small[k,k])`` reads: ``basis`` is
-a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes; ``columns`` likewise, and may be in
-half precision; ``coefficients`` is small: for the grouped op a stack, padded with zeros to the largest problem. ``!``
-marks what is overwritten, ``|`` separates alternative shapes, and ``Small[]`` is one number a problem. Other arguments
-are written as in a torch schema; a last one named ``problem`` is the index of the problem, which counts on in a list.
+``rotate_(Tall[n,r]! basis, Tall[n,k] panel, Small[r,r] basis_rotation, Small[k,r] panel_rotation) -> ()`` reads:
+``basis`` is a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes, and is overwritten;
+``panel`` likewise, and as ``Data`` it might be in half precision; the rotations are small: for the grouped op a stack,
+padded with zeros to the largest problem. ``|`` separates alternative shapes, and ``Small[]`` is one number a problem.
+Other arguments are written as in a torch schema; a last one named ``problem`` is the index of the problem, which counts
+on in a list.
 
 All operands have the same batch dimensions: what is one for all problems is ``expand``-ed, which copies nothing. All
 have one dtype, but ``Data`` in half precision may meet float32. Both keep the torch forms and the kernels from reading

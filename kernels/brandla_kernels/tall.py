@@ -10,7 +10,18 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-__all__ = ["Matrices", "Tall", "columns", "columns_at", "device_of", "dtype_of", "each", "rows", "stacked"]
+__all__ = [
+    "Matrices",
+    "Tall",
+    "columns",
+    "columns_at",
+    "device_of",
+    "dtype_of",
+    "each",
+    "rows",
+    "stacked",
+    "subtract_product",
+]
 
 # `Matrices` for code that works on either kind: what comes out is of the kind that went in, which no alias can say.
 Tall: TypeAlias = Any
@@ -46,6 +57,13 @@ def each(function: Callable[..., Tensor], matrices: Tall, *others: Tall | Tensor
 def stacked(small: Tall) -> Tensor:
     """Return a small matrix as it is, those of a list stacked."""
     return small if isinstance(small, Tensor) else torch.stack(small)
+
+
+def subtract_product(columns: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``columns - basis @ coefficients`` in as few passes as torch offers."""
+    if columns.ndim == 2:
+        return torch.addmm(columns, basis, coefficients, alpha=-1)
+    return columns - basis @ coefficients
 
 
 def columns_at(matrix: Tensor, index: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from brandla_kernels._kernels.launch import Config, Target
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
+# Most rows whose products are summed in float32 where the sum is then one in float64.
+STRETCH = 4096
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -28,9 +30,10 @@ def splits(target: Target, steps: int, programs: int) -> int:
     return int(min(triton.next_power_of_2(wanted), triton.next_power_of_2(max(steps // 4, 1)), 64))
 
 
-def gram_splits(target: Target, tiles: int, problems: int) -> int:
-    """How many programs share the rows of one problem where each keeps a Gram matrix."""
-    return splits(target, 4 * tiles, problems)
+def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: torch.dtype) -> int:
+    """Do the same for a sum in float64 of sums in ``dtype``, of which those in float32 are short."""
+    least = triton.cdiv(rows, STRETCH) if dtype == torch.float32 else 1
+    return max(splits(target, triton.cdiv(rows, block_n), programs), int(triton.next_power_of_2(max(least, 1))))
 
 
 def _registers(target: Target, *spilling: str) -> int | None:
@@ -38,13 +41,11 @@ def _registers(target: Target, *spilling: str) -> int | None:
     return 255 if target.arch in ("sm_100", *spilling) else None
 
 
-def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, aligned: bool) -> Config:
-    """Tiles of `tall_product_kernel`; with the Gram matrix (``fused``) one tile spans all columns."""
+def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool) -> Config:
+    """Tiles of `tall_product_kernel`."""
     # Products of float64 on sm_100 are fused multiply-adds, unrolled: small tiles of many threads.
     unrolled = dtype == torch.float64 and target.arch == "sm_100"
-    if fused:
-        block_n, most, block_r, stages = (32, 128, 16, 3) if dtype == torch.float64 else (64, 128, 16, 2)
-    elif dtype == torch.float64:
+    if dtype == torch.float64:
         block_n, most, block_r, stages = 32 if unrolled else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
@@ -53,7 +54,7 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, fused: bool, 
     else:
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
-    warps = 8 if block_s > (16 if fused or unrolled else 32) else 4
+    warps = 8 if block_s > (16 if unrolled else 32) else 4
     registers = _registers(target, "sm_80", "sm_90") if dtype == torch.float64 else _registers(target, "sm_80")
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 
@@ -74,7 +75,8 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    config = inner_product(target, dtype, max(r, k), k, aligned)
+    # On sm_80 and sm_100 the second look at a tile spills beside the widest.
+    config = inner_product(target, dtype, max(r, k), k, aligned and target.arch not in ("sm_80", "sm_100"))
     blocks = dict(config.blocks)
     return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
 

@@ -5,8 +5,8 @@ It writes its part to a workspace in float64, and the second kernel adds the par
 takes part, so two runs are equal to the bit. Programs of one stretch are neighbours in the grid, so that they share its
 rows in the cache.
 
-Of float32 data a stretch has at most STRETCH rows, whose products are summed in float32. The parts, 8k(r + k) bytes a
-stretch beside the 4n(r + k) of the data, are then at most 2k/STRETCH of the bytes read.
+Of float32 data a stretch has at most `configs.STRETCH` rows, whose products are summed in float32. The parts take
+8k(r + k) bytes a stretch, written and read: beside the data of whole stretches, k/1024 of its bytes.
 
 **Range.** A float32 product may overflow, or vanish, where its factors do not. A program looks at the largest entry of
 its finished tile: if it is not finite, or so small that products may have lost digits, the program takes its stretch
@@ -49,10 +49,8 @@ from brandla_kernels._signature import Matrices
 from brandla_kernels.cross_gram import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
-# Most rows whose products are summed in float32.
-STRETCH = 4096
-# A tile whose largest entry is below this is taken again: STRETCH products, each wrong by the smallest normal number,
-# would be wrong by more than ε.
+# A tile whose largest entry is below this is taken again: a stretch of products, each wrong by the smallest normal
+# number, might be wrong by more than ε.
 _LEAST = tl.constexpr(2.0**-90)
 # Powers of two that columns are divided by: their own reciprocals are normal numbers.
 _MOST_SCALE = tl.constexpr(2.0**100)
@@ -217,9 +215,7 @@ def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     config = configs.cross_gram(target, dtype, r, k, operands.aligned)
     tiles_r, tiles_k = triton.cdiv(r, config.blocks["BLOCK_R"]), triton.cdiv(k, config.blocks["BLOCK_K"])
     busy = (tiles_r * tiles_k + tiles_k * (tiles_k + 1) // 2) * operands.problems
-    splits = configs.splits(target, triton.cdiv(n, config.blocks["BLOCK_N"]), busy)
-    if dtype == torch.float32:
-        splits = max(splits, int(triton.next_power_of_2(max(triton.cdiv(n, STRETCH), 1))))
+    splits = configs.long_splits(target, n, config.blocks["BLOCK_N"], busy, dtype)
     parts = torch.empty(operands.problems, splits, r + k, k, dtype=torch.float64, device=device_of(root))
     arguments = operands.arguments() | {
         "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k, "SPLITS": splits,

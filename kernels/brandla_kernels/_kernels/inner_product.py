@@ -1,7 +1,7 @@
 """C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
 
-X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices, `refine` (UᵀQ) and the first half of `damped_apply`
-and `kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
+X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices and the first half of `damped_apply` and
+`kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
 one tile of C over one stretch of rows into a workspace, and a second kernel adds the stretches in their order. No
 atomic addition takes part, so two runs are equal to the bit.
 
@@ -109,7 +109,7 @@ def sum_parts_kernel(
     SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of C. C = Σ parts, each row times its scale."""
+    """Grid: problems × tiles of C. C = Σ parts, each row times its scale; a C in float64 is summed in it."""
     tiles_k = tl.cdiv(columns, BLOCK_K)
     tiles = tl.cdiv(rows, BLOCK_R) * tiles_k
     problem = (tl.program_id(0) // tiles).to(tl.int64)
@@ -121,9 +121,10 @@ def sum_parts_kernel(
     from_row = tl.where(below & SYMMETRIC, column[None, :], row[:, None])
     from_column = tl.where(below & SYMMETRIC, row[:, None], column[None, :])
     source = parts_ptr + problem * SPLITS * parts_size + from_row * parts_columns + from_column
-    total = tl.zeros((BLOCK_R, BLOCK_K), parts_ptr.dtype.element_ty)
+    total_dtype = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else parts_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_R, BLOCK_K), total_dtype)
     for split in range(SPLITS):
-        total += tl.load(source + split * parts_size, mask=inside, other=0.0)
+        total += tl.load(source + split * parts_size, mask=inside, other=0.0).to(total.dtype)
     if SCALED:
         scale = tl.load(row_scale_ptr + problem * row_scale_stride + row, mask=row < rows, other=0.0)
         total = total * scale.to(total.dtype)[:, None]
@@ -156,7 +157,10 @@ def _inner_product(
     config = configs.inner_product(target, dtype, r, k, operands.aligned)
     blocks = config.blocks
     tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(k, blocks["BLOCK_K"])
-    splits = configs.splits(target, triton.cdiv(n, blocks["BLOCK_N"]), tiles * operands.problems)
+    if out_dtype == torch.float64:
+        splits = configs.long_splits(target, n, blocks["BLOCK_N"], tiles * operands.problems, dtype)
+    else:
+        splits = configs.splits(target, triton.cdiv(n, blocks["BLOCK_N"]), tiles * operands.problems)
     parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
     arguments = operands.arguments() | {
         "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k,

@@ -1,14 +1,8 @@
-"""OUT = β A + Σᵢ Xᵢ Yᵢ for tall Xᵢ and small Yᵢ and, while OUT is at hand, its Gram matrix.
+"""OUT = β A + Σᵢ Xᵢ Yᵢ for tall Xᵢ and small Yᵢ.
 
-OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms; ``subtract`` changes the sign of the sum.
-`residual` (A − U C), `refine` (P T), `rotate` (U W₁ + P W₂), `damped_apply` (β V + U C) and `kron_damped_apply` are
-calls of this kernel. A program computes tiles of BLOCK_N rows and BLOCK_S columns of OUT.
-
-With the Gram matrix, a program owns all s columns of its rows, walks over every SPLITS-th tile of rows, and keeps its
-part of OUTᵀOUT in registers; the parts are summed in a fixed order. OUT is then written once and not read again. That
-holds up to MOST_FUSED columns; a wider OUT is followed by a Gram kernel that reads it back, from the cache if it fits.
-The products of the Gram matrix are exact, in float64, or rounded to float32 where the columns of OUT are known to be
-nearly orthonormal.
+OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms. `rotate` (U W₁ + P W₂), `damped_apply`
+(β V + U C) and `kron_damped_apply` are calls of this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S
+columns of OUT.
 """
 
 from __future__ import annotations
@@ -17,12 +11,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from brandla_kernels._kernels import configs, inner_product
+from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.launch import (
     Work,
     bits_of,
@@ -40,18 +33,13 @@ from brandla_kernels._kernels.matrices import (
     load_tile,
     locate,
     new_like,
-    new_small,
     rows_of,
     shapes,
     store_tile,
 )
 from brandla_kernels._signature import Matrices
-from brandla_kernels.gram import cost as gram_cost
 from brandla_kernels.rotate import cost
-from brandla_kernels.tall import columns, device_of, dtype_of, rows
-
-# Widest OUT whose Gram matrix a program can keep in registers.
-MOST_FUSED = 64
+from brandla_kernels.tall import columns, dtype_of, rows
 
 
 class Term(NamedTuple):
@@ -77,29 +65,27 @@ def _add_product(
 
 def _work(arguments: Mapping[str, Any]) -> Work:
     flops: Counter[int] = Counter()
-    compute, gram = bits_of(arguments["COMPUTE"]), bits_of(arguments["GRAM_DTYPE"])
+    compute = bits_of(arguments["COMPUTE"])
     for (n, s), _, (_, r1), _, (_, r2), _ in shapes(arguments, "out", "add", "x1", "y1", "x2", "y2"):
         flops[compute] += cost(n, r1, r2, s).flops + (2 * n * s if arguments["SCALED"] else 0)
-        flops[gram] += gram_cost(n, s).flops if arguments["GRAM"] else 0
-    moved = bytes_of(arguments, "out", "add", "x1", "y1", "x2", "y2", "scale", "gram")
+    moved = bytes_of(arguments, "out", "add", "x1", "y1", "x2", "y2", "scale")
     return Work(+flops, moved, {letter: arguments[letter] for letter in ("n", "s", "r1", "r2")})
 
 
 @counted(_work)
 @triton.jit
 def tall_product_kernel(
-    out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, gram_ptr, table_ptr,
+    out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, table_ptr,
     n, s, r1, r2,
     out_strides, add_strides, x1_strides, y1_strides, x2_strides, y2_strides,
     OUT_LAYOUT: tl.constexpr, ADD_LAYOUT: tl.constexpr, X1_LAYOUT: tl.constexpr,
     Y1_LAYOUT: tl.constexpr, X2_LAYOUT: tl.constexpr, Y2_LAYOUT: tl.constexpr,
-    TERMS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, SUBTRACT: tl.constexpr,
-    GRAM: tl.constexpr, GRAM_DTYPE: tl.constexpr, GRAM_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    TERMS: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of rows × tiles of columns, or problems × SPLITS with the Gram matrix."""
-    programs = SPLITS if GRAM else tl.cdiv(n, BLOCK_N) * tl.cdiv(s, BLOCK_S)
+    """Grid: problems × tiles of rows × tiles of columns."""
+    programs = tl.cdiv(n, BLOCK_N) * tl.cdiv(s, BLOCK_S)
     problem = (tl.program_id(0) // programs).to(tl.int64)
     first_tile = tl.program_id(0) % programs
     out_entry = entry_of(table_ptr, problem, 0, 6)
@@ -117,9 +103,8 @@ def tall_product_kernel(
     x1, x1_row, x1_column = locate(x1_entry, x1_ptr, x1_strides, problem, X1_LAYOUT)
     y1, y1_row, y1_column = locate(y1_entry, y1_ptr, y1_strides, problem, Y1_LAYOUT)
 
-    tiles_s = 1 if GRAM else tl.cdiv(s, BLOCK_S)
+    tiles_s = tl.cdiv(s, BLOCK_S)
     tiles = tl.cdiv(n, BLOCK_N) * tiles_s
-    gram = tl.zeros((BLOCK_S, BLOCK_S), GRAM_DTYPE) if GRAM else 0
     for tile in range(first_tile, tiles, programs):
         row = (tile // tiles_s) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = (tile % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -136,8 +121,6 @@ def tall_product_kernel(
                 total, x2, x2_row, x2_column, y2, y2_row, y2_column, row, column, n, r2_own, s2, COMPUTE,
                 PRECISION, BLOCK_R,
             )  # fmt: skip
-        if SUBTRACT:
-            total = -total
         if ADD:
             add, add_row, add_column = locate(add_entry, add_ptr, add_strides, problem, ADD_LAYOUT)
             added = load_tile(add, add_row, add_column, row, column, n, s, total.dtype)
@@ -145,19 +128,6 @@ def tall_product_kernel(
                 added = added * tl.load(scale_ptr + problem).to(total.dtype)
             total += added
         store_tile(out, out_row, out_column, row, column, n, s, total)
-        if GRAM:
-            # What was stored, and so what Q is made of.
-            rounded = total.to(out.dtype.element_ty)
-            if ADD and add_ptr.dtype.element_ty.primitive_bitwidth < 32:
-                # Read back: Triton 3.7 miscompiles a float64 product of what was computed from narrower loads.
-                tl.debug_barrier()
-                rounded = load_tile(out, out_row, out_column, row, column, n, s, out.dtype.element_ty)
-            rounded = rounded.to(GRAM_DTYPE)
-            gram = tl.dot(tl.trans(rounded), rounded, gram, input_precision=GRAM_PRECISION, out_dtype=GRAM_DTYPE)
-    if GRAM:
-        index = tl.arange(0, BLOCK_S)
-        part = gram_ptr + (problem * SPLITS + first_tile) * BLOCK_S * BLOCK_S
-        tl.store(part + index[:, None] * BLOCK_S + index[None, :], gram)
 
 
 def tall_product(
@@ -165,35 +135,15 @@ def tall_product(
     *,
     add: Matrices | None = None,
     scale: Tensor | None = None,
-    subtract: bool = False,
     as_wide_as: Matrices | None = None,
 ) -> Matrices:
-    """Return β A ± Σ X Y, in the dtype of the first X; β is 1 or ``scale``, one number a problem.
+    """Return β A + Σ X Y, in the dtype of the first X; β is 1 or ``scale``, one number a problem.
 
     For lists, each OUT has as many columns as its A, or its matrix of ``as_wide_as``, or the stack of Y.
     """
     out = _new_out(terms, add if as_wide_as is None else as_wide_as)
-    _launch(out, terms, add, scale, subtract, None)
+    _launch(out, terms, add, scale)
     return out
-
-
-def tall_product_and_gram(
-    terms: list[Term],
-    *,
-    add: Matrices | None = None,
-    subtract: bool = False,
-    as_wide_as: Matrices | None = None,
-    exact: bool = True,
-) -> tuple[Matrices, Tensor]:
-    """Return OUT = A ± Σ X Y and, in float64, OUTᵀOUT, of exact products or rounded ones; see `tall_product`."""
-    out = _new_out(terms, add if as_wide_as is None else as_wide_as)
-    width = columns(out)
-    if width > MOST_FUSED:
-        _launch(out, terms, add, None, subtract, None)
-        return out, inner_product.gram(out, exact=exact)
-    gram = new_small(out, (width, width), torch.float64)
-    _launch(out, terms, add, None, subtract, gram, torch.float64 if exact else dtype_of(out))
-    return out, gram
 
 
 def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
@@ -208,35 +158,17 @@ def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
     return tall.new_empty(*batch, tall.shape[-2], columns(small))
 
 
-def _launch(
-    out: Matrices,
-    terms: list[Term],
-    add: Matrices | None,
-    scale: Tensor | None,
-    subtract: bool,
-    gram: Tensor | None,
-    gram_dtype: torch.dtype = torch.float64,
-) -> None:
+def _launch(out: Matrices, terms: list[Term], add: Matrices | None, scale: Tensor | None) -> None:
     (x1, y1), (x2, y2) = terms[0], terms[1] if len(terms) == 2 else (None, None)
     operands = arrange({"out": out, "add": add, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
     n, s, target = rows(out), columns(out), target_of(out[0] if isinstance(out, list) else out)
-    config = configs.tall_product(target, dtype_of(out), s, gram is not None, operands.aligned)
-    block_n, block_s = config.blocks["BLOCK_N"], config.blocks["BLOCK_S"]
-    tiles = triton.cdiv(n, block_n) * triton.cdiv(s, block_s)
-    splits = configs.gram_splits(target, triton.cdiv(n, block_n), operands.problems)
-    parts = None
-    if gram is not None:
-        parts = torch.empty(operands.problems, splits, block_s, block_s, dtype=gram_dtype, device=device_of(out))
+    config = configs.tall_product(target, dtype_of(out), s, operands.aligned)
+    tiles = triton.cdiv(n, config.blocks["BLOCK_N"]) * triton.cdiv(s, config.blocks["BLOCK_S"])
     arguments = operands.arguments() | {
         # One number a problem, next to each other.
-        "scale_ptr": None if scale is None else scale.contiguous(), "gram_ptr": parts,
+        "scale_ptr": None if scale is None else scale.contiguous(),
         "n": n, "s": s, "r1": columns(x1), "r2": columns(x2) if x2 is not None else 0,
-        "TERMS": len(terms), "ADD": add is not None, "SCALED": scale is not None, "SUBTRACT": subtract,
-        "GRAM": gram is not None, "GRAM_DTYPE": triton_dtype(gram_dtype),
-        "GRAM_PRECISION": product_precision(target, gram_dtype), "SPLITS": splits if gram is not None else 1,
+        "TERMS": len(terms), "ADD": add is not None, "SCALED": scale is not None,
         "COMPUTE": triton_dtype(dtype_of(out)), "PRECISION": product_precision(target, dtype_of(out)),
     }  # fmt: skip
-    programs = splits if gram is not None else tiles
-    start(tall_product_kernel, (operands.problems * programs,), arguments, config)
-    if gram is not None and parts is not None:
-        inner_product.sum_parts(parts, gram)
+    start(tall_product_kernel, (operands.problems * tiles,), arguments, config)
