@@ -11,7 +11,7 @@ from torch import Tensor
 import brandla
 import oracles
 
-Symmetric = brandla.LowRankEigh | brandla.LowRankSym
+Symmetric = brandla.LowRankEigh | brandla.LowRankRoot
 Size = tuple[int, ...]
 
 
@@ -42,7 +42,7 @@ def make_eigh(
     return stacked(make, batch_shape, seed)
 
 
-def make_sym(
+def make_root(
     n: int,
     r: int,
     spectrum: str = "medium",
@@ -50,12 +50,15 @@ def make_sym(
     dtype: torch.dtype = torch.float64,
     batch_shape: Size = (),
     seed: int = 1,
-) -> brandla.LowRankSym:
-    """Return a LowRankSym whose dense core has the first r values of a spectrum."""
+    diagonal: bool = False,
+) -> brandla.LowRankRoot:
+    """Return a LowRankRoot of the matrix of `make_eigh`, with a dense S, or with S diagonal and descending."""
 
-    def make(seed: int) -> brandla.LowRankSym:
-        core = oracles.psd_matrix(oracles.SPECTRA[spectrum](r), seed + 7)
-        return brandla.LowRankSym(core.to(dtype), oracles.orthonormal(n, r, seed).to(dtype))
+    def make(seed: int) -> brandla.LowRankRoot:
+        values = oracles.SPECTRA[spectrum](r)
+        turn = torch.eye(r, dtype=torch.float64) if diagonal else oracles.orthonormal(r, r, seed + 7)
+        right = values.sqrt()[:, None] * turn
+        return brandla.LowRankRoot((oracles.orthonormal(n, r, seed) @ right).to(dtype), (right.mT @ right).to(dtype))
 
     return stacked(make, batch_shape, seed)
 
@@ -88,54 +91,71 @@ def make_columns(
 
 def dense(value: Symmetric | brandla.LowRankSVD) -> Tensor:
     """Return the matrix a value stands for, in float64 from its own rounded parts."""
-    if isinstance(value, brandla.LowRankSVD):
-        u, s, vh = (part.double() for part in value)
-        return (u * s.unsqueeze(-2)) @ vh
-    values, vectors = (part.double() for part in value)
-    core = torch.diag_embed(values) if isinstance(value, brandla.LowRankEigh) else values
-    return vectors @ core @ vectors.mT
+    return type(value)(*(part.double() for part in value)).dense()
 
 
-def dense_operator(lowrank: Symmetric, damping: float, tail: float | str = 0.0) -> Tensor:
-    """Return U diag(d) Uᵀ + τ(I − UUᵀ) + λI in float64."""
-    basis = lowrank[1].double()
+def dense_operator(lowrank: Symmetric | brandla.Tracked, damping: float, tail: float | Tensor | str = 0.0) -> Tensor:
+    """Return M̂ + τ(I − P) + λI in float64; every value of a root that is under τ counts as τ."""
+    factor = lowrank.lowrank if isinstance(lowrank, brandla.Tracked) else lowrank
+    n, r = factor.n, factor.rank
     if tail == "smallest":
-        core = torch.diag(lowrank[0].double()) if isinstance(lowrank, brandla.LowRankEigh) else lowrank[0].double()
-        tail = float(oracles.eigh(core).eigenvalues[-1]) if basis.shape[-1] else 0.0
-    identity = torch.eye(basis.shape[-2], dtype=torch.float64)
-    return dense(lowrank) + float(tail) * (identity - basis @ basis.mT) + damping * identity
+        values = values_of(factor) if isinstance(factor, brandla.LowRankEigh) else oracles.eigh(factor.gram).eigenvalues
+        tail = float(values[-1]) if r else 0.0
+    elif tail == "mean":
+        assert isinstance(lowrank, brandla.Tracked)
+        tail = float(lowrank.trace.double() - values_of(factor).double().sum()) / max(n - r, 1) if n > r else 0.0
+    matrix, identity = dense(factor), torch.eye(n, dtype=torch.float64)
+    if isinstance(factor, brandla.LowRankEigh):
+        basis = factor.eigenvectors.double()
+        matrix = matrix + float(tail) * (identity - basis @ basis.mT)
+    elif float(tail):
+        values, vectors = oracles.eigh(matrix)
+        matrix = (vectors * values.clamp_min(float(tail))) @ vectors.mT
+    return matrix + damping * identity
 
 
 def values_of(value: Symmetric) -> Tensor:
-    """Return what belongs to each column: the eigenvalues, or the row norms of the core."""
-    if isinstance(value, brandla.LowRankEigh):
-        return value.eigenvalues
-    return torch.linalg.vector_norm(value.core, dim=-1)
+    """Return what belongs to each column: its eigenvalue, or its squared length."""
+    return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)
 
 
-def basis_of(value: Symmetric) -> Tensor:
-    """Return the orthonormal columns."""
-    return value[1]
+def tall_of(value: Symmetric) -> Tensor:
+    """Return U or F."""
+    return value.eigenvectors if isinstance(value, brandla.LowRankEigh) else value.root
 
 
 class SymmetricUpdate(NamedTuple):
-    """One of the two updates of a symmetric low-rank matrix, with the value it updates."""
+    """An update of a symmetric low-rank matrix: the public function, the value it updates, and its options."""
 
     name: str
     factor: type[Symmetric]
     make: Callable[..., Any]
+    options: dict[str, str]
+    is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
+
+    def __str__(self) -> str:
+        """Return the name of the form."""
+        return "-".join([self.name, *self.options.values()])
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call the public function."""
-        return getattr(brandla, self.name)(*arguments, **options)
+        return getattr(brandla, self.name)(*arguments, **self.options, **options)
+
+    def in_place(self, *arguments: Any, **options: Any) -> Any:
+        """Call the function that overwrites."""
+        return getattr(brandla, f"{self.name}_")(*arguments, **self.options, **options)
+
+    def grouped(self, *arguments: Any, **options: Any) -> Any:
+        """Call the function of lists."""
+        return getattr(brandla.grouped, self.name)(*arguments, **self.options, **options)
 
     @property
-    def loop(self) -> Callable[..., Any]:
-        """The grouped form."""
-        return getattr(brandla.grouped, self.name)
+    def is_orthonormal(self) -> bool:
+        """Whether the tall matrix has orthonormal columns."""
+        return self.factor is brandla.LowRankEigh
 
 
-SYMMETRIC_UPDATES = (
-    SymmetricUpdate("eigh_update", brandla.LowRankEigh, make_eigh),
-    SymmetricUpdate("subspace_update", brandla.LowRankSym, make_sym),
-)
+EIGH_UPDATE = SymmetricUpdate("eigh_update", brandla.LowRankEigh, make_eigh, {})
+ROOT_UPDATE = SymmetricUpdate("root_update", brandla.LowRankRoot, make_root, {"compress": "eigh"})
+CHOLESKY_UPDATE = ROOT_UPDATE._replace(options={"compress": "cholesky"}, is_exact=False)
+SYMMETRIC_UPDATES = (EIGH_UPDATE, ROOT_UPDATE, CHOLESKY_UPDATE)

@@ -30,7 +30,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=SYMMETRIC_UPDATES, ids=lambda update: update.name)
+@pytest.fixture(params=SYMMETRIC_UPDATES, ids=str)
 def update(request: pytest.FixtureRequest) -> SymmetricUpdate:
     """Each update of a symmetric low-rank matrix."""
     return request.param
