@@ -6,6 +6,8 @@ Each case checks its result against float64 first and does not time a wrong one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from sklearn.decomposition import IncrementalPCA
 from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import brandla
 from bench import by_hand, timing
+from bench.calls import torch_calls
 from bench.floors import solve_floor, update_floor
 from bench.memory import peak_extra_bytes
 from bench.peer_threads import REST, at_best, in_threads
@@ -32,20 +34,45 @@ from bench.problems import (
     check_update,
     columns_of,
     matrix_of_spectrum,
+    orthonormality,
     require,
     steady,
 )
-from brandla._core import polish, safe_eigh, truncate_by_subspace
-from brandla._expansion import expand
-from brandla._split import split
+from bench.timing import Interval
+from brandla._small import UNRESOLVED, compressed, leading, unit_scaled
+from brandla.brand import check_eigh_update
+from brandla.orthonormal import polish
+from brandla.root import check_root_update
 
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
+# What root_update is to take of the GEMMs of Brand's form at most.
+LIMITS = {
+    (4096, 128, 64): 1.2,
+    (4096, 256, 256): 1.3,
+    (16384, 128, 64): 0.85,
+    (512, 32, 32): 5.0,
+    (1024, 128, 32): 2.8,
+    (256, 16, 8): None,
+}
+# What eigh_update took of the same GEMMs before it rested on the square-root form, on two cores of an AMD EPYC.
+BEFORE = {
+    (4096, 128, 64): 1.995,
+    (4096, 256, 256): 1.721,
+    (16384, 128, 64): 1.131,
+    (512, 32, 32): 17.0,
+    (1024, 128, 32): 6.3,
+    (256, 16, 8): 55.0,
+}
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
 DAMPING = 0.1
-EIGH, SUBSPACE = "eigh_update", "subspace_update"
+ROOT, CHOLESKY, EIGH = UPDATES
+OVER_GEMMS = "update / the GEMMs of Brand's form"
+OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
 
-both_updates = pytest.mark.parametrize("name", [SUBSPACE, EIGH])
+every_update = pytest.mark.parametrize("name", UPDATES)
+# With fewer columns than half the rank, one step without eigendecomposition leaves out more than its check allows.
+CASES = [(name, size) for name in UPDATES for size in LIMITS if name != CHOLESKY or 2 * size[2] >= size[1]]
 both_shapes = pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
 
 
@@ -64,59 +91,65 @@ def in_words(n: int, r: int, k: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.benchmark(group="update / its GEMMs")
-@both_shapes
-@both_updates
-def test_update_over_its_gemms(name, n, r, k, benchmark, figures, repeats) -> None:
+@pytest.mark.benchmark(group=OVER_GEMMS)
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+def test_update_over_its_gemms(name, size, benchmark, figures, repeats) -> None:
+    n, r, k = size
     case = steady(name, n, r, k)
     update = call_of(name, case)
     check_update(name, case, update())
-    seconds = timing.alternating({"update": update, "gemms": update_floor(case)}, repeats(100 if k > 64 else 250))
-    limit = {SUBSPACE: 1.3, EIGH: 1.6}[name]
-    figures(f"{name}, {in_words(n, r, k)}", timing.ratio(seconds["update"], seconds["gemms"]), at_most=limit)
+    count = 1500 if n <= 1024 else 100 if k > 64 else 250
+    seconds = timing.alternating({"update": update, "gemms": update_floor(case)}, repeats(count))
+    over = timing.ratio(seconds["update"], seconds["gemms"])
+    words = f"{name}, {in_words(n, r, k)}"
+    figures(words, over, at_most=LIMITS[size] if name == ROOT else None)
+    over_before = Interval(*(value / BEFORE[size] for value in over))
+    limit = {EIGH: 0.6 if n <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
+    figures(words, over_before, group=OVER_BEFORE, at_most=limit)
     benchmark.pedantic(update, rounds=repeats(60), warmup_rounds=2)
 
 
-@pytest.mark.benchmark(group="where the time of an update goes, stage / its GEMMs")
+@pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
 @both_shapes
-@both_updates
+@every_update
 def test_profile_of_an_update(name, n, r, k, benchmark, figures, repeats) -> None:
     case = steady(name, n, r, k)
     stages = stages_of(name, case)
     seconds = timing.alternating(stages | {"gemms": update_floor(case)}, repeats(60))
     for stage in stages:
         figures(f"{name}, {in_words(n, r, k)}: {stage}", timing.ratio(seconds[stage], seconds["gemms"]))
-    benchmark.pedantic(stages["rotation of U"], rounds=repeats(30), warmup_rounds=2)
+    benchmark.pedantic(stages["rotation"], rounds=repeats(30), warmup_rounds=2)
 
 
 def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
-    """Return an update in the four parts that it is made of, each on the results of the ones before it."""
-    values, basis = case.factor
-    r, dtype = basis.shape[-1], basis.dtype
-    parts = split(basis, case.columns)
-    expansion = expand(values, basis, case.columns, DECAY, WEIGHT)
-    compress = {
-        SUBSPACE: lambda: truncate_by_subspace(expansion.core, r, 2, dtype)[1],
-        EIGH: lambda: polish(safe_eigh(expansion.core, dtype, keep=r)[1]),
-    }[name]
-    rotation = compress()
+    """Return an update in the parts that it is made of, each on the results of the ones before it."""
+    taken = (name, *case, DECAY, WEIGHT, None)
+    if name == EIGH:
+        update = check_eigh_update(*taken)
+        lengths = update.small.sqrt()
+        form = lambda: update.core(torch.diag_embed(update.small), lengths)
+        compress = lambda: leading(core, update.rank, update.dtype, UNRESOLVED[update.dtype])
+    else:
+        update, lengths = check_root_update(*taken, "eigh"), None
+        form = lambda: update.core(update.small)
+        compress = {
+            ROOT: lambda: leading(core, update.rank, update.dtype),
+            CHOLESKY: lambda: compressed(core, update.rank, update.dtype, 0.0, measure=False),
+        }[name]
+    core = form()
+    values, rotation, _ = compress()
+    if name == EIGH:
+        rotation = unit_scaled(rotation, values)
+    rotate = lambda: update.rotated(rotation, lengths)
+    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
+    vectors = rotate()
+    return stages | ({"polish, or the probes that spare it": lambda: polish(vectors)} if name == EIGH else {})
 
-    def core() -> Tensor:
-        stacked = torch.cat([parts.coefficients, parts.triangle], dim=-2)
-        return (stacked * WEIGHT) @ stacked.mT
 
-    return {
-        "split of the columns": lambda: split(basis, case.columns),
-        "the core, float64": core,
-        "truncation of the core": compress,
-        "rotation of U": lambda: expansion.rotate(rotation),
-    }
-
-
-@pytest.mark.benchmark(group="update / its GEMMs")
-@both_updates
-def test_update_that_takes_two_passes(name, benchmark, figures, repeats) -> None:
-    # A steep spectrum leaves columns almost inside the span of the basis, where one pass is not enough.
+@pytest.mark.benchmark(group=OVER_GEMMS)
+@every_update
+def test_update_of_a_steep_stream(name, benchmark, figures, repeats) -> None:
+    # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
     n, r, k = SHAPES[0]
     case = steady(name, n, r, k, exponent=1.5)
     update = call_of(name, case)
@@ -124,6 +157,60 @@ def test_update_that_takes_two_passes(name, benchmark, figures, repeats) -> None
     seconds = timing.alternating({"update": update, "gemms": update_floor(case)}, repeats(150))
     figures(f"{name}, {in_words(n, r, k)}, i^−1.5 stream", timing.ratio(seconds["update"], seconds["gemms"]))
     benchmark.pedantic(update, rounds=repeats(60), warmup_rounds=2)
+
+
+FACTORS = 8
+
+
+@pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
+@pytest.mark.parametrize("name", [ROOT, EIGH])
+def test_list_over_one_call_each(name, benchmark, figures, repeats) -> None:
+    n, r, k = 1024, 64, 32
+    case = steady(name, n, r, k)
+    clones = lambda tensor: [tensor.clone() for _ in range(FACTORS)]
+    listed = [type(case.factor)(*parts) for parts in zip(*map(clones, case.factor), strict=True)]
+    columns, update = clones(case.columns), UPDATES[name][0]
+    together = lambda: getattr(brandla.grouped, name)(listed, columns, decay=DECAY, weight=WEIGHT)
+    for updated in together():
+        check_update(name, case, updated)
+    each = lambda: [update(*pair, decay=DECAY, weight=WEIGHT) for pair in zip(listed, columns, strict=True)]
+    seconds = timing.alternating({"together": together, "each": each}, repeats(150))
+    figures(f"{name}, {in_words(n, r, k)}", timing.ratio(seconds["each"], seconds["together"]), at_least=1.25)
+    benchmark.pedantic(together, rounds=repeats(60), warmup_rounds=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orthogonality at a million rows, and how much code there is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
+@pytest.mark.parametrize("name", [EIGH, ROOT])
+@pytest.mark.parametrize("n", [2**18, 10**6])
+def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> None:
+    n = n // 64 if quick else n
+    r = k = 16
+    source = torch.Generator().manual_seed(0)
+    lead = torch.randn(n, r // 2, generator=source)
+    update, kind = UPDATES[name]
+    factor = kind.zeros(n, r)
+    for _ in range(5):
+        columns = lead @ torch.randn(r // 2, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
+        factor = update(factor, columns, decay=DECAY, weight=WEIGHT)
+    eigh = factor if name == EIGH else factor.to_eigh()
+    defect = orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
+    words = name if name == EIGH else f"{name}, then to_eigh"
+    figures(f"{words}, {in_words(n, r, k)}", defect, at_most=20, unit="ε")
+    benchmark.pedantic(update, (factor, columns), {"decay": DECAY, "weight": WEIGHT}, rounds=3)
+
+
+@pytest.mark.benchmark(group="size of the library")
+def test_lines(figures) -> None:
+    package = Path(brandla.__file__).parent
+    apart = {"kfac", "demo"}
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in apart]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    figures("brandla/ without kfac and demo", lines, at_most=3000, unit="lines")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +362,7 @@ def update_of(name: str) -> Callable[[int, int, int], Callable[[], Symmetric]]:
 
 
 GROWING = {
-    EIGH: update_of(EIGH),
-    SUBSPACE: update_of(SUBSPACE),
+    **{name: update_of(name) for name in UPDATES},
     "damped_solve": solve_of,
     "kron_damped_solve of a pair": pair_of,
 }
@@ -284,31 +370,19 @@ GROWING = {
 
 @pytest.mark.benchmark(group="slope of log time in log n")
 @pytest.mark.parametrize("name", GROWING)
-def test_time_grows_linearly(name, benchmark, figures, repeats) -> None:
+def test_time_grows_linearly(name, benchmark, figures, repeats, quick) -> None:
     _, r, k = SHAPES[0]
-    calls = {str(n): GROWING[name](n, r, k) for n in SIZES}
+    sizes = SIZES[:3] if quick else SIZES
+    calls = {str(n): GROWING[name](n, r, k) for n in sizes}
     seconds = timing.alternating(calls, repeats(40))
-    medians = [median(seconds[str(n)]) for n in SIZES]
-    case = f"{name}, n {SIZES[0]} … {SIZES[-1]}, r {r}, {k} columns"
-    figures(case, timing.slope(SIZES, medians), at_most=1.05, unit="")
+    medians = [median(seconds[str(n)]) for n in sizes]
+    case = f"{name}, n {sizes[0]} … {sizes[-1]}, r {r}, {k} columns"
+    figures(case, timing.slope(sizes, medians), at_most=1.05, unit="")
     benchmark.extra_info["medians_ms"] = [1e3 * time for time in medians]
-    benchmark.pedantic(calls[str(SIZES[-1])], rounds=repeats(20), warmup_rounds=1)
+    benchmark.pedantic(calls[str(sizes[-1])], rounds=repeats(20), warmup_rounds=1)
 
 
-class CallCount(TorchDispatchMode):
-    """Counts the calls that reach torch's own operators."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def torch_calls(function: Callable[[], object]) -> int:
-    with CallCount() as mode:
-        function()
-    return mode.count
+WRITTEN_OUT = {ROOT: by_hand.root_update, CHOLESKY: by_hand.root_update_cholesky, EIGH: by_hand.eigh_update}
 
 
 def small_calls(name: str, n: int, r: int, k: int) -> dict[str, Callable[[], Symmetric | Tensor]]:
@@ -320,7 +394,7 @@ def small_calls(name: str, n: int, r: int, k: int) -> dict[str, Callable[[], Sym
             "hand": lambda: by_hand.damped_solve(factor, rhs, DAMPING),
         }
     case = steady(name, n, r, k)
-    written_out = getattr(by_hand, name)
+    written_out = WRITTEN_OUT[name]
     return {"call": call_of(name, case), "hand": lambda: written_out(case.factor, case.columns, DECAY, WEIGHT)}
 
 
@@ -335,7 +409,7 @@ def check_same(calls: dict[str, Callable[[], Symmetric | Tensor]]) -> None:
 
 @pytest.mark.benchmark(group="small factors: a call / its torch primitives written out")
 @pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
-@pytest.mark.parametrize("name", [EIGH, SUBSPACE, "damped_solve"])
+@pytest.mark.parametrize("name", [*UPDATES, "damped_solve"])
 def test_overhead_of_a_small_call(name, n, r, k, benchmark, figures, repeats) -> None:
     calls = small_calls(name, n, r, k)
     check_same(calls)
@@ -381,12 +455,16 @@ def test_incremental_pca_over_append(benchmark, figures, repeats) -> None:
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------
 
-IN_PLACE = {EIGH: brandla.eigh_update_, SUBSPACE: brandla.subspace_update_}
+IN_PLACE = {
+    ROOT: brandla.root_update_,
+    CHOLESKY: partial(brandla.root_update_, compress="cholesky"),
+    EIGH: brandla.eigh_update_,
+}
 
 
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")
 @pytest.mark.parametrize(("r", "k"), [(128, 64), (256, 256)], ids=str)
-@both_updates
+@every_update
 def test_peak_memory(name, r, k, benchmark, figures, repeats) -> None:
     n = 16384
     case = steady(name, n, r, k)

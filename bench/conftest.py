@@ -132,10 +132,10 @@ def figures(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
     study = request.config.stash[studies].setdefault(name_of(request), Study())
 
-    def keep(case: str, value: Any, **about: Any) -> None:
-        figure = Figure.of(benchmark.group or "", case, value, **about)
+    def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
+        figure = Figure.of(group or benchmark.group or "", case, value, **about)
         study.figures.append(figure)
-        benchmark.extra_info[case] = figure.record()
+        benchmark.extra_info[case if group is None else f"{group}: {case}"] = figure.record()
 
     yield keep
     if benchmark.stats:
@@ -235,13 +235,11 @@ def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dic
 
 def _table(name: str, figures: list[Figure]) -> Table:
     table = Table("case", "measured", "to reach", "met", title=f"bench_{name}", title_justify="left")
-    group = None
-    for figure in figures:
-        if figure.group != group:
-            group = figure.group
-            table.add_section()
-            table.add_row(f"[bold]{group}[/bold]")
-        table.add_row(figure.case, figure.measured(), figure.target(), _coloured(figure.met))
+    for group in dict.fromkeys(figure.group for figure in figures):
+        table.add_section()
+        table.add_row(f"[bold]{group}[/bold]")
+        for figure in (figure for figure in figures if figure.group == group):
+            table.add_row(figure.case, figure.measured(), figure.target(), _coloured(figure.met))
     return table
 
 

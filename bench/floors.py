@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.problems import Case
+from bench.problems import Case, tall_of
 
 
 def update_floor(case: Case) -> Callable[[], Tensor]:
-    """Return the six tall products of a plain update with two projections."""
-    basis, columns = case.factor[1], case.columns
+    """Return the six tall products of Brand's update of an orthonormal basis, with two projections."""
+    basis, columns = tall_of(case.factor), case.columns
     r, k = basis.shape[-1], columns.shape[-1]
     first, second = (torch.randn(rows, r, device=basis.device) for rows in (r, k))
 

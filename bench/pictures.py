@@ -44,8 +44,9 @@ THEMES = (
 )
 # Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
 COLOURS = {
+    "root_update": ("#d55e00", "#ff8f40"),
+    "root_update, cholesky": ("#8f6a4a", "#c9a27e"),
     "eigh_update": ("#0072b2", "#4db2ee"),
-    "subspace_update": ("#d55e00", "#ff8f40"),
     "damped_solve": ("#009e73", "#2fd3a5"),
     "kron_damped_solve, pair": ("#3f8f9b", "#7fd0dc"),
     "gram_ema_": ("#9a9a9a", "#8a8f99"),

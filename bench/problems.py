@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +13,19 @@ from torch import Tensor
 
 import brandla
 
-Symmetric = brandla.LowRankEigh | brandla.LowRankSym
+Symmetric = brandla.LowRankEigh | brandla.LowRankRoot
 Update = Callable[..., Symmetric]
 
 DECAY, WEIGHT = 0.95, 0.05
 UPDATES: dict[str, tuple[Update, type[Symmetric]]] = {
+    "root_update": (brandla.root_update, brandla.LowRankRoot),
+    "root_update, cholesky": (partial(brandla.root_update, compress="cholesky"), brandla.LowRankRoot),
     "eigh_update": (brandla.eigh_update, brandla.LowRankEigh),
-    "subspace_update": (brandla.subspace_update, brandla.LowRankSym),
 }
 # What an update may lose against the best truncation of its own target: nothing, or what the stream tests allow.
-LOSS_ALLOWED = {"eigh_update": 1.001, "subspace_update": 1.1}
+LOSS_ALLOWED = {"root_update": 1.001, "root_update, cholesky": 1.1, "eigh_update": 1.001}
+# Of ε: what orthonormal columns, or S beside FᵀF, may be off.
+DEFECT_ALLOWED = 200
 # Half as much again as the time constant of the decay, 1/(1 − 0.95) steps.
 STEPS_TO_STEADY_STATE = 30
 
@@ -69,18 +72,18 @@ def steady(name: str, n: int, r: int, k: int, exponent: float = 0.5, dtype: torc
 
 
 def check_update(name: str, case: Case, updated: Symmetric) -> None:
-    """Check an update against float64: orthonormal vectors, and no more lost than the best truncation loses."""
-    target = [(_half(case.factor) * DECAY**0.5, 1.0), (case.columns.double() * WEIGHT**0.5, 1.0)]
+    """Check an update against float64: the form that it promises, and no more lost than the best truncation loses."""
+    target = [(half_of(case.factor) * DECAY**0.5, 1.0), (case.columns.double() * WEIGHT**0.5, 1.0)]
     rank = updated.rank
     spectrum = torch.linalg.eigvalsh(in_small(target)).flip(-1).clamp_min(0)
     best = float(torch.linalg.vector_norm(spectrum[rank:]))
-    lost = float(torch.linalg.vector_norm(torch.linalg.eigvalsh(in_small([*target, (_half(updated), -1.0)]))))
-    eps = torch.finfo(updated[1].dtype).eps
+    lost = float(torch.linalg.vector_norm(torch.linalg.eigvalsh(in_small([*target, (half_of(updated), -1.0)]))))
+    eps = torch.finfo(tall_of(updated).dtype).eps
     # Each of the r + k directions may be off by a few ε‖M‖.
     allowed = LOSS_ALLOWED[name] * best + 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
     require(lost <= allowed, f"{name}: ‖M − M̂‖_F = {lost:.3e}, allowed {allowed:.3e}")
-    defect = orthonormality(updated[1]) / eps
-    require(defect <= 200, f"{name}: ‖UᵀU − I‖₂ = {defect:.0f} ε, allowed 200 ε")
+    off = defect(updated) / eps
+    require(off <= DEFECT_ALLOWED, f"{name}: off its form by {off:.0f} ε, allowed {DEFECT_ALLOWED} ε")
 
 
 def in_small(terms: list[tuple[Tensor, float]]) -> Tensor:
@@ -98,17 +101,33 @@ def orthonormality(vectors: Tensor) -> float:
     return float(torch.linalg.eigvalsh(deviation).abs().max()) if deviation.isfinite().all() else float("inf")
 
 
-def _half(factor: Symmetric) -> Tensor:
-    """F with F Fᵀ = M̂, in float64 from the factor's own rounded parts."""
+def defect(factor: Symmetric) -> float:
+    """Return how far a factor is from its form: ‖UᵀU − I‖₂, or ‖S − FᵀF‖₂ over ‖FᵀF‖₂."""
     if isinstance(factor, brandla.LowRankEigh):
-        return factor.eigenvectors.double() * factor.eigenvalues.double().sqrt()
-    values, vectors = torch.linalg.eigh(factor.core.double())
-    return factor.basis.double() @ (vectors * values.clamp_min(0).sqrt())
+        return orthonormality(factor.eigenvectors)
+    root = factor.root.double()
+    gram = root.mT @ root
+    deviation = factor.gram.double() - gram
+    if not deviation.isfinite().all():
+        return float("inf")
+    norms = [float(torch.linalg.eigvalsh(part).abs().max()) for part in (deviation, gram)]
+    return norms[0] / norms[1] if norms[0] else 0.0
+
+
+def tall_of(factor: Symmetric) -> Tensor:
+    """Return U or F."""
+    return factor.root if isinstance(factor, brandla.LowRankRoot) else factor.eigenvectors
+
+
+def half_of(factor: Symmetric) -> Tensor:
+    """F with F Fᵀ = M̂, in float64 from the factor's own rounded parts."""
+    tall = tall_of(factor).double()
+    return tall * factor.eigenvalues.double().sqrt() if isinstance(factor, brandla.LowRankEigh) else tall
 
 
 def check_solve(factor: Symmetric, rhs: Tensor, damping: float, solution: Tensor) -> None:
     """Check a damped solve by its residual in float64, divided by what rounding explains."""
-    half, solved = _half(factor), solution.double()
+    half, solved = half_of(factor), solution.double()
     residual = half @ (half.mT @ solved) + damping * solved - rhs.double()
     norm = float(torch.linalg.matrix_norm(half, 2)) ** 2 + damping
     eps = torch.finfo(solution.dtype).eps

@@ -62,8 +62,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "eigh_update": Method(dense=False, time=1),
-    "subspace_update": Method(dense=False, time=1),
+    **{name: Method(dense=False, time=1) for name in UPDATES},
     "damped_solve": Method(dense=False, time=1),
     "kron_damped_solve, pair": Method(dense=False, time=1),
     "gram_ema_": Method(dense=True, time=2),
@@ -78,8 +77,8 @@ METHODS = {
 class Sizes:
     """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share.
 
-    An update meets at least half as many columns as its rank. With fewer, truncations leave so little of one step that
-    what subspace iteration leaves shows beside it; only over a stream is it held to the exact update.
+    An update meets at least half as many columns as its rank. With fewer, a truncation leaves out so little of one step
+    that what it leaves out more without an eigendecomposition shows beside it.
     """
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with

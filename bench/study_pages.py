@@ -58,7 +58,7 @@ def growth_verdict(fits: Sequence[Row]) -> str:
     lines = []
     for power, window in ((1, "all"), (1, "larger half"), (2, "larger half"), (3, "larger half")):
         of_time = [fit for fit in fits if (fit["axis"], fit["quantity"], fit["window"]) == ("n", "time", window)]
-        own = [fit for fit in of_time if METHODS[fit["method"]].time == power]
+        own = [fit for fit in of_time if fit["method"] in METHODS and METHODS[fit["method"]].time == power]
         if own:
             found = "; ".join(f"`{fit['method']}` {in_words(fit['exponent'])}, n {between(fit)}" for fit in own)
             lines.append(f"- said to be {power}, over {window_words(window)}: {found}.{to_reach(power, own)}")
@@ -159,7 +159,7 @@ FUNCTIONS = """### Every public function, beside others
 dense matrix, which is handed to them for nothing. `grouped` takes four factors, of n, n/2, n/4 and n/4 rows. "Of the
 floor" is the least time of the products and bytes that brandla's method cannot do without, at the ceilings of the
 same run, over the time. The error is relative: ‖X − X̂‖_F/‖X‖_F of a decomposition, what truncation leaves included,
-and the residual of a solve.
+and the residual of a solve. "Off its form" is ‖UᵀU − I‖₂, or ‖S − FᵀF‖₂/‖FᵀF‖₂ of a root.
 """
 OPS = """### Every op
 
@@ -173,7 +173,7 @@ def cases(study: Row, name: str) -> Iterator[str]:
     yield (FUNCTIONS if name == "functions" else OPS) + interrupted(study)
     rows = study["rows"]
     yield from peers_of_numpy(rows)
-    headings = ["by", "ms", "95 % interval", "× brandla", "of the floor", "error", "off orthonormal, ε"]
+    headings = ["by", "ms", "95 % interval", "× brandla", "of the floor", "error", "off its form, ε"]
     for function in dict.fromkeys(row["function"] for row in rows):
         yield f"#### `{function}`\n" if " " not in function else f"#### {function}\n"
         own = [row for row in rows if row["function"] == function]

@@ -16,8 +16,19 @@ from bench.gpu import factors
 from bench.gpu.ceilings import Work
 from bench.gpu.device import Device
 from bench.peers import EXACT, OVERSAMPLE, POWERS, SKETCHED, Peer
-from bench.problems import DECAY, LOSS_ALLOWED, WEIGHT, columns_of, matrix_of_spectrum, orthonormality, require, steady
-from brandla import LowRankEigh, LowRankSVD, LowRankSym
+from bench.problems import (
+    DECAY,
+    LOSS_ALLOWED,
+    UPDATES,
+    WEIGHT,
+    columns_of,
+    defect,
+    matrix_of_spectrum,
+    orthonormality,
+    require,
+    steady,
+)
+from brandla import LowRankEigh, LowRankRoot, LowRankSVD
 
 DAMPING, EXPONENT = 0.1, -0.5
 # Of the unit of rounding: what orthonormal columns, and the residual of a solve, may be off. Peers decompose a dense
@@ -48,7 +59,10 @@ SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
 
 
 class Judgement(NamedTuple):
-    """How far a result is from the float64 one, how far from orthonormal in units of ε, and what is allowed."""
+    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed.
+
+    The form is orthonormal columns, or for a root that S is FᵀF.
+    """
 
     error: float
     allowed: float
@@ -109,7 +123,7 @@ def check(name: str, call: Call) -> Judgement:
     require(judged.error <= judged.allowed, f"{name}: error {judged.error:.1e}, allowed {judged.allowed:.1e}")
     if judged.orthogonality is not None:
         most = judged.orthogonality_allowed
-        require(judged.orthogonality <= most, f"{name}: {judged.orthogonality:.0f} ε off orthonormal, allowed {most:g}")
+        require(judged.orthogonality <= most, f"{name}: {judged.orthogonality:.0f} ε off its form, allowed {most:g}")
     return judged
 
 
@@ -153,12 +167,12 @@ def in_small(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return left @ right.mT
 
 
-def halves(result: LowRankEigh | LowRankSym | LowRankSVD) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F, G with F Gᵀ the result, and the columns that are to be orthonormal, in float64."""
+def halves(result: LowRankEigh | LowRankRoot | LowRankSVD) -> tuple[Tensor, Tensor]:
+    """Return F, G with F Gᵀ the result, in float64."""
     first, second, *rest = (part.double() for part in result)
     if isinstance(result, LowRankSVD):
-        return first * second, rest[0].mT, first
-    return second * first if isinstance(result, LowRankEigh) else second @ first, second, second
+        return first * second, rest[0].mT
+    return (second * first, second) if isinstance(result, LowRankEigh) else (first, first)
 
 
 def approximation(
@@ -171,9 +185,9 @@ def approximation(
     rounding = 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
 
     def judge(result: Any) -> Judgement:
-        left, right, basis = halves(result)
-        lost = target.distance(left, right)
-        return Judgement(lost / norm, (slack * best + rounding) / norm, orthonormality(basis) / eps, most)
+        lost = target.distance(*halves(result))
+        off = orthonormality(result.U) if isinstance(result, LowRankSVD) else defect(result)
+        return Judgement(lost / norm, (slack * best + rounding) / norm, off / eps, most)
 
     return judge
 
@@ -209,6 +223,11 @@ def stream(shape: Shape, device: Device) -> Tensor:
     return next(columns_of(shape.n, shape.k, 0.5, 0, torch.float64)).to(device.tensors, shape.data or shape.dtype)
 
 
+def a_row(r: int, k: int) -> int:
+    """Return the flops of an update for each row: one pass for the core, of which one triangle counts, and a rotation."""
+    return 2 * r * k + k**2 + 2 * (r + k) * r
+
+
 def symmetric_factor(shape: Shape, device: Device) -> LowRankEigh:
     """Return a factor with eigenvalues 1/i."""
     return LowRankEigh(values(device, shape.r, shape.dtype), basis(device, shape.n, shape.r, shape.dtype))
@@ -223,7 +242,7 @@ def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
     settled = steady(name, n, r, k, dtype=shape.dtype)
     factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
     columns = settled.columns.to(device.tensors, shape.data or shape.dtype)
-    left, right, _ = halves(factors.on_cpu(factor))
+    left, right = halves(factors.on_cpu(factor))
     added = columns.double().cpu()
     target = Product(
         torch.cat([DECAY * left, WEIGHT * added], dim=1),
@@ -232,11 +251,13 @@ def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
     judge = approximation(target, r, shape.eps, LOSS_ALLOWED[name], ROUNDING)
     dense = (target.left @ target.right.mT).to(device.tensors, shape.dtype)
     moved = shape.dtype.itemsize * 2 * n * r + columns.element_size() * n * k
+    function = UPDATES[name][0]
+    options = function.keywords if isinstance(function, partial) else {}
     return Task(
-        Call(getattr(brandla, name), (factor, columns), judge),
-        {"decay": DECAY, "weight": WEIGHT},
+        Call(getattr(brandla, name.partition(",")[0]), (factor, columns), judge),
+        {"decay": DECAY, "weight": WEIGHT, **options},
         {} if shape.data else against(peers.SYMMETRIC, dense, target, shape, device),
-        _work(shape, n * (8 * r * k + 2 * k**2 + 2 * (r + k) * r), moved),
+        _work(shape, n * a_row(r, k), moved),
     )
 
 
@@ -253,16 +274,15 @@ def svd_update(shape: Shape, device: Device) -> Task:
     m = n // 2
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
-    left, right, _ = halves(factors.on_cpu(svd))
+    left, right = halves(factors.on_cpu(svd))
     added = [side.double().cpu() for side in sides]
     target = Product(torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1))
     dense = (target.left @ target.right.mT).to(device.tensors, shape.dtype)
-    flops = (n + m) * (8 * r * k + 2 * k**2 + 2 * (r + k) * r)
     return Task(
         Call(brandla.svd_update, (svd, *sides), approximation(target, r, shape.eps, EXACT, ROUNDING)),
         {"decay": DECAY},
         against(peers.GENERAL, dense, target, shape, device),
-        _work(shape, flops, shape.dtype.itemsize * (n + m) * (2 * r + k)),
+        _work(shape, (n + m) * a_row(r, k), shape.dtype.itemsize * (n + m) * (2 * r + k)),
     )
 
 
@@ -271,13 +291,13 @@ def svd_append(shape: Shape, device: Device) -> Task:
     n, r, k = shape[:3]
     m = max(2 * r, 4 * k)
     svd, columns = svd_factor(shape, device, m), stream(shape, device)
-    left, right, _ = halves(factors.on_cpu(svd))
+    left, right = halves(factors.on_cpu(svd))
     added = columns.double().cpu()
     target = Product(
         torch.cat([DECAY * left, added], dim=1), torch.block_diag(right, torch.eye(k, dtype=torch.float64))
     )
     dense = (target.left @ target.right.mT).to(device.tensors, shape.dtype)
-    flops = n * (8 * r * k + 2 * k**2 + 2 * (r + k) * r) + 2 * m * r**2
+    flops = n * a_row(r, k) + 2 * m * r**2
     moved = shape.dtype.itemsize * (n + m) * 2 * r + columns.element_size() * n * k
     return Task(
         Call(brandla.svd_append, (svd, columns), approximation(target, r, shape.eps, EXACT, ROUNDING)),
@@ -313,7 +333,7 @@ def centred_append(shape: Shape, device: Device) -> Task:
 
     own = Call(brandla.svd_append, (state, last.to(device.tensors, shape.dtype)), lambda it: judge(it.svd.S))
     fitted = Call(peer.partial_fit, (rows,), lambda it: judge(torch.from_numpy(it.singular_values_)), True)
-    flops = n * (8 * r * k + 2 * k**2 + 2 * (r + k) * r)
+    flops = n * a_row(r, k)
     others = {INCREMENTAL: fitted} if device.tensors.type == "cpu" else {}
     return Task(own, {}, others, _work(shape, flops, shape.dtype.itemsize * n * (2 * r + k)))
 
@@ -449,8 +469,7 @@ def _solve_both(left: Tensor, right: Tensor, one: Tensor, other: Tensor) -> tupl
 
 Maker = Callable[[Shape, Device], Task]
 TASKS: dict[str, Maker] = {
-    "eigh_update": partial(symmetric_update, "eigh_update"),
-    "subspace_update": partial(symmetric_update, "subspace_update"),
+    **{name: partial(symmetric_update, name) for name in UPDATES},
     "svd_update": svd_update,
     "svd_append": svd_append,
     "svd_append, centred": centred_append,
@@ -462,7 +481,7 @@ TASKS: dict[str, Maker] = {
     "kron_damped_solve, pair": partial(kron, pair=True),
 }
 # What takes data in half precision beside a float32 factor.
-TAKES_HALF = ("eigh_update", "subspace_update", "svd_append")
+TAKES_HALF = (*UPDATES, "svd_append")
 DENSE = {"damped_power": "torch.linalg.eigh, dense"} | dict.fromkeys(
     ("damped_solve", "kron_damped_solve", "kron_damped_solve, pair"), "torch.linalg.solve, dense"
 )

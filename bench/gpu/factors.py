@@ -32,9 +32,9 @@ def eigh(device: Device, n: int, r: int) -> brandla.LowRankEigh:
     return brandla.LowRankEigh(1 / torch.arange(1, r + 1, device=device.tensors), vectors)
 
 
-def sym(device: Device, n: int, r: int) -> brandla.LowRankSym:
-    """Return the same as S and U."""
-    return brandla.LowRankSym.from_eigh(eigh(device, n, r))
+def root(device: Device, n: int, r: int) -> brandla.LowRankRoot:
+    """Return the same as F and S."""
+    return brandla.LowRankRoot.from_eigh(eigh(device, n, r))
 
 
 def on_cpu(tree: Any) -> Any:

@@ -39,21 +39,21 @@ def run(bench: Bench, found: Findings, time: Deadline) -> None:
 def calls(device: Device, n: int, r: int, k: int) -> dict[str, Call]:
     """Return the calls that promise to be capturable, with numbers and with tensors on the device as options."""
 
-    def sym() -> tuple[Tensor, ...]:
-        return (*factors.sym(device, n, r), device.normal(n, k))
+    def root() -> tuple[Tensor, ...]:
+        return (*factors.root(device, n, r), device.normal(n, k))
 
     def eigh() -> tuple[Tensor, ...]:
         return (*factors.eigh(device, n, r), device.normal(n, k))
 
     def pair() -> tuple[Tensor, ...]:
-        return (*factors.eigh(device, n, r), *factors.sym(device, n, r), device.normal(n, n))
+        return (*factors.eigh(device, n, r), *factors.root(device, n, r), device.normal(n, n))
 
     def damping() -> Tensor:
         return device.normal(1)[0].abs() + DAMPING
 
     return {
-        "subspace_update": Call(_update, sym),
-        "subspace_update, decay as a tensor": Call(_update, lambda: (*sym(), damping())),
+        "root_update, cholesky": Call(_update, root),
+        "root_update, cholesky, decay as a tensor": Call(_update, lambda: (*root(), damping())),
         "damped_solve": Call(_solve, eigh),
         "damped_solve, damping as a tensor": Call(_solve, lambda: (*eigh(), damping())),
         "kron_damped_solve": Call(_kron_solve, pair),
@@ -61,16 +61,17 @@ def calls(device: Device, n: int, r: int, k: int) -> dict[str, Call]:
     }
 
 
-def _update(core: Tensor, basis: Tensor, columns: Tensor, decay: float | Tensor = DECAY) -> Any:
-    return brandla.subspace_update(brandla.LowRankSym(core, basis), columns, decay=decay, weight=WEIGHT)
+def _update(factor: Tensor, gram: Tensor, columns: Tensor, decay: float | Tensor = DECAY) -> Any:
+    root = brandla.LowRankRoot(factor, gram)
+    return brandla.root_update(root, columns, decay=decay, weight=WEIGHT, compress="cholesky")
 
 
 def _solve(values: Tensor, vectors: Tensor, rhs: Tensor, damping: float | Tensor = DAMPING) -> Tensor:
     return brandla.damped_solve(brandla.LowRankEigh(values, vectors), rhs, damping)
 
 
-def _kron_solve(values: Tensor, vectors: Tensor, core: Tensor, basis: Tensor, matrix: Tensor) -> Any:
-    left, right = brandla.LowRankEigh(values, vectors), brandla.LowRankSym(core, basis)
+def _kron_solve(values: Tensor, vectors: Tensor, factor: Tensor, gram: Tensor, matrix: Tensor) -> Any:
+    left, right = brandla.LowRankEigh(values, vectors), brandla.LowRankRoot(factor, gram)
     return brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
 
 

@@ -16,31 +16,31 @@ from bench.gpu.timed import called, microseconds, tensors_in
 from bench.problems import DECAY, WEIGHT, require
 
 DAMPING = 0.1
-UPDATE, SOLVE = "grouped.subspace_update", "grouped.damped_solve"
+UPDATE, SOLVE = "grouped.root_update, cholesky", "grouped.damped_solve"
+CHOLESKY: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "cholesky"}
 
 
 def run(bench: Bench, found: Findings, time: Deadline) -> None:
     """Compare both functions with their loops."""
     device, sizes = bench.device, bench.sizes
     rank, count = sizes.group_rank, sizes.group_columns
-    syms = [factors.sym(device, n, rank) for n in sizes.group]
+    eighs = [factors.eigh(device, n, rank) for n in sizes.group]
+    roots = [brandla.LowRankRoot.from_eigh(eigh) for eigh in eighs]
     columns = [device.normal(n, count) for n in sizes.group]
     loops = {
         UPDATE: {
-            "grouped": lambda: brandla.grouped.subspace_update(syms, columns, decay=DECAY, weight=WEIGHT),
+            "grouped": lambda: brandla.grouped.root_update(roots, columns, **CHOLESKY),
             "loop": lambda: [
-                brandla.subspace_update(sym, block, decay=DECAY, weight=WEIGHT)
-                for sym, block in zip(syms, columns, strict=True)
+                brandla.root_update(root, block, **CHOLESKY) for root, block in zip(roots, columns, strict=True)
             ],
             "loop of eager torch Brand updates": lambda: [
-                plain.brand_update(sym.core.diagonal(), sym.basis, block, DECAY, WEIGHT)
-                for sym, block in zip(syms, columns, strict=True)
+                plain.brand_update(*eigh, block, DECAY, WEIGHT) for eigh, block in zip(eighs, columns, strict=True)
             ],
         },
         SOLVE: {
-            "grouped": lambda: brandla.grouped.damped_solve(syms, columns, DAMPING),
+            "grouped": lambda: brandla.grouped.damped_solve(roots, columns, DAMPING),
             "loop": lambda: [
-                brandla.damped_solve(sym, block, DAMPING) for sym, block in zip(syms, columns, strict=True)
+                brandla.damped_solve(root, block, DAMPING) for root, block in zip(roots, columns, strict=True)
             ],
         },
     }
@@ -73,13 +73,13 @@ def _compare(bench: Bench, found: Findings, name: str, calls: dict[str, Callable
 
 
 def _dense_parts(results: list[Any]) -> list[torch.Tensor]:
-    """Return what is determined: a solution, or U S Uᵀ times a fixed block, since U alone is not."""
-    return [_image(result) if isinstance(result, brandla.LowRankSym) else result for result in results]
+    """Return what is determined: a solution, or F Fᵀ times a fixed block, since F alone is not."""
+    return [_image(result.root) if isinstance(result, brandla.LowRankRoot) else result for result in results]
 
 
-def _image(sym: brandla.LowRankSym) -> torch.Tensor:
-    probe = torch.cos(torch.arange(sym.n, device=sym.basis.device, dtype=sym.basis.dtype))[:, None]
-    return sym.basis @ (sym.core @ (sym.basis.mT @ probe))
+def _image(root: torch.Tensor) -> torch.Tensor:
+    probe = torch.cos(torch.arange(len(root), device=root.device, dtype=root.dtype))[:, None]
+    return root @ (root.mT @ probe)
 
 
 def _apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:

@@ -38,7 +38,7 @@ def run(bench: Bench, found: Findings, time: Deadline) -> None:
 
 def _requests(bench: Bench) -> list[Request]:
     n, r, k = bench.sizes.update
-    return [Request(op, n, r, k) for op in ("cross_gram", "subspace_update")]
+    return [Request(op, n, r, k) for op in ("cross_gram", "root_update, cholesky")]
 
 
 def _profile(bench: Bench, found: Findings, request: Request, time: Deadline) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,23 +18,25 @@ from bench.gpu.cases import ROUNDINGS
 from bench.gpu.ceilings import Work
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import Times, called, microseconds, replayed
-from bench.problems import DECAY, WEIGHT, Case, WrongResultError, check_solve, check_update, require
+from bench.problems import DECAY, UPDATES, WEIGHT, Case, WrongResultError, check_solve, check_update, require
 from brandla_kernels import OPS
 
 DAMPING = 0.1
 POWERS, OVERSAMPLE = 2, 10
 TIMES = "median times"
+CHOLESKY = "root_update, cholesky"
 
 
 def run(bench: Bench, found: Findings, time: Deadline) -> None:
     """Measure each; the ones with targets first."""
     for name, measure, seconds in (
-        ("subspace_update", _subspace_update, 12.0),
+        (CHOLESKY, _root_update, 12.0),
         ("kron_damped_solve", _kron_damped_solve, 8.0),
         ("gram_ema_", _gram_ema, 8.0),
         ("randomized_eigh", _randomized_eigh, 15.0),
         ("damped_solve", _damped_solve, 5.0),
-        ("eigh_update", _eigh_update, 8.0),
+        ("eigh_update", partial(_with_eigh, "eigh_update"), 8.0),
+        ("root_update", partial(_with_eigh, "root_update"), 8.0),
     ):
         if found.in_time(name, time, 0 if bench.device.dry else seconds):
             with found.case(name, bench.device):
@@ -53,15 +56,15 @@ def _keep(found: Findings, times: Times, **calls: str) -> None:
 
 
 def _brand_of_torch(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return the eager torch update of the same factor, diagonalised."""
-    factor = case.factor.eigh() if isinstance(case.factor, brandla.LowRankSym) else case.factor
+    """Return the eager torch update of the same factor, orthonormalised."""
+    factor = case.factor.to_eigh() if isinstance(case.factor, brandla.LowRankRoot) else case.factor
     return lambda: plain.brand_update(*factor, case.columns, DECAY, WEIGHT)
 
 
 def _checked_update(bench: Bench, name: str) -> tuple[Case, Callable[[], Any]]:
     """Return a case and a call of an update, whose result float64 agrees with."""
     case = factors.steady(name, *bench.sizes.update, bench.sizes.steps, bench.device.tensors)
-    function = getattr(brandla, name)
+    function = UPDATES[name][0]
     update = lambda: function(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
     check_update(name, factors.on_cpu(case), factors.on_cpu(update()))
     return case, update
@@ -75,32 +78,32 @@ def _judge_baseline(found: Findings, case: Case, baseline: Callable[[], tuple[Te
         found.notes.append(f"the eager torch update would not pass the check of eigh_update: {error}")
 
 
-def _subspace_update(bench: Bench, found: Findings) -> None:
+def _root_update(bench: Bench, found: Findings) -> None:
     device = bench.device
-    case, update = _checked_update(bench, "subspace_update")
+    case, update = _checked_update(bench, CHOLESKY)
     captured = device.capture(update)
     captured.replay()
-    check_update("subspace_update", factors.on_cpu(case), factors.on_cpu(captured.result))
+    check_update(CHOLESKY, factors.on_cpu(case), factors.on_cpu(captured.result))
     baseline = _brand_of_torch(case)
     _judge_baseline(found, case, baseline)
     calls = {"graph": captured.replay, "eager": update, "torch": baseline}
     times = called(device, calls, 4 * bench.sizes.seconds)
     n, r, k = bench.sizes.update
     words = f"n {n}, r {r}, k {k}"
-    found.figure("subspace_update", f"{words}, in a graph", microseconds(times.median("graph")), unit="µs", at_most=300)
+    found.figure(CHOLESKY, f"{words}, in a graph", microseconds(times.median("graph")), unit="µs", at_most=300)
     faster = times.ratio("torch", "graph")
-    found.figure("subspace_update", f"{words}, in a graph: eager torch Brand update / it", faster, at_least=10)
-    found.figure("subspace_update", f"{words}, eager: eager torch Brand update / it", times.ratio("torch", "eager"))
-    _keep(found, times, graph="subspace_update, graph", eager="subspace_update, eager", torch="torch Brand update")
+    found.figure(CHOLESKY, f"{words}, in a graph: eager torch Brand update / it", faster, at_least=10)
+    found.figure(CHOLESKY, f"{words}, eager: eager torch Brand update / it", times.ratio("torch", "eager"))
+    _keep(found, times, graph=f"{CHOLESKY}, graph", eager=f"{CHOLESKY}, eager", torch="torch Brand update")
 
 
-def _eigh_update(bench: Bench, found: Findings) -> None:
-    case, update = _checked_update(bench, "eigh_update")
+def _with_eigh(name: str, bench: Bench, found: Findings) -> None:
+    case, update = _checked_update(bench, name)
     times = called(bench.device, {"eager": update, "torch": _brand_of_torch(case)}, 2 * bench.sizes.seconds)
     n, r, k = bench.sizes.update
     faster = times.ratio("torch", "eager")
-    found.figure("eigh_update", f"n {n}, r {r}, k {k}: eager torch Brand update / it", faster)
-    _keep(found, times, eager="eigh_update, eager")
+    found.figure(name, f"n {n}, r {r}, k {k}: eager torch Brand update / it", faster)
+    _keep(found, times, eager=f"{name}, eager")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
