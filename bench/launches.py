@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +70,6 @@ LIMITS: dict[str, Limit] = {
 }
 
 
-
 def kfac_budget(layers: int) -> int:
     """Return the most kernels of all kinds that a step of `Brand` may take on so many linear layers."""
     return 30 + 8 * layers
@@ -123,7 +124,7 @@ class Case(NamedTuple):
 
     function: str
     arguments: Callable[[int, tuple[int, ...]], tuple[Any, ...]]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def call(self, form: str) -> Call | None:
         """Return the call in a form, if there is one."""
@@ -172,7 +173,7 @@ FUNCTIONS: dict[str, Case] = {
     "orthonormalize": Case("orthonormalize", lambda n, b: (columns(n, b),)),
     "svd_update": Case("svd_update", lambda n, b: (svd(n, b), columns(n, b), columns(n // 2, b))),
     "svd_append": Case("svd_append", lambda n, b: (svd(n, b), columns(n, b))),
-    "randomized_eigh": Case("randomized_eigh", lambda n, b: ((lambda X: X @ X.mT)(columns(n, b, 2 * R)), R)),
+    "randomized_eigh": Case("randomized_eigh", lambda n, b: (root(n, b).dense(), R)),
     "randomized_svd": Case("randomized_svd", lambda n, b: (columns(n, b, n // 2), R)),
 }
 
@@ -194,8 +195,7 @@ def function_rows(target: str) -> Iterator[dict[str, Any]]:
 def mlp(layers: int) -> nn.Module:
     """Return so many linear layers of different widths."""
     widths = [48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40]
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), nn.Tanh())))
+    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
 
 
 class Block(nn.Module):

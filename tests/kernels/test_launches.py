@@ -62,9 +62,8 @@ def test_nothing_waits_where_the_docs_say_so():
         (lambda x: torch._foreach_add([x, x], 1), Counts(torch=1)),
         (lambda x: x.sum().item(), Counts(torch=1, waits=1)),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]), Counts(torch=1, uploads=1)),
-        (lambda x: brandla.orthonormalize(x[:0]), Counts()),
     ],
-    ids=["view", "allocation", "empty", "in place", "list", "read", "upload", "call on nothing"],
+    ids=["view", "allocation", "empty", "in place", "list", "read", "upload"],
 )
 def test_what_is_counted(call: Any, counts: Counts):
     x = torch.ones(4, 3)
