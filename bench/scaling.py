@@ -77,8 +77,7 @@ METHODS = {
 class Sizes:
     """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share.
 
-    An update meets at least half as many columns as its rank. With fewer, a truncation leaves out so little of one step
-    that what it leaves out more without an eigendecomposition shows beside it.
+    An update meets at least half as many columns as its rank.
     """
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with

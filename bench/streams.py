@@ -1,4 +1,4 @@
-"""How right the updates stay: what they lose, how orthonormal they stay and what the error bound says, on every stream.
+"""How right the updates stay: what they lose, what keeps of their form and what the error bound says, on every stream.
 
 Run by ``make study-streams``. Nothing here is timed but the stream that dies out, whose late steps are compared with
 its early ones.
@@ -10,31 +10,28 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.linalg import LinAlgError
 
 import brandla
 import oracles
-from bench import plain, results
+from bench import results
 from bench.facts import facts
 from bench.families import DECAY, FAMILIES, WEIGHT, Family, Truth, best_discarded, reference
-from bench.problems import UPDATES, orthonormality
+from bench.problems import UPDATES, defect, orthonormality
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Row = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses, orthogonality and the error bound
+# Losses, form and the error bound
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -46,36 +43,28 @@ def losses(quick: bool) -> Iterator[Row]:
             batches = sized.batches(dtype)
             truth = reference(sized, batches)
             about = {"family": name, "words": family.words, "sizes": family.sizes, "steps": sized.steps}
-            for update, options in variants(dtype):
-                run = followed(update, sized, batches, truth, **options)
-                yield {**about, "dtype": spelled, "update": update, **options, **run}
+            for update in UPDATES:
+                yield {**about, "dtype": spelled, "update": update, **followed(update, sized, batches, truth)}
             if sized.steps <= 100:
                 yield {**about, "dtype": spelled, "update": "svd_append", **appended(sized, batches, truth)}
 
 
-def variants(dtype: torch.dtype) -> list[tuple[str, dict[str, int]]]:
-    """Return the updates, and in float32 also other numbers of subspace iterations."""
-    both = [("eigh_update", {}), ("subspace_update", {})]
-    others = [("subspace_update", {"iterations": 1}), ("subspace_update", {"iterations": 4})]
-    return both + (others if dtype == torch.float32 else [])
-
-
-def followed(update: str, family: Family, batches: list[Tensor], truth: Truth, **options: int) -> Row:
+def followed(update: str, family: Family, batches: list[Tensor], truth: Truth) -> Row:
     """Run an update over a stream with its error bound; the errors are looked at ten times on the way."""
     function, kind = UPDATES[update]
     dtype = batches[0].dtype
     eps = torch.finfo(dtype).eps
     value = brandla.track(kind.zeros(family.n, family.r, dtype=dtype))
-    defect, seen = 0.0, []
+    worst, seen = 0.0, []
     every = max(len(batches) // 10, 1)
     for step, columns in enumerate(batches, 1):
-        value = function(value, columns, decay=DECAY, weight=WEIGHT, **options)
-        defect = max(defect, orthonormality(value.lowrank[1]) / eps)
+        value = function(value, columns, decay=DECAY, weight=WEIGHT)
+        worst = max(worst, defect(value.lowrank) / eps)
         if step % every == 0 or step == len(batches):
             seen.append(bound_seen(truth.matrices[step - 1], value, eps * truth.roundings[step - 1]))
     return {
         **lost(truth.matrices[-1], dense(value.lowrank), truth.discarded[-1], family.r, eps),
-        "orthonormality_over_eps": defect,
+        "defect_over_eps": worst,
         "error": seen[-1]["error"],
         "bound": seen[-1]["bound"],
         "bound_over_error": seen[-1]["bound"] / max(seen[-1]["error"], 1e-300),
@@ -115,14 +104,14 @@ def appended(family: Family, batches: list[Tensor], truth: Truth) -> Row:
     dtype = batches[0].dtype
     eps = torch.finfo(dtype).eps
     svd = brandla.LowRankSVD.zeros(family.n, 0, family.r, dtype=dtype)
-    defect = 0.0
+    worst = 0.0
     for columns in batches:
         svd = brandla.svd_append(svd, columns * WEIGHT**0.5, decay=DECAY**0.5)
-        defect = max(defect, orthonormality(svd.U) / eps)
+        worst = max(worst, orthonormality(svd.U) / eps)
     left, values = svd.U.double(), svd.S.double()
     approximation = (left * values.square()) @ left.mT
     figures = lost(truth.matrices[-1], approximation, truth.discarded[-1], family.r, eps)
-    return {**figures, "orthonormality_over_eps": defect}
+    return {**figures, "defect_over_eps": worst}
 
 
 def dense(factor: Any) -> Tensor:
@@ -139,72 +128,46 @@ def shortened(family: Family, steps: int) -> Family:
 # Drift over many updates
 # ---------------------------------------------------------------------------------------------------------------------
 
-# update, family, (n, r, k), dtype, number of updates, whether drift is corrected
+# update, family, dtype
 DRIFTS = [
     *itertools.product(
-        UPDATES,
-        ["slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated"],
-        [(96, 16, 8)],
-        ["float32"],
-        [10_000],
-        [True],
+        UPDATES, ["slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated"], ["float32"]
     ),
-    *itertools.product(UPDATES, ["slow", "fast"], [(96, 16, 8)], ["float64"], [10_000], [True]),
-    *itertools.product(["eigh_update"], ["slow", "fast"], [(384, 64, 32)], ["float32"], [1000], [True, False]),
-    *itertools.product(["eigh_update"], ["slow", "fast"], [(96, 16, 8)], ["float32"], [3000], [False]),
+    *itertools.product(UPDATES, ["slow", "fast"], ["float64"]),
 ]
+MANY, SIZES_OF_MANY = 10_000, (96, 16, 8)
 MARKS = (100, 1000, 3000, 10_000)
 EVERY = 20
 POOL = 300
 
 
 def drifts(quick: bool) -> Iterator[Row]:
-    """Yield ‖UᵀU − I‖₂/ε over many updates, with the correction of drift and without."""
-    for update, name, sizes, spelled, updates, corrected in DRIFTS:
-        count = updates // 40 if quick else updates
-        with nullcontext() if corrected else uncorrected():
-            seen = drift_of(update, name, sizes, DTYPES[spelled], count)
-        known = {step: value for step, value in seen if value is not None}
+    """Yield how far factors are from their form over many updates, in units of ε."""
+    for update, name, spelled in DRIFTS:
+        count = MANY // 40 if quick else MANY
+        seen = dict(drift_of(update, name, DTYPES[spelled], count))
         yield {
             "update": update,
             "family": name,
             "words": FAMILIES[name].words,
-            "sizes": "{}, {}, {}".format(*sizes),
+            "sizes": "{}, {}, {}".format(*SIZES_OF_MANY),
             "dtype": spelled,
             "updates": count,
-            "corrected": corrected,
-            "largest": max(known.values(), default=None),
-            "at": {mark: known.get(mark) for mark in MARKS if mark <= count},
-            "broke_down_after": next((step for step, value in seen if value is None), None),
+            "largest": max(seen.values()),
+            "at": {mark: seen[mark] for mark in MARKS if mark <= count},
         }
 
 
-def drift_of(
-    update: str, name: str, sizes: tuple[int, int, int], dtype: torch.dtype, count: int
-) -> list[tuple[int, float | None]]:
-    """Return ‖UᵀU − I‖₂/ε every few updates; None, and the end, where it is above 1 or not a number."""
-    n, r, k = sizes
+def drift_of(update: str, name: str, dtype: torch.dtype, count: int) -> Iterator[tuple[int, float]]:
+    """Yield the number of updates and the defect in units of ε, every few updates."""
+    n, r, k = SIZES_OF_MANY
     function, kind = UPDATES[update]
-    stream = FAMILIES[name].stream(n, k, 0)
-    pool = [columns.to(dtype) for columns in itertools.islice(stream, min(count, POOL))]
+    pool = [columns.to(dtype) for columns in itertools.islice(FAMILIES[name].stream(n, k, 0), min(count, POOL))]
     value = kind.zeros(n, r, dtype=dtype)
-    seen: list[tuple[int, float | None]] = []
     for step in range(1, count + 1):
         value = function(value, pool[step % len(pool)], decay=DECAY, weight=WEIGHT)
         if step % EVERY == 0:
-            defect = orthonormality(value[1])
-            if not defect < 1:
-                return [*seen, (step, None)]
-            seen.append((step, defect / torch.finfo(dtype).eps))
-    return seen
-
-
-@contextmanager
-def uncorrected() -> Iterator[None]:
-    """Switch the correction of drift off."""
-    none = lambda basis, rows: basis.new_zeros(basis.shape[-1], basis.shape[-1], dtype=torch.float64)
-    with mock.patch("brandla._split.measure_drift", none):
-        yield
+            yield step, defect(value) / torch.finfo(dtype).eps
 
 
 def right_vectors(quick: bool) -> Iterator[Row]:
@@ -214,93 +177,59 @@ def right_vectors(quick: bool) -> Iterator[Row]:
         svd = brandla.LowRankSVD.zeros(n, 0, r)
         for columns in itertools.islice(FAMILIES[name].stream(n, k, 0), calls):
             svd = brandla.svd_append(svd, columns.float(), decay=decay)
-        defect = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
+        off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
         yield {
             "family": name,
             "words": FAMILIES[name].words,
             "sizes": f"{n}, {r}, {k}",
             "calls": calls,
             "decay": decay,
-            "orthonormality_over_eps": defect,
+            "defect_over_eps": off,
         }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The choices: two passes, and where subspace iteration starts
+# Damped solves, by the damping
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Over the largest eigenvalue of M.
+DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
-def passes(quick: bool) -> Iterator[Row]:
-    """Yield what a plain float32 update keeps of orthogonality with one projection and with two, beside the library."""
-    n, r, k, steps = 384, 64, 32, 20 if quick else 200
-    for name in ("slow", "medium", "fast", "rank-16"):
+
+def solves(quick: bool) -> Iterator[Row]:
+    """Yield errors of damped solves in float32 beside the truncated update in float64, and what truncation costs."""
+    n, r, k, steps = 256, 64, 16, 25 if quick else 1000
+    rhs = torch.randn(n, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name in ("slow", "medium", "fast"):
         family = replace(FAMILIES[name], n=n, r=r, k=k, steps=steps)
         batches = family.batches(torch.float32)
-        own, first = worst_of(library_steps(family, batches))
-        yield {
-            "words": family.words,
-            "sizes": family.sizes,
-            "steps": steps,
-            "one": worst_of(plain_steps(family, batches, 1)),
-            "two": worst_of(plain_steps(family, batches, 2)),
-            "library": (own, first),
-        }
-
-
-def plain_steps(family: Family, batches: list[Tensor], count: int) -> Iterator[float]:
-    """Yield the defect after each plain update, and nothing more once LAPACK fails."""
-    values = torch.zeros(family.r, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(family.n, family.r, generator=torch.Generator().manual_seed(1))).Q
-    for columns in batches:
-        try:
-            values, basis = plain.update(values, basis, columns, DECAY, WEIGHT, count)
-        except LinAlgError:
-            return
-        yield deviation(basis)
-
-
-def library_steps(family: Family, batches: list[Tensor]) -> Iterator[float]:
-    """Yield the defect after each update of the library."""
-    value = brandla.LowRankEigh.zeros(family.n, family.r)
-    for columns in batches:
-        value = brandla.eigh_update(value, columns, decay=DECAY, weight=WEIGHT)
-        yield orthonormality(value.eigenvectors)
-
-
-def deviation(basis: Tensor) -> float:
-    """Return ‖UᵀU − I‖₂, no column excused."""
-    return oracles.spectral_norm(basis.double().mT @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64))
-
-
-def worst_of(defects: Iterator[float]) -> tuple[float, float]:
-    """Return the largest defect and the one after the first update."""
-    every = list(defects)
-    return max(every), every[0]
-
-
-def starts(quick: bool) -> Iterator[Row]:
-    """Yield what subspace iteration loses, in float64 with LAPACK's QR, by where it starts."""
-    larger = replace(FAMILIES["switch"], n=512, r=96, k=64)
-    for chosen in (FAMILIES["slow"], FAMILIES["switch"], larger, FAMILIES["switch-20"]):
-        family = shortened(chosen, 25) if quick else chosen
-        batches = family.batches(torch.float64)
-        truth = reference(family, batches)
-        best = best_discarded(truth.matrices[-1], family.r)
-        for start, iterations in itertools.product(["old basis", "largest diagonals"], [1, 2]):
-            core = torch.zeros(family.r, family.r, dtype=torch.float64)
-            basis = torch.eye(family.n, family.r, dtype=torch.float64)
-            for columns in batches:
-                core, basis = plain.subspace_update(core, basis, columns, DECAY, WEIGHT, start, iterations)
-            own = float((truth.matrices[-1] - basis @ core @ basis.mT).trace())
+        matrix = torch.zeros(n, n, dtype=torch.float64)
+        exact = brandla.LowRankEigh.zeros(n, r, dtype=torch.float64)
+        values = {update: kind.zeros(n, r) for update, (_, kind) in UPDATES.items()}
+        for columns in batches:
+            matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+            exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
+            for update, (function, _) in UPDATES.items():
+                values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
+        for damping in DAMPINGS:
+            shift = damping * oracles.spectral_norm(matrix)
+            wanted = brandla.damped_solve(exact, rhs, shift)
+            whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
+            found = {update: brandla.damped_solve(value, rhs.float(), shift) for update, value in values.items()}
             yield {
+                "family": name,
                 "words": family.words,
                 "sizes": family.sizes,
-                "steps": family.steps,
-                "start": start,
-                "iterations": iterations,
-                "lost_over_best": own / best,
-                "exact_over_best": truth.discarded[-1] / best,
+                "steps": steps,
+                "damping": damping,
+                "truncation": relative(wanted, whole),
+                "errors": {update: relative(solved, wanted) for update, solved in found.items()},
             }
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Return ‖X̂ − X‖_F / ‖X‖_F."""
+    return float(torch.linalg.matrix_norm(found.double() - wanted) / torch.linalg.matrix_norm(wanted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,8 +281,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "losses": losses,
     "drifts": drifts,
     "right_vectors": right_vectors,
-    "passes": passes,
-    "starts": starts,
+    "solves": solves,
     "dying_out": dying_out,
 }
 

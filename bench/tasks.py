@@ -224,7 +224,7 @@ def stream(shape: Shape, device: Device) -> Tensor:
 
 
 def a_row(r: int, k: int) -> int:
-    """Return the flops of an update for each row: one pass for the core, of which one triangle counts, and a rotation."""
+    """Return the flops of an update for each row: a pass for the core, of AᵀA one triangle, and a rotation."""
     return 2 * r * k + k**2 + 2 * (r + k) * r
 
 

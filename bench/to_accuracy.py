@@ -1,8 +1,7 @@
-"""Steps and seconds that a method takes to an accuracy on digits, its options searched with a stated budget."""
+"""Steps and seconds that a method takes to an accuracy, its options searched with a stated budget."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from bench.kfac_study.images import Images
+from bench.training_methods import network, small_factors_allowed
 from brandla.demo import data
-from brandla.demo.data import Digits, Split
 from brandla.kfac import KFAC, Strategy
 
 BATCH = 128
@@ -51,10 +51,14 @@ class Outcome:
 
 
 def train(
-    candidate: Candidate, width: int, training: Split, judged: Split, steps: int, seed: int, target: float
+    candidate: Candidate, shown: Images, width: int, steps: int, seed: int, target: float, *, search: bool = False
 ) -> Outcome:
-    """Train for ``steps`` steps, or to the target, judging after each; only the steps are timed."""
-    model = data.network(width, "cpu", seed)
+    """Train for ``steps`` steps, or to the target, judging after each; only the steps are timed.
+
+    A search trains and judges on its own parts of the images.
+    """
+    training, judged = shown[2:] if search else shown[:2]
+    model = network(shown, width, seed)
     optimizer, preconditioner = candidate.optimizers(model)
     times, scores = [], []
     for step, (images, labels) in enumerate(data.batches(training, BATCH, steps, seed), start=1):
@@ -62,8 +66,7 @@ def train(
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()
         if preconditioner is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="KFAC: some factors")
+            with small_factors_allowed():
                 preconditioner.step()
         optimizer.step()
         times.append(perf_counter() - start)
@@ -74,26 +77,25 @@ def train(
 
 
 def search(
-    candidates: Sequence[Candidate],
-    digits: Digits,
-    width: int,
-    steps: int,
-    target: float,
-    part: Literal["steps", "seconds"],
-) -> Candidate:
-    """Return the candidate that reaches the target on validation data in the least of what the row measures.
+    candidates: Sequence[Candidate], shown: Images, width: int, steps: int, target: float
+) -> list[tuple[Candidate, Outcome]]:
+    """Train every candidate once, judged on validation data."""
+    return [(one, train(one, shown, width, steps, SEARCH_SEED, target, search=True)) for one in candidates]
 
-    Those that take equally many steps are told apart by their mean accuracy on the way, and so are those that do not
+
+def choose(trials: Sequence[tuple[Candidate, Outcome]], part: Literal["steps", "seconds"]) -> Candidate:
+    """Return the candidate that reached the target in the least of what the row measures.
+
+    Those that took equally many steps are told apart by their mean accuracy on the way, and so are those that did not
     arrive at all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
     """
 
-    def score(candidate: Candidate) -> tuple[float, float]:
-        parts = digits.search_training, digits.search_validation
-        outcome = train(candidate, width, *parts, steps, SEARCH_SEED, target)
+    def score(trial: tuple[Candidate, Outcome]) -> tuple[float, float]:
+        outcome = trial[1]
         needed = float("inf") if outcome.steps is None else outcome.steps
         return needed * (1 if part == "steps" else median(outcome.times)), -mean(outcome.scores)
 
-    return min(candidates, key=score)
+    return min(trials, key=score)[0]
 
 
 def grid(low: float, high: float, count: int, strategies: Sequence[Strategy | None]) -> list[Candidate]:

@@ -59,12 +59,12 @@ class Rows:
         """Return what every process computed for itself; its gradient comes from all of them."""
         return small
 
-    def stacked(self, square: Tensor) -> Tensor:
-        """Return the square matrices of all processes, one below the other."""
-        return square
+    def stacked(self, triangle: Tensor) -> Tensor:
+        """Return the R of the QRs of what each process holds of a panel, one below the other."""
+        return triangle
 
-    def own(self, stacked: Tensor) -> Tensor:
-        """Return the block of this process of a matrix laid out as `stacked` lays it out."""
+    def own(self, stacked: Tensor, columns: int) -> Tensor:
+        """Return the block of this process of a matrix laid out as `stacked` does for a panel of so many columns."""
         return stacked
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
@@ -146,16 +146,18 @@ class Shards(Rows):
         same: Tensor = _Shared.apply(small, self.group)  # type: ignore[no-untyped-call]
         return same
 
-    def stacked(self, square: Tensor) -> Tensor:
+    def stacked(self, triangle: Tensor) -> Tensor:
         """Sum matrices that are zero but for the block of one process each."""
-        p = square.shape[-1]
-        whole = square.new_zeros(*square.shape[:-2], self.mesh.size() * p, p)
-        whole[..., self._block(p), :] = square
+        columns = triangle.shape[-1]
+        heights = self._heights(columns)
+        whole = triangle.new_zeros(*triangle.shape[:-2], sum(heights), columns)
+        self.own(whole, columns).copy_(triangle)
         return self.total(whole)
 
-    def own(self, stacked: Tensor) -> Tensor:
+    def own(self, stacked: Tensor, columns: int) -> Tensor:
         """Return the block of this process."""
-        return stacked[..., self._block(stacked.shape[-2] // self.mesh.size()), :]
+        heights, rank = self._heights(columns), self.mesh.get_local_rank()
+        return stacked.narrow(-2, sum(heights[:rank]), heights[rank])
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
         """Return the DTensor of which this process holds ``local``."""
@@ -174,15 +176,19 @@ class Shards(Rows):
 
         return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
 
-    def _block(self, p: int) -> slice:
-        """Rows of this process among blocks of p rows for each."""
-        first = self.mesh.get_local_rank() * p
-        return slice(first, first + p)
+    def _heights(self, columns: int) -> list[int]:
+        """Return the rows of the R of each process: no more than it holds, so that Q has no row that is nowhere."""
+        spans = map(self._span_of, range(self.mesh.size()))
+        return [min(stop - start, columns) for start, stop in spans]
 
     def _span(self) -> tuple[int, int]:
-        """First row held here, and the one after the last: shards are of one size until the rows run out."""
+        """First row held here, and the one after the last."""
+        return self._span_of(self.mesh.get_local_rank())
+
+    def _span_of(self, rank: int) -> tuple[int, int]:
+        """Shards are of one size until the rows run out."""
         size = -(-self.n // self.mesh.size())
-        start = min(self.mesh.get_local_rank() * size, self.n)
+        start = min(rank * size, self.n)
         return start, min(start + size, self.n)
 
 

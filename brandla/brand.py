@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import UNRESOLVED, above, leading, safe_svd, unit_scaled, without_denormals
+from brandla._small import above, leading, safe_svd, unit_scaled, unresolved, without_denormals
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, check_update
@@ -62,10 +62,10 @@ def eigh_update(
     -----
     The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
     so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
-    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest are not resolved: they become 0, with zero columns. The
-    result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The eigendecomposition waits for the device;
-    `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
+    become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
+    eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
+    DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -118,7 +118,8 @@ def eigh_step(update: Update) -> Updated:
         return update.decayed()
     lengths = update.small.sqrt()
     core = update.core(torch.diag_embed(update.small), lengths)
-    values, rotation, left_out = leading(core, update.rank, update.dtype, max(update.tol, UNRESOLVED[update.dtype]))
+    tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
+    values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
     vectors = update.rotated(unit_scaled(rotation, values), lengths)
     if update.in_place:
         polish_(vectors, update.rows)
@@ -160,9 +161,10 @@ def svd_update(
     Notes
     -----
     Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
-    Columns of ``left`` and ``right`` are to have lengths from tiny/ε on in float32, from √(tiny/ε) to √max in float64:
-    shorter ones count as zero, longer ones give NaN. U and ``left`` may be DTensors sharded on their rows, and so may
-    the transpose of Vh and ``right``: ``docs/sharded.md``.
+    In float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
+    dtype give NaN. The derivative is right where the values kept are distinct and [U diag(S), left] and [V, right] have
+    full rank: elsewhere, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
+    their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
 
     References
     ----------
@@ -240,8 +242,9 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     -----
     Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
     U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
-    triplets. Lengths of columns as for `svd_update`. U and A may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    triplets. Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The
+    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and
+    A may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -322,6 +325,9 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
         return side.basis(rotation), spectrum, right
     noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
     squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+    # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
+    vanished = squares < torch.finfo(dtype).tiny ** 2
+    squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
@@ -363,10 +369,8 @@ def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     basis, triangle = torch.linalg.qr(panel)
     if rows is WHOLE:
         return basis, triangle
-    q, p = triangle.shape[-2:]
-    square = torch.nn.functional.pad(triangle, (0, 0, 0, p - q))
-    inner, triangle = torch.linalg.qr(rows.stacked(square))
-    return basis @ rows.own(inner)[..., :q, :], triangle
+    inner, triangle = torch.linalg.qr(rows.stacked(triangle))
+    return basis @ rows.own(inner, panel.shape[-1]), triangle
 
 
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:

@@ -320,9 +320,43 @@ def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
 def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
     """β = 1/(τ + λ), and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals.
 
-    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)), which is
-    −β (S + λI)⁻¹ for τ = 0.
+    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)), and
+    with τ = 0 that is −β (S + λI)⁻¹.
     """
+    if isinstance(factor, LowRankRoot) and not _is_of_order_one(factor.gram, damping):
+        return _inverse_of_any_size(factor, damping, tail)
+    return _inverse(factor, damping, tail)
+
+
+def _inverse_of_any_size(root: LowRankRoot, damping: Number, tail: Number | None) -> Shifted:
+    """`inverse` by way of c² M of order one, c a power of two: the H of M itself, of order 1/d², leaves the range."""
+    size = root.gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(damping)
+    unit = torch.exp2((torch.log2(size) / -2).round())
+    square = unit * unit
+    # Of a list of roots F is a list too, and S is stacked.
+    basis: Any = root.root
+    if isinstance(basis, list):
+        basis = [own * each for own, each in zip(basis, unit.unbind(), strict=True)]
+    else:
+        basis = basis * _over(unit, 2)
+    scaled = LowRankRoot(basis, root.gram * _over(square, 2))
+    tail = tail * square if tail is not None and _is_given(tail) else tail
+    _, middle, complement = _inverse(scaled, damping * square, tail)
+    return Shifted(basis, middle * _over(square, middle.ndim - square.ndim), complement * square)
+
+
+def _is_of_order_one(gram: Tensor, damping: Number) -> bool:
+    """Say whether d₁ and λ are so; not where looking at them would wait for a device."""
+    if gram.shape[-1] == 0:
+        return True
+    if not reads_are_free(gram):
+        return False
+    low, high = gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(damping).aminmax()
+    return bool(low > 2**-40) and bool(high < 2**40)
+
+
+def _inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
+    """`inverse` where no square of an eigenvalue is out of range."""
     if isinstance(factor, LowRankRoot) and isinstance(tail, float) and tail == 0 and not _is_diagonal(factor.gram):
         middle = -_inverse_of(factor.gram, damping) / _over(damping, 2)
         return Shifted(factor.root, middle, _filled(1 / damping, factor))

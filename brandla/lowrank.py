@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, rows_of, zero_rows
-from brandla._small import UNRESOLVED, largest_eigenvalue, leading, unit_scaled
+from brandla._small import largest_eigenvalue, leading, unit_scaled, unresolved
 from brandla.orthonormal import polish
 from brandla_kernels import rounded_gram
 
@@ -131,7 +131,12 @@ class LowRankRoot(NamedTuple):
     @classmethod
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
         """Take over a LowRankEigh: F = U √d."""
-        return cls(eigh.eigenvectors * eigh.eigenvalues.sqrt()[..., None, :], torch.diag_embed(eigh.eigenvalues))
+        function = "LowRankRoot.from_eigh"
+        rows = rows_of(function, "eigh.eigenvectors", eigh.eigenvectors, eigh.eigenvalues)
+        values = rows.small(function, "eigh.eigenvalues", eigh.eigenvalues)
+        vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
+        root = vectors * rows.shared(values.sqrt())[..., None, :]
+        return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
 
     @property
     def n(self) -> int:
@@ -146,14 +151,15 @@ class LowRankRoot(NamedTuple):
     def to_eigh(self) -> LowRankEigh:
         """Return the LowRankEigh of the same matrix and rank, from the Gram matrix of F measured anew.
 
-        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁ are
-        not resolved: they become 0, with zero vectors.
+        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁
+        (√r ε·d₁ above rank 64) are not resolved: they become 0, with zero vectors.
         """
         function = "LowRankRoot.to_eigh"
         rows = rows_of(function, "root", self.root, self.gram)
         root = rows.local(function, "root", self.root)
         inner = rows.total(rounded_gram(root))
-        values, rotation, _ = leading(inner, min(root.shape[-1], self.n), root.dtype, UNRESOLVED[root.dtype])
+        r = root.shape[-1]
+        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r))
         vectors = polish(root @ unit_scaled(rotation, values), rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 

@@ -194,7 +194,7 @@ class Update(NamedTuple):
 
     def decayed(self, factor: float | Tensor = 1.0) -> Updated:
         """Apply the decay alone, to F by ``factor``; what is not finite makes all of the factor NaN."""
-        nothing = self._nothing() + (0 * self.small.flatten(self.tall.ndim - 2)).sum(-1)
+        nothing = self._nothing() + (0 * self.small.flatten(self.tall.ndim - 2)).sum(-1) + 0 * self.decay
         batch_dims = self.tall.ndim - 2
         spread = (..., *[None] * (self.small.ndim - batch_dims))
         decay = self.decay[spread] if isinstance(self.decay, Tensor) else self.decay
@@ -213,6 +213,8 @@ class Update(NamedTuple):
             return Updated(small, basis, None, self.rows)
         bound, trace = self.tracked
         added = core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1)
+        # What poisons a core reaches what is left out of it.
+        added = added + 0 * left_out
         tracked = self.decay * bound + left_out.to(bound.dtype), self.decay * trace + added.to(trace.dtype)
         return Updated(small, basis, tracked, self.rows)
 

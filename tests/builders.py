@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import brandla
 import oracles
@@ -122,6 +123,22 @@ def values_of(value: Symmetric) -> Tensor:
 def tall_of(value: Symmetric) -> Tensor:
     """Return U or F."""
     return value.eigenvectors if isinstance(value, brandla.LowRankEigh) else value.root
+
+
+def defect(value: Symmetric) -> float:
+    """Return ‖UᵀU − I‖₂, or of a root ‖FᵀF − S‖₂/‖S‖₂; of a batch the largest."""
+    if tall_of(value).ndim > 2:
+        return max(map(defect, unbound(value)), default=0.0)
+    if isinstance(value, brandla.LowRankEigh):
+        return oracles.orthonormality_defect(value.eigenvectors, value.eigenvalues)
+    root, gram = (part.double() for part in value)
+    return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
+
+
+def unbound(value: Any) -> list[Any]:
+    """Return the members of a batch, along its first dimension."""
+    leaves, tree = tree_flatten(value)
+    return [tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True)]
 
 
 class SymmetricUpdate(NamedTuple):

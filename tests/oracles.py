@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 THRESHOLD = 30.0
+# Multiple of ε that ‖UᵀU − I‖₂ never exceeds, nor ‖FᵀF − S‖₂/‖S‖₂ of a root, whatever n and the number of updates.
+ORTHONORMAL = 200
 
 Spectrum = Callable[[int], Tensor]
 Stream = Callable[[int, int, int], Iterator[Tensor]]
@@ -219,6 +221,14 @@ def epsilon(dtype: torch.dtype) -> float:
 def tolerance(n: int, dtype: torch.dtype, scale: float | Tensor = 1.0) -> float:
     """Return THRESHOLD·n·ε·scale: the largest error that rounding explains."""
     return THRESHOLD * max(n, 1) * epsilon(dtype) * float(scale)
+
+
+def rounding(n: int, dtype: torch.dtype, largest: float | Tensor, decay: float = 0.0) -> float:
+    """Return 8 ε·d₁/(1 − ρ): a few ε of the largest value at each update of a stream, which decay as that does.
+
+    Beside it stands what rounding explains of the float64 oracle itself.
+    """
+    return 8 * epsilon(dtype) * float(largest) / (1 - decay) + tolerance(n, torch.float64, largest)
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -26,7 +26,7 @@ from bench.accuracy.truth import Truth, step_errors
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
-COSTS = Costs(average=3.0, brand=4.0, subspace=3.5, svd=26.0, eigh=14.0, correction=1.5)
+COSTS = Costs(average=3.0, brand=4.0, root=2.5, cholesky=3.0, svd=26.0, eigh=14.0, correction=1.5)
 
 
 def columns(n: int, k: int, seed: int) -> Tensor:

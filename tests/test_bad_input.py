@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import brandla
-from builders import make_columns, make_eigh, make_svd, make_sym
+from builders import make_columns, make_eigh, make_root, make_svd
 
 Error = type[Exception]
 Case = Any
 
 N, R, K = 12, 4, 3
-EIGH, SYM, SVD = make_eigh(N, R), make_sym(N, R), make_svd(N, 9, R)
+EIGH, ROOT, SVD = make_eigh(N, R), make_root(N, R), make_svd(N, 9, R)
 EIGH32 = make_eigh(N, R, dtype=torch.float32)
 BATCH = make_eigh(N, R, batch_shape=(3,))
 COLUMNS, RIGHT, RHS = make_columns(N, K), make_columns(9, K), make_columns(N, 2)
@@ -25,6 +25,7 @@ MATRIX = EIGH.dense()
 KRON = (EIGH, make_eigh(9, R), make_columns(N, 9))
 INTEGERS = torch.ones(N, K, dtype=torch.int64)
 COMPLEX = torch.ones(N, K, dtype=torch.complex64)
+EXPANDED = brandla.LowRankRoot(COLUMNS[:, :1].expand(N, R), ROOT.gram)
 ELSEWHERE = torch.ones(N, K, dtype=torch.float64, device="meta")
 HALF_EIGH = brandla.LowRankEigh(*(part.bfloat16() for part in EIGH))
 
@@ -65,11 +66,10 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
     def refuse(name: str, error: Error, fragments: list[str], *arguments: Any, **options: Any) -> Case:
         return case(name, function, error, fragments, *(arguments or (factor, COLUMNS)), **options)
 
-    values, basis = factor
-    same = type(factor)
-    half = same(values.bfloat16(), basis.bfloat16())
-    wide = same(torch.ones(N, dtype=torch.float64), basis.mT)
-    bound = brandla.track(factor).error_bound
+    same, small = type(factor), "gram" if isinstance(factor, brandla.LowRankRoot) else "eigenvalues"
+    part = getattr(factor, small)
+    half = same(*(each.bfloat16() for each in factor))
+    bound, trace = brandla.track(factor)[1:]
     return [
         refuse("rows", ValueError, ["columns", "n = 12", "(5, 3)"], factor, make_columns(5, K)),
         refuse("a vector", ValueError, ["columns", "(12,)"], factor, torch.ones(N, dtype=torch.float64)),
@@ -110,28 +110,54 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
             half,
             COLUMNS,
         ),
-        refuse("factor of two dtypes", TypeError, ["float64", "float32"], same(values.float(), basis), COLUMNS),
-        refuse("factor on two devices", ValueError, ["device", "meta"], same(values.to("meta"), basis), COLUMNS),
-        refuse("factor of two ranks", ValueError, ["shape", "4", "3"], same(values[..., :3], basis), COLUMNS),
+        refuse(
+            "factor of two dtypes",
+            TypeError,
+            [small, "float64", "float32"],
+            factor._replace(**{small: part.float()}),
+            COLUMNS,
+        ),
+        refuse(
+            "factor on two devices",
+            ValueError,
+            [small, "device", "meta"],
+            factor._replace(**{small: part.to("meta")}),
+            COLUMNS,
+        ),
+        refuse(
+            "factor of two ranks", ValueError, [small, "4", "3"], factor._replace(**{small: part[..., :3]}), COLUMNS
+        ),
         refuse(
             "bound of a wrong shape",
             ValueError,
             ["error_bound", "shape ()", "batch shape", "(3,)"],
-            brandla.Tracked(factor, THREE_NUMBERS),
+            brandla.Tracked(factor, THREE_NUMBERS, trace),
             COLUMNS,
         ),
         refuse(
             "bound of another dtype",
             TypeError,
             ["error_bound", "float64", "float32"],
-            brandla.Tracked(factor, bound.float()),
+            brandla.Tracked(factor, bound.float(), trace),
             COLUMNS,
         ),
         refuse(
-            "bound elsewhere", ValueError, ["error_bound", "meta"], brandla.Tracked(factor, bound.to("meta")), COLUMNS
+            "trace of a wrong shape",
+            ValueError,
+            ["trace", "shape ()", "batch shape", "(3,)"],
+            brandla.Tracked(factor, bound, THREE_NUMBERS),
+            COLUMNS,
         ),
-        refuse("bound as a number", TypeError, ["error_bound", "float"], brandla.Tracked(factor, 0.0), COLUMNS),
-        refuse("a basis wider than tall", ValueError, ["r = 12 > n = 4"], wide, basis.mT),
+        refuse(
+            "trace elsewhere",
+            ValueError,
+            ["trace", "device", "meta"],
+            brandla.Tracked(factor, bound, trace.to("meta")),
+            COLUMNS,
+        ),
+        refuse("bound as a number", TypeError, ["error_bound", "float"], brandla.Tracked(factor, 0.0, trace), COLUMNS),
+        refuse("trace as a number", TypeError, ["trace", "float"], brandla.Tracked(factor, bound, 0.0), COLUMNS),
+        refuse("an SVD", TypeError, [kind, "LowRankSVD"], SVD, COLUMNS),
     ]
 
 
@@ -145,7 +171,7 @@ def solve_cases(function: str, *more: Any) -> list[Case]:
 
     return [
         refuse("zero damping", ValueError, ["damping", "> 0", "got 0"], EIGH, RHS, 0),
-        refuse("negative damping", ValueError, ["damping", "> 0", "-0.5"], SYM, RHS, -0.5),
+        refuse("negative damping", ValueError, ["damping", "> 0", "-0.5"], ROOT, RHS, -0.5),
         refuse("NaN damping", ValueError, ["damping", "nan"], EIGH, RHS, math.nan),
         refuse("infinite damping", ValueError, ["damping", "inf"], EIGH, RHS, math.inf),
         refuse("damping as text", TypeError, ["damping", "str"], EIGH, RHS, "0.1"),
@@ -160,7 +186,10 @@ def solve_cases(function: str, *more: Any) -> list[Case]:
         ),
         refuse("damping elsewhere", ValueError, ["damping", "meta"], EIGH, RHS, torch.ones((), device="meta")),
         refuse("negative tail", ValueError, ["tail", ">= 0", "-1"], EIGH, RHS, 0.1, tail=-1),
-        refuse("unknown tail", ValueError, ["tail", "'smallest'", "'largest'"], EIGH, RHS, 0.1, tail="largest"),
+        refuse(
+            "unknown tail", ValueError, ["tail", "'smallest'", "'mean'", "'largest'"], EIGH, RHS, 0.1, tail="largest"
+        ),
+        refuse("a mean of nothing tracked", ValueError, ["tail", "'mean'", "Tracked"], EIGH, RHS, 0.1, tail="mean"),
         refuse("tail as None", TypeError, ["tail", "NoneType"], EIGH, RHS, 0.1, tail=None),
         refuse("rows", ValueError, ["rhs", "n = 12", "(5, 2)"], EIGH, make_columns(5, 2), 0.1),
         refuse("a scalar", ValueError, ["rhs", "n = 12"], EIGH, torch.tensor(1.0).double(), 0.1),
@@ -169,8 +198,8 @@ def solve_cases(function: str, *more: Any) -> list[Case]:
         refuse("complex rhs", TypeError, ["rhs", "complex64"], EIGH, COMPLEX, 0.1),
         refuse("float32 rhs", TypeError, ["rhs", "float64", "float32"], EIGH, RHS.float(), 0.1),
         refuse("rhs elsewhere", ValueError, ["rhs", "meta"], EIGH, ELSEWHERE, 0.1),
-        refuse("an SVD", TypeError, ["LowRankEigh or a LowRankSym", "LowRankSVD"], SVD, RHS, 0.1),
-        refuse("a dense matrix", TypeError, ["LowRankEigh or a LowRankSym", "Tensor"], MATRIX, RHS, 0.1),
+        refuse("an SVD", TypeError, ["LowRankEigh or a LowRankRoot", "LowRankSVD"], SVD, RHS, 0.1),
+        refuse("a dense matrix", TypeError, ["LowRankEigh or a LowRankRoot", "Tensor"], MATRIX, RHS, 0.1),
         refuse("half factor", TypeError, ["float32 or float64", "bfloat16"], HALF_EIGH, RHS, 0.1),
     ]
 
@@ -224,9 +253,28 @@ def kron_cases() -> list[Case]:
 
 CASES = [
     *update_cases("eigh_update", EIGH, "LowRankEigh"),
-    *update_cases("subspace_update", SYM, "LowRankSym"),
-    case("iterations 0", "subspace_update", ValueError, ["iterations", "got 0"], SYM, COLUMNS, iterations=0),
-    case("iterations as float", "subspace_update", TypeError, ["iterations", "float"], SYM, COLUMNS, iterations=1.0),
+    *update_cases("root_update", ROOT, "LowRankRoot"),
+    case(
+        "a basis wider than tall",
+        "eigh_update",
+        ValueError,
+        ["eigenvectors", "r = 12 > n = 4"],
+        brandla.LowRankEigh(torch.ones(N, dtype=torch.float64), EIGH.eigenvectors.mT),
+        EIGH.eigenvectors.mT,
+    ),
+    case("a vector for F", "root_update", ValueError, ["root.root", "(12,)"], (COLUMNS[:, 0], ROOT.gram), COLUMNS),
+    case("unknown compression", "root_update", ValueError, ["compress", "'qr'"], ROOT, COLUMNS, compress="qr"),
+    case("no compression", "root_update", ValueError, ["compress", "'eigh'", "None"], ROOT, COLUMNS, compress=None),
+    case("unknown compression", "root_update_", ValueError, ["compress", "'qr'"], ROOT, COLUMNS, compress="qr"),
+    case("tolerance 1", "root_update_", ValueError, ["tol", "[0, 1)", "1.0"], ROOT, COLUMNS, tol=1.0),
+    case("rows", "root_update_", ValueError, ["columns", "n = 12", "(9, 3)"], ROOT, RIGHT),
+    case("expanded", "root_update_", ValueError, ["root.root", "share memory"], EXPANDED, COLUMNS),
+    case("a gradient", "root_update_", RuntimeError, ["columns", "no_grad"], ROOT, COLUMNS.clone().requires_grad_()),
+    case("a vector", "orthonormalize", ValueError, ["panel", "(..., n, k)", "(12,)"], COLUMNS[:, 0]),
+    case("integers", "orthonormalize", TypeError, ["panel", "int64", ".float()"], INTEGERS),
+    case("complex numbers", "orthonormalize", TypeError, ["panel", "complex64"], COMPLEX),
+    case("a list", "orthonormalize", TypeError, ["panel", "Tensor", "list"], [[1.0]]),
+    case("an eigh", "orthonormalize", TypeError, ["panel", "Tensor", "LowRankEigh"], EIGH),
     case("rows of left", "svd_update", ValueError, ["left", "n = 12", "(9, 3)"], SVD, RIGHT, RIGHT),
     case("rows of right", "svd_update", ValueError, ["right", "n = 9", "(12, 3)"], SVD, COLUMNS, COLUMNS),
     case("widths", "svd_update", ValueError, ["left and right", "3 and 2"], SVD, COLUMNS, RIGHT[:, :2]),
@@ -271,7 +319,7 @@ def test_wrong_input_is_refused_in_words(
     assert [fragment for fragment in fragments if fragment not in message] == []
 
 
-@pytest.mark.parametrize("kind", [brandla.LowRankEigh, brandla.LowRankSym])
+@pytest.mark.parametrize("kind", [brandla.LowRankEigh, brandla.LowRankRoot])
 def test_zeros_refuses_a_rank_above_n(kind: Any) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}.zeros: .*5.*got 6"):
         kind.zeros(5, 6)
@@ -302,10 +350,28 @@ VALUE_CASES = [
     case("factor", "eigh_update", ValueError, ["eigenvectors", "finite"], spoiled(EIGH, math.inf), COLUMNS),
     case("decay", "eigh_update", ValueError, ["decay", ">= 0", "-1"], EIGH, COLUMNS, decay=ZERO - 1),
     case(
-        "bound", "eigh_update", ValueError, ["error_bound", "finite"], brandla.Tracked(EIGH, ZERO * math.nan), COLUMNS
+        "bound",
+        "eigh_update",
+        ValueError,
+        ["error_bound", "finite"],
+        brandla.Tracked(EIGH, ZERO * math.nan, ZERO),
+        COLUMNS,
     ),
-    case("columns", "subspace_update", ValueError, ["columns", "finite"], SYM, spoiled(COLUMNS, -math.inf)),
-    case("factor", "subspace_update", ValueError, ["basis", "finite"], spoiled(SYM), COLUMNS),
+    case("columns", "root_update", ValueError, ["columns", "finite"], ROOT, spoiled(COLUMNS, -math.inf)),
+    case("S", "root_update", ValueError, ["root.gram", "finite"], spoiled(ROOT), COLUMNS),
+    case("F", "root_update", ValueError, ["root.root", "finite"], ROOT._replace(root=spoiled(ROOT.root)), COLUMNS),
+    case("weight", "root_update", ValueError, ["weight", ">= 0", "-1"], ROOT, COLUMNS, weight=ZERO - 1),
+    case(
+        "trace",
+        "root_update",
+        ValueError,
+        ["trace", "finite"],
+        brandla.Tracked(ROOT, ZERO, ZERO * math.nan),
+        COLUMNS,
+        compress="cholesky",
+    ),
+    case("panel", "orthonormalize", ValueError, ["panel", "finite", "1", "(12, 3)"], spoiled(COLUMNS)),
+    case("S", "damped_solve", ValueError, ["gram", "finite"], spoiled(ROOT), RHS, 0.1),
     case("right", "svd_update", ValueError, ["right", "finite"], SVD, COLUMNS, spoiled(RIGHT)),
     case("factor", "svd_update", ValueError, ["Vh", "finite"], spoiled(SVD), COLUMNS, RIGHT),
     case("columns", "svd_append", ValueError, ["columns", "finite"], SVD, spoiled(COLUMNS)),
@@ -345,6 +411,9 @@ def test_checked_mode_lets_good_values_pass_and_changes_none() -> None:
     with brandla.checked():
         checked = brandla.eigh_update(EIGH, COLUMNS, decay=torch.tensor(0.9).double())
         brandla.damped_solve(EIGH, RHS, torch.tensor(0.1).double(), tail="smallest")
+        brandla.damped_solve(brandla.track(ROOT), RHS, torch.tensor(0.1).double(), tail="mean")
+        brandla.root_update(brandla.track(ROOT), COLUMNS, compress="cholesky")
+        brandla.orthonormalize(COLUMNS)
     assert all(torch.equal(a, b) for a, b in zip(plain, checked, strict=True))
 
 

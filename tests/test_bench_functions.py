@@ -224,7 +224,7 @@ def test_times_of_whole_runs_make_no_row_of_single_calls(tmp_path: Path) -> None
     done = run_bench("to_accuracy and steps", tmp_path, file="kfac")
     assert "1 passed" in done.stdout
     assert "│ B-KFAC, steps" in done.stdout
-    assert "benchmark 'to 97%" not in done.stdout
+    assert "benchmark 'to 94%" not in done.stdout
 
 
 def test_make_bench_runs_the_files_whose_peers_it_installs() -> None:
@@ -285,8 +285,8 @@ def test_lobpcg_is_right_in_float32_from_whatever_start() -> None:
 @pytest.mark.parametrize("n", [1024, 256])
 def test_updates_are_checked_where_a_stream_settles(name: str, n: int) -> None:
     judged = tasks.check(name, TASKS[name](Shape(n, 64, 32), Stub()).call(tasks.BRANDLA))
-    # There the subspace update loses 0.3 % beside the best; of values 1/i in directions of no stream 5 to 10 %.
-    assert judged.used * LOSS_ALLOWED[name] < 1.01
+    # With half as many columns as the rank, one step without eigendecomposition leaves out 7 to 9 % more than the best.
+    assert judged.used * LOSS_ALLOWED[name] < (1.1 if "cholesky" in name else 1.01)
 
 
 class FakeEvent:

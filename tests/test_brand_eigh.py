@@ -11,8 +11,8 @@ from torch import Tensor
 
 import brandla
 import oracles
-from builders import dense, make_columns, make_eigh
-from oracles import THRESHOLD
+from builders import defect, dense, make_columns, make_eigh
+from oracles import ORTHONORMAL, THRESHOLD
 
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
@@ -28,25 +28,6 @@ def test_one_truncated_update_is_the_best_approximation(spectrum: str, rank: int
     assert (new.eigenvalues - reference.eigenvalues[:rank]).abs().max() <= oracles.tolerance(n, dtype, scale)
     assert oracles.projector_ratio(new.eigenvectors, reference) <= THRESHOLD
     assert oracles.spectral_norm(matrix - dense(new)) <= best + oracles.tolerance(n, dtype, scale)
-
-
-@pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_repeated_updates_equal_the_dense_truncated_updates(stream: str, dtype: torch.dtype) -> None:
-    n, r, k, decay = 64, 12, 8, 0.9
-    value = brandla.LowRankEigh.zeros(n, r, dtype=dtype)
-    truncated = whole = torch.zeros(n, n, dtype=torch.float64)
-    peak = 0.0
-    for columns in oracles.batches(stream, n, k, 30, dtype=dtype):
-        value = brandla.eigh_update(value, columns, decay=decay, weight=1 - decay)
-        truncated = oracles.truncated_update(truncated, columns, r, decay, 1 - decay)
-        whole = oracles.updated(whole, columns, decay, 1 - decay)
-        peak = max(peak, oracles.spectral_norm(whole))
-    reference = oracles.eigh(truncated)
-    slack = oracles.tolerance(n, dtype, peak)
-    assert (value.eigenvalues - reference.eigenvalues[:r]).abs().max() <= slack
-    assert abs((whole - dense(value)).trace() - (whole - truncated).trace()) <= slack
-    # Eigenvectors move by the error over the gap, so only clear gaps are compared.
-    assert oracles.projector_ratio(value.eigenvectors, reference, relative_gap=0.05) <= THRESHOLD
 
 
 @pytest.mark.parametrize("stream", oracles.STREAMS)
@@ -103,7 +84,7 @@ def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(
 def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     old, columns = make_eigh(50, 12, dtype=torch.float32), make_columns(50, 8, dtype=torch.float32)
     monkeypatch.setattr(torch.linalg, "eigh", FailingEigh("raises", (torch.float32, torch.float64)))
-    with pytest.raises(RuntimeError, match=r"eigendecomposition.*order 20.*float64.*subspace_update"):
+    with pytest.raises(RuntimeError, match=r"eigendecomposition.*order 20.*float64.*root_update"):
         brandla.eigh_update(old, columns)
 
 
@@ -131,7 +112,7 @@ def test_eigendecomposition_survives_repeated_columns_of_a_large_stream(copies: 
         columns = next(stream).float()
         value = brandla.eigh_update(value, columns, decay=0.95, weight=0.05)
         matrix = oracles.updated(matrix, columns, 0.95, 0.05)
-    assert oracles.orthonormality_defect(value.eigenvectors, value.eigenvalues) <= 200 * torch.finfo(torch.float32).eps
+    assert defect(value) <= ORTHONORMAL * torch.finfo(torch.float32).eps
     best = float(oracles.eigh(matrix).eigenvalues[r:].clamp(min=0).sum())
     slack = oracles.tolerance(n, torch.float32, oracles.spectral_norm(matrix))
     assert float((matrix - dense(value)).trace()) <= 1.5 * best + slack

@@ -13,13 +13,32 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from brandla_kernels import gram_ema_
-from builders import make_columns
-from test_sync_free import CALLS, COLUMNS, DAMPING, EIGH, SYM, N
+from builders import make_columns, make_root
+from test_sync_free import CALLS, COLUMNS, DAMPING, EIGH, N, R
+
+ROOT = make_root(N, R, dtype=torch.float32)
+
+
+def cholesky(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return an update that needs no eigendecomposition, as a function of tensors."""
+    return lambda *arguments: function(*arguments, compress="cholesky", **options)
+
 
 # What promises never to wait for the device.
 TRACED = CALLS | {
-    "subspace_update_": (brandla.subspace_update_, (SYM, COLUMNS)),
-    "subspace_update_, tracked": (brandla.subspace_update_, (brandla.track(SYM), COLUMNS)),
+    "root_update_": (cholesky(brandla.root_update_, decay=0.9), (ROOT, COLUMNS)),
+    "root_update_, tracked": (cholesky(brandla.root_update_), (brandla.track(ROOT), COLUMNS)),
+    "root_update, a rule for the rank": (
+        cholesky(brandla.root_update, rank=brandla.Rank(8, tol=1e-3)),
+        (ROOT, COLUMNS),
+    ),
+    "root_update, half precision": (cholesky(brandla.root_update), (ROOT, COLUMNS.bfloat16())),
+    "root_update, a list": (
+        lambda *a: brandla.grouped.root_update(a[:2], a[2:], decay=0.9, compress="cholesky"),
+        (ROOT, make_root(9, R, dtype=torch.float32), COLUMNS, make_columns(9, COLUMNS.shape[1], dtype=torch.float32)),
+    ),
+    "orthonormalize, a batch": (brandla.orthonormalize, (COLUMNS.expand(3, *COLUMNS.shape).clone(),)),
+    "orthonormalize, float64": (brandla.orthonormalize, (COLUMNS.double(),)),
     "gram_ema_": (gram_ema_, (torch.eye(N), COLUMNS, 0.9, 0.1)),
 }
 BACKENDS = ("eager", "aot_eager")
@@ -67,7 +86,8 @@ def test_function_compiles_to_one_graph(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "ops"),
     [
-        ("subspace_update", {"project", "residual", "refine", "rotate", "cholesky_inverse_core"}),
+        ("root_update, tracked", {"cross_gram", "rotate", "cholesky_inverse_core"}),
+        ("orthonormalize, a batch", {"gram", "cholesky_inverse_core", "rounded_gram"}),
         ("damped_solve, eigh", {"damped_apply"}),
         ("kron_damped_solve", {"kron_damped_apply"}),
     ],
@@ -87,7 +107,7 @@ def test_sizes_may_be_unknown_to_the_compiler(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("factor", [EIGH, SYM], ids=["eigh", "sym"])
+@pytest.mark.parametrize("factor", [EIGH, ROOT], ids=["eigh", "root"])
 def test_gradients_come_through_a_compiled_solve(factor: Any, backend: str) -> None:
     inputs = [part.detach().double().requires_grad_() for part in (*factor, COLUMNS, DAMPING)]
 
@@ -98,9 +118,25 @@ def test_gradients_come_through_a_compiled_solve(factor: Any, backend: str) -> N
     assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_come_through_a_compiled_update(backend: str) -> None:
+    inputs = [part.detach().double().requires_grad_() for part in (*ROOT, COLUMNS, DAMPING)]
+
+    def loss(root: Tensor, gram: Tensor, columns: Tensor, decay: Tensor) -> Tensor:
+        new = brandla.root_update(brandla.LowRankRoot(root, gram), columns, decay=decay, compress="cholesky")
+        return new.root.square().sum() + new.gram.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_exact_update_compiles_around_its_eigendecomposition() -> None:
-    compiled = torch.compile(lambda eigh, columns: brandla.eigh_update(eigh, columns, decay=0.9), backend="eager")
-    actual, expected = compiled(EIGH, COLUMNS), brandla.eigh_update(EIGH, COLUMNS, decay=0.9)
-    assert isinstance(actual, brandla.LowRankEigh)
-    torch.testing.assert_close(actual.dense(), expected.dense())
+@pytest.mark.parametrize("tracked", [False, True], ids=["plain", "tracked"])
+@pytest.mark.parametrize("name", ["eigh_update", "root_update", "eigh_update_", "root_update_"])
+def test_exact_updates_compile_around_their_eigendecomposition(name: str, tracked: bool) -> None:
+    function, factor = getattr(brandla, name), EIGH if "eigh" in name else ROOT
+    factor = brandla.track(factor) if tracked else factor
+    compiled = torch.compile(lambda value, columns: function(value, columns, decay=0.9), backend="eager")
+    actual, expected = (call(cloned(factor), COLUMNS) for call in (compiled, lambda *a: function(*a, decay=0.9)))
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(*((value.lowrank if tracked else value).dense() for value in (actual, expected)))

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils._pytree import tree_map
 
 import brandla
 import oracles
-from builders import Symmetric, dense_operator, make_columns, make_eigh, make_sym
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root, tall_of, unbound
 from oracles import THRESHOLD
 
 N, R, M = 40, 8, 5
-MAKERS: dict[str, Callable[..., Any]] = {"LowRankEigh": make_eigh, "LowRankSym": make_sym}
+MAKERS: dict[str, Callable[..., Any]] = {
+    "LowRankEigh": make_eigh,
+    "LowRankRoot": make_root,
+    "LowRankRoot, diagonal": partial(make_root, diagonal=True),
+}
 FACTORS = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, "smallest"], ids=str)
+TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, torch.tensor(0.3), "smallest", "mean"], ids=str)
+Tail = float | Tensor | str
+
+
+def tracked(factor: Symmetric) -> brandla.Tracked:
+    """Return a factor of a matrix whose trace is larger by 7."""
+    start = brandla.track(factor)
+    return start._replace(trace=start.trace + 7)
 
 
 def dense_power(operator: Tensor, exponent: float) -> Tensor:
@@ -33,22 +46,27 @@ def dense_power(operator: Tensor, exponent: float) -> Tensor:
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 1e3], ids=lambda damping: f"{damping:g}")
 def test_solve_equals_the_dense_solve(
-    make: Callable[..., Any], spectrum: str, damping: float, tail: float | str, dtype: torch.dtype
+    make: Callable[..., Any], spectrum: str, damping: float, tail: Tail, dtype: torch.dtype
 ) -> None:
-    lowrank, rhs = make(N, R, spectrum, dtype=dtype), make_columns(N, M, dtype=dtype)
+    # What a root in float32 is for: λ is at least 1e-4 of the largest eigenvalue.
+    damping = damping if make is make_eigh or dtype == torch.float64 else max(damping, 1e-4)
+    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype)), make_columns(N, M, dtype=dtype)
     solution = brandla.damped_solve(lowrank, rhs, damping, tail=tail)
     assert (solution.shape, solution.dtype) == (rhs.shape, dtype)
-    assert oracles.solve_ratio(dense_operator(lowrank, damping, tail), solution, rhs, dtype) <= THRESHOLD
+    # The largest value is 1. An error ε of S couples it with a value of the size of λ, by √(1/λ).
+    coupling = 1 if make is make_eigh else max(1, damping**-0.5)
+    operator = dense_operator(lowrank, damping, tail)
+    assert oracles.solve_ratio(operator, solution, rhs, dtype) <= THRESHOLD * coupling
 
 
 @FACTORS
 @TAILS
 @pytest.mark.parametrize("exponent", [-1, -0.5, -0.25, 0, 0.5, 1, 2, -1.7])
 def test_power_equals_the_dense_power(
-    make: Callable[..., Any], exponent: float, tail: float | str, dtype: torch.dtype
+    make: Callable[..., Any], exponent: float, tail: Tail, dtype: torch.dtype
 ) -> None:
     damping = 0.05
-    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+    lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
     operator = dense_power(dense_operator(lowrank, damping, tail), exponent)
     applied = brandla.damped_power(lowrank, rhs, damping, exponent, tail=tail)
     scale = oracles.spectral_norm(operator) * oracles.spectral_norm(rhs)
@@ -58,8 +76,8 @@ def test_power_equals_the_dense_power(
 
 @FACTORS
 @TAILS
-def test_powers_compose(make: Callable[..., Any], tail: float | str, dtype: torch.dtype) -> None:
-    lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, M, dtype=dtype)
+def test_powers_compose(make: Callable[..., Any], tail: Tail, dtype: torch.dtype) -> None:
+    lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
 
     def power(block: Tensor, exponent: float) -> Tensor:
         return brandla.damped_power(lowrank, block, 0.1, exponent, tail=tail)
@@ -81,10 +99,8 @@ def test_power_zero_is_the_identity_and_power_one_the_matrix(make: Callable[...,
 @FACTORS
 @pytest.mark.parametrize(("n", "r"), [(6, 0), (6, 6), (1, 1), (1, 0), (6, 1)], ids=str)
 @TAILS
-def test_every_rank_from_none_to_full(
-    make: Callable[..., Any], n: int, r: int, tail: float | str, dtype: torch.dtype
-) -> None:
-    lowrank, rhs = make(n, r, dtype=dtype), make_columns(n, 2, dtype=dtype)
+def test_every_rank_from_none_to_full(make: Callable[..., Any], n: int, r: int, tail: Tail, dtype: torch.dtype) -> None:
+    lowrank, rhs = tracked(make(n, r, dtype=dtype)), make_columns(n, 2, dtype=dtype)
     operator = dense_operator(lowrank, 0.2, tail)
     solution = brandla.damped_solve(lowrank, rhs, 0.2, tail=tail)
     root = brandla.damped_power(lowrank, brandla.damped_power(lowrank, rhs, 0.2, -0.5, tail=tail), 0.2, -0.5, tail=tail)
@@ -95,8 +111,10 @@ def test_every_rank_from_none_to_full(
 @FACTORS
 def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[..., Any], dtype: torch.dtype) -> None:
     small = make(N, R, dtype=dtype)
-    pad = torch.nn.functional.pad
-    padded = type(small)(pad(small[0], (0, 3) if small[0].ndim == 1 else (0, 3, 0, 3)), pad(small[1], (0, 3)))
+    # A basis gets zero columns, d zeros, and S both zero rows and zero columns.
+    padded = type(small)(
+        *(torch.nn.functional.pad(part, (0, 3, 0, 3) if part.shape == (R, R) else (0, 3)) for part in small)
+    )
     rhs = make_columns(N, M, dtype=dtype)
     for tail in (0.0, 0.3):
         with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, tail=tail) for value in (padded, small))
@@ -119,20 +137,36 @@ def test_power_far_below_the_tail_is_as_accurate_as_the_solve(
     assert ((applied.double() - expected) / expected).abs().max() <= 2 * 46 * oracles.epsilon(dtype)
 
 
-def test_a_column_of_value_zero_belongs_to_the_span_of_either_form(dtype: torch.dtype) -> None:
-    live, zero, damping, tail = 1, 3, 0.1, 0.6
-    basis = oracles.orthonormal(N, 5, seed=1)
-    basis[:, zero] = 0
-    core = torch.diag(torch.tensor([1, 0, 2, 0, 3], dtype=torch.float64)) + 0.25
-    core[[live, zero]] = core[:, [live, zero]] = 0
-    sym = brandla.LowRankSym(core.to(dtype), basis.to(dtype))
-    rhs = make_columns(N, M, dtype=dtype)
-    operator = dense_operator(sym, damping, tail)
-    for factor in (sym, sym.eigh()):
-        solution = brandla.damped_solve(factor, rhs, damping, tail=tail)
-        assert oracles.solve_ratio(operator, solution, rhs, dtype) <= THRESHOLD
-        root = brandla.damped_power(factor, rhs, damping, -0.5, tail=tail)
-        assert oracles.difference_ratio(root, dense_power(operator, -0.5) @ rhs.double(), dtype) <= THRESHOLD
+@FACTORS
+def test_mean_of_the_values_left_out_is_zero_where_all_are_held(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    lowrank, rhs = tracked(make(N, N, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    by_mean, by_zero = brandla.damped_solve(lowrank, rhs, 0.1, tail="mean"), brandla.damped_solve(lowrank, rhs, 0.1)
+    assert oracles.difference_ratio(by_mean, by_zero, dtype) <= THRESHOLD
+
+
+@FACTORS
+@pytest.mark.parametrize("function", ["damped_solve", "damped_power"])
+def test_mean_needs_the_trace_of_a_tracked_factor(make: Callable[..., Any], function: str) -> None:
+    more = () if function == "damped_solve" else (-0.5,)
+    with pytest.raises(ValueError, match=rf"^{function}: tail='mean' needs a Tracked factor.*brandla.track"):
+        getattr(brandla, function)(make(N, R), make_columns(N, M), 0.1, *more, tail="mean")
+    with pytest.raises(ValueError, match=rf"^{function}: tail must be.*got 'median'"):
+        getattr(brandla, function)(make(N, R), make_columns(N, M), 0.1, *more, tail="median")
+
+
+@pytest.mark.parametrize("make", [make_eigh, make_root], ids=["LowRankEigh", "LowRankRoot"])
+def test_a_million_rows_lose_no_digits(make: Callable[..., Any]) -> None:
+    n, r = 1_000_000, 3
+    factor = make(n, r, "slow", dtype=torch.float32)
+    # All entries of one sign: the longest sums there are.
+    signs = factor[0 if make is make_root else 1].sign()[:, :1]
+    factor, rhs = type(factor)(*(part * signs if part.shape[0] == n else part for part in factor)), torch.ones(n, 1)
+    damping = 0.1
+    tall, solution = tall_of(factor).double(), brandla.damped_solve(factor, rhs, damping).double()
+    core = torch.diag(factor.eigenvalues.double()) if make is make_eigh else torch.eye(r).double()
+    residual = tall @ (core @ (tall.mT @ solution)) + damping * solution - rhs
+    # By the products in ε of ‖M‖ ‖x‖, whatever n: eight for the sums, the divisions and the defect of the basis.
+    assert residual.norm() <= 8 * torch.finfo(torch.float32).eps * (1 + damping) * solution.norm()
 
 
 @FACTORS
@@ -160,19 +194,16 @@ def test_a_vector_is_a_block_of_one_column(make: Callable[..., Any], function: s
 @TAILS
 @pytest.mark.parametrize("batch_shape", [(3,), (2, 2), (1,)], ids=str)
 def test_batch_equals_a_loop(
-    make: Callable[..., Any], tail: float | str, batch_shape: tuple[int, ...], dtype: torch.dtype
+    make: Callable[..., Any], tail: Tail, batch_shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     count = math.prod(batch_shape)
-    lowrank, rhs = (
-        make(N, R, dtype=dtype, batch_shape=batch_shape),
-        make_columns(N, M, dtype=dtype, batch_shape=batch_shape),
-    )
+    lowrank = tracked(make(N, R, dtype=dtype, batch_shape=batch_shape))
+    rhs = make_columns(N, M, dtype=dtype, batch_shape=batch_shape)
     dampings = torch.linspace(0.1, 2, count, dtype=dtype)
     solved = brandla.damped_solve(lowrank, rhs, dampings.reshape(batch_shape), tail=tail)
-    parts = [part.reshape(count, *part.shape[len(batch_shape) :]) for part in (*lowrank, rhs, solved)]
-    for values, basis, one_rhs, actual, damping in zip(*parts, dampings.tolist(), strict=True):
-        operator = dense_operator(type(lowrank)(values, basis), damping, tail)
-        assert oracles.solve_ratio(operator, actual, one_rhs, dtype) <= THRESHOLD
+    flat = tree_map(lambda part: part.flatten(0, len(batch_shape) - 1), (lowrank, rhs, solved))
+    for (factor, one_rhs, actual), damping in zip(unbound(flat), dampings.tolist(), strict=True):
+        assert oracles.solve_ratio(dense_operator(factor, damping, tail), actual, one_rhs, dtype) <= THRESHOLD
 
 
 @FACTORS
@@ -216,7 +247,7 @@ def test_layout_of_the_arguments_does_not_matter(
     make: Callable[..., Any], dtype: torch.dtype, unchanged: Callable[..., Any]
 ) -> None:
     lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, 1, dtype=dtype)
-    transposed = type(lowrank)(lowrank[0], lowrank[1].mT.contiguous().mT)
+    transposed = type(lowrank)(*(part.mT.contiguous().mT if part.ndim > 1 else part for part in lowrank))
     expanded = rhs.expand(N, 4)
     with unchanged(transposed, expanded):
         from_views = brandla.damped_solve(transposed, expanded, 0.1)
@@ -241,19 +272,26 @@ def test_inputs_are_neither_changed_nor_shared(
 
 
 @FACTORS
-def test_a_poisoned_factor_gives_no_finite_number(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_poisoned_factor_gives_no_finite_number(make: Callable[..., Any], part: int) -> None:
     lowrank, rhs = make(N, R, batch_shape=(2,)), make_columns(N, M, batch_shape=(2,))
-    lowrank[0][1] = math.nan
-    for result in (brandla.damped_solve(lowrank, rhs, 0.1), brandla.damped_power(lowrank, rhs, 0.1, -0.5)):
-        assert result[0].isfinite().all()
-        assert not result[1].isfinite().any()
+    lowrank[part][1] = math.nan
+    for tail in (0.0, 0.3, "smallest"):
+        for result in (
+            brandla.damped_solve(lowrank, rhs, 0.1, tail=tail),
+            brandla.damped_power(lowrank, rhs, 0.1, -0.5, tail=tail),
+        ):
+            assert result[0].isfinite().all()
+            assert not result[1].isfinite().any()
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@FACTORS
 @pytest.mark.parametrize("scale", [1e-18, 1e18], ids=lambda scale: f"{scale:g}")
 def test_solution_scales_with_the_operator_and_the_right_hand_side(make: Callable[..., Any], scale: float) -> None:
     lowrank, rhs = make(N, R, dtype=torch.float32), make_columns(N, M, dtype=torch.float32)
-    large = type(lowrank)(lowrank[0] * scale, lowrank[1])
+    # F goes with the root of its matrix, S and d with the matrix, U stays.
+    powers = (1.0, 0.0) if make is make_eigh else (0.5, 1.0)
+    large = type(lowrank)(*(part * scale**power for part, power in zip(lowrank, powers, strict=True)))
     solution = brandla.damped_solve(large, rhs * scale, 0.1 * scale)
     assert oracles.difference_ratio(solution, brandla.damped_solve(lowrank, rhs, 0.1), torch.float32) <= THRESHOLD
 
@@ -267,11 +305,11 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def _factor_of(make: Callable[..., Any], values: Tensor, basis: Tensor) -> Symmetric:
-    # A core is symmetric: gradcheck may only move it within the symmetric matrices.
-    return (
-        brandla.LowRankEigh(values, basis) if make is make_eigh else brandla.LowRankSym((values + values.mT) / 2, basis)
-    )
+def _factor_of(make: Callable[..., Any], first: Tensor, second: Tensor) -> Symmetric:
+    # S is symmetric: gradcheck may only move it within the symmetric matrices.
+    if make is make_eigh:
+        return brandla.LowRankEigh(first, second)
+    return brandla.LowRankRoot(first, (second + second.mT) / 2)
 
 
 @FACTORS
@@ -316,26 +354,32 @@ def test_power_is_differentiable_above_at_and_far_below_the_tail(exponent: float
     assert gradcheck(power, [_leaf(tensor.double()) for tensor in (values, damping, tail)])
 
 
-def solve_densely(lowrank: Symmetric, rhs: Tensor, damping: Tensor) -> Tensor:
-    """Return (U diag(d) Uᵀ + λI)⁻¹ V by torch.linalg.solve."""
-    return torch.linalg.solve(lowrank.dense() + damping * torch.eye(N, dtype=torch.float64), rhs)
+def derivatives(solve: Callable[..., Tensor], *arguments: Tensor) -> list[Tensor]:
+    """Return the derivatives of ‖X‖² by each argument."""
+    leaves = [_leaf(tensor) for tensor in arguments]
+    solve(*leaves).square().sum().backward()
+    return [leaf.grad for leaf in leaves]
 
 
-def derivatives(
-    solve: Callable[..., Tensor], lowrank: Symmetric, rhs: Tensor, damping: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the derivatives of ‖X‖² by values, basis, V and λ, within symmetric cores and orthonormal bases."""
-    leaves = [_leaf(tensor) for tensor in (*lowrank, rhs, damping)]
-    solve(type(lowrank)(*leaves[:2]), *leaves[2:]).square().sum().backward()
-    by_values, by_basis, by_rhs, by_damping = (leaf.grad for leaf in leaves)
-    by_values = by_values if by_values.ndim == 1 else oracles.symmetrised(by_values)
-    tangent = by_basis - lowrank[1] @ oracles.symmetrised(lowrank[1].mT @ by_basis)
-    return by_values, tangent, by_rhs, by_damping
+def solve_densely(matrix: Tensor, rhs: Tensor, damping: Tensor) -> Tensor:
+    """Return (M + λI)⁻¹ V by torch.linalg.solve."""
+    return torch.linalg.solve(matrix + damping * torch.eye(N, dtype=torch.float64), rhs)
 
 
-@FACTORS
-def test_derivatives_equal_those_of_the_dense_solve(make: Callable[..., Any]) -> None:
-    arguments = make(N, R), make_columns(N, M), torch.tensor(0.3, dtype=torch.float64)
-    ours, expected = (derivatives(solve, *arguments) for solve in (brandla.damped_solve, solve_densely))
+def test_derivatives_of_a_root_equal_those_of_the_dense_solve() -> None:
+    arguments = make_root(N, R).root, make_columns(N, M), torch.tensor(0.3, dtype=torch.float64)
+    ours = derivatives(lambda f, *rest: brandla.damped_solve(brandla.LowRankRoot(f, f.mT @ f), *rest), *arguments)
+    expected = derivatives(lambda f, *rest: solve_densely(f @ f.mT, *rest), *arguments)
+    for actual, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_of_eigenvectors_equal_those_of_the_dense_solve_within_orthonormal_ones() -> None:
+    values, basis = make_eigh(N, R)
+    arguments = values, basis, make_columns(N, M), torch.tensor(0.3, dtype=torch.float64)
+    ours = derivatives(lambda d, u, *rest: brandla.damped_solve(brandla.LowRankEigh(d, u), *rest), *arguments)
+    expected = derivatives(lambda d, u, *rest: solve_densely((u * d) @ u.mT, *rest), *arguments)
+    for each in (ours, expected):
+        each[1] = each[1] - basis @ oracles.symmetrised(basis.mT @ each[1])
     for actual, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)

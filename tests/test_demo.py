@@ -109,7 +109,7 @@ def test_every_step_is_measured(results: Results) -> None:
     assert found is not None
     assert found.steps == list(range(1, 11))
     assert [(one.update, one.rank) for one in found.trackers] == [
-        (update, rank) for rank in (4, 8) for update in ("eigh_update", "subspace_update")
+        (update, rank) for rank in (4, 8) for update in ("root_update", "eigh_update")
     ]
     assert all(len(one.milliseconds) == len(one.errors.spectral) == 10 for one in found.trackers)
     assert all(len(one.milliseconds) + one.failures == 2 for one in found.references)
@@ -166,11 +166,11 @@ def test_grid_lies_within_the_decade(method: Any) -> None:
 
 def test_only_brand_keeps_less_than_the_dense_factor(results: Results) -> None:
     shares = {one.method: one.largest / one.largest_dense for one in summarize_memory(results.training)}
-    assert {name for name, share in shares.items() if share < 1} == {"B-KFAC", "B-KFAC, no eigh"}
+    assert {name for name, share in shares.items() if share < 1} == {"B-KFAC", "B-KFAC, sketched"}
     n, rank = TINY.width + 1, TINY.training.rank
     brand = results.training.memory["B-KFAC"]
-    # U and d, the error bound and the sum of the weights.
-    assert max(factor.bytes for factor in brand if factor.n == n) == 4 * (n * rank + rank + 2)
+    # F and S, the error bound, the trace and the sum of the weights.
+    assert max(factor.bytes for factor in brand if factor.n == n) == 4 * (n * rank + rank**2 + 3)
 
 
 def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 import brandla
+import oracles
 from brandla import grouped
-from builders import make_columns, make_eigh, make_svd, make_sym
-from oracles import generator, power_law, psd_matrix, spectral_norm
+from builders import SymmetricUpdate, dense, make_columns, make_eigh, make_root, make_svd
+from oracles import THRESHOLD, generator, power_law, psd_matrix
 
 SIZES = [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)]
 
@@ -23,7 +23,7 @@ def _all(make: Callable[[int, int, int], Any]) -> list[Any]:
 
 
 EIGHS = _all(lambda n, r, _: make_eigh(n, r))
-SYMS = _all(lambda n, r, _: make_sym(n, r))
+ROOTS = _all(lambda n, r, _: make_root(n, r))
 SVDS = _all(lambda n, r, _: make_svd(n, n + 2, r))
 COLUMNS = _all(lambda n, _, k: make_columns(n, k))
 RIGHTS = _all(lambda n, _, k: make_columns(n + 2, k, seed=7))
@@ -41,15 +41,29 @@ CASES: dict[str, tuple[str, list[list[Any]], dict[str, Any]]] = {
         {"decay": [0.9, 0.5, 0.1, 1.0], "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]},
     ),
     "eigh_update, tracked": ("eigh_update", [[brandla.track(eigh) for eigh in EIGHS], COLUMNS], {"decay": 0.9}),
-    "subspace_update": ("subspace_update", [SYMS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0], "iterations": 3}),
+    "root_update": ("root_update", [ROOTS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0]}),
+    "root_update, one value each": (
+        "root_update",
+        [ROOTS, COLUMNS],
+        {
+            "weight": (0.1, 0.2, 0.3, 0.4),
+            "rank": [8, brandla.Rank(33, tol=1e-3), 1, 5],
+            "compress": ["eigh", "cholesky", "eigh", "cholesky"],
+        },
+    ),
+    "root_update, tracked": (
+        "root_update",
+        [[brandla.track(root) for root in ROOTS], COLUMNS],
+        {"decay": 0.9, "compress": "cholesky"},
+    ),
     "svd_update": ("svd_update", [SVDS, COLUMNS, RIGHTS], {"decay": 0.5, "rank": [8, 8, 1, 5]}),
     "svd_append": ("svd_append", [SVDS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0]}),
     "damped_solve": ("damped_solve", [EIGHS, RHS, DAMPINGS], {"tail": [0.0, "smallest", 0.5, torch.tensor(0.1)]}),
-    "damped_solve, both kinds": ("damped_solve", [[*EIGHS[:2], *SYMS[2:]], RHS, DAMPINGS], {"tail": "smallest"}),
-    "damped_power": ("damped_power", [SYMS, RHS, DAMPINGS, [-1, -0.5, -0.25, 2]], {}),
+    "damped_solve, both kinds": ("damped_solve", [[*EIGHS[:2], *ROOTS[2:]], RHS, DAMPINGS], {"tail": "smallest"}),
+    "damped_power": ("damped_power", [ROOTS, RHS, DAMPINGS, [-1, -0.5, -0.25, 2]], {}),
     "kron_damped_solve": (
         "kron_damped_solve",
-        [EIGHS, SYMS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS],
+        [EIGHS, ROOTS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS],
         {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]},
     ),
 }
@@ -91,63 +105,83 @@ def test_one_positional_value_serves_all_factors() -> None:
 
 
 ORDERS = (40, 64, 90)
-# Which of the factors get columns that lie inside the span of their basis, for which one pass is not enough.
+# Which of the factors get columns that lie inside their own span.
 INSIDE = {"none": (), "one": (64,), "all": ORDERS}
 
 
+def assert_equal_factors(result: Any, expected: Any, dtype: torch.dtype) -> None:
+    """Check that two factors stand for one matrix, to the rounding of two backward stable ways to it."""
+    tracked = isinstance(expected, brandla.Tracked)
+    if tracked:
+        scale = oracles.tolerance(expected.lowrank.n, dtype, expected.trace)
+        assert abs(result.trace - expected.trace) <= scale
+        assert abs(result.error_bound - expected.error_bound) <= scale
+        result, expected = result.lowrank, expected.lowrank
+    assert type(result) is type(expected)
+    assert [(part.shape, part.dtype) for part in result] == [(part.shape, part.dtype) for part in expected]
+    assert oracles.difference_ratio(dense(result), dense(expected), dtype) <= THRESHOLD
+    if isinstance(result, brandla.LowRankEigh):
+        assert oracles.orthonormality_ratio(result.eigenvectors, result.eigenvalues) <= THRESHOLD
+    else:
+        gram = result.root.double().mT @ result.root.double()
+        assert oracles.difference_ratio(result.gram, gram, dtype) <= THRESHOLD
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["plain", "tracked"])
 @pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
-def test_factors_of_one_rank_are_updated_as_each_by_itself(name: str, inside: str, dtype: torch.dtype) -> None:
+def test_factors_of_one_rank_are_updated_as_each_by_itself(
+    update: SymmetricUpdate, inside: str, tracked: bool, dtype: torch.dtype
+) -> None:
     r, k = 8, 5
-    make = make_eigh if name == "eigh_update" else make_sym
-    factors = [make(n, r, dtype=dtype, seed=n) for n in ORDERS]
+    factors = [update.make(n, r, dtype=dtype, seed=n) for n in ORDERS]
     columns = [make_columns(n, k, dtype=dtype, seed=n) for n in ORDERS]
     for index, n in enumerate(ORDERS):
         if n in INSIDE[inside]:
-            columns[index] = factors[index][1] @ columns[index][:r]
-    results = getattr(grouped, name)(factors, columns, decay=0.9, weight=0.5)
-    for n, result, factor, own in zip(ORDERS, results, factors, columns, strict=True):
-        basis, eps = result[1].double(), torch.finfo(dtype).eps
-        expected = getattr(brandla, name)(factor, own, decay=0.9, weight=0.5).dense()
-        # Two backward stable ways to one matrix of order n.
-        assert spectral_norm(result.dense() - expected) <= 8 * n * eps * spectral_norm(expected)
-        assert spectral_norm(basis.mT @ basis - torch.eye(r, dtype=torch.float64)) <= 200 * eps
+            matrix = factors[index].dense()
+            columns[index] = matrix @ columns[index] / n**0.5
+    factors = [brandla.track(factor) for factor in factors] if tracked else factors
+    for options in ({}, {"rank": brandla.Rank(r + k, tol=1e-2)}, {"rank": 3}):
+        results = update.grouped(factors, columns, decay=0.9, weight=[0.5, 1.0, 2.0], **options)
+        for result, factor, own, weight in zip(results, factors, columns, [0.5, 1.0, 2.0], strict=True):
+            assert_equal_factors(result, update(factor, own, decay=0.9, weight=weight, **options), dtype)
 
 
-@pytest.mark.parametrize("k", [5, 40])
-def test_only_the_factors_that_need_a_second_pass_take_it(k: int, dtype: torch.dtype) -> None:
-    """The widths of columns have different Gram matrices to begin with."""
-    orders, r = (150, 100, 120, 110), 8
-    factors = [make_eigh(n, r, dtype=dtype, seed=n) for n in orders]
+@pytest.mark.parametrize("k", [3, 30], ids=["one among them", "all"])
+def test_lists_may_hold_factors_that_the_update_fills_whole(update: SymmetricUpdate, k: int) -> None:
+    """With r + k ≥ n: of the first factor, or of all."""
+    orders, dtype = (10, 20, 33), torch.float64
+    factors = [update.make(n, 8, dtype=dtype, seed=n) for n in orders]
     columns = [make_columns(n, k, dtype=dtype, seed=n) for n in orders]
-    for index in (0, 2):
-        columns[index] = factors[index].eigenvectors @ columns[index][:r]
-    with mock.patch("brandla._split.refine", wraps=brandla._split.refine) as second_pass:
-        results = grouped.eigh_update(factors, columns, decay=0.9, weight=0.5)
-    (bases, *_), _ = second_pass.call_args
-    assert [basis.shape[0] for basis in bases] == [150, 120]
+    results = update.grouped(factors, columns, decay=0.9, rank=8 + min(k, 2))
     for result, factor, own in zip(results, factors, columns, strict=True):
-        expected = brandla.eigh_update(factor, own, decay=0.9, weight=0.5).dense()
-        # Two backward stable ways to one matrix.
-        bound = 8 * factor.n * torch.finfo(dtype).eps * spectral_norm(expected)
-        assert spectral_norm(result.dense() - expected) <= bound
+        assert_equal_factors(result, update(factor, own, decay=0.9, rank=8 + min(k, 2)), dtype)
 
 
-@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
-def test_a_factor_that_is_not_finite_spoils_no_other(name: str) -> None:
-    make = make_eigh if name == "eigh_update" else make_sym
-    factors = [make(n, 8, seed=n) for n in ORDERS]
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_lists_of_half_precision_columns_equal_their_float32_values(update: SymmetricUpdate, half: torch.dtype) -> None:
+    factors = [update.make(n, 8, dtype=torch.float32, seed=n) for n in ORDERS]
+    columns = [make_columns(n, 5, dtype=half, seed=n) for n in ORDERS]
+    from_half = update.grouped(factors, columns, decay=0.9)
+    mixed = update.grouped(factors, [columns[0], columns[1].float(), columns[2]], decay=0.9)
+    from_float = update.grouped(factors, [own.float() for own in columns], decay=0.9)
+    for one, two, other in zip(from_half, mixed, from_float, strict=True):
+        assert_same(one, other)
+        assert_same(two, other)
+
+
+def test_a_factor_that_is_not_finite_spoils_no_other(update: SymmetricUpdate) -> None:
+    factors = [update.make(n, 8, seed=n) for n in ORDERS]
     columns = [make_columns(n, 5, seed=n) for n in ORDERS]
     columns[1][3, 2] = float("nan")
-    results = getattr(grouped, name)(factors, columns, decay=0.9)
+    results = update.grouped(factors, columns, decay=0.9)
     assert [bool(result.is_finite()) for result in results] == [True, False, True]
     for index in (0, 2):
-        expected = getattr(brandla, name)(factors[index], columns[index], decay=0.9)
-        torch.testing.assert_close(results[index].dense(), expected.dense())
+        assert_equal_factors(results[index], update(factors[index], columns[index], decay=0.9), torch.float64)
 
 
-def test_applications_of_one_rank_are_those_of_each_by_itself(dtype: torch.dtype) -> None:
-    factors = [make_eigh(n, 8, dtype=dtype, seed=n) for n in ORDERS]
+@pytest.mark.parametrize("make", [make_eigh, make_root])
+def test_applications_of_one_rank_are_those_of_each_by_itself(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    factors = [make(n, 8, dtype=dtype, seed=n) for n in ORDERS]
     rhs = [make_columns(n, 3, dtype=dtype, seed=n) for n in ORDERS]
     blocks = [make_columns(n, n, dtype=dtype, seed=n) for n in ORDERS]
     for result, *arguments in zip(grouped.damped_solve(factors, rhs, 0.1), factors, rhs, strict=True):
@@ -169,10 +203,14 @@ def test_an_empty_group_gives_an_empty_list() -> None:
     [
         (lambda: grouped.eigh_update(EIGHS, COLUMNS[:3]), ["grouped.eigh_update", "4", "3"]),
         (lambda: grouped.eigh_update(EIGHS, COLUMNS, decay=[0.9, 0.5]), ["grouped.eigh_update", "decay", "4", "2"]),
+        (
+            lambda: grouped.root_update(ROOTS, COLUMNS, compress=["eigh"] * 3),
+            ["grouped.root_update", "compress", "4", "3"],
+        ),
         (lambda: grouped.damped_solve(EIGHS, RHS, [0.1]), ["grouped.damped_solve", "damping", "4", "1"]),
         (lambda: grouped.randomized_eigh(MATRICES, [1, 2]), ["grouped.randomized_eigh", "rank", "4", "2"]),
     ],
-    ids=["lists", "option", "damping", "rank"],
+    ids=["lists", "option", "compress", "damping", "rank"],
 )
 def test_lists_of_different_lengths_are_refused(call: Callable[[], Any], fragments: list[str]) -> None:
     with pytest.raises(ValueError, match=fragments[0]) as caught:

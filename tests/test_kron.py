@@ -13,17 +13,19 @@ from torch.autograd import gradcheck
 
 import brandla
 import oracles
-from builders import Symmetric, dense_operator, make_columns, make_eigh, make_sym
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root
 from oracles import THRESHOLD
 
 P, Q, K = 24, 33, 4
 LEFT_DAMPING, RIGHT_DAMPING = 0.2, 0.05
-KINDS = {"eigh": make_eigh, "sym": make_sym}
+KINDS = {"eigh": make_eigh, "root": make_root}
 PAIRS_OF_KINDS = pytest.mark.parametrize(
     "makers", [(KINDS[a], KINDS[b]) for a in KINDS for b in KINDS], ids=[f"{a}, {b}" for a in KINDS for b in KINDS]
 )
 TAILS = pytest.mark.parametrize(
-    "tails", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), ("smallest", "smallest"), ("smallest", 0.1)], ids=str
+    "tails",
+    [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), ("smallest", "smallest"), ("smallest", 0.1), ("mean", "mean")],
+    ids=str,
 )
 Makers = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -53,7 +55,10 @@ def solve(left: Symmetric, right: Symmetric, matrix: Any, **options: Any) -> Any
 def test_solve_equals_two_dense_solves(
     makers: Makers, tails: tuple[float | str, float | str], dtype: torch.dtype
 ) -> None:
-    left, right = makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4)
+    left, right = (
+        brandla.track(factor) for factor in (makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4))
+    )
+    left, right = left._replace(trace=left.trace + 3), right._replace(trace=right.trace + 5)
     matrix = make_columns(P, Q, dtype=dtype)
     solution = solve(left, right, matrix, left_tail=tails[0], right_tail=tails[1])
     assert (solution.shape, solution.dtype) == ((P, Q), dtype)
@@ -66,7 +71,10 @@ def test_solve_equals_two_dense_solves(
 def test_a_pair_stands_for_its_product(
     makers: Makers, tails: tuple[float | str, float | str], k: int, dtype: torch.dtype
 ) -> None:
-    left, right = makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4)
+    left, right = (
+        brandla.track(factor) for factor in (makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4))
+    )
+    left, right = left._replace(trace=left.trace + 3), right._replace(trace=right.trace + 5)
     pair = make_columns(P, k, dtype=dtype), make_columns(Q, k, dtype=dtype, seed=3)
     options = {"left_tail": tails[0], "right_tail": tails[1]}
     solved = solve(left, right, pair, **options)
@@ -101,7 +109,7 @@ def test_batch_equals_a_loop(makers: Makers, *, is_pair: bool, dtype: torch.dtyp
 
 
 def test_layout_of_the_matrix_does_not_matter(dtype: torch.dtype, unchanged: Callable[..., Any]) -> None:
-    left, right = make_eigh(P, 6, dtype=dtype), make_sym(Q, 9, dtype=dtype)
+    left, right = make_eigh(P, 6, dtype=dtype), make_root(Q, 9, dtype=dtype)
     matrix = make_columns(P, Q, dtype=dtype)
     expected = solve(left, right, matrix)
     for view in (matrix.mT.contiguous().mT, matrix.repeat_interleave(2, dim=1)[:, ::2]):
@@ -114,7 +122,7 @@ def test_layout_of_the_matrix_does_not_matter(dtype: torch.dtype, unchanged: Cal
 def test_inputs_are_neither_changed_nor_shared(
     rank: int, unchanged: Callable[..., Any], shares_memory: Callable[..., bool]
 ) -> None:
-    left, right = make_eigh(P, rank), make_sym(Q, rank)
+    left, right = make_eigh(P, rank), make_root(Q, rank)
     pair, matrix = (make_columns(P, K), make_columns(Q, K)), make_columns(P, Q)
     one = torch.tensor(1.0, dtype=torch.float64)
     with unchanged(left, right, pair, matrix):
@@ -124,7 +132,7 @@ def test_inputs_are_neither_changed_nor_shared(
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_data_are_solved_in_float32(half: torch.dtype) -> None:
-    left, right = make_eigh(P, 6, dtype=torch.float32), make_sym(Q, 9, dtype=torch.float32)
+    left, right = make_eigh(P, 6, dtype=torch.float32), make_root(Q, 9, dtype=torch.float32)
     matrix, pair = make_columns(P, Q).to(half), (make_columns(P, K).to(half), make_columns(Q, K).to(half))
     assert torch.equal(solve(left, right, matrix), solve(left, right, matrix.float()))
     for actual, expected in zip(
@@ -135,7 +143,7 @@ def test_half_data_are_solved_in_float32(half: torch.dtype) -> None:
 
 
 def test_tracked_factors_count_as_their_factors() -> None:
-    left, right, matrix = make_eigh(P, 6), make_sym(Q, 9), make_columns(P, Q)
+    left, right, matrix = make_eigh(P, 6), make_root(Q, 9), make_columns(P, Q)
     assert torch.equal(solve(brandla.track(left), brandla.track(right), matrix), solve(left, right, matrix))
 
 
@@ -146,8 +154,8 @@ def test_solve_is_differentiable_in_every_tensor(makers: Makers, *, is_pair: boo
     data = (make_columns(6, 2), make_columns(5, 2)) if is_pair else (make_columns(6, 5),)
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.4, 0.1, 0.2)]
 
-    def symmetric_factor(kind: type[Symmetric], values: Tensor, basis: Tensor) -> Symmetric:
-        return kind(values if values.ndim == 1 else oracles.symmetrised(values), basis)
+    def symmetric_factor(kind: type[Symmetric], first: Tensor, second: Tensor) -> Symmetric:
+        return kind(first, second if kind is brandla.LowRankEigh else oracles.symmetrised(second))
 
     def solve_parts(*tensors: Tensor) -> Any:
         a, b, c, d, *rest = tensors

@@ -10,12 +10,12 @@ import torch
 
 import brandla
 import oracles
-from builders import dense, make_eigh, make_svd, make_sym
-from oracles import THRESHOLD
+from builders import defect, dense, make_eigh, make_root, make_svd
+from oracles import ORTHONORMAL, THRESHOLD
 
 MAKERS = {
     "LowRankEigh": lambda **options: make_eigh(20, 5, **options),
-    "LowRankSym": lambda **options: make_sym(20, 5, **options),
+    "LowRankRoot": lambda **options: make_root(20, 5, **options),
     "LowRankSVD": lambda **options: make_svd(20, 14, 5, **options),
 }
 
@@ -39,14 +39,14 @@ def test_dense_multiplies_the_parts(make: Any, batch_shape: tuple[int, ...], dty
 def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> None:
     options = {"batch_shape": batch_shape, "dtype": dtype}
     eigh = brandla.LowRankEigh.zeros(7, rank, **options)
-    sym = brandla.LowRankSym.zeros(7, rank, **options)
+    root = brandla.LowRankRoot.zeros(7, rank, **options)
     svd = brandla.LowRankSVD.zeros(7, 9, rank, **options)
-    shapes = [tuple(part.shape) for part in (*eigh, *sym, *svd)]
-    expected = [(rank,), (7, rank), (rank, rank), (7, rank), (7, rank), (rank,), (rank, 9)]
+    shapes = [tuple(part.shape) for part in (*eigh, *root, *svd)]
+    expected = [(rank,), (7, rank), (7, rank), (rank, rank), (7, rank), (rank,), (rank, 9)]
     assert shapes == [(*batch_shape, *shape) for shape in expected]
-    assert {part.dtype for part in (*eigh, *sym, *svd)} == {dtype}
-    assert not any(value.dense().any() for value in (eigh, sym, svd))
-    assert (eigh.n, eigh.rank, sym.n, sym.rank, svd.rank) == (7, rank, 7, rank, rank)
+    assert {part.dtype for part in (*eigh, *root, *svd)} == {dtype}
+    assert not any(value.dense().any() for value in (eigh, root, svd))
+    assert (eigh.n, eigh.rank, root.n, root.rank, svd.rank) == (7, rank, 7, rank, rank)
 
 
 def test_zeros_follows_the_default_dtype() -> None:
@@ -55,24 +55,72 @@ def test_zeros_follows_the_default_dtype() -> None:
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-def test_sym_and_eigh_convert_into_each_other(spectrum: str, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    sym = make_sym(20, 5, spectrum, dtype=dtype, batch_shape=batch_shape)
-    eigh = sym.eigh()
-    back = brandla.LowRankSym.from_eigh(eigh)
-    assert (eigh.eigenvalues.diff() <= 0).all()
+def test_a_root_becomes_eigenvectors_and_again_a_root(
+    spectrum: str, batch_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    root = make_root(20, 5, spectrum, dtype=dtype, batch_shape=batch_shape)
+    eigh = root.to_eigh()
+    back = brandla.LowRankRoot.from_eigh(eigh)
     assert eigh.eigenvectors.dtype == dtype
+    assert (eigh.eigenvalues >= 0).all()
+    assert (eigh.eigenvalues.diff() <= 0).all()
+    assert defect(eigh) <= ORTHONORMAL * oracles.epsilon(dtype)
+    assert torch.equal(back.gram, torch.diag_embed(eigh.eigenvalues))
+    assert defect(back) <= ORTHONORMAL * oracles.epsilon(dtype)
     for original, diagonal, again in zip(
-        *(dense(value).reshape(-1, 20, 20) for value in (sym, eigh, back)), strict=True
+        *(dense(value).reshape(-1, 20, 20) for value in (root, eigh, back)), strict=True
     ):
-        assert oracles.difference_ratio(diagonal, original, dtype) <= THRESHOLD
-        assert oracles.difference_ratio(again, original, dtype) <= THRESHOLD
+        # Values up to 8 ε·d₁ become 0.
+        slack = 2 * oracles.rounding(20, dtype, oracles.spectral_norm(original))
+        assert oracles.spectral_norm(diagonal - original) <= slack
+        assert oracles.spectral_norm(again - original) <= slack
+
+
+def test_a_root_of_dependent_columns_has_as_many_eigenvectors_as_it_has_rank(dtype: torch.dtype) -> None:
+    columns = oracles.gaussian(20, 2, seed=0).to(dtype) @ torch.tensor([[1, 0, 2, 0], [0, 1, 1, 0]], dtype=dtype)
+    eigh = brandla.LowRankRoot(columns, columns.mT @ columns).to_eigh()
+    assert (eigh.eigenvalues > 0).tolist() == [True, True, False, False]
+    assert eigh.eigenvectors.any(-2).tolist() == [True, True, False, False]
+    assert defect(eigh) <= ORTHONORMAL * oracles.epsilon(dtype)
+
+
+def test_a_root_of_more_columns_than_rows_has_as_many_eigenvectors_as_rows(dtype: torch.dtype) -> None:
+    columns = oracles.gaussian(4, 7, seed=0).to(dtype)
+    root = brandla.LowRankRoot(columns, columns.mT @ columns)
+    assert root.to_eigh().eigenvectors.shape == (4, 4)
+    assert oracles.difference_ratio(dense(root.to_eigh()), dense(root), dtype) <= THRESHOLD
+
+
+def test_a_poisoned_root_has_no_finite_eigenvector() -> None:
+    root = make_root(20, 5, batch_shape=(2,))
+    root.root[1, 3, 2] = math.nan
+    eigh = root.to_eigh()
+    assert eigh.is_finite().tolist() == [True, False]
+    assert eigh.eigenvectors[1].isnan().all()
+    assert eigh.eigenvectors[0].isfinite().all()
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+def test_largest_eigenvalue_is_near_from_below_and_right_of_a_diagonal(spectrum: str, dtype: torch.dtype) -> None:
+    eigh, full = make_eigh(20, 5, spectrum, dtype=dtype), make_root(20, 5, spectrum, dtype=dtype)
+    diagonal = make_root(20, 5, spectrum, dtype=dtype, diagonal=True)
+    largest = float(oracles.SPECTRA[spectrum](5)[0])
+    rounding = 8 * oracles.epsilon(dtype) * largest
+    assert abs(float(diagonal.largest_eigenvalue()) - float(eigh.largest_eigenvalue())) <= rounding
+    # From the best of r unit vectors, which holds 1/r of the leading one in its square at least.
+    assert largest / 5**0.5 - rounding <= float(full.largest_eigenvalue()) <= largest + rounding
+
+
+@pytest.mark.parametrize("make_empty", [brandla.LowRankEigh.zeros, brandla.LowRankRoot.zeros])
+def test_the_largest_eigenvalue_of_nothing_is_zero(make_empty: Any) -> None:
+    assert make_empty(7, 0, batch_shape=(2,)).largest_eigenvalue().tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_is_finite_tells_which_batch_entry_is_poisoned(make: Any, bad: float) -> None:
     value = make(batch_shape=(2, 2))
     assert value.is_finite().all()
-    values = value.S if isinstance(value, brandla.LowRankSVD) else value[0]
+    values = {"LowRankEigh": value[0], "LowRankRoot": value[1], "LowRankSVD": value[1]}[type(value).__name__]
     values[1, 0] = bad
     assert value.is_finite().tolist() == [[True, True], [False, True]]
 
@@ -81,13 +129,14 @@ def test_is_finite_tells_which_batch_entry_is_poisoned(make: Any, bad: float) ->
 def test_track_starts_at_zero_in_the_dtype_of_the_factor(batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for factor in (
         make_eigh(9, 3, dtype=dtype, batch_shape=batch_shape),
-        make_sym(9, 3, dtype=dtype, batch_shape=batch_shape),
+        make_root(9, 3, dtype=dtype, batch_shape=batch_shape),
     ):
         tracked = brandla.track(factor)
         assert tracked.lowrank is factor
         assert tracked.error_bound.dtype == dtype
         assert tracked.error_bound.shape == batch_shape
         assert not tracked.error_bound.any()
+        torch.testing.assert_close(tracked.trace, factor.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 def test_values_pass_through_functorch_and_pytrees(make: Any) -> None:

@@ -9,13 +9,13 @@ import torch
 
 import brandla
 import oracles
-from builders import SymmetricUpdate, basis_of, dense, make_columns, make_svd, values_of
-from oracles import THRESHOLD
+from builders import SymmetricUpdate, defect, dense, make_columns, make_svd, tall_of, values_of
+from oracles import ORTHONORMAL, THRESHOLD
 
 
 def kept(value: Any) -> int:
     """Return the number of columns in use."""
-    return int((values_of(value) > 0).sum())
+    return int(tall_of(value).any(-2).sum())
 
 
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
@@ -27,11 +27,12 @@ def test_values_under_the_tolerance_leave_with_their_vectors(
     new = update(brandla.track(old), columns, rank=brandla.Rank(max=12, tol=tol))
     matrix = oracles.updated(dense(old), columns)
     values = oracles.eigh(matrix).eigenvalues
-    assert basis_of(new.lowrank).shape == (n, 12)
-    # Subspace iteration sees the values near the tolerance only nearly, so it may keep one fewer or one more.
+    assert tall_of(new.lowrank).shape == (n, 12)
+    # The diagonal of S is near to its eigenvalues only, so the Cholesky form may keep one fewer or one more.
     wanted = min(12, int((values > tol * values[0]).sum()))
-    assert abs(kept(new.lowrank) - wanted) <= (update.name == "subspace_update")
-    assert oracles.orthonormality_ratio(basis_of(new.lowrank), values_of(new.lowrank)) <= THRESHOLD
+    assert abs(kept(new.lowrank) - wanted) <= (not update.is_exact)
+    assert int((values_of(new.lowrank) > 0).sum()) == kept(new.lowrank)
+    assert defect(new.lowrank) <= ORTHONORMAL * oracles.epsilon(dtype)
     assert oracles.eigh(matrix - dense(new.lowrank)).eigenvalues[-1] >= -oracles.tolerance(n, dtype, values[0])
     error = oracles.spectral_norm(matrix - dense(new.lowrank))
     assert error <= float(new.error_bound) + oracles.tolerance(n, dtype, values[0])
@@ -47,7 +48,7 @@ def test_zero_tolerance_is_the_number(update: SymmetricUpdate) -> None:
 def test_tolerance_holds_without_new_columns(update: SymmetricUpdate, dtype: torch.dtype) -> None:
     values = torch.tensor([1.0, 0.5, 1e-3], dtype=dtype)
     old = brandla.LowRankEigh(values, oracles.orthonormal(20, 3, 1).to(dtype))
-    old = old if update.factor is brandla.LowRankEigh else brandla.LowRankSym.from_eigh(old)
+    old = old if update.is_orthonormal else brandla.LowRankRoot.from_eigh(old)
     new = update(brandla.track(old), make_columns(20, 0, dtype=dtype), rank=brandla.Rank(max=3, tol=0.1))
     assert kept(new.lowrank) == 2
     # What was left out, 1e-3, to the rounding of d₁ = 1.
@@ -64,7 +65,7 @@ def test_columns_that_left_are_used_again(update: SymmetricUpdate, dtype: torch.
     for columns in oracles.batches("flat", n, 8, 30, dtype=dtype):
         value = update(value, columns, decay=0.9, weight=0.1, rank=rule)
     assert kept(value) == 12
-    assert oracles.orthonormality_ratio(basis_of(value), values_of(value)) <= THRESHOLD
+    assert defect(value) <= ORTHONORMAL * oracles.epsilon(dtype)
 
 
 def test_svd_takes_a_rule_of_singular_values(dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What the updates lose on whole streams, beside the exact truncated update in float64."""
+"""What the updates hold and lose on whole streams, beside the exact truncated update in float64."""
 
 from __future__ import annotations
 
@@ -9,23 +9,41 @@ import pytest
 import torch
 from torch import Tensor
 
+import brandla
 import oracles
-from builders import SYMMETRIC_UPDATES, SymmetricUpdate, dense
+from builders import (
+    CHOLESKY_UPDATE,
+    EIGH_UPDATE,
+    ROOT_UPDATE,
+    Symmetric,
+    SymmetricUpdate,
+    defect,
+    dense,
+    make_columns,
+    values_of,
+)
+from oracles import ORTHONORMAL
 
 N, R, K, STEPS, DECAY = 128, 24, 16, 60, 0.95
-
-
-# While an orthogonal subspace of equal size takes over, eigenvalues cross at the rank and two subspace iterations per
-# update do not order them all: 9 % more is lost at this size, with a dense QR in place of the library's as well.
-LIMITS = {"switch": {"subspace_update": 1.10}}
+# Values of a flat stream, and of one whose subspace is replaced, come so near to one another at the rank that rounding
+# chooses what goes: only how much goes can be compared.
+WITH_A_GAP = [stream for stream in oracles.STREAMS if stream not in ("flat", "switch")]
 
 
 class Run(NamedTuple):
-    """A stream, the factor it adds up to, and what exact updates of rank R discard of its trace."""
+    """A stream, the matrix it adds up to, its exact truncated update of rank R, and the largest eigenvalue it had."""
 
     batches: list[Tensor]
     matrix: Tensor
-    discarded: float
+    truncated: Tensor
+    largest: float
+
+    def follow(self, update: SymmetricUpdate, dtype: torch.dtype) -> Symmetric:
+        """Return what an update makes of the stream."""
+        value = update.factor.zeros(N, R, dtype=dtype)
+        for columns in self.batches:
+            value = update(value, columns.to(dtype), decay=DECAY, weight=1 - DECAY)
+        return value
 
 
 @cache
@@ -33,34 +51,66 @@ def run(stream: str) -> Run:
     """Return the float64 reference of a stream of float32 batches."""
     batches = oracles.batches(stream, N, K, STEPS, dtype=torch.float32)
     matrix = truncated = torch.zeros(N, N, dtype=torch.float64)
+    largest = 0.0
     for columns in batches:
         matrix = oracles.updated(matrix, columns, DECAY, 1 - DECAY)
         truncated = oracles.truncated_update(truncated, columns, R, DECAY, 1 - DECAY)
-    return Run(batches, matrix, float((matrix - truncated).trace()))
-
-
-def discarded_trace(update: SymmetricUpdate, reference: Run, **options: int) -> float:
-    """Return the part of the trace that an update lost on a stream, in float32."""
-    value = update.factor.zeros(N, R, dtype=torch.float32)
-    for columns in reference.batches:
-        value = update(value, columns, decay=DECAY, weight=1 - DECAY, **options)
-    return float((reference.matrix - dense(value)).trace())
-
-
-def rounding(reference: Run) -> float:
-    """Return what float32 may add to a trace."""
-    return 20 * torch.finfo(torch.float32).eps * float(reference.matrix.trace())
+        largest = max(largest, oracles.spectral_norm(matrix))
+    return Run(batches, matrix, truncated, largest)
 
 
 @pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_update_discards_no_more_than_the_exact_one(update: SymmetricUpdate, stream: str) -> None:
+def test_update_discards_no_more_than_the_exact_one(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
     reference = run(stream)
-    limit = LIMITS.get(stream, {}).get(update.name, 1.05)
-    assert discarded_trace(update, reference) <= limit * reference.discarded + rounding(reference)
+    lost, best = (
+        float((reference.matrix - held).trace())
+        for held in (dense(reference.follow(update, dtype)), reference.truncated)
+    )
+    # Each of R values counts for no more than what stands for 0 in the form: 8 ε·d₁, or the shift of a Cholesky factor.
+    unresolved = R * (8 if update.is_exact else 32) * oracles.epsilon(dtype) * reference.largest
+    assert lost <= (1.001 if update.is_exact else 1.10) * best + unresolved
 
 
-def test_one_subspace_iteration_still_follows_a_switch_to_an_orthogonal_subspace() -> None:
-    # A start at the old basis cannot see directions orthogonal to it, and loses several times as much here.
-    (update,) = (update for update in SYMMETRIC_UPDATES if update.name == "subspace_update")
-    reference = run("switch")
-    assert discarded_trace(update, reference, iterations=1) <= 1.15 * reference.discarded
+@pytest.mark.parametrize("stream", WITH_A_GAP)
+def test_root_and_eigenvectors_hold_the_same_matrix(stream: str, dtype: torch.dtype) -> None:
+    reference = run(stream)
+    root, eigh = (reference.follow(update, dtype) for update in (ROOT_UPDATE, EIGH_UPDATE))
+    # Each form adds a few ε·d₁ at every update, which decay as the matrix does.
+    rounding = oracles.rounding(N, dtype, reference.largest, DECAY)
+    assert oracles.spectral_norm(dense(root) - dense(eigh)) <= 2 * rounding
+    for value in (root, eigh):
+        assert oracles.spectral_norm(dense(value) - reference.truncated) <= rounding
+    assert (values_of(root).diff() <= 0).all()
+    assert torch.equal(root.gram, torch.diag(values_of(root)))
+    reference_values = oracles.eigh(reference.truncated).eigenvalues[:R]
+    assert (values_of(root) - reference_values).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("stream", ["slow", "medium", "fast"])
+@pytest.mark.parametrize("damping", [3e-2, 1e-4])
+def test_damped_solves_of_a_stream_lose_what_their_damping_says(stream: str, damping: float) -> None:
+    reference, rhs = run(stream), make_columns(N, 4, dtype=torch.float32)
+    shift = damping * reference.largest
+    exact = torch.linalg.solve(reference.truncated + shift * torch.eye(N).double(), rhs.double())
+    # An error E of the matrix moves the solution by ‖E‖/λ of its norm, and so does rounding inside the solve.
+    limit = 2 * oracles.rounding(N, torch.float32, reference.largest, DECAY) / shift
+    for update in (ROOT_UPDATE, EIGH_UPDATE):
+        solution = brandla.damped_solve(reference.follow(update, torch.float32), rhs, shift)
+        assert oracles.spectral_norm(solution.double() - exact) <= limit * oracles.spectral_norm(exact)
+
+
+def test_without_the_polish_orthogonality_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, limit = run("graded"), ORTHONORMAL * torch.finfo(torch.float32).eps
+    assert defect(reference.follow(EIGH_UPDATE, torch.float32)) <= limit
+    monkeypatch.setattr("brandla.brand.polish", lambda panel, _: panel)
+    assert not defect(reference.follow(EIGH_UPDATE, torch.float32)) <= limit
+
+
+def test_a_cholesky_update_that_cuts_nothing_loses_nothing(dtype: torch.dtype) -> None:
+    value, matrix = brandla.track(CHOLESKY_UPDATE.factor.zeros(N, 0, dtype=dtype)), torch.zeros(N, N).double()
+    for step, columns in enumerate(run("fast").batches[:5], start=1):
+        value = CHOLESKY_UPDATE(value, columns.to(dtype), rank=step * K)
+        matrix = oracles.updated(matrix, columns)
+    largest = oracles.spectral_norm(matrix)
+    assert oracles.spectral_norm(dense(value.lowrank) - matrix) <= oracles.rounding(N, dtype, largest)
+    assert value.error_bound <= oracles.rounding(N, dtype, largest)

@@ -1,4 +1,4 @@
-"""What eigh_update and subspace_update promise alike."""
+"""What every form of the symmetric update promises: eigh_update, and root_update by eigh and by Cholesky."""
 
 from __future__ import annotations
 
@@ -11,38 +11,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 import oracles
-from builders import SymmetricUpdate, basis_of, dense, make_columns, values_of
-from oracles import THRESHOLD
-
-
-def bound_slack(n: int, dtype: torch.dtype, largest: float) -> float:
-    """Return the rounding of a running error bound: a few ε of the largest value, and that of the float64 oracle."""
-    return 8 * oracles.epsilon(dtype) * largest + oracles.tolerance(n, torch.float64, largest)
+from builders import SYMMETRIC_UPDATES, SymmetricUpdate, defect, dense, make_columns, tall_of, unbound, values_of
+from oracles import ORTHONORMAL, THRESHOLD
 
 
 def assert_factor(value: Any, n: int, rank: int) -> None:
-    """Check shapes, orthonormality, and that the values are non-negative and, if eigenvalues, descending."""
-    values, basis = values_of(value), basis_of(value)
+    """Check shapes, U or S, and that the values are non-negative and, of an exact form, descending."""
+    values, tall = values_of(value), tall_of(value)
     assert values.shape[-1] == rank
-    assert basis.shape[-2:] == (n, rank)
-    count = math.prod(values.shape[:-1])
-    flat_values, flat_basis = values.reshape(count, rank), basis.reshape(count, n, rank)
-    for one_values, one_basis in zip(flat_values, flat_basis, strict=True):
-        assert oracles.orthonormality_ratio(one_basis, one_values) <= THRESHOLD
+    assert tall.shape[-2:] == (n, rank)
+    assert defect(value) <= ORTHONORMAL * oracles.epsilon(tall.dtype)
     if isinstance(value, brandla.LowRankEigh):
         assert (values >= 0).all()
         assert (values.diff(dim=-1) <= 0).all()
     else:
-        assert torch.equal(value.core, value.core.mT)
+        assert torch.equal(value.gram, value.gram.mT)
 
 
-def assert_underestimates(value: Any, matrix: Tensor, scale: float | None = None) -> None:
+def assert_underestimates(value: Any, matrix: Tensor, largest: float | None = None, decay: float = 0.0) -> None:
     """Check 0 ⪯ M̂ ⪯ M up to rounding."""
-    scale = oracles.spectral_norm(matrix) if scale is None else scale
-    slack = oracles.tolerance(matrix.shape[-1], basis_of(value).dtype, scale)
+    largest = oracles.spectral_norm(matrix) if largest is None else largest
+    slack = oracles.rounding(matrix.shape[-1], tall_of(value).dtype, largest, decay)
     approximation = dense(value)
     assert oracles.eigh(approximation).eigenvalues.amin() >= -slack
     assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
@@ -83,6 +76,7 @@ def test_update_without_truncation_equals_batch_decomposition(
         pytest.param(1, 1, 1, id="order 1"),
         pytest.param(1, 0, 3, id="order 1 from rank 0"),
         pytest.param(101, 13, 17, id="primes"),
+        pytest.param(30, 3, 300, id="k far above n"),
     ],
 )
 def test_every_shape_gives_the_whole_update_at_full_rank(
@@ -103,14 +97,15 @@ def test_rank_shrinks_and_grows(update: SymmetricUpdate, rank: int, dtype: torch
     whole = oracles.updated(dense(old), columns)
     assert_factor(new, n, rank)
     assert_underestimates(new, whole)
-    best = oracles.eigh(whole).eigenvalues[rank:].sum()
-    assert (whole - dense(new)).trace() <= 1.25 * best + oracles.tolerance(n, dtype, oracles.spectral_norm(whole))
+    values = oracles.eigh(whole).eigenvalues
+    excess = 1.0 if update.is_exact else 1.25
+    assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + n * oracles.rounding(n, dtype, values[0])
 
 
 def test_default_rank_is_the_old_one(update: SymmetricUpdate) -> None:
     new = update(update.make(20, 5), make_columns(20, 3))
     assert isinstance(new, update.factor)
-    assert basis_of(new).shape == (20, 5)
+    assert tall_of(new).shape == (20, 5)
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 1e-7, 1e-3])
@@ -119,11 +114,42 @@ def test_columns_inside_the_span_add_no_direction(
 ) -> None:
     n, r, k = 64, 12, 8
     old = update.make(n, r, dtype=dtype)
-    inside = basis_of(old).double() @ oracles.gaussian(r, k, seed=3)
+    inside = tall_of(old).double() @ oracles.gaussian(r, k, seed=3)
     columns = (inside + perturbation * oracles.gaussian(n, k, seed=4)).to(dtype)
     new = update(old, columns, rank=r + k)
     assert_factor(new, n, r + k)
-    assert oracles.difference_ratio(dense(new), oracles.updated(dense(old), columns), dtype) <= THRESHOLD
+    whole = oracles.updated(dense(old), columns)
+    assert oracles.spectral_norm(dense(new) - whole) <= 2 * oracles.rounding(n, dtype, oracles.spectral_norm(whole))
+
+
+def nearly_dependent(n: int) -> Tensor:
+    """Return p, p + 1e-5 z and .9 z."""
+    p, z = oracles.gaussian(2, n, seed=3)
+    return torch.stack([p, p + 1e-5 * z, 0.9 * z], dim=1)
+
+
+def weak_before_strong(n: int) -> Tensor:
+    """Return a column 1e-6 times as long as the one after it, which is nearly parallel."""
+    p, z = oracles.gaussian(2, n, seed=3)
+    return torch.stack([1e-6 * (p + 1e-3 * z), p], dim=1)
+
+
+@pytest.mark.parametrize("start", ["zero", "some"])
+@pytest.mark.parametrize("columns_of", [nearly_dependent, weak_before_strong], ids=["dependent", "weak-before-strong"])
+def test_nearly_dependent_columns_lose_nothing(
+    update: SymmetricUpdate, columns_of: Callable[[int], Tensor], start: str, dtype: torch.dtype
+) -> None:
+    n = 50
+    old = update.make(n, 4, dtype=dtype) if start == "some" else update.factor.zeros(n, 4, dtype=dtype)
+    columns = columns_of(n).to(dtype)
+    for rank in (4, 4 + columns.shape[1]):
+        new = update(old, columns, rank=rank)
+        whole = oracles.updated(dense(old), columns)
+        assert_factor(new, n, rank)
+        assert_underestimates(new, whole)
+        if start == "zero" or rank > 4:
+            slack = 2 * oracles.rounding(n, dtype, oracles.spectral_norm(whole))
+            assert oracles.spectral_norm(dense(new) - whole) <= slack
 
 
 def test_zero_columns_only_decay(update: SymmetricUpdate, dtype: torch.dtype) -> None:
@@ -150,16 +176,34 @@ def test_decay_zero_forgets_and_weight_zero_ignores(update: SymmetricUpdate, dty
     assert oracles.difference_ratio(dense(ignored), dense(old), dtype) <= THRESHOLD
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18], ids=lambda scale: f"{scale:g}")
-def test_result_scales_with_the_data(update: SymmetricUpdate, scale: float) -> None:
-    n, k = 24, 4
-    steps = [make_columns(n, k, seed=seed, scale=scale, dtype=torch.float32) for seed in range(4)]
+@pytest.mark.parametrize("exponent", [-38, -30, -18, -9, 9, 18, 30, 37])
+@pytest.mark.parametrize(
+    "stretch", [2.0, 1.6], ids=["weights that undo the lengths", "weights that bring them into range"]
+)
+def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(
+    update: SymmetricUpdate, exponent: int, stretch: float
+) -> None:
+    n, k, weight = 24, 4, 10.0 ** (-stretch * exponent)
     value, matrix = update.factor.zeros(n, 8, dtype=torch.float32), torch.zeros(n, n, dtype=torch.float64)
-    for columns in steps:
-        rank = min(n, basis_of(value).shape[-1] + k)
-        value, matrix = update(value, columns, rank=rank), oracles.updated(matrix, columns)
+    for seed in range(4):
+        columns = make_columns(n, k, seed=seed, scale=10.0**exponent / n**0.5).float()
+        assert columns.isfinite().all()
+        rank = min(n, tall_of(value).shape[-1] + k)
+        value, matrix = update(value, columns, rank=rank, weight=weight), oracles.updated(matrix, columns, 1.0, weight)
     assert_factor(value, n, n)
     assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
+
+
+@pytest.mark.parametrize("n", [262_144, 1_000_000])
+def test_a_million_rows_lose_no_digits(update: SymmetricUpdate, n: int) -> None:
+    r, k, eps = 4, 4, torch.finfo(torch.float32).eps
+    lead, source = oracles.gaussian(n, 3, seed=0).float(), oracles.generator(1)
+    value = update.factor.zeros(n, r, dtype=torch.float32)
+    for _ in range(3):
+        columns = lead @ torch.randn(3, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
+        value = update(value, columns, decay=0.9, weight=0.1)
+    # A float32 product of these columns is wrong by some thousand ε.
+    assert defect(value) <= 20 * eps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,15 +277,14 @@ def test_batch_equals_a_loop(update: SymmetricUpdate, batch_shape: tuple[int, ..
     columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
     decay = torch.linspace(0.5, 1, count, dtype=dtype).reshape(batch_shape)
     batched = update(brandla.track(old), columns, decay=decay, weight=1 - decay / 2, rank=8)
-    assert basis_of(batched.lowrank).shape == (*batch_shape, n, 8)
-    assert batched.error_bound.shape == batch_shape
-    tensors = (*old, columns, decay, dense(batched.lowrank))
-    flat = (part.reshape(count, *part.shape[len(batch_shape) :]) for part in tensors)
-    *parts, each_columns, each_decay, each_result = (part.unbind(0) for part in flat)
-    for *fields, one_columns, one_decay, actual in zip(*parts, each_columns, each_decay, each_result, strict=True):
-        factor = update.factor(*fields)
-        alone = update(factor, one_columns, decay=float(one_decay), weight=1 - float(one_decay) / 2, rank=8)
-        assert oracles.difference_ratio(actual, dense(alone), dtype) <= THRESHOLD
+    assert tall_of(batched.lowrank).shape == (*batch_shape, n, 8)
+    assert batched.error_bound.shape == batched.trace.shape == batch_shape
+    flat = tree_map(lambda part: part.flatten(0, len(batch_shape) - 1), (old, columns, decay, batched))
+    for factor, one_columns, one_decay, actual in unbound(flat):
+        rho = float(one_decay)
+        alone = update(brandla.track(factor), one_columns, decay=rho, weight=1 - rho / 2, rank=8)
+        assert oracles.difference_ratio(dense(actual.lowrank), dense(alone.lowrank), dtype) <= THRESHOLD
+        torch.testing.assert_close(actual[1:], alone[1:])
 
 
 @pytest.mark.parametrize("scalar_dtype", [torch.float32, torch.float64], ids=str)
@@ -252,7 +295,7 @@ def test_numbers_and_tensors_mean_the_same(
     decay, weight = (torch.tensor(value, dtype=scalar_dtype) for value in (0.75, 0.25))
     from_tensors = update(old, columns, decay=decay, weight=weight)
     from_numbers = update(old, columns, decay=0.75, weight=0.25)
-    assert basis_of(from_tensors).dtype == dtype
+    assert tall_of(from_tensors).dtype == dtype
     assert oracles.difference_ratio(dense(from_tensors), dense(from_numbers), dtype) <= THRESHOLD
 
 
@@ -260,7 +303,7 @@ def test_numbers_and_tensors_mean_the_same(
 def test_half_columns_equal_their_float32_values(update: SymmetricUpdate, half: torch.dtype) -> None:
     old, columns = update.make(25, 6, dtype=torch.float32), make_columns(25, 4).to(half)
     from_half, from_float = (update(old, data, decay=0.9, weight=0.1) for data in (columns, columns.float()))
-    assert basis_of(from_half).dtype == torch.float32
+    assert tall_of(from_half).dtype == torch.float32
     assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
 
 
@@ -279,52 +322,41 @@ def test_result_unpacks_as_a_tuple_and_is_a_pytree(update: SymmetricUpdate) -> N
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ARGUMENTS = ["small", "tall", "decay", "columns", "weight"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("k", [4, 28], ids=["usual", "k above n - r"])
-@pytest.mark.parametrize("where", ["columns", "values", "basis"])
-def test_non_finite_data_makes_all_values_nan(update: SymmetricUpdate, bad: float, k: int, where: str) -> None:
-    old, columns = update.make(30, 6), make_columns(30, k)
-    {"columns": columns, "values": old[0], "basis": old[1]}[where][0, ...] = bad
-    new = update(brandla.track(old), columns)
-    assert new.lowrank[0].isnan().all()
-    assert not new.lowrank.is_finite()
-    assert not new.error_bound.isfinite()
-
-
-@pytest.mark.parametrize("rank", [6, 4])
-@pytest.mark.parametrize("where", ["values", "basis", "decay"])
-def test_non_finite_data_makes_all_nan_without_columns(update: SymmetricUpdate, where: str, rank: int) -> None:
-    old, decay = update.make(30, 6, batch_shape=(2,)), torch.tensor([0.5, 0.5])
-    {"values": old[0], "basis": old[1], "decay": decay}[where][1, ...] = math.nan
-    new = update(brandla.track(old), make_columns(30, 0, batch_shape=(2,)), decay=decay, rank=rank)
-    for part in (*new.lowrank, new.error_bound):
-        assert part[1].isnan().all()
-        assert part[0].isfinite().all()
-
-
-@pytest.mark.parametrize("k", [4, 28], ids=["usual", "k above n - r"])
-def test_non_finite_data_makes_the_bound_nan_where_nothing_is_dropped(update: SymmetricUpdate, k: int) -> None:
-    columns = make_columns(30, k)
-    columns[3, 2] = math.nan
-    new = update(brandla.track(update.make(30, 6)), columns, rank=min(30, 6 + k))
-    assert new.error_bound.isnan()
+@pytest.mark.parametrize(
+    ("k", "rank", "where"),
+    [(k, rank, where) for k, rank in [(4, 6), (28, 6), (4, 10)] for where in ARGUMENTS]
+    + [(0, rank, where) for rank in (6, 4) for where in ARGUMENTS[:3]],
+    ids=str,
+)
+def test_a_non_finite_number_makes_all_of_its_factor_nan_and_touches_no_other(
+    update: SymmetricUpdate, bad: float, k: int, rank: int, where: str
+) -> None:
+    old, columns = update.make(30, 6, batch_shape=(3,)), make_columns(30, k, batch_shape=(3,))
+    decay, weight = torch.full((3,), 0.9).double(), torch.full((3,), 0.1).double()
+    clean = update(brandla.track(old), columns, decay=decay, weight=weight, rank=rank)
+    small, tall = (old[0], old[1]) if update.is_orthonormal else (old[1], old[0])
+    spoilt = {"columns": columns, "small": small, "tall": tall, "decay": decay, "weight": weight}[where]
+    (spoilt[1] if spoilt.ndim == 1 else spoilt[1].flatten()[-1:]).fill_(bad)
+    new = update(brandla.track(old), columns, decay=decay, weight=weight, rank=rank)
+    assert new.lowrank.is_finite().tolist() == [True, False, True]
+    one, poisoned, other = unbound(new)
+    parts = values_of(poisoned.lowrank), tall_of(poisoned.lowrank), poisoned.error_bound, poisoned.trace
+    assert all(part.isnan().all() for part in parts)
+    for actual, expected in ((one, unbound(clean)[0]), (other, unbound(clean)[2])):
+        assert all(part.isfinite().all() for part in tree_leaves(actual))
+        assert oracles.difference_ratio(dense(actual.lowrank), dense(expected.lowrank), torch.float64) <= THRESHOLD
 
 
 def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
     columns = make_columns(30, 4)
     poisoned = update(update.make(30, 6), columns * math.nan)
     for again in (update(poisoned, columns), update(poisoned, columns[:, :0]), update(poisoned, columns, decay=0.0)):
-        assert again[0].isnan().all()
-
-
-def test_non_finite_data_poisons_only_its_own_batch_entry(update: SymmetricUpdate) -> None:
-    old, columns = update.make(30, 6, batch_shape=(3,)), make_columns(30, 4, batch_shape=(3,))
-    clean = update(old, columns)
-    columns[1, 5, 2] = math.inf
-    new = update(old, columns)
-    assert new.is_finite().tolist() == [True, False, True]
-    for i in (0, 2):
-        assert oracles.difference_ratio(dense(new)[i], dense(clean)[i], torch.float64) <= THRESHOLD
+        assert values_of(again).isnan().all()
+        assert tall_of(again).isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,20 +371,30 @@ def test_error_is_what_was_discarded_and_stays_within_its_bound(
     n, r, k, decay = 64, 12, 8, 0.9
     tracked = brandla.track(update.factor.zeros(n, r, dtype=dtype))
     matrix = discarded = torch.zeros(n, n, dtype=torch.float64)
-    peak = 0.0
+    peak = heaviest = 0.0
     for columns in oracles.batches(stream, n, k, 40, dtype=dtype):
         target = oracles.updated(dense(tracked.lowrank), columns, decay, 1 - decay)
         tracked = update(tracked, columns, decay=decay, weight=1 - decay)
         discarded = decay * discarded + target - dense(tracked.lowrank)
         matrix = oracles.updated(matrix, columns, decay, 1 - decay)
-        peak = max(peak, oracles.spectral_norm(matrix))
+        peak, heaviest = max(peak, oracles.spectral_norm(matrix)), max(heaviest, float(matrix.trace()))
         error = matrix - dense(tracked.lowrank)
-        assert oracles.spectral_norm(error) <= float(tracked.error_bound) + bound_slack(n, dtype, peak)
-    assert_factor(tracked.lowrank, n, r)
-    assert_underestimates(tracked.lowrank, matrix)
+        assert oracles.spectral_norm(error) <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, decay)
+        assert abs(float(tracked.trace) - float(matrix.trace())) <= oracles.rounding(n, dtype, heaviest, decay)
+        assert_factor(tracked.lowrank, n, r)
+        assert_underestimates(tracked.lowrank, matrix, peak, decay)
     assert oracles.difference_ratio(error, discarded, torch.float64, scale=peak) <= THRESHOLD
     # A useful bound: no larger than the trace, which bounds every norm of a semi-definite remainder.
-    assert float(tracked.error_bound) <= float(discarded.trace()) + oracles.tolerance(n, dtype, peak)
+    assert float(tracked.error_bound) <= float(discarded.trace()) + n * oracles.rounding(n, dtype, peak, decay)
+
+
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_hundreds_of_updates_do_not_drift(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
+    value = update.factor.zeros(64, 12, dtype=dtype)
+    for step, columns in enumerate(oracles.batches(stream, 64, 8, 300, dtype=dtype)):
+        value = update(value, columns, decay=0.95, weight=0.05)
+        if step % 20 == 19:
+            assert defect(value) <= ORTHONORMAL * oracles.epsilon(dtype)
 
 
 @pytest.mark.parametrize("stream", ["rank-16", "repeated-8"])
@@ -381,40 +423,42 @@ def test_error_bound_stays_zero_without_truncation(update: SymmetricUpdate, dtyp
     tracked = brandla.track(update.factor.zeros(30, 0, dtype=dtype))
     for step, columns in enumerate(oracles.batches("slow", 30, 4, 5, dtype=dtype), start=1):
         tracked = update(tracked, columns, rank=4 * step)
-    assert tracked.error_bound <= oracles.tolerance(30, dtype, oracles.spectral_norm(dense(tracked.lowrank)))
+    assert tracked.error_bound <= oracles.rounding(30, dtype, oracles.spectral_norm(dense(tracked.lowrank)))
 
 
 DRIFTING = ["slow", "medium", "fast", "graded", "rank-16", "repeated-8", "switch", "zeros-between"]
-DRIFT_LIMIT = 200 * torch.finfo(torch.float32).eps
+N, R, K, PERIOD = 96, 16, 4, 100
 
 
+def repeating(orders: list[int]) -> list[list[Tensor]]:
+    """Return the first batches of each stream, which are repeated, so that no test spends its time drawing them."""
+    return [oracles.batches(name, n, K, PERIOD, dtype=torch.float32) for name, n in zip(DRIFTING, orders, strict=True)]
+
+
+def drifted(values: list[Any]) -> dict[str, float]:
+    """Return the streams whose factor has lost U or S, with its defect in ε."""
+    eps = torch.finfo(torch.float32).eps
+    defects = {name: defect(value) / eps for name, value in zip(DRIFTING, values, strict=True)}
+    return {name: ratio for name, ratio in defects.items() if not ratio <= ORTHONORMAL}
+
+
+@pytest.mark.slow
 def test_ten_thousand_updates_do_not_drift(update: SymmetricUpdate) -> None:
-    names = DRIFTING
-    n, r, k, decay, period = 96, 16, 4, 0.95, 100
-    # Each stream repeats its first `period` batches, so that the test does not spend its time drawing them.
-    batches = [torch.stack(oracles.batches(name, n, k, period, dtype=torch.float32)) for name in names]
-    steps = torch.stack(batches, dim=1)
-    value = update.factor.zeros(n, r, batch_shape=(len(names),), dtype=torch.float32)
-    defects = torch.zeros(len(names), dtype=torch.float64)
+    steps = torch.stack([torch.stack(stream) for stream in repeating([N] * len(DRIFTING))], dim=1)
+    value = update.factor.zeros(N, R, batch_shape=(len(DRIFTING),), dtype=torch.float32)
     for step in range(10_000):
-        value = update(value, steps[step % period], decay=decay, weight=1 - decay)
-        if step % 250 == 249:
-            pairs = zip(basis_of(value), values_of(value), strict=True)
-            defects = torch.maximum(defects, torch.tensor([oracles.orthonormality_defect(u, d) for u, d in pairs]))
-    assert {name: defect for name, defect in zip(names, defects.tolist(), strict=True) if defect > DRIFT_LIMIT} == {}
+        value = update(value, steps[step % PERIOD], decay=0.95, weight=0.05)
+        if step % 500 == 499:
+            assert drifted(unbound(value)) == {}
 
 
 def test_updates_of_lists_do_not_drift(update: SymmetricUpdate) -> None:
-    """The drift of a list is measured and taken out together, whatever the orders of its members."""
-    orders, r, k, period = [96 + index for index in range(len(DRIFTING))], 16, 4, 100
-    streams = [
-        oracles.batches(name, n, k, period, dtype=torch.float32) for name, n in zip(DRIFTING, orders, strict=True)
-    ]
-    values = [update.factor.zeros(n, r, dtype=torch.float32) for n in orders]
-    for step in range(1500):
-        values = update.loop(values, [stream[step % period] for stream in streams], decay=0.95, weight=0.05)
-    defects = [oracles.orthonormality_defect(basis_of(value), values_of(value)) for value in values]
-    assert {name: defect for name, defect in zip(DRIFTING, defects, strict=True) if defect > DRIFT_LIMIT} == {}
+    orders = [N + index for index in range(len(DRIFTING))]
+    streams = repeating(orders)
+    values = [update.factor.zeros(n, R, dtype=torch.float32) for n in orders]
+    for step in range(300):
+        values = update.grouped(values, [stream[step % PERIOD] for stream in streams], decay=0.95, weight=0.05)
+    assert drifted(values) == {}
 
 
 @st.composite
@@ -434,21 +478,26 @@ def steps(draw: st.DrawFn) -> tuple[float, int, float, bool]:
     is_double=st.booleans(),
     seed=st.integers(0, 10),
 )
-@pytest.mark.parametrize("name", ["eigh_update", "subspace_update"])
+@pytest.mark.parametrize("update", SYMMETRIC_UPDATES, ids=str)
 def test_any_sequence_stays_between_zero_and_the_truth(
-    name: str, sequence: list[tuple[float, int, float, bool]], rank: int, *, is_double: bool, seed: int
+    update: SymmetricUpdate,
+    sequence: list[tuple[float, int, float, bool]],
+    rank: int,
+    *,
+    is_double: bool,
+    seed: int,
 ) -> None:
     n, dtype = 12, torch.float64 if is_double else torch.float32
-    factor = brandla.LowRankEigh if name == "eigh_update" else brandla.LowRankSym
-    tracked = brandla.track(factor.zeros(n, rank, dtype=dtype))
+    tracked = brandla.track(update.factor.zeros(n, rank, dtype=dtype))
     matrix, peak = torch.zeros(n, n, dtype=torch.float64), 0.0
     for step, (decay, k, scale, is_repeated) in enumerate(sequence):
         columns = make_columns(n, k, seed=100 * seed + step, scale=scale, dtype=dtype)
         columns = columns[:, :1].expand(n, k) if is_repeated and k else columns
-        tracked = getattr(brandla, name)(tracked, columns, decay=decay)
+        tracked = update(tracked, columns, decay=decay)
         matrix = oracles.updated(matrix, columns, decay)
         peak = max(decay * peak, oracles.spectral_norm(matrix))
         assert_factor(tracked.lowrank, n, rank)
-        assert_underestimates(tracked.lowrank, matrix, peak)
+        # The rounding of so many updates, as 1/(1 − ρ) counts them.
+        assert_underestimates(tracked.lowrank, matrix, peak, step / (step + 1))
         error = oracles.spectral_norm(matrix - dense(tracked.lowrank))
-        assert error <= float(tracked.error_bound) + oracles.tolerance(n, dtype, peak)
+        assert error <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, step / (step + 1))

@@ -19,13 +19,14 @@ from bench.accuracy.trackers import BEST
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 COLORS = {
     "B": "#0072b2",
-    "B, no eigh": "#56b4e9",
+    "B, root": "#56b4e9",
+    "B, no eigh": "#8a8a8a",
     "B-R": "#009e73",
     "B-C": "#cc79a7",
     "RS": "#d55e00",
     "SRE": "#e69f00",
 }
-MARKERS = {"B": "o", "B, no eigh": "v", "B-R": "s", "B-C": "D", "RS": "^", "SRE": "P"}
+MARKERS = {"B": "o", "B, root": "<", "B, no eigh": "v", "B-R": "s", "B-C": "D", "RS": "^", "SRE": "P"}
 COLUMNS = (("inputs", "inverse"), ("gradients", "inverse"), ("step", "error"), ("step", "angle"))
 TITLES = ("Inverse of A", "Inverse of G", "Step", "Angle of the step")
 
@@ -105,7 +106,7 @@ def _draw_course(axis: Axes, study: Record, width: int, key: tuple[str, str], th
         steps, values = summary.course(study, width, name, *key)
         color = theme.faint if name == BEST else COLORS[name]
         style = {"linestyle": "--", "linewidth": 2.2, "zorder": 1} if name == BEST else {"linewidth": 1.5}
-        if name in ("B", "B, no eigh"):
+        if name in ("B", "B, root", "B, no eigh"):
             style |= {"linestyle": (0, (1.2, 1.2)), "linewidth": 1.8, "zorder": 4}
         axis.plot(steps, [value.mean for value in values], color=color, label=name, **style)
         axis.fill_between(

@@ -31,7 +31,8 @@ the bias) and of the gradients of its outputs (G). Each tracker keeps rank r = {
 | tracker | at every step | now and then |
 |---|---|---|
 | B | `eigh_update` | |
-| B, no eigh | `subspace_update` | |
+| B, root | `root_update` | |
+| B, no eigh | `root_update`, `compress="cholesky"` | |
 | B-R | `eigh_update`, dense average | overwritten by `randomized_svd` of the average, every {overwrite_every} steps |
 | B-C | `eigh_update`, dense average | `ritz_correct` of {part} of its columns, at random |
 | RS | dense average | `randomized_svd` of the average |
@@ -39,7 +40,7 @@ the bias) and of the gradients of its outputs (G). Each tracker keeps rank r = {
 
 Oversampling {oversample}, {power_iterations} power iterations. **Equal cost** is equal time: each piece is timed in
 turn with the others on the machine and width of the study (medians of {repeats} calls), and B-C, RS and SRE are renewed
-as often as the time of a step of B-R pays for. B and B without eigh cost less than that: they need no dense average.
+as often as the time of a step of B-R pays for. The three B cost less than that: they need no dense average.
 RS and SRE come once more with the period of B-R.
 
 The truth is M in float64 with a dense eigendecomposition, looked at every {measure_every} steps, at every age of a

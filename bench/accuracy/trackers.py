@@ -5,7 +5,8 @@ A factor is M ← ρM + wAAᵀ. The dense average, which all but B keep, is the 
 | tracker | step | now and then |
 |---|---|---|
 | B | `eigh_update` | |
-| B, no eigh | `subspace_update` | |
+| B, root | `root_update` | |
+| B, no eigh | `root_update`, ``compress="cholesky"`` | |
 | B-R | `eigh_update` | overwritten by `randomized_svd` of the average |
 | B-C | `eigh_update` | `ritz_correct` of a random part of its columns |
 | RS | | `randomized_svd` of the average |
@@ -26,9 +27,11 @@ import brandla
 from bench import timing
 from bench.accuracy.settings import Settings
 from brandla.correction import ritz_correct
+from brandla.root import Compress
 from brandla_kernels import gram_ema_
 
-Factor = brandla.LowRankEigh | brandla.LowRankSym
+Factor = brandla.LowRankEigh | brandla.LowRankRoot
+ROOTS = ("root", "cholesky")
 BEST = "best rank r"
 
 
@@ -37,7 +40,8 @@ class Costs(NamedTuple):
 
     average: float
     brand: float
-    subspace: float
+    root: float
+    cholesky: float
     svd: float
     eigh: float
     correction: float
@@ -73,7 +77,8 @@ def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
     beside_brand = to_spend - costs.brand
     return [
         Tracker("B", "brand", None, 0),
-        Tracker("B, no eigh", "subspace", None, 0),
+        Tracker("B, root", "root", None, 0),
+        Tracker("B, no eigh", "cholesky", None, 0),
         b_r,
         Tracker("B-C", "brand", "correction", _period(costs.correction, beside_brand)),
         Tracker("RS", None, "svd", _period(costs.svd, to_spend)),
@@ -104,9 +109,14 @@ class Calls:
         """Return the exact update."""
         return brandla.eigh_update(factor, columns, decay=self._settings.decay, weight=1 - self._settings.decay)
 
-    def subspace(self, factor: brandla.LowRankSym, columns: Tensor) -> Factor:
-        """Return the update with no eigendecomposition."""
-        return brandla.subspace_update(factor, columns, decay=self._settings.decay, weight=1 - self._settings.decay)
+    def root(self, factor: brandla.LowRankRoot, columns: Tensor, compress: Compress = "eigh") -> Factor:
+        """Return the update of the square root."""
+        decay = self._settings.decay
+        return brandla.root_update(factor, columns, decay=decay, weight=1 - decay, compress=compress)
+
+    def cholesky(self, factor: brandla.LowRankRoot, columns: Tensor) -> Factor:
+        """Return it with no eigendecomposition."""
+        return self.root(factor, columns, "cholesky")
 
     def svd(self, factor: Factor | None = None) -> Factor:
         """Decompose the average as RS does."""
@@ -140,7 +150,7 @@ class Kept:
         self._calls = Calls(settings, n, seed)
         self._trackers = chosen
         self.factors: dict[str, Factor] = {
-            one.name: (brandla.LowRankSym if one.update == "subspace" else brandla.LowRankEigh).zeros(n, settings.rank)
+            one.name: (brandla.LowRankRoot if one.update in ROOTS else brandla.LowRankEigh).zeros(n, settings.rank)
             for one in chosen
         }
 
@@ -160,14 +170,15 @@ def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
     """Time every piece, in turn, on a factor that has seen all but the last of some columns (n, k)."""
     n, last = stream[0].shape[0], stream[-1]
     calls = Calls(settings, n, seed=0)
-    eigh, sym = brandla.LowRankEigh.zeros(n, settings.rank), brandla.LowRankSym.zeros(n, settings.rank)
+    eigh, root = brandla.LowRankEigh.zeros(n, settings.rank), brandla.LowRankRoot.zeros(n, settings.rank)
     for columns in stream[:-1]:
         calls.average(columns)
-        eigh, sym = calls.brand(eigh, columns), calls.subspace(sym, columns)
+        eigh, root = calls.brand(eigh, columns), calls.root(root, columns)
     pieces: dict[str, Callable[[], object]] = {
         "average": lambda: calls.average(last),
         "brand": lambda: calls.brand(eigh, last),
-        "subspace": lambda: calls.subspace(sym, last),
+        "root": lambda: calls.root(root, last),
+        "cholesky": lambda: calls.cholesky(root, last),
         "svd": calls.svd,
         "eigh": calls.eigh,
         "correction": lambda: calls.correction(eigh),

@@ -81,8 +81,8 @@ def eigenpairs(factor: Factor) -> tuple[Tensor, Tensor]:
     """Return d and U in float64."""
     if isinstance(factor, brandla.LowRankEigh):
         return factor.eigenvalues.double(), factor.eigenvectors.double()
-    values, rotation = torch.linalg.eigh(factor.core.double())
-    return values.clamp_min(0), factor.basis.double() @ rotation
+    eigh = brandla.LowRankRoot(*(part.double() for part in factor)).to_eigh()
+    return eigh.eigenvalues, eigh.eigenvectors
 
 
 def step_errors(gradient: Tensor, exact: tuple[Decomposed, Decomposed], factors: tuple[Factor, Factor]) -> Step:

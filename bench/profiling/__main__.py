@@ -80,10 +80,11 @@ def deeper(request: Request, device: Device) -> list[str]:
     """Return the lines of Nsight Compute and Nsight Systems that look at the same calls."""
     bare = shlex.join(["python", "-m", MODULE, "--bare", *request.arguments])
     names = kernels_of(request, device)
+    name = shlex.quote(request.op)
     only = f" --kernel-name {shlex.quote('regex:' + '|'.join(names))}" if names else ""
     return [
-        f"ncu --clock-control none --set full --profile-from-start off{only} --export {request.op} {bare}",
-        f"nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi --output {request.op} {bare}",
+        f"ncu --clock-control none --set full --profile-from-start off{only} --export {name} {bare}",
+        f"nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi --output {name} {bare}",
     ]
 
 

@@ -18,8 +18,7 @@ from brandla.demo.results import Results, Run, Tracking, Training
 from brandla.demo.settings import Settings
 from brandla.demo.summary import NORMS, MethodSummary, Norm, ratios, step_times, summarize_training, timing
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; greys for the methods that are no K-FAC. A method
-# that stands on one update alone has that update's colour.
+# Okabe and Ito's palette, which colour-blind readers tell apart; greys for the methods that are no K-FAC.
 _COLORS = {
     "SGD, momentum": "#9a9a9a",
     "AdamW": "#5a5a5a",
@@ -27,16 +26,16 @@ _COLORS = {
     "RS-KFAC": "#e69f00",
     "SRE-KFAC": "#56b4e9",
     "B-KFAC": "#0072b2",
-    "B-KFAC, no eigh": "#d55e00",
+    "B-KFAC, sketched": "#d55e00",
     "B-R-KFAC": "#009e73",
     "B-KFAC-C": "#cc79a7",
 }
-_UPDATES = {"eigh_update": "#0072b2", "subspace_update": "#d55e00"}
+_UPDATES = {"root_update": "#0072b2", "eigh_update": "#cc79a7"}
 _STYLES: dict[Norm, Literal["-", "--", ":"]] = {"trace": "-", "frobenius": "--", "spectral": ":"}
 _NAMES = {"trace": "trace norm", "frobenius": "Frobenius norm", "spectral": "spectral norm"}
 _GREY = "#555555"
 _SMALL: dict[str, Any] = {"fontsize": 9, "color": _GREY}
-_TICKS = [factor * power for power in (0.1, 1, 10, 100, 1000) for factor in (1, 2, 5)]
+_TICKS = [factor * power for power in (0.01, 0.1, 1, 10, 100, 1000) for factor in (1, 2, 5)]
 
 
 def draw(results: Results, path: Path) -> bool:
@@ -129,18 +128,20 @@ def _times(study: Tracking, settings: Settings) -> list[tuple[str, float, str]]:
 
 def _draw_accuracy(axis: Axes, study: Training, settings: Settings) -> None:
     target = settings.training.target
-    _title(axis, "Training on digits: error", f"Test error, %, mean over seeds; dashed: {100 * target:g} % accuracy")
+    below = f"Test error, %, mean over seeds; dashed: {100 * target:g} % accuracy"
+    _title(axis, "Training on digits: error over time", below)
     grouped = _by_method(study)
     if not grouped:
         return _leave_empty(axis)
     for method, runs in grouped.items():
         finished = [run for run in runs if run.finished] or runs
-        steps = [at.step for at in min((run.evaluations for run in finished), key=len)]
-        errors = [100 * mean(1 - run.evaluations[place].accuracy for run in finished) for place in range(len(steps))]
+        looks = list(zip(*(run.evaluations for run in finished), strict=False))
+        seconds = [mean(at.seconds for at in look) for look in looks]
+        errors = [100 * mean(1 - at.accuracy for at in look) for look in looks]
         # A logarithmic axis has no place for 0.
-        axis.plot(steps, np.maximum(errors, 0.1), color=_COLORS[method], linewidth=1.8, label=method)
+        axis.plot(seconds, np.maximum(errors, 0.1), color=_COLORS[method], linewidth=1.8, label=method)
     axis.axhline(100 * (1 - target), color=_GREY, linewidth=1, linestyle="--")
-    axis.set_xlabel("training step")
+    axis.set_xlabel("seconds of training")
     # Learning goes from the upper left to the lower right, so the upper right is free.
     axis.legend(frameon=False, loc="upper right", fontsize=9, labelspacing=0.22, handlelength=1.4, borderaxespad=0)
     axis.set_xscale("log")

@@ -54,8 +54,8 @@ METHODS = (
     Method("K-FAC", KFAC_RATES, 20, lambda of: Exact(inverse_every=of.inverse_every)),
     Method("RS-KFAC", KFAC_RATES, 14, lambda of: Randomized(of.rank, method="svd", inverse_every=of.inverse_every)),
     Method("SRE-KFAC", KFAC_RATES, 12, lambda of: Randomized(of.rank, method="eigh", inverse_every=of.inverse_every)),
-    Method("B-KFAC", KFAC_RATES, 26, lambda of: Brand(of.rank)),
-    Method("B-KFAC, no eigh", KFAC_RATES, 27, lambda of: Brand(of.rank, update="subspace")),
+    Method("B-KFAC", KFAC_RATES, 16, lambda of: Brand(of.rank)),
+    Method("B-KFAC, sketched", KFAC_RATES, 12, lambda of: Brand(of.rank, sketch=of.rank // 2)),
     Method("B-R-KFAC", KFAC_RATES, 30, lambda of: BrandRandomized(of.rank)),
     Method("B-KFAC-C", KFAC_RATES, 30, lambda of: BrandCorrected(of.rank)),
 )

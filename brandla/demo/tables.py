@@ -73,7 +73,7 @@ def _times(study: Tracking, warmup: int) -> Group:
     ranks = list(study.best)
     table = _table("ms, median", *(f"rank {rank}" for rank in ranks))
     updates = {(one.update, one.rank): one.milliseconds for one in study.trackers if one.milliseconds}
-    for name in ("eigh_update", "subspace_update"):
+    for name in ("root_update", "eigh_update"):
         times = [updates.get((name, rank)) for rank in ranks]
         table.add_row(name, *(_milliseconds(timing(one, warmup) if one else None) for one in times))
     table.add_section()

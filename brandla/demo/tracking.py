@@ -60,10 +60,8 @@ class _Observer:
         self._streams: list[_Stream] = []
         for rank in settings.tracking.ranks:
             study.best[rank] = Errors()
+            self._add("root_update", rank, brandla.LowRankRoot.zeros(n, rank, device=device), brandla.root_update)
             self._add("eigh_update", rank, brandla.LowRankEigh.zeros(n, rank, device=device), brandla.eigh_update)
-            self._add(
-                "subspace_update", rank, brandla.LowRankSym.zeros(n, rank, device=device), brandla.subspace_update
-            )
         self._references = [_Timed(reference, call) for reference, call in _references(settings)]
         study.references.extend(reference.record for reference in self._references)
 
@@ -85,7 +83,7 @@ class _Observer:
                 reference.time(dense, columns, settings.device)
 
     def _add(
-        self, name: str, rank: int, start: brandla.LowRankEigh | brandla.LowRankSym, update: Callable[..., Any]
+        self, name: str, rank: int, start: brandla.LowRankEigh | brandla.LowRankRoot, update: Callable[..., Any]
     ) -> None:
         record = Tracker(name, rank)
         self._study.trackers.append(record)
@@ -116,11 +114,12 @@ class _Stream:
         self._record.milliseconds.append(milliseconds)
 
     def measure(self, truth: Tensor) -> None:
-        """Note the errors, the running bound and the loss of orthogonality."""
-        record, (factor, bound) = self._record, self._tracked
+        """Note the errors, the running bound and the loss of orthogonality; of a root, that of its eigenvectors."""
+        record, (factor, bound, _) = self._record, self._tracked
         _note(record.errors, torch.linalg.eigvalsh(truth - factor.dense().double()))
         record.bound.append(float(bound))
-        record.orthogonality.append(_orthogonality_loss(factor[1]))
+        eigh = factor if isinstance(factor, brandla.LowRankEigh) else factor.to_eigh()
+        record.orthogonality.append(_orthogonality_loss(eigh.eigenvectors))
 
 
 def _note(errors: Errors, eigenvalues: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""B-KFAC: factors kept as low-rank eigendecompositions by Brand's update, with no dense matrix anywhere."""
+"""B-KFAC: low-rank factors kept up to date by Brand's update, with no dense matrix anywhere."""
 
 from __future__ import annotations
 
@@ -22,39 +22,88 @@ from brandla.kfac.factor import (
     due,
     first_rank,
     fitting,
-    normalised,
     rank_at,
     store,
     stored,
-    stored_normalised,
     tensor,
 )
-from brandla.kfac.randomized import Randomized
 from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
-from brandla.lowrank import LowRankEigh, LowRankSym, Tracked
-from brandla.rank import Rank
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
+from brandla.root import Compress
 from brandla_kernels import signs
 
-
-def update_eigh(absorptions: Sequence[Absorption], rank: int | Rank) -> None:
-    """Take columns into the decompositions of the states by Brand's update."""
-    columns, options = columns_and_options(absorptions, [rank] * len(absorptions))
-    updated = grouped.eigh_update([stored(state) for state, *_ in absorptions], columns, **options)
-    for (state, *_), eigh in zip(absorptions, updated, strict=True):
-        store(state, eigh)
+LowRank = LowRankEigh | LowRankRoot
+Sketch = int | Literal["auto"] | None
 
 
-def sketched(absorptions: Sequence[Absorption], width: int, step: int) -> list[Absorption]:
-    """Bring batches of more columns down to ``width``: A Ω / √width with the same random signs for all of a size."""
-    drawn: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+def kept(state: State) -> LowRank:
+    """Read a root, or a decomposition."""
+    return LowRankRoot(tensor(state, "root"), tensor(state, "gram")) if "root" in state else stored(state)
+
+
+def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress = "eigh") -> None:
+    """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
+
+    M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
+    """
+    factors = [_tracked(state) for state, *_ in absorptions]
+    options: dict[str, Any] = dict(zip(("decay", "weight"), _of_averages(absorptions), strict=True))
+    options["rank"] = [
+        fitting(rank, kept(absorption.state), absorption.columns)
+        for rank, absorption in zip(ranks, absorptions, strict=True)
+    ]
+    columns = [absorption.columns for absorption in absorptions]
+    if "root" in absorptions[0].state:
+        updated = grouped.root_update(factors, columns, **options, compress=compress)
+    else:
+        updated = grouped.eigh_update(factors, columns, **options)
+    for (state, *_), new in zip(absorptions, updated, strict=True):
+        if isinstance(new, Tracked):
+            state.update(error_bound=new.error_bound, trace=new.trace)
+        store(state, new.lowrank if isinstance(new, Tracked) else new)
+
+
+def _tracked(state: State) -> Any:
+    """Return the low-rank form, with its error bound and trace where they are kept."""
+    if "error_bound" not in state:
+        return kept(state)
+    return Tracked(kept(state), tensor(state, "error_bound"), tensor(state, "trace"))
+
+
+def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
+    shares: dict[tuple[int, float], Tensor] = {}
+    decays: dict[tuple[int, float], Tensor] = {}
+    weights: dict[tuple[int, float, float], Tensor] = {}
+    found = []
+    for state, _, (decay, weight), finite in absorptions:
+        total = tensor(state, "total")
+        key = id(total), decay
+        if key not in shares:
+            shares[key] = finite / total
+            # Of the first batch the share is 1 to rounding.
+            decays[key] = (1 - (1 - decay) * shares[key]).clamp_min(0)
+        if (*key, weight) not in weights:
+            weights[*key, weight] = weight * shares[key]
+        found.append((decays[key], weights[*key, weight]))
+    return [decay for decay, _ in found], [weight for _, weight in found]
+
+
+def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
+    """Bring batches of more columns down to s: A Ω / √s, with the same random signs for all of a size.
+
+    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`.
+    """
+    drawn: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def narrow(absorption: Absorption) -> Absorption:
         columns = absorption.columns
         k = columns.shape[-1]
-        if k <= width:
+        width = sketch_width(kept(absorption.state).rank, k) if sketch == "auto" else sketch
+        if width is None or k <= width:
             return absorption
-        key = k, columns.dtype, columns.device
+        key = k, width, columns.dtype, columns.device
         if key not in drawn:
             seed = torch.full((), step, dtype=torch.int64, device=columns.device)
             drawn[key] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
@@ -63,37 +112,35 @@ def sketched(absorptions: Sequence[Absorption], width: int, step: int) -> list[A
     return [narrow(absorption) for absorption in absorptions]
 
 
-def columns_and_options(
-    absorptions: Sequence[Absorption], ranks: Sequence[int | Rank]
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return the columns, and decay, weight and rank as the grouped updates take them."""
-    columns = [absorption.columns for absorption in absorptions]
-    options = {
-        "decay": [absorption.average.decay for absorption in absorptions],
-        "weight": [absorption.average.weight for absorption in absorptions],
-        "rank": [
-            fitting(rank, _basis(absorption.state), absorption.columns)
-            for rank, absorption in zip(ranks, absorptions, strict=True)
-        ],
-    }
-    return columns, options
+def sketch_width(rank: int, k: int) -> int:
+    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: max(r, 32), or k if k < 2s.
+
+    With s = r the core has the order 2r, whatever k is. Fewer columns save little more, since the passes over F stay;
+    more of them cost more, and no network measured came out better with them (``docs/kfac.md``). n has no part in it.
+    """
+    width = max(rank, 32)
+    return width if k >= 2 * width else k
 
 
 @dataclass(frozen=True)
 class Brand(FactorStrategy):
-    """B-KFAC: U and d (or S) only. O(n r) memory, and time linear in n at every update.
+    """B-KFAC: a low-rank form only. O(n r) memory, and time linear in n at every update.
 
     Parameters
     ----------
     rank
         r: a number, a function of the step that returns one, a `brandla.Rank` rule (also as a function's value), or
         `ErrorBound`, a rank that follows the error bound.
-    update
-        ``"exact"``, or ``"subspace"``: the update with no eigendecomposition and no host sync.
+    form
+        ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper one; right where λ >= 10⁻⁴ d₁ in float32.
+        ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
+    compress
+        As `brandla.root_update` has it: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
     sketch
         Columns that a batch of more, A, is first brought down to: A Ω for random signs Ω, with A Aᵀ as its expectation.
         The average over batches smooths what the signs add, and ``error_bound`` is that of the average of what was
-        taken in. None takes every batch as it is.
+        taken in. A number; ``"auto"``: max(r, 32) where there are at least twice as many, else all; or None, which
+        takes every batch as it is.
 
     References
     ----------
@@ -103,51 +150,37 @@ class Brand(FactorStrategy):
     unread: ClassVar[tuple[str, ...]] = ("error_bound",)
 
     rank: Schedule[int | Rank] | ErrorBound
-    update: Literal["exact", "subspace"] = "exact"
-    sketch: int | None = None
+    form: Literal["root", "eigh"] = "root"
+    compress: Compress = "eigh"
+    sketch: Sketch = "auto"
 
     def __post_init__(self) -> None:
         check_factor_strategy(self)
-        if self.sketch is not None:
+        if self.sketch is not None and self.sketch != "auto":
             _check.count("Brand", "sketch", self.sketch, 1)
         if not isinstance(self.rank, ErrorBound):
             check_rank(self, self.rank)
-        if self.update not in ("exact", "subspace"):
-            _check.fail_value("Brand", f"update must be 'exact' or 'subspace'; got {self.update!r}")
+        if self.form not in ("root", "eigh"):
+            _check.fail_value("Brand", f"form must be 'root' or 'eigh'; got {self.form!r}")
+        if self.compress not in ("eigh", "cholesky"):
+            _check.fail_value("Brand", f"compress must be 'eigh' or 'cholesky'; got {self.compress!r}")
+        if self.form == "eigh" and self.compress != "eigh":
+            _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with nothing known."""
-        state: State = {"error_bound": torch.zeros(groups, dtype=dtype, device=device)}
         rank = self._first_rank
+        state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
         if isinstance(self.rank, ErrorBound):
             state["rank"] = rank
-        if self.update == "exact":
-            store(state, LowRankEigh.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
-        else:
-            zeros = LowRankSym.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device)
-            state["core"], state["basis"] = zeros
+        kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
+        store(state, kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Update the decompositions with the columns."""
-        if self.sketch is not None:
-            absorptions = sketched(absorptions, self.sketch, step)
+        """Update the low-rank forms with the columns."""
         ranks = [self._rank(absorption.state, step) for absorption in absorptions]
-        columns, options = columns_and_options(absorptions, ranks)
-        bounds = [tensor(state, "error_bound") for state, *_ in absorptions]
-        if self.update == "exact":
-            tracked = [Tracked(stored(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
-            for (state, *_), (eigh, bound) in zip(
-                absorptions, grouped.eigh_update(tracked, columns, **options), strict=True
-            ):
-                store(state, eigh)
-                state["error_bound"] = bound
-            return
-        syms = [Tracked(_sym(state), bound) for (state, *_), bound in zip(absorptions, bounds, strict=True)]
-        for (state, *_), ((core, basis), bound) in zip(
-            absorptions, grouped.subspace_update(syms, columns, **options), strict=True
-        ):
-            state.update(core=core, basis=basis, error_bound=bound)
+        update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Read the error bound when it is due, where the rank follows it."""
@@ -158,20 +191,24 @@ class Brand(FactorStrategy):
             error = errors.amax().item()
             state["rank"] = self.rank.next(cast(int, state["rank"]), error)
 
-    def lowrank(self, state: State) -> LowRankEigh | LowRankSym:
-        """``rank`` eigenpairs, or a basis of ``rank`` columns with its core."""
-        if self.update == "exact":
-            return stored_normalised(state)
-        core, basis = _sym(state)
-        return LowRankSym(normalised(state, core), basis)
+    def lowrank(self, state: State) -> LowRank:
+        """``rank`` columns, or eigenpairs."""
+        return kept(state)
+
+    def largest(self, state: State) -> Tensor:
+        """Return d₁, which a root that was cut by ``compress="eigh"`` has first on the diagonal of S."""
+        lowrank = kept(state)
+        if isinstance(lowrank, LowRankRoot) and self.compress == "eigh":
+            return lowrank.gram[..., 0, 0]
+        return lowrank.largest_eigenvalue()
 
     def error_bound(self, state: State) -> Tensor:
         """Return the running bound that travels with the factor."""
-        return normalised(state, tensor(state, "error_bound"))
+        return tensor(state, "error_bound")
 
-    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
-        """Give way where r + k columns span the whole space, so that a low-rank update saves nothing."""
-        return substitute_for_brand(self, n, self._first_rank, k if self.sketch is None else min(k, self.sketch))
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, self._first_rank)
 
     @property
     def _first_rank(self) -> int:
@@ -181,19 +218,9 @@ class Brand(FactorStrategy):
         return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
 
 
-def _basis(state: State) -> Tensor:
-    return tensor(state, "basis" if "basis" in state else "eigenvectors")
-
-
-def _sym(state: State) -> LowRankSym:
-    return LowRankSym(tensor(state, "core"), tensor(state, "basis"))
-
-
-def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int, k: int) -> tuple[FactorStrategy, str] | None:
-    """Return what stands in for a Brand strategy: Exact at every step for a small order, else Randomized."""
-    if rank + k < n:
+def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:
+    """Return Exact at every step for a Brand strategy whose root and Gram matrix are no smaller than n × n."""
+    if n * rank + rank**2 < n**2:
         return None
-    reason = f"rank {rank} + {k} columns a batch >= n = {n}"
-    if n <= 2 * rank:
-        return Exact(inverse_every=1, tail=strategy.tail), reason
-    return Randomized(rank, tail=strategy.tail), reason
+    reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
+    return Exact(inverse_every=1, tail=strategy.tail), reason

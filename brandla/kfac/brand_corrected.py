@@ -12,8 +12,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.correction import ritz_correct
-from brandla.kfac.brand import substitute_for_brand, update_eigh
-from brandla.kfac.exact import add_to_dense
+from brandla.kfac.brand import sketched, substitute_for_brand, update
+from brandla.kfac.exact import add_to_dense, keep_trace
 from brandla.kfac.factor import (
     Absorption,
     FactorStrategy,
@@ -24,16 +24,15 @@ from brandla.kfac.factor import (
     distance,
     due,
     first_rank,
+    normalised,
     rank_at,
     store,
     stored,
-    stored_normalised,
     tensor,
 )
 from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
-from brandla.lowrank import LowRankEigh
-from brandla.rank import Rank
+from brandla.lowrank import LowRankEigh, Rank
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ class BrandCorrected(FactorStrategy):
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sum and update its decomposition."""
+        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         add_to_dense(absorptions)
-        update_eigh(absorptions, rank_at(self.rank, step))
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Correct a random part of the columns when it is due."""
@@ -87,16 +86,17 @@ class BrandCorrected(FactorStrategy):
             eigh = stored(state)
             shuffled = torch.randperm(eigh.rank, generator=generator, device=dense.device)
             subset = shuffled[: math.ceil(self.fraction * eigh.rank)]
-            store(state, ritz_correct(eigh, dense, subset))
+            store(state, ritz_correct(eigh, normalised(state, dense), subset))
+        keep_trace(self, state)
 
     def lowrank(self, state: State) -> LowRankEigh:
         """``rank`` eigenpairs."""
-        return stored_normalised(state)
+        return stored(state)
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state, stored_normalised(state).dense())
+        return distance(state, stored(state).dense())
 
-    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
-        """Give way where r + k columns span the whole space."""
-        return substitute_for_brand(self, n, first_rank(self.rank), k)
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, first_rank(self.rank))

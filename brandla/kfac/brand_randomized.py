@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.brand import substitute_for_brand, update_eigh
-from brandla.kfac.exact import add_to_dense
+from brandla.kfac.brand import LowRank, kept, sketched, substitute_for_brand, update
+from brandla.kfac.exact import add_to_dense, keep_trace
 from brandla.kfac.factor import (
     Absorption,
     FactorStrategy,
@@ -22,17 +22,15 @@ from brandla.kfac.factor import (
     distance,
     due,
     first_rank,
+    normalised,
     rank_at,
     store,
-    stored,
-    stored_normalised,
     tensor,
 )
 from brandla.kfac.randomized import Randomized
 from brandla.kfac.schedule import Schedule
 from brandla.kfac.strategy import Damping
-from brandla.lowrank import LowRankEigh
-from brandla.rank import Rank
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
 
 
 @dataclass(frozen=True)
@@ -70,29 +68,35 @@ class BrandRandomized(FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix and nothing known of it."""
         state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
-        store(state, LowRankEigh.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
+        store(state, LowRankRoot.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sum and update its decomposition."""
+        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         add_to_dense(absorptions)
-        update_eigh(absorptions, rank_at(self.rank, step))
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Overwrite the decomposition when it is due."""
         if due(state, step, self.overwrite_every):
-            rank = stored(state).rank
+            rank = kept(state).rank
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
-            store(state, randomized.decompose(tensor(state, "dense"), rank, seed))
+            values, vectors = randomized.decompose(tensor(state, "dense"), rank, seed)
+            store(state, LowRankRoot.from_eigh(LowRankEigh(normalised(state, values), vectors)))
+        keep_trace(self, state)
 
-    def lowrank(self, state: State) -> LowRankEigh:
-        """``rank`` eigenpairs."""
-        return stored_normalised(state)
+    def lowrank(self, state: State) -> LowRank:
+        """``rank`` columns."""
+        return kept(state)
+
+    def largest(self, state: State) -> Tensor:
+        """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
+        return tensor(state, "gram")[..., 0, 0]
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now."""
-        return distance(state, stored_normalised(state).dense())
+        return distance(state, kept(state).dense())
 
-    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
-        """Give way where r + k columns span the whole space."""
-        return substitute_for_brand(self, n, first_rank(self.rank), k)
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, first_rank(self.rank))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from brandla._sharded import is_dtensor
 from brandla.kfac.kinds import Kind
 from brandla.kfac.saved import Saved
+from brandla.kfac.switch import Switch, is_functional
 from brandla.kfac.tap import Ticket, tap
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
@@ -28,8 +29,10 @@ class Terms:
 class Call:
     """One use of a weight: the kind that makes rows of it, its input, and what gradients of its output came back."""
 
-    def __init__(self, kind: Kind, saved: Saved) -> None:
+    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False) -> None:
         self.kind = kind
+        # Whether autograd does not form the weight's gradient in this call.
+        self.left_out = left_out
         self.terms: Terms | None = None
         self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
         # The backward pass, by autograd's number for it, of each of the loss's gradients.
@@ -117,6 +120,9 @@ class Capture:
         self.calls: list[Call] = []
         self.edges: list[Any] = []
         self.refusal = ""
+        # Whether autograd has left the weight's gradient out of a backward pass since the last step.
+        self.left_out = False
+        self._switch: Switch | None = None
         self._kind = kind
         self._recorder = recorder
         # The weight between steps, which may be sharded later and freed.
@@ -137,6 +143,12 @@ class Capture:
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
         self._handles += kind.attach(_Watch(self, kind).record)
+
+    def leave_out(self) -> None:
+        """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
+        if len(self._handles) == 1 and self._kind.leaves_out:
+            self._switch = Switch(self._kind, self._may_leave_out)
+            self._handles += self._switch.attach()
 
     def detach(self) -> None:
         """Remove every hook, and be deaf to graphs that are still alive."""
@@ -176,6 +188,7 @@ class Capture:
         self.edges = []
         self._of_first_draw = []
         self._task = (-1, -1)
+        self.left_out = False
         self._fresh = False
         self._accumulated = None
         self._reached = set()
@@ -201,28 +214,34 @@ class Capture:
         weight = kind.weight
         if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
             return output
-        if _is_lent(weight, kind) or _is_functional():
+        if _is_lent(weight, kind) or is_functional():
             return output
         if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
+            if self._is_leaving:
+                message = f"KFAC: gradient must be 'autograd' for this {type(kind.module).__name__}: {refusal}"
+                raise RuntimeError(message)
             self.refusal = refusal
         elif output.requires_grad:
             if torch.compiler.is_compiling():
                 return tap(output, inputs, ticket.number)
-            self._watch(Call(kind, Saved.of(inputs)), output)
+            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving), output)
         return output
 
     def collect(self, call: Call, gradient: Tensor) -> None:
         """Take in the gradient of a call's output."""
-        if self.refusal or call.released or self._recorder.running not in self.wanted:
+        # What autograd has left out must be taken in, whatever is wanted by now.
+        owed = call.left_out and self._recorder.running == "loss" and bool(self._handles)
+        if self.refusal or call.released or not (owed or self._recorder.running in self.wanted):
             return
+        self.left_out |= call.left_out
         if self._recorder.running == "loss":
             if self._reached and self._gradient_is_gone():
                 self._forget_passes(but=self._recorder.terms)
             if not self._reached:
-                self._fresh = self._kind.weight.grad is None
+                self._fresh = self._witness.grad is None
             elif not self._is_as_noted():
                 self._fresh = False
-            self._note_gradients_of(self._kind.weight)
+            self._note_gradients_of(self._witness)
         if not any(call is known for known in self.calls):
             self.calls.append(call)
         call.add(gradient.detach(), self._recorder)
@@ -254,12 +273,31 @@ class Capture:
                 self.edges.append(torch.autograd.graph.get_gradient_edge(value))
         value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))
 
+    def _may_leave_out(self) -> bool:
+        """Say whether the coming call will be captured, and nobody else waits for the weight's gradient."""
+        weight = self._kind.weight
+        own = self._noting is not None and self._noting[0] is weight
+        hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
+        return self.enabled and "loss" in self.wanted and len(hooks) == own
+
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether the weight's gradient is left out of the call that is going on."""
+        return self._switch is not None and self._switch.is_off
+
+    @property
+    def _witness(self) -> Any:
+        """The parameter whose gradient tells of that of the weight: the bias, where the weight gets none."""
+        return self._kind.bias if self.left_out else self._kind.weight
+
     def _gradient_is_gone(self) -> bool:
         """Say whether the weight has no gradient, or is not the one that had it: its shape is another.
 
         Of a weight that is sharded this cannot be told: what is seen during a pass takes the weight's place, and has no
         gradient once that has been reduced; nor has the weight until then.
         """
+        if self.left_out:
+            return self._witness.grad is None
         weight: Tensor = self._kind.weight
         if self._noting is not None and self._noting[0].shape != weight.shape:
             return True
@@ -267,7 +305,7 @@ class Capture:
 
     def _is_as_noted(self) -> bool:
         """Say whether nobody has written to the gradient since autograd last did."""
-        gradient = self._kind.weight.grad
+        gradient = self._witness.grad
         if self._accumulated is None or gradient is None:
             return False
         noted, version = self._accumulated
@@ -312,12 +350,6 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 def _is_lent(weight: Tensor, kind: Kind) -> bool:
     """Say whether a functional call has put a tensor of its own in the parameter's place."""
     return not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values())
-
-
-def _is_functional() -> bool:
-    """Say whether torch.func differentiates the call: that never gets to the weight's gradient."""
-    # The compiler takes None for an object here, but not for one of the type.
-    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def _own_value(output: Tensor) -> Tensor:

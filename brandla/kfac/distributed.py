@@ -210,7 +210,7 @@ class Split(_Many):
         if factor is None:
             return float(part.kept + part.width) * part.width**2
         if not factor.started:
-            factor.choose(part.kept)
+            factor.choose()
         # Of n × n numbers that is n²(k + n), of n × r numbers n r (k + r).
         return float(sum(_work(tensor, factor, part.kept) for tensor in factor.outline()))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import largest_eigenvalue, safe_eigh
+from brandla._small import largest_eigenvalue, safe_eigh
 from brandla.kfac.factor import (
     Absorption,
     FactorStrategy,
@@ -34,6 +34,12 @@ def add_to_dense(absorptions: Sequence[Absorption]) -> None:
     """Take columns into the dense sums of the states."""
     for state, columns, (decay, weight), _ in absorptions:
         gram_ema_(tensor(state, "dense"), columns, decay, weight)
+
+
+def keep_trace(strategy: FactorStrategy, state: State) -> None:
+    """Keep the trace of the dense average, where the tail comes from it."""
+    if strategy.tail == "mean":
+        state["trace"] = normalised(state, tensor(state, "dense").diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Exact(FactorStrategy):
         average = normalised(state, tensor(state, "dense"))
         if self.method == "eigh":
             store(state, self.decompose(average))
+            keep_trace(self, state)
         else:
             _factorize(state, average, damping)
 

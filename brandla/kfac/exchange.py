@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from brandla.kfac.factor import Factor
 from brandla.kfac.kronecker import Kronecker
 from brandla.kfac.layer import Layer
 from brandla.kfac.ranks import Layout
@@ -85,7 +84,7 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
         if by_factor and not (shape.one_hot and name == "inputs"):
-            yield Part(layer, name, shape, *_fewer_columns(factors[side], counts, most), 1, weights)
+            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
         else:
             draws = _draws(shares) if name == "gradients" or shape.single else 1
             yield Part(layer, name, shape, counts, sum(counts), draws, weights)
@@ -103,24 +102,9 @@ def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
     return [math.sqrt(share.uses / (uses * world)) for share in shares]
 
 
-def columns_kept(factor: Factor, counts: Sequence[int], most: int | None) -> int:
-    """Return how many columns a factor's batch may have, where the processes have so many each.
-
-    A strategy that takes the columns of one process gets those of all, made fewer, if it takes n/2 − 1 or more;
-    otherwise n is so small that the strategy's substitute is as cheap.
-    """
-    total = sum(counts)
-    limit = total if most is None else min(most, total)
-    is_asked = not factor.started or factor.strategy is factor.asked
-    if not is_asked or factor.asked.substitute(factor.n, limit) is None:
-        return limit
-    taken = _most_taken(factor, limit)
-    return taken if taken >= max((factor.n - 1) // 2, *counts) else limit
-
-
-def _fewer_columns(factor: Factor, counts: list[int], most: int | None) -> tuple[list[int], int]:
-    """Return how many columns each process sends, and how many are kept of all."""
-    kept, n = columns_kept(factor, counts, most), factor.n
+def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
+    """Return how many columns each process sends to a factor of order n, and how many are kept of all."""
+    kept = sum(counts) if most is None else min(most, sum(counts))
     # n columns hold all of A Aᵀ: worth finding where they are less than half.
     sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
     return sent, sum(sent) if sum(sent) <= kept else min(kept, n)
@@ -183,15 +167,3 @@ def _joined(part: Part, pieces: list[Tensor] | None, seed: int) -> Tensor:
         return torch.cat(pieces)
     by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in pieces]
     return fewer(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)
-
-
-def _most_taken(factor: Factor, limit: int) -> int:
-    """Return the most columns a strategy takes for a factor of this order, by bisection."""
-    fits, too_many = 0, limit
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if factor.asked.substitute(factor.n, middle) is None:
-            fits = middle
-        else:
-            too_many = middle
-    return fits

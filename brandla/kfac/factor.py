@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from brandla import _check, grouped
-from brandla.damped import damped_solve
+from brandla.damped import LowRank, damped_solve
 from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.strategy import Curvature, Damping, Now, Problem, Rows, Shape, Strategy
-from brandla.lowrank import LowRankEigh, LowRankSym
-from brandla.rank import Rank, most_of
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked, most_of
 
 State = dict[str, Tensor | int]
+_OWN_SOLVE = "a strategy whose lowrank() is None has largest() and damped_solve() of its own"
 # Parts of states whose last dimensions are the rank, which may change from step to step.
-_RANKED = {"eigenvalues": 1, "eigenvectors": 1, "core": 2, "basis": 1}
+_RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
 
 
 class Average(NamedTuple):
@@ -42,19 +42,19 @@ class Absorption(NamedTuple):
 class FactorStrategy(Strategy):
     """A system that keeps each Kronecker factor by itself.
 
-    A state holds exponential sums S and what follows from them; ``state["total"]`` is the sum of the weights, and the
-    factor is M = S / total.
+    A dense sum S in a state is M times ``state["total"]``, the sum of the weights; all else is that of M.
 
     Parameters
     ----------
     tail
-        τ of the damped inverse: a number >= 0, or ``"smallest"`` (spectrum continuation).
+        τ of the damped inverse: a number >= 0, ``"smallest"`` (spectrum continuation), or ``"mean"``, the mean of the
+        eigenvalues that are left out, from the trace of M.
     """
 
     # Parts of a state that only updates and reports read.
     unread: ClassVar[tuple[str, ...]] = ()
 
-    tail: float | Literal["smallest"] = 0.0
+    tail: float | Literal["mean", "smallest"] = 0.0
 
     @abstractmethod
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
@@ -68,16 +68,29 @@ class FactorStrategy(Strategy):
         """Do what falls due at this step besides taking in data; ``seed`` is new at every step and factor."""
 
     @abstractmethod
-    def lowrank(self, state: State) -> LowRankEigh | LowRankSym | None:
-        """Return the factor as the damped functions take it; None where the strategy has a solve of its own."""
+    def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
+        """Return M in a low-rank form; None where the strategy has a solve of its own."""
+
+    def operand(self, state: State) -> LowRank | None:
+        """Return what the damped functions take: M in its low-rank form, with its trace where the tail needs that."""
+        lowrank = self.lowrank(state)
+        if lowrank is None or self.tail != "mean":
+            return lowrank
+        trace = tensor(state, "trace")
+        tracked: Tracked[Any] = Tracked(cast(Any, lowrank), torch.zeros_like(trace), trace)
+        return tracked
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalue, shape (*groups,)."""
-        return _known(self.lowrank(state)).largest_eigenvalue()
+        lowrank = self.lowrank(state)
+        assert lowrank is not None, _OWN_SOLVE
+        return lowrank.largest_eigenvalue()
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Return (M + λI)⁻¹ times a block (..., n, m)."""
-        return damped_solve(_known(self.lowrank(state)), block, shift, tail=self.tail)
+        operand = self.operand(state)
+        assert operand is not None, _OWN_SOLVE
+        return damped_solve(operand, block, shift, tail=self.tail)
 
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
@@ -87,8 +100,8 @@ class FactorStrategy(Strategy):
         """Return the part of a state that `lowrank`, `largest` and `damped_solve` read."""
         return {name: part for name, part in state.items() if name not in self.unread}
 
-    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
-        """Return another strategy and the reason, where this one does not apply to order ``n`` and ``k`` columns."""
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+        """Return another strategy and the reason, where this one does not apply to order ``n``."""
         return None
 
     def curvature(self, shape: Shape) -> Curvature:
@@ -108,11 +121,6 @@ class FactorStrategy(Strategy):
         from brandla.kfac import kronecker
 
         return kronecker.solve(problems, now.damping)
-
-
-def _known(lowrank: LowRankEigh | LowRankSym | None) -> LowRankEigh | LowRankSym:
-    assert lowrank is not None, "a strategy whose lowrank() is None has largest() and damped_solve() of its own"
-    return lowrank
 
 
 @dataclass
@@ -136,15 +144,15 @@ class Factor:
         """Whether the factor holds data."""
         return bool(self.state)
 
-    def choose(self, k: int) -> None:
-        """Choose the strategy for batches of ``k`` columns."""
-        replacement = self.asked.substitute(self.n, k)
+    def choose(self) -> None:
+        """Choose the strategy."""
+        replacement = self.asked.substitute(self.n)
         if replacement is not None:
             self.strategy, self.reason = replacement
 
-    def begin(self, k: int) -> None:
-        """Choose the strategy for batches of ``k`` columns, and the state before them."""
-        self.choose(k)
+    def begin(self) -> None:
+        """Choose the strategy, and the state before any data."""
+        self.choose()
         self.state = self._fresh()
 
     def outline(self) -> Iterable[Tensor]:
@@ -152,13 +160,22 @@ class Factor:
         state = self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta"))
         return (part for part in state.values() if isinstance(part, Tensor))
 
-    def lowrank(self) -> LowRankEigh | LowRankSym | None:
+    @property
+    def rank(self) -> int | None:
+        """The columns of what `lowrank` returns, and None where that is None."""
+        return next((cast(Tensor, part).shape[-1] for name, part in self.state.items() if name in _RANKED), None)
+
+    def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""
-        return self.strategy.lowrank(self.state)
+        return self.strategy.operand(self.state)
+
+    def largest(self) -> Tensor:
+        """Return d₁."""
+        return self.strategy.largest(self.state)
 
     def shift(self, damping: Damping) -> Tensor:
         """Return λ."""
-        return damping.of(self.strategy.largest(self.state))
+        return damping.of(self.largest())
 
     def damped_solve(self, block: Tensor, damping: Damping) -> Tensor:
         """Return (M + λI)⁻¹ times a block (..., n, m)."""
@@ -179,13 +196,16 @@ class Factor:
 
     def _fresh(self) -> State:
         state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
-        state["total"] = torch.zeros((), dtype=self.dtype, device=self.device)
+        # No less than tiny ever: S, which is 0 as well then, is divided by it.
+        state["total"] = torch.full((), torch.finfo(self.dtype).tiny, dtype=self.dtype, device=self.device)
+        if self.strategy.tail == "mean":
+            state.setdefault("trace", torch.zeros(self.groups, dtype=self.dtype, device=self.device))
         return state
 
     def _strategy_named(self, name: str, where: str) -> FactorStrategy:
         """Find the strategy that was saved: the one asked for, or one it gives way to."""
         candidates = [self.asked]
-        replacement = self.asked.substitute(self.n, self.n)
+        replacement = self.asked.substitute(self.n)
         if replacement is not None:
             candidates.append(replacement[0])
         for candidate in candidates:
@@ -230,15 +250,16 @@ def absorb(intakes: Iterable[Intake], now: Now) -> None:
     """
     members: dict[FactorStrategy, list[Absorption]] = {}
     factors = {}
+    totals = _Totals(now)
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
         if not factor.started:
-            factor.begin(columns.shape[-1])
+            factor.begin()
+            totals.begin(factor)
         # In the weight, the normalisation costs no scaled copy of the columns.
         average = Average(now.decay, (1 - now.decay) * scale)
-        total = tensor(factor.state, "total")
-        factor.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(total.dtype)
+        totals.renew(factor)
         members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, average, now.finite))
         factors[index] = factor
     for strategy, absorptions in members.items():
@@ -247,15 +268,46 @@ def absorb(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
+class _Totals:
+    """The sums of weights of a step: factors that began together have one tensor, which is computed once."""
+
+    def __init__(self, now: Now) -> None:
+        self._now = now
+        self._first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        # By the identity of the old one, which is kept here so that no other tensor can get it.
+        self._renewed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, factor: Factor) -> None:
+        """Give a new factor the sum that others begin with."""
+        factor.state["total"] = self._first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
+
+    def renew(self, factor: Factor) -> None:
+        """Decay the sum of a factor and add this step's weight, which is 0 unless the step is finite."""
+        old = tensor(factor.state, "total")
+        if id(old) not in self._renewed:
+            decay, finite = self._now.decay, self._now.finite.to(old.dtype)
+            new = torch.add(decay * old, finite, alpha=1 - decay).clamp_min(torch.finfo(old.dtype).tiny)
+            self._renewed[id(old)] = old, new
+        factor.state["total"] = self._renewed[id(old)][1]
+
+
+def share_totals(factors: Iterable[Factor]) -> None:
+    """Give factors of one sum of weights one tensor for it, as those have that began together; reads them back."""
+    known: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+    for factor in factors:
+        if factor.started:
+            total = tensor(factor.state, "total")
+            factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
+
+
 def tensor(state: State, name: str) -> Tensor:
     """Read a tensor of a state."""
     return cast(Tensor, state[name])
 
 
 def normalised(state: State, sums: Tensor) -> Tensor:
-    """Return S / total, or S while total is 0."""
-    total = tensor(state, "total")
-    return sums / torch.where(total > 0, total, 1)
+    """Return S / total."""
+    return sums / tensor(state, "total")
 
 
 def stored(state: State) -> LowRankEigh:
@@ -263,14 +315,9 @@ def stored(state: State) -> LowRankEigh:
     return LowRankEigh(tensor(state, "eigenvalues"), tensor(state, "eigenvectors"))
 
 
-def stored_normalised(state: State) -> LowRankEigh:
-    """Read the decomposition of M where that of S was stored."""
-    return LowRankEigh(normalised(state, tensor(state, "eigenvalues")), tensor(state, "eigenvectors"))
-
-
-def store(state: State, eigh: LowRankEigh) -> None:
-    """Write a decomposition."""
-    state["eigenvalues"], state["eigenvectors"] = eigh
+def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
+    """Write a low-rank form, each part under its own name."""
+    state.update(lowrank._asdict())
 
 
 def distance(state: State, approximation: Tensor) -> Tensor:
@@ -281,14 +328,14 @@ def distance(state: State, approximation: Tensor) -> Tensor:
 
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
     """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
-    lowranks = {index: known for index, own in enumerate(factors) if (known := own.lowrank()) is not None}
+    lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
     solved = {
         index: own.damped_solve(block, damping)
         for index, (own, block) in enumerate(zip(factors, blocks, strict=True))
         if index not in lowranks
     }
     if lowranks:
-        shifts = [damping.of(lowrank.largest_eigenvalue()) for lowrank in lowranks.values()]
+        shifts = damping.of_each([factors[index].largest() for index in lowranks])
         tails = [factors[index].strategy.tail for index in lowranks]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
@@ -327,9 +374,9 @@ def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
     return rank(step) if callable(rank) else rank
 
 
-def fitting(rank: int | Rank, basis: Tensor, columns: Tensor) -> int | Rank:
-    """Return the rank, or the largest one that an update of this basis (n, r) by k columns can have."""
-    n, r = basis.shape[-2:]
+def fitting(rank: int | Rank, lowrank: LowRankEigh | LowRankRoot, columns: Tensor) -> int | Rank:
+    """Return the rank, or the largest one that an update by k columns can have."""
+    n, r = lowrank.n, lowrank.rank
     most = min(_number(rank), n, r + columns.shape[-1])
     return replace(rank, max=most) if isinstance(rank, Rank) else most
 
@@ -342,5 +389,5 @@ def check_factor_strategy(strategy: FactorStrategy) -> None:
     """Check the options that every strategy of factors has."""
     name = type(strategy).__name__
     tail: object = strategy.tail
-    if tail != "smallest" and not (isinstance(tail, (int, float)) and tail >= 0):
-        _check.fail_value(name, f"tail must be a number >= 0 or 'smallest'; got {strategy.tail!r}")
+    if tail not in ("mean", "smallest") and not (isinstance(tail, (int, float)) and tail >= 0):
+        _check.fail_value(name, f"tail must be a number >= 0, 'mean' or 'smallest'; got {strategy.tail!r}")

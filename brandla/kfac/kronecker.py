@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import Tensor
 
 from brandla import grouped
+from brandla.damped import LowRank
 from brandla.kfac import factor
 from brandla.kfac.blocks import Blocks
 from brandla.kfac.diagonal import Diagonal
 from brandla.kfac.factor import Factor, FactorStrategy, Intake
 from brandla.kfac.strategy import Curvature, Damping, Gradient, Now, Problem, Rows, Shape
-from brandla.lowrank import LowRankEigh, LowRankSym
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        lowranks = [side.lowrank() for _, side in self.factors()]
-        known = [lowrank for lowrank in lowranks if lowrank is not None]
-        if not known or len(known) < len(lowranks):
+        sides = [(side.n, side.rank) for _, side in self.factors()]
+        known = [(n, rank) for n, rank in sides if rank is not None]
+        if not known or len(known) < len(sides):
             return None
-        of_column = sum(4 * lowrank.n * lowrank.rank for lowrank in known) + 2 * entries
-        return 4 * entries * sum(lowrank.rank for lowrank in known) // of_column
+        of_column = sum(4 * n * rank for n, rank in known) + 2 * entries
+        return 4 * entries * sum(rank for _, rank in known) // of_column
 
     def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
         """Go through the factors there are."""
@@ -108,26 +108,28 @@ def absorb(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> N
 
 
 class _Product(NamedTuple):
-    """Arguments of one `kron_damped_solve`."""
+    """A gradient that is a matrix, between two low-rank factors."""
 
-    left: LowRankEigh | LowRankSym
-    right: LowRankEigh | LowRankSym
+    left: LowRank
+    right: LowRank
     gradient: Gradient
-    left_damping: Tensor
-    right_damping: Tensor
+    left_largest: Tensor
+    right_largest: Tensor
     left_tail: Any
     right_tail: Any
 
 
 def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
-    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem, damping))}
+    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem))}
     others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
-        left, right, gradients, left_damping, right_damping, left_tail, right_tail = (
+        left, right, gradients, left_largest, right_largest, left_tail, right_tail = (
             list(part) for part in zip(*products.values(), strict=True)
         )
+        shifts = damping.of_each(left_largest + right_largest)
+        left_damping, right_damping = shifts[: len(left)], shifts[len(left) :]
         steps = grouped.kron_damped_solve(
             left, right, gradients, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
         )
@@ -135,23 +137,17 @@ def solve(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     return [solved[index] for index in range(len(problems))]
 
 
-def _product(problem: Problem, damping: Damping) -> _Product | None:
+def _product(problem: Problem) -> _Product | None:
     """Return what a gradient that is a matrix between two low-rank factors is solved with."""
     curvature = _of(problem)
     if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
         return None
-    left, right = curvature.output.lowrank(), curvature.input.lowrank()
-    if left is None or right is None:
+    left, right = curvature.output, curvature.input
+    of_left, of_right = left.operand(), right.operand()
+    if of_left is None or of_right is None:
         return None
-    return _Product(
-        left,
-        right,
-        problem.gradient,
-        damping.of(left.largest_eigenvalue()),
-        damping.of(right.largest_eigenvalue()),
-        curvature.output.strategy.tail,
-        curvature.input.strategy.tail,
-    )
+    largest, tails = (left.largest(), right.largest()), (left.strategy.tail, right.strategy.tail)
+    return _Product(of_left, of_right, problem.gradient, *largest, *tails)
 
 
 class _Side(NamedTuple):

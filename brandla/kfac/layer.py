@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brandla.kfac.capture import Call, Capture, Pass, Recorder
 from brandla.kfac.kinds import Kind, Uses
 from brandla.kfac.strategy import Curvature, Gradient, Rows, Shape, Strategy
 
 Sharing = Literal["expand", "reduce"]
+
+
+class Written(NamedTuple):
+    """Part of a step, and the gradient that it is for: the same tensor, unless that has less precision."""
+
+    step: Tensor
+    gradient: Tensor
 
 
 class Layer:
@@ -32,13 +39,15 @@ class Layer:
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
+        # The rows of the gradient that autograd has not formed, while there is but memory for it.
+        self._unformed: Rows | None = None
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of factors and of the step: that of the weight, but at least float32."""
-        return torch.promote_types(self.kind.weight.dtype, torch.float32)
+        return torch.float64 if self.kind.weight.dtype == torch.float64 else torch.float32
 
     @property
     def shape(self) -> Shape:
@@ -51,7 +60,11 @@ class Layer:
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
         # The weight of a refused call may be no parameter any more.
-        if self.refusal or self.kind.weight.grad is None:
+        if self.refusal:
+            return False
+        if self._left_out():
+            return True
+        if self.kind.weight.grad is None:
             return False
         if self._written is None:
             return True
@@ -97,6 +110,38 @@ class Layer:
             return None
         return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
 
+    def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
+        """Stand in for autograd where it has left the gradient out: return the rows that it is the product of.
+
+        There is but memory for it until `gradient` is asked for. Where something else has been added to it, the product
+        is too, at once.
+
+        Raises
+        ------
+        RuntimeError
+            If it cannot be told whether the captured calls are all that there is to it.
+        """
+        self._unformed = None
+        calls = self._left_out()
+        if not calls:
+            return None
+        if not self.capture.gradient_is_pairs():
+            message = (
+                f"KFAC.step: gradient='pair': the gradient of {self.name}.weight is made of what was captured since the"
+                " last step, and that of its bias was not empty before, or has been written to; call zero_grad() with"
+                " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
+            )
+            raise RuntimeError(message)
+        if rows is None or self.sharing == "reduce" or len(calls) < len(self._calls("loss")):
+            rows = self._stacked(calls, "loss", scale, reduce=False)
+        weight = self.kind.weight
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+            self._unformed = rows
+        else:
+            weight.grad.add_(self._product(rows))
+        return rows
+
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
 
@@ -106,14 +151,14 @@ class Layer:
         if self.linear is False or self.kind.one_hot or self.kind.single:
             return None
         calls = self._calls("loss")
-        if not calls or not self.capture.gradient_is_pairs():
+        if not calls or not (self.is_unformed or self._may_be_pairs):
             return None
         if self.has_bias and self.kind.bias is None:
             return None
-        shape = self.shape
-        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-        if widest is None or self._count(calls) > widest:
+        if not self._is_narrow(calls):
             return None
+        if self._unformed is not None:
+            return self._unformed.gradients.mT, self._unformed.inputs.mT
         if rows is None or self.sharing == "reduce":
             rows = self._stacked(calls, "loss", scale, reduce=False)
         pair = rows.gradients.mT, rows.inputs.mT
@@ -121,41 +166,70 @@ class Layer:
             self.linear = self._is_gradient(*pair)
         return pair if self.linear else None
 
+    @property
+    def is_unformed(self) -> bool:
+        """Whether there is but memory for the gradient, until it is asked for or overwritten."""
+        return self._unformed is not None
+
+    @property
+    def _may_be_pairs(self) -> bool:
+        """Whether the gradient that autograd has formed is that of the captured calls, as far as history tells."""
+        return not self.capture.left_out and self.capture.gradient_is_pairs()
+
+    @property
+    def checked_by_rows(self) -> bool:
+        """Whether the gradient is the product of the loss's rows: finite where their squares are, and not read itself.
+
+        That the rows are so narrow that they take the gradient's place is what makes it worth asking.
+        """
+        return (
+            bool(self.linear)
+            and self._may_be_pairs
+            and self.sharing == "expand"
+            and self.kind.weight.dtype == self.dtype
+            and self._is_narrow(self._calls("loss"))
+        )
+
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
         weight = self.kind.weight.grad
         assert weight is not None
+        if self._unformed is not None:
+            weight.copy_(self._product(self._unformed))
+            self._unformed = None
         matrix = self.kind.matrix(weight.to(self.dtype))
         if not self.has_bias:
             return matrix
         return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
 
-    def write(self, step: Gradient, factor: Tensor | float) -> None:
-        """Overwrite the gradient with ``factor`` times the step."""
+    def write(self, step: Gradient) -> list[Written]:
+        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
         weight, bias = self.kind.weight.grad, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
-        out = {"out": weight} if self._writes_directly(weight) else {}
-        if isinstance(step, Tensor):
-            matrix, column = torch.mul(step[..., :d_in], factor, **out), step[..., -1:] * factor
-        else:
-            first, second = step[0] * factor, step[1]
-            matrix = torch.matmul(first, second[..., :d_in, :].mT, **out)
-            column = first @ second[..., -1:, :].mT
-        if not out:
-            weight.copy_(self.kind.tensor(matrix))
+        parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
         if self.has_bias and bias is not None:
-            bias.copy_(column.reshape(bias.shape))
+            parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
+        return parts
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
+        self._unformed = None
         gradient = self.kind.weight.grad
         if gradient is not None:
             self._written = ref(gradient), gradient._version
 
-    def _writes_directly(self, weight: Tensor) -> bool:
-        groups, *shape = self.kind.shape
-        return not groups and not self.kind.one_hot and list(weight.shape) == shape and weight.dtype == self.dtype
+    def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
+        """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
+        if isinstance(step, Tensor):
+            return _written(arranged(step[..., columns]), gradient)
+        first, second = step[0], step[1][..., columns, :].mT
+        out = gradient.unsqueeze(-1) if gradient.ndim == 1 else gradient
+        matches = out.shape == (first.shape[-2], second.shape[-1]) and out.dtype == self.dtype
+        if self.kind.shape[0] or self.kind.one_hot or not matches:
+            return _written(arranged(first @ second), gradient)
+        torch.matmul(first, second, out=out)
+        return Written(gradient, gradient)
 
     def _bias_column(self, matrix: Tensor) -> Tensor:
         bias = self.kind.bias_gradient
@@ -163,9 +237,25 @@ class Layer:
             return matrix.new_zeros(*matrix.shape[:-1], 1)
         return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
 
+    def _left_out(self) -> list[Call]:
+        """Return the calls whose weight's gradient autograd has not formed."""
+        if not self.capture.left_out or self.kind.bias_gradient is None:
+            return []
+        return [call for call in self._calls("loss") if call.left_out]
+
+    def _product(self, rows: Rows) -> Tensor:
+        """Return the weight's gradient from its rows."""
+        return rows.gradients.mT @ rows.inputs[..., : self.kind.shape[2]]
+
     def _calls(self, of: Pass) -> list[Call]:
         """Return the calls that have rows: a batch may be empty."""
         return [call for call in self.capture.calls if call.gradients[of] and call.gradients[of][0].numel()]
+
+    def _is_narrow(self, calls: list[Call]) -> bool:
+        """Say whether a pair of these calls is cheaper to apply than the gradient."""
+        shape = self.shape
+        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+        return widest is not None and self._count(calls) <= widest
 
     def _count(self, calls: list[Call]) -> int:
         """Return how many rows the calls make with no reduction."""
@@ -196,8 +286,10 @@ class Layer:
             return uses.inputs.flatten()
         inputs = uses.inputs.to(self.dtype)
         if self.has_bias and not self.kind.single:
-            ones = inputs.new_ones(*inputs.shape[:-1], 1) if uses.ones is None else uses.ones.to(self.dtype)
-            inputs = torch.cat([inputs, ones], dim=-1)
+            if uses.ones is None:
+                inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+            else:
+                inputs = torch.cat([inputs, uses.ones.to(self.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
 
     def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
@@ -220,6 +312,11 @@ def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]
         for call in calls:
             if index < len(call.gradients[of]):
                 yield index, call, call.gradients[of][index]
+
+
+def _written(step: Tensor, gradient: Tensor) -> Written:
+    """Write a part, unless it would be rounded before it is scaled."""
+    return Written(gradient.copy_(step), gradient) if gradient.dtype == step.dtype else Written(step, gradient)
 
 
 def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -21,16 +21,16 @@ class Mask(NamedTuple):
     known_finite: bool
 
     @classmethod
-    def of(cls, rows: Iterable[Rows], model: nn.Module) -> Mask:
-        """Look once at all rows, which are squared, and all gradients of the model."""
-        rows = list(rows)
-        squares = min((_largest_squares(part, own.uses) for own in rows for part in _parts([own])), default=math.inf)
-        found = [_all_within(_parts(rows), math.sqrt(squares)), _all_within(_gradients(model), math.inf)]
-        looked_at = [finite for finite in found if finite is not None]
-        if not looked_at:
+    def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
+        """Look once at all rows, which are squared, and at all gradients of the model ``but`` those that rows make."""
+        left_out = {id(gradient) for gradient in but}
+        bounds = [(part, _bound(part, own.uses)) for own in rows for part in _parts(own)]
+        bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]
+        found = [(_real(part), bound) for part, bound in bounds if part.numel()]
+        if not found:
             # One of several processes may have nothing.
             return cls(torch.tensor(True, device=next(model.parameters()).device), known_finite=True)
-        finite = torch.stack([finite.to(looked_at[0].device) for finite in looked_at]).all()
+        finite = _all_within(found)
         return cls(finite, reads_are_free(finite) and bool(finite))
 
     def agreed(self, finite: bool) -> Mask:
@@ -54,26 +54,25 @@ class Mask(NamedTuple):
         return torch.where(self.finite.to(part.device), part, 0)
 
 
-def _parts(rows: Iterable[Rows]) -> Iterable[Tensor]:
-    for inputs, gradients, *_ in rows:
-        if inputs.is_floating_point():
-            yield inputs
-        yield gradients
+def _parts(rows: Rows) -> Iterable[Tensor]:
+    if rows.inputs.is_floating_point():
+        yield rows.inputs
+    yield rows.gradients
 
 
-def _largest_squares(part: Tensor, uses: int) -> float:
-    """Return what the squares of all entries stay under where ``uses`` times their sum is finite."""
-    return torch.finfo(part.dtype).max / max(uses * part.numel(), 1)
+def _bound(part: Tensor, uses: int) -> float:
+    """Return what all entries stay under where ``uses`` times the sum of their squares is finite."""
+    return math.sqrt(torch.finfo(part.dtype).max / max(uses * part.numel(), 1))
 
 
-def _all_within(parts: Iterable[Tensor], bound: float) -> Tensor | None:
-    """Say whether all entries are less than the bound in size; None where there is no entry."""
+def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Say whether all entries of each part are less than its bound in size."""
     # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
-    extremes = [extreme for part in parts if part.numel() for extreme in torch.aminmax(_real(part))]
-    if not extremes:
-        return None
-    widest = reduce(torch.promote_types, {extreme.dtype for extreme in extremes})
-    within: Tensor = torch.stack([extreme.to(extremes[0].device, widest) for extreme in extremes]).abs() < bound
+    extremes = [extreme for part, _ in parts for extreme in torch.aminmax(part)]
+    # What is not finite gives NaN where the bound is infinite.
+    relative = torch._foreach_div(extremes, [bound for _, bound in parts for _ in range(2)])
+    widest = reduce(torch.promote_types, {extreme.dtype for extreme in relative})
+    within: Tensor = torch.stack([extreme.to(relative[0].device, widest) for extreme in relative]).abs() < 1
     return within.all()
 
 

@@ -30,6 +30,7 @@ class Options:
     damping_scale: Scale
     clip_by: Literal["rms", "kl"]
     application: Literal["auto", "two-sided"]
+    gradient: Literal["autograd", "pair"]
     curvature: CurvatureType
     seed: int
 
@@ -37,6 +38,7 @@ class Options:
         _choice("damping_scale", self.damping_scale, ("relative", "absolute"))
         _choice("clip_by", self.clip_by, ("rms", "kl"))
         _choice("application", self.application, ("auto", "two-sided"))
+        _choice("gradient", self.gradient, ("autograd", "pair"))
         _choice("curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
         _check.count("KFAC", "seed", self.seed, 0)
         self.at(0)

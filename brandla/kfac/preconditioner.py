@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
@@ -13,8 +13,9 @@ from brandla._ranges import ranged
 from brandla.kfac import passes, state
 from brandla.kfac.brand import Brand
 from brandla.kfac.capture import Pass, Recorder
-from brandla.kfac.clip import clipping
+from brandla.kfac.clip import by_kl, by_rms, finish
 from brandla.kfac.distributed import Mode, Replicas, replicas
+from brandla.kfac.factor import share_totals
 from brandla.kfac.find import find_layers
 from brandla.kfac.fisher import CurvatureType, Loss
 from brandla.kfac.layer import Layer, Sharing, by_strategy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DEFAULT = Brand(rank=128)
+_FOR_ONE_PROCESS = "gradient must be 'autograd' where gradients are reduced over processes"
 
 
 class KFAC:
@@ -73,6 +75,13 @@ class KFAC:
         What G is made of. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: those of labels drawn from
         the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, at one backward
         pass for each of them. For the last two call `curvature` in every step.
+    gradient
+        ``"pair"`` spares autograd the gradients of the weights of ``nn.Linear`` modules with a trained bias: `step`
+        makes them, or steps in their place, of the inputs and output gradients. ``weight.grad`` is None until then, for
+        the optimizer after a backward pass with no `step`, for whatever clips or looks at gradients before it, and for
+        ``torch.autograd.grad``. What a weight gets from elsewhere in the loss, as by a penalty on it, is added, and
+        weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
+        process, and with gradients set to None after each step.
     scaler
         The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
@@ -85,8 +94,7 @@ class KFAC:
     process_group
         The processes; None for all.
     columns
-        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound
-        but that of the strategy.
+        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound.
 
     Raises
     ------
@@ -124,6 +132,7 @@ class KFAC:
         damping_scale: Scale = "relative",
         clip_by: Literal["rms", "kl"] = "rms",
         application: Literal["auto", "two-sided"] = "auto",
+        gradient: Literal["autograd", "pair"] = "autograd",
         curvature: CurvatureType = "empirical",
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
@@ -131,9 +140,13 @@ class KFAC:
         process_group: ProcessGroup | None = None,
         columns: int | None = None,
     ) -> None:
+        if gradient == "pair" and _is_replicated(model):
+            _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
         model = _innermost(model)
         by_name = strategies(model, inverse, _DEFAULT)
-        self.options = Options(damping, clip, decay, factor_every, damping_scale, clip_by, application, curvature, seed)
+        self.options = Options(
+            damping, clip, decay, factor_every, damping_scale, clip_by, application, gradient, curvature, seed
+        )
         check_distributed(distributed, columns)
         self._model = model
         self._scaler = scaler
@@ -147,6 +160,10 @@ class KFAC:
         self._skipped: Tensor | None = None
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
+        if gradient == "pair":
+            self._check_alone()
+            for layer in self._layers:
+                layer.capture.leave_out()
         self._choose_captures()
 
     def __repr__(self) -> str:
@@ -193,10 +210,13 @@ class KFAC:
         ------
         RuntimeError
             If `curvature` has not been called where it has to be, or gradients are still multiplied by the scale of
-            the ``scaler``.
+            the ``scaler``; with ``gradient="pair"``, if there are several processes, or a gradient was not None when
+            the first backward pass came, or was changed since the last one.
         """
         if self._removed:
             return
+        if self.options.gradient == "pair":
+            self._check_alone()
         unseen: list[Layer] = []
         for layer in self._layers:
             layer.capture.keep_reached()
@@ -259,6 +279,7 @@ class KFAC:
             layer.linear = state_dict["layers"][layer.name]["linear"]
             layer.refusal = state_dict["layers"][layer.name]["refusal"]
             layer.capture.clear()
+        share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.terms = None
         self._curvatures = 0
         self._steps = int(state_dict["steps"])
@@ -273,17 +294,27 @@ class KFAC:
             if not layer.refusal and not layer.is_frozen:
                 layer.follow()
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
-        mask = Mask.of(own.values(), self._model)
+        pairs = self._taken(layers, own, scale)
+        products = [
+            gradient
+            for layer in {*own, *pairs}
+            if layer.is_unformed or (layer in own and self._reads_rows_alone(layer))
+            for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
+        ]
+        mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         damping = Damping(options.damping, self.options.damping_scale)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
         self._precondition(ready, absorbing, now, options.clip, scale)
+        for layer in pairs.keys() - set(ready):
+            layer.gradient()
         mask.clear(self._model)
         for layer in ready:
             layer.seal()
-        self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+        if not mask.known_finite:
+            self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return what the factors of layers take in at this step."""
@@ -299,21 +330,44 @@ class KFAC:
         found = ((layer, layer.rows("loss", scale)) for layer in layers)
         return {layer: rows for layer, rows in found if rows is not None}
 
+    def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
+        """Return the rows of gradients that autograd has left out."""
+        found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
+        return {layer: rows for layer, rows in found if rows is not None}
+
+    def _of_loss(self, layer: Layer, rows: Mapping[Layer, Rows]) -> Rows | None:
+        """Return a layer's rows where they are the loss's own."""
+        return None if self._takes_curvature else rows.get(layer)
+
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
     ) -> None:
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
         for layer in layers:
-            of_loss = None if self._takes_curvature else rows.get(layer)
-            pair = layer.pair(of_loss, scale) if self._applies_to_pairs else None
+            pair = layer.pair(self._of_loss(layer, rows), scale) if self._applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
             problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
             steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
-        factors = clipping([steps[layer] for layer in layers], list(gradients.values()), clip, self.options.clip_by)
-        for layer, factor in zip(layers, factors, strict=True):
-            layer.write(steps[layer], factor)
+        self._write([steps[layer] for layer in layers], gradients, clip)
+
+    def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
+        """Overwrite the gradients of layers with their steps, clipped."""
+        factors: Sequence[Tensor] | None = None
+        if clip is not None and steps and self.options.clip_by == "kl":
+            # Before anything is written: a gradient may be the weight's own.
+            factors = [by_kl(steps, list(gradients.values()), clip)] * len(steps)
+        written = [layer.write(step) for layer, step in zip(gradients, steps, strict=True)]
+        if clip is not None and self.options.clip_by == "rms":
+            factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        finish(written, factors)
+
+    def _check_alone(self) -> None:
+        """Check that no other process waits for the gradients that autograd does not form."""
+        if self._replicas.several:
+            message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
+            raise RuntimeError(message)
 
     def _loss_scale(self, layers: list[Layer]) -> Tensor | None:
         """Return what the loss was multiplied by, without reading it; gradients must be so no longer."""
@@ -326,6 +380,10 @@ class KFAC:
             )
             raise RuntimeError(message)
         return scale_of(self._scaler, layers[0].kind.weight.device)
+
+    def _reads_rows_alone(self, layer: Layer) -> bool:
+        """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
+        return self._applies_to_pairs and not self._takes_curvature and layer.checked_by_rows
 
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
         """Say whether a layer takes data in at this step."""
@@ -371,6 +429,11 @@ class KFAC:
     def _applies_to_pairs(self) -> bool:
         """Whether a gradient may be that of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Say whether a model, compiled or not, is in DistributedDataParallel."""
+    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
 
 
 def _innermost(model: nn.Module) -> nn.Module:

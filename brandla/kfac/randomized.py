@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.exact import Exact, add_to_dense
+from brandla.kfac.exact import Exact, add_to_dense, keep_trace
 from brandla.kfac.factor import (
     Absorption,
     FactorStrategy,
@@ -83,6 +83,7 @@ class Randomized(FactorStrategy):
             average = normalised(state, tensor(state, "dense"))
             rank = min(at(self.rank, step), average.shape[-1])
             store(state, self.decompose(average, rank, seed))
+            keep_trace(self, state)
 
     def decompose(self, matrix: Tensor, rank: int, seed: int) -> LowRankEigh:
         """Return the ``rank`` leading eigenpairs of ``matrix`` from a random start that ``seed`` fixes."""
@@ -113,7 +114,7 @@ class Randomized(FactorStrategy):
         """Distance from the dense average as it is now."""
         return distance(state, stored(state).dense())
 
-    def substitute(self, n: int, k: int) -> tuple[FactorStrategy, str] | None:
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
         """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
         rank = at(self.rank, 0)
         if rank + self.oversample < n:

@@ -108,7 +108,6 @@ def _of_layer(layer: Layer) -> Iterator[FactorReport]:
 
 def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
     groups = math.prod(factor.groups)
-    lowrank = factor.lowrank() if factor.started else None
     bound, relative = _bounds(factor) if factor.started else (None, None)
     return FactorReport(
         layer=layer,
@@ -116,7 +115,7 @@ def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
         n=factor.n,
         strategy=str(factor.strategy),
         reason=factor.reason if factor.started else "no data yet",
-        rank=None if lowrank is None else lowrank.rank,
+        rank=factor.rank,
         error_bound=bound,
         relative_error_bound=relative,
         bytes=_bytes(part for part in factor.state.values() if isinstance(part, Tensor)),

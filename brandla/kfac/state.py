@@ -13,7 +13,7 @@ from brandla import _check
 from brandla.kfac.layer import Layer
 from brandla.kfac.strategy import Curvature
 
-FORMAT = 4
+FORMAT = 5
 _FUNCTION = "KFAC.load_state_dict"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from brandla.kfac.alike import alike
 from brandla.kfac.schedule import spelled
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ class Damping(NamedTuple):
             return torch.full_like(largest, self.value)
         shift = self.value * largest
         return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
+
+    def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
+        """Return λ for each of a list of factors."""
+        return alike(
+            largest,
+            lambda own: (own.shape, own.dtype, own.device),
+            lambda members: self.of(torch.stack(members)).unbind(),
+        )
 
 
 class Now(NamedTuple):

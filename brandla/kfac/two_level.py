@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._core import largest_eigenvalue
+from brandla._small import largest_eigenvalue
 from brandla.kfac.foof import check_inner
 from brandla.kfac.gradient import inner as product
 from brandla.kfac.gradient import length, plus, scaled

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, op
 from brandla_kernels._signature import Matrices
+from brandla_kernels.gram import inner_product
 
 
 def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
@@ -23,7 +24,7 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 )
 def damped_apply(basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor) -> Tensor:
     """Return ``complement * rhs + basis @ (middle · (basis.mT @ rhs))``."""
-    inner = apply_middle(basis, middle, basis.mT @ rhs)
+    inner = apply_middle(basis, middle, inner_product(basis, rhs))
     scaled = complement[..., None, None] * rhs
     if basis.ndim == scaled.ndim == inner.ndim == 2 and not (scaled.requires_grad or inner.requires_grad):
         return scaled.addmm_(basis, inner)
@@ -39,14 +40,14 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
 
 @damped_apply.triton
 def _launch(basis: Matrices, middle: Tensor, complement: Tensor, rhs: Matrices) -> Matrices:
-    from brandla_kernels._kernels.inner_product import inner_product
+    from brandla_kernels._kernels import inner_product as kernels
     from brandla_kernels._kernels.tall_product import Term, tall_product
 
     batch_ndim = 1 if isinstance(basis, list) else basis.ndim - 2
     if middle.ndim == batch_ndim + 1:
-        inner = inner_product(basis, rhs, row_scale=middle)
+        inner = kernels.inner_product(basis, rhs, row_scale=middle)
     else:
-        inner = middle @ inner_product(basis, rhs)
+        inner = middle @ kernels.inner_product(basis, rhs)
     return tall_product([Term(basis, inner)], add=rhs, scale=complement)
 
 
@@ -60,7 +61,7 @@ def damped_apply_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to U, H, β and V, from that with respect to Y."""
     transposed = middle if middle.ndim < basis.ndim else middle.mT
-    coefficients, pulled = basis.mT @ rhs, basis.mT @ gradient
+    coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
     inner = apply_middle(basis, transposed, pulled)
     of_basis = gradient @ apply_middle(basis, middle, coefficients).mT + rhs @ inner.mT
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT

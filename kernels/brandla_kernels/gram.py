@@ -54,6 +54,13 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left.mT @ right`` in the dtype of both, by `sum_of_slabs` where there is more than one slab."""
+    if left.shape[-2] <= _SLAB_OF_FEW or left.dtype == torch.float64:
+        return left.mT @ right
+    return sum_of_slabs(left, right, left.dtype).to(left.dtype)
+
+
 def _gram_of_slab(slab: Tensor) -> Tensor:
     """Return the Gram matrix of a slab; of a wide one only the blocks on and above the diagonal are computed."""
     k = slab.shape[-1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, op
 from brandla_kernels._signature import Matrices
+from brandla_kernels.gram import inner_product
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -19,14 +20,14 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
 @op("project(Tall[n,r] basis, Data[n,k] columns) -> Small[r,k]", cost)
 def project(basis: Tensor, columns: Tensor) -> Tensor:
     """Return ``basis.mT @ columns``."""
-    return basis.mT @ columns.to(basis.dtype)
+    return inner_product(basis, columns.to(basis.dtype))
 
 
 @project.triton
 def _launch(basis: Matrices, columns: Matrices) -> Tensor:
-    from brandla_kernels._kernels.inner_product import inner_product
+    from brandla_kernels._kernels import inner_product
 
-    return inner_product(basis, columns)
+    return inner_product.inner_product(basis, columns)
 
 
 @project.gradient

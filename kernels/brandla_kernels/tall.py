@@ -77,4 +77,4 @@ def columns_at(matrix: Tensor, index: Tensor) -> Tensor:
 def _largest(matrices: Matrices, dim: int) -> int:
     if isinstance(matrices, Tensor):
         return matrices.shape[dim]
-    return max((matrix.shape[dim] for matrix in matrices), default=0)
+    return max([0, *(matrix.shape[dim] for matrix in matrices)])

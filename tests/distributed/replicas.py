@@ -374,6 +374,17 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
     return left, torch.equal(before, model[2].weight.grad), _is_same(gradients)
 
 
+def leaves_gradients_out() -> list[str]:
+    """Ask for gradients that autograd does not form; return what a wrapped model and one on its own are told."""
+    told = []
+    for wrap in (DistributedDataParallel, nn.Sequential):
+        try:
+            KFAC(wrap(nn.Linear(20, 10)), Exact(), gradient="pair")
+        except (ValueError, RuntimeError) as error:
+            told.append(str(error))
+    return told
+
+
 def last_rank_leaves(mode: str) -> str:
     """Step in all ranks but the last, which ends before; return what the others are told."""
     training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, distributed
@@ -17,7 +15,7 @@ import brandla
 import builders
 import oracles
 
-UPDATES = {"eigh_update": brandla.LowRankEigh, "subspace_update": brandla.LowRankSym}
+UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
 # (n, r, k). Shards of one size; uneven ones; an empty one among four; r + k >= n, also with empty shards among four and
 # among two; fewer local rows than columns of U.
@@ -59,7 +57,14 @@ def sharded(mesh: DeviceMesh, factor: Any, *, replicate: bool = False) -> Any:
     small = (lambda part: on_all(mesh, part)) if replicate else (lambda part: part.clone())
     if isinstance(factor, brandla.LowRankSVD):
         return brandla.LowRankSVD(on_rows(mesh, factor.U), small(factor.S), small(factor.Vh))
-    return type(factor)(small(factor[0]), on_rows(mesh, factor[1]))
+    if isinstance(factor, brandla.LowRankRoot):
+        return brandla.LowRankRoot(on_rows(mesh, factor.root), small(factor.gram))
+    return brandla.LowRankEigh(small(factor.eigenvalues), on_rows(mesh, factor.eigenvectors))
+
+
+def small_of(factor: Any) -> Tensor:
+    """Return d or S, whole."""
+    return whole(factor.gram if isinstance(factor, brandla.LowRankRoot) else factor.eigenvalues)
 
 
 def whole(tree: Any) -> Any:
@@ -98,30 +103,47 @@ def batches(stream: str, n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
     return [columns[:n].contiguous() for columns in oracles.batches(stream, max(n, 32), k, 5, dtype=dtype)]
 
 
+def assert_factor(many: Any, one: Any, dtype: torch.dtype, label: object) -> None:
+    """Compare a sharded factor, tracked or not, with a whole one: the matrix, and what its form promises."""
+    if isinstance(one, brandla.Tracked):
+        scale = one.lowrank.n * max(float(one.trace), float(one.error_bound))
+        agree(many.error_bound, one.error_bound, dtype, label, scale=scale)
+        agree(many.trace, one.trace, dtype, label, scale=scale)
+        many, one = many.lowrank, one.lowrank
+    agree(many.dense(), one.dense(), dtype, label)
+    tall = whole(builders.tall_of(many))
+    if isinstance(one, brandla.LowRankEigh):
+        assert oracles.orthonormality_ratio(tall, whole(many.eigenvalues)) < oracles.THRESHOLD, label
+    else:
+        agree(many.gram, (tall.double().mT @ tall.double()).to(dtype), dtype, label)
+
+
 def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
     """Update sharded and whole factors side by side, on every stream and size; return all small parts."""
-    mesh, function, small_parts = mesh_of_all(), getattr(brandla, name), []
+    mesh, update, small_parts = mesh_of_all(), UPDATES[name], []
     for index in range(2 * len(SIZES)):
         # Each size with two streams, each stream with three or four sizes; and small parts of both kinds.
         (n, r, k), stream = SIZES[index // 2], STREAMS[index % 4]
         replicate = index // 4 % 2 == 1
         label = (name, dtype, n, r, k, stream)
-        one = brandla.track(UPDATES[name].zeros(n, r, dtype=dtype))
+        one = brandla.track(update.factor.zeros(n, r, dtype=dtype))
         many = brandla.track(sharded(mesh, one.lowrank, replicate=replicate))
         data = batches(stream, n, k, dtype)
         for step in range(len(data) + 1):
-            inside_the_span = one.lowrank[1] @ torch.ones(r, k, dtype=dtype) / k
+            inside_the_span = builders.tall_of(one.lowrank) @ torch.ones(r, k, dtype=dtype) / k
             columns = data[step] if step < len(data) else inside_the_span
             before = many
-            one = function(one, columns, decay=0.9, weight=0.1)
-            many = function(many, on_rows(mesh, columns), decay=0.9, weight=0.1)
+            one = update(one, columns, decay=0.9, weight=0.1)
+            many = update(many, on_rows(mesh, columns), decay=0.9, weight=0.1)
             same_kind(many.lowrank, before.lowrank, label)
             agree(many.lowrank.dense(), one.lowrank.dense(), dtype, label)
-        basis, values = whole(many.lowrank[1]), builders.values_of(whole(many.lowrank))
-        assert oracles.orthonormality_ratio(basis, values) < oracles.THRESHOLD, label
-        scale = n * max(float(one.lowrank.largest_eigenvalue()), float(one.error_bound))
-        agree(many.error_bound, one.error_bound, dtype, label, scale=scale)
-        small_parts += [whole(many.lowrank[0]), whole(many.error_bound)]
+        assert_factor(many, one, dtype, label)
+        small_parts += [small_of(many.lowrank), *map(whole, many[1:])]
+        if isinstance(one.lowrank, brandla.LowRankRoot):
+            eigh = many.lowrank.to_eigh()
+            same_kind(eigh[::-1], many.lowrank, label)
+            assert_factor(eigh, one.lowrank.to_eigh(), dtype, label)
+            small_parts.append(small_of(eigh))
     return small_parts
 
 
@@ -129,84 +151,77 @@ def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
     """In place, grouped, of a batch, with a rank, with tensors for numbers, with nothing to add."""
     mesh, n, r, k = mesh_of_all(), 37, 6, 5
     small_parts = []
-    for name, kind in UPDATES.items():
-        function, in_place = getattr(brandla, name), getattr(brandla, f"{name}_")
-        grouped = getattr(brandla.grouped, name)
-        make = builders.make_eigh if kind is brandla.LowRankEigh else builders.make_sym
-        factor, columns = make(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
-        expected = function(factor, columns, decay=0.9, weight=0.1)
+    for name, update in UPDATES.items():
+        factor, columns = update.make(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
+        expected = update(factor, columns, decay=0.9, weight=0.1)
         spread = on_rows(mesh, columns)
 
         for replicate in (False, True):
             target = sharded(mesh, factor, replicate=replicate)
             pointers = pointers_of(target)
-            result = in_place(brandla.track(target), spread, decay=0.9, weight=0.1)
+            result = update.in_place(brandla.track(target), spread, decay=0.9, weight=0.1)
             assert result.lowrank is target
             assert pointers_of(target) == pointers
-            agree(target.dense(), expected.dense(), dtype, (name, "in place"))
-            small_parts.append(whole(target[0]))
+            assert_factor(target, expected, dtype, (name, "in place"))
+            small_parts.append(small_of(target))
 
-        half = function(factor, columns.bfloat16().to(dtype), decay=0.9, weight=0.1)
+        half = update(factor, columns.bfloat16().to(dtype), decay=0.9, weight=0.1)
         if dtype == torch.float32:
-            result = function(sharded(mesh, factor), on_rows(mesh, columns.bfloat16()), decay=0.9, weight=0.1)
-            agree(result.dense(), half.dense(), dtype, (name, "half-precision columns"))
+            result = update(sharded(mesh, factor), on_rows(mesh, columns.bfloat16()), decay=0.9, weight=0.1)
+            assert_factor(result, half, dtype, (name, "half-precision columns"))
 
-        other = make(20, r, dtype=dtype, seed=9)
+        other = update.make(20, r, dtype=dtype, seed=9)
         factors = [sharded(mesh, factor), other, sharded(mesh, other, replicate=True)]
         second = builders.make_columns(20, k, dtype=dtype)
-        results = grouped(factors, [spread, second, on_rows(mesh, second)], decay=0.9, weight=[0.1, 1.0, 1.0])
-        plain = function(other, second, decay=0.9)
+        results = update.grouped(factors, [spread, second, on_rows(mesh, second)], decay=0.9, weight=[0.1, 1.0, 1.0])
+        plain = update(other, second, decay=0.9)
         for result, reference in zip(results, [expected, plain, plain], strict=True):
-            agree(result.dense(), reference.dense(), dtype, (name, "grouped"))
+            assert_factor(result, reference, dtype, (name, "grouped"))
 
         for size in (1, k + r):
             rank = brandla.Rank(size, tol=1e-3)
-            result = function(sharded(mesh, factor), spread, rank=rank)
-            agree(result.dense(), function(factor, columns, rank=rank).dense(), dtype, (name, "rank", size))
-        result = function(sharded(mesh, factor), on_rows(mesh, columns[:, :0]), decay=0.5)
+            result = update(sharded(mesh, factor), spread, rank=rank)
+            assert_factor(result, update(factor, columns, rank=rank), dtype, (name, "rank", size))
+        result = update(sharded(mesh, factor), on_rows(mesh, columns[:, :0]), decay=0.5)
         agree(result.dense(), 0.5 * factor.dense(), dtype, (name, "no columns"))
 
         poisoned = columns.clone()
         poisoned[n - 1, 0] = torch.nan
-        result = function(sharded(mesh, factor), on_rows(mesh, poisoned))
-        assert result[0].isnan().all()
-        assert whole(result[1]).isnan().all()
+        result = update(sharded(mesh, factor), on_rows(mesh, poisoned))
+        assert builders.values_of(whole(result)).isnan().all()
+        assert builders.tall_of(whole(result)).isnan().all()
 
-        batch = make(n, r, dtype=dtype, batch_shape=(2,))
+        batch = update.make(n, r, dtype=dtype, batch_shape=(2,))
         data = builders.make_columns(n, k, dtype=dtype, batch_shape=(2,))
         decay = torch.tensor([0.5, 0.9], dtype=dtype)
-        expected = function(batch, data, decay=decay)
+        expected = update(batch, data, decay=decay)
         for numbers in (decay, on_all(mesh, decay)):
-            result = function(sharded(mesh, batch), on_rows(mesh, data), decay=numbers)
+            result = update(sharded(mesh, batch), on_rows(mesh, data), decay=numbers)
             agree(result.dense(), expected.dense(), dtype, (name, "batch"))
     return small_parts
 
 
-def grouped_launches(dtype: torch.dtype) -> list[Tensor]:
-    """Classes of factors that are updated together, as a GPU would, here by the looped torch forms."""
+def grouped_updates(dtype: torch.dtype) -> list[Tensor]:
+    """Classes of factors that are updated together: their small matrices travel in the messages of one factor."""
     mesh, r, k = mesh_of_all(), 6, 5
     small_parts = []
-    for name, kind in UPDATES.items():
-        make = builders.make_eigh if kind is brandla.LowRankEigh else builders.make_sym
-        sizes = (37, 20, 64)
-        factors = [brandla.track(make(n, r, dtype=dtype, seed=n)) for n in sizes]
+    for name, update in UPDATES.items():
+        # Of the last, r + k is above n.
+        sizes = (37, 20, 64, 9)
+        factors = [brandla.track(update.make(n, r, dtype=dtype, seed=n)) for n in sizes]
         columns = [builders.make_columns(n, k, dtype=dtype, seed=n) for n in sizes]
-        single = getattr(brandla, name)
-        expected = [single(*pair, decay=0.9) for pair in zip(factors, columns, strict=True)]
-        for replicate, reads in itertools.product((False, True), repeat=2):
+        expected = [update(*pair, decay=0.9) for pair in zip(factors, columns, strict=True)]
+        for replicate in (False, True):
             own = [brandla.track(sharded(mesh, factor.lowrank, replicate=replicate)) for factor in factors]
             spread = [on_rows(mesh, part) for part in columns]
-            with mock.patch("brandla._split.reads_are_free", return_value=reads), Messages() as recorder:
-                results = getattr(brandla.grouped, name)(own, spread, decay=0.9)
-            # As many messages as one factor takes on a GPU; where one pass is enough, fewer.
-            most = 4 if dtype == torch.float32 else 5
-            assert len(recorder.seen) <= most if reads else len(recorder.seen) == most, recorder.seen
+            with Messages() as recorder:
+                results = update.grouped(own, spread, decay=0.9)
+            # C and G; and what the polish of an orthonormal form needs.
+            assert len(recorder.seen) == 1 + update.is_orthonormal, recorder.seen
             for result, before, reference in zip(results, own, expected, strict=True):
                 same_kind(result.lowrank, before.lowrank, name)
-                agree(result.lowrank.dense(), reference.lowrank.dense(), dtype, name)
-                scale = reference.lowrank.n * float(reference.lowrank.largest_eigenvalue())
-                agree(result.error_bound, reference.error_bound, dtype, name, scale=scale)
-                small_parts += [whole(result.lowrank[0])]
+                assert_factor(result, reference, dtype, name)
+                small_parts += [small_of(result.lowrank)]
     return small_parts
 
 
@@ -234,6 +249,11 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
             agree((spread * many.S.square()) @ spread.mT, gram, dtype, label)
             agree(many.dense(), one.dense(), dtype, label)
             small_parts += [many.S, many.Vh]
+    small_parts += nearly_dependent_columns(mesh, dtype)
+    batch = builders.make_svd(37, 21, 6, dtype=dtype, batch_shape=(2,))
+    columns = builders.make_columns(37, 4, dtype=dtype, batch_shape=(2,))
+    result = brandla.svd_append(sharded(mesh, batch), on_rows(mesh, columns), decay=0.9)
+    agree(result.dense(), brandla.svd_append(batch, columns, decay=0.9).dense(), dtype, "batch")
     svd = builders.make_svd(37, 21, 6, dtype=dtype)
     left, right = builders.make_columns(37, 4, dtype=dtype), builders.make_columns(21, 4, dtype=dtype, seed=3)
     expected = brandla.svd_update(svd, left, right, decay=0.9).dense()
@@ -248,22 +268,44 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
     return small_parts
 
 
+def nearly_dependent_columns(mesh: DeviceMesh, dtype: torch.dtype) -> list[Tensor]:
+    """Append columns whose last directions are weak where a process holds fewer rows than the panel has columns."""
+    small_parts = []
+    for n, r, k, weak in ((12, 4, 4, 8.0), (12, 6, 10, 64.0), (7, 4, 4, 4e3), (3, 0, 8, 16.0), (64, 6, 10, 64.0)):
+        svd = builders.make_svd(n, 20, r, "slow", dtype=dtype)
+        few = oracles.gaussian(n, 2, seed=1) @ oracles.gaussian(2, k, seed=2)
+        columns = (few + weak * torch.finfo(dtype).eps * oracles.gaussian(n, k, seed=3)).to(dtype)
+        result = brandla.svd_append(sharded(mesh, svd), on_rows(mesh, columns), rank=min(n, r + k))
+        label = ("dependent columns", dtype, n, r, k)
+        assert oracles.orthonormality_ratio(whole(result.U), result.S) < oracles.THRESHOLD, label
+        assert oracles.orthonormality_ratio(result.Vh.mT, result.S) < oracles.THRESHOLD, label
+        agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), dtype, label)
+        small_parts.append(result.S)
+    return small_parts
+
+
 def damped_applications(dtype: torch.dtype) -> list[Tensor]:
     """Every damped function, on blocks and vectors, with every tail, for both kinds of factor."""
     mesh = mesh_of_all()
     for n, r, k in SIZES:
-        for make in (builders.make_eigh, builders.make_sym):
+        for make in (builders.make_eigh, builders.make_root):
             factor, rhs = make(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
-            for tail in (0.0, 0.01, torch.tensor(0.01, dtype=dtype), "smallest"):
+            for tail in (0.0, 0.01, torch.tensor(0.01, dtype=dtype), "smallest", "mean"):
                 for data, dim in ((rhs, -2), (rhs[:, 0], -1)):
                     label = (dtype, n, r, k, make.__name__, tail, dim)
                     spread = on_rows(mesh, data, dim)
-                    solved = brandla.damped_solve(sharded(mesh, factor), spread, 0.1, tail=tail)
+                    many = sharded(mesh, factor)
+                    if tail == "mean":
+                        trace = brandla.track(factor).trace + 0.5
+                        one, many = (brandla.Tracked(each, 0 * trace, trace) for each in (factor, many))
+                    else:
+                        one = factor
+                    solved = brandla.damped_solve(many, spread, 0.1, tail=tail)
                     same_kind([solved], [spread], label)
-                    agree(solved, brandla.damped_solve(factor, data, 0.1, tail=tail), dtype, label)
+                    agree(solved, brandla.damped_solve(one, data, 0.1, tail=tail), dtype, label)
                     damping = torch.tensor(0.1, dtype=dtype)
-                    powered = brandla.damped_power(sharded(mesh, factor), spread, damping, -0.5, tail=tail)
-                    agree(powered, brandla.damped_power(factor, data, damping, -0.5, tail=tail), dtype, label)
+                    powered = brandla.damped_power(many, spread, damping, -0.5, tail=tail)
+                    agree(powered, brandla.damped_power(one, data, damping, -0.5, tail=tail), dtype, label)
     eighs = [builders.make_eigh(n, 6, dtype=dtype) for n in (37, 20)]
     blocks = [builders.make_columns(n, 3, dtype=dtype) for n in (37, 20)]
     mixed = [sharded(mesh, eighs[0], replicate=True), eighs[1]]
@@ -280,7 +322,7 @@ def damped_applications(dtype: torch.dtype) -> list[Tensor]:
 def kron_applications(dtype: torch.dtype) -> list[Tensor]:
     """Pairs with either side sharded, and one matrix sharded on its rows."""
     mesh, p, q, k = mesh_of_all(), 37, 22, 3
-    left, right = builders.make_eigh(p, 6, dtype=dtype), builders.make_sym(q, 4, dtype=dtype)
+    left, right = builders.make_eigh(p, 6, dtype=dtype), builders.make_root(q, 4, dtype=dtype)
     pair = builders.make_columns(p, k, dtype=dtype), builders.make_columns(q, k, dtype=dtype, seed=4)
     matrix = pair[0] @ pair[1].mT
     options = {"left_tail": 0.01, "right_tail": "smallest"}
@@ -312,7 +354,7 @@ def gradients() -> list[Tensor]:
     weights = builders.make_columns(n, 3, seed=8)
     right, other = builders.make_eigh(3, 2, seed=5), builders.make_columns(n, 3, seed=6)
     small_parts = []
-    for make in (builders.make_eigh, builders.make_sym):
+    for make in (builders.make_eigh, builders.make_root):
         for call in (
             lambda factor, rhs, damping: brandla.damped_solve(factor, rhs, damping, tail=0.01),
             lambda factor, rhs, damping: brandla.kron_damped_solve(factor, right, rhs, damping, 0.2),
@@ -320,36 +362,41 @@ def gradients() -> list[Tensor]:
             factor, damping = make(n, 6), torch.tensor(0.1, dtype=dtype)
             leaves = [part.clone().requires_grad_() for part in (*factor, other, damping)]
             loss = (call(type(factor)(*leaves[:2]), leaves[2], leaves[3]) * weights).sum()
+            # Of a solve with a root and no tail S is all that counts beside F.
             expected = torch.autograd.grad(loss, leaves)
-            own = [factor[0].clone(), on_rows(mesh, factor[1]), on_rows(mesh, other), damping.clone()]
+            own = [*sharded(mesh, factor), on_rows(mesh, other), damping.clone()]
             own = [part.requires_grad_() for part in own]
             result = call(type(factor)(*own[:2]), own[2], own[3])
             (result.to_local() * on_rows(mesh, weights).to_local()).sum().backward()
             for part, gradient in zip(own, expected, strict=True):
                 agree(part.grad, gradient, dtype, call)
-            small_parts += [own[0].grad, own[3].grad]
+            small_parts += [part.grad for part in own if not isinstance(part, DTensor)]
     return small_parts
 
 
 def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple[str, int]]]:
     """Return every collective of each function on tall matrices of n rows."""
     mesh = mesh_of_all()
-    eigh, sym = builders.make_eigh(n, r, dtype=dtype), builders.make_sym(n, r, dtype=dtype)
+    eigh, root = builders.make_eigh(n, r, dtype=dtype), builders.make_root(n, r, dtype=dtype)
     svd = builders.make_svd(n, 2 * r, r, dtype=dtype)
     columns = on_rows(mesh, builders.make_columns(n, k, dtype=dtype))
-    # Columns almost inside the span of U take the longest way.
+    # Columns almost inside the span of U.
     hard = on_rows(mesh, eigh.eigenvectors[:, :k] + 1e-5 * builders.make_columns(n, k, dtype=dtype))
-    eigh, sym, svd = (sharded(mesh, factor) for factor in (eigh, sym, svd))
+    eigh, root, svd = (sharded(mesh, factor) for factor in (eigh, root, svd))
     calls: dict[str, Callable[[], Any]] = {
         "eigh_update": lambda: brandla.eigh_update(eigh, columns),
-        "eigh_update, two passes": lambda: brandla.eigh_update(eigh, hard),
-        "subspace_update": lambda: brandla.subspace_update(sym, columns),
+        "eigh_update, inside the span": lambda: brandla.eigh_update(eigh, hard),
+        "root_update": lambda: brandla.root_update(root, columns),
+        "root_update, cholesky": lambda: brandla.root_update(root, columns, compress="cholesky"),
+        "root_update, tracked": lambda: brandla.root_update(brandla.track(root), hard),
+        "to_eigh": root.to_eigh,
         "svd_append": lambda: brandla.svd_append(svd, columns),
         "damped_solve": lambda: brandla.damped_solve(eigh, columns, 0.1),
-        "damped_power": lambda: brandla.damped_power(sym, columns, 0.1, -0.5),
-        "kron_damped_solve": lambda: brandla.kron_damped_solve(eigh, sym, (columns, columns), 0.1, 0.1),
+        "damped_solve of a root": lambda: brandla.damped_solve(root, columns, 0.1),
+        "damped_power": lambda: brandla.damped_power(root, columns, 0.1, -0.5),
+        "kron_damped_solve": lambda: brandla.kron_damped_solve(eigh, root, (columns, columns), 0.1, 0.1),
         "eigh_update_": lambda: brandla.eigh_update_(eigh, columns),
-        "subspace_update_": lambda: brandla.subspace_update_(sym, columns),
+        "root_update_": lambda: brandla.root_update_(root, columns),
     }
     seen = {}
     for name, call in calls.items():
@@ -362,30 +409,27 @@ def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple
 def zeros() -> list[str]:
     """Start streams over a mesh."""
     mesh, n = mesh_of_all(), 37
-    for factor in (
-        brandla.LowRankEigh.zeros(n, 4, batch_shape=(2,), mesh=mesh),
-        brandla.LowRankSym.zeros(n, 4, dtype=torch.float64, mesh=mesh),
-        brandla.LowRankSVD.zeros(n, 5, 4, mesh=mesh),
+    for make in (
+        lambda **where: brandla.LowRankEigh.zeros(n, 4, batch_shape=(2,), **where),
+        lambda **where: brandla.LowRankRoot.zeros(n, 4, dtype=torch.float64, **where),
+        lambda **where: brandla.LowRankSVD.zeros(n, 5, 4, **where),
     ):
-        plain = type(factor).zeros(
-            n,
-            *((5,) if isinstance(factor, brandla.LowRankSVD) else ()),
-            4,
-            **({"batch_shape": (2,)} if isinstance(factor, brandla.LowRankEigh) else {}),
-            **({"dtype": torch.float64} if isinstance(factor, brandla.LowRankSym) else {}),
-        )
-        for one, other in zip(factor, plain, strict=True):
+        factor = make(mesh=mesh)
+        for one, other in zip(factor, make(), strict=True):
             assert torch.equal(whole(one), other)
             assert one.dtype == other.dtype
         assert sum(isinstance(part, DTensor) for part in factor) == 1
         assert not factor.dense().any()
         assert factor.is_finite().all()
-    sym = sharded(mesh, builders.make_sym(n, 4), replicate=True)
-    assert isinstance(sym.eigh().eigenvectors, DTensor)
-    agree(sym.eigh().dense(), sym.dense(), torch.float64, "eigh")
-    agree(sym.largest_eigenvalue(), whole(sym).largest_eigenvalue(), torch.float64, "largest")
-    eigh = sharded(mesh, builders.make_eigh(n, 4), replicate=True)
-    agree(eigh.largest_eigenvalue(), torch.tensor(1.0, dtype=torch.float64), torch.float64, "largest")
+    for replicate in (False, True):
+        root = sharded(mesh, builders.make_root(n, 4), replicate=replicate)
+        agree(root.largest_eigenvalue(), whole(root).largest_eigenvalue(), torch.float64, "largest")
+        agree(brandla.track(root).trace, whole(root).gram.trace(), torch.float64, "trace")
+        eigh = sharded(mesh, builders.make_eigh(n, 4), replicate=replicate)
+        agree(eigh.largest_eigenvalue(), torch.tensor(1.0, dtype=torch.float64), torch.float64, "largest")
+        back = brandla.LowRankRoot.from_eigh(eigh)
+        same_kind(back, root, "from_eigh")
+        agree(back.dense(), eigh.dense(), torch.float64, "from_eigh")
     return []
 
 
@@ -400,6 +444,8 @@ def refusals() -> dict[str, str]:
     copied = brandla.LowRankEigh(plain.eigenvalues, on_all(mesh, vectors))
     two = brandla.LowRankEigh(plain.eigenvalues, distribute_tensor(vectors, square, [Replicate(), Shard(0)]))
     split_values = brandla.LowRankEigh(distribute_tensor(plain.eigenvalues, mesh, [Shard(0)]), factor.eigenvectors)
+    root = sharded(mesh, builders.make_root(n, r))
+    sharded_gram = brandla.LowRankRoot(root.root, distribute_tensor(root.gram, mesh, [Shard(0)]))
     backwards = DeviceMesh("cpu", list(reversed(range(distributed.get_world_size()))))
     # All rows on rank 0: a DTensor can be told so, but distribute_tensor lays none out like that.
     rows = n if distributed.get_rank() == 0 else 0
@@ -412,7 +458,10 @@ def refusals() -> dict[str, str]:
         "columns on all": lambda: brandla.eigh_update(factor, on_all(mesh, data)),
         "columns on columns": lambda: brandla.eigh_update(factor, distribute_tensor(data, mesh, [Shard(1)])),
         "two dimensions": lambda: brandla.eigh_update_(two, columns),
-        "plain columns": lambda: brandla.subspace_update(brandla.LowRankSym.from_eigh(factor), data),
+        "plain columns": lambda: brandla.root_update(brandla.LowRankRoot.from_eigh(factor), data),
+        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(mesh, vectors)), columns),
+        "replicated U": lambda: brandla.LowRankRoot.from_eigh(copied),
+        "sharded S": lambda: brandla.root_update(sharded_gram, columns),
         "plain local columns": lambda: brandla.eigh_update(factor, columns.to_local()),
         "plain basis": lambda: brandla.eigh_update(plain, columns),
         "plain rhs": lambda: brandla.damped_solve(factor, data, 0.1),
@@ -430,6 +479,7 @@ def refusals() -> dict[str, str]:
         "rank": lambda: brandla.eigh_update(factor, columns, rank=r + k + 1),
         "device and mesh": lambda: brandla.LowRankEigh.zeros(n, r, device="cpu", mesh=mesh),
         "zeros over two dimensions": lambda: brandla.LowRankEigh.zeros(n, r, mesh=square),
+        "a panel": lambda: brandla.orthonormalize(columns),
         "a matrix to sketch": lambda: brandla.randomized_eigh(square_matrix, r),
         "not finite": lambda: brandla.eigh_update(factor, on_rows(mesh, poisoned)),
     }

@@ -23,8 +23,7 @@ from brandla.kfac import (
     Randomized,
     TwoLevel,
 )
-from brandla.kfac.exchange import columns_kept, fewer
-from brandla.kfac.factor import Factor
+from brandla.kfac.exchange import fewer
 from brandla.kfac.inverse_free import InverseFree
 from distributed import replicas
 from distributed.processes import launch, run
@@ -35,7 +34,8 @@ STRATEGIES = {
     "randomized": Randomized(6, inverse_every=2),
     "randomized-svd": Randomized(6, method="svd", inverse_every=1),
     "brand": Brand(6),
-    "brand-subspace": Brand(6, update="subspace"),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
     "brand-randomized": BrandRandomized(6, overwrite_every=2),
     "brand-corrected": BrandCorrected(6, correct_every=2),
 }
@@ -73,7 +73,7 @@ def cases_of_two() -> dict[str, Case]:
 def cases_of_four() -> dict[str, Case]:
     cases = {}
     for mode in ("gather", "split"):
-        for name in ("exact", "randomized", "brand", "brand-subspace", "ekfac"):
+        for name in ("exact", "randomized", "brand", "brand-cholesky", "ekfac"):
             cases[f"{name}, {mode}"] = Case((STRATEGIES | OTHERS)[name], mode, (3, 3, 3, 3))
         cases[f"uneven, {mode}"] = Case(Brand(6), mode, (1, 5, 2, 4))
     return cases
@@ -145,17 +145,6 @@ def _sharded(cases: list[Case], before: bool) -> Any:
     return replicas.train_sharded(cases, before=before)
 
 
-def test_columns_are_made_fewer_where_brand_takes_no_more():
-    """n = 41, rank 12: 28 columns are the most that Brand takes, of the 32 that four ranks have."""
-    factor = Factor(41, (), Brand(12), torch.float64, torch.device("cpu"))
-    assert columns_kept(factor, [8, 8, 8, 8], None) == 28
-    assert columns_kept(factor, [7, 7, 7, 7], None) == 28
-    assert columns_kept(factor, [8, 8, 8, 8], 20) == 20
-    # One rank's alone are too many, and n so small that the substitute is as cheap.
-    assert columns_kept(factor, [29, 1], None) == 30
-    assert columns_kept(Factor(20, (), Brand(12), torch.float64, torch.device("cpu")), [4, 4], None) == 8
-
-
 def test_fewer_rows_have_nearly_the_same_sum_of_outer_products():
     """The best of rank 6 leaves σ₇² in the 2-norm; a randomized one is within a few percent of it here."""
     torch.manual_seed(0)
@@ -186,6 +175,13 @@ def test_a_layer_that_one_rank_cannot_precondition_is_left_by_all(mode: str):
         assert left == [False, True, False]
         assert untouched
         assert same
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradients_that_are_reduced_must_be_formed(processes: int):
+    told = ["a model in DistributedDataParallel", "several processes"][:processes]
+    rule = "KFAC: gradient must be 'autograd' where gradients are reduced over processes; got"
+    assert run(replicas.leaves_gradients_out, processes) == [[f"{rule} {got}" for got in told]] * processes
 
 
 @pytest.mark.parametrize("mode", ["gather", "split"])

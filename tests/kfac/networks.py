@@ -43,9 +43,9 @@ def with_one(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
 
 
-def damped_inverse(factor: Tensor, damping: float) -> Tensor:
-    """(M + damping · λ_max I)⁻¹."""
-    shift = damping * torch.linalg.eigvalsh(factor)[-1]
+def damped_inverse(factor: Tensor, damping: float, largest: Tensor | None = None) -> Tensor:
+    """(M + damping · λ_max I)⁻¹; λ_max may be given."""
+    shift = damping * (torch.linalg.eigvalsh(factor)[-1] if largest is None else largest)
     return torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
 
 

@@ -17,7 +17,8 @@ STRATEGIES = {
     "randomized-svd": Randomized(6, method="svd", oversample=4, inverse_every=3),
     "randomized-eigh": Randomized(6, oversample=4, inverse_every=3),
     "brand": Brand(6),
-    "brand-subspace": Brand(6, update="subspace"),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
     "brand-randomized": BrandRandomized(6, overwrite_every=4, oversample=4),
     "brand-corrected": BrandCorrected(6, correct_every=3),
 }

@@ -24,7 +24,8 @@ STRATEGIES = {
     "randomized-svd": Randomized(60, method="svd", inverse_every=1),
     "randomized-eigh": Randomized(60, inverse_every=1),
     "brand": Brand(12),
-    "brand-subspace": Brand(12, update="subspace"),
+    "brand-cholesky": Brand(12, compress="cholesky"),
+    "brand-eigh": Brand(12, form="eigh"),
     "brand-randomized": BrandRandomized(12, overwrite_every=2),
     "brand-corrected": BrandCorrected(12, correct_every=2),
 }

@@ -17,7 +17,8 @@ STRATEGIES = {
     "randomized-svd": Randomized(6, method="svd", oversample=4, inverse_every=3),
     "randomized-eigh": Randomized(6, oversample=4, inverse_every=3),
     "brand": Brand(6),
-    "brand-subspace": Brand(6, update="subspace"),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
     "brand-randomized": BrandRandomized(6, overwrite_every=4, oversample=4),
     "brand-corrected": BrandCorrected(6, correct_every=3),
 }
@@ -78,16 +79,16 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"the strategy must be Brand.*rank=7.*the state has Brand.*rank=6"):
         KFAC(model, Brand(7)).load_state_dict(before)
     wrong = ours.state_dict()
-    wrong["layers"]["2"]["curvature"]["output"]["state"]["eigenvectors"] = torch.zeros(3, 6)
-    with pytest.raises(ValueError, match=re.escape("2 (output): eigenvectors must have shape (30, 6); got (3, 6)")):
+    wrong["layers"]["2"]["curvature"]["output"]["state"]["root"] = torch.zeros(3, 6)
+    with pytest.raises(ValueError, match=re.escape("2 (output): root must have shape (30, 6); got (3, 6)")):
         ours.load_state_dict(wrong)
     with pytest.raises(ValueError, match="format"):
         ours.load_state_dict({})
     after = ours.state_dict()
     assert after["steps"] == before["steps"]
     assert torch.equal(
-        after["layers"]["0"]["curvature"]["output"]["state"]["eigenvectors"],
-        before["layers"]["0"]["curvature"]["output"]["state"]["eigenvectors"],
+        after["layers"]["0"]["curvature"]["output"]["state"]["root"],
+        before["layers"]["0"]["curvature"]["output"]["state"]["root"],
     )
 
 
@@ -105,22 +106,22 @@ def test_report_says_what_each_factor_got_and_why():
     assert report.unsupported == {"2": "PReLU is not known"}
     small, large = rows["0", "input"], rows["3", "output"]
     assert small.strategy.startswith("Exact(")
-    assert small.reason == "rank 8 + 16 columns a batch >= n = 11"
+    assert small.reason == "rank 8 takes no less memory than the matrix of order n = 11"
     assert large.strategy.startswith("Brand(")
     assert (large.rank, large.n, large.reason) == (8, 300, "")
-    assert large.bytes == 4 * (300 * 8 + 8 + 2)
+    assert large.bytes == 4 * (300 * 8 + 8 * 8 + 3)
     assert large.dense_bytes == 4 * 300 * 300
     assert large.error_bound is not None
     assert "left to the optimizer:\n  2: PReLU is not known" in str(report)
     assert "Brand" in str(report)
 
 
-@pytest.mark.parametrize("update", ["exact", "subspace"])
-def test_brand_memory_is_linear_in_the_layer(update: str):
+@pytest.mark.parametrize("form", ["root", "eigh"])
+def test_brand_memory_is_linear_in_the_layer(form: str):
     sizes = []
     for width in (100, 200, 400):
         layer = nn.Linear(width, width, bias=False)
-        preconditioner = KFAC(layer, Brand(8, update=update))
+        preconditioner = KFAC(layer, Brand(8, form=form))
         layer(torch.randn(4, width)).square().mean().backward()
         preconditioner.step()
         sizes.append(preconditioner.report().factors[0].bytes)
@@ -140,18 +141,18 @@ def test_reported_bound_holds():
     dense /= 1 - 0.9**12
     row = preconditioner.report().factors[0]
     kept = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
-    approximation = (kept["eigenvectors"] * (kept["eigenvalues"] / kept["total"])) @ kept["eigenvectors"].T
+    approximation = kept["root"] @ kept["root"].T
     error = torch.linalg.matrix_norm(dense - approximation, 2).item()
     assert error <= row.error_bound <= 25 * error
 
 
-def test_large_factor_with_a_large_batch_gets_a_randomized_decomposition():
+@pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8)], ids=repr)
+def test_a_factor_with_a_large_batch_keeps_its_strategy(strategy: Strategy):
     layer = nn.Linear(100, 90, bias=False)
-    preconditioner = KFAC(layer, Brand(8))
-    layer(torch.randn(95, 100)).square().mean().backward()
-    with pytest.warns(UserWarning, match="rank 8 \\+ 95 columns"):
-        preconditioner.step()
-    assert {row.strategy.partition("(")[0] for row in preconditioner.report().factors} == {"Randomized"}
+    preconditioner = KFAC(layer, strategy)
+    layer(torch.randn(950, 100)).square().mean().backward()
+    preconditioner.step()
+    assert {row.strategy for row in preconditioner.report().factors} == {str(strategy)}
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,10 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
     ("make", "message"),
     [
         (lambda: Brand(0), "Brand: rank must be at least 1; got 0"),
-        (lambda: Brand(4, update="fast"), "Brand: update must be 'exact' or 'subspace'; got 'fast'"),
-        (lambda: Brand(4, tail="mean"), "Brand: tail must be a number >= 0 or 'smallest'; got 'mean'"),
+        (lambda: Brand(4, form="sym"), "Brand: form must be 'root' or 'eigh'; got 'sym'"),
+        (lambda: Brand(4, compress="qr"), "Brand: compress must be 'eigh' or 'cholesky'; got 'qr'"),
+        (lambda: Brand(4, form="eigh", compress="cholesky"), "Brand: compress must be 'eigh' for form='eigh'"),
+        (lambda: Brand(4, tail="largest"), "Brand: tail must be a number >= 0, 'mean' or 'smallest'; got 'largest'"),
         (lambda: Exact(inverse_every=0), "Exact: inverse_every must be at least 1; got 0"),
         (lambda: Randomized(4, method="qr"), "Randomized: method must be 'svd' or 'eigh'; got 'qr'"),
         (lambda: Randomized(4, oversample=-1), "Randomized: oversample must be at least 0; got -1"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
-from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
+from kfac.networks import batch, damped_inverse, dense_step, gradients, layer_gradient, mlp, with_one
 
 DAMPING = 0.03
 
@@ -16,7 +16,8 @@ FULL_RANK = {
     "randomized-svd": Randomized(40, method="svd", inverse_every=1),
     "randomized-eigh": Randomized(40, inverse_every=1),
     "brand": Brand(24),
-    "brand-subspace": Brand(24, update="subspace"),
+    "brand-cholesky": Brand(24, compress="cholesky"),
+    "brand-eigh": Brand(24, form="eigh"),
     "brand-randomized": BrandRandomized(24, overwrite_every=2),
     "brand-corrected": BrandCorrected(24, correct_every=2),
 }
@@ -51,13 +52,17 @@ def test_one_batch_equals_the_dense_formula(strategy: Strategy, application: str
     outputs = layer(inputs)
     outputs.retain_grad()
     nn.functional.cross_entropy(outputs, labels).backward()
-    expected = dense_step(with_one(inputs), outputs.grad, layer_gradient(layer), DAMPING)
+    gradient, rows = layer_gradient(layer), with_one(inputs)
     preconditioner.step()
-    # The subspace form estimates the largest eigenvalue, and with it the damping, from below.
-    tolerance = 1e-3 if getattr(strategy, "update", "") == "subspace" else 1e-9
-    torch.testing.assert_close(
-        layer_gradient(layer), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
-    )
+    averages = {"input": rows.T @ rows / 8, "output": 8 * outputs.grad.T @ outputs.grad}
+    inverses = {}
+    for side, factor in preconditioner._layers[0].curvature.factors():
+        true, found = torch.linalg.eigvalsh(averages[side])[-1], factor.largest()
+        # compress="cholesky" estimates d₁ from below, and with it the damping.
+        assert (0.9 if getattr(strategy, "compress", "") == "cholesky" else 1 - 1e-12) <= found / true <= 1 + 1e-12
+        inverses[side] = damped_inverse(averages[side], DAMPING, found)
+    expected = inverses["output"] @ gradient @ inverses["input"]
+    torch.testing.assert_close(layer_gradient(layer), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("strategy", list(FULL_RANK.values())[3:], ids=list(FULL_RANK)[3:])
@@ -78,7 +83,7 @@ def test_brand_equals_exact_while_its_rank_holds_all_data(strategy: Strategy):
             preconditioner.step()
         steps[name] = layer_gradient(layer)
     scale = float(steps["exact"].abs().max())
-    tolerance = 2e-2 if getattr(strategy, "update", "") == "subspace" else 1e-8
+    tolerance = 2e-2 if getattr(strategy, "compress", "") == "cholesky" else 1e-8
     torch.testing.assert_close(steps["brand"], steps["exact"], rtol=0, atol=tolerance * scale)
 
 
@@ -210,7 +215,7 @@ def test_tail_is_what_unseen_directions_are_taken_for(tail: float | str):
     layer.weight.grad.zero_()
     layer.weight.grad[-1, -1] = 1.0
     preconditioner.step()
-    smallest = [row["state"]["eigenvalues"][-1] / row["state"]["total"] for row in _factors(preconditioner)]
+    smallest = [row["state"]["gram"].diagonal()[-1] for row in _factors(preconditioner)]
     left, right = smallest if tail == "smallest" else (tail, tail)
     assert layer.weight.grad[-1, -1].item() == pytest.approx(float(1 / ((left + 1) * (right + 1))))
 

@@ -21,7 +21,7 @@ def curvature(preconditioner: KFAC, index: int = 0) -> EigenvalueCorrected:
 
 def parts_of(corrected: EigenvalueCorrected) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """S, d_G, U_G, d_A, U_A."""
-    output, input_ = corrected.bases.output.lowrank(), corrected.bases.input.lowrank()
+    output, input_ = corrected.bases.output.operand(), corrected.bases.input.operand()
     return (corrected.sums / corrected.bases.input.state["total"], *output, *input_)
 
 

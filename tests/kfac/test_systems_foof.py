@@ -19,10 +19,11 @@ SYSTEMS = {
     "cholesky": Exact(inverse_every=1, method="cholesky"),
     "randomized": Randomized(30, inverse_every=1),
     "brand": Brand(12),
-    "brand-subspace": Brand(12, update="subspace"),
+    "brand-cholesky": Brand(12, compress="cholesky"),
+    "brand-eigh": Brand(12, form="eigh"),
 }
 # What the estimate of the largest eigenvalue from below may do to the damping, and with it to the step.
-ESTIMATED = {"cholesky", "brand-subspace"}
+ESTIMATED = {"cholesky", "brand-cholesky"}
 
 
 @pytest.mark.parametrize("application", ["auto", "two-sided"])

@@ -10,10 +10,10 @@ from brandla.kfac.strategy import Damping, Now, Problem, Rows, Shape
 
 SYSTEMS = {
     "cholesky": Exact(inverse_every=1, method="cholesky"),
-    "foof": Foof(Brand(6, update="subspace")),
+    "foof": Foof(Brand(6, compress="cholesky")),
     "foof-cholesky": Foof(Exact(inverse_every=1, method="cholesky")),
     "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
-    "two-level": TwoLevel(Brand(6, update="subspace")),
+    "two-level": TwoLevel(Brand(6, compress="cholesky")),
     "two-level-residual": TwoLevel(Exact(inverse_every=1, method="cholesky"), "residual"),
 }
 

@@ -21,7 +21,8 @@ INNER = {
     "exact": Exact(inverse_every=1),
     "cholesky": Exact(inverse_every=1, method="cholesky"),
     "brand": Brand(3),
-    "brand-subspace": Brand(3, update="subspace"),
+    "brand-cholesky": Brand(3, compress="cholesky"),
+    "brand-eigh": Brand(3, form="eigh"),
     "foof": Foof(Exact(inverse_every=1)),
 }
 NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))

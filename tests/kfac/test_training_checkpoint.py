@@ -91,6 +91,6 @@ def test_options_may_change():
 def test_another_format_is_refused():
     preconditioner = KFAC(network(), Brand(6))
     state = {**preconditioner.state_dict(), "format": 3}
-    message = "KFAC.load_state_dict: the state must have format 4; got 3; one of another version cannot be read"
+    message = "KFAC.load_state_dict: the state must have format 5; got 3; one of another version cannot be read"
     with pytest.raises(ValueError, match=re.escape(message)):
         preconditioner.load_state_dict(state)

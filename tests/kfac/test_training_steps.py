@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -22,7 +23,7 @@ from brandla.kfac import (
     Strategy,
     TwoLevel,
 )
-from brandla.kfac.clip import clipping
+from brandla.kfac.clip import by_kl, by_rms
 from kfac.networks import batch, gradients, layer_gradient, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -32,7 +33,8 @@ STRATEGIES = {
     "exact": Exact(inverse_every=1),
     "randomized": Randomized(6, oversample=4, inverse_every=1),
     "brand": Brand(6),
-    "brand-subspace": Brand(6, update="subspace"),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
     "brand-randomized": BrandRandomized(6, overwrite_every=2, oversample=4),
     "brand-corrected": BrandCorrected(6, correct_every=2),
     "inverse-free": InverseFree(),
@@ -246,9 +248,28 @@ def test_kl_clip_bounds_the_length_in_the_metric_of_the_factors(application: str
 
 def test_clips_of_zero_steps_are_one():
     zeros = torch.zeros(3, 4)
-    for by in ("rms", "kl"):
-        (factor,) = clipping([zeros], [zeros], 0.1, by)
-        assert float(factor) == 1
+    assert [float(factor) for factor in by_rms([[zeros], [zeros, zeros]], 0.1)] == [1, 1]
+    assert by_kl([zeros], [zeros], 0.1) == 1
+
+
+def test_the_clip_by_rms_is_that_of_all_entries_of_a_layer():
+    """Layers of other dtypes and numbers of parts; a length that is not finite gives no step at all."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [
+        [torch.randn(size, generator=generator, dtype=dtype) * scale for size in sizes]
+        for sizes, dtype, scale in [
+            (((6, 5), (6,)), torch.float32, 3.0),
+            (((7, 3),), torch.float64, 2.0),
+            (((6, 5), (6,)), torch.float64, 1.0),
+            (((6, 5), (6,)), torch.float32, 1e-3),
+        ]
+    ]
+    for factor, step in zip(by_rms(steps, 0.07), steps, strict=True):
+        rms = float(torch.cat([part.double().flatten() for part in step]).square().mean().sqrt())
+        # Sums of up to 36 squares: a relative error of a few ε.
+        assert float(factor) == pytest.approx(min(1.0, 0.07 / rms), rel=1e-6)
+        assert factor.dtype == step[0].dtype
+    assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == 0
 
 
 def test_a_step_before_any_backward_pass_does_nothing():

@@ -36,6 +36,8 @@ class Kind(ABC):
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
     single = False
+    # The module is called once for each use, and autograd may be told not to form the weight's gradient.
+    leaves_out = False
     # What tells this weight from others of its module, in the layer's name.
     part = ""
 
@@ -129,10 +131,11 @@ class _Hook:
         return self._record(self._kind.of_call(), args[0] if args else kwargs.get("input"), output)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
+        return no_hook, ()
 
 
-def _no_hook() -> Callable[..., None]:
+def no_hook() -> Callable[..., None]:
+    """Return a hook without effect."""
     return _nothing
 
 

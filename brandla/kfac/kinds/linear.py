@@ -11,6 +11,8 @@ from brandla.kfac.kinds.kind import Kind, Uses, by_sample, is_called_as, why_lef
 class LinearKind(Kind):
     """A Linear: rows are samples and the positions between the first and the last dimension."""
 
+    leaves_out = True
+
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
         """Return the weight of a Linear."""

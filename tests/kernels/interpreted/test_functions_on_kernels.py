@@ -12,23 +12,43 @@ from torch.utils._pytree import tree_map
 
 import brandla
 from brandla_kernels import OPS, reads_are_free
-from builders import dense, make_columns, make_eigh, make_svd, make_sym
+from builders import dense, make_columns, make_eigh, make_root, make_svd
 from oracles import tolerance
 
 N, R, K = 40, 6, 4
 
 # What comes back, as one dense matrix: eigenvectors of close eigenvalues are not comparable by themselves.
 FUNCTIONS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
-    "subspace_update": lambda dtype, batch: (
-        lambda sym, columns: dense(brandla.subspace_update(sym, columns, decay=0.9, weight=0.5)),
-        (make_sym(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
+    "root_update": lambda dtype, batch: (
+        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, weight=0.5)),
+        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
     ),
-    "subspace_update, half": lambda dtype, batch: (
-        lambda sym, columns: dense(brandla.subspace_update(sym, columns, decay=0.9)),
+    "root_update, cholesky": lambda dtype, batch: (
+        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, weight=0.5, compress="cholesky")),
+        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
+    ),
+    "root_update, half": lambda dtype, batch: (
+        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, compress="cholesky")),
         (
-            make_sym(N, R, dtype=torch.float32, batch_shape=batch),
+            make_root(N, R, dtype=torch.float32, batch_shape=batch),
             make_columns(N, K, dtype=torch.bfloat16, batch_shape=batch),
         ),
+    ),
+    "root_update_": lambda dtype, batch: (
+        lambda root, columns: dense(brandla.root_update_(tree_map(torch.clone, root), columns, decay=0.5)),
+        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
+    ),
+    "to_eigh": lambda dtype, batch: (
+        lambda root: dense(root.to_eigh()),
+        (make_root(N, R, dtype=dtype, batch_shape=batch),),
+    ),
+    "orthonormalize": lambda dtype, batch: (
+        lambda panel: torch.cat(brandla.orthonormalize(panel), dim=-2),
+        (make_columns(N, K, dtype=dtype, batch_shape=batch),),
+    ),
+    "orthonormalize, dependent columns": lambda dtype, batch: (
+        lambda panel: torch.matmul(*brandla.orthonormalize(torch.cat([panel, panel], -1))),
+        (make_columns(N, K, dtype=dtype, batch_shape=batch),),
     ),
     "eigh_update": lambda dtype, batch: (
         lambda eigh, columns: dense(brandla.eigh_update(eigh, columns, decay=0.9, weight=0.5)),
@@ -51,14 +71,14 @@ FUNCTIONS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Callable[...
         (make_eigh(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
     ),
     "damped_solve, one factor for all": lambda dtype, batch: (
-        lambda sym, rhs: brandla.damped_solve(sym, rhs, 0.1, tail=0.5),
-        (make_sym(N, R, dtype=dtype), make_columns(N, K, dtype=dtype, batch_shape=batch)),
+        lambda root, rhs: brandla.damped_solve(root, rhs, 0.1, tail=0.5),
+        (make_root(N, R, dtype=dtype), make_columns(N, K, dtype=dtype, batch_shape=batch)),
     ),
     "kron_damped_solve": lambda dtype, batch: (
         lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, 0.1, 0.2),
         (
             make_eigh(N, R, dtype=dtype, batch_shape=batch),
-            make_sym(17, 3, dtype=dtype, batch_shape=batch),
+            make_root(17, 3, dtype=dtype, batch_shape=batch),
             make_columns(N, 17, dtype=dtype, batch_shape=batch),
         ),
     ),
@@ -66,7 +86,7 @@ FUNCTIONS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Callable[...
         lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, 0.1, torch.tensor(0.2, dtype=dtype)),
         (
             make_eigh(N, R, dtype=dtype),
-            make_sym(17, 3, dtype=dtype, batch_shape=batch),
+            make_root(17, 3, dtype=dtype, batch_shape=batch),
             make_columns(N, 17, dtype=dtype, batch_shape=batch),
         ),
     ),
@@ -93,20 +113,28 @@ def test_function_gives_on_kernels_what_it_gives_on_torch_forms(
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance(N, precision, scale))
 
 
+@pytest.mark.parametrize(
+    ("name", "make", "ops"),
+    [
+        ("eigh_update", make_eigh, {"cross_gram", "rotate", "rounded_gram", "cholesky_inverse_core"}),
+        ("root_update", make_root, {"cross_gram", "rotate"}),
+    ],
+)
 def test_a_function_runs_the_kernels_that_a_gpu_would_run(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, make: Callable[..., Any], ops: set[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    for name in ("project", "residual", "refine", "rotate"):
-        launch = OPS[name].launch
-        assert launch is not None
-        monkeypatch.setattr(
-            OPS[name], "launch", lambda *args, name=name, launch=launch: launched.append(name) or launch(*args)
-        )
-    eigh, columns = make_eigh(N, R), make_columns(N, K)
+
+    def recorded(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: launched.append(op) or launch(*args)
+
+    for op in OPS.values():
+        if op.launch is not None:
+            monkeypatch.setattr(op, "launch", recorded(op.name, op.launch))
+    factor, columns = make(N, R, dtype=torch.float32), make_columns(N, K, dtype=torch.float32)
     assert not reads_are_free(columns)
-    brandla.eigh_update(tree_map(lambda part: part.to(device), eigh), columns.to(device))
-    assert set(launched) == {"project", "residual", "refine", "rotate"}
+    getattr(brandla, name)(tree_map(lambda part: part.to(device), factor), columns.to(device))
+    assert set(launched) == ops
 
 
 def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

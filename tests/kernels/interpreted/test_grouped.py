@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 import brandla
 from brandla import grouped
 from brandla_kernels._kernels.launch import Target, recording
-from builders import make_columns, make_eigh, make_sym
+from builders import make_columns, make_eigh, make_root
 
-# Four factors of one class, one of another rank, and one too small for Brand's form.
+# Four factors of one class, one of another rank, and one with r + k > n.
 SIZES = [(60, 8, 5), (90, 8, 5), (41, 8, 5), (50, 8, 5), (50, 6, 5), (12, 8, 5)]
-SYMS = [make_sym(n, r, dtype=torch.float32) for n, r, _ in SIZES]
+ROOTS = [make_root(n, r, dtype=torch.float32) for n, r, _ in SIZES]
 EIGHS = [make_eigh(n, r, dtype=torch.float32) for n, r, _ in SIZES]
 COLUMNS = [make_columns(n, k, dtype=torch.float32) for n, _, k in SIZES]
 WIDTHS = [columns[:, : index + 1] for index, columns in enumerate(COLUMNS)]
@@ -24,28 +24,30 @@ MATRICES = [make_columns(p, q, dtype=torch.float32) for (p, *_), (q, *_) in zip(
 DECAYS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "subspace_update": (lambda *a: grouped.subspace_update(*a, decay=DECAYS, weight=0.1), (SYMS, COLUMNS)),
-    "subspace_update, tracked": (
-        lambda syms, columns: grouped.subspace_update([brandla.track(sym) for sym in syms], columns, decay=0.9),
-        (SYMS, COLUMNS),
+    "root_update": (lambda *a: grouped.root_update(*a, decay=DECAYS, weight=0.1), (ROOTS, COLUMNS)),
+    "root_update, cholesky, tracked": (
+        lambda roots, columns: grouped.root_update(
+            [brandla.track(root) for root in roots], columns, decay=0.9, compress="cholesky"
+        ),
+        (ROOTS, COLUMNS),
     ),
-    "subspace_update, some with more iterations": (
-        lambda *a: grouped.subspace_update(*a, iterations=[1, 1, 2, 2, 3, 3]),
-        (SYMS, COLUMNS),
+    "root_update, some by either way": (
+        lambda *a: grouped.root_update(*a, compress=["eigh", "eigh", "cholesky", "cholesky", "eigh", "eigh"]),
+        (ROOTS, COLUMNS),
     ),
     "eigh_update": (lambda *a: grouped.eigh_update(*a, decay=0.9, weight=DECAYS), (EIGHS, COLUMNS)),
     "damped_solve, eigh": (lambda *a: grouped.damped_solve(*a, DECAYS, tail="smallest"), (EIGHS, COLUMNS)),
-    "damped_solve, sym": (lambda *a: grouped.damped_solve(*a, 0.1), (SYMS, WIDTHS)),
-    "damped_solve, both kinds": (lambda *a: grouped.damped_solve(*a, 0.1), ([*SYMS[:3], *EIGHS[3:]], COLUMNS)),
+    "damped_solve, root": (lambda *a: grouped.damped_solve(*a, 0.1), (ROOTS, WIDTHS)),
+    "damped_solve, both kinds": (lambda *a: grouped.damped_solve(*a, 0.1), ([*ROOTS[:3], *EIGHS[3:]], COLUMNS)),
     "damped_solve, vectors": (
         lambda lowranks, rhs: grouped.damped_solve(lowranks, [block[:, 0] for block in rhs], 0.1),
-        (SYMS, COLUMNS),
+        (ROOTS, COLUMNS),
     ),
-    "damped_power": (lambda *a: grouped.damped_power(*a, 0.1, [-1, -1, -0.5, -0.5, 2, 1]), (SYMS, COLUMNS)),
-    "kron_damped_solve": (lambda *a: grouped.kron_damped_solve(*a, 0.1, DECAYS), (EIGHS, SYMS[::-1], MATRICES)),
+    "damped_power": (lambda *a: grouped.damped_power(*a, 0.1, [-1, -1, -0.5, -0.5, 2, 1]), (ROOTS, COLUMNS)),
+    "kron_damped_solve": (lambda *a: grouped.kron_damped_solve(*a, 0.1, DECAYS), (EIGHS, ROOTS[::-1], MATRICES)),
     "kron_damped_solve, pairs": (
         lambda lefts, rights, data: grouped.kron_damped_solve(lefts, rights, [(a, b) for a, b in data], 0.1, 0.2),
-        (EIGHS, SYMS[::-1], list(zip(COLUMNS, COLUMNS[::-1], strict=True))),
+        (EIGHS, ROOTS[::-1], list(zip(COLUMNS, COLUMNS[::-1], strict=True))),
     ),
 }
 
@@ -69,11 +71,11 @@ def test_grouped_call_equals_the_torch_backend(name: str, device: str):
 
 
 ALIKE: dict[str, Callable[[int], Any]] = {
-    "subspace_update": lambda count: grouped.subspace_update(SYMS[:2] * count, COLUMNS[:2] * count),
+    "root_update": lambda count: grouped.root_update(ROOTS[:2] * count, COLUMNS[:2] * count, compress="cholesky"),
     "eigh_update": lambda count: grouped.eigh_update(EIGHS[:2] * count, COLUMNS[:2] * count),
     "damped_solve": lambda count: grouped.damped_solve(EIGHS[:2] * count, COLUMNS[:2] * count, 0.1),
     "kron_damped_solve": lambda count: grouped.kron_damped_solve(
-        EIGHS[:2] * count, SYMS[:2] * count, [torch.ones(n, n) for n, *_ in SIZES[:2]] * count, 0.1, 0.1
+        EIGHS[:2] * count, ROOTS[:2] * count, [torch.ones(n, n) for n, *_ in SIZES[:2]] * count, 0.1, 0.1
     ),
 }
 

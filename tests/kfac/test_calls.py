@@ -1,0 +1,94 @@
+"""How many operations a step asks the device for, besides those of the linear algebra that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from brandla import grouped
+from brandla.kfac import KFAC, Brand
+from kfac.networks import mlp
+
+# They ask the device for no work.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "_reshape_alias"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations, outside of functions that are not looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.inside = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if not self.inside and not func.is_view and name not in FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Leave out what a function does."""
+
+        @wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            self.inside += 1
+            try:
+                return function(*args, **options)
+            finally:
+                self.inside -= 1
+
+        return call
+
+
+def calls_of_step(monkeypatch: pytest.MonkeyPatch, depth: int, **options: Any) -> list[str]:
+    """Names of the operations of the third step of a network of ``depth`` layers."""
+    calls = Calls()
+    with monkeypatch.context() as patched:
+        for name in grouped.__all__:
+            patched.setattr(grouped, name, calls.around(getattr(grouped, name)))
+        model = mlp(*[40] * (depth + 1), dtype=torch.float32)
+        preconditioner = KFAC(model, Brand(4), **options)
+        for step in range(3):
+            model.zero_grad()
+            model(torch.randn(6, 40)).square().mean().backward()
+            if step < 2:
+                preconditioner.step()
+        with calls:
+            preconditioner.step()
+    return calls.names
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "pair"])
+@pytest.mark.parametrize("clip_by", ["rms", "kl"])
+def test_a_step_asks_for_few_operations_besides_its_algebra(
+    monkeypatch: pytest.MonkeyPatch, clip_by: str, gradient: str
+):
+    """A layer's own: the 1 of its bias, a look at its rows, and its step.
+
+    That is 1 padding, 2 looks and 2 products; with ``"kl"`` two Gram matrices, their product and its sum.
+    """
+    some, more = (calls_of_step(monkeypatch, depth, clip_by=clip_by, gradient=gradient) for depth in (2, 6))
+    of_layer = 5 + 4 * (clip_by == "kl")
+    assert (len(more) - len(some)) / 4 <= of_layer
+    assert len(some) <= 2 * of_layer + 30
+    assert calls_of_step(monkeypatch, 2, clip_by=clip_by, gradient=gradient) == some
+
+
+def test_factors_that_began_together_have_one_sum_of_weights():
+    """Also after a checkpoint was read."""
+    model = mlp(40, 40, 40)
+    own = KFAC(model, Brand(4))
+    for preconditioner in (own, KFAC(model, Brand(4))):
+        if preconditioner is not own:
+            preconditioner.load_state_dict(own.state_dict())
+        model(torch.randn(6, 40, dtype=torch.float64)).sum().backward()
+        preconditioner.step()
+        totals = [factor.state["total"] for layer in preconditioner._layers for _, factor in layer.curvature.factors()]
+        assert len(totals) == 4
+        assert all(total is totals[0] for total in totals)

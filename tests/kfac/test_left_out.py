@@ -1,0 +1,340 @@
+"""Weights whose gradient autograd leaves out: steps equal those of gradients that it forms, or an error says why."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact, Foof, InverseFree, Strategy, TwoLevel
+from brandla.kfac.distributed import Replicas
+from kfac.networks import batch, gradients, mlp
+
+WIDTHS = (40, 30, 30, 3)
+STRATEGIES = {
+    "brand": Brand(8),
+    "exact": Exact(inverse_every=1),
+    "ekfac": EKFAC(inverse_every=1),
+    "foof": Foof(Brand(8)),
+    "inverse-free": InverseFree(),
+    # Few iterations: rounding grows from one to the next until they have converged.
+    "conjugate-gradient": ConjugateGradient(iterations=3),
+    "two-level": TwoLevel(Brand(8)),
+}
+
+Train = Callable[[nn.Module, KFAC], Iterator[None]]
+
+
+def loss(model: nn.Module, seed: int = 0, count: int = 6) -> Tensor:
+    inputs, labels = batch(count, WIDTHS[0], WIDTHS[-1], seed)
+    value: Tensor = nn.functional.cross_entropy(model(inputs), labels)
+    return value
+
+
+def plain(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """Three steps."""
+    for seed in range(3):
+        model.zero_grad()
+        loss(model, seed).backward()
+        yield
+
+
+def accumulated(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """Two backward passes a step, and one whose gradients are thrown away."""
+    for seed in range(3):
+        loss(model, seed + 20).backward()
+        model.zero_grad()
+        loss(model, seed).backward()
+        loss(model, seed + 10).backward()
+        yield
+        model.zero_grad()
+
+
+def used_twice(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """A weight is used twice in one pass, with further dimensions."""
+    assert isinstance(model, nn.Sequential)
+    for seed in range(3):
+        model.zero_grad()
+        inputs = batch(6, WIDTHS[0], 3, seed)[0].reshape(3, 2, WIDTHS[0])
+        hidden = model[:2](inputs)
+        model[4](model[2:4](model[2:4](hidden))).square().mean().backward()
+        yield
+
+
+def penalised(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """Something besides the calls is in a gradient."""
+    assert isinstance(model, nn.Sequential)
+    for seed in range(3):
+        model.zero_grad()
+        (loss(model, seed) + model[0].weight.pow(4).sum()).backward()
+        yield
+
+
+def checkpointed(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """Activations are computed again in the backward pass."""
+    for seed in range(3):
+        model.zero_grad()
+        inputs, labels = batch(6, WIDTHS[0], WIDTHS[-1], seed)
+        nn.functional.cross_entropy(checkpoint(model, inputs, use_reentrant=False), labels).backward()
+        yield
+
+
+def hooked(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """A weight's gradient has a hook that changes it."""
+    assert isinstance(model, nn.Sequential)
+    model[2].weight.register_hook(lambda gradient: 2 * gradient)
+    yield from plain(model, preconditioner)
+
+
+def thawed(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """A weight is frozen for a time, and a bias for another."""
+    assert isinstance(model, nn.Sequential)
+    model[0].weight.requires_grad_(False)
+    yield from plain(model, preconditioner)
+    model[0].weight.requires_grad_(True)
+    yield from plain(model, preconditioner)
+    model[0].bias.requires_grad_(False)
+    yield from plain(model, preconditioner)
+
+
+def looked_at(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """Passes that are none of the training: without gradients, for those of inputs, with torch.func."""
+    for _ in plain(model, preconditioner):
+        inputs = batch(2, WIDTHS[0], 3)[0].requires_grad_()
+        torch.autograd.grad(model(inputs).sum(), inputs)
+        with torch.no_grad():
+            loss(model, 7)
+        torch.func.grad(sum_of_outputs, argnums=1)(model, dict(model.named_parameters()))
+        yield
+
+
+def sum_of_outputs(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+    outputs: Tensor = torch.func.functional_call(model, parameters, (batch(2, WIDTHS[0], 3)[0],))
+    return outputs.sum()
+
+
+def late(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    """A backward pass comes a step after its forward pass; weights stay."""
+    waiting = loss(model, 9)
+    for seed in range(3):
+        model.zero_grad()
+        coming = loss(model, seed)
+        waiting.backward()
+        waiting = coming
+        yield
+
+
+def steps(
+    train: Train, gradient: Any, strategy: Strategy = STRATEGIES["brand"], scale: float = 1.0, **options: Any
+) -> list[list[Tensor]]:
+    """Train a network, and return the gradients after each step."""
+    model = mlp(*WIDTHS)
+    preconditioner = KFAC(model, strategy, gradient=gradient, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for _ in train(model, preconditioner):
+        preconditioner.step()
+        found.append(gradients(model))
+        if train is not late:
+            optimizer.step()
+    return found
+
+
+def assert_same(own: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    for mine, other in zip(own, expected, strict=True):
+        for one, two in zip(mine, other, strict=True):
+            # Products of the same numbers, summed in another order; what follows a solve with λ = 0.03 keeps 1e-9.
+            torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("train", [plain, accumulated, used_twice, penalised], ids=lambda train: str(train.__name__))
+def test_every_strategy_takes_the_same_steps(strategy: Strategy, train: Train):
+    assert_same(steps(train, "pair", strategy), steps(train, "autograd", strategy))
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+@pytest.mark.parametrize(
+    "train", [checkpointed, hooked, thawed, looked_at, late], ids=lambda train: str(train.__name__)
+)
+def test_steps_are_the_same_however_the_model_is_used(train: Train):
+    assert_same(steps(train, "pair"), steps(train, "autograd"))
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"application": "two-sided"},
+        {"clip_by": "kl"},
+        {"clip": None},
+        {"factor_every": 2},
+        {"factor_every": 2, "application": "two-sided"},
+        {"sharing": "reduce"},
+        {"inverse": {"0": None}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("train", [plain, used_twice], ids=lambda train: str(train.__name__))
+def test_steps_are_the_same_with_every_option(train: Train, options: dict[str, Any]):
+    strategy = options.pop("inverse", STRATEGIES["brand"]) if "inverse" in options else STRATEGIES["brand"]
+    assert_same(steps(train, "pair", strategy, **options), steps(train, "autograd", strategy, **options))
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+def test_curvature_passes_of_their_own():
+    def train(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+        for seed in range(3):
+            model.zero_grad()
+            inputs, labels = batch(6, WIDTHS[0], WIDTHS[-1], seed)
+            outputs = model(inputs)
+            preconditioner.curvature(outputs)
+            nn.functional.cross_entropy(outputs, labels).backward()
+            yield
+
+    options = {"curvature": "type-2"}
+    assert_same(steps(train, "pair", **options), steps(train, "autograd", **options))
+
+
+def test_a_compiled_graph_is_left_to_autograd():
+    def train(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for seed in range(3):
+            model.zero_grad()
+            loss(compiled, seed).backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+            yield
+
+    with pytest.warns(UserWarning, match="some factors are too small"):
+        assert_same(steps(train, "pair"), steps(train, "autograd"))
+
+
+def test_autograd_forms_no_gradient_of_a_weight_with_a_bias():
+    model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 10, bias=False), nn.Linear(10, 8))
+    preconditioner = KFAC(model, Brand(2), gradient="pair")
+    model(torch.randn(3, 20)).sum().backward()
+    assert [model[index].weight.grad is None for index in range(3)] == [True, False, True]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    preconditioner.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_step_without_gradients_does_nothing():
+    model = mlp(20, 10)
+    preconditioner = KFAC(model, Exact(), gradient="pair")
+    inputs = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    torch.autograd.grad(model(inputs).sum(), inputs)
+    preconditioner.step()
+    model(inputs).sum().backward()
+    model.zero_grad()
+    preconditioner.step()
+    assert gradients(model) == []
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("factor_every", [1, 2])
+def test_a_batch_that_is_not_finite_gives_no_step(bad: float, factor_every: int):
+    """Also where only an input is, of an output that no gradient comes to, at a step without data for the factors."""
+    model = mlp(40, 30, dtype=torch.float32)
+    preconditioner = KFAC(model, Brand(4), gradient="pair", factor_every=factor_every)
+    for step in range(2):
+        model.zero_grad()
+        inputs = torch.randn(3, 40)
+        if step == 1:
+            inputs[0, 0] = bad
+        model(inputs)[1:].sum().backward()
+        preconditioner.step()
+    assert all(not gradient.any() for gradient in gradients(model))
+    assert preconditioner.report().skipped == 1
+
+
+def test_half_precision_and_a_scaled_loss():
+    model = mlp(40, 30, 30, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = {}
+    for gradient in ("autograd", "pair"):
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        preconditioner = KFAC(own, Brand(4), gradient=gradient, scaler=scaler)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = own(torch.randn(3, 40, generator=torch.Generator().manual_seed(0)))
+        scaler.scale(outputs.float().square().mean()).backward()
+        scaler.unscale_(optimizer)
+        preconditioner.step()
+        found[gradient] = gradients(own)
+        scaler.step(optimizer)
+        scaler.update()
+    for one, two in zip(*found.values(), strict=True):
+        # bfloat16 has 8 bits; autograd rounds the products of the same rows to it.
+        torch.testing.assert_close(one, two, rtol=0, atol=2**-6 * float(two.abs().max()))
+
+
+def test_a_copy_of_the_model_is_an_ordinary_model():
+    model = mlp(20, 10)
+    KFAC(model, Exact(), gradient="pair")
+    own = copy.deepcopy(model)
+    own(torch.randn(3, 20, dtype=torch.float64)).sum().backward()
+    assert own[0].weight.grad is not None
+
+
+def test_hooks_go_with_remove_and_weights_are_trained_after_a_failed_call():
+    model = mlp(20, 10)
+    preconditioner = KFAC(model, Exact(), gradient="pair")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5, dtype=torch.float64))
+    assert model[0].weight.requires_grad
+    preconditioner.remove()
+    model(torch.randn(3, 20, dtype=torch.float64)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def zeroed(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+    loss(model).backward()
+
+
+def clipped(model: nn.Module) -> None:
+    model.zero_grad()
+    loss(model).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def kept(model: nn.Module) -> None:
+    loss(model).backward()
+
+
+@pytest.mark.parametrize("change", [zeroed, clipped, kept], ids=lambda change: str(change.__name__))
+def test_gradients_that_are_changed_outside_raise(change: Callable[[nn.Module], None]):
+    model = mlp(*WIDTHS)
+    preconditioner = KFAC(model, Exact(), gradient="pair")
+    loss(model).backward()
+    preconditioner.step()
+    change(model)
+    with pytest.raises(RuntimeError, match=r"gradient='pair': the gradient of 0\.weight .* set_to_none=True"):
+        preconditioner.step()
+
+
+def test_a_call_that_cannot_be_captured_raises_where_its_gradient_is_left_out():
+    model = nn.Linear(20, 10)
+    model.register_forward_hook(lambda module, args, output: output.sum(-1), prepend=True)
+    KFAC(model, Exact(), gradient="pair")
+    with pytest.raises(RuntimeError, match="gradient must be 'autograd' for this Linear: its output has shape"):
+        model(torch.randn(3, 20))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(KFAC, "_replicas", type("Several", (), {"several": True, "complete": Replicas.complete})())
+    with pytest.raises(RuntimeError, match="gradient must be 'autograd' where gradients are reduced over processes"):
+        KFAC(mlp(20, 10), Exact(), gradient="pair")
+
+
+def test_the_option_is_checked():
+    with pytest.raises(ValueError, match="KFAC: gradient must be 'autograd' or 'pair'; got 'none'"):
+        KFAC(mlp(20, 10), Exact(), gradient="none")  # type: ignore[arg-type]
