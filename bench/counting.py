@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 _ALLOCATIONS = {
     *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.resize_),
-    *(aten.detach, aten._unsafe_view, aten.set_),
+    *(aten.detach, aten.detach_, aten._unsafe_view, aten.set_),
 }
 # What makes the host wait for the device: results that it reads, or whose sizes it needs.
 _WAITS = {
