@@ -8,6 +8,7 @@ DEMO_ARGS ?=
 EXAMPLE_ARGS ?=
 GPU_ARGS ?=
 KERNELS_ARGS ?=
+LAUNCHES_ARGS ?=
 PYTEST_ARGS ?=
 STUDY_ARGS ?=
 
@@ -35,7 +36,7 @@ endif
 .DELETE_ON_ERROR:
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels bench bench-cpu bench-functions bench-kfac \
+.PHONY: help setup demo test lint format typecheck imports pytest interpret kernels launches bench bench-cpu bench-functions bench-kfac \
     bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams gpu profile \
     examples docs-figures docs clean distclean
 
@@ -72,6 +73,9 @@ interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU 
 
 kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a table (KERNELS_ARGS="--json FILE --targets sm_90")
 	$(python) -m bench.kernels_table $(KERNELS_ARGS)
+
+launches: .venv/.extra-bench ## kernels that each public function and a K-FAC step ask for, beside their budgets (LAUNCHES_ARGS="--quick")
+	$(python) -m bench.launches $(LAUNCHES_ARGS)
 
 bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
 	$(python) -m pytest -v bench/bench_updates.py bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)

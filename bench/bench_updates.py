@@ -39,10 +39,11 @@ from bench.problems import (
     steady,
 )
 from bench.timing import Interval
-from brandla._small import UNRESOLVED, compressed, leading, unit_scaled
+from brandla._small import UNRESOLVED, leading, unit_scaled
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
 from brandla.root import check_root_update
+from brandla_kernels.root_core import compressed
 
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 # What root_update is to take of the GEMMs of Brand's form at most.
@@ -139,7 +140,7 @@ def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
     values, rotation, _ = compress()
     if name == EIGH:
         rotation = unit_scaled(rotation, values)
-    rotate = lambda: update.rotated(rotation, lengths)
+    rotate = lambda: update.rotated(*update.scaled(rotation, lengths))
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
     vectors = rotate()
     return stages | ({"polish, or the probes that spare it": lambda: polish(vectors)} if name == EIGH else {})

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import brandla
-from brandla._small import compressed
 from brandla.root import Compress
 from brandla_kernels import cross_gram
+from brandla_kernels.root_core import compressed
 from oracles import STREAMS, gaussian, orthonormal, power_law
 
 DECAY = 0.95

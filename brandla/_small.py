@@ -11,7 +11,7 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla_kernels import cholesky_inverse_core, reads_are_free, tall
+from brandla_kernels import cholesky_inverse_core, reads_are_free, tall, without_denormals
 
 # Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
 # so that no rounding mixes an empty coordinate into an eigenvector.
@@ -127,92 +127,6 @@ def above(values: Tensor, tol: float) -> Tensor:
     return ~(values <= tol * values.amax(-1, keepdim=True))
 
 
-class Compressed(NamedTuple):
-    """A core K compressed to the range of W: S = WᵀK W, and a bound of the norm of (I − W Wᵀ) K (I − W Wᵀ)."""
-
-    gram: Tensor  # (..., rank, rank)
-    rotation: Tensor  # (..., m, rank), orthonormal or zero columns
-    left_out: Tensor  # (...,): the Frobenius norm, or 0 where it is not asked for
-
-
-def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
-    """Compress a positive semi-definite core by two steps of the LR algorithm: no eigendecomposition, no sync.
-
-    K + σI = RᵀR, and L = R Rᵀ is the same core in orthonormal coordinates and nearer to diagonal. With its diagonal in
-    descending order, ΠᵀLΠ = R₂ᵀR₂ in the same way, and the leading eigenvectors of L are nearly LΠR₂ᵀZ, with Z the unit
-    vectors of the longest rows of R₂. W = orth(RᵀLΠR₂ᵀZ).
-
-    Parameters
-    ----------
-    core
-        K (..., m, m), float64.
-    rank
-        Columns of W.
-    dtype
-        Precision of the factor that K was made from: σ is 32 of its ε times ‖K‖, since K is no more definite than that.
-    tol
-        Columns whose entry on the diagonal of S is up to ``tol`` times the largest become zero.
-    measure
-        Whether to measure what is left out.
-    """
-    m = core.shape[-1]
-    finite = _is_finite(core)[..., None, None]
-    identity = torch.eye(m, dtype=core.dtype, device=core.device).expand_as(core)
-    if rank == m and not (m and tol):
-        rotation = identity.clone()
-    else:
-        largest = core.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-        normalized = torch.where(finite, core / torch.where(largest > 0, largest, 1), 0)
-        shift = 32 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(normalized, keepdim=True)
-        factor = _upper_factor(normalized + shift.clamp_min(torch.finfo(dtype).eps) * identity)
-        nearer = factor @ factor.mT
-        order = nearer.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-        sorted_columns = nearer.take_along_dim(order[..., None, :], -1)
-        second = _upper_factor(sorted_columns.take_along_dim(order[..., :, None], -2))
-        chosen = second.square().sum(-1).topk(rank, dim=-1).indices
-        rotation = _orthonormal(factor.mT @ (sorted_columns @ tall.columns_at(second.mT, chosen)))
-    image = core @ rotation
-    gram = rotation.mT @ image
-    if tol:
-        alive = above(gram.diagonal(dim1=-2, dim2=-1), tol).to(core.dtype)
-        rotation, image = rotation * alive[..., None, :], image * alive[..., None, :]
-        gram = gram * alive[..., None, :] * alive[..., :, None]
-    left_out = core.new_zeros(core.shape[:-2])
-    if measure:
-        rest = core - image @ rotation.mT
-        left_out = torch.linalg.matrix_norm(rest - rotation @ (rotation.mT @ rest))
-    gram = without_denormals(((gram + gram.mT) / 2).to(dtype), dims=2)
-    finite = finite & torch.isfinite(gram.sum((-2, -1), keepdim=True))
-    return Compressed(
-        torch.where(finite, gram, float("nan")),
-        torch.where(finite, rotation, float("nan")),
-        left_out,
-    )
-
-
-def _upper_factor(matrix: Tensor) -> Tensor:
-    """Return R with M = RᵀR; where rounding left M not definite, the root of its diagonal, which still serves."""
-    factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
-    plain = torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
-    return torch.where((info == 0)[..., None, None], factor, plain)
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """Orthonormalise the columns of a small float64 matrix by shifted Cholesky QR; dependent ones become zero."""
-    lengths = torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
-    matrix = matrix / torch.where(lengths > 0, lengths, 1)
-    noise = 64 * max(matrix.shape[-1], 1) * torch.finfo(matrix.dtype).eps
-    inner = matrix.mT @ matrix
-    identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-    factor = torch.linalg.cholesky_ex(inner + noise * identity, upper=True).L
-    matrix = torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
-    for threshold in (noise, 0.25):
-        inner = matrix.mT @ matrix
-        scale = (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype)
-        matrix = matrix @ cholesky_inverse_core(inner, scale, threshold)[0]
-    return matrix
-
-
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of a small matrix whose empty rows and columns stay empty.
 
@@ -294,17 +208,6 @@ def _orthonormal_again(vectors: Tensor) -> Tensor:
     inner = vectors.mT @ vectors
     transform, _ = cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
     return vectors @ transform
-
-
-def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
-    """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no normal number any more.
-
-    A stream that dies out would otherwise slow every product down with denormals, for good.
-    """
-    if values.numel() == 0:
-        return values
-    largest = values.abs().amax(tuple(range(-dims, 0)), keepdim=True)
-    return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
 def _is_finite(core: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import above, leading, safe_svd, unit_scaled, unresolved, without_denormals
+from brandla._small import above, leading, safe_svd, unit_scaled, unresolved
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, check_update
-from brandla_kernels import gram
+from brandla_kernels import gram, without_denormals
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 SVD = TypeVar("SVD", LowRankSVD, Centred)
@@ -120,12 +120,12 @@ def eigh_step(update: Update) -> Updated:
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
     values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    vectors = update.rotated(unit_scaled(rotation, values), lengths)
+    vectors = update.rotated(*update.scaled(unit_scaled(rotation, values), lengths))
     if update.in_place:
         polish_(vectors, update.rows)
     else:
         vectors = polish(vectors, update.rows)
-    return update.result(values, vectors, core, left_out)
+    return update.result(values, vectors, left_out, update.added(core, left_out))
 
 
 @ranged("m,r,n", "m,k", "n,k")

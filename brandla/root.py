@@ -15,9 +15,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
-from brandla._small import compressed, leading, without_denormals
+from brandla._small import leading
 from brandla.lowrank import Factor, LowRankEigh, LowRankRoot, Rank, Tracked, most_of, tolerance_of
-from brandla_kernels import Tall, cross_gram, rotate, rotate_, tall
+from brandla_kernels import Tall, cross_gram, root_core, rotate, rotate_, tall, without_denormals
+from brandla_kernels.root_core import assembled
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
 Target = TypeVar("Target")
@@ -132,13 +133,13 @@ def root_step(update: Update, compress: Compress) -> Updated:
     """Compute `root_update` from checked arguments."""
     if update.adds_nothing:
         return update.decayed(update.decay**0.5)
+    if compress == "cholesky":
+        gram, of_root, of_columns, left_out, added = update.compressed()
+        return update.result(gram, update.rotated(of_root, of_columns), left_out, added)
     core = update.core(update.small)
-    if compress == "eigh":
-        values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
-        gram = torch.diag_embed(values)
-    else:
-        gram, rotation, left_out = compressed(core, update.rank, update.dtype, update.tol, update.tracked is not None)
-    return update.result(gram, update.rotated(rotation), core, left_out)
+    values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
+    basis = update.rotated(*update.scaled(rotation))
+    return update.result(torch.diag_embed(values), basis, left_out, update.added(core, left_out))
 
 
 class Update(NamedTuple):
@@ -171,26 +172,42 @@ class Update(NamedTuple):
         F is the tall matrix or, where ``lengths`` (..., r) are given, that matrix times them; ``gram`` is FᵀF.
         """
         cross, own = self.rows.totals(*cross_gram(self.tall, self.columns))
-        if tall.columns(self.columns) == 0:
-            gram = gram + self._nothing()[..., None, None]
         if lengths is not None:
             cross = cross * lengths[..., :, None]
-        cross = cross * _matrix((self.decay * self.weight) ** 0.5)
-        upper = torch.cat([gram * _matrix(self.decay), cross], dim=-1)
-        lower = torch.cat([cross.mT, own * _matrix(self.weight)], dim=-1)
-        return torch.cat([upper, lower], dim=-2)
+        return assembled(self._checked(gram), cross, own, _matrix(self.decay), _matrix(self.weight))
 
-    def rotated(self, rotation: Tensor, lengths: Tensor | None = None) -> Tall:
-        """Return B W for W (..., r + k, s), or write it over the tall matrix: one more pass."""
+    def compressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return S⁺, √ρ W₁, √w W₂, the norm left out and the trace added by `root_core`: one pass over F and A."""
+        cross, own = self.rows.totals(*cross_gram(self.tall, self.columns))
+        decay, weight = _numbers(self.decay, self.weight, self.small)
+        measure = self.tracked is not None
+        return root_core(self._checked(self.small), cross, own, decay, weight, self.rank, self.tol, measure)
+
+    def _checked(self, gram: Tensor) -> Tensor:
+        """Return S, not finite where F is not and no columns would tell."""
+        return gram if tall.columns(self.columns) else gram + self._nothing()[..., None, None]
+
+    def scaled(self, rotation: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return √ρ W₁, of rows times ``lengths``, and √w W₂ in the dtype of the factor for W (..., r + k, s)."""
         r = tall.columns(self.tall)
         of_old = rotation[..., :r, :] * _matrix(self.decay**0.5)
         if lengths is not None:
             of_old = of_old * lengths[..., :, None]
         of_columns = rotation[..., r:, :] * _matrix(self.weight**0.5)
+        return of_old.to(self.dtype), of_columns.to(self.dtype)
+
+    def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
+        """Return F W₁ + A W₂, or write it over the tall matrix: one more pass."""
         if not self.in_place:
-            return rotate(self.tall, self.columns, of_old.to(self.dtype), of_columns.to(self.dtype))
-        rotate_(self.tall, self.columns, of_old.to(self.dtype), of_columns.to(self.dtype))
+            return rotate(self.tall, self.columns, of_old, of_columns)
+        rotate_(self.tall, self.columns, of_old, of_columns)
         return self.tall
+
+    def added(self, core: Tensor, left_out: Tensor) -> Tensor | None:
+        """Return the trace that the columns add to a tracked factor; NaN with what is left out of the core."""
+        if self.tracked is None:
+            return None
+        return core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1) + 0 * left_out
 
     def decayed(self, factor: float | Tensor = 1.0) -> Updated:
         """Apply the decay alone, to F by ``factor``; what is not finite makes all of the factor NaN."""
@@ -207,14 +224,11 @@ class Update(NamedTuple):
         tracked = self.tracked and tuple(self.decay * number + nothing for number in self.tracked)
         return Updated(small, basis, tracked, self.rows)
 
-    def result(self, small: Tensor, basis: Tall, core: Tensor, left_out: Tensor) -> Updated:
+    def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Updated:
         """Return the updated factor, with the numbers of a tracked one carried along."""
-        if self.tracked is None:
+        if self.tracked is None or added is None:
             return Updated(small, basis, None, self.rows)
         bound, trace = self.tracked
-        added = core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1)
-        # What poisons a core reaches what is left out of it.
-        added = added + 0 * left_out
         tracked = self.decay * bound + left_out.to(bound.dtype), self.decay * trace + added.to(trace.dtype)
         return Updated(small, basis, tracked, self.rows)
 
@@ -342,3 +356,16 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
 def _matrix(number: float | Tensor) -> float | Tensor:
     """Return a number, or a tensor of batch shape with the dimensions of matrices to broadcast over."""
     return number[..., None, None] if isinstance(number, Tensor) else number
+
+
+def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ρ and w as tensors of the batch shape of S."""
+    if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
+        # One kernel for both: a line of two points is exact at its ends.
+        decay, weight = torch.linspace(decay, weight, 2, dtype=gram.dtype, device=gram.device).unbind()
+    batch = gram.shape[:-2]
+    return _number(decay, gram).expand(batch), _number(weight, gram).expand(batch)
+
+
+def _number(number: float | Tensor, like: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=like.dtype, device=like.device)

@@ -120,6 +120,7 @@ def operands(
             new(n, k, 11),
         ),
         "cholesky_inverse_core": lambda: _core_operands(columns),
+        "root_core": lambda: root_core_operands(basis, columns),
         "sketch": lambda: (columns, torch.tensor(7, device=device), r + 1),
     }
     return table[case]()
@@ -128,6 +129,15 @@ def operands(
 def _core_operands(columns: Tensor) -> tuple[Tensor, Tensor, float]:
     panel = columns.double()
     return panel.mT @ panel, panel.square().sum(-2).sqrt(), 1e-10
+
+
+def root_core_operands(root: Tensor, columns: Tensor) -> tuple[Any, ...]:
+    """Return what `root_core` takes of F and A, for ρ = .9, w = .25, the rank of F, no tolerance and all measured."""
+    wide, new = root.double(), columns.double()
+    r, batch = root.shape[-1], root.shape[:-2]
+    decay, weight = (torch.full(batch, number, dtype=root.dtype, device=root.device) for number in (0.9, 0.25))
+    rank = min(max(r, 1), r + columns.shape[-1])
+    return ((wide.mT @ wide).to(root.dtype), wide.mT @ new, new.mT @ new, decay, weight, rank, 0.0, True)
 
 
 def half_precision_data(case: str, arguments: tuple[Any, ...], half: torch.dtype) -> tuple[Any, ...]:

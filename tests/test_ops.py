@@ -268,7 +268,7 @@ def test_an_op_follows_the_dispatcher_on_every_device() -> None:
 def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
     """Return ``call`` as a function of its floating-point tensors, whose results are in float64.
 
-    The Gram matrix of the Cholesky core is one of the panel that is varied in its place, and so stays symmetric.
+    The Gram matrices of small cores are those of the panels that are varied in their places, and so stay symmetric.
     """
     leaves, structure = tree_flatten(list(arguments))
 
@@ -278,6 +278,9 @@ def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[An
         if name == "cholesky_inverse_core":
             own[0] = own[0].mT @ own[0]
             own[1] = own[1].detach()
+        if name == "root_core":
+            own[1] = own[0].mT @ own[2] + 0 * own[1]
+            own[0], own[2] = own[0].mT @ own[0], own[2].mT @ own[2]
         results = call(*tree_unflatten(own, structure))
         return tuple(part for part in tree_leaves(results) if part.is_floating_point())
 
@@ -292,17 +295,20 @@ def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if _is_varied(leaf)]
     if name == "cholesky_inverse_core":
         leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
+    if name == "root_core":
+        for place in (0, 2):
+            leaves[place] = matrix(8, leaves[place].shape[-1], "plain", torch.float64, place).requires_grad_()
     return tuple(leaves)
 
 
-# The core is varied through one panel.
+# The cores are varied through panels.
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
         (case, layout)
         for case in (*DIFFERENTIABLE, "damped_apply, matrix", "kron_damped_apply, diagonals")
         for layout in ("plain", "batched")
-        if (case, layout) != ("cholesky_inverse_core", "batched")
+        if case not in ("cholesky_inverse_core", "root_core") or layout != "batched"
     ],
 )
 def test_gradient_is_that_of_finite_differences_and_of_the_torch_form(case: str, layout: str) -> None:

@@ -9,6 +9,7 @@ from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
 from brandla_kernels.project import project
+from brandla_kernels.root_core import root_core, without_denormals
 from brandla_kernels.rotate import rotate, rotate_
 from brandla_kernels.sketch import signs, sketch
 from brandla_kernels.tall import Tall, subtract_product
@@ -29,6 +30,7 @@ __all__ = [
     "live_columns",
     "project",
     "reads_are_free",
+    "root_core",
     "rotate",
     "rotate_",
     "rounded_gram",
@@ -36,4 +38,5 @@ __all__ = [
     "sketch",
     "subtract_product",
     "tall",
+    "without_denormals",
 ]

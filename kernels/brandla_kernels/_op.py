@@ -165,7 +165,8 @@ def backend(name: Backend) -> Iterator[None]:
     ----------
     name
         ``"torch"``: the torch forms, called without the dispatcher. ``"triton"``: the Triton kernels, on GPU tensors,
-        or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment).
+        or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment), or where launches are
+        recorded.
 
     Raises
     ------
@@ -192,9 +193,11 @@ def _why_no_triton() -> str | None:
         return "Triton is not installed"
     if torch.cuda.is_available():
         return None
-    from brandla_kernels._kernels.launch import interpreted
+    from brandla_kernels._kernels.launch import interpreted, recorded
 
-    return None if interpreted() else "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+    if interpreted() or recorded():
+        return None
+    return "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
 
 
 def _checked(implementation: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Callable[..., Any]:

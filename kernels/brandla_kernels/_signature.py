@@ -3,7 +3,8 @@
 ``rotate_(Tall[n,r]! basis, Tall[n,k] panel, Small[r,r] basis_rotation, Small[k,r] panel_rotation) -> ()`` reads:
 ``basis`` is a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes, and is overwritten;
 ``panel`` likewise, and as ``Data`` it might be in half precision; the rotations are small: for the grouped op a stack,
-padded with zeros to the largest problem. ``|`` separates alternative shapes, and ``Small[]`` is one number a problem.
+padded with zeros to the largest problem. A ``Sum`` is a small one in float64, whatever the dtype of the others. ``|``
+separates alternative shapes, and ``Small[]`` is one number a problem.
 Other arguments are written as in a torch schema; a last one named ``problem`` is the index of the problem, which counts
 on in a list.
 
@@ -29,7 +30,7 @@ _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _DATA = (*_FULL, *_HALF)
 _NO_BATCH = torch.Size()
-_OPERAND = re.compile(r"(Tall|Data|Small)\[([\w,|]*)\](!?)")
+_OPERAND = re.compile(r"(Tall|Data|Small|Sum)\[([\w,|]*)\](!?)")
 
 
 class Operand(NamedTuple):
@@ -44,7 +45,7 @@ class Operand(NamedTuple):
     @property
     def listed(self) -> bool:
         """Whether the grouped op takes or returns a list."""
-        return self.kind != "Small"
+        return self.kind in ("Tall", "Data")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Signature:
         if not isinstance(leader, Tensor):
             self._fail(TypeError, f"{self.leader.name} must be a tensor; got {type(leader).__name__}")
         dtype = tensor.dtype
-        if dtype != leader.dtype or dtype not in _FULL:
+        if operand.kind == "Sum" or dtype != leader.dtype or dtype not in _FULL:
             self._check_dtype(operand, name, dtype, leader.dtype)
         if tensor.device != leader.device:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
@@ -139,6 +140,10 @@ class Signature:
             self._check_written(operand, name, tensor)
 
     def _check_dtype(self, operand: Operand, name: str, dtype: torch.dtype, leading: torch.dtype) -> None:
+        if operand.kind == "Sum":
+            if dtype != torch.float64:
+                self._fail(TypeError, f"{name} must have dtype {torch.float64}; got {dtype}")
+            return
         allowed = _DATA if operand.kind == "Data" else _FULL
         if dtype not in allowed:
             self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
@@ -203,7 +208,7 @@ def parse(line: str) -> Signature:
     results = tuple(_operand(found, "", position) for position, found in enumerate(_OPERAND.finditer(returned)))
     grouped_name = f"{name.rstrip('_')}_grouped{'_' if name.endswith('_') else ''}"
     grouped = _schema(line, "[]").replace(name, grouped_name, 1)
-    leader = next((operand for operand in operands if operand.kind != "Data"), operands[0])
+    leader = next((operand for operand in operands if operand.kind in ("Tall", "Small")), operands[0])
     counter = len(declared) - 1 if re.search(r"\bproblem\b", declared[-1]) else None
     writes = any(operand.written for operand in operands)
     return Signature(name, _schema(line, ""), grouped, operands, results, leader, counter, writes)
@@ -217,7 +222,7 @@ def _operand(found: re.Match[str], name: str, position: int) -> Operand:
 def _schema(line: str, brackets: str) -> str:
     def spell(found: re.Match[str]) -> str:
         alias = "(a!)" if found[3] else ""
-        return f"Tensor{alias}{brackets if found[1] != 'Small' else ''}"
+        return f"Tensor{alias}{brackets if found[1] in ('Tall', 'Data') else ''}"
 
     return _OPERAND.sub(spell, line)
 

@@ -171,6 +171,11 @@ def target_of(tensor: Tensor) -> Target:
     return Target("cuda", f"sm_{major}{minor}")
 
 
+def recorded() -> bool:
+    """Say whether launches are recorded and not started."""
+    return _record.get() is not None
+
+
 def interpreted() -> bool:
     """Say whether kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
