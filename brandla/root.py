@@ -139,7 +139,9 @@ def root_step(update: Update, compress: Compress) -> Updated:
     core = update.core(update.small)
     values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
     basis = update.rotated(*update.scaled(rotation))
-    return update.result(torch.diag_embed(values), basis, left_out, update.added(core, left_out))
+    # What poisons a core reaches what is left out of it.
+    gram = torch.diag_embed(values) + 0 * left_out[..., None, None]
+    return update.result(gram, basis, left_out, update.added(core, left_out))
 
 
 class Update(NamedTuple):
