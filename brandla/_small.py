@@ -67,7 +67,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
     """Say, if a look is free, whether a core is finite, has no empty coordinate and fits float32 without scaling."""
-    if not reads_are_free(core):
+    if not reads_are_free(core) or not core.numel():
         return False
     smallest, largest = diagonal.detach().aminmax()
     return smallest.item() > 1e-30 and largest.item() < 1e30 and math.isfinite(core.detach().sum().item())

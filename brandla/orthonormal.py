@@ -143,7 +143,7 @@ def _nothing_of(panel: Tall) -> Tall:
 def _is_clean(panel: Tall, rows: Rows) -> bool:
     """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors; False where a look is not free."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad:
+    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad or not first.numel():
         return False
     limit = _CLEAN * torch.finfo(first.dtype).eps
     probes = _signs(tall.columns(panel), first.dtype)
@@ -235,7 +235,7 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
             return transform, triangle
         if not (all_live or gram.requires_grad):
             with suppress(LinAlgError):
-                return _principal(gram, scale, live, threshold)
+                return _principal(gram, scale, threshold)
     order = _order(gram, scale, threshold)
     transform, _ = cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
     transform = transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
@@ -251,11 +251,11 @@ def _amplification(transform: Tensor, triangle: Tensor, scale: Tensor) -> float:
     return growth.amax().item()
 
 
-def _principal(gram: Tensor, scale: Tensor, live: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return T and R for the span of the eigenvectors of D G D, D = 1/scale, whose eigenvalues are above the threshold.
 
     The columns of P D V Λ^(−½) may be turned among themselves, by rounding alone where eigenvalues agree. They are
-    turned into those of Gram–Schmidt on the columns that live, which depend on them continuously.
+    turned into those of Gram–Schmidt on the columns of P, in an order in which none is measured against weaker ones.
     """
     unit = torch.where(scale > 0, 1 / scale, 0)
     equilibrated = gram * unit[..., :, None] * unit[..., None, :]
@@ -263,7 +263,7 @@ def _principal(gram: Tensor, scale: Tensor, live: Tensor, threshold: float) -> t
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(torch.where(finite, equilibrated, 0)))
     kept = values > threshold
     roots = torch.where(kept, values, 0).sqrt()
-    order = _stable(live)
+    order = _order(gram, scale, threshold)
     turn = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1)).Q
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
     transform = unit[..., :, None] * (scaled @ turn) * kept[..., None, :]

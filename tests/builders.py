@@ -59,7 +59,9 @@ def make_root(
         values = oracles.SPECTRA[spectrum](r)
         turn = torch.eye(r, dtype=torch.float64) if diagonal else oracles.orthonormal(r, r, seed + 7)
         right = values.sqrt()[:, None] * turn
-        return brandla.LowRankRoot((oracles.orthonormal(n, r, seed) @ right).to(dtype), (right.mT @ right).to(dtype))
+        return brandla.LowRankRoot(
+            (oracles.orthonormal(n, r, seed) @ right).to(dtype), oracles.symmetrised(right.mT @ right).to(dtype)
+        )
 
     return stacked(make, batch_shape, seed)
 

@@ -224,11 +224,12 @@ def tolerance(n: int, dtype: torch.dtype, scale: float | Tensor = 1.0) -> float:
 
 
 def rounding(n: int, dtype: torch.dtype, largest: float | Tensor, decay: float = 0.0) -> float:
-    """Return 8 ε·d₁/(1 − ρ): a few ε of the largest value at each update of a stream, which decay as that does.
+    """Return 16 ε·d₁/(1 − ρ): the rounding of each update of a stream, which decays as the stream does.
 
-    Beside it stands what rounding explains of the float64 oracle itself.
+    An update rounds four times: the core, its eigenvectors, their scaling and the rotation, each to √m ε·d₁ for a core
+    of order m, which is 16 to 40 here. Beside it stands what rounding explains of the float64 oracle itself.
     """
-    return 8 * epsilon(dtype) * float(largest) / (1 - decay) + tolerance(n, torch.float64, largest)
+    return 16 * epsilon(dtype) * float(largest) / (1 - decay) + tolerance(n, torch.float64, largest)
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -13,30 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from brandla_kernels import gram_ema_
-from builders import make_columns, make_root
-from test_sync_free import CALLS, COLUMNS, DAMPING, EIGH, N, R
-
-ROOT = make_root(N, R, dtype=torch.float32)
-
-
-def cholesky(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Return an update that needs no eigendecomposition, as a function of tensors."""
-    return lambda *arguments: function(*arguments, compress="cholesky", **options)
-
+from builders import CHOLESKY_UPDATE, make_columns
+from test_sync_free import CALLS, COLUMNS, DAMPING, EIGH, ROOT, N
 
 # What promises never to wait for the device.
 TRACED = CALLS | {
-    "root_update_": (cholesky(brandla.root_update_, decay=0.9), (ROOT, COLUMNS)),
-    "root_update_, tracked": (cholesky(brandla.root_update_), (brandla.track(ROOT), COLUMNS)),
-    "root_update, a rule for the rank": (
-        cholesky(brandla.root_update, rank=brandla.Rank(8, tol=1e-3)),
-        (ROOT, COLUMNS),
-    ),
-    "root_update, half precision": (cholesky(brandla.root_update), (ROOT, COLUMNS.bfloat16())),
-    "root_update, a list": (
-        lambda *a: brandla.grouped.root_update(a[:2], a[2:], decay=0.9, compress="cholesky"),
-        (ROOT, make_root(9, R, dtype=torch.float32), COLUMNS, make_columns(9, COLUMNS.shape[1], dtype=torch.float32)),
-    ),
+    "root_update_, tracked": (CHOLESKY_UPDATE.in_place, (brandla.track(ROOT), COLUMNS)),
+    "root_update, half precision": (CHOLESKY_UPDATE, (ROOT, COLUMNS.bfloat16())),
     "orthonormalize, a batch": (brandla.orthonormalize, (COLUMNS.expand(3, *COLUMNS.shape).clone(),)),
     "orthonormalize, float64": (brandla.orthonormalize, (COLUMNS.double(),)),
     "gram_ema_": (gram_ema_, (torch.eye(N), COLUMNS, 0.9, 0.1)),

@@ -42,6 +42,8 @@ def panel_of(family: str) -> Tensor:
             # The inverse of this triangle has entries up to 2.2^14.
             triangle = torch.eye(K, dtype=torch.float64) - 1.2 * torch.ones(K, K, dtype=torch.float64).triu(1)
             return torch.linalg.qr(well).Q @ triangle
+        case "growing under elimination, one repeated":
+            return torch.cat([panel_of("growing under elimination")[:, :-1], well[:, :1], well[:, :1]], dim=1)[:, 1:]
         case "every column repeated":
             return well[:, : K // 2].repeat_interleave(2, dim=1)
         case "nearly repeated":
@@ -68,6 +70,7 @@ FAMILIES = [
     "p, p + 1e-5 z, 0.9 z",
     "a weak column first",
     "growing under elimination",
+    "growing under elimination, one repeated",
     "every column repeated",
     "nearly repeated",
     "a zero column first and last",

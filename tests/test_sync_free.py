@@ -28,6 +28,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "root_update, no columns": (CHOLESKY_UPDATE, (brandla.track(ROOT), COLUMNS[:, :0])),
     "root_update_": (CHOLESKY_UPDATE.in_place, (make_root(N, R, dtype=torch.float32), COLUMNS)),
     "root_update, list": (CHOLESKY_UPDATE.grouped, ([ROOT, ROOT], [COLUMNS, COLUMNS])),
+    "orthonormalize": (brandla.orthonormalize, (COLUMNS,)),
     "damped_solve, eigh": (brandla.damped_solve, (EIGH, COLUMNS, DAMPING)),
     "damped_solve, eigh, smallest": (lambda *a: brandla.damped_solve(*a, tail="smallest"), (EIGH, COLUMNS, DAMPING)),
     "damped_solve, root": (brandla.damped_solve, (ROOT, COLUMNS, DAMPING)),

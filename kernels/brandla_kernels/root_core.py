@@ -83,24 +83,9 @@ class Compressed(NamedTuple):
 
 
 def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
-    """Compress a positive semi-definite core by two steps of the LR algorithm: no eigendecomposition, no sync.
+    """Compress K (..., m, m), float64, to ``rank`` columns as the module says; σ is 32 ε of ``dtype`` times ‖K‖.
 
-    K + σI = RᵀR, and L = R Rᵀ is the same core in orthonormal coordinates and nearer to diagonal. With its diagonal in
-    descending order, ΠᵀLΠ = R₂ᵀR₂ in the same way, and the leading eigenvectors of L are nearly LΠR₂ᵀZ, with Z the unit
-    vectors of the longest rows of R₂. W = orth(RᵀLΠR₂ᵀZ).
-
-    Parameters
-    ----------
-    core
-        K (..., m, m), float64.
-    rank
-        Columns of W.
-    dtype
-        Precision of the factor that K was made from: σ is 32 of its ε times ‖K‖, since K is no more definite than that.
-    tol
-        Columns whose entry on the diagonal of S is up to ``tol`` times the largest become zero.
-    measure
-        Whether to measure what is left out.
+    That is the dtype of the factor that K was made from: K is no more definite than it.
     """
     m = core.shape[-1]
     finite = torch.isfinite(core.sum((-2, -1)))[..., None, None]
