@@ -129,9 +129,7 @@ def _cholesky(
         column = start + index
         stop = start + BLOCK
         block = load_tile(source, m, 1, column, column, m, m, tl.float64)
-        block -= _product(
-            factor, m, 1, column, factor, 1, m, column, None, 0, start, m, m, BLOCK, BLOCK, BLOCK_INNER
-        )
+        block -= _product(factor, m, 1, column, factor, 1, m, column, None, 0, start, m, m, BLOCK, BLOCK, BLOCK_INNER)
         block += tl.where(index[:, None] == index[None, :], tl.where(column < m, shift, 1.0)[None, :], 0.0)
         lower, inverse = _factor_block(_symmetric(scratch, block, BLOCK), 0.0, BLOCK)
         store_tile(factor, m, 1, column, column, m, m, lower)
@@ -372,9 +370,7 @@ def root_core_kernel(
         column = start + tl.arange(0, BLOCK_COLS)
         for start_row in range(0, m, BLOCK_ROWS):
             row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(
-                core, m, 1, row, basis, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
+            tile = _product(core, m, 1, row, basis, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
             store_tile(image, s, 1, row, column, m, s, tile)
     tl.debug_barrier()
     small = factor
