@@ -142,6 +142,8 @@ def _cholesky(
             solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
             rest = tile - tl.dot(solved, tl.trans(lower), input_precision="ieee", out_dtype=tl.float64)
             solved = tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
+            # Source and factor may be one: all threads have read the tile before any writes it, here and below.
+            tl.debug_barrier()
             store_tile(factor, m, 1, row, column, m, m, solved)
         for start_row in range(0, start, BLOCK_ROWS):
             row = start_row + tl.arange(0, BLOCK_ROWS)
@@ -205,6 +207,7 @@ def _orthonormalize(
                     panel, s, 1, row, coefficients, BLOCK, 1, index, None, 0, start, m, BLOCK,
                     BLOCK_ROWS, BLOCK, BLOCK_INNER,
                 )  # fmt: skip
+                tl.debug_barrier()
                 store_tile(panel, s, 1, row, column, m, s, tile)
                 inner = tl.dot(tl.trans(tile), tile, inner, input_precision="ieee", out_dtype=tl.float64)
             added = tl.where(turn == 0, noise, 0.0)
@@ -215,6 +218,7 @@ def _orthonormalize(
                 row = start_row + tl.arange(0, BLOCK_ROWS)
                 tile = load_tile(panel, s, 1, row, column, m, s, tl.float64)
                 tile = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
+                tl.debug_barrier()
                 store_tile(panel, s, 1, row, column, m, s, tile)
             tl.debug_barrier()
 
@@ -234,7 +238,7 @@ def root_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
     small_ptr, of_root_ptr, of_columns_ptr, left_out_ptr, added_ptr,
     squares_ptr, panels_ptr, vectors_ptr, orders_ptr,
-    r, m, s, tol: tl.float64, eps: tl.float64, tiny: tl.float64,
+    r, m, s, tol: tl.float64, eps: tl.float64, tiny: tl.float64, noise: tl.float64,
     gram_strides, cross_strides, own_strides, decay_strides, weight_strides,
     GRAM_LAYOUT: tl.constexpr, CROSS_LAYOUT: tl.constexpr, OWN_LAYOUT: tl.constexpr, DECAY_LAYOUT: tl.constexpr,
     WEIGHT_LAYOUT: tl.constexpr, WHOLE: tl.constexpr, TOLERANCE: tl.constexpr, MEASURE: tl.constexpr,
@@ -362,8 +366,6 @@ def root_core_kernel(
                 tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) * inverse_length[None, :]
                 store_tile(basis, s, 1, row, column, m, s, tile)
         tl.debug_barrier()
-        # 64 s ε of float64: the rounding of the inner products.
-        noise = s.to(tl.float64) * 2.0**-46
         _orthonormalize(basis, coefficients, scratch, m, s, noise, BLOCK, BLOCK_ROWS, BLOCK_INNER)
 
     for start in range(0, s, BLOCK_COLS):
@@ -489,6 +491,8 @@ def root_core(
     arguments = operands.arguments() | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
+        # The rounding of inner products in float64, which tells weak columns from dependent ones.
+        "noise": 64 * s * torch.finfo(torch.float64).eps,
         "WHOLE": rank == m and not (m and tol), "TOLERANCE": tol > 0, "MEASURE": bool(measure),
     }  # fmt: skip
     launch.start(root_core_kernel, (problems,), arguments, config)
