@@ -31,7 +31,8 @@ class Request:
     """An op of `brandla_kernels` or a public function, and its sizes.
 
     n rows, rank r, k columns, m columns of what is neither tall nor small (W, the matrix of a sketch), and the number
-    of ``cores`` of cholesky_inverse_core or root_core. A half-precision ``dtype`` is that of the data columns beside float32.
+    of ``cores`` of cholesky_inverse_core or root_core. A half-precision ``dtype`` is that of the data columns beside
+    float32.
     """
 
     op: str

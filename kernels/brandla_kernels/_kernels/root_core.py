@@ -9,8 +9,8 @@ float64. One phase follows another, with a barrier between them:
 4. Y = RᵀLΠΛ₂Z = (K + σI) (ΛΠ) (Λ₂Z), with unit columns, and W = orth(Y).
 5. X = KW and S⁺ = WᵀX; what falls below the tolerance; ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F; the results.
 
-**Factorisations** take the columns in blocks of BLOCK, as `small_spd` does, with its step of refinement. A pivot that is
-not positive drops its column. An order is a count: for each entry, how many are larger, or equal and before it.
+**Factorisations** take the columns in blocks of BLOCK, as `small_spd` does, with its step of refinement. A pivot that
+is not positive drops its column. An order is a count: for each entry, how many are larger, or equal and before it.
 
 **W = orth(Y)** goes over blocks of BLOCK columns, three times over each: less its projection on the columns before it,
 and times the inverse Cholesky factor of its Gram matrix. The first time a shift takes the place of weak pivots, the
@@ -223,6 +223,253 @@ def _orthonormalize(
             tl.debug_barrier()
 
 
+@triton.jit
+def _look(
+    gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight, r, m,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Return 0, or NaN where K is not finite, its largest diagonal entry, and the trace of its last rows."""
+    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    largest_tile = nothing
+    trace_tile = nothing
+    for start_row in range(0, m, BLOCK_ROWS):
+        row = start_row + tl.arange(0, BLOCK_ROWS)
+        for start in range(0, m, BLOCK_COLS):
+            column = start + tl.arange(0, BLOCK_COLS)
+            tile = _core_tile(
+                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
+                row, column, r, m,
+            )  # fmt: skip
+            nothing += 0 * tile
+            diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
+            largest_tile = tl.maximum(largest_tile, diagonal)
+            trace_tile += tl.where((row >= r)[:, None], diagonal, 0.0)
+    poison = tl.sum(tl.sum(nothing, 1), 0)
+    largest = tl.max(tl.max(largest_tile, 1), 0)
+    trace = tl.sum(tl.sum(trace_tile, 1), 0)
+    return poison, largest, trace
+
+
+@triton.jit
+def _store_core(
+    core, gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
+    r, m, scale, finite,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Store K over its largest diagonal entry, 0 where it is not finite, and return its norm."""
+    norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    for start_row in range(0, m, BLOCK_ROWS):
+        row = start_row + tl.arange(0, BLOCK_ROWS)
+        for start in range(0, m, BLOCK_COLS):
+            column = start + tl.arange(0, BLOCK_COLS)
+            tile = _core_tile(
+                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
+                row, column, r, m,
+            )  # fmt: skip
+            tile = tl.where(finite, tile / scale, 0.0)
+            norm_tile += tile * tile
+            store_tile(core, m, 1, row, column, m, m, tile)
+    norm = tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0))
+    tl.debug_barrier()
+    return norm
+
+
+@triton.jit
+def _identity(basis, m, s, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Store the first columns of I."""
+    for start_row in range(0, m, BLOCK_ROWS):
+        row = start_row + tl.arange(0, BLOCK_ROWS)
+        for start in range(0, s, BLOCK_COLS):
+            column = start + tl.arange(0, BLOCK_COLS)
+            tile = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
+            store_tile(basis, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _find_basis(
+    core, factor, second, image, basis, scratch, coefficients, squares, order, chosen, m, s, shift, noise,
+    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """Store W by two steps of the LR algorithm; phases 2 to 4."""
+    _cholesky(core, factor, scratch, m, shift, BLOCK, BLOCK_ROWS, BLOCK_INNER)
+    _column_squares(factor, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
+    _descending(squares, order, m, BLOCK_ROWS, BLOCK_COLS)
+    for start in range(0, m, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        from_column = tl.load(order + column, mask=column < m, other=m)
+        for start_row in range(0, m, BLOCK_ROWS):
+            # What lies above the diagonal is not read.
+            if start_row + BLOCK_ROWS > start:
+                row = start_row + tl.arange(0, BLOCK_ROWS)
+                from_row = tl.load(order + row, mask=row < m, other=m)
+                tile = _product(
+                    factor, 1, m, from_row, factor, m, 1, from_column, None, 0, m, m, m,
+                    BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
+                )  # fmt: skip
+                store_tile(second, m, 1, row, column, m, m, tile)
+    tl.debug_barrier()
+    _cholesky(second, second, scratch, m, 0.0, BLOCK, BLOCK_ROWS, BLOCK_INNER)
+    _column_squares(second, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
+    _descending(squares, chosen, m, BLOCK_ROWS, BLOCK_COLS)
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        from_column = tl.load(chosen + column, mask=column < s, other=m)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = _product(
+                factor, m, 1, row, second, m, 1, from_column, order, 0, m, m, m,
+                BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
+            )  # fmt: skip
+            store_tile(image, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(image, s, 1, row, column, m, s, tl.float64) * shift
+            tile += _product(
+                core, m, 1, row, image, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
+            )
+            store_tile(basis, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+    _column_squares(basis, squares, m, s, BLOCK_ROWS, BLOCK_COLS)
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        square = tl.load(squares + column, mask=column < s, other=1.0)
+        inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) * inverse_length[None, :]
+            store_tile(basis, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+    _orthonormalize(basis, coefficients, scratch, m, s, noise, BLOCK, BLOCK_ROWS, BLOCK_INNER)
+
+
+@triton.jit
+def _store_compressed(
+    core, basis, image, small, m, s,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """Store X = KW and WᵀX, and return the largest entry on the diagonal of that."""
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = _product(core, m, 1, row, basis, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
+            store_tile(image, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, s, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = _product(
+                basis, 1, s, row, image, s, 1, column, None, 0, m, s, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
+            )
+            largest_tile = tl.maximum(largest_tile, tl.where(row[:, None] == column[None, :], tile, 0.0))
+            store_tile(small, s, 1, row, column, s, s, tile)
+    tl.debug_barrier()
+    return tl.max(tl.max(largest_tile, 1), 0)
+
+
+@triton.jit
+def _clear_weak(basis, image, small, least, m, s, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Clear the columns of W and X whose entry on the diagonal of S⁺ is at most ``least``."""
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        alive = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
+            store_tile(image, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
+            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64)
+            store_tile(basis, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _norm_left_out(
+    core, basis, image, small, rest, m, s,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """Return ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F."""
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
+            tile -= _product(
+                basis, s, 1, row, small, s, 1, column, None, 0, s, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
+            )
+            store_tile(rest, s, 1, row, column, m, s, tile)
+    tl.debug_barrier()
+    norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    for start in range(0, m, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(core, m, 1, row, column, m, m, tl.float64)
+            tile -= _product(
+                image, s, 1, row, basis, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
+            )
+            tile -= _product(
+                basis, s, 1, row, rest, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
+            )
+            norm_tile += tile * tile
+    return tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0))
+
+
+@triton.jit
+def _store_small(
+    result, small, s, scale, least, tiny, poison,
+    TOLERANCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Store S⁺ in its dtype, and return the poison of it and of what is beyond that dtype."""
+    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    for last in range(2):
+        # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
+        beyond = tl.sum(tl.sum(nothing, 1), 0) + poison
+        vanished = tl.max(tl.max(largest_tile, 1), 0) < tiny
+        for start in range(0, s, BLOCK_COLS):
+            column = start + tl.arange(0, BLOCK_COLS)
+            lives = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
+            for start_row in range(0, s, BLOCK_ROWS):
+                row = start_row + tl.arange(0, BLOCK_ROWS)
+                tile = load_tile(small, s, 1, row, column, s, s, tl.float64)
+                tile = (tile + load_tile(small, 1, s, row, column, s, s, tl.float64)) * 0.5 * scale
+                if TOLERANCE:
+                    row_lives = tl.load(small + row * (s + 1), mask=row < s, other=0.0) > least
+                    tile = tl.where(row_lives[:, None] & lives[None, :], tile, 0.0)
+                rounded = tile.to(result.dtype.element_ty).to(tl.float64)
+                if last == 0:
+                    nothing += 0 * rounded
+                    largest_tile = tl.maximum(largest_tile, tl.abs(rounded))
+                else:
+                    tile = tl.where(vanished, 0.0, rounded) + beyond
+                    store_tile(result, s, 1, row, column, s, s, tile)
+    return tl.sum(tl.sum(nothing, 1), 0) + poison
+
+
+@triton.jit
+def _store_rotation(
+    of_root, of_columns, basis, r, m, s, decay, weight, poison,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Store √ρ times the first rows of W, and √w times the others."""
+    for start in range(0, s, BLOCK_COLS):
+        column = start + tl.arange(0, BLOCK_COLS)
+        for start_row in range(0, m, BLOCK_ROWS):
+            row = start_row + tl.arange(0, BLOCK_ROWS)
+            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) + poison
+            store_tile(of_root, s, 1, row, column, r, s, tile * tl.sqrt(decay))
+            tile = tile * tl.sqrt(weight)
+            places = of_columns + (row - r).to(tl.int64)[:, None] * s + column[None, :]
+            inside = ((row >= r) & (row < m))[:, None] & (column < s)[None, :]
+            tl.store(places, tile.to(of_columns.dtype.element_ty), mask=inside)
+
+
 def _work(arguments: Mapping[str, Any]) -> Work:
     small = arguments["small_ptr"]
     problems = math.prod(small.shape[:-2])
@@ -268,202 +515,40 @@ def root_core_kernel(
     order = orders_ptr + problem * 2 * m
     chosen = order + m
 
-    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    largest_tile = nothing
-    trace_tile = nothing
-    for start_row in range(0, m, BLOCK_ROWS):
-        row = start_row + tl.arange(0, BLOCK_ROWS)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            tile = _core_tile(
-                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-                row, column, r, m,
-            )  # fmt: skip
-            nothing += 0 * tile
-            diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
-            largest_tile = tl.maximum(largest_tile, diagonal)
-            trace_tile += tl.where((row >= r)[:, None], diagonal, 0.0)
-    # 0, or NaN where an entry is not finite.
-    poison = tl.sum(tl.sum(nothing, 1), 0)
-    largest = tl.max(tl.max(largest_tile, 1), 0)
-    trace = tl.sum(tl.sum(trace_tile, 1), 0)
+    poison, largest, trace = _look(
+        gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight, r, m,
+        BLOCK_ROWS, BLOCK_COLS,
+    )  # fmt: skip
     finite = poison == 0
     scale = tl.where(finite & (largest > 0), largest, 1.0)
-
-    norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start_row in range(0, m, BLOCK_ROWS):
-        row = start_row + tl.arange(0, BLOCK_ROWS)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            tile = _core_tile(
-                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-                row, column, r, m,
-            )  # fmt: skip
-            tile = tl.where(finite, tile / scale, 0.0)
-            norm_tile += tile * tile
-            store_tile(core, m, 1, row, column, m, m, tile)
-    norm = tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0))
-    shift = tl.maximum(32 * eps * norm, eps)
-    tl.debug_barrier()
-
+    norm = _store_core(
+        core, gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
+        r, m, scale, finite, BLOCK_ROWS, BLOCK_COLS,
+    )  # fmt: skip
     if WHOLE:
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            for start in range(0, s, BLOCK_COLS):
-                column = start + tl.arange(0, BLOCK_COLS)
-                tile = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
-                store_tile(basis, s, 1, row, column, m, s, tile)
-        tl.debug_barrier()
+        _identity(basis, m, s, BLOCK_ROWS, BLOCK_COLS)
     else:
-        _cholesky(core, factor, scratch, m, shift, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-        _column_squares(factor, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
-        _descending(squares, order, m, BLOCK_ROWS, BLOCK_COLS)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            from_column = tl.load(order + column, mask=column < m, other=m)
-            for start_row in range(0, m, BLOCK_ROWS):
-                # What lies above the diagonal is not read.
-                if start_row + BLOCK_ROWS > start:
-                    row = start_row + tl.arange(0, BLOCK_ROWS)
-                    from_row = tl.load(order + row, mask=row < m, other=m)
-                    tile = _product(
-                        factor, 1, m, from_row, factor, m, 1, from_column, None, 0, m, m, m,
-                        BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
-                    )  # fmt: skip
-                    store_tile(second, m, 1, row, column, m, m, tile)
-        tl.debug_barrier()
-        _cholesky(second, second, scratch, m, 0.0, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-        _column_squares(second, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
-        _descending(squares, chosen, m, BLOCK_ROWS, BLOCK_COLS)
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            from_column = tl.load(chosen + column, mask=column < s, other=m)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = _product(
-                    factor, m, 1, row, second, m, 1, from_column, order, 0, m, m, m,
-                    BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
-                )  # fmt: skip
-                store_tile(image, s, 1, row, column, m, s, tile)
-        tl.debug_barrier()
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(image, s, 1, row, column, m, s, tl.float64) * shift
-                tile += _product(
-                    core, m, 1, row, image, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-                )
-                store_tile(basis, s, 1, row, column, m, s, tile)
-        tl.debug_barrier()
-        _column_squares(basis, squares, m, s, BLOCK_ROWS, BLOCK_COLS)
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            square = tl.load(squares + column, mask=column < s, other=1.0)
-            inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) * inverse_length[None, :]
-                store_tile(basis, s, 1, row, column, m, s, tile)
-        tl.debug_barrier()
-        _orthonormalize(basis, coefficients, scratch, m, s, noise, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(core, m, 1, row, basis, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
-            store_tile(image, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
+        shift = tl.maximum(32 * eps * norm, eps)
+        _find_basis(
+            core, factor, second, image, basis, scratch, coefficients, squares, order, chosen, m, s, shift, noise,
+            BLOCK, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
+        )  # fmt: skip
     small = factor
-    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, s, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(
-                basis, 1, s, row, image, s, 1, column, None, 0, m, s, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            largest_tile = tl.maximum(largest_tile, tl.where(row[:, None] == column[None, :], tile, 0.0))
-            store_tile(small, s, 1, row, column, s, s, tile)
-    least = tol * tl.max(tl.max(largest_tile, 1), 0)
-    tl.debug_barrier()
+    least = tol * _store_compressed(core, basis, image, small, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
     if TOLERANCE:
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            alive = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
-                store_tile(image, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
-                tile = load_tile(basis, s, 1, row, column, m, s, tl.float64)
-                store_tile(basis, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
-        tl.debug_barrier()
-
-    left_out = 0.0
+        _clear_weak(basis, image, small, least, m, s, BLOCK_ROWS, BLOCK_COLS)
+    left_out = poison
     if MEASURE:
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
-                tile -= _product(
-                    basis, s, 1, row, small, s, 1, column, None, 0, s, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-                )
-                store_tile(second, s, 1, row, column, m, s, tile)
-        tl.debug_barrier()
-        norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(core, m, 1, row, column, m, m, tl.float64)
-                tile -= _product(
-                    image, s, 1, row, basis, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-                )
-                tile -= _product(
-                    basis, s, 1, row, second, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-                )
-                norm_tile += tile * tile
-        left_out = tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0)) * scale
-    tl.store(left_out_ptr + problem, left_out + poison)
+        left_out += scale * _norm_left_out(core, basis, image, small, second, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
+    tl.store(left_out_ptr + problem, left_out)
     tl.store(added_ptr + problem, trace + poison)
-
-    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for last in range(2):
-        # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
-        beyond = tl.sum(tl.sum(nothing, 1), 0) + poison
-        vanished = tl.max(tl.max(largest_tile, 1), 0) < tiny
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            lives = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
-            for start_row in range(0, s, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(small, s, 1, row, column, s, s, tl.float64)
-                tile = (tile + load_tile(small, 1, s, row, column, s, s, tl.float64)) * 0.5 * scale
-                if TOLERANCE:
-                    row_lives = tl.load(small + row * (s + 1), mask=row < s, other=0.0) > least
-                    tile = tl.where(row_lives[:, None] & lives[None, :], tile, 0.0)
-                rounded = tile.to(small_ptr.dtype.element_ty).to(tl.float64)
-                if last == 0:
-                    nothing += 0 * rounded
-                    largest_tile = tl.maximum(largest_tile, tl.abs(rounded))
-                else:
-                    tile = tl.where(vanished, 0.0, rounded) + beyond
-                    store_tile(small_ptr + problem * s * s, s, 1, row, column, s, s, tile)
-    beyond = tl.sum(tl.sum(nothing, 1), 0) + poison
-    k = m - r
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) + beyond
-            store_tile(of_root_ptr + problem * r * s, s, 1, row, column, r, s, tile * tl.sqrt(decay))
-            tile = tile * tl.sqrt(weight)
-            places = of_columns_ptr + problem * k * s + (row - r).to(tl.int64)[:, None] * s + column[None, :]
-            inside = ((row >= r) & (row < m))[:, None] & (column < s)[None, :]
-            tl.store(places, tile.to(of_columns_ptr.dtype.element_ty), mask=inside)
+    poison = _store_small(
+        small_ptr + problem * s * s, small, s, scale, least, tiny, poison, TOLERANCE, BLOCK_ROWS, BLOCK_COLS
+    )
+    _store_rotation(
+        of_root_ptr + problem * r * s, of_columns_ptr + problem * (m - r) * s, basis, r, m, s, decay, weight, poison,
+        BLOCK_ROWS, BLOCK_COLS,
+    )  # fmt: skip
 
 
 def root_core(
