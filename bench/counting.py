@@ -88,7 +88,8 @@ class Counter(TorchDispatchMode):
         with self, recording(self.target) as launches:
             op.launch(*(spared if op.signature.writes else args))
         self.triton.extend(launch.name for launch in launches)
-        return form(*args)
+        with brandla.backend("torch"):
+            return form(*args)
 
     @property
     def counts(self) -> Counts:

@@ -231,7 +231,7 @@ class Update(NamedTuple):
         if self.tracked is None or added is None:
             return Updated(small, basis, None, self.rows)
         bound, trace = self.tracked
-        tracked = self.decay * bound + left_out.to(bound.dtype), self.decay * trace + added.to(trace.dtype)
+        tracked = _carried(bound, self.decay, left_out), _carried(trace, self.decay, added)
         return Updated(small, basis, tracked, self.rows)
 
     def overwriting(self, function: str, names: tuple[str, str], tol: float) -> Update:
@@ -367,6 +367,12 @@ def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tup
         decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=gram.device).unbind()
     batch = gram.shape[:-2]
     return _number(decay, gram).expand(batch), _number(weight, gram).expand(batch)
+
+
+def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:
+    """Return ρ times a number and what is new, in one kernel."""
+    new = new.to(number.dtype)
+    return torch.addcmul(new, decay, number) if isinstance(decay, Tensor) else torch.add(new, number, alpha=decay)
 
 
 def _number(number: float | Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from brandla_kernels import OPS, Cost
 # L = 4·10⁵.
 ROUNDINGS = 4
 THRESHOLD = 1e-10
+# Ops on small matrices alone, which are taken in batches of ``cores``.
+SMALL = ("cholesky_inverse_core", "root_core")
 
 
 class Size(NamedTuple):
@@ -50,8 +52,9 @@ class Case(NamedTuple):
         own = str(self.dtype).removeprefix("torch.")
         columns = str(self.data).removeprefix("torch.")
         kinds = own if own == columns else f"{own}, {columns} columns"
-        if self.op == "cholesky_inverse_core":
-            return f"{self.size.cores} cores of order {self.size.k}"
+        if self.op in SMALL:
+            order = self.size.k + (self.size.r if self.op == "root_core" else 0)
+            return f"{self.size.cores} cores of order {order}"
         return f"n {self.size.n}, r = k {self.size.r}, {kinds}"
 
 
@@ -61,6 +64,15 @@ Normal = Callable[..., Tensor]
 def _core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     panel = normal(size.cores, 4 * size.k, size.k).double()
     return panel.mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD
+
+
+def _root_core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+    root, columns = normal(size.cores, 4 * size.r, size.r), normal(size.cores, 4 * size.r, size.k).double()
+    wide = root.double()
+    decay, weight = (
+        torch.full((size.cores,), number, dtype=root.dtype, device=root.device) for number in (DECAY, WEIGHT)
+    )
+    return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
 
 
 def _rotate_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
@@ -99,12 +111,14 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "damped_apply": lambda normal, data, s: (*_operator(normal, s.n, s.r), normal(s.n, s.k)),
     "kron_damped_apply": _kron_operands,
     "cholesky_inverse_core": _core_operands,
+    "root_core": _root_core_operands,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }
 # Arguments of an op's ``cost``, where they are not n, r and k.
 COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
     "rotate": lambda s: {"s": s.r},
     "rotate_": lambda s: {"s": s.r},
+    "root_core": lambda s: {"s": s.r},
     "damped_apply": lambda s: {"m": s.k},
     "kron_damped_apply": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
     "sketch": lambda s: {"m": s.n, "n": s.wide, "width": s.k},
@@ -117,6 +131,7 @@ NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
     "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
     "gram_ema_": lambda s: (s.n**2 * s.k, 0),
     "cholesky_inverse_core": lambda s: (0, s.cores * OPS["cholesky_inverse_core"].cost(s.k).flops),
+    "root_core": lambda s: (0, s.cores * OPS["root_core"].cost(s.r, s.k, s.r).flops),
 }
 
 
@@ -140,7 +155,7 @@ def cases(sizes: Sizes) -> list[Case]:
 
 
 def _fits(name: str, n: int, sizes: Sizes) -> bool:
-    if name == "cholesky_inverse_core":
+    if name in SMALL:
         # Its size has no n.
         return n == sizes.rows[0]
     return name != "gram_ema_" or n <= sizes.most_square
@@ -170,7 +185,7 @@ def cost(case: Case) -> Cost:
     known = {"n": size.n, "r": size.r, "k": size.k, "itemsize": case.dtype.itemsize}
     known |= COSTS.get(case.op, lambda size: {})(size)
     total = function(**{name: known[name] for name in inspect.signature(function).parameters})
-    if case.op == "cholesky_inverse_core":
+    if case.op in SMALL:
         return Cost(size.cores * total.flops, size.cores * total.bytes)
     return Cost(total.flops, total.bytes - (case.dtype.itemsize - case.data.itemsize) * size.n * size.k)
 
@@ -206,11 +221,12 @@ def fresh(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> tuple[A
 def errors(case: Case, device: Device) -> tuple[float, float]:
     """Return the relative errors of the op and of its torch form, the largest over the results.
 
-    The reference is the torch form on float64 copies, which the tests hold to the formulas.
+    The reference is the torch form on float64 copies, which the tests hold to the formulas; of `root_core`, whose
+    shift is that of its dtype and which computes in float64 anyway, on the arguments themselves.
     """
     op = OPS[case.op]
     arguments = operands(case, device)
-    exact = results(case, op.torch_form, fresh(arguments, torch.float64))
+    exact = results(case, op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
     own, peer = (_poisoned(case, call, fresh(arguments)) for call in (op, op.torch_form))
     return _error(own, exact), _error(peer, exact)
 

@@ -18,7 +18,7 @@ class Sizes:
     compiled: int  # ops compared with torch.compile
     most_square: int  # n above which an n × n matrix is left out
     width: int  # most columns of the W of kron_damped_apply
-    cores: int  # matrices in a batch of cholesky_inverse_core
+    cores: int  # matrices in a batch of cholesky_inverse_core and root_core
     judged_rows: int  # n and r from which on an op is held to its ceiling
     judged_rank: int
     update: tuple[int, int, int]  # n, r, k

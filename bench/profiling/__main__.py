@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", required=True, help="an op of brandla_kernels, or a public function")
     for name, words in {
         "n": "rows", "r": "rank", "k": "columns", "m": "columns of W, or of the matrix of a sketch",
-        "cores": "matrices of cholesky_inverse_core",
+        "cores": "matrices of cholesky_inverse_core and root_core",
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=defaults[name], help=f"{words} ({defaults[name]})")
     parser.add_argument("--dtype", default="float32", help="float32, float64, or bfloat16, float16 for data columns")

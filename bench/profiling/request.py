@@ -10,6 +10,7 @@ import torch
 
 import brandla
 from bench.gpu import cases, factors
+from bench.gpu.cases import SMALL
 from bench.gpu.ceilings import Work
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
@@ -30,7 +31,8 @@ class Request:
     """An op of `brandla_kernels` or a public function, and its sizes.
 
     n rows, rank r, k columns, m columns of what is neither tall nor small (W, the matrix of a sketch), and the number
-    of ``cores`` of cholesky_inverse_core. A half-precision ``dtype`` is that of the data columns beside float32.
+    of ``cores`` of cholesky_inverse_core or root_core. A half-precision ``dtype`` is that of the data columns beside
+    float32.
     """
 
     op: str
@@ -69,8 +71,8 @@ class Request:
     @property
     def words(self) -> str:
         """The request in words."""
-        if self.op == "cholesky_inverse_core":
-            return f"{self.op}: {self.cores} cores of order {self.k}"
+        if self.op in SMALL:
+            return f"{self.op}: {self.cores} cores, r {self.r}, k {self.k}, {self.dtype}"
         return f"{self.op}: n {self.n}, r {self.r}, k {self.k}, m {min(self.n, self.m)}, {self.dtype}"
 
     @property

@@ -171,3 +171,12 @@ def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
         results, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
     return (*found, None, None, None)
+
+
+@root_core.triton
+def _launch(
+    gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from brandla_kernels._kernels import root_core as kernel
+
+    return kernel.root_core(gram, cross, own, decay, weight, rank, tol, measure)

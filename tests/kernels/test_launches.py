@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="th
 @pytest.mark.parametrize("name", launches.LIMITS)
 def test_a_call_asks_for_no_more_kernels_than_its_limit(name: str, form: str):
     call, limit = launches.FUNCTIONS[name].call(form), launches.LIMITS[name]
-    assert call is not None
+    if call is None:
+        # Nothing that overwrites has a form for lists.
+        assert name.partition(",")[0].endswith("_")
+        return
     counts = counts_of(call)
     assert counts.triton <= limit.triton
     assert counts.torch <= limit.torch
@@ -37,7 +40,8 @@ def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, n
 
 
 @pytest.mark.parametrize(
-    "name", ["root_update, cholesky", "root_update, cholesky, tracked", "damped_solve, root", "kron_damped_solve, W"]
+    "name",
+    ["root_update, cholesky", "root_update, cholesky, tracked", "damped_solve, eigh", "kron_damped_solve, W, eigh"],
 )
 def test_a_list_asks_for_as_many_kernels_whatever_its_length(name: str, monkeypatch: pytest.MonkeyPatch):
     found = set()

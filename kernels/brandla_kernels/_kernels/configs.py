@@ -134,3 +134,10 @@ def small_spd(target: Target, k: int) -> Config:
     warps = 2 if k <= 32 else 8
     registers = _registers(target, "sm_90") if warps == 2 else None
     return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1, registers)
+
+
+def root_core(target: Target, m: int) -> Config:
+    """Tiles of `root_core_kernel`: the column loop waits for all warps, and larger tiles spill on sm_80 or sm_90."""
+    warps = 4 if m <= 64 else 8
+    registers = _registers(target, "sm_80", "sm_90") if warps == 4 else None
+    return Config({"BLOCK": 16, "BLOCK_ROWS": 8 * warps, "BLOCK_COLS": 32, "BLOCK_INNER": 16}, warps, 1, registers)

@@ -132,7 +132,7 @@ def _arguments(
             continue
         shape = [sizes[letter] for letter in operand.shapes[min(alternative, len(operand.shapes) - 1)]]
         kind = data if operand.kind == "Data" else dtype
-        if op.name == "cholesky_inverse_core":
+        if op.name == "cholesky_inverse_core" or operand.kind == "Sum":
             kind = torch.float64
         if layout.listed and operand.listed:
             arguments.append([_empty(shape, kind, layout.transposed) for _ in range(2)])

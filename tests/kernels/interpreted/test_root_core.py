@@ -1,0 +1,194 @@
+"""The kernel of `root_core`: what it promises, and the torch form's results where these are determined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import oracles
+from brandla_kernels import OPS
+from brandla_kernels._kernels import root_core as kernel
+from brandla_kernels.root_core import assembled
+from op_cases import root_core_operands
+
+TORCH_FORM = OPS["root_core"].torch_form
+EPS = torch.finfo(torch.float64).eps
+
+# r, k and s: orders 0, 1, 2, around the blocks of 16 columns and the tiles of 32 and 64, and without truncation.
+SIZES = [
+    *((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1), (3, 2, 0), (5, 4, 9), (10, 5, 8), (10, 6, 10), (9, 8, 9)),
+    *((20, 13, 17), (48, 16, 40), (64, 32, 64)),
+]
+FAMILIES = ("gaussian", "graded", "half the rank", "zero columns", "repeated", "columns in the span", "zero")
+
+
+@pytest.fixture(autouse=True)
+def _overflow_is_meant() -> Iterator[None]:
+    """The interpreter computes with NumPy, which warns of what the kernel then looks for."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        yield
+
+
+class Problem(NamedTuple):
+    """F and A in float64."""
+
+    root: Tensor
+    columns: Tensor
+
+
+def problem_of(family: str, r: int, k: int, seed: int = 0) -> Problem:
+    """Return F and A of 3 (r + k) rows."""
+    n = 3 * (r + k) + 1
+    both = oracles.gaussian(n, r + k, seed=seed)
+    match family:
+        case "graded":
+            both = both * torch.logspace(0, -9, r + k, dtype=torch.float64)
+        case "half the rank":
+            half = max((r + k) // 2, 1)
+            both = both[:, :half] @ oracles.gaussian(half, r + k, seed=seed + 1)
+        case "zero columns":
+            both = both * (torch.arange(r + k) % 3 != 0)
+        case "repeated":
+            both = both.repeat_interleave(2, dim=1)[:, : r + k]
+        case "columns in the span":
+            both[:, r:] = both[:, :r] @ oracles.gaussian(r, k, seed=seed + 1)
+        case "zero":
+            both = both * 0
+    return Problem(both[:, :r], both[:, r:])
+
+
+def arguments_of(problem: Problem, s: int, tol: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    return (*root_core_operands(problem.root.to(dtype), problem.columns.to(dtype))[:5], s, tol, True)
+
+
+def launched(arguments: tuple[Any, ...], device: torch.device) -> tuple[Tensor, ...]:
+    moved = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
+    return tuple(part.cpu() for part in kernel.root_core(*moved))
+
+
+def core_of(arguments: tuple[Any, ...]) -> Tensor:
+    gram, cross, own, decay, weight = (part.double() for part in arguments[:5])
+    return assembled(gram, cross, own, decay[..., None, None], weight[..., None, None])
+
+
+def rotation_of(results: tuple[Tensor, ...], arguments: tuple[Any, ...]) -> Tensor:
+    """Return W."""
+    decay, weight = (part.double().sqrt() for part in arguments[3:5])
+    return torch.cat([results[1].double() / decay, results[2].double() / weight])
+
+
+def assert_promised(results: tuple[Tensor, ...], arguments: tuple[Any, ...]) -> None:
+    """Check W, S⁺, what is left out and the trace that is added, by their definitions."""
+    small, _, _, left_out, added = (part.double() for part in results)
+    core, rotation = core_of(arguments), rotation_of(results, arguments)
+    m, eps = len(core), torch.finfo(arguments[0].dtype).eps
+    norm = float(torch.linalg.matrix_norm(core)) or 1.0
+    assert torch.equal(small, small.mT)
+    alive = rotation.square().sum(0) > 0.5
+    # Each entry of a Gram matrix of m rounded numbers of unit columns.
+    inner = rotation.mT @ rotation - torch.diag_embed(alive.double())
+    assert (inner.abs() <= 4 * math.sqrt(m) * eps).all()
+    assert (rotation[:, ~alive] == 0).all()
+    assert ((small - rotation.mT @ core @ rotation).abs() <= 8 * math.sqrt(m) * eps * norm).all()
+    projected = torch.eye(m, dtype=torch.float64) - rotation @ rotation.mT
+    rest = torch.linalg.matrix_norm(projected @ core @ projected)
+    assert abs(left_out - rest) <= 8 * m * eps * norm
+    r = arguments[0].shape[-1]
+    assert abs(added - core.diagonal()[r:].sum()) <= 4 * m * eps * norm
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_results_are_those_of_the_torch_form(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    """Where eigenvalues differ, W follows from K: to the rounding of K over the gaps, which are above 1e-3 here."""
+    r, k, s = size
+    arguments = arguments_of(problem_of("gaussian", r, k), s, dtype=dtype)
+    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    for got, wanted in zip(results, expected, strict=True):
+        assert got.shape == wanted.shape
+        assert got.dtype == wanted.dtype
+        error = 4 * torch.finfo(dtype).eps + 1e4 * (r + k) * EPS
+        torch.testing.assert_close(got, wanted, rtol=0, atol=error * float(wanted.abs().max()) if wanted.numel() else 0)
+
+
+@pytest.mark.parametrize("tol", [0.0, 0.02], ids=["all", "tolerance"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_by_its_definition_with_as_much_of_the_trace(
+    family: str, tol: float, dtype: torch.dtype, device: torch.device
+):
+    arguments = arguments_of(problem_of(family, 20, 13), 17, tol, dtype)
+    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    assert_promised(results, arguments)
+    kept, wanted = (float(part[0].double().trace()) for part in (results, expected))
+    # In directions whose values are rounding either may have taken another one.
+    assert abs(kept - wanted) <= 64 * 33 * torch.finfo(dtype).eps * wanted
+
+
+def test_problems_of_a_batch_are_each_as_alone(device: torch.device):
+    several = [arguments_of(problem_of(family, 9, 8), 9, dtype=torch.float32) for family in FAMILIES[:6]]
+    alone = [launched(arguments, device) for arguments in several]
+    stacks = [torch.stack(parts).unflatten(0, (2, 3)) for parts in zip(*(each[:5] for each in several), strict=True)]
+    # As columns, every other one, one for all: as the operands come.
+    stacks[1] = stacks[1].mT.contiguous().mT
+    stacks[2] = stacks[2].repeat_interleave(2, -1)[..., ::2]
+    stacks[3] = stacks[3][:1, :1].expand(2, 3)
+    together = launched((*stacks, *several[0][5:]), device)
+    for index, own in enumerate(alone):
+        for stack, part in zip(together, own, strict=True):
+            assert torch.equal(stack.flatten(0, 1)[index], part)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", range(5), ids=["gram", "cross", "own", "decay", "weight"])
+def test_what_is_not_finite_is_nan_in_its_own_problem_alone(place: int, value: float, device: torch.device):
+    arguments = [torch.stack([part, part]) for part in arguments_of(problem_of("gaussian", 6, 4), 6)[:5]]
+    clean = launched((*arguments, 6, 0.0, True), device)
+    arguments[place][1].view(-1)[-1] = value
+    results = launched((*arguments, 6, 0.0, True), device)
+    for part, other in zip(results, clean, strict=True):
+        assert torch.equal(part[0], other[0])
+        assert part[1].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e25])
+def test_any_scale_gives_the_same_rotation(scale: float, device: torch.device):
+    """Squares of 10²⁵ are beyond float32: all is NaN there; those of 10⁻²⁵ are below it: S⁺ is 0."""
+    plain = arguments_of(problem_of("gaussian", 6, 4), 6, dtype=torch.float32)
+    # The root is empty, so that nothing of float32 leaves its range before the core does.
+    scaled = (plain[0] * 0, plain[1] * 0, plain[2] * scale**2, *plain[3:])
+    small, _, rotation, *_ = launched(scaled, device)
+    if scale > 1:
+        assert small.isnan().all()
+        assert rotation.isnan().all()
+        return
+    assert rotation.isfinite().all()
+    assert bool(small.any()) == (scale > 1e-20)
+    expected = launched((plain[0] * 0, plain[1] * 0, *plain[2:]), device)[2]
+    torch.testing.assert_close(rotation, expected)
+
+
+def test_two_runs_are_equal_to_the_bit(device: torch.device):
+    arguments = arguments_of(problem_of("half the rank", 20, 13), 17, dtype=torch.float32)
+    for one, other in zip(launched(arguments, device), launched(arguments, device), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_not_measured_is_zero(device: torch.device):
+    arguments = arguments_of(problem_of("gaussian", 6, 4), 6)
+    results = launched((*arguments[:-1], False), device)
+    assert results[3] == 0
+    for one, other in zip(results[:3], launched(arguments, device)[:3], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
+def test_no_problems_give_no_results(batch: tuple[int, ...], device: torch.device):
+    parts = [part.new_zeros(*batch, *part.shape) for part in arguments_of(problem_of("gaussian", 3, 2), 3)[:5]]
+    assert [part.shape for part in launched((*parts, 3, 0.0, True), device)] == [
+        (*batch, *shape) for shape in ((3, 3), (3, 3), (2, 3), (), ())
+    ]
