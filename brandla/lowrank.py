@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, rows_of, zero_rows
-from brandla._small import largest_eigenvalue, leading, unit_scaled, unresolved
+from brandla._small import largest_of_gram, leading, unit_scaled, unresolved
 from brandla.orthonormal import polish
 from brandla_kernels import rounded_gram
 
@@ -167,7 +167,7 @@ class LowRankRoot(NamedTuple):
         """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
         function = "LowRankRoot.largest_eigenvalue"
         rows = rows_of(function, "root", self.root, self.gram)
-        return rows.small_result(largest_eigenvalue(rows.small(function, "gram", self.gram)))
+        return rows.small_result(largest_of_gram(rows.small(function, "gram", self.gram)))
 
     def dense(self) -> Tensor:
         """Return F Fᵀ, shape (..., n, n): for tests and small cases."""
