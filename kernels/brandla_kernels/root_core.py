@@ -166,7 +166,10 @@ def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in inputs[:5]]
         results = root_core.torch_form(*leaves, *inputs[5:])
-        found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
+        # What is not measured depends on nothing.
+        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
+        outputs, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, leaves, given, materialize_grads=True)
     return (*found, None, None, None)
 
 
