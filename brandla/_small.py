@@ -165,17 +165,19 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def largest_eigenvalue(core: Tensor) -> Tensor:
     """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync.
 
-    Two steps of the power iteration from the unit vectors of the eight largest diagonal entries; exact for a diagonal
-    core. Lengths are relative to the largest entry, so that their squares stay in range.
+    Four power iterations from the column of the largest diagonal entry, which give it exactly for a diagonal core.
+    Lengths are relative to that entry, so that their squares stay in range.
     """
     if core.shape[-1] == 0:
         return core.sum((-2, -1))
-    most, chosen = core.diagonal(dim1=-2, dim2=-1).topk(min(8, core.shape[-1]), dim=-1)
-    scale = most[..., :1, None].clamp_min(torch.finfo(core.dtype).tiny)
-    columns = tall.columns_at(core, chosen) / scale
-    unit = columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True).clamp_min(torch.finfo(core.dtype).tiny)
-    largest: Tensor = torch.linalg.vector_norm((core @ unit) / scale, dim=-2).amax(-1)
-    return largest * scale[..., 0, 0]
+    tiny = torch.finfo(core.dtype).tiny
+    most, chosen = core.diagonal(dim1=-2, dim2=-1).max(-1, keepdim=True)
+    scale = most[..., None].clamp_min(tiny)
+    vector = tall.columns_at(core, chosen) / scale
+    for _ in range(4):
+        vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)) / scale
+    length: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
+    return torch.maximum(length * scale[..., 0, 0], most[..., 0])
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:

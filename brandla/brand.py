@@ -62,7 +62,7 @@ def eigh_update(
     -----
     The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
     so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
-    norm is at most 100 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
+    norm is at most 50 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
     become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
     eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
     DTensors sharded on their rows: ``docs/sharded.md``.

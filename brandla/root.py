@@ -361,10 +361,10 @@ def _matrix(number: float | Tensor) -> float | Tensor:
 
 
 def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ρ and w as tensors of the batch shape of S."""
+    """Return ρ and w as float64 tensors of the batch shape of S."""
     if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
         # One kernel for both: a line of two points is exact at its ends.
-        decay, weight = torch.linspace(decay, weight, 2, dtype=gram.dtype, device=gram.device).unbind()
+        decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=gram.device).unbind()
     batch = gram.shape[:-2]
     return _number(decay, gram).expand(batch), _number(weight, gram).expand(batch)
 
@@ -376,4 +376,6 @@ def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:
 
 
 def _number(number: float | Tensor, like: Tensor) -> Tensor:
-    return number if isinstance(number, Tensor) else torch.full((), number, dtype=like.dtype, device=like.device)
+    if isinstance(number, Tensor):
+        return number.double()
+    return torch.full((), number, dtype=torch.float64, device=like.device)

@@ -135,7 +135,7 @@ def root_core_operands(root: Tensor, columns: Tensor) -> tuple[Any, ...]:
     """Return what `root_core` takes of F and A, for ρ = .9, w = .25, the rank of F, no tolerance and all measured."""
     wide, new = root.double(), columns.double()
     r, batch = root.shape[-1], root.shape[:-2]
-    decay, weight = (torch.full(batch, number, dtype=root.dtype, device=root.device) for number in (0.9, 0.25))
+    decay, weight = (torch.full(batch, number, dtype=torch.float64, device=root.device) for number in (0.9, 0.25))
     rank = min(max(r, 1), r + columns.shape[-1])
     return ((wide.mT @ wide).to(root.dtype), wide.mT @ new, new.mT @ new, decay, weight, rank, 0.0, True)
 

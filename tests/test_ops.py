@@ -190,10 +190,10 @@ def test_cross_gram_of_an_empty_root_takes_no_second_look(monkeypatch: pytest.Mo
 
     def noted(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         taken.append(dtype)
-        return brandla_kernels.gram(left).new_zeros(left.shape[-1], right.shape[-1])
+        return brandla_kernels.gram(left).new_ones(left.shape[-1], right.shape[-1])
 
     monkeypatch.setattr(module, "sum_of_slabs", noted)
-    OPS["cross_gram"](torch.zeros(9, 3), torch.zeros(9, 2))
+    OPS["cross_gram"](torch.zeros(9, 3), torch.ones(9, 2))
     assert taken == [torch.float32, torch.float32]
 
 

@@ -34,7 +34,7 @@ def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
 
 
 @op(
-    "root_core(Small[r,r] gram, Sum[r,k] cross, Sum[k,k] own, Small[] decay, Small[] weight, int rank, float tol,"
+    "root_core(Small[r,r] gram, Sum[r,k] cross, Sum[k,k] own, Sum[] decay, Sum[] weight, int rank, float tol,"
     " bool measure) -> (Small[s,s], Small[r,s], Small[k,s], Small[], Small[])",
     cost,
 )
@@ -50,7 +50,7 @@ def root_core(
     cross, own
         C (..., r, k) and G (..., k, k), float64.
     decay, weight
-        ρ and w of each problem, >= 0.
+        ρ and w of each problem, >= 0, float64: the product of a weight and a square may be in range where neither is.
     rank
         s, columns of W, at most r + k.
     tol
@@ -61,15 +61,15 @@ def root_core(
     r, dtype = gram.shape[-1], gram.dtype
     core = assembled(gram, cross, own, decay[..., None, None], weight[..., None, None])
     small, rotation, left_out = compressed(core, rank, dtype, tol, measure)
-    of_root = (rotation[..., :r, :] * decay.double().sqrt()[..., None, None]).to(dtype)
-    of_columns = (rotation[..., r:, :] * weight.double().sqrt()[..., None, None]).to(dtype)
+    of_root = (rotation[..., :r, :] * decay.sqrt()[..., None, None]).to(dtype)
+    of_columns = (rotation[..., r:, :] * weight.sqrt()[..., None, None]).to(dtype)
     added = core.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) + 0 * core.sum((-2, -1))
     return small, of_root, of_columns, left_out.to(dtype), added.to(dtype)
 
 
 def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: float | Tensor, weight: float | Tensor) -> Tensor:
     """Return K in float64 for ρ and w, numbers or tensors (..., 1, 1)."""
-    cross = cross * ((decay.double() if isinstance(decay, Tensor) else decay) * weight) ** 0.5
+    cross = cross * (decay * weight) ** 0.5
     upper = torch.cat([gram * decay, cross], dim=-1)
     return torch.cat([upper, torch.cat([cross.mT, own * weight], dim=-1)], dim=-2)
 
@@ -105,7 +105,7 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
         rotation = _orthonormal(factor.mT @ (sorted_columns @ tall.columns_at(second.mT, chosen)))
     image = core @ rotation
     gram = rotation.mT @ image
-    if tol:
+    if tol and rank:
         alive = _above(gram.diagonal(dim1=-2, dim2=-1), tol).to(core.dtype)
         rotation, image = rotation * alive[..., None, :], image * alive[..., None, :]
         gram = gram * alive[..., None, :] * alive[..., :, None]
@@ -166,10 +166,10 @@ def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in inputs[:5]]
         results = root_core.torch_form(*leaves, *inputs[5:])
-        # What is not measured depends on nothing.
+        # What is left out has no gradient where it is not measured.
         pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
-        outputs, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, leaves, given, materialize_grads=True)
+        results, gradients = zip(*pairs, strict=True)
+        found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
     return (*found, None, None, None)
 
 
