@@ -69,9 +69,7 @@ def _core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
 def _root_core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     root, columns = normal(size.cores, 4 * size.r, size.r), normal(size.cores, 4 * size.r, size.k).double()
     wide = root.double()
-    decay, weight = (
-        torch.full((size.cores,), number, dtype=root.dtype, device=root.device) for number in (DECAY, WEIGHT)
-    )
+    decay, weight = (torch.full((size.cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
     return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(launch.interpreted(), reason="what is interprete
 @pytest.mark.parametrize(("r", "k", "rank", "tol"), [(1, 1, 1, 0.1), (20, 12, 32, 0.0), (128, 64, 128, 0.1)], ids=str)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_products_are_on_matrix_units_and_registers_suffice(target: str, r: int, k: int, rank: int, tol: float) -> None:
-    gram, numbers = torch.empty(2, r, r), torch.empty(2)
+    gram, numbers = torch.empty(2, r, r), torch.empty(2, dtype=torch.float64)
     cross, own = (torch.empty(2, rows, k, dtype=torch.float64) for rows in (r, k))
     with launch.recording(ahead.target_named(target)) as launches:
         OPS["root_core"].launch(gram, cross, own, numbers, numbers, rank, tol, tol == 0)

@@ -21,11 +21,11 @@ Programs share nothing, loops and branches depend on values that are the same in
 order, so two runs are equal to the bit. Barriers and memory: as in `small_spd`.
 
 **What bounds it**, by count: nothing has been measured on a GPU. 2m + 3s steps of a column loop follow one another,
-some 400 cycles each: at r = 128, k = 64, s = 128 that is 770 steps, 180 µs at 1.7 GHz. The flops beside them, 100
-Mflop there, take 200 µs at the 0.5 TFLOP/s in float64 of a multiprocessor of an H100, and grow with m³: .4 ms at
-m = 192, 2 ms at 384, 5 ms at 512, whether for one factor or for as many as there are multiprocessors. So up to order
-128, and for a network, one launch takes the place of some 80; for one factor of order 512 torch's factorisations and
-products, on the whole device, are the quicker way.
+some 400 cycles each: at r = 128, k = 64, s = 128 that is 768 steps, 180 µs at 1.7 GHz. The flops beside them, 65 Mflop
+there, take 130 µs at the 0.5 TFLOP/s in float64 of a multiprocessor of an H100 at best, and grow with m³: 1.8 ms at
+m = 512, whether for one factor or for as many as there are multiprocessors. Latencies of loads come on top: twice these
+times are to be expected. So up to order 128, and for a network, one launch takes the place of some 85; for one factor
+of order 512 torch's factorisations and products, on the whole device, are the quicker way.
 """
 
 from __future__ import annotations
