@@ -39,7 +39,7 @@ from bench.problems import (
     steady,
 )
 from bench.timing import Interval
-from brandla._small import UNRESOLVED, leading, unit_scaled
+from brandla._small import leading, unit_scaled, unresolved
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
 from brandla.root import check_root_update
@@ -129,7 +129,7 @@ def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
         update = check_eigh_update(*taken)
         lengths = update.small.sqrt()
         form = lambda: update.core(torch.diag_embed(update.small), lengths)
-        compress = lambda: leading(core, update.rank, update.dtype, UNRESOLVED[update.dtype])
+        compress = lambda: leading(core, update.rank, update.dtype, unresolved(update.dtype, core.shape[-1]))
     else:
         update, lengths = check_root_update(*taken, "eigh"), None
         form = lambda: update.core(update.small)
