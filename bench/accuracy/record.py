@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def of_content(content: dict[str, Any]) -> Record:
     keep = ("name", "update", "renewal", "period")
     return Record(
         Settings(**settings),
-        {int(width): Costs(**costs) for width, costs in content["costs"].items()},
+        {int(width): _costs(pieces) for width, pieces in content["costs"].items()},
         {
             int(width): [Tracker(**{name: one[name] for name in keep}) for one in chosen]
             for width, chosen in content["trackers"].items()
@@ -97,3 +98,8 @@ def of_content(content: dict[str, Any]) -> Record:
         content["interrupted"],
         content["seconds"],
     )
+
+
+def _costs(pieces: dict[str, float]) -> Any:
+    """Return costs under the names that the file has: one of an earlier commit may time other pieces."""
+    return namedtuple("Costs", pieces)(**pieces)
