@@ -18,33 +18,15 @@ def root_update(root: LowRankRoot, columns: Tensor, decay: float, weight: float)
     return LowRankRoot(_rotated(factor, columns, rotation, decay, weight), torch.diag(values))
 
 
-def root_update_cholesky(root: LowRankRoot, columns: Tensor, decay: float, weight: float) -> LowRankRoot:
-    """`brandla.root_update` at the old rank, with no eigendecomposition."""
-    factor, gram = root
-    core = _core(factor, gram, columns, decay, weight)
-    order = core.diagonal().argsort(descending=True)
-    normalized = (core / core.diagonal()[order[0]])[order[:, None], order]
-    shift = 32 * torch.finfo(factor.dtype).eps * torch.linalg.matrix_norm(normalized)
-    shifted = normalized + shift * torch.eye(len(core), dtype=core.dtype)
-    triangle, _ = torch.linalg.cholesky_ex(shifted, upper=True)
-    chosen = triangle.square().sum(1).topk(gram.shape[0]).indices
-    rotation = shifted @ triangle.mT[:, chosen]
-    for _ in range(2):
-        inner, _ = torch.linalg.cholesky_ex(rotation.mT @ rotation, upper=True)
-        rotation = torch.linalg.solve_triangular(inner, rotation, upper=True, left=False)
-    rotation = rotation[order.argsort()]
-    new = rotation.mT @ (core @ rotation)
-    gram = ((new + new.mT) / 2).to(gram.dtype)
-    return LowRankRoot(_rotated(factor, columns, rotation, decay, weight), gram)
-
-
 def eigh_update(eigh: LowRankEigh, columns: Tensor, decay: float, weight: float) -> LowRankEigh:
     """`brandla.eigh_update` at the old rank, of columns that need no polish."""
     values, vectors = eigh
     lengths = values.sqrt()[:, None]
     core = _core(vectors, torch.diag(values), columns, decay, weight, lengths)
     values, rotation = _leading(core, len(values))
-    rotation = rotation * values.rsqrt()
+    wide = (rotation * values.rsqrt()).double()
+    triangle, _ = torch.linalg.cholesky_ex(wide.mT @ (core @ wide), upper=True)
+    rotation = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).to(vectors.dtype)
     new = _rotated(vectors, columns, rotation, decay, weight, lengths)
     signs = torch.ones(len(values), 4, dtype=new.dtype)
     bool((new.mT @ (new @ signs) - signs).square().sum() < 1)

@@ -112,6 +112,17 @@ def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
     return vectors * torch.where(values <= 0, 0, inverse)[..., None, :]
 
 
+def orthonormal_in(core: Tensor, vectors: Tensor) -> Tensor:
+    """Return V L⁻ᵀ for VᵀK V = L Lᵀ in float64: with BᵀB = K, B V is made orthonormal whatever rounding left in V.
+
+    What float32 `eigh` rounds goes so at no pass over a tall matrix. Zero columns stay zero.
+    """
+    wide = vectors.double()
+    inner = wide.mT @ (core @ wide)
+    transform, _ = cholesky_inverse_core(inner, (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype), 0.25)
+    return (wide @ transform).to(vectors.dtype)
+
+
 def _all_above(values: Tensor, tol: float) -> bool:
     """Say whether each of descending values exceeds ``tol`` times the largest, if a look is free."""
     if not reads_are_free(values) or not values.numel():

@@ -10,11 +10,11 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import above, leading, safe_svd, unit_scaled, unresolved
+from brandla._small import above, leading, orthonormal_in, safe_svd, unit_scaled, unresolved
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, check_update
-from brandla_kernels import gram, without_denormals
+from brandla_kernels import gram, reads_are_free, without_denormals
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 SVD = TypeVar("SVD", LowRankSVD, Centred)
@@ -62,7 +62,7 @@ def eigh_update(
     -----
     The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
     so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
-    norm is at most 50 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
+    norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
     become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
     eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
     DTensors sharded on their rows: ``docs/sharded.md``.
@@ -120,7 +120,11 @@ def eigh_step(update: Update) -> Updated:
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
     values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    vectors = update.rotated(*update.scaled(unit_scaled(rotation, values), lengths))
+    rotation = unit_scaled(rotation, values)
+    if reads_are_free(core):
+        # It spares most polishes; where they cannot be spared it would be work for nothing.
+        rotation = orthonormal_in(core, rotation)
+    vectors = update.rotated(*update.scaled(rotation, lengths))
     if update.in_place:
         polish_(vectors, update.rows)
     else:

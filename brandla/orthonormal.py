@@ -34,8 +34,8 @@ from brandla_kernels import (
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 SECOND_PASS = 0.25
-# Multiple of ε that an estimate of ‖UᵀU − I‖₂ from a few probes may reach before a polish: 200 is what is promised.
-_CLEAN = 50
+# Multiple of ε that an estimate of ‖UᵀU − I‖₂ from a few probes may reach before a polish.
+_CLEAN = 20
 _PROBES = 4
 # Factor by which a product with T and R may multiply rounding before the columns are taken in another order.
 _AMPLIFIED = 256
