@@ -5,7 +5,8 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,45 +15,14 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import safe_eigh
-from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
+from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, parts_of, stack_numbers
 from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, reads_are_free
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
 Number = float | Tensor
 Tail = Number | Literal["mean", "smallest"]
-
-
-class Shifted(NamedTuple):
-    """β I + U H Uᵀ for U or F, of one factor, of a batch, or of a list of factors with H and β stacked."""
-
-    basis: Tall
-    middle: Tensor  # H: [..., r] where diagonal, else [..., r, r]
-    complement: Tensor  # β: batch shape
-
-    def __matmul__(self, rhs: Tall) -> Tall:
-        batch = _batch_of(self, rhs)
-        return damped_apply(*self.expand(batch), _expand(rhs, batch))
-
-    def on(self, rhs: Tall, rows: Rows) -> Tall:
-        """Return the product with a right-hand side of which these rows are here."""
-        if rows is WHOLE:
-            return self @ rhs
-        batch = _batch_of(self, rhs)
-        basis, middle, complement = self.expand(batch)
-        rhs = _expand(rhs, batch)
-        middle, complement = rows.shared(middle), rows.shared(complement)
-        coefficients = rows.total(project(basis, rhs))
-        diagonal = middle.ndim < basis.ndim
-        inner = middle[..., None] * coefficients if diagonal else middle @ coefficients
-        return complement[..., None, None] * rhs + basis @ inner
-
-    def expand(self, batch: tuple[int, ...] | None) -> Shifted:
-        """Repeat the operator over a batch shape, as a view."""
-        if batch is None:
-            return self
-        middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
-        return Shifted(_expand(self.basis, batch), middle, self.complement.expand(batch))
+Data = TypeVar("Data", Tensor, tuple[Tensor, Tensor])
 
 
 @ranged("n,r", "n,m")
@@ -105,8 +75,7 @@ def damped_solve(lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail
     >>> brandla.damped_solve(factor, torch.ones(4), damping=1.0)
     tensor([0.2500, 1.0000, 1.0000, 1.0000])
     """
-    problem = check_solve("damped_solve", lowrank, rhs, damping, tail)
-    return problem.solution(inverse(problem.factor, *problem.shift))
+    return check_solve("damped_solve", lowrank, rhs, damping, tail=tail).solution()
 
 
 @ranged("n,r", "n,m")
@@ -135,48 +104,20 @@ def damped_power(
     ValueError, TypeError
         For shapes, values, dtypes and devices that do not fit, before anything is computed.
     """
-    problem = check_solve("damped_power", lowrank, rhs, damping, tail)
-    check_exponent(exponent)
-    return problem.solution(power(problem.factor, *problem.shift, float(exponent)))
-
-
-@overload
-def kron_damped_solve(
-    left: LowRank,
-    right: LowRank,
-    matrix: Tensor,
-    left_damping: float | Tensor,
-    right_damping: float | Tensor,
-    *,
-    left_tail: Tail = ...,
-    right_tail: Tail = ...,
-) -> Tensor: ...
-
-
-@overload
-def kron_damped_solve(
-    left: LowRank,
-    right: LowRank,
-    matrix: tuple[Tensor, Tensor],
-    left_damping: float | Tensor,
-    right_damping: float | Tensor,
-    *,
-    left_tail: Tail = ...,
-    right_tail: Tail = ...,
-) -> tuple[Tensor, Tensor]: ...
+    return check_solve("damped_power", lowrank, rhs, damping, exponent, tail=tail).solution()
 
 
 @ranged("p,a", "q,b", "p,q")
 def kron_damped_solve(
     left: LowRank,
     right: LowRank,
-    matrix: Tensor | tuple[Tensor, Tensor],
+    matrix: Data,
     left_damping: float | Tensor,
     right_damping: float | Tensor,
     *,
     left_tail: Tail = 0.0,
     right_tail: Tail = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Data:
     """(G + λ_G I)⁻¹ W (A + λ_A I)⁻¹ for low-rank G and A: the Kronecker-factored step.
 
     Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). For a pair (P, Q) that
@@ -214,95 +155,40 @@ def kron_damped_solve(
     ----------
     J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
     """
-    problem = check_kron(left, right, matrix, (left_damping, left_tail), (right_damping, right_tail))
-    return problem.solution(inverse(*problem.left), inverse(*problem.right))
+    solution: Data = check_kron(
+        left, right, matrix, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
+    ).solution()
+    return solution
 
 
-class Solve(NamedTuple):
-    """Arguments of a damped application that fit together."""
+class Shifted(NamedTuple):
+    """β (I + U Z Uᵀ) for the tall matrix U of one factor, of a batch, or of a list of factors with Z and β stacked."""
 
-    factor: Factor
-    block: Tensor
-    vector: bool
-    shift: tuple[Number, Number | None]
-    rows: Rows  # which rows of the tall matrices are here
+    basis: Tall
+    middle: Tensor  # Z: [..., r] where diagonal, else [..., r, r]
+    scale: Tensor  # β: batch shape
 
-    def solution(self, operator: Shifted) -> Tensor:
-        """Apply the operator."""
-        return self.shaped(operator.on(self.block, self.rows))
+    def __matmul__(self, rhs: Tall) -> Tall:
+        batch = _batch_of(self, rhs)
+        return damped_apply(*self.expand(batch), _expand(rhs, batch))
 
-    def shaped(self, block: Tensor) -> Tensor:
-        """Return the result in the shape and of the kind of the right-hand side."""
-        return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
+    def on(self, rhs: Tall, rows: Rows) -> Any:
+        """Return the product with a right-hand side of which these rows are here."""
+        if rows is WHOLE:
+            return self @ rhs
+        batch = _batch_of(self, rhs)
+        basis, middle, scale = self.expand(batch)
+        rhs, middle, scale = _expand(rhs, batch), rows.shared(middle), rows.shared(scale)
+        coefficients = rows.total(project(basis, rhs))
+        inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
+        return scale[..., None, None] * (rhs + basis @ inner)
 
-
-class Kron(NamedTuple):
-    """Arguments of a two-sided damped application that fit together: factor, λ and τ of each side, and the data."""
-
-    left: tuple[Factor, Number, Number | None]
-    right: tuple[Factor, Number, Number | None]
-    data: Tensor | tuple[Tensor, Tensor]
-    rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
-
-    def solution(self, left: Shifted, right: Shifted) -> Tensor | tuple[Tensor, Tensor]:
-        """Apply both operators to W, or each to its side of a pair."""
-        left_rows, right_rows = self.rows
-        if isinstance(self.data, tuple):
-            first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
-            return left_rows.tall_result(first), right_rows.tall_result(second)
-        if left_rows is WHOLE:
-            applied: Tensor = kron_apply(left, right, self.data)
-            return applied
-        right = Shifted(*map(left_rows.shared, right))
-        return left_rows.tall_result(left.on((right @ self.data.mT).mT, left_rows))
-
-
-def check_solve(function: str, lowrank: LowRank, rhs: Tensor, damping: float | Tensor, tail: Tail) -> Solve:
-    """Check what every damped application takes."""
-    factor, rows = _check_factor(function, "lowrank", lowrank)
-    rows.admit(function, "rhs", rhs)
-    block, vector = _check_rhs(function, "rhs", rhs, factor, rows)
-    shift = _check_shift(function, ("damping", "tail"), lowrank, damping, tail, rows)
-    return Solve(_local(function, "lowrank", factor, rows), block, vector, shift, rows)
-
-
-def check_exponent(exponent: float) -> None:
-    """Check the exponent of `damped_power`."""
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
-        _check.fail_type("damped_power", f"exponent must be a number; got {type(exponent).__name__}")
-    if not abs(exponent) < float("inf"):
-        _check.fail_value("damped_power", f"exponent must be finite; got {exponent}")
-
-
-def check_kron(
-    left: LowRank,
-    right: LowRank,
-    matrix: Tensor | tuple[Tensor, Tensor],
-    left_shift: tuple[float | Tensor, Tail],
-    right_shift: tuple[float | Tensor, Tail],
-) -> Kron:
-    """Check the arguments of `kron_damped_solve`."""
-    function = "kron_damped_solve"
-    left_factor, left_rows = _check_factor(function, "left", left)
-    right_factor, right_rows = _check_factor(function, "right", right)
-    _check.together(function, "right", basis_of(right_factor), "left", basis_of(left_factor))
-    data = _check_kron_data(function, matrix, left_factor, right_factor, (left_rows, right_rows))
-    left_checked = _check_shift(function, ("left_damping", "left_tail"), left, *left_shift, left_rows)
-    right_checked = _check_shift(function, ("right_damping", "right_tail"), right, *right_shift, right_rows)
-    return Kron(
-        (_local(function, "left", left_factor, left_rows), *left_checked),
-        (_local(function, "right", right_factor, right_rows), *right_checked),
-        data,
-        (left_rows, right_rows),
-    )
-
-
-def kron_apply(left: Shifted, right: Shifted, data: Tall | tuple[Tall, Tall]) -> Any:
-    """Apply both operators to W, or each to its side of a pair."""
-    if isinstance(data, tuple):
-        return left @ data[0], right @ data[1]
-    batch = _batch_of(left, right, data)
-    return kron_damped_apply(*left.expand(batch), *right.expand(batch), _expand(data, batch))
+    def expand(self, batch: tuple[int, ...] | None) -> Shifted:
+        """Repeat the operator over a batch shape, as a view."""
+        if batch is None:
+            return self
+        middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
+        return Shifted(_expand(self.basis, batch), middle, self.scale.expand(batch))
 
 
 def _batch_of(*parts: Shifted | Tall) -> tuple[int, ...] | None:
@@ -317,85 +203,61 @@ def _expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
     return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
 
 
-def inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
-    """β = 1/(τ + λ), and H = (d + λ)⁻¹ (τ − d) β, written without the difference of two reciprocals.
+class Side(NamedTuple):
+    """A factor and its shift: of one factor, of a batch, or of a list with all but its tall matrices stacked."""
 
-    Of a root, whose columns along eigenvectors of S are √d times unit ones, H = −β max(d − τ, 0) / (d (d + λ)), and
-    with τ = 0 that is −β (S + λI)⁻¹.
-    """
-    if isinstance(factor, LowRankRoot) and not _is_of_order_one(factor.gram, damping):
-        return _inverse_of_any_size(factor, damping, tail)
-    return _inverse(factor, damping, tail)
+    factor: Factor
+    damping: Number
+    tail: Number | None  # None stands for "smallest"
 
+    def operator(self, exponent: float = -1.0) -> Shifted:
+        """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.
 
-def _inverse_of_any_size(root: LowRankRoot, damping: Number, tail: Number | None) -> Shifted:
-    """`inverse` by way of c² M of order one, c a power of two: the H of M itself, of order 1/d², leaves the range."""
-    size = root.gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(damping)
-    unit = torch.exp2((torch.log2(size) / -2).round())
-    square = unit * unit
-    # Of a list of roots F is a list too, and S is stacked.
-    basis: Any = root.root
-    if isinstance(basis, list):
-        basis = [own * each for own, each in zip(basis, unit.unbind(), strict=True)]
-    else:
-        basis = basis * _over(unit, 2)
-    scaled = LowRankRoot(basis, root.gram * _over(square, 2))
-    tail = tail * square if tail is not None and _is_given(tail) else tail
-    _, middle, complement = _inverse(scaled, damping * square, tail)
-    return Shifted(basis, middle * _over(square, middle.ndim - square.ndim), complement * square)
+        No difference of two powers is formed. Of a root, whose columns along eigenvectors of S are √d times unit ones,
+        Z is divided by d, and 0 for every d up to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
+        """
+        small, basis = parts_of(self.factor)
+        damping, tail, is_root = self.damping, self.tail, isinstance(self.factor, LowRankRoot)
+        values, vectors = small, None
+        if is_root and _is_diagonal(small):
+            values = small.diagonal(dim1=-2, dim2=-1)
+        elif is_root and exponent == -1 and isinstance(tail, float) and tail == 0:
+            return Shifted(basis, -_inverse_of(small, damping), self._filled(1 / damping))
+        elif is_root:
+            values, vectors = safe_eigh((small + small.mT) / 2)
+        if tail is None:
+            tail = values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+        excess = values - _over(tail)
+        above = excess.clamp_min(0) if is_root else excess
+        if exponent == -1:
+            middle = -above / (values + _over(damping))
+        else:
+            # At d = τ clamp_min passes the derivative on and relu does not: the difference has it once.
+            grown = torch.log1p(excess.clamp_min(0) / _over(tail + damping))
+            shrunk = 0.0 if is_root else torch.log1p((-excess).relu() / (values + _over(damping)))
+            middle = torch.expm1(exponent * (grown - shrunk))
+        if is_root:
+            middle = middle / torch.where(values > 0, values, 1)
+        if vectors is not None:
+            middle = (vectors * middle[..., None, :]) @ vectors.mT
+        return Shifted(basis, middle, self._filled(tail + damping) ** exponent)
 
-
-def _is_of_order_one(gram: Tensor, damping: Number) -> bool:
-    """Say whether d₁ and λ are so; not where looking at them would wait for a device."""
-    if gram.shape[-1] == 0:
-        return True
-    if not reads_are_free(gram):
-        return False
-    low, high = gram.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(damping).aminmax()
-    return bool(low > 2**-40) and bool(high < 2**40)
-
-
-def _inverse(factor: Factor, damping: Number, tail: Number | None) -> Shifted:
-    """`inverse` where no square of an eigenvalue is out of range."""
-    if isinstance(factor, LowRankRoot) and isinstance(tail, float) and tail == 0 and not _is_diagonal(factor.gram):
-        middle = -_inverse_of(factor.gram, damping) / _over(damping, 2)
-        return Shifted(factor.root, middle, _filled(1 / damping, factor))
-    values, vectors = _pairs(factor)
-    tail = _smallest(values) if tail is None else tail
-    complement = 1 / (tail + damping)
-    if isinstance(factor, LowRankEigh):
-        middle = (_over(tail) - values) / (values + _over(damping)) * _over(complement)
-    else:
-        held = (values - _over(tail)).clamp_min(0) / torch.where(values > 0, values, 1) if _is_given(tail) else 1.0
-        middle = -held / (values + _over(damping)) * _over(complement)
-    return Shifted(basis_of(factor), _turned(middle, vectors), _filled(complement, factor))
+    def _filled(self, value: Number) -> Tensor:
+        """Return a number as a tensor of the factor's batch shape."""
+        small = parts_of(self.factor)[0]
+        batch = small.shape[:-2] if isinstance(self.factor, LowRankRoot) else small.shape[:-1]
+        if isinstance(value, Tensor):
+            return value if value.shape == batch else value.expand(batch)
+        return torch.full(batch, value, dtype=small.dtype, device=small.device)
 
 
-def power(factor: Factor, damping: Number, tail: Number | None, exponent: float) -> Shifted:
-    """β = (τ + λ)^p and H = (d + λ)^p − β, as β·expm1(p·log((d + λ)/(τ + λ))), the logarithm from d − τ.
-
-    Of a root H is divided by d, and 0 for every d up to τ.
-    """
-    values, vectors = _pairs(factor)
-    tail = _smallest(values) if tail is None else tail
-    complement = _filled(tail + damping, factor) ** exponent
-    # At d = τ clamp_min passes the derivative on and relu does not: the difference has it once.
-    above = torch.log1p((values - _over(tail)).clamp_min(0) / _over(tail + damping))
-    below = torch.log1p((_over(tail) - values).relu() / (values + _over(damping)))
-    if isinstance(factor, LowRankEigh):
-        middle = torch.expm1(exponent * (above - below))
-    else:
-        middle = torch.expm1(exponent * above) / torch.where(values > 0, values, 1)
-    return Shifted(basis_of(factor), _turned(complement[..., None] * middle, vectors), complement)
-
-
-def _pairs(factor: Factor) -> tuple[Tensor, Tensor | None]:
-    """Return d, and the eigenvectors of S where it is not diagonal."""
-    if isinstance(factor, LowRankEigh):
-        return factor.eigenvalues, None
-    if _is_diagonal(factor.gram):
-        return factor.gram.diagonal(dim1=-2, dim2=-1), None
-    return safe_eigh((factor.gram + factor.gram.mT) / 2)
+def stack(sides: Sequence[Side]) -> Side:
+    """Join sides whose factors are of one kind and rank."""
+    factors, dampings, tails = zip(*sides, strict=True)
+    smalls, bases = zip(*map(parts_of, factors), strict=True)
+    small = torch.stack(smalls)
+    tail = None if tails[0] is None else stack_numbers(tails, small)
+    return Side(of_parts(type(factors[0]), small, list(bases)), stack_numbers(dampings, small), tail)
 
 
 def _is_diagonal(gram: Tensor) -> bool:
@@ -405,15 +267,6 @@ def _is_diagonal(gram: Tensor) -> bool:
     return torch.equal(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
 
 
-def _turned(middle: Tensor, vectors: Tensor | None) -> Tensor:
-    """Return V diag(H) Vᵀ, or H where V is I."""
-    return middle if vectors is None else (vectors * middle[..., None, :]) @ vectors.mT
-
-
-def _is_given(tail: Number) -> bool:
-    return isinstance(tail, Tensor) or tail != 0
-
-
 def _inverse_of(gram: Tensor, damping: Number) -> Tensor:
     """(S + λI)⁻¹; where rounding left S + λI not positive definite, NaN and never a wrong number."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -421,29 +274,114 @@ def _inverse_of(gram: Tensor, damping: Number) -> Tensor:
     return torch.cholesky_inverse(torch.where((info == 0)[..., None, None], lower, float("nan")))
 
 
-def _smallest(values: Tensor) -> Tensor:
-    return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+def _over(value: Number, dims: int = 1) -> Number:
+    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
+    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
-def small_of(factor: Factor) -> Tensor:
-    """Return d or S."""
-    return factor.eigenvalues if isinstance(factor, LowRankEigh) else factor.gram
+class Solve(NamedTuple):
+    """Arguments of a damped application that fit together."""
+
+    side: Side
+    block: Tensor
+    vector: bool
+    exponent: float
+    rows: Rows  # which rows of the tall matrices are here
+
+    def solution(self) -> Tensor:
+        """Apply the operator."""
+        return self.shaped(self.side.operator(self.exponent).on(self.block, self.rows))
+
+    def shaped(self, block: Tensor) -> Tensor:
+        """Return the result in the shape and of the kind of the right-hand side."""
+        return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
 
 
-def basis_of(factor: Factor) -> Tensor:
-    """Return U or F."""
-    return factor.eigenvectors if isinstance(factor, LowRankEigh) else factor.root
+def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
+    """Apply operators of one kind, rank and exponent, each to its block."""
+    operator = stack([problem.side for problem in problems]).operator(problems[0].exponent)
+    blocks = operator @ [problem.block for problem in problems]
+    return [problem.shaped(block) for problem, block in zip(problems, blocks, strict=True)]
 
 
-def of_parts(kind: type[Factor], small: Tensor, basis: Tall) -> Factor:
-    """Return a factor of this kind."""
-    return LowRankEigh(small, basis) if kind is LowRankEigh else LowRankRoot(basis, small)
+class Kron(NamedTuple):
+    """Arguments of a two-sided damped application that fit together."""
+
+    left: Side
+    right: Side
+    data: Tensor | tuple[Tensor, Tensor]
+    rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
+
+    def solution(self) -> Any:
+        """Apply both operators to W, or each to its side of a pair."""
+        (left_rows, right_rows), left, right = self.rows, self.left.operator(), self.right.operator()
+        if isinstance(self.data, tuple):
+            first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
+            return left_rows.tall_result(first), right_rows.tall_result(second)
+        if left_rows is WHOLE:
+            batch = _batch_of(left, right, self.data)
+            return kron_damped_apply(*left.expand(batch), *right.expand(batch), _expand(self.data, batch))
+        right = Shifted(*map(left_rows.shared, right))
+        return left_rows.tall_result(left.on((right @ self.data.mT).mT, left_rows))
 
 
-def _batch_shape(factor: Factor) -> tuple[int, ...]:
-    """Batch shape of a factor, from what is stacked for a list."""
-    small = small_of(factor)
-    return tuple(small.shape[: -1 if isinstance(factor, LowRankEigh) else -2])
+def kron_together(problems: Sequence[Kron]) -> list[Any]:
+    """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
+    left = stack([problem.left for problem in problems]).operator()
+    right = stack([problem.right for problem in problems]).operator()
+    data: Any = [problem.data for problem in problems]
+    if isinstance(data[0], Tensor):
+        return list(kron_damped_apply(*left, *right, data))
+    first, second = zip(*data, strict=True)
+    return list(zip(left @ list(first), right @ list(second), strict=True))
+
+
+def check_solve(
+    function: str, lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float = -1.0, *, tail: Tail = 0.0
+) -> Solve:
+    """Check what every damped application takes."""
+    factor, rows = _check_factor(function, "lowrank", lowrank)
+    rows.admit(function, "rhs", rhs)
+    basis = parts_of(factor)[1]
+    block = _check.matching_data(function, "rhs", rhs, "lowrank", basis)
+    vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
+    block = block[..., None] if vector else block
+    if rhs.ndim == 0 or block.shape[-2] != factor.n:
+        rule = f"rhs must have n = {factor.n} rows, as lowrank does"
+        _check.fail_value(function, f"{rule}; got shape {tuple(rhs.shape)}")
+    _check_batch(function, "rhs", block, basis)
+    side = _check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
+    if not abs(exponent) < float("inf"):
+        _check.fail_value(function, f"exponent must be finite; got {exponent}")
+    return Solve(side, rows.local(function, "rhs", block), vector, float(exponent), rows)
+
+
+def check_kron(
+    left: LowRank,
+    right: LowRank,
+    matrix: Tensor | tuple[Tensor, Tensor],
+    left_damping: Number,
+    right_damping: Number,
+    *,
+    left_tail: Tail,
+    right_tail: Tail,
+) -> Kron:
+    """Check the arguments of `kron_damped_solve`."""
+    function = "kron_damped_solve"
+    left_factor, left_rows = _check_factor(function, "left", left)
+    right_factor, right_rows = _check_factor(function, "right", right)
+    bases, rows = (parts_of(left_factor)[1], parts_of(right_factor)[1]), (left_rows, right_rows)
+    _check.together(function, "right", bases[1], "left", bases[0])
+    check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
+    data = check_data(function, matrix, bases, rows)
+    return Kron(
+        _check_side(function, ("left", "left_damping", "left_tail"), left, left_damping, left_tail, left_rows),
+        _check_side(function, ("right", "right_damping", "right_tail"), right, right_damping, right_tail, right_rows),
+        data,
+        rows,
+    )
 
 
 def _check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:
@@ -454,33 +392,44 @@ def _check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, R
         _check.root(function, name, factor)
     else:
         _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(lowrank).__name__}")
-    return factor, rows_of(function, f"{name}.{_tall_name(factor)}", basis_of(factor), small_of(factor))
+    small, basis = parts_of(factor)
+    return factor, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
 
 
-def _tall_name(factor: Factor) -> str:
-    return "eigenvectors" if isinstance(factor, LowRankEigh) else "root"
+def _check_side(
+    function: str, names: tuple[str, str, str], lowrank: LowRank, damping: Number, tail: Tail, rows: Rows
+) -> Side:
+    """Check λ and τ, and return them beside what is here of a factor that has been checked."""
+    factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
+    name, damping_name, tail_name = names
+    small_name, basis_name = NAMES[type(factor)]
+    small, basis = parts_of(factor)
+    damping = rows.small(function, damping_name, damping)
+    damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
+    given: Number | None
+    if not isinstance(tail, str):
+        given = _check.scalar(function, tail_name, rows.small(function, tail_name, tail), "the factor", basis)
+    elif tail == "smallest":
+        given = None
+    elif tail != "mean":
+        rule = f"{tail_name} must be a number, a tensor, 'mean' or 'smallest'"
+        _check.fail_value(function, f"{rule}; got {tail!r}")
+    elif not isinstance(lowrank, Tracked):
+        rule = f"{tail_name}='mean' needs a Tracked factor, which carries the trace"
+        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
+    else:
+        _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
+        given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
+    small = rows.small(function, f"{name}.{small_name}", small)
+    basis = rows.local(function, f"{name}.{basis_name}", basis)
+    return Side(factor if rows is WHOLE else of_parts(type(factor), small, basis), damping, given)
 
 
-def _local(function: str, name: str, factor: Factor, rows: Rows) -> Factor:
-    """Return a factor of what this process holds."""
-    small_name = "eigenvalues" if isinstance(factor, LowRankEigh) else "gram"
-    small = rows.small(function, f"{name}.{small_name}", small_of(factor))
-    if rows is WHOLE:
-        return factor
-    return of_parts(type(factor), small, rows.local(function, f"{name}.{_tall_name(factor)}", basis_of(factor)))
-
-
-def _check_rhs(function: str, name: str, rhs: Tensor, factor: Factor, rows: Rows) -> tuple[Tensor, bool]:
-    """Return the right-hand side as a block (..., n, m), and whether it was a vector."""
-    basis = basis_of(factor)
-    converted = _check.matching_data(function, name, rhs, "lowrank", basis)
-    vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
-    block = converted[..., None] if vector else converted
-    n = basis.shape[-2]
-    if rhs.ndim == 0 or block.shape[-2] != n:
-        _check.fail_value(function, f"{name} must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
-    _check_batch(function, name, block, basis)
-    return rows.local(function, name, block), vector
+def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
+    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all."""
+    small = rows.small("tail", "the factor", parts_of(factor)[0])
+    held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (trace - held).clamp_min(0) / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
 
 
 def _check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
@@ -493,83 +442,40 @@ def _check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: 
         _check.fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
 
 
-def _check_shift(
-    function: str, names: tuple[str, str], lowrank: LowRank, damping: float | Tensor, tail: Tail, rows: Rows
-) -> tuple[Number, Number | None]:
-    """Return λ and τ, numbers or tensors that broadcast with the batch shape; None stands for "smallest"."""
-    factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    basis = basis_of(factor)
-    damping = rows.small(function, names[0], damping)
-    damping = _check.scalar(function, names[0], damping, "the factor", basis, positive=True)
-    if not isinstance(tail, str):
-        return damping, _check.scalar(function, names[1], rows.small(function, names[1], tail), "the factor", basis)
-    if tail == "smallest":
-        return damping, None
-    if tail != "mean":
-        _check.fail_value(function, f"{names[1]} must be a number, a tensor, 'mean' or 'smallest'; got {tail!r}")
-    if not isinstance(lowrank, Tracked):
-        rule = f"{names[1]}='mean' needs a Tracked factor, which carries the trace"
-        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
-    _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
-    return damping, _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
+def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:
+    """Check W beside the bases of both sides, and return what is here of it."""
+    left, right = bases
+    p, q = left.shape[-2], right.shape[-2]
+    if rows[1] is not WHOLE:
+        rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
+        _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
+    rows[0].admit(function, "matrix", matrix)
+    data = _check.matching_data(function, "matrix", matrix, "left", left)
+    if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
+        rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
+        _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
+    _check_batch(function, "matrix", data, left)
+    _check_batch(function, "matrix", data, right)
+    _check_batch(function, "right", right, left, "left's")
+    return rows[0].local(function, "matrix", data)
 
 
-def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
-    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all."""
-    small = rows.small("tail", "the factor", small_of(factor))
-    held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (trace - held).clamp_min(0) / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
-
-
-def _over(value: Number, dims: int = 1) -> Number:
-    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
-    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
-
-
-def _filled(value: Number, factor: Factor) -> Tensor:
-    """Return a number as a tensor of the factor's batch shape."""
-    batch = _batch_shape(factor)
-    if isinstance(value, Tensor):
-        return value if value.shape == batch else value.expand(batch)
-    small = small_of(factor)
-    return torch.full(batch, value, dtype=small.dtype, device=small.device)
-
-
-def _check_kron_data(
-    function: str,
-    matrix: Tensor | tuple[Tensor, Tensor],
-    left: Factor,
-    right: Factor,
-    rows: tuple[Rows, Rows],
-) -> Tensor | tuple[Tensor, Tensor]:
-    p, q = left.n, right.n
-    if isinstance(matrix, Tensor):
-        if rows[1] is not WHOLE:
-            rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
-            _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
-        rows[0].admit(function, "matrix", matrix)
-        data = _check.matching_data(function, "matrix", matrix, "left", basis_of(left))
-        if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
-            rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
-            _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-        _check_batch(function, "matrix", data, basis_of(left))
-        _check_batch(function, "matrix", data, basis_of(right))
-        _check_batch(function, "right", basis_of(right), basis_of(left), "left's")
-        return rows[0].local(function, "matrix", data)
-    pair: object = matrix
+def _check_pair(
+    function: str, pair: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]
+) -> tuple[Tensor, Tensor]:
+    """Check P and Q, each beside the basis of its side, and return what is here of them."""
     if not isinstance(pair, tuple) or len(pair) != 2:
-        _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(matrix).__name__}")
-    first, second = matrix
-    rows[0].admit(function, "P", first)
-    rows[1].admit(function, "Q", second)
-    first = _check.matching_data(function, "P", first, "left", basis_of(left))
-    second = _check.matching_data(function, "Q", second, "right", basis_of(right))
+        _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(pair).__name__}")
+    for name, given, own in zip(("P", "Q"), pair, rows, strict=True):
+        own.admit(function, name, given)
+    first = _check.matching_data(function, "P", pair[0], "left", bases[0])
+    second = _check.matching_data(function, "Q", pair[1], "right", bases[1])
+    (p, q), seen = (basis.shape[-2] for basis in bases), f"{tuple(first.shape)} and {tuple(second.shape)}"
     if first.ndim < 2 or second.ndim < 2 or first.shape[-2] != p or second.shape[-2] != q:
-        rule = f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k)"
-        _check.fail_value(function, f"{rule}; got {tuple(first.shape)} and {tuple(second.shape)}")
+        _check.fail_value(function, f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k); got {seen}")
     if first.shape[-1] != second.shape[-1]:
         rule = "P and Q must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
-    _check_batch(function, "P", first, basis_of(left))
-    _check_batch(function, "Q", second, basis_of(right))
+    _check_batch(function, "P", first, bases[0])
+    _check_batch(function, "Q", second, bases[1])
     return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)

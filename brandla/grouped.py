@@ -26,9 +26,9 @@ from brandla import _check, brand, damped, randomized, root
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla.damped import LowRank, Tail
-from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
+from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, parts_of
 from brandla.randomized import LinearOperator
-from brandla.root import Compress, Update, stack, stack_numbers
+from brandla.root import Compress, Update, Updated, stack
 
 __all__ = [
     "damped_power",
@@ -62,15 +62,8 @@ def eigh_update(
     rank: Each[int | Rank | None] = None,
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
-    function = "eigh_update"
-    calls = _calls(function, (eighs, columns), decay=decay, weight=weight, rank=rank)
-    updates = [brand.check_eigh_update(function, *lists, **options) for lists, options in calls]
-    return _in_classes(
-        updates,
-        _class_of_update,
-        lambda update: brand.eigh_step(update).as_new(LowRankEigh),
-        lambda members: brand.eigh_step(stack(members)).as_list(LowRankEigh),
-    )
+    options = {"decay": decay, "weight": weight, "rank": rank}
+    return _updated("eigh_update", brand.check_eigh_update, brand.eigh_step, LowRankEigh, (eighs, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -84,15 +77,8 @@ def root_update(
     compress: Each[Compress] = "eigh",
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
-    function = "root_update"
-    calls = _calls(function, (roots, columns), decay=decay, weight=weight, rank=rank, compress=compress)
-    updates = [root.check_root_update(function, *lists, **options) for lists, options in calls]
-    return _in_classes(
-        list(zip(updates, [options["compress"] for _, options in calls], strict=True)),
-        lambda item: _with_option(_class_of_update(item[0]), item[1]),
-        lambda item: root.root_step(*item).as_new(LowRankRoot),
-        lambda members: root.root_step(stack([update for update, _ in members]), members[0][1]).as_list(LowRankRoot),
-    )
+    options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress}
+    return _updated("root_update", root.check_root_update, root.root_step, LowRankRoot, (roots, columns), **options)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -159,15 +145,7 @@ def damped_solve(
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
     """`brandla.damped_solve` with each factor."""
-    function = "damped_solve"
-    calls = _calls(function, (lowranks, rhs), damping=damping, tail=tail)
-    problems = [damped.check_solve(function, *lists, **options) for lists, options in calls]
-    return _in_classes(
-        problems,
-        _class_of_solve,
-        lambda problem: problem.solution(damped.inverse(*_operator_of(problem))),
-        lambda members: _solve_together(members, damped.inverse(*_stacked_operator(members))),
-    )
+    return _solutions("damped_solve", lowranks, rhs, damping=damping, tail=tail)
 
 
 @ranged("n,r", "n,m")
@@ -180,21 +158,7 @@ def damped_power(
     tail: Each[Tail] = 0.0,
 ) -> list[Tensor]:
     """`brandla.damped_power` with each factor."""
-    function = "damped_power"
-    calls = _calls(function, (lowranks, rhs), damping=damping, tail=tail)
-    problems = [damped.check_solve(function, *lists, **options) for lists, options in calls]
-    exponents = _spread(function, "exponent", exponent, len(problems))
-    for each in exponents:
-        damped.check_exponent(each)
-    return _in_classes(
-        list(zip(problems, map(float, exponents), strict=True)),
-        lambda item: _with_option(_class_of_solve(item[0]), item[1]),
-        lambda item: item[0].solution(damped.power(*_operator_of(item[0]), item[1])),
-        lambda members: _solve_together(
-            [problem for problem, _ in members],
-            damped.power(*_stacked_operator([problem for problem, _ in members]), members[0][1]),
-        ),
-    )
+    return _solutions("damped_power", lowranks, rhs, damping=damping, exponent=exponent, tail=tail)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -209,24 +173,34 @@ def kron_damped_solve(
     right_tail: Each[Tail] = 0.0,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     """`brandla.kron_damped_solve` with each pair of factors."""
-    sides = {"left_damping": left_damping, "left_tail": left_tail}
-    sides |= {"right_damping": right_damping, "right_tail": right_tail}
-    problems = [
-        damped.check_kron(
-            left,
-            right,
-            matrix,
-            (options["left_damping"], options["left_tail"]),
-            (options["right_damping"], options["right_tail"]),
-        )
-        for (left, right, matrix), options in _calls("kron_damped_solve", (lefts, rights, matrices), **sides)
-    ]
+    shifts = {"left_damping": left_damping, "left_tail": left_tail}
+    shifts |= {"right_damping": right_damping, "right_tail": right_tail}
+    calls = _calls("kron_damped_solve", (lefts, rights, matrices), **shifts)
+    problems = [damped.check_kron(*lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_kron, damped.Kron.solution, damped.kron_together)
+
+
+def _updated(
+    function: str,
+    check: Callable[..., Update],
+    step: Callable[[Update], Updated],
+    kind: type[Any],
+    lists: tuple[Sequence[Any], ...],
+    **options: Any,
+) -> list[Any]:
+    updates = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
     return _in_classes(
-        problems,
-        _class_of_kron,
-        lambda problem: problem.solution(damped.inverse(*problem.left), damped.inverse(*problem.right)),
-        _kron_together,
+        updates,
+        _class_of_update,
+        lambda update: step(update).as_new(kind),
+        lambda members: step(stack(members)).as_list(kind),
     )
+
+
+def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
+    calls = _calls(function, lists, **options)
+    problems = [damped.check_solve(function, *arguments, **chosen) for arguments, chosen in calls]
+    return _in_classes(problems, _class_of_solve, damped.Solve.solution, damped.solve_together)
 
 
 def _each(name: str, function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
@@ -271,66 +245,32 @@ def _class_of_update(update: Update) -> Class:
     if update.tall.ndim != 2 or 0 in (r, k, update.rank):
         return None
     device = update.tall.device
-    return (r, k, update.rank, update.tol, update.dtype, device, update.tracked is None, kind_of(update.rows))
+    options = (update.rank, update.tol, update.compress, update.tracked is None)
+    return (r, k, *options, update.dtype, device, kind_of(update.rows))
 
 
 def _class_of_solve(problem: damped.Solve) -> Class:
-    factor, (_, tail) = problem.factor, problem.shift
-    if problem.block.ndim != 2 or problem.rows is not WHOLE:
+    side = _class_of_side(problem.side)
+    if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE:
         return None
-    return _with_option(_class_of_factor(factor), tail is None)
+    return (*side, problem.exponent)
 
 
 def _class_of_kron(problem: damped.Kron) -> Class:
-    (left, _, left_tail), (right, _, right_tail), data, rows = problem
-    pair = isinstance(data, tuple)
-    if rows != (WHOLE, WHOLE) or any(part.ndim != 2 for part in (data if isinstance(data, tuple) else (data,))):
+    left, right, data, rows = problem
+    sides = _class_of_side(left), _class_of_side(right)
+    parts = data if isinstance(data, tuple) else (data,)
+    if None in sides or rows != (WHOLE, WHOLE) or any(part.ndim != 2 for part in parts):
         return None
-    kinds = (_class_of_factor(left), _class_of_factor(right))
-    return None if None in kinds else (*kinds, left_tail is None, right_tail is None, pair)
+    return (*sides, len(parts))
 
 
-def _class_of_factor(factor: damped.Factor) -> Class:
-    basis = damped.basis_of(factor)
+def _class_of_side(side: damped.Side) -> Class:
+    """Factors that one launch can apply: of one kind and rank, with τ given or not."""
+    basis = parts_of(side.factor)[1]
     if basis.ndim != 2 or basis.shape[-1] == 0:
         return None
-    return (type(factor), basis.shape[-1], basis.dtype, basis.device)
-
-
-def _with_option(kind: Class, option: Any) -> Class:
-    return None if kind is None else (*kind, option)
-
-
-def _operator_of(problem: damped.Solve) -> tuple[Any, Any, Any]:
-    return problem.factor, *problem.shift
-
-
-def _stacked_operator(problems: Sequence[damped.Solve]) -> tuple[Any, Any, Any]:
-    return _stacked_factor([_operator_of(problem) for problem in problems])
-
-
-def _stacked_factor(sides: Sequence[tuple[damped.Factor, Any, Any]]) -> tuple[Any, Any, Any]:
-    """Join factors of one kind and rank, their λ and their τ: small parts stacked, bases in a list."""
-    factors, dampings, tails = zip(*sides, strict=True)
-    small = torch.stack([damped.small_of(factor) for factor in factors])
-    joined = damped.of_parts(type(factors[0]), small, [damped.basis_of(factor) for factor in factors])
-    tail = None if tails[0] is None else stack_numbers(tails, small)
-    return joined, stack_numbers(dampings, small), tail
-
-
-def _solve_together(problems: Sequence[damped.Solve], operator: damped.Shifted) -> list[Tensor]:
-    blocks = operator @ [problem.block for problem in problems]
-    return [problem.shaped(block) for problem, block in zip(problems, blocks, strict=True)]
-
-
-def _kron_together(problems: Sequence[damped.Kron]) -> list[Any]:
-    left = damped.inverse(*_stacked_factor([problem.left for problem in problems]))
-    right = damped.inverse(*_stacked_factor([problem.right for problem in problems]))
-    data = [problem.data for problem in problems]
-    if isinstance(data[0], tuple):
-        sides = tuple(list(side) for side in zip(*data, strict=True))
-        return list(zip(*damped.kron_apply(left, right, sides), strict=True))
-    return list(damped.kron_apply(left, right, data))
+    return (type(side.factor), basis.shape[-1], basis.dtype, basis.device, side.tail is None)
 
 
 def _spread(name: str, option: str, value: Any, length: int) -> Sequence[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -235,6 +236,26 @@ class LowRankSVD(NamedTuple):
 
 
 Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
+# The names of the small part of a symmetric factor and of the tall one.
+NAMES = {LowRankEigh: ("eigenvalues", "eigenvectors"), LowRankRoot: ("gram", "root")}
+
+
+def parts_of(factor: Any) -> tuple[Tensor, Tensor]:
+    """Return the small part and the tall one of a symmetric factor, tracked or not."""
+    lowrank = factor.lowrank if isinstance(factor, Tracked) else factor
+    return (lowrank.gram, lowrank.root) if isinstance(lowrank, LowRankRoot) else tuple(lowrank)
+
+
+def of_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
+    """Return a symmetric factor of this kind."""
+    return LowRankRoot(tall, small) if kind is LowRankRoot else LowRankEigh(small, tall)
+
+
+def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+    """Return the one number that all are, or a tensor of them."""
+    if all(not isinstance(number, Tensor) and number == numbers[0] for number in numbers):
+        return numbers[0]
+    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
 class Tracked(NamedTuple, Generic[Factor]):

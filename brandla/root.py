@@ -16,7 +16,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
 from brandla._small import leading
-from brandla.lowrank import Factor, LowRankEigh, LowRankRoot, Rank, Tracked, most_of, tolerance_of
+from brandla.lowrank import Factor, LowRankRoot, Rank, Tracked, most_of, of_parts, parts_of, stack_numbers, tolerance_of
 from brandla_kernels import Tall, cross_gram, root_core, rotate, rotate_, tall, without_denormals
 from brandla_kernels.root_core import assembled
 
@@ -88,7 +88,7 @@ def root_update(
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     update = check_root_update("root_update", root, columns, decay, weight, rank, compress)
-    updated: Root = root_step(update, compress).as_new(LowRankRoot)
+    updated: Root = root_step(update).as_new(LowRankRoot)
     return updated
 
 
@@ -110,7 +110,7 @@ def root_update_(
     """
     update = check_root_update("root_update_", root, columns, decay, weight, None, compress)
     update = update.overwriting("root_update_", ("root.root", "root.gram"), tol)
-    return root_step(update, compress).over(root)
+    return root_step(update).over(root)
 
 
 def check_root_update(
@@ -126,14 +126,15 @@ def check_root_update(
     _check.root(function, "root", root.lowrank if isinstance(root, Tracked) else root)
     if compress not in ("eigh", "cholesky"):
         _check.fail_value(function, f"compress must be 'eigh' or 'cholesky'; got {compress!r}")
-    return check_update(function, ("root.root", "root.gram"), root, columns, decay, weight, rank)
+    update = check_update(function, ("root.root", "root.gram"), root, columns, decay, weight, rank)
+    return update._replace(compress=compress)
 
 
-def root_step(update: Update, compress: Compress) -> Updated:
+def root_step(update: Update) -> Updated:
     """Compute `root_update` from checked arguments."""
     if update.adds_nothing:
         return update.decayed(update.decay**0.5)
-    if compress == "cholesky":
+    if update.compress == "cholesky":
         gram, of_root, of_columns, left_out, added = update.compressed()
         return update.result(gram, update.rotated(of_root, of_columns), left_out, added)
     core = update.core(update.small)
@@ -156,6 +157,7 @@ class Update(NamedTuple):
     tol: float
     tracked: tuple[Tensor, ...] | None  # error bound and trace of a tracked factor
     rows: Rows  # which rows of the tall matrices are here
+    compress: Compress = "eigh"
     in_place: bool = False
 
     @property
@@ -285,14 +287,8 @@ def _factor(
     kind: type[Factor], small: Tensor, basis: Tensor, tracked: tuple[Tensor, ...] | None, rows: Rows
 ) -> Factor | Tracked[Factor]:
     small, basis = rows.small_result(small), rows.tall_result(basis)
-    factor: Any = LowRankRoot(basis, small) if kind is LowRankRoot else LowRankEigh(small, basis)
+    factor = of_parts(kind, small, basis)
     return factor if tracked is None else Tracked(factor, *map(rows.small_result, tracked))
-
-
-def parts_of(factor: Any) -> tuple[Tensor, Tensor]:
-    """Return the small part and the tall one of a symmetric factor."""
-    lowrank = factor.lowrank if isinstance(factor, Tracked) else factor
-    return (lowrank.gram, lowrank.root) if isinstance(lowrank, LowRankRoot) else tuple(lowrank)
 
 
 def check_update(
@@ -346,13 +342,6 @@ def stack(updates: Sequence[Update]) -> Update:
         tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
         rows=join([update.rows for update in updates]),
     )
-
-
-def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
-    """Return the one number that all are, or a tensor of them."""
-    if all(not isinstance(number, Tensor) and number == numbers[0] for number in numbers):
-        return numbers[0]
-    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
 def _matrix(number: float | Tensor) -> float | Tensor:

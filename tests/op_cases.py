@@ -170,11 +170,11 @@ def problems_of(case: str, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [tuple(_own_arguments(signature, arguments, problem, own)) for problem, own in enumerate(sizes)]
 
 
-def shifted(basis: Tensor, middle: Tensor, complement: Tensor) -> Tensor:
-    """Return β I + U H Uᵀ, dense."""
+def shifted(basis: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
+    """Return β (I + U Z Uᵀ), dense."""
     inner = torch.diag_embed(middle) if middle.ndim < basis.ndim else middle
     identity = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
-    return complement[..., None, None] * identity + basis @ inner @ basis.mT
+    return scale[..., None, None] * (identity + basis @ inner @ basis.mT)
 
 
 def random_signs(matrix: Tensor, seed: Tensor | None, width: int, problem: int = 0) -> Tensor:

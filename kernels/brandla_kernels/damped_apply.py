@@ -1,11 +1,12 @@
-"""``damped_apply``: Y = β V + U H (UᵀV), a shifted low-rank operator applied to a block of vectors.
+"""``damped_apply``: Y = β (V + U Z UᵀV), a shifted low-rank operator applied to a block of vectors.
 
-U is (..., n, r), V and Y are (..., n, m), β is a scalar a batch entry (...,). H is diagonal, given as (..., r), or a
+U is (..., n, r), V and Y are (..., n, m), β is a scalar a batch entry (...,). Z is diagonal, given as (..., r), or a
 small symmetric matrix (..., r, r).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
@@ -14,32 +15,30 @@ from brandla_kernels.gram import inner_product
 
 
 def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
-    """Work of one call with a diagonal H."""
+    """Work of one call with a diagonal Z."""
     return Cost(flops=4 * n * r * m + 2 * n * m, bytes=itemsize * (n * r + 2 * n * m))
 
 
 @op(
-    "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] complement, Tall[n,m] rhs) -> Tall[n,m]",
+    "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] scale, Tall[n,m] rhs) -> Tall[n,m]",
     cost,
 )
-def damped_apply(basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor) -> Tensor:
-    """Return ``complement * rhs + basis @ (middle · (basis.mT @ rhs))``."""
+def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> Tensor:
+    """Return ``scale * (rhs + basis @ (middle · (basis.mT @ rhs)))``."""
     inner = apply_middle(basis, middle, inner_product(basis, rhs))
-    scaled = complement[..., None, None] * rhs
-    if basis.ndim == scaled.ndim == inner.ndim == 2 and not (scaled.requires_grad or inner.requires_grad):
-        return scaled.addmm_(basis, inner)
-    return scaled + basis @ inner
+    total = torch.addmm(rhs, basis, inner) if basis.ndim == rhs.ndim == 2 else rhs + basis @ inner
+    return total.mul_(scale[..., None, None])
 
 
 def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
-    """Multiply ``coefficients`` (..., r, m) by H, diagonal when it has one dimension less than ``basis``."""
+    """Multiply ``coefficients`` (..., r, m) by Z, diagonal when it has one dimension less than ``basis``."""
     if middle.ndim < basis.ndim:
         return middle[..., None] * coefficients
     return middle @ coefficients
 
 
 @damped_apply.triton
-def _launch(basis: Matrices, middle: Tensor, complement: Tensor, rhs: Matrices) -> Matrices:
+def _launch(basis: Matrices, middle: Tensor, scale: Tensor, rhs: Matrices) -> Matrices:
     from brandla_kernels._kernels import inner_product as kernels
     from brandla_kernels._kernels.tall_product import Term, tall_product
 
@@ -48,7 +47,7 @@ def _launch(basis: Matrices, middle: Tensor, complement: Tensor, rhs: Matrices) 
         inner = kernels.inner_product(basis, rhs, row_scale=middle)
     else:
         inner = middle @ kernels.inner_product(basis, rhs)
-    return tall_product([Term(basis, inner)], add=rhs, scale=complement)
+    return tall_product([Term(basis, inner)], add=rhs, scale=scale)
 
 
 @damped_apply.gradient
@@ -57,13 +56,15 @@ def _gradient(inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Te
 
 
 def damped_apply_gradient(
-    basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor, gradient: Tensor
+    basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to U, H, β and V, from that with respect to Y."""
+    """Gradients with respect to U, Z, β and V, from that with respect to Y."""
+    scaled = scale[..., None, None] * gradient
     transposed = middle if middle.ndim < basis.ndim else middle.mT
     coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
+    turned = apply_middle(basis, middle, coefficients)
+    of_scale = (gradient * rhs).sum((-2, -1)) + (pulled * turned).sum((-2, -1))
+    pulled = scale[..., None, None] * pulled
     inner = apply_middle(basis, transposed, pulled)
-    of_basis = gradient @ apply_middle(basis, middle, coefficients).mT + rhs @ inner.mT
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
-    of_complement = (gradient * rhs).sum((-2, -1))
-    return of_basis, of_middle, of_complement, complement[..., None, None] * gradient + basis @ inner
+    return scaled @ turned.mT + rhs @ inner.mT, of_middle, of_scale, scaled + basis @ inner

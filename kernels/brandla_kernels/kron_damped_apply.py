@@ -1,10 +1,10 @@
-"""``kron_damped_apply``: Y = (β_L I + U_L H_L U_Lᵀ) W (β_R I + U_R H_R U_Rᵀ).
+"""``kron_damped_apply``: Y = β_L (I + U_L Z_L U_Lᵀ) W (I + U_R Z_R U_Rᵀ) β_R.
 
-W and Y are (..., p, q), U_L is (..., p, r_L), U_R is (..., q, r_R); H is diagonal (..., r) or symmetric (..., r, r).
+W and Y are (..., p, q), U_L is (..., p, r_L), U_R is (..., q, r_R); Z is diagonal (..., r) or symmetric (..., r, r).
 W is needed for the two projections U_LᵀW and W U_R, which one pass can share, and once more for the sum; the term with
 both bases is folded into the left one:
 
-Y = β_L β_R W + U_L H_L (β_R U_LᵀW + (U_LᵀW U_R) H_R U_Rᵀ) + (β_L W U_R) H_R U_Rᵀ
+Y = β_L β_R (W + U_L Z_L (U_LᵀW + (U_LᵀW U_R) Z_R U_Rᵀ) + (W U_R) Z_R U_Rᵀ)
 """
 
 from __future__ import annotations
@@ -18,45 +18,37 @@ from brandla_kernels.damped_apply import apply_middle, damped_apply_gradient
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
-    """Work of one call with diagonal H, leaving out terms without the factor p·q."""
+    """Work of one call with diagonal Z, leaving out terms without the factor p·q."""
     return Cost(flops=4 * p * q * (left_rank + right_rank), bytes=itemsize * 3 * p * q)
 
 
 @op(
-    "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_complement,"
-    " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_complement, Tall[p,q] matrix) -> Tall[p,q]",
+    "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_scale,"
+    " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_scale, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
 )
 def kron_damped_apply(
     left_basis: Tensor,
     left_middle: Tensor,
-    left_complement: Tensor,
+    left_scale: Tensor,
     right_basis: Tensor,
     right_middle: Tensor,
-    right_complement: Tensor,
+    right_scale: Tensor,
     matrix: Tensor,
 ) -> Tensor:
     """Return the left operator times ``matrix`` times the right operator."""
-    left_scale = left_complement[..., None, None]
-    right_scale = right_complement[..., None, None]
+    scale = (left_scale * right_scale)[..., None, None]
     left_projection = left_basis.mT @ matrix
     right_projection = matrix @ right_basis
     both = left_basis.mT @ right_projection
-    left_inner = right_scale * left_projection + _times_middle(right_basis, right_middle, both) @ right_basis.mT
+    left_inner = left_projection + _times_middle(right_basis, right_middle, both) @ right_basis.mT
     left_inner = apply_middle(left_basis, left_middle, left_inner)
-    right_inner = _times_middle(right_basis, right_middle, left_scale * right_projection)
-    scaled = left_scale * right_scale * matrix
-    if scaled.ndim == left_inner.ndim == right_inner.ndim == 2 and not _any_requires_grad(
-        scaled, left_inner, right_inner
-    ):
-        # In place, and both terms in one pass over Y.
+    right_inner = _times_middle(right_basis, right_middle, right_projection)
+    if matrix.ndim == left_inner.ndim == right_inner.ndim == 2:
+        # Both terms in one pass over Y.
         columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT])
-        return scaled.addmm_(columns, rows)
-    return scaled + left_basis @ left_inner + right_inner @ right_basis.mT
-
-
-def _any_requires_grad(*tensors: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
+        return torch.addmm(matrix, columns, rows).mul_(scale)
+    return (matrix + left_basis @ left_inner + right_inner @ right_basis.mT).mul_(scale)
 
 
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
@@ -67,17 +59,15 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
 def _launch(
     left_basis: Matrices,
     left_middle: Tensor,
-    left_complement: Tensor,
+    left_scale: Tensor,
     right_basis: Matrices,
     right_middle: Tensor,
-    right_complement: Tensor,
+    right_scale: Tensor,
     matrix: Matrices,
 ) -> Matrices:
     from brandla_kernels._kernels.kron import kron_damped_apply
 
-    return kron_damped_apply(
-        (left_basis, left_middle, left_complement), (right_basis, right_middle, right_complement), matrix
-    )
+    return kron_damped_apply((left_basis, left_middle, left_scale), (right_basis, right_middle, right_scale), matrix)
 
 
 @kron_damped_apply.gradient
@@ -91,10 +81,10 @@ def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Ten
 
 
 def _apply(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, complement = operator
-    return complement[..., None, None] * block + basis @ apply_middle(basis, middle, basis.mT @ block)
+    basis, middle, scale = operator
+    return scale[..., None, None] * (block + basis @ apply_middle(basis, middle, basis.mT @ block))
 
 
 def _apply_transposed(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, complement = operator
-    return _apply((basis, middle if middle.ndim < basis.ndim else middle.mT, complement), block)
+    basis, middle, scale = operator
+    return _apply((basis, middle if middle.ndim < basis.ndim else middle.mT, scale), block)

@@ -16,7 +16,7 @@ from brandla_kernels._kernels.inner_product import inner_product
 from brandla_kernels._kernels.tall_product import Term, tall_product
 from brandla_kernels._signature import Matrices
 
-# U (q, r), H (r) or (r, r), β: one side's operator β I + U H Uᵀ.
+# U (q, r), Z (r) or (r, r), β: one side's operator β (I + U Z Uᵀ).
 Side: TypeAlias = tuple[Matrices, Tensor, Tensor]
 
 
@@ -29,11 +29,9 @@ def kron_damped_apply(left: Side, right: Side, matrix: Matrices) -> Matrices:
     right_middle = _dense(right_basis, right_middle)
     right_projection = tall_product([Term(matrix, right_basis)], as_wide_as=right_basis)
     both = left_middle @ inner_product(left_basis, right_projection) @ right_middle
-    left_projection = (right_scale[..., None, None] * left_middle) @ inner_product(left_basis, matrix)
+    left_projection = left_middle @ inner_product(left_basis, matrix)
     left_inner = tall_product([Term(both, right_rows)], add=left_projection, as_wide_as=left_projection)
-    right_inner = tall_product(
-        [Term(right_projection, left_scale[..., None, None] * right_middle)], as_wide_as=right_basis
-    )
+    right_inner = tall_product([Term(right_projection, right_middle)], as_wide_as=right_basis)
     terms = [Term(left_basis, left_inner), Term(right_inner, right_rows)]
     return tall_product(terms, add=matrix, scale=left_scale * right_scale)
 
@@ -44,6 +42,6 @@ def transposed(matrices: Matrices) -> Matrices:
 
 
 def _dense(basis: Matrices, middle: Tensor) -> Tensor:
-    """Return H as a matrix for each problem."""
+    """Return Z as a matrix for each problem."""
     problem_ndim = middle.ndim - (1 if isinstance(basis, list) else basis.ndim - 2)
     return torch.diag_embed(middle) if problem_ndim == 1 else middle

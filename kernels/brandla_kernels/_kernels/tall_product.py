@@ -1,7 +1,7 @@
-"""OUT = β A + Σᵢ Xᵢ Yᵢ for tall Xᵢ and small Yᵢ.
+"""OUT = β (A + Σᵢ Xᵢ Yᵢ) for tall Xᵢ and small Yᵢ.
 
 OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms. `rotate` (U W₁ + P W₂), `damped_apply`
-(β V + U C) and `kron_damped_apply` are calls of this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S
+(β (V + U C)) and `kron_damped_apply` are calls of this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S
 columns of OUT.
 """
 
@@ -123,10 +123,9 @@ def tall_product_kernel(
             )  # fmt: skip
         if ADD:
             add, add_row, add_column = locate(add_entry, add_ptr, add_strides, problem, ADD_LAYOUT)
-            added = load_tile(add, add_row, add_column, row, column, n, s, total.dtype)
-            if SCALED:
-                added = added * tl.load(scale_ptr + problem).to(total.dtype)
-            total += added
+            total += load_tile(add, add_row, add_column, row, column, n, s, total.dtype)
+        if SCALED:
+            total *= tl.load(scale_ptr + problem).to(total.dtype)
         store_tile(out, out_row, out_column, row, column, n, s, total)
 
 
@@ -137,7 +136,7 @@ def tall_product(
     scale: Tensor | None = None,
     as_wide_as: Matrices | None = None,
 ) -> Matrices:
-    """Return β A + Σ X Y, in the dtype of the first X; β is 1 or ``scale``, one number a problem.
+    """Return β (A + Σ X Y), in the dtype of the first X; β is 1 or ``scale``, one number a problem.
 
     For lists, each OUT has as many columns as its A, or its matrix of ``as_wide_as``, or the stack of Y.
     """
