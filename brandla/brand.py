@@ -114,8 +114,6 @@ def check_eigh_update(
 
 def eigh_step(update: Update) -> Updated:
     """Compute `eigh_update` from checked arguments: the root's step from F = U √d, to unit columns and polished."""
-    if update.adds_nothing:
-        return update.decayed()
     lengths = update.small.sqrt()
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))

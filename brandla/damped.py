@@ -227,20 +227,19 @@ class Side(NamedTuple):
             values, vectors = safe_eigh((small + small.mT) / 2)
         if tail is None:
             tail = values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
-        excess = values - _over(tail)
-        above = excess.clamp_min(0) if is_root else excess
+        shift, missing = tail + damping, _over(tail) - values
         if exponent == -1:
-            middle = -above / (values + _over(damping))
+            middle = (missing.clamp_max(0) if is_root else missing) / (values + _over(damping))
         else:
-            # At d = τ clamp_min passes the derivative on and relu does not: the difference has it once.
-            grown = torch.log1p(excess.clamp_min(0) / _over(tail + damping))
-            shrunk = 0.0 if is_root else torch.log1p((-excess).relu() / (values + _over(damping)))
+            # At d = τ clamp_max passes the derivative on and relu does not: the difference has it once.
+            grown = torch.log1p(-missing.clamp_max(0) / _over(shift))
+            shrunk = 0.0 if is_root else torch.log1p(missing.relu() / (values + _over(damping)))
             middle = torch.expm1(exponent * (grown - shrunk))
         if is_root:
             middle = middle / torch.where(values > 0, values, 1)
         if vectors is not None:
             middle = (vectors * middle[..., None, :]) @ vectors.mT
-        return Shifted(basis, middle, self._filled(tail + damping) ** exponent)
+        return Shifted(basis, middle, self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent)
 
     def _filled(self, value: Number) -> Tensor:
         """Return a number as a tensor of the factor's batch shape."""

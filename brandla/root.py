@@ -17,7 +17,7 @@ from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
 from brandla._small import leading
 from brandla.lowrank import Factor, LowRankRoot, Rank, Tracked, most_of, of_parts, parts_of, stack_numbers, tolerance_of
-from brandla_kernels import Tall, cross_gram, root_core, rotate, rotate_, tall, without_denormals
+from brandla_kernels import Tall, cross_gram, root_core, rotate, rotate_, tall
 from brandla_kernels.root_core import assembled
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
@@ -132,8 +132,6 @@ def check_root_update(
 
 def root_step(update: Update) -> Updated:
     """Compute `root_update` from checked arguments."""
-    if update.adds_nothing:
-        return update.decayed(update.decay**0.5)
     if update.compress == "cholesky":
         gram, of_root, of_columns, left_out, added = update.compressed()
         return update.result(gram, update.rotated(of_root, of_columns), left_out, added)
@@ -164,11 +162,6 @@ class Update(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Precision of the factor."""
         return self.small.dtype
-
-    @property
-    def adds_nothing(self) -> bool:
-        """Whether only the decay has to be applied."""
-        return tall.columns(self.columns) == 0 and self.rank == tall.columns(self.tall) and self.tol == 0
 
     def core(self, gram: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return K = BᵀB in float64 for B = [√ρ F, √w A]: one pass over F and A.
@@ -212,21 +205,6 @@ class Update(NamedTuple):
         if self.tracked is None:
             return None
         return core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1) + 0 * left_out
-
-    def decayed(self, factor: float | Tensor = 1.0) -> Updated:
-        """Apply the decay alone, to F by ``factor``; what is not finite makes all of the factor NaN."""
-        nothing = self._nothing() + (0 * self.small.flatten(self.tall.ndim - 2)).sum(-1) + 0 * self.decay
-        batch_dims = self.tall.ndim - 2
-        spread = (..., *[None] * (self.small.ndim - batch_dims))
-        decay = self.decay[spread] if isinstance(self.decay, Tensor) else self.decay
-        small = without_denormals(decay * self.small + nothing[spread], self.small.ndim - batch_dims)
-        scale = _matrix(factor)
-        if self.in_place:
-            basis = self.tall.mul_(scale).add_(nothing[..., None, None])
-        else:
-            basis = self.tall * scale + nothing[..., None, None]
-        tracked = self.tracked and tuple(self.decay * number + nothing for number in self.tracked)
-        return Updated(small, basis, tracked, self.rows)
 
     def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Updated:
         """Return the updated factor, with the numbers of a tracked one carried along."""
