@@ -10,7 +10,7 @@ launch arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -39,13 +39,13 @@ _captured: list[Tensor] = []
 
 
 class Operands(NamedTuple):
-    """The matrices of a launch as arguments of the kernel."""
+    """The matrices of a launch: of a list ``pointers`` has the first, which tells dtype and device."""
 
     problems: int
     table: Tensor | None
-    layouts: dict[str, int]
     pointers: dict[str, Tensor | None]
     strides: dict[str, Strides]
+    layouts: dict[str, int]
 
     @property
     def aligned(self) -> bool:
@@ -61,8 +61,7 @@ class Operands(NamedTuple):
         named: dict[str, Any] = {f"{name}_ptr": pointer for name, pointer in self.pointers.items()}
         named |= {"table_ptr": self.table}
         named |= {f"{name}_strides": strides for name, strides in self.strides.items()}
-        named |= {f"{name.upper()}_LAYOUT": layout for name, layout in self.layouts.items()}
-        return named
+        return named | {f"{name.upper()}_LAYOUT": layout for name, layout in self.layouts.items()}
 
 
 def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
@@ -71,14 +70,18 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     Without a list the tensors (..., a, b) are problems of one batch shape; one that is the same for all may have no
     batch dimensions. Where the strides of a batch are irregular, it is addressed as a list: nothing is copied.
     """
-    if any(isinstance(matrix, list) for matrix in matrices.values()):
-        return _listed(matrices)
-    batches = {name: _flat(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
-    if any(flat is None for flat in batches.values()):
-        return _listed(_as_lists(matrices))
-    count = max((flat.shape[0] for flat in batches.values() if flat is not None), default=1)
-    strides = {name: _strides(batches.get(name), count) for name in matrices}
-    return Operands(count, None, dict.fromkeys(matrices, BATCH.value), dict(_pointers(matrices)), strides)
+    lists = [matrix for matrix in matrices.values() if isinstance(matrix, list)]
+    flat = {name: _flat(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
+    if not lists and None in flat.values():
+        return arrange(_as_lists(matrices))
+    count = len(lists[0]) if lists else max((len(batch) for batch in flat.values() if batch is not None), default=1)
+    return Operands(
+        count,
+        _table(list(matrices.values()), lists[0]) if lists else None,
+        {name: matrix[0] if isinstance(matrix, list) else matrix for name, matrix in matrices.items()},
+        {name: _strides(flat.get(name), count) for name in matrices},
+        {name: _layout(matrix) if isinstance(matrix, list) else BATCH.value for name, matrix in matrices.items()},
+    )
 
 
 def shapes(arguments: Mapping[str, Any], *names: str) -> list[tuple[tuple[int, int], ...]]:
@@ -99,25 +102,20 @@ def shapes(arguments: Mapping[str, Any], *names: str) -> list[tuple[tuple[int, i
 
 def bytes_of(arguments: Mapping[str, Any], *names: str) -> int:
     """Return the bytes of the named arguments, matrices or other tensors, each counted once; 0 of None."""
-    listed = {name for name in names if arguments.get(f"{name.upper()}_LAYOUT", BATCH.value) != BATCH.value}
+    layouts = [name for name in arguments if name.endswith("_LAYOUT")]
     found: dict[int, int] = {}
     for name in names:
-        tensor = arguments[f"{name}_ptr"]
-        if tensor is not None:
-            found[tensor.data_ptr()] = _bytes_of_list(arguments, name) if name in listed else _bytes_of(tensor)
+        tensor, layout = arguments[f"{name}_ptr"], f"{name.upper()}_LAYOUT"
+        if tensor is None:
+            continue
+        if arguments.get(layout, BATCH.value) == BATCH.value:
+            # What is expanded is there once.
+            count = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        else:
+            entries = (problem[layouts.index(layout)] for problem in arguments["table_ptr"].tolist())
+            count = sum(rows * columns for *_, rows, columns in entries)
+        found[tensor.data_ptr()] = count * tensor.itemsize
     return sum(found.values())
-
-
-def new_like(matrices: list[Tensor], widths: Sequence[int]) -> Matrices:
-    """Return unwritten matrices with the rows of ``matrices`` and as many columns as ``widths`` says."""
-    return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(matrices, widths, strict=True)]
-
-
-def new_small(matrices: Matrices, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Return an unwritten stack of small matrices, one for each of ``matrices``."""
-    if isinstance(matrices, Tensor):
-        return matrices.new_empty(*matrices.shape[:-2], *shape, dtype=dtype)
-    return matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
 
 
 def aligned(matrices: Matrices) -> bool:
@@ -128,24 +126,10 @@ def aligned(matrices: Matrices) -> bool:
     return apart and (_in_aligned_rows(matrices) or _in_aligned_rows(matrices.mT))
 
 
-def _bytes_of(tensor: Tensor) -> int:
-    """Return the bytes of a tensor; what is expanded is there once."""
-    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return math.prod(sizes) * int(tensor.itemsize)
-
-
-def _bytes_of_list(arguments: Mapping[str, Any], name: str) -> int:
-    place = [one for one in arguments if one.endswith("_LAYOUT")].index(f"{name.upper()}_LAYOUT")
-    entries = (problem[place] for problem in arguments["table_ptr"].tolist())
-    return int(arguments[f"{name}_ptr"].itemsize * sum(entry[3] * entry[4] for entry in entries))
-
-
 def _flat(tensor: Tensor) -> Tensor | None:
     """View (..., a, b) as (B, a, b), or return None where that would need a copy."""
-    if tensor.ndim == 2:
-        return tensor.unsqueeze(0)
-    if tensor.ndim == 3:
-        return tensor
+    if tensor.ndim <= 3:
+        return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     try:
         return tensor.view(-1, *tensor.shape[-2:])
     except RuntimeError:
@@ -158,16 +142,11 @@ def _strides(flat: Tensor | None, count: int) -> Strides:
     return (flat.stride(0) if flat.shape[0] == count else 0, flat.stride(1), flat.stride(2))
 
 
-def _pointers(matrices: Mapping[str, Matrices | None]) -> Mapping[str, Tensor | None]:
-    return {name: matrix[0] if isinstance(matrix, list) else matrix for name, matrix in matrices.items()}
-
-
 def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | None]:
     """Take batches apart into lists of matrices; a matrix that is one for all is repeated."""
     lists = {name: _entries(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
     count = max(len(entries) for entries in lists.values())
-    spread = {name: entries * (count // len(entries)) for name, entries in lists.items()}
-    return {name: spread.get(name) for name in matrices}
+    return {name: lists[name] * (count // len(lists[name])) if name in lists else None for name in matrices}
 
 
 def _entries(tensor: Tensor) -> list[Tensor]:
@@ -177,23 +156,22 @@ def _entries(tensor: Tensor) -> list[Tensor]:
     return [entry for part in tensor.unbind(0) for entry in _entries(part)]
 
 
-def _listed(matrices: Mapping[str, Matrices | None]) -> Operands:
-    lists = [matrix for matrix in matrices.values() if isinstance(matrix, list)]
-    count = len(lists[0])
-    blank = [0] * FIELDS.value
+def _table(matrices: list[Matrices | None], like: list[Tensor]) -> Tensor:
+    """Return the table on the device; what is no list has a blank entry."""
     entries = [
-        [_entry(matrix[problem]) if isinstance(matrix, list) else blank for matrix in matrices.values()]
-        for problem in range(count)
+        [
+            [one.data_ptr(), *one.stride(), *one.shape] if one is not None else [0] * FIELDS.value
+            for one in (matrix[problem] if isinstance(matrix, list) else None for matrix in matrices)
+        ]
+        for problem in range(len(like))
     ]
-    table = _on_device(torch.tensor(entries, dtype=torch.int64), lists[0][0].device)
-    layouts = {name: _layout(matrix) if isinstance(matrix, list) else BATCH.value for name, matrix in matrices.items()}
-    flat = {name: _flat(matrix) if isinstance(matrix, Tensor) else None for name, matrix in matrices.items()}
-    strides = {name: _strides(flat[name], count) for name in matrices}
-    return Operands(count, table, layouts, dict(_pointers(matrices)), strides)
-
-
-def _entry(matrix: Tensor) -> list[int]:
-    return [matrix.data_ptr(), *matrix.stride(), *matrix.shape]
+    table = torch.tensor(entries, dtype=torch.int64)
+    if like[0].device.type == "cpu":
+        return table
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(like[0].device, non_blocking=True)
 
 
 def _layout(matrices: list[Tensor]) -> int:
@@ -203,85 +181,91 @@ def _layout(matrices: list[Tensor]) -> int:
 
 
 def _in_aligned_rows(matrix: Tensor) -> bool:
-    *_, row_stride, column_stride = matrix.stride()
-    return (
-        column_stride == 1 and matrix.data_ptr() % _ALIGNED == row_stride % _ALIGNED == matrix.shape[-1] % _ALIGNED == 0
+    row_stride, column_stride = matrix.stride()[-2:]
+    return column_stride == 1 and not any(
+        number % _ALIGNED for number in (matrix.data_ptr(), row_stride, matrix.shape[-1])
     )
 
 
-def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return table
-    pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+# A matrix of a problem is, in a kernel, the tuple (pointer, row stride, column stride, rows, columns).
 
 
 @triton.jit
-def entry_of(table_ptr, problem, MATRIX: tl.constexpr, MATRICES: tl.constexpr):
-    """Address the table entry of a matrix of this problem; there is none, and none is read, for a batch."""
-    if table_ptr is None:
-        return 0
-    else:
-        return table_ptr + (problem * MATRICES + MATRIX) * FIELDS
-
-
-@triton.jit
-def locate(entry_ptr, ptr, strides, problem, LAYOUT: tl.constexpr):
-    """Return pointer, row stride and column stride of a matrix of this problem."""
+def matrix_of(
+    table_ptr, problem, ptr, strides, rows, columns,
+    LAYOUT: tl.constexpr, PLACE: tl.constexpr, MATRICES: tl.constexpr,
+):  # fmt: skip
+    """Return a matrix of this problem: of a list it is the one at this place in the table, or rows and columns say."""
     if LAYOUT == BATCH:
-        return ptr + problem * strides[0], strides[1], strides[2]
+        return ptr + problem * strides[0], strides[1], strides[2], rows, columns
     else:
-        address = tl.load(entry_ptr).to(ptr.dtype)
-        row_stride = tl.load(entry_ptr + 1)
-        column_stride = tl.load(entry_ptr + 2)
+        entry = table_ptr + (problem * MATRICES + PLACE) * FIELDS
+        address = tl.load(entry).to(ptr.dtype)
+        own_row, own_column = tl.load(entry + 1), tl.load(entry + 2)
+        own_rows, own_columns = tl.load(entry + 3).to(tl.int32), tl.load(entry + 4).to(tl.int32)
         if LAYOUT == LISTED_ROWS:
-            return tl.multiple_of(address, 16), tl.multiple_of(row_stride, 16), 1
+            return (
+                tl.multiple_of(address, 16),
+                tl.multiple_of(own_row, 16),
+                1,
+                own_rows,
+                tl.multiple_of(own_columns, 16),
+            )
         elif LAYOUT == LISTED_COLUMNS:
-            return tl.multiple_of(address, 16), 1, tl.multiple_of(column_stride, 16)
+            return (
+                tl.multiple_of(address, 16),
+                1,
+                tl.multiple_of(own_column, 16),
+                tl.multiple_of(own_rows, 16),
+                own_columns,
+            )
         else:
-            return address, row_stride, column_stride
+            return address, own_row, own_column, own_rows, own_columns
 
 
 @triton.jit
-def rows_of(entry_ptr, rows, LAYOUT: tl.constexpr):
-    """Return the number of rows: the launch argument for a batch, or the problem's own."""
-    if LAYOUT == BATCH:
-        return rows
-    else:
-        own = tl.load(entry_ptr + 3).to(tl.int32)
-        if LAYOUT == LISTED_COLUMNS:
-            return tl.multiple_of(own, 16)
-        else:
-            return own
-
-
-@triton.jit
-def columns_of(entry_ptr, columns, LAYOUT: tl.constexpr):
-    """Return the number of columns: the launch argument for a batch, or the problem's own."""
-    if LAYOUT == BATCH:
-        return columns
-    else:
-        own = tl.load(entry_ptr + 4).to(tl.int32)
-        if LAYOUT == LISTED_ROWS:
-            return tl.multiple_of(own, 16)
-        else:
-            return own
-
-
-@triton.jit
-def load_tile(ptr, row_stride, column_stride, row, column, rows, columns, DTYPE: tl.constexpr):
+def load_tile(matrix, row, column, DTYPE: tl.constexpr):
     """Load a tile [rows of ``row``, columns of ``column``] in DTYPE, with 0 outside the matrix."""
     # int64 before the product: n · r may exceed 2³¹.
-    offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    offsets = row.to(tl.int64)[:, None] * matrix[1] + column.to(tl.int64)[None, :] * matrix[2]
+    inside = (row < matrix[3])[:, None] & (column < matrix[4])[None, :]
+    return tl.load(matrix[0] + offsets, mask=inside, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def store_tile(ptr, row_stride, column_stride, row, column, rows, columns, tile):
+def store_tile(matrix, row, column, tile):
     """Store a tile, in the dtype of the matrix, where it lies inside."""
-    offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+    offsets = row.to(tl.int64)[:, None] * matrix[1] + column.to(tl.int64)[None, :] * matrix[2]
+    inside = (row < matrix[3])[:, None] & (column < matrix[4])[None, :]
+    tl.store(matrix[0] + offsets, tile.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: tl.constexpr, order=None):
+    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; of X[row, order[p]] if that is given."""
+    x = (x[0], x[1], x[2], x[3], last)
+    y = (y[0], y[1], y[2], last, y[4])
+    for start in range(0, last, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        place = inner
+        if order is not None:
+            place = tl.load(order + inner, mask=inner < last, other=last)
+        left = load_tile(x, row, place, total.dtype)
+        right = load_tile(y, inner, column, total.dtype)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
+def place_of_program(tiles_down, tiles_across, SPLITS: tl.constexpr):
+    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours."""
+    program, tiles = tl.program_id(0), tiles_down * tiles_across
+    problem = (program // (tiles * SPLITS)).to(tl.int64)
+    return problem, (program // tiles) % SPLITS, (program % tiles) // tiles_across, program % tiles_across
+
+
+@triton.jit
+def stretch_of(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where a stretch of a sum begins and ends: not past its end, where the next program takes it up."""
+    stretch = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    return split * stretch, tl.minimum((split + 1) * stretch, length)
