@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 from brandla_kernels.gram import inner_product
 
 
@@ -21,6 +20,7 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 @op(
     "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] complement, Tall[n,m] rhs) -> Tall[n,m]",
     cost,
+    "damped.damped_apply",
 )
 def damped_apply(basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor) -> Tensor:
     """Return ``complement * rhs + basis @ (middle · (basis.mT @ rhs))``."""
@@ -36,19 +36,6 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
     if middle.ndim < basis.ndim:
         return middle[..., None] * coefficients
     return middle @ coefficients
-
-
-@damped_apply.triton
-def _launch(basis: Matrices, middle: Tensor, complement: Tensor, rhs: Matrices) -> Matrices:
-    from brandla_kernels._kernels import inner_product as kernels
-    from brandla_kernels._kernels.tall_product import Term, tall_product
-
-    batch_ndim = 1 if isinstance(basis, list) else basis.ndim - 2
-    if middle.ndim == batch_ndim + 1:
-        inner = kernels.inner_product(basis, rhs, row_scale=middle)
-    else:
-        inner = middle @ kernels.inner_product(basis, rhs)
-    return tall_product([Term(basis, inner)], add=rhs, scale=complement)
 
 
 @damped_apply.gradient

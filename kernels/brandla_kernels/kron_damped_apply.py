@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 from brandla_kernels.damped_apply import apply_middle, damped_apply_gradient
 
 
@@ -26,6 +25,7 @@ def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> 
     "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_complement,"
     " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_complement, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
+    "damped.kron_damped_apply",
 )
 def kron_damped_apply(
     left_basis: Tensor,
@@ -46,38 +46,16 @@ def kron_damped_apply(
     left_inner = apply_middle(left_basis, left_middle, left_inner)
     right_inner = _times_middle(right_basis, right_middle, left_scale * right_projection)
     scaled = left_scale * right_scale * matrix
-    if scaled.ndim == left_inner.ndim == right_inner.ndim == 2 and not _any_requires_grad(
-        scaled, left_inner, right_inner
-    ):
+    parts = (scaled, left_inner, right_inner)
+    if all(part.ndim == 2 and not part.requires_grad for part in parts):
         # In place, and both terms in one pass over Y.
         columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT])
         return scaled.addmm_(columns, rows)
     return scaled + left_basis @ left_inner + right_inner @ right_basis.mT
 
 
-def _any_requires_grad(*tensors: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
-
-
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
     return apply_middle(basis, middle, rows.mT).mT
-
-
-@kron_damped_apply.triton
-def _launch(
-    left_basis: Matrices,
-    left_middle: Tensor,
-    left_complement: Tensor,
-    right_basis: Matrices,
-    right_middle: Tensor,
-    right_complement: Tensor,
-    matrix: Matrices,
-) -> Matrices:
-    from brandla_kernels._kernels.kron import kron_damped_apply
-
-    return kron_damped_apply(
-        (left_basis, left_middle, left_complement), (right_basis, right_middle, right_complement), matrix
-    )
 
 
 @kron_damped_apply.gradient

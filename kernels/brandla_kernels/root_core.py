@@ -37,6 +37,7 @@ def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
     "root_core(Small[r,r] gram, Sum[r,k] cross, Sum[k,k] own, Sum[] decay, Sum[] weight, int rank, float tol,"
     " bool measure) -> (Small[s,s], Small[r,s], Small[k,s], Small[], Small[])",
     cost,
+    "root_core.root_core",
 )
 def root_core(
     gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
@@ -171,12 +172,3 @@ def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
         results, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
     return (*found, None, None, None)
-
-
-@root_core.triton
-def _launch(
-    gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from brandla_kernels._kernels import root_core as kernel
-
-    return kernel.root_core(gram, cross, own, decay, weight, rank, tol, measure)

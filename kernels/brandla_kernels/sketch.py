@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 
 # What one call of Philox draws of Ω: the bits of four words.
 ROWS_PER_CALL = 32
@@ -126,24 +125,16 @@ def cost(m: int, n: int, width: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * m * n * width, bytes=itemsize * (m * n + m * width))
 
 
-@op("sketch(Data[m,n] matrix, Tensor seed, SymInt width, SymInt problem=0) -> Tall[m,width]", cost)
+@op("sketch(Data[m,n] matrix, Tensor seed, SymInt width, SymInt problem=0) -> Tall[m,width]", cost, "sketch.sketch")
 def sketch(matrix: Tensor, seed: Tensor, width: int, problem: int = 0) -> Tensor:
     """Return ``matrix @ signs(seed, n, width)``, in float32 for half-precision data.
 
     ``seed`` is one int64 number on the device of ``matrix``. It is read there, so that a CUDA graph draws anew when it
     is changed. ``problem`` is the index of the problem, or of the first of a batch or list.
     """
-    _check_call(matrix, seed, width, problem)
+    check_call(matrix, seed, width, problem)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return matrix.to(dtype) @ _signs_of(matrix, seed, width, problem, dtype)
-
-
-@sketch.triton
-def _launch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matrices:
-    from brandla_kernels._kernels.sketch import sketch
-
-    _check_call(matrix if isinstance(matrix, Tensor) else matrix[0], seed, width, problem)
-    return sketch(matrix, seed, width, problem)
 
 
 @sketch.gradient
@@ -158,7 +149,8 @@ def _signs_of(matrix: Tensor, seed: Tensor, width: int, problem: int, dtype: tor
     return signs(seed, matrix.shape[-1], width, batch_shape=matrix.shape[:-2], problem=problem, dtype=dtype)
 
 
-def _check_call(matrix: Tensor, seed: Tensor, width: int, problem: int) -> None:
+def check_call(matrix: Tensor, seed: Tensor, width: int, problem: int) -> None:
+    """Check what the signature does not say of a call."""
     _check("brandla::sketch", seed, width=width, problem=problem)
     if seed.device != matrix.device:
         message = f"brandla::sketch: seed must be on the device of matrix, {matrix.device}; got {seed.device}"

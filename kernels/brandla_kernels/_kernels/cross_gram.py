@@ -15,9 +15,6 @@ again, of columns divided by powers of two near their largest entries, and multi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,10 +22,9 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import stacked_like, sum_over_rows
-from brandla_kernels._kernels.launch import Work, bits_of, counted, products_in, start, target_of
+from brandla_kernels._kernels.launch import counted, products_in, start, target_of
 from brandla_kernels._kernels.matrices import (
     arrange,
-    bytes_of,
     load_tile,
     matrix_of,
     place_of_program,
@@ -82,13 +78,7 @@ def _write_part(
     store_tile(part, index_l, index_r, total.to(tl.float64) * factor)
 
 
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(arguments, "root", "data"))
-    sizes = {letter: arguments[letter] for letter in ("n", "r", "k")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, bytes_of(arguments, "root", "data", "parts"), sizes)
-
-
-@counted(_product_work)
+@counted("n r k", lambda given: sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(given)))
 @triton.jit
 def cross_gram_kernel(
     root_ptr, data_ptr, parts_ptr, table_ptr,
@@ -117,12 +107,7 @@ def cross_gram_kernel(
         _write_part((part + r * k, k, 1, k, k), data, index_l, data, index_k, first, last, COMPUTE, PRECISION, BLOCK_N)
 
 
-def _sum_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"r": arguments["r"], "k": arguments["k"], "splits": arguments["SPLITS"]}
-    return Work({}, bytes_of(arguments, "parts", "cross", "gram"), sizes)
-
-
-@counted(_sum_work)
+@counted("r k SPLITS")
 @triton.jit
 def sum_cross_gram_kernel(
     parts_ptr, cross_ptr, gram_ptr, r, k,

@@ -10,19 +10,15 @@ A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Config, Work, bits_of, counted, products_in, start, target_of
+from brandla_kernels._kernels.launch import Config, counted, products_in, start, target_of
 from brandla_kernels._kernels.matrices import (
     arrange,
-    bytes_of,
     load_tile,
     matrix_of,
     place_of_program,
@@ -53,13 +49,7 @@ def sum_over_rows(
     return total
 
 
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(arguments, "x", "y"))
-    sizes = {letter: arguments[letter] for letter in ("n", "r", "k")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, bytes_of(arguments, "x", "y", "parts"), sizes)
-
-
-@counted(_product_work)
+@counted("n r k", lambda given: sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(given)))
 @triton.jit
 def inner_product_kernel(
     x_ptr, y_ptr, parts_ptr, table_ptr,
@@ -83,12 +73,7 @@ def inner_product_kernel(
     store_tile((parts_ptr + (problem * SPLITS + split) * r * k, k, 1, r, k), index_r, index_k, total)
 
 
-def _sum_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"rows": arguments["rows"], "columns": arguments["columns"], "splits": arguments["SPLITS"]}
-    return Work({}, bytes_of(arguments, "parts", "out", "row_scale"), sizes)
-
-
-@counted(_sum_work)
+@counted("rows columns SPLITS")
 @triton.jit
 def sum_parts_kernel(
     parts_ptr, out_ptr, row_scale_ptr,
@@ -121,10 +106,17 @@ def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) 
     return _inner_product(x, y, dtype_of(x), dtype_of(x), row_scale, symmetric=False)
 
 
-def gram(panel: Matrices, *, exact: bool = True) -> Tensor:
-    """Return PᵀP in float64, stacked, of exact products or of products rounded to the panel's dtype."""
-    dtype = torch.float64 if exact else dtype_of(panel)
-    return _inner_product(panel, panel, dtype, torch.float64, None, symmetric=True)
+project = inner_product
+
+
+def gram(panel: Matrices) -> Tensor:
+    """Return PᵀP in float64, stacked."""
+    return _inner_product(panel, panel, torch.float64, torch.float64, None, symmetric=True)
+
+
+def rounded_gram(panel: Matrices) -> Tensor:
+    """Return PᵀP in float64, stacked, of products rounded to the panel's dtype."""
+    return _inner_product(panel, panel, dtype_of(panel), torch.float64, None, symmetric=True)
 
 
 def _inner_product(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from brandla_kernels._kernels.matrices import bytes_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.tall import device_of
 
@@ -107,8 +108,22 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
         kernel[grid](**arguments, **config.blocks, **config.options)
 
 
-def counted(count: Count) -> Callable[[Kernel], Kernel]:
-    """Attach to a kernel the count of its work, a function of its arguments."""
+def counted(
+    letters: str,
+    flops: Callable[[Mapping[str, Any]], int] = lambda arguments: 0,
+    times: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda arguments: {},
+) -> Callable[[Kernel], Kernel]:
+    """Attach to a kernel the count of its work, a function of its arguments.
+
+    ``letters`` are the arguments that are its sizes. ``times`` says how often a tensor is moved, if not once.
+    """
+
+    def count(arguments: Mapping[str, Any]) -> Work:
+        number, compute = flops(arguments), arguments.get("COMPUTE", tl.float64)
+        sizes = {letter.lower(): arguments[letter] for letter in letters.split()}
+        # A dtype may be wrapped as a constant.
+        bits = int(getattr(compute, "value", compute).primitive_bitwidth)
+        return Work({bits: number} if number else {}, bytes_of(arguments, times(arguments)), sizes)
 
     def attach(kernel: Kernel) -> Kernel:
         # Triton's kernels take attributes that their type does not name.
@@ -116,11 +131,6 @@ def counted(count: Count) -> Callable[[Kernel], Kernel]:
         return kernel
 
     return attach
-
-
-def bits_of(dtype: Any) -> int:
-    """Return the width of a number of a Triton dtype, which may be wrapped as a constant."""
-    return int(getattr(dtype, "value", dtype).primitive_bitwidth)
 
 
 def metadata(count: Count, grid: tuple[int, ...], compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,38 +84,42 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     )
 
 
-def shapes(arguments: Mapping[str, Any], *names: str) -> list[tuple[tuple[int, int], ...]]:
-    """Return rows and columns of the named matrices for each problem, from a kernel's arguments; (0, 0) of none.
+def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
+    """Return rows and columns of the matrices of each problem, from a kernel's arguments; (0, 0) of none.
 
-    ``names`` are all the matrices of the launch, in the order of its table, which is read.
+    Those of a list are read from its table.
     """
-    matrices = [arguments[f"{name}_ptr"] for name in names]
+    matrices = [arguments[name] for name in _pointer_names(arguments)]
     whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
     if arguments["table_ptr"] is None:
         return [whole] * max(math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None)
     # A matrix that is no list has a blank entry: it is stacked, and as large for all problems.
     return [
-        tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=True))
+        tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=False))
         for problem in arguments["table_ptr"].tolist()
     ]
 
 
-def bytes_of(arguments: Mapping[str, Any], *names: str) -> int:
-    """Return the bytes of the named arguments, matrices or other tensors, each counted once; 0 of None."""
-    layouts = [name for name in arguments if name.endswith("_LAYOUT")]
+def bytes_of(arguments: Mapping[str, Any], times: Mapping[str, int]) -> int:
+    """Return the bytes that a launch moves: each tensor once, or as often as ``times`` says."""
+    names, table = _pointer_names(arguments), arguments.get("table_ptr")
+    own = {} if table is None else dict(zip(names, zip(*shapes(arguments), strict=True), strict=True))
     found: dict[int, int] = {}
-    for name in names:
-        tensor, layout = arguments[f"{name}_ptr"], f"{name.upper()}_LAYOUT"
-        if tensor is None:
-            continue
-        if arguments.get(layout, BATCH.value) == BATCH.value:
-            # What is expanded is there once.
-            count = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-        else:
-            entries = (problem[layouts.index(layout)] for problem in arguments["table_ptr"].tolist())
-            count = sum(rows * columns for *_, rows, columns in entries)
-        found[tensor.data_ptr()] = count * tensor.itemsize
+    for name, tensor in arguments.items():
+        if name.endswith("_ptr") and name != "table_ptr" and tensor is not None:
+            if arguments.get(f"{name.removesuffix('_ptr').upper()}_LAYOUT", BATCH.value) == BATCH.value:
+                # What is expanded is there once.
+                strided = zip(tensor.shape, tensor.stride(), strict=True)
+                count = math.prod(size for size, stride in strided if stride)
+            else:
+                count = sum(rows * columns for rows, columns in own[name])
+            found[tensor.data_ptr()] = count * tensor.itemsize * times.get(name, 1)
     return sum(found.values())
+
+
+def _pointer_names(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of the matrices in the order of the table."""
+    return [f"{name.removesuffix('_LAYOUT').lower()}_ptr" for name in arguments if name.endswith("_LAYOUT")]
 
 
 def aligned(matrices: Matrices) -> bool:
@@ -242,7 +246,7 @@ def store_tile(matrix, row, column, tile):
 
 @triton.jit
 def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: tl.constexpr, order=None):
-    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; of X[row, order[p]] if that is given."""
+    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; of X[row, order[p]] by an order."""
     x = (x[0], x[1], x[2], x[3], last)
     y = (y[0], y[1], y[2], last, y[4])
     for start in range(0, last, BLOCK):

@@ -20,19 +20,12 @@ squared length, which were rounding noise ("twice is enough").
 Programs share nothing, loops and branches depend on values that are the same in all threads, and sums have a fixed
 order, so two runs are equal to the bit. Barriers and memory: as in `small_spd`.
 
-**What bounds it**, by count: nothing has been measured on a GPU. 2m + 3s steps of a column loop follow one another,
-some 400 cycles each: at r = 128, k = 64, s = 128 that is 768 steps, 180 µs at 1.7 GHz. The flops beside them, 65 Mflop
-there, take 130 µs at the 0.5 TFLOP/s in float64 of a multiprocessor of an H100 at best, and grow with m³: 1.8 ms at
-m = 512, whether for one factor or for as many as there are multiprocessors. Latencies of loads come on top: twice these
-times are to be expected. So up to order 128, and for a network, one launch takes the place of some 85; for one factor
-of order 512 torch's factorisations and products, on the whole device, are the quicker way.
+What bounds it, by count: ``docs/kernels.md``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -40,12 +33,11 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.launch import Work
-from brandla_kernels._kernels.matrices import add_product, arrange, bytes_of, load_tile, matrix_of, store_tile
+from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, shapes, store_tile
 from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
 from brandla_kernels.root_core import cost
 
-# ``blocks`` are BLOCK columns of a factorisation, BLOCK_ROWS × BLOCK_COLS of a tile, and BLOCK_INNER terms of a product.
+# ``blocks`` are the columns of a block of a factorisation, rows and columns of a tile, and terms of a product.
 
 
 @triton.jit
@@ -150,6 +142,14 @@ def _normalize(core, scale, finite, blocks: tl.constexpr):
             store_tile(core, row, column, tile)
     tl.debug_barrier()
     return tl.sqrt(_total(norm_tile))
+
+
+@triton.jit
+def _store_identity(basis, blocks: tl.constexpr):
+    for step in range(_tiles(basis, blocks)):
+        row, column = _tile_at(step, basis, blocks)
+        store_tile(basis, row, column, tl.where(row[:, None] == column[None, :], 1.0, 0.0))
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -323,16 +323,7 @@ def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
         store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    small = arguments["small_ptr"]
-    problems = math.prod(small.shape[:-2])
-    r, m, s = (arguments[letter] for letter in ("r", "m", "s"))
-    names = ("gram", "cross", "own", "decay", "weight", "small", "of_root", "of_columns", "left_out", "added")
-    moved = bytes_of(arguments, *names, "squares", "panels", "vectors", "orders")
-    return Work({64: problems * cost(r, m - r, s).flops}, moved, {"factors": problems, "m": m, "s": s})
-
-
-@launch.counted(_work)
+@launch.counted("r m s", lambda given: sum(cost(r, k, given["s"]).flops for _, (r, k), *_ in shapes(given)))
 @triton.jit
 def root_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
@@ -350,10 +341,8 @@ def root_core_kernel(
     gram = matrix_of(table_ptr, problem, gram_ptr, gram_strides, r, r, GRAM_LAYOUT, 0, 5)
     cross = matrix_of(table_ptr, problem, cross_ptr, cross_strides, r, m - r, CROSS_LAYOUT, 1, 5)
     own = matrix_of(table_ptr, problem, own_ptr, own_strides, m - r, m - r, OWN_LAYOUT, 2, 5)
-    number = matrix_of(table_ptr, problem, decay_ptr, decay_strides, 1, 1, DECAY_LAYOUT, 3, 5)
-    decay = tl.load(number[0]).to(tl.float64)
-    number = matrix_of(table_ptr, problem, weight_ptr, weight_strides, 1, 1, WEIGHT_LAYOUT, 4, 5)
-    weight = tl.load(number[0]).to(tl.float64)
+    decay = tl.load(matrix_of(table_ptr, problem, decay_ptr, decay_strides, 1, 1, DECAY_LAYOUT, 3, 5)[0])
+    weight = tl.load(matrix_of(table_ptr, problem, weight_ptr, weight_strides, 1, 1, WEIGHT_LAYOUT, 4, 5)[0])
     core = (squares_ptr + problem * 3 * m * m, m, 1, m, m)
     factor, second = (core[0] + m * m, m, 1, m, m), (core[0] + 2 * m * m, m, 1, m, m)
     image = (panels_ptr + problem * 2 * m * s, s, 1, m, s)
@@ -361,8 +350,7 @@ def root_core_kernel(
     vectors = vectors_ptr + problem * (BLOCK * BLOCK + BLOCK * s + m)
     scratch, coefficients = (vectors, BLOCK, 1, BLOCK, BLOCK), vectors + BLOCK * BLOCK
     squares = coefficients + BLOCK * s
-    order = orders_ptr + problem * 2 * m
-    chosen = order + m
+    order, chosen = orders_ptr + problem * 2 * m, orders_ptr + (problem * 2 + 1) * m
 
     # 1: K
     poison, largest, trace = _store_core(core, gram, cross, own, decay, weight, blocks)
@@ -370,10 +358,7 @@ def root_core_kernel(
     scale = tl.where(finite & (largest > 0), largest, 1.0)
     norm = _normalize(core, scale, finite, blocks)
     if WHOLE:
-        for step in range(_tiles(basis, blocks)):
-            row, column = _tile_at(step, basis, blocks)
-            store_tile(basis, row, column, tl.where(row[:, None] == column[None, :], 1.0, 0.0))
-        tl.debug_barrier()
+        _store_identity(basis, blocks)
     else:
         # 2: the first step of the LR algorithm, 3: the second, 4: W
         shift = tl.maximum(32 * eps * norm, eps)

@@ -14,8 +14,6 @@ and a second kernel adds the stretches in their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -24,11 +22,10 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
-from brandla_kernels._kernels.launch import Target, Work, bits_of, counted, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import Target, counted, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
     aligned,
     arrange,
-    bytes_of,
     load_tile,
     matrix_of,
     place_of_program,
@@ -37,7 +34,7 @@ from brandla_kernels._kernels.matrices import (
     stretch_of,
 )
 from brandla_kernels._signature import Matrices
-from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, cost
+from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, check_call, cost
 from brandla_kernels.tall import columns, dtype_of, rows
 
 _ROWS = tl.constexpr(ROWS_PER_CALL)
@@ -76,15 +73,12 @@ def signs_tile(
     return _held(numbers.reshape(BLOCK_N, BLOCK_W).to(tl.float32, bitcast=True), UNIT)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(m, n, width).flops for (_, width), (m, n) in shapes(arguments, "out", "x"))
+@counted(
+    "m n width",
+    lambda given: sum(cost(m, n, width).flops for (_, width), (m, n) in shapes(given)),
     # One stretch of the sum lies behind the other: all of them are written.
-    moved = arguments["SPLITS"] * bytes_of(arguments, "out") + bytes_of(arguments, "x", "seed")
-    sizes = {letter: arguments[letter] for letter in ("m", "n", "width")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, sizes)
-
-
-@counted(_work)
+    lambda given: {"out_ptr": given["SPLITS"]},
+)
 @triton.jit
 def sketch_kernel(
     out_ptr, x_ptr, seed_ptr, table_ptr,
@@ -126,6 +120,7 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
 
     ``problem`` is the index of the first problem.
     """
+    check_call(matrix if isinstance(matrix, Tensor) else matrix[0], seed, width, problem)
     dtype = torch.promote_types(dtype_of(matrix), torch.float32)
     target = target_of(matrix)
     config = configs.sketch(target, dtype_of(matrix), width, aligned(matrix))

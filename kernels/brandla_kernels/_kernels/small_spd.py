@@ -26,20 +26,10 @@ program; on gfx942 and gfx950 LLVM adds no wait for stores to them, since a prog
 share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed order, so two
 runs are equal to the bit.
 
-**What bounds it**, by count: nothing has been measured on a GPU yet. One program works on one multiprocessor, and a
-batch of fewer matrices than there are multiprocessors takes as long as one. A factorisation is k steps of the column
-loop, one after the other, each a chain of shuffles, three barriers and a division, some 400 cycles; and k / BLOCK
-blocks with 2k³/3 flops (factor and inverse) + 6k²·BLOCK (solutions with refinement) in float64. At k = 256 and 1.7 GHz
-the steps take about 60 µs and the 18 Mflop at least 35 µs, at the 0.5 TFLOP/s of a multiprocessor of an H100; below,
-the latency of the steps prevails, and above k = 512 the flops. There are two factorisations, and a third where the
-second breaks down. Blocks of 32 would halve the number of products, but spill. The products are on matrix units where
-Triton 3.7 puts float64 on them, sm_80, sm_90, gfx942 and gfx950; on sm_100 they are loops of FMA.
+What bounds it, by count: ``docs/kernels.md``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -47,8 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.launch import Work
-from brandla_kernels._kernels.matrices import arrange, bytes_of, load_tile, matrix_of, shapes, store_tile
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, shapes, store_tile
 from brandla_kernels.cholesky_inverse_core import cost
 
 # The factorisations, in order. The even ones are without the shift, and the last if they succeed.
@@ -164,14 +153,7 @@ def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: t
             tl.store(address, tl.where(upper, tile, 0.0), mask=inside)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    problems = shapes(arguments, "gram", "scale")
-    k = arguments["k"]
-    moved = bytes_of(arguments, "gram", "scale", "transform", "live", "weight")
-    return Work({64: len(problems) * cost(k).flops}, moved, {"matrices": len(problems), "k": k})
-
-
-@launch.counted(_work)
+@launch.counted("k", lambda given: sum(cost(k).flops for (_, k), _ in shapes(given)))
 @triton.jit
 def small_spd_kernel(
     gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,

@@ -11,20 +11,16 @@ workspace, and a second kernel adds the stretches in their order and updates M.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Target, Work, bits_of, counted, products_in, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import Target, counted, products_in, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import (
     aligned,
     arrange,
-    bytes_of,
     load_tile,
     matrix_of,
     place_of_program,
@@ -90,16 +86,12 @@ def _update_entries(m, row, column, total, decay, weight):
     tl.store(m[0] + column[:, None] * m[1] + row[None, :] * m[2], tl.trans(new), mask=upper)
 
 
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, k).flops for (n, _), (_, k) in shapes(arguments, "m", "a"))
+@counted(
+    "n k",
+    lambda given: sum(cost(n, k).flops for (n, _), (_, k) in shapes(given)),
     # M is read and written here, or by the kernel that adds up the stretches.
-    moved = bytes_of(arguments, "a") + (
-        2 * bytes_of(arguments, "m") if arguments["SPLITS"] == 1 else bytes_of(arguments, "parts")
-    )
-    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, {"n": arguments["n"], "k": arguments["k"]})
-
-
-@counted(_product_work)
+    lambda given: {"m_ptr": 2 if given["SPLITS"] == 1 else 0},
+)
 @triton.jit
 def symmetric_product_kernel(
     m_ptr, a_ptr, parts_ptr, table_ptr,
@@ -139,12 +131,7 @@ def symmetric_product_kernel(
         store_tile((parts_ptr + part * BLOCK_N * BLOCK_N, BLOCK_N, 1, BLOCK_N, BLOCK_N), inner, inner, total)
 
 
-def _update_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"n": arguments["n"], "splits": arguments["SPLITS"]}
-    return Work({}, 2 * bytes_of(arguments, "m") + bytes_of(arguments, "parts"), sizes)
-
-
-@counted(_update_work)
+@counted("n SPLITS", times=lambda given: {"m_ptr": 2})
 @triton.jit
 def symmetric_update_kernel(
     m_ptr, parts_ptr, table_ptr, n, decay: tl.float64, weight: tl.float64, m_strides,

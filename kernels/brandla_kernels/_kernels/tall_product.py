@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Work, bits_of, counted, products_in, start, target_of
-from brandla_kernels._kernels.matrices import add_product, arrange, bytes_of, load_tile, matrix_of, shapes, store_tile
+from brandla_kernels._kernels.launch import counted, products_in, start, target_of
+from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, shapes, store_tile
 from brandla_kernels._signature import Matrices
-from brandla_kernels.rotate import cost
+from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
 from brandla_kernels.tall import columns, dtype_of, rows
+
+# Parts that a basis is overwritten in: launches, against the size of the temporary.
+_SLABS = 4
 
 
 class Term(NamedTuple):
@@ -29,16 +33,14 @@ class Term(NamedTuple):
     small: Matrices
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
+def _flops(arguments: Mapping[str, Any]) -> int:
     flops = 0
-    for (n, s), _, (_, r1), _, (_, r2), _ in shapes(arguments, "out", "add", "x1", "y1", "x2", "y2"):
+    for (n, s), _, (_, r1), _, (_, r2), _ in shapes(arguments):
         flops += cost(n, r1, r2, s).flops + (0 if arguments["scale_ptr"] is None else 2 * n * s)
-    moved = bytes_of(arguments, "out", "add", "x1", "y1", "x2", "y2", "scale")
-    sizes = {letter: arguments[letter] for letter in ("n", "s", "r1", "r2")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, sizes)
+    return flops
 
 
-@counted(_work)
+@counted("n s r1 r2", _flops)
 @triton.jit
 def tall_product_kernel(
     out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, table_ptr,
@@ -111,3 +113,22 @@ def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
     others = [like, *(term.small for term in terms), *(term.tall for term in terms)]
     batch = max((tuple(other.shape[:-2]) for other in others if isinstance(other, Tensor)), key=len)
     return tall.new_empty(*batch, tall.shape[-2], columns(small))
+
+
+def rotate(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> Matrices:
+    """Return U W₁ + P W₂."""
+    return tall_product([Term(basis, basis_rotation), Term(panel, panel_rotation)])
+
+
+def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> None:
+    """Overwrite U with U W₁ + P W₂: a list at once, a matrix in slabs of rows."""
+    if isinstance(basis, list):
+        rotated = tall_product([Term(basis, basis_rotation), Term(panel, panel_rotation)], as_wide_as=basis)
+        torch._foreach_copy_(basis, list(rotated))
+        return
+    assert isinstance(panel, Tensor)
+    slab = max(ROWS_AT_A_TIME, triton.cdiv(basis.shape[-2], _SLABS))
+    for old, new in zip(basis.split(slab, dim=-2), panel.split(slab, dim=-2), strict=True):
+        rotated = rotate(old, new, basis_rotation, panel_rotation)
+        assert isinstance(rotated, Tensor)
+        old.copy_(rotated)
