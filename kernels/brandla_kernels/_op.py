@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -51,13 +52,12 @@ class Op(Generic[Parameters, Result]):
         self.signature = signature
         self.torch_form = torch_form
         self.cost = cost
-        self.launch: Callable[..., Any] | None = _launch_named(launch) if launch else None
+        self.launch: Callable[..., Any] | None = partial(_launch, *launch.split(".")) if launch else None
         self.registered = self._register(signature.schema, torch_form, signature.sizes)
         self.grouped_form = _grouped.looped(signature, torch_form)
         if signature.lists:
-            self.registered_grouped = self._register(
-                signature.grouped_schema, self.grouped_form, signature.grouped_sizes
-            )
+            grouped = (signature.grouped_schema, self.grouped_form, signature.grouped_sizes)
+            self.registered_grouped = self._register(*grouped)
         OPS[self.name] = cast(AnyOp, self)
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -94,23 +94,17 @@ class Op(Generic[Parameters, Result]):
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
 
-        def choosing(default: Backend) -> Callable[..., Any]:
-            def run(*args: Any) -> Any:
-                check(args)
-                chosen = _forced.get() or default
-                return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
-
-            return run
-
-        def fake(*args: Any) -> Any:
+        def run(default: Backend | None, *args: Any) -> Any:
             check(args)
-            return torch_form(*args)
+            chosen = default and (_forced.get() or default)
+            return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
 
         _library.define(schema)
-        _library.impl(name, choosing("torch"), "CompositeExplicitAutograd")
+        _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
         if self.launch is not None and _HAS_TRITON:
-            _library.impl(name, choosing("triton"), "CUDA")
-        torch.library.register_fake(f"brandla::{name}", fake, lib=_library)
+            _library.impl(name, partial(run, "triton"), "CUDA")
+        # Of tensors without data only the torch form can tell the shapes.
+        torch.library.register_fake(f"brandla::{name}", partial(run, None), lib=_library)
         return getattr(torch.ops.brandla, name).default
 
 
@@ -125,13 +119,8 @@ def op(
     return lambda torch_form: Op(parse(line), torch_form, cost, launch)
 
 
-def _launch_named(place: str) -> Callable[..., Any]:
-    module, _, function = place.partition(".")
-
-    def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"brandla_kernels._kernels.{module}"), function)(*args)
-
-    return launch
+def _launch(module: str, function: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(f"brandla_kernels._kernels.{module}"), function)(*args)
 
 
 def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> None:

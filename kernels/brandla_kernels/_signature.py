@@ -121,40 +121,31 @@ class Signature:
         return [largest | own for own in sizes]
 
     def _check_kind(self, operand: Operand, name: str, tensor: Any, leader: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            self._fail(TypeError, f"{name} must be a tensor; got {type(tensor).__name__}")
-        if not isinstance(leader, Tensor):
-            self._fail(TypeError, f"{self.leader.name} must be a tensor; got {type(leader).__name__}")
+        for own_name, own in ((name, tensor), (self.leader.name, leader)):
+            if not isinstance(own, Tensor):
+                self._fail(TypeError, f"{own_name} must be a tensor; got {type(own).__name__}")
         dtype = tensor.dtype
         if operand.kind == "Sum" or dtype != leader.dtype or dtype not in _FULL:
             self._check_dtype(operand, name, dtype, leader.dtype)
         if tensor.device != leader.device:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
             self._fail(ValueError, f"{rule}; got {tensor.device}")
-        if self.writes:
-            self._check_written(operand, name, tensor)
+        if self.writes and tensor.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} must not require grad, since what overwrites has no gradient"
+            self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
+        strided = zip(tensor.stride(), tensor.shape, strict=True) if operand.written else ()
+        if any(stride == 0 and size > 1 for stride, size in strided):
+            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
     def _check_dtype(self, operand: Operand, name: str, dtype: torch.dtype, leading: torch.dtype) -> None:
-        if operand.kind == "Sum":
-            if dtype != torch.float64:
-                self._fail(TypeError, f"{name} must have dtype {torch.float64}; got {dtype}")
-            return
-        allowed = _DATA if operand.kind == "Data" else _FULL
+        allowed = {"Sum": (torch.float64,), "Data": _DATA}.get(operand.kind, _FULL)
         if dtype not in allowed:
             self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
         # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
         free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
-        if dtype != leading and not free:
+        if dtype != leading and not free and operand.kind != "Sum":
             self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
-
-    def _check_written(self, operand: Operand, name: str, tensor: Tensor) -> None:
-        if tensor.requires_grad and torch.is_grad_enabled():
-            rule = f"{name} must not require grad, since what overwrites has no gradient"
-            self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
-        strided = zip(tensor.stride(), tensor.shape, strict=True)
-        if operand.written and any(stride == 0 and size > 1 for stride, size in strided):
-            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
     def _matched(
         self, operand: Operand, name: str, tensor: Tensor, batch: tuple[int, ...], sizes: dict[str, int]

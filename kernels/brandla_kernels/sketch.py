@@ -79,23 +79,17 @@ def signs(
     """
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
-    words = _words(seed, (*batch_shape, blocks, 1, quads), problem).to(torch.int32).flatten(-2)[..., :width]
-    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
-    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
-    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
-    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
-
-
-def _words(seed: Tensor, shape: Sequence[int], problem: int) -> Tensor:
-    """Return the words of each call: (*batch_shape, blocks, 1, quads, 4)."""
-    *batch_shape, blocks, _, quads = shape
 
     def count(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=seed.device).view(shape)
 
     key = seed.reshape(())
     counter = (count(quads), count(blocks, 1, 1), count(*batch_shape, 1, 1, 1) + problem, torch.full_like(key, STREAM))
-    return torch.stack(philox(counter, (key, key >> 32)), -1)
+    words = torch.stack(philox(counter, (key, key >> 32)), -1).to(torch.int32).flatten(-2)[..., :width]
+    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
+    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
+    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
+    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,10 +156,9 @@ def _check(function: str, seed: Any, **sizes: int) -> None:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         message = f"{function}: seed must be a tensor of dtype torch.int64; got {got}"
         raise TypeError(message)
+    wrong = [f"{name} must be at least 0; got {size}" for name, size in sizes.items() if size < 0]
     if seed.numel() != 1:
-        message = f"{function}: seed must have one element; got shape {tuple(seed.shape)}"
+        wrong = [f"seed must have one element; got shape {tuple(seed.shape)}"]
+    if wrong:
+        message = f"{function}: {wrong[0]}"
         raise ValueError(message)
-    for name, size in sizes.items():
-        if size < 0:
-            message = f"{function}: {name} must be at least 0; got {size}"
-            raise ValueError(message)

@@ -23,15 +23,7 @@ from torch import Tensor
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import stacked_like, sum_over_rows
 from brandla_kernels._kernels.launch import counted, products_in, start, target_of
-from brandla_kernels._kernels.matrices import (
-    arrange,
-    load_tile,
-    matrix_of,
-    place_of_program,
-    shapes,
-    store_tile,
-    stretch_of,
-)
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.cross_gram import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
@@ -78,7 +70,7 @@ def _write_part(
     store_tile(part, index_l, index_r, total.to(tl.float64) * factor)
 
 
-@counted("n r k", lambda given: sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(given)))
+@counted("n r k", lambda _, root, data: cost(*root, data[1]).flops)
 @triton.jit
 def cross_gram_kernel(
     root_ptr, data_ptr, parts_ptr, table_ptr,
@@ -90,7 +82,7 @@ def cross_gram_kernel(
 ):  # fmt: skip
     """Grid: problems × SPLITS × tiles of C, then of G. Parts: (problems, SPLITS, r + k, k), C on top of G."""
     tiles_r, tiles_k = tl.cdiv(r, BLOCK_R), tl.cdiv(k, BLOCK_K)
-    problem, split, tile_row, tile_k = place_of_program(tiles_r + tiles_k, tiles_k, SPLITS)
+    problem, split, tile_row, tile_k = place_of(tiles_r + tiles_k, tiles_k, SPLITS)
     if tile_k < tile_row - tiles_r:
         # Below the diagonal of G.
         return
@@ -114,7 +106,7 @@ def sum_cross_gram_kernel(
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × tiles of C on top of G. What lies below the diagonal of G is taken from its mirror image."""
-    problem, _, tile_r, tile_k = place_of_program(tl.cdiv(r + k, BLOCK_R), tl.cdiv(k, BLOCK_K), 1)
+    problem, _, tile_r, tile_k = place_of(tl.cdiv(r + k, BLOCK_R), tl.cdiv(k, BLOCK_K), 1)
     row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (row < r + k) & (column < k)
@@ -141,7 +133,7 @@ def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     splits = configs.long_splits(target, n, config.blocks["BLOCK_N"], busy, dtype)
     parts = torch.empty(operands.problems, splits, r + k, k, dtype=torch.float64, device=device_of(root))
     sizes = {"n": n, "r": r, "k": k, "SPLITS": splits}
-    arguments = operands.arguments() | {"parts_ptr": parts} | sizes | products_in(target, dtype)
+    arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(cross_gram_kernel, (operands.problems * splits * (tiles_r + tiles_k) * tiles_k,), arguments, config)
     cross, gram = (stacked_like(root, data, shape, torch.float64) for shape in ((r, k), (k, k)))
     adding = configs.sum_parts()

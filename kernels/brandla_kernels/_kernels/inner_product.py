@@ -17,15 +17,7 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.launch import Config, counted, products_in, start, target_of
-from brandla_kernels._kernels.matrices import (
-    arrange,
-    load_tile,
-    matrix_of,
-    place_of_program,
-    shapes,
-    store_tile,
-    stretch_of,
-)
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.project import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
@@ -49,7 +41,7 @@ def sum_over_rows(
     return total
 
 
-@counted("n r k", lambda given: sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(given)))
+@counted("n r k", lambda _, x, y: cost(*x, y[1]).flops)
 @triton.jit
 def inner_product_kernel(
     x_ptr, y_ptr, parts_ptr, table_ptr,
@@ -60,7 +52,7 @@ def inner_product_kernel(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × SPLITS × tiles of C. Parts: (problems, SPLITS, r, k)."""
-    problem, split, tile_r, tile_k = place_of_program(tl.cdiv(r, BLOCK_R), tl.cdiv(k, BLOCK_K), SPLITS)
+    problem, split, tile_r, tile_k = place_of(tl.cdiv(r, BLOCK_R), tl.cdiv(k, BLOCK_K), SPLITS)
     if SYMMETRIC:
         if tile_k < tile_r:
             return
@@ -82,7 +74,7 @@ def sum_parts_kernel(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × tiles of C. C = Σ parts, each row times its scale; a C in float64 is summed in it."""
-    problem, _, tile_r, tile_k = place_of_program(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
+    problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
     row, column = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     # What lies in a tile below the diagonal was not summed: its mirror image was.
@@ -134,7 +126,7 @@ def _inner_product(
         splits = configs.splits(target, triton.cdiv(n, block_n), busy)
     parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
     sizes = {"n": n, "r": r, "k": k, "SYMMETRIC": symmetric, "SPLITS": splits}
-    arguments = operands.arguments() | {"parts_ptr": parts} | sizes | products_in(target, dtype)
+    arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(inner_product_kernel, (splits * busy,), arguments, config)
     out = stacked_like(x, y, (r, k), out_dtype)
     sum_parts(parts, out, row_scale, config if symmetric else None)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from brandla_kernels._kernels.matrices import bytes_of
+from brandla_kernels._kernels.matrices import bytes_of, shapes
 from brandla_kernels._signature import Matrices
 from brandla_kernels.tall import device_of
 
@@ -110,20 +110,22 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
 
 def counted(
     letters: str,
-    flops: Callable[[Mapping[str, Any]], int] = lambda arguments: 0,
-    times: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda arguments: {},
+    flops: Callable[..., int] = lambda given, *matrices: 0,
+    times: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda given: {},
 ) -> Callable[[Kernel], Kernel]:
     """Attach to a kernel the count of its work, a function of its arguments.
 
-    ``letters`` are the arguments that are its sizes. ``times`` says how often a tensor is moved, if not once.
+    ``letters`` are the arguments that are its sizes. ``flops`` are those of a problem, from the arguments and rows and
+    columns of each matrix. ``times`` says how often a tensor is moved, if not once.
     """
 
-    def count(arguments: Mapping[str, Any]) -> Work:
-        number, compute = flops(arguments), arguments.get("COMPUTE", tl.float64)
-        sizes = {letter.lower(): arguments[letter] for letter in letters.split()}
+    def count(given: Mapping[str, Any]) -> Work:
+        problems = shapes(given) if "table_ptr" in given else []
+        number, compute = sum(flops(given, *matrices) for matrices in problems), given.get("COMPUTE", tl.float64)
         # A dtype may be wrapped as a constant.
         bits = int(getattr(compute, "value", compute).primitive_bitwidth)
-        return Work({bits: number} if number else {}, bytes_of(arguments, times(arguments)), sizes)
+        sizes = {letter.lower(): given[letter] for letter in letters.split()}
+        return Work({bits: number} if number else {}, bytes_of(given, problems, times(given)), sizes)
 
     def attach(kernel: Kernel) -> Kernel:
         # Triton's kernels take attributes that their type does not name.

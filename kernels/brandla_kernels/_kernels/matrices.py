@@ -10,8 +10,8 @@ launch arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,8 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._signature import Matrices
-
-Strides: TypeAlias = tuple[int, int, int]
 
 # How a kernel finds a matrix. The last two promise what lets a thread load 16 bytes at once: pointer and outer stride
 # aligned, inner stride 1, and an inner size that no such load crosses.
@@ -39,29 +37,13 @@ _captured: list[Tensor] = []
 
 
 class Operands(NamedTuple):
-    """The matrices of a launch: of a list ``pointers`` has the first, which tells dtype and device."""
+    """The matrices of a launch."""
 
     problems: int
-    table: Tensor | None
-    pointers: dict[str, Tensor | None]
-    strides: dict[str, Strides]
-    layouts: dict[str, int]
-
-    @property
-    def aligned(self) -> bool:
-        """Whether all matrices lie in aligned rows, so that a tile of them takes few registers for addresses."""
-        return all(
-            layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(matrix))
-            for matrix, layout in zip(self.pointers.values(), self.layouts.values(), strict=True)
-            if matrix is not None
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return ``NAME_ptr``, ``NAME_strides`` and ``NAME_LAYOUT`` of each matrix, and ``table_ptr``."""
-        named: dict[str, Any] = {f"{name}_ptr": pointer for name, pointer in self.pointers.items()}
-        named |= {"table_ptr": self.table}
-        named |= {f"{name}_strides": strides for name, strides in self.strides.items()}
-        return named | {f"{name.upper()}_LAYOUT": layout for name, layout in self.layouts.items()}
+    # NAME_ptr, NAME_strides and NAME_LAYOUT of each, and table_ptr. Of a list the pointer is that of its first matrix.
+    arguments: dict[str, Any]
+    # Whether all lie in aligned rows, so that a tile of them takes few registers for addresses.
+    aligned: bool
 
 
 def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
@@ -75,13 +57,19 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     if not lists and None in flat.values():
         return arrange(_as_lists(matrices))
     count = len(lists[0]) if lists else max((len(batch) for batch in flat.values() if batch is not None), default=1)
-    return Operands(
-        count,
-        _table(list(matrices.values()), lists[0]) if lists else None,
-        {name: matrix[0] if isinstance(matrix, list) else matrix for name, matrix in matrices.items()},
-        {name: _strides(flat.get(name), count) for name in matrices},
-        {name: _layout(matrix) if isinstance(matrix, list) else BATCH.value for name, matrix in matrices.items()},
-    )
+    arguments: dict[str, Any] = {"table_ptr": _table(list(matrices.values()), lists[0]) if lists else None}
+    in_rows = True
+    for name, matrix in matrices.items():
+        first, batch, layout = matrix, flat.get(name), BATCH.value
+        if isinstance(matrix, list):
+            first, layout = matrix[0], _layout(matrix)
+        stride = 0 if batch is None or len(batch) != count else batch.stride(0)
+        arguments[f"{name}_ptr"] = first
+        arguments[f"{name}_strides"] = (stride, *batch.stride()[1:]) if batch is not None else (0, 0, 0)
+        arguments[f"{name.upper()}_LAYOUT"] = layout
+        if isinstance(first, Tensor):
+            in_rows &= layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(first))
+    return Operands(count, arguments, in_rows)
 
 
 def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
@@ -100,10 +88,9 @@ def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
     ]
 
 
-def bytes_of(arguments: Mapping[str, Any], times: Mapping[str, int]) -> int:
+def bytes_of(arguments: Mapping[str, Any], problems: Sequence[Any], times: Mapping[str, int]) -> int:
     """Return the bytes that a launch moves: each tensor once, or as often as ``times`` says."""
-    names, table = _pointer_names(arguments), arguments.get("table_ptr")
-    own = {} if table is None else dict(zip(names, zip(*shapes(arguments), strict=True), strict=True))
+    own = dict(zip(_pointer_names(arguments), zip(*problems, strict=True), strict=True)) if problems else {}
     found: dict[int, int] = {}
     for name, tensor in arguments.items():
         if name.endswith("_ptr") and name != "table_ptr" and tensor is not None:
@@ -138,12 +125,6 @@ def _flat(tensor: Tensor) -> Tensor | None:
         return tensor.view(-1, *tensor.shape[-2:])
     except RuntimeError:
         return None
-
-
-def _strides(flat: Tensor | None, count: int) -> Strides:
-    if flat is None:
-        return (0, 0, 0)
-    return (flat.stride(0) if flat.shape[0] == count else 0, flat.stride(1), flat.stride(2))
 
 
 def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | None]:
@@ -261,7 +242,7 @@ def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def place_of_program(tiles_down, tiles_across, SPLITS: tl.constexpr):
+def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr):
     """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours."""
     program, tiles = tl.program_id(0), tiles_down * tiles_across
     problem = (program // (tiles * SPLITS)).to(tl.int64)

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, shapes, store_tile
+from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
 from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
 from brandla_kernels.root_core import cost
 
@@ -323,7 +323,7 @@ def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
         store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
 
 
-@launch.counted("r m s", lambda given: sum(cost(r, k, given["s"]).flops for _, (r, k), *_ in shapes(given)))
+@launch.counted("r m s", lambda given, gram, cross, *_: cost(*cross, given["s"]).flops)
 @triton.jit
 def root_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
@@ -413,7 +413,7 @@ def root_core(
         "vectors": own.new_empty(problems, block * block + block * s + m),
         "orders": own.new_empty(problems, 2, m, dtype=torch.int32),
     }
-    arguments = operands.arguments() | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
+    arguments = operands.arguments | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
         # The rounding of inner products in float64, which tells weak columns from dependent ones.

@@ -23,16 +23,7 @@ from torch import Tensor
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
 from brandla_kernels._kernels.launch import Target, counted, start, target_of, triton_dtype
-from brandla_kernels._kernels.matrices import (
-    aligned,
-    arrange,
-    load_tile,
-    matrix_of,
-    place_of_program,
-    shapes,
-    store_tile,
-    stretch_of,
-)
+from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, check_call, cost
 from brandla_kernels.tall import columns, dtype_of, rows
@@ -75,7 +66,7 @@ def signs_tile(
 
 @counted(
     "m n width",
-    lambda given: sum(cost(m, n, width).flops for (_, width), (m, n) in shapes(given)),
+    lambda _, out, x: cost(*x, out[1]).flops,
     # One stretch of the sum lies behind the other: all of them are written.
     lambda given: {"out_ptr": given["SPLITS"]},
 )
@@ -89,7 +80,7 @@ def sketch_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × SPLITS × tiles of Y. One stretch of the sum lies ``split_stride`` behind the other."""
-    problem, split, tile_m, tile_w = place_of_program(tl.cdiv(m, BLOCK_M), tl.cdiv(width, BLOCK_W), SPLITS)
+    problem, split, tile_m, tile_w = place_of(tl.cdiv(m, BLOCK_M), tl.cdiv(width, BLOCK_W), SPLITS)
     first_row, first_column = tile_m * BLOCK_M, tile_w * BLOCK_W
     row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_W)
     out = matrix_of(table_ptr, problem, out_ptr, out_strides, m, width, OUT_LAYOUT, 0, 2)
@@ -129,7 +120,7 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
     def launch(out: Matrices, splits: int) -> None:
         operands = arrange({"out": out, "x": matrix})
         compute, unit, cut = _units(target, dtype_of(matrix))
-        arguments = operands.arguments() | {
+        arguments = operands.arguments | {
             "seed_ptr": seed, "m": rows(matrix), "n": columns(matrix), "width": width, "first_problem": problem,
             "split_stride": rows(matrix) * width, "SPLITS": splits,
             "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, shapes, store_tile
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, store_tile
 from brandla_kernels.cholesky_inverse_core import cost
 
 # The factorisations, in order. The even ones are without the shift, and the last if they succeed.
@@ -153,7 +153,7 @@ def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: t
             tl.store(address, tl.where(upper, tile, 0.0), mask=inside)
 
 
-@launch.counted("k", lambda given: sum(cost(k).flops for (_, k), _ in shapes(given)))
+@launch.counted("k", lambda _, gram, scale: cost(gram[0]).flops)
 @triton.jit
 def small_spd_kernel(
     gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,
@@ -233,7 +233,7 @@ def cholesky_inverse_core(
     if transform.numel() == 0:
         return transform, live
     operands = arrange({"gram": gram, "scale": scale[..., None]})
-    arguments = operands.arguments() | {
+    arguments = operands.arguments | {
         "transform_ptr": transform, "live_ptr": live, "weight_ptr": gram.new_empty(gram.shape[:-1]),
         "k": k, "threshold": threshold, "FIRST": WHOLE.value if whole_first else SHIFTED.value,
     }  # fmt: skip

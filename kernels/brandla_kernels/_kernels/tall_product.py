@@ -17,7 +17,7 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.launch import counted, products_in, start, target_of
-from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, shapes, store_tile
+from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
 from brandla_kernels._signature import Matrices
 from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
 from brandla_kernels.tall import columns, dtype_of, rows
@@ -33,11 +33,9 @@ class Term(NamedTuple):
     small: Matrices
 
 
-def _flops(arguments: Mapping[str, Any]) -> int:
-    flops = 0
-    for (n, s), _, (_, r1), _, (_, r2), _ in shapes(arguments):
-        flops += cost(n, r1, r2, s).flops + (0 if arguments["scale_ptr"] is None else 2 * n * s)
-    return flops
+def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
+    (n, s), _, (_, r1), _, (_, r2), _ = matrices
+    return cost(n, r1, r2, s).flops + (0 if given["scale_ptr"] is None else 2 * n * s)
 
 
 @counted("n s r1 r2", _flops)
@@ -94,7 +92,7 @@ def tall_product(
     n, s, dtype, target = rows(out), columns(out), dtype_of(out), target_of(out)
     config = configs.tall_product(target, dtype, s, operands.aligned)
     tiles = triton.cdiv(n, config.blocks["BLOCK_N"]) * triton.cdiv(s, config.blocks["BLOCK_S"])
-    arguments = operands.arguments() | products_in(target, dtype) | {
+    arguments = operands.arguments | products_in(target, dtype) | {
         # One number a problem, next to each other.
         "scale_ptr": None if scale is None else scale.contiguous(),
         "n": n, "s": s, "r1": columns(x1), "r2": 0 if x2 is None else columns(x2), "TERMS": len(terms),
