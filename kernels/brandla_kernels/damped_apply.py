@@ -38,6 +38,11 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
     return middle @ coefficients
 
 
+def transposed_middle(basis: Tensor, middle: Tensor) -> Tensor:
+    """Return Hᵀ, of a diagonal H itself."""
+    return middle if middle.ndim < basis.ndim else middle.mT
+
+
 @damped_apply.gradient
 def _gradient(inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
     return damped_apply_gradient(*inputs, gradients[0])
@@ -47,9 +52,8 @@ def damped_apply_gradient(
     basis: Tensor, middle: Tensor, complement: Tensor, rhs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to U, H, β and V, from that with respect to Y."""
-    transposed = middle if middle.ndim < basis.ndim else middle.mT
     coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
-    inner = apply_middle(basis, transposed, pulled)
+    inner = apply_middle(basis, transposed_middle(basis, middle), pulled)
     of_basis = gradient @ apply_middle(basis, middle, coefficients).mT + rhs @ inner.mT
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
     of_complement = (gradient * rhs).sum((-2, -1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.damped_apply import apply_middle, damped_apply_gradient
+from brandla_kernels.damped_apply import apply_middle, damped_apply, damped_apply_gradient, transposed_middle
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
@@ -60,19 +60,10 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
 
 @kron_damped_apply.gradient
 def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    left, right, matrix = inputs[:3], inputs[3:6], inputs[6]
-    (gradient,) = gradients
-    from_right = _apply(right, matrix.mT).mT
-    *of_left, of_matrix = damped_apply_gradient(left[0], left[1], left[2], from_right, gradient)
-    *of_right, _ = damped_apply_gradient(right[0], right[1], right[2], _apply(left, matrix).mT, gradient.mT)
-    return *of_left, *of_right, _apply_transposed(right, of_matrix.mT).mT
-
-
-def _apply(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, complement = operator
-    return complement[..., None, None] * block + basis @ apply_middle(basis, middle, basis.mT @ block)
-
-
-def _apply_transposed(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, complement = operator
-    return _apply((basis, middle if middle.ndim < basis.ndim else middle.mT, complement), block)
+    left, right, matrix, gradient = inputs[:3], inputs[3:6], inputs[6], gradients[0]
+    apply = damped_apply.torch_form
+    from_right = apply(*right, matrix.mT).mT
+    *of_left, of_matrix = damped_apply_gradient(*left, from_right, gradient)
+    *of_right, _ = damped_apply_gradient(*right, apply(*left, matrix).mT, gradient.mT)
+    basis, middle, complement = right
+    return *of_left, *of_right, apply(basis, transposed_middle(basis, middle), complement, of_matrix.mT).mT

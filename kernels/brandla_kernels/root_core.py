@@ -107,7 +107,8 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     image = core @ rotation
     gram = rotation.mT @ image
     if tol and rank:
-        alive = _above(gram.diagonal(dim1=-2, dim2=-1), tol).to(core.dtype)
+        values = gram.diagonal(dim1=-2, dim2=-1)
+        alive = (~(values <= tol * values.amax(-1, keepdim=True))).to(core.dtype)
         rotation, image = rotation * alive[..., None, :], image * alive[..., None, :]
         gram = gram * alive[..., None, :] * alive[..., :, None]
     left_out = core.new_zeros(core.shape[:-2])
@@ -116,11 +117,8 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
         left_out = torch.linalg.matrix_norm(rest - rotation @ (rotation.mT @ rest))
     gram = without_denormals(((gram + gram.mT) / 2).to(dtype), dims=2)
     finite = finite & torch.isfinite(gram.sum((-2, -1), keepdim=True))
-    return Compressed(
-        torch.where(finite, gram, float("nan")),
-        torch.where(finite, rotation, float("nan")),
-        left_out,
-    )
+    gram, rotation = (torch.where(finite, part, float("nan")) for part in (gram, rotation))
+    return Compressed(gram, rotation, left_out)
 
 
 def _upper_factor(matrix: Tensor) -> Tensor:
@@ -155,10 +153,6 @@ def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
         return values
     largest = values.abs().amax(tuple(range(-dims, 0)), keepdim=True)
     return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
-
-
-def _above(values: Tensor, tol: float) -> Tensor:
-    return ~(values <= tol * values.amax(-1, keepdim=True))
 
 
 @root_core.gradient
