@@ -16,17 +16,19 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
 
     def call(*arguments: Any) -> Any:
         problems = signature.grouped_sizes(arguments)
-        results = [
-            torch_form(*_own_arguments(signature, arguments, problem, sizes)) for problem, sizes in enumerate(problems)
-        ]
+        found = [torch_form(*_own_arguments(signature, arguments, *each)) for each in enumerate(problems)]
         if not signature.results:
             return None
-        columns = list(zip(*(each if isinstance(each, tuple) else (each,) for each in results), strict=True))
+        columns = list(zip(*(each if isinstance(each, tuple) else (each,) for each in found), strict=True))
         largest = {letter: max(sizes[letter] for sizes in problems) for letter in problems[0]}
-        gathered = tuple(
-            _gather(result, column, largest) for result, column in zip(signature.results, columns, strict=True)
-        )
-        return gathered if len(gathered) > 1 else gathered[0]
+        gathered = []
+        for result, parts in zip(signature.results, columns, strict=True):
+            if result.listed:
+                gathered.append(list(parts))
+            else:
+                shape = [largest[letter] for letter in result.shapes[0]]
+                gathered.append(_stacked(parts[0].new_zeros(len(parts), *shape), parts))
+        return tuple(gathered) if len(gathered) > 1 else gathered[0]
 
     return call
 
@@ -35,17 +37,12 @@ def looped_gradient(signature: Signature, backward: Callable[..., Sequence[Any]]
     """Return ``backward``, (inputs, gradients of the results) -> gradients of the inputs, over lists of problems."""
 
     def call(inputs: Sequence[Any], gradients: Sequence[Any]) -> Sequence[Any]:
-        found = [
-            backward(
-                tuple(_own_arguments(signature, inputs, problem, sizes)),
-                tuple(
-                    _own(gradient[problem], result, sizes)
-                    for gradient, result in zip(gradients, signature.results, strict=True)
-                ),
-            )
-            for problem, sizes in enumerate(signature.grouped_sizes(inputs))
-        ]
-        return [_gather_like(value, parts) for value, parts in zip(inputs, zip(*found, strict=True), strict=True)]
+        found = []
+        for problem, sizes in enumerate(signature.grouped_sizes(inputs)):
+            pairs = zip(gradients, signature.results, strict=True)
+            own = tuple(_own(gradient[problem], result, sizes) for gradient, result in pairs)
+            found.append(backward(tuple(_own_arguments(signature, inputs, problem, sizes)), own))
+        return [_gathered_like(value, parts) for value, parts in zip(inputs, zip(*found, strict=True), strict=True)]
 
     return call
 
@@ -68,13 +65,7 @@ def _own(matrix: Tensor, operand: Operand, sizes: dict[str, int]) -> Tensor:
     return matrix[tuple(slice(sizes[letter]) for letter in shape)]
 
 
-def _gather(result: Operand, parts: Sequence[Tensor], largest: dict[str, int]) -> list[Tensor] | Tensor:
-    if result.listed:
-        return list(parts)
-    return _stacked(parts[0].new_zeros(len(parts), *(largest[letter] for letter in result.shapes[0])), parts)
-
-
-def _gather_like(value: Any, parts: Sequence[Any]) -> Any:
+def _gathered_like(value: Any, parts: Sequence[Any]) -> Any:
     """Arrange the gradients of the problems as the argument that they belong to is."""
     if isinstance(value, list):
         return list(parts)

@@ -7,14 +7,17 @@ on fake tensors tells a tracer the shapes.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from brandla_kernels import _grouped
 from brandla_kernels._signature import Signature, parse
@@ -43,19 +46,18 @@ class Op(Generic[Parameters, Result]):
     """A registered op. Called with lists where it takes tall matrices, it is the grouped op."""
 
     def __init__(
-        self, signature: Signature, torch_form: Callable[Parameters, Result], cost: Callable[..., Cost]
+        self, signature: Signature, torch_form: Callable[Parameters, Result], cost: Callable[..., Cost], launch: str
     ) -> None:
         self.name = signature.name
         self.signature = signature
         self.torch_form = torch_form
         self.cost = cost
-        self.launch: Callable[..., Any] | None = None
+        self.launch: Callable[..., Any] | None = partial(_launch, *launch.split(".")) if launch else None
         self.registered = self._register(signature.schema, torch_form, signature.sizes)
         self.grouped_form = _grouped.looped(signature, torch_form)
         if signature.lists:
-            self.registered_grouped = self._register(
-                signature.grouped_schema, self.grouped_form, signature.grouped_sizes
-            )
+            grouped = (signature.grouped_schema, self.grouped_form, signature.grouped_sizes)
+            self.registered_grouped = self._register(*grouped)
         OPS[self.name] = cast(AnyOp, self)
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -69,22 +71,11 @@ class Op(Generic[Parameters, Result]):
             return cast(Result, (self.grouped_form if listed else self.torch_form)(*args, **kwargs))
         return cast(Result, (self.registered_grouped if listed else self.registered)(*args, **kwargs))
 
-    def triton(self, launch: Callable[..., Any]) -> Callable[..., Any]:
-        """Register the decorated function as the op on CUDA and ROCm, for one problem, a batch and a list."""
-        self.launch = launch
-        if _HAS_TRITON:
-            signature = self.signature
-            _library.impl(self.name, self._choice("triton", self.torch_form, signature.sizes), "CUDA")
-            if signature.lists:
-                choice = self._choice("triton", self.grouped_form, signature.grouped_sizes)
-                _library.impl(signature.grouped_name, choice, "CUDA")
-        return launch
-
     def gradient(self, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         """Register the decorated function (inputs, gradients of the results) -> gradients of the inputs."""
-        self._register_gradient(self.name, backward)
+        _register_gradient(self.name, backward)
         if self.signature.lists:
-            self._register_gradient(self.signature.grouped_name, _grouped.looped_gradient(self.signature, backward))
+            _register_gradient(self.signature.grouped_name, _grouped.looped_gradient(self.signature, backward))
         return backward
 
     def implementation(self, device_type: str) -> tuple[Backend, str]:
@@ -102,49 +93,56 @@ class Op(Generic[Parameters, Result]):
 
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
-        _library.define(schema)
-        _library.impl(name, self._choice("torch", torch_form, check), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"brandla::{name}", _checked(torch_form, check), lib=_library)
-        return getattr(torch.ops.brandla, name).default
 
-    def _choice(
-        self, default: Backend, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]
-    ) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            chosen = _forced.get() or default
+        def run(default: Backend | None, *args: Any) -> Any:
+            check(args)
+            chosen = default and (_forced.get() or default)
             return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
 
-        return _checked(run, check)
-
-    def _register_gradient(self, name: str, backward: Callable[..., Sequence[Any]]) -> None:
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*_tensors_in(inputs))
-            ctx.rest = [None if isinstance(value, (Tensor, list)) else value for value in inputs]
-            ctx.counts = [
-                1 if isinstance(value, Tensor) else [1] * len(value) if isinstance(value, list) else 0
-                for value in inputs
-            ]
-
-        def run(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-            saved, inputs = iter(ctx.saved_tensors), list(ctx.rest)
-            for position, count in enumerate(ctx.counts):
-                if count:
-                    inputs[position] = next(saved) if count == 1 else [next(saved) for _ in count]
-            found = backward(tuple(inputs), gradients)
-            # The dispatcher left out arguments that have their default.
-            given = len(ctx.needs_input_grad)
-            return tuple(_in_dtype_of(value, part) for value, part in zip(inputs[:given], found, strict=False))
-
-        torch.library.register_autograd(f"brandla::{name}", run, setup_context=setup_context, lib=_library)
+        _library.define(schema)
+        _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
+        if self.launch is not None and _HAS_TRITON:
+            _library.impl(name, partial(run, "triton"), "CUDA")
+        # Of tensors without data only the torch form can tell the shapes.
+        torch.library.register_fake(f"brandla::{name}", partial(run, None), lib=_library)
+        return getattr(torch.ops.brandla, name).default
 
 
-def op(line: str, cost: Callable[..., Cost]) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
-    """Register the decorated torch form under the signature ``line`` and return the op that stands for it."""
+def op(
+    line: str, cost: Callable[..., Cost], launch: str = ""
+) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
+    """Register the decorated torch form under the signature ``line`` and return the op that stands for it.
 
-    def register(torch_form: Callable[Parameters, Result]) -> Op[Parameters, Result]:
-        return Op(parse(line), torch_form, cost)
+    ``launch`` names the function in `_kernels` that is the op on CUDA and ROCm, for one problem, a batch and a list:
+    "module.function". It is imported when it is first called, so that no import needs Triton.
+    """
+    return lambda torch_form: Op(parse(line), torch_form, cost, launch)
 
-    return register
+
+def _launch(module: str, function: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(f"brandla_kernels._kernels.{module}"), function)(*args)
+
+
+def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        leaves, ctx.structure = tree_flatten(inputs)
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+        ctx.rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        leaves = [rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+        inputs = tree_unflatten(leaves, ctx.structure)
+        found = backward(inputs, gradients)
+        # The dispatcher left out arguments that have their default.
+        return tuple(_in_dtype_of(value, part) for value, part in zip(inputs, found, strict=False))
+
+    torch.library.register_autograd(f"brandla::{name}", run, setup_context=setup_context, lib=_library)
+
+
+def _in_dtype_of(value: Any, part: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_dtype_of(*pair) for pair in zip(value, part, strict=True)]
+    return None if part is None else part.to(value.dtype)
 
 
 def reads_are_free(tensor: Any) -> bool:
@@ -198,25 +196,3 @@ def _why_no_triton() -> str | None:
     if interpreted() or recorded():
         return None
     return "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
-
-
-def _checked(implementation: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        check(args)
-        return implementation(*args)
-
-    return call
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list):
-            yield from value
-
-
-def _in_dtype_of(value: Any, part: Any) -> Any:
-    if isinstance(value, list):
-        return [_in_dtype_of(*pair) for pair in zip(value, part, strict=True)]
-    return None if part is None else part.to(value.dtype)

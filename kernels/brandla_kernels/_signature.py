@@ -92,73 +92,60 @@ class Signature:
 
     def grouped_sizes(self, arguments: Sequence[Any]) -> list[dict[str, int]]:
         """Do the same for a call of the grouped op, for each problem."""
-        lists = {operand.name: arguments[operand.position] for operand in self.operands if operand.listed}
-        for name, matrices in lists.items():
+        lists = {operand: arguments[operand.position] for operand in self.operands if operand.listed}
+        for operand, matrices in lists.items():
             if not isinstance(matrices, (list, tuple)):
-                self._fail(TypeError, f"{name} must be a list of tensors; got {type(matrices).__name__}")
-        counts = {name: len(matrices) for name, matrices in lists.items()}
+                self._fail(TypeError, f"{operand.name} must be a list of tensors; got {type(matrices).__name__}")
+        counts = {operand.name: len(matrices) for operand, matrices in lists.items()}
         count = next(iter(counts.values()))
         if count == 0 or any(other != count for other in counts.values()):
             self._fail(ValueError, f"the lists must be of one length, at least 1; got {counts}")
         leader = arguments[self.leader.position]
         leader = leader[0] if self.leader.listed else leader
-        sizes = [self._problem_sizes(arguments, problem, leader) for problem in range(count)]
-        for operand in self.operands:
-            if not operand.listed:
-                stack = arguments[operand.position]
-                self._check_kind(operand, operand.name, stack, leader)
-                shape = self._check_stack(operand, stack, sizes)
-                # A size that no list shows, such as that of the result, is the stack's for all.
-                sizes = [dict(zip(shape, stack.shape[1:], strict=True)) | own for own in sizes]
-        return sizes
-
-    def _problem_sizes(self, arguments: Sequence[Any], problem: int, leader: Any) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for operand in self.operands:
-            if operand.listed:
-                matrices = arguments[operand.position]
+        sizes: list[dict[str, int]] = [{} for _ in range(count)]
+        for problem in range(count):
+            for operand, matrices in lists.items():
                 matrix, name = matrices[problem], f"{operand.name}[{problem}]"
                 self._check_kind(operand, name, matrix, leader)
                 if matrix.dtype != matrices[0].dtype:
                     rule = f"{name} must have the dtype of {operand.name}[0], {matrices[0].dtype}"
                     self._fail(TypeError, f"{rule}; got {matrix.dtype}")
-                sizes = self._matched(operand, name, matrix, _NO_BATCH, sizes)
-        return sizes
+                sizes[problem] = self._matched(operand, name, matrix, _NO_BATCH, sizes[problem])
+        largest = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
+        for operand in self.operands:
+            if not operand.listed:
+                stack = arguments[operand.position]
+                self._check_kind(operand, operand.name, stack, leader)
+                largest = self._matched(operand, operand.name, stack, (count,), largest)
+        # A size that no list shows, such as that of the result, is the stacks' for all.
+        return [largest | own for own in sizes]
 
     def _check_kind(self, operand: Operand, name: str, tensor: Any, leader: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            self._fail(TypeError, f"{name} must be a tensor; got {type(tensor).__name__}")
-        if not isinstance(leader, Tensor):
-            self._fail(TypeError, f"{self.leader.name} must be a tensor; got {type(leader).__name__}")
+        for own_name, own in ((name, tensor), (self.leader.name, leader)):
+            if not isinstance(own, Tensor):
+                self._fail(TypeError, f"{own_name} must be a tensor; got {type(own).__name__}")
         dtype = tensor.dtype
         if operand.kind == "Sum" or dtype != leader.dtype or dtype not in _FULL:
             self._check_dtype(operand, name, dtype, leader.dtype)
         if tensor.device != leader.device:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
             self._fail(ValueError, f"{rule}; got {tensor.device}")
-        if self.writes:
-            self._check_written(operand, name, tensor)
+        if self.writes and tensor.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} must not require grad, since what overwrites has no gradient"
+            self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
+        strided = zip(tensor.stride(), tensor.shape, strict=True) if operand.written else ()
+        if any(stride == 0 and size > 1 for stride, size in strided):
+            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
     def _check_dtype(self, operand: Operand, name: str, dtype: torch.dtype, leading: torch.dtype) -> None:
-        if operand.kind == "Sum":
-            if dtype != torch.float64:
-                self._fail(TypeError, f"{name} must have dtype {torch.float64}; got {dtype}")
-            return
-        allowed = _DATA if operand.kind == "Data" else _FULL
+        allowed = {"Sum": (torch.float64,), "Data": _DATA}.get(operand.kind, _FULL)
         if dtype not in allowed:
             self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
         # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
         free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
-        if dtype != leading and not free:
+        if dtype != leading and not free and operand.kind != "Sum":
             self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
-
-    def _check_written(self, operand: Operand, name: str, tensor: Tensor) -> None:
-        if tensor.requires_grad and torch.is_grad_enabled():
-            rule = f"{name} must not require grad, since what overwrites has no gradient"
-            self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
-        if operand.written and _overlaps_itself(tensor):
-            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
     def _matched(
         self, operand: Operand, name: str, tensor: Tensor, batch: tuple[int, ...], sizes: dict[str, int]
@@ -174,21 +161,12 @@ class Signature:
                         break
                 else:
                     return found
-        known = _listed_sizes(operand, sizes)
-        wanted = " or ".join(_in_words(tuple(map(str, batch)) + letters) for letters in operand.shapes)
-        self._fail(ValueError, f"{name} must have shape {wanted}{known}; got {tuple(shape)}")
-
-    def _check_stack(self, operand: Operand, stack: Tensor, sizes: list[dict[str, int]]) -> Shape:
-        largest = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
-        for letters in operand.shapes:
-            fits = stack.ndim == len(letters) + 1 and stack.shape[0] == len(sizes)
-            if fits and all(
-                size == largest.get(letter, size) for letter, size in zip(letters, stack.shape[1:], strict=True)
-            ):
-                return letters
-        known = _listed_sizes(operand, largest)
-        wanted = " or ".join(_in_words((str(len(sizes)), *letters)) for letters in operand.shapes)
-        self._fail(ValueError, f"{operand.name} must have shape {wanted}{known}; got {tuple(stack.shape)}")
+        shapes = [(*map(str, batch), *letters) for letters in operand.shapes]
+        wanted = " or ".join(f"({', '.join(one)}{',' if len(one) == 1 else ''})" for one in shapes)
+        own = {letter for letters in operand.shapes for letter in letters}
+        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in own)
+        with_known = f" with {known}" if known else ""
+        self._fail(ValueError, f"{name} must have shape {wanted}{with_known}; got {tuple(tensor.shape)}")
 
     def _fail(self, kind: type[Exception], message: str) -> NoReturn:
         text = f"brandla::{self.name}: {message}"
@@ -225,17 +203,3 @@ def _schema(line: str, brackets: str) -> str:
         return f"Tensor{alias}{brackets if found[1] in ('Tall', 'Data') else ''}"
 
     return _OPERAND.sub(spell, line)
-
-
-def _in_words(shape: tuple[str, ...]) -> str:
-    return f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
-
-
-def _listed_sizes(operand: Operand, sizes: dict[str, int]) -> str:
-    letters = {letter for shape in operand.shapes for letter in shape}
-    known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in letters)
-    return f" with {known}" if known else ""
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

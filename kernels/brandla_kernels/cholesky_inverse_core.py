@@ -29,6 +29,7 @@ def cost(k: int) -> Cost:
 @op(
     "cholesky_inverse_core(Small[k,k] gram, Small[k] scale, float threshold) -> (Small[k,k], Small[k])",
     cost,
+    "small_spd.cholesky_inverse_core",
 )
 def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return the transform T and the boolean mask (..., k) of its nonzero columns.
@@ -99,10 +100,3 @@ def _gradient(inputs: tuple[Tensor, Tensor, float], gradients: tuple[Tensor, Ten
     half.diagonal(dim1=-2, dim2=-1).mul_(0.5)
     of_gram = -transform @ half @ transform.mT
     return (of_gram + of_gram.mT) / 2, None, None
-
-
-@cholesky_inverse_core.triton
-def _launch(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    from brandla_kernels._kernels import small_spd
-
-    return small_spd.cholesky_inverse_core(gram, scale, threshold)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op, reads_are_free
-from brandla_kernels._signature import Matrices
 from brandla_kernels.gram import gram_gradient, sum_of_slabs
 
 
@@ -49,14 +48,9 @@ def _keeps_precision(inner: Tensor, n: int) -> bool:
     return n * info.tiny / info.eps <= smallest.item() and largest.item() < math.inf
 
 
-cross_gram = op("cross_gram(Tall[n,r] root, Data[n,k] columns) -> (Small[r,k], Small[k,k])", cost)(cross_gram_torch)
-
-
-@cross_gram.triton
-def _launch(root: Matrices, columns: Matrices) -> tuple[Tensor, Tensor]:
-    from brandla_kernels._kernels.cross_gram import cross_gram
-
-    return cross_gram(root, columns)
+cross_gram = op(
+    "cross_gram(Tall[n,r] root, Data[n,k] columns) -> (Small[r,k], Small[k,k])", cost, "cross_gram.cross_gram"
+)(cross_gram_torch)
 
 
 @cross_gram.gradient

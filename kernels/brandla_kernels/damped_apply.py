@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 from brandla_kernels.gram import inner_product
 
 
@@ -22,6 +21,7 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 @op(
     "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] scale, Tall[n,m] rhs) -> Tall[n,m]",
     cost,
+    "damped.damped_apply",
 )
 def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> Tensor:
     """Return ``scale * (rhs + basis @ (middle · (basis.mT @ rhs)))``."""
@@ -37,17 +37,9 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
     return middle @ coefficients
 
 
-@damped_apply.triton
-def _launch(basis: Matrices, middle: Tensor, scale: Tensor, rhs: Matrices) -> Matrices:
-    from brandla_kernels._kernels import inner_product as kernels
-    from brandla_kernels._kernels.tall_product import Term, tall_product
-
-    batch_ndim = 1 if isinstance(basis, list) else basis.ndim - 2
-    if middle.ndim == batch_ndim + 1:
-        inner = kernels.inner_product(basis, rhs, row_scale=middle)
-    else:
-        inner = middle @ kernels.inner_product(basis, rhs)
-    return tall_product([Term(basis, inner)], add=rhs, scale=scale)
+def transposed_middle(basis: Tensor, middle: Tensor) -> Tensor:
+    """Return Zᵀ, of a diagonal Z itself."""
+    return middle if middle.ndim < basis.ndim else middle.mT
 
 
 @damped_apply.gradient
@@ -60,11 +52,10 @@ def damped_apply_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to U, Z, β and V, from that with respect to Y."""
     scaled = scale[..., None, None] * gradient
-    transposed = middle if middle.ndim < basis.ndim else middle.mT
     coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
     turned = apply_middle(basis, middle, coefficients)
     of_scale = (gradient * rhs).sum((-2, -1)) + (pulled * turned).sum((-2, -1))
     pulled = scale[..., None, None] * pulled
-    inner = apply_middle(basis, transposed, pulled)
+    inner = apply_middle(basis, transposed_middle(basis, middle), pulled)
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
     return scaled @ turned.mT + rhs @ inner.mT, of_middle, of_scale, scaled + basis @ inner

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 
 # Rows converted to float64 at a time: the copy stays small and in cache.
 _ROWS = 2048
@@ -76,14 +75,7 @@ def _gram_of_slab(slab: Tensor) -> Tensor:
     return gram
 
 
-gram = op("gram(Tall[n,k] panel) -> Small[k,k]", cost)(gram_torch)
-
-
-@gram.triton
-def _launch(panel: Matrices) -> Tensor:
-    from brandla_kernels._kernels.inner_product import gram
-
-    return gram(panel)
+gram = op("gram(Tall[n,k] panel) -> Small[k,k]", cost, "inner_product.gram")(gram_torch)
 
 
 @gram.gradient
@@ -96,17 +88,10 @@ def gram_gradient(panel: Tensor, gradient: Tensor) -> Tensor:
     return panel @ (gradient + gradient.mT).to(panel.dtype)
 
 
-@op("rounded_gram(Tall[n,k] panel) -> Small[k,k]", cost)
+@op("rounded_gram(Tall[n,k] panel) -> Small[k,k]", cost, "inner_product.rounded_gram")
 def rounded_gram(panel: Tensor) -> Tensor:
     """Return ``panel.mT @ panel`` in float64, of products in the dtype of the panel."""
     return sum_of_slabs(panel, panel, panel.dtype)
-
-
-@rounded_gram.triton
-def _launch_rounded(panel: Matrices) -> Tensor:
-    from brandla_kernels._kernels.inner_product import gram
-
-    return gram(panel, exact=False)
 
 
 rounded_gram.gradient(_gradient)

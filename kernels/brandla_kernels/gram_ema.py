@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 
 
 def cost(n: int, k: int, itemsize: int = 4) -> Cost:
@@ -19,7 +18,11 @@ def cost(n: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * n * k, bytes=itemsize * (2 * n * n + n * k))
 
 
-@op("gram_ema_(Tall[n,n]! matrix, Data[n,k] columns, float decay, float weight) -> ()", cost)
+@op(
+    "gram_ema_(Tall[n,n]! matrix, Data[n,k] columns, float decay, float weight) -> ()",
+    cost,
+    "symmetric_update.symmetric_update",
+)
 def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
     """Overwrite ``matrix`` with ``decay * matrix + weight * columns @ columns.mT``.
 
@@ -32,10 +35,3 @@ def gram_ema_(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> N
         torch.addmm(matrix, data, data.mT, beta=decay, alpha=weight, out=matrix)
     else:
         matrix.mul_(decay).add_(data @ data.mT, alpha=weight)
-
-
-@gram_ema_.triton
-def _launch(matrix: Matrices, columns: Matrices, decay: float, weight: float) -> None:
-    from brandla_kernels._kernels.symmetric_update import symmetric_update
-
-    symmetric_update(matrix, columns, decay, weight)

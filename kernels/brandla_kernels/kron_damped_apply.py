@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
-from brandla_kernels.damped_apply import apply_middle, damped_apply_gradient
+from brandla_kernels.damped_apply import apply_middle, damped_apply, damped_apply_gradient, transposed_middle
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
@@ -26,6 +25,7 @@ def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> 
     "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_scale,"
     " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_scale, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
+    "damped.kron_damped_apply",
 )
 def kron_damped_apply(
     left_basis: Tensor,
@@ -55,36 +55,12 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
     return apply_middle(basis, middle, rows.mT).mT
 
 
-@kron_damped_apply.triton
-def _launch(
-    left_basis: Matrices,
-    left_middle: Tensor,
-    left_scale: Tensor,
-    right_basis: Matrices,
-    right_middle: Tensor,
-    right_scale: Tensor,
-    matrix: Matrices,
-) -> Matrices:
-    from brandla_kernels._kernels.kron import kron_damped_apply
-
-    return kron_damped_apply((left_basis, left_middle, left_scale), (right_basis, right_middle, right_scale), matrix)
-
-
 @kron_damped_apply.gradient
 def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    left, right, matrix = inputs[:3], inputs[3:6], inputs[6]
-    (gradient,) = gradients
-    from_right = _apply(right, matrix.mT).mT
-    *of_left, of_matrix = damped_apply_gradient(left[0], left[1], left[2], from_right, gradient)
-    *of_right, _ = damped_apply_gradient(right[0], right[1], right[2], _apply(left, matrix).mT, gradient.mT)
-    return *of_left, *of_right, _apply_transposed(right, of_matrix.mT).mT
-
-
-def _apply(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, scale = operator
-    return scale[..., None, None] * (block + basis @ apply_middle(basis, middle, basis.mT @ block))
-
-
-def _apply_transposed(operator: tuple[Tensor, ...], block: Tensor) -> Tensor:
-    basis, middle, scale = operator
-    return _apply((basis, middle if middle.ndim < basis.ndim else middle.mT, scale), block)
+    left, right, matrix, gradient = inputs[:3], inputs[3:6], inputs[6], gradients[0]
+    apply = damped_apply.torch_form
+    from_right = apply(*right, matrix.mT).mT
+    *of_left, of_matrix = damped_apply_gradient(*left, from_right, gradient)
+    *of_right, _ = damped_apply_gradient(*right, apply(*left, matrix).mT, gradient.mT)
+    basis, middle, scale = right
+    return *of_left, *of_right, apply(basis, transposed_middle(basis, middle), scale, of_matrix.mT).mT

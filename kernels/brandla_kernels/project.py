@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 from brandla_kernels.gram import inner_product
 
 
@@ -17,17 +16,10 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * r * k, bytes=itemsize * (n * r + n * k + r * k))
 
 
-@op("project(Tall[n,r] basis, Data[n,k] columns) -> Small[r,k]", cost)
+@op("project(Tall[n,r] basis, Data[n,k] columns) -> Small[r,k]", cost, "inner_product.project")
 def project(basis: Tensor, columns: Tensor) -> Tensor:
     """Return ``basis.mT @ columns``."""
     return inner_product(basis, columns.to(basis.dtype))
-
-
-@project.triton
-def _launch(basis: Matrices, columns: Matrices) -> Tensor:
-    from brandla_kernels._kernels import inner_product
-
-    return inner_product.inner_product(basis, columns)
 
 
 @project.gradient

@@ -37,6 +37,7 @@ def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
     "root_core(Small[r,r] gram, Sum[r,k] cross, Sum[k,k] own, Sum[] decay, Sum[] weight, int rank, float tol,"
     " bool measure) -> (Small[s,s], Small[r,s], Small[k,s], Small[], Small[])",
     cost,
+    "root_core.root_core",
 )
 def root_core(
     gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
@@ -106,7 +107,8 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
     image = core @ rotation
     gram = rotation.mT @ image
     if tol and rank:
-        alive = _above(gram.diagonal(dim1=-2, dim2=-1), tol).to(core.dtype)
+        values = gram.diagonal(dim1=-2, dim2=-1)
+        alive = (~(values <= tol * values.amax(-1, keepdim=True))).to(core.dtype)
         rotation, image = rotation * alive[..., None, :], image * alive[..., None, :]
         gram = gram * alive[..., None, :] * alive[..., :, None]
     left_out = core.new_zeros(core.shape[:-2])
@@ -115,11 +117,8 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
         left_out = torch.linalg.matrix_norm(rest - rotation @ (rotation.mT @ rest))
     gram = without_denormals(((gram + gram.mT) / 2).to(dtype), dims=2)
     finite = finite & torch.isfinite(gram.sum((-2, -1), keepdim=True))
-    return Compressed(
-        torch.where(finite, gram, float("nan")),
-        torch.where(finite, rotation, float("nan")),
-        left_out,
-    )
+    gram, rotation = (torch.where(finite, part, float("nan")) for part in (gram, rotation))
+    return Compressed(gram, rotation, left_out)
 
 
 def _upper_factor(matrix: Tensor) -> Tensor:
@@ -156,10 +155,6 @@ def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
     return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
-def _above(values: Tensor, tol: float) -> Tensor:
-    return ~(values <= tol * values.amax(-1, keepdim=True))
-
-
 @root_core.gradient
 def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
     """Differentiate the torch form: what is small is computed again at no cost that counts."""
@@ -171,12 +166,3 @@ def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
         results, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
     return (*found, None, None, None)
-
-
-@root_core.triton
-def _launch(
-    gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from brandla_kernels._kernels import root_core as kernel
-
-    return kernel.root_core(gram, cross, own, decay, weight, rank, tol, measure)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels._signature import Matrices
 
 # What one call of Philox draws of Ω: the bits of four words.
 ROWS_PER_CALL = 32
@@ -80,23 +79,17 @@ def signs(
     """
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
-    words = _words(seed, (*batch_shape, blocks, 1, quads), problem).to(torch.int32).flatten(-2)[..., :width]
-    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
-    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
-    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
-    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
-
-
-def _words(seed: Tensor, shape: Sequence[int], problem: int) -> Tensor:
-    """Return the words of each call: (*batch_shape, blocks, 1, quads, 4)."""
-    *batch_shape, blocks, _, quads = shape
 
     def count(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=seed.device).view(shape)
 
     key = seed.reshape(())
     counter = (count(quads), count(blocks, 1, 1), count(*batch_shape, 1, 1, 1) + problem, torch.full_like(key, STREAM))
-    return torch.stack(philox(counter, (key, key >> 32)), -1)
+    words = torch.stack(philox(counter, (key, key >> 32)), -1).to(torch.int32).flatten(-2)[..., :width]
+    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
+    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
+    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
+    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,24 +119,16 @@ def cost(m: int, n: int, width: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * m * n * width, bytes=itemsize * (m * n + m * width))
 
 
-@op("sketch(Data[m,n] matrix, Tensor seed, SymInt width, SymInt problem=0) -> Tall[m,width]", cost)
+@op("sketch(Data[m,n] matrix, Tensor seed, SymInt width, SymInt problem=0) -> Tall[m,width]", cost, "sketch.sketch")
 def sketch(matrix: Tensor, seed: Tensor, width: int, problem: int = 0) -> Tensor:
     """Return ``matrix @ signs(seed, n, width)``, in float32 for half-precision data.
 
     ``seed`` is one int64 number on the device of ``matrix``. It is read there, so that a CUDA graph draws anew when it
     is changed. ``problem`` is the index of the problem, or of the first of a batch or list.
     """
-    _check_call(matrix, seed, width, problem)
+    check_call(matrix, seed, width, problem)
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return matrix.to(dtype) @ _signs_of(matrix, seed, width, problem, dtype)
-
-
-@sketch.triton
-def _launch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matrices:
-    from brandla_kernels._kernels.sketch import sketch
-
-    _check_call(matrix if isinstance(matrix, Tensor) else matrix[0], seed, width, problem)
-    return sketch(matrix, seed, width, problem)
 
 
 @sketch.gradient
@@ -158,7 +143,8 @@ def _signs_of(matrix: Tensor, seed: Tensor, width: int, problem: int, dtype: tor
     return signs(seed, matrix.shape[-1], width, batch_shape=matrix.shape[:-2], problem=problem, dtype=dtype)
 
 
-def _check_call(matrix: Tensor, seed: Tensor, width: int, problem: int) -> None:
+def check_call(matrix: Tensor, seed: Tensor, width: int, problem: int) -> None:
+    """Check what the signature does not say of a call."""
     _check("brandla::sketch", seed, width=width, problem=problem)
     if seed.device != matrix.device:
         message = f"brandla::sketch: seed must be on the device of matrix, {matrix.device}; got {seed.device}"
@@ -170,10 +156,9 @@ def _check(function: str, seed: Any, **sizes: int) -> None:
         got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         message = f"{function}: seed must be a tensor of dtype torch.int64; got {got}"
         raise TypeError(message)
+    wrong = [f"{name} must be at least 0; got {size}" for name, size in sizes.items() if size < 0]
     if seed.numel() != 1:
-        message = f"{function}: seed must have one element; got shape {tuple(seed.shape)}"
+        wrong = [f"seed must have one element; got shape {tuple(seed.shape)}"]
+    if wrong:
+        message = f"{function}: {wrong[0]}"
         raise ValueError(message)
-    for name, size in sizes.items():
-        if size < 0:
-            message = f"{function}: {name} must be at least 0; got {size}"
-            raise ValueError(message)

@@ -10,31 +10,18 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-__all__ = [
-    "Matrices",
-    "Tall",
-    "columns",
-    "columns_at",
-    "device_of",
-    "dtype_of",
-    "each",
-    "rows",
-    "stacked",
-    "subtract_product",
-]
-
 # `Matrices` for code that works on either kind: what comes out is of the kind that went in, which no alias can say.
 Tall: TypeAlias = Any
 
 
 def rows(matrices: Matrices) -> int:
     """Return the number of rows; the largest of a list."""
-    return _largest(matrices, -2)
+    return matrices.shape[-2] if isinstance(matrices, Tensor) else max((one.shape[-2] for one in matrices), default=0)
 
 
 def columns(matrices: Matrices) -> int:
     """Return the number of columns; the largest of a list."""
-    return _largest(matrices, -1)
+    return matrices.shape[-1] if isinstance(matrices, Tensor) else max((one.shape[-1] for one in matrices), default=0)
 
 
 def dtype_of(matrices: Matrices) -> torch.dtype:
@@ -72,9 +59,3 @@ def columns_at(matrix: Tensor, index: Tensor) -> Tensor:
         # Many times faster than the general form.
         return matrix.index_select(-1, index)
     return matrix.take_along_dim(index[..., None, :], dim=-1)
-
-
-def _largest(matrices: Matrices, dim: int) -> int:
-    if isinstance(matrices, Tensor):
-        return matrices.shape[dim]
-    return max([0, *(matrix.shape[dim] for matrix in matrices)])

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from brandla_kernels._kernels.launch import Launch, Target, product_precision
 
@@ -55,15 +55,6 @@ LIMITS = {
     "gfx950": Limits(32, 32, 4 * 512 * 64, 8 * 64, 160 << 10, 160 << 10, 0, 0),
 }
 
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+|v_smfmac_\w+)")
 _DOT = re.compile(r"= tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)>")
 # How the names of matrix instructions end for products of matrices of a type.
@@ -105,16 +96,14 @@ class Compiled:
         """Programs that fit on a multiprocessor (compute unit) at once."""
         limits, warps = LIMITS[self.target], self.launch.config.num_warps
         lanes = TARGETS[self.target].warp_size
-        warp_registers = _round_up(self.registers * lanes, limits.registers_granule)
-        bounds = [
+        warp_registers = triton.cdiv(self.registers * lanes, limits.registers_granule) * limits.registers_granule
+        return min(
             limits.programs,
             limits.warps // warps,
             limits.registers // max(warp_registers * warps, 1),
             limits.shared_bytes // max(self.shared_bytes + limits.shared_bytes_reserved, 1),
-        ]
-        if self.tensor_memory:
-            bounds.append(limits.tensor_memory // self.tensor_memory)
-        return min(bounds)
+            limits.tensor_memory // self.tensor_memory if self.tensor_memory else limits.programs,
+        )
 
     @property
     def occupancy(self) -> float:
@@ -137,20 +126,11 @@ def faults(compiled: Compiled) -> list[str]:
     for dtype, precision in sorted(set(compiled.products)):
         if dtype == "f32" and precision not in accurate:
             found.append(f"float32 products in {precision}")
-        if not _on_matrix_units(compiled, dtype, precision) and (compiled.target, dtype) not in (
-            _WITHOUT_MATRIX_INSTRUCTIONS
-        ):
+        pattern = _MULTIPLIES["bf16" if precision.startswith("bf16") else dtype]
+        on_matrix_units = any(pattern.search(name) for name in compiled.matrix_instructions)
+        if not on_matrix_units and (compiled.target, dtype) not in _WITHOUT_MATRIX_INSTRUCTIONS:
             found.append(f"no matrix instruction for {dtype} products")
     return found
-
-
-def _on_matrix_units(compiled: Compiled, dtype: str, precision: str) -> bool:
-    pattern = _MULTIPLIES["bf16" if precision.startswith("bf16") else dtype]
-    return any(pattern.search(name) for name in compiled.matrix_instructions)
-
-
-def _round_up(value: int, granule: int) -> int:
-    return -(-value // granule) * granule
 
 
 def target_named(name: str) -> Target:
@@ -179,74 +159,26 @@ def compile_for(target: str, launch: Launch) -> Compiled:
     )
 
 
-def specialization(
-    target: str, launch: Launch
-) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+def specialization(target: str, launch: Launch) -> tuple[Any, Any, Any]:
     """Return what Triton compiles a launch for: types of the arguments, constants, and what is known of pointers."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    given = dict(launch.arguments) | dict(launch.config.blocks)
-    buffers = TARGETS[target].backend == "hip"
-    for position, parameter in enumerate(launch.kernel.params):
-        kind = _specialize(given[parameter.name], (position,), parameter.is_constexpr, constants, attributes, buffers)
-        # What a kernel declares a number to be goes before what it looks like.
-        signature[parameter.name] = (parameter.annotation_type or kind) if kind == "fp32" else kind
+    kernel, backend = launch.kernel, make_backend(TARGETS[target])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialized, options = bind(**launch.arguments, **launch.config.blocks, **launch.config.options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialized, options)
     return signature, constants, attributes
-
-
-def _specialize(
-    value: Any,
-    path: tuple[int, ...],
-    is_constant: bool,
-    constants: dict[Any, Any],
-    attributes: dict[Any, Any],
-    buffers: bool,
-) -> Any:
-    """Return the type of an argument, noting constants and alignment under its ``path``, as Triton's launcher does."""
-    if is_constant or value is None:
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, tuple):
-        return tuple(
-            _specialize(part, (*path, i), False, constants, attributes, buffers) for i, part in enumerate(value)
-        )
-    if isinstance(value, Tensor):
-        known = [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []
-        if buffers and value.untyped_storage().nbytes() < 2**31:
-            # Lets the AMD backend use buffer instructions, which take 32-bit offsets.
-            known.append(["tt.pointer_range", 32])
-        if known:
-            attributes[path] = known
-        return _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        if value == 1:
-            constants[path] = 1
-            return "constexpr"
-        if value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    message = f"argument {path} of a kernel must be a tensor, a number or a tuple; got {type(value).__name__}"
-    raise TypeError(message)
 
 
 def _registers(compiled: Any, text: str) -> tuple[int, int]:
     """Return registers of a thread, and bytes of its own memory: what registers were spilled to."""
     if "cubin" not in compiled.asm:
         spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-        return _number(r"\.vgpr_count:\s+(\d+)", text), max(
-            spilled, _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
-        )
+        private = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        return _number(r"\.vgpr_count:\s+(\d+)", text), max(spilled, private)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [str(_cuobjdump()), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(cuobjdump), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
 
 
@@ -256,7 +188,3 @@ def _number(pattern: str, text: str) -> int:
         message = f"the compiler's output has no {pattern!r}"
         raise RuntimeError(message)
     return int(found[1])
-
-
-def _cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -113,11 +113,8 @@ def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Con
         registers = 255 if target.arch == "sm_90" or (target.arch == "sm_100" and aligned) else None
         return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages, registers)
     if not aligned:
-        return Config(
-            {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 32 if target.arch == "sm_100" else 64)},
-            4,
-            stages,
-        )
+        block_w = bucket(width, 16, 32 if target.arch == "sm_100" else 64)
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
     block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch == "sm_80" else 128)
     if dtype == torch.float32:
         # Three programs on a multiprocessor: one cuts its X and draws its Ω while another multiplies.

@@ -15,36 +15,15 @@ again, of columns divided by powers of two near their largest entries, and multi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.inner_product import wider
-from brandla_kernels._kernels.launch import (
-    Work,
-    bits_of,
-    counted,
-    product_precision,
-    start,
-    target_of,
-    triton_dtype,
-)
-from brandla_kernels._kernels.matrices import (
-    arrange,
-    bytes_of,
-    columns_of,
-    entry_of,
-    load_tile,
-    locate,
-    new_small,
-    rows_of,
-    shapes,
-)
+from brandla_kernels._kernels.inner_product import stacked_like, sum_over_rows
+from brandla_kernels._kernels.launch import counted, products_in, start, target_of
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.cross_gram import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
@@ -59,33 +38,11 @@ _EXPONENT = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _dot_over_rows(
-    left, left_row, left_column, right, right_row, right_column, index_l, index_r, first, last, n, columns_l, columns_r,
-    scale_l, scale_r,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Sum products over rows ``first`` to ``last``, of columns times a scale unless it is None."""
-    total = tl.zeros((index_l.shape[0], index_r.shape[0]), tl.float64 if COMPUTE == tl.float64 else tl.float32)
-    for start_n in range(first, last, BLOCK_N):
-        row = start_n + tl.arange(0, BLOCK_N)
-        x = load_tile(left, left_row, left_column, row, index_l, n, columns_l, COMPUTE)  # [BLOCK_N, BLOCK_L]
-        y = load_tile(right, right_row, right_column, row, index_r, n, columns_r, COMPUTE)  # [BLOCK_N, BLOCK_K]
-        if scale_l is not None:
-            x = x * scale_l
-            y = y * scale_r
-        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION, out_dtype=total.dtype)
-    return total
-
-
-@triton.jit
-def _power_of_two(
-    matrix, row_stride, column_stride, index, first, last, n, columns, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _power_of_two(matrix, index, first, last, BLOCK_N: tl.constexpr):
     """Return a power of two near the largest finite |entry| in rows ``first`` to ``last``."""
     largest = tl.zeros((BLOCK_N, index.shape[0]), tl.float32)
     for start_n in range(first, last, BLOCK_N):
-        row = start_n + tl.arange(0, BLOCK_N)
-        entries = tl.abs(load_tile(matrix, row_stride, column_stride, row, index, n, columns, tl.float32))
+        entries = tl.abs(load_tile(matrix, start_n + tl.arange(0, BLOCK_N), index, tl.float32))
         largest = tl.where((entries < float("inf")) & (entries > largest), entries, largest)
     exponent = tl.max(tl.max(largest, 1), 0).to(tl.int32, bitcast=True) & _EXPONENT
     return tl.minimum(tl.maximum(exponent.to(tl.float32, bitcast=True), _LEAST_SCALE), _MOST_SCALE)
@@ -93,115 +50,74 @@ def _power_of_two(
 
 @triton.jit
 def _write_part(
-    part, row, is_row, columns,
-    left, left_row, left_column, right, right_row, right_column, index_l, index_r, first, last, n, columns_l, columns_r,
+    part, left, index_l, right, index_r, first, last,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sum products over rows ``first`` to ``last``, and write them in float64 to the rows ``row`` of the part."""
-    total = _dot_over_rows(
-        left, left_row, left_column, right, right_row, right_column, index_l, index_r, first, last, n, columns_l,
-        columns_r, None, None, COMPUTE, PRECISION, BLOCK_N,
-    )  # fmt: skip
+    """Sum products over rows ``first`` to ``last``, and write them to a tile of the part in float64."""
+    total = sum_over_rows(left, index_l, right, index_r, first, last, None, None, COMPUTE, PRECISION, BLOCK_N)
     factor = tl.full((), 1.0, tl.float64)
     if COMPUTE == tl.float32:
         size = tl.abs(total)
         # No comparison with NaN holds.
         largest = tl.max(tl.max(tl.where(size < float("inf"), size, float("inf")), 1), 0)
         if (largest < _LEAST) | (largest == float("inf")):
-            power_l = _power_of_two(left, left_row, left_column, index_l, first, last, n, columns_l, BLOCK_N)
-            power_r = _power_of_two(right, right_row, right_column, index_r, first, last, n, columns_r, BLOCK_N)
-            total = _dot_over_rows(
-                left, left_row, left_column, right, right_row, right_column, index_l, index_r, first, last, n,
-                columns_l, columns_r, 1.0 / power_l, 1.0 / power_r, COMPUTE, PRECISION, BLOCK_N,
-            )  # fmt: skip
+            power_l = _power_of_two(left, index_l, first, last, BLOCK_N)
+            power_r = _power_of_two(right, index_r, first, last, BLOCK_N)
+            total = sum_over_rows(
+                left, index_l, right, index_r, first, last, 1.0 / power_l, 1.0 / power_r, COMPUTE, PRECISION, BLOCK_N
+            )
             factor = power_l.to(tl.float64) * power_r.to(tl.float64)
-    places = part + row.to(tl.int64)[:, None] * columns + index_r[None, :]
-    tl.store(places, total.to(tl.float64) * factor, mask=is_row[:, None] & (index_r < columns)[None, :])
+    store_tile(part, index_l, index_r, total.to(tl.float64) * factor)
 
 
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(arguments, "root", "data"))
-    sizes = {letter: arguments[letter] for letter in ("n", "r", "k")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, bytes_of(arguments, "root", "data", "parts"), sizes)
-
-
-@counted(_product_work)
+@counted("n r k", lambda _, root, data: cost(*root, data[1]).flops)
 @triton.jit
 def cross_gram_kernel(
     root_ptr, data_ptr, parts_ptr, table_ptr,
-    n, r, k, r_most, k_most,
+    n, r, k,
     root_strides, data_strides,
     ROOT_LAYOUT: tl.constexpr, DATA_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × SPLITS × tiles of C, then of G. Parts: (problems, SPLITS, r_most + k_most, k_most)."""
-    tiles_r = tl.cdiv(r_most, BLOCK_R)
-    tiles_k = tl.cdiv(k_most, BLOCK_K)
-    tiles = (tiles_r + tiles_k) * tiles_k
-    tile_row = (tl.program_id(0) % tiles) // tiles_k
-    tile_k = tl.program_id(0) % tiles_k
-    split = (tl.program_id(0) // tiles) % SPLITS
-    problem = (tl.program_id(0) // (tiles * SPLITS)).to(tl.int64)
+    """Grid: problems × SPLITS × tiles of C, then of G. Parts: (problems, SPLITS, r + k, k), C on top of G."""
+    tiles_r, tiles_k = tl.cdiv(r, BLOCK_R), tl.cdiv(k, BLOCK_K)
+    problem, split, tile_row, tile_k = place_of(tiles_r + tiles_k, tiles_k, SPLITS)
     if tile_k < tile_row - tiles_r:
         # Below the diagonal of G.
         return
-    root_entry = entry_of(table_ptr, problem, 0, 2)
-    data_entry = entry_of(table_ptr, problem, 1, 2)
-    n = rows_of(root_entry, n, ROOT_LAYOUT)
-    k = columns_of(data_entry, k, DATA_LAYOUT)
-    data, data_row, data_column = locate(data_entry, data_ptr, data_strides, problem, DATA_LAYOUT)
-
+    root = matrix_of(table_ptr, problem, root_ptr, root_strides, n, r, ROOT_LAYOUT, 0, 2)
+    data = matrix_of(table_ptr, problem, data_ptr, data_strides, n, k, DATA_LAYOUT, 1, 2)
+    first, last = stretch_of(root[3], split, SPLITS, BLOCK_N)
+    part = parts_ptr + (problem * SPLITS + split) * (r + k) * k
     index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    stretch = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLITS) * BLOCK_N
-    first = split * stretch
-    # Not past the end of the stretch: the next program takes it up there.
-    last = tl.minimum(first + stretch, n)
-    part = parts_ptr + (problem * SPLITS + split) * (r_most + k_most) * k_most
     if tile_row < tiles_r:
-        r = columns_of(root_entry, r, ROOT_LAYOUT)
-        root, root_row, root_column = locate(root_entry, root_ptr, root_strides, problem, ROOT_LAYOUT)
         index_r = tile_row * BLOCK_R + tl.arange(0, BLOCK_R)
-        _write_part(
-            part, index_r, index_r < r_most, k_most,
-            root, root_row, root_column, data, data_row, data_column, index_r, index_k, first, last, n, r, k,
-            COMPUTE, PRECISION, BLOCK_N,
-        )  # fmt: skip
+        _write_part((part, k, 1, r, k), root, index_r, data, index_k, first, last, COMPUTE, PRECISION, BLOCK_N)
     else:
         index_l = (tile_row - tiles_r) * BLOCK_K + tl.arange(0, BLOCK_K)
-        _write_part(
-            part, r_most + index_l, index_l < k_most, k_most,
-            data, data_row, data_column, data, data_row, data_column, index_l, index_k, first, last, n, k, k,
-            COMPUTE, PRECISION, BLOCK_N,
-        )  # fmt: skip
+        _write_part((part + r * k, k, 1, k, k), data, index_l, data, index_k, first, last, COMPUTE, PRECISION, BLOCK_N)
 
 
-def _sum_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"r": arguments["r"], "k": arguments["k"], "splits": arguments["SPLITS"]}
-    return Work({}, bytes_of(arguments, "parts", "cross", "gram"), sizes)
-
-
-@counted(_sum_work)
+@counted("r k SPLITS")
 @triton.jit
 def sum_cross_gram_kernel(
-    parts_ptr, cross_ptr, gram_ptr, r, k, parts_size,
+    parts_ptr, cross_ptr, gram_ptr, r, k,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × tiles of C on top of G. What lies below the diagonal of G is taken from its mirror image."""
-    tiles_k = tl.cdiv(k, BLOCK_K)
-    tiles = tl.cdiv(r + k, BLOCK_R) * tiles_k
-    problem = (tl.program_id(0) // tiles).to(tl.int64)
-    row = ((tl.program_id(0) % tiles) // tiles_k) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    problem, _, tile_r, tile_k = place_of(tl.cdiv(r + k, BLOCK_R), tl.cdiv(k, BLOCK_K), 1)
+    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (row < r + k) & (column < k)
     below = row - r > column
     from_row = tl.where(below, column + r, row)
     from_column = tl.where(below, row - r, column)
-    source = parts_ptr + problem * SPLITS * parts_size + from_row.to(tl.int64) * k + from_column
+    source = parts_ptr + problem * SPLITS * (r + k) * k + from_row.to(tl.int64) * k + from_column
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float64)
     for _ in range(SPLITS):
         total += tl.load(source, mask=inside, other=0.0)
-        source += parts_size
+        source += (r + k) * k
     place = row.to(tl.int64) * k + column
     tl.store(cross_ptr + problem * r * k + place, total, mask=inside & (row < r))
     tl.store(gram_ptr + (problem * k - r) * k + place, total, mask=inside & (row >= r))
@@ -210,26 +126,18 @@ def sum_cross_gram_kernel(
 def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     """Return FᵀA and AᵀA in float64, stacked, with zeros where a problem of a list is smaller."""
     r, k, n, dtype = columns(root), columns(data), rows(root), dtype_of(root)
-    operands = arrange({"root": root, "data": data})
-    target = target_of(root[0] if isinstance(root, list) else root)
+    operands, target = arrange({"root": root, "data": data}), target_of(root)
     config = configs.cross_gram(target, dtype, r, k, operands.aligned)
     tiles_r, tiles_k = triton.cdiv(r, config.blocks["BLOCK_R"]), triton.cdiv(k, config.blocks["BLOCK_K"])
     busy = (tiles_r * tiles_k + tiles_k * (tiles_k + 1) // 2) * operands.problems
     splits = configs.long_splits(target, n, config.blocks["BLOCK_N"], busy, dtype)
     parts = torch.empty(operands.problems, splits, r + k, k, dtype=torch.float64, device=device_of(root))
-    arguments = operands.arguments() | {
-        "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k, "SPLITS": splits,
-        "COMPUTE": triton_dtype(dtype), "PRECISION": product_precision(target, dtype),
-    }  # fmt: skip
+    sizes = {"n": n, "r": r, "k": k, "SPLITS": splits}
+    arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(cross_gram_kernel, (operands.problems * splits * (tiles_r + tiles_k) * tiles_k,), arguments, config)
-    like = wider(root, data)
-    cross, gram = (new_small(like, shape, torch.float64) for shape in ((r, k), (k, k)))
+    cross, gram = (stacked_like(root, data, shape, torch.float64) for shape in ((r, k), (k, k)))
     adding = configs.sum_parts()
-    blocks = adding.blocks
-    tiles = triton.cdiv(r + k, blocks["BLOCK_R"]) * triton.cdiv(k, blocks["BLOCK_K"])
-    summed = {
-        "parts_ptr": parts, "cross_ptr": cross, "gram_ptr": gram, "r": r, "k": k, "parts_size": (r + k) * k,
-        "SPLITS": splits,
-    }  # fmt: skip
+    tiles = triton.cdiv(r + k, adding.blocks["BLOCK_R"]) * triton.cdiv(k, adding.blocks["BLOCK_K"])
+    summed = {"parts_ptr": parts, "cross_ptr": cross, "gram_ptr": gram, "r": r, "k": k, "SPLITS": splits}
     start(sum_cross_gram_kernel, (operands.problems * tiles,), summed, adding)
     return cross, gram

@@ -10,111 +10,72 @@ A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import (
-    Config,
-    Work,
-    bits_of,
-    counted,
-    product_precision,
-    start,
-    target_of,
-    triton_dtype,
-)
-from brandla_kernels._kernels.matrices import (
-    arrange,
-    bytes_of,
-    columns_of,
-    entry_of,
-    load_tile,
-    locate,
-    new_small,
-    rows_of,
-    shapes,
-)
+from brandla_kernels._kernels.launch import Config, counted, products_in, start, target_of
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.project import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
 
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, r, k).flops for (n, r), (_, k) in shapes(arguments, "x", "y"))
-    sizes = {letter: arguments[letter] for letter in ("n", "r", "k")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, bytes_of(arguments, "x", "y", "parts"), sizes)
+@triton.jit
+def sum_over_rows(
+    x, index_x, y, index_y, first, last, scale_x, scale_y,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of XᵀY over rows ``first`` to ``last``, of matrices times a scale unless it is None."""
+    total = tl.zeros((index_x.shape[0], index_y.shape[0]), tl.float64 if COMPUTE == tl.float64 else tl.float32)
+    for start_n in range(first, last, BLOCK_N):
+        row = start_n + tl.arange(0, BLOCK_N)
+        left = load_tile(x, row, index_x, COMPUTE)  # [BLOCK_N, BLOCK_R]
+        right = load_tile(y, row, index_y, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        if scale_x is not None:
+            left = left * scale_x
+            right = right * scale_y
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
 
 
-@counted(_product_work)
+@counted("n r k", lambda _, x, y: cost(*x, y[1]).flops)
 @triton.jit
 def inner_product_kernel(
     x_ptr, y_ptr, parts_ptr, table_ptr,
-    n, r, k, r_most, k_most,
+    n, r, k,
     x_strides, y_strides,
     X_LAYOUT: tl.constexpr, Y_LAYOUT: tl.constexpr, SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × SPLITS × tiles of C. Parts: (problems, SPLITS, r_most, k_most)."""
-    tiles_k = tl.cdiv(k_most, BLOCK_K)
-    tiles = tl.cdiv(r_most, BLOCK_R) * tiles_k
-    tile_r = (tl.program_id(0) % tiles) // tiles_k
-    tile_k = tl.program_id(0) % tiles_k
-    split = (tl.program_id(0) // tiles) % SPLITS
-    problem = (tl.program_id(0) // (tiles * SPLITS)).to(tl.int64)
+    """Grid: problems × SPLITS × tiles of C. Parts: (problems, SPLITS, r, k)."""
+    problem, split, tile_r, tile_k = place_of(tl.cdiv(r, BLOCK_R), tl.cdiv(k, BLOCK_K), SPLITS)
     if SYMMETRIC:
         if tile_k < tile_r:
             return
-    x_entry = entry_of(table_ptr, problem, 0, 2)
-    y_entry = entry_of(table_ptr, problem, 1, 2)
-    n = rows_of(x_entry, n, X_LAYOUT)
-    r = columns_of(x_entry, r, X_LAYOUT)
-    k = columns_of(y_entry, k, Y_LAYOUT)
-    x, x_row, x_column = locate(x_entry, x_ptr, x_strides, problem, X_LAYOUT)
-    y, y_row, y_column = locate(y_entry, y_ptr, y_strides, problem, Y_LAYOUT)
-
+    x = matrix_of(table_ptr, problem, x_ptr, x_strides, n, r, X_LAYOUT, 0, 2)
+    y = matrix_of(table_ptr, problem, y_ptr, y_strides, n, k, Y_LAYOUT, 1, 2)
     index_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    stretch = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLITS) * BLOCK_N
-    first = split * stretch
-    # Not past the end of the stretch: the next program takes it up there.
-    last = tl.minimum(first + stretch, n)
-    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float64 if COMPUTE == tl.float64 else tl.float32)
-    for start_n in range(first, last, BLOCK_N):
-        row = start_n + tl.arange(0, BLOCK_N)
-        left = load_tile(x, x_row, x_column, row, index_r, n, r, COMPUTE)  # [BLOCK_N, BLOCK_R]
-        right = load_tile(y, y_row, y_column, row, index_k, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION, out_dtype=total.dtype)
-    part = parts_ptr + (problem * SPLITS + split) * r_most * k_most
-    inside = (index_r < r_most)[:, None] & (index_k < k_most)[None, :]
-    tl.store(part + index_r.to(tl.int64)[:, None] * k_most + index_k[None, :], total, mask=inside)
+    first, last = stretch_of(x[3], split, SPLITS, BLOCK_N)
+    total = sum_over_rows(x, index_r, y, index_k, first, last, None, None, COMPUTE, PRECISION, BLOCK_N)
+    store_tile((parts_ptr + (problem * SPLITS + split) * r * k, k, 1, r, k), index_r, index_k, total)
 
 
-def _sum_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"rows": arguments["rows"], "columns": arguments["columns"], "splits": arguments["SPLITS"]}
-    return Work({}, bytes_of(arguments, "parts", "out", "row_scale"), sizes)
-
-
-@counted(_sum_work)
+@counted("rows columns SPLITS")
 @triton.jit
 def sum_parts_kernel(
     parts_ptr, out_ptr, row_scale_ptr,
-    rows, columns, parts_columns, parts_size, out_strides, row_scale_stride,
-    SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
+    rows, columns, parts_columns, parts_size, out_strides,
+    SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × tiles of C. C = Σ parts, each row times its scale; a C in float64 is summed in it."""
-    tiles_k = tl.cdiv(columns, BLOCK_K)
-    tiles = tl.cdiv(rows, BLOCK_R) * tiles_k
-    problem = (tl.program_id(0) // tiles).to(tl.int64)
-    row = ((tl.program_id(0) % tiles) // tiles_k) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
+    row, column = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     # What lies in a tile below the diagonal was not summed: its mirror image was.
     below = (row // TILE_R)[:, None] > (column // TILE_K)[None, :]
@@ -125,11 +86,11 @@ def sum_parts_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_K), total_dtype)
     for split in range(SPLITS):
         total += tl.load(source + split * parts_size, mask=inside, other=0.0).to(total.dtype)
-    if SCALED:
-        scale = tl.load(row_scale_ptr + problem * row_scale_stride + row, mask=row < rows, other=0.0)
+    if row_scale_ptr is not None:
+        scale = tl.load(row_scale_ptr + problem * rows + row, mask=row < rows, other=0.0)
         total = total * scale.to(total.dtype)[:, None]
-    out = out_ptr + problem * out_strides[0] + row[:, None] * out_strides[1] + column[None, :] * out_strides[2]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+    out = (out_ptr + problem * out_strides[0], out_strides[1], out_strides[2], rows, columns)
+    store_tile(out, row, column, total)
 
 
 def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) -> Tensor:
@@ -137,15 +98,17 @@ def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) 
     return _inner_product(x, y, dtype_of(x), dtype_of(x), row_scale, symmetric=False)
 
 
-def gram(panel: Matrices, *, exact: bool = True) -> Tensor:
-    """Return PᵀP in float64, stacked, of exact products or of products rounded to the panel's dtype."""
-    dtype = torch.float64 if exact else dtype_of(panel)
-    return _inner_product(panel, panel, dtype, torch.float64, None, symmetric=True)
+project = inner_product
 
 
-def sum_parts(parts: Tensor, out: Tensor) -> None:
-    """Add up parts (problems, splits, a, b) of C in order, and write the leading rows and columns that ``out`` has."""
-    _sum_parts(parts, out, None, None)
+def gram(panel: Matrices) -> Tensor:
+    """Return PᵀP in float64, stacked."""
+    return _inner_product(panel, panel, torch.float64, torch.float64, None, symmetric=True)
+
+
+def rounded_gram(panel: Matrices) -> Tensor:
+    """Return PᵀP in float64, stacked, of products rounded to the panel's dtype."""
+    return _inner_product(panel, panel, dtype_of(panel), torch.float64, None, symmetric=True)
 
 
 def _inner_product(
@@ -153,45 +116,43 @@ def _inner_product(
 ) -> Tensor:
     r, k, n = columns(x), columns(y), rows(x)
     operands = arrange({"x": x, "y": y})
-    target = target_of(x[0] if isinstance(x, list) else x)
+    target = target_of(x)
     config = configs.inner_product(target, dtype, r, k, operands.aligned)
-    blocks = config.blocks
-    tiles = triton.cdiv(r, blocks["BLOCK_R"]) * triton.cdiv(k, blocks["BLOCK_K"])
+    tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
+    busy, block_n = tiles * operands.problems, config.blocks["BLOCK_N"]
     if out_dtype == torch.float64:
-        splits = configs.long_splits(target, n, blocks["BLOCK_N"], tiles * operands.problems, dtype)
+        splits = configs.long_splits(target, n, block_n, busy, dtype)
     else:
-        splits = configs.splits(target, triton.cdiv(n, blocks["BLOCK_N"]), tiles * operands.problems)
+        splits = configs.splits(target, triton.cdiv(n, block_n), busy)
     parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
-    arguments = operands.arguments() | {
-        "parts_ptr": parts, "n": n, "r": r, "k": k, "r_most": r, "k_most": k,
-        "SYMMETRIC": symmetric, "SPLITS": splits, "COMPUTE": triton_dtype(dtype),
-        "PRECISION": product_precision(target, dtype),
-    }  # fmt: skip
-    start(inner_product_kernel, (operands.problems * splits * tiles,), arguments, config)
-    out = new_small(wider(x, y), (r, k), out_dtype)
-    _sum_parts(parts, out, row_scale, config if symmetric else None)
+    sizes = {"n": n, "r": r, "k": k, "SYMMETRIC": symmetric, "SPLITS": splits}
+    arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
+    start(inner_product_kernel, (splits * busy,), arguments, config)
+    out = stacked_like(x, y, (r, k), out_dtype)
+    sum_parts(parts, out, row_scale, config if symmetric else None)
     return out
 
 
-def wider(x: Matrices, y: Matrices) -> Matrices:
-    """Whichever of the two has the batch dimensions, if one is the same for all problems."""
-    return y if isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim > x.ndim else x
+def stacked_like(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return an unwritten stack of small matrices, one for each problem; X or Y may be one for all of a batch."""
+    batch = (len(x),) if isinstance(x, list) else max((each.shape[:-2] for each in (x, y)), key=len)  # type: ignore[union-attr]
+    return torch.empty(*batch, *shape, dtype=dtype, device=device_of(x))
 
 
-def _sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None, triangle: Config | None) -> None:
+def sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None = None, triangle: Config | None = None) -> None:
+    """Add up parts (problems, splits, a, b) of C in order, and write the leading rows and columns that ``out`` has.
+
+    Each row is multiplied by its scale. Only tiles of ``triangle`` on and above the diagonal are read, if it is given.
+    """
     count, splits, parts_rows, parts_columns = parts.shape
     r, k = out.shape[-2:]
     config = configs.sum_parts()
     tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
-    flat = out.view(count, r, k)
-    if row_scale is not None:
-        # r numbers a problem, next to each other.
-        row_scale = row_scale.contiguous()
     arguments = {
-        "parts_ptr": parts, "out_ptr": out, "row_scale_ptr": row_scale,
+        # r numbers of the scale a problem, next to each other.
+        "parts_ptr": parts, "out_ptr": out, "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
         "rows": r, "columns": k, "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,
-        "out_strides": flat.stride(), "row_scale_stride": r if row_scale is not None else 0,
-        "SYMMETRIC": triangle is not None, "SCALED": row_scale is not None, "SPLITS": splits,
+        "out_strides": out.view(count, r, k).stride(), "SYMMETRIC": triangle is not None, "SPLITS": splits,
         "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
         "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,
     }  # fmt: skip

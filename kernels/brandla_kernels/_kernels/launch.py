@@ -18,6 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from brandla_kernels._kernels.matrices import bytes_of, shapes
+from brandla_kernels._signature import Matrices
+from brandla_kernels.tall import device_of
+
 
 class Config(NamedTuple):
     """Tile sizes (the kernel's BLOCK_ constants), warps of a program, and stages of its software pipeline.
@@ -83,15 +87,7 @@ class Launch:
         return counted
 
 
-class _Record(NamedTuple):
-    target: Target
-    launches: list[Launch]
-
-
-_record: ContextVar[_Record | None] = ContextVar("brandla_launch_record", default=None)
-
-# Products of float32 matrices at float32 accuracy on matrix units. The default of tl.dot would be TF32.
-_FLOAT32_PRODUCTS = {"cuda": "tf32x3", "hip": "ieee"}
+_record: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("brandla_launch_record", default=None)
 
 
 def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
@@ -100,16 +96,36 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
         return
     record = _record.get()
     if record is not None:
-        record.launches.append(Launch(kernel, grid, dict(arguments), config))
+        record[1].append(Launch(kernel, grid, dict(arguments), config))
         return
-    if _listened_to():
+    # A chain of hooks, which is never None and has no truth value of its own.
+    hook = triton.knobs.runtime.launch_enter_hook
+    if hook is not None and getattr(hook, "calls", True):
         # Not by triton.jit: a kernel that has this pays for a dictionary of its arguments at every launch.
         kernel.launch_metadata = partial(metadata, kernel.count)
-    kernel[grid](**arguments, **config.blocks, **config.options)
+    # Triton launches on the current device, whatever device its tensors are on.
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        kernel[grid](**arguments, **config.blocks, **config.options)
 
 
-def counted(count: Count) -> Callable[[Kernel], Kernel]:
-    """Attach to a kernel the count of its work, a function of its arguments."""
+def counted(
+    letters: str,
+    flops: Callable[..., int] = lambda given, *matrices: 0,
+    times: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda given: {},
+) -> Callable[[Kernel], Kernel]:
+    """Attach to a kernel the count of its work, a function of its arguments.
+
+    ``letters`` are the arguments that are its sizes. ``flops`` are those of a problem, from the arguments and rows and
+    columns of each matrix. ``times`` says how often a tensor is moved, if not once.
+    """
+
+    def count(given: Mapping[str, Any]) -> Work:
+        problems = shapes(given) if "table_ptr" in given else []
+        number, compute = sum(flops(given, *matrices) for matrices in problems), given.get("COMPUTE", tl.float64)
+        # A dtype may be wrapped as a constant.
+        bits = int(getattr(compute, "value", compute).primitive_bitwidth)
+        sizes = {letter.lower(): given[letter] for letter in letters.split()}
+        return Work({bits: number} if number else {}, bytes_of(given, problems, times(given)), sizes)
 
     def attach(kernel: Kernel) -> Kernel:
         # Triton's kernels take attributes that their type does not name.
@@ -117,11 +133,6 @@ def counted(count: Count) -> Callable[[Kernel], Kernel]:
         return kernel
 
     return attach
-
-
-def bits_of(dtype: Any) -> int:
-    """Return the width of a number of a Triton dtype, which may be wrapped as a constant."""
-    return int(getattr(dtype, "value", dtype).primitive_bitwidth)
 
 
 def metadata(count: Count, grid: tuple[int, ...], compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,36 +149,31 @@ def metadata(count: Count, grid: tuple[int, ...], compiled: Any, arguments: Mapp
     return {"name": f"{compiled.name} [{sizes}]", **flops, "bytes": work.bytes}
 
 
-def _listened_to() -> bool:
-    # A chain of hooks, which is never None and has no truth value of its own.
-    hook = triton.knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Collect the launches of the ``with`` block instead of starting them, as they would be on ``target``.
 
     Outputs stay unwritten. The tensors may lie on a CPU: only shapes, strides, dtypes and alignment matter.
     """
-    record = _Record(target, [])
-    token = _record.set(record)
+    launches: list[Launch] = []
+    token = _record.set((target, launches))
     try:
-        yield record.launches
+        yield launches
     finally:
         _record.reset(token)
 
 
-def target_of(tensor: Tensor) -> Target:
-    """Name the target that kernels on ``tensor`` run on."""
+def target_of(matrices: Matrices) -> Target:
+    """Name the target that kernels on a tensor, or on a list of them, run on."""
     record = _record.get()
     if record is not None:
-        return record.target
-    if tensor.device.type == "cpu":
+        return record[0]
+    device = device_of(matrices)
+    if device.type == "cpu":
         return Target("interpreter", "cpu")
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(tensor.device).gcnArchName.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
     return Target("cuda", f"sm_{major}{minor}")
 
 
@@ -182,16 +188,18 @@ def interpreted() -> bool:
 
 
 def product_precision(target: Target, dtype: torch.dtype) -> str:
-    """Return ``input_precision`` for products in ``dtype`` that lose none of its accuracy."""
-    return _FLOAT32_PRODUCTS.get(target.backend, "ieee") if dtype == torch.float32 else "ieee"
+    """Return ``input_precision`` for products in ``dtype`` that lose none of its accuracy.
+
+    On NVIDIA's matrix units float32 takes three products in TF32. The default of tl.dot would be one.
+    """
+    return "tf32x3" if target.backend == "cuda" and dtype == torch.float32 else "ieee"
+
+
+def products_in(target: Target, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a kernel's constants for products in ``dtype``."""
+    return {"COMPUTE": triton_dtype(dtype), "PRECISION": product_precision(target, dtype)}
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Return the Triton name of a floating-point dtype."""
-    names = {
-        torch.float64: tl.float64,
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }
-    return names[dtype]
+    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,8 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._signature import Matrices
-
-Strides: TypeAlias = tuple[int, int, int]
 
 # How a kernel finds a matrix. The last two promise what lets a thread load 16 bytes at once: pointer and outer stride
 # aligned, inner stride 1, and an inner size that no such load crosses.
@@ -39,30 +37,13 @@ _captured: list[Tensor] = []
 
 
 class Operands(NamedTuple):
-    """The matrices of a launch as arguments of the kernel."""
+    """The matrices of a launch."""
 
     problems: int
-    table: Tensor | None
-    layouts: dict[str, int]
-    pointers: dict[str, Tensor | None]
-    strides: dict[str, Strides]
-
-    @property
-    def aligned(self) -> bool:
-        """Whether all matrices lie in aligned rows, so that a tile of them takes few registers for addresses."""
-        return all(
-            layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(matrix))
-            for matrix, layout in zip(self.pointers.values(), self.layouts.values(), strict=True)
-            if matrix is not None
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """Return ``NAME_ptr``, ``NAME_strides`` and ``NAME_LAYOUT`` of each matrix, and ``table_ptr``."""
-        named: dict[str, Any] = {f"{name}_ptr": pointer for name, pointer in self.pointers.items()}
-        named |= {"table_ptr": self.table}
-        named |= {f"{name}_strides": strides for name, strides in self.strides.items()}
-        named |= {f"{name.upper()}_LAYOUT": layout for name, layout in self.layouts.items()}
-        return named
+    # NAME_ptr, NAME_strides and NAME_LAYOUT of each, and table_ptr. Of a list the pointer is that of its first matrix.
+    arguments: dict[str, Any]
+    # Whether all lie in aligned rows, so that a tile of them takes few registers for addresses.
+    aligned: bool
 
 
 def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
@@ -71,53 +52,61 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     Without a list the tensors (..., a, b) are problems of one batch shape; one that is the same for all may have no
     batch dimensions. Where the strides of a batch are irregular, it is addressed as a list: nothing is copied.
     """
-    if any(isinstance(matrix, list) for matrix in matrices.values()):
-        return _listed(matrices)
-    batches = {name: _flat(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
-    if any(flat is None for flat in batches.values()):
-        return _listed(_as_lists(matrices))
-    count = max((flat.shape[0] for flat in batches.values() if flat is not None), default=1)
-    strides = {name: _strides(batches.get(name), count) for name in matrices}
-    return Operands(count, None, dict.fromkeys(matrices, BATCH.value), dict(_pointers(matrices)), strides)
+    lists = [matrix for matrix in matrices.values() if isinstance(matrix, list)]
+    flat = {name: _flat(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
+    if not lists and None in flat.values():
+        return arrange(_as_lists(matrices))
+    count = len(lists[0]) if lists else max((len(batch) for batch in flat.values() if batch is not None), default=1)
+    arguments: dict[str, Any] = {"table_ptr": _table(list(matrices.values()), lists[0]) if lists else None}
+    in_rows = True
+    for name, matrix in matrices.items():
+        first, batch, layout = matrix, flat.get(name), BATCH.value
+        if isinstance(matrix, list):
+            first, layout = matrix[0], _layout(matrix)
+        stride = 0 if batch is None or len(batch) != count else batch.stride(0)
+        arguments[f"{name}_ptr"] = first
+        arguments[f"{name}_strides"] = (stride, *batch.stride()[1:]) if batch is not None else (0, 0, 0)
+        arguments[f"{name.upper()}_LAYOUT"] = layout
+        if isinstance(first, Tensor):
+            in_rows &= layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(first))
+    return Operands(count, arguments, in_rows)
 
 
-def shapes(arguments: Mapping[str, Any], *names: str) -> list[tuple[tuple[int, int], ...]]:
-    """Return rows and columns of the named matrices for each problem, from a kernel's arguments; (0, 0) of none.
+def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
+    """Return rows and columns of the matrices of each problem, from a kernel's arguments; (0, 0) of none.
 
-    ``names`` are all the matrices of the launch, in the order of its table, which is read.
+    Those of a list are read from its table.
     """
-    matrices = [arguments[f"{name}_ptr"] for name in names]
+    matrices = [arguments[name] for name in _pointer_names(arguments)]
     whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
     if arguments["table_ptr"] is None:
         return [whole] * max(math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None)
     # A matrix that is no list has a blank entry: it is stacked, and as large for all problems.
     return [
-        tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=True))
+        tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=False))
         for problem in arguments["table_ptr"].tolist()
     ]
 
 
-def bytes_of(arguments: Mapping[str, Any], *names: str) -> int:
-    """Return the bytes of the named arguments, matrices or other tensors, each counted once; 0 of None."""
-    listed = {name for name in names if arguments.get(f"{name.upper()}_LAYOUT", BATCH.value) != BATCH.value}
+def bytes_of(arguments: Mapping[str, Any], problems: Sequence[Any], times: Mapping[str, int]) -> int:
+    """Return the bytes that a launch moves: each tensor once, or as often as ``times`` says."""
+    own = dict(zip(_pointer_names(arguments), zip(*problems, strict=True), strict=True)) if problems else {}
     found: dict[int, int] = {}
-    for name in names:
-        tensor = arguments[f"{name}_ptr"]
-        if tensor is not None:
-            found[tensor.data_ptr()] = _bytes_of_list(arguments, name) if name in listed else _bytes_of(tensor)
+    for name, tensor in arguments.items():
+        if name.endswith("_ptr") and name != "table_ptr" and tensor is not None:
+            if arguments.get(f"{name.removesuffix('_ptr').upper()}_LAYOUT", BATCH.value) == BATCH.value:
+                # What is expanded is there once.
+                strided = zip(tensor.shape, tensor.stride(), strict=True)
+                count = math.prod(size for size, stride in strided if stride)
+            else:
+                count = sum(rows * columns for rows, columns in own[name])
+            found[tensor.data_ptr()] = count * tensor.itemsize * times.get(name, 1)
     return sum(found.values())
 
 
-def new_like(matrices: list[Tensor], widths: Sequence[int]) -> Matrices:
-    """Return unwritten matrices with the rows of ``matrices`` and as many columns as ``widths`` says."""
-    return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(matrices, widths, strict=True)]
-
-
-def new_small(matrices: Matrices, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Return an unwritten stack of small matrices, one for each of ``matrices``."""
-    if isinstance(matrices, Tensor):
-        return matrices.new_empty(*matrices.shape[:-2], *shape, dtype=dtype)
-    return matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
+def _pointer_names(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of the matrices in the order of the table."""
+    return [f"{name.removesuffix('_LAYOUT').lower()}_ptr" for name in arguments if name.endswith("_LAYOUT")]
 
 
 def aligned(matrices: Matrices) -> bool:
@@ -128,46 +117,21 @@ def aligned(matrices: Matrices) -> bool:
     return apart and (_in_aligned_rows(matrices) or _in_aligned_rows(matrices.mT))
 
 
-def _bytes_of(tensor: Tensor) -> int:
-    """Return the bytes of a tensor; what is expanded is there once."""
-    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return math.prod(sizes) * int(tensor.itemsize)
-
-
-def _bytes_of_list(arguments: Mapping[str, Any], name: str) -> int:
-    place = [one for one in arguments if one.endswith("_LAYOUT")].index(f"{name.upper()}_LAYOUT")
-    entries = (problem[place] for problem in arguments["table_ptr"].tolist())
-    return int(arguments[f"{name}_ptr"].itemsize * sum(entry[3] * entry[4] for entry in entries))
-
-
 def _flat(tensor: Tensor) -> Tensor | None:
     """View (..., a, b) as (B, a, b), or return None where that would need a copy."""
-    if tensor.ndim == 2:
-        return tensor.unsqueeze(0)
-    if tensor.ndim == 3:
-        return tensor
+    if tensor.ndim <= 3:
+        return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     try:
         return tensor.view(-1, *tensor.shape[-2:])
     except RuntimeError:
         return None
 
 
-def _strides(flat: Tensor | None, count: int) -> Strides:
-    if flat is None:
-        return (0, 0, 0)
-    return (flat.stride(0) if flat.shape[0] == count else 0, flat.stride(1), flat.stride(2))
-
-
-def _pointers(matrices: Mapping[str, Matrices | None]) -> Mapping[str, Tensor | None]:
-    return {name: matrix[0] if isinstance(matrix, list) else matrix for name, matrix in matrices.items()}
-
-
 def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | None]:
     """Take batches apart into lists of matrices; a matrix that is one for all is repeated."""
     lists = {name: _entries(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
     count = max(len(entries) for entries in lists.values())
-    spread = {name: entries * (count // len(entries)) for name, entries in lists.items()}
-    return {name: spread.get(name) for name in matrices}
+    return {name: lists[name] * (count // len(lists[name])) if name in lists else None for name in matrices}
 
 
 def _entries(tensor: Tensor) -> list[Tensor]:
@@ -177,23 +141,22 @@ def _entries(tensor: Tensor) -> list[Tensor]:
     return [entry for part in tensor.unbind(0) for entry in _entries(part)]
 
 
-def _listed(matrices: Mapping[str, Matrices | None]) -> Operands:
-    lists = [matrix for matrix in matrices.values() if isinstance(matrix, list)]
-    count = len(lists[0])
-    blank = [0] * FIELDS.value
+def _table(matrices: list[Matrices | None], like: list[Tensor]) -> Tensor:
+    """Return the table on the device; what is no list has a blank entry."""
     entries = [
-        [_entry(matrix[problem]) if isinstance(matrix, list) else blank for matrix in matrices.values()]
-        for problem in range(count)
+        [
+            [one.data_ptr(), *one.stride(), *one.shape] if one is not None else [0] * FIELDS.value
+            for one in (matrix[problem] if isinstance(matrix, list) else None for matrix in matrices)
+        ]
+        for problem in range(len(like))
     ]
-    table = _on_device(torch.tensor(entries, dtype=torch.int64), lists[0][0].device)
-    layouts = {name: _layout(matrix) if isinstance(matrix, list) else BATCH.value for name, matrix in matrices.items()}
-    flat = {name: _flat(matrix) if isinstance(matrix, Tensor) else None for name, matrix in matrices.items()}
-    strides = {name: _strides(flat[name], count) for name in matrices}
-    return Operands(count, table, layouts, dict(_pointers(matrices)), strides)
-
-
-def _entry(matrix: Tensor) -> list[int]:
-    return [matrix.data_ptr(), *matrix.stride(), *matrix.shape]
+    table = torch.tensor(entries, dtype=torch.int64)
+    if like[0].device.type == "cpu":
+        return table
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(like[0].device, non_blocking=True)
 
 
 def _layout(matrices: list[Tensor]) -> int:
@@ -203,85 +166,91 @@ def _layout(matrices: list[Tensor]) -> int:
 
 
 def _in_aligned_rows(matrix: Tensor) -> bool:
-    *_, row_stride, column_stride = matrix.stride()
-    return (
-        column_stride == 1 and matrix.data_ptr() % _ALIGNED == row_stride % _ALIGNED == matrix.shape[-1] % _ALIGNED == 0
+    row_stride, column_stride = matrix.stride()[-2:]
+    return column_stride == 1 and not any(
+        number % _ALIGNED for number in (matrix.data_ptr(), row_stride, matrix.shape[-1])
     )
 
 
-def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return table
-    pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+# A matrix of a problem is, in a kernel, the tuple (pointer, row stride, column stride, rows, columns).
 
 
 @triton.jit
-def entry_of(table_ptr, problem, MATRIX: tl.constexpr, MATRICES: tl.constexpr):
-    """Address the table entry of a matrix of this problem; there is none, and none is read, for a batch."""
-    if table_ptr is None:
-        return 0
-    else:
-        return table_ptr + (problem * MATRICES + MATRIX) * FIELDS
-
-
-@triton.jit
-def locate(entry_ptr, ptr, strides, problem, LAYOUT: tl.constexpr):
-    """Return pointer, row stride and column stride of a matrix of this problem."""
+def matrix_of(
+    table_ptr, problem, ptr, strides, rows, columns,
+    LAYOUT: tl.constexpr, PLACE: tl.constexpr, MATRICES: tl.constexpr,
+):  # fmt: skip
+    """Return a matrix of this problem: of a list it is the one at this place in the table, or rows and columns say."""
     if LAYOUT == BATCH:
-        return ptr + problem * strides[0], strides[1], strides[2]
+        return ptr + problem * strides[0], strides[1], strides[2], rows, columns
     else:
-        address = tl.load(entry_ptr).to(ptr.dtype)
-        row_stride = tl.load(entry_ptr + 1)
-        column_stride = tl.load(entry_ptr + 2)
+        entry = table_ptr + (problem * MATRICES + PLACE) * FIELDS
+        address = tl.load(entry).to(ptr.dtype)
+        own_row, own_column = tl.load(entry + 1), tl.load(entry + 2)
+        own_rows, own_columns = tl.load(entry + 3).to(tl.int32), tl.load(entry + 4).to(tl.int32)
         if LAYOUT == LISTED_ROWS:
-            return tl.multiple_of(address, 16), tl.multiple_of(row_stride, 16), 1
+            return (
+                tl.multiple_of(address, 16),
+                tl.multiple_of(own_row, 16),
+                1,
+                own_rows,
+                tl.multiple_of(own_columns, 16),
+            )
         elif LAYOUT == LISTED_COLUMNS:
-            return tl.multiple_of(address, 16), 1, tl.multiple_of(column_stride, 16)
+            return (
+                tl.multiple_of(address, 16),
+                1,
+                tl.multiple_of(own_column, 16),
+                tl.multiple_of(own_rows, 16),
+                own_columns,
+            )
         else:
-            return address, row_stride, column_stride
+            return address, own_row, own_column, own_rows, own_columns
 
 
 @triton.jit
-def rows_of(entry_ptr, rows, LAYOUT: tl.constexpr):
-    """Return the number of rows: the launch argument for a batch, or the problem's own."""
-    if LAYOUT == BATCH:
-        return rows
-    else:
-        own = tl.load(entry_ptr + 3).to(tl.int32)
-        if LAYOUT == LISTED_COLUMNS:
-            return tl.multiple_of(own, 16)
-        else:
-            return own
-
-
-@triton.jit
-def columns_of(entry_ptr, columns, LAYOUT: tl.constexpr):
-    """Return the number of columns: the launch argument for a batch, or the problem's own."""
-    if LAYOUT == BATCH:
-        return columns
-    else:
-        own = tl.load(entry_ptr + 4).to(tl.int32)
-        if LAYOUT == LISTED_ROWS:
-            return tl.multiple_of(own, 16)
-        else:
-            return own
-
-
-@triton.jit
-def load_tile(ptr, row_stride, column_stride, row, column, rows, columns, DTYPE: tl.constexpr):
+def load_tile(matrix, row, column, DTYPE: tl.constexpr):
     """Load a tile [rows of ``row``, columns of ``column``] in DTYPE, with 0 outside the matrix."""
     # int64 before the product: n · r may exceed 2³¹.
-    offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    offsets = row.to(tl.int64)[:, None] * matrix[1] + column.to(tl.int64)[None, :] * matrix[2]
+    inside = (row < matrix[3])[:, None] & (column < matrix[4])[None, :]
+    return tl.load(matrix[0] + offsets, mask=inside, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def store_tile(ptr, row_stride, column_stride, row, column, rows, columns, tile):
+def store_tile(matrix, row, column, tile):
     """Store a tile, in the dtype of the matrix, where it lies inside."""
-    offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+    offsets = row.to(tl.int64)[:, None] * matrix[1] + column.to(tl.int64)[None, :] * matrix[2]
+    inside = (row < matrix[3])[:, None] & (column < matrix[4])[None, :]
+    tl.store(matrix[0] + offsets, tile.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: tl.constexpr, order=None):
+    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; of X[row, order[p]] by an order."""
+    x = (x[0], x[1], x[2], x[3], last)
+    y = (y[0], y[1], y[2], last, y[4])
+    for start in range(0, last, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        place = inner
+        if order is not None:
+            place = tl.load(order + inner, mask=inner < last, other=last)
+        left = load_tile(x, row, place, total.dtype)
+        right = load_tile(y, inner, column, total.dtype)
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
+def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr):
+    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours."""
+    program, tiles = tl.program_id(0), tiles_down * tiles_across
+    problem = (program // (tiles * SPLITS)).to(tl.int64)
+    return problem, (program // tiles) % SPLITS, (program % tiles) // tiles_across, program % tiles_across
+
+
+@triton.jit
+def stretch_of(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where a stretch of a sum begins and ends: not past its end, where the next program takes it up."""
+    stretch = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    return split * stretch, tl.minimum((split + 1) * stretch, length)

@@ -20,19 +20,12 @@ squared length, which were rounding noise ("twice is enough").
 Programs share nothing, loops and branches depend on values that are the same in all threads, and sums have a fixed
 order, so two runs are equal to the bit. Barriers and memory: as in `small_spd`.
 
-**What bounds it**, by count: nothing has been measured on a GPU. 2m + 3s steps of a column loop follow one another,
-some 400 cycles each: at r = 128, k = 64, s = 128 that is 768 steps, 180 µs at 1.7 GHz. The flops beside them, 65 Mflop
-there, take 130 µs at the 0.5 TFLOP/s in float64 of a multiprocessor of an H100 at best, and grow with m³: 1.8 ms at
-m = 512, whether for one factor or for as many as there are multiprocessors. Latencies of loads come on top: twice these
-times are to be expected. So up to order 128, and for a network, one launch takes the place of some 85; for one factor
-of order 512 torch's factorisations and products, on the whole device, are the quicker way.
+What bounds it, by count: ``docs/kernels.md``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -40,141 +33,177 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.launch import Work
-from brandla_kernels._kernels.matrices import arrange, bytes_of, entry_of, load_tile, locate, store_tile
+from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
+from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
 from brandla_kernels.root_core import cost
 
+# ``blocks`` are the columns of a block of a factorisation, rows and columns of a tile, and terms of a product.
+
 
 @triton.jit
-def _core_tile(
-    gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight, row, column,
-    r, m,
+def _transposed(matrix):
+    return matrix[0], matrix[2], matrix[1], matrix[4], matrix[3]
+
+
+@triton.jit
+def _tiles(matrix, blocks: tl.constexpr):
+    """Return how many tiles a matrix has."""
+    return tl.cdiv(matrix[3], blocks[1]) * tl.cdiv(matrix[4], blocks[2])
+
+
+@triton.jit
+def _tile_at(step, matrix, blocks: tl.constexpr):
+    """Return rows and columns of a tile on a walk over a matrix, column by column."""
+    down = tl.cdiv(matrix[3], blocks[1])
+    return (step % down) * blocks[1] + tl.arange(0, blocks[1]), (step // down) * blocks[2] + tl.arange(0, blocks[2])
+
+
+@triton.jit
+def _total(tile):
+    return tl.sum(tl.sum(tile, 1), 0)
+
+
+@triton.jit
+def _largest(tile):
+    return tl.max(tl.max(tile, 1), 0)
+
+
+@triton.jit
+def _product(x, row, y, column, last, BLOCK_INNER: tl.constexpr, order=None):
+    """Return Σ_p X[row, p] Y[p, column] over p < ``last``, of X[row, order[p]] where there is an order."""
+    total = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
+    return add_product(total, x, row, y, column, last, "ieee", BLOCK_INNER, order)
+
+
+@triton.jit
+def _store_product(
+    out, x, y, blocks: tl.constexpr,
+    add=None, scale=1.0, sign=1.0, row_order=None, column_order=None, inner_order=None, LOWER: tl.constexpr = False,
 ):  # fmt: skip
-    """Load a tile of K in float64, with 0 outside."""
-    old_row, old_column = (row < r)[:, None], (column < r)[None, :]
-    inside = (row < m)[:, None] & (column < m)[None, :]
-    wide_row, wide_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
-    places = gram + wide_row * gram_row + wide_column * gram_column
-    total = tl.load(places, mask=inside & old_row & old_column, other=0.0).to(tl.float64) * decay
-    places = cross + wide_row * cross_row + (wide_column - r) * cross_column
-    part = tl.load(places, mask=inside & old_row & (column >= r)[None, :], other=0.0)
-    places = cross + wide_column * cross_row + (wide_row - r) * cross_column
-    part += tl.load(places, mask=inside & (row >= r)[:, None] & old_column, other=0.0)
-    total += part * tl.sqrt(decay * weight)
-    places = own + (wide_row - r) * own_row + (wide_column - r) * own_column
-    total += tl.load(places, mask=inside & (row >= r)[:, None] & (column >= r)[None, :], other=0.0) * weight
-    return tl.where(inside, total, 0.0)
+    """Store X Y, or ``scale`` A + ``sign`` X Y; with LOWER only tiles that reach the diagonal or lie below it.
 
-
-@triton.jit
-def _product(
-    left, left_row, left_column, row, right, right_row, right_column, column, inner_map, first, last, rows, columns,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Return Σ_p X[row, p] Y[p, column] over p from ``first`` to ``last``, of X[row, map[p]] where there is a map."""
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start in range(first, last, BLOCK_INNER):
-        inner = start + tl.arange(0, BLOCK_INNER)
-        x_inner = inner
-        if inner_map is not None:
-            x_inner = tl.load(inner_map + inner, mask=inner < last, other=last)
-        x = load_tile(left, left_row, left_column, row, x_inner, rows, last, tl.float64)
-        y = load_tile(right, right_row, right_column, inner, column, last, columns, tl.float64)
-        total = tl.dot(x, y, total, input_precision="ieee", out_dtype=tl.float64)
-    return total
-
-
-@triton.jit
-def _symmetric(scratch, block, BLOCK: tl.constexpr):
-    """Make a diagonal block symmetric to the bit, by way of memory: its lower triangle is read for both."""
-    index = tl.arange(0, BLOCK)
-    tl.store(scratch + index[:, None] * BLOCK + index[None, :], block)
-    tl.debug_barrier()
-    lower, upper = tl.maximum(index[:, None], index[None, :]), tl.minimum(index[:, None], index[None, :])
-    block = tl.load(scratch + lower * BLOCK + upper)
-    tl.debug_barrier()
-    return block
-
-
-@triton.jit
-def _factor_block(block, least, BLOCK: tl.constexpr):
-    """Return the Cholesky factor of a symmetric tile and its transposed inverse: 0 where a pivot is at most ``least``.
-
-    As in `small_spd`: the order of the products keeps the tile symmetric to the bit.
+    Rows of X, columns of Y and what they are multiplied over are taken in an order, where there is one.
     """
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inverse = tl.where(row == column, 1.0, 0.0).to(tl.float64)
-    for step in range(BLOCK):
-        pivot_row = tl.sum(tl.where(row == step, block, 0.0), 0, keep_dims=True)
-        pivot = tl.sum(tl.where(column == step, pivot_row, 0.0), 1, keep_dims=True)
-        reciprocal = tl.where(pivot <= least, 0.0, 1 / tl.where(pivot <= least, 1.0, pivot))
-        reciprocal = tl.where(column > step, reciprocal, 0.0)
-        here = tl.zeros((BLOCK, 1), tl.int32) + step
-        block -= tl.gather(block, here, 1) * pivot_row * reciprocal
-        inverse -= tl.gather(inverse, here, 1) * pivot_row * reciprocal
-    pivots = tl.sum(tl.where(row == column, block, 0.0), 0)[None, :]
-    inverse_root = tl.where(pivots <= least, 0.0, 1 / tl.sqrt(tl.where(pivots <= least, 1.0, pivots)))
-    return tl.where(row >= column, block * inverse_root, 0.0), inverse * inverse_root
+    down = tl.cdiv(out[3], blocks[1])
+    for step in range(_tiles(out, blocks)):
+        needed = True
+        if LOWER:
+            needed = (step % down + 1) * blocks[1] > (step // down) * blocks[2]
+        if needed:
+            row, column = _tile_at(step, out, blocks)
+            from_row, from_column = row, column
+            if row_order is not None:
+                from_row = tl.load(row_order + row, mask=row < out[3], other=x[3])
+            if column_order is not None:
+                from_column = tl.load(column_order + column, mask=column < out[4], other=y[4])
+            tile = _product(x, from_row, y, from_column, x[4], blocks[3], inner_order)
+            if add is not None:
+                tile = load_tile(add, row, column, tl.float64) * scale + tile * sign
+                # A may be what is stored: all threads have read the tile before any writes it.
+                tl.debug_barrier()
+            store_tile(out, row, column, tile)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _cholesky(
-    source, factor, scratch, m, shift,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
+def _store_core(core, gram, cross, own, decay, weight, blocks: tl.constexpr):
+    """Store K; return 0, or NaN where it is not finite, its largest diagonal entry, and the trace of its last rows."""
+    r = gram[3]
+    nothing = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    largest, trace = nothing, nothing
+    for step in range(_tiles(core, blocks)):
+        row, column = _tile_at(step, core, blocks)
+        # Old rows lie outside what the new columns have.
+        new_row, new_column = tl.where(row < r, core[3], row - r), tl.where(column < r, core[3], column - r)
+        part = load_tile(cross, row, new_column, tl.float64)
+        part += load_tile(_transposed(cross), new_row, column, tl.float64)
+        tile = load_tile(gram, row, column, tl.float64) * decay + part * tl.sqrt(decay * weight)
+        tile += load_tile(own, new_row, new_column, tl.float64) * weight
+        store_tile(core, row, column, tile)
+        nothing += 0 * tile
+        diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
+        largest = tl.maximum(largest, diagonal)
+        trace += tl.where((row >= r)[:, None], diagonal, 0.0)
+    tl.debug_barrier()
+    return _total(nothing), _largest(largest), _total(trace)
+
+
+@triton.jit
+def _normalize(core, scale, finite, blocks: tl.constexpr):
+    """Divide K by its largest diagonal entry, or make it 0 where it is not finite, and return its norm."""
+    norm_tile = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    for start_row in range(0, core[3], blocks[1]):
+        row = start_row + tl.arange(0, blocks[1])
+        for start in range(0, core[3], blocks[2]):
+            column = start + tl.arange(0, blocks[2])
+            tile = tl.where(finite, load_tile(core, row, column, tl.float64) / scale, 0.0)
+            norm_tile += tile * tile
+            tl.debug_barrier()
+            store_tile(core, row, column, tile)
+    tl.debug_barrier()
+    return tl.sqrt(_total(norm_tile))
+
+
+@triton.jit
+def _store_identity(basis, blocks: tl.constexpr):
+    for step in range(_tiles(basis, blocks)):
+        row, column = _tile_at(step, basis, blocks)
+        store_tile(basis, row, column, tl.where(row[:, None] == column[None, :], 1.0, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _cholesky(source, factor, scratch, shift, blocks: tl.constexpr):
     """Factor a matrix plus ``shift`` on its diagonal, of which the lower triangle is read; it may be overwritten."""
-    index = tl.arange(0, BLOCK)
-    for start in range(0, m, BLOCK):
+    m = source[3]
+    index = tl.arange(0, blocks[0])
+    for start in range(0, m, blocks[0]):
         column = start + index
-        stop = start + BLOCK
-        block = load_tile(source, m, 1, column, column, m, m, tl.float64)
-        block -= _product(factor, m, 1, column, factor, 1, m, column, None, 0, start, m, m, BLOCK, BLOCK, BLOCK_INNER)
+        block = load_tile(source, column, column, tl.float64)
+        block -= _product(factor, column, _transposed(factor), column, start, blocks[3])
         block += tl.where(index[:, None] == index[None, :], tl.where(column < m, shift, 1.0)[None, :], 0.0)
-        lower, inverse = _factor_block(_symmetric(scratch, block, BLOCK), 0.0, BLOCK)
-        store_tile(factor, m, 1, column, column, m, m, lower)
-        for start_row in range(stop, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(source, m, 1, row, column, m, m, tl.float64)
-            tile -= _product(
-                factor, m, 1, row, factor, 1, m, column, None, 0, start, m, m, BLOCK_ROWS, BLOCK, BLOCK_INNER
-            )
-            solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
-            rest = tile - tl.dot(solved, tl.trans(lower), input_precision="ieee", out_dtype=tl.float64)
-            solved = tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
+        lower, inverse, _ = factor_block(symmetric(scratch, index, block), 0.0, blocks[0])
+        store_tile(factor, column, column, lower)
+        for start_row in range(start + blocks[0], m, blocks[1]):
+            row = start_row + tl.arange(0, blocks[1])
+            tile = load_tile(source, row, column, tl.float64)
+            tile -= _product(factor, row, _transposed(factor), column, start, blocks[3])
+            solved = solved_by(inverse, lower, tile)
             # Source and factor may be one: all threads have read the tile before any writes it, here and below.
             tl.debug_barrier()
-            store_tile(factor, m, 1, row, column, m, m, solved)
-        for start_row in range(0, start, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            store_tile(factor, m, 1, row, column, start, m, tl.zeros((BLOCK_ROWS, BLOCK), tl.float64))
+            store_tile(factor, row, column, solved)
+        above = (factor[0], factor[1], factor[2], start, m)
+        for start_row in range(0, start, blocks[1]):
+            row = start_row + tl.arange(0, blocks[1])
+            store_tile(above, row, column, tl.zeros((blocks[1], blocks[0]), tl.float64))
         # Blocks to come read what other threads have written here.
         tl.debug_barrier()
 
 
 @triton.jit
-def _column_squares(matrix, squares, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def _column_squares(matrix, squares, blocks: tl.constexpr):
     """Store the squared lengths of the columns."""
-    for start in range(0, columns, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        total = tl.zeros((BLOCK_COLS,), tl.float64)
-        for start_row in range(0, rows, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(matrix, columns, 1, row, column, rows, columns, tl.float64)
+    for start in range(0, matrix[4], blocks[2]):
+        column = start + tl.arange(0, blocks[2])
+        total = tl.zeros((blocks[2],), tl.float64)
+        for start_row in range(0, matrix[3], blocks[1]):
+            tile = load_tile(matrix, start_row + tl.arange(0, blocks[1]), column, tl.float64)
             total += tl.sum(tile * tile, 0)
-        tl.store(squares + column, total, mask=column < columns)
+        tl.store(squares + column, total, mask=column < matrix[4])
     tl.debug_barrier()
 
 
 @triton.jit
-def _descending(squares, order, m, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Store the indices of the squares, the largest first, and the first of equal ones first."""
-    for start in range(0, m, BLOCK_COLS):
-        index = start + tl.arange(0, BLOCK_COLS)
+def _longest_first(matrix, squares, order, blocks: tl.constexpr):
+    """Store the indices of the columns of a square matrix, the longest first, and the first of equal ones first."""
+    _column_squares(matrix, squares, blocks)
+    m = matrix[4]
+    for start in range(0, m, blocks[2]):
+        index = start + tl.arange(0, blocks[2])
         own = tl.load(squares + index, mask=index < m, other=0.0)[None, :]
-        before = tl.zeros((BLOCK_COLS,), tl.int32)
-        for start_other in range(0, m, BLOCK_ROWS):
-            other_index = start_other + tl.arange(0, BLOCK_ROWS)
+        before = tl.zeros((blocks[2],), tl.int32)
+        for start_other in range(0, m, blocks[1]):
+            other_index = start_other + tl.arange(0, blocks[1])
             other = tl.load(squares + other_index, mask=other_index < m, other=-1.0)[:, None]
             first = (other > own) | ((other == own) & (other_index[:, None] < index[None, :]))
             before += tl.sum(first.to(tl.int32), 0)
@@ -183,303 +212,118 @@ def _descending(squares, order, m, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.cons
 
 
 @triton.jit
-def _orthonormalize(
-    panel, coefficients, scratch, m, s, noise,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Make the columns of a panel (m, s) of unit, or zero, columns orthonormal or zero, in place."""
-    index = tl.arange(0, BLOCK)
-    for start in range(0, s, BLOCK):
-        column = start + index
+def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.constexpr):
+    """Make the columns of a matrix (m, s) orthonormal or zero, in place: first of unit length, then block by block."""
+    m, s = basis[3], basis[4]
+    _column_squares(basis, squares, blocks)
+    for step in range(_tiles(basis, blocks)):
+        row, column = _tile_at(step, basis, blocks)
+        square = tl.load(squares + column, mask=column < s, other=1.0)
+        inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+        tile = load_tile(basis, row, column, tl.float64) * inverse_length[None, :]
+        tl.debug_barrier()
+        store_tile(basis, row, column, tile)
+    tl.debug_barrier()
+    narrow: tl.constexpr = (blocks[0], blocks[1], blocks[0], blocks[3])
+    index = tl.arange(0, blocks[0])
+    for start in range(0, s, blocks[0]):
+        before = (basis[0], s, 1, m, start)
+        block = (basis[0] + start, s, 1, m, tl.minimum(s - start, blocks[0]))
+        projection = (coefficients, blocks[0], 1, start, blocks[0])
         for turn in range(3):
-            for start_row in range(0, start, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = _product(
-                    panel, 1, s, row, panel, s, 1, column, None, 0, m, start, s, BLOCK_ROWS, BLOCK, BLOCK_INNER
-                )
-                store_tile(coefficients, BLOCK, 1, row, index, start, BLOCK, tile)
-            tl.debug_barrier()
-            inner = tl.zeros((BLOCK, BLOCK), tl.float64)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(panel, s, 1, row, column, m, s, tl.float64)
-                tile -= _product(
-                    panel, s, 1, row, coefficients, BLOCK, 1, index, None, 0, start, m, BLOCK,
-                    BLOCK_ROWS, BLOCK, BLOCK_INNER,
-                )  # fmt: skip
-                tl.debug_barrier()
-                store_tile(panel, s, 1, row, column, m, s, tile)
+            _store_product(projection, _transposed(before), block, narrow)
+            _store_product(block, before, projection, narrow, block, 1.0, -1.0)
+            inner = tl.zeros((blocks[0], blocks[0]), tl.float64)
+            for start_row in range(0, m, blocks[1]):
+                tile = load_tile(block, start_row + tl.arange(0, blocks[1]), index, tl.float64)
                 inner = tl.dot(tl.trans(tile), tile, inner, input_precision="ieee", out_dtype=tl.float64)
             added = tl.where(turn == 0, noise, 0.0)
             inner += tl.where(index[:, None] == index[None, :], added, 0.0)
             least = tl.where(turn == 0, 0.0, tl.where(turn == 1, noise, 0.25))
-            _, inverse = _factor_block(_symmetric(scratch, inner, BLOCK), least, BLOCK)
-            for start_row in range(0, m, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(panel, s, 1, row, column, m, s, tl.float64)
+            _, inverse, _ = factor_block(symmetric(scratch, index, inner), least, blocks[0])
+            for start_row in range(0, m, blocks[1]):
+                row = start_row + tl.arange(0, blocks[1])
+                tile = load_tile(block, row, index, tl.float64)
                 tile = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
                 tl.debug_barrier()
-                store_tile(panel, s, 1, row, column, m, s, tile)
+                store_tile(block, row, index, tile)
             tl.debug_barrier()
 
 
 @triton.jit
-def _look(
-    gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight, r, m,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """Return 0, or NaN where K is not finite, its largest diagonal entry, and the trace of its last rows."""
-    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    largest_tile = nothing
-    trace_tile = nothing
-    for start_row in range(0, m, BLOCK_ROWS):
-        row = start_row + tl.arange(0, BLOCK_ROWS)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            tile = _core_tile(
-                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-                row, column, r, m,
-            )  # fmt: skip
-            nothing += 0 * tile
-            diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
-            largest_tile = tl.maximum(largest_tile, diagonal)
-            trace_tile += tl.where((row >= r)[:, None], diagonal, 0.0)
-    poison = tl.sum(tl.sum(nothing, 1), 0)
-    largest = tl.max(tl.max(largest_tile, 1), 0)
-    trace = tl.sum(tl.sum(trace_tile, 1), 0)
-    return poison, largest, trace
+def _largest_on_diagonal(small, blocks: tl.constexpr):
+    largest = tl.zeros((blocks[2],), tl.float64)
+    for start in range(0, small[3], blocks[2]):
+        column = start + tl.arange(0, blocks[2])
+        largest = tl.maximum(largest, tl.load(small[0] + column * (small[3] + 1), mask=column < small[3], other=0.0))
+    return tl.max(largest, 0)
 
 
 @triton.jit
-def _store_core(
-    core, gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-    r, m, scale, finite,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """Store K over its largest diagonal entry, 0 where it is not finite, and return its norm."""
-    norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start_row in range(0, m, BLOCK_ROWS):
-        row = start_row + tl.arange(0, BLOCK_ROWS)
-        for start in range(0, m, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            tile = _core_tile(
-                gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-                row, column, r, m,
-            )  # fmt: skip
-            tile = tl.where(finite, tile / scale, 0.0)
-            norm_tile += tile * tile
-            store_tile(core, m, 1, row, column, m, m, tile)
-    norm = tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0))
-    tl.debug_barrier()
-    return norm
+def _alive(small, column, least):
+    """Say which columns have an entry on the diagonal of S⁺ above ``least``."""
+    return tl.load(small[0] + column * (small[3] + 1), mask=column < small[3], other=0.0) > least
 
 
 @triton.jit
-def _identity(basis, m, s, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Store the first columns of I."""
-    for start_row in range(0, m, BLOCK_ROWS):
-        row = start_row + tl.arange(0, BLOCK_ROWS)
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            tile = tl.where(row[:, None] == column[None, :], 1.0, 0.0)
-            store_tile(basis, s, 1, row, column, m, s, tile)
+def _clear_weak(matrix, small, least, blocks: tl.constexpr):
+    """Clear the columns of W or X whose entry on the diagonal of S⁺ is at most ``least``."""
+    for step in range(_tiles(matrix, blocks)):
+        row, column = _tile_at(step, matrix, blocks)
+        tile = tl.where(_alive(small, column, least)[None, :], load_tile(matrix, row, column, tl.float64), 0.0)
+        tl.debug_barrier()
+        store_tile(matrix, row, column, tile)
     tl.debug_barrier()
 
 
 @triton.jit
-def _find_basis(
-    core, factor, second, image, basis, scratch, coefficients, squares, order, chosen, m, s, shift, noise,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Store W by two steps of the LR algorithm; phases 2 to 4."""
-    _cholesky(core, factor, scratch, m, shift, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-    _column_squares(factor, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
-    _descending(squares, order, m, BLOCK_ROWS, BLOCK_COLS)
-    for start in range(0, m, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        from_column = tl.load(order + column, mask=column < m, other=m)
-        for start_row in range(0, m, BLOCK_ROWS):
-            # What lies above the diagonal is not read.
-            if start_row + BLOCK_ROWS > start:
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                from_row = tl.load(order + row, mask=row < m, other=m)
-                tile = _product(
-                    factor, 1, m, from_row, factor, m, 1, from_column, None, 0, m, m, m,
-                    BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
-                )  # fmt: skip
-                store_tile(second, m, 1, row, column, m, m, tile)
-    tl.debug_barrier()
-    _cholesky(second, second, scratch, m, 0.0, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-    _column_squares(second, squares, m, m, BLOCK_ROWS, BLOCK_COLS)
-    _descending(squares, chosen, m, BLOCK_ROWS, BLOCK_COLS)
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        from_column = tl.load(chosen + column, mask=column < s, other=m)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(
-                factor, m, 1, row, second, m, 1, from_column, order, 0, m, m, m,
-                BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
-            )  # fmt: skip
-            store_tile(image, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(image, s, 1, row, column, m, s, tl.float64) * shift
-            tile += _product(
-                core, m, 1, row, image, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            store_tile(basis, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
-    _column_squares(basis, squares, m, s, BLOCK_ROWS, BLOCK_COLS)
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        square = tl.load(squares + column, mask=column < s, other=1.0)
-        inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) * inverse_length[None, :]
-            store_tile(basis, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
-    _orthonormalize(basis, coefficients, scratch, m, s, noise, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-
-
-@triton.jit
-def _store_compressed(
-    core, basis, image, small, m, s,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
-    """Store X = KW and WᵀX, and return the largest entry on the diagonal of that."""
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(core, m, 1, row, basis, s, 1, column, None, 0, m, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
-            store_tile(image, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
-    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, s, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = _product(
-                basis, 1, s, row, image, s, 1, column, None, 0, m, s, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            largest_tile = tl.maximum(largest_tile, tl.where(row[:, None] == column[None, :], tile, 0.0))
-            store_tile(small, s, 1, row, column, s, s, tile)
-    tl.debug_barrier()
-    return tl.max(tl.max(largest_tile, 1), 0)
-
-
-@triton.jit
-def _clear_weak(basis, image, small, least, m, s, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Clear the columns of W and X whose entry on the diagonal of S⁺ is at most ``least``."""
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        alive = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
-            store_tile(image, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
-            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64)
-            store_tile(basis, s, 1, row, column, m, s, tl.where(alive[None, :], tile, 0.0))
-    tl.debug_barrier()
-
-
-@triton.jit
-def _norm_left_out(
-    core, basis, image, small, rest, m, s,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
+def _norm_left_out(core, basis, image, small, rest, blocks: tl.constexpr):
     """Return ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F."""
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(image, s, 1, row, column, m, s, tl.float64)
-            tile -= _product(
-                basis, s, 1, row, small, s, 1, column, None, 0, s, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            store_tile(rest, s, 1, row, column, m, s, tile)
-    tl.debug_barrier()
-    norm_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    for start in range(0, m, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(core, m, 1, row, column, m, m, tl.float64)
-            tile -= _product(
-                image, s, 1, row, basis, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            tile -= _product(
-                basis, s, 1, row, rest, 1, s, column, None, 0, s, m, m, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
-            )
-            norm_tile += tile * tile
-    return tl.sqrt(tl.sum(tl.sum(norm_tile, 1), 0))
+    _store_product(rest, basis, small, blocks, image, 1.0, -1.0)
+    norm_tile = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    for step in range(_tiles(core, blocks)):
+        row, column = _tile_at(step, core, blocks)
+        tile = load_tile(core, row, column, tl.float64)
+        tile -= _product(image, row, _transposed(basis), column, basis[4], blocks[3])
+        tile -= _product(basis, row, _transposed(rest), column, basis[4], blocks[3])
+        norm_tile += tile * tile
+    return tl.sqrt(_total(norm_tile))
 
 
 @triton.jit
-def _store_small(
-    result, small, s, scale, least, tiny, poison,
-    TOLERANCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
+def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.constexpr, blocks: tl.constexpr):
     """Store S⁺ in its dtype, and return the poison of it and of what is beyond that dtype."""
-    nothing = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
-    largest_tile = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float64)
+    nothing = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    largest = nothing
     for last in range(2):
         # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
-        beyond = tl.sum(tl.sum(nothing, 1), 0) + poison
-        vanished = tl.max(tl.max(largest_tile, 1), 0) < tiny
-        for start in range(0, s, BLOCK_COLS):
-            column = start + tl.arange(0, BLOCK_COLS)
-            lives = tl.load(small + column * (s + 1), mask=column < s, other=0.0) > least
-            for start_row in range(0, s, BLOCK_ROWS):
-                row = start_row + tl.arange(0, BLOCK_ROWS)
-                tile = load_tile(small, s, 1, row, column, s, s, tl.float64)
-                tile = (tile + load_tile(small, 1, s, row, column, s, s, tl.float64)) * 0.5 * scale
-                if TOLERANCE:
-                    row_lives = tl.load(small + row * (s + 1), mask=row < s, other=0.0) > least
-                    tile = tl.where(row_lives[:, None] & lives[None, :], tile, 0.0)
-                rounded = tile.to(result.dtype.element_ty).to(tl.float64)
-                if last == 0:
-                    nothing += 0 * rounded
-                    largest_tile = tl.maximum(largest_tile, tl.abs(rounded))
-                else:
-                    tile = tl.where(vanished, 0.0, rounded) + beyond
-                    store_tile(result, s, 1, row, column, s, s, tile)
-    return tl.sum(tl.sum(nothing, 1), 0) + poison
+        beyond = _total(nothing) + poison
+        vanished = _largest(largest) < tiny
+        for step in range(_tiles(small, blocks)):
+            row, column = _tile_at(step, small, blocks)
+            tile = load_tile(small, row, column, tl.float64) + load_tile(_transposed(small), row, column, tl.float64)
+            tile = tile * 0.5 * scale
+            if TOLERANCE:
+                lives = _alive(small, row, least)[:, None] & _alive(small, column, least)[None, :]
+                tile = tl.where(lives, tile, 0.0)
+            rounded = tile.to(result[0].dtype.element_ty).to(tl.float64)
+            if last == 0:
+                nothing += 0 * rounded
+                largest = tl.maximum(largest, tl.abs(rounded))
+            else:
+                store_tile(result, row, column, tl.where(vanished, 0.0, rounded) + beyond)
+    return _total(nothing) + poison
 
 
 @triton.jit
-def _store_rotation(
-    of_root, of_columns, basis, r, m, s, decay, weight, poison,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """Store √ρ times the first rows of W, and √w times the others."""
-    for start in range(0, s, BLOCK_COLS):
-        column = start + tl.arange(0, BLOCK_COLS)
-        for start_row in range(0, m, BLOCK_ROWS):
-            row = start_row + tl.arange(0, BLOCK_ROWS)
-            tile = load_tile(basis, s, 1, row, column, m, s, tl.float64) + poison
-            store_tile(of_root, s, 1, row, column, r, s, tile * tl.sqrt(decay))
-            tile = tile * tl.sqrt(weight)
-            places = of_columns + (row - r).to(tl.int64)[:, None] * s + column[None, :]
-            inside = ((row >= r) & (row < m))[:, None] & (column < s)[None, :]
-            tl.store(places, tile.to(of_columns.dtype.element_ty), mask=inside)
+def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
+    """Store rows of W times ``scale``."""
+    for step in range(_tiles(out, blocks)):
+        row, column = _tile_at(step, out, blocks)
+        store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    small = arguments["small_ptr"]
-    problems = math.prod(small.shape[:-2])
-    r, m, s = (arguments[letter] for letter in ("r", "m", "s"))
-    names = ("gram", "cross", "own", "decay", "weight", "small", "of_root", "of_columns", "left_out", "added")
-    moved = bytes_of(arguments, *names, "squares", "panels", "vectors", "orders")
-    return Work({64: problems * cost(r, m - r, s).flops}, moved, {"factors": problems, "m": m, "s": s})
-
-
-@launch.counted(_work)
+@launch.counted("r m s", lambda given, gram, cross, *_: cost(*cross, given["s"]).flops)
 @triton.jit
 def root_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
@@ -492,63 +336,59 @@ def root_core_kernel(
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Grid: (problems,). Results and workspaces are contiguous: squares (3, m, m), panels (2, m, s), orders (2, m)."""
+    blocks: tl.constexpr = (BLOCK, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
     problem = tl.program_id(0).to(tl.int64)
-    entry = entry_of(table_ptr, problem, 0, 5)
-    gram, gram_row, gram_column = locate(entry, gram_ptr, gram_strides, problem, GRAM_LAYOUT)
-    entry = entry_of(table_ptr, problem, 1, 5)
-    cross, cross_row, cross_column = locate(entry, cross_ptr, cross_strides, problem, CROSS_LAYOUT)
-    entry = entry_of(table_ptr, problem, 2, 5)
-    own, own_row, own_column = locate(entry, own_ptr, own_strides, problem, OWN_LAYOUT)
-    entry = entry_of(table_ptr, problem, 3, 5)
-    place, _, _ = locate(entry, decay_ptr, decay_strides, problem, DECAY_LAYOUT)
-    decay = tl.load(place).to(tl.float64)
-    entry = entry_of(table_ptr, problem, 4, 5)
-    place, _, _ = locate(entry, weight_ptr, weight_strides, problem, WEIGHT_LAYOUT)
-    weight = tl.load(place).to(tl.float64)
-    core = squares_ptr + problem * 3 * m * m
-    factor, second = core + m * m, core + 2 * m * m
-    image = panels_ptr + problem * 2 * m * s
-    basis = image + m * s
-    scratch = vectors_ptr + problem * (BLOCK * BLOCK + BLOCK * s + m)
-    coefficients = scratch + BLOCK * BLOCK
+    gram = matrix_of(table_ptr, problem, gram_ptr, gram_strides, r, r, GRAM_LAYOUT, 0, 5)
+    cross = matrix_of(table_ptr, problem, cross_ptr, cross_strides, r, m - r, CROSS_LAYOUT, 1, 5)
+    own = matrix_of(table_ptr, problem, own_ptr, own_strides, m - r, m - r, OWN_LAYOUT, 2, 5)
+    decay = tl.load(matrix_of(table_ptr, problem, decay_ptr, decay_strides, 1, 1, DECAY_LAYOUT, 3, 5)[0])
+    weight = tl.load(matrix_of(table_ptr, problem, weight_ptr, weight_strides, 1, 1, WEIGHT_LAYOUT, 4, 5)[0])
+    core = (squares_ptr + problem * 3 * m * m, m, 1, m, m)
+    factor, second = (core[0] + m * m, m, 1, m, m), (core[0] + 2 * m * m, m, 1, m, m)
+    image = (panels_ptr + problem * 2 * m * s, s, 1, m, s)
+    basis = (image[0] + m * s, s, 1, m, s)
+    vectors = vectors_ptr + problem * (BLOCK * BLOCK + BLOCK * s + m)
+    scratch, coefficients = (vectors, BLOCK, 1, BLOCK, BLOCK), vectors + BLOCK * BLOCK
     squares = coefficients + BLOCK * s
-    order = orders_ptr + problem * 2 * m
-    chosen = order + m
+    order, chosen = orders_ptr + problem * 2 * m, orders_ptr + (problem * 2 + 1) * m
 
-    poison, largest, trace = _look(
-        gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight, r, m,
-        BLOCK_ROWS, BLOCK_COLS,
-    )  # fmt: skip
+    # 1: K
+    poison, largest, trace = _store_core(core, gram, cross, own, decay, weight, blocks)
     finite = poison == 0
     scale = tl.where(finite & (largest > 0), largest, 1.0)
-    norm = _store_core(
-        core, gram, gram_row, gram_column, cross, cross_row, cross_column, own, own_row, own_column, decay, weight,
-        r, m, scale, finite, BLOCK_ROWS, BLOCK_COLS,
-    )  # fmt: skip
+    norm = _normalize(core, scale, finite, blocks)
     if WHOLE:
-        _identity(basis, m, s, BLOCK_ROWS, BLOCK_COLS)
+        _store_identity(basis, blocks)
     else:
+        # 2: the first step of the LR algorithm, 3: the second, 4: W
         shift = tl.maximum(32 * eps * norm, eps)
-        _find_basis(
-            core, factor, second, image, basis, scratch, coefficients, squares, order, chosen, m, s, shift, noise,
-            BLOCK, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER,
-        )  # fmt: skip
-    small = factor
-    least = tol * _store_compressed(core, basis, image, small, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
+        _cholesky(core, factor, scratch, shift, blocks)
+        _longest_first(factor, squares, order, blocks)
+        _store_product(second, _transposed(factor), factor, blocks, row_order=order, column_order=order, LOWER=True)
+        _cholesky(second, second, scratch, 0.0, blocks)
+        _longest_first(second, squares, chosen, blocks)
+        _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
+        _store_product(basis, core, image, blocks, image, shift)
+        _orthonormalize(basis, squares, coefficients, scratch, noise, blocks)
+    # 5: S⁺, what is left out, and the results
+    small = (factor[0], s, 1, s, s)
+    _store_product(image, core, basis, blocks)
+    _store_product(small, _transposed(basis), image, blocks)
+    least = tol * _largest_on_diagonal(small, blocks)
     if TOLERANCE:
-        _clear_weak(basis, image, small, least, m, s, BLOCK_ROWS, BLOCK_COLS)
+        _clear_weak(image, small, least, blocks)
+        _clear_weak(basis, small, least, blocks)
     left_out = poison
     if MEASURE:
-        left_out += scale * _norm_left_out(core, basis, image, small, second, m, s, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
+        left_out += scale * _norm_left_out(core, basis, image, small, (second[0], s, 1, m, s), blocks)
     tl.store(left_out_ptr + problem, left_out)
     tl.store(added_ptr + problem, trace + poison)
-    poison = _store_small(
-        small_ptr + problem * s * s, small, s, scale, least, tiny, poison, TOLERANCE, BLOCK_ROWS, BLOCK_COLS
-    )
-    _store_rotation(
-        of_root_ptr + problem * r * s, of_columns_ptr + problem * (m - r) * s, basis, r, m, s, decay, weight, poison,
-        BLOCK_ROWS, BLOCK_COLS,
-    )  # fmt: skip
+    result = (small_ptr + problem * s * s, s, 1, s, s)
+    poison = _store_small(result, small, scale, least, tiny, poison, TOLERANCE, blocks)
+    of_root = (of_root_ptr + problem * r * s, s, 1, r, s)
+    _store_rotation(of_root, basis, tl.sqrt(decay), poison, blocks)
+    of_columns = (of_columns_ptr + problem * (m - r) * s, s, 1, m - r, s)
+    _store_rotation(of_columns, (basis[0] + r * s, s, 1, m - r, s), tl.sqrt(weight), poison, blocks)
 
 
 def root_core(
@@ -573,7 +413,7 @@ def root_core(
         "vectors": own.new_empty(problems, block * block + block * s + m),
         "orders": own.new_empty(problems, 2, m, dtype=torch.int32),
     }
-    arguments = operands.arguments() | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
+    arguments = operands.arguments | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
         # The rounding of inner products in float64, which tells weak columns from dependent ones.

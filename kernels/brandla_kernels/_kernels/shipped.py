@@ -13,7 +13,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from brandla_kernels._kernels.ahead import specialization, target_named
 from brandla_kernels._kernels.launch import Launch, recording
@@ -74,25 +73,20 @@ def specializations(
     """List what the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
     found: dict[str, Specialization] = {}
     for name, layout, (dtype, data) in product(ops or OPS, list(layouts), list(dtypes)):
-        for width in layout.widths:
-            for launch in _launches(target, OPS[name], layout, width, dtype, data):
-                key = repr((launch.name, launch.config, specialization(target, launch)))
-                entry = found.setdefault(key, Specialization(launch, data, layout))
-                if name not in entry.ops:
-                    entry.ops.append(name)
+        op = OPS[name]
+        takes_data = any(operand.kind == "Data" for operand in op.signature.operands)
+        if op.launch is None or (data != dtype and not takes_data) or (layout.listed and not op.signature.lists):
+            continue
+        with recording(target_named(target)) as launches:
+            for width in layout.widths:
+                for sizes, alternative in product(_sizes(op, width, layout), range(2)):
+                    op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
+        for launch in launches:
+            key = repr((launch.name, launch.config, specialization(target, launch)))
+            entry = found.setdefault(key, Specialization(launch, data, layout))
+            if name not in entry.ops:
+                entry.ops.append(name)
     return list(found.values())
-
-
-def _launches(
-    target: str, op: AnyOp, layout: Layout, width: int, dtype: torch.dtype, data: torch.dtype
-) -> list[Launch]:
-    takes_data = any(operand.kind == "Data" for operand in op.signature.operands)
-    if op.launch is None or (data != dtype and not takes_data) or (layout.listed and not op.signature.lists):
-        return []
-    with recording(target_named(target)) as launches:
-        for sizes, alternative in product(_sizes(op, width, layout), range(2)):
-            op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
-    return launches
 
 
 def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
@@ -101,21 +95,16 @@ def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
     The others have each width in turn, up to it.
     """
     extra = _RAGGED if layout.ragged else 0
-    tall = [operand for operand in op.signature.operands if operand.listed]
-    letters = [letter for operand in op.signature.operands for letter in operand.shapes[-1]]
-    long = {operand.shapes[0][0] for operand in tall}
-    narrow = sorted(set(letters) - long)
+    operands = op.signature.operands
+    long = {operand.shapes[0][0] for operand in operands if operand.listed}
+    narrow = sorted({letter for operand in operands for letter in operand.shapes[-1]} - long)
+    rows = dict.fromkeys(long, _ROWS + extra)
     for others in WIDTHS[: WIDTHS.index(width) + 1] if layout == LAYOUTS[0] else (width,):
         for widest in narrow[: 1 if others == width else None]:
-            sizes = dict.fromkeys(narrow, others + extra) | {widest: width + extra}
-            yield dict.fromkeys(long, _ROWS + extra) | sizes
+            yield rows | dict.fromkeys(narrow, others + extra) | {widest: width + extra}
     if not narrow:
-        yield dict.fromkeys(long, _ROWS + extra)
-    if (
-        tall == [*op.signature.operands]
-        and all(result.listed for result in op.signature.results)
-        and width == WIDTHS[-1]
-    ):
+        yield rows
+    if all(each.listed for each in (*operands, *op.signature.results)) and width == WIDTHS[-1]:
         # The sum is not over what is long: few tiles and a long sum, which is then split.
         yield dict.fromkeys(long, width + extra) | dict.fromkeys(narrow, _LONG_SUM + extra)
 
@@ -124,30 +113,22 @@ def _arguments(
     op: AnyOp, sizes: Mapping[str, int], layout: Layout, alternative: int, dtype: torch.dtype, data: torch.dtype
 ) -> list[Any]:
     operands = {operand.position: operand for operand in op.signature.operands}
-    arguments = []
+    others = {"Tensor": torch.zeros((), dtype=torch.int64), "float": 0.5}
+    arguments: list[Any] = []
     for position, argument in enumerate(op.registered._schema.arguments):
         operand = operands.get(position)
         if operand is None:
-            arguments.append(_other(str(argument.type), sizes))
+            arguments.append(others.get(str(argument.type), max(min(sizes.values()), 1)))
             continue
         shape = [sizes[letter] for letter in operand.shapes[min(alternative, len(operand.shapes) - 1)]]
         kind = data if operand.kind == "Data" else dtype
         if op.name == "cholesky_inverse_core" or operand.kind == "Sum":
             kind = torch.float64
-        if layout.listed and operand.listed:
-            arguments.append([_empty(shape, kind, layout.transposed) for _ in range(2)])
-        else:
-            stack = [2, *shape] if layout.listed else shape
-            arguments.append(_empty(stack, kind, layout.transposed and operand.listed))
+        if layout.listed and not operand.listed:
+            shape = [2, *shape]
+        # Unwritten matrices: pages that nothing touches take no memory.
+        transposed = layout.transposed and operand.listed
+        two = [torch.empty(shape[::-1] if transposed else shape, dtype=kind) for _ in range(2)]
+        two = [one.mT if transposed else one for one in two]
+        arguments.append(two if layout.listed and operand.listed else two[0])
     return arguments
-
-
-def _empty(shape: list[int], dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Return an unwritten matrix; pages that nothing touches take no memory."""
-    return torch.empty(shape[::-1], dtype=dtype).mT if transposed else torch.empty(shape, dtype=dtype)
-
-
-def _other(kind: str, sizes: Mapping[str, int]) -> Any:
-    if kind == "Tensor":
-        return torch.zeros((), dtype=torch.int64)
-    return 0.5 if kind == "float" else max(min(sizes.values()), 1)

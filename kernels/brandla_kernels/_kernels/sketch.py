@@ -14,8 +14,6 @@ and a second kernel adds the stretches in their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -24,21 +22,10 @@ from torch import Tensor
 
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
-from brandla_kernels._kernels.launch import Target, Work, bits_of, counted, start, target_of, triton_dtype
-from brandla_kernels._kernels.matrices import (
-    aligned,
-    arrange,
-    bytes_of,
-    columns_of,
-    entry_of,
-    load_tile,
-    locate,
-    rows_of,
-    shapes,
-    store_tile,
-)
+from brandla_kernels._kernels.launch import Target, counted, start, target_of, triton_dtype
+from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
-from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, cost
+from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, check_call, cost
 from brandla_kernels.tall import columns, dtype_of, rows
 
 _ROWS = tl.constexpr(ROWS_PER_CALL)
@@ -77,15 +64,12 @@ def signs_tile(
     return _held(numbers.reshape(BLOCK_N, BLOCK_W).to(tl.float32, bitcast=True), UNIT)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(m, n, width).flops for (_, width), (m, n) in shapes(arguments, "out", "x"))
+@counted(
+    "m n width",
+    lambda _, out, x: cost(*x, out[1]).flops,
     # One stretch of the sum lies behind the other: all of them are written.
-    moved = arguments["SPLITS"] * bytes_of(arguments, "out") + bytes_of(arguments, "x", "seed")
-    sizes = {letter: arguments[letter] for letter in ("m", "n", "width")}
-    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, sizes)
-
-
-@counted(_work)
+    lambda given: {"out_ptr": given["SPLITS"]},
+)
 @triton.jit
 def sketch_kernel(
     out_ptr, x_ptr, seed_ptr, table_ptr,
@@ -96,33 +80,20 @@ def sketch_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × SPLITS × tiles of Y. One stretch of the sum lies ``split_stride`` behind the other."""
-    tiles_w = tl.cdiv(width, BLOCK_W)
-    tiles = tl.cdiv(m, BLOCK_M) * tiles_w
-    split = (tl.program_id(0) // tiles) % SPLITS
-    problem = (tl.program_id(0) // (tiles * SPLITS)).to(tl.int64)
-    first_row = ((tl.program_id(0) % tiles) // tiles_w) * BLOCK_M
-    first_column = (tl.program_id(0) % tiles_w) * BLOCK_W
-    row = first_row + tl.arange(0, BLOCK_M)
-    column = first_column + tl.arange(0, BLOCK_W)
-    out_entry = entry_of(table_ptr, problem, 0, 2)
-    x_entry = entry_of(table_ptr, problem, 1, 2)
-    m = rows_of(x_entry, m, X_LAYOUT)
-    n = columns_of(x_entry, n, X_LAYOUT)
+    problem, split, tile_m, tile_w = place_of(tl.cdiv(m, BLOCK_M), tl.cdiv(width, BLOCK_W), SPLITS)
+    first_row, first_column = tile_m * BLOCK_M, tile_w * BLOCK_W
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_W)
+    out = matrix_of(table_ptr, problem, out_ptr, out_strides, m, width, OUT_LAYOUT, 0, 2)
+    x = matrix_of(table_ptr, problem, x_ptr, x_strides, m, n, X_LAYOUT, 1, 2)
     # A problem of a list may be smaller than the largest.
-    if first_row >= m:
+    if first_row >= x[3]:
         return
-    out, _, _ = locate(out_entry, out_ptr, out_strides, problem, OUT_LAYOUT)
-    x, x_row, x_column = locate(x_entry, x_ptr, x_strides, problem, X_LAYOUT)
-
-    seed = tl.load(seed_ptr)
-    index = (problem + first_problem).to(tl.int32)
-    stretch = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLITS) * BLOCK_N
-    first = split * stretch
+    seed, index = tl.load(seed_ptr), (problem + first_problem).to(tl.int32)
+    first, last = stretch_of(x[4], split, SPLITS, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_W), tl.float64 if COMPUTE == tl.float64 else tl.float32)
-    for start_n in range(first, tl.minimum(first + stretch, n), BLOCK_N):
+    for start_n in range(first, last, BLOCK_N):
         signs = signs_tile(seed, index, start_n, first_column, UNIT, BLOCK_N, BLOCK_W)  # [BLOCK_N, BLOCK_W]
-        inner = start_n + tl.arange(0, BLOCK_N)
-        values = load_tile(x, x_row, x_column, row, inner, m, n, COMPUTE)  # [BLOCK_M, BLOCK_N]
+        values = load_tile(x, row, start_n + tl.arange(0, BLOCK_N), COMPUTE)  # [BLOCK_M, BLOCK_N]
         if CUT:
             high, rest = _cut(values)
             middle, low = _cut(rest)
@@ -132,7 +103,7 @@ def sketch_kernel(
         else:
             total = tl.dot(values, signs, total, input_precision="ieee", out_dtype=total.dtype)
     # Y was allocated for this: row by row without gaps.
-    store_tile(out + split.to(tl.int64) * split_stride, width, 1, row, column, m, width, total)
+    store_tile((out[0] + split.to(tl.int64) * split_stride, width, 1, x[3], width), row, column, total)
 
 
 def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matrices:
@@ -140,15 +111,16 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
 
     ``problem`` is the index of the first problem.
     """
+    check_call(matrix if isinstance(matrix, Tensor) else matrix[0], seed, width, problem)
     dtype = torch.promote_types(dtype_of(matrix), torch.float32)
-    target = target_of(matrix[0] if isinstance(matrix, list) else matrix)
+    target = target_of(matrix)
     config = configs.sketch(target, dtype_of(matrix), width, aligned(matrix))
     tiles = triton.cdiv(rows(matrix), config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_W"])
 
     def launch(out: Matrices, splits: int) -> None:
         operands = arrange({"out": out, "x": matrix})
         compute, unit, cut = _units(target, dtype_of(matrix))
-        arguments = operands.arguments() | {
+        arguments = operands.arguments | {
             "seed_ptr": seed, "m": rows(matrix), "n": columns(matrix), "width": width, "first_problem": problem,
             "split_stride": rows(matrix) * width, "SPLITS": splits,
             "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,

@@ -26,20 +26,10 @@ program; on gfx942 and gfx950 LLVM adds no wait for stores to them, since a prog
 share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed order, so two
 runs are equal to the bit.
 
-**What bounds it**, by count: nothing has been measured on a GPU yet. One program works on one multiprocessor, and a
-batch of fewer matrices than there are multiprocessors takes as long as one. A factorisation is k steps of the column
-loop, one after the other, each a chain of shuffles, three barriers and a division, some 400 cycles; and k / BLOCK
-blocks with 2k³/3 flops (factor and inverse) + 6k²·BLOCK (solutions with refinement) in float64. At k = 256 and 1.7 GHz
-the steps take about 60 µs and the 18 Mflop at least 35 µs, at the 0.5 TFLOP/s of a multiprocessor of an H100; below,
-the latency of the steps prevails, and above k = 512 the flops. There are two factorisations, and a third where the
-second breaks down. Blocks of 32 would halve the number of products, but spill. The products are on matrix units where
-Triton 3.7 puts float64 on them, sm_80, sm_90, gfx942 and gfx950; on sm_100 they are loops of FMA.
+What bounds it, by count: ``docs/kernels.md``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -47,8 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs, launch
-from brandla_kernels._kernels.launch import Work
-from brandla_kernels._kernels.matrices import arrange, bytes_of, entry_of, load_tile, locate, shapes, store_tile
+from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, store_tile
 from brandla_kernels.cholesky_inverse_core import cost
 
 # The factorisations, in order. The even ones are without the shift, and the last if they succeed.
@@ -60,30 +49,50 @@ DONE = tl.constexpr(4)
 
 
 @triton.jit
-def _factor_block(block, added, BLOCK: tl.constexpr):
-    """Return the Cholesky factor of a tile plus a diagonal, and its transposed inverse.
+def factor_block(block, least, BLOCK: tl.constexpr):
+    """Return the Cholesky factor of a tile that is symmetric to the bit, its transposed inverse, and the pivots.
 
-    The tile is symmetric to the bit. Also return whether all pivots are positive. A column whose pivot is not becomes
-    zero in the factor, as if it was not there, and in the inverse.
+    A column whose pivot is at most ``least`` becomes zero in the factor, as if it was not there, and in the inverse.
     """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    block += tl.where(row == column, added[None, :], 0.0)
     inverse = tl.where(row == column, 1.0, 0.0).to(tl.float64)
     for step in range(BLOCK):
         pivot_row = tl.sum(tl.where(row == step, block, 0.0), 0, keep_dims=True)
         pivot = tl.sum(tl.where(column == step, pivot_row, 0.0), 1, keep_dims=True)
-        reciprocal = tl.where(pivot <= 0, 0.0, 1 / tl.where(pivot == 0, 1.0, pivot))
+        reciprocal = tl.where(pivot <= least, 0.0, 1 / tl.where(pivot <= least, 1.0, pivot))
         reciprocal = tl.where(column > step, reciprocal, 0.0)
         here = tl.zeros((BLOCK, 1), tl.int32) + step
         # In this order of products the tile stays symmetric to the bit, so that its rows are its columns.
         block -= tl.gather(block, here, 1) * pivot_row * reciprocal
         inverse -= tl.gather(inverse, here, 1) * pivot_row * reciprocal
     pivots = tl.sum(tl.where(row == column, block, 0.0), 0)[None, :]
-    # NaN is not <= 0, and stays.
-    inverse_root = tl.where(pivots <= 0, 0.0, 1 / tl.sqrt(tl.where(pivots <= 0, 1.0, pivots)))
-    sound = tl.min((pivots > 0).to(tl.int32)) == 1
-    return tl.where(row >= column, block * inverse_root, 0.0), inverse * inverse_root, sound
+    # NaN is not <= least, and stays.
+    inverse_root = tl.where(pivots <= least, 0.0, 1 / tl.sqrt(tl.where(pivots <= least, 1.0, pivots)))
+    return tl.where(row >= column, block * inverse_root, 0.0), inverse * inverse_root, pivots
+
+
+@triton.jit
+def symmetric(scratch, index, block):
+    """Make a diagonal block symmetric to the bit, by way of memory: its lower triangle is read for both.
+
+    It comes back in the layout of a load. That of a product, over several warps, would cost the column loop three times
+    the barriers.
+    """
+    store_tile(scratch, index, index, block)
+    tl.debug_barrier()
+    lower, upper = tl.maximum(index[:, None], index[None, :]), tl.minimum(index[:, None], index[None, :])
+    block = tl.load(scratch[0] + lower.to(tl.int64) * scratch[1] + upper, mask=lower < scratch[3], other=0.0)
+    tl.debug_barrier()
+    return block
+
+
+@triton.jit
+def solved_by(inverse, factor, tile):
+    """Return the tile times the transposed inverse of a factor, with one step of refinement."""
+    solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
+    rest = tile - tl.dot(solved, tl.trans(factor), input_precision="ieee", out_dtype=tl.float64)
+    return tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
 
 
 @triton.jit
@@ -102,45 +111,28 @@ def _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS: tl.
 
 
 @triton.jit
-def _equilibrated(gram, gram_row, gram_column, weight, row, column, k, inside):
+def _equilibrated(gram, weight, row, column, inside):
     """Load a tile of E, with 0 where it is not ``inside``; NaN is not hidden by a weight of 0."""
-    offsets = row.to(tl.int64)[:, None] * gram_row + column.to(tl.int64)[None, :] * gram_column
-    row_weight = tl.load(weight + row, mask=row < k, other=0.0)
-    column_weight = tl.load(weight + column, mask=column < k, other=0.0)
-    return tl.load(gram + offsets, mask=inside, other=0.0) * row_weight[:, None] * column_weight[None, :]
+    offsets = row.to(tl.int64)[:, None] * gram[1] + column.to(tl.int64)[None, :] * gram[2]
+    row_weight = tl.load(weight + row, mask=row < gram[3], other=0.0)
+    column_weight = tl.load(weight + column, mask=column < gram[3], other=0.0)
+    return tl.load(gram[0] + offsets, mask=inside, other=0.0) * row_weight[:, None] * column_weight[None, :]
 
 
 @triton.jit
-def _earlier(
-    transform, row, column, first, stop, k,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-):  # fmt: skip
+def _earlier(transform, row, column, first, stop, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr):
     """Return Σ_p T[row, p] T[column, p]ᵀ over p from ``first`` to ``stop``; rows of L⁻ᵀ begin at their diagonal."""
-    total = tl.zeros((BLOCK_ROWS, BLOCK), tl.float64)
+    total = tl.zeros((row.shape[0], BLOCK), tl.float64)
     for start in range(first, stop, BLOCK_INNER):
         inner = start + tl.arange(0, BLOCK_INNER)
         stored = (row >= stop)[:, None] | ((inner // BLOCK)[None, :] >= (row // BLOCK)[:, None])
-        inside = (row < k)[:, None] & (inner < stop)[None, :] & stored
-        left = tl.load(transform + row.to(tl.int64)[:, None] * k + inner[None, :], mask=inside, other=0.0)
-        right = load_tile(transform, k, 1, column, inner, k, stop, tl.float64)  # [BLOCK, BLOCK_INNER]
+        inside = (row < transform[3])[:, None] & (inner < stop)[None, :] & stored
+        places = transform[0] + row.to(tl.int64)[:, None] * transform[1] + inner[None, :]
+        left = tl.load(places, mask=inside, other=0.0)
+        earlier = (transform[0], transform[1], 1, transform[3], stop)
+        right = load_tile(earlier, column, inner, tl.float64)  # [BLOCK, BLOCK_INNER]
         total = tl.dot(left, tl.trans(right), total, input_precision="ieee", out_dtype=tl.float64)
     return total
-
-
-@triton.jit
-def _through_memory(transform, column, k, block):
-    """Make a diagonal block symmetric to the bit: its lower triangle is read for both.
-
-    It comes back in the layout of a load. That of a product, over several warps, would cost the column loop three times
-    the barriers.
-    """
-    store_tile(transform, k, 1, column, column, k, k, block)
-    tl.debug_barrier()
-    lower = tl.maximum(column[:, None], column[None, :])
-    upper = tl.minimum(column[:, None], column[None, :])
-    block = tl.load(transform + lower.to(tl.int64) * k + upper, mask=lower < k, other=0.0)
-    tl.debug_barrier()
-    return block
 
 
 @triton.jit
@@ -155,20 +147,13 @@ def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: t
             lives = tl.load(live + column, mask=column < k, other=False)
             upper = row[:, None] <= column[None, :]
             inside = (row < k)[:, None] & (column < k)[None, :]
-            address = transform + row.to(tl.int64)[:, None] * k + column[None, :]
+            address = transform[0] + row.to(tl.int64)[:, None] * k + column[None, :]
             tile = tl.load(address, mask=inside & upper, other=0.0)
             tile = tile * row_weight[:, None] * lives.to(tl.float64)[None, :]
             tl.store(address, tl.where(upper, tile, 0.0), mask=inside)
 
 
-def _work(arguments: Mapping[str, Any]) -> Work:
-    problems = shapes(arguments, "gram", "scale")
-    k = arguments["k"]
-    moved = bytes_of(arguments, "gram", "scale", "transform", "live", "weight")
-    return Work({64: len(problems) * cost(k).flops}, moved, {"matrices": len(problems), "k": k})
-
-
-@launch.counted(_work)
+@launch.counted("k", lambda _, gram, scale: cost(gram[0]).flops)
 @triton.jit
 def small_spd_kernel(
     gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,
@@ -179,11 +164,9 @@ def small_spd_kernel(
 ):  # fmt: skip
     """Grid: (problems,). T (k, k), the mask (k) and the weights of rows and columns (k) are contiguous."""
     problem = tl.program_id(0).to(tl.int64)
-    entry = entry_of(table_ptr, problem, 0, 2)
-    gram, gram_row, gram_column = locate(entry, gram_ptr, gram_strides, problem, GRAM_LAYOUT)
-    entry = entry_of(table_ptr, problem, 1, 2)
-    scale, scale_stride, _ = locate(entry, scale_ptr, scale_strides, problem, SCALE_LAYOUT)
-    transform = transform_ptr + problem * k * k
+    gram = matrix_of(table_ptr, problem, gram_ptr, gram_strides, k, k, GRAM_LAYOUT, 0, 2)
+    scale = matrix_of(table_ptr, problem, scale_ptr, scale_strides, k, 1, SCALE_LAYOUT, 1, 2)
+    transform = (transform_ptr + problem * k * k, k, 1, k, k)
     live = live_ptr + problem * k
     weight = weight_ptr + problem * k
 
@@ -191,7 +174,7 @@ def small_spd_kernel(
     while task < DONE:
         shift = tl.where(task % 2 == 1, threshold * 0.25, 0.0)
         marked = tl.where(task == MASKED, k, 0)
-        _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS)
+        _store_weights(weight, scale[0], scale[1], live, marked, k, BLOCK_ROWS)
         tl.debug_barrier()
         sound = True
         start = 0
@@ -200,25 +183,26 @@ def small_spd_kernel(
             column = start + tl.arange(0, BLOCK)
             kept = tl.load(weight + column, mask=column < k, other=0.0) > 0
             inside = (column < k)[:, None] & (column < k)[None, :]
-            block = _equilibrated(gram, gram_row, gram_column, weight, column, column, k, inside)
-            block -= _earlier(transform, column, column, 0, start, k, BLOCK, BLOCK, BLOCK_INNER)
-            block = _through_memory(transform, column, k, block)
-            factor, inverse, positive = _factor_block(block, tl.where(kept, shift, 1 + shift), BLOCK)
-            store_tile(transform, k, 1, column, column, k, k, inverse)
+            block = _equilibrated(gram, weight, column, column, inside)
+            block -= _earlier(transform, column, column, 0, start, BLOCK, BLOCK_INNER)
+            block = symmetric(transform, column, block)
+            added = tl.where(kept, shift, 1 + shift)
+            block += tl.where(column[:, None] == column[None, :], added[None, :], 0.0)
+            factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
+            positive = tl.min((pivots > 0).to(tl.int32)) == 1
+            store_tile(transform, column, column, inverse)
             growth = tl.sum(inverse * inverse, 0)
 
             for start_row in range(0, k, BLOCK_ROWS):
                 row = start_row + tl.arange(0, BLOCK_ROWS)
                 above = (row < start)[:, None]
                 below = ((row >= stop) & (row < k))[:, None] & (column < k)[None, :]
-                tile = _equilibrated(gram, gram_row, gram_column, weight, row, column, k, below)
                 first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)
-                tile -= _earlier(transform, row, column, first, start, k, BLOCK, BLOCK_ROWS, BLOCK_INNER)
-                solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
-                rest = tile - tl.dot(solved, tl.trans(factor), input_precision="ieee", out_dtype=tl.float64)
-                solved = tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
+                tile = _equilibrated(gram, weight, row, column, below)
+                tile -= _earlier(transform, row, column, first, start, BLOCK, BLOCK_INNER)
+                solved = solved_by(inverse, factor, tile)
                 outside = (above & (column < k)[None, :]) | below
-                tl.store(transform + row.to(tl.int64)[:, None] * k + column[None, :], solved, mask=outside)
+                tl.store(transform[0] + row.to(tl.int64)[:, None] * k + column[None, :], solved, mask=outside)
                 growth += tl.sum(tl.where(above, solved * solved, 0.0), 0)
 
             if task < MASKED:
@@ -249,7 +233,7 @@ def cholesky_inverse_core(
     if transform.numel() == 0:
         return transform, live
     operands = arrange({"gram": gram, "scale": scale[..., None]})
-    arguments = operands.arguments() | {
+    arguments = operands.arguments | {
         "transform_ptr": transform, "live_ptr": live, "weight_ptr": gram.new_empty(gram.shape[:-1]),
         "k": k, "threshold": threshold, "FIRST": WHOLE.value if whole_first else SHIFTED.value,
     }  # fmt: skip

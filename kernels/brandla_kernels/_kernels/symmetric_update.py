@@ -11,36 +11,14 @@ workspace, and a second kernel adds the stretches in their order and updates M.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import (
-    Target,
-    Work,
-    bits_of,
-    counted,
-    product_precision,
-    start,
-    target_of,
-    triton_dtype,
-)
-from brandla_kernels._kernels.matrices import (
-    aligned,
-    arrange,
-    bytes_of,
-    columns_of,
-    entry_of,
-    load_tile,
-    locate,
-    rows_of,
-    shapes,
-)
+from brandla_kernels._kernels.launch import Target, counted, products_in, start, target_of, triton_dtype
+from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.gram_ema import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
@@ -77,7 +55,13 @@ def tile_in_triangle(index, tiles):
 
 
 @triton.jit
-def _update_entries(m, m_row, m_column, n, row, column, total, decay, weight):
+def tiles_of_triangle(across):
+    """Return how many tiles lie on and below the diagonal of ``across`` × ``across``."""
+    return (across * (across + 1)) // 2
+
+
+@triton.jit
+def _update_entries(m, row, column, total, decay, weight):
     """Write ρ M + w ``total`` to these entries of M on and below the diagonal, and to their mirror images.
 
     ρ and w are rounded to the precision of the sum: beside float64 scalars the tile would take twice the registers.
@@ -85,40 +69,20 @@ def _update_entries(m, m_row, m_column, n, row, column, total, decay, weight):
     decay = tl.full((1, 1), decay, total.dtype)
     weight = tl.full((1, 1), weight, total.dtype)
     row, column = row.to(tl.int64), column.to(tl.int64)
-    lower = (row < n)[:, None] & (row[:, None] >= column[None, :])
-    places = m + row[:, None] * m_row + column[None, :] * m_column
+    lower = (row < m[3])[:, None] & (row[:, None] >= column[None, :])
+    places = m[0] + row[:, None] * m[1] + column[None, :] * m[2]
     new = tl.load(places, mask=lower, other=0.0).to(total.dtype) * decay + total * weight
     tl.store(places, new, mask=lower)
-    upper = (row < n)[None, :] & (column[:, None] < row[None, :])
-    tl.store(m + column[:, None] * m_row + row[None, :] * m_column, tl.trans(new), mask=upper)
+    upper = (row < m[3])[None, :] & (column[:, None] < row[None, :])
+    tl.store(m[0] + column[:, None] * m[1] + row[None, :] * m[2], tl.trans(new), mask=upper)
 
 
-@triton.jit
-def _update_tile(m, m_row, m_column, n, first_row, first_column, total, decay, weight, BLOCK: tl.constexpr):
-    """Update M with the tile ``total`` of A Aᵀ, half its columns at a time: M takes fewer registers then."""
-    row = first_row + tl.arange(0, BLOCK)
-    column = first_column + tl.arange(0, BLOCK // 2)
-    left, right = total.reshape(BLOCK, 2, BLOCK // 2).permute(0, 2, 1).split()
-    _update_entries(m, m_row, m_column, n, row, column, left, decay, weight)
-    _update_entries(m, m_row, m_column, n, row, column + BLOCK // 2, right, decay, weight)
-
-
-@triton.jit
-def tiles_of_triangle(across):
-    """Return how many tiles lie on and below the diagonal of ``across`` × ``across``."""
-    return (across * (across + 1)) // 2
-
-
-def _product_work(arguments: Mapping[str, Any]) -> Work:
-    flops = sum(cost(n, k).flops for (n, _), (_, k) in shapes(arguments, "m", "a"))
+@counted(
+    "n k",
+    lambda _, m, a: cost(m[0], a[1]).flops,
     # M is read and written here, or by the kernel that adds up the stretches.
-    moved = bytes_of(arguments, "a") + (
-        2 * bytes_of(arguments, "m") if arguments["SPLITS"] == 1 else bytes_of(arguments, "parts")
-    )
-    return Work({bits_of(arguments["COMPUTE"]): flops}, moved, {"n": arguments["n"], "k": arguments["k"]})
-
-
-@counted(_product_work)
+    lambda given: {"m_ptr": 2 if given["SPLITS"] == 1 else 0},
+)
 @triton.jit
 def symmetric_product_kernel(
     m_ptr, a_ptr, parts_ptr, table_ptr,
@@ -129,46 +93,36 @@ def symmetric_product_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: problems × SPLITS × tiles of a triangle. Parts, with SPLITS > 1: (problems, SPLITS, tiles, tile)."""
-    programs = tiles_of_triangle(tl.cdiv(n, BLOCK_N))
-    index = tl.program_id(0) % programs
-    split = (tl.program_id(0) // programs) % SPLITS
-    problem = (tl.program_id(0) // (programs * SPLITS)).to(tl.int64)
-    m_entry = entry_of(table_ptr, problem, 0, 2)
-    a_entry = entry_of(table_ptr, problem, 1, 2)
-    n = rows_of(m_entry, n, M_LAYOUT)
-    k = columns_of(a_entry, k, A_LAYOUT)
-    tiles = tl.cdiv(n, BLOCK_N).to(tl.int64)
+    problem, split, _, index = place_of(1, tiles_of_triangle(tl.cdiv(n, BLOCK_N)), SPLITS)
+    m = matrix_of(table_ptr, problem, m_ptr, m_strides, n, n, M_LAYOUT, 0, 2)
+    a = matrix_of(table_ptr, problem, a_ptr, a_strides, n, k, A_LAYOUT, 1, 2)
+    tiles = tl.cdiv(m[3], BLOCK_N).to(tl.int64)
     # A problem of a list may be smaller than the largest.
-    if index >= (tiles * (tiles + 1)) >> 1:
+    if index >= tiles_of_triangle(tiles):
         return
     tile_i, tile_j = tile_in_triangle(index, tiles)
-    a, a_row, a_column = locate(a_entry, a_ptr, a_strides, problem, A_LAYOUT)
-
     row_i = tile_i * BLOCK_N + tl.arange(0, BLOCK_N)
     row_j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
-    stretch = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
-    first = split * stretch
+    first, last = stretch_of(a[4], split, SPLITS, BLOCK_K)
     total = tl.zeros((BLOCK_N, BLOCK_N), TOTAL)
-    for start_k in range(first, tl.minimum(first + stretch, k), BLOCK_K):
+    for start_k in range(first, last, BLOCK_K):
         column = start_k + tl.arange(0, BLOCK_K)
-        left = load_tile(a, a_row, a_column, row_i, column, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
-        right = load_tile(a, a_row, a_column, row_j, column, n, k, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        left = load_tile(a, row_i, column, COMPUTE)  # [BLOCK_N, BLOCK_K]
+        right = load_tile(a, row_j, column, COMPUTE)  # [BLOCK_N, BLOCK_K]
         total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION, out_dtype=TOTAL)
     if SPLITS == 1:
-        m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
-        _update_tile(m, m_row, m_column, n, tile_i * BLOCK_N, tile_j * BLOCK_N, total, decay, weight, BLOCK_N)
+        # Half the columns at a time: M takes fewer registers then.
+        left, right = total.reshape(BLOCK_N, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        column = tile_j * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _update_entries(m, row_i, column, left, decay, weight)
+        _update_entries(m, row_i, column + BLOCK_N // 2, right, decay, weight)
     else:
-        part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
+        part = (problem * SPLITS + split) * tiles_of_triangle(tl.cdiv(n, BLOCK_N)) + index
         inner = tl.arange(0, BLOCK_N)
-        tl.store(part + inner[:, None] * BLOCK_N + inner[None, :], total)
+        store_tile((parts_ptr + part * BLOCK_N * BLOCK_N, BLOCK_N, 1, BLOCK_N, BLOCK_N), inner, inner, total)
 
 
-def _update_work(arguments: Mapping[str, Any]) -> Work:
-    sizes = {"n": arguments["n"], "splits": arguments["SPLITS"]}
-    return Work({}, 2 * bytes_of(arguments, "m") + bytes_of(arguments, "parts"), sizes)
-
-
-@counted(_update_work)
+@counted("n SPLITS", times=lambda given: {"m_ptr": 2})
 @triton.jit
 def symmetric_update_kernel(
     m_ptr, parts_ptr, table_ptr, n, decay: tl.float64, weight: tl.float64, m_strides,
@@ -176,35 +130,28 @@ def symmetric_update_kernel(
 ):  # fmt: skip
     """Grid: problems × tiles of a triangle. The second half of a split product: sum of the parts, then the update."""
     programs = tiles_of_triangle(tl.cdiv(n, BLOCK_N))
-    index = tl.program_id(0) % programs
-    problem = (tl.program_id(0) // programs).to(tl.int64)
-    m_entry = entry_of(table_ptr, problem, 0, 2)
-    n = rows_of(m_entry, n, M_LAYOUT)
-    tiles = tl.cdiv(n, BLOCK_N).to(tl.int64)
-    if index >= (tiles * (tiles + 1)) >> 1:
+    problem, _, _, index = place_of(1, programs, 1)
+    m = matrix_of(table_ptr, problem, m_ptr, m_strides, n, n, M_LAYOUT, 0, 2)
+    tiles = tl.cdiv(m[3], BLOCK_N).to(tl.int64)
+    if index >= tiles_of_triangle(tiles):
         return
     tile_i, tile_j = tile_in_triangle(index, tiles)
-    m, m_row, m_column = locate(m_entry, m_ptr, m_strides, problem, M_LAYOUT)
     inner = tl.arange(0, BLOCK_N)
-    row = tile_i * BLOCK_N + inner
     # A quarter of the columns at a time: addresses of both triangles take four registers an entry beside the sum's own.
     for first in range(0, BLOCK_N, BLOCK_N // 4):
         column = first + tl.arange(0, BLOCK_N // 4)
-        within = inner[:, None] * BLOCK_N + column[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_N // 4), parts_ptr.dtype.element_ty)
         for split in range(SPLITS):
             part = parts_ptr + ((problem * SPLITS + split) * programs + index) * BLOCK_N * BLOCK_N
-            total += tl.load(part + within)
-        _update_entries(m, m_row, m_column, n, row, tile_j * BLOCK_N + column, total, decay, weight)
+            total += tl.load(part + inner[:, None] * BLOCK_N + column[None, :])
+        _update_entries(m, tile_i * BLOCK_N + inner, tile_j * BLOCK_N + column, total, decay, weight)
 
 
 def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: float) -> None:
     """Overwrite M with ``decay`` M + ``weight`` A Aᵀ, M symmetric, A = ``added``."""
-    operands = arrange({"m": matrix, "a": added})
-    target = target_of(matrix[0] if isinstance(matrix, list) else matrix)
-    total = dtype_of(matrix)
+    operands, target = arrange({"m": matrix, "a": added}), target_of(matrix)
+    n, k, total = rows(matrix), columns(added), dtype_of(matrix)
     compute = _product_dtype(target, total, dtype_of(added))
-    n, k = rows(matrix), columns(added)
     config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))
     block = config.blocks["BLOCK_N"]
     across = triton.cdiv(n, block)
@@ -213,11 +160,8 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     parts: Tensor | None = None
     if splits > 1:
         parts = torch.empty(operands.problems, splits, tiles, block, block, dtype=total, device=device_of(matrix))
-    common = operands.arguments() | {"parts_ptr": parts, "n": n, "decay": decay, "weight": weight, "SPLITS": splits}
-    product = common | {
-        "k": k, "TOTAL": triton_dtype(total), "COMPUTE": triton_dtype(compute),
-        "PRECISION": product_precision(target, compute),
-    }  # fmt: skip
+    common = operands.arguments | {"parts_ptr": parts, "n": n, "decay": decay, "weight": weight, "SPLITS": splits}
+    product = common | {"k": k, "TOTAL": triton_dtype(total)} | products_in(target, compute)
     start(symmetric_product_kernel, (operands.problems * splits * tiles,), product, config)
     if splits > 1:
         update = {name: common[name] for name in symmetric_update_kernel.arg_names if name in common}
