@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from brandla.kfac.alike import alike
-from brandla.kfac.gradient import inner
-from brandla.kfac.layer import Written
-from brandla.kfac.strategy import Gradient
+from brandla.kfac.capture.layer import Written
+from brandla.kfac.values import Gradient, alike, inner
 
 
 def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:

@@ -8,12 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from brandla import _check
-from brandla.kfac.capture import Recorder
-from brandla.kfac.kinds import KINDS, Kind
-from brandla.kfac.layer import Layer, Sharing
-from brandla.kfac.names import named_modules
-from brandla.kfac.options import of_module
-from brandla.kfac.strategy import Strategy
+from brandla.kfac.capture.calls import Recorder
+from brandla.kfac.capture.kinds import KINDS, Kind
+from brandla.kfac.capture.layer import Layer, Sharing
+from brandla.kfac.options import named_modules, of_module
+from brandla.kfac.systems.strategy import Strategy
 
 # The name of the layer where the model itself is one.
 ROOT = "(model)"

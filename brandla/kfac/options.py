@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
 from brandla import _check
-from brandla.kfac.fisher import CurvatureType
-from brandla.kfac.layer import Sharing
-from brandla.kfac.names import named_modules
+from brandla.kfac.capture.fisher import CurvatureType
+from brandla.kfac.capture.layer import Sharing
 from brandla.kfac.schedule import Schedule, at, spelled
-from brandla.kfac.strategy import Scale, Strategy
+from brandla.kfac.systems.strategy import Strategy
+from brandla.kfac.values import Scale
 
+# What torch.compile calls the module that it wraps.
+_WRAPPED = "_orig_mod"
 Option = TypeVar("Option")
 ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module], Option]
 
@@ -74,6 +76,15 @@ class AtStep:
     clip: float | None
     decay: float
     factor_every: int
+
+
+def named_modules(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules of a model, those that hold others first; a wrapper has the name of what it wraps.
+
+    A module that is in several places has the name of the first, and with ``aliases`` all of them.
+    """
+    for name, module in model.named_modules(remove_duplicate=not aliases):
+        yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
 
 
 def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) -> dict[str, Any]:

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla.kfac import passes, state
-from brandla.kfac.brand import Brand
-from brandla.kfac.capture import Pass, Recorder
+from brandla.kfac import state
+from brandla.kfac.capture import passes
+from brandla.kfac.capture.calls import Pass, Recorder
+from brandla.kfac.capture.fisher import CurvatureType, Loss
+from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
+from brandla.kfac.capture.loss_scale import is_unscaled, scale_of
+from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish
-from brandla.kfac.distributed import Mode, Replicas, replicas
-from brandla.kfac.factor import share_totals
 from brandla.kfac.find import find_layers
-from brandla.kfac.fisher import CurvatureType, Loss
-from brandla.kfac.layer import Layer, Sharing, by_strategy
-from brandla.kfac.loss_scale import is_unscaled, scale_of
-from brandla.kfac.mask import Mask
-from brandla.kfac.notices import Notices
 from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, check_loss, sharings, strategies
-from brandla.kfac.report import Report, describe
+from brandla.kfac.processes.distributed import Mode, Replicas, replicas
+from brandla.kfac.processes.sharded import whole_gradients
+from brandla.kfac.report import Notices, Report, describe
 from brandla.kfac.schedule import Schedule
-from brandla.kfac.strategy import Damping, Gradient, Now, Problem, Rows, Scale, Strategy
-from brandla.kfac.whole import whole_gradients
+from brandla.kfac.systems.brand import Brand
+from brandla.kfac.systems.factor import share_totals
+from brandla.kfac.systems.strategy import Problem, Strategy
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Scale
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

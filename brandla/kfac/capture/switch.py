@@ -1,0 +1,78 @@
+"""Weights whose gradient autograd does not form: the rows of their calls give it, or a step in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brandla._sharded import is_dtensor
+from brandla.kfac.capture.kinds import Kind
+from brandla.kfac.capture.kinds.kind import no_hook
+
+
+class Switch:
+    """Has a weight require no gradient while its module's forward pass runs.
+
+    The bias is trained and has its gradient from autograd, so that there is a graph in any case, and something to tell
+    whose gradient came when. ``is_wanted`` says whether the call will be captured, and nobody else waits.
+    """
+
+    def __init__(self, kind: Kind, is_wanted: Callable[[], bool]) -> None:
+        self.kind = kind
+        self.is_off = False
+        self._is_wanted = is_wanted
+        self._weight: Tensor | None = None
+
+    def attach(self) -> list[Any]:
+        """Put the hooks around the forward pass, the last one before all that look at the output."""
+        module = self.kind.module
+        return [
+            module.register_forward_pre_hook(_Hook(self, self.off)),
+            module.register_forward_hook(_Hook(self, self.on), prepend=True, always_call=True),
+        ]
+
+    def off(self) -> None:
+        """Leave the gradient out of the call that comes, if it may be."""
+        self.is_off = self._may_be_left_out() and self._is_wanted()
+        if self.is_off:
+            self._weight = self.kind.weight.requires_grad_(False)
+
+    def on(self) -> None:
+        """Have the weight be trained again; ``is_off`` still tells of the call."""
+        if self._weight is not None:
+            self._weight.requires_grad_(True)
+            self._weight = None
+
+    def _may_be_left_out(self) -> bool:
+        """Say whether a captured call will have all that there is to the gradient."""
+        if torch.compiler.is_compiling() or is_functional() or not torch.is_grad_enabled():
+            return False
+        weight, bias = self.kind.weight, self.kind.bias
+        if not all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias)):
+            return False
+        trained: bool = weight.requires_grad
+        return trained
+
+
+class _Hook:
+    """A hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
+
+    def __init__(self, switch: Switch, turn: Callable[[], None]) -> None:
+        self._switch = switch
+        self._turn = turn
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if module is self._switch.kind.module:
+            self._turn()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return no_hook, ()
+
+
+def is_functional() -> bool:
+    """Say whether torch.func differentiates what is going on: that never gets to a weight's gradient."""
+    # The compiler takes None for an object here, but not for one of the type.
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)

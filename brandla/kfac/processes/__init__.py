@@ -1,0 +1,1 @@
+"""Many processes: what they tell each other, so that all take the same step."""
