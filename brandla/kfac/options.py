@@ -37,11 +37,11 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        _choice("damping_scale", self.damping_scale, ("relative", "absolute"))
-        _choice("clip_by", self.clip_by, ("rms", "kl"))
-        _choice("application", self.application, ("auto", "two-sided"))
-        _choice("gradient", self.gradient, ("autograd", "pair"))
-        _choice("curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
+        _check.choice("KFAC", "damping_scale", self.damping_scale, ("relative", "absolute"))
+        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl"))
+        _check.choice("KFAC", "application", self.application, ("auto", "two-sided"))
+        _check.choice("KFAC", "gradient", self.gradient, ("autograd", "pair"))
+        _check.choice("KFAC", "curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
         _check.count("KFAC", "seed", self.seed, 0)
         self.at(0)
 
@@ -115,7 +115,7 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     """Check ``sharing`` and return it by module name."""
     rule = by_module(model, "sharing", sharing, "expand")
     for value in rule.values():
-        _choice("sharing", value, ("expand", "reduce"))
+        _check.choice("KFAC", "sharing", value, ("expand", "reduce"))
     return rule
 
 
@@ -126,19 +126,8 @@ def of_module(rule: Mapping[str, Option], name: str) -> Option:
     return rule[name]
 
 
-def check_loss(loss: object) -> None:
-    """Check the name of a loss."""
-    if loss not in ("cross_entropy", "mse"):
-        _check.fail_value("KFAC.curvature", f"loss must be 'cross_entropy' or 'mse'; got {loss!r}")
-
-
 def check_distributed(mode: object, columns: int | None) -> None:
     """Check how several processes are to work together."""
-    _choice("distributed", mode, ("gather", "split"))
+    _check.choice("KFAC", "distributed", mode, ("gather", "split"))
     if columns is not None:
         _check.count("KFAC", "columns", columns, 1)
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        _check.fail_value("KFAC", f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")

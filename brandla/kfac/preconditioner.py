@@ -19,7 +19,7 @@ from brandla.kfac.capture.loss_scale import is_unscaled, scale_of
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, check_loss, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Notices, Report, describe
@@ -192,7 +192,7 @@ class KFAC:
         ValueError, TypeError
             For a loss that is not one of these, outputs that require no gradient, and weights of another shape.
         """
-        check_loss(loss)
+        _check.choice("KFAC.curvature", "loss", loss, ("cross_entropy", "mse"))
         if self._takes_curvature and any("curvature" in layer.capture.wanted for layer in self._layers):
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1

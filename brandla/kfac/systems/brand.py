@@ -13,7 +13,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.kfac.schedule import Schedule
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.factor import Absorption, State, check_factor_form, due, store, stored, tensor
+from brandla.kfac.systems.factor import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
 from brandla.kfac.values import Damping
@@ -65,7 +65,7 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
     decays: dict[tuple[int, float], Tensor] = {}
     weights: dict[tuple[int, float, float], Tensor] = {}
     found = []
-    for state, _, (decay, weight), finite in absorptions:
+    for state, _, decay, weight, finite in absorptions:
         total = tensor(state, "total")
         key = id(total), decay
         if key not in shares:
@@ -143,15 +143,13 @@ class Brand(FactorStrategy):
     sketch: Sketch = "auto"
 
     def __post_init__(self) -> None:
-        check_factor_form(self)
+        super().__post_init__()
         if self.sketch is not None and self.sketch != "auto":
             _check.count("Brand", "sketch", self.sketch, 1)
         if not isinstance(self.rank, ErrorBound):
             check_rank(self, self.rank)
-        if self.form not in ("root", "eigh"):
-            _check.fail_value("Brand", f"form must be 'root' or 'eigh'; got {self.form!r}")
-        if self.compress not in ("eigh", "cholesky"):
-            _check.fail_value("Brand", f"compress must be 'eigh' or 'cholesky'; got {self.compress!r}")
+        _check.choice("Brand", "form", self.form, ("root", "eigh"))
+        _check.choice("Brand", "compress", self.compress, ("eigh", "cholesky"))
         if self.form == "eigh" and self.compress != "eigh":
             _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
 
@@ -212,3 +210,35 @@ def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[F
         return None
     reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
     return Exact(inverse_every=1, tail=strategy.tail), reason
+
+
+@dataclass(frozen=True)
+class DenseBrand(DenseForm, FactorStrategy):
+    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
+
+    kind: ClassVar[type[LowRankRoot | LowRankEigh]]
+
+    rank: Schedule[int | Rank]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self, self.rank)
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix and nothing known of it."""
+        state = super().start(n, groups, dtype, device)
+        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
+        return state
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
+        super().take(absorptions, step)
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
+
+    def lowrank(self, state: State) -> LowRank:
+        """``rank`` columns, or eigenpairs."""
+        return kept(state)
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, first_rank(self.rank))

@@ -8,24 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brandla.kfac.systems.factor import (
-    Absorption,
-    FactorForm,
-    State,
-    add_to_dense,
-    check_factor_form,
-    normalised,
-    tensor,
-)
+from brandla.kfac.systems.factor import Absorption, DenseForm, FactorForm, State, normalised, tensor
 from brandla.kfac.values import Damping
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Whole(FactorForm):
     """A form with nothing left out, whose own solve is as cheap as any: ``tail`` has no part in it."""
-
-    def __post_init__(self) -> None:
-        check_factor_form(self)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Nothing falls due."""
@@ -51,7 +40,7 @@ class Diagonal(_Whole):
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Count the indices."""
-        for state, indices, (decay, weight), finite in absorptions:
+        for state, indices, decay, weight, finite in absorptions:
             diagonal = tensor(state, "diagonal")
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
@@ -66,32 +55,20 @@ class Diagonal(_Whole):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(_Whole):
+class Blocks(_Whole, DenseForm):
     """Factors of order 1 and 2, many at once, solved with directly at every step."""
-
-    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with zero matrices."""
-        return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
-
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sums."""
-        add_to_dense(absorptions)
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
-        diagonal = _blocks(state).diagonal(dim1=-2, dim2=-1)
+        diagonal = self.average(state).diagonal(dim1=-2, dim2=-1)
         if diagonal.shape[-1] == 1:
             return diagonal[..., 0]
         first, last = diagonal.unbind(-1)
-        return (first + last) / 2 + torch.hypot((first - last) / 2, _blocks(state)[..., 0, 1])
+        return (first + last) / 2 + torch.hypot((first - last) / 2, self.average(state)[..., 0, 1])
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Solve densely; regular, since λ > 0."""
-        blocks = _blocks(state)
+        blocks = self.average(state)
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         solution: Tensor = torch.linalg.solve_ex(blocks + shift[..., None, None] * eye, block).result
         return solution
-
-
-def _blocks(state: State) -> Tensor:
-    return normalised(state, tensor(state, "dense"))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule
+from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.factor import Factor, check_period, normalised, stored
+from brandla.kfac.systems.factor import Factor, normalised, stored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Strategy
@@ -67,7 +67,7 @@ class EKFAC(Strategy):
     inverse_every: Schedule[int] = 10
 
     def __post_init__(self) -> None:
-        check_period(self, "inverse_every")
+        _check.count("EKFAC", "inverse_every", at(self.inverse_every, 0), 1)
 
     def curvature(self, shape: Shape) -> Curvature:
         """Return eigenbases and second moments before any data."""

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._small import largest_eigenvalue, safe_eigh
-from brandla.kfac.schedule import Schedule
-from brandla.kfac.systems.factor import (
-    Absorption,
-    State,
-    add_to_dense,
-    check_factor_form,
-    check_period,
-    distance,
-    due,
-    keep_trace,
-    normalised,
-    store,
-    stored,
-    tensor,
-)
+from brandla.kfac.schedule import Schedule, at
+from brandla.kfac.systems.factor import DenseForm, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
 
 
 @dataclass(frozen=True)
-class Exact(FactorStrategy):
+class Exact(DenseForm, FactorStrategy):
     """K-FAC: dense average, renewed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
 
     Parameters
@@ -50,23 +36,20 @@ class Exact(FactorStrategy):
     J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
     """
 
-    unread: ClassVar[tuple[str, ...]] = ("dense",)
-
     inverse_every: Schedule[int] = 10
     method: Literal["eigh", "cholesky"] = "eigh"
 
     def __post_init__(self) -> None:
-        check_factor_form(self)
-        check_period(self, "inverse_every")
-        if self.method not in ("eigh", "cholesky"):
-            _check.fail_value("Exact", f"method must be 'eigh' or 'cholesky'; got {self.method!r}")
+        super().__post_init__()
+        _check.count("Exact", "inverse_every", at(self.inverse_every, 0), 1)
+        _check.choice("Exact", "method", self.method, ("eigh", "cholesky"))
         if self.method == "cholesky" and self.tail != 0:
             rule = "tail has no meaning for method='cholesky', which leaves no eigenvalue out"
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         """Begin with a zero matrix."""
-        state: State = {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
+        state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
             store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
         else:
@@ -75,20 +58,15 @@ class Exact(FactorStrategy):
             state["cholesky"] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
         return state
 
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sum."""
-        add_to_dense(absorptions)
-
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose or factorise the dense average when it is due."""
         if not due(state, step, self.inverse_every):
             return
-        average = normalised(state, tensor(state, "dense"))
         if self.method == "eigh":
-            store(state, self.decompose(average))
-            keep_trace(self, state)
+            store(state, self.decompose(self.average(state)))
+            self.keep_trace(state)
         else:
-            _factorize(state, average, damping)
+            _factorize(state, self.average(state), damping)
 
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Return all eigenpairs of M."""
@@ -111,11 +89,11 @@ class Exact(FactorStrategy):
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now: rounding at a renewal, staleness after it."""
         if self.method == "eigh":
-            return distance(state, stored(state).dense())
+            return super().error_bound(state)
         factor, shift = tensor(state, "cholesky"), tensor(state, "shift")
         approximation = factor @ factor.mT
         approximation.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
-        return distance(state, approximation)
+        return self.distance(state, approximation)
 
 
 def _factorize(state: State, average: Tensor, damping: Damping) -> None:

@@ -23,19 +23,16 @@ _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
 
 
-class Average(NamedTuple):
-    """One step of an exponential sum: S ← decay · S + weight · A Aᵀ."""
-
-    decay: float
-    weight: float
-
-
 class Absorption(NamedTuple):
-    """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one."""
+    """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
+
+    They go into an exponential sum: S ← decay · S + weight · A Aᵀ.
+    """
 
     state: State
     columns: Tensor
-    average: Average
+    decay: float
+    weight: float
     finite: Tensor
 
 
@@ -56,6 +53,11 @@ class FactorForm(ABC):
     unread: ClassVar[tuple[str, ...]] = ()
 
     tail: float | Literal["mean", "smallest"] = 0.0
+
+    def __post_init__(self) -> None:
+        tail: object = self.tail
+        if tail not in ("mean", "smallest") and not (isinstance(tail, (int, float)) and tail >= 0):
+            _check.fail_value(type(self).__name__, f"tail must be a number >= 0, 'mean' or 'smallest'; got {tail!r}")
 
     def __str__(self) -> str:
         return spelled(self)
@@ -108,6 +110,42 @@ class FactorForm(ABC):
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
         """Return another strategy and the reason, where this one does not apply to order ``n``."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseForm(FactorForm):
+    """A form that keeps the dense sum S in ``state["dense"]``, and beside it what it makes of that now and then."""
+
+    unread: ClassVar[tuple[str, ...]] = ("dense",)
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix."""
+        return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sums."""
+        for state, columns, decay, weight, _ in absorptions:
+            gram_ema_(tensor(state, "dense"), columns, decay, weight)
+
+    def error_bound(self, state: State) -> Tensor:
+        """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
+        lowrank = self.lowrank(state)
+        assert lowrank is not None, _OWN_SOLVE
+        return self.distance(state, lowrank.dense())
+
+    def average(self, state: State) -> Tensor:
+        """Return M = S / total."""
+        return normalised(state, tensor(state, "dense"))
+
+    def distance(self, state: State, approximation: Tensor) -> Tensor:
+        """Return ‖M − M̂‖_F for a dense M̂."""
+        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - approximation)
+        return norm
+
+    def keep_trace(self, state: State) -> None:
+        """Keep the trace of M, where the tail comes from it."""
+        if self.tail == "mean":
+            state["trace"] = normalised(state, tensor(state, "dense").diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 @dataclass
@@ -244,10 +282,10 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         if not factor.started:
             factor.begin()
             totals.begin(factor)
-        # In the weight, the normalisation costs no scaled copy of the columns.
-        average = Average(now.decay, (1 - now.decay) * scale)
         totals.renew(factor)
-        members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, average, now.finite))
+        # In the weight, the normalisation costs no scaled copy of the columns.
+        weight = (1 - now.decay) * scale
+        members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, now.decay, weight, now.finite))
         factors[index] = factor
     for strategy, absorptions in members.items():
         strategy.take(absorptions, now.step)
@@ -307,24 +345,6 @@ def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
     state.update(lowrank._asdict())
 
 
-def add_to_dense(absorptions: Sequence[Absorption]) -> None:
-    """Take columns into the dense sums of the states."""
-    for state, columns, (decay, weight), _ in absorptions:
-        gram_ema_(tensor(state, "dense"), columns, decay, weight)
-
-
-def keep_trace(strategy: FactorForm, state: State) -> None:
-    """Keep the trace of the dense average, where the tail comes from it."""
-    if strategy.tail == "mean":
-        state["trace"] = normalised(state, tensor(state, "dense").diagonal(dim1=-2, dim2=-1).sum(-1))
-
-
-def distance(state: State, approximation: Tensor) -> Tensor:
-    """‖M − M̂‖_F >= ‖M − M̂‖₂ for a dense M̂, where the state holds a dense S: for reports."""
-    norm: Tensor = torch.linalg.matrix_norm(normalised(state, tensor(state, "dense")) - approximation)
-    return norm
-
-
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
     """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
@@ -349,16 +369,3 @@ def due(state: State, step: int, every: Schedule[int]) -> bool:
         return False
     state["renewed"] = step
     return True
-
-
-def check_period(strategy: object, name: str) -> None:
-    """Check that a period is a whole number of steps, at least 1; of a schedule, its first value."""
-    _check.count(type(strategy).__name__, name, at(getattr(strategy, name), 0), 1)
-
-
-def check_factor_form(strategy: FactorForm) -> None:
-    """Check the options that every strategy of factors has."""
-    name = type(strategy).__name__
-    tail: object = strategy.tail
-    if tail not in ("mean", "smallest") and not (isinstance(tail, (int, float)) and tail >= 0):
-        _check.fail_value(name, f"tail must be a number >= 0, 'mean' or 'smallest'; got {strategy.tail!r}")

@@ -74,8 +74,7 @@ class InverseFree(Strategy):
         if not isinstance(self.structure, (str, Structure)):
             kind = type(self.structure).__name__
             _check.fail_type("InverseFree", f"structure must be a name or a Structure; got {kind}")
-        if self.variant not in ("singd", "ikfac"):
-            _check.fail_value("InverseFree", f"variant must be 'singd' or 'ikfac'; got {self.variant!r}")
+        _check.choice("InverseFree", "variant", self.variant, ("singd", "ikfac"))
         if not 0 < self.rate < float("inf"):
             _check.fail_value("InverseFree", f"rate must be finite and > 0; got {self.rate}")
         if not 0 <= self.momentum < 1:

@@ -55,8 +55,7 @@ class TwoLevel(Strategy):
 
     def __post_init__(self) -> None:
         check_inner(self, self.inner, Strategy, "a strategy such as Brand(rank=128)")
-        if self.space not in ("nicolaides", "residual"):
-            _check.fail_value("TwoLevel", f"space must be 'nicolaides' or 'residual'; got {self.space!r}")
+        _check.choice("TwoLevel", "space", self.space, ("nicolaides", "residual"))
 
     def curvature(self, shape: Shape) -> Curvature:
         """Return the inner system's curvature."""
