@@ -11,6 +11,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Scale = Literal["relative", "absolute"]
+Side = Literal["input", "output"]
 # The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
 

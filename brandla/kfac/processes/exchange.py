@@ -12,11 +12,11 @@ from torch import Tensor
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.processes.messages import Layout
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.values import Rows, Shape
+from brandla.kfac.values import Rows, Shape, Side
 from brandla.randomized import randomized_svd
 
 Name = Literal["inputs", "gradients"]
-_SIDES: dict[Name, Literal["input", "output"]] = {"inputs": "input", "gradients": "output"}
+_SIDES: dict[Name, Side] = {"inputs": "input", "gradients": "output"}
 
 
 class Share(NamedTuple):

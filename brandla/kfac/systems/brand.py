@@ -13,7 +13,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.kfac.schedule import Schedule
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.factor import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
 from brandla.kfac.values import Damping

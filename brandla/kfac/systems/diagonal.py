@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brandla.kfac.systems.factor import Absorption, DenseForm, FactorForm, State, normalised, tensor
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, normalised, tensor
 from brandla.kfac.values import Damping
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.factor import Factor, normalised, stored
+from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.form import normalised, stored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Strategy
-from brandla.kfac.values import Gradient, Now, Rows, Shape, dense
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, dense
 from brandla.lowrank import LowRankEigh
 
 # Gradients of samples with several positions are formed so many numbers at a time, or one by one.
@@ -110,7 +111,7 @@ class EigenvalueCorrected(Curvature):
         rotated = left.mT @ dense(gradient) @ right
         return left @ (rotated / divisor) @ right.mT
 
-    def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
+    def factors(self) -> Iterator[tuple[Side, Factor]]:
         """Go through both factors."""
         return self.bases.factors()
 
@@ -120,10 +121,9 @@ class EigenvalueCorrected(Curvature):
 
     def loaded(self, state: dict[str, Any], where: str) -> EigenvalueCorrected:
         """Return a new curvature that continues from ``state``, or raise ValueError."""
-        if "sums" not in state or state["sums"].shape != self.sums.shape:
-            got = tuple(state["sums"].shape) if "sums" in state else "none"
-            rule = f"{where}: sums must have shape {tuple(self.sums.shape)}, as EKFAC's; got {got}"
-            _check.fail_value("KFAC.load_state_dict", rule)
+        wanted, got = tuple(self.sums.shape), tuple(state["sums"].shape)
+        if got != wanted:
+            _check.fail_value("KFAC.load_state_dict", f"{where}: sums must have shape {wanted}; got {got}")
         sums = state["sums"].to(device=self.sums.device, dtype=self.sums.dtype, copy=True)
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 

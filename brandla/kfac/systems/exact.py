@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._small import largest_eigenvalue, safe_eigh
 from brandla.kfac.schedule import Schedule, at
-from brandla.kfac.systems.factor import DenseForm, State, due, store, stored, tensor
+from brandla.kfac.systems.form import DenseForm, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh

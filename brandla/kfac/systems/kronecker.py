@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from brandla import grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.diagonal import Blocks, Diagonal
-from brandla.kfac.systems.factor import Factor, FactorForm, Intake, absorb_columns, damped_solves
+from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves
+from brandla.kfac.systems.form import FactorForm
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
-from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Kronecker(Curvature):
         of_column = sum(4 * n * rank for n, rank in known) + 2 * entries
         return 4 * entries * sum(rank for _, rank in known) // of_column
 
-    def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
+    def factors(self) -> Iterator[tuple[Side, Factor]]:
         """Go through the factors there are."""
         if self.input is not None:
             yield "input", self.input
@@ -153,7 +154,7 @@ class _Side(NamedTuple):
     """One factor to solve with, and the problem it belongs to."""
 
     problem: int
-    name: Literal["input", "output"]
+    name: Side
     factor: Factor
 
 
@@ -175,14 +176,14 @@ def _of(problem: Problem) -> Kronecker:
     return cast(Kronecker, problem.curvature)
 
 
-def _block(step: Gradient, side: Literal["input", "output"]) -> Tensor:
+def _block(step: Gradient, side: Side) -> Tensor:
     """Return what a factor is applied to: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
     if isinstance(step, Tensor):
         return step if side == "output" else step.mT
     return step[0] if side == "output" else step[1]
 
 
-def _with_block(step: Gradient, side: Literal["input", "output"], block: Tensor) -> Gradient:
+def _with_block(step: Gradient, side: Side, block: Tensor) -> Gradient:
     if isinstance(step, Tensor):
         return block if side == "output" else block.mT
     return (block, step[1]) if side == "output" else (step[0], block)

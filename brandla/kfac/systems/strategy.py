@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.schedule import spelled
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.values import Gradient, Now, Rows, Shape
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
 
 
 class Problem(NamedTuple):
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
 class Kept(NamedTuple):
     """What is kept for one side of a layer where that is no factor: for reports."""
 
-    side: Literal["input", "output"]
+    side: Side
     n: int
     note: str
     tensors: Sequence[Tensor]
@@ -55,7 +55,7 @@ class Curvature(ABC):
         """
         return None
 
-    def factors(self) -> Iterator[tuple[Literal["input", "output"], Factor]]:
+    def factors(self) -> Iterator[tuple[Side, Factor]]:
         """Go through the Kronecker factors, where there are any."""
         return iter(())
 

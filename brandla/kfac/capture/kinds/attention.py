@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.attention_forward import AttentionForward, Projection
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, full_dtype, is_called_as, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, full_dtype, is_called_as, own_forward, why_left
 
 
 class AttentionKind(Kind):
@@ -26,7 +26,7 @@ class AttentionKind(Kind):
             return None
         forward = AttentionForward.of(module)
         if not is_called_as(module, nn.MultiheadAttention) or forward is None:
-            return f"{type(module).__name__} has a forward pass of its own"
+            return own_forward(module)
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds positions to keys and values (add_bias_kv, add_zero_attn)"
         packed = module.in_proj_weight is not None

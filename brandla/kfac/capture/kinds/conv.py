@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, why_left
-
-_TYPES: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, own_forward
 
 
 class ConvKind(Kind):
@@ -20,14 +18,14 @@ class ConvKind(Kind):
     them; in "reduce" their average is taken with none stored, one dimension after another.
     """
 
+    types: ClassVar[tuple[type[Any], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
     @classmethod
-    def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weight of a convolution."""
-        if not isinstance(module, _TYPES):
-            return None
-        if not is_called_as(module, *_TYPES) or not any(_is_plain(module, plain) for plain in _TYPES):
-            return f"{type(module).__name__} has a forward pass of its own"
-        return why_left(module, "weight") or [cls(module)]
+    def left(cls, module: nn.Module) -> str:
+        """Say so where what the forward pass calls is not the type's own."""
+        own: Any = module
+        plain = any(isinstance(module, kind) and type(own)._conv_forward is kind._conv_forward for kind in cls.types)
+        return "" if plain else own_forward(module)
 
     @property
     def conv(self) -> Any:
@@ -46,12 +44,8 @@ class ConvKind(Kind):
         """Size, stride and dilation of the kernel in each dimension."""
         return list(zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True))
 
-    def refusal(self, inputs: object, output: object) -> str:
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the dimensions are neither those of a batch nor those of a sample."""
-        if reason := super().refusal(inputs, output):
-            return reason
-        assert isinstance(inputs, Tensor)
-        assert isinstance(output, Tensor)
         batched = self.weight.ndim
         if inputs.ndim not in (batched - 1, batched) or output.ndim != inputs.ndim:
             return f"its input has {inputs.ndim} dimensions and its output {output.ndim}; a batch has {batched}"
@@ -103,11 +97,6 @@ class ConvKind(Kind):
 
     def _in_groups(self, rows: Tensor) -> Tensor:
         return rows if self.conv.groups > 1 else rows[0]
-
-
-def _is_plain(module: nn.Module, plain: Any) -> bool:
-    """Say whether what the forward pass of a convolution calls is its own too."""
-    return isinstance(module, plain) and type(module)._conv_forward is plain._conv_forward
 
 
 def _windows(part: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.conv import ConvKind
-from brandla.kfac.capture.kinds.kind import Kind, is_called_as, why_left
-
-_TYPES: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ConvTransposeKind(ConvKind):
@@ -20,14 +17,12 @@ class ConvTransposeKind(ConvKind):
     So positions are those of the output, as for a convolution, and the bias is added to each.
     """
 
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
     @classmethod
-    def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weight of a transposed convolution."""
-        if not isinstance(module, _TYPES):
-            return None
-        if not is_called_as(module, *_TYPES):
-            return f"{type(module).__name__} has a forward pass of its own"
-        return why_left(module, "weight") or [cls(module)]
+    def left(cls, module: nn.Module) -> str:
+        """Its forward pass calls nothing that a subclass could have changed."""
+        return ""
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:

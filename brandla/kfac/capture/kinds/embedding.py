@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, is_called_as, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Uses, wrong_shape
 
 
 class EmbeddingKind(Kind):
@@ -16,20 +16,16 @@ class EmbeddingKind(Kind):
     Positions are rows in every sharing: an average of one-hot inputs would not be one-hot.
     """
 
+    types = (nn.Embedding,)
     one_hot = True
 
     @classmethod
-    def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weight of an embedding."""
-        if not isinstance(module, nn.Embedding):
-            return None
-        if not is_called_as(module, nn.Embedding):
-            return f"{type(module).__name__} has a forward pass of its own"
-        if module.sparse:
+    def left(cls, module: nn.Module) -> str:
+        """Say so where its gradient is not the sum over its calls, or sparse."""
+        embedding: Any = module
+        if embedding.sparse:
             return "its gradient is sparse"
-        if module.scale_grad_by_freq:
-            return "its gradient is scaled by frequency"
-        return why_left(module, "weight") or [cls(module)]
+        return "its gradient is scaled by frequency" if embedding.scale_grad_by_freq else ""
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -37,16 +33,9 @@ class EmbeddingKind(Kind):
         entries, size = self.weight.shape
         return (), size, entries
 
-    def refusal(self, inputs: object, output: object) -> str:
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the output is not an entry for each index."""
-        if reason := super().refusal(inputs, output):
-            return reason
-        assert isinstance(inputs, Tensor)
-        assert isinstance(output, Tensor)
-        wanted = (*inputs.shape, self.weight.shape[1])
-        if output.shape != wanted:
-            return f"its output has shape {tuple(output.shape)}, where the input makes {wanted}"
-        return ""
+        return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return indices and their gradients; padding, which autograd leaves out too, has −1 and 0."""

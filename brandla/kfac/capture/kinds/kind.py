@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Kind(ABC):
     outputs, in each group by itself.
     """
 
+    # The types of modules with one weight of this kind, called as those types are.
+    types: ClassVar[tuple[type[Any], ...]] = ()
     # Inputs are indices of one-hot vectors.
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
@@ -47,9 +49,18 @@ class Kind(ABC):
         self._bias = bias
 
     @classmethod
-    @abstractmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
         """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
+        if not isinstance(module, cls.types):
+            return None
+        if not is_called_as(module, *cls.types):
+            return own_forward(module)
+        return cls.left(module) or why_left(module, "weight") or [cls(module)]
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Say why a module of these types is left to the optimizer; an empty string if it is not."""
+        return ""
 
     @property
     def weight(self) -> Any:
@@ -105,6 +116,12 @@ class Kind(ABC):
                 return f"its {name} is not a dense tensor"
         if not isinstance(self.weight, nn.Parameter):
             return COMPUTED
+        assert isinstance(inputs, Tensor)
+        assert isinstance(output, Tensor)
+        return self.misfit(inputs, output)
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say why the shapes of a call are not those that `uses` can take; an empty string if they are."""
         return ""
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -151,6 +168,11 @@ def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types)
 
 
+def own_forward(module: nn.Module) -> str:
+    """Say that the forward pass of a module is not that of its type."""
+    return f"{type(module).__name__} has a forward pass of its own"
+
+
 def why_left(module: nn.Module, *names: str) -> str:
     """Say why weights cannot be preconditioned; an empty string if they can."""
     for name in names:
@@ -176,3 +198,10 @@ def by_sample(part: Tensor) -> Tensor:
     if part.ndim <= 2:
         return part.reshape(-1, 1, part.shape[-1])
     return part.reshape(part.shape[0], -1, part.shape[-1])
+
+
+def wrong_shape(output: Tensor, wanted: tuple[int, ...]) -> str:
+    """Say that an output has not the shape that its input makes; an empty string if it has."""
+    if output.shape == wanted:
+        return ""
+    return f"its output has shape {tuple(output.shape)}, where the input makes {wanted}"

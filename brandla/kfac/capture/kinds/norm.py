@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
 
 _BATCH: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE: tuple[Any, ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -48,7 +48,7 @@ class NormKind(Kind):
             return []
         # Batch and instance normalisations inherit their forward pass.
         if not is_called_as(module, *types):
-            return f"{type(module).__name__} has a forward pass of its own"
+            return own_forward(module)
         return why_left(module, "weight") or [cls(module)]
 
     @property
@@ -56,12 +56,8 @@ class NormKind(Kind):
         """Channels, of one weight each."""
         return (self.weight.numel(),), 1, 1
 
-    def refusal(self, inputs: object, output: object) -> str:
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the input is not a batch: instance normalisations take a single sample too."""
-        if reason := super().refusal(inputs, output):
-            return reason
-        assert isinstance(inputs, Tensor)
-        assert isinstance(output, Tensor)
         if output.shape != inputs.shape:
             return f"its output has shape {tuple(output.shape)}, its input {tuple(inputs.shape)}"
         if any(isinstance(self.module, kind) and inputs.ndim < 3 + index for index, kind in enumerate(_INSTANCE)):
