@@ -126,7 +126,7 @@ def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
         rank=factor.rank,
         error_bound=bound,
         relative_error_bound=relative,
-        bytes=_bytes(part for part in factor.state.values() if isinstance(part, Tensor)),
+        bytes=_bytes(factor.tensors()),
         dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
     )
 

@@ -36,8 +36,7 @@ def send_back(
         _check.fail_value("KFAC.curvature", f"{rule}; got a tensor that requires no gradient")
     for layer in layers:
         layer.capture.forget_discarded("curvature")
-    generator = torch.Generator(outputs.device)
-    generator.manual_seed(seed)
+    generator = torch.Generator(outputs.device).manual_seed(seed)
     recorder.terms = Terms(fisher.total(outputs, loss, weights))
     recorder.running = "curvature"
     try:

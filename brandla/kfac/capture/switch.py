@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
 from brandla.kfac.capture.kinds import Kind
-from brandla.kfac.capture.kinds.kind import no_hook
+from brandla.kfac.capture.kinds.kind import OwnHook
 
 
 class Switch:
@@ -30,17 +30,17 @@ class Switch:
         """Put the hooks around the forward pass, the last one before all that look at the output."""
         module = self.kind.module
         return [
-            module.register_forward_pre_hook(_Hook(self, self.off)),
-            module.register_forward_hook(_Hook(self, self.on), prepend=True, always_call=True),
+            module.register_forward_pre_hook(OwnHook(module, self.off)),
+            module.register_forward_hook(OwnHook(module, self.on), prepend=True, always_call=True),
         ]
 
-    def off(self) -> None:
+    def off(self, *_: Any) -> None:
         """Leave the gradient out of the call that comes, if it may be."""
         self.is_off = self._may_be_left_out() and self._is_wanted()
         if self.is_off:
             self._weight = self.kind.weight.requires_grad_(False)
 
-    def on(self) -> None:
+    def on(self, *_: Any) -> None:
         """Have the weight be trained again; ``is_off`` still tells of the call."""
         if self._weight is not None:
             self._weight.requires_grad_(True)
@@ -55,21 +55,6 @@ class Switch:
             return False
         trained: bool = weight.requires_grad
         return trained
-
-
-class _Hook:
-    """A hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
-
-    def __init__(self, switch: Switch, turn: Callable[[], None]) -> None:
-        self._switch = switch
-        self._turn = turn
-
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if module is self._switch.kind.module:
-            self._turn()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return no_hook, ()
 
 
 def is_functional() -> bool:

@@ -44,9 +44,10 @@ class Replicas(ABC):
     def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
         """Return whether everything is finite everywhere, and the rows that this process is to take in."""
 
-    @abstractmethod
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
-        """Take rows into the curvatures, so that all processes can solve with them."""
+        """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
+        for strategy, members in by_strategy(rows).items():
+            strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
     @contextmanager
     def complete(self) -> Iterator[None]:
@@ -62,10 +63,6 @@ class Alone(Replicas):
     def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
         """Return the rows, or zeros."""
         return mask, {layer: mask.rows(rows) for layer, rows in own.items()}
-
-    def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
-        """Take in the rows of all layers."""
-        absorb(rows, now)
 
 
 class _Census(NamedTuple):
@@ -127,10 +124,6 @@ class Gather(_Many):
         sent = [outgoing(part, own.get(part.layer), here, seed) for part in parts]
         by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(world)])
         return [list(pieces) for pieces in zip(*by_rank, strict=True)]
-
-    def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
-        """Take in the rows of all layers."""
-        absorb(rows, now)
 
 
 class Split(_Many):
@@ -288,12 +281,6 @@ def replicas(
     ranks = Ranks(group, layers[0].kind.weight.device)
     kind = Gather if mode == "gather" else Split
     return kind(layers, ranks, most, of_terms=of_terms)
-
-
-def absorb(rows: Mapping[Layer, Rows], now: Now) -> None:
-    """Take rows into curvatures, those of one strategy together."""
-    for strategy, members in by_strategy(rows).items():
-        strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
 
 def _work(tensor: Tensor, factor: Factor, k: int) -> int:

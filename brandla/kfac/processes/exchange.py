@@ -152,8 +152,7 @@ def fewer(rows: Tensor, count: int, seed: int) -> Tensor:
     """
     if rows.shape[-2] <= count:
         return rows
-    generator = torch.Generator(rows.device)
-    generator.manual_seed(seed)
+    generator = torch.Generator(rows.device).manual_seed(seed)
     svd = randomized_svd(rows.mT, count, generator=generator)
     return (svd.U * svd.S[..., None, :]).mT
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -54,6 +54,10 @@ class Factor:
         """Return tensors of the shapes that the state begins with, and no memory of their own."""
         state = self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta"))
         return (part for part in state.values() if isinstance(part, Tensor))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        return (part for part in self.state.values() if isinstance(part, Tensor))
 
     @property
     def rank(self) -> int | None:

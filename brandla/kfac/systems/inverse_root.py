@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,22 +14,6 @@ from brandla.kfac.systems.structures import Member, Structure
 from brandla.kfac.values import Now, Shape
 
 
-class Batch(Protocol):
-    """The factor M of one batch, as what it is multiplied by."""
-
-    def start(self) -> Tensor:
-        """Return a vector (*groups, n) that M does not map to 0, unless M is 0."""
-
-    def times(self, vector: Tensor) -> Tensor:
-        """Return M v."""
-
-    def mean_eigenvalue(self) -> Tensor:
-        """Return tr M / n, shape (*groups,)."""
-
-    def seen_by(self, structure: Structure, root: Member) -> Member:
-        """Return Π(Kᵀ M K)."""
-
-
 class RowBatch(NamedTuple):
     """M = scale · XᵀX of rows X (*groups, N, n)."""
 
@@ -37,7 +21,7 @@ class RowBatch(NamedTuple):
     scale: float
 
     def start(self) -> Tensor:
-        """Return the longest row."""
+        """Return the longest row: M does not map it to 0, unless M is 0."""
         longest = self.rows.square().sum(-1).argmax(-1)
         return self.rows.take_along_dim(longest[..., None, None], -2).squeeze(-2)
 
@@ -47,11 +31,11 @@ class RowBatch(NamedTuple):
         return self.scale * image.squeeze(-1)
 
     def mean_eigenvalue(self) -> Tensor:
-        """Return the mean square of the entries, but for N."""
+        """Return tr M / n, shape (*groups,)."""
         return self.scale * self.rows.square().sum((-2, -1)) / self.rows.shape[-1]
 
     def seen_by(self, structure: Structure, root: Member) -> Member:
-        """Project the Gram matrix of X K."""
+        """Return Π(KᵀMK), from the Gram matrix of X K."""
         return structure.combine((self.scale, structure.gram(structure.times(self.rows, root))))
 
 
@@ -75,12 +59,16 @@ class CountBatch(NamedTuple):
         return self.frequencies * vector
 
     def mean_eigenvalue(self) -> Tensor:
-        """Return the mean of f."""
+        """Return tr M / n."""
         return self.frequencies.mean(-1)
 
     def seen_by(self, structure: Structure, root: Member) -> Member:
-        """Return K² f."""
+        """Return Π(KᵀMK) = K² f."""
         return (root[0].square() * self.frequencies,)
+
+
+# The factor M of one batch, as what it is multiplied by.
+Batch: TypeAlias = RowBatch | CountBatch
 
 
 class Gradient(NamedTuple):

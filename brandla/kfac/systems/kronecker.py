@@ -91,7 +91,7 @@ class Kronecker(Curvature):
     def tensors(self) -> Iterator[Tensor]:
         """Go through all that is kept."""
         for _, own in self.factors():
-            yield from (part for part in own.state.values() if isinstance(part, Tensor))
+            yield from own.tensors()
 
 
 def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:

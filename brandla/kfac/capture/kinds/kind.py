@@ -101,7 +101,11 @@ class Kind(ABC):
 
     def attach(self, record: Record) -> list[Any]:
         """Have ``record`` called at each use, and return handles with ``remove()``."""
-        return [self.module.register_forward_hook(_Hook(self, record), with_kwargs=True)]
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return record(self.of_call(), args[0] if args else kwargs.get("input"), output)
+
+        return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
 
     def of_call(self) -> Kind:
         """Return the kind that makes rows of the call that is going on."""
@@ -134,25 +138,23 @@ class Kind(ABC):
         return matrix.reshape(self.weight.shape)
 
 
-class _Hook:
-    """A forward hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
+class OwnHook:
+    """A hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
 
-    def __init__(self, kind: Kind, record: Record) -> None:
-        self._kind = kind
-        self._record = record
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module = module
+        self._call = call
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, *of_call: Any) -> Any:
+        """Pass the call on, if it is the module's."""
         # A shallow copy of the module's attributes, as DataParallel makes, takes the hook along.
-        if module is not self._kind.module:
-            return output
-        return self._record(self._kind.of_call(), args[0] if args else kwargs.get("input"), output)
+        return self._call(*of_call) if module is self._module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return no_hook, ()
+        return _no_hook, ()
 
 
-def no_hook() -> Callable[..., None]:
-    """Return a hook without effect."""
+def _no_hook() -> Callable[..., None]:
     return _nothing
 
 
