@@ -90,7 +90,7 @@ def _is_alike(one: Kind, other: Kind) -> bool:
 
 
 def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[str, str]:
-    """Have a weight go without its bias where that is also another module's, of a layer found before; say so."""
+    """Leave a bias to the layer found before that has it too, and say so."""
     first = group[0]
     if first.kind.bias is None:
         return {}

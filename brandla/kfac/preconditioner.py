@@ -44,13 +44,13 @@ class KFAC:
     Parameters
     ----------
     model
-        Any module. Modules that share a weight are one layer, with the bias of the first. What it cannot precondition,
-        and what turns out so in training, is left to the optimizer: `report` says why.
+        Any module. Modules that share a weight are one layer, with the bias of the first. Layers that cannot be
+        preconditioned are left to the optimizer, at once or when training shows it: `report` says why.
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
         `ConjugateGradient`, `TwoLevel`. One for all layers, or a mapping from module names, which holds for all that
-        they contain; ``""`` names the model; or a function of a module's name and the module, asked for each. None
-        leaves a layer to the optimizer.
+        they contain (``""`` names the model), or a function of a module's name and the module. None leaves a layer to
+        the optimizer.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip
@@ -77,25 +77,26 @@ class KFAC:
         the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, at one backward
         pass for each of them. For the last two call `curvature` in every step.
     gradient
-        ``"pair"`` spares autograd the gradients of the weights of ``nn.Linear`` modules with a trained bias: `step`
-        makes them, or steps in their place, of the inputs and output gradients. ``weight.grad`` is None until then, for
-        the optimizer after a backward pass with no `step`, for whatever clips or looks at gradients before it, and for
-        ``torch.autograd.grad``. What a weight gets from elsewhere in the loss, as by a penalty on it, is added, and
-        weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
+        ``"pair"``: autograd does not form the gradients of the weights of ``nn.Linear`` modules with a trained bias.
+        `step` makes them, or steps in their place, from the inputs and output gradients. Until then ``weight.grad`` is
+        None: for an optimizer that runs without `step`, for code that clips or reads gradients before it, and for
+        ``torch.autograd.grad``. Gradients from elsewhere in the loss, such as a penalty on the weight, are added.
+        Weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
         process, and with gradients set to None after each step.
     scaler
         The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
         Fixes the random starts of randomized decompositions, and the draws of labels.
     distributed
-        With several processes that each hold the model and a batch of their own, and losses that are averaged over
-        them, as DistributedDataParallel and FSDP2 do: ``"gather"`` has every process take in the rows of all;
-        ``"split"`` gives each factor to one, which broadcasts what solving needs (``docs/many-machines.md``). The
-        application is two-sided then.
+        For several processes that each hold the model and a batch of their own, and average their losses, as under
+        DistributedDataParallel and FSDP2. ``"gather"``: every process takes in the rows of all. ``"split"``: each
+        factor belongs to one process, which broadcasts what solving needs (``docs/many-machines.md``). The application
+        is two-sided then.
     process_group
         The processes; None for all.
     columns
-        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound.
+        Bound on the number of columns of a factor's batch from all processes: wider batches are brought down to it.
+        None for no bound.
 
     Raises
     ------
@@ -105,7 +106,7 @@ class KFAC:
     Notes
     -----
     The loss is taken to be a mean over samples (and positions, for ``"expand"``); a sum scales G only. Whether the
-    pair is the whole gradient is told from the gradient's history, and compared once in a layer's life with one
+    pair is the whole gradient is known from the gradient's history, and compared once for each layer, with one
     read-back. A batch with a non-finite value anywhere is skipped: factors stay as they are and all gradients of the
     model become 0, on the device.
 
@@ -204,8 +205,8 @@ class KFAC:
 
         A gradient that nobody has written to since the last step is left as it is.
 
-        With several processes all of them must come here, each after a backward pass; one that does not comes to be
-        missed when the group's timeout is over, and the others raise an error of torch.distributed.
+        With several processes all of them must call this, each after a backward pass. Where one does not, the others
+        raise an error of torch.distributed when the group's timeout is over.
 
         Raises
         ------
@@ -238,7 +239,7 @@ class KFAC:
     def report(self) -> Report:
         """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's.
 
-        With several processes and factors split among them, all of them must come here.
+        With several processes and factors split among them, all of them must call this.
         """
         skipped = 0 if self._skipped is None else int(self._skipped)
         with self._replicas.complete():
@@ -258,16 +259,16 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
 
-        Data captured since the last step is not in it: save between a step and the next backward pass. With several
-        processes it is the same in each, and can be continued from by any number of them; where factors are split
-        among them, all must come here.
+        Data captured since the last step is not in it: save between a step and the next backward pass. It is the same
+        in every process, and any number of processes can continue from it. Where factors are split among processes,
+        all of them must call this.
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
         return {"format": state.FORMAT, "steps": self._steps, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``, which must come from the same layers and strategies; options may be others.
+        """Continue from ``state_dict``, which must come from the same layers and strategies; other options may differ.
 
         Raises
         ------
@@ -438,7 +439,7 @@ def _is_replicated(model: nn.Module) -> bool:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """Take off what compiling and DistributedDataParallel put around a model."""
+    """Return the model inside of what compiling and DistributedDataParallel put around it."""
     while True:
         if isinstance(model, nn.DataParallel):
             _check.fail_value(

@@ -29,11 +29,11 @@ _UNSEEN = (
 class FactorReport:
     """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
 
-    ``relative_error_bound`` is that bound over d₁, the largest eigenvalue of M̂: for a batch of matrices the largest of
-    theirs, as ``error_bound`` is. A bound of 0 is 0 of any d₁, and another one infinitely much of d₁ = 0.
+    ``relative_error_bound`` is that bound divided by d₁, the largest eigenvalue of M̂: 0 where the bound is 0, else
+    infinite where d₁ is 0. For a batch of matrices both are the largest of theirs.
 
-    A curvature that keeps more than its factors has a row for what comes beside them, whose ``side`` is ``"beside"``;
-    n is the layer's number of parameters there, and ``dense_bytes`` is 0.
+    A curvature that keeps more than its factors has one more row, whose ``side`` is ``"beside"``. There n is the
+    layer's number of parameters, and ``dense_bytes`` is 0.
     """
 
     layer: str
@@ -52,8 +52,8 @@ class FactorReport:
 class Report:
     """All factors of a preconditioner, and the number of batches skipped.
 
-    ``unsupported`` says of each module and parameter that is left to the optimizer why it is; ``captured_bytes`` is
-    what inputs and output gradients took at the last step, until it was done with them.
+    ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
+    that inputs and output gradients took until the last step was done with them.
     """
 
     factors: list[FactorReport]
@@ -63,12 +63,12 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """What all factors take."""
+        """The memory of all factors."""
         return sum(factor.bytes for factor in self.factors)
 
     @property
     def dense_bytes(self) -> int:
-        """What the matrices of all factors alone would take."""
+        """The memory that dense matrices in their place would take."""
         return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ def _size(count: int) -> str:
 
 
 class Notices:
-    """Remembers what it has said."""
+    """Warnings to the user, each said once."""
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()

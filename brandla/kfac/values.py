@@ -54,9 +54,10 @@ class Damping(NamedTuple):
     scale: Scale
 
     def of(self, largest: Tensor) -> Tensor:
-        """Return λ for factors of these largest eigenvalues; 1 for one that is zero so far, which leaves its side.
+        """Return λ for factors of these largest eigenvalues.
 
-        So is one whose λ is no normal number any more: 1/λ might not be finite.
+        It is 1 where a factor is zero so far, which leaves its side of the gradient as it is, and where λ would be too
+        small for 1/λ to be finite.
         """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
@@ -73,7 +74,7 @@ class Damping(NamedTuple):
 
 
 class Now(NamedTuple):
-    """What a step of training brings besides data.
+    """What a step of training has besides data.
 
     ``seed`` is new at every step. Where ``finite``, a 0-dim bool tensor, is False, the rows are all 0 and the step
     counts for nothing.

@@ -19,14 +19,13 @@ from brandla.kfac.capture.tap import Ticket, tap
 class Capture:
     """Collects the calls of one weight between two steps.
 
-    Hooks sit on the output tensor of each call, not on the module: the gradient seen is that of the value the layer
+    Hooks sit on the output tensor of each call, not on the module: they see the gradient of the value that the layer
     returned, also when an activation overwrites it in place. A forward pass under ``torch.no_grad`` leaves no trace,
-    and a call whose output gets no gradient contributes nothing. A call that cannot be made into rows ends it all:
-    ``refusal`` says why from then on, and the weight is left to the optimizer.
+    and a call whose output gets no gradient contributes nothing. After a call that cannot be made into rows nothing is
+    collected any more: ``refusal`` says why, and the weight is left to the optimizer.
 
-    Calls whose gradient was thrown away, by setting it to None without a step, are forgotten at the next use or
-    backward pass, unless the weight is sharded. Those of backward passes that ended elsewhere than in the weight's
-    gradient are forgotten at the step.
+    Calls whose gradient was set to None without a step are forgotten at the next use or backward pass, unless the
+    weight is sharded. Backward passes that did not add to the weight's gradient are forgotten at the step.
     """
 
     def __init__(self, kind: Kind, recorder: Recorder) -> None:
@@ -66,7 +65,7 @@ class Capture:
             self._handles += self._switch.attach()
 
     def detach(self) -> None:
-        """Remove every hook, and be deaf to graphs that are still alive."""
+        """Remove every hook, and ignore graphs that are still alive."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -84,10 +83,10 @@ class Capture:
             self.enabled = bool(self.wanted) and not self.refusal
 
     def gradient_is_pairs(self) -> bool:
-        """Say whether nothing but the captured calls can be in the gradient, as far as can be told with no read-back.
+        """Say whether the gradient can only be that of the captured calls, as far as is known with no read-back.
 
-        It was empty before the first of them, and nobody has written to it since autograd did. What GradScaler.unscale_
-        does to it does not count as writing.
+        It was empty before the first of them, and nobody has written to it since autograd did. GradScaler.unscale_ does
+        not count as writing.
         """
         return self._fresh and self._is_as_noted()
 
@@ -111,7 +110,7 @@ class Capture:
     def keep_reached(self) -> None:
         """Forget the loss's gradients of backward passes that have not added to the weight's.
 
-        Where none has as far as is known, as with gradients that were put there by hand, all are kept.
+        Where no pass is known to have done so, as with gradients that were set by hand, all are kept.
         """
         if self._reached:
             for call in self.calls:
@@ -119,7 +118,7 @@ class Capture:
             self._drop_empty()
 
     def forget_discarded(self, of: Pass) -> None:
-        """Forget the calls if their gradient, or the step they were for, has been given up: it is None again."""
+        """Forget the calls if the weight's gradient is None again: the step they were for has been given up."""
         if self._gradient_is_gone() and any(call.gradients[of] for call in self.calls):
             self._forget_passes()
             self.edges = []
@@ -206,10 +205,10 @@ class Capture:
         return self._kind.bias if self.left_out else self._kind.weight
 
     def _gradient_is_gone(self) -> bool:
-        """Say whether the weight has no gradient, or is not the one that had it: its shape is another.
+        """Say whether the weight has no gradient, or is no longer the one that had it, since its shape is another.
 
-        Of a weight that is sharded this cannot be told: what is seen during a pass takes the weight's place, and has no
-        gradient once that has been reduced; nor has the weight until then.
+        For a sharded weight this cannot be known: during a pass another tensor takes its place, which has no gradient
+        once that has been reduced, and the weight itself has none until then.
         """
         if self.left_out:
             return self._witness.grad is None
@@ -268,7 +267,7 @@ def _is_lent(weight: Tensor, kind: Kind) -> bool:
 
 
 def _own_value(output: Tensor) -> Tensor:
-    """Return the tensor whose gradient is seen whatever becomes of the output.
+    """Return the tensor to watch, so that the gradient is seen even where the output is overwritten.
 
     A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives the view a
     new history, with no hook in it, and leaves that of the values behind it.

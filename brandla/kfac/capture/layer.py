@@ -41,7 +41,7 @@ class Layer:
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None
-        # The rows of the gradient that autograd has not formed, while there is but memory for it.
+        # The rows of the gradient that autograd has not formed, while it is empty memory.
         self._unformed: Rows | None = None
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
@@ -88,7 +88,7 @@ class Layer:
         return self.strategy.curvature(self._made_for)
 
     def follow(self) -> None:
-        """Make what is kept go with the weight, where that got another dtype or device; another size starts anew."""
+        """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew."""
         shape, known = self.shape, self._made_for
         if shape != known:
             self._made_for = shape
@@ -113,15 +113,15 @@ class Layer:
         return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
 
     def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
-        """Stand in for autograd where it has left the gradient out: return the rows that it is the product of.
+        """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
 
-        There is but memory for it until `gradient` is asked for. Where something else has been added to it, the product
-        is too, at once.
+        The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
+        product is added at once.
 
         Raises
         ------
         RuntimeError
-            If it cannot be told whether the captured calls are all that there is to it.
+            If the gradient may be made of more than the captured calls.
         """
         self._unformed = None
         calls = self._left_out()
@@ -147,8 +147,8 @@ class Layer:
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
 
-        ``rows`` are those of the loss's own gradients, where they were stacked already. Where the loss had a ``scale``,
-        the gradient has been divided by it, which changes nothing else.
+        ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
+        multiplied by; the gradient has been divided by it already.
         """
         if self.linear is False or self.kind.one_hot or self.kind.single:
             return None
@@ -170,7 +170,7 @@ class Layer:
 
     @property
     def is_unformed(self) -> bool:
-        """Whether there is but memory for the gradient, until it is asked for or overwritten."""
+        """Whether the gradient is empty memory, until it is asked for or overwritten."""
         return self._unformed is not None
 
     @property
@@ -180,9 +180,9 @@ class Layer:
 
     @property
     def checked_by_rows(self) -> bool:
-        """Whether the gradient is the product of the loss's rows: finite where their squares are, and not read itself.
+        """Whether a look at the loss's rows says if the gradient is finite: it is their product, and not read itself.
 
-        That the rows are so narrow that they take the gradient's place is what makes it worth asking.
+        Only where the rows are so few that they take the gradient's place.
         """
         return (
             bool(self.linear)

@@ -1,4 +1,4 @@
-"""Batches with values that are not finite: they count for nothing, and no device is waited for to know."""
+"""Batches with values that are not finite: they count for nothing, and nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from brandla_kernels import reads_are_free
 
 
 class Mask(NamedTuple):
-    """Whether everything of a step is finite, squares of rows included, and what becomes of it if not."""
+    """Whether all numbers of a step are finite, squares of rows included, and what the step becomes if not."""
 
     finite: Tensor
     known_finite: bool
 
     @classmethod
     def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
-        """Look once at all rows, which are squared, and at all gradients of the model ``but`` those that rows make."""
+        """Look once at all rows, and at all gradients of the model ``but`` those that are products of rows."""
         left_out = {id(gradient) for gradient in but}
         bounds = [(part, _bound(part, own.uses)) for own in rows for part in _parts(own)]
         bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]

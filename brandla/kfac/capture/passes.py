@@ -58,9 +58,9 @@ def send_back(
 
 
 def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
-    """Return what these passes brought to layers: rows γ with N Σ γ γᵀ the sum of g gᵀ over that of all terms' weights.
+    """Return what these passes brought to layers: rows γ with N Σ γ γᵀ = Σ g gᵀ / (sum of the weights of all terms).
 
-    A run that did not reach a layer counts for it too: the layers that it reached know its terms.
+    The terms of a run that did not reach a layer count for it too.
     """
     stacked = {layer: layer.rows("curvature", None) for layer in layers}
     terms = (call.terms for layer in stacked for call in layer.capture.calls)
@@ -94,7 +94,7 @@ def _reductions_left_to_the_loss(outputs: Tensor) -> Iterator[None]:
 
 
 def _replicated(outputs: Tensor) -> Iterator[DistributedDataParallel]:
-    """Go through what the graph of ``outputs`` has gone through, as far as it has left a node there."""
+    """Go through the DistributedDataParallel modules that have left a node in the graph of ``outputs``."""
     nodes: list[Any] = [outputs.grad_fn]
     seen = {None}
     while nodes:

@@ -14,10 +14,10 @@ from brandla.kfac.capture.kinds.kind import OwnHook
 
 
 class Switch:
-    """Has a weight require no gradient while its module's forward pass runs.
+    """Turns ``requires_grad`` of a weight off while its module's forward pass runs.
 
-    The bias is trained and has its gradient from autograd, so that there is a graph in any case, and something to tell
-    whose gradient came when. ``is_wanted`` says whether the call will be captured, and nobody else waits.
+    The bias is trained and gets its gradient from autograd: so there is a graph in any case, and the bias's gradient
+    tells when one came. ``is_wanted`` says whether the call will be captured, and nobody else needs the gradient.
     """
 
     def __init__(self, kind: Kind, is_wanted: Callable[[], bool]) -> None:

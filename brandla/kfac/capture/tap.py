@@ -19,10 +19,10 @@ _tickets: WeakValueDictionary[int, Ticket]
 
 
 class Ticket:
-    """Who is told of the gradients of one module.
+    """The one that is told of the gradients of one module.
 
-    A graph holds its number, as a tensor: modules of one class share their graph, and a number whose owner is gone
-    is of no effect.
+    A graph holds its number, as a tensor, since modules of one class share their graph. A number whose owner is gone
+    has no effect.
     """
 
     def __init__(self, kind: Kind, collect: Collect) -> None:

@@ -129,9 +129,9 @@ class Gather(_Many):
 class Split(_Many):
     """Each factor belongs to the process that alone takes in rows for it, and tells all others what solving needs.
 
-    Factors go to the process that has least to do, the most expensive first, when they see their first data. A
-    curvature that is no pair of factors belongs to one process as a whole. Those of a strategy whose solve reads the
-    rows of the step belong to all.
+    When they see their first data, factors go to the process that has least to do, the most expensive first. A
+    curvature that is no pair of factors belongs to one process as a whole. Where the solve of a strategy reads the rows
+    of the step, its curvatures belong to all.
     """
 
     def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:

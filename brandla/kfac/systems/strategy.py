@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is kept for one side of a layer where that is no factor: for reports."""
+    """For reports: what is kept for one side of a layer, where that is no factor."""
 
     side: Side
     n: int
