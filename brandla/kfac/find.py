@@ -58,7 +58,7 @@ def find_layers(
 
 
 def _find(model: nn.Module) -> tuple[dict[int, list[_Found]], dict[str, str]]:
-    """Return what uses each weight that can be preconditioned, and why each other module or parameter cannot be."""
+    """Return the users of each weight that can be preconditioned, and why other modules and parameters cannot be."""
     found: dict[int, list[_Found]] = {}
     left: dict[str, str] = {}
     covered: set[int] = set()

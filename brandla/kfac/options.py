@@ -1,4 +1,4 @@
-"""The options of the preconditioner: schedules, and what is refused."""
+"""The options of the preconditioner, and their checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module],
 
 @dataclass(frozen=True)
 class Options:
-    """What a preconditioner was asked for; schedules are checked at every step."""
+    """The options of a preconditioner; schedules are checked at every step."""
 
     damping: Schedule[float]
     clip: Schedule[float | None]
@@ -79,7 +79,7 @@ class AtStep:
 
 
 def named_modules(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Go through the modules of a model, those that hold others first; a wrapper has the name of what it wraps.
+    """Go through the modules of a model, those that hold others first. A wrapper has the name of the module inside.
 
     A module that is in several places has the name of the first, and with ``aliases`` all of them.
     """

@@ -15,7 +15,7 @@ from brandla.kfac.capture import passes
 from brandla.kfac.capture.calls import Pass, Recorder
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
-from brandla.kfac.capture.loss_scale import is_unscaled, scale_of
+from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish
 from brandla.kfac.find import find_layers
@@ -201,7 +201,7 @@ class KFAC:
     @ranged()
     @torch.no_grad()
     def step(self) -> None:
-        """Take in what was captured since the last step, and overwrite the gradients of the layers that have one.
+        """Take in the data captured since the last step, and overwrite the gradients of the layers that have one.
 
         A gradient that nobody has written to since the last step is left as it is.
 
@@ -237,7 +237,7 @@ class KFAC:
         self._notices.tell(self._layers, unseen)
 
     def report(self) -> Report:
-        """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's.
+        """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
 
         With several processes and factors split among them, all of them must call this.
         """
@@ -290,7 +290,7 @@ class KFAC:
 
     def _step(self, layers: list[Layer]) -> None:
         options = self.options.at(self._steps)
-        scale = self._loss_scale(layers)
+        scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
         # Also those whose data comes from another process.
         for layer in self._layers:
             if not layer.refusal and not layer.is_frozen:
@@ -319,7 +319,7 @@ class KFAC:
             self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
-        """Return what the factors of layers take in at this step."""
+        """Return the rows that the factors of layers take in at this step."""
         if self._takes_curvature and layers and self._recorder.terms is None:
             kind = self.options.curvature
             message = (
@@ -370,18 +370,6 @@ class KFAC:
         if self._replicas.several:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
-
-    def _loss_scale(self, layers: list[Layer]) -> Tensor | None:
-        """Return what the loss was multiplied by, without reading it; gradients must be so no longer."""
-        if self._scaler is None or not self._scaler.is_enabled() or not layers:
-            return None
-        if not is_unscaled(self._scaler):
-            message = (
-                "KFAC.step: gradients must be divided by the scale of the loss first; call scaler.unscale_(optimizer)"
-                " between loss.backward() and preconditioner.step()"
-            )
-            raise RuntimeError(message)
-        return scale_of(self._scaler, layers[0].kind.weight.device)
 
     def _reads_rows_alone(self, layer: Layer) -> bool:
         """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
@@ -439,7 +427,7 @@ def _is_replicated(model: nn.Module) -> bool:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """Return the model inside of what compiling and DistributedDataParallel put around it."""
+    """Return the model itself, out of the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel):
             _check.fail_value(

@@ -1,1 +1,1 @@
-"""From forward and backward passes to rows: what goes into each layer, and what gradient comes back to it."""
+"""From a backward pass to rows: the input of each layer, and the gradient of its output."""

@@ -66,7 +66,7 @@ class Terms:
 
 
 class Call:
-    """One use of a weight: the kind that makes rows of it, its input, and what gradients of its output came back."""
+    """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
     def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False) -> None:
         self.kind = kind
@@ -125,7 +125,7 @@ class Call:
 
 
 class Recorder:
-    """What all captures of a model have in common: which backward pass is running.
+    """Shared by all captures of a model: which backward pass is running.
 
     ``draw`` counts backward passes for the curvature through one graph; ``terms`` are those that they are about.
     ``has_run`` says whether there have been any.

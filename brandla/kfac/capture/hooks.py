@@ -91,7 +91,7 @@ class Capture:
         return self._fresh and self._is_as_noted()
 
     def bytes(self) -> int:
-        """Return the memory of what is held."""
+        """Return the memory of the calls."""
         return sum(call.bytes() for call in self.calls)
 
     def clear(self) -> None:
@@ -124,7 +124,7 @@ class Capture:
             self.edges = []
 
     def record(self, kind: Kind, inputs: Any, output: Any, ticket: Ticket) -> Any:
-        """Watch the output of a call; return what takes its place."""
+        """Watch the output of a call, and return the output to go on with."""
         weight = kind.weight
         if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
             return output
@@ -201,7 +201,7 @@ class Capture:
 
     @property
     def _witness(self) -> Any:
-        """The parameter whose gradient tells of that of the weight: the bias, where the weight gets none."""
+        """The parameter whose gradient is watched: the bias, where the weight gets no gradient."""
         return self._kind.bias if self.left_out else self._kind.weight
 
     def _gradient_is_gone(self) -> bool:
@@ -250,7 +250,7 @@ class Capture:
 
 
 def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """Return what calls a method for as long as its object is there."""
+    """Return a function that calls a method for as long as its object lives."""
     known = WeakMethod(method)
 
     def call(weight: Tensor) -> None:

@@ -61,7 +61,7 @@ def _parts(rows: Rows) -> Iterable[Tensor]:
 
 
 def _bound(part: Tensor, uses: int) -> float:
-    """Return what all entries stay under where ``uses`` times the sum of their squares is finite."""
+    """Return the bound of entries under which ``uses`` times the sum of their squares is finite."""
     return math.sqrt(torch.finfo(part.dtype).max / max(uses * part.numel(), 1))
 
 

@@ -58,6 +58,6 @@ class Switch:
 
 
 def is_functional() -> bool:
-    """Say whether torch.func differentiates what is going on: that never gets to a weight's gradient."""
+    """Say whether torch.func is differentiating: no gradient gets to a weight then."""
     # The compiler takes None for an object here, but not for one of the type.
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)

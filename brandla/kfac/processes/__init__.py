@@ -1,1 +1,1 @@
-"""Many processes: what they tell each other, so that all take the same step."""
+"""Many processes: they exchange rows and factors, so that all of them take the same step."""

@@ -1,4 +1,4 @@
-"""Replicas of a model: what their processes tell each other, so that all of them take the same step.
+"""Replicas of a model: their processes exchange rows and factors, so that all of them take the same step.
 
 The loss is the mean over processes of their own losses, as DistributedDataParallel averages gradients. So all rows of
 all processes are rows of one batch, with γ multiplied by what makes it that of the mean (``docs/many-machines.md``).
@@ -66,7 +66,7 @@ class Alone(Replicas):
 
 
 class _Census(NamedTuple):
-    """What all processes bring to a step: whether it is finite, and how many rows of each layer."""
+    """The rows of each layer that all processes have for a step, counted, and whether they are finite."""
 
     finite: bool
     shares: dict[Layer, list[Share]]
@@ -97,7 +97,7 @@ class _Many(Replicas):
         return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
 
     def _census(self, own: Mapping[Layer, Rows], finite: Tensor) -> _Census:
-        """Learn what all processes have; a layer that one of them cannot precondition is left alone by all."""
+        """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""
         shares = [Share.of(own.get(layer), refused=bool(layer.refusal)) for layer in self._layers]
         everyone = self._ranks.numbers(finite, [number for share in shares for number in share])
         width = len(Share._fields)
@@ -113,7 +113,7 @@ class _Many(Replicas):
 
     @abstractmethod
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
-        """Send the parts, and return what came of each from every process; None for one taken in elsewhere."""
+        """Send the parts, and return those received from every process; None for a part taken in elsewhere."""
 
 
 class Gather(_Many):
@@ -127,7 +127,7 @@ class Gather(_Many):
 
 
 class Split(_Many):
-    """Each factor belongs to the process that alone takes in rows for it, and tells all others what solving needs.
+    """Each factor belongs to one process, which alone takes in rows for it, and sends all others what solving reads.
 
     When they see their first data, factors go to the process that has least to do, the most expensive first. A
     curvature that is no pair of factors belongs to one process as a whole. Where the solve of a strategy reads the rows
@@ -142,7 +142,7 @@ class Split(_Many):
         self._index = {layer: index for index, layer in enumerate(layers)}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
-        """Take in the rows of this process's factors, and publish what changed."""
+        """Take in the rows of this process's factors, and publish the changes."""
         for strategy, members in by_strategy(rows).items():
             # Factors are fed together: one that belongs elsewhere has no rows here.
             if strategy.reads_rows or all(isinstance(layer.curvature, Kronecker) for layer in members):
@@ -214,7 +214,7 @@ class Split(_Many):
             factor.state = factor.strategy.solving(factor.state)
 
     def _publish(self, rows: Mapping[Layer, Rows]) -> None:
-        """Send out what changed of this process's units, and store what came in from all."""
+        """Send the changes of this process's units to all, and store those that come in."""
         due = {self._index[layer] for layer in rows}
         own = {
             unit: self._changed(unit)
@@ -231,7 +231,7 @@ class Split(_Many):
                     self._note(unit, factor)
 
     def _changed(self, unit: Unit) -> dict[str, Any]:
-        """Return what others do not have yet: of a factor, tensors that were replaced or written to."""
+        """Return the parts that others do not have yet: for a factor, tensors that were replaced or written to."""
         factor = self._factor(unit)
         if factor is None:
             return self._layers[unit[0]].curvature.state_dict()
@@ -248,7 +248,7 @@ class Split(_Many):
             self._published[unit] = {name: (part, part._version) for name, part in parts if isinstance(part, Tensor)}
 
     def _unit(self, part: Part) -> Unit | None:
-        """Return what a part is taken into."""
+        """Return the unit that takes a part in; None for all processes."""
         if part.layer.strategy.reads_rows:
             return None
         if not isinstance(part.layer.curvature, Kronecker):

@@ -63,14 +63,14 @@ class Part(NamedTuple):
         return self.shape.one_hot and self.name == "inputs"
 
     def layout(self, rank: int) -> Layout:
-        """Return the layout of what a process sends."""
+        """Return the layout of the rows that a process sends."""
         if self.is_index:
             return Layout.contiguous((self.sent[rank],), torch.int64)
         return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
 
 
 def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
-    """Say what is sent of a layer: inputs and gradients, but for those that no factor is made of.
+    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
 
     The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
     """
@@ -115,7 +115,7 @@ def _draws(shares: Sequence[Share]) -> int:
 
 
 def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
-    """Return what this process sends: its rows, or fewer with the same sum of outer products."""
+    """Return the rows that this process sends: its own, or fewer with the same sum of outer products."""
     if rows is None:
         layout = part.layout(rank)
         return torch.empty(layout.shape, dtype=layout.dtype, device=part.shape.device)

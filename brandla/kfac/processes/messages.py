@@ -51,7 +51,7 @@ class Ranks:
         self.world = distributed.get_world_size(group)
 
     def numbers(self, first: Tensor, others: Sequence[int]) -> list[list[int]]:
-        """Return what all processes pass: a 0-dim tensor on the device, and as many integers. Waits for the device."""
+        """Return the numbers of all processes: a 0-dim tensor on the device, and as many integers. Waits for it."""
         own = torch.cat([first.reshape(1).long(), torch.tensor(others, dtype=torch.int64, device=self._device)])
         everyone = own.new_empty(self.world * len(own))
         _all_gather(everyone, own, self._group)
@@ -73,7 +73,7 @@ class Ranks:
         return [_unpacked(part, those) for part, those in zip(received.split(sizes), layouts, strict=True)]
 
     def publish(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
-        """Return what each process passes: nested dicts of tensors, numbers and strings, laid out alike everywhere."""
+        """Return the dicts of all processes: nested, of tensors, numbers and strings, with strides kept."""
         tensors: list[Tensor] = []
         outline = _outline(own, tensors)
         outlines: list[Any] = [None] * self.world
@@ -109,7 +109,7 @@ class Ranks:
 
 
 def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup | None) -> None:
-    """Call what torch 2.13 has under another name than earlier ones."""
+    """Gather tensors; torch 2.13 has another name for it than earlier versions."""
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(output, own, group=group)
 

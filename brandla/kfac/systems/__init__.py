@@ -1,1 +1,1 @@
-"""The systems of the K-FAC family, one a file, and what they are built from."""
+"""The systems of the K-FAC family, one a file, on common factors and curvatures."""

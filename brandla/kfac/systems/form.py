@@ -70,14 +70,14 @@ class FactorForm(ABC):
 
     @abstractmethod
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Do what falls due at this step besides taking in data; ``seed`` is new at every step and factor."""
+        """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
 
     @abstractmethod
     def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
         """Return M in a low-rank form; None where the form has a solve of its own."""
 
     def operand(self, state: State) -> LowRank | None:
-        """Return what the damped functions take: M in its low-rank form, with its trace where the tail needs that."""
+        """Return M for the damped functions: its low-rank form, with its trace where the tail needs that."""
         lowrank = self.lowrank(state)
         if lowrank is None or self.tail != "mean":
             return lowrank
@@ -112,7 +112,7 @@ class FactorForm(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseForm(FactorForm):
-    """A form that keeps the dense sum S in ``state["dense"]``, and beside it what it makes of that now and then."""
+    """A form that keeps the dense sum S in ``state["dense"]``, and with it a form of M made from it now and then."""
 
     unread: ClassVar[tuple[str, ...]] = ("dense",)
 

@@ -72,7 +72,7 @@ Batch: TypeAlias = RowBatch | CountBatch
 
 
 class Gradient(NamedTuple):
-    """What moves K: m = ½ (``curvature`` · ``seen`` + ``damping`` · ``own`` − I), numbers of shape (*groups,)."""
+    """The direction of K's step: m = ½ (``curvature`` · ``seen`` + ``damping`` · ``own`` − I), numbers (*groups,)."""
 
     seen: Member  # Π(KᵀMK)
     own: Member  # Π(KᵀK)

@@ -72,7 +72,7 @@ class Kronecker(Curvature):
             yield "output", self.output
 
     def intakes(self, rows: Rows) -> Iterator[Intake]:
-        """Say what each factor gets of the rows."""
+        """Go through the columns that each factor gets of the rows."""
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
             yield Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses)
@@ -138,7 +138,7 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 
 
 def _product(problem: Problem) -> _Product | None:
-    """Return what a gradient that is a matrix between two low-rank factors is solved with."""
+    """Return the operands of a gradient that is a matrix between two low-rank factors; None for any other."""
     curvature = _of(problem)
     if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
         return None
@@ -177,7 +177,7 @@ def _of(problem: Problem) -> Kronecker:
 
 
 def _block(step: Gradient, side: Side) -> Tensor:
-    """Return what a factor is applied to: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
+    """Return the block for a factor: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
     if isinstance(step, Tensor):
         return step if side == "output" else step.mT
     return step[0] if side == "output" else step[1]

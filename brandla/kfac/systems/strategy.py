@@ -1,4 +1,4 @@
-"""What a K-FAC system is to the loop: it makes the curvature of each layer, feeds it, and solves with it."""
+"""A K-FAC system as the loop sees it: it makes the curvature of each layer, feeds it, and solves with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """For reports: what is kept for one side of a layer, where that is no factor."""
+    """For reports: the memory of one side of a layer, where that is no factor."""
 
     side: Side
     n: int
@@ -33,7 +33,7 @@ class Kept(NamedTuple):
 
 
 class Curvature(ABC):
-    """What is kept of one layer."""
+    """The curvature of one layer: its state, and the two things done with it, `absorb` and `solve`."""
 
     @property
     @abstractmethod
@@ -42,7 +42,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take in the rows of a step, and renew what falls due."""
+        """Take in the rows of a step, and renew the parts that are due."""
 
     @abstractmethod
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
@@ -60,12 +60,12 @@ class Curvature(ABC):
         return iter(())
 
     def kept(self) -> Iterator[Kept]:
-        """Go through what is kept for each side, where there are no factors."""
+        """Go through the sides, where there are no factors."""
         return iter(())
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is kept, as numbers, strings and copies of tensors."""
+        """Return the state, as numbers, strings and copies of tensors."""
 
     @abstractmethod
     def loaded(self, state: dict[str, Any], where: str) -> Curvature:
@@ -73,7 +73,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept, to count its memory."""
+        """Go through all tensors of the state, to count its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

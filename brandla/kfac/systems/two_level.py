@@ -1,4 +1,4 @@
-"""Two-level K-FAC: what couples the layers, in a coarse space of one direction a layer."""
+"""Two-level K-FAC: the coupling of layers, in a coarse space of one direction a layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from brandla.kfac.values import inner as product
 
 @dataclass(frozen=True)
 class TwoLevel(Strategy):
-    """v = v₁ + R₀ᵀ F_c⁻¹ R₀ (∇ − F v₁): any system's step v₁, corrected for what it leaves of the whole curvature.
+    """v = v₁ + R₀ᵀ F_c⁻¹ R₀ (∇ − F v₁): any system's step v₁, corrected by the whole curvature.
 
     F = Σ v vᵀ over the samples of this step, the blocks between layers included; R₀ holds one unit vector a layer, and
     F_c = R₀ F R₀ᵀ. With λ in F_c and in F v₁ alike, v is the point of v₁ + range R₀ᵀ next to (F + λI)⁻¹∇ in the norm of
