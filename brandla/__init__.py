@@ -37,3 +37,7 @@ __all__ = [
     "svd_update",
     "track",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -169,6 +169,12 @@ def count(function: str, name: str, value: int, least: int) -> int:
     return value
 
 
+def choice(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check an option that is one of a few words."""
+    if value not in allowed:
+        fail_value(function, f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")
+
+
 def scalar(
     function: str, name: str, value: float | Tensor, of_name: str, of: Tensor, *, positive: bool = False
 ) -> float | Tensor:

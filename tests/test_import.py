@@ -45,3 +45,10 @@ def test_every_public_name_exists() -> None:
     public = {name for line in names for name in line.split()}
     assert public <= set(brandla.__all__)
     assert all(hasattr(brandla, name) for name in brandla.__all__)
+
+
+@pytest.mark.parametrize("name", ["brandla", "brandla.kfac"])
+def test_dir_shows_the_public_names_alone(name: str) -> None:
+
+    module = sys.modules[name]
+    assert dir(module) == sorted(module.__all__)

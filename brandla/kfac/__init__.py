@@ -1,20 +1,21 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
-from brandla.kfac.adaptive import ErrorBound
-from brandla.kfac.brand import Brand
-from brandla.kfac.brand_corrected import BrandCorrected
-from brandla.kfac.brand_randomized import BrandRandomized
-from brandla.kfac.cg import ConjugateGradient
-from brandla.kfac.ekfac import EKFAC
-from brandla.kfac.exact import Exact
-from brandla.kfac.foof import Foof
-from brandla.kfac.inverse_free import InverseFree
 from brandla.kfac.preconditioner import KFAC
-from brandla.kfac.randomized import Randomized
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
-from brandla.kfac.strategy import Strategy
-from brandla.kfac.two_level import TwoLevel
+from brandla.kfac.systems import structures as structures
+from brandla.kfac.systems.brand import Brand
+from brandla.kfac.systems.brand_corrected import BrandCorrected
+from brandla.kfac.systems.brand_randomized import BrandRandomized
+from brandla.kfac.systems.cg import ConjugateGradient
+from brandla.kfac.systems.ekfac import EKFAC
+from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.foof import Foof
+from brandla.kfac.systems.inverse_free import InverseFree
+from brandla.kfac.systems.randomized import Randomized
+from brandla.kfac.systems.rank import ErrorBound
+from brandla.kfac.systems.strategy import Strategy
+from brandla.kfac.systems.two_level import TwoLevel
 
 __all__ = [
     "EKFAC",
@@ -34,3 +35,7 @@ __all__ = [
     "TwoLevel",
     "read_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

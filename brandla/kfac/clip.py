@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from brandla.kfac.alike import alike
-from brandla.kfac.gradient import inner
-from brandla.kfac.layer import Written
-from brandla.kfac.strategy import Gradient
+from brandla.kfac.capture.layer import Written
+from brandla.kfac.values import Gradient, alike, inner
 
 
 def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
@@ -42,7 +40,7 @@ def by_kl(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: float)
 
 
 def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:
-    """Scale what was written, and write what has less precision once it is scaled."""
+    """Scale the steps that were written, and write those of less precision, scaled."""
     parts = [part for step in steps for part in step]
     scales = None if factors is None else [own for step, own in zip(steps, factors, strict=True) for _ in step]
     inside = [index for index, part in enumerate(parts) if part.step is part.gradient]

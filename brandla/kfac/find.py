@@ -8,12 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from brandla import _check
-from brandla.kfac.capture import Recorder
-from brandla.kfac.kinds import KINDS, Kind
-from brandla.kfac.layer import Layer, Sharing
-from brandla.kfac.names import named_modules
-from brandla.kfac.options import of_module
-from brandla.kfac.strategy import Strategy
+from brandla.kfac.capture.calls import Recorder
+from brandla.kfac.capture.kinds import KINDS, Kind
+from brandla.kfac.capture.layer import Layer, Sharing
+from brandla.kfac.options import named_modules, of_module
+from brandla.kfac.systems.strategy import Strategy
 
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
@@ -59,7 +58,7 @@ def find_layers(
 
 
 def _find(model: nn.Module) -> tuple[dict[int, list[_Found]], dict[str, str]]:
-    """Return what uses each weight that can be preconditioned, and why each other module or parameter cannot be."""
+    """Return the users of each weight that can be preconditioned, and why other modules and parameters cannot be."""
     found: dict[int, list[_Found]] = {}
     left: dict[str, str] = {}
     covered: set[int] = set()
@@ -91,7 +90,7 @@ def _is_alike(one: Kind, other: Kind) -> bool:
 
 
 def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[str, str]:
-    """Have a weight go without its bias where that is also another module's, of a layer found before; say so."""
+    """Leave a bias to the layer found before that has it too, and say so."""
     first = group[0]
     if first.kind.bias is None:
         return {}

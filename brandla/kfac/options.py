@@ -1,27 +1,29 @@
-"""The options of the preconditioner: schedules, and what is refused."""
+"""The options of the preconditioner, and their checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
 from brandla import _check
-from brandla.kfac.fisher import CurvatureType
-from brandla.kfac.layer import Sharing
-from brandla.kfac.names import named_modules
+from brandla.kfac.capture.fisher import CurvatureType
+from brandla.kfac.capture.layer import Sharing
 from brandla.kfac.schedule import Schedule, at, spelled
-from brandla.kfac.strategy import Scale, Strategy
+from brandla.kfac.systems.strategy import Strategy
+from brandla.kfac.values import Scale
 
+# What torch.compile calls the module that it wraps.
+_WRAPPED = "_orig_mod"
 Option = TypeVar("Option")
 ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module], Option]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a preconditioner was asked for; schedules are checked at every step."""
+    """The options of a preconditioner; schedules are checked at every step."""
 
     damping: Schedule[float]
     clip: Schedule[float | None]
@@ -35,11 +37,11 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        _choice("damping_scale", self.damping_scale, ("relative", "absolute"))
-        _choice("clip_by", self.clip_by, ("rms", "kl"))
-        _choice("application", self.application, ("auto", "two-sided"))
-        _choice("gradient", self.gradient, ("autograd", "pair"))
-        _choice("curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
+        _check.choice("KFAC", "damping_scale", self.damping_scale, ("relative", "absolute"))
+        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl"))
+        _check.choice("KFAC", "application", self.application, ("auto", "two-sided"))
+        _check.choice("KFAC", "gradient", self.gradient, ("autograd", "pair"))
+        _check.choice("KFAC", "curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
         _check.count("KFAC", "seed", self.seed, 0)
         self.at(0)
 
@@ -76,6 +78,15 @@ class AtStep:
     factor_every: int
 
 
+def named_modules(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules of a model, those that hold others first. A wrapper has the name of the module inside.
+
+    A module that is in several places has the name of the first, and with ``aliases`` all of them.
+    """
+    for name, module in model.named_modules(remove_duplicate=not aliases):
+        yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
+
+
 def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) -> dict[str, Any]:
     """Return a mapping from module names to an option, with the default under the empty name."""
     if callable(option) and not isinstance(option, type):
@@ -104,7 +115,7 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     """Check ``sharing`` and return it by module name."""
     rule = by_module(model, "sharing", sharing, "expand")
     for value in rule.values():
-        _choice("sharing", value, ("expand", "reduce"))
+        _check.choice("KFAC", "sharing", value, ("expand", "reduce"))
     return rule
 
 
@@ -115,19 +126,8 @@ def of_module(rule: Mapping[str, Option], name: str) -> Option:
     return rule[name]
 
 
-def check_loss(loss: object) -> None:
-    """Check the name of a loss."""
-    if loss not in ("cross_entropy", "mse"):
-        _check.fail_value("KFAC.curvature", f"loss must be 'cross_entropy' or 'mse'; got {loss!r}")
-
-
 def check_distributed(mode: object, columns: int | None) -> None:
     """Check how several processes are to work together."""
-    _choice("distributed", mode, ("gather", "split"))
+    _check.choice("KFAC", "distributed", mode, ("gather", "split"))
     if columns is not None:
         _check.count("KFAC", "columns", columns, 1)
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        _check.fail_value("KFAC", f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla.kfac import passes, state
-from brandla.kfac.brand import Brand
-from brandla.kfac.capture import Pass, Recorder
+from brandla.kfac import state
+from brandla.kfac.capture import passes
+from brandla.kfac.capture.calls import Pass, Recorder
+from brandla.kfac.capture.fisher import CurvatureType, Loss
+from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
+from brandla.kfac.capture.loss_scale import loss_scale
+from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish
-from brandla.kfac.distributed import Mode, Replicas, replicas
-from brandla.kfac.factor import share_totals
 from brandla.kfac.find import find_layers
-from brandla.kfac.fisher import CurvatureType, Loss
-from brandla.kfac.layer import Layer, Sharing, by_strategy
-from brandla.kfac.loss_scale import is_unscaled, scale_of
-from brandla.kfac.mask import Mask
-from brandla.kfac.notices import Notices
-from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, check_loss, sharings, strategies
-from brandla.kfac.report import Report, describe
+from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, sharings, strategies
+from brandla.kfac.processes.distributed import Mode, Replicas, replicas
+from brandla.kfac.processes.sharded import whole_gradients
+from brandla.kfac.report import Notices, Report, describe
 from brandla.kfac.schedule import Schedule
-from brandla.kfac.strategy import Damping, Gradient, Now, Problem, Rows, Scale, Strategy
-from brandla.kfac.whole import whole_gradients
+from brandla.kfac.systems.brand import Brand
+from brandla.kfac.systems.factor import share_totals
+from brandla.kfac.systems.strategy import Problem, Strategy
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Scale
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,13 +44,13 @@ class KFAC:
     Parameters
     ----------
     model
-        Any module. Modules that share a weight are one layer, with the bias of the first. What it cannot precondition,
-        and what turns out so in training, is left to the optimizer: `report` says why.
+        Any module. Modules that share a weight are one layer, with the bias of the first. Layers that cannot be
+        preconditioned are left to the optimizer, at once or when training shows it: `report` says why.
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
         `ConjugateGradient`, `TwoLevel`. One for all layers, or a mapping from module names, which holds for all that
-        they contain; ``""`` names the model; or a function of a module's name and the module, asked for each. None
-        leaves a layer to the optimizer.
+        they contain (``""`` names the model), or a function of a module's name and the module. None leaves a layer to
+        the optimizer.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip
@@ -76,25 +77,26 @@ class KFAC:
         the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, at one backward
         pass for each of them. For the last two call `curvature` in every step.
     gradient
-        ``"pair"`` spares autograd the gradients of the weights of ``nn.Linear`` modules with a trained bias: `step`
-        makes them, or steps in their place, of the inputs and output gradients. ``weight.grad`` is None until then, for
-        the optimizer after a backward pass with no `step`, for whatever clips or looks at gradients before it, and for
-        ``torch.autograd.grad``. What a weight gets from elsewhere in the loss, as by a penalty on it, is added, and
-        weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
+        ``"pair"``: autograd does not form the gradients of the weights of ``nn.Linear`` modules with a trained bias.
+        `step` makes them, or steps in their place, from the inputs and output gradients. Until then ``weight.grad`` is
+        None: for an optimizer that runs without `step`, for code that clips or reads gradients before it, and for
+        ``torch.autograd.grad``. Gradients from elsewhere in the loss, such as a penalty on the weight, are added.
+        Weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
         process, and with gradients set to None after each step.
     scaler
         The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
         Fixes the random starts of randomized decompositions, and the draws of labels.
     distributed
-        With several processes that each hold the model and a batch of their own, and losses that are averaged over
-        them, as DistributedDataParallel and FSDP2 do: ``"gather"`` has every process take in the rows of all;
-        ``"split"`` gives each factor to one, which broadcasts what solving needs (``docs/many-machines.md``). The
-        application is two-sided then.
+        For several processes that each hold the model and a batch of their own, and average their losses, as under
+        DistributedDataParallel and FSDP2. ``"gather"``: every process takes in the rows of all. ``"split"``: each
+        factor belongs to one process, which broadcasts what solving needs (``docs/many-machines.md``). The application
+        is two-sided then.
     process_group
         The processes; None for all.
     columns
-        Bound on the number of columns of a factor's batch from all processes: more are made fewer. None for no bound.
+        Bound on the number of columns of a factor's batch from all processes: wider batches are brought down to it.
+        None for no bound.
 
     Raises
     ------
@@ -104,7 +106,7 @@ class KFAC:
     Notes
     -----
     The loss is taken to be a mean over samples (and positions, for ``"expand"``); a sum scales G only. Whether the
-    pair is the whole gradient is told from the gradient's history, and compared once in a layer's life with one
+    pair is the whole gradient is known from the gradient's history, and compared once for each layer, with one
     read-back. A batch with a non-finite value anywhere is skipped: factors stay as they are and all gradients of the
     model become 0, on the device.
 
@@ -191,7 +193,7 @@ class KFAC:
         ValueError, TypeError
             For a loss that is not one of these, outputs that require no gradient, and weights of another shape.
         """
-        check_loss(loss)
+        _check.choice("KFAC.curvature", "loss", loss, ("cross_entropy", "mse"))
         if self._takes_curvature and any("curvature" in layer.capture.wanted for layer in self._layers):
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
@@ -199,12 +201,12 @@ class KFAC:
     @ranged()
     @torch.no_grad()
     def step(self) -> None:
-        """Take in what was captured since the last step, and overwrite the gradients of the layers that have one.
+        """Take in the data captured since the last step, and overwrite the gradients of the layers that have one.
 
         A gradient that nobody has written to since the last step is left as it is.
 
-        With several processes all of them must come here, each after a backward pass; one that does not comes to be
-        missed when the group's timeout is over, and the others raise an error of torch.distributed.
+        With several processes all of them must call this, each after a backward pass. Where one does not, the others
+        raise an error of torch.distributed when the group's timeout is over.
 
         Raises
         ------
@@ -235,9 +237,9 @@ class KFAC:
         self._notices.tell(self._layers, unseen)
 
     def report(self) -> Report:
-        """Say what each factor got and why, its rank, its error bound and its memory beside the dense factor's.
+        """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
 
-        With several processes and factors split among them, all of them must come here.
+        With several processes and factors split among them, all of them must call this.
         """
         skipped = 0 if self._skipped is None else int(self._skipped)
         with self._replicas.complete():
@@ -257,16 +259,16 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
 
-        Data captured since the last step is not in it: save between a step and the next backward pass. With several
-        processes it is the same in each, and can be continued from by any number of them; where factors are split
-        among them, all must come here.
+        Data captured since the last step is not in it: save between a step and the next backward pass. It is the same
+        in every process, and any number of processes can continue from it. Where factors are split among processes,
+        all of them must call this.
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
         return {"format": state.FORMAT, "steps": self._steps, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``, which must come from the same layers and strategies; options may be others.
+        """Continue from ``state_dict``, which must come from the same layers and strategies; other options may differ.
 
         Raises
         ------
@@ -288,7 +290,7 @@ class KFAC:
 
     def _step(self, layers: list[Layer]) -> None:
         options = self.options.at(self._steps)
-        scale = self._loss_scale(layers)
+        scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
         # Also those whose data comes from another process.
         for layer in self._layers:
             if not layer.refusal and not layer.is_frozen:
@@ -317,7 +319,7 @@ class KFAC:
             self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
-        """Return what the factors of layers take in at this step."""
+        """Return the rows that the factors of layers take in at this step."""
         if self._takes_curvature and layers and self._recorder.terms is None:
             kind = self.options.curvature
             message = (
@@ -368,18 +370,6 @@ class KFAC:
         if self._replicas.several:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
-
-    def _loss_scale(self, layers: list[Layer]) -> Tensor | None:
-        """Return what the loss was multiplied by, without reading it; gradients must be so no longer."""
-        if self._scaler is None or not self._scaler.is_enabled() or not layers:
-            return None
-        if not is_unscaled(self._scaler):
-            message = (
-                "KFAC.step: gradients must be divided by the scale of the loss first; call scaler.unscale_(optimizer)"
-                " between loss.backward() and preconditioner.step()"
-            )
-            raise RuntimeError(message)
-        return scale_of(self._scaler, layers[0].kind.weight.device)
 
     def _reads_rows_alone(self, layer: Layer) -> bool:
         """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
@@ -437,7 +427,7 @@ def _is_replicated(model: nn.Module) -> bool:
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """Take off what compiling and DistributedDataParallel put around a model."""
+    """Return the model itself, out of the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel):
             _check.fail_value(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -10,22 +11,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from brandla.kfac.factor import Factor
-from brandla.kfac.layer import Layer
-from brandla.kfac.strategy import Kept
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.strategy import Kept
 
 Side = Literal["input", "output", "beside"]
+_REFUSED = "layers are left to the optimizer from now on"
+_REPLACED = "some factors are too small for the strategy and got another, see report()"
+_UNSEEN = (
+    "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
+    " read by functional calls are not seen, nor is a model that ran under torch.compile before KFAC was constructed"
+    " (call torch.compiler.reset() after that)"
+)
 
 
 @dataclass(frozen=True)
 class FactorReport:
     """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
 
-    ``relative_error_bound`` is that bound over d₁, the largest eigenvalue of M̂: for a batch of matrices the largest of
-    theirs, as ``error_bound`` is. A bound of 0 is 0 of any d₁, and another one infinitely much of d₁ = 0.
+    ``relative_error_bound`` is that bound divided by d₁, the largest eigenvalue of M̂: 0 where the bound is 0, else
+    infinite where d₁ is 0. For a batch of matrices both are the largest of theirs.
 
-    A curvature that keeps more than its factors has a row for what comes beside them, whose ``side`` is ``"beside"``;
-    n is the layer's number of parameters there, and ``dense_bytes`` is 0.
+    A curvature that keeps more than its factors has one more row, whose ``side`` is ``"beside"``. There n is the
+    layer's number of parameters, and ``dense_bytes`` is 0.
     """
 
     layer: str
@@ -44,8 +52,8 @@ class FactorReport:
 class Report:
     """All factors of a preconditioner, and the number of batches skipped.
 
-    ``unsupported`` says of each module and parameter that is left to the optimizer why it is; ``captured_bytes`` is
-    what inputs and output gradients took at the last step, until it was done with them.
+    ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
+    that inputs and output gradients took until the last step was done with them.
     """
 
     factors: list[FactorReport]
@@ -55,12 +63,12 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """What all factors take."""
+        """The memory of all factors."""
         return sum(factor.bytes for factor in self.factors)
 
     @property
     def dense_bytes(self) -> int:
-        """What the matrices of all factors alone would take."""
+        """The memory that dense matrices in their place would take."""
         return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
@@ -118,7 +126,7 @@ def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
         rank=factor.rank,
         error_bound=bound,
         relative_error_bound=relative,
-        bytes=_bytes(part for part in factor.state.values() if isinstance(part, Tensor)),
+        bytes=_bytes(factor.tensors()),
         dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
     )
 
@@ -158,3 +166,28 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+class Notices:
+    """Warnings to the user, each said once."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, str]] = set()
+
+    def tell(self, layers: Iterable[Layer], unseen: Iterable[Layer]) -> None:
+        """Warn of layers that turned out not to work, of substitutes, and of layers without data."""
+        layers = list(layers)
+        self._say(_REFUSED, {layer.name: layer.refusal for layer in layers if layer.refusal})
+        factors = [(layer, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
+        self._say(
+            _REPLACED, {f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason}
+        )
+        self._say(_UNSEEN, {layer.name: "" for layer in unseen if not layer.refusal})
+
+    def _say(self, what: str, about: dict[str, str]) -> None:
+        new = {name: reason for name, reason in about.items() if (what, name) not in self._said}
+        self._said.update((what, name) for name in new)
+        if new:
+            of_each = "; ".join(f"{name}: {reason}" if reason else name for name, reason in new.items())
+            # Past this class, step() and the two decorators around it.
+            warnings.warn(f"KFAC: {what}: {of_each}", stacklevel=6)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.layer import Layer
-from brandla.kfac.strategy import Curvature
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.systems.strategy import Curvature
 
 FORMAT = 5
 _FUNCTION = "KFAC.load_state_dict"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brandla.kfac import EKFAC, Brand, ConjugateGradient, Exact, Randomized, TwoLevel
-from brandla.kfac.inverse_free import InverseFree
+from brandla.kfac.systems.inverse_free import InverseFree
 from distributed import replicas
 from distributed.processes import run
 from distributed.replicas import Branches, Case, Mixed, alone, error_of

@@ -23,8 +23,8 @@ from brandla.kfac import (
     Randomized,
     TwoLevel,
 )
-from brandla.kfac.exchange import fewer
-from brandla.kfac.inverse_free import InverseFree
+from brandla.kfac.processes.exchange import fewer
+from brandla.kfac.systems.inverse_free import InverseFree
 from distributed import replicas
 from distributed.processes import launch, run
 from distributed.replicas import Branches, Case, Mixed, alone, error_of

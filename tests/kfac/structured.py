@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from brandla.kfac.structures import (
+from brandla.kfac.systems.structures import (
     BlockDiagonal,
     Dense,
     Diagonal,

@@ -24,9 +24,9 @@ from brandla.kfac import (
     TwoLevel,
     read_state,
 )
+from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl
-from brandla.kfac.mask import Mask
-from brandla.kfac.two_level import _unit
+from brandla.kfac.systems.two_level import _unit
 from kfac.networks import batch, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")

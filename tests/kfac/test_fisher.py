@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Brand, Exact
-from brandla.kfac.fisher import vectors
+from brandla.kfac.capture.fisher import vectors
 from kfac.networks import batch, gradients, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")

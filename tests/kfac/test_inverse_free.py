@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import KFAC
-from brandla.kfac.inverse_free import InverseFree, InverseFreeCurvature
-from brandla.kfac.inverse_root import RowBatch
-from brandla.kfac.strategy import Damping, Now, Rows, Scale, Shape
-from brandla.kfac.structures import STRUCTURES, BlockDiagonal, Dense, Diagonal, Hierarchical, Structure, Triangular
+from brandla.kfac.systems.inverse_free import InverseFree, InverseFreeCurvature
+from brandla.kfac.systems.inverse_root import RowBatch
+from brandla.kfac.systems.structures import (
+    STRUCTURES,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Hierarchical,
+    Structure,
+    Triangular,
+)
+from brandla.kfac.values import Damping, Now, Rows, Scale, Shape
 from kfac.networks import batch, gradients, mlp
 from kfac.structured import projected
 from oracles import tolerance

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import KFAC, Brand, Exact
-from brandla.kfac.layer import Layer
+from brandla.kfac.capture.layer import Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brandla.kfac import KFAC, Exact
-from brandla.kfac.layer import Layer
-from brandla.kfac.strategy import Rows
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.values import Rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC"),

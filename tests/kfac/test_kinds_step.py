@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
-from brandla.kfac.layer import Layer
+from brandla.kfac.capture.layer import Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact, Foof, InverseFree, Strategy, TwoLevel
-from brandla.kfac.distributed import Replicas
+from brandla.kfac.processes.distributed import Replicas
 from kfac.networks import batch, gradients, mlp
 
 WIDTHS = (40, 30, 30, 3)

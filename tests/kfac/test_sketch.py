@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Strategy
-from brandla.kfac.brand import sketch_width
+from brandla.kfac.systems.brand import sketch_width
 from kfac.networks import batch
 
 # The output factor of order 30 is too small for some of the ranks.

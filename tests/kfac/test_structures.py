@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brandla.kfac.structures import (
+from brandla.kfac.systems.structures import (
     STRUCTURES,
     BlockDiagonal,
     Dense,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from brandla import LowRankEigh
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized, Strategy
-from brandla.kfac.factor import FactorStrategy
-from brandla.kfac.strategy import Damping
+from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.values import Damping
 from kfac.networks import batch, layer_gradient
 
 DAMPING = 0.03

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import KFAC, ConjugateGradient
-from brandla.kfac.cg import RowsOfBatches
+from brandla.kfac.systems.cg import RowsOfBatches
 from kfac.networks import batch, layer_gradient, with_one
 from kfac.systems import assert_near
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import EKFAC, KFAC, Exact
-from brandla.kfac.ekfac import EigenvalueCorrected
+from brandla.kfac.systems.ekfac import EigenvalueCorrected
 from kfac.networks import batch, layer_gradient, mlp
 from kfac.systems import assert_near, fisher, sample_gradients, step
 
@@ -30,7 +30,7 @@ def parts_of(corrected: EigenvalueCorrected) -> tuple[Tensor, Tensor, Tensor, Te
 def test_second_moments_are_those_of_the_samples_own_gradients(
     positions: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("brandla.kfac.ekfac._AT_ONCE", chunk)
+    monkeypatch.setattr("brandla.kfac.systems.ekfac._AT_ONCE", chunk)
     torch.manual_seed(0)
     layer = nn.Linear(6, 5, dtype=torch.float64)
     inputs = torch.randn(*((9,) if positions is None else (9, positions)), 6, dtype=torch.float64)

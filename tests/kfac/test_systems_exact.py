@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KFAC, Exact
-from brandla.kfac.strategy import Damping
+from brandla.kfac.values import Damping
 from kfac.networks import batch, damped_inverse, dense_step, layer_gradient, mlp, with_one
 from kfac.systems import assert_near, step
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import EKFAC, KFAC, Brand, Exact, Foof, InverseFree, Randomized
-from brandla.kfac.strategy import Strategy
+from brandla.kfac.systems.strategy import Strategy
 from kfac.networks import batch, damped_inverse, gradients, layer_gradient, mlp, with_one
 from kfac.systems import assert_near
 

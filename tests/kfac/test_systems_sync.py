@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from brandla.kfac import Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel
-from brandla.kfac.strategy import Damping, Now, Problem, Rows, Shape
+from brandla.kfac.systems.strategy import Problem
+from brandla.kfac.values import Damping, Now, Rows, Shape
 
 SYSTEMS = {
     "cholesky": Exact(inverse_every=1, method="cholesky"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import KFAC, Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel
-from brandla.kfac.strategy import Damping, Now
+from brandla.kfac.values import Damping, Now
 from kfac.networks import batch, gradients, layer_gradient, mlp
 from kfac.systems import assert_near, fisher, flat, linears, sample_gradients, step
 

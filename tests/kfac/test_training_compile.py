@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Exact
-from brandla.kfac.tap import Ticket, collect
+from brandla.kfac.capture.tap import Ticket, collect
 from kfac.networks import batch, gradients, mlp
 
 # The compiler instantiates autograd functions, uses torch.jit, and looks at .grad of what is no leaf.

@@ -77,7 +77,7 @@ def test_batches_that_are_not_finite_count_for_nothing(
 ):
     """As on a device, where nobody knows, nothing is read back to find out."""
     if not free:
-        monkeypatch.setattr("brandla.kfac.mask.reads_are_free", lambda tensor: False)
+        monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: False)
     batches = [(0, ""), (1, poison), (2, ""), (3, poison), (4, poison), (5, "")]
     preconditioner, steps = train(strategy, batches)
     for (_, poisoned), own in zip(batches, steps, strict=True):
@@ -281,7 +281,7 @@ def test_a_step_before_any_backward_pass_does_nothing():
 
 @pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
 def test_a_second_step_with_no_new_gradient_does_nothing(free: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("brandla.kfac.mask.reads_are_free", lambda tensor: free)
+    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, Exact())
     backward(model, 0)

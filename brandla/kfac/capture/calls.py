@@ -1,0 +1,140 @@
+"""One use of a weight: its input, kept where autograd keeps its own, and the gradients of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from brandla.kfac.capture.kinds import Kind
+
+# Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
+Pass = Literal["loss", "curvature"]
+_LEAF = torch.zeros((), requires_grad=True)
+
+
+class Saved:
+    """A tensor to be fetched in a backward pass, once.
+
+    `Saved.of` hands it to autograd, outside the model's graph: an activation checkpoint drops it and computes it
+    again, and ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
+    """
+
+    def __init__(self, tensor: Tensor | None = None, kept: Tensor | None = None) -> None:
+        self._tensor = tensor
+        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+        self._kept = kept
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Saved:
+        """Let autograd keep a tensor."""
+        # torch leaves Function.apply without annotations.
+        kept: Tensor = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
+        return cls(kept=kept)
+
+    def fetch(self) -> Tensor:
+        """Return the tensor."""
+        if self._tensor is not None:
+            return self._tensor
+        assert self._kept is not None
+        node: Any = self._kept.grad_fn
+        tensor: Tensor = node.saved_tensors[0]
+        return tensor
+
+
+class _Keep(torch.autograd.Function):
+    """Save a tensor; the result is of no use but for its node. It has no part in any backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        # Nothing comes after what this returned: it is kept for its saved tensor alone.
+        raise NotImplementedError
+
+
+class Terms:
+    """The terms of the loss that one run of backward passes for the curvature is about: the sum of their weights."""
+
+    def __init__(self, total: Tensor | float) -> None:
+        self.total = total
+
+
+class Call:
+    """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
+
+    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False) -> None:
+        self.kind = kind
+        # Whether autograd does not form the weight's gradient in this call.
+        self.left_out = left_out
+        self.terms: Terms | None = None
+        self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
+        # The backward pass, by autograd's number for it, of each of the loss's gradients.
+        self._tasks: list[int] = []
+        self._saved: Saved | None = saved
+        self._inputs: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """The input, once a gradient has come."""
+        assert self._inputs is not None
+        return self._inputs
+
+    def add(self, gradient: Tensor, recorder: Recorder) -> None:
+        """Take in a gradient; the first one fetches the input from where autograd has kept it."""
+        if self._saved is not None:
+            self._inputs, self._saved = self._saved.fetch(), None
+        if recorder.running == "curvature":
+            self.terms = recorder.terms
+        else:
+            self._tasks.append(torch._C._current_graph_task_id())
+        self.gradients[recorder.running].append(gradient)
+
+    def keep(self, tasks: Container[int]) -> None:
+        """Forget the loss's gradients of all backward passes but these."""
+        kept = [pair for pair in zip(self._tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
+        self._tasks = [task for task, _ in kept]
+        self.gradients["loss"] = [gradient for _, gradient in kept]
+
+    def forget(self, but: Terms | None = None) -> None:
+        """Forget all gradients but those of the curvature of these terms; the graph may be gone through again."""
+        self.keep(())
+        if but is None or self.terms is not but:
+            self.gradients["curvature"] = []
+
+    @property
+    def released(self) -> bool:
+        """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
+        return self._saved is None and self._inputs is None
+
+    def release(self) -> None:
+        """Forget the data."""
+        self._saved = self._inputs = None
+        self._tasks = []
+        self.gradients = {"loss": [], "curvature": []}
+
+    def bytes(self) -> int:
+        """Return the memory of inputs and gradients."""
+        gradients = [gradient for of in self.gradients.values() for gradient in of]
+        return sum(part.numel() * part.element_size() for part in (self.inputs, *gradients))
+
+
+class Recorder:
+    """Shared by all captures of a model: which backward pass is running.
+
+    ``draw`` counts backward passes for the curvature through one graph; ``terms`` are those that they are about.
+    ``has_run`` says whether there have been any.
+    """
+
+    def __init__(self, *, edges: bool = False) -> None:
+        self.running: Pass = "loss"
+        self.draw = 0
+        self.terms: Terms | None = None
+        self.has_run = False
+        # Whether captures note the place of their outputs in the graph, for backward passes that end there.
+        self.edges = edges

@@ -1,0 +1,289 @@
+"""The hooks of one weight: they collect its calls between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakMethod, ref
+
+import torch
+from torch import Tensor, nn
+
+from brandla._sharded import is_dtensor
+from brandla.kfac.capture.calls import Call, Pass, Recorder, Saved, Terms
+from brandla.kfac.capture.kinds import Kind
+from brandla.kfac.capture.switch import Switch, is_functional
+from brandla.kfac.capture.tap import Ticket, tap
+
+
+class Capture:
+    """Collects the calls of one weight between two steps.
+
+    Hooks sit on the output tensor of each call, not on the module: they see the gradient of the value that the layer
+    returned, also when an activation overwrites it in place. A forward pass under ``torch.no_grad`` leaves no trace,
+    and a call whose output gets no gradient contributes nothing. After a call that cannot be made into rows nothing is
+    collected any more: ``refusal`` says why, and the weight is left to the optimizer.
+
+    Calls whose gradient was set to None without a step are forgotten at the next use or backward pass, unless the
+    weight is sharded. Backward passes that did not add to the weight's gradient are forgotten at the step.
+    """
+
+    def __init__(self, kind: Kind, recorder: Recorder) -> None:
+        self.enabled = True
+        self.wanted: frozenset[Pass] = frozenset(("loss", "curvature"))
+        self.calls: list[Call] = []
+        self.edges: list[Any] = []
+        self.refusal = ""
+        # Whether autograd has left the weight's gradient out of a backward pass since the last step.
+        self.left_out = False
+        self._switch: Switch | None = None
+        self._kind = kind
+        self._recorder = recorder
+        # The weight between steps, which may be sharded later and freed.
+        self._lasting = ref(kind.weight)
+        self._fresh = False
+        self._accumulated: tuple[Tensor, int] | None = None
+        # The backward passes, by autograd's numbers, that have added to the weight's gradient.
+        self._reached: set[int] = set()
+        self._handles: list[Any] = []
+        # The weight whose gradient is noted, and the hook that does it.
+        self._noting: tuple[Tensor, Any] | None = None
+        # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
+        self._of_first_draw: list[Call] = []
+        self._task: tuple[int, int] = (-1, -1)
+        self._index = 0
+        self.attach(kind)
+
+    def attach(self, kind: Kind) -> None:
+        """Watch a module that uses the weight."""
+        self._handles += kind.attach(_Watch(self, kind).record)
+
+    def leave_out(self) -> None:
+        """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
+        if len(self._handles) == 1 and self._kind.leaves_out:
+            self._switch = Switch(self._kind, self._may_leave_out)
+            self._handles += self._switch.attach()
+
+    def detach(self) -> None:
+        """Remove every hook, and ignore graphs that are still alive."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._noting is not None:
+            self._noting[1].remove()
+            self._noting = None
+        self.wanted = frozenset()
+        self.clear()
+
+    def want(self, passes: Iterable[Pass]) -> None:
+        """Choose the passes whose gradients are collected from now on."""
+        self._lasting = ref(self._kind.weight)
+        if self._handles:
+            self.wanted = frozenset(passes)
+            self.enabled = bool(self.wanted) and not self.refusal
+
+    def gradient_is_pairs(self) -> bool:
+        """Say whether the gradient can only be that of the captured calls, as far as is known with no read-back.
+
+        It was empty before the first of them, and nobody has written to it since autograd did. GradScaler.unscale_ does
+        not count as writing.
+        """
+        return self._fresh and self._is_as_noted()
+
+    def bytes(self) -> int:
+        """Return the memory of the calls."""
+        return sum(call.bytes() for call in self.calls)
+
+    def clear(self) -> None:
+        """Forget the calls."""
+        for call in self.calls:
+            call.release()
+        self.calls = []
+        self.edges = []
+        self._of_first_draw = []
+        self._task = (-1, -1)
+        self.left_out = False
+        self._fresh = False
+        self._accumulated = None
+        self._reached = set()
+
+    def keep_reached(self) -> None:
+        """Forget the loss's gradients of backward passes that have not added to the weight's.
+
+        Where no pass is known to have done so, as with gradients that were set by hand, all are kept.
+        """
+        if self._reached:
+            for call in self.calls:
+                call.keep(self._reached)
+            self._drop_empty()
+
+    def forget_discarded(self, of: Pass) -> None:
+        """Forget the calls if the weight's gradient is None again: the step they were for has been given up."""
+        if self._gradient_is_gone() and any(call.gradients[of] for call in self.calls):
+            self._forget_passes()
+            self.edges = []
+
+    def record(self, kind: Kind, inputs: Any, output: Any, ticket: Ticket) -> Any:
+        """Watch the output of a call, and return the output to go on with."""
+        weight = kind.weight
+        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
+            return output
+        if _is_lent(weight, kind) or is_functional():
+            return output
+        if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
+            if self._is_leaving:
+                message = f"KFAC: gradient must be 'autograd' for this {type(kind.module).__name__}: {refusal}"
+                raise RuntimeError(message)
+            self.refusal = refusal
+        elif output.requires_grad:
+            if torch.compiler.is_compiling():
+                return tap(output, inputs, ticket.number)
+            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving), output)
+        return output
+
+    def collect(self, call: Call, gradient: Tensor) -> None:
+        """Take in the gradient of a call's output."""
+        # What autograd has left out must be taken in, whatever is wanted by now.
+        owed = call.left_out and self._recorder.running == "loss" and bool(self._handles)
+        if self.refusal or call.released or not (owed or self._recorder.running in self.wanted):
+            return
+        self.left_out |= call.left_out
+        if self._recorder.running == "loss":
+            if self._reached and self._gradient_is_gone():
+                self._forget_passes(but=self._recorder.terms)
+            if not self._reached:
+                self._fresh = self._witness.grad is None
+            elif not self._is_as_noted():
+                self._fresh = False
+            self._note_gradients_of(self._witness)
+        if not any(call is known for known in self.calls):
+            self.calls.append(call)
+        call.add(gradient.detach(), self._recorder)
+
+    def collect_compiled(self, kind: Kind, inputs: Tensor, gradient: Tensor) -> None:
+        """Take in input and output gradient of a call inside a compiled graph, whose memory may be used again."""
+        if self.refusal or self._recorder.running not in self.wanted:
+            return
+        task = (torch._C._current_graph_task_id(), self._recorder.draw)
+        if task != self._task:
+            self._task, self._index = task, 0
+        if self._recorder.running == "loss":
+            call = Call(kind.of_call(), Saved(inputs.clone()))
+        else:
+            if self._recorder.draw == 0:
+                if self._index == 0:
+                    self._of_first_draw = []
+                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone())))
+            call = self._of_first_draw[self._index]
+            self._index += 1
+        self.collect(call, gradient.clone())
+
+    def _watch(self, call: Call, output: Tensor) -> None:
+        value, shape = _own_value(output), output.shape
+        # Inside a backward pass an activation checkpoint computes again what has been watched already.
+        if torch._C._current_graph_task_id() == -1:
+            self.forget_discarded("loss")
+            if self._recorder.edges:
+                self.edges.append(torch.autograd.graph.get_gradient_edge(value))
+        value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))
+
+    def _may_leave_out(self) -> bool:
+        """Say whether the coming call will be captured, and nobody else waits for the weight's gradient."""
+        weight = self._kind.weight
+        own = self._noting is not None and self._noting[0] is weight
+        hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
+        return self.enabled and "loss" in self.wanted and len(hooks) == own
+
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether the weight's gradient is left out of the call that is going on."""
+        return self._switch is not None and self._switch.is_off
+
+    @property
+    def _witness(self) -> Any:
+        """The parameter whose gradient is watched: the bias, where the weight gets no gradient."""
+        return self._kind.bias if self.left_out else self._kind.weight
+
+    def _gradient_is_gone(self) -> bool:
+        """Say whether the weight has no gradient, or is no longer the one that had it, since its shape is another.
+
+        For a sharded weight this cannot be known: during a pass another tensor takes its place, which has no gradient
+        once that has been reduced, and the weight itself has none until then.
+        """
+        if self.left_out:
+            return self._witness.grad is None
+        weight: Tensor = self._kind.weight
+        if self._noting is not None and self._noting[0].shape != weight.shape:
+            return True
+        return weight is self._lasting() and not is_dtensor(weight) and weight.grad is None
+
+    def _is_as_noted(self) -> bool:
+        """Say whether nobody has written to the gradient since autograd last did."""
+        gradient = self._witness.grad
+        if self._accumulated is None or gradient is None:
+            return False
+        noted, version = self._accumulated
+        return gradient is noted and gradient._version == version
+
+    def _forget_passes(self, but: Terms | None = None) -> None:
+        """Forget all backward passes so far but those for the curvature of these terms."""
+        for call in self.calls:
+            call.forget(but)
+        self._drop_empty()
+        self._reached = set()
+
+    def _drop_empty(self) -> None:
+        self.calls = [call for call in self.calls if any(call.gradients.values())]
+
+    def _note_gradients_of(self, weight: Tensor) -> None:
+        """Have the gradient of a weight noted, once it is trainable: a frozen one takes no such hook."""
+        if weight.requires_grad and (self._noting is None or self._noting[0] is not weight):
+            if self._noting is not None:
+                self._noting[1].remove()
+            # The garbage collector does not see through hooks of a tensor's: they must not hold what holds the tensor.
+            self._noting = weight, weight.register_post_accumulate_grad_hook(_weakly(self._note))
+
+    def _note(self, weight: Tensor) -> None:
+        self._reached.add(torch._C._current_graph_task_id())
+        if weight.grad is not None:
+            self._accumulated = (weight.grad, weight.grad._version)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a function that calls a method for as long as its object lives."""
+    known = WeakMethod(method)
+
+    def call(weight: Tensor) -> None:
+        found = known()
+        if found is not None:
+            found(weight)
+
+    return call
+
+
+def _is_lent(weight: Tensor, kind: Kind) -> bool:
+    """Say whether a functional call has put a tensor of its own in the parameter's place."""
+    return not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values())
+
+
+def _own_value(output: Tensor) -> Tensor:
+    """Return the tensor to watch, so that the gradient is seen even where the output is overwritten.
+
+    A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives the view a
+    new history, with no hook in it, and leaves that of the values behind it.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
+class _Watch:
+    """One module that uses the weight of a capture."""
+
+    def __init__(self, capture: Capture, kind: Kind) -> None:
+        self._capture = capture
+        self._ticket = Ticket(kind, capture.collect_compiled)
+
+    def record(self, kind: Kind, inputs: Any, output: Any) -> Any:
+        return self._capture.record(kind, inputs, output, self._ticket)

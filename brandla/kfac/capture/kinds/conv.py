@@ -1,0 +1,104 @@
+"""``nn.Conv1d``, ``Conv2d`` and ``Conv3d``: positions are the output's, inputs the windows they are made from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, own_forward
+
+
+class ConvKind(Kind):
+    """A convolution: d_in is the channels of a group times the size of its window.
+
+    A row of inputs is a window as it lies in the weight. In "expand" all windows are stored, samples times positions of
+    them; in "reduce" their average is taken with none stored, one dimension after another.
+    """
+
+    types: ClassVar[tuple[type[Any], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Say so where what the forward pass calls is not the type's own."""
+        own: Any = module
+        plain = any(isinstance(module, kind) and type(own)._conv_forward is kind._conv_forward for kind in cls.types)
+        return "" if plain else own_forward(module)
+
+    @property
+    def conv(self) -> Any:
+        """The module."""
+        return self.module
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """Groups where there are several, output channels of a group, and the size of its windows."""
+        d_out, *window = self.weight.shape
+        groups = self.conv.groups
+        return (groups,) if groups > 1 else (), d_out // groups, math.prod(window)
+
+    @property
+    def steps(self) -> list[tuple[int, int, int]]:
+        """Size, stride and dilation of the kernel in each dimension."""
+        return list(zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True))
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say so where the dimensions are neither those of a batch nor those of a sample."""
+        batched = self.weight.ndim
+        if inputs.ndim not in (batched - 1, batched) or output.ndim != inputs.ndim:
+            return f"its input has {inputs.ndim} dimensions and its output {output.ndim}; a batch has {batched}"
+        return ""
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Unfold the input: samples, positions and windows."""
+        windows = self.padded(self._batch(inputs), self._batch(gradient).shape[2:])
+        for dim, (size, stride, dilation) in enumerate(self.steps, start=2):
+            windows = _windows(windows, dim, size, stride, dilation)
+        count = len(self.steps)
+        # (samples, groups, channels, *positions, *window), up to here a view of the input
+        split = windows.unflatten(1, (self.conv.groups, -1))
+        rows = split.movedim(1, 0).movedim(2, 2 + count).flatten(2, 1 + count).flatten(3)
+        return Uses(self._in_groups(rows), self._output_rows(gradient))
+
+    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Average the windows over the positions: (samples, 1, window). No window is stored."""
+        means = self.padded(self._batch(inputs), self._batch(gradient).shape[2:])
+        for size, stride, dilation in self.steps:
+            means = _windows(means, 2, size, stride, dilation).mean(2, dtype=full_dtype(inputs))
+        rows = means.unflatten(1, (self.conv.groups, -1)).flatten(2).movedim(1, 0).unsqueeze(2)
+        gradients = self._output_rows(gradient)
+        return Uses(self._in_groups(rows), gradients.sum(-2, keepdim=True, dtype=full_dtype(gradient)))
+
+    def padded(self, batch: Tensor, positions: torch.Size) -> Tensor:
+        """Return the input as the kernel runs over it, to make an output of so many positions."""
+        mode = self.conv.padding_mode
+        return nn.functional.pad(batch, self._pads(), mode="constant" if mode == "zeros" else mode)
+
+    def _pads(self) -> list[int]:
+        """Before and after each dimension, the last dimension first; an odd total of "same" has one more after."""
+        padding = self.conv.padding
+        if padding == "same":
+            totals = [dilation * (size - 1) for size, _, dilation in self.steps]
+            pairs = [(total // 2, total - total // 2) for total in totals]
+        else:
+            pairs = [(0, 0)] * len(self.steps) if padding == "valid" else [(width, width) for width in padding]
+        return [width for pair in reversed(pairs) for width in pair]
+
+    def _batch(self, part: Tensor) -> Tensor:
+        """One sample is a batch of one."""
+        return part if part.ndim == self.weight.ndim else part[None]
+
+    def _output_rows(self, gradient: Tensor) -> Tensor:
+        """Arrange (samples, channels, *positions) as (groups, samples, positions, channels of a group)."""
+        by_group = self._batch(gradient).flatten(2).unflatten(1, (self.conv.groups, -1))
+        return self._in_groups(by_group.permute(1, 0, 3, 2))
+
+    def _in_groups(self, rows: Tensor) -> Tensor:
+        return rows if self.conv.groups > 1 else rows[0]
+
+
+def _windows(part: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
+    """View ``dim`` as positions, with the window of each as the last dimension."""
+    return part.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]

@@ -1,0 +1,62 @@
+"""``nn.Embedding``: a Linear of one-hot inputs, whose input factor is diagonal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac.capture.kinds.kind import Kind, Uses, wrong_shape
+
+
+class EmbeddingKind(Kind):
+    """An embedding: d_in is the number of entries, d_out their size, inputs are indices and −1 for padding.
+
+    Positions are rows in every sharing: an average of one-hot inputs would not be one-hot.
+    """
+
+    types = (nn.Embedding,)
+    one_hot = True
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Say so where its gradient is not the sum over its calls, or sparse."""
+        embedding: Any = module
+        if embedding.sparse:
+            return "its gradient is sparse"
+        return "its gradient is scaled by frequency" if embedding.scale_grad_by_freq else ""
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """Size of an entry, and number of entries."""
+        entries, size = self.weight.shape
+        return (), size, entries
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say so where the output is not an entry for each index."""
+        return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return indices and their gradients; padding, which autograd leaves out too, has −1 and 0."""
+        samples = inputs.shape[0] if inputs.ndim else 1
+        indices = inputs.reshape(samples, -1)
+        gradients = gradient.reshape(*indices.shape, gradient.shape[-1])
+        embedding: Any = self.module
+        if embedding.padding_idx is not None:
+            padding = indices == embedding.padding_idx
+            indices = torch.where(padding, -1, indices)
+            gradients = torch.where(padding[..., None], 0, gradients)
+        return Uses(indices[..., None], gradients)
+
+    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return the same as without sharing over positions."""
+        return self.uses(inputs, gradient)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose."""
+        return weight.mT
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Transpose."""
+        return matrix.mT

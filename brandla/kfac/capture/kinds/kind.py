@@ -1,0 +1,209 @@
+"""What the loop asks of a type of module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+# Called at each use of a weight with the kind that makes rows of this call, its input and its output; what it returns
+# takes the place of the output.
+Record: TypeAlias = Callable[["Kind", Any, Any], Any]
+
+
+class Uses(NamedTuple):
+    """Inputs (*groups, samples, positions, d_in) and output gradients (..., d_out) of one call.
+
+    ``ones`` (..., 1) is the bias's input, where that is not 1 everywhere.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    ones: Tensor | None = None
+
+
+class Kind(ABC):
+    """One weight of a module, with the bias that is added to what it gives.
+
+    The weight is a matrix (*groups, d_out, d_in) to the loop: a row of inputs times it, and the bias, is a row of
+    outputs, in each group by itself.
+    """
+
+    # The types of modules with one weight of this kind, called as those types are.
+    types: ClassVar[tuple[type[Any], ...]] = ()
+    # Inputs are indices of one-hot vectors.
+    one_hot = False
+    # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
+    single = False
+    # The module is called once for each use, and autograd may be told not to form the weight's gradient.
+    leaves_out = False
+    # What tells this weight from others of its module, in the layer's name.
+    part = ""
+
+    def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
+        self.module = module
+        self._weight = weight
+        self._bias = bias
+
+    @classmethod
+    def of(cls, module: nn.Module) -> list[Kind] | str | None:
+        """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
+        if not isinstance(module, cls.types):
+            return None
+        if not is_called_as(module, *cls.types):
+            return own_forward(module)
+        return cls.left(module) or why_left(module, "weight") or [cls(module)]
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Say why a module of these types is left to the optimizer; an empty string if it is not."""
+        return ""
+
+    @property
+    def weight(self) -> Any:
+        """The weight as it is now: a sharded one may be another tensor in a forward pass."""
+        return getattr(self.module, self._weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, if it is trained."""
+        bias: nn.Parameter | None = getattr(self.module, self._bias, None) if self._bias else None
+        return bias if bias is not None and bias.requires_grad else None
+
+    def leave_bias(self) -> None:
+        """Have the weight alone, without its bias."""
+        self._bias = ""
+
+    @property
+    def bias_gradient(self) -> Tensor | None:
+        """The part of the bias's gradient that belongs to this weight, to be written to."""
+        return None if self.bias is None else self.bias.grad
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """Groups, d_out and d_in, without the bias."""
+
+    @abstractmethod
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return the uses of the weight in one call, from its input and the gradient of its output."""
+
+    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return one use a sample: inputs averaged and gradients summed over its positions."""
+        uses = self.uses(inputs, gradient)
+        return Uses(
+            uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
+            uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
+        )
+
+    def attach(self, record: Record) -> list[Any]:
+        """Have ``record`` called at each use, and return handles with ``remove()``."""
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return record(self.of_call(), args[0] if args else kwargs.get("input"), output)
+
+        return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
+
+    def of_call(self) -> Kind:
+        """Return the kind that makes rows of the call that is going on."""
+        return self
+
+    def refusal(self, inputs: object, output: object) -> str:
+        """Say why a call cannot be made into rows; an empty string if it can."""
+        for name, part in (("input", inputs), ("output", output)):
+            if not isinstance(part, Tensor):
+                return f"its {name} is of type {type(part).__name__}, not a tensor"
+            if part.is_nested or part.layout is not torch.strided:
+                return f"its {name} is not a dense tensor"
+        if not isinstance(self.weight, nn.Parameter):
+            return COMPUTED
+        assert isinstance(inputs, Tensor)
+        assert isinstance(output, Tensor)
+        return self.misfit(inputs, output)
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say why the shapes of a call are not those that `uses` can take; an empty string if they are."""
+        return ""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Arrange a tensor of the weight's shape as a matrix (*groups, d_out, d_in)."""
+        groups, d_out, d_in = self.shape
+        return weight.reshape(*groups, d_out, d_in)
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Arrange a matrix (*groups, d_out, d_in) in the weight's shape."""
+        return matrix.reshape(self.weight.shape)
+
+
+class OwnHook:
+    """A hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module = module
+        self._call = call
+
+    def __call__(self, module: nn.Module, *of_call: Any) -> Any:
+        """Pass the call on, if it is the module's."""
+        # A shallow copy of the module's attributes, as DataParallel makes, takes the hook along.
+        return self._call(*of_call) if module is self._module else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """Leave the output of a module as it is."""
+
+
+COMPUTED = "its weight is computed from other parameters"
+
+
+def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Say whether a module is of one of the types, and its forward pass too: a subclass may have its own."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types)
+
+
+def own_forward(module: nn.Module) -> str:
+    """Say that the forward pass of a module is not that of its type."""
+    return f"{type(module).__name__} has a forward pass of its own"
+
+
+def why_left(module: nn.Module, *names: str) -> str:
+    """Say why weights cannot be preconditioned; an empty string if they can."""
+    for name in names:
+        weight = getattr(module, name)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return "it has no shape yet: run it once before it is preconditioned"
+        if not isinstance(weight, nn.Parameter):
+            return COMPUTED
+        if not weight.is_floating_point():
+            return "its weight is not real"
+        if not weight.numel():
+            return "its weight is empty"
+    return ""
+
+
+def full_dtype(part: Tensor) -> torch.dtype:
+    """Return the dtype in which sums of a tensor are taken."""
+    return torch.promote_types(part.dtype, torch.float32)
+
+
+def by_sample(part: Tensor) -> Tensor:
+    """Reshape (samples, *positions, d) to (samples, positions, d); a single vector is one sample."""
+    if part.ndim <= 2:
+        return part.reshape(-1, 1, part.shape[-1])
+    return part.reshape(part.shape[0], -1, part.shape[-1])
+
+
+def wrong_shape(output: Tensor, wanted: tuple[int, ...]) -> str:
+    """Say that an output has not the shape that its input makes; an empty string if it has."""
+    if output.shape == wanted:
+        return ""
+    return f"its output has shape {tuple(output.shape)}, where the input makes {wanted}"

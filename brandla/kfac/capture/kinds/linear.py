@@ -1,0 +1,35 @@
+"""``nn.Linear``, with any dimensions between samples and features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from brandla.kfac.capture.kinds.kind import Kind, Uses, by_sample, wrong_shape
+
+
+class LinearKind(Kind):
+    """A Linear: rows are samples and the positions between the first and the last dimension."""
+
+    types = (nn.Linear,)
+    leaves_out = True
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Say so of the Linear inside of an attention."""
+        of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
+        return "the attention that holds it never calls it" if of_attention else ""
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """d_out and d_in."""
+        d_out, d_in = self.weight.shape
+        return (), d_out, d_in
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say so where the last dimensions are not those of the weight."""
+        return wrong_shape(output, (*inputs.shape[:-1], self.weight.shape[0]))
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return samples, positions and features."""
+        return Uses(by_sample(inputs), by_sample(gradient))

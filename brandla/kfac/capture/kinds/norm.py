@@ -1,0 +1,110 @@
+"""Scale and shift of normalisations: one exact 2×2 block (1×1 without a shift) for each channel."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
+
+_BATCH: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE: tuple[Any, ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_LAST: tuple[Any, ...] = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Statistics:
+    """Means and variances that a normalisation in evaluation mode goes by, as they were in a call."""
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        self.mean = mean.clone()
+        self.variance = variance.clone()
+
+
+class NormKind(Kind):
+    """A normalisation with y = w x̂ + b in each channel: groups are the channels.
+
+    A row is (∂w, ∂b) of one sample, summed over its positions, in every sharing: the block of a channel is then the
+    mean of its gradients' outer products, with nothing approximated.
+    """
+
+    single = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._fixed: Statistics | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> list[Kind] | str | None:
+        """Return scale and shift, where there are any."""
+        if isinstance(module, nn.SyncBatchNorm):
+            return "its statistics are of several processes"
+        types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
+        if not isinstance(module, types):
+            return None
+        if module.weight is None:
+            return []
+        # Batch and instance normalisations inherit their forward pass.
+        if not is_called_as(module, *types):
+            return own_forward(module)
+        return why_left(module, "weight") or [cls(module)]
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """Channels, of one weight each."""
+        return (self.weight.numel(),), 1, 1
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say so where the input is not a batch: instance normalisations take a single sample too."""
+        if output.shape != inputs.shape:
+            return f"its output has shape {tuple(output.shape)}, its input {tuple(inputs.shape)}"
+        if any(isinstance(self.module, kind) and inputs.ndim < 3 + index for index, kind in enumerate(_INSTANCE)):
+            return f"its input of shape {tuple(inputs.shape)} is not a batch"
+        return ""
+
+    def of_call(self) -> Kind:
+        """Return a kind that keeps the running statistics, if the module goes by them now."""
+        mean: Tensor | None = getattr(self.module, "running_mean", None)
+        if mean is None or self.module.training:
+            return self
+        norm: Any = self.module
+        kind = copy.copy(self)
+        kind._fixed = Statistics(mean, norm.running_var)
+        return kind
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return (channels, samples, 1, 2): the gradients of scale and shift of each sample."""
+        gradient = gradient.to(full_dtype(gradient))
+        products = self._by_channel(gradient * self._normalised(inputs.to(gradient.dtype)))
+        parts = [products] if self.bias is None else [products, self._by_channel(gradient)]
+        rows = torch.stack([part.sum(-1).mT for part in parts], dim=-1)[:, :, None]
+        return Uses(rows, rows)
+
+    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return the same as without sharing over positions."""
+        return self.uses(inputs, gradient)
+
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        """Return x̂."""
+        norm: Any = self.module
+        if self._fixed is not None:
+            return nn.functional.batch_norm(inputs, self._fixed.mean, self._fixed.variance, eps=norm.eps)
+        if isinstance(norm, nn.LayerNorm):
+            return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+        if isinstance(norm, nn.RMSNorm):
+            return nn.functional.rms_norm(inputs, norm.normalized_shape, eps=norm.eps)
+        if isinstance(norm, nn.GroupNorm):
+            return nn.functional.group_norm(inputs, norm.num_groups, eps=norm.eps)
+        if isinstance(norm, _INSTANCE):
+            return nn.functional.instance_norm(inputs, eps=norm.eps)
+        return nn.functional.batch_norm(inputs, None, None, training=True, eps=norm.eps)
+
+    def _by_channel(self, part: Tensor) -> Tensor:
+        """Reshape to (samples, channels, positions)."""
+        channels = self.weight.numel()
+        if not isinstance(self.module, _LAST):
+            return part.reshape(part.shape[0], channels, -1)
+        samples = part.shape[0] if part.ndim > self.weight.ndim else 1
+        return part.reshape(samples, -1, channels).mT

@@ -1,0 +1,334 @@
+"""One weight under K-FAC: its calls as rows, its gradient as a matrix, and the step written back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac.capture.calls import Call, Pass, Recorder
+from brandla.kfac.capture.hooks import Capture
+from brandla.kfac.capture.kinds import Kind, Uses
+from brandla.kfac.systems.strategy import Curvature, Strategy
+from brandla.kfac.values import Gradient, Rows, Shape
+
+Sharing = Literal["expand", "reduce"]
+
+
+class Written(NamedTuple):
+    """Part of a step, and the gradient that it is for: the same tensor, unless that has less precision."""
+
+    step: Tensor
+    gradient: Tensor
+
+
+class Layer:
+    """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
+
+    def __init__(self, name: str, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
+        self.name = name
+        self.kind = kind
+        self.strategy = strategy
+        self.sharing = sharing
+        self.has_bias = kind.bias is not None
+        self.capture = Capture(kind, recorder)
+        # That of a frozen weight takes no memory: it is made anew when the weight thaws.
+        self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
+        self.curvature: Curvature = self.fresh()
+        # Whether the gradient is the sum of the captured pairs: None until looked at, once.
+        self.linear: bool | None = None
+        # The rows of the gradient that autograd has not formed, while it is empty memory.
+        self._unformed: Rows | None = None
+        # The gradient that was overwritten last, and its version then.
+        self._written: tuple[ref[Tensor], int] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of factors and of the step: that of the weight, but at least float32."""
+        return torch.float64 if self.kind.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def shape(self) -> Shape:
+        """Of the weight and its bias as a matrix."""
+        groups, d_out, d_in = self.kind.shape
+        device = self.kind.weight.device
+        return Shape(groups, d_out, d_in + self.has_bias, self.dtype, device, self.kind.one_hot, self.kind.single)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
+        # The weight of a refused call may be no parameter any more.
+        if self.refusal:
+            return False
+        if self._left_out():
+            return True
+        if self.kind.weight.grad is None:
+            return False
+        if self._written is None:
+            return True
+        step, version = self._written[0](), self._written[1]
+        return step is None or step is not self.kind.weight.grad or step._version != version
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight is not trained, and has no gradient from when it was."""
+        return not self.kind.weight.requires_grad and self.kind.weight.grad is None
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
+        return bool(self.capture.wanted) and not self.capture.calls and not self.curvature.started
+
+    def fresh(self) -> Curvature:
+        """Return a curvature before any data."""
+        return self.strategy.curvature(self._made_for)
+
+    def follow(self) -> None:
+        """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew."""
+        shape, known = self.shape, self._made_for
+        if shape != known:
+            self._made_for = shape
+            goes_on = self.curvature.started and shape[:3] == known[:3]
+            fresh = self.fresh()
+            self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
+
+    @property
+    def refusal(self) -> str:
+        """Why the weight is left to the optimizer; empty while it is not."""
+        return self.capture.refusal
+
+    @refusal.setter
+    def refusal(self, reason: str) -> None:
+        self.capture.refusal = reason
+
+    def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
+        """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
+        calls = self._calls(of)
+        if not calls:
+            return None
+        return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
+
+    def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
+        """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
+
+        The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
+        product is added at once.
+
+        Raises
+        ------
+        RuntimeError
+            If the gradient may be made of more than the captured calls.
+        """
+        self._unformed = None
+        calls = self._left_out()
+        if not calls:
+            return None
+        if not self.capture.gradient_is_pairs():
+            message = (
+                f"KFAC.step: gradient='pair': the gradient of {self.name}.weight is made of what was captured since the"
+                " last step, and that of its bias was not empty before, or has been written to; call zero_grad() with"
+                " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
+            )
+            raise RuntimeError(message)
+        if rows is None or self.sharing == "reduce" or len(calls) < len(self._calls("loss")):
+            rows = self._stacked(calls, "loss", scale, reduce=False)
+        weight = self.kind.weight
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
+            self._unformed = rows
+        else:
+            weight.grad.add_(self._product(rows))
+        return rows
+
+    def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
+
+        ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
+        multiplied by; the gradient has been divided by it already.
+        """
+        if self.linear is False or self.kind.one_hot or self.kind.single:
+            return None
+        calls = self._calls("loss")
+        if not calls or not (self.is_unformed or self._may_be_pairs):
+            return None
+        if self.has_bias and self.kind.bias is None:
+            return None
+        if not self._is_narrow(calls):
+            return None
+        if self._unformed is not None:
+            return self._unformed.gradients.mT, self._unformed.inputs.mT
+        if rows is None or self.sharing == "reduce":
+            rows = self._stacked(calls, "loss", scale, reduce=False)
+        pair = rows.gradients.mT, rows.inputs.mT
+        if self.linear is None:
+            self.linear = self._is_gradient(*pair)
+        return pair if self.linear else None
+
+    @property
+    def is_unformed(self) -> bool:
+        """Whether the gradient is empty memory, until it is asked for or overwritten."""
+        return self._unformed is not None
+
+    @property
+    def _may_be_pairs(self) -> bool:
+        """Whether the gradient that autograd has formed is that of the captured calls, as far as history tells."""
+        return not self.capture.left_out and self.capture.gradient_is_pairs()
+
+    @property
+    def checked_by_rows(self) -> bool:
+        """Whether a look at the loss's rows says if the gradient is finite: it is their product, and not read itself.
+
+        Only where the rows are so few that they take the gradient's place.
+        """
+        return (
+            bool(self.linear)
+            and self._may_be_pairs
+            and self.sharing == "expand"
+            and self.kind.weight.dtype == self.dtype
+            and self._is_narrow(self._calls("loss"))
+        )
+
+    def gradient(self) -> Tensor:
+        """Return the gradient as a matrix."""
+        weight = self.kind.weight.grad
+        assert weight is not None
+        if self._unformed is not None:
+            weight.copy_(self._product(self._unformed))
+            self._unformed = None
+        matrix = self.kind.matrix(weight.to(self.dtype))
+        if not self.has_bias:
+            return matrix
+        return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
+
+    def write(self, step: Gradient) -> list[Written]:
+        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
+        weight, bias = self.kind.weight.grad, self.kind.bias_gradient
+        assert weight is not None
+        d_in = self.kind.shape[2]
+        parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
+        if self.has_bias and bias is not None:
+            parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
+        return parts
+
+    def seal(self) -> None:
+        """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
+        self._unformed = None
+        gradient = self.kind.weight.grad
+        if gradient is not None:
+            self._written = ref(gradient), gradient._version
+
+    def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
+        """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
+        if isinstance(step, Tensor):
+            return _written(arranged(step[..., columns]), gradient)
+        first, second = step[0], step[1][..., columns, :].mT
+        out = gradient.unsqueeze(-1) if gradient.ndim == 1 else gradient
+        matches = out.shape == (first.shape[-2], second.shape[-1]) and out.dtype == self.dtype
+        if self.kind.shape[0] or self.kind.one_hot or not matches:
+            return _written(arranged(first @ second), gradient)
+        torch.matmul(first, second, out=out)
+        return Written(gradient, gradient)
+
+    def _bias_column(self, matrix: Tensor) -> Tensor:
+        bias = self.kind.bias_gradient
+        if bias is None:
+            return matrix.new_zeros(*matrix.shape[:-1], 1)
+        return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
+
+    def _left_out(self) -> list[Call]:
+        """Return the calls whose weight's gradient autograd has not formed."""
+        if not self.capture.left_out or self.kind.bias_gradient is None:
+            return []
+        return [call for call in self._calls("loss") if call.left_out]
+
+    def _product(self, rows: Rows) -> Tensor:
+        """Return the weight's gradient from its rows."""
+        return rows.gradients.mT @ rows.inputs[..., : self.kind.shape[2]]
+
+    def _calls(self, of: Pass) -> list[Call]:
+        """Return the calls that have rows: a batch may be empty."""
+        return [call for call in self.capture.calls if call.gradients[of] and call.gradients[of][0].numel()]
+
+    def _is_narrow(self, calls: list[Call]) -> bool:
+        """Say whether a pair of these calls is cheaper to apply than the gradient."""
+        shape = self.shape
+        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+        return widest is not None and self._count(calls) <= widest
+
+    def _count(self, calls: list[Call]) -> int:
+        """Return how many rows the calls make with no reduction."""
+        groups, d_out, _ = self.kind.shape
+        numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
+        return numbers // math.prod((*groups, d_out))
+
+    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
+        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
+        inputs, gradients, positions = [], [], set()
+        count = 0
+        for index, call, gradient in _in_order(calls, of):
+            make = call.kind.reduced if reduce else call.kind.uses
+            uses = make(call.inputs, self._unscaled(gradient.to(self.dtype), scale))
+            samples, position_count = uses.gradients.shape[-3:-1]
+            positions.add(position_count)
+            gradients.append(uses.gradients.flatten(-3, -2))
+            if of == "loss" or index == 0:
+                count += samples * position_count
+            if of == "loss" or index == 0 or self.kind.single:
+                inputs.append(self._input_rows(uses))
+        position_count = positions.pop() if len(positions) == 1 else 1
+        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
+
+    def _input_rows(self, uses: Uses) -> Tensor:
+        """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""
+        if self.kind.one_hot:
+            return uses.inputs.flatten()
+        inputs = uses.inputs.to(self.dtype)
+        if self.has_bias and not self.kind.single:
+            if uses.ones is None:
+                inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+            else:
+                inputs = torch.cat([inputs, uses.ones.to(self.dtype)], dim=-1)
+        return inputs.flatten(-3, -2)
+
+    def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
+        return gradients if scale is None else gradients / scale
+
+    def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
+        """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
+        norm, gradient = torch.linalg.vector_norm, self.gradient()
+        call = next(call for call in self.capture.calls if call.gradients["loss"])
+        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
+        # In half precision rows are rounded independently of each other, and the gradient once more.
+        bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
+        bound += 8 * torch.finfo(self.dtype).eps * norm(first) * norm(second)
+        return bool(norm(first @ second.mT - gradient) <= bound)
+
+
+def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]:
+    """Go through all calls for the first gradients, then through all of them for the second ones."""
+    for index in range(max(len(call.gradients[of]) for call in calls)):
+        for call in calls:
+            if index < len(call.gradients[of]):
+                yield index, call, call.gradients[of][index]
+
+
+def _written(step: Tensor, gradient: Tensor) -> Written:
+    """Write a part, unless it would be rounded before it is scaled."""
+    return Written(gradient.copy_(step), gradient) if gradient.dtype == step.dtype else Written(step, gradient)
+
+
+def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:
+    """Sort layers by strategy, in their order."""
+    members: dict[Strategy, list[Layer]] = {}
+    for layer in layers:
+        members.setdefault(layer.strategy, []).append(layer)
+    return members
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put rows, or indices, of several calls one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

@@ -1,0 +1,81 @@
+"""Capture inside graphs of ``torch.compile``: an op of its own hands over the gradient, with no break in the graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from brandla.kfac.capture.kinds import Kind
+
+Collect = Callable[[Kind, Tensor, Tensor], None]
+
+_numbers = itertools.count()
+_tickets: WeakValueDictionary[int, Ticket]
+
+
+class Ticket:
+    """The one that is told of the gradients of one module.
+
+    A graph holds its number, as a tensor, since modules of one class share their graph. A number whose owner is gone
+    has no effect.
+    """
+
+    def __init__(self, kind: Kind, collect: Collect) -> None:
+        number = next(_numbers)
+        self.number = torch.tensor(number)
+        self._kind = kind
+        self._collect = collect
+        _tickets[number] = self
+
+    def refusal(self, kind: Kind) -> str:
+        """Say why a call inside a compiled graph cannot be told of; an empty string if it can."""
+        if not torch.compiler.is_compiling() or kind is self._kind or type(kind).of_call is not Kind.of_call:
+            return ""
+        return "torch.compile: its inputs are not one tensor"
+
+    def collect(self, inputs: Tensor, gradient: Tensor) -> None:
+        """Hand over the input and the gradient of the output of one call."""
+        self._collect(self._kind, inputs, gradient)
+
+
+_tickets = WeakValueDictionary()
+
+
+@torch.library.custom_op("brandla_kfac::collect", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def collect(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Tell the owner of the ticket; return a copy of the gradient, for which the graph cannot leave the op out."""
+    owner = _tickets.get(int(ticket))
+    if owner is not None:
+        owner.collect(inputs, gradient)
+    return gradient.clone()
+
+
+@collect.register_fake
+def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def tap(output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
+    """Return the output, whose gradient is collected on its way back."""
+    # torch leaves Function.apply without annotations.
+    tapped: Tensor = _Tap.apply(output, inputs.detach(), ticket)  # type: ignore[no-untyped-call]
+    return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; a copy, since an activation may overwrite it. The compiler fuses it with what comes next."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, ticket)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        inputs, ticket = ctx.saved_tensors
+        return collect(ticket, inputs, gradients[0]), None, None

@@ -1,0 +1,1 @@
+"""Many processes: they exchange rows and factors, so that all of them take the same step."""

@@ -1,0 +1,293 @@
+"""Replicas of a model: their processes exchange rows and factors, so that all of them take the same step.
+
+The loss is the mean over processes of their own losses, as DistributedDataParallel averages gradients. So all rows of
+all processes are rows of one batch, with γ multiplied by what makes it that of the mean (``docs/many-machines.md``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from brandla.kfac.capture.layer import Layer, by_strategy
+from brandla.kfac.processes.exchange import Part, Share, assembled, outgoing, parts_of
+from brandla.kfac.processes.messages import Ranks
+from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.kronecker import Kronecker
+from brandla.kfac.values import Now, Rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from brandla.kfac.capture.mask import Mask
+
+Mode: TypeAlias = Literal["gather", "split"]
+# A factor, by its layer's place in the model and its side; or all of a layer's curvature, whose side is "".
+Unit: TypeAlias = tuple[int, str]
+
+
+class Replicas(ABC):
+    """The processes that hold the model, and who of them takes in which rows."""
+
+    # Whether every process has a batch of its own, so that a gradient is not that of the rows captured here.
+    several = True
+    # This process among them, and their number.
+    rank = 0
+    world = 1
+
+    @abstractmethod
+    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
+        """Return whether everything is finite everywhere, and the rows that this process is to take in."""
+
+    def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
+        """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
+        for strategy, members in by_strategy(rows).items():
+            strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Hold all of every curvature for the time being."""
+        yield
+
+
+class Alone(Replicas):
+    """One process."""
+
+    several = False
+
+    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
+        """Return the rows, or zeros."""
+        return mask, {layer: mask.rows(rows) for layer, rows in own.items()}
+
+
+class _Census(NamedTuple):
+    """The rows of each layer that all processes have for a step, counted, and whether they are finite."""
+
+    finite: bool
+    shares: dict[Layer, list[Share]]
+
+
+class _Many(Replicas):
+    """More than one process."""
+
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
+        self.rank, self.world = ranks.rank, ranks.world
+        self._layers = layers
+        self._ranks = ranks
+        self._most = most
+        self._of_terms = of_terms
+
+    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
+        """Count the rows of all processes, then send them to where they are taken in."""
+        census = self._census(own, mask.finite)
+        mask = mask.agreed(census.finite)
+        clean = {layer: mask.rows(rows) for layer, rows in own.items()}
+        parts = [
+            part
+            for layer, shares in census.shares.items()
+            for part in parts_of(layer, shares, self._most, of_terms=self._of_terms)
+        ]
+        if not parts:
+            return mask, {}
+        return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
+
+    def _census(self, own: Mapping[Layer, Rows], finite: Tensor) -> _Census:
+        """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""
+        shares = [Share.of(own.get(layer), refused=bool(layer.refusal)) for layer in self._layers]
+        everyone = self._ranks.numbers(finite, [number for share in shares for number in share])
+        width = len(Share._fields)
+        found: dict[Layer, list[Share]] = {}
+        for index, layer in enumerate(self._layers):
+            start = 1 + index * width
+            of_ranks = [Share(*numbers[start : start + width]) for numbers in everyone]
+            if any(share.refused for share in of_ranks):
+                layer.refusal = layer.refusal or "another process cannot precondition it"
+            elif any(share.uses for share in of_ranks):
+                found[layer] = of_ranks
+        return _Census(all(numbers[0] for numbers in everyone), found)
+
+    @abstractmethod
+    def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
+        """Send the parts, and return those received from every process; None for a part taken in elsewhere."""
+
+
+class Gather(_Many):
+    """Every process takes in the rows of all: their factors are equal without ever being compared."""
+
+    def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
+        here, world = self._ranks.rank, self._ranks.world
+        sent = [outgoing(part, own.get(part.layer), here, seed) for part in parts]
+        by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(world)])
+        return [list(pieces) for pieces in zip(*by_rank, strict=True)]
+
+
+class Split(_Many):
+    """Each factor belongs to one process, which alone takes in rows for it, and sends all others what solving reads.
+
+    When they see their first data, factors go to the process that has least to do, the most expensive first. A
+    curvature that is no pair of factors belongs to one process as a whole. Where the solve of a strategy reads the rows
+    of the step, its curvatures belong to all.
+    """
+
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
+        super().__init__(layers, ranks, most, of_terms=of_terms)
+        self._owners: dict[Unit, int] = {}
+        self._loads = [0.0] * ranks.world
+        self._published: dict[Unit, dict[str, tuple[Tensor, int]]] = {}
+        self._index = {layer: index for index, layer in enumerate(layers)}
+
+    def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
+        """Take in the rows of this process's factors, and publish the changes."""
+        for strategy, members in by_strategy(rows).items():
+            # Factors are fed together: one that belongs elsewhere has no rows here.
+            if strategy.reads_rows or all(isinstance(layer.curvature, Kronecker) for layer in members):
+                strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
+                continue
+            for index, layer in enumerate(members):
+                if isinstance(layer.curvature, Kronecker) or self._is_here(self._whole(layer)):
+                    strategy.absorb([layer.curvature], [rows[layer]], now._replace(seed=now.seed + index))
+        if rows:
+            self._publish(rows)
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Hold all of every curvature: all processes must come here, and have the memory."""
+        factors = {unit: factor for unit in self._owners if (factor := self._factor(unit)) is not None}
+        kept = {unit: factor.state for unit, factor in factors.items()}
+        own = {unit: dict(state) for unit, state in kept.items() if self._is_here(unit)}
+        try:
+            for published in self._ranks.publish(own):
+                for unit, state in published.items():
+                    factors[unit].state = state
+            yield
+        finally:
+            for unit, state in kept.items():
+                factors[unit].state = state
+
+    def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
+        owners = self._owners_of(parts)
+        here, world = self._ranks.rank, self._ranks.world
+        wanted = [
+            [part for part, owner in zip(parts, owners, strict=True) if owner in (rank, None)] for rank in range(world)
+        ]
+        sent = {id(part): outgoing(part, own.get(part.layer), here, seed) for part in parts}
+        by_rank = self._ranks.to_each(
+            [[sent[id(part)] for part in those] for those in wanted],
+            [[part.layout(rank) for part in wanted[here]] for rank in range(world)],
+        )
+        received = dict(zip(map(id, wanted[here]), map(list, zip(*by_rank, strict=True)), strict=True))
+        return [received.get(id(part)) for part in parts]
+
+    def _owners_of(self, parts: Sequence[Part]) -> list[int | None]:
+        """Give units that are new their owners, and return those of the parts; None stands for all processes."""
+        units = [self._unit(part) for part in parts]
+        costs: dict[Unit, float] = {}
+        for unit, part in zip(units, parts, strict=True):
+            if unit is not None and unit not in self._owners:
+                costs[unit] = costs.get(unit, 0.0) + self._cost(unit, part)
+        for unit in sorted(costs, key=lambda unit: (-costs[unit], unit)):
+            owner = self._loads.index(min(self._loads))
+            self._owners[unit] = owner
+            self._loads[owner] += costs[unit]
+            self._keep_what_solving_needs(unit)
+        return [None if unit is None else self._owners[unit] for unit in units]
+
+    def _cost(self, unit: Unit, part: Part) -> float:
+        """Estimate the flops of a step with the part: k columns against a matrix, and its decomposition."""
+        factor = self._factor(unit)
+        if factor is None:
+            return float(part.kept + part.width) * part.width**2
+        if not factor.started:
+            factor.choose()
+        # Of n × n numbers that is n²(k + n), of n × r numbers n r (k + r).
+        return float(sum(_work(tensor, factor, part.kept) for tensor in factor.outline()))
+
+    def _keep_what_solving_needs(self, unit: Unit) -> None:
+        """Drop the rest of a factor that was continued from a checkpoint, and belongs to another process."""
+        factor = self._factor(unit)
+        if factor is not None and factor.started and not self._is_here(unit):
+            factor.state = factor.strategy.solving(factor.state)
+
+    def _publish(self, rows: Mapping[Layer, Rows]) -> None:
+        """Send the changes of this process's units to all, and store those that come in."""
+        due = {self._index[layer] for layer in rows}
+        own = {
+            unit: self._changed(unit)
+            for unit, owner in self._owners.items()
+            if unit[0] in due and owner == self._ranks.rank
+        }
+        for published in self._ranks.publish(own):
+            for unit, state in published.items():
+                layer, factor = self._layers[unit[0]], self._factor(unit)
+                if factor is None:
+                    layer.curvature = layer.curvature.loaded(state, layer.name)
+                else:
+                    factor.state.update(state)
+                    self._note(unit, factor)
+
+    def _changed(self, unit: Unit) -> dict[str, Any]:
+        """Return the parts that others do not have yet: for a factor, tensors that were replaced or written to."""
+        factor = self._factor(unit)
+        if factor is None:
+            return self._layers[unit[0]].curvature.state_dict()
+        known = self._published.get(unit, {})
+        return {
+            name: part
+            for name, part in factor.strategy.solving(factor.state).items()
+            if not (isinstance(part, Tensor) and name in known and _is_same(part, *known[name]))
+        }
+
+    def _note(self, unit: Unit, factor: Factor) -> None:
+        if self._is_here(unit):
+            parts = factor.strategy.solving(factor.state).items()
+            self._published[unit] = {name: (part, part._version) for name, part in parts if isinstance(part, Tensor)}
+
+    def _unit(self, part: Part) -> Unit | None:
+        """Return the unit that takes a part in; None for all processes."""
+        if part.layer.strategy.reads_rows:
+            return None
+        if not isinstance(part.layer.curvature, Kronecker):
+            return self._whole(part.layer)
+        return self._index[part.layer], "input" if part.name == "inputs" else "output"
+
+    def _whole(self, layer: Layer) -> Unit:
+        return self._index[layer], ""
+
+    def _factor(self, unit: Unit) -> Factor | None:
+        """Return the factor that a unit is, if it is one."""
+        index, side = unit
+        # mypy does not see that a side that is named is one of the two.
+        return dict(self._layers[index].curvature.factors())[side] if side else None  # type: ignore[index]
+
+    def _is_here(self, unit: Unit) -> bool:
+        return self._owners.get(unit) == self._ranks.rank
+
+
+def replicas(
+    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None, *, of_terms: bool
+) -> Replicas:
+    """Return the processes of a group, or of all if None; this one alone where there is no group.
+
+    Rows are of the gradients of the processes' losses, or of the curvature of their terms (``of_terms``).
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
+        return Alone()
+    ranks = Ranks(group, layers[0].kind.weight.device)
+    kind = Gather if mode == "gather" else Split
+    return kind(layers, ranks, most, of_terms=of_terms)
+
+
+def _work(tensor: Tensor, factor: Factor, k: int) -> int:
+    """Return the flops, to a constant, of keeping a matrix up to date; of a vector, its length."""
+    is_matrix = tensor.ndim > len(factor.groups) + 1
+    return tensor.numel() * (tensor.shape[-1] + k if is_matrix else 1)
+
+
+def _is_same(part: Tensor, known: Tensor, version: int) -> bool:
+    return part is known and part._version == version

@@ -1,0 +1,168 @@
+"""Rows of several processes as those of one batch, with fewer columns where that is enough or has to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.processes.messages import Layout
+from brandla.kfac.systems.kronecker import Kronecker
+from brandla.kfac.values import Rows, Shape, Side
+from brandla.randomized import randomized_svd
+
+Name = Literal["inputs", "gradients"]
+_SIDES: dict[Name, Side] = {"inputs": "input", "gradients": "output"}
+
+
+class Share(NamedTuple):
+    """How much of a layer's rows one process has, and whether it had to leave the layer to the optimizer."""
+
+    inputs: int
+    gradients: int
+    uses: int
+    positions: int
+    refused: int
+
+    @classmethod
+    def of(cls, rows: Rows | None, *, refused: bool) -> Share:
+        """Count rows."""
+        if rows is None:
+            return cls(0, 0, 0, 0, int(refused))
+        inputs = rows.inputs.shape[-2] if rows.inputs.is_floating_point() else len(rows.inputs)
+        return cls(inputs, rows.gradients.shape[-2], rows.uses, rows.positions, int(refused))
+
+
+class Part(NamedTuple):
+    """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
+
+    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second. The γ
+    of each process are multiplied by its one of ``weights``.
+    """
+
+    layer: Layer
+    name: Name
+    shape: Shape
+    sent: list[int]
+    kept: int
+    draws: int
+    weights: list[float]
+
+    @property
+    def width(self) -> int:
+        """Length of a row."""
+        return self.shape.d_out if self.name == "gradients" else self.shape.d_in
+
+    @property
+    def is_index(self) -> bool:
+        """Whether the rows are given by the places of their ones."""
+        return self.shape.one_hot and self.name == "inputs"
+
+    def layout(self, rank: int) -> Layout:
+        """Return the layout of the rows that a process sends."""
+        if self.is_index:
+            return Layout.contiguous((self.sent[rank],), torch.int64)
+        return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
+
+
+def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
+    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
+
+    The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
+    """
+    curvature, shape = layer.curvature, layer.shape
+    weights = weights_of(shares, of_terms=of_terms)
+    # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
+    by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
+    factors = dict(curvature.factors()) if by_factor else {}
+    for name, side in _SIDES.items():
+        if (by_factor and side not in factors) or (shape.single and name == "gradients"):
+            continue
+        counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
+        if by_factor and not (shape.one_hot and name == "inputs"):
+            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
+        else:
+            draws = _draws(shares) if name == "gradients" or shape.single else 1
+            yield Part(layer, name, shape, counts, sum(counts), draws, weights)
+
+
+def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
+    """Return the factors of γ that make W losses one, their mean: 1/W for its gradients.
+
+    For its curvature N Σ γ γᵀ has to be the mean of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    """
+    world = len(shares)
+    if not of_terms:
+        return [1 / world] * world
+    uses = sum(share.uses for share in shares)
+    return [math.sqrt(share.uses / (uses * world)) for share in shares]
+
+
+def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
+    """Return how many columns each process sends to a factor of order n, and how many are kept of all."""
+    kept = sum(counts) if most is None else min(most, sum(counts))
+    # n columns hold all of A Aᵀ: worth finding where they are less than half.
+    sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
+    return sent, sum(sent) if sum(sent) <= kept else min(kept, n)
+
+
+def _draws(shares: Sequence[Share]) -> int:
+    return max(share.gradients // share.uses for share in shares if share.uses)
+
+
+def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
+    """Return the rows that this process sends: its own, or fewer with the same sum of outer products."""
+    if rows is None:
+        layout = part.layout(rank)
+        return torch.empty(layout.shape, dtype=layout.dtype, device=part.shape.device)
+    own: Tensor = getattr(rows, part.name)
+    if part.is_index:
+        return own.long()
+    if part.name == "gradients" or part.shape.single:
+        own = own * part.weights[rank]
+    return fewer(own.to(part.shape.dtype), part.sent[rank], seed)
+
+
+def assembled(
+    shares: Mapping[Layer, Sequence[Share]], parts: Sequence[Part], pieces: Sequence[list[Tensor] | None], seed: int
+) -> dict[Layer, Rows]:
+    """Return the rows of all processes as one batch; parts that did not come here have no rows."""
+    joined = {(part.layer, part.name): _joined(part, own, seed) for part, own in zip(parts, pieces, strict=True)}
+    rows = {}
+    for layer, of_ranks in shares.items():
+        shape = layer.shape
+        empty = torch.empty(*shape.groups, 0, 0, dtype=shape.dtype, device=shape.device)
+        inputs = joined.get((layer, "inputs"), empty)
+        gradients = inputs if shape.single else joined.get((layer, "gradients"), empty)
+        positions = {share.positions for share in of_ranks if share.uses}
+        uses = sum(share.uses for share in of_ranks)
+        rows[layer] = Rows(inputs, gradients, uses, positions.pop() if len(positions) == 1 else 1, shape.single)
+    return rows
+
+
+def fewer(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Return ``count`` rows B of length n, at most n, in place of A (..., k, n) with BᵀB ≈ AᵀA: all of it if n.
+
+    They are the leading right singular vectors times their values, so BᵀB is nearly the best of rank ``count``, and
+    never more than AᵀA.
+    """
+    if rows.shape[-2] <= count:
+        return rows
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    svd = randomized_svd(rows.mT, count, generator=generator)
+    return (svd.U * svd.S[..., None, :]).mT
+
+
+def _joined(part: Part, pieces: list[Tensor] | None, seed: int) -> Tensor:
+    if pieces is None:
+        shape = (0,) if part.is_index else (*part.shape.groups, 0, part.width)
+        dtype = torch.int64 if part.is_index else part.shape.dtype
+        return torch.empty(shape, dtype=dtype, device=part.shape.device)
+    if part.is_index:
+        return torch.cat(pieces)
+    by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in pieces]
+    return fewer(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)

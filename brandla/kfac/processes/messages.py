@@ -1,0 +1,157 @@
+"""Messages between the processes of a group: tensors of any shape and dtype, packed into one buffer of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+# Tensors start at multiples of this in a buffer, so that each can be read there.
+_ALIGNMENT = 8
+
+
+class Layout(NamedTuple):
+    """Of a tensor in a message. Strides are kept: on them depends in which order a product of matrices is summed."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Return the layout that a copy of the tensor has."""
+        return cls(tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride(), tensor.dtype)
+
+    @classmethod
+    def contiguous(cls, shape: Sequence[int], dtype: torch.dtype) -> Layout:
+        """Return the layout of a new tensor."""
+        return cls.of(torch.empty(*shape, dtype=dtype, device="meta"))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes up to where the next tensor starts."""
+        count = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+    def within(self, buffer: Tensor, start: int) -> Tensor:
+        """View the bytes of a buffer from ``start`` on as a tensor of this layout."""
+        count = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return buffer[start : start + count].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Ranks:
+    """The processes of a group, and where their messages are kept: a backend for GPUs sends from GPUs only."""
+
+    def __init__(self, group: distributed.ProcessGroup | None, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        self.rank = distributed.get_rank(group)
+        self.world = distributed.get_world_size(group)
+
+    def numbers(self, first: Tensor, others: Sequence[int]) -> list[list[int]]:
+        """Return the numbers of all processes: a 0-dim tensor on the device, and as many integers. Waits for it."""
+        own = torch.cat([first.reshape(1).long(), torch.tensor(others, dtype=torch.int64, device=self._device)])
+        everyone = own.new_empty(self.world * len(own))
+        _all_gather(everyone, own, self._group)
+        return everyone.view(self.world, -1).tolist()
+
+    def to_all(self, own: Sequence[Tensor], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
+        """Send tensors to every process, and return those of each: contiguous, of layouts that are known to all."""
+        most = max(_bytes(those) for those in layouts)
+        everyone = self._buffer(self.world * most)
+        _all_gather(everyone, self._packed(_contiguous(own), most), self._group)
+        return [_unpacked(part, those) for part, those in zip(everyone.split(most), layouts, strict=True)]
+
+    def to_each(self, own: Sequence[Sequence[Tensor]], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
+        """Send some tensors to each process, and return those that came from each: contiguous, of known layouts."""
+        sent = [self._packed(_contiguous(those)) for those in own]
+        sizes = [_bytes(those) for those in layouts]
+        received = self._buffer(sum(sizes))
+        distributed.all_to_all_single(received, torch.cat(sent), sizes, [len(part) for part in sent], group=self._group)
+        return [_unpacked(part, those) for part, those in zip(received.split(sizes), layouts, strict=True)]
+
+    def publish(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """Return the dicts of all processes: nested, of tensors, numbers and strings, with strides kept."""
+        tensors: list[Tensor] = []
+        outline = _outline(own, tensors)
+        outlines: list[Any] = [None] * self.world
+        distributed.all_gather_object(outlines, outline, group=self._group)
+        layouts = [list(_layouts(each)) for each in outlines]
+        buffers = [
+            self._packed(tensors) if rank == self.rank else self._buffer(_bytes(those))
+            for rank, those in enumerate(layouts)
+        ]
+        pending = [
+            distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True)
+            for rank, buffer in enumerate(buffers)
+            if len(buffer)
+        ]
+        for work in pending:
+            work.wait()
+        return [
+            _filled(each, iter(_unpacked(buffer, those)))
+            for each, buffer, those in zip(outlines, buffers, layouts, strict=True)
+        ]
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _packed(self, tensors: Sequence[Tensor], size: int | None = None) -> Tensor:
+        layouts = [Layout.of(tensor) for tensor in tensors]
+        buffer = self._buffer(_bytes(layouts) if size is None else size)
+        start = 0
+        for tensor, layout in zip(tensors, layouts, strict=True):
+            layout.within(buffer, start).copy_(tensor)
+            start += layout.bytes
+        return buffer
+
+
+def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup | None) -> None:
+    """Gather tensors; torch 2.13 has another name for it than earlier versions."""
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(output, own, group=group)
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _bytes(layouts: Sequence[Layout]) -> int:
+    return sum(layout.bytes for layout in layouts)
+
+
+def _unpacked(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    """Copy the tensors out: a view would keep the buffer alive."""
+    tensors, start = [], 0
+    for layout in layouts:
+        tensors.append(layout.within(buffer, start).clone())
+        start += layout.bytes
+    return tensors
+
+
+def _outline(nested: Any, tensors: list[Tensor]) -> Any:
+    """Take the tensors out of nested dicts, and leave their layouts."""
+    if isinstance(nested, Tensor):
+        tensors.append(nested)
+        return Layout.of(nested)
+    if isinstance(nested, dict):
+        return {key: _outline(value, tensors) for key, value in nested.items()}
+    return nested
+
+
+def _layouts(outline: Any) -> Iterator[Layout]:
+    if isinstance(outline, Layout):
+        yield outline
+    elif isinstance(outline, dict):
+        for value in outline.values():
+            yield from _layouts(value)
+
+
+def _filled(outline: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(outline, Layout):
+        return next(tensors)
+    if isinstance(outline, dict):
+        return {key: _filled(value, tensors) for key, value in outline.items()}
+    return outline

@@ -1,0 +1,244 @@
+"""B-KFAC: low-rank factors kept up to date by Brand's update, with no dense matrix anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from brandla import _check, grouped
+from brandla.kfac.schedule import Schedule
+from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
+from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
+from brandla.kfac.values import Damping
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
+from brandla.root import Compress
+from brandla_kernels import signs
+
+LowRank = LowRankEigh | LowRankRoot
+Sketch = int | Literal["auto"] | None
+
+
+def kept(state: State) -> LowRank:
+    """Read a root, or a decomposition."""
+    return LowRankRoot(tensor(state, "root"), tensor(state, "gram")) if "root" in state else stored(state)
+
+
+def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress = "eigh") -> None:
+    """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
+
+    M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
+    """
+    factors = [_tracked(state) for state, *_ in absorptions]
+    options: dict[str, Any] = dict(zip(("decay", "weight"), _of_averages(absorptions), strict=True))
+    options["rank"] = [
+        fitting(rank, kept(absorption.state), absorption.columns)
+        for rank, absorption in zip(ranks, absorptions, strict=True)
+    ]
+    columns = [absorption.columns for absorption in absorptions]
+    if "root" in absorptions[0].state:
+        updated = grouped.root_update(factors, columns, **options, compress=compress)
+    else:
+        updated = grouped.eigh_update(factors, columns, **options)
+    for (state, *_), new in zip(absorptions, updated, strict=True):
+        if isinstance(new, Tracked):
+            state.update(error_bound=new.error_bound, trace=new.trace)
+        store(state, new.lowrank if isinstance(new, Tracked) else new)
+
+
+def _tracked(state: State) -> Any:
+    """Return the low-rank form, with its error bound and trace where they are kept."""
+    if "error_bound" not in state:
+        return kept(state)
+    return Tracked(kept(state), tensor(state, "error_bound"), tensor(state, "trace"))
+
+
+def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
+    shares: dict[tuple[int, float], Tensor] = {}
+    decays: dict[tuple[int, float], Tensor] = {}
+    weights: dict[tuple[int, float, float], Tensor] = {}
+    found = []
+    for state, _, decay, weight, finite in absorptions:
+        total = tensor(state, "total")
+        key = id(total), decay
+        if key not in shares:
+            shares[key] = finite / total
+            # Of the first batch the share is 1 to rounding.
+            decays[key] = (1 - (1 - decay) * shares[key]).clamp_min(0)
+        if (*key, weight) not in weights:
+            weights[*key, weight] = weight * shares[key]
+        found.append((decays[key], weights[*key, weight]))
+    return [decay for decay, _ in found], [weight for _, weight in found]
+
+
+def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
+    """Bring batches of more columns down to s: A Ω / √s, with the same random signs for all of a size.
+
+    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`.
+    """
+    drawn: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    def narrow(absorption: Absorption) -> Absorption:
+        columns = absorption.columns
+        k = columns.shape[-1]
+        width = sketch_width(kept(absorption.state).rank, k) if sketch == "auto" else sketch
+        if width is None or k <= width:
+            return absorption
+        key = k, width, columns.dtype, columns.device
+        if key not in drawn:
+            seed = torch.full((), step, dtype=torch.int64, device=columns.device)
+            drawn[key] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
+        return absorption._replace(columns=columns @ drawn[key])
+
+    return [narrow(absorption) for absorption in absorptions]
+
+
+def sketch_width(rank: int, k: int) -> int:
+    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: max(r, 32), or k if k < 2s.
+
+    With s = r the core has the order 2r, whatever k is. Fewer columns save little more, since the passes over F stay;
+    more of them cost more, and no network measured came out better with them (``docs/kfac.md``). n has no part in it.
+    """
+    width = max(rank, 32)
+    return width if k >= 2 * width else k
+
+
+@dataclass(frozen=True)
+class Brand(FactorStrategy):
+    """B-KFAC: a low-rank form only. O(n r) memory, and time linear in n at every update.
+
+    Parameters
+    ----------
+    rank
+        r: a number, a function of the step that returns one, a `brandla.Rank` rule (also as a function's value), or
+        `ErrorBound`, a rank that follows the error bound.
+    form
+        ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper one; right where λ >= 10⁻⁴ d₁ in float32.
+        ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
+    compress
+        As `brandla.root_update` has it: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
+    sketch
+        Columns that a batch of more, A, is first brought down to: A Ω for random signs Ω, with A Aᵀ as its expectation.
+        The average over batches smooths what the signs add, and ``error_bound`` is that of the average of what was
+        taken in. A number; ``"auto"``: max(r, 32) where there are at least twice as many, else all; or None, which
+        takes every batch as it is.
+
+    References
+    ----------
+    C. O. Puiu, "Brand New K-FACs: speeding up K-FAC with online decomposition updates", arXiv 2210.08494.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = ("error_bound",)
+
+    rank: Schedule[int | Rank] | ErrorBound
+    form: Literal["root", "eigh"] = "root"
+    compress: Compress = "eigh"
+    sketch: Sketch = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sketch is not None and self.sketch != "auto":
+            _check.count("Brand", "sketch", self.sketch, 1)
+        if not isinstance(self.rank, ErrorBound):
+            check_rank(self, self.rank)
+        _check.choice("Brand", "form", self.form, ("root", "eigh"))
+        _check.choice("Brand", "compress", self.compress, ("eigh", "cholesky"))
+        if self.form == "eigh" and self.compress != "eigh":
+            _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with nothing known."""
+        rank = self._first_rank
+        state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
+        if isinstance(self.rank, ErrorBound):
+            state["rank"] = rank
+        kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
+        store(state, kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
+        return state
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Update the low-rank forms with the columns."""
+        ranks = [self._rank(absorption.state, step) for absorption in absorptions]
+        update(sketched(absorptions, self.sketch, step), ranks, self.compress)
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Read the error bound when it is due, where the rank follows it."""
+        if isinstance(self.rank, ErrorBound) and due(state, step, self.rank.every):
+            largest = self.largest(state)
+            # A factor that is still zero has no error.
+            errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
+            error = errors.amax().item()
+            state["rank"] = self.rank.next(cast(int, state["rank"]), error)
+
+    def lowrank(self, state: State) -> LowRank:
+        """``rank`` columns, or eigenpairs."""
+        return kept(state)
+
+    def largest(self, state: State) -> Tensor:
+        """Return d₁, which a root that was cut by ``compress="eigh"`` has first on the diagonal of S."""
+        lowrank = kept(state)
+        if isinstance(lowrank, LowRankRoot) and self.compress == "eigh":
+            return lowrank.gram[..., 0, 0]
+        return lowrank.largest_eigenvalue()
+
+    def error_bound(self, state: State) -> Tensor:
+        """Return the running bound that travels with the factor."""
+        return tensor(state, "error_bound")
+
+    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, self._first_rank)
+
+    @property
+    def _first_rank(self) -> int:
+        return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
+
+    def _rank(self, state: State, step: int) -> int | Rank:
+        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
+
+
+def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:
+    """Return Exact at every step for a Brand strategy whose root and Gram matrix are no smaller than n × n."""
+    if n * rank + rank**2 < n**2:
+        return None
+    reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
+    return Exact(inverse_every=1, tail=strategy.tail), reason
+
+
+@dataclass(frozen=True)
+class DenseBrand(DenseForm, FactorStrategy):
+    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
+
+    kind: ClassVar[type[LowRankRoot | LowRankEigh]]
+
+    rank: Schedule[int | Rank]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self, self.rank)
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix and nothing known of it."""
+        state = super().start(n, groups, dtype, device)
+        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
+        return state
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
+        super().take(absorptions, step)
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
+
+    def lowrank(self, state: State) -> LowRank:
+        """``rank`` columns, or eigenpairs."""
+        return kept(state)
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        """Give way where the low-rank form is no smaller than the matrix."""
+        return substitute_for_brand(self, n, first_rank(self.rank))

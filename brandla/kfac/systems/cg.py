@@ -1,0 +1,203 @@
+"""CG-FAC: conjugate gradients with the rows of the latest batches, and no factor at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.kronecker import Kronecker
+from brandla.kfac.systems.strategy import Curvature, Strategy
+from brandla.kfac.values import Gradient, Now, Rows, Shape, dense
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(Strategy):
+    """CG-FAC: ``iterations`` steps of conjugate gradients for (A ⊗ G + λI) x = ∂W, by products G X A with rows alone.
+
+    O(k (d_G + d_A)) memory for the k rows kept, and 4k d_G d_A + 2k²(d_G + d_A) operations an iteration. λ is relative
+    to the largest eigenvalue of A ⊗ G, the product of the factors', and is added to A ⊗ G as a whole: factors that are
+    damped each on its own have a direct solve from k rows, and leave nothing to iterate for. No read-back: the number
+    of iterations is fixed. At relative damping μ each takes the error down by about (1 − √μ)/(1 + √μ).
+
+    Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+
+    Parameters
+    ----------
+    iterations
+        Steps, each of one product with the curvature; the start takes one more.
+    batches
+        Room for the rows of so many batches, of the largest seen. A and G are the exponential averages of the latest
+        rows that it holds.
+    warm_start
+        Start from the last step in place of zero: d_G d_A numbers more.
+
+    References
+    ----------
+    Y. Chen, "An iterative K-FAC algorithm for deep learning", arXiv 2101.00218.
+    """
+
+    iterations: int = 10
+    batches: int = 1
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        _check.count("ConjugateGradient", "iterations", self.iterations, 1)
+        _check.count("ConjugateGradient", "batches", self.batches, 1)
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return a curvature that keeps rows."""
+        if shape.one_hot or shape.single:
+            return Kronecker.of(shape, Exact())
+        return RowsOfBatches(shape, self)
+
+
+class Side(NamedTuple):
+    """Rows x of a factor M = Σ w x xᵀ / Σ w, the latest first: (*groups, k, n) and their weights w (k,)."""
+
+    rows: Tensor
+    weights: Tensor
+
+    def taken(self, rows: Tensor, now: Now, most: int) -> Side:
+        """Return the side with new rows in front, all others decayed and no more than ``most``, if finite."""
+        share = (1 - now.decay) / max(rows.shape[-2], 1)
+        weights = torch.cat([self.weights.new_full(rows.shape[-2:-1], share), now.decay * self.weights])
+        joined = torch.cat([rows, self.rows], dim=-2)[..., :most, :]
+        # Room for as many rows as the new side has: the choice is made on the device.
+        missing = joined.shape[-2] - self.rows.shape[-2]
+        kept = torch.nn.functional.pad(self.rows, (0, 0, 0, missing))
+        kept_weights = torch.nn.functional.pad(self.weights, (0, missing))
+        return Side(torch.where(now.finite, joined, kept), torch.where(now.finite, weights[:most], kept_weights))
+
+    def root(self) -> Tensor:
+        """Return R (*groups, k, n) with M = Rᵀ R."""
+        total = self.weights.sum()
+        return self.rows * (self.weights / torch.where(total > 0, total, 1)).sqrt()[:, None]
+
+
+@dataclass
+class RowsOfBatches(Curvature):
+    """The rows of the latest batches of one layer, and its last step where that is a start for the next."""
+
+    shape: Shape
+    strategy: ConjugateGradient
+    sides: dict[str, Side] = field(default_factory=dict)
+    last: Tensor | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return bool(self.sides)
+
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Keep the rows, a and g, the gradients of single terms of the loss."""
+        count = rows.gradients.shape[-2]
+        scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": rows.inputs}
+        for name, own in scaled.items():
+            side = self.sides.get(name) or Side(own[..., :0, :], own.new_zeros(0))
+            most = max(self.strategy.batches * own.shape[-2], side.rows.shape[-2])
+            self.sides[name] = side.taken(own, now, most)
+
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return the iterate after the fixed number of steps."""
+        matrix = dense(gradient)
+        operator = _Operator.of(self.sides["output"].root(), self.sides["input"].root(), now)
+        start = self.last if self.last is not None else torch.zeros_like(matrix)
+        step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
+        if self.strategy.warm_start:
+            self.last = torch.where(now.finite, step, start)
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        sides = {
+            name: {"rows": rows.clone(), "weights": weights.clone()} for name, (rows, weights) in self.sides.items()
+        }
+        return {"sides": sides, "last": None if self.last is None else self.last.clone()}
+
+    def loaded(self, state: dict[str, Any], where: str) -> RowsOfBatches:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        groups, d_out, d_in = self.shape[:3]
+        sides = {}
+        for name, n in (("output", d_out), ("input", d_in)):
+            if name in state["sides"]:
+                rows, weights = state["sides"][name]["rows"], state["sides"][name]["weights"]
+                if rows.shape != (*groups, len(weights), n):
+                    rule = f"{where}: the rows of the {name} must have shape {(*groups, len(weights), n)}"
+                    _check.fail_value("KFAC.load_state_dict", f"{rule}; got {tuple(rows.shape)}")
+                sides[name] = Side(self._own(rows), self._own(weights))
+        last = None if state["last"] is None else self._own(state["last"])
+        return replace(self, sides=sides, last=last)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        for side in self.sides.values():
+            yield from side
+        if self.last is not None:
+            yield self.last
+
+    def _own(self, part: Tensor) -> Tensor:
+        return part.to(device=self.shape.device, dtype=self.shape.dtype, copy=True)
+
+
+class _Operator(NamedTuple):
+    """X ↦ G X A + λ X with G = RᵀR and A = QᵀQ."""
+
+    left: Tensor
+    right: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, now: Now) -> _Operator:
+        return cls(left, right, now.damping.of(_largest(left) * _largest(right))[..., None, None])
+
+    def __matmul__(self, matrix: Tensor) -> Tensor:
+        inner = self.left @ matrix @ self.right.mT
+        return self.left.mT @ inner @ self.right + self.shift * matrix
+
+
+def _largest(root: Tensor) -> Tensor:
+    """Estimate the largest eigenvalue of RᵀR from below by power iteration from its longest row, with no sync."""
+    tiny = torch.finfo(root.dtype).tiny
+    # The length of RᵀR v is a sum of fourth powers.
+    scale = root.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    root = root / scale
+    longest = torch.linalg.vector_norm(root, dim=-1).argmax(-1, keepdim=True)
+    vector = torch.take_along_dim(root, longest[..., None], dim=-2).mT
+    for _ in range(4):
+        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
+        vector = root.mT @ (root @ vector)
+    norm: Tensor = torch.linalg.vector_norm(vector, dim=(-2, -1)) * scale[..., 0, 0].square()
+    return norm
+
+
+def conjugate_gradient(operator: _Operator, target: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Return the iterate of conjugate gradients for ``operator @ X = target``, each group by itself; no read-back."""
+    # Of order 1, so that the squares of residuals are: those of their images are fourth powers more.
+    scale = target.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    iterate = start / scale
+    residual = target / scale - operator @ iterate
+    direction, squared = residual, _squared(residual)
+    for _ in range(iterations):
+        image = operator @ direction
+        length = _ratio(squared, (direction * image).sum((-2, -1), keepdim=True))
+        iterate = iterate + length * direction
+        residual = residual - length * image
+        before, squared = squared, _squared(residual)
+        direction = residual + _ratio(squared, before) * direction
+    return iterate * scale
+
+
+def _squared(part: Tensor) -> Tensor:
+    return part.square().sum((-2, -1), keepdim=True)
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    """Return one / other; 0 where both are: at the solution the iteration stays there."""
+    return torch.where(other > 0, one / torch.where(other > 0, other, 1), 0)

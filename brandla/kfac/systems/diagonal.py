@@ -1,0 +1,74 @@
+"""Factors that are small by themselves: the diagonal one of one-hot inputs, and the blocks of scales and shifts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, normalised, tensor
+from brandla.kfac.values import Damping
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole(FactorForm):
+    """A form with nothing left out, whose own solve is as cheap as any: ``tail`` has no part in it."""
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Nothing falls due."""
+
+    def lowrank(self, state: State) -> None:
+        """None: it has a solve of its own."""
+
+    def error_bound(self, state: State) -> Tensor:
+        """0: nothing is left out."""
+        return tensor(state, "total").new_zeros(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(_Whole):
+    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers.
+
+    Its columns are given as indices (k,), −1 for a column of zeros.
+    """
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with zeros."""
+        return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Count the indices."""
+        for state, indices, decay, weight, finite in absorptions:
+            diagonal = tensor(state, "diagonal")
+            weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
+            diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
+
+    def largest(self, state: State) -> Tensor:
+        """Return the largest frequency."""
+        return normalised(state, tensor(state, "diagonal")).amax(-1)
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        """Divide the rows of the block by the frequencies and λ."""
+        return block / (normalised(state, tensor(state, "diagonal")) + shift[..., None])[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(_Whole, DenseForm):
+    """Factors of order 1 and 2, many at once, solved with directly at every step."""
+
+    def largest(self, state: State) -> Tensor:
+        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
+        diagonal = self.average(state).diagonal(dim1=-2, dim2=-1)
+        if diagonal.shape[-1] == 1:
+            return diagonal[..., 0]
+        first, last = diagonal.unbind(-1)
+        return (first + last) / 2 + torch.hypot((first - last) / 2, self.average(state)[..., 0, 1])
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        """Solve densely; regular, since λ > 0."""
+        blocks = self.average(state)
+        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        solution: Tensor = torch.linalg.solve_ex(blocks + shift[..., None, None] * eye, block).result
+        return solution

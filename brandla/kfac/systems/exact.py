@@ -1,0 +1,111 @@
+"""K-FAC as it was first described: a dense running factor, decomposed or factorised now and then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._small import largest_eigenvalue, safe_eigh
+from brandla.kfac.schedule import Schedule, at
+from brandla.kfac.systems.form import DenseForm, State, due, store, stored, tensor
+from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.values import Damping
+from brandla.lowrank import LowRankEigh
+
+
+@dataclass(frozen=True)
+class Exact(DenseForm, FactorStrategy):
+    """K-FAC: dense average, renewed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
+
+    Parameters
+    ----------
+    inverse_every
+        Steps between renewals: a number, or a function of the step.
+    method
+        ``"eigh"``: M = U diag(d) Uᵀ, about 9n³ operations, waits for the device. ``"cholesky"``: M + λI = L Lᵀ, n³/3
+        operations, never waits; λ is that of the last renewal, relative to an estimate of the largest eigenvalue from
+        below by power iteration, and at least n·ε times it. Where the factorisation fails all the same, the last
+        one stays.
+
+    References
+    ----------
+    J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
+    """
+
+    inverse_every: Schedule[int] = 10
+    method: Literal["eigh", "cholesky"] = "eigh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check.count("Exact", "inverse_every", at(self.inverse_every, 0), 1)
+        _check.choice("Exact", "method", self.method, ("eigh", "cholesky"))
+        if self.method == "cholesky" and self.tail != 0:
+            rule = "tail has no meaning for method='cholesky', which leaves no eigenvalue out"
+            _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix."""
+        state = super().start(n, groups, dtype, device)
+        if self.method == "eigh":
+            store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
+        else:
+            state["largest"] = torch.zeros(groups, dtype=dtype, device=device)
+            state["shift"] = torch.ones(groups, dtype=dtype, device=device)
+            state["cholesky"] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
+        return state
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Decompose or factorise the dense average when it is due."""
+        if not due(state, step, self.inverse_every):
+            return
+        if self.method == "eigh":
+            store(state, self.decompose(self.average(state)))
+            self.keep_trace(state)
+        else:
+            _factorize(state, self.average(state), damping)
+
+    def decompose(self, average: Tensor) -> LowRankEigh:
+        """Return all eigenpairs of M."""
+        return LowRankEigh(*safe_eigh(average))
+
+    def lowrank(self, state: State) -> LowRankEigh | None:
+        """All n eigenpairs; None from a Cholesky factorisation."""
+        return stored(state) if self.method == "eigh" else None
+
+    def largest(self, state: State) -> Tensor:
+        """Return the largest eigenvalue at the last renewal."""
+        return stored(state).largest_eigenvalue() if self.method == "eigh" else tensor(state, "largest")
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        """Solve in the eigenbasis, or by two triangular solves with the λ of the last renewal."""
+        if self.method == "eigh":
+            return super().damped_solve(state, block, shift)
+        return torch.cholesky_solve(block, tensor(state, "cholesky"))
+
+    def error_bound(self, state: State) -> Tensor:
+        """Distance from the dense average as it is now: rounding at a renewal, staleness after it."""
+        if self.method == "eigh":
+            return super().error_bound(state)
+        factor, shift = tensor(state, "cholesky"), tensor(state, "shift")
+        approximation = factor @ factor.mT
+        approximation.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
+        return self.distance(state, approximation)
+
+
+def _factorize(state: State, average: Tensor, damping: Damping) -> None:
+    """Write L with L Lᵀ = M + λI, λ and d₁, or leave what is there where M + λI is not positive definite."""
+    largest = largest_eigenvalue(average)
+    # M itself carries a rounding error of about n·ε·d₁, which a smaller λ would leave to make M + λI indefinite.
+    rounding = average.shape[-1] * torch.finfo(average.dtype).eps * largest
+    shift = torch.maximum(damping.of(largest), rounding)
+    shifted = average.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    done = info == 0
+    state["cholesky"] = torch.where(done[..., None, None], factor, tensor(state, "cholesky"))
+    state["shift"] = torch.where(done, shift, tensor(state, "shift"))
+    state["largest"] = torch.where(done, largest, tensor(state, "largest"))

@@ -1,0 +1,37 @@
+"""FOOF: gradient descent on neurons, the input factor alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker, KroneckerStrategy
+from brandla.kfac.systems.strategy import Curvature, check_inner
+from brandla.kfac.values import Shape
+
+
+@dataclass(frozen=True)
+class Foof(KroneckerStrategy):
+    """FOOF: the step ∂W (A + λI)⁻¹, in half the memory and time of the K-FAC system that keeps A.
+
+    The gradient of a layer with no input factor, such as the scale and shift of a normalisation, is left as it is.
+
+    Parameters
+    ----------
+    inner
+        The system that keeps A: any of those that keep each factor by itself.
+
+    References
+    ----------
+    F. Benzing, "Gradient descent on neurons and its link to approximate second-order optimization", ICML 2022,
+    arXiv 2201.12250.
+    """
+
+    inner: FactorStrategy
+
+    def __post_init__(self) -> None:
+        check_inner(self, self.inner, FactorStrategy, "a strategy of factors such as Brand(rank=128)")
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return A alone."""
+        both = Kronecker.of(shape, self.inner)
+        return Kronecker(None if shape.single else both.input, None, shape.single)

@@ -1,0 +1,175 @@
+"""How a Kronecker factor is kept, and the state it is kept in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.damped import LowRank, damped_solve
+from brandla.kfac.schedule import Schedule, at, spelled
+from brandla.kfac.values import Damping
+from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
+from brandla_kernels import gram_ema_
+
+State = dict[str, Tensor | int]
+_OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
+
+
+class Absorption(NamedTuple):
+    """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
+
+    They go into an exponential sum: S ← decay · S + weight · A Aᵀ.
+    """
+
+    state: State
+    columns: Tensor
+    decay: float
+    weight: float
+    finite: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorForm(ABC):
+    """How a Kronecker factor M is kept: started, fed, refreshed and solved with.
+
+    A dense sum S in a state is M times ``state["total"]``, the sum of the weights; all else is that of M.
+
+    Parameters
+    ----------
+    tail
+        τ of the damped inverse: a number >= 0, ``"smallest"`` (spectrum continuation), or ``"mean"``, the mean of the
+        eigenvalues that are left out, from the trace of M.
+    """
+
+    # Parts of a state that only updates and reports read.
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    tail: float | Literal["mean", "smallest"] = 0.0
+
+    def __post_init__(self) -> None:
+        tail: object = self.tail
+        if tail not in ("mean", "smallest") and not (isinstance(tail, (int, float)) and tail >= 0):
+            _check.fail_value(type(self).__name__, f"tail must be a number >= 0, 'mean' or 'smallest'; got {tail!r}")
+
+    def __str__(self) -> str:
+        return spelled(self)
+
+    @abstractmethod
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Return the state of factors (*groups, n, n) before any data."""
+
+    @abstractmethod
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Take new columns into the states of factors of this form."""
+
+    @abstractmethod
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
+
+    @abstractmethod
+    def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
+        """Return M in a low-rank form; None where the form has a solve of its own."""
+
+    def operand(self, state: State) -> LowRank | None:
+        """Return M for the damped functions: its low-rank form, with its trace where the tail needs that."""
+        lowrank = self.lowrank(state)
+        if lowrank is None or self.tail != "mean":
+            return lowrank
+        trace = tensor(state, "trace")
+        tracked: Tracked[Any] = Tracked(cast(Any, lowrank), torch.zeros_like(trace), trace)
+        return tracked
+
+    def largest(self, state: State) -> Tensor:
+        """Return the largest eigenvalue, shape (*groups,)."""
+        lowrank = self.lowrank(state)
+        assert lowrank is not None, _OWN_SOLVE
+        return lowrank.largest_eigenvalue()
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        """Return (M + λI)⁻¹ times a block (..., n, m)."""
+        operand = self.operand(state)
+        assert operand is not None, _OWN_SOLVE
+        return damped_solve(operand, block, shift, tail=self.tail)
+
+    @abstractmethod
+    def error_bound(self, state: State) -> Tensor:
+        """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
+
+    def solving(self, state: State) -> State:
+        """Return the part of a state that `lowrank`, `largest` and `damped_solve` read."""
+        return {name: part for name, part in state.items() if name not in self.unread}
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        """Return another form and the reason, where this one does not apply to order ``n``."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseForm(FactorForm):
+    """A form that keeps the dense sum S in ``state["dense"]``, and with it a form of M made from it now and then."""
+
+    unread: ClassVar[tuple[str, ...]] = ("dense",)
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        """Begin with a zero matrix."""
+        return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sums."""
+        for state, columns, decay, weight, _ in absorptions:
+            gram_ema_(tensor(state, "dense"), columns, decay, weight)
+
+    def error_bound(self, state: State) -> Tensor:
+        """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
+        lowrank = self.lowrank(state)
+        assert lowrank is not None, _OWN_SOLVE
+        return self.distance(state, lowrank.dense())
+
+    def average(self, state: State) -> Tensor:
+        """Return M = S / total."""
+        return normalised(state, tensor(state, "dense"))
+
+    def distance(self, state: State, approximation: Tensor) -> Tensor:
+        """Return ‖M − M̂‖_F for a dense M̂."""
+        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - approximation)
+        return norm
+
+    def keep_trace(self, state: State) -> None:
+        """Keep the trace of M, where the tail comes from it."""
+        if self.tail == "mean":
+            state["trace"] = normalised(state, tensor(state, "dense").diagonal(dim1=-2, dim2=-1).sum(-1))
+
+
+def tensor(state: State, name: str) -> Tensor:
+    """Read a tensor of a state."""
+    return cast(Tensor, state[name])
+
+
+def normalised(state: State, sums: Tensor) -> Tensor:
+    """Return S / total."""
+    return sums / tensor(state, "total")
+
+
+def stored(state: State) -> LowRankEigh:
+    """Read a decomposition as it was stored."""
+    return LowRankEigh(tensor(state, "eigenvalues"), tensor(state, "eigenvectors"))
+
+
+def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
+    """Write a low-rank form, each part under its own name."""
+    state.update(lowrank._asdict())
+
+
+def due(state: State, step: int, every: Schedule[int]) -> bool:
+    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
+    last = state.get("renewed")
+    if isinstance(last, int) and step - last < at(every, step):
+        return False
+    state["renewed"] = step
+    return True

@@ -1,0 +1,211 @@
+"""The curvature of a layer as a Kronecker product A ⊗ G, and lists of layers fed and solved together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
+
+from brandla import grouped
+from brandla.damped import LowRank
+from brandla.kfac.systems.diagonal import Blocks, Diagonal
+from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves
+from brandla.kfac.systems.form import FactorForm
+from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side
+
+
+@dataclass(frozen=True)
+class Kronecker(Curvature):
+    """Factors A (d_in, d_in) of the inputs and G (d_out, d_out) of the output gradients; None stands for I, undamped.
+
+    A is the mean of a aᵀ over uses; G is the mean of g gᵀ, g being the gradient of one term of a loss that is a mean
+    over uses (``docs/kfac.md``). A ``single`` layer's only factor is the mean of g gᵀ, g being its whole gradient.
+    """
+
+    input: Factor | None
+    output: Factor | None
+    single: bool = False
+
+    @classmethod
+    def of(cls, shape: Shape, strategy: FactorForm) -> Kronecker:
+        """Return the curvature of a layer before any data."""
+
+        def fresh(n: int, asked: FactorForm) -> Factor:
+            return Factor(n, shape.groups, asked, shape.dtype, shape.device)
+
+        return cls(
+            fresh(shape.d_in, _of_inputs(shape, strategy)),
+            None if shape.single else fresh(shape.d_out, strategy),
+            shape.single,
+        )
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return all(side.started for _, side in self.factors())
+
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Take rows into both factors."""
+        absorb_rows([self], [rows], now)
+
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹."""
+        return solve_together([Problem(self, gradient, None)], now.damping)[0]
+
+    def widest_pair(self, entries: int) -> int | None:
+        """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
+        sides = [(side.n, side.rank) for _, side in self.factors()]
+        known = [(n, rank) for n, rank in sides if rank is not None]
+        if not known or len(known) < len(sides):
+            return None
+        of_column = sum(4 * n * rank for n, rank in known) + 2 * entries
+        return 4 * entries * sum(rank for _, rank in known) // of_column
+
+    def factors(self) -> Iterator[tuple[Side, Factor]]:
+        """Go through the factors there are."""
+        if self.input is not None:
+            yield "input", self.input
+        if self.output is not None:
+            yield "output", self.output
+
+    def intakes(self, rows: Rows) -> Iterator[Intake]:
+        """Go through the columns that each factor gets of the rows."""
+        if self.input is not None:
+            inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
+            yield Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses)
+        if self.output is not None:
+            yield Intake(self.output, rows.gradients.mT, rows.uses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        return {side: own.state_dict() for side, own in self.factors()}
+
+    def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
+        return replace(self, **sides)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        for _, own in self.factors():
+            yield from own.tensors()
+
+
+def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:
+    """Return the strategy of an input factor, or the exact one where its form is known to be simple."""
+    if shape.one_hot:
+        return Diagonal(tail=0.0)
+    return Blocks(tail=0.0) if shape.single else strategy
+
+
+def absorb_rows(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> None:
+    """Take rows into the factors of all layers, those of one strategy together."""
+    intakes = (intake for curvature, own in zip(curvatures, rows, strict=True) for intake in curvature.intakes(own))
+    absorb_columns(intakes, now)
+
+
+class _Product(NamedTuple):
+    """A gradient that is a matrix, between two low-rank factors."""
+
+    left: LowRank
+    right: LowRank
+    gradient: Gradient
+    left_largest: Tensor
+    right_largest: Tensor
+    left_tail: Any
+    right_tail: Any
+
+
+def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
+    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
+    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem))}
+    others = {index: problem for index, problem in enumerate(problems) if index not in products}
+    solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
+    if products:
+        left, right, gradients, left_largest, right_largest, left_tail, right_tail = (
+            list(part) for part in zip(*products.values(), strict=True)
+        )
+        shifts = damping.of_each(left_largest + right_largest)
+        left_damping, right_damping = shifts[: len(left)], shifts[len(left) :]
+        steps = grouped.kron_damped_solve(
+            left, right, gradients, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
+        )
+        solved |= dict(zip(products, steps, strict=True))
+    return [solved[index] for index in range(len(problems))]
+
+
+def _product(problem: Problem) -> _Product | None:
+    """Return the operands of a gradient that is a matrix between two low-rank factors; None for any other."""
+    curvature = _of(problem)
+    if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
+        return None
+    left, right = curvature.output, curvature.input
+    of_left, of_right = left.operand(), right.operand()
+    if of_left is None or of_right is None:
+        return None
+    largest, tails = (left.largest(), right.largest()), (left.strategy.tail, right.strategy.tail)
+    return _Product(of_left, of_right, problem.gradient, *largest, *tails)
+
+
+class _Side(NamedTuple):
+    """One factor to solve with, and the problem it belongs to."""
+
+    problem: int
+    name: Side
+    factor: Factor
+
+
+def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
+    """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
+    steps = [problem.gradient for problem in problems]
+    sides = [_Side(index, *own) for index, problem in enumerate(problems) for own in _of(problem).factors()]
+    waiting = [side.name == "input" and isinstance(steps[side.problem], Tensor) for side in sides]
+    for turn in (False, True):
+        taken = [side for side, waits in zip(sides, waiting, strict=True) if waits is turn]
+        blocks = [_block(steps[side.problem], side.name) for side in taken]
+        solved = damped_solves([side.factor for side in taken], blocks, damping)
+        for side, block in zip(taken, solved, strict=True):
+            steps[side.problem] = _with_block(steps[side.problem], side.name, block)
+    return steps
+
+
+def _of(problem: Problem) -> Kronecker:
+    return cast(Kronecker, problem.curvature)
+
+
+def _block(step: Gradient, side: Side) -> Tensor:
+    """Return the block for a factor: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
+    if isinstance(step, Tensor):
+        return step if side == "output" else step.mT
+    return step[0] if side == "output" else step[1]
+
+
+def _with_block(step: Gradient, side: Side, block: Tensor) -> Gradient:
+    if isinstance(step, Tensor):
+        return block if side == "output" else block.mT
+    return (block, step[1]) if side == "output" else (step[0], block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerStrategy(Strategy):
+    """A system whose curvatures are all `Kronecker`: the factors of all its layers are fed and solved together."""
+
+    def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
+        """Take the rows of all layers into their factors, so that a GPU is asked once for all of a size."""
+        absorb_rows(cast(Sequence[Kronecker], curvatures), rows, now)
+
+    def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Solve for all layers together."""
+        return solve_together(problems, now.damping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorStrategy(FactorForm, KroneckerStrategy):
+    """A system that keeps each Kronecker factor by itself, in one form."""
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return a Kronecker product of two factors of this form."""
+        return Kronecker.of(shape, self)

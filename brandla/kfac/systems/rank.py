@@ -1,0 +1,81 @@
+"""Ranks that change in training: by schedules, by rules, and with the error bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+from torch import Tensor
+
+from brandla import _check
+from brandla.kfac.schedule import Schedule, at
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, most_of
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """Grow or shrink the rank of a factor so that its error bound stays near ``target`` times its largest eigenvalue.
+
+    Every so many steps the bound is read, once for a factor (of a batch of factors the largest): the only time that the
+    device is waited for. Above the target the rank grows by half; under a quarter of it, it shrinks by a quarter. The
+    bound forgets what was cut off as the factor forgets its data, so it says most where ``every`` is 1/(1 − decay) or
+    more. What shrinking cuts off enters the bound like all else.
+
+    Parameters
+    ----------
+    target
+        Bound of ‖M − M̂‖₂ / d₁ to stay under, > 0.
+    least, most
+        Limits of the rank; it begins at ``least``.
+    every
+        Steps between readings: a number, or a function of the step.
+    """
+
+    target: float
+    least: int
+    most: int
+    every: Schedule[int] = 20
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target < float("inf"):
+            _check.fail_value("ErrorBound", f"target must be finite and > 0; got {self.target}")
+        _check.count("ErrorBound", "least", self.least, 1)
+        _check.count("ErrorBound", "most", self.most, self.least)
+        _check.count("ErrorBound", "every", at(self.every, 0), 1)
+
+    def next(self, rank: int, error: float) -> int:
+        """Return the rank to follow ``rank`` when the relative error bound is ``error``; the same for NaN."""
+        if error > self.target:
+            return min(math.ceil(1.5 * rank), self.most)
+        if error < self.target / 4:
+            return max(math.floor(0.75 * rank), self.least)
+        return rank
+
+
+def check_rank(strategy: object, rank: Schedule[int | Rank]) -> None:
+    """Check a rank, or the first value of a schedule."""
+    first = rank_at(rank, 0)
+    if not isinstance(first, Rank):
+        _check.count(type(strategy).__name__, "rank", first, 1)
+
+
+def first_rank(rank: Schedule[int | Rank]) -> int:
+    """Return the number of columns that a factor begins with."""
+    return _number(rank_at(rank, 0))
+
+
+def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
+    """Return the rank of a step."""
+    return rank(step) if callable(rank) else rank
+
+
+def fitting(rank: int | Rank, lowrank: LowRankEigh | LowRankRoot, columns: Tensor) -> int | Rank:
+    """Return the rank, or the largest one that an update by k columns can have."""
+    n, r = lowrank.n, lowrank.rank
+    most = min(_number(rank), n, r + columns.shape[-1])
+    return replace(rank, max=most) if isinstance(rank, Rank) else most
+
+
+def _number(rank: int | Rank) -> int:
+    return cast(int, most_of(rank))

@@ -1,0 +1,111 @@
+"""A K-FAC system as the loop sees it: it makes the curvature of each layer, feeds it, and solves with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from brandla import _check
+from brandla.kfac.schedule import spelled
+from brandla.kfac.systems.factor import Factor
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
+
+
+class Problem(NamedTuple):
+    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured."""
+
+    curvature: Curvature
+    gradient: Gradient
+    rows: Rows | None
+
+
+class Kept(NamedTuple):
+    """For reports: the memory of one side of a layer, where that is no factor."""
+
+    side: Side
+    n: int
+    note: str
+    tensors: Sequence[Tensor]
+
+
+class Curvature(ABC):
+    """The curvature of one layer: its state, and the two things done with it, `absorb` and `solve`."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Whether data came in."""
+
+    @abstractmethod
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Take in the rows of a step, and renew the parts that are due."""
+
+    @abstractmethod
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return the preconditioned gradient, a pair for a pair or else a matrix."""
+
+    def widest_pair(self, entries: int) -> int | None:
+        """Return k up to which a pair (d_out, k), (d_in, k) is cheaper to solve for than its d_out d_in ``entries``.
+
+        None where the curvature is not applied to pairs.
+        """
+        return None
+
+    def factors(self) -> Iterator[tuple[Side, Factor]]:
+        """Go through the Kronecker factors, where there are any."""
+        return iter(())
+
+    def kept(self) -> Iterator[Kept]:
+        """Go through the sides, where there are no factors."""
+        return iter(())
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as numbers, strings and copies of tensors."""
+
+    @abstractmethod
+    def loaded(self, state: dict[str, Any], where: str) -> Curvature:
+        """Return a new curvature of this kind that continues from ``state``, or raise ValueError naming ``where``."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all tensors of the state, to count its memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(ABC):
+    """One system of the K-FAC family.
+
+    ``str()`` of it names it in checkpoints and reports. Options that are functions of the step are spelled by their
+    qualified name there: a checkpoint is continued by the function of the same name.
+    """
+
+    # Whether `solve` reads the rows of the step, which every process then needs.
+    reads_rows: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return spelled(self)
+
+    @abstractmethod
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return the curvature of a layer before any data."""
+
+    def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
+        """Take the rows of a step into the curvatures of all layers of this strategy."""
+        for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
+            curvature.absorb(own, now._replace(seed=now.seed + index))
+
+    def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Return the preconditioned gradients of all layers of this strategy."""
+        return [problem.curvature.solve(problem.gradient, now) for problem in problems]
+
+
+def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:
+    """Check that a strategy wraps an instance of ``kind``."""
+    if not isinstance(inner, kind):
+        got = inner.__name__ if isinstance(inner, type) else type(inner).__name__
+        _check.fail_type(type(strategy).__name__, f"inner must be {wanted}; got {got}")

@@ -1,0 +1,134 @@
+"""The values that flow between capture, systems and processes: rows, gradients, and what a step brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Scale = Literal["relative", "absolute"]
+Side = Literal["input", "output"]
+# The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
+Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class Shape(NamedTuple):
+    """Of a layer's weight as a matrix (*groups, d_out, d_in), the bias's column counted in.
+
+    ``one_hot`` inputs are given as indices, and their factor is diagonal. ``single`` layers have no output factor:
+    their input rows are whole gradients of samples.
+    """
+
+    groups: tuple[int, ...]
+    d_out: int
+    d_in: int
+    dtype: torch.dtype
+    device: torch.device
+    one_hot: bool = False
+    single: bool = False
+
+
+class Rows(NamedTuple):
+    """Uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
+
+    The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
+    curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
+    layers are m N rows, and their gradients the same.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    uses: int
+    positions: int = 1
+    single: bool = False
+
+
+class Damping(NamedTuple):
+    """λ, relative to each factor's largest eigenvalue or absolute."""
+
+    value: float
+    scale: Scale
+
+    def of(self, largest: Tensor) -> Tensor:
+        """Return λ for factors of these largest eigenvalues.
+
+        It is 1 where a factor is zero so far, which leaves its side of the gradient as it is, and where λ would be too
+        small for 1/λ to be finite.
+        """
+        if self.scale == "absolute":
+            return torch.full_like(largest, self.value)
+        shift = self.value * largest
+        return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
+
+    def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
+        """Return λ for each of a list of factors."""
+        return alike(
+            largest,
+            lambda own: (own.shape, own.dtype, own.device),
+            lambda members: self.of(torch.stack(members)).unbind(),
+        )
+
+
+class Now(NamedTuple):
+    """What a step of training has besides data.
+
+    ``seed`` is new at every step. Where ``finite``, a 0-dim bool tensor, is False, the rows are all 0 and the step
+    counts for nothing.
+    """
+
+    step: int
+    seed: int
+    decay: float
+    damping: Damping
+    finite: Tensor
+
+
+def inner(one: Gradient, other: Gradient) -> Tensor:
+    """Return the inner product; of products, ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return (dense(one) * dense(other)).sum()
+    return ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
+
+
+def length(part: Gradient) -> Tensor:
+    """Return ‖·‖_F; of a product P Qᵀ no less than √ε ‖P‖ ‖Q‖, below which ⟨PᵀP, QᵀQ⟩ is rounding, of either sign."""
+    if isinstance(part, Tensor):
+        norm: Tensor = torch.linalg.vector_norm(part)
+        return norm
+    first, second = (torch.linalg.vector_norm(factor) for factor in part)
+    rounding = torch.finfo(first.dtype).eps ** 0.5 * first * second
+    return torch.maximum(inner(part, part).clamp_min(0).sqrt(), rounding)
+
+
+def dense(part: Gradient) -> Tensor:
+    """Return the matrix."""
+    return part if isinstance(part, Tensor) else part[0] @ part[1].mT
+
+
+def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
+    """``one + factor · other``: of two pairs, the pair of both; else a matrix."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return dense(one) + factor * dense(other)
+    return torch.cat([one[0], factor * other[0]], dim=-1), torch.cat([one[1], other[1]], dim=-1)
+
+
+def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
+    """``factor · part``."""
+    return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
+
+
+def alike(
+    items: Sequence[Item], kind_of: Callable[[Item], Hashable], of: Callable[[list[Item]], Sequence[Result]]
+) -> list[Result]:
+    """Return what ``of`` makes of all items of a kind, in the order of the items."""
+    members: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(kind_of(item), []).append(index)
+    results: dict[int, Result] = {}
+    for indices in members.values():
+        results |= dict(zip(indices, of([items[index] for index in indices]), strict=True))
+    return [results[index] for index in range(len(items))]
