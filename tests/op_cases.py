@@ -170,6 +170,11 @@ def problems_of(case: str, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [tuple(_own_arguments(signature, arguments, problem, own)) for problem, own in enumerate(sizes)]
 
 
+def of_problem(results: tuple[Any, ...], problem: int, expected: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the results of one problem of a grouped op, without what stacks are padded with."""
+    return tuple(part[problem][tuple(map(slice, own.shape))] for part, own in zip(results, expected, strict=True))
+
+
 def shifted(basis: Tensor, middle: Tensor, complement: Tensor) -> Tensor:
     """Return β I + U H Uᵀ, dense."""
     inner = torch.diag_embed(middle) if middle.ndim < basis.ndim else middle

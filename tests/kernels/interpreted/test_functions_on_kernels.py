@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,78 +18,48 @@ from oracles import tolerance
 
 N, R, K = 40, 6, 4
 
+
+def operands(dtype: torch.dtype, batch: tuple[int, ...], device: torch.device) -> SimpleNamespace:
+    """Return every kind of argument."""
+    options = {"dtype": dtype, "batch_shape": batch}
+    given = {
+        **{"root": make_root(N, R, **options), "eigh": make_eigh(N, R, **options), "svd": make_svd(N, 9, R, **options)},
+        **{"one_root": make_root(N, R, dtype=dtype), "one_eigh": make_eigh(N, R, dtype=dtype)},
+        **{"right": make_root(17, 3, **options), "matrix": make_columns(N, 17, **options)},
+        **{"columns": make_columns(N, K, **options), "damping": torch.tensor(0.2, dtype=dtype)},
+    }
+    return SimpleNamespace(**tree_map(lambda part: part.to(device), given))
+
+
+def doubled(columns: Tensor) -> Tensor:
+    """Return each column twice."""
+    return torch.cat([columns, columns], -1)
+
+
+def single_root(x: SimpleNamespace) -> brandla.LowRankRoot:
+    return brandla.LowRankRoot(*(part.float() for part in x.root))
+
+
 # What comes back, as one dense matrix: eigenvectors of close eigenvalues are not comparable by themselves.
-FUNCTIONS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
-    "root_update": lambda dtype, batch: (
-        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, weight=0.5)),
-        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
+FUNCTIONS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
+    "root_update": lambda x: dense(brandla.root_update(x.root, x.columns, decay=0.9, weight=0.5)),
+    "root_update, cholesky": lambda x: dense(brandla.root_update(x.root, x.columns, weight=0.5, compress="cholesky")),
+    "root_update, half": lambda x: dense(
+        brandla.root_update(single_root(x), x.columns.bfloat16(), decay=0.9, compress="cholesky")
     ),
-    "root_update, cholesky": lambda dtype, batch: (
-        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, weight=0.5, compress="cholesky")),
-        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "root_update, half": lambda dtype, batch: (
-        lambda root, columns: dense(brandla.root_update(root, columns, decay=0.9, compress="cholesky")),
-        (
-            make_root(N, R, dtype=torch.float32, batch_shape=batch),
-            make_columns(N, K, dtype=torch.bfloat16, batch_shape=batch),
-        ),
-    ),
-    "root_update_": lambda dtype, batch: (
-        lambda root, columns: dense(brandla.root_update_(tree_map(torch.clone, root), columns, decay=0.5)),
-        (make_root(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "to_eigh": lambda dtype, batch: (
-        lambda root: dense(root.to_eigh()),
-        (make_root(N, R, dtype=dtype, batch_shape=batch),),
-    ),
-    "orthonormalize": lambda dtype, batch: (
-        lambda panel: torch.cat(brandla.orthonormalize(panel), dim=-2),
-        (make_columns(N, K, dtype=dtype, batch_shape=batch),),
-    ),
-    "orthonormalize, dependent columns": lambda dtype, batch: (
-        lambda panel: torch.matmul(*brandla.orthonormalize(torch.cat([panel, panel], -1))),
-        (make_columns(N, K, dtype=dtype, batch_shape=batch),),
-    ),
-    "eigh_update": lambda dtype, batch: (
-        lambda eigh, columns: dense(brandla.eigh_update(eigh, columns, decay=0.9, weight=0.5)),
-        (make_eigh(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "eigh_update, dependent columns": lambda dtype, batch: (
-        lambda eigh, columns: dense(brandla.eigh_update(eigh, torch.cat([columns, columns], -1))),
-        (make_eigh(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "eigh_update_": lambda dtype, batch: (
-        lambda eigh, columns: dense(brandla.eigh_update_(tree_map(torch.clone, eigh), columns, decay=0.5)),
-        (make_eigh(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "svd_append": lambda dtype, batch: (
-        lambda svd, columns: dense(brandla.svd_append(svd, columns, decay=0.9)),
-        (make_svd(N, 9, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "damped_solve": lambda dtype, batch: (
-        lambda eigh, rhs: brandla.damped_solve(eigh, rhs, 0.1),
-        (make_eigh(N, R, dtype=dtype, batch_shape=batch), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "damped_solve, one factor for all": lambda dtype, batch: (
-        lambda root, rhs: brandla.damped_solve(root, rhs, 0.1, tail=0.5),
-        (make_root(N, R, dtype=dtype), make_columns(N, K, dtype=dtype, batch_shape=batch)),
-    ),
-    "kron_damped_solve": lambda dtype, batch: (
-        lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, 0.1, 0.2),
-        (
-            make_eigh(N, R, dtype=dtype, batch_shape=batch),
-            make_root(17, 3, dtype=dtype, batch_shape=batch),
-            make_columns(N, 17, dtype=dtype, batch_shape=batch),
-        ),
-    ),
-    "kron_damped_solve, one factor for all": lambda dtype, batch: (
-        lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, 0.1, torch.tensor(0.2, dtype=dtype)),
-        (
-            make_eigh(N, R, dtype=dtype),
-            make_root(17, 3, dtype=dtype, batch_shape=batch),
-            make_columns(N, 17, dtype=dtype, batch_shape=batch),
-        ),
+    "root_update_": lambda x: dense(brandla.root_update_(tree_map(torch.clone, x.root), x.columns, decay=0.5)),
+    "to_eigh": lambda x: dense(x.root.to_eigh()),
+    "orthonormalize": lambda x: torch.cat(brandla.orthonormalize(x.columns), dim=-2),
+    "orthonormalize, dependent columns": lambda x: torch.matmul(*brandla.orthonormalize(doubled(x.columns))),
+    "eigh_update": lambda x: dense(brandla.eigh_update(x.eigh, x.columns, decay=0.9, weight=0.5)),
+    "eigh_update, dependent columns": lambda x: dense(brandla.eigh_update(x.eigh, doubled(x.columns))),
+    "eigh_update_": lambda x: dense(brandla.eigh_update_(tree_map(torch.clone, x.eigh), x.columns, decay=0.5)),
+    "svd_append": lambda x: dense(brandla.svd_append(x.svd, x.columns, decay=0.9)),
+    "damped_solve": lambda x: brandla.damped_solve(x.eigh, x.columns, 0.1),
+    "damped_solve, one factor for all": lambda x: brandla.damped_solve(x.one_root, x.columns, 0.1, tail=0.5),
+    "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.eigh, x.right, x.matrix, 0.1, 0.2),
+    "kron_damped_solve, one for all": lambda x: brandla.kron_damped_solve(
+        x.one_eigh, x.right, x.matrix, 0.1, x.damping
     ),
 }
 
@@ -102,11 +73,10 @@ FUNCTIONS: dict[str, Callable[[torch.dtype, tuple[int, ...]], tuple[Callable[...
 def test_function_gives_on_kernels_what_it_gives_on_torch_forms(
     name: str, batch: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    function, arguments = FUNCTIONS[name](dtype, batch)
-    arguments = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, arguments)
-    result = function(*arguments)
+    given = operands(dtype, batch, device)
+    result = FUNCTIONS[name](given)
     with brandla.backend("torch"):
-        expected = function(*arguments)
+        expected = FUNCTIONS[name](given)
     precision = torch.float32 if "half" in name else dtype
     # A damped solve divides by the damping, which is 0.1.
     scale = 10 * expected.abs().max()
@@ -148,10 +118,7 @@ def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
 def test_gradients_flow_through_kernels(listed: bool, device: torch.device) -> None:
     basis, rhs = make_eigh(12, 3).eigenvectors.to(device), make_columns(12, 2).to(device)
-    middle, complement = (
-        torch.ones(3, dtype=basis.dtype, device=device),
-        torch.tensor(0.5, dtype=basis.dtype, device=device),
-    )
+    middle, complement = basis.new_ones(3), basis.new_tensor(0.5)
 
     def loss(basis: Tensor, rhs: Tensor) -> Tensor:
         op: Callable[..., Any] = OPS["damped_apply"]

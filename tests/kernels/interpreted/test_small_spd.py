@@ -16,59 +16,18 @@ CORE = OPS["cholesky_inverse_core"]
 EPS = torch.finfo(torch.float64).eps
 
 # Around the blocks of 16 columns, and the tiles of 32 and 128 rows.
-ORDERS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 97, 128)
-
+ORDERS = (0, 1, 2, 15, 17, 33, 65)
 FAMILIES = (
-    "gaussian",
-    "graded",
-    "columns of very different length",
-    "half the rank",
-    "every column repeated",
-    "zero columns",
-    "zero",
-    "nearly repeated",
-    "nearly cancelling",
-    "noise, then its direction",
+    *("gaussian", "graded", "columns of very different length", "half the rank", "every column repeated"),
+    *("zero columns", "zero", "nearly repeated", "nearly cancelling", "noise, then its direction"),
 )
-
-
 # Of the larger orders, which the interpreter takes seconds for, the families that reach every branch.
 OF_LARGE_ORDER = ("graded", "half the rank", "nearly cancelling")
 
 
 def panel_of(family: str, k: int, seed: int = 0) -> Tensor:
     """Return a (2k + 5) × k panel."""
-    n = 2 * k + 5
-    well = oracles.gaussian(n, k, seed=seed)
-    two = oracles.gaussian(n, 2, seed=seed + 1)
-    match family:
-        case "gaussian":
-            return well
-        case "graded":
-            return oracles.rectangular_matrix(oracles.graded(k), n, k, seed=seed)
-        case "columns of very different length":
-            return well * torch.logspace(-6, 6, k, dtype=torch.float64)
-        case "half the rank":
-            return well[:, : k // 2] @ oracles.gaussian(k // 2, k, seed=seed + 1)
-        case "every column repeated":
-            return well.repeat_interleave(2, dim=1)[:, :k]
-        case "zero columns":
-            return well * (torch.arange(k) % 3 != 0)
-        case "zero":
-            return torch.zeros_like(well)
-        case "nearly repeated":
-            return two[:, :1] + 1e-5 * well
-        case "nearly cancelling":
-            # Each third column is minus the sum of the two before it, and a little.
-            for j in range(2, k, 3):
-                well[:, j] = 1e-5 * well[:, j] - well[:, j - 1] - well[:, j - 2]
-            return well
-        case "noise, then its direction":
-            # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
-            x, u = two.unbind(1)
-            rest = two @ oracles.gaussian(2, k, seed=seed + 2)
-            return torch.cat([torch.stack([x, x + 3e-7 * u, u], dim=1), rest], dim=1)[:, :k]
-    raise AssertionError(family)
+    return oracles.panel(family, 2 * k + 5, k, seed)
 
 
 def problem_of(panel: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +75,7 @@ def assert_definition(gram: Tensor, scale: Tensor, transform: Tensor, live: Tens
 
 
 @pytest.mark.parametrize(
-    ("k", "whole_first"), [(k, False) for k in ORDERS] + [(2, True), (17, True), (64, True)], ids=str
+    ("k", "whole_first"), [(k, False) for k in ORDERS] + [(2, True), (17, True), (65, True)], ids=str
 )
 def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(
     k: int, whole_first: bool, device: torch.device
@@ -135,7 +94,7 @@ def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(
         assert torch.equal(live | near, expected | near)
 
 
-@pytest.mark.parametrize("k", [2, 17, 97, 257])
+@pytest.mark.parametrize("k", [2, 17, 129])
 def test_transform_equals_that_of_the_torch_form(k: int, device: torch.device) -> None:
     gram, scale = problem_of(panel_of("gaussian", k))
     expected, _ = CORE.torch_form(gram, scale, 1e-12)
@@ -197,7 +156,7 @@ def batch_and_each_alone(k: int, device: torch.device) -> tuple[Tensor, Tensor, 
     return gram.unflatten(0, (2, 3)), scale.unflatten(0, (2, 3)), alone
 
 
-@pytest.mark.parametrize("k", [1, 16, 33])
+@pytest.mark.parametrize("k", [1, 17])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_batch_change_no_bit(layout: str, k: int, device: torch.device) -> None:
     gram, scale, alone = batch_and_each_alone(k, device)
@@ -232,7 +191,7 @@ def three_gaussian(whole_first: bool, device: torch.device) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("whole_first", [False, True], ids=["shifted first", "whole first"])
-@pytest.mark.parametrize("where", [(0, 0), (20, 20), (35, 3), (39, 39)], ids=str)
+@pytest.mark.parametrize("where", [(0, 0), (35, 3), (39, 39)], ids=str)
 def test_nan_stays_in_its_own_problem_and_does_not_vanish(
     where: tuple[int, int], whole_first: bool, device: torch.device
 ) -> None:
