@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from brandla_kernels import signs, sketch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -21,8 +20,7 @@ def seed(device: torch.device) -> Tensor:
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return oracles.gaussian(*shape, seed=2).to(device, dtype)
 
 
 def assert_product(result: Tensor, matrix: Tensor, test: Tensor) -> None:
@@ -44,21 +42,10 @@ def test_sketch_of_the_identity_is_the_test_matrix(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 40, 3), (65, 300, 17), (65, 33, 130)], ids=str)
-def test_every_size_and_dtype(
-    size: tuple[int, int, int], dtype: torch.dtype, seed: Tensor, device: torch.device, unchanged: Callable[..., object]
-) -> None:
-    m, n, width = size
-    matrix = normal(m, n, dtype=dtype, device=device)
-    with unchanged(matrix, seed):
-        result = sketch(matrix, seed, width)
-    assert_product(result, matrix, signs(seed, n, width, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("size", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)], ids=str)
-def test_empty_sizes(size: tuple[int, int, int], seed: Tensor, device: torch.device) -> None:
-    m, n, width = size
-    assert torch.equal(sketch(torch.ones(m, n, device=device), seed, width), torch.zeros(m, width, device=device))
+def test_long_sums_of_every_dtype(dtype: torch.dtype, seed: Tensor, device: torch.device) -> None:
+    """Sums over 300 columns are split."""
+    matrix = normal(65, 300, dtype=dtype, device=device)
+    assert_product(sketch(matrix, seed, 17), matrix, signs(seed, 300, 17, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -76,15 +63,6 @@ def test_batch_whose_strides_are_irregular(seed: Tensor, device: torch.device) -
     matrix = normal(2, 4, 3, 20, 300, dtype=torch.float32, device=device)[:, 1].transpose(0, 1)
     test = signs(seed, 300, 6, batch_shape=(3, 2), dtype=torch.float64)
     assert_product(sketch(matrix, seed, 6), matrix, test)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_problems_of_a_list_count_as_those_of_a_batch(dtype: torch.dtype, seed: Tensor, device: torch.device) -> None:
-    sizes = [(65, 40), (1, 1), (0, 7), (66, 65), (3, 0)]
-    matrices = [normal(*size, dtype=dtype, device=device) for size in sizes]
-    results = sketch(matrices, seed, 11)
-    for problem, (matrix, result) in enumerate(zip(matrices, results, strict=True)):
-        assert_product(result, matrix, signs(seed, matrix.shape[1], 11, problem=problem, dtype=torch.float64))
 
 
 def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import oracles
 from brandla_kernels import gram_ema_
 from brandla_kernels._kernels.symmetric_update import (
     symmetric_product_kernel,
@@ -39,15 +40,12 @@ def walk(index: Tensor, tiles: int) -> list[tuple[int, ...]]:
     return [tuple(pair) for pair in found.tolist()]
 
 
-def symmetric(n: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    square = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
-    return (square + square.mT).to(device, dtype)
+def symmetric(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return oracles.symmetrised(oracles.gaussian(n, n, seed=0)).to(device, dtype)
 
 
-def data(n: int, k: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*batch, n, k, generator=generator, dtype=torch.float64).to(device, dtype)
+def data(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return oracles.gaussian(n, k, seed=1).to(device, dtype)
 
 
 def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
@@ -93,12 +91,8 @@ def test_walk_is_exact_where_the_root_in_float32_is_not(row: int, device: torch.
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (2, 0), (17, 33), (127, 31), (129, 65)], ids=str)
-def test_every_size_and_dtype(
-    size: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> None:
-    n, k = size
-    assert_updates(symmetric(n, dtypes[0], device), data(n, k, dtypes[1], device))
+def test_result_is_symmetric_to_the_bit(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+    assert_updates(symmetric(129, dtypes[0], device), data(129, 65, dtypes[1], device))
 
 
 def test_more_tiles_than_a_band(device: torch.device) -> None:
@@ -127,29 +121,6 @@ def test_nothing_around_the_matrix_is_touched(n: int, device: torch.device) -> N
     assert_updated(inside.clone(), matrix, columns, 0.9, 0.25)
     inside.fill_(5)
     assert (around == 5).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_whose_strides_are_irregular(dtype: torch.dtype, device: torch.device) -> None:
-    """A view (3, 2, n, n) of a (2, 4, 3, n, n) batch: no single stride leads through the problems."""
-    whole = symmetric(20, torch.float32, device, 2, 4, 3)
-    columns = data(20, 5, dtype, device, 2, 3).transpose(0, 1)
-    result = whole.clone()
-    gram_ema_(result[:, 1].transpose(0, 1), columns, 0.9, 0.25)
-    assert_updated(result[:, 1].transpose(0, 1), whole[:, 1].transpose(0, 1), columns, 0.9, 0.25)
-    others = [0, 2, 3]
-    assert torch.equal(result[:, others], whole[:, others])
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_list_of_different_sizes(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-    sizes = [(130, 7), (1, 1), (40, 300), (0, 3), (16, 0)]
-    matrices = [symmetric(n, dtypes[0], device) for n, _ in sizes]
-    columns = [data(n, k, dtypes[1], device) for n, k in sizes]
-    results = [matrix.clone() for matrix in matrices]
-    gram_ema_(results, columns, 0.9, 0.25)
-    for result, matrix, added in zip(results, matrices, columns, strict=True):
-        assert_updated(result, matrix, added, 0.9, 0.25)
 
 
 def test_decay_and_weight_are_not_rounded_to_float32(device: torch.device) -> None:
