@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from brandla_kernels import OPS  # noqa: E402
-from brandla_kernels._kernels.ahead import TARGETS, Compiled, Product, compile_for, faults, target_named  # noqa: E402
+from brandla_kernels._kernels.ahead import TARGETS, Product, compile_for, faults, target_named  # noqa: E402
 from brandla_kernels._kernels.launch import Config, Launch, recording, target_of  # noqa: E402
 from brandla_kernels._kernels.shipped import DTYPES, LAYOUTS, Layout, Specialization, specializations  # noqa: E402
 
@@ -173,12 +173,10 @@ def test_too_much_memory_is_seen(target: str, memory: dict[str, int]) -> None:
 
 
 def test_float64_products_of_sm_100_are_the_one_exception() -> None:
-    panel = tall(64, torch.float64)
-    compiled = compile_for("sm_100", launches("sm_100", "gram", panel)[0])
+    compiled = compile_for("sm_100", launches("sm_100", "gram", tall(64, torch.float64))[0])
     assert faults(compiled) == []
-    assert faults(replace(compiled, target="sm_90", matrix_instructions=())) == [
-        "no matrix instruction for f64 products"
-    ]
+    elsewhere = replace(compiled, target="sm_90", matrix_instructions=())
+    assert faults(elsewhere) == ["no matrix instruction for f64 products"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,11 +184,8 @@ def test_float64_products_of_sm_100_are_the_one_exception() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def loads_16_bytes(compiled: Compiled) -> bool:
-    """Say whether a thread loads 16 bytes at once anywhere: what rows promise that are aligned."""
-    return bool(
-        re.search(r"cp\.async\.cg\.\S+ .*0x10|ld\.global\S*\.v4\.|(?:global|buffer)_load_dwordx4", compiled.assembly)
-    )
+# A thread loads 16 bytes at once: what rows promise that are aligned.
+LOADS_16_BYTES = re.compile(r"cp\.async\.cg\.\S+ .*0x10|ld\.global\S*\.v4\.|(?:global|buffer)_load_dwordx4")
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -203,9 +198,9 @@ def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target: str, tra
     aligned, ragged = (
         compile_for(target, launches(target, "project", listed(columns), listed(columns))[0]) for columns in (64, 63)
     )
-    assert loads_16_bytes(aligned)
+    assert LOADS_16_BYTES.search(aligned.assembly)
     # Columns of 512 and 256 rows are aligned however many there are.
-    assert loads_16_bytes(ragged) == transposed
+    assert bool(LOADS_16_BYTES.search(ragged.assembly)) == transposed
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
@@ -234,12 +229,9 @@ def test_update_of_float32_holds_no_tile_in_float64() -> None:
 @pytest.mark.parametrize(
     ("target", "registers", "warps", "shared", "programs"),
     [
-        # 65536 registers / (128 registers · 32 lanes · 8 warps)
-        ("sm_90", 128, 8, 0, 2),
-        # 228 KB / (98 KB + 1 KB that the driver takes)
-        ("sm_90", 32, 4, 98 << 10, 2),
-        # 64 warps / 4 warps
-        ("sm_80", 32, 4, 0, 16),
+        ("sm_90", 128, 8, 0, 2),  # 65536 registers / (128 registers · 32 lanes · 8 warps)
+        ("sm_90", 32, 4, 98 << 10, 2),  # 228 KB / (98 KB + 1 KB that the driver takes)
+        ("sm_80", 32, 4, 0, 16),  # 64 warps / 4 warps
         # Each of 4 SIMDs has 512 registers a lane: 4 waves of 128, and a program of 4 waves has one on each.
         ("gfx942", 128, 4, 0, 4),
         ("gfx942", 128, 4, 33 << 10, 1),
@@ -248,10 +240,9 @@ def test_update_of_float32_holds_no_tile_in_float64() -> None:
 def test_occupancy_is_what_the_scarcest_resource_leaves(
     target: str, registers: int, warps: int, shared: int, programs: int
 ) -> None:
-    compiled = replace(compile_for(target, product(target)), registers=registers, shared_bytes=shared, tensor_memory=0)
-    compiled = replace(
-        compiled, launch=replace(compiled.launch, config=compiled.launch.config._replace(num_warps=warps))
-    )
+    compiled = compile_for(target, product(target))
+    launch = replace(compiled.launch, config=compiled.launch.config._replace(num_warps=warps))
+    compiled = replace(compiled, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0)
     assert compiled.programs == programs
     assert compiled.occupancy == programs * warps / (64 if target.startswith("sm") else 32)
 

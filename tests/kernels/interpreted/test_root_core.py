@@ -169,22 +169,18 @@ def test_any_scale_gives_the_same_rotation(scale: float, device: torch.device):
     torch.testing.assert_close(rotation, expected)
 
 
-def test_two_runs_are_equal_to_the_bit(device: torch.device):
-    arguments = arguments_of(problem_of("half the rank", 20, 13), 17, dtype=torch.float32)
-    for one, other in zip(launched(arguments, device), launched(arguments, device), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_what_is_not_measured_is_zero(device: torch.device):
     arguments = arguments_of(problem_of("gaussian", 6, 4), 6)
     results = launched((*arguments[:-1], False), device)
     assert results[3] == 0
-    for one, other in zip(results[:3], launched(arguments, device)[:3], strict=True):
-        assert torch.equal(one, other)
+    once, again = launched(arguments, device), launched(arguments, device)
+    assert all(map(torch.equal, results[:3], once[:3]))
+    # Two runs are equal to the bit.
+    assert all(map(torch.equal, once, again))
 
 
-@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
-def test_no_problems_give_no_results(batch: tuple[int, ...], device: torch.device):
+def test_no_problems_give_no_results(device: torch.device):
+    batch = (2, 0)
     parts = [part.new_zeros(*batch, *part.shape) for part in arguments_of(problem_of("gaussian", 3, 2), 3)[:5]]
     assert [part.shape for part in launched((*parts, 3, 0.0, True), device)] == [
         (*batch, *shape) for shape in ((3, 3), (3, 3), (2, 3), (), ())
