@@ -99,10 +99,11 @@ def test_batch_equals_a_loop(makers: Makers, *, is_pair: bool, dtype: torch.dtyp
         assert oracles.difference_ratio(product[i], alone, dtype) <= THRESHOLD
 
 
-def test_layout_of_the_matrix_does_not_matter(dtype: torch.dtype, unchanged: Callable[..., Any]) -> None:
+def test_layout_of_the_matrix_and_tracking_do_not_matter(dtype: torch.dtype, unchanged: Callable[..., Any]) -> None:
     left, right = make_eigh(P, 6, dtype=dtype), make_root(Q, 9, dtype=dtype)
     matrix = make_columns(P, Q, dtype=dtype)
     expected = solve(left, right, matrix)
+    assert torch.equal(solve(brandla.track(left), brandla.track(right), matrix), expected)
     for view in (matrix.mT.contiguous().mT, matrix.repeat_interleave(2, dim=1)[:, ::2]):
         with unchanged(left, right, view):
             solution = solve(left, right, view)
@@ -131,11 +132,6 @@ def test_half_data_are_solved_in_float32(half: torch.dtype) -> None:
     ):
         assert actual.dtype == torch.float32
         assert torch.equal(actual, expected)
-
-
-def test_tracked_factors_count_as_their_factors() -> None:
-    left, right, matrix = make_eigh(P, 6), make_root(Q, 9), make_columns(P, Q)
-    assert torch.equal(solve(brandla.track(left), brandla.track(right), matrix), solve(left, right, matrix))
 
 
 @PAIRS_OF_KINDS

@@ -254,11 +254,11 @@ def test_numbers_and_tensors_mean_the_same(
     update: SymmetricUpdate, scalar_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     old, columns = update.make(25, 6, dtype=dtype), make_columns(25, 4, dtype=dtype)
-    decay, weight = (torch.tensor(value, dtype=scalar_dtype) for value in (0.75, 0.25))
-    from_tensors = update(old, columns, decay=decay, weight=weight)
-    from_numbers = update(old, columns, decay=0.75, weight=0.25)
+    options = {"decay": 0.75, "weight": 0.25}
+    from_tensors = update(old, columns, **{name: torch.tensor(x, dtype=scalar_dtype) for name, x in options.items()})
     assert tall_of(from_tensors).dtype == dtype
-    assert oracles.difference_ratio(dense(from_tensors), dense(from_numbers), dtype) <= THRESHOLD
+    expected = dense(update(old, columns, **options))
+    assert oracles.difference_ratio(dense(from_tensors), expected, dtype) <= THRESHOLD
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
