@@ -231,9 +231,7 @@ def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]
     return result if isinstance(result, tuple) else (result,)
 
 
-def assert_computes(
-    case: str, results: tuple[Tensor, ...], arguments: tuple[Any, ...], expected: tuple[Tensor, ...] | None = None
-) -> None:
+def assert_computes(case: str, results: Any, arguments: Any, expected: Any | None = None) -> None:
     """Check results, entry by entry, against the formula in float64.
 
     A sum of m products, in any order, is within m·ε/2 of the exact one, relative to the sum of the absolute values, and

@@ -48,9 +48,7 @@ def dense_power(operator: Tensor, exponent: float) -> Tensor:
     [*((spectrum, 1e-3) for spectrum in oracles.SPECTRA), *(("medium", damping) for damping in (1e-6, 1.0, 1e3))],
     ids=str,
 )
-def test_solve_equals_the_dense_solve(
-    make: Callable[..., Any], spectrum: str, damping: float, tail: Tail, dtype: torch.dtype
-) -> None:
+def test_solve_equals_the_dense_solve(make: Any, spectrum: str, damping: float, tail: Tail, dtype: torch.dtype) -> None:
     # What a root in float32 is for: λ is at least 1e-4 of the largest eigenvalue.
     damping = damping if make is make_eigh or dtype == torch.float64 else max(damping, 1e-4)
     lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype)), make_columns(N, M, dtype=dtype)
@@ -65,9 +63,7 @@ def test_solve_equals_the_dense_solve(
 @FACTORS
 @TAILS
 @pytest.mark.parametrize("exponent", [-1, -0.25, 0, 0.5, 1, 2, -1.7])
-def test_power_equals_the_dense_power(
-    make: Callable[..., Any], exponent: float, tail: Tail, dtype: torch.dtype
-) -> None:
+def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dtype: torch.dtype) -> None:
     damping = 0.05
     lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
     operator = dense_power(dense_operator(lowrank, damping, tail), exponent)
@@ -181,9 +177,7 @@ def test_a_vector_is_a_block_of_one_column(make: Callable[..., Any], apply: Appl
 @FACTORS
 @TAILS
 @pytest.mark.parametrize("batch_shape", [(2, 2), (1,)], ids=str)
-def test_batch_equals_a_loop(
-    make: Callable[..., Any], tail: Tail, batch_shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_batch_equals_a_loop(make: Any, tail: Tail, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     lowrank = tracked(make(N, R, dtype=dtype, batch_shape=batch_shape))
     rhs = make_columns(N, M, dtype=dtype, batch_shape=batch_shape)
     dampings = torch.linspace(0.1, 2, math.prod(batch_shape), dtype=dtype)
@@ -223,9 +217,7 @@ def test_half_right_hand_sides_are_solved_in_float32(make: Callable[..., Any], h
 
 
 @FACTORS
-def test_layout_of_the_arguments_does_not_matter(
-    make: Callable[..., Any], dtype: torch.dtype, unchanged: Callable[..., Any]
-) -> None:
+def test_layout_of_the_arguments_does_not_matter(make: Any, dtype: torch.dtype, unchanged: Any) -> None:
     lowrank, rhs = make(N, R, dtype=dtype), make_columns(N, 1, dtype=dtype)
     transposed = type(lowrank)(*(part.mT.contiguous().mT if part.ndim > 1 else part for part in lowrank))
     expanded = rhs.expand(N, 4)

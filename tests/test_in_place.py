@@ -90,9 +90,7 @@ def test_gradients_are_refused_before_anything_is_overwritten(
 
 
 @pytest.mark.parametrize(("tol", "rank"), [(1.0, 12), (-0.1, 0), (math.nan, 12)])
-def test_tolerances_without_sense_are_refused(
-    update: SymmetricUpdate, tol: float, rank: int, unchanged: Callable[..., Any]
-) -> None:
+def test_tolerances_without_sense_are_refused(update: SymmetricUpdate, tol: float, rank: int, unchanged: Any) -> None:
     value = update.make(64, rank)
     with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: tol must be in .*got {tol}"):
         update.in_place(value, make_columns(64, 8), tol=tol)

@@ -55,15 +55,11 @@ def test_rows_may_lie_further_apart_than_32_bits_reach(
     assert_computes(case, (result, *expected[1:]), (basis, *others))
 
 
-def test_columns_may_lie_further_apart_than_32_bits_reach(
-    far_apart: Callable[[Tensor, int], Tensor], device: torch.device
-) -> None:
+def test_columns_may_lie_further_apart_than_32_bits_reach(far_apart: Any, device: torch.device) -> None:
     basis, columns = operands("project", 3, ROWS, COLUMNS, "plain", torch.float32, device)
     assert_computes("project", run(OPS["project"], (far_apart(basis, 1), columns)), (basis, columns))
 
 
-def test_what_is_overwritten_may_lie_further_apart_than_32_bits_reach(
-    far_apart: Callable[[Tensor, int], Tensor], device: torch.device
-) -> None:
+def test_what_is_overwritten_may_lie_further_apart_than_32_bits_reach(far_apart: Any, device: torch.device) -> None:
     basis, *others = operands("rotate_", ROWS, RANK, COLUMNS, "plain", torch.float32, device)
     assert_computes("rotate_", run(OPS["rotate_"], (far_apart(basis, 0), *others)), (basis, *others))

@@ -109,9 +109,7 @@ def test_kernel_takes_a_batch_of_no_problems(case: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
-def test_matrices_of_one_call_lie_in_memory_as_they_please(
-    case: str, device: torch.device, unchanged: Callable[..., Any]
-) -> None:
+def test_matrices_of_one_call_lie_in_memory_as_they_please(case: str, device: torch.device, unchanged: Any) -> None:
     layouts = ["batched, with gaps", "batched", "batched, one for all", "batched, permuted"]
 
     def new() -> tuple[Any, ...]:
@@ -138,9 +136,7 @@ def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def grouped_operands(
-    case: str, sizes: list[tuple[int, int, int]], layouts: list[str], dtype: torch.dtype, device: torch.device
-) -> tuple[Any, ...]:
+def grouped_operands(case: str, sizes: Any, layouts: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """Return arguments of the grouped op, for problems of these sizes in these layouts, taken in turn."""
     problems = [operands(case, *size, layouts[index % len(layouts)], dtype, device) for index, size in enumerate(sizes)]
     return grouped(case, problems)
