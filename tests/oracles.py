@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import scipy.linalg
@@ -321,29 +321,3 @@ def orthonormality_defect(vectors: Tensor, values: Tensor) -> float:
 def orthonormality_ratio(vectors: Tensor, values: Tensor) -> float:
     """Return the defect divided by n·ε."""
     return orthonormality_defect(vectors, values) / (max(vectors.shape[-2], 1) * epsilon(vectors.dtype))
-
-
-def separated_groups(values: Tensor, relative_gap: float) -> list[tuple[slice, float]]:
-    """Split descending values at falls above `relative_gap` of the first, into (group, smallest gap beside it)."""
-    falls = (values[:-1] - values[1:]).tolist()
-    cuts = [i + 1 for i, fall in enumerate(falls) if fall > relative_gap * float(values[0])]
-    edges = [0, *cuts, len(values)]
-    gap_at = {0: math.inf, len(values): math.inf} | {cut: falls[cut - 1] for cut in cuts}
-    return [(slice(a, b), min(gap_at[a], gap_at[b])) for a, b in pairwise(edges)]
-
-
-def projector_ratio(vectors: Tensor, reference: Eigh, relative_gap: float = 1e-2) -> float:
-    """Return the worst ‖P − P̂‖₂·gap / (n·ε·‖M‖) over the separated groups of eigenvalues that were kept whole.
-
-    The projector of a group moves by at most ‖E‖ / gap under a perturbation E (Davis and Kahan), so this is the ratio
-    of E.
-    """
-    n, rank = vectors.shape
-    largest = float(reference.eigenvalues[0])
-    ratios = [0.0]
-    for group, gap in separated_groups(reference.eigenvalues, relative_gap):
-        if group.stop <= rank and gap < math.inf:
-            u, v = vectors[:, group].double(), reference.eigenvectors[:, group]
-            error = spectral_norm(u @ u.mT - v @ v.mT)
-            ratios.append(quotient(error * gap, n * epsilon(vectors.dtype) * largest))
-    return max(ratios)

@@ -25,8 +25,11 @@ def test_one_truncated_update_is_the_best_approximation(spectrum: str, rank: int
     scale = float(reference.eigenvalues[0])
     best = oracles.spectral_norm(matrix - reference.truncation(rank))
     assert (new.eigenvalues - reference.eigenvalues[:rank]).abs().max() <= oracles.tolerance(n, dtype, scale)
-    assert oracles.projector_ratio(new.eigenvectors, reference) <= THRESHOLD
     assert oracles.spectral_norm(matrix - dense(new)) <= best + oracles.tolerance(n, dtype, scale)
+    # A truncation moves under a perturbation by as much as the values that it parts are near (Davis and Kahan).
+    gap = float(reference.eigenvalues[rank - 1] - reference.eigenvalues[rank]) / scale
+    if gap > 1e-2:
+        assert oracles.difference_ratio(dense(new), reference.truncation(rank), dtype, scale / gap) <= THRESHOLD
 
 
 @pytest.mark.parametrize("stream", oracles.STREAMS)

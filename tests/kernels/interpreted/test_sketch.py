@@ -58,13 +58,6 @@ def test_problems_of_a_batch_have_test_matrices_of_their_own(
     assert torch.equal(result[1, 2], sketch(identities[0, 0], seed, 9, 5))
 
 
-def test_batch_whose_strides_are_irregular(seed: Tensor, device: torch.device) -> None:
-    """No single stride leads through the problems; their sums over 300 columns are split."""
-    matrix = normal(2, 4, 3, 20, 300, dtype=torch.float32, device=device)[:, 1].transpose(0, 1)
-    test = signs(seed, 300, 6, batch_shape=(3, 2), dtype=torch.float64)
-    assert_product(sketch(matrix, seed, 6), matrix, test)
-
-
 def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> None:
     """Integers of 20 bits times a power of two: sums of 16 of them need 24 bits, and every partial sum is exact."""
     generator = torch.Generator().manual_seed(3)
