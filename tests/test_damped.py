@@ -62,7 +62,7 @@ def test_solve_equals_the_dense_solve(make: Any, spectrum: str, damping: float, 
 
 @FACTORS
 @TAILS
-@pytest.mark.parametrize("exponent", [-1, -0.25, 0, 0.5, 1, 2, -1.7])
+@pytest.mark.parametrize("exponent", [-1, -0.5, -0.25, 0, 0.5, 1, 2, -1.7])
 def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dtype: torch.dtype) -> None:
     damping = 0.05
     lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
@@ -71,21 +71,7 @@ def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dt
     scale = oracles.spectral_norm(operator) * oracles.spectral_norm(rhs)
     assert applied.dtype == dtype
     assert oracles.difference_ratio(applied, operator @ rhs.double(), dtype, scale) <= THRESHOLD
-
-
-@FACTORS
-@TAILS
-def test_powers_compose(make: Callable[..., Any], tail: Tail, dtype: torch.dtype) -> None:
-    lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
-
-    def power(block: Tensor, exponent: float) -> Tensor:
-        return brandla.damped_power(lowrank, block, 0.1, exponent, tail=tail)
-
-    solution = brandla.damped_solve(lowrank, rhs, 0.1, tail=tail)
-    assert oracles.difference_ratio(power(power(rhs, -0.5), -0.5), solution, dtype) <= THRESHOLD
-    assert oracles.difference_ratio(power(rhs, -1), solution, dtype) <= THRESHOLD
-    assert torch.equal(power(rhs, 0), rhs)
-    assert oracles.difference_ratio(power(solution, 1), rhs, dtype, 10 * oracles.spectral_norm(rhs)) <= THRESHOLD
+    assert exponent or torch.equal(applied, rhs)
 
 
 @FACTORS

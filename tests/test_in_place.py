@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import brandla
 import oracles
@@ -111,15 +111,3 @@ def test_non_finite_data_makes_all_nan_of_its_own_factor(update: SymmetricUpdate
     assert value.lowrank.is_finite().tolist() == [True, False]
     parts = values_of(value.lowrank), tall_of(value.lowrank), value.error_bound, value.trace
     assert all(part[1].isnan().all() and part[0].isfinite().all() for part in parts)
-
-
-def test_a_long_stream_in_place_equals_the_other(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    value = update.factor.zeros(64, 12, dtype=dtype)
-    copy = tree_map(torch.clone, value)
-    matrix = torch.zeros(64, 64, dtype=torch.float64)
-    for columns in oracles.batches("medium", 64, 8, 40, dtype=dtype):
-        update.in_place(value, columns, decay=0.9)
-        copy = update(copy, columns, decay=0.9)
-        matrix = oracles.updated(matrix, columns, 0.9)
-    rounding = oracles.rounding(64, dtype, oracles.spectral_norm(matrix), 0.9)
-    assert oracles.spectral_norm(dense(value) - dense(copy)) <= 2 * rounding
