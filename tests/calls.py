@@ -70,7 +70,7 @@ WITHOUT_WAITING: dict[str, Call] = {
     "damped_solve, eigh": lambda x: brandla.damped_solve(x.eigh, x.columns, x.number),
     "damped_solve, smallest": lambda x: brandla.damped_solve(x.eigh, x.columns, x.number, tail="smallest"),
     "damped_solve, mean": lambda x: brandla.damped_solve(brandla.track(x.eigh), x.columns, x.number, tail="mean"),
-    "damped_solve, root": lambda x: brandla.damped_solve(x.root, x.columns, 0.1, tail=0.5),
+    "damped_solve, root": lambda x: brandla.damped_solve(x.root, x.columns, x.number),
     "damped_solve, one for all": lambda x: brandla.damped_solve(x.one_eigh, x.columns, 0.1),
     "damped_power": lambda x: brandla.damped_power(x.eigh, x.columns, x.number, -0.25),
     "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number),
@@ -87,6 +87,7 @@ WITHOUT_WAITING: dict[str, Call] = {
 WAITING: dict[str, Call] = {
     "root_update, eigh": lambda x: brandla.root_update(x.root, x.columns, decay=0.9, weight=0.5),
     "root_update_, eigh": lambda x: brandla.root_update_(x.root, x.columns, decay=0.5),
+    "damped_solve, root, tail": lambda x: brandla.damped_solve(x.root, x.columns, 0.1, tail=0.5),
     "to_eigh": lambda x: x.root.to_eigh(),
     "orthonormalize, dependent": lambda x: torch.matmul(*brandla.orthonormalize(doubled(x.columns))),
     "eigh_update": lambda x: brandla.eigh_update(x.eigh, x.columns, decay=0.9, weight=0.5),

@@ -231,7 +231,7 @@ def test_hundreds_of_updates_do_not_drift() -> None:
     m, n, r, k = 48, 40, 10, 3
     value = brandla.LowRankSVD.zeros(m, n, r, dtype=torch.float32)
     lefts, rights = (oracles.batches("medium", size, k, 50, seed=size, dtype=torch.float32) for size in (m, n))
-    for step in range(500):
+    for step in range(300):
         value = brandla.svd_update(value, lefts[step % 50], rights[step % 50], decay=0.9)
     limit = 200 * torch.finfo(torch.float32).eps
     assert oracles.orthonormality_defect(value.U, value.S) <= limit

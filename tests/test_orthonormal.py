@@ -191,4 +191,4 @@ def test_full_rank_panels_give_the_factors_of_torch() -> None:
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
 def test_gradient_is_that_of_finite_differences(batch_shape: tuple[int, ...]) -> None:
     panel = oracles.gaussian(*batch_shape, 12, 4, seed=3).requires_grad_()
-    torch.autograd.gradcheck(brandla.orthonormalize, (panel,))
+    torch.autograd.gradcheck(brandla.orthonormalize, (panel,), fast_mode=True)

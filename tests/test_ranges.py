@@ -126,8 +126,10 @@ def test_functions_stay_what_they_were(function: Callable[..., Any]):
 
 
 def test_a_profiler_does_not_enter_a_compiled_graph():
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda rhs: brandla.damped_solve(EIGH, rhs, 0.1), fullgraph=True, backend=counter)
     expected = compiled(COLUMNS)
     with profiled():
