@@ -25,7 +25,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "LowRankRoot, diagonal": partial(make_root, diagonal=True),
 }
 FACTORS = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, torch.tensor(0.3), "smallest", "mean"], ids=str)
+TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, "smallest", "mean"], ids=str)
 Tail = float | Tensor | str
 
 
@@ -62,7 +62,7 @@ def test_solve_equals_the_dense_solve(make: Any, spectrum: str, damping: float, 
 
 @FACTORS
 @TAILS
-@pytest.mark.parametrize("exponent", [-1, -0.5, -0.25, 0, 0.5, 1, 2, -1.7])
+@pytest.mark.parametrize("exponent", [-1, -0.5, 0, 1, 2, -1.7])
 def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dtype: torch.dtype) -> None:
     damping = 0.05
     lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
