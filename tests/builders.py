@@ -16,73 +16,41 @@ Symmetric = brandla.LowRankEigh | brandla.LowRankRoot
 Size = tuple[int, ...]
 
 
-def stacked(make: Callable[[int], Any], batch_shape: Size, seed: int) -> Any:
-    """Return make(seed), or for a batch shape a stack of such values with different seeds."""
-    if not batch_shape:
-        return make(seed)
+def stacked(make: Callable[[int], Any], seed: int, dtype: torch.dtype = torch.float64, batch_shape: Size = ()) -> Any:
+    """Return make(seed) in a dtype, or for a batch shape a stack of such values with different seeds."""
     count = int(torch.Size(batch_shape).numel())
     values = [make(seed + 100 * i) for i in range(count)]
-    return type(values[0])(*(torch.stack(parts).unflatten(0, batch_shape) for parts in zip(*values, strict=True)))
+    parts = (torch.stack(parts).reshape(*batch_shape, *parts[0].shape) for parts in zip(*values, strict=True))
+    return type(values[0])(*(part.to(dtype) for part in parts))
 
 
-def make_eigh(
-    n: int,
-    r: int,
-    spectrum: str = "medium",
-    *,
-    dtype: torch.dtype = torch.float64,
-    batch_shape: Size = (),
-    seed: int = 1,
-) -> brandla.LowRankEigh:
+def make_eigh(n: int, r: int, spectrum: str = "medium", *, seed: int = 1, **options: Any) -> brandla.LowRankEigh:
     """Return a LowRankEigh with the first r values of a spectrum and random eigenvectors."""
-
-    def make(seed: int) -> brandla.LowRankEigh:
-        values = oracles.SPECTRA[spectrum](r)
-        return brandla.LowRankEigh(values.to(dtype), oracles.orthonormal(n, r, seed).to(dtype))
-
-    return stacked(make, batch_shape, seed)
+    values = oracles.SPECTRA[spectrum](r)
+    return stacked(lambda seed: brandla.LowRankEigh(values, oracles.orthonormal(n, r, seed)), seed, **options)
 
 
 def make_root(
-    n: int,
-    r: int,
-    spectrum: str = "medium",
-    *,
-    dtype: torch.dtype = torch.float64,
-    batch_shape: Size = (),
-    seed: int = 1,
-    diagonal: bool = False,
+    n: int, r: int, spectrum: str = "medium", *, seed: int = 1, diagonal: bool = False, **options: Any
 ) -> brandla.LowRankRoot:
     """Return a LowRankRoot of the matrix of `make_eigh`, with a dense S, or with S diagonal and descending."""
 
     def make(seed: int) -> brandla.LowRankRoot:
-        values = oracles.SPECTRA[spectrum](r)
         turn = torch.eye(r, dtype=torch.float64) if diagonal else oracles.orthonormal(r, r, seed + 7)
-        right = values.sqrt()[:, None] * turn
-        return brandla.LowRankRoot(
-            (oracles.orthonormal(n, r, seed) @ right).to(dtype), oracles.symmetrised(right.mT @ right).to(dtype)
-        )
+        right = oracles.SPECTRA[spectrum](r).sqrt()[:, None] * turn
+        return brandla.LowRankRoot(oracles.orthonormal(n, r, seed) @ right, oracles.symmetrised(right.mT @ right))
 
-    return stacked(make, batch_shape, seed)
+    return stacked(make, seed, **options)
 
 
-def make_svd(
-    m: int,
-    n: int,
-    r: int,
-    spectrum: str = "medium",
-    *,
-    dtype: torch.dtype = torch.float64,
-    batch_shape: Size = (),
-    seed: int = 1,
-) -> brandla.LowRankSVD:
+def make_svd(m: int, n: int, r: int, spectrum: str = "medium", *, seed: int = 1, **options: Any) -> brandla.LowRankSVD:
     """Return a LowRankSVD with the first r values of a spectrum and random singular vectors."""
 
     def make(seed: int) -> brandla.LowRankSVD:
         u, v = oracles.orthonormal(m, r, seed), oracles.orthonormal(n, r, seed + 1)
-        return brandla.LowRankSVD(u.to(dtype), oracles.SPECTRA[spectrum](r).to(dtype), v.mT.to(dtype))
+        return brandla.LowRankSVD(u, oracles.SPECTRA[spectrum](r), v.mT)
 
-    return stacked(make, batch_shape, seed)
+    return stacked(make, seed, **options)
 
 
 def make_columns(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import scipy.linalg
@@ -91,6 +91,58 @@ def rectangular_matrix(spectrum: Tensor, m: int, n: int, seed: int) -> Tensor:
     """Return an m × n matrix with these min(m, n) singular values and random singular vectors."""
     r = spectrum.numel()
     return (orthonormal(m, r, seed) * spectrum) @ orthonormal(n, r, seed + 1).mT
+
+
+PANELS = (
+    *("gaussian", "condition 1e3", "condition 1e6", "graded", "columns of very different length", "half the rank"),
+    *("two directions", "two directions and noise near rounding", "p, p + 1e-5 z, 0.9 z", "a weak column first"),
+    *("every column repeated", "nearly repeated", "nearly cancelling", "zero columns", "zero", "tiny", "huge"),
+    *("growing under elimination", "growing under elimination, one repeated", "noise, then its direction"),
+)
+
+
+def panel(family: str, n: int, k: int, seed: int = 5) -> Tensor:
+    """Return n × k columns of one of PANELS, which Gram–Schmidt or Cholesky QR has trouble with."""
+    z, two = gaussian(n, k, seed=seed), gaussian(n, 2, seed=seed + 1)
+    p = two[:, :1]
+    match family:
+        case "condition 1e3" | "condition 1e6":
+            return rectangular_matrix(torch.logspace(0, -int(family[-1]), k, dtype=torch.float64), n, k, seed)
+        case "graded":
+            return rectangular_matrix(graded(k), n, k, seed)
+        case "columns of very different length":
+            return z * torch.logspace(-12, 12, k, dtype=torch.float64)
+        case "half the rank":
+            return z[:, : k // 2] @ gaussian(k // 2, k, seed=seed + 2)
+        case "two directions":
+            return two @ gaussian(2, k, seed=seed + 2)
+        case "two directions and noise near rounding":
+            return panel("two directions", n, k, seed) + 1e-13 * z
+        case "p, p + 1e-5 z, 0.9 z":
+            return torch.cat([p, p + 1e-5 * z[:, :1], z[:, 2 : k // 2], 0.9 * z[:, : k - k // 2]], dim=1)
+        case "a weak column first":
+            return torch.cat([1e-7 * p, p + z[:, 1:]], dim=1)
+        case "every column repeated":
+            return z.repeat_interleave(2, dim=1)[:, :k]
+        case "nearly repeated":
+            return p + 1e-5 * z
+        case "nearly cancelling":
+            # Each third column is minus the sum of the two before it, and a little.
+            for j in range(2, k, 3):
+                z[:, j] = 1e-5 * z[:, j] - z[:, j - 1] - z[:, j - 2]
+        case "zero columns":
+            z[:, [0, -1][:k]] = 0
+        case "growing under elimination":
+            # The inverse of this triangle has entries up to 2.2^(k − 2).
+            triangle = torch.eye(k, dtype=torch.float64) - 1.2 * torch.ones(k, k, dtype=torch.float64).triu(1)
+            return orthonormal(n, k, seed) @ triangle
+        case "growing under elimination, one repeated":
+            return torch.cat([panel("growing under elimination", n, k, seed)[:, 1:-1], p, p], dim=1)
+        case "noise, then its direction":
+            # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
+            u = two[:, 1:]
+            return torch.cat([p, p + 3e-7 * u, u, two @ gaussian(2, k, seed=seed + 2)], dim=1)[:, :k]
+    return {"zero": 0.0, "tiny": 1e-18, "huge": 1e17}.get(family, 1.0) * z
 
 
 def symmetrised(matrix: Tensor) -> Tensor:
@@ -269,29 +321,3 @@ def orthonormality_defect(vectors: Tensor, values: Tensor) -> float:
 def orthonormality_ratio(vectors: Tensor, values: Tensor) -> float:
     """Return the defect divided by n·ε."""
     return orthonormality_defect(vectors, values) / (max(vectors.shape[-2], 1) * epsilon(vectors.dtype))
-
-
-def separated_groups(values: Tensor, relative_gap: float) -> list[tuple[slice, float]]:
-    """Split descending values at falls above `relative_gap` of the first, into (group, smallest gap beside it)."""
-    falls = (values[:-1] - values[1:]).tolist()
-    cuts = [i + 1 for i, fall in enumerate(falls) if fall > relative_gap * float(values[0])]
-    edges = [0, *cuts, len(values)]
-    gap_at = {0: math.inf, len(values): math.inf} | {cut: falls[cut - 1] for cut in cuts}
-    return [(slice(a, b), min(gap_at[a], gap_at[b])) for a, b in pairwise(edges)]
-
-
-def projector_ratio(vectors: Tensor, reference: Eigh, relative_gap: float = 1e-2) -> float:
-    """Return the worst ‖P − P̂‖₂·gap / (n·ε·‖M‖) over the separated groups of eigenvalues that were kept whole.
-
-    The projector of a group moves by at most ‖E‖ / gap under a perturbation E (Davis and Kahan), so this is the ratio
-    of E.
-    """
-    n, rank = vectors.shape
-    largest = float(reference.eigenvalues[0])
-    ratios = [0.0]
-    for group, gap in separated_groups(reference.eigenvalues, relative_gap):
-        if group.stop <= rank and gap < math.inf:
-            u, v = vectors[:, group].double(), reference.eigenvectors[:, group]
-            error = spectral_norm(u @ u.mT - v @ v.mT)
-            ratios.append(quotient(error * gap, n * epsilon(vectors.dtype) * largest))
-    return max(ratios)

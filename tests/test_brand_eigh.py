@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +25,11 @@ def test_one_truncated_update_is_the_best_approximation(spectrum: str, rank: int
     scale = float(reference.eigenvalues[0])
     best = oracles.spectral_norm(matrix - reference.truncation(rank))
     assert (new.eigenvalues - reference.eigenvalues[:rank]).abs().max() <= oracles.tolerance(n, dtype, scale)
-    assert oracles.projector_ratio(new.eigenvectors, reference) <= THRESHOLD
     assert oracles.spectral_norm(matrix - dense(new)) <= best + oracles.tolerance(n, dtype, scale)
+    # A truncation moves under a perturbation by as much as the values that it parts are near (Davis and Kahan).
+    gap = float(reference.eigenvalues[rank - 1] - reference.eigenvalues[rank]) / scale
+    if gap > 1e-2:
+        assert oracles.difference_ratio(dense(new), reference.truncation(rank), dtype, scale / gap) <= THRESHOLD
 
 
 @pytest.mark.parametrize("stream", oracles.STREAMS)
@@ -45,13 +47,10 @@ def test_small_eigenvalues_are_right_to_the_working_precision(stream: str, dtype
 class FailingEigh:
     """torch.linalg.eigh as it fails on some finite float32 cores: by an exception, or by NaN."""
 
-    def __init__(self, failure: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        """Fail in this way for these dtypes."""
-        self.failure, self.dtypes, self.failures = failure, dtypes, 0
-        self.genuine: Callable[[Tensor], Any] = torch.linalg.eigh
+    def __init__(self, failure: str, *dtypes: torch.dtype) -> None:
+        self.failure, self.dtypes, self.failures, self.genuine = failure, dtypes, 0, torch.linalg.eigh
 
     def __call__(self, matrix: Tensor, *arguments: Any, **options: Any) -> Any:
-        """Decompose, or fail."""
         values, vectors = self.genuine(matrix, *arguments, **options)
         if matrix.dtype not in self.dtypes:
             return values, vectors
@@ -71,19 +70,18 @@ def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(
     old = make_eigh(50, 12, dtype=torch.float32, batch_shape=batch_shape)
     columns = make_columns(50, k, dtype=torch.float32, batch_shape=batch_shape)
     expected = dense(brandla.eigh_update(old, columns))
-    failing = FailingEigh(failure, (torch.float32,))
+    failing = FailingEigh(failure, torch.float32)
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     new = brandla.eigh_update(old, columns)
     assert failing.failures > 0
     assert new.eigenvectors.dtype == torch.float32
-    difference = (dense(new) - expected).reshape(-1, 50, 50)
-    scale = oracles.spectral_norm(expected.reshape(-1, 50, 50)[0])
-    assert max(oracles.spectral_norm(one) for one in difference) <= oracles.tolerance(50, torch.float32, 2 * scale)
+    for one, wanted in zip(dense(new).reshape(-1, 50, 50), expected.reshape(-1, 50, 50), strict=True):
+        assert oracles.difference_ratio(one, wanted, torch.float32) <= 2 * oracles.THRESHOLD
 
 
 def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     old, columns = make_eigh(50, 12, dtype=torch.float32), make_columns(50, 8, dtype=torch.float32)
-    monkeypatch.setattr(torch.linalg, "eigh", FailingEigh("raises", (torch.float32, torch.float64)))
+    monkeypatch.setattr(torch.linalg, "eigh", FailingEigh("raises", torch.float32, torch.float64))
     with pytest.raises(RuntimeError, match=r"eigendecomposition.*order 20.*float64.*root_update"):
         brandla.eigh_update(old, columns)
 

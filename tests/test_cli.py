@@ -26,17 +26,10 @@ def runner() -> CliRunner:
     return CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
 
 
-def in_a_process(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-
-
-def test_no_command_shows_the_commands(runner: CliRunner) -> None:
+def test_no_command_shows_the_commands_and_an_option_the_version(runner: CliRunner) -> None:
     answer = runner.invoke(app, [])
     assert "info" in answer.output
     assert "demo" in answer.output
-
-
-def test_version(runner: CliRunner) -> None:
     assert runner.invoke(app, ["--version"]).output == f"brandla {brandla.__version__}\n"
 
 
@@ -67,7 +60,8 @@ def test_missing_package_is_one_line_that_says_how_to_get_it(
 def test_entry_point_imports_without_the_extra() -> None:
     # Not numpy: torch itself warns of its absence, before anything of brandla runs.
     hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn'))"
-    answer = in_a_process(f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()")
+    program = f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert answer.returncode == 1
     assert answer.stderr.count("\n") == 1
     assert "in a clone: pip install '.[demo]'" in answer.stderr

@@ -109,8 +109,6 @@ def test_pages_that_the_code_refers_to_exist() -> None:
 
 def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
     """The page and README's tables are generated: an edit by hand, or a new result file alone, shows here."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.report", "--check"], cwd=root, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "bench.report", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

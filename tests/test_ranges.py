@@ -14,53 +14,36 @@ from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile
 
 import brandla
+from brandla import grouped
 from brandla._ranges import ranged
 from brandla.kfac import KFAC, Brand
-from builders import make_columns
+from calls import given
 
-N, R, K = 40, 6, 5
-EIGH = brandla.eigh_update(brandla.LowRankEigh.zeros(N, R), make_columns(N, R, dtype=torch.float32))
-ROOT = brandla.LowRankRoot.from_eigh(EIGH)
-COLUMNS = make_columns(N, K, dtype=torch.float32)
-SVD = brandla.LowRankSVD.zeros(N, 30, R)
-RIGHT = make_columns(30, K, dtype=torch.float32)
-SQUARE = EIGH.dense()
-GROUP = ([EIGH, EIGH], [COLUMNS, COLUMNS])
+X = given()
+EIGH, COLUMNS = X.eigh, X.columns
 
 # A call of each public function, and the range that it must show as.
-CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
-    "brandla::eigh_update n=40 r=6 k=5": (brandla.eigh_update, (EIGH, COLUMNS), {}),
-    "brandla::eigh_update_ n=40 r=6 k=5": (brandla.eigh_update_, (EIGH, COLUMNS), {"decay": 1.0, "weight": 0.0}),
-    "brandla::root_update n=40 r=6 k=5": (brandla.root_update, (ROOT, COLUMNS), {}),
-    "brandla::root_update_ n=40 r=6 k=5": (brandla.root_update_, (ROOT, COLUMNS), {"weight": 0.0}),
-    "brandla::orthonormalize n=40 k=5": (brandla.orthonormalize, (COLUMNS,), {}),
-    "brandla::svd_update m=40 r=6 n=30 k=5": (brandla.svd_update, (SVD, COLUMNS, RIGHT), {}),
-    "brandla::svd_append m=40 r=6 n=30 k=5": (brandla.svd_append, (SVD, COLUMNS), {}),
-    "brandla::randomized_eigh n=40 r=6": (brandla.randomized_eigh, (SQUARE, R), {}),
-    "brandla::randomized_svd m=40 n=40 r=6": (brandla.randomized_svd, (SQUARE, R), {}),
-    "brandla::damped_solve n=40 r=6 m=5": (brandla.damped_solve, (EIGH, COLUMNS, 0.1), {}),
-    "brandla::damped_power n=40 r=6 m=5": (brandla.damped_power, (EIGH, COLUMNS, 0.1, -0.5), {}),
-    "brandla::kron_damped_solve p=40 a=6 q=40 b=6": (
-        brandla.kron_damped_solve,
-        (EIGH, ROOT, (COLUMNS, COLUMNS), 0.1, 0.1),
-        {},
-    ),
-    "brandla::grouped.eigh_update problems=2 n=40 r=6 k=5": (brandla.grouped.eigh_update, GROUP, {}),
-    "brandla::grouped.root_update problems=2 n=40 r=6 k=5": (
-        brandla.grouped.root_update,
-        ([ROOT, ROOT], [COLUMNS, COLUMNS]),
-        {},
-    ),
-    "brandla::grouped.damped_solve problems=2 n=40 r=6 m=5": (brandla.grouped.damped_solve, (*GROUP, 0.1), {}),
-    "brandla::grouped.randomized_eigh problems=2 n=40 r=6": (
-        brandla.grouped.randomized_eigh,
-        ([SQUARE, SQUARE], R),
-        {},
-    ),
+CALLS: dict[str, Callable[[], Any]] = {
+    "eigh_update n=40 r=6 k=4": lambda: brandla.eigh_update(EIGH, COLUMNS),
+    "eigh_update_ n=40 r=6 k=4": lambda: brandla.eigh_update_(given().eigh, COLUMNS),
+    "root_update n=40 r=6 k=4": lambda: brandla.root_update(X.root, COLUMNS),
+    "root_update_ n=40 r=6 k=4": lambda: brandla.root_update_(given().root, COLUMNS),
+    "orthonormalize n=40 k=4": lambda: brandla.orthonormalize(COLUMNS),
+    "svd_update m=40 r=6 n=9 k=4": lambda: brandla.svd_update(X.svd, COLUMNS, X.small_columns),
+    "svd_append m=40 r=6 n=9 k=4": lambda: brandla.svd_append(X.svd, COLUMNS),
+    "randomized_eigh n=40 r=6": lambda: brandla.randomized_eigh(X.square, 6),
+    "randomized_svd m=40 n=9 r=6": lambda: brandla.randomized_svd(X.block, 6),
+    "damped_solve n=40 r=6 m=4": lambda: brandla.damped_solve(EIGH, COLUMNS, 0.1),
+    "damped_power n=40 r=6 m=4": lambda: brandla.damped_power(EIGH, COLUMNS, 0.1, -0.5),
+    "kron_damped_solve p=40 a=6 q=9 b=3": lambda: brandla.kron_damped_solve(EIGH, X.small, X.block, 0.1, 0.1),
+    "grouped.eigh_update problems=2 n=40 r=6 k=4": lambda: grouped.eigh_update([EIGH] * 2, [COLUMNS] * 2),
+    "grouped.root_update problems=2 n=40 r=6 k=4": lambda: grouped.root_update([X.root] * 2, [COLUMNS] * 2),
+    "grouped.damped_solve problems=2 n=40 r=6 m=4": lambda: grouped.damped_solve([EIGH] * 2, [COLUMNS] * 2, 0.1),
+    "grouped.randomized_eigh problems=2 n=40 r=6": lambda: grouped.randomized_eigh([X.square] * 2, 6),
 }
 FUNCTIONS = [
     getattr(module, name)
-    for module in (brandla, brandla.grouped)
+    for module in (brandla, grouped)
     for name in module.__all__
     if inspect.isfunction(getattr(module, name))
 ]
@@ -81,8 +64,7 @@ def names_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[st
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_is_a_range_with_its_sizes(name: str):
-    function, args, kwargs = CALLS[name]
-    assert names_of(function, *args, **kwargs)[0] == name
+    assert names_of(CALLS[name])[0] == f"brandla::{name}"
 
 
 def test_every_public_function_that_computes_is_a_range():
@@ -94,13 +76,12 @@ def test_every_public_function_that_computes_is_a_range():
 def test_arguments_by_keyword_a_batch_and_a_vector_are_named_too():
     batch = brandla.LowRankEigh(*(part.expand(3, *part.shape) for part in EIGH))
     solve = brandla.damped_solve
-    assert names_of(solve, rhs=COLUMNS, damping=0.1, lowrank=EIGH) == ["brandla::damped_solve n=40 r=6 m=5"]
-    assert names_of(solve, batch, COLUMNS.expand(3, N, K), 0.1) == ["brandla::damped_solve batch=3 n=40 r=6 m=5"]
+    assert names_of(solve, rhs=COLUMNS, damping=0.1, lowrank=EIGH) == ["brandla::damped_solve n=40 r=6 m=4"]
+    assert names_of(solve, batch, COLUMNS.expand(3, 40, 4), 0.1) == ["brandla::damped_solve batch=3 n=40 r=6 m=4"]
     assert names_of(solve, EIGH, COLUMNS[:, 0], 0.1) == ["brandla::damped_solve n=40 r=6"]
-    tracked = brandla.track(EIGH)
-    assert names_of(brandla.eigh_update, tracked, COLUMNS) == ["brandla::eigh_update n=40 r=6 k=5"]
-    tracked_root = brandla.track(ROOT)
-    assert names_of(brandla.root_update, tracked_root, COLUMNS) == ["brandla::root_update n=40 r=6 k=5"]
+    for function, factor in ((brandla.eigh_update, EIGH), (brandla.root_update, X.root)):
+        name = f"brandla::{function.__name__} n=40 r=6 k=4"
+        assert names_of(function, brandla.track(factor), COLUMNS) == [name]
 
 
 def test_a_step_of_kfac_is_a_range_that_holds_those_of_its_factors():
@@ -145,9 +126,10 @@ def test_functions_stay_what_they_were(function: Callable[..., Any]):
 
 
 def test_a_profiler_does_not_enter_a_compiled_graph():
-    compiled = torch.compile(lambda rhs: brandla.damped_solve(EIGH, rhs, 0.1), fullgraph=True, backend="eager")
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda rhs: brandla.damped_solve(EIGH, rhs, 0.1), fullgraph=True, backend=counter)
     expected = compiled(COLUMNS)
     with profiled():

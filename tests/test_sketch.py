@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ KNOWN_ANSWERS = [
     ),
 ]
 # A call of Philox draws 32 rows of 4 columns.
-SIZES = [(0, 0), (0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (61, 7), (64, 8), (97, 13)]
+SIZES = [(0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (97, 13)]
 
 
 @pytest.fixture
@@ -46,17 +44,11 @@ def test_entry_is_the_bit_that_the_map_names():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_entry_is_a_sign(size: tuple[int, int], seed: Tensor):
-    drawn = signs(seed, *size)
-    assert drawn.shape == size
+def test_every_entry_is_a_sign_and_a_smaller_matrix_a_corner_of_a_larger_one(size: tuple[int, int], seed: Tensor):
+    drawn, (rows, width) = signs(seed, *size), size
     assert drawn.is_contiguous()
     assert (drawn.abs() == 1).all()
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_smaller_matrix_is_a_corner_of_a_larger_one(size: tuple[int, int], seed: Tensor):
-    rows, width = size
-    assert torch.equal(signs(seed, rows, width), signs(seed, 130, 21)[:rows, :width])
+    assert torch.equal(drawn, signs(seed, 130, 21)[:rows, :width])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -125,25 +117,6 @@ def test_signs_on_meta_and_in_a_trace(seed: Tensor):
     assert signs(seed.to("meta"), 33, 5, batch_shape=(2,)).shape == (2, 33, 5)
     traced = torch.compile(lambda seed: signs(seed, 33, 5), fullgraph=True, backend="eager")
     assert torch.equal(traced(seed), signs(seed, 33, 5))
-
-
-@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batch", "half"])
-def test_sketch_is_the_product_with_the_signs(layout: str, seed: Tensor, unchanged: Callable[..., object]):
-    whole = oracles.gaussian(60, 66, seed=4)
-    matrix = {
-        "plain": whole,
-        "transposed": whole.mT,
-        "strided": whole[::2, ::3],
-        "batch": whole.view(6, 10, 66),
-        "half": whole.bfloat16(),
-    }[layout]
-    with unchanged(matrix, seed):
-        result = torch.ops.brandla.sketch(matrix, seed, 7)
-    test = signs(seed, matrix.shape[-1], 7, batch_shape=matrix.shape[:-2], dtype=torch.float64)
-    assert result.dtype == torch.promote_types(matrix.dtype, torch.float32)
-    # 66 terms, the sum of whose absolute values is at most the norm used.
-    tolerance = 67 * torch.finfo(result.dtype).eps * float(matrix.double().abs().sum(-1).max())
-    torch.testing.assert_close(result.double(), matrix.double() @ test, rtol=0, atol=tolerance)
 
 
 def test_sketch_of_a_list_counts_the_problems(seed: Tensor):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -17,6 +17,9 @@ import brandla
 import oracles
 from builders import SYMMETRIC_UPDATES, SymmetricUpdate, defect, dense, make_columns, tall_of, unbound, values_of
 from oracles import ORTHONORMAL, THRESHOLD
+
+# Streams whose first batch is special in itself.
+ONCE = ("flat", "repeated-8", "rank-16", "graded")
 
 
 def assert_factor(value: Any, n: int, rank: int) -> None:
@@ -46,8 +49,10 @@ def assert_underestimates(value: Any, matrix: Tensor, largest: float | None = No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-@pytest.mark.parametrize("stream", ["medium", "flat", "repeated-8", "rank-16", "graded"])
+@pytest.mark.parametrize(
+    ("spectrum", "stream"),
+    [*((spectrum, "medium") for spectrum in oracles.SPECTRA), *(("slow", stream) for stream in ONCE)],
+)
 def test_update_without_truncation_equals_batch_decomposition(
     update: SymmetricUpdate, spectrum: str, stream: str, dtype: torch.dtype
 ) -> None:
@@ -63,21 +68,12 @@ def test_update_without_truncation_equals_batch_decomposition(
 @pytest.mark.parametrize(
     ("n", "r", "k"),
     [
-        pytest.param(12, 7, 8, id="k above n - r"),
-        pytest.param(12, 7, 5, id="k equal to n - r"),
-        pytest.param(12, 7, 4, id="k one below n - r"),
-        pytest.param(7, 3, 20, id="k above n"),
-        pytest.param(9, 9, 4, id="r equal to n"),
-        pytest.param(9, 9, 0, id="r equal to n, no columns"),
-        pytest.param(11, 4, 0, id="no columns"),
-        pytest.param(11, 0, 3, id="rank 0"),
-        pytest.param(11, 0, 0, id="rank 0, no columns"),
-        pytest.param(11, 4, 1, id="a single column"),
-        pytest.param(1, 1, 1, id="order 1"),
-        pytest.param(1, 0, 3, id="order 1 from rank 0"),
-        pytest.param(101, 13, 17, id="primes"),
-        pytest.param(30, 3, 300, id="k far above n"),
+        *((12, 7, k) for k in (4, 5, 8)),  # around n − r = 5
+        *((7, 3, 20), (30, 3, 300)),  # k above n, and far above
+        *((9, 9, 4), (9, 9, 0), (11, 4, 0), (11, 0, 3), (11, 0, 0)),  # nothing left out, nothing new, nothing old
+        *((11, 4, 1), (1, 1, 1), (1, 0, 3), (101, 13, 17)),
     ],
+    ids=str,
 )
 def test_every_shape_gives_the_whole_update_at_full_rank(
     update: SymmetricUpdate, n: int, r: int, k: int, dtype: torch.dtype
@@ -102,12 +98,6 @@ def test_rank_shrinks_and_grows(update: SymmetricUpdate, rank: int, dtype: torch
     assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + n * oracles.rounding(n, dtype, values[0])
 
 
-def test_default_rank_is_the_old_one(update: SymmetricUpdate) -> None:
-    new = update(update.make(20, 5), make_columns(20, 3))
-    assert isinstance(new, update.factor)
-    assert tall_of(new).shape == (20, 5)
-
-
 @pytest.mark.parametrize("perturbation", [0.0, 1e-7, 1e-3])
 def test_columns_inside_the_span_add_no_direction(
     update: SymmetricUpdate, perturbation: float, dtype: torch.dtype
@@ -122,26 +112,21 @@ def test_columns_inside_the_span_add_no_direction(
     assert oracles.spectral_norm(dense(new) - whole) <= 2 * oracles.rounding(n, dtype, oracles.spectral_norm(whole))
 
 
-def nearly_dependent(n: int) -> Tensor:
-    """Return p, p + 1e-5 z and .9 z."""
-    p, z = oracles.gaussian(2, n, seed=3)
-    return torch.stack([p, p + 1e-5 * z, 0.9 * z], dim=1)
-
-
-def weak_before_strong(n: int) -> Tensor:
-    """Return a column 1e-6 times as long as the one after it, which is nearly parallel."""
-    p, z = oracles.gaussian(2, n, seed=3)
-    return torch.stack([1e-6 * (p + 1e-3 * z), p], dim=1)
+P, Z = oracles.gaussian(2, 50, seed=3)
+DEPENDENT = {
+    "dependent": torch.stack([P, P + 1e-5 * Z, 0.9 * Z], dim=1),
+    "weak before strong": torch.stack([1e-6 * (P + 1e-3 * Z), P], dim=1),
+}
 
 
 @pytest.mark.parametrize("start", ["zero", "some"])
-@pytest.mark.parametrize("columns_of", [nearly_dependent, weak_before_strong], ids=["dependent", "weak-before-strong"])
+@pytest.mark.parametrize("case", DEPENDENT)
 def test_nearly_dependent_columns_lose_nothing(
-    update: SymmetricUpdate, columns_of: Callable[[int], Tensor], start: str, dtype: torch.dtype
+    update: SymmetricUpdate, case: str, start: str, dtype: torch.dtype
 ) -> None:
     n = 50
     old = update.make(n, 4, dtype=dtype) if start == "some" else update.factor.zeros(n, 4, dtype=dtype)
-    columns = columns_of(n).to(dtype)
+    columns = DEPENDENT[case].to(dtype)
     for rank in (4, 4 + columns.shape[1]):
         new = update(old, columns, rank=rank)
         whole = oracles.updated(dense(old), columns)
@@ -152,18 +137,16 @@ def test_nearly_dependent_columns_lose_nothing(
             assert oracles.spectral_norm(dense(new) - whole) <= slack
 
 
-def test_zero_columns_only_decay(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    old = update.make(30, 6, dtype=dtype)
-    new = update(old, torch.zeros(30, 4, dtype=dtype), decay=0.25)
-    assert_factor(new, 30, 6)
+@pytest.mark.parametrize("rank", [6, 10])
+def test_zero_columns_only_decay_and_zero_stays_zero(update: SymmetricUpdate, rank: int, dtype: torch.dtype) -> None:
+    old, none = update.make(30, 6, dtype=dtype), torch.zeros(30, 4, dtype=dtype)
+    new, still = (
+        update(value, none, decay=0.25, rank=rank) for value in (old, update.factor.zeros(30, 6, dtype=dtype))
+    )
+    assert_factor(new, 30, rank)
+    assert_factor(still, 30, rank)
     assert oracles.difference_ratio(dense(new), 0.25 * dense(old), dtype) <= THRESHOLD
-
-
-def test_zero_matrix_stays_zero(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    zero = update.factor.zeros(30, 6, dtype=dtype)
-    new = update(zero, torch.zeros(30, 4, dtype=dtype), rank=10)
-    assert_factor(new, 30, 10)
-    assert dense(new).abs().max() == 0
+    assert not dense(still).any()
 
 
 def test_decay_zero_forgets_and_weight_zero_ignores(update: SymmetricUpdate, dtype: torch.dtype) -> None:
@@ -177,9 +160,8 @@ def test_decay_zero_forgets_and_weight_zero_ignores(update: SymmetricUpdate, dty
 
 
 @pytest.mark.parametrize("exponent", [-38, -30, -18, -9, 9, 18, 30, 37])
-@pytest.mark.parametrize(
-    "stretch", [2.0, 1.6], ids=["weights that undo the lengths", "weights that bring them into range"]
-)
+# Weights that undo the lengths, and weights that bring them into range.
+@pytest.mark.parametrize("stretch", [2.0, 1.6])
 def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(
     update: SymmetricUpdate, exponent: int, stretch: float
 ) -> None:
@@ -194,9 +176,8 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(
     assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
 
 
-@pytest.mark.parametrize("n", [262_144, 1_000_000])
-def test_a_million_rows_lose_no_digits(update: SymmetricUpdate, n: int) -> None:
-    r, k, eps = 3, 4, torch.finfo(torch.float32).eps
+def test_a_million_rows_lose_no_digits(update: SymmetricUpdate) -> None:
+    n, r, k, eps = 1_000_000, 3, 4, torch.finfo(torch.float32).eps
     lead, source = oracles.gaussian(n, 3, seed=0).float(), oracles.generator(1)
     value = update.factor.zeros(n, r, dtype=torch.float32)
     for _ in range(3):
@@ -211,25 +192,16 @@ def test_a_million_rows_lose_no_digits(update: SymmetricUpdate, n: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _every_other(tensor: Tensor) -> Tensor:
-    return tensor.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)[..., ::2, ::2]
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.mT.contiguous().mT
-
-
-def _inside_a_larger_one(tensor: Tensor) -> Tensor:
-    return torch.nn.functional.pad(tensor, (3, 2, 1, 4), value=math.nan)[..., 1:-4, 3:-2]
-
-
-LAYOUTS = {"every-other": _every_other, "transposed": _transposed, "inside-a-larger-one": _inside_a_larger_one}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "every other": lambda part: part.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)[..., ::2, ::2],
+    "transposed": lambda part: part.mT.contiguous().mT,
+    "inside a larger one": lambda part: torch.nn.functional.pad(part, (3, 2, 1, 4), value=math.nan)[..., 1:-4, 3:-2],
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_of_the_arguments_does_not_matter(
-    update: SymmetricUpdate, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, unchanged: Callable[..., Any]
-) -> None:
+def test_layout_of_the_arguments_does_not_matter(update: SymmetricUpdate, layout: Any, unchanged: Any) -> None:
+    dtype = torch.float32
     old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
     parts = [layout(part) if part.ndim > 1 else part.repeat_interleave(2)[::2] for part in old]
     view, viewed_columns = update.factor(*parts), layout(columns)
@@ -237,43 +209,31 @@ def test_layout_of_the_arguments_does_not_matter(
     with unchanged(view, viewed_columns):
         from_views = update(view, viewed_columns, rank=10)
     assert oracles.difference_ratio(dense(from_views), dense(update(old, columns, rank=10)), dtype) <= THRESHOLD
+    expanded = columns[:, :1].expand(30, 5)
+    expected = oracles.updated(dense(old), expanded)
+    assert oracles.difference_ratio(dense(update(view, expanded, rank=11)), expected, dtype) <= THRESHOLD
 
 
-def test_expanded_columns_are_read_as_their_values(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    old, column = update.make(30, 6, dtype=dtype), make_columns(30, 1, dtype=dtype)
-    new = update(old, column.expand(30, 5), rank=11)
-    expected = oracles.updated(dense(old), column.repeat(1, 5))
-    assert_factor(new, 30, 11)
-    assert oracles.difference_ratio(dense(new), expected, dtype) <= THRESHOLD
-
-
+# Usual, grown, no columns, these with decay and shrunk, and k above n − r.
 @pytest.mark.parametrize(
-    ("k", "rank", "decay"),
-    [(4, None, 0.9), (4, 10, 1.0), (0, None, 1.0), (0, None, 0.5), (0, 4, 1.0), (28, None, 1.0)],
-    ids=["usual", "grown", "no columns", "no columns, decay", "no columns, shrunk", "k above n - r"],
+    ("k", "rank", "decay"), [(4, None, 0.9), (4, 10, 1.0), (0, None, 1.0), (0, None, 0.5), (0, 4, 1.0), (28, None, 1.0)]
 )
 def test_inputs_are_neither_changed_nor_shared(
-    update: SymmetricUpdate,
-    k: int,
-    rank: int | None,
-    decay: float,
-    unchanged: Callable[..., Any],
-    shares_memory: Callable[..., bool],
+    update: SymmetricUpdate, k: int, rank: int | None, decay: float, unchanged: Any, shares_memory: Any
 ) -> None:
     old, columns = brandla.track(update.make(30, 6)), make_columns(30, k)
     with unchanged(old, columns):
         new = update(old, columns, decay=decay, rank=rank)
     assert not shares_memory((old, columns), new)
+    assert tall_of(new.lowrank).shape == (30, rank or 6)
 
 
-@pytest.mark.parametrize("batch_shape", [(3,), (2, 3), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("batch_shape", [(2, 3), (0,), (1,)], ids=str)
 def test_batch_equals_a_loop(update: SymmetricUpdate, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
     count = math.prod(batch_shape)
     n, r, k = 25, 6, 4
-    if count == 0:
-        old = update.factor.zeros(n, r, batch_shape=batch_shape, dtype=dtype)
-    else:
-        old = update.make(n, r, dtype=dtype, batch_shape=batch_shape)
+    empty = update.factor.zeros(n, r, batch_shape=batch_shape, dtype=dtype)
+    old = update.make(n, r, dtype=dtype, batch_shape=batch_shape) if count else empty
     columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
     decay = torch.linspace(0.5, 1, count, dtype=dtype).reshape(batch_shape)
     batched = update(brandla.track(old), columns, decay=decay, weight=1 - decay / 2, rank=8)
@@ -292,11 +252,11 @@ def test_numbers_and_tensors_mean_the_same(
     update: SymmetricUpdate, scalar_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     old, columns = update.make(25, 6, dtype=dtype), make_columns(25, 4, dtype=dtype)
-    decay, weight = (torch.tensor(value, dtype=scalar_dtype) for value in (0.75, 0.25))
-    from_tensors = update(old, columns, decay=decay, weight=weight)
-    from_numbers = update(old, columns, decay=0.75, weight=0.25)
+    options = {"decay": 0.75, "weight": 0.25}
+    from_tensors = update(old, columns, **{name: torch.tensor(x, dtype=scalar_dtype) for name, x in options.items()})
     assert tall_of(from_tensors).dtype == dtype
-    assert oracles.difference_ratio(dense(from_tensors), dense(from_numbers), dtype) <= THRESHOLD
+    expected = dense(update(old, columns, **options))
+    assert oracles.difference_ratio(dense(from_tensors), expected, dtype) <= THRESHOLD
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -307,16 +267,6 @@ def test_half_columns_equal_their_float32_values(update: SymmetricUpdate, half: 
     assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
 
 
-def test_result_unpacks_as_a_tuple_and_is_a_pytree(update: SymmetricUpdate) -> None:
-    new = update(update.make(25, 6), make_columns(25, 4))
-    values, basis = new
-    assert values is new[0]
-    assert basis is new[1]
-    leaves, tree = torch.utils._pytree.tree_flatten(new)
-    assert len(leaves) == 2
-    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, tree), update.factor)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Non-finite data
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +275,7 @@ def test_result_unpacks_as_a_tuple_and_is_a_pytree(update: SymmetricUpdate) -> N
 ARGUMENTS = ["small", "tall", "decay", "columns", "weight"]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, -math.inf], ids=str)
 @pytest.mark.parametrize(
     ("k", "rank", "where"),
     [(k, rank, where) for k, rank in [(4, 6), (28, 6), (4, 10)] for where in ARGUMENTS]
@@ -368,11 +318,11 @@ def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
 def test_error_is_what_was_discarded_and_stays_within_its_bound(
     update: SymmetricUpdate, stream: str, dtype: torch.dtype
 ) -> None:
-    n, r, k, decay = 64, 12, 8, 0.9
+    n, r, k, decay = 48, 12, 8, 0.9
     tracked = brandla.track(update.factor.zeros(n, r, dtype=dtype))
     matrix = discarded = torch.zeros(n, n, dtype=torch.float64)
     peak = heaviest = 0.0
-    for columns in oracles.batches(stream, n, k, 40, dtype=dtype):
+    for columns in oracles.batches(stream, n, k, 30, dtype=dtype):
         target = oracles.updated(dense(tracked.lowrank), columns, decay, 1 - decay)
         tracked = update(tracked, columns, decay=decay, weight=1 - decay)
         discarded = decay * discarded + target - dense(tracked.lowrank)
@@ -388,20 +338,11 @@ def test_error_is_what_was_discarded_and_stays_within_its_bound(
     assert float(tracked.error_bound) <= float(discarded.trace()) + n * oracles.rounding(n, dtype, peak, decay)
 
 
-@pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_hundreds_of_updates_do_not_drift(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
-    value = update.factor.zeros(64, 12, dtype=dtype)
-    for step, columns in enumerate(oracles.batches(stream, 64, 8, 300, dtype=dtype)):
-        value = update(value, columns, decay=0.95, weight=0.05)
-        if step % 20 == 19:
-            assert defect(value) <= ORTHONORMAL * oracles.epsilon(dtype)
-
-
 @pytest.mark.parametrize("stream", ["rank-16", "repeated-8"])
 def test_batches_wider_than_their_rank_lose_nothing(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
     # Sixteen directions in batches of 32 columns, or 4 in each of 5 batches: a rank of 24 holds them all.
     n, r, k = 64, 24, 32
-    batches = oracles.batches(stream, n, k, 5 if stream == "repeated-8" else 40, dtype=dtype)
+    batches = oracles.batches(stream, n, k, 5 if stream == "repeated-8" else 20, dtype=dtype)
     value, matrix = update.factor.zeros(n, r, dtype=dtype), torch.zeros(n, n, dtype=torch.float64)
     for columns in batches:
         value = update(value, columns, decay=0.9, weight=0.1)
@@ -411,12 +352,10 @@ def test_batches_wider_than_their_rank_lose_nothing(update: SymmetricUpdate, str
 
 
 def test_tracking_does_not_change_the_factor(update: SymmetricUpdate) -> None:
-    plain = update.make(30, 6)
-    tracked = brandla.track(plain)
-    for columns in oracles.batches("slow", 30, 4, 3):
-        plain, tracked = update(plain, columns, decay=0.9), update(tracked, columns, decay=0.9)
+    plain, columns = update.make(30, 6), make_columns(30, 4)
+    tracked = update(brandla.track(plain), columns, decay=0.9)
     assert isinstance(tracked, brandla.Tracked)
-    assert all(torch.equal(a, b) for a, b in zip(plain, tracked.lowrank, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(update(plain, columns, decay=0.9), tracked.lowrank, strict=True))
 
 
 def test_error_bound_stays_zero_without_truncation(update: SymmetricUpdate, dtype: torch.dtype) -> None:
@@ -426,37 +365,45 @@ def test_error_bound_stays_zero_without_truncation(update: SymmetricUpdate, dtyp
     assert tracked.error_bound <= oracles.rounding(30, dtype, oracles.spectral_norm(dense(tracked.lowrank)))
 
 
-DRIFTING = ["slow", "medium", "fast", "graded", "rank-16", "repeated-8", "switch", "zeros-between"]
-N, R, K, PERIOD = 96, 16, 4, 100
+PERIOD = 100
 
 
-def repeating(orders: list[int]) -> list[list[Tensor]]:
+def repeating(orders: list[int], k: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     """Return the first batches of each stream, which are repeated, so that no test spends its time drawing them."""
-    return [oracles.batches(name, n, K, PERIOD, dtype=torch.float32) for name, n in zip(DRIFTING, orders, strict=True)]
+    return [oracles.batches(name, n, k, PERIOD, dtype=dtype) for name, n in zip(oracles.STREAMS, orders, strict=True)]
 
 
-def drifted(values: list[Any]) -> dict[str, float]:
+def drifted(values: list[Any], dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Return the streams whose factor has lost U or S, with its defect in ε."""
-    eps = torch.finfo(torch.float32).eps
-    defects = {name: defect(value) / eps for name, value in zip(DRIFTING, values, strict=True)}
+    defects = {
+        name: defect(value) / oracles.epsilon(dtype) for name, value in zip(oracles.STREAMS, values, strict=True)
+    }
     return {name: ratio for name, ratio in defects.items() if not ratio <= ORTHONORMAL}
 
 
 @pytest.mark.slow
-def test_ten_thousand_updates_do_not_drift(update: SymmetricUpdate) -> None:
-    steps = torch.stack([torch.stack(stream) for stream in repeating([N] * len(DRIFTING))], dim=1)
-    value = update.factor.zeros(N, R, batch_shape=(len(DRIFTING),), dtype=torch.float32)
-    for step in range(10_000):
+@pytest.mark.parametrize(
+    ("n", "r", "k", "count", "dtype"),
+    [(64, 12, 8, 300, torch.float32), (64, 12, 8, 300, torch.float64), (24, 6, 2, 1000, torch.float32)],
+    ids=["hundreds", "hundreds in float64", "a thousand"],
+)
+def test_many_updates_do_not_drift(
+    update: SymmetricUpdate, n: int, r: int, k: int, count: int, dtype: torch.dtype
+) -> None:
+    streams = repeating([n] * len(oracles.STREAMS), k, dtype)
+    steps = torch.stack([torch.stack(stream) for stream in streams], dim=1)
+    value = update.factor.zeros(n, r, batch_shape=(len(streams),), dtype=dtype)
+    for step in range(count):
         value = update(value, steps[step % PERIOD], decay=0.95, weight=0.05)
-        if step % 500 == 499:
-            assert drifted(unbound(value)) == {}
+        if step % (count // 15) == count // 15 - 1:
+            assert drifted(unbound(value), dtype) == {}
 
 
 def test_updates_of_lists_do_not_drift(update: SymmetricUpdate) -> None:
-    orders = [N + index for index in range(len(DRIFTING))]
-    streams = repeating(orders)
-    values = [update.factor.zeros(n, R, dtype=torch.float32) for n in orders]
-    for step in range(300):
+    orders = [64 + index for index in range(len(oracles.STREAMS))]
+    streams = repeating(orders, 4)
+    values = [update.factor.zeros(n, 12, dtype=torch.float32) for n in orders]
+    for step in range(100):
         values = update.grouped(values, [stream[step % PERIOD] for stream in streams], decay=0.95, weight=0.05)
     assert drifted(values) == {}
 
@@ -472,6 +419,7 @@ def steps(draw: st.DrawFn) -> tuple[float, int, float, bool]:
     )
 
 
+@settings(max_examples=25)
 @given(
     sequence=st.lists(steps(), min_size=1, max_size=8),
     rank=st.integers(0, 12),
@@ -480,12 +428,7 @@ def steps(draw: st.DrawFn) -> tuple[float, int, float, bool]:
 )
 @pytest.mark.parametrize("update", SYMMETRIC_UPDATES, ids=str)
 def test_any_sequence_stays_between_zero_and_the_truth(
-    update: SymmetricUpdate,
-    sequence: list[tuple[float, int, float, bool]],
-    rank: int,
-    *,
-    is_double: bool,
-    seed: int,
+    update: SymmetricUpdate, sequence: list[tuple[float, int, float, bool]], rank: int, *, is_double: bool, seed: int
 ) -> None:
     n, dtype = 12, torch.float64 if is_double else torch.float32
     tracked = brandla.track(update.factor.zeros(n, rank, dtype=dtype))

@@ -1,90 +1,69 @@
-"""brandla.grouped on the kernels: one launch for factors of different n, and the results of the single functions."""
+"""brandla.grouped on the kernels: one launch for factors of different n, and the results of the torch forms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import brandla
 from brandla import grouped
 from brandla_kernels._kernels.launch import Target, recording
 from builders import make_columns, make_eigh, make_root
+from calls import in_full
 
 # Four factors of one class, one of another rank, and one with r + k > n.
 SIZES = [(60, 8, 5), (90, 8, 5), (41, 8, 5), (50, 8, 5), (50, 6, 5), (12, 8, 5)]
-ROOTS = [make_root(n, r, dtype=torch.float32) for n, r, _ in SIZES]
-EIGHS = [make_eigh(n, r, dtype=torch.float32) for n, r, _ in SIZES]
-COLUMNS = [make_columns(n, k, dtype=torch.float32) for n, _, k in SIZES]
-WIDTHS = [columns[:, : index + 1] for index, columns in enumerate(COLUMNS)]
-MATRICES = [make_columns(p, q, dtype=torch.float32) for (p, *_), (q, *_) in zip(SIZES, SIZES[::-1], strict=True)]
-DECAYS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-
-CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "root_update": (lambda *a: grouped.root_update(*a, decay=DECAYS, weight=0.1), (ROOTS, COLUMNS)),
-    "root_update, cholesky, tracked": (
-        lambda roots, columns: grouped.root_update(
-            [brandla.track(root) for root in roots], columns, decay=0.9, compress="cholesky"
-        ),
-        (ROOTS, COLUMNS),
-    ),
-    "root_update, some by either way": (
-        lambda *a: grouped.root_update(*a, compress=["eigh", "eigh", "cholesky", "cholesky", "eigh", "eigh"]),
-        (ROOTS, COLUMNS),
-    ),
-    "eigh_update": (lambda *a: grouped.eigh_update(*a, decay=0.9, weight=DECAYS), (EIGHS, COLUMNS)),
-    "damped_solve, eigh": (lambda *a: grouped.damped_solve(*a, DECAYS, tail="smallest"), (EIGHS, COLUMNS)),
-    "damped_solve, root": (lambda *a: grouped.damped_solve(*a, 0.1), (ROOTS, WIDTHS)),
-    "damped_solve, both kinds": (lambda *a: grouped.damped_solve(*a, 0.1), ([*ROOTS[:3], *EIGHS[3:]], COLUMNS)),
-    "damped_solve, vectors": (
-        lambda lowranks, rhs: grouped.damped_solve(lowranks, [block[:, 0] for block in rhs], 0.1),
-        (ROOTS, COLUMNS),
-    ),
-    "damped_power": (lambda *a: grouped.damped_power(*a, 0.1, [-1, -1, -0.5, -0.5, 2, 1]), (ROOTS, COLUMNS)),
-    "kron_damped_solve": (lambda *a: grouped.kron_damped_solve(*a, 0.1, DECAYS), (EIGHS, ROOTS[::-1], MATRICES)),
-    "kron_damped_solve, pairs": (
-        lambda lefts, rights, data: grouped.kron_damped_solve(lefts, rights, [(a, b) for a, b in data], 0.1, 0.2),
-        (EIGHS, ROOTS[::-1], list(zip(COLUMNS, COLUMNS[::-1], strict=True))),
-    ),
+FLOAT32 = {"dtype": torch.float32}
+ROOTS = [make_root(n, r, **FLOAT32) for n, r, _ in SIZES]
+EIGHS = [make_eigh(n, r, **FLOAT32) for n, r, _ in SIZES]
+COLUMNS = [make_columns(n, k, **FLOAT32) for n, _, k in SIZES]
+LISTS = {
+    **{"roots": ROOTS, "eighs": EIGHS, "columns": COLUMNS, "vectors": [each[:, 0] for each in COLUMNS]},
+    **{"tracked": list(map(brandla.track, ROOTS)), "widths": [each[:, : i + 1] for i, each in enumerate(COLUMNS)]},
+    "matrices": [make_columns(p[0], q[0], **FLOAT32) for p, q in zip(SIZES, SIZES[::-1], strict=True)],
+    "each": [torch.tensor(number) for number in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)],
+    "pairs": list(zip(COLUMNS, COLUMNS[::-1], strict=True)),
 }
 
-
-def in_full(tree: Any) -> list[torch.Tensor]:
-    """Return what factors stand for: their bases are determined only up to signs and rotations."""
-    factors = (item.lowrank if isinstance(item, brandla.Tracked) else item for item in tree)
-    return tree_leaves([factor.dense() if hasattr(factor, "dense") else factor for factor in factors])
+CALLS: dict[str, Callable[[Any], list[Any]]] = {
+    "root_update": lambda x: grouped.root_update(x.roots, x.columns, decay=x.each, weight=0.1),
+    "root_update, cholesky": lambda x: grouped.root_update(x.tracked, x.columns, decay=0.9, compress="cholesky"),
+    "root_update, both": lambda x: grouped.root_update(x.roots, x.columns, compress=["eigh", "cholesky"] * 3),
+    "eigh_update": lambda x: grouped.eigh_update(x.eighs, x.columns, decay=0.9, weight=x.each),
+    "damped_solve, eigh": lambda x: grouped.damped_solve(x.eighs, x.columns, x.each, tail="smallest"),
+    "damped_solve, root": lambda x: grouped.damped_solve(x.roots, x.widths, 0.1),
+    "damped_solve, both": lambda x: grouped.damped_solve([*x.roots[:3], *x.eighs[3:]], x.columns, 0.1),
+    "damped_solve, vectors": lambda x: grouped.damped_solve(x.roots, x.vectors, 0.1),
+    "damped_power": lambda x: grouped.damped_power(x.roots, x.columns, 0.1, [-1, -1, -0.5, -0.5, 2, 1]),
+    "kron_damped_solve": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.matrices, 0.1, x.each),
+    "kron_damped_solve, pairs": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.pairs, 0.1, 0.2),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_grouped_call_equals_the_torch_backend(name: str, device: str):
-    function, arguments = CALLS[name]
-    expected = in_full(function(*arguments))
-    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, arguments)
-    with brandla.backend("triton"):
-        actual = in_full(function(*moved))
+def test_grouped_call_equals_the_torch_backend(name: str, device: torch.device) -> None:
+    given = SimpleNamespace(**tree_map(lambda part: part.to(device), LISTS))
+    actual = in_full(CALLS[name](given))
+    with brandla.backend("torch"):
+        expected = in_full(CALLS[name](given))
     for got, wanted in zip(actual, expected, strict=True):
         # Sums of length up to n = 90 in float32, in a different order, through three products.
-        torch.testing.assert_close(got.cpu(), wanted, rtol=3e-5, atol=3e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(got, wanted, rtol=3e-5, atol=3e-5 * float(wanted.abs().max()))
 
 
-ALIKE: dict[str, Callable[[int], Any]] = {
-    "root_update": lambda count: grouped.root_update(ROOTS[:2] * count, COLUMNS[:2] * count, compress="cholesky"),
-    "eigh_update": lambda count: grouped.eigh_update(EIGHS[:2] * count, COLUMNS[:2] * count),
-    "damped_solve": lambda count: grouped.damped_solve(EIGHS[:2] * count, COLUMNS[:2] * count, 0.1),
-    "kron_damped_solve": lambda count: grouped.kron_damped_solve(
-        EIGHS[:2] * count, ROOTS[:2] * count, [torch.ones(n, n) for n, *_ in SIZES[:2]] * count, 0.1, 0.1
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ALIKE)
-def test_launches_do_not_grow_with_the_number_of_factors(name: str):
+@pytest.mark.parametrize("name", ["root_update, cholesky", "eigh_update", "damped_solve, root", "kron_damped_solve"])
+def test_launches_do_not_grow_with_the_number_of_factors(name: str) -> None:
     def launches(count: int) -> int:
-        with brandla.backend("triton"), recording(Target("cuda", "sm_90")) as started:
-            ALIKE[name](count)
+        several = {key: values[:2] * count for key, values in LISTS.items()}
+        # W between the first two of the left factors and the last two of the right ones, which are reversed.
+        several["matrices"] = [torch.ones(n, m) for n, m in ((60, 90), (90, 60))] * count
+        with recording(Target("cuda", "sm_90")) as started:
+            CALLS[name](SimpleNamespace(**several))
         return len(started)
 
     assert 0 < launches(1) == launches(8) <= 24

@@ -19,6 +19,7 @@ from op_cases import (
     exact,
     grouped,
     half_precision_data,
+    of_problem,
     op_of,
     operands,
     problems_of,
@@ -27,25 +28,19 @@ from op_cases import (
 
 # n, r, k. Tiles have 128 rows, or 64 (float64, or beside a Gram matrix), 16 to 128 columns, and 32 (16) terms of a sum.
 SIZES = {
-    "no rows": (0, 0, 0),
-    "no rows, some columns": (0, 3, 4),
+    "no rows": (0, 3, 4),
     "empty basis": (11, 0, 4),
     "no columns": (11, 3, 0),
     "one": (1, 1, 1),
-    "primes": (131, 13, 7),
     "blocks less one": (127, 31, 15),
-    "blocks": (128, 32, 16),
     "blocks and one": (129, 33, 17),
-    "half a widest tile less one": (63, 15, 63),
-    "half a widest tile": (64, 16, 64),
     "half a widest tile and one": (65, 17, 65),
-    "several tiles of columns": (5, 4, 150),
-    "several tiles of both": (70, 129, 130),
+    "several tiles of columns": (5, 129, 130),
 }
 # What the grouped ops take together: of different n, r and k, with no basis, and with no columns.
-MIXED = [(37, 5, 3), (130, 33, 17), (11, 0, 4), (9, 4, 0), (1, 1, 1), (0, 2, 2)]
+MIXED = [(37, 5, 3), (130, 33, 17), (11, 0, 4), (9, 4, 0), (0, 2, 2)]
 # Sizes that let a thread load 16 bytes at once.
-ALIGNED = [(64, 16, 32), (32, 32, 16), (160, 48, 80)]
+ALIGNED = [(64, 16, 32), (32, 32, 16), (96, 48, 80)]
 
 
 class NoCopies(TorchDispatchMode):
@@ -88,24 +83,25 @@ def test_kernel_computes_the_formula_in_every_layout(
     assert_kernel(case, lambda: operands(case, 37, 17, 5, layout, torch.float32, device), unchanged)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["plain", "transposed", "batched, with gaps"])
+@pytest.mark.parametrize(
+    ("layout", "half"),
+    [("plain", torch.float16), ("transposed", torch.bfloat16), ("batched, with gaps", torch.bfloat16)],
+)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
 def test_kernel_takes_half_precision_data_exactly(
     case: str, layout: str, half: torch.dtype, device: torch.device, unchanged: Callable[..., Any]
 ) -> None:
     def new() -> tuple[Any, ...]:
-        return half_precision_data(case, operands(case, 129, 33, 17, layout, torch.float32, device), half)
+        return half_precision_data(case, operands(case, 65, 33, 17, layout, torch.float32, device), half)
 
     assert_kernel(case, new, unchanged)
 
 
-@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_takes_a_batch_of_no_problems(case: str, batch: tuple[int, ...], device: torch.device) -> None:
+def test_kernel_takes_a_batch_of_no_problems(case: str, device: torch.device) -> None:
     def without_problems(part: Any) -> Any:
         own = isinstance(part, Tensor) and part.is_floating_point()
-        return part.new_zeros(*batch, *part.shape) if own else part
+        return part.new_zeros(2, 0, *part.shape) if own else part
 
     arguments = tuple(map(without_problems, operands(case, 9, 3, 2, "plain", torch.float32, device)))
     expected = exact(case, arguments)
@@ -113,9 +109,7 @@ def test_kernel_takes_a_batch_of_no_problems(case: str, batch: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
-def test_matrices_of_one_call_lie_in_memory_as_they_please(
-    case: str, device: torch.device, unchanged: Callable[..., Any]
-) -> None:
+def test_matrices_of_one_call_lie_in_memory_as_they_please(case: str, device: torch.device, unchanged: Any) -> None:
     layouts = ["batched, with gaps", "batched", "batched, one for all", "batched, permuted"]
 
     def new() -> tuple[Any, ...]:
@@ -142,9 +136,7 @@ def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def grouped_operands(
-    case: str, sizes: list[tuple[int, int, int]], layouts: list[str], dtype: torch.dtype, device: torch.device
-) -> tuple[Any, ...]:
+def grouped_operands(case: str, sizes: Any, layouts: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """Return arguments of the grouped op, for problems of these sizes in these layouts, taken in turn."""
     problems = [operands(case, *size, layouts[index % len(layouts)], dtype, device) for index, size in enumerate(sizes)]
     return grouped(case, problems)
@@ -158,18 +150,12 @@ def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Cal
         results = run(OPS[op_of(case)], arguments)
     for problem, own in enumerate(problems_of(case, new() if overwrites else arguments)):
         expected = exact(case, own)
-        assert all(
-            isinstance(result, Tensor) or result[problem].shape == part.shape
-            for result, part in zip(results, expected, strict=True)
-        )
-        corners = [tuple(slice(size) for size in part.shape) for part in expected]
-        assert_computes(
-            case, tuple(result[problem][corner] for result, corner in zip(results, corners, strict=True)), own, expected
-        )
-        for result, corner in zip(results, corners, strict=True):
+        assert_computes(case, of_problem(results, problem, expected), own, expected)
+        for result, part in zip(results, expected, strict=True):
+            assert isinstance(result, Tensor) or result[problem].shape == part.shape
             padding = result[problem].clone()
-            padding[corner] = 0
-            assert torch.equal(padding, torch.zeros_like(padding))
+            padding[tuple(map(slice, part.shape))] = 0
+            assert not padding.any()
 
 
 @pytest.mark.parametrize(
@@ -184,25 +170,17 @@ def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Cal
 )
 @pytest.mark.parametrize("case", CASES)
 def test_grouped_kernel_computes_the_formula_of_each_problem(
-    case: str,
-    sizes: list[tuple[int, int, int]],
-    layouts: list[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    unchanged: Callable[..., Any],
+    case: str, sizes: list[Any], layouts: list[str], dtype: torch.dtype, device: torch.device, unchanged: Any
 ) -> None:
     assert_grouped(case, lambda: grouped_operands(case, sizes, layouts, dtype, device), unchanged)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", [MIXED, ALIGNED], ids=["mixed", "aligned"])
+@pytest.mark.parametrize(
+    ("sizes", "half"), [(MIXED, torch.bfloat16), (ALIGNED, torch.float16)], ids=["mixed", "aligned"]
+)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
 def test_grouped_kernel_takes_half_precision_data_exactly(
-    case: str,
-    sizes: list[tuple[int, int, int]],
-    half: torch.dtype,
-    device: torch.device,
-    unchanged: Callable[..., Any],
+    case: str, sizes: list[Any], half: torch.dtype, device: torch.device, unchanged: Callable[..., Any]
 ) -> None:
     def new() -> tuple[Any, ...]:
         problems = [operands(case, *size, "plain", torch.float32, device) for size in sizes]

@@ -23,9 +23,17 @@ EPS = torch.finfo(torch.float64).eps
 # r, k and s: orders 0, 1, 2, around the blocks of 16 columns and the tiles of 32 and 64, and without truncation.
 SIZES = [
     *((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1), (3, 2, 0), (5, 4, 9), (10, 5, 8), (10, 6, 10), (9, 8, 9)),
-    *((20, 13, 17), (48, 16, 40), (64, 32, 64)),
+    *((20, 13, 17), (40, 26, 40)),
 ]
-FAMILIES = ("gaussian", "graded", "half the rank", "zero columns", "repeated", "columns in the span", "zero")
+FAMILIES = (
+    "gaussian",
+    "graded",
+    "half the rank",
+    "zero columns",
+    "every column repeated",
+    "columns in the span",
+    "zero",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,22 +52,12 @@ class Problem(NamedTuple):
 
 def problem_of(family: str, r: int, k: int, seed: int = 0) -> Problem:
     """Return F and A of 3 (r + k) rows."""
-    n = 3 * (r + k) + 1
-    both = oracles.gaussian(n, r + k, seed=seed)
-    match family:
-        case "graded":
-            both = both * torch.logspace(0, -9, r + k, dtype=torch.float64)
-        case "half the rank":
-            half = max((r + k) // 2, 1)
-            both = both[:, :half] @ oracles.gaussian(half, r + k, seed=seed + 1)
-        case "zero columns":
-            both = both * (torch.arange(r + k) % 3 != 0)
-        case "repeated":
-            both = both.repeat_interleave(2, dim=1)[:, : r + k]
-        case "columns in the span":
-            both[:, r:] = both[:, :r] @ oracles.gaussian(r, k, seed=seed + 1)
-        case "zero":
-            both = both * 0
+    both = oracles.panel(family, 3 * (r + k) + 1, r + k, seed)
+    if family == "graded":
+        # By columns, so that none that may be chosen is rounding.
+        both = oracles.gaussian(*both.shape, seed=seed) * torch.logspace(0, -9, r + k, dtype=torch.float64)
+    if family == "columns in the span":
+        both[:, r:] = both[:, :r] @ oracles.gaussian(r, k, seed=seed + 1)
     return Problem(both[:, :r], both[:, r:])
 
 
@@ -116,7 +114,9 @@ def test_results_are_those_of_the_torch_form(size: tuple[int, int, int], dtype: 
         torch.testing.assert_close(got, wanted, rtol=0, atol=error * float(wanted.abs().max()) if wanted.numel() else 0)
 
 
-@pytest.mark.parametrize("tol", [0.0, 0.02], ids=["all", "tolerance"])
+@pytest.mark.parametrize(
+    ("tol", "dtype"), [(0.0, torch.float64), (0.02, torch.float32)], ids=["all, float64", "tolerance, float32"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_by_its_definition_with_as_much_of_the_trace(
     family: str, tol: float, dtype: torch.dtype, device: torch.device
@@ -172,22 +172,18 @@ def test_any_scale_gives_the_same_rotation(scale: float, device: torch.device):
     torch.testing.assert_close(rotation, expected)
 
 
-def test_two_runs_are_equal_to_the_bit(device: torch.device):
-    arguments = arguments_of(problem_of("half the rank", 20, 13), 17, dtype=torch.float32)
-    for one, other in zip(launched(arguments, device), launched(arguments, device), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_what_is_not_measured_is_zero(device: torch.device):
     arguments = arguments_of(problem_of("gaussian", 6, 4), 6)
     results = launched((*arguments[:-1], False), device)
     assert results[3] == 0
-    for one, other in zip(results[:3], launched(arguments, device)[:3], strict=True):
-        assert torch.equal(one, other)
+    once, again = launched(arguments, device), launched(arguments, device)
+    assert all(map(torch.equal, results[:3], once[:3]))
+    # Two runs are equal to the bit.
+    assert all(map(torch.equal, once, again))
 
 
-@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
-def test_no_problems_give_no_results(batch: tuple[int, ...], device: torch.device):
+def test_no_problems_give_no_results(device: torch.device):
+    batch = (2, 0)
     parts = [part.new_zeros(*batch, *part.shape) for part in arguments_of(problem_of("gaussian", 3, 2), 3)[:5]]
     assert [part.shape for part in launched((*parts, 3, 0.0, True), device)] == [
         (*batch, *shape) for shape in ((3, 3), (3, 3), (2, 3), (), ())

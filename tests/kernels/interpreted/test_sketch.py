@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from brandla_kernels import signs, sketch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # n, width: blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
-SIZES = [(1, 1), (3, 5), (31, 4), (32, 16), (33, 17), (97, 127), (128, 128), (129, 131)]
+SIZES = [(1, 1), (31, 4), (33, 17), (97, 131)]
 
 
 @pytest.fixture
@@ -21,8 +20,7 @@ def seed(device: torch.device) -> Tensor:
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return oracles.gaussian(*shape, seed=2).to(device, dtype)
 
 
 def assert_product(result: Tensor, matrix: Tensor, test: Tensor) -> None:
@@ -44,21 +42,10 @@ def test_sketch_of_the_identity_is_the_test_matrix(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 40, 3), (63, 7, 20), (65, 300, 17), (129, 65, 130)], ids=str)
-def test_every_size_and_dtype(
-    size: tuple[int, int, int], dtype: torch.dtype, seed: Tensor, device: torch.device, unchanged: Callable[..., object]
-) -> None:
-    m, n, width = size
-    matrix = normal(m, n, dtype=dtype, device=device)
-    with unchanged(matrix, seed):
-        result = sketch(matrix, seed, width)
-    assert_product(result, matrix, signs(seed, n, width, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("size", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)], ids=str)
-def test_empty_sizes(size: tuple[int, int, int], seed: Tensor, device: torch.device) -> None:
-    m, n, width = size
-    assert torch.equal(sketch(torch.ones(m, n, device=device), seed, width), torch.zeros(m, width, device=device))
+def test_long_sums_of_every_dtype(dtype: torch.dtype, seed: Tensor, device: torch.device) -> None:
+    """Sums over 300 columns are split."""
+    matrix = normal(65, 300, dtype=dtype, device=device)
+    assert_product(sketch(matrix, seed, 17), matrix, signs(seed, 300, 17, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -69,29 +56,6 @@ def test_problems_of_a_batch_have_test_matrices_of_their_own(
     result = sketch(identities, seed, 9)
     assert torch.equal(result, signs(seed, 40, 9, batch_shape=(2, 3)))
     assert torch.equal(result[1, 2], sketch(identities[0, 0], seed, 9, 5))
-
-
-def test_batch_whose_strides_are_irregular(seed: Tensor, device: torch.device) -> None:
-    """No single stride leads through the problems; their sums over 300 columns are split."""
-    matrix = normal(2, 4, 3, 20, 300, dtype=torch.float32, device=device)[:, 1].transpose(0, 1)
-    test = signs(seed, 300, 6, batch_shape=(3, 2), dtype=torch.float64)
-    assert_product(sketch(matrix, seed, 6), matrix, test)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided"])
-def test_strided_data(layout: str, seed: Tensor, device: torch.device) -> None:
-    whole = normal(90, 140, dtype=torch.float32, device=device)
-    matrix = whole.mT if layout == "transposed" else whole[::2, ::3]
-    assert_product(sketch(matrix, seed, 10), matrix, signs(seed, matrix.shape[1], 10, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_problems_of_a_list_count_as_those_of_a_batch(dtype: torch.dtype, seed: Tensor, device: torch.device) -> None:
-    sizes = [(65, 40), (1, 1), (0, 7), (130, 129), (3, 0)]
-    matrices = [normal(*size, dtype=dtype, device=device) for size in sizes]
-    results = sketch(matrices, seed, 11)
-    for problem, (matrix, result) in enumerate(zip(matrices, results, strict=True)):
-        assert_product(result, matrix, signs(seed, matrix.shape[1], 11, problem=problem, dtype=torch.float64))
 
 
 def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> None:
@@ -127,15 +91,3 @@ def test_gradient_is_the_product_with_the_transposed_test_matrix(seed: Tensor, d
     weights = normal(7, 5, dtype=torch.float64, device=device)
     (sketch(matrix, seed, 5) * weights).sum().backward()
     torch.testing.assert_close(matrix.grad, weights @ signs(seed, 40, 5, dtype=torch.float64).mT)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "kind"),
-    [((torch.tensor(1.0), 3), TypeError), ((torch.tensor([1, 2]), 3), ValueError), ((torch.tensor(1), -1), ValueError)],
-    ids=["dtype", "elements", "width"],
-)
-def test_bad_input_is_named(wrong: tuple[Tensor, int], kind: type[Exception], device: torch.device) -> None:
-    seed, width = wrong
-    for matrix in (torch.ones(4, 5, device=device), [torch.ones(4, 5, device=device)]):
-        with pytest.raises(kind, match=r"^brandla::sketch: (seed|width) must"):
-            sketch(matrix, seed.to(device), width)

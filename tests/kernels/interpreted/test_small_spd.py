@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,59 +14,18 @@ CORE = OPS["cholesky_inverse_core"]
 EPS = torch.finfo(torch.float64).eps
 
 # Around the blocks of 16 columns, and the tiles of 32 and 128 rows.
-ORDERS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 97, 128)
-
+ORDERS = (0, 1, 2, 15, 17, 33, 65)
 FAMILIES = (
-    "gaussian",
-    "graded",
-    "columns of very different length",
-    "half the rank",
-    "every column repeated",
-    "zero columns",
-    "zero",
-    "nearly repeated",
-    "nearly cancelling",
-    "noise, then its direction",
+    *("gaussian", "graded", "columns of very different length", "half the rank", "every column repeated"),
+    *("zero columns", "zero", "nearly repeated", "nearly cancelling", "noise, then its direction"),
 )
-
-
 # Of the larger orders, which the interpreter takes seconds for, the families that reach every branch.
 OF_LARGE_ORDER = ("graded", "half the rank", "nearly cancelling")
 
 
 def panel_of(family: str, k: int, seed: int = 0) -> Tensor:
     """Return a (2k + 5) × k panel."""
-    n = 2 * k + 5
-    well = oracles.gaussian(n, k, seed=seed)
-    two = oracles.gaussian(n, 2, seed=seed + 1)
-    match family:
-        case "gaussian":
-            return well
-        case "graded":
-            return oracles.rectangular_matrix(oracles.graded(k), n, k, seed=seed)
-        case "columns of very different length":
-            return well * torch.logspace(-6, 6, k, dtype=torch.float64)
-        case "half the rank":
-            return well[:, : k // 2] @ oracles.gaussian(k // 2, k, seed=seed + 1)
-        case "every column repeated":
-            return well.repeat_interleave(2, dim=1)[:, :k]
-        case "zero columns":
-            return well * (torch.arange(k) % 3 != 0)
-        case "zero":
-            return torch.zeros_like(well)
-        case "nearly repeated":
-            return two[:, :1] + 1e-5 * well
-        case "nearly cancelling":
-            # Each third column is minus the sum of the two before it, and a little.
-            for j in range(2, k, 3):
-                well[:, j] = 1e-5 * well[:, j] - well[:, j - 1] - well[:, j - 2]
-            return well
-        case "noise, then its direction":
-            # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
-            x, u = two.unbind(1)
-            rest = two @ oracles.gaussian(2, k, seed=seed + 2)
-            return torch.cat([torch.stack([x, x + 3e-7 * u, u], dim=1), rest], dim=1)[:, :k]
-    raise AssertionError(family)
+    return oracles.panel(family, 2 * k + 5, k, seed)
 
 
 def problem_of(panel: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +73,7 @@ def assert_definition(gram: Tensor, scale: Tensor, transform: Tensor, live: Tens
 
 
 @pytest.mark.parametrize(
-    ("k", "whole_first"), [(k, False) for k in ORDERS] + [(2, True), (17, True), (64, True)], ids=str
+    ("k", "whole_first"), [(k, False) for k in ORDERS] + [(2, True), (17, True), (65, True)], ids=str
 )
 def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(
     k: int, whole_first: bool, device: torch.device
@@ -135,7 +92,7 @@ def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(
         assert torch.equal(live | near, expected | near)
 
 
-@pytest.mark.parametrize("k", [2, 17, 97, 257])
+@pytest.mark.parametrize("k", [2, 17, 129])
 def test_transform_equals_that_of_the_torch_form(k: int, device: torch.device) -> None:
     gram, scale = problem_of(panel_of("gaussian", k))
     expected, _ = CORE.torch_form(gram, scale, 1e-12)
@@ -179,7 +136,6 @@ def test_a_column_whose_shifted_pivot_is_not_positive_is_taken_out(k: int, devic
 
 
 LAYOUTS = {
-    "transposed": lambda tensor: tensor.mT.contiguous().mT,
     "every other row, every third column": lambda tensor: torch.nn.functional.pad(
         tensor.repeat_interleave(2, -2).repeat_interleave(3, -1), (0, 1)
     )[..., ::2, :-1:3],
@@ -188,26 +144,16 @@ LAYOUTS = {
 }
 
 
-@cache
-def batch_and_each_alone(k: int, device: torch.device) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return a (2, 3) batch of Gram matrices, their scales, and what comes of each in a launch of its own."""
-    panels = torch.stack([panel_of(family, k) for family in FAMILIES[:6]])
-    gram, scale = problem_of(panels)
+def test_strides_and_batch_change_no_bit(device: torch.device) -> None:
+    gram, scale = problem_of(torch.stack([panel_of(family, 17) for family in FAMILIES[:6]]))
     alone = [solve(*problem, 1e-12, device, False) for problem in zip(gram, scale, strict=True)]
-    return gram.unflatten(0, (2, 3)), scale.unflatten(0, (2, 3)), alone
-
-
-@pytest.mark.parametrize("k", [1, 16, 33])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_and_batch_change_no_bit(layout: str, k: int, device: torch.device) -> None:
-    gram, scale, alone = batch_and_each_alone(k, device)
-    strided = LAYOUTS[layout](gram.to(device))
-    strided_scale = scale.to(device).repeat_interleave(2, -1)[..., ::2]
-    assert torch.equal(strided.cpu(), gram)
-    transforms, lives = small_spd.cholesky_inverse_core(strided, strided_scale, 1e-12)
-    for transform, live, expected in zip(transforms.flatten(0, 1), lives.flatten(0, 1), alone, strict=True):
-        assert torch.equal(transform.cpu(), expected[0])
-        assert torch.equal(live.cpu(), expected[1])
+    scale = scale.unflatten(0, (2, 3)).to(device).repeat_interleave(2, -1)[..., ::2]
+    for layout in LAYOUTS.values():
+        strided = layout(gram.unflatten(0, (2, 3)).to(device))
+        assert torch.equal(strided.flatten(0, 1).cpu(), gram)
+        together = small_spd.cholesky_inverse_core(strided, scale, 1e-12)
+        for *parts, expected in zip(*(part.flatten(0, 1).cpu() for part in together), alone, strict=True):
+            assert all(map(torch.equal, parts, expected))
 
 
 def test_one_scale_serves_a_batch(device: torch.device) -> None:
@@ -217,33 +163,25 @@ def test_one_scale_serves_a_batch(device: torch.device) -> None:
     assert_definition(gram, scale.expand(3, 20), transform, torch.ones(3, 20, dtype=torch.bool))
 
 
-def test_only_the_lower_triangle_is_read(device: torch.device) -> None:
+def test_only_the_lower_triangle_is_read_and_runs_repeat_to_the_bit(device: torch.device) -> None:
     gram, scale = problem_of(panel_of("half the rank", 40))
     poisoned = gram.tril() + torch.full_like(gram, torch.nan).triu(1)
-    for one, other in zip(*(solve(matrix, scale, 1e-12, device, False) for matrix in (gram, poisoned)), strict=True):
-        assert torch.equal(one, other)
-
-
-@cache
-def three_gaussian(whole_first: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the Gram matrices of three panels, their scales and transforms."""
-    gram, scale = problem_of(torch.stack([panel_of("gaussian", 40, seed) for seed in range(3)]))
-    return gram, scale, solve(gram, scale, 1e-12, device, whole_first)[0]
+    once, again, lower = (solve(matrix, scale, 1e-12, device, False) for matrix in (gram, gram, poisoned))
+    assert all(map(torch.equal, once, again))
+    assert all(map(torch.equal, once, lower))
 
 
 @pytest.mark.parametrize("whole_first", [False, True], ids=["shifted first", "whole first"])
-@pytest.mark.parametrize("where", [(0, 0), (20, 20), (35, 3), (39, 39)], ids=str)
-def test_nan_stays_in_its_own_problem_and_does_not_vanish(
-    where: tuple[int, int], whole_first: bool, device: torch.device
-) -> None:
-    gram, scale, clean = three_gaussian(whole_first, device)
-    gram = gram.clone()
-    i, j = where
-    gram[1, i, j] = gram[1, j, i] = torch.nan
-    transform, live = solve(gram, scale, 1e-12, device, whole_first)
-    assert torch.equal(transform[[0, 2]], clean[[0, 2]])
-    assert transform[1, :, max(where)].isnan().any()
-    assert not live[1, max(where)]
+def test_nan_stays_in_its_own_problem_and_does_not_vanish(whole_first: bool, device: torch.device) -> None:
+    gram, scale = problem_of(torch.stack([panel_of("gaussian", 40, seed) for seed in range(3)]))
+    clean, _ = solve(gram, scale, 1e-12, device, whole_first)
+    for i, j in ((0, 0), (35, 3), (39, 39)):
+        spoilt = gram.clone()
+        spoilt[1, i, j] = spoilt[1, j, i] = torch.nan
+        transform, live = solve(spoilt, scale, 1e-12, device, whole_first)
+        assert torch.equal(transform[[0, 2]], clean[[0, 2]])
+        assert transform[1, :, i].isnan().any()
+        assert not live[1, i]
 
 
 def test_infinite_scale_takes_a_column_out(device: torch.device) -> None:
@@ -260,10 +198,3 @@ def test_a_tiny_threshold_is_not_rounded_to_float32(device: torch.device) -> Non
     transform, live = solve(gram, scale, 1e-50, device, False)
     assert live.tolist() == [True, False, True]
     assert transform.diagonal().tolist() == pytest.approx([1, 0, 1e20])
-
-
-def test_two_runs_are_equal_to_the_bit(device: torch.device) -> None:
-    gram, scale = problem_of(torch.stack([panel_of(family, 65) for family in FAMILIES[::4]]))
-    first, second = (solve(gram, scale, 1e-12, device, False) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import oracles
 from brandla_kernels import gram_ema_
 from brandla_kernels._kernels.symmetric_update import (
     symmetric_product_kernel,
@@ -21,10 +22,9 @@ DTYPES = [
     (torch.float32, torch.float16),
     (torch.float64, torch.float64),
 ]
+
+
 # n, k: tiles have 16 to 128 rows, sums are taken 16 to 64 terms at a time.
-SIZES = [(1, 1), (2, 0), (16, 3), (17, 33), (127, 31), (128, 64), (129, 65), (257, 200)]
-
-
 @triton.jit
 def walk_kernel(index_ptr, tile_ptr, tiles):
     """Write (i, j) of the tile at the place that ``index_ptr`` holds for each program."""
@@ -40,15 +40,12 @@ def walk(index: Tensor, tiles: int) -> list[tuple[int, ...]]:
     return [tuple(pair) for pair in found.tolist()]
 
 
-def symmetric(n: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    square = torch.randn(*batch, n, n, generator=generator, dtype=torch.float64)
-    return (square + square.mT).to(device, dtype)
+def symmetric(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return oracles.symmetrised(oracles.gaussian(n, n, seed=0)).to(device, dtype)
 
 
-def data(n: int, k: int, dtype: torch.dtype, device: torch.device, *batch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*batch, n, k, generator=generator, dtype=torch.float64).to(device, dtype)
+def data(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return oracles.gaussian(n, k, seed=1).to(device, dtype)
 
 
 def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
@@ -64,14 +61,21 @@ def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float
     assert torch.equal(result, result.mT)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3, 7, 8, 9, 15, 16, 17, 29])
+def assert_updates(matrix: Tensor, columns: Tensor, decay: float = 0.9, weight: float = 0.25) -> None:
+    """Check what becomes of a matrix."""
+    result = matrix.clone()
+    gram_ema_(result, columns, decay, weight)
+    assert_updated(result, matrix, columns, decay, weight)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 8, 9, 17])
 def test_walk_meets_every_tile_of_the_triangle_once(tiles: int, device: torch.device) -> None:
     met = walk(torch.arange(tiles * (tiles + 1) // 2, dtype=torch.int32, device=device), tiles)
     assert sorted(met) == [(row, column) for row in range(tiles) for column in range(row + 1)]
 
 
 def test_walk_stays_in_a_band_of_eight_rows_until_it_is_done(device: torch.device) -> None:
-    bands = [row // 8 for row, _ in walk(torch.arange(29 * 30 // 2, dtype=torch.int32, device=device), 29)]
+    bands = [row // 8 for row, _ in walk(torch.arange(17 * 18 // 2, dtype=torch.int32, device=device), 17)]
     assert bands == sorted(bands)
 
 
@@ -87,37 +91,27 @@ def test_walk_is_exact_where_the_root_in_float32_is_not(row: int, device: torch.
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "size", [(1, 1), (2, 0), (16, 3), (17, 33), (127, 31), (128, 64), (129, 65), (257, 200)], ids=str
-)
-def test_every_size_and_dtype(
-    size: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> None:
-    n, k = size
-    matrix, columns = symmetric(n, dtypes[0], device), data(n, k, dtypes[1], device)
-    result = matrix.clone()
-    gram_ema_(result, columns, 0.9, 0.25)
-    assert_updated(result, matrix, columns, 0.9, 0.25)
+def test_result_is_symmetric_to_the_bit(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+    assert_updates(symmetric(129, dtypes[0], device), data(129, 65, dtypes[1], device))
 
 
 def test_more_tiles_than_a_band(device: torch.device) -> None:
     """1200 rows are ten rows of tiles of 128: a band of eight, and two."""
-    matrix, columns = symmetric(1200, torch.float32, device), data(1200, 5, torch.float32, device)
-    result = matrix.clone()
-    gram_ema_(result, columns, 0.5, 0.5)
-    assert_updated(result, matrix, columns, 0.5, 0.5)
+    assert_updates(symmetric(1200, torch.float32, device), data(1200, 1, torch.float32, device), 0.5, 0.5)
 
 
 @pytest.mark.parametrize("columns", [3, 400], ids=["one sum", "split sum"])
-def test_only_the_lower_triangle_is_read(columns: int, device: torch.device) -> None:
+def test_only_the_lower_triangle_is_read_and_runs_repeat_to_the_bit(columns: int, device: torch.device) -> None:
     matrix, added = symmetric(150, torch.float32, device), data(150, columns, torch.float32, device)
-    result = matrix.clone()
-    result[torch.ones_like(result).triu(1).bool()] = torch.nan
-    gram_ema_(result, added, 0.9, 0.25)
-    assert_updated(result, matrix, added, 0.9, 0.25)
+    poisoned = matrix.masked_fill(torch.ones_like(matrix).triu(1).bool(), torch.nan)
+    results = [poisoned.clone(), poisoned.clone()]
+    for result in results:
+        gram_ema_(result, added, 0.9, 0.25)
+    assert_updated(results[0], matrix, added, 0.9, 0.25)
+    assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("n", [15, 16, 100, 128, 200])
+@pytest.mark.parametrize("n", [15, 16, 130])
 def test_nothing_around_the_matrix_is_touched(n: int, device: torch.device) -> None:
     around = torch.full((n + 4, n + 7), 5.0, device=device)
     inside = around[2:-2, 3:-4]
@@ -129,34 +123,9 @@ def test_nothing_around_the_matrix_is_touched(n: int, device: torch.device) -> N
     assert (around == 5).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_whose_strides_are_irregular(dtype: torch.dtype, device: torch.device) -> None:
-    """A view (3, 2, n, n) of a (2, 4, 3, n, n) batch: no single stride leads through the problems."""
-    whole = symmetric(20, torch.float32, device, 2, 4, 3)
-    columns = data(20, 5, dtype, device, 2, 3).transpose(0, 1)
-    result = whole.clone()
-    gram_ema_(result[:, 1].transpose(0, 1), columns, 0.9, 0.25)
-    assert_updated(result[:, 1].transpose(0, 1), whole[:, 1].transpose(0, 1), columns, 0.9, 0.25)
-    others = [0, 2, 3]
-    assert torch.equal(result[:, others], whole[:, others])
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_list_of_different_sizes(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-    sizes = [(130, 7), (1, 1), (40, 300), (0, 3), (16, 0)]
-    matrices = [symmetric(n, dtypes[0], device) for n, _ in sizes]
-    columns = [data(n, k, dtypes[1], device) for n, k in sizes]
-    results = [matrix.clone() for matrix in matrices]
-    gram_ema_(results, columns, 0.9, 0.25)
-    for result, matrix, added in zip(results, matrices, columns, strict=True):
-        assert_updated(result, matrix, added, 0.9, 0.25)
-
-
 def test_decay_and_weight_are_not_rounded_to_float32(device: torch.device) -> None:
     matrix, columns = symmetric(10, torch.float64, device), data(10, 4, torch.float64, device)
-    result = matrix.clone()
-    gram_ema_(result, columns, 1 / 3, 1 / 7)
-    assert_updated(result, matrix, columns, 1 / 3, 1 / 7)
+    assert_updates(matrix, columns, 1 / 3, 1 / 7)
 
 
 @pytest.mark.parametrize("kernel", [symmetric_product_kernel, symmetric_update_kernel])
@@ -164,11 +133,3 @@ def test_decay_and_weight_are_passed_in_float64(kernel: object) -> None:
     """Triton passes a float as float32 unless the parameter says otherwise, which its interpreter does not show."""
     annotations = getattr(kernel, "fn", kernel).__annotations__
     assert annotations["decay"] == annotations["weight"] == "tl.float64"
-
-
-def test_two_runs_are_equal_to_the_bit(device: torch.device) -> None:
-    matrix, columns = symmetric(50, torch.float32, device), data(50, 700, torch.float32, device)
-    first, second = matrix.clone(), matrix.clone()
-    gram_ema_(first, columns, 0.9, 0.25)
-    gram_ema_(second, columns, 0.9, 0.25)
-    assert torch.equal(first, second)
