@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from brandla_kernels._kernels.launch import Config, start  # noqa: E402
+from brandla_kernels._kernels.launch import Config, start
 
 
 class Kernel:
