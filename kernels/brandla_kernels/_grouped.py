@@ -21,7 +21,7 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
             return None
         columns = list(zip(*(each if isinstance(each, tuple) else (each,) for each in found), strict=True))
         largest = {letter: max(sizes[letter] for sizes in problems) for letter in problems[0]}
-        gathered = []
+        gathered: list[Any] = []
         for result, parts in zip(signature.results, columns, strict=True):
             if result.listed:
                 gathered.append(list(parts))

@@ -97,13 +97,14 @@ class Compiled:
         limits, warps = LIMITS[self.target], self.launch.config.num_warps
         lanes = TARGETS[self.target].warp_size
         warp_registers = triton.cdiv(self.registers * lanes, limits.registers_granule) * limits.registers_granule
-        return min(
+        bounds = (
             limits.programs,
             limits.warps // warps,
             limits.registers // max(warp_registers * warps, 1),
             limits.shared_bytes // max(self.shared_bytes + limits.shared_bytes_reserved, 1),
             limits.tensor_memory // self.tensor_memory if self.tensor_memory else limits.programs,
         )
+        return int(min(bounds))
 
     @property
     def occupancy(self) -> float:

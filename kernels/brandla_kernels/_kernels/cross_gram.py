@@ -70,7 +70,7 @@ def _write_part(
     store_tile(part, index_l, index_r, total.to(tl.float64) * factor)
 
 
-@counted("n r k", lambda _, root, data: cost(*root, data[1]).flops)
+@counted("n r k", lambda _, root, data: cost(root[0], root[1], data[1]).flops)
 @triton.jit
 def cross_gram_kernel(
     root_ptr, data_ptr, parts_ptr, table_ptr,

@@ -41,7 +41,7 @@ def sum_over_rows(
     return total
 
 
-@counted("n r k", lambda _, x, y: cost(*x, y[1]).flops)
+@counted("n r k", lambda _, x, y: cost(x[0], x[1], y[1]).flops)
 @triton.jit
 def inner_product_kernel(
     x_ptr, y_ptr, parts_ptr, table_ptr,

@@ -323,7 +323,7 @@ def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
         store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
 
 
-@launch.counted("r m s", lambda given, gram, cross, *_: cost(*cross, given["s"]).flops)
+@launch.counted("r m s", lambda given, gram, cross, *_: cost(cross[0], cross[1], given["s"]).flops)
 @triton.jit
 def root_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,

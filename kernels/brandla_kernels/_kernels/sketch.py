@@ -66,7 +66,7 @@ def signs_tile(
 
 @counted(
     "m n width",
-    lambda _, out, x: cost(*x, out[1]).flops,
+    lambda _, out, x: cost(x[0], x[1], out[1]).flops,
     # One stretch of the sum lies behind the other: all of them are written.
     lambda given: {"out_ptr": given["SPLITS"]},
 )
