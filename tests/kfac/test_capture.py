@@ -182,17 +182,6 @@ def test_keyword_and_single_vector_inputs():
     assert torch.isfinite(layer.weight.grad).all()
 
 
-def test_remove_takes_every_hook_off():
-    model = mlp(10, 20, 4)
-    preconditioner = KFAC(model, Exact())
-    preconditioner.remove()
-    inputs, labels = batch(12, 10, 4)
-    CROSS_ENTROPY(model(inputs), labels).backward()
-    before = gradients(model)
-    preconditioner.step()
-    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_float32_factors(dtype: torch.dtype):
     layer = nn.Linear(20, 10).to(dtype)

@@ -269,13 +269,6 @@ def test_one_hot_inputs_are_a_diagonal_factor(variant: str):
         close(one, other, 5)
 
 
-def test_one_hot_inputs_make_a_dense_structure_diagonal():
-    curvature = InverseFree("dense").curvature(shape(one_hot=True))
-    assert isinstance(curvature.input.structure, Diagonal)
-    assert curvature.output is not None
-    assert isinstance(curvature.output.structure, Dense)
-
-
 @VARIANT
 def test_a_single_layer_has_one_side(variant: str):
     """Rows are whole gradients; SINGD with the other factor 1 is IKFAC with momentum."""

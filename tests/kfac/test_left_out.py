@@ -333,8 +333,3 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(KFAC, "_replicas", type("Several", (), {"several": True, "complete": Replicas.complete})())
     with pytest.raises(RuntimeError, match="gradient must be 'autograd' where gradients are reduced over processes"):
         KFAC(mlp(20, 10), Exact(), gradient="pair")
-
-
-def test_the_option_is_checked():
-    with pytest.raises(ValueError, match="KFAC: gradient must be 'autograd' or 'pair'; got 'none'"):
-        KFAC(mlp(20, 10), Exact(), gradient="none")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from brandla.kfac import EKFAC, KFAC, Exact
 from brandla.kfac.ekfac import EigenvalueCorrected
 from kfac.networks import batch, layer_gradient, mlp
-from kfac.systems import assert_near, fisher, sample_gradients, step
+from kfac.systems import assert_near, fisher, layer_steps, sample_gradients
 
 DAMPING = 0.03
 ROUNDING = 1e-10
@@ -99,7 +99,7 @@ def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(da
         inputs = torch.randn(7, 5, dtype=torch.float64).repeat_interleave(4, dim=0)
         targets = layer(inputs).detach() - 2 * torch.eye(4, dtype=torch.float64).repeat(7, 1)
         preconditioner = KFAC(layer, system, damping=damping, clip=None)
-        (step_of,) = step(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
+        (step_of,) = layer_steps(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
         steps[name] = step_of
     assert_near(steps["corrected"], steps["exact"], ROUNDING)
 
