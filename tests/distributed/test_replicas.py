@@ -21,6 +21,7 @@ from brandla.kfac import (
     Foof,
     InverseFree,
     Randomized,
+    Strategy,
     TwoLevel,
 )
 from brandla.kfac.exchange import fewer
@@ -31,116 +32,71 @@ from distributed.replicas import Branches, Case, Mixed, alone, error_of
 EXACT, DRAWN = {"curvature": "type-2"}, {"curvature": "monte-carlo"}
 # Nothing hides the size of G: the step is as long as the solve makes it.
 UNCLIPPED = {"curvature": "type-2", "clip": None, "damping": 1.0}
-SCALE = 2.0**30
 SINGD = InverseFree(preconditioner_every=2)
 # Eigenvectors of directions without data are what rounding makes them: EKFAC is only determined with those of now.
 CORRECTED = EKFAC(inverse_every=1)
 BOTH = ("gather", "split")
-# Each way with one of the modes, or with both where they differ in more than who computes what.
-OF_TWO: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "exact": (BOTH, {"strategy": Exact(inverse_every=2)}),
-    "randomized": (("split",), {"strategy": Randomized(6, inverse_every=2)}),
-    "randomized-svd": (("gather",), {"strategy": Randomized(6, method="svd", inverse_every=1)}),
-    "brand": (BOTH, {"strategy": Brand(6)}),
-    "brand-cholesky": (("split",), {"strategy": Brand(6, compress="cholesky")}),
-    "brand-eigh": (("gather",), {"strategy": Brand(6, form="eigh")}),
-    "brand-randomized": (("split",), {"strategy": BrandRandomized(6, overwrite_every=2)}),
-    "brand-corrected": (("gather",), {"strategy": BrandCorrected(6, correct_every=2)}),
-    "ekfac": (("split",), {"strategy": EKFAC(inverse_every=2)}),
-    "foof": (("gather",), {"strategy": Foof(Brand(6))}),
-    "conjugate-gradient": (("split",), {"strategy": ConjugateGradient()}),
-    "inverse-free": (BOTH, {"strategy": SINGD}),
-    "two-level": (("split",), {"strategy": TwoLevel(Brand(6))}),
-    "mixed layers, exact": (("gather",), {"strategy": Exact(inverse_every=1), "sizes": (4, 2), "model": Mixed}),
-    "mixed layers, two-level": (("gather",), {"strategy": TwoLevel(Exact()), "sizes": (4, 2), "model": Mixed}),
-    "mixed layers, inverse-free": (("split",), {"strategy": SINGD, "sizes": (4, 2), "model": Mixed}),
-    "uneven": (BOTH, {"strategy": Brand(6), "sizes": (9, 3)}),
-    "plain model": (("split",), {"strategy": Brand(6), "wrap": "plain"}),
-    "accumulated": (("gather",), {"strategy": Brand(6), "accumulate": 3, "sizes": (3, 2)}),
-    "now and then": (
-        ("split",),
-        {"strategy": Brand(6), "options": {"factor_every": 2, "damping": replicas.falling}},
+SCALED = {"scale": 2.0**30, "overflows": ((1, 0), (0, 2))}
+
+
+def ways(strategy: Strategy, *modes: str, **changes: Any) -> dict[str, Case]:
+    """One way to train, in one of the modes, or in both where they differ in more than who computes what."""
+    return {mode: Case(strategy, mode, **changes) for mode in modes}
+
+
+OF_TWO = {
+    "exact": ways(Exact(inverse_every=2), *BOTH),
+    "randomized": ways(Randomized(6, inverse_every=2), "split"),
+    "randomized-svd": ways(Randomized(6, method="svd", inverse_every=1), "gather"),
+    "brand": ways(Brand(6), *BOTH),
+    "brand-cholesky": ways(Brand(6, compress="cholesky"), "split"),
+    "brand-eigh": ways(Brand(6, form="eigh"), "gather"),
+    "brand-randomized": ways(BrandRandomized(6, overwrite_every=2), "split"),
+    "brand-corrected": ways(BrandCorrected(6, correct_every=2), "gather"),
+    "ekfac": ways(EKFAC(inverse_every=2), "split"),
+    "foof": ways(Foof(Brand(6)), "gather"),
+    "conjugate-gradient": ways(ConjugateGradient(), "split"),
+    "inverse-free": ways(SINGD, *BOTH),
+    "two-level": ways(TwoLevel(Brand(6)), "split"),
+    "mixed layers, exact": ways(Exact(inverse_every=1), "gather", sizes=(4, 2), model=Mixed),
+    "mixed layers, two-level": ways(TwoLevel(Exact()), "gather", sizes=(4, 2), model=Mixed),
+    "mixed layers, inverse-free": ways(SINGD, "split", sizes=(4, 2), model=Mixed),
+    "uneven": ways(Brand(6), *BOTH, sizes=(9, 3)),
+    "plain model": ways(Brand(6), "split", wrap="plain"),
+    "accumulated": ways(Brand(6), "gather", sizes=(3, 2), accumulate=3),
+    "now and then": ways(Brand(6), "split", options={"factor_every": 2, "damping": replicas.falling}),
+    "clipped by KL": ways(Brand(6), "gather", options={"clip_by": "kl", "clip": 1e-2}),
+    "layers unused on a rank": ways(Brand(6), *BOTH, model=Branches),
+    "broken on one rank": ways(Brand(6), *BOTH, broken=(1, 2)),
+    "type-2": ways(Brand(6), "gather", sizes=(2, 1), options=EXACT),
+    "type-2, no clipping": ways(Exact(inverse_every=1), "split", sizes=(4, 2), options=UNCLIPPED),
+    "type-2, CG": ways(ConjugateGradient(), "gather", sizes=(2, 3), accumulate=2, options=EXACT),
+    "type-2, two-level": ways(TwoLevel(Exact(inverse_every=1)), "split", sizes=(4, 2), options=EXACT, model=Mixed),
+    "type-2, layers unused": ways(
+        Exact(inverse_every=1), "gather", sizes=(4, 2), accumulate=2, options=UNCLIPPED, model=Branches
     ),
-    "clipped by KL": (("gather",), {"strategy": Brand(6), "options": {"clip_by": "kl", "clip": 1e-2}}),
-    "layers unused on a rank": (BOTH, {"strategy": Brand(6), "model": Branches}),
-    "broken on one rank": (BOTH, {"strategy": Brand(6), "broken": (1, 2)}),
-    "type-2": (("gather",), {"strategy": Brand(6), "sizes": (2, 1), "options": EXACT}),
-    "type-2, no clipping": (
-        ("split",),
-        {"strategy": Exact(inverse_every=1), "sizes": (4, 2), "options": UNCLIPPED},
-    ),
-    "type-2, CG": (
-        ("gather",),
-        {"strategy": ConjugateGradient(), "sizes": (2, 3), "accumulate": 2, "options": EXACT},
-    ),
-    "type-2, two-level, mixed layers": (
-        ("split",),
-        {"strategy": TwoLevel(Exact(inverse_every=1)), "sizes": (4, 2), "options": EXACT, "model": Mixed},
-    ),
-    "type-2, layers unused on a rank": (
-        ("gather",),
-        {
-            "strategy": Exact(inverse_every=1),
-            "sizes": (4, 2),
-            "accumulate": 2,
-            "options": UNCLIPPED,
-            "model": Branches,
-        },
-    ),
-    "type-2, static graph": (
-        ("split",),
-        {"strategy": Brand(6), "sizes": (1, 1), "options": EXACT, "wrap": "static"},
-    ),
-    "drawn, accumulated": (
-        ("gather",),
-        {"strategy": Brand(6), "sizes": (2, 1), "accumulate": 3, "options": DRAWN},
-    ),
-    "drawn, mixed layers": (("split",), {"strategy": CORRECTED, "sizes": (4, 3), "options": DRAWN, "model": Mixed}),
-    "scaled, too large": (
-        ("gather",),
-        {"strategy": ConjugateGradient(), "scale": SCALE, "overflows": ((1, 0), (0, 2))},
-    ),
-    "all": (
-        BOTH,
-        {
-            "strategy": SINGD,
-            "sizes": (3, 2),
-            "accumulate": 2,
-            "options": EXACT,
-            "scale": SCALE,
-            "overflows": ((1, 0), (0, 2)),
-        },
-    ),
+    "type-2, static graph": ways(Brand(6), "split", sizes=(1, 1), options=EXACT, wrap="static"),
+    "drawn, accumulated": ways(Brand(6), "gather", sizes=(2, 1), accumulate=3, options=DRAWN),
+    "drawn, mixed layers": ways(CORRECTED, "split", sizes=(4, 3), options=DRAWN, model=Mixed),
+    "scaled": ways(ConjugateGradient(), "gather", **SCALED),
+    "all": ways(SINGD, *BOTH, sizes=(3, 2), accumulate=2, options=EXACT, **SCALED),
 }
-OF_FOUR: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "exact": (("split",), {"strategy": Exact(inverse_every=2), "sizes": (3, 3, 3, 3)}),
-    "ekfac": (("gather",), {"strategy": EKFAC(inverse_every=2), "sizes": (3, 3, 3, 3)}),
-    "uneven": (BOTH, {"strategy": Brand(6), "sizes": (1, 5, 2, 4)}),
-    "drawn": (
-        ("gather",),
-        {"strategy": Exact(inverse_every=2), "sizes": (2, 1, 3, 2), "accumulate": 2, "options": DRAWN},
-    ),
-    "all": (
-        ("split",),
-        {
-            "strategy": SINGD,
-            "sizes": (1, 3, 2, 1),
-            "accumulate": 2,
-            "options": EXACT,
-            "scale": SCALE,
-            "overflows": ((2, 0), (3, 2)),
-        },
-    ),
+OF_FOUR = {
+    "exact": ways(Exact(inverse_every=2), "split", sizes=(3, 3, 3, 3)),
+    "ekfac": ways(EKFAC(inverse_every=2), "gather", sizes=(3, 3, 3, 3)),
+    "uneven": ways(Brand(6), *BOTH, sizes=(1, 5, 2, 4)),
+    "drawn": ways(Exact(inverse_every=2), "gather", sizes=(2, 1, 3, 2), accumulate=2, options=DRAWN),
+    "all": ways(SINGD, "split", sizes=(1, 3, 2, 1), accumulate=2, options=EXACT, **SCALED),
 }
 
 
-@pytest.mark.parametrize(("ranks", "ways"), [(2, OF_TWO), (4, OF_FOUR)], ids=["2", "4"])
-def test_equals_one_process_with_all_batches(ranks: int, ways: dict[str, tuple[tuple[str, ...], dict[str, Any]]]):
+@pytest.mark.parametrize(("ranks", "named"), [(2, OF_TWO), (4, OF_FOUR)], ids=["2", "4"])
+def test_equals_one_process_with_all_batches(ranks: int, named: dict[str, dict[str, Case]]):
     """To rounding, and bit by bit in all processes; from a checkpoint too.
 
     Solves of condition 11 a side lose 11² · 31 ε = 8e-13 of a step, and a step hands on what came before times a few.
     """
-    cases = {f"{name}, {mode}": Case(mode=mode, **way) for name, (modes, way) in ways.items() for mode in modes}
+    cases = {f"{name}, {mode}": case for name, modes in named.items() for mode, case in modes.items()}
     by_rank = run(replicas.train, ranks, list(cases.values()), timeout=120)
     for (name, case), *outcomes in zip(cases.items(), *by_rank, strict=True):
         assert error_of(outcomes[0].parameters, alone(case)) < 1e-9, name
@@ -154,7 +110,7 @@ def test_equals_one_process_with_all_batches(ranks: int, ways: dict[str, tuple[t
 
 @pytest.mark.filterwarnings("ignore:KFAC")
 def test_one_process_continues_from_a_checkpoint_of_two():
-    scaled = {"scale": SCALE, "overflows": ((1, 0),)}
+    scaled = {"scale": 2.0**30, "overflows": ((1, 0),)}
     cases = [
         Case(Brand(6), "gather"),
         Case(Brand(6), "split"),
@@ -169,8 +125,7 @@ def test_one_process_continues_from_a_checkpoint_of_two():
 
 
 def test_sharded_parameters_equal_one_process():
-    scaled = {"scale": 2.0**30, "overflows": ((0, 0), (1, 2))}
-    before = [Case(Exact(inverse_every=2)), Case(SINGD, "split", (3, 2), 2, EXACT, **scaled)]
+    before = [Case(Exact(inverse_every=2)), Case(SINGD, "split", (3, 2), 2, EXACT, **SCALED)]
     after = [Case(Brand(6), "split", (9, 3)), Case(Exact(inverse_every=1), "gather", (3, 2), 3, EXACT)]
     for outcomes in run(replicas.train_sharded, 2, before, after):
         for case, parameters in zip(before + after, outcomes, strict=True):
@@ -180,7 +135,7 @@ def test_sharded_parameters_equal_one_process():
 def test_groups_train_by_themselves():
     cases = [
         Case(Exact(inverse_every=2), "gather", (3, 2), 2, EXACT),
-        Case(SINGD, "split", (2, 1), 2, DRAWN, scale=SCALE, overflows=((1, 2),)),
+        Case(SINGD, "split", (2, 1), 2, DRAWN, scale=2.0**30, overflows=((1, 2),)),
     ]
     firsts = (0, 100)
     for rank, trained in enumerate(run(replicas.train_in_pairs, 4, cases, firsts)):

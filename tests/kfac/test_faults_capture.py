@@ -36,11 +36,15 @@ def abandoned(model: nn.Sequential) -> None:
     (50 * loss_of(model, data(100), 100)).backward()
 
 
+def gradient_of_inputs(model: nn.Sequential, seed: int) -> None:
+    inputs = data(seed).requires_grad_()
+    torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+
+
 def gradient_of_inputs_first(model: nn.Sequential, seed: int, disturbed: bool) -> None:
     model.zero_grad()
     if disturbed:
-        inputs = data(seed).requires_grad_()
-        torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+        gradient_of_inputs(model, seed)
     loss_of(model, data(seed), seed).backward()
 
 
@@ -48,8 +52,7 @@ def gradient_of_inputs_into_zeros(model: nn.Sequential, seed: int, disturbed: bo
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if disturbed:
-        inputs = data(seed).requires_grad_()
-        torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+        gradient_of_inputs(model, seed)
     loss_of(model, data(seed), seed).backward()
 
 
@@ -66,8 +69,7 @@ def gradient_of_inputs_in_every_part(model: nn.Sequential, seed: int, disturbed:
     model.zero_grad()
     for part in (seed, seed + 50):
         if disturbed:
-            inputs = data(part).requires_grad_()
-            torch.autograd.grad(50 * loss_of(model, inputs, part), inputs)
+            gradient_of_inputs(model, part)
         (loss_of(model, data(part), part) / 2).backward()
 
 

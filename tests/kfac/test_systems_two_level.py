@@ -27,12 +27,13 @@ INNER = {
 }
 ABSOLUTE = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
 ALL = slice(None)
+Loss = Callable[[nn.Module, slice], Tensor]
 NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 
-def cross_entropy(inputs: Tensor, labels: Tensor) -> Callable[[nn.Module, slice], Tensor]:
+def cross_entropy(inputs: Tensor, labels: Tensor) -> Loss:
     return lambda model, some: nn.functional.cross_entropy(model(inputs[some]), labels[some])
 
 
@@ -44,9 +45,9 @@ class Alone(NamedTuple):
     preconditioner: KFAC
 
 
-def alone(model: nn.Module, inner: Strategy, loss: Tensor, **options: object) -> Alone:
+def alone(model: nn.Module, inner: Strategy, loss: Loss, **options: object) -> Alone:
     preconditioner = KFAC(model, inner, **options)
-    loss.backward()
+    loss(model, ALL).backward()
     gradient = [layer_gradient(layer) for layer in linears(model)]
     preconditioner.step()
     return Alone([layer_gradient(layer) for layer in linears(model)], gradient, preconditioner)
@@ -78,7 +79,7 @@ def test_step_is_the_formula_with_the_whole_fisher_matrix(inner: Strategy, space
     loss = cross_entropy(*batch(9, 12, 5))
     F = fisher(sample_gradients(linears(model), lambda n: loss(model, slice(n, n + 1)), 9), 9)
     options = {**ABSOLUTE, "application": application}
-    within, own = KFAC(model, TwoLevel(inner, space), **options), alone(plain, inner, loss(plain, ALL), **options)
+    within, own = KFAC(model, TwoLevel(inner, space), **options), alone(plain, inner, loss, **options)
     expected, _ = dense_correction(own, F, space)
     result = flat(layer_steps(model, within, loss(model, ALL)))
     # Condition (F + λ) about 1e2 on both levels.
@@ -92,7 +93,7 @@ def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(sp
     loss = cross_entropy(*batch(9, 12, 5))
     F = fisher(sample_gradients(linears(model), lambda n: loss(model, slice(n, n + 1)), 9), 9)
     within = KFAC(model, TwoLevel(Exact(), space), damping=DAMPING, clip=None)
-    own = alone(plain, Exact(), loss(plain, ALL), damping=DAMPING, clip=None)
+    own = alone(plain, Exact(), loss, damping=DAMPING, clip=None)
     now = NOW._replace(damping=Damping(DAMPING, "relative"))
     for layer in own.preconditioner._layers:
         layer.curvature = _Relative(layer.curvature, now)
@@ -121,7 +122,7 @@ def test_no_other_correction_in_the_coarse_space_is_nearer_to_the_damped_natural
     F = fisher(sample_gradients(linears(model), lambda n: loss(model, slice(n, n + 1)), 9), 9)
     damped = F + DAMPING * torch.eye(len(F), dtype=F.dtype)
     plain = copy.deepcopy(model)
-    own, within = alone(plain, Exact(), loss(plain, ALL), **ABSOLUTE), KFAC(model, TwoLevel(Exact(), space), **ABSOLUTE)
+    own, within = alone(plain, Exact(), loss, **ABSOLUTE), KFAC(model, TwoLevel(Exact(), space), **ABSOLUTE)
     gradient, (_, R) = flat(own.gradient), dense_correction(own, F, space)
     result = flat(layer_steps(model, within, loss(model, ALL)))
     target = torch.linalg.solve(damped, gradient)
@@ -169,7 +170,7 @@ def test_positions_are_summed_within_a_sample_and_blocks_have_the_scale_of_their
     loss = cross_entropy(inputs, torch.randint(3, (8,)))
     parts = sample_gradients(linears(model), lambda n: loss(model, slice(n, n + 1)), 8)
     F = fisher([[inner * 40**0.5, outer * 8**0.5] for inner, outer in parts], 1)
-    own, within = alone(plain, Exact(), loss(plain, ALL), **ABSOLUTE), KFAC(model, TwoLevel(Exact(), space), **ABSOLUTE)
+    own, within = alone(plain, Exact(), loss, **ABSOLUTE), KFAC(model, TwoLevel(Exact(), space), **ABSOLUTE)
     expected, _ = dense_correction(own, F, space)
     assert_near(flat(layer_steps(model, within, loss(model, ALL))), expected, 1e-9)
 
