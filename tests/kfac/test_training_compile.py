@@ -43,7 +43,7 @@ class Block(nn.Module):
         return inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True))
 
 
-def blocks(count: int = 2) -> nn.Sequential:
+def blocks(count: int = 1) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(Block(6) for _ in range(count)))
 
