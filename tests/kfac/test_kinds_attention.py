@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -292,15 +291,3 @@ def test_an_attention_with_a_forward_pass_of_its_own_is_left_to_the_optimizer():
 
     model = nn.Sequential(nn.Linear(D, D), Own(D, HEADS))
     assert KFAC(model, Exact()).report().unsupported["1"] == "Own has a forward pass of its own"
-
-
-def test_rows_in_reduce_are_as_many_as_samples():
-    """What makes Brand's update linear in cost on attention: k does not grow with the number of positions."""
-    widths = []
-    for length in (QUERIES, 4 * QUERIES):
-        module = attention()
-        preconditioner = KFAC(module, Brand(2), sharing="reduce")
-        query = torch.randn(length, SAMPLES, D, dtype=torch.float64)
-        module(query, query, query)[0].square().sum().backward()
-        widths.append([layer.rows("loss", None).inputs.shape[-2] for layer in preconditioner._layers])
-    assert all(one == other == [SAMPLES] * 2 for one, other in pairwise(widths))

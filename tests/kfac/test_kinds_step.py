@@ -192,34 +192,6 @@ def test_expand_is_the_fisher_matrix_of_a_linear_network_with_a_term_for_each_po
         assert_solves(fisher, weight.grad, gradient, layer)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_one_position_is_a_linear_layer(sharing: str):
-    """A kernel as large as the input: the convolution is a Linear, exact in either sharing."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 3, bias=False)).double()
-    points = torch.randn(40, 2, 3, 3, dtype=torch.float64)
-    for name in ("0.weight", "2.weight"):
-        step_against_fisher(model, name, sharing, points, 1.0)
-
-
-def test_one_datum_with_one_residual():
-    """F = (a aᵀ) ⊗ (g gᵀ) in "reduce": the step solves with the Kronecker product of both, damped."""
-    torch.manual_seed(0)
-    conv = nn.Conv1d(2, 3, 2, bias=False, dtype=torch.float64)
-    preconditioner = KFAC(
-        conv, Exact(inverse_every=1), sharing="reduce", damping=0.1, damping_scale="absolute", clip=None
-    )
-    point = torch.randn(1, 2, 5, dtype=torch.float64)
-    direction = torch.randn(3, dtype=torch.float64)
-    (conv(point).mean(2) @ direction).mean().backward()
-    gradient = conv.weight.grad.clone()
-    windows = nn.functional.unfold(point[:, :, None], (1, 2)).mean(2)[0]
-    factors = [torch.outer(part, part) + 0.1 * torch.eye(len(part)) for part in (direction, windows)]
-    preconditioner.step()
-    expected = torch.linalg.solve(torch.kron(*factors), gradient.flatten()).reshape(gradient.shape)
-    torch.testing.assert_close(conv.weight.grad, expected)
-
-
 @pytest.mark.parametrize("name", ["1", "3"])
 def test_blocks_of_scale_and_shift_are_those_of_the_fisher_matrix(name: str):
     """The 2 × 2 blocks of the mean of gradients' outer products; those between channels are left out."""

@@ -81,21 +81,6 @@ def test_step_is_the_damped_gauss_newton_step_where_kfac_is_exact():
     torch.testing.assert_close(middle.grad, expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
 
 
-def test_step_of_one_datum_inverts_its_gauss_newton_matrix():
-    """One datum with residual 1: F = (a aᵀ) ⊗ (g gᵀ), and the step solves with the Kronecker product of both."""
-    torch.manual_seed(0)
-    layer = nn.Linear(4, 1, bias=False, dtype=torch.float64)
-    point = torch.randn(1, 4, dtype=torch.float64)
-    target = layer(point).detach() - 1
-    preconditioner = KFAC(layer, Exact(inverse_every=1), damping=0.1, damping_scale="absolute", clip=None)
-    (0.5 * (layer(point) - target).square().mean()).backward()
-    gradient = layer.weight.grad.clone()
-    preconditioner.step()
-    eye = torch.eye(4, dtype=torch.float64)
-    fisher = torch.kron(torch.ones(1, 1, dtype=torch.float64) + 0.1, point.T @ point + 0.1 * eye)
-    torch.testing.assert_close(layer.weight.grad.reshape(-1), torch.linalg.solve(fisher, gradient.reshape(-1)))
-
-
 def test_average_weights_all_batches_of_the_past():
     """M is Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i)."""
     layer = nn.Linear(6, 3, bias=False, dtype=torch.float64)
@@ -108,14 +93,6 @@ def test_average_weights_all_batches_of_the_past():
     state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
     torch.testing.assert_close(state["dense"], expected)
     torch.testing.assert_close(state["total"].item(), 1 - 0.7**4)
-
-
-def test_bias_has_variance_one_in_the_input_factor():
-    layer = nn.Linear(6, 3, dtype=torch.float64)
-    preconditioner = KFAC(layer, Exact())
-    stepped(layer, preconditioner, loss_of(layer, batch(5, 6, 3)))
-    state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
-    assert (state["dense"][-1, -1] / state["total"]).item() == pytest.approx(1)
 
 
 def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction():

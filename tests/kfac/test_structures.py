@@ -85,23 +85,6 @@ def test_identity_trace_norm_and_sums(structure: Structure, n: int):
     close(structure.dense(total, n), 2 * dense - torch.eye(n, dtype=DOUBLE))
 
 
-@given(structures, sizes)
-def test_projection_keeps_the_trace(structure: Structure, n: int):
-    X = rows(5, n)
-    close(structure.trace(structure.gram(X))[None], X.square().sum()[None])
-
-
-@EACH
-def test_no_other_member_is_nearer_than_the_projection(structure: Structure):
-    """Nothing in the structure has a symmetric part nearer to S."""
-    X = rows(5, 11)
-    S, m = X.T @ X, structure.dense(structure.gram(X), 11)
-    distance = ((m + m.T) / 2 - S).norm()
-    for seed in range(5):
-        other = m + 0.1 * random_dense(structure, 11, seed)
-        assert ((other + other.T) / 2 - S).norm() >= distance - 1e-12 * S.norm()
-
-
 @pytest.mark.parametrize(
     ("structure", "numbers"),
     [

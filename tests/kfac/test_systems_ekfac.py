@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brandla.kfac import EKFAC, KFAC, Exact
 from brandla.kfac.ekfac import EigenvalueCorrected
-from kfac.networks import batch, layer_gradient, mlp
+from kfac.networks import batch, layer_gradient
 from kfac.systems import assert_near, fisher, layer_steps, sample_gradients
 
 DAMPING = 0.03
@@ -145,22 +145,3 @@ def test_renewed_eigenvectors_take_over_what_the_old_ones_stood_for():
         sums = curvature(preconditioner).sums.reshape(-1)
         assert_near(sums, expected, ROUNDING)
         known = (basis * sums) @ basis.T
-
-
-def test_deep_network_is_corrected_layer_by_layer():
-    """The steps of a network with a bias and a nonlinearity, each from its own layer's samples."""
-    model = mlp(6, 7, 4)
-    inputs, labels = batch(15, 6, 4)
-    layers = [model[0], model[2]]
-
-    def loss(some: slice) -> Tensor:
-        return nn.functional.cross_entropy(model(inputs[some]), labels[some])
-
-    gradients = sample_gradients(layers, lambda index: loss(slice(index, index + 1)), 15)
-    preconditioner = KFAC(model, EKFAC(), clip=None)
-    loss(slice(None)).backward()
-    preconditioner.step()
-    for index in range(2):
-        S, _, left, _, right = parts_of(curvature(preconditioner, index))
-        expected = 15 * sum((left.T @ v[index] @ right).square() for v in gradients)
-        assert_near(S, expected, ROUNDING)

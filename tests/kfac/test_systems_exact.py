@@ -8,7 +8,7 @@ from torch import nn
 
 from brandla.kfac import KFAC, Exact
 from brandla.kfac.strategy import Damping
-from kfac.networks import batch, damped_inverse, dense_step, layer_gradient, loss_of, mlp, stepped, with_one
+from kfac.networks import batch, damped_inverse, layer_gradient, loss_of, mlp, stepped, with_one
 from kfac.systems import assert_near, layer_steps
 
 DAMPING = 0.03
@@ -51,20 +51,6 @@ def test_cholesky_is_the_dense_formula_at_its_own_damping():
         assert 0.8 * DAMPING * largest <= shift <= DAMPING * largest * (1 + 1e-12)
         inverses.append(damped_inverse(factor, float(shift / largest)))
     assert_near(layer_gradient(layer), inverses[0] @ gradient @ inverses[1], ROUNDING)
-
-
-def test_cholesky_takes_the_step_of_rank_one_data():
-    """One datum: power iteration finds the only eigenvalue, and the step is the dense formula's."""
-    torch.manual_seed(0)
-    layer = nn.Linear(6, 5, dtype=torch.float64)
-    inputs, labels = batch(1, 6, 5)
-    preconditioner = KFAC(layer, Exact(method="cholesky"), damping=DAMPING, clip=None)
-    outputs = layer(inputs)
-    outputs.retain_grad()
-    nn.functional.cross_entropy(outputs, labels).backward()
-    gradient = layer_gradient(layer)
-    preconditioner.step()
-    assert_near(layer_gradient(layer), dense_step(with_one(inputs), outputs.grad, gradient, DAMPING), ROUNDING)
 
 
 def test_a_failed_factorisation_leaves_the_last_one():
