@@ -269,9 +269,12 @@ def test_a_single_layer_has_one_side(variant: str):
     assert curvature.widest_pair(D_IN) is None
 
 
-@NAMED
+@pytest.mark.parametrize(
+    ("structure", "kind"),
+    [*((structure, {}) for structure in STRUCTURES), ("dense", {"one_hot": True}), ("dense", {"single": True})],
+    ids=[*STRUCTURES, "one_hot", "single"],
+)
 @VARIANT
-@pytest.mark.parametrize("kind", [{}, {"one_hot": True}, {"single": True}], ids=["linear", "one_hot", "single"])
 def test_nothing_is_read_back_from_the_device(structure: str, variant: str, kind: dict[str, bool]):
     """Meta tensors have no values to read."""
     meta = torch.device("meta")
