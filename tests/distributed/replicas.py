@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from brandla.kfac import KFAC, Brand, Exact, Strategy
 from kfac.networks import batch, mlp
 
-STEPS = 5
+STEPS = 4
 RATE = 0.3
 WIDTHS = (10, 30, 24, 4)
 # Times a scale of 2³⁰ this is more than the largest float64, 2¹⁰²⁴.
@@ -263,15 +263,23 @@ def _is_same(tensors: list[Tensor]) -> bool:
     return all(torch.equal(own.view(torch.int64), other.view(torch.int64)) for other in everyone)
 
 
-def checkpoint(case: Case) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the state after some steps, and the parameters after one more."""
+def checkpoints(cases: list[Case]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """Return, of each case, the state after some steps, and the parameters after one more."""
     warnings.simplefilter("ignore")
-    training = replica(case)
-    for step in range(STEPS):
-        training.step(step)
-    state = training.state()
-    training.step(STEPS)
-    return state, training.parameters()
+    found = []
+    for case in cases:
+        training = replica(case)
+        for step in range(STEPS):
+            training.step(step)
+        state = training.state()
+        training.step(STEPS)
+        found.append((state, training.parameters()))
+    return found
+
+
+def in_turn(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Return what several functions find, one after the other, in one launch."""
+    return [function(*arguments) for function, arguments in calls]
 
 
 def train_in_pairs(cases: list[Case], firsts: tuple[int, int]) -> list[list[Tensor]]:
@@ -337,13 +345,13 @@ def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], l
     return strategies, [parameter.detach() for parameter in model.parameters()]
 
 
-def train_sharded(cases: list[Case], *, before: bool) -> list[list[Tensor]]:
-    """Train with parameters sharded by FSDP2, the preconditioner constructed before or after they are."""
+def train_sharded(before: list[Case], after: list[Case]) -> list[list[Tensor]]:
+    """Train with parameters sharded by FSDP2, the preconditioners of the first cases constructed before they are."""
     warnings.simplefilter("ignore")
     results = []
-    for case in cases:
+    for case in before + after:
         model = case.model()
-        training = Training(case, model) if before else None
+        training = Training(case, model) if case in before else None
         for module in model:
             if isinstance(module, nn.Linear):
                 fully_shard(module)

@@ -1,11 +1,16 @@
-"""Small networks and the dense K-FAC formula in float64 that the preconditioner is held against."""
+"""Small networks, steps of them, and the dense K-FAC formula in float64 that the preconditioner is held against."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from brandla.kfac import KFAC
+
+Batch = tuple[Tensor, Tensor]
 
 
 def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
@@ -17,9 +22,7 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: b
     return nn.Sequential(*layers[:-1])
 
 
-def batch(
-    count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:
     """Normal inputs and random labels."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, d_in, generator=generator, dtype=dtype)
@@ -29,6 +32,32 @@ def batch(
 def gradients(model: nn.Module) -> list[Tensor]:
     """Copies of all gradients."""
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def loss_of(model: nn.Module, data: Batch) -> Tensor:
+    """Cross-entropy of a batch."""
+    return nn.functional.cross_entropy(model(data[0]), data[1])
+
+
+def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
+    """One backward pass and one step; copies of all gradients after it."""
+    model.zero_grad()
+    loss.backward()
+    preconditioner.step()
+    return gradients(model)
+
+
+def train(model: nn.Module, preconditioner: KFAC, data: Iterable[Batch], rate: float = 0.1) -> None:
+    """A step of SGD for each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    for own in data:
+        stepped(model, preconditioner, loss_of(model, own))
+        optimizer.step()
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    """All weights have the same bits."""
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 def layer_gradient(layer: nn.Linear) -> Tensor:

@@ -1,14 +1,73 @@
-"""Per-sample gradients by autograd, one sample at a time: the definitions that systems are held against."""
+"""Every system at small sizes, and the definitions that systems are held against: gradients of samples by autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC
-from kfac.networks import layer_gradient
+from brandla.kfac import (
+    EKFAC,
+    KFAC,
+    Brand,
+    BrandCorrected,
+    BrandRandomized,
+    ConjugateGradient,
+    Exact,
+    Foof,
+    InverseFree,
+    Randomized,
+    Strategy,
+    TwoLevel,
+)
+from kfac.networks import layer_gradient, stepped
+
+SYSTEMS: dict[str, Strategy] = {
+    "exact": Exact(inverse_every=3),
+    "cholesky": Exact(inverse_every=3, method="cholesky"),
+    "randomized-svd": Randomized(6, method="svd", oversample=4, inverse_every=3),
+    "randomized-eigh": Randomized(6, oversample=4, inverse_every=3),
+    "brand": Brand(6),
+    "brand-sketched": Brand(6, sketch=3),
+    "brand-cholesky": Brand(6, compress="cholesky"),
+    "brand-eigh": Brand(6, form="eigh"),
+    "brand-randomized": BrandRandomized(6, overwrite_every=2, oversample=4),
+    "brand-corrected": BrandCorrected(6, correct_every=2),
+    "ekfac": EKFAC(inverse_every=3),
+    "singd": InverseFree(preconditioner_every=2),
+    "ikfac": InverseFree(variant="ikfac"),
+    "foof": Foof(Brand(6)),
+    "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
+    "two-level": TwoLevel(Brand(6)),
+    "residual": TwoLevel(Exact(inverse_every=3, method="cholesky"), "residual"),
+}
+every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
+
+
+def some_systems(*names: str) -> pytest.MarkDecorator:
+    """Run a test with a few of the systems."""
+    return pytest.mark.parametrize("strategy", [SYSTEMS[name] for name in names], ids=names)
+
+
+def full_rank(rank: int) -> dict[str, Strategy]:
+    """Systems of factors that lose nothing of a few batches: their steps are those of dense matrices."""
+    return {
+        "exact": Exact(inverse_every=1),
+        "randomized-svd": Randomized(60, method="svd", inverse_every=1),
+        "randomized-eigh": Randomized(60, inverse_every=1),
+        "brand": Brand(rank),
+        "brand-cholesky": Brand(rank, compress="cholesky"),
+        "brand-eigh": Brand(rank, form="eigh"),
+        "brand-randomized": BrandRandomized(rank, overwrite_every=2),
+        "brand-corrected": BrandCorrected(rank, correct_every=2),
+    }
+
+
+def tensors(preconditioner: KFAC) -> list[Tensor]:
+    """Copies of all that a preconditioner keeps."""
+    return [part.clone() for layer in preconditioner._layers for part in layer.curvature.tensors()]
 
 
 def sample_gradients(
@@ -37,11 +96,9 @@ def flat(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
-def step(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
+def layer_steps(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
     """Gradients of the Linear layers after a backward pass and a step."""
-    model.zero_grad()
-    loss.backward()
-    preconditioner.step()
+    stepped(model, preconditioner, loss)
     return [layer_gradient(layer) for layer in linears(model)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, Exact
-from kfac.networks import batch, dense_step, gradients, layer_gradient, mlp, with_one
+from kfac.networks import Batch, batch, dense_step, gradients, layer_gradient, loss_of, mlp, stepped, with_one
 
 # Small networks have factors too small for Brand; that they say so is tested with the report.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -16,12 +16,8 @@ DAMPING = 0.03
 CROSS_ENTROPY = nn.functional.cross_entropy
 
 
-def stepped(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, **options: object) -> list[torch.Tensor]:
-    preconditioner = KFAC(model, Exact(inverse_every=1), clip=None, **options)
-    CROSS_ENTROPY(model(inputs), labels).backward()
-    preconditioner.step()
-    preconditioner.remove()
-    return gradients(model)
+def one_step(model: nn.Module, data: Batch, **options: object) -> list[torch.Tensor]:
+    return stepped(model, KFAC(model, Exact(inverse_every=1), clip=None, **options), loss_of(model, data))
 
 
 def test_in_place_activations_do_not_disturb_the_capture():
@@ -30,20 +26,19 @@ def test_in_place_activations_do_not_disturb_the_capture():
         if isinstance(module, nn.ReLU):
             module.inplace = False
     data = batch(12, 10, 4)
-    torch.testing.assert_close(stepped(in_place, *data), stepped(plain, *data))
+    torch.testing.assert_close(one_step(in_place, data), one_step(plain, data))
 
 
 def test_linear_and_two_sided_application_agree():
     data = batch(12, 10, 4)
     linear, two_sided = mlp(10, 20, 20, 4), mlp(10, 20, 20, 4)
-    torch.testing.assert_close(stepped(linear, *data), stepped(two_sided, *data, application="two-sided"))
+    torch.testing.assert_close(one_step(linear, data), one_step(two_sided, data, application="two-sided"))
 
 
 def test_evaluation_without_grad_leaves_no_trace():
     model = mlp(10, 20, 4)
     inputs, labels = batch(12, 10, 4)
-    expected = stepped(model, inputs, labels)
-    model.zero_grad()
+    expected = one_step(mlp(10, 20, 4), (inputs, labels))
     preconditioner = KFAC(model, Exact(inverse_every=1), clip=None)
     with torch.no_grad():
         model(inputs * 3)
@@ -60,7 +55,7 @@ def test_evaluation_without_grad_leaves_no_trace():
 def test_accumulation_over_backward_passes_equals_one_pass_over_all(application: str):
     whole, parts = mlp(10, 20, 4), mlp(10, 20, 4)
     inputs, labels = batch(12, 10, 4)
-    expected = stepped(whole, inputs, labels, application=application)
+    expected = one_step(whole, (inputs, labels), application=application)
     preconditioner = KFAC(parts, Exact(inverse_every=1), clip=None, application=application)
     for rows in (slice(0, 4), slice(4, 6), slice(6, 12)):
         (CROSS_ENTROPY(parts(inputs[rows]), labels[rows], reduction="sum") / 12).backward()
@@ -165,10 +160,7 @@ def test_factors_are_updated_every_so_many_steps_only():
     preconditioner = KFAC(model, Brand(3), factor_every=3, application="two-sided")
     totals = []
     for seed in range(7):
-        inputs, labels = batch(4, 10, 4, seed)
-        model.zero_grad()
-        CROSS_ENTROPY(model(inputs), labels).backward()
-        preconditioner.step()
+        stepped(model, preconditioner, loss_of(model, batch(4, 10, 4, seed)))
         totals.append(preconditioner._layers[0].curvature.input.state["total"].item())
     once, twice, thrice = (1 - 0.95**count for count in (1, 2, 3))
     assert totals == pytest.approx([once] * 3 + [twice] * 3 + [thrice])
@@ -180,17 +172,6 @@ def test_keyword_and_single_vector_inputs():
     layer(input=torch.randn(6)).square().mean().backward()
     preconditioner.step()
     assert torch.isfinite(layer.weight.grad).all()
-
-
-def test_remove_takes_every_hook_off():
-    model = mlp(10, 20, 4)
-    preconditioner = KFAC(model, Exact())
-    preconditioner.remove()
-    inputs, labels = batch(12, 10, 4)
-    CROSS_ENTROPY(model(inputs), labels).backward()
-    before = gradients(model)
-    preconditioner.step()
-    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -36,11 +36,15 @@ def abandoned(model: nn.Sequential) -> None:
     (50 * loss_of(model, data(100), 100)).backward()
 
 
+def gradient_of_inputs(model: nn.Sequential, seed: int) -> None:
+    inputs = data(seed).requires_grad_()
+    torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+
+
 def gradient_of_inputs_first(model: nn.Sequential, seed: int, disturbed: bool) -> None:
     model.zero_grad()
     if disturbed:
-        inputs = data(seed).requires_grad_()
-        torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+        gradient_of_inputs(model, seed)
     loss_of(model, data(seed), seed).backward()
 
 
@@ -48,8 +52,7 @@ def gradient_of_inputs_into_zeros(model: nn.Sequential, seed: int, disturbed: bo
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if disturbed:
-        inputs = data(seed).requires_grad_()
-        torch.autograd.grad(50 * loss_of(model, inputs, seed), inputs)
+        gradient_of_inputs(model, seed)
     loss_of(model, data(seed), seed).backward()
 
 
@@ -66,8 +69,7 @@ def gradient_of_inputs_in_every_part(model: nn.Sequential, seed: int, disturbed:
     model.zero_grad()
     for part in (seed, seed + 50):
         if disturbed:
-            inputs = data(part).requires_grad_()
-            torch.autograd.grad(50 * loss_of(model, inputs, part), inputs)
+            gradient_of_inputs(model, part)
         (loss_of(model, data(part), part) / 2).backward()
 
 
@@ -432,39 +434,3 @@ def test_steps_after_remove_do_nothing():
         preconditioner.step()
         same = [torch.equal(own, other) for own, other in zip(gradients(model), before, strict=True)]
         assert all(same) if removed else not any(same)
-
-
-@pytest.mark.parametrize("strategy", [EXACT, EKFAC(), InverseFree()])
-def test_a_frozen_layer_takes_no_memory_until_it_thaws(strategy: Strategy):
-    models = [mlp(6, 8, 4) for _ in range(2)]
-    models[0][0].weight.requires_grad_(False)
-    preconditioner, expected = (KFAC(model, strategy) for model in models)
-    report = preconditioner.report()
-    assert report.unsupported == {"0": "frozen"}
-    assert {row.layer for row in report.factors} == {"2"}
-    saved = preconditioner.state_dict()
-    assert saved["layers"]["0"]["curvature"] == {}
-    preconditioner.load_state_dict(saved)
-    models[0][0].weight.requires_grad_(True)
-    for model, own in zip(models, (preconditioner, expected), strict=True):
-        loss_of(model, data(0), 0).backward()
-        own.step()
-    torch.testing.assert_close(gradients(models[0]), gradients(models[1]), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("strategy", [EXACT, EKFAC(), InverseFree()])
-def test_a_frozen_layer_goes_on_from_a_checkpoint_when_it_thaws(strategy: Strategy):
-    models = [mlp(6, 8, 4) for _ in range(2)]
-    expected = KFAC(models[1], strategy)
-    loss_of(models[1], data(0), 0).backward()
-    expected.step()
-    models[0][0].weight.requires_grad_(False)
-    preconditioner = KFAC(models[0], strategy)
-    preconditioner.load_state_dict(expected.state_dict())
-    assert preconditioner.report().unsupported == {}
-    models[0][0].weight.requires_grad_(True)
-    for model, own in zip(models, (preconditioner, expected), strict=True):
-        model.zero_grad()
-        loss_of(model, data(1), 1).backward()
-        own.step()
-    torch.testing.assert_close(gradients(models[0]), gradients(models[1]), rtol=0, atol=0)

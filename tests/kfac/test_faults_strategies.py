@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import (
-    EKFAC,
-    KFAC,
-    Brand,
-    ConjugateGradient,
-    Exact,
-    Foof,
-    InverseFree,
-    Randomized,
-    Strategy,
-    TwoLevel,
-    read_state,
-)
+from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy, TwoLevel
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl
 from brandla.kfac.systems.two_level import _unit
-from kfac.networks import batch, mlp
+from kfac.networks import Batch, batch, loss_of, mlp, stepped, train
+from kfac.systems import every_system
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")
 
 CROSS_ENTROPY = nn.functional.cross_entropy
-ALL = {
-    "exact": Exact(),
-    "cholesky": Exact(method="cholesky"),
-    "ekfac": EKFAC(),
-    "randomized": Randomized(6),
-    "brand": Brand(6),
-    "sketched": Brand(6, sketch=3),
-    "brand-cholesky": Brand(6, compress="cholesky"),
-    "brand-eigh": Brand(6, form="eigh"),
-    "inverse-free": InverseFree(),
-    "ikfac": InverseFree(variant="ikfac"),
-    "foof": Foof(Brand(6)),
-    "cg": ConjugateGradient(),
-    "two-level": TwoLevel(Brand(6)),
-    "residual": TwoLevel(Exact(), space="residual"),
-}
-EVERY_STRATEGY = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
 
 
-def train(model: nn.Module, preconditioner: KFAC, steps: int, dtype: torch.dtype = torch.float32) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for seed in range(steps):
-        inputs, labels = batch(8, 10, 4, seed, dtype)
-        optimizer.zero_grad()
-        CROSS_ENTROPY(model(inputs), labels).backward()
-        preconditioner.step()
-        optimizer.step()
+def data(count: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    return [batch(8, 10, 4, seed, dtype) for seed in range(count)]
 
 
 def cancelling(seed: int, rest: float) -> tuple[Tensor, Tensor]:
@@ -116,9 +80,7 @@ def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy: Strateg
     preconditioner = KFAC(model, strategy, damping=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(80):
-        optimizer.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
-        preconditioner.step()
+        stepped(model, preconditioner, (model(inputs) - targets).square().mean())
         optimizer.step()
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -169,16 +131,14 @@ def test_a_penalty_is_seen_under_autocast(kind: str, penalty: float):
     assert True not in linear_of(model, inputs, torch.bfloat16, penalty, autocast=True)
 
 
-@EVERY_STRATEGY
+@every_system
 def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy: Strategy):
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20, dtype=torch.float64)])
     preconditioner = KFAC(model, strategy)
     for seed in range(2):
         inputs, _ = batch(8, 20, 4, seed, torch.float32)
-        model.zero_grad()
-        model[1](model[0](inputs).double()).square().mean().backward()
-        preconditioner.step()
+        stepped(model, preconditioner, model[1](model[0](inputs).double()).square().mean())
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
 
 
@@ -192,14 +152,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@EVERY_STRATEGY
+@every_system
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_default_dtype_changes_nothing(strategy: Strategy, dtype: torch.dtype):
     gradients = []
     for default in (torch.float32, torch.float64):
         model = mlp(10, 20, 4, dtype=dtype)
         with default_dtype(default):
-            train(model, KFAC(model, strategy), 2, dtype)
+            train(model, KFAC(model, strategy), data(2, dtype))
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
@@ -220,17 +180,16 @@ class WithComplex(nn.Module):
 def test_complex_gradients_of_other_layers_are_looked_at():
     model = WithComplex()
     preconditioner = KFAC(model, Exact())
-    train(model, preconditioner, 2)
+    train(model, preconditioner, data(2))
     assert preconditioner.report().skipped == 0
-    inputs, labels = batch(8, 10, 4, dtype=torch.float32)
-    CROSS_ENTROPY(model(inputs), labels).backward()
+    loss_of(model, data(1)[0]).backward()
     model.complex.bias.grad[0] = complex(0, float("nan"))
     preconditioner.step()
     assert preconditioner.report().skipped == 1
     assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
-@EVERY_STRATEGY
+@every_system
 @pytest.mark.parametrize("of_loss", [True, False])
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e12, 1e15])
 def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
@@ -238,22 +197,19 @@ def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_lo
     preconditioner = KFAC(model, strategy)
     for seed in range(3):
         inputs, labels = batch(4, 10, 4, seed, torch.float32)
-        model.zero_grad()
-        outputs = model(inputs * (1 if of_loss else scale))
-        (CROSS_ENTROPY(outputs, labels) * (scale if of_loss else 1)).backward()
-        preconditioner.step()
+        loss = loss_of(model, (inputs if of_loss else inputs * scale, labels))
+        after = stepped(model, preconditioner, loss * scale if of_loss else loss)
     assert preconditioner.report().skipped == 0
-    gradients = [parameter.grad for parameter in model.parameters()]
-    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
-    assert any(bool(gradient.any()) for gradient in gradients)
+    assert all(bool(gradient.isfinite().all()) for gradient in after)
+    assert any(bool(gradient.any()) for gradient in after)
 
 
-@EVERY_STRATEGY
+@every_system
 @pytest.mark.parametrize("of_loss", [True, False])
 def test_a_batch_whose_squares_overflow_is_skipped(strategy: Strategy, of_loss: bool):
     model = mlp(10, 20, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
-    train(model, preconditioner, 1)
+    train(model, preconditioner, data(1))
     inputs, labels = batch(8, 10, 4, 1, torch.float32)
     model.zero_grad()
     outputs = model(inputs * (1 if of_loss else 1e20))
@@ -266,81 +222,3 @@ def test_a_batch_whose_squares_overflow_is_skipped(strategy: Strategy, of_loss: 
 
 def test_a_mask_of_nothing_is_finite():
     assert Mask.of([], nn.Linear(2, 2)).finite
-
-
-@pytest.mark.parametrize(
-    ("strategy", "make"),
-    [
-        (InverseFree(), lambda: mlp(10, 20, 4, dtype=torch.float32)),
-        (InverseFree("hierarchical", variant="ikfac"), lambda: mlp(10, 20, 4, dtype=torch.float32)),
-        (Foof(Exact()), lambda: nn.Sequential(nn.Linear(10, 4), nn.LayerNorm(4))),
-    ],
-    ids=["singd", "ikfac", "foof"],
-)
-def test_every_state_comes_back_from_torch_distributed(
-    strategy: Strategy, make: Callable[[], nn.Module], tmp_path: Path
-):
-    from torch.distributed import checkpoint as dcp
-
-    model = make()
-    preconditioner = KFAC(model, strategy)
-    train(model, preconditioner, 3)
-    dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
-    other = make()
-    other.load_state_dict(model.state_dict())
-    resumed = KFAC(other, strategy)
-    resumed.load_state_dict(read_state(tmp_path))
-    train(model, preconditioner, 3)
-    train(other, resumed, 3)
-    # Nothing is decomposed between: all operations are the same.
-    for one, another in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, another, rtol=1e-6, atol=1e-7)
-
-
-def test_roots_are_not_filled_in_place_of_a_new_preconditioner(tmp_path: Path):
-    from torch.distributed import checkpoint as dcp
-
-    model = mlp(10, 20, 4, dtype=torch.float32)
-    preconditioner = KFAC(model, InverseFree())
-    train(model, preconditioner, 3)
-    dcp.save({"kfac": preconditioner}, checkpoint_id=tmp_path)
-    resumed = KFAC(mlp(10, 20, 4, dtype=torch.float32), InverseFree())
-    with pytest.raises(ValueError, match=r"the state lacks input.direction, .*: use brandla.kfac.read_state"):
-        dcp.load({"kfac": resumed}, checkpoint_id=tmp_path)
-    assert not any(layer.curvature.started for layer in resumed._layers)
-
-
-@pytest.mark.parametrize("asked", ALL)
-def test_a_state_of_another_strategy_is_refused(asked: str):
-    model = mlp(10, 20, 4, dtype=torch.float32)
-    for name, strategy in ALL.items():
-        preconditioner = KFAC(model, strategy)
-        train(model, preconditioner, 1)
-        state = preconditioner.state_dict()
-        preconditioner.remove()
-        resumed = KFAC(model, ALL[asked])
-        if name == asked:
-            resumed.load_state_dict(state)
-        else:
-            message = f"0: the strategy must be {ALL[asked]}, as in this preconditioner; the state has {strategy}"
-            with pytest.raises(ValueError, match=re.escape(message)):
-                resumed.load_state_dict(state)
-        resumed.remove()
-
-
-@pytest.mark.parametrize("strategy", [Exact(), EKFAC(), InverseFree(), ConjugateGradient()], ids=str)
-def test_a_state_of_another_kind_of_layer_is_refused(strategy: Strategy):
-    model = nn.Sequential(nn.LayerNorm(10))
-    preconditioner = KFAC(model, strategy)
-    train(model, preconditioner, 1)
-    resumed = KFAC(nn.Sequential(nn.Linear(10, 10)), strategy)
-    with pytest.raises(ValueError, match=re.escape("KFAC.load_state_dict: 0")):
-        resumed.load_state_dict(preconditioner.state_dict())
-
-
-def test_the_other_name_of_a_shared_module_is_told():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"a": shared, "b": shared})
-    message = "KFAC: inverse must name modules of the model; 'b' is 'a': use that name"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        KFAC(model, {"b": Exact()})

@@ -78,8 +78,3 @@ def test_the_dense_average_beside_a_sketch_is_that_of_all_columns(strategy: Stra
     preconditioner.step()
     state = preconditioner._layers[0].curvature.input.state
     torch.testing.assert_close(state["dense"] / state["total"], inputs.T @ inputs / 96)
-
-
-def test_a_sketch_of_no_column_is_refused():
-    with pytest.raises(ValueError, match="Brand: sketch must be at least 1; got 0"):
-        Brand(8, sketch=0)

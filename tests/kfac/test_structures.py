@@ -85,63 +85,6 @@ def test_identity_trace_norm_and_sums(structure: Structure, n: int):
     close(structure.dense(total, n), 2 * dense - torch.eye(n, dtype=DOUBLE))
 
 
-@given(structures, sizes)
-def test_projection_keeps_the_trace(structure: Structure, n: int):
-    X = rows(5, n)
-    close(structure.trace(structure.gram(X))[None], X.square().sum()[None])
-
-
-@EACH
-def test_no_other_member_is_nearer_than_the_projection(structure: Structure):
-    """Nothing in the structure has a symmetric part nearer to S."""
-    X = rows(5, 11)
-    S, m = X.T @ X, structure.dense(structure.gram(X), 11)
-    distance = ((m + m.T) / 2 - S).norm()
-    for seed in range(5):
-        other = m + 0.1 * random_dense(structure, 11, seed)
-        assert ((other + other.T) / 2 - S).norm() >= distance - 1e-12 * S.norm()
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-def test_groups_are_matrices_of_their_own(structure: Structure, dtype: torch.dtype):
-    n, groups = 13, (2, 3)
-    denses = [random_dense(structure, n, seed).to(dtype) for seed in range(6)]
-    members = [stored(structure, dense) for dense in denses]
-    batch = tuple(torch.stack(parts).unflatten(0, groups) for parts in zip(*members, strict=True))
-    X = torch.stack([rows(4, n, seed) for seed in range(6)]).to(dtype)
-    together = X.unflatten(0, groups)
-    weights = torch.arange(1, 7, dtype=dtype).reshape(groups)
-    by_group = {
-        "times": structure.times(together, batch),
-        "transposed": structure.times_transposed(together, batch),
-        "gram": structure.dense(structure.gram(together), n),
-        "own": structure.dense(structure.own_gram(batch), n),
-        "product": structure.dense(structure.product(batch, batch), n),
-        "trace": structure.trace(batch),
-        "norm": structure.squared_norm(batch),
-        "sum": structure.dense(structure.combine((weights, batch), (1, structure.identity(n, (), dtype, CPU))), n),
-    }
-    for index, (member, x) in enumerate(zip(members, X, strict=True)):
-        alone = {
-            "times": structure.times(x, member),
-            "transposed": structure.times_transposed(x, member),
-            "gram": structure.dense(structure.gram(x), n),
-            "own": structure.dense(structure.own_gram(member), n),
-            "product": structure.dense(structure.product(member, member), n),
-            "trace": structure.trace(member),
-            "norm": structure.squared_norm(member),
-            "sum": structure.dense(
-                structure.combine((index + 1.0, member), (1, structure.identity(n, (), dtype, CPU))), n
-            ),
-        }
-        for name, expected in alone.items():
-            actual = by_group[name].flatten(0, 1)[index]
-            assert actual.dtype == dtype, name
-            bound = tolerance(n, dtype, expected.norm())
-            torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=name)
-
-
 @pytest.mark.parametrize(
     ("structure", "numbers"),
     [

@@ -84,19 +84,6 @@ def test_mean_tail_is_the_mean_of_what_is_left_out(strategy: FactorStrategy):
     torch.testing.assert_close(found, torch.linalg.solve(damped, gradient.T))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_a_mean_tail_goes_on_from_a_checkpoint(strategy: FactorStrategy):
-    preconditioner, _ = trained(Foof(strategy), torch.float32, 4)
-    resumed = KFAC(nn.Linear(60, 50, bias=False), Foof(strategy))
-    resumed.load_state_dict(preconditioner.state_dict())
-    states = [
-        next(factor for _, factor in each._layers[0].curvature.factors()).state for each in (preconditioner, resumed)
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert torch.equal(states[0]["trace"], states[1]["trace"])
-    assert states[0]["trace"] > 0
-
-
 @pytest.mark.parametrize("strategy", FORMS.values(), ids=FORMS)
 def test_a_batch_that_is_not_finite_leaves_the_factor_as_it_was(strategy: Brand):
     preconditioner, layer = trained(strategy, torch.float32, 3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,21 +85,6 @@ def test_relative_damping_goes_by_the_product_of_the_largest_eigenvalues():
     assert least.norm() * (1 - 1e-9) <= result.norm() <= most.norm()
 
 
-def test_converged_step_solves_with_its_own_damping_to_rounding():
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 5, dtype=torch.float64)
-    preconditioner = KFAC(layer, ConjugateGradient(CONVERGED), damping=DAMPING, damping_scale="absolute", clip=None)
-    inputs, outputs = backward(layer, 10, 0)
-    gradient = layer_gradient(layer)
-    A, G = factors_of(inputs, outputs)
-    preconditioner.step()
-    result = layer_gradient(layer)
-    residual = G @ result @ A + DAMPING * result - gradient
-    # Conjugate gradients stagnate at about ε κ ‖∂W‖, with κ = 1 + d₁/λ.
-    condition = 1 + torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1] / DAMPING
-    assert residual.norm() <= 10 * torch.finfo(torch.float64).eps * condition * gradient.norm()
-
-
 def test_error_goes_down_at_least_as_fast_as_the_bound():
     """‖e_m‖_H <= 2 ((√κ − 1)/(√κ + 1))^m ‖e_0‖_H."""
     torch.manual_seed(0)
@@ -127,25 +110,14 @@ def test_error_goes_down_at_least_as_fast_as_the_bound():
         assert length(result - exact) <= bound + 1e-12 * length(exact)
 
 
-def test_one_datum_converges_in_two_iterations():
-    """A ⊗ G + λI has two different eigenvalues."""
+@pytest.mark.parametrize("iterations", [2, 500])
+def test_one_datum_converges_in_two_iterations_and_stays(iterations: int):
+    """A ⊗ G + λI has two different eigenvalues. At the solution residual and directions are 0 or rounding: no 0/0."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 4, dtype=torch.float64)
-    preconditioner = KFAC(layer, ConjugateGradient(iterations=2), damping=DAMPING, clip=None)
+    preconditioner = KFAC(layer, ConjugateGradient(iterations), damping=DAMPING, clip=None)
     inputs, outputs = backward(layer, 1, 0)
     layer.weight.grad += torch.randn(4, 6, dtype=torch.float64)
-    gradient = layer_gradient(layer)
-    preconditioner.step()
-    expected = dense_step([factors_of(inputs, outputs)], [1.0], gradient, DAMPING)
-    assert_near(layer_gradient(layer), expected, 1e-10)
-
-
-def test_more_iterations_than_needed_change_nothing():
-    """At the solution residual and directions are zero or rounding: no 0/0."""
-    torch.manual_seed(0)
-    layer = nn.Linear(6, 4, dtype=torch.float64)
-    preconditioner = KFAC(layer, ConjugateGradient(iterations=500), damping=DAMPING, clip=None)
-    inputs, outputs = backward(layer, 1, 0)
     gradient = layer_gradient(layer)
     preconditioner.step()
     expected = dense_step([factors_of(inputs, outputs)], [1.0], gradient, DAMPING)
@@ -200,16 +172,3 @@ def test_a_skipped_batch_pushes_out_nothing():
         states.append([part.clone() for part in preconditioner._layers[0].curvature.tensors()])
     assert all(torch.equal(one, other) for one, other in zip(states[1], states[2], strict=True))
     assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight.grad))
-
-
-@pytest.mark.parametrize("name", ["iterations", "batches"])
-def test_bad_options_are_refused(name: str):
-    with pytest.raises(ValueError, match=re.escape(f"ConjugateGradient: {name} must be at least 1; got 0")):
-        ConjugateGradient(**{name: 0})
-
-
-def test_a_state_of_other_options_is_refused():
-    layer = nn.Linear(6, 4)
-    one, other = KFAC(layer, ConjugateGradient()), KFAC(layer, ConjugateGradient(iterations=3))
-    with pytest.raises(ValueError, match=r"the strategy must be ConjugateGradient\(iterations=3.*iterations=10"):
-        other.load_state_dict(one.state_dict())

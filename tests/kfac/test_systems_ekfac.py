@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from brandla.kfac import EKFAC, KFAC, Exact
 from brandla.kfac.systems.ekfac import EigenvalueCorrected
-from kfac.networks import batch, layer_gradient, mlp
-from kfac.systems import assert_near, fisher, sample_gradients, step
+from kfac.networks import batch, layer_gradient
+from kfac.systems import assert_near, fisher, layer_steps, sample_gradients
 
 DAMPING = 0.03
 ROUNDING = 1e-10
@@ -99,7 +99,7 @@ def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(da
         inputs = torch.randn(7, 5, dtype=torch.float64).repeat_interleave(4, dim=0)
         targets = layer(inputs).detach() - 2 * torch.eye(4, dtype=torch.float64).repeat(7, 1)
         preconditioner = KFAC(layer, system, damping=damping, clip=None)
-        (step_of,) = step(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
+        (step_of,) = layer_steps(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
         steps[name] = step_of
     assert_near(steps["corrected"], steps["exact"], ROUNDING)
 
@@ -145,22 +145,3 @@ def test_renewed_eigenvectors_take_over_what_the_old_ones_stood_for():
         sums = curvature(preconditioner).sums.reshape(-1)
         assert_near(sums, expected, ROUNDING)
         known = (basis * sums) @ basis.T
-
-
-def test_deep_network_is_corrected_layer_by_layer():
-    """The steps of a network with a bias and a nonlinearity, each from its own layer's samples."""
-    model = mlp(6, 7, 4)
-    inputs, labels = batch(15, 6, 4)
-    layers = [model[0], model[2]]
-
-    def loss(some: slice) -> Tensor:
-        return nn.functional.cross_entropy(model(inputs[some]), labels[some])
-
-    gradients = sample_gradients(layers, lambda index: loss(slice(index, index + 1)), 15)
-    preconditioner = KFAC(model, EKFAC(), clip=None)
-    loss(slice(None)).backward()
-    preconditioner.step()
-    for index in range(2):
-        S, _, left, _, right = parts_of(curvature(preconditioner, index))
-        expected = 15 * sum((left.T @ v[index] @ right).square() for v in gradients)
-        assert_near(S, expected, ROUNDING)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Exact
-from kfac.networks import batch, gradients, layer_gradient, mlp
+from kfac.networks import batch, gradients, layer_gradient, loss_of, mlp, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -47,10 +47,8 @@ def steps(forward: Forward, count: int = 3) -> list[Tensor]:
     preconditioner = KFAC(model, EXACT)
     for seed in range(count):
         inputs, labels = batch(10, 6, 4, seed)
-        model.zero_grad()
-        CROSS_ENTROPY(forward(model, inputs), labels).backward()
-        preconditioner.step()
-    return gradients(model)
+        after = stepped(model, preconditioner, CROSS_ENTROPY(forward(model, inputs), labels))
+    return after
 
 
 @pytest.mark.parametrize("forward", [checkpointed, reentrant, offloaded])
@@ -120,32 +118,26 @@ def test_a_step_that_failed_leaves_nothing_for_the_next(failure: str, kind: str)
     torch.testing.assert_close(gradients(model), gradients(reference), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_of_a_model_train_by_themselves(how: str):
-    model = mlp(6, 8, 4)
-    preconditioner = KFAC(model, EXACT)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    inputs, labels = batch(10, 6, 4)
-    CROSS_ENTROPY(twin(inputs * 2), labels).backward()
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
+def test_copies_of_a_model_train_by_themselves(copied: Callable[[nn.Module], nn.Module]):
+    model, reference, data = mlp(6, 8, 4), mlp(6, 8, 4), batch(10, 6, 4)
+    preconditioner, expected = KFAC(model, EXACT), KFAC(reference, EXACT)
+    twin = copied(model)
+    loss_of(twin, data).backward()
     assert all(layer.capture.calls == [] for layer in preconditioner._layers)
-    CROSS_ENTROPY(model(inputs), labels).backward()
+    loss_of(model, data).backward()
     preconditioner.step()
-    reference = mlp(6, 8, 4)
-    expected = KFAC(reference, EXACT)
-    CROSS_ENTROPY(reference(inputs), labels).backward()
-    expected.step()
-    torch.testing.assert_close(gradients(model), gradients(reference), rtol=0, atol=0)
+    wanted = stepped(reference, expected, loss_of(reference, data))
+    torch.testing.assert_close(gradients(model), wanted, rtol=0, atol=0)
     own = KFAC(twin, EXACT)
-    twin.zero_grad()
-    CROSS_ENTROPY(twin(inputs), labels).backward()
-    own.step()
-    torch.testing.assert_close(gradients(twin), gradients(reference), rtol=0, atol=0)
+    torch.testing.assert_close(stepped(twin, own, loss_of(twin, data)), wanted, rtol=0, atol=0)
 
 
 def test_weights_read_by_a_functional_call_are_said_not_to_be_seen():

@@ -1,0 +1,181 @@
+"""What the report says of every factor: its strategy and the reason, its memory, and bounds on its error."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import (
+    EKFAC,
+    KFAC,
+    Brand,
+    BrandCorrected,
+    BrandRandomized,
+    Exact,
+    Foof,
+    InverseFree,
+    Report,
+    Strategy,
+)
+from kfac.networks import batch, loss_of, mlp, stepped
+
+ignoring_small_factors = pytest.mark.filterwarnings("ignore:KFAC")
+
+
+def reported(model: nn.Module, preconditioner: KFAC, batches: list[Tensor]) -> Report:
+    for inputs in batches:
+        stepped(model, preconditioner, model(inputs).square().mean())
+    return preconditioner.report()
+
+
+def test_it_says_what_each_factor_got_and_why():
+    model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.PReLU(200), nn.Linear(200, 300))
+    preconditioner = KFAC(model, Brand(8))
+    with pytest.warns(UserWarning, match="too small for the strategy"):
+        reported(model, preconditioner, [torch.randn(16, 10)])
+    # Said once: a second warning would be an error.
+    report = reported(model, preconditioner, [torch.randn(16, 10)])
+    rows = {(row.layer, row.side): row for row in report.factors}
+    assert report.unsupported == {"2": "PReLU is not known"}
+    small, large = rows["0", "input"], rows["3", "output"]
+    assert small.strategy.startswith("Exact(")
+    assert small.reason == "rank 8 takes no less memory than the matrix of order n = 11"
+    assert large.strategy.startswith("Brand(")
+    assert (large.rank, large.n, large.reason) == (8, 300, "")
+    assert large.bytes == 4 * (300 * 8 + 8 * 8 + 3)
+    assert large.dense_bytes == 4 * 300 * 300
+    assert large.error_bound is not None
+    assert "left to the optimizer:\n  2: PReLU is not known" in str(report)
+    assert "Brand" in str(report)
+
+
+def test_it_names_the_strategy_that_was_asked_for():
+    layer = nn.Linear(4, 3)
+    report = reported(layer, KFAC(layer, EKFAC(inverse_every=7)), [torch.randn(5, 4)])
+    assert {row.strategy for row in report.factors} == {"EKFAC(inverse_every=7)"}
+
+
+@pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8)], ids=repr)
+def test_a_factor_with_a_large_batch_keeps_its_strategy(strategy: Strategy):
+    layer = nn.Linear(100, 90, bias=False)
+    report = reported(layer, KFAC(layer, strategy), [torch.randn(950, 100)])
+    assert {row.strategy for row in report.factors} == {str(strategy)}
+
+
+@ignoring_small_factors
+def test_it_shows_groups_and_kinds():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 1, groups=3))
+    report = reported(model, KFAC(model, Brand(3)), [torch.randint(9, (4, 6))])
+    rows = {(row.layer, row.side): row for row in report.factors}
+    assert {key: row.strategy.partition("(")[0] for key, row in rows.items()} == {
+        ("0", "input"): "Diagonal",
+        ("0", "output"): "Brand",
+        ("1", "input"): "Blocks",
+        ("2", "input"): "Exact",
+        ("2", "output"): "Exact",
+    }
+    # 9 frequencies, 6 blocks of 2 × 2, and what adds up the weights.
+    assert rows["0", "input"].bytes == 4 * (9 + 1)
+    assert rows["1", "input"].bytes == 4 * (6 * 4 + 1)
+    assert rows["1", "input"].dense_bytes == 4 * 6 * 4
+    assert rows["2", "input"].dense_bytes == 4 * 3 * 9
+
+
+def test_roots_have_a_row_for_each_side():
+    model = mlp(10, 20, 4, dtype=torch.float32)
+    report = reported(model, KFAC(model, InverseFree("diagonal", variant="ikfac")), [torch.randn(8, 10)])
+    rows = [(row.layer, row.side, row.n) for row in report.factors]
+    assert rows == [("0", "input", 11), ("0", "output", 20), ("2", "input", 21), ("2", "output", 4)]
+    first = report.factors[0]
+    assert "InverseFree" in first.strategy
+    assert "Diagonal()" in str(report)
+    # K and the direction have n numbers each, and the direction's weight is one.
+    assert (first.bytes, first.dense_bytes) == (4 * (2 * 11 + 1), 4 * 11**2)
+    assert first.error_bound is None
+
+
+@pytest.mark.parametrize("form", ["root", "eigh"])
+def test_memory_of_brand_is_linear_in_the_layer(form: str):
+    sizes = []
+    for width in (100, 200, 400):
+        layer = nn.Linear(width, width, bias=False)
+        report = reported(layer, KFAC(layer, Brand(8, form=form)), [torch.randn(4, width)])
+        sizes.append(report.factors[0].bytes)
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+
+
+@ignoring_small_factors
+def test_it_counts_the_memory():
+    model = mlp(10, 40, 4)
+    preconditioner = KFAC(model, Brand(6))
+    report = reported(model, preconditioner, [torch.randn(8, 10, dtype=torch.float64)])
+    kept = [part for layer in preconditioner._layers for part in layer.curvature.tensors()]
+    assert report.bytes == sum(part.numel() * part.element_size() for part in kept)
+    assert report.dense_bytes == 8 * (11**2 + 40**2 + 41**2 + 4**2)
+    assert report.captured_bytes == 8 * 8 * (10 + 40 + 40 + 4)
+    assert re.search(r"factors: .* KiB, dense: .* KiB; captured in the last step: 5.9 KiB", str(report))
+
+
+def test_repr_says_what_there_is():
+    text = repr(KFAC(mlp(10, 20, 4), Brand(6), damping=lambda step: 0.1))
+    assert text.startswith("KFAC(2 Brand(")
+    assert "clip=0.07" in text
+    assert text.endswith("step 0)")
+    assert "0x" not in text
+
+
+def test_the_bound_of_a_root_holds():
+    layer = nn.Linear(80, 60, bias=False, dtype=torch.float64)
+    preconditioner = KFAC(layer, Brand(6), decay=0.9)
+    dense = torch.zeros(80, 80, dtype=torch.float64)
+    for seed in range(12):
+        data = batch(8, 80, 60, seed)
+        stepped(layer, preconditioner, loss_of(layer, data))
+        dense = 0.9 * dense + 0.1 * data[0].T @ data[0] / 8
+    root = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]["root"]
+    error = torch.linalg.matrix_norm(dense / (1 - 0.9**12) - root @ root.T, 2).item()
+    assert error <= preconditioner.report().factors[0].error_bound <= 25 * error
+
+
+def test_bounds_are_shown_over_the_largest_eigenvalue():
+    """Inputs 2¹⁰ times as large make the factor and its bound 2²⁰ times as large, and what is shown no other."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 2, bias=False, dtype=torch.float64)
+    batches = [torch.randn(6, 40, dtype=torch.float64) for _ in range(8)]
+    rows = []
+    for scale in (1, 2**10):
+        preconditioner = KFAC(layer, Foof(Brand(5)), clip=None)
+        report = reported(layer, preconditioner, [scale * inputs for inputs in batches])
+        (row,) = (row for row in report.factors if row.side == "input")
+        (factor,) = (factor for _, factor in preconditioner._layers[0].curvature.factors())
+        assert row.relative_error_bound == pytest.approx(row.error_bound / float(factor.largest()))
+        assert 0 < row.relative_error_bound < 10
+        assert "error bound / d₁" in str(report)
+        assert f"  {row.relative_error_bound:.2e}  " in str(report)
+        rows.append(row)
+    # Powers of two: rounding is the same.
+    assert rows[1].error_bound == 2**20 * rows[0].error_bound
+    assert rows[1].relative_error_bound == rows[0].relative_error_bound
+
+
+def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data():
+    """Of three groups one gets no data, and one small data: that one's bound is far from the largest, over d₁ it is."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(6, 3, 1, groups=3, bias=False, dtype=torch.float64)
+    batches = [torch.randn(8, 6, 1, dtype=torch.float64) for _ in range(2)]
+    for inputs in batches:
+        inputs[:, 2:4] = 0
+        inputs[:, 4:] *= 1e-3
+    batches[1][:, :2] = batches[0][:, :2]
+    # The eigenvectors are those of the first batch.
+    report = reported(layer, KFAC(layer, Exact(inverse_every=10)), batches)
+    row = next(row for row in report.factors if row.side == "input")
+    sums = [torch.einsum("sik,sjk->ij", inputs[:, 4:], inputs[:, 4:]) / 8 for inputs in batches]
+    average = (0.95 * sums[0] + sums[1]) / 1.95
+    expected = torch.linalg.matrix_norm(average - sums[0]) / torch.linalg.eigvalsh(sums[0])[-1]
+    assert row.relative_error_bound == pytest.approx(expected.item())
+    assert row.error_bound < 1e-4
+    assert row.relative_error_bound > 1e-2
