@@ -202,7 +202,7 @@ def _first_pass(panel: Tensor) -> _FirstPass:
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
     panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
     panel_gram = gram(panel)
-    transform, triangle = _ranked_core(panel_gram, torch.ones_like(length), 16 * k * eps)
+    transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
     if order is not None:
         to_panel = to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1)
     return _FirstPass(panel, transform, triangle @ to_panel)

@@ -96,7 +96,16 @@ def rectangular_matrix(spectrum: Tensor, m: int, n: int, seed: int) -> Tensor:
 PANELS = (
     *("gaussian", "condition 1e3", "condition 1e6", "graded", "columns of very different length", "half the rank"),
     *("two directions", "two directions and noise near rounding", "p, p + 1e-5 z, 0.9 z", "a weak column first"),
-    *("every column repeated", "nearly repeated", "nearly cancelling", "zero columns", "zero", "tiny", "huge"),
+    *(
+        "every column repeated",
+        "nearly repeated",
+        "nearly cancelling",
+        "zero columns",
+        "every third column zero",
+        "zero",
+        "tiny",
+        "huge",
+    ),
     *("growing under elimination", "growing under elimination, one repeated", "noise, then its direction"),
 )
 
@@ -132,6 +141,8 @@ def panel(family: str, n: int, k: int, seed: int = 5) -> Tensor:
                 z[:, j] = 1e-5 * z[:, j] - z[:, j - 1] - z[:, j - 2]
         case "zero columns":
             z[:, [0, -1][:k]] = 0
+        case "every third column zero":
+            z[:, ::3] = 0
         case "growing under elimination":
             # The inverse of this triangle has entries up to 2.2^(k − 2).
             triangle = torch.eye(k, dtype=torch.float64) - 1.2 * torch.ones(k, k, dtype=torch.float64).triu(1)
