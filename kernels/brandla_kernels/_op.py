@@ -134,7 +134,8 @@ def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> Non
         inputs = tree_unflatten(leaves, ctx.structure)
         found = backward(inputs, gradients)
         # The dispatcher left out arguments that have their default.
-        return tuple(_in_dtype_of(value, part) for value, part in zip(inputs, found, strict=False))
+        given = len(ctx.needs_input_grad)
+        return tuple(_in_dtype_of(value, part) for value, part in zip(inputs[:given], found, strict=False))
 
     torch.library.register_autograd(f"brandla::{name}", run, setup_context=setup_context, lib=_library)
 
