@@ -17,6 +17,7 @@ python := .venv/bin/python
 tests := $(python) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
 # Triton decides at its import whether it interprets, so these tests take processes of their own.
 interpreted_tests := TRITON_INTERPRET=1 $(tests) tests/kernels/interpreted
+benches := $(python) -m pytest -v --benchmark-only
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
@@ -78,16 +79,16 @@ launches: .venv/.extra-bench ## kernels that each public function and a K-FAC st
 	$(python) -m bench.launches $(LAUNCHES_ARGS)
 
 bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
-	$(python) -m pytest -v bench/bench_updates.py bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) $(addprefix bench/benches/bench_,updates.py functions.py ops.py) $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest -v bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) bench/benches/bench_updates.py $(PYTEST_ARGS)
 
 bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
-	$(python) -m pytest -v bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) $(addprefix bench/benches/bench_,functions.py ops.py) $(PYTEST_ARGS)
 
 bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest -v bench/bench_kfac.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) bench/benches/bench_kfac.py $(PYTEST_ARGS)
 
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import results
+from bench.benches.timing import Interval
 from bench.facts import ROOT, commit_of
 from bench.figures import spelled
-from bench.timing import Interval
 
 RANGES = 3
 # A change below this is of no interest, and figures without scatter, such as memory, are written with five digits.
@@ -69,8 +69,8 @@ class Change(NamedTuple):
 def interquartile(interval: Sequence[float], count: int = 0) -> float:
     """Return the interquartile range of the logarithms of samples, from the 95 % interval of their median.
 
-    Of ``count`` samples that interval holds the part 1.96/√count in the middle, as `bench.timing.of_median` takes it;
-    where they are few the interval is the wider of the two, and is taken for the range.
+    Of ``count`` samples that interval holds the part 1.96/√count in the middle, as `of_median` takes it; where they
+    are few the interval is the wider of the two, and is taken for the range.
     """
     _, low, high = interval
     return math.log(high / low) * max(1.0, math.sqrt(count) / (2 * 1.96))

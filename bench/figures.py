@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.timing import Interval
+from bench.benches.timing import Interval
 
 
 @dataclass(frozen=True)

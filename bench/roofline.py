@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import study
-from bench.cpu import device_of
+from bench.benches.cpu import device_of
+from bench.benches.timing import Interval, of_median
 from bench.gpu import cases
 from bench.gpu.cases import Case
 from bench.gpu.ceilings import Ceilings, Work, measure
@@ -23,7 +24,6 @@ from bench.gpu.device import Device
 from bench.gpu.sizes import FULL, TOY, Sizes
 from bench.gpu.timed import replayed, size_of
 from bench.study import Piece, Row
-from bench.timing import Interval, of_median
 from brandla_kernels import OPS
 
 USUAL = replace(

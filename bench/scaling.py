@@ -19,14 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 import brandla
-from bench import study, timing
-from bench.cpu import device_of
-from bench.floors import update_floor
-from bench.gpu import factors
-from bench.gpu.device import Device
-from bench.gpu.timed import size_of
-from bench.memory import peak_extra_bytes_on
-from bench.problems import (
+from bench import study
+from bench.benches import timing
+from bench.benches.cpu import device_of
+from bench.benches.floors import update_floor
+from bench.benches.memory import peak_extra_bytes_on
+from bench.benches.problems import (
     DECAY,
     STEPS_TO_STEADY_STATE,
     UPDATES,
@@ -38,8 +36,11 @@ from bench.problems import (
     matrix_of_spectrum,
     residual_is_rounding,
 )
+from bench.benches.timing import Interval
+from bench.gpu import factors
+from bench.gpu.device import Device
+from bench.gpu.timed import size_of
 from bench.study import Piece, Row
-from bench.timing import Interval
 from brandla_kernels import gram_ema_
 
 DAMPING = 0.1

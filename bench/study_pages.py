@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bench.benches.peer_threads import in_threads
+from bench.benches.tasks import IN_FLOAT64
 from bench.figures import spelled
 from bench.pages import PICTURES, table
-from bench.peer_threads import in_threads
 from bench.pictures import THEMES
 from bench.scaling import METHODS
-from bench.tasks import IN_FLOAT64
 
 Row = dict[str, Any]
 

@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
-from bench import bench_ops, events, peers, study_pages, tasks
+from bench import study_pages
+from bench.benches import bench_ops, events, peers, tasks
+from bench.benches.peer_threads import at_best
+from bench.benches.problems import LOSS_ALLOWED, WrongResultError
+from bench.benches.tasks import TASKS, Shape
 from bench.gpu import cases
 from bench.gpu.device import Stub
 from bench.gpu.sizes import TOY
-from bench.peer_threads import at_best
-from bench.problems import LOSS_ALLOWED, WrongResultError
 from bench.study import INTERRUPTED
-from bench.tasks import TASKS, Shape
 from brandla_kernels import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,8 @@ brandla.eigh_update = wrong
 # Two tasks, of which one is all that a run has time for; results go to the folder that is named.
 SHORT = """
 from pathlib import Path
-from bench import peers, results, tasks
+from bench import results
+from bench.benches import peers, tasks
 from brandla import LowRankEigh
 
 results.ROOT, results.QUICK_FOLDER = Path({folder!r}), Path({folder!r}) / "results"
@@ -149,7 +151,7 @@ def run_bench(
         sys.executable,
         "-m",
         "pytest",
-        f"bench/bench_{file}.py",
+        f"bench/benches/bench_{file}.py",
         "--quick",
         "--benchmark-only",
         *(["-k", expression] if expression else []),
@@ -233,7 +235,7 @@ def test_make_bench_runs_the_files_whose_peers_it_installs() -> None:
     told = subprocess.run(
         ["make", "--dry-run", "bench"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    files = re.findall(r"bench/bench_(\w+)\.py", told.stdout)
+    files = re.findall(r"bench/benches/bench_(\w+)\.py", told.stdout)
     assert sorted(files) == ["functions", "ops", "updates"]
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench import timing
 from bench.accuracy.settings import Settings
+from bench.benches import timing
 from brandla.correction import ritz_correct
 from brandla.root import Compress
 from brandla_kernels import gram_ema_

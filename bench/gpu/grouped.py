@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 import brandla
-from bench import plain
+from bench.benches import plain
+from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu import factors
 from bench.gpu.device import started
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import called, microseconds, tensors_in
-from bench.problems import DECAY, WEIGHT, require
 
 DAMPING = 0.1
 UPDATE, SOLVE = "grouped.root_update, cholesky", "grouped.damped_solve"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench import plain
+from bench.benches import plain
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, WrongResultError, check_solve, check_update, require
 from bench.gpu import factors
 from bench.gpu.cases import ROUNDINGS
 from bench.gpu.ceilings import Work
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import Times, called, microseconds, replayed
-from bench.problems import DECAY, UPDATES, WEIGHT, Case, WrongResultError, check_solve, check_update, require
 from brandla_kernels import OPS
 
 DAMPING = 0.1

@@ -14,7 +14,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from bench import study as studies
-from bench.cpu import device_of
+from bench.benches.cpu import device_of
 from bench.kfac_study import figures, page, summary, tables
 from bench.kfac_study.images import FOLDER, UnusableError, check
 from bench.kfac_study.record import STUDY, Record

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bench import results
+from bench.benches.peer_threads import REST
+from bench.benches.timing import Interval, of_median
 from bench.figures import Study
 from bench.gpu.ceilings import Ceilings, Work
 from bench.gpu.device import Device
-from bench.peer_threads import REST
-from bench.timing import Interval, of_median
 
 # Seconds that a case is timed for, and how often it is called at least and at most.
 SECONDS, FEWEST, MOST = 0.25, 3, 100

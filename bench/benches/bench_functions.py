@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from bench import tasks
-from bench.events import TIMER
+from bench.benches import tasks
+from bench.benches.events import TIMER
+from bench.benches.peer_threads import at_best
+from bench.benches.tasks import TASKS, Call, Shape, Task
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
-from bench.peer_threads import at_best
-from bench.tasks import TASKS, Call, Shape, Task
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 

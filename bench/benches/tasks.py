@@ -11,12 +11,9 @@ from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
 
 import brandla
-from bench import peers
-from bench.gpu import factors
-from bench.gpu.ceilings import Work
-from bench.gpu.device import Device
-from bench.peers import EXACT, OVERSAMPLE, POWERS, SKETCHED, Peer
-from bench.problems import (
+from bench.benches import peers
+from bench.benches.peers import EXACT, OVERSAMPLE, POWERS, SKETCHED, Peer
+from bench.benches.problems import (
     DECAY,
     LOSS_ALLOWED,
     UPDATES,
@@ -28,6 +25,9 @@ from bench.problems import (
     require,
     steady,
 )
+from bench.gpu import factors
+from bench.gpu.ceilings import Work
+from bench.gpu.device import Device
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD
 
 DAMPING, EXPONENT = 0.1, -0.5

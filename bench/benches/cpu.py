@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import timing
+from bench.benches import timing
 from bench.gpu.device import MOST, Captured, Device, Gpu, Stub
 
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")

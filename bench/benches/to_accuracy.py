@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from bench.benches.training_methods import network, small_factors_allowed
 from bench.kfac_study.images import Images
-from bench.training_methods import network, small_factors_allowed
 from brandla.demo import data
 from brandla.kfac import KFAC, Strategy
 

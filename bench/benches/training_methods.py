@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.calls import torch_calls
+from bench.benches.calls import torch_calls
 from bench.kfac_study.images import Images, mnist, standardised
 from bench.kfac_study.networks import CLASSES, mlp
 from brandla.demo import data

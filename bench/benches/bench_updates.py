@@ -19,12 +19,12 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 import brandla
-from bench import by_hand, timing
-from bench.calls import torch_calls
-from bench.floors import solve_floor, update_floor
-from bench.memory import peak_extra_bytes
-from bench.peer_threads import REST, at_best, in_threads
-from bench.problems import (
+from bench.benches import by_hand, timing
+from bench.benches.calls import torch_calls
+from bench.benches.floors import solve_floor, update_floor
+from bench.benches.memory import peak_extra_bytes
+from bench.benches.peer_threads import REST, at_best, in_threads
+from bench.benches.problems import (
     DECAY,
     UPDATES,
     WEIGHT,
@@ -38,7 +38,7 @@ from bench.problems import (
     require,
     steady,
 )
-from bench.timing import Interval
+from bench.benches.timing import Interval
 from brandla._small import leading, orthonormal_in, unit_scaled, unresolved
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish

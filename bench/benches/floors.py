@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.problems import Case, tall_of
+from bench.benches.problems import Case, tall_of
 
 
 def update_floor(case: Case) -> Callable[[], Tensor]:
