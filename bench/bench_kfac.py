@@ -13,7 +13,7 @@ from statistics import fmean, median
 import pytest
 
 from bench import timing, to_accuracy, training_methods
-from bench.kfac_study.images import Images
+from bench.frame.images import Images
 from bench.to_accuracy import Candidate, Outcome
 from bench.training_methods import preconditioned
 from brandla.kfac import Brand, BrandCorrected, BrandRandomized, Exact, Randomized

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import roofline
 from bench.events import TIMER
 from bench.gpu import cases
 from bench.gpu.cases import Case
@@ -22,6 +21,7 @@ from bench.gpu.device import Device
 from bench.gpu.sizes import FULL, TOY
 from bench.gpu.timed import size_of
 from bench.problems import require
+from bench.studies import roofline
 from bench.tasks import BRANDLA, SHORT, TORCH_FORM, forced
 from brandla_kernels import OPS
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench import results
-from bench.facts import ROOT, commit_of
-from bench.figures import spelled
+from bench.frame import results
+from bench.frame.facts import ROOT, commit_of
+from bench.frame.figures import spelled
 from bench.timing import Interval
 
 RANGES = 3

@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from bench import results, roofline
 from bench.cpu import device_of
-from bench.facts import facts, in_words
-from bench.figures import Figure, Study, spelled
+from bench.frame import results
+from bench.frame.facts import facts, in_words
+from bench.frame.figures import Figure, Study, spelled
+from bench.frame.study import INTERRUPTED, THREADS, machine_of
 from bench.gpu.ceilings import Ceilings, measure
 from bench.gpu.device import Device
 from bench.gpu.sizes import TOY
-from bench.study import INTERRUPTED, THREADS, machine_of
+from bench.studies import roofline
 from bench.tasks import OURS
 from bench.timed_case import Case, Run, reference_on
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.figures import spelled
-from bench.pages import PICTURES, table
+from bench.frame.figures import spelled
+from bench.frame.pages import PICTURES, table
+from bench.frame.pictures import THEMES
 from bench.peer_threads import in_threads
-from bench.pictures import THEMES
 from bench.scaling import METHODS
 from bench.tasks import IN_FLOAT64
 

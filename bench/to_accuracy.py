@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.kfac_study.images import Images
+from bench.frame.images import Images
 from bench.training_methods import network, small_factors_allowed
 from brandla.demo import data
 from brandla.kfac import KFAC, Strategy

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from bench import compare, pictures, report, results, roofline, scaling, study, timing
 from bench.cpu import Cpu
+from bench.frame.study import Piece
 from bench.gpu.ceilings import Ceilings, Work
-from bench.study import Piece
 from bench.timed_case import row_of
 from brandla_kernels import OPS
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import brandla
 import oracles
-from bench import results
-from bench.facts import facts
 from bench.families import DECAY, FAMILIES, WEIGHT, Family, Truth, best_discarded, reference
+from bench.frame import results
+from bench.frame.facts import facts
 from bench.problems import UPDATES, defect, orthonormality
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
