@@ -383,8 +383,8 @@ COLOURS = {
 
 def draw(content: Row, theme: Theme) -> Picture:
     """Draw time and memory against n, and time against r and k."""
-    rows = pd.DataFrame(content["rows"])
-    rows["time"], rows["memory"] = rows["seconds"].str[0], rows["held_bytes"] + rows["peak_bytes"]
+    rows = pd.DataFrame(content["rows"]).query("method in @COLOURS")
+    rows = rows.assign(time=rows["seconds"].str[0], memory=rows["held_bytes"] + rows["peak_bytes"])
     found = [
         (axis, quantity, title)
         for axis, quantity, title in (
@@ -409,19 +409,15 @@ def draw(content: Row, theme: Theme) -> Picture:
         pictures.titled(panel, title, ", ".join(fixed), theme)
         for method, line in own.groupby("method", sort=False):
             power = powers.get((axis, quantity, str(method)))
-            at = (
-                f", n = {line['n'].iloc[0]}"
-                if axis != "n" and len(eigh) and line["n"].iloc[0] != eigh["n"].iloc[0]
-                else ""
-            )
+            others = set() if axis == "n" else set(line["n"]) - set(eigh["n"])
+            at = "".join(f", n = {n}" for n in others)
             label = f"{method}{at}" + ("" if power is None else f"  ${axis}^{{{power:.2f}}}$")
             style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
             panel.plot(line[axis], line[quantity], color=theme.colour(*COLOURS[str(method)]), **style)
         panel.set_xscale("log", base=2)
         sizes = sorted(size for size in own[axis].unique() if size & (size - 1) == 0) or sorted(own[axis].unique())
-        panel.set_xticks(
-            sizes[:: 2 if len(sizes) > 7 else 1], [f"{size:g}" for size in sizes[:: 2 if len(sizes) > 7 else 1]]
-        )
+        ticks = sizes[:: 2 if len(sizes) > 7 else 1]
+        panel.set_xticks(ticks, list(map(str, ticks)))
         pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES if quantity == "time" else pictures.BYTES))
         panel.set_xlabel(axis)
         pictures.legend(panel, 2)
