@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench import results
 from bench.benches.timing import Interval
-from bench.facts import ROOT, commit_of
-from bench.figures import spelled
+from bench.frame import results
+from bench.frame.facts import ROOT, commit_of
+from bench.frame.figures import spelled
 
 RANGES = 3
 # A change below this is of no interest, and figures without scatter, such as memory, are written with five digits.

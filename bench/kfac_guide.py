@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.figures import read, spelled
+from bench.frame.figures import read, spelled
 
 BEGIN = "<!-- figures: kfac.json -->"
 END = "<!-- end of figures -->"

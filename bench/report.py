@@ -12,10 +12,10 @@ from typing import Any
 
 from bench import demo_tables, figures, kfac_guide, pages, pictures, results, study_pages
 from bench.benches.problems import DEFECT_ALLOWED, UPDATES
-from bench.facts import ROOT, commit_of
-from bench.figures import Figure, spelled
+from bench.frame.facts import ROOT, commit_of
+from bench.frame.figures import Figure, spelled
+from bench.frame.pages import table
 from bench.gpu import page as gpu_page
-from bench.pages import table
 
 PAGE = ROOT / "docs" / "measurements.md"
 BOUND_LIMIT = 25

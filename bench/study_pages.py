@@ -7,9 +7,9 @@ from typing import Any
 
 from bench.benches.peer_threads import in_threads
 from bench.benches.tasks import IN_FLOAT64
-from bench.figures import spelled
-from bench.pages import PICTURES, table
-from bench.pictures import THEMES
+from bench.frame.figures import spelled
+from bench.frame.pages import PICTURES, table
+from bench.frame.pictures import THEMES
 from bench.scaling import METHODS
 
 Row = dict[str, Any]

@@ -25,10 +25,10 @@ from bench.benches import bench_ops, events, peers, tasks
 from bench.benches.peer_threads import at_best
 from bench.benches.problems import LOSS_ALLOWED, WrongResultError
 from bench.benches.tasks import TASKS, Shape
+from bench.frame.study import INTERRUPTED
 from bench.gpu import cases
 from bench.gpu.device import Stub
 from bench.gpu.sizes import TOY
-from bench.study import INTERRUPTED
 from brandla_kernels import OPS
 
 ROOT = Path(__file__).parents[1]

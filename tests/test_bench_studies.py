@@ -16,9 +16,9 @@ from rich.console import Console
 from bench import compare, pictures, report, results, roofline, scaling, study
 from bench.benches import timing
 from bench.benches.cpu import Cpu
-from bench.benches.timed_case import row_of
+from bench.frame.study import Piece
 from bench.gpu.ceilings import Ceilings, Work
-from bench.study import Piece
+from bench.benches.timed_case import row_of
 from brandla_kernels import OPS
 
 QUIET = Console(quiet=True)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import results
 from bench.accuracy import figures, page, record, tables
 from bench.accuracy.record import Record
 from bench.accuracy.settings import FULL, QUICK
 from bench.accuracy.study import run_all, total
-from bench.facts import commit_of, facts, slug
-from bench.study import INTERRUPTED
+from bench.frame import results
+from bench.frame.facts import commit_of, facts, slug
+from bench.frame.study import INTERRUPTED
 from brandla.demo.meter import Meter
 
 WIDTH = 150

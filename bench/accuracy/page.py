@@ -10,8 +10,8 @@ from bench import pages
 from bench.accuracy import record, summary, tables
 from bench.accuracy.record import Record
 from bench.accuracy.settings import FULL
-from bench.facts import ROOT, commit_of
-from bench.pages import table
+from bench.frame.facts import ROOT, commit_of
+from bench.frame.pages import table
 
 PAGE = ROOT / "docs" / "accuracy.md"
 

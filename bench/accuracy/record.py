@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import results
 from bench.accuracy.settings import Settings
 from bench.accuracy.trackers import Costs, Tracker
 from bench.accuracy.truth import Errors, Step
+from bench.frame import results
 
 STUDY = "accuracy"
 

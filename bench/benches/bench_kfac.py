@@ -15,7 +15,7 @@ import pytest
 from bench.benches import timing, to_accuracy, training_methods
 from bench.benches.to_accuracy import Candidate, Outcome
 from bench.benches.training_methods import preconditioned
-from bench.kfac_study.images import Images
+from bench.frame.images import Images
 from brandla.kfac import Brand, BrandCorrected, BrandRandomized, Exact, Randomized
 
 WIDTH, BATCH, RANK, LESS = 1024, 128, 128, 64

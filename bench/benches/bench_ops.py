@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import roofline
 from bench.benches.events import TIMER
 from bench.benches.problems import require
 from bench.benches.tasks import BRANDLA, SHORT, TORCH_FORM, forced
@@ -23,6 +22,7 @@ from bench.gpu.cases import Case
 from bench.gpu.device import Device
 from bench.gpu.sizes import FULL, TOY
 from bench.gpu.timed import size_of
+from bench.studies import roofline
 from brandla_kernels import OPS
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)

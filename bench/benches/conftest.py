@@ -16,16 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from bench import results, roofline
 from bench.benches.cpu import device_of
 from bench.benches.tasks import OURS
 from bench.benches.timed_case import Case, Run, reference_on
-from bench.facts import facts, in_words
-from bench.figures import Figure, Study, spelled
+from bench.frame import results
+from bench.frame.facts import facts, in_words
+from bench.frame.figures import Figure, Study, spelled
+from bench.frame.study import INTERRUPTED, THREADS, machine_of
 from bench.gpu.ceilings import Ceilings, measure
 from bench.gpu.device import Device
 from bench.gpu.sizes import TOY
-from bench.study import INTERRUPTED, THREADS, machine_of
+from bench.studies import roofline
 
 WIDTH = 130
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench import results
 from bench.benches.peer_threads import REST
 from bench.benches.timing import Interval, of_median
-from bench.figures import Study
+from bench.frame.figures import Study
 from bench.gpu.ceilings import Ceilings, Work
 from bench.gpu.device import Device
+from brandla.demo.frame import plain
 
 # Seconds that a case is timed for, and how often it is called at least and at most.
 SECONDS, FEWEST, MOST = 0.25, 3, 100
@@ -74,7 +74,7 @@ class Case:
         flops = work.float32 + work.float64 + work.bf16
         self.about |= judged | {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
         facts = {key: self.run.machine[key] for key in VERSIONS} | {"gpu": self.run.machine.get("gpu")}
-        self.benchmark.extra_info.update(results.plain(self.about | facts))
+        self.benchmark.extra_info.update(plain(self.about | facts))
         if self.benchmark.stats:
             row = row_of(self.benchmark.stats.stats.data, around, floor.seconds)
             self.benchmark.extra_info["of_ceiling"] = row["of_ceiling"].value

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench.benches.training_methods import network, small_factors_allowed
-from bench.kfac_study.images import Images
+from bench.frame.images import Images
 from brandla.demo import data
 from brandla.kfac import KFAC, Strategy
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench.benches.calls import torch_calls
-from bench.kfac_study.images import Images, mnist, standardised
-from bench.kfac_study.networks import CLASSES, mlp
+from bench.frame.images import CLASSES, Images, mlp, mnist, standardised
 from brandla.demo import data
 from brandla.demo.data import Split
 from brandla.kfac import KFAC, Strategy

@@ -6,22 +6,19 @@ turns with one reference, the GEMMs of an update of that size, so that times can
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure as Picture
 from torch import Tensor
 
 import brandla
-from bench import study
 from bench.benches import timing
-from bench.benches.cpu import device_of
 from bench.benches.floors import update_floor
 from bench.benches.memory import peak_extra_bytes_on
 from bench.benches.problems import (
@@ -36,11 +33,13 @@ from bench.benches.problems import (
     matrix_of_spectrum,
     residual_is_rounding,
 )
-from bench.benches.timing import Interval
+from bench.frame import pages, pictures
+from bench.frame.figures import spelled
+from bench.frame.pictures import Theme
+from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import factors
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
-from bench.study import Piece, Row
 from brandla_kernels import gram_ema_
 
 DAMPING = 0.1
@@ -231,29 +230,25 @@ def _ascending(values: Tensor, vectors: Tensor, r: int) -> tuple[Tensor, Tensor]
 
 def pieces(sizes: Sizes, device: Device) -> list[Piece]:
     """Return the study in pieces, one for each size."""
-    by_n = sorted({n for each in sizes.n.values() for n in each})
-    found = [_piece("n", sizes.with_n._replace(n=n), _grown_with_n(sizes, n), sizes, device) for n in by_n]
+
+    def piece(axis: str, size: Size, names: Sequence[str]) -> Piece:
+        flops = sum(size.n ** METHODS[name].time for name in names if METHODS[name].dense)
+        seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size.n / 2e4
+        key = {"axis": axis, **size._asdict()}
+        return Piece("rows", key, seconds, lambda *_: measured(size, names, sizes.seconds, device))
+
     tall = [name for name, method in METHODS.items() if not method.dense]
+    found = []
+    for n in sorted({n for each in sizes.n.values() for n in each}):
+        names = [name for name, method in METHODS.items() if n in sizes.n[method.time]]
+        found.append(piece("n", sizes.with_n._replace(n=n), names))
     for r in sizes.r:
         size = sizes.with_r._replace(r=r)
-        found.append(_piece("r", size, tall, sizes, device))
-        found.append(_piece("r", size._replace(n=sizes.dense), ["randomized_eigh"], sizes, device))
-    found.extend(_piece("k", sizes.with_k._replace(k=k), tall, sizes, device) for k in sizes.k)
-    return found
+        found += [piece("r", size, tall), piece("r", size._replace(n=sizes.dense), ["randomized_eigh"])]
+    return found + [piece("k", sizes.with_k._replace(k=k), tall) for k in sizes.k]
 
 
-def _grown_with_n(sizes: Sizes, n: int) -> list[str]:
-    return [name for name, method in METHODS.items() if n in sizes.n[method.time]]
-
-
-def _piece(axis: str, size: Size, names: Sequence[str], sizes: Sizes, device: Device) -> Piece:
-    words = f"growth with {axis}: n {size.n}, r {size.r}, k {size.k}"
-    flops = sum(size.n ** METHODS[name].time for name in names if METHODS[name].dense)
-    seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size.n / 2e4
-    return Piece(words, seconds, lambda: measured(axis, size, names, sizes.seconds, device))
-
-
-def measured(axis: str, size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
+def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     floor = update_floor(factors.steady("eigh_update", *size, STEPS_TO_STEADY_STATE, device.tensors))
     made = calls(size, device, names)
@@ -266,82 +261,170 @@ def measured(axis: str, size: Size, names: Sequence[str], seconds: float, device
         functions = {REFERENCE: floor} | {name: made[name].function for name in together}
         times = device.alternating(functions, seconds * len(together))
         for name in together:
-            yield _row(axis, size, name, times[name], times[REFERENCE], made[name], device)
+            yield {
+                "method": name,
+                "seconds": timing.of_median(times[name]),
+                "over_reference": timing.ratio(times[name], times[REFERENCE]),
+                "held_bytes": made[name].held,
+                "peak_bytes": peak_extra_bytes_on(device.tensors, made[name].function, warm_up=False),
+                "rounds": len(times[name]),
+            }
     spectral_matrix.cache_clear()
     factors.steady.cache_clear()
 
 
-def _row(
-    axis: str, size: Size, name: str, times: list[float], reference: list[float], call: Call, device: Device
-) -> Row:
-    return {
-        "axis": axis,
-        "method": name,
-        **size._asdict(),
-        "seconds": timing.of_median(times),
-        "over_reference": timing.ratio(times, reference),
-        "held_bytes": call.held,
-        "peak_bytes": peak_extra_bytes_on(device.tensors, call.function, warm_up=False),
-        "rounds": len(times),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Exponents
+# Exponents, tables, page and picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 FEWEST_SIZES = 3
+LARGER = "larger half"
+WINDOWS = {"all": "all sizes", LARGER: "the larger half of the sizes"}
 
 
-def exponents(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the fitted exponents of time and memory, over all sizes and over the larger half of them."""
-    for axis in "nrk":
-        for name in METHODS:
-            own = [row for row in rows if (row["axis"], row["method"]) == (axis, name)]
-            for window, part in (("all", own), ("larger half", own[len(own) // 2 :])):
-                if len(part) >= FEWEST_SIZES:
-                    yield from _fits(axis, name, window, part)
+def exponents(tables: Tables) -> Tables:
+    """Return the fitted exponents of time and memory, over all sizes and over the larger half of them."""
+    fits = []
+    rows = pd.DataFrame(tables.get("rows", []), columns=["axis", "method", "n", "r", "k", *AMOUNTS])
+    rows["time"], rows["memory"] = rows["seconds"].str[0], rows["held_bytes"] + rows["peak_bytes"]
+    for (axis, method), own in rows.groupby(["axis", "method"], sort=False):
+        for window, part in (("all", own), (LARGER, own[len(own) // 2 :])):
+            for quantity in ("time", "memory") if len(part) >= FEWEST_SIZES else ():
+                sizes = part[axis].tolist()
+                about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
+                fits.append(about | {"exponent": timing.slope(sizes, part[quantity].tolist())})
+    return {"exponents": fits}
 
 
-def _fits(axis: str, name: str, window: str, rows: Sequence[Row]) -> Iterator[Row]:
-    sizes = [row[axis] for row in rows]
-    amounts = {
-        "time": [Interval(*row["seconds"]).value for row in rows],
-        "memory": [row["held_bytes"] + row["peak_bytes"] for row in rows],
+AMOUNTS = ("seconds", "held_bytes", "peak_bytes")
+
+
+def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the exponents."""
+    if not content["exponents"]:
+        return
+    fits = pd.DataFrame(content["exponents"])
+    fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
+    fits["exponent"] = fits["exponent"].map(in_words)
+    by = {"axis": "grows", "method": "method", "quantity": "quantity"}
+    wide = fits.pivot_table(["sizes", "exponent"], list(by), "window", aggfunc="first", sort=False, observed=True)
+    cells = wide.reset_index(names=list(by.values())).fillna("")
+    cells.columns = [" ".join(filter(None, column)) for column in cells.columns]
+    order = [f"{part} {window}" for window in ("all", LARGER) for part in ("sizes", "exponent")]
+    yield "Exponents", cells.reindex(columns=[*by.values(), *order], fill_value="")
+
+
+def in_words(interval: Sequence[float | None]) -> str:
+    """Return an exponent with its interval, where there is one."""
+    value, low, high = interval
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+ABOUT = """### Growth with n, r and k
+
+`make study-scaling`. float32; updates at the steady state of an i^−½ stream; dense methods on a matrix with eigenvalues
+1/i, handed to them for nothing; solves have k right-hand sides. Every result was checked against float64 before it was
+timed. Memory is what is held between calls and the peak of a call on top. An exponent is the slope of log time, or
+log memory, in log size by least squares, with Student's 95 % interval, misfit included: over all sizes, and over the
+larger half of them, where what does not grow (calls, the core of order r + k) weighs less.
+"""
+
+
+def section(content: Row, machine: str) -> Iterator[str]:
+    """Yield the section of ``docs/measurements.md``."""
+    yield ABOUT + pages.caveats(content["facts"])
+    yield pages.picture(STUDY.name, machine, "Time and memory against n, r and k")
+    yield from verdict(content["exponents"])
+    yield from (pages.markdown(cells) for _, cells in shown(content))
+    rows = pd.DataFrame(content["rows"])
+    yield "#### Times and memory\n"
+    yield pages.markdown(
+        pd.DataFrame(
+            {
+                "n, r, k": rows[["n", "r", "k"]].astype(str).agg(", ".join, axis=1),
+                "method": rows["method"],
+                "ms": (1e3 * rows["seconds"].str[0]).map(spelled),
+                "× the GEMMs of an update": rows["over_reference"].map(
+                    lambda ratio: "{} ({} to {})".format(*map(spelled, ratio))
+                ),
+                "held, MB": (rows["held_bytes"] / 1e6).map(spelled),
+                "peak on top, MB": (rows["peak_bytes"] / 1e6).map(spelled),
+            }
+        )
+    )
+
+
+def verdict(fits: Sequence[Row]) -> Iterator[str]:
+    """Yield how the time of each method grew with n, by the power that it is said to grow with."""
+    lines = ["Exponents of time in n:\n"]
+    for power, window in ((1, "all"), (1, LARGER), (2, LARGER), (3, LARGER)):
+        of_time = [fit for fit in fits if (fit["axis"], fit["quantity"], fit["window"]) == ("n", "time", window)]
+        own = [fit for fit in of_time if fit["method"] in METHODS and METHODS[fit["method"]].time == power]
+        if own:
+            found = "; ".join(f"`{fit['method']}` {in_words(fit['exponent'])}" for fit in own)
+            lines.append(f"- said to be {power}, over {WINDOWS[window]}: {found}.")
+    yield "\n".join([*lines, ""])
+
+
+# Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
+COLOURS = {
+    "root_update": ("#d55e00", "#ff8f40"),
+    "root_update, cholesky": ("#8f6a4a", "#c9a27e"),
+    "eigh_update": ("#0072b2", "#4db2ee"),
+    "damped_solve": ("#009e73", "#2fd3a5"),
+    "kron_damped_solve, pair": ("#3f8f9b", "#7fd0dc"),
+    "gram_ema_": ("#9a9a9a", "#8a8f99"),
+    "randomized_eigh": ("#b07900", "#f0b840"),
+    "torch.svd_lowrank": ("#b05c90", "#e49cc8"),
+    "Cholesky solve": ("#6b6b6b", "#b8bcc6"),
+    "torch.linalg.eigh": ("#000000", "#ffffff"),
+}
+
+
+def draw(content: Row, theme: Theme) -> Picture:
+    """Draw time and memory against n, and time against r and k."""
+    rows = pd.DataFrame(content["rows"]).query("method in @COLOURS")
+    rows = rows.assign(time=rows["seconds"].str[0], memory=rows["held_bytes"] + rows["peak_bytes"])
+    found = [
+        (axis, quantity, title)
+        for axis, quantity, title in (
+            ("n", "time", "Time against n"),
+            ("n", "memory", "Memory against n"),
+            ("r", "time", "Time against the rank"),
+            ("k", "time", "Time against the new columns"),
+        )
+        if axis in set(rows["axis"])
+    ]
+    words = f"Powers are fitted over {WINDOWS[LARGER]}"
+    figure, axes = pictures.panels([4.6 if axis == "n" else 3.9 for axis, *_ in found], content, words, theme)
+    powers = {
+        (fit["axis"], fit["quantity"], fit["method"]): fit["exponent"][0]
+        for fit in content["exponents"]
+        if fit["window"] == LARGER
     }
-    for quantity, values in amounts.items():
-        about = {"axis": axis, "method": name, "quantity": quantity, "window": window, "sizes": sizes}
-        yield about | {"exponent": timing.slope(sizes, values)}
+    for panel, (axis, quantity, title) in zip(axes, found, strict=True):
+        own = rows[rows["axis"] == axis]
+        eigh = own[own["method"] == "eigh_update"]
+        fixed = [f"{other} = {eigh[other].iloc[0]}" for other in "nrk" if other != axis and len(eigh)]
+        pictures.titled(panel, title, ", ".join(fixed), theme)
+        for method, line in own.groupby("method", sort=False):
+            power = powers.get((axis, quantity, str(method)))
+            others = set() if axis == "n" else set(line["n"]) - set(eigh["n"])
+            at = "".join(f", n = {n}" for n in others)
+            label = f"{method}{at}" + ("" if power is None else f"  ${axis}^{{{power:.2f}}}$")
+            style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
+            panel.plot(line[axis], line[quantity], color=theme.colour(*COLOURS[str(method)]), **style)
+        panel.set_xscale("log", base=2)
+        sizes = sorted(size for size in own[axis].unique() if size & (size - 1) == 0) or sorted(own[axis].unique())
+        ticks = sizes[:: 2 if len(sizes) > 7 else 1]
+        panel.set_xticks(ticks, list(map(str, ticks)))
+        pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES if quantity == "time" else pictures.BYTES))
+        panel.set_xlabel(axis)
+        pictures.legend(panel, 2)
+    return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def table(fits: Sequence[Row]) -> Table:
-    """Return the exponents as a table."""
-    shown = Table("in", "method", "quantity", "sizes", "exponent", "95 % interval", title="Exponents")
-    for fit in fits:
-        value, low, high = fit["exponent"]
-        between = f"{fit['sizes'][0]} … {fit['sizes'][-1]}"
-        shown.add_row(fit["axis"], fit["method"], fit["quantity"], between, f"{value:.2f}", f"{low:.2f} to {high:.2f}")
-    return shown
-
-
-def main() -> int:
-    """Measure, fit, print the table and write the result file."""
-    chosen = study.options("scaling", __doc__)
-    device, console = device_of(chosen.quick), Console()
-    start = study.prepare(chosen.quick)
-    sizes = TOY if chosen.quick else FULL if chosen.full else USUAL
-    rows, interrupted = study.run(pieces(sizes, device), console)
-    fits = list(exponents(rows))
-    console.print(table(fits))
-    content = {"rows": rows, "exponents": fits, "interrupted": interrupted}
-    study.keep("scaling", content, device, chosen, start, console)
-    return study.INTERRUPTED if interrupted else 0
-
+STUDY = Study("scaling", {"quick": TOY, "usual": USUAL, "full": FULL}, pieces, shown, exponents, draw)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(STUDY, __doc__)()

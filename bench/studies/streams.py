@@ -21,10 +21,10 @@ from torch import Tensor
 
 import brandla
 import oracles
-from bench import results
 from bench.benches.problems import UPDATES, defect, orthonormality
-from bench.facts import facts
 from bench.families import DECAY, FAMILIES, WEIGHT, Family, Truth, best_discarded, reference
+from bench.frame import results
+from bench.frame.facts import facts
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Row = dict[str, Any]

