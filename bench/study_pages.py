@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.benches.peer_threads import in_threads
-from bench.benches.tasks import IN_FLOAT64
+from bench.benches.peers import IN_FLOAT64, in_threads
 from bench.frame.figures import spelled
 from bench.frame.pages import PICTURES, table
 from bench.frame.pictures import THEMES

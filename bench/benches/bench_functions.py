@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from bench.benches import tasks
-from bench.benches.events import TIMER
-from bench.benches.peer_threads import at_best
-from bench.benches.tasks import TASKS, Call, Shape, Task
+from bench.benches.peers import at_best
+from bench.benches.tasks import GROUPED, ONE_BY_ONE, OWN, TASKS, Call, Shape, Task, check, together
+from bench.benches.timing import TIMER
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
 
@@ -42,24 +41,22 @@ PARTS = (1, 2, 4, 4)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a case of every task, shape and implementation."""
     quick, full = (metafunc.config.getoption(name) for name in ("quick", "full"))
-    shapes = TOY if quick else FULL if full else USUAL
     kind = "cuda" if torch.cuda.is_available() and not quick else "cpu"
     grouped = metafunc.function is test_grouped
     cases = []
-    for name in TASKS:
-        for shape in shapes:
-            if (shape.data and name not in tasks.TAKES_HALF) or (grouped and "centred" in name):
-                continue
-            found = tasks.implementations(name, shape, kind, shape.n if full else MOST_SLOW)
-            own = [one for one in found if one in tasks.OWN]
-            cases.extend((name, by, shape) for by in ([*own, tasks.ONE_BY_ONE] if grouped else found))
+    for name in filter(GROUPED.__contains__, TASKS) if grouped else TASKS:
+        for shape in TOY if quick else FULL if full else USUAL:
+            if shape.data is None or TASKS[name].takes_half:
+                found = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
+                own = [one for one in found if one in OWN]
+                cases.extend((name, by, shape) for by in ([*own, ONE_BY_ONE] if grouped else found))
     metafunc.parametrize(("name", "by", "shape"), cases, ids=str)
 
 
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
     """Return a task; the implementations at it follow one another."""
-    return TASKS[name](shape, device)
+    return TASKS[name].make(shape, device)
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +64,7 @@ def group_of(name: str, shape: Shape, device: Device) -> Task:
     """Return a task over factors of several n."""
     # Half as many columns as rows have to hold the rank and what is new.
     least = 2 * (shape.r + shape.k)
-    return tasks.together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
+    return together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
 
 
 def copies(call: Call, device: Device) -> list[partial[Any]]:
@@ -82,7 +79,7 @@ def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: 
     sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
     with case(f"{name} {shape}", by, function=name, shape=str(shape), **sizes) as timed:
         call = task.call(by)
-        judged = tasks.check(f"{by}, {name} {shape}", call)
+        judged = check(f"{by}, {name} {shape}", call)
         calls = copies(call, device)
         found = {"error": judged.error, "orthogonality": judged.orthogonality}
         with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.benches.events import TIMER
 from bench.benches.problems import require
 from bench.benches.tasks import BRANDLA, SHORT, TORCH_FORM, forced
+from bench.benches.timing import TIMER
 from bench.gpu import cases
 from bench.gpu.cases import Case
 from bench.gpu.device import Device

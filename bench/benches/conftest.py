@@ -1,100 +1,99 @@
-"""Settings of the benchmarks, the figures they collect, the table at the end and the result file."""
+"""Settings of the benchmarks, the figures they collect, the tables at the end and the result files."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
-from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from bench.benches import cases, timing
+from bench.benches.cases import Run
 from bench.benches.cpu import device_of
-from bench.benches.tasks import OURS
-from bench.benches.timed_case import Case, Run, reference_on
 from bench.frame import results
 from bench.frame.facts import facts, in_words
 from bench.frame.figures import Figure, Study, spelled
-from bench.frame.study import INTERRUPTED, THREADS, machine_of
-from bench.gpu.ceilings import Ceilings, measure
+from bench.frame.study import INTERRUPTED, THREADS, machine_of, show
+from bench.gpu.ceilings import measure
 from bench.gpu.device import Device
 from bench.gpu.sizes import TOY
 from bench.studies import roofline
 
-WIDTH = 130
 
-studies = pytest.StashKey[dict[str, Study]]()
-started = pytest.StashKey[float]()
-deselected = pytest.StashKey[int]()
-# Cases of each file that have not ended, and whether Ctrl-C was pressed.
-left = pytest.StashKey[Counter[str]]()
-interrupted = pytest.StashKey[bool]()
-machine_facts = pytest.StashKey[tuple[dict[str, Any], Path]]()
+@dataclass
+class Found:
+    """What a run has found, and what a result file has to say about it."""
+
+    started: float = field(default_factory=time.monotonic)
+    studies: dict[str, Study] = field(default_factory=dict)
+    # Facts and folder of the device, where functions or ops were measured.
+    place: tuple[dict[str, Any], Path] | None = None
+    deselected: int = 0
+    # Whether a case began, and those of each file that have not ended.
+    begun: bool = False
+    left: Counter[str] = field(default_factory=Counter)
+
+
+FOUND = pytest.StashKey[Found]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--quick", action="store_true", help="few repeats: shows that the benchmarks run, measures nothing"
-    )
+    few = "few repeats: shows that the benchmarks run, measures nothing"
+    parser.addoption("--quick", action="store_true", help=few)
     parser.addoption("--full", action="store_true", help="functions and ops at sizes that take a GPU, or long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(_threads(config))
-    torch.manual_seed(0)
-    config.stash[studies] = {}
-    config.stash[started] = time.monotonic()
-    config.stash[deselected] = 0
-    config.stash[left] = Counter()
-    config.stash[interrupted] = False
+    config.stash[FOUND] = Found()
+    # A collection in one call of many would be its outlier.
+    config.option.benchmark_disable_gc = True
     # What is refused before it is timed is told by its own words; figures of whole runs time no call.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"bench: {in_words(facts(config.getoption('quick')))}"
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    if items:
-        items[0].config.stash[deselected] += len(items)
+    for item in items:
+        item.config.stash[FOUND].deselected += 1
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[left].update(name_of(item) for item in session.items)
+    session.config.stash[FOUND].left.update(map(name_of, session.items))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    found = item.config.stash[FOUND]
+    found.begun = True
     done = yield
-    item.config.stash[left][name_of(item)] -= 1
+    found.left[name_of(item)] -= 1
     return done
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    try:
-        return (yield)
-    except KeyboardInterrupt:
-        session.config.stash[interrupted] = True
-        raise
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.stash[interrupted]:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # Before the first case it is a collection that failed.
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].begun:
         session.exitstatus = INTERRUPTED
 
 
 def name_of(node: Any) -> str:
     """Return the name of the study that a case belongs to, which is that of its file."""
     return node.module.__name__.rpartition("bench_")[2]
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"bench: {in_words(facts(config.getoption('quick')))}"
 
 
 def _threads(config: pytest.Config) -> int:
@@ -116,22 +115,29 @@ def _same_draws_for_each() -> None:
     np.random.seed(0)  # noqa: NPY002 (the one that fbpca draws from)
 
 
-@pytest.fixture
-def repeats(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """Return how often to repeat: as often as asked for, or a few times in a short run."""
-    return (lambda count: min(count, 3)) if request.config.getoption("quick") else (lambda count: count)
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
     """Whether this is a short run."""
     return bool(request.config.getoption("quick"))
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[..., None]]:
+def study(request: pytest.FixtureRequest) -> Study:
+    """Return what the file of a case has found."""
+    return request.config.stash[FOUND].studies.setdefault(name_of(request), Study())
+
+
+@pytest.fixture
+def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]]:
+    """Return `timing.in_turn` of this case; a short run takes few turns."""
+    return lambda calls, rounds, **options: timing.in_turn(
+        benchmark, calls, min(rounds, 3 if quick else rounds), **options
+    )
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
-    study = request.config.stash[studies].setdefault(name_of(request), Study())
 
     def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
         figure = Figure.of(group or benchmark.group or "", case, value, **about)
@@ -143,69 +149,51 @@ def figures(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable
         study.add_timing(benchmark.group or "", request.node.name, benchmark.stats.stats)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions and ops over sizes, dtypes and implementations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> Device:
+def device(quick: bool) -> Device:
     """Return what is measured: the GPU if there is one."""
-    return device_of(request.config.getoption("quick"))
+    return device_of(quick)
 
 
 @pytest.fixture(scope="session")
-def ceilings(request: pytest.FixtureRequest, device: Device) -> Ceilings:
-    """Return the ceilings of this run, which every time is also given as a part of."""
+def run(request: pytest.FixtureRequest, device: Device) -> Run:
+    """Return what all cases have in common; the ceilings are what every time is also given as a part of."""
     sizes = TOY if device.dry else roofline.FULL if device.tensors.type == "cuda" else roofline.USUAL
-    return measure(device, sizes)
-
-
-@pytest.fixture(scope="session")
-def place(request: pytest.FixtureRequest, device: Device) -> tuple[dict[str, Any], Path]:
-    """Return the facts of the device, and the folder of its results."""
-    found = machine_of(device, request.config.getoption("quick"))
-    request.config.stash[machine_facts] = found
-    return found
-
-
-@pytest.fixture(scope="session")
-def run(device: Device, ceilings: Ceilings, place: tuple[dict[str, Any], Path]) -> Run:
-    """Return what all cases have in common."""
-    return Run(device.dry, place[0], ceilings, reference_on(device))
+    place = request.config.stash[FOUND].place = machine_of(device, device.dry)
+    return Run(device.dry, place[0], measure(device, sizes), cases.reference_on(device))
 
 
 @pytest.fixture
-def case(
-    request: pytest.FixtureRequest, benchmark: Any, run: Run
-) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
-    """Return a function that opens a case: there a result is checked, and timed by the function that the case gives.
-
-    Whatever goes wrong with a peer there is kept, with its reason, and the run goes on; what is ours fails.
-    """
-    study = request.config.stash[studies].setdefault(name_of(request), Study())
-
-    @contextmanager
-    def opened(group: str, by: str, **about: Any) -> Iterator[Callable[..., None]]:
-        benchmark.group = group
-        one = Case(run, study, {"group": group, "by": by, **about}, benchmark)
-        try:
-            yield one.time
-        except Exception as error:
-            if by in OURS:
-                raise
-            pytest.skip(f"not timed: {one.refuse(error)}")
-
-    return opened
+def case(benchmark: Any, run: Run, study: Study) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
+    """Return `cases.opened` of this run."""
+    return partial(cases.opened, benchmark, run, study)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    machine = facts(config.getoption("quick"))
-    console = Console(width=WIDTH, highlight=False)
-    for name, study in config.stash[studies].items():
-        console.print(_table(name, study.figures) if study.figures else _table_of_cases(name, study.cases))
+    machine, console = facts(config.getoption("quick")), Console(highlight=False)
+    for name, study in config.stash[FOUND].studies.items():
+        cells = of_figures(study.figures) if study.figures else of_cases(study.cases)
+        for group, shown in cells.groupby("group", sort=False, observed=True):
+            show(shown.drop(columns="group"), f"bench_{name}: {group}", console)
         console.print(in_words(machine))
     terminalreporter.write_line(_kept(terminalreporter, config, machine))
+
+
+def of_figures(figures: list[Figure]) -> pd.DataFrame:
+    """Return figures beside what they were to reach."""
+    met = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
+    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
+    return pd.DataFrame(rows, columns=["group", "case", "measured", "to reach", "met"])
+
+
+def of_cases(found: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the cases, the quickest of a group first."""
+    rows = [(row["group"], row["by"], row["seconds"].value, row["of_ceiling"].value, row["error"]) for row in found]
+    cells = pd.DataFrame(rows, columns=["group", "by", "median, ms", "of the floor", "error"])
+    cells["group"] = pd.Categorical(cells["group"], cells["group"].unique())
+    cells = cells.sort_values(["group", "median, ms"])
+    cells["median, ms"] *= 1e3
+    return cells.assign(**{name: cells[name].map(spelled) for name in cells.columns[2:]})
 
 
 def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dict[str, Any]) -> str:
@@ -214,47 +202,21 @@ def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dic
     Of what Ctrl-C stopped, rows are kept, and the file says that some are missing. Figures are looked up by their
     names: a part of them makes no file.
     """
-    found, count = config.stash[studies], {name: len(those) for name, those in reporter.stats.items()}
-    skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.values())
+    found, count = config.stash[FOUND], {name: len(those) for name, those in reporter.stats.items()}
+    skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.studies.values())
     if skipped + sum(count.get(outcome, 0) for outcome in ("failed", "error", "xfailed")):
         return "no result file: the run was not right"
-    if config.stash[deselected] or config.getoption("benchmark_disable"):
+    if found.deselected or config.getoption("benchmark_disable"):
         return "no result file: the run was not whole"
     lines = []
-    for name, study in found.items():
-        missing = config.stash[left][name]
+    for name, study in found.studies.items():
+        missing = found.left[name]
         if missing and not study.cases:
             lines.append(f"not written: {name} was interrupted")
             continue
-        about = {"seconds": time.monotonic() - config.stash[started], "full": config.getoption("full")}
-        measured, folder = config.stash[machine_facts] if study.cases else (machine, None)
-        about["interrupted"] = missing > 0
-        path = results.write(name, measured | about, study.record(), folder).relative_to(results.ROOT)
+        measured, folder = found.place if study.cases and found.place else (machine, None)
+        about = {"seconds": time.monotonic() - found.started, "full": config.getoption("full")}
+        content = measured | about | {"interrupted": missing > 0}
+        path = results.write(name, content, study.record(), folder).relative_to(results.ROOT)
         lines.append(f"written: {path}" + (f", interrupted: {missing} cases are missing" if missing else ""))
     return "\n".join(lines)
-
-
-def _table(name: str, figures: list[Figure]) -> Table:
-    table = Table("case", "measured", "to reach", "met", title=f"bench_{name}", title_justify="left")
-    for group in dict.fromkeys(figure.group for figure in figures):
-        table.add_section()
-        table.add_row(f"[bold]{group}[/bold]")
-        for figure in (figure for figure in figures if figure.group == group):
-            table.add_row(figure.case, figure.measured(), figure.target(), _coloured(figure.met))
-    return table
-
-
-def _table_of_cases(name: str, rows: list[dict[str, Any]]) -> Table:
-    """Return the cases, grouped as they are compared, the quickest first."""
-    table = Table("by", "median, ms", "of the floor", "error", title=f"bench_{name}", title_justify="left")
-    for group in dict.fromkeys(row["group"] for row in rows):
-        table.add_section()
-        table.add_row(f"[bold]{group}[/bold]")
-        for row in sorted((row for row in rows if row["group"] == group), key=lambda row: row["seconds"].value):
-            figures_ = (1e3 * row["seconds"].value, row["of_ceiling"].value, row["error"])
-            table.add_row(row["by"], *map(spelled, figures_))
-    return table
-
-
-def _coloured(met: bool | None) -> str:
-    return {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}[met]

@@ -19,8 +19,6 @@ from torch import Tensor
 
 import brandla
 from bench.benches import timing
-from bench.benches.floors import update_floor
-from bench.benches.memory import peak_extra_bytes_on
 from bench.benches.problems import (
     DECAY,
     STEPS_TO_STEADY_STATE,
@@ -33,6 +31,8 @@ from bench.benches.problems import (
     matrix_of_spectrum,
     residual_is_rounding,
 )
+from bench.benches.resources import peak_extra_bytes
+from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
@@ -266,7 +266,7 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
                 "seconds": timing.of_median(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
                 "held_bytes": made[name].held,
-                "peak_bytes": peak_extra_bytes_on(device.tensors, made[name].function, warm_up=False),
+                "peak_bytes": peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
     spectral_matrix.cache_clear()

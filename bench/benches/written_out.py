@@ -1,14 +1,54 @@
-"""The library's arithmetic for one small factor, as the torch calls written out: no checks, no dispatch, no batches.
+"""The library's arithmetic written out in torch: what its time is measured in, and what its overhead is measured by.
 
-For finite data whose squares float32 holds. What a call of the library takes beyond these is its overhead.
+The floors are the products that an algorithm cannot do without, and nothing else. The calls by hand are those of one
+small factor, with no checks, no dispatch and no batches, for finite data whose squares float32 holds: what a call of
+the library takes beyond these is its overhead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from bench.benches.problems import Case, tall_of
 from brandla import LowRankEigh, LowRankRoot
+
+
+def update_floor(case: Case) -> Callable[[], Tensor]:
+    """Return the six tall products of Brand's update of an orthonormal basis, with two projections."""
+    basis, columns = tall_of(case.factor), case.columns
+    r, k = basis.shape[-1], columns.shape[-1]
+    first, second = (torch.randn(rows, r, device=basis.device) for rows in (r, k))
+
+    def products() -> Tensor:
+        coefficients = basis.mT @ columns
+        panel = torch.addmm(columns, basis, coefficients, alpha=-1)
+        again = basis.mT @ panel
+        panel = torch.addmm(panel, basis, again, alpha=-1)
+        panel.mT @ panel
+        return (basis @ first).addmm_(panel, second)
+
+    return products
+
+
+def solve_floor(basis: Tensor, rhs: Tensor) -> Callable[[], Tensor]:
+    """Return the two products of a damped application."""
+    return lambda: basis @ (basis.mT @ rhs)
+
+
+def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, weight: float) -> tuple[Tensor, Tensor]:
+    """Return d and U after Brand's update as torch code has it: project, ``qr``, ``eigh``, rotate, in one dtype."""
+    r = basis.shape[1]
+    inside = basis.mT @ columns
+    orthonormal, triangle = torch.linalg.qr(columns - basis @ inside)
+    stacked = torch.cat([inside, triangle])
+    core = weight * stacked @ stacked.mT
+    core[:r, :r].diagonal().add_(values, alpha=decay)
+    spectrum, vectors = torch.linalg.eigh(core)
+    kept = spectrum[-r:].flip(0).clamp_min(0)
+    return kept, torch.cat([basis, orthonormal], dim=1) @ vectors[:, -r:].flip(1)
 
 
 def root_update(root: LowRankRoot, columns: Tensor, decay: float, weight: float) -> LowRankRoot:
