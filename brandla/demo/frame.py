@@ -20,7 +20,8 @@ Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 Tick = Callable[[float], None]
 
-_NUMBERS = re.compile(r"\[[-+.,\deE\snul]+\]")
+# A list or an object that holds no object: one line each. A string has no line feeds.
+_FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 
 
 class Piece(NamedTuple):
@@ -80,7 +81,7 @@ def write(content: Row, path: Path) -> None:
     """Write JSON to ``path``, whole or not at all: numbers of six digits, null for what is not a number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    text = _NUMBERS.sub(lambda found: "[" + " ".join(found.group()[1:-1].split()) + "]", text)
+    text = _FLAT.sub(lambda found: re.sub(r"\n *", " ", found.group()), text)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, path)
