@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from brandla.demo.meter import Meter
+from brandla.demo.meter import metered
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
 def run(pieces: Sequence[Piece], tables: Tables, console: Console) -> str | None:
     """Add the rows of every piece that has none yet; return the words of the piece in which Ctrl-C came, or None."""
     left = [piece for piece in pieces if not any(map(piece.owns, tables.get(piece.table, [])))]
-    with Meter(console, sum(piece.cost for piece in left)) as meter:
+    with metered(console, sum(piece.cost for piece in left)) as meter:
         for piece in left:
             meter.stage(piece.words)
             rows, done = tables.setdefault(piece.table, []), 0.0
