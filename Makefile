@@ -98,19 +98,19 @@ examples: .venv/.extra-demo ## train a transformer and a residual network with e
 	$(python) -m examples.transformer $(EXAMPLE_ARGS)
 
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
-	$(python) -m bench.scaling $(STUDY_ARGS)
+	$(python) -m bench.studies.scaling $(STUDY_ARGS)
 
 study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op reaches (STUDY_ARGS as above)
-	$(python) -m bench.roofline $(STUDY_ARGS)
+	$(python) -m bench.studies.roofline $(STUDY_ARGS)
 
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
-	$(python) -m bench.accuracy $(STUDY_ARGS)
+	$(python) -m bench.studies.accuracy $(STUDY_ARGS)
 
 study-kfac: .venv/.extra-bench ## steps and seconds to an accuracy on Fashion-MNIST and digits (STUDY_ARGS="--data FOLDER", "--quick", "--full")
-	$(python) -m bench.kfac_study $(STUDY_ARGS)
+	$(python) -m bench.studies.kfac_images $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
-	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
+	$(python) -m bench.studies.streams $(STUDY_ARGS)
 
 # GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
 GPU_PYTHON ?= $(python)
@@ -124,8 +124,6 @@ profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R
 
 docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.md and pictures from the result files
 	$(python) -m bench.report
-	$(python) -m bench.accuracy.page
-	$(python) -m bench.kfac_study.page
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict

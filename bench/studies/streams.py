@@ -6,28 +6,116 @@ its early ones.
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
-from rich.console import Console
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import brandla
-import oracles
-from bench.benches.problems import UPDATES, defect, orthonormality
-from bench.families import DECAY, FAMILIES, WEIGHT, Family, Truth, best_discarded, reference
-from bench.frame import results
-from bench.frame.facts import facts
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
+from bench.frame import pages
+from bench.frame.study import Piece, Row, Study, command
+from bench.gpu.device import Device
+from tests import oracles
+from tests.oracles import STREAMS, Stream, power_law, spectral_stream, switching_stream
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Row = dict[str, Any]
+GROWTH = 1.02
+ROUNDING = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stream with its sizes: n rows, rank r, k columns a batch."""
+
+    words: str
+    stream: Stream
+    n: int = 128
+    r: int = 24
+    k: int = 16
+    steps: int = 60
+
+    def batches(self, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+        """Return the batches, rounded to `dtype`."""
+        return [columns.to(dtype) for columns in islice(self.stream(self.n, self.k, seed), self.steps)]
+
+    @property
+    def about(self) -> Row:
+        """The stream and the sizes in words."""
+        return {"words": self.words, "sizes": f"{self.n}, {self.r}, {self.k}"}
+
+
+def growing(n: int, k: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of i^−½ columns, each GROWTH times as large as the one before."""
+    for step, columns in enumerate(STREAMS["slow"](n, k, seed)):
+        yield columns * GROWTH**step
+
+
+def dying(n: int, k: int, seed: int) -> Iterator[Tensor]:
+    """Yield sixty batches, then zero batches for good."""
+    source = STREAMS["slow"](n, k, seed)
+    yield from islice(source, 60)
+    while True:
+        yield torch.zeros(n, k, dtype=torch.float64)
+
+
+FAMILIES = {
+    "slow": Family("i^−½", STREAMS["slow"]),
+    "medium": Family("i^−3/2", STREAMS["medium"]),
+    "fast": Family("i^−3", STREAMS["fast"]),
+    "flat": Family("flat", STREAMS["flat"]),
+    "clustered": Family("four clusters", STREAMS["clustered"]),
+    "graded": Family("graded, 1 … 10⁻¹²", STREAMS["graded"]),
+    "rank-16": Family("rank 16", STREAMS["rank-16"]),
+    "rank-16-wide": Family("rank 16, more columns than that", STREAMS["rank-16"], k=32),
+    "repeated": Family("every column eight times", spectral_stream(power_law(0.5), copies=8)),
+    "switch": Family("switches to an orthogonal subspace", switching_stream(1.0)),
+    "switch-20": Family("the same, 20 times smaller", switching_stream(1 / 20)),
+    "switch-1000": Family("the same, 1000 times smaller", switching_stream(1 / 1000)),
+    "growing": Family("grows by 2 % a step", growing, steps=1000),
+    "one-column": Family("one column at a time", STREAMS["slow"], k=1, steps=400),
+    "many-columns": Family("many more columns than the rank", STREAMS["slow"], r=8, k=96),
+    "zeros-between": Family("zero batches between", STREAMS["zeros-between"]),
+    "dies-out": Family("zero batches for good", dying, steps=100),
+}
+
+
+class Truth(NamedTuple):
+    """What a stream adds up to, step by step, in float64."""
+
+    matrices: list[Tensor]
+    discarded: list[float]
+    roundings: list[float]
+
+
+def reference(family: Family, batches: list[Tensor]) -> Truth:
+    """Return M after each step, what exact truncated updates discard of its trace, and what rounding adds up to.
+
+    The last is in units of ε: ROUNDING·‖M‖₂ an update, which decays as everything before it does.
+    """
+    matrix = truncated = torch.zeros(family.n, family.n, dtype=torch.float64)
+    truth, rounding = Truth([], [], []), 0.0
+    for columns in batches:
+        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+        truncated = oracles.truncated_update(truncated, columns, family.r, DECAY, WEIGHT)
+        rounding = DECAY * rounding + ROUNDING * oracles.spectral_norm(matrix)
+        truth.matrices.append(matrix)
+        truth.discarded.append(float((matrix - truncated).trace()))
+        truth.roundings.append(rounding)
+    return truth
+
+
+def best_discarded(matrix: Tensor, rank: int) -> float:
+    """Return the trace beyond the `rank` largest eigenvalues."""
+    return math.fsum(oracles.eigh(matrix).eigenvalues[rank:].clamp(min=0).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,18 +123,17 @@ Row = dict[str, Any]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def losses(quick: bool) -> Iterator[Row]:
-    """Yield a row for each family, dtype and update."""
-    for name, family in FAMILIES.items():
-        sized = shortened(family, 30) if quick else family
-        for spelled, dtype in DTYPES.items():
-            batches = sized.batches(dtype)
-            truth = reference(sized, batches)
-            about = {"family": name, "words": family.words, "sizes": family.sizes, "steps": sized.steps}
-            for update in UPDATES:
-                yield {**about, "dtype": spelled, "update": update, **followed(update, sized, batches, truth)}
-            if sized.steps <= 100:
-                yield {**about, "dtype": spelled, "update": "svd_append", **appended(sized, batches, truth)}
+def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
+    """Yield a row for each update of a family."""
+    family = FAMILIES[name]
+    family = replace(family, steps=min(family.steps, 30)) if quick else family
+    batches = family.batches(DTYPES[dtype])
+    truth = reference(family, batches)
+    about = family.about | {"steps": family.steps}
+    for update in UPDATES:
+        yield {"update": update, **about, **followed(update, family, batches, truth)}
+    if family.steps <= 100:
+        yield {"update": "svd_append", **about, **appended(family, batches, truth)}
 
 
 def followed(update: str, family: Family, batches: list[Tensor], truth: Truth) -> Row:
@@ -119,73 +206,41 @@ def dense(factor: Any) -> Tensor:
     return type(factor)(*(part.double() for part in factor)).dense()
 
 
-def shortened(family: Family, steps: int) -> Family:
-    """Return a family with fewer steps, for a short run."""
-    return replace(family, steps=min(family.steps, steps))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Drift over many updates
 # ---------------------------------------------------------------------------------------------------------------------
 
-# update, family, dtype
+DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
 DRIFTS = [
-    *itertools.product(
-        UPDATES, ["slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated"], ["float32"]
-    ),
+    *itertools.product(UPDATES, DRIFTING, ["float32"]),
     *itertools.product(UPDATES, ["slow", "fast"], ["float64"]),
 ]
-MANY, SIZES_OF_MANY = 10_000, (96, 16, 8)
+MANY, EVERY, POOL = 10_000, 20, 300
 MARKS = (100, 1000, 3000, 10_000)
-EVERY = 20
-POOL = 300
 
 
-def drifts(quick: bool) -> Iterator[Row]:
-    """Yield how far factors are from their form over many updates, in units of ε."""
-    for update, name, spelled in DRIFTS:
-        count = MANY // 40 if quick else MANY
-        seen = dict(drift_of(update, name, DTYPES[spelled], count))
-        yield {
-            "update": update,
-            "family": name,
-            "words": FAMILIES[name].words,
-            "sizes": "{}, {}, {}".format(*SIZES_OF_MANY),
-            "dtype": spelled,
-            "updates": count,
-            "largest": max(seen.values()),
-            "at": {mark: seen[mark] for mark in MARKS if mark <= count},
-        }
-
-
-def drift_of(update: str, name: str, dtype: torch.dtype, count: int) -> Iterator[tuple[int, float]]:
-    """Yield the number of updates and the defect in units of ε, every few updates."""
-    n, r, k = SIZES_OF_MANY
+def drift(update: str, name: str, dtype: str, quick: bool) -> Iterator[Row]:
+    """Yield how far a factor is from its form over many updates, in units of ε, looked at every few."""
+    family = replace(FAMILIES[name], n=96, r=16, k=8, steps=MANY // 40 if quick else MANY)
     function, kind = UPDATES[update]
-    pool = [columns.to(dtype) for columns in itertools.islice(FAMILIES[name].stream(n, k, 0), min(count, POOL))]
-    value = kind.zeros(n, r, dtype=dtype)
-    for step in range(1, count + 1):
+    pool = replace(family, steps=min(family.steps, POOL)).batches(DTYPES[dtype])
+    value, seen = kind.zeros(family.n, family.r, dtype=DTYPES[dtype]), {}
+    for step in range(1, family.steps + 1):
         value = function(value, pool[step % len(pool)], decay=DECAY, weight=WEIGHT)
         if step % EVERY == 0:
-            yield step, defect(value) / torch.finfo(dtype).eps
+            seen[step] = defect(value) / torch.finfo(DTYPES[dtype]).eps
+    at = {mark: seen[mark] for mark in MARKS if mark <= family.steps}
+    yield {**family.about, "updates": family.steps, "largest": max(seen.values()), "at": at}
 
 
-def right_vectors(quick: bool) -> Iterator[Row]:
+def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
     """Yield ‖Vh Vhᵀ − I‖₂/ε of svd_append, whose right vectors are not corrected."""
-    n, r, k, calls = 96, 16, 8, 50 if quick else 1000
-    for name, decay in itertools.product(["slow", "medium", "flat"], [1.0, DECAY]):
-        svd = brandla.LowRankSVD.zeros(n, 0, r)
-        for columns in itertools.islice(FAMILIES[name].stream(n, k, 0), calls):
-            svd = brandla.svd_append(svd, columns.float(), decay=decay)
-        off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
-        yield {
-            "family": name,
-            "words": FAMILIES[name].words,
-            "sizes": f"{n}, {r}, {k}",
-            "calls": calls,
-            "decay": decay,
-            "defect_over_eps": off,
-        }
+    family = replace(FAMILIES[name], n=96, r=16, k=8, steps=50 if quick else 1000)
+    svd = brandla.LowRankSVD.zeros(family.n, 0, family.r)
+    for columns in family.batches(torch.float32):
+        svd = brandla.svd_append(svd, columns, decay=decay)
+    off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
+    yield {**family.about, "calls": family.steps, "defect_over_eps": off}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,35 +251,27 @@ def right_vectors(quick: bool) -> Iterator[Row]:
 DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
-def solves(quick: bool) -> Iterator[Row]:
+def solves(name: str, quick: bool) -> Iterator[Row]:
     """Yield errors of damped solves in float32 beside the truncated update in float64, and what truncation costs."""
-    n, r, k, steps = 256, 64, 16, 25 if quick else 1000
+    family = replace(FAMILIES[name], n=256, r=64, k=16, steps=25 if quick else 1000)
+    n, r = family.n, family.r
     rhs = torch.randn(n, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for name in ("slow", "medium", "fast"):
-        family = replace(FAMILIES[name], n=n, r=r, k=k, steps=steps)
-        batches = family.batches(torch.float32)
-        matrix = torch.zeros(n, n, dtype=torch.float64)
-        exact = brandla.LowRankEigh.zeros(n, r, dtype=torch.float64)
-        values = {update: kind.zeros(n, r) for update, (_, kind) in UPDATES.items()}
-        for columns in batches:
-            matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
-            exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
-            for update, (function, _) in UPDATES.items():
-                values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
-        for damping in DAMPINGS:
-            shift = damping * oracles.spectral_norm(matrix)
-            wanted = brandla.damped_solve(exact, rhs, shift)
-            whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
-            found = {update: brandla.damped_solve(value, rhs.float(), shift) for update, value in values.items()}
-            yield {
-                "family": name,
-                "words": family.words,
-                "sizes": family.sizes,
-                "steps": steps,
-                "damping": damping,
-                "truncation": relative(wanted, whole),
-                "errors": {update: relative(solved, wanted) for update, solved in found.items()},
-            }
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    exact = brandla.LowRankEigh.zeros(n, r, dtype=torch.float64)
+    values = {update: kind.zeros(n, r) for update, (_, kind) in UPDATES.items()}
+    for columns in family.batches(torch.float32):
+        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+        exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
+        for update, (function, _) in UPDATES.items():
+            values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
+    for damping in DAMPINGS:
+        shift = damping * oracles.spectral_norm(matrix)
+        wanted = brandla.damped_solve(exact, rhs, shift)
+        whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
+        found = {update: brandla.damped_solve(value, rhs.float(), shift) for update, value in values.items()}
+        errors = {update: relative(solved, wanted) for update, solved in found.items()}
+        about = family.about | {"steps": family.steps, "damping": damping}
+        yield {**about, "truncation": relative(wanted, whole), "errors": errors}
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -237,73 +284,169 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def dying_out(quick: bool) -> Iterator[Row]:
+def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]:
     """Yield the end of a factor that decays for long, and how long a late step takes beside an early one."""
-    n, r, k = 128, 24, 16
-    for (update, (function, kind)), (spelled, dtype) in itertools.product(UPDATES.items(), DTYPES.items()):
-        for width, steps, decay in ((0, 100_000, 0.95), (k, 3000, 0.5)):
-            count = steps // 100 if quick else steps
-            value = kind.zeros(n, r, dtype=dtype)
-            for columns in itertools.islice(FAMILIES["slow"].stream(n, k, 0), 20):
-                value = function(value, columns.to(dtype), decay=DECAY, weight=WEIGHT)
-            nothing = torch.zeros(n, width, dtype=dtype)
-            value, seconds = decayed(function, value, nothing, decay, count)
-            tenth = max(count // 100, 1)
-            yield {
-                "update": update,
-                "dtype": spelled,
-                "batches": f"{width} columns" if width == 0 else f"{width} zero columns",
-                "decay": decay,
-                "steps": count,
-                "finite": all(bool(part.isfinite().all()) for part in value),
-                "largest_value": float(value[0].abs().max()),
-                "late_over_early": median(seconds[-tenth:]) / median(seconds[:tenth]),
-            }
-
-
-def decayed(
-    function: Callable[..., Any], value: Any, nothing: Tensor, decay: float, count: int
-) -> tuple[Any, list[float]]:
-    """Return a factor after many updates with no data, and the seconds of each."""
-    seconds = []
-    for _ in range(count):
+    family, (function, kind) = replace(FAMILIES["slow"], steps=20), UPDATES[update]
+    steps, decay = (3000, 0.5) if width else (100_000, 0.95)
+    steps = steps // 100 if quick else steps
+    value = kind.zeros(family.n, family.r, dtype=DTYPES[dtype])
+    for columns in family.batches(DTYPES[dtype]):
+        value = function(value, columns, decay=DECAY, weight=WEIGHT)
+    nothing, seconds = torch.zeros(family.n, width, dtype=DTYPES[dtype]), []
+    for _ in range(steps):
         start = time.perf_counter()
         value = function(value, nothing, decay=decay, weight=WEIGHT)
         seconds.append(time.perf_counter() - start)
-    return value, seconds
+    tenth = max(steps // 100, 1)
+    yield {
+        "batches": f"{width} columns" if width == 0 else f"{width} zero columns",
+        "decay": decay,
+        "steps": steps,
+        "finite": all(bool(part.isfinite().all()) for part in value),
+        "largest_value": float(value[0].abs().max()),
+        "late_over_early": median(seconds[-tenth:]) / median(seconds[:tenth]),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# The run, the tables and the page
 # ---------------------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
-    "losses": losses,
-    "drifts": drifts,
-    "right_vectors": right_vectors,
-    "solves": solves,
-    "dying_out": dying_out,
+
+def pieces(quick: bool, device: Device) -> list[Piece]:
+    """Return every table in pieces; the matrices are small, and threads would only wait for each other."""
+
+    def each(
+        table: str, measure: Callable[..., Iterator[Row]], names: Sequence[str], *values: Iterable[Any]
+    ) -> list[Piece]:
+        return [
+            Piece(table, dict(zip(names, key, strict=True)), 1.0, lambda *_, key=key: measure(*key, quick))
+            for key in itertools.product(*values)
+        ]
+
+    drifts = [
+        Piece(
+            "drifts",
+            dict(zip(("update", "family", "dtype"), key, strict=True)),
+            3.0,
+            lambda *_, key=key: drift(*key, quick),
+        )
+        for key in DRIFTS
+    ]
+    return [
+        *each("losses", losses, ("family", "dtype"), FAMILIES, DTYPES),
+        *drifts,
+        *each("right_vectors", right_vectors, ("family", "decay"), ("slow", "medium", "flat"), (1.0, DECAY)),
+        *each("solves", solves, ("family",), ("slow", "medium", "fast")),
+        *each("dying_out", dying_out, ("update", "dtype", "columns"), UPDATES, DTYPES, (0, 16)),
+    ]
+
+
+ABOUT = {
+    "What the updates lose": """Trace of M − M̂ at the end of a stream, over the trace beyond the r largest eigenvalues
+of M: 1 is the best that rank r can do. ρ 0.95, w 0.05. "exact" is the truncated update in float64 with a dense
+eigendecomposition. i^−s names the deviations of normal columns in a random basis. A dash stands where the best error is
+below rounding, 20·ε of the trace.""",
+    "Form": """How far a factor is from its form at most, over all updates and in units of ε: ‖UᵀU − I‖₂ of an
+orthonormal one, ‖S − FᵀF‖₂/‖FᵀF‖₂ of a root.""",
+    "The error bound": """The running bound of a tracked factor over the true ‖M − M̂‖₂ at the end. The bound leaves
+rounding out, taken as 8·ε‖M‖₂ an update, which decays with what is added. A dash stands where the error is below
+that.""",
+    "Many updates": """How far a factor is from its form in units of ε, as above, looked at every 20 updates. Batches
+come from a pool of 300.""",
+    "Right vectors of `svd_append`": "‖Vh Vhᵀ − I‖₂ in units of ε at the end, float32.",
+    "Damped solves": """Relative error of (M̂ + λI)⁻¹V in float32 beside the truncated update in float64, by λ over the
+largest eigenvalue d₁ of M; and what truncation costs by itself: the error of that update beside M.""",
+    "A stream that dies out": """A factor that decays with no data: how long a late update takes beside an early one,
+and what is left.""",
 }
 
 
-def main() -> None:
-    """Run all parts and write the result file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that the study runs, measures nothing")
-    quick = parser.parse_args().quick
-    # The matrices are small: threads would only wait for each other.
-    torch.set_num_threads(1)
-    console, begin = Console(highlight=False), time.monotonic()
-    content: dict[str, Any] = {}
-    for name, part in PARTS.items():
-        start = time.monotonic()
-        with threadpool_limits(1):
-            content[name] = list(part(quick))
-        console.print(f"{name}: {len(content[name])} rows, {time.monotonic() - start:.0f} s")
-    machine = facts(quick) | {"seconds": time.monotonic() - begin}
-    path = results.write("streams", machine, content)
-    console.print(f"written: {path.relative_to(results.ROOT)}")
+def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the tables of what has been measured, by the titles of `ABOUT`."""
+    found = {name: pd.DataFrame(content.get(name, [])) for name in ("losses", "drifts", "solves", "dying_out")}
+    if len(rows := found["losses"]):
+        best = rows["lost_over_best"].map("{:.3f}".format).where(rows["resolved"], "–")
+        exact = (rows["exact_over_trace"] / rows["best_over_trace"]).map("{:.3f}".format).where(rows["resolved"], "–")
+        stream = {"stream": rows["words"], "n, r, k": rows["sizes"], "updates": rows["steps"]}
+        share = rows["best_over_trace"].map("{:.1e}".format)
+        yield (
+            "What the updates lose",
+            wide(rows, {**stream, "dtype": rows["dtype"], "best / tr M": share, "exact": exact}, best),
+        )
+        rows = rows[rows["update"] != "svd_append"]
+        stream = {"stream": rows["words"], "dtype": rows["dtype"]}
+        yield "Form", wide(rows, stream, rows["defect_over_eps"].map("{:.1f}".format))
+        bound = rows["bound_over_error"].map("{:.1f}".format).where(rows["error"] > rows["rounding"], "–")
+        yield "The error bound", wide(rows, stream, bound)
+    if len(rows := found["drifts"]):
+        marks = pd.DataFrame(rows["at"].tolist()).rename(columns="after {}".format)
+        cells = rows[["update", "words", "sizes", "dtype"]].join(
+            marks.assign(largest=rows["largest"]).map("{:.1f}".format)
+        )
+        yield "Many updates", cells.rename(columns={"words": "stream", "sizes": "n, r, k"})
+    if rights := content.get("right_vectors"):
+        cells = pd.DataFrame(rights)[["words", "sizes", "calls", "decay", "defect_over_eps"]].round(1)
+        yield (
+            "Right vectors of `svd_append`",
+            cells.set_axis(["stream", "n, r, k", "calls", "decay", "‖Vh Vhᵀ − I‖₂/ε"], axis=1),
+        )
+    if len(rows := found["solves"]):
+        errors = pd.DataFrame(rows["errors"].tolist())
+        cells = rows[["words", "sizes", "steps"]].set_axis(["stream", "n, r, k", "updates"], axis=1)
+        spelled = errors.assign(truncation=rows["truncation"]).map("{:.0e}".format)
+        yield "Damped solves", cells.assign(**{"λ / d₁": rows["damping"].map("{:.0e}".format)}).join(spelled)
+    if len(rows := found["dying_out"]):
+        cells = rows[["update", "dtype", "batches", "decay", "steps"]].assign(
+            **{"late / early time": rows["late_over_early"].map("{:.2f}".format)},
+            finite=rows["finite"].map({True: "yes", False: "**no**"}),
+            **{"largest value": rows["largest_value"].map("{:.1e}".format)},
+        )
+        yield "A stream that dies out", cells
 
+
+def wide(rows: pd.DataFrame, about: dict[str, pd.Series], cells: pd.Series) -> pd.DataFrame:
+    """Return cells with a column for each update, and a row for each of what they are about."""
+    frame = pd.DataFrame({**about, "update": rows["update"], "cell": cells})
+    found = frame.groupby([*about, "update"], sort=False)["cell"].first().unstack("update").fillna("")
+    return found.reset_index().rename_axis(columns=None)
+
+
+def section(content: Row, machine: str) -> Iterator[str]:
+    """Yield the section of ``docs/measurements.md``."""
+    yield "### Streams\n\n`make study-streams`." + pages.caveats(content["facts"]) + "\n"
+    for title, cells in shown(content):
+        yield f"#### {title}\n\n{ABOUT[title]}\n"
+        if title in VERDICTS:
+            yield VERDICTS[title](pd.DataFrame(content["losses"]))
+        yield pages.markdown(cells)
+
+
+def losses_verdict(rows: pd.DataFrame) -> str:
+    """Name the runs in which more was lost than by the exact update."""
+    missed = rows[~rows["within"]]
+    rule = "at most 1.05 times what the exact truncated update loses, plus 20·ε of the trace"
+    lines = [f"- `{r.update}`, {r.dtype}, {r.words}: {r.lost_over_exact:.3f} times" for r in missed.itertuples()]
+    return "\n".join([f"{len(rows) - len(missed)} of {len(rows)} runs lose {rule}.\n", *lines, ""])
+
+
+def bounds_verdict(rows: pd.DataFrame) -> str:
+    """Say whether the bound held, and how far above the error it was."""
+    rows = rows.dropna(subset="bound")
+    broken = rows[~rows["bound_holds"].astype(bool)]
+    loosest = rows.loc[rows["family"] == "medium", "bound_over_error"].max()
+    words = (
+        f"On the i^−3/2 stream the bound was at most {loosest:.1f} times the error. Looked at ten times a run, bound"
+    )
+    words += f" and rounding were never below the error in {len(rows) - len(broken)} of {len(rows)} runs.\n"
+    lines = [
+        f"- `{r.update}`, {r.dtype}, {r.words}: {r.above_bound_over_eps:.0f}·ε‖M‖₂ above" for r in broken.itertuples()
+    ]
+    return "\n".join([words, *lines, ""])
+
+
+VERDICTS = {"What the updates lose": losses_verdict, "The error bound": bounds_verdict}
+STUDY = Study("streams", {"quick": True, "usual": False}, pieces, shown, threads=1)
 
 if __name__ == "__main__":
-    main()
+    command(STUDY, __doc__)()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from brandla.demo.meter import Meter
+from brandla.demo.meter import metered
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
@@ -20,7 +20,8 @@ Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 Tick = Callable[[float], None]
 
-_NUMBERS = re.compile(r"\[[-+.,\deE\snul]+\]")
+# A list or an object that holds no object: one line each. A string has no line feeds.
+_FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 
 
 class Piece(NamedTuple):
@@ -57,7 +58,7 @@ class Piece(NamedTuple):
 def run(pieces: Sequence[Piece], tables: Tables, console: Console) -> str | None:
     """Add the rows of every piece that has none yet; return the words of the piece in which Ctrl-C came, or None."""
     left = [piece for piece in pieces if not any(map(piece.owns, tables.get(piece.table, [])))]
-    with Meter(console, sum(piece.cost for piece in left)) as meter:
+    with metered(console, sum(piece.cost for piece in left)) as meter:
         for piece in left:
             meter.stage(piece.words)
             rows, done = tables.setdefault(piece.table, []), 0.0
@@ -80,7 +81,7 @@ def write(content: Row, path: Path) -> None:
     """Write JSON to ``path``, whole or not at all: numbers of six digits, null for what is not a number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    text = _NUMBERS.sub(lambda found: "[" + " ".join(found.group()[1:-1].split()) + "]", text)
+    text = _FLAT.sub(lambda found: re.sub(r"\n *", " ", found.group()), text)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, path)
