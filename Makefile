@@ -17,6 +17,7 @@ python := .venv/bin/python
 tests := $(python) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
 # Triton decides at its import whether it interprets, so these tests take processes of their own.
 interpreted_tests := TRITON_INTERPRET=1 $(tests) tests/kernels/interpreted
+benches := $(python) -m pytest -v --benchmark-only
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
@@ -78,16 +79,16 @@ launches: .venv/.extra-bench ## kernels that each public function and a K-FAC st
 	$(python) -m bench.launches $(LAUNCHES_ARGS)
 
 bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
-	$(python) -m pytest -v bench/bench_updates.py bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) $(addprefix bench/benches/bench_,updates.py functions.py ops.py) $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest -v bench/bench_updates.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) bench/benches/bench_updates.py $(PYTEST_ARGS)
 
 bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
-	$(python) -m pytest -v bench/bench_functions.py bench/bench_ops.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) $(addprefix bench/benches/bench_,functions.py ops.py) $(PYTEST_ARGS)
 
 bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
-	$(python) -m pytest -v bench/bench_kfac.py --benchmark-only $(PYTEST_ARGS)
+	$(benches) bench/benches/bench_kfac.py $(PYTEST_ARGS)
 
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)
@@ -97,19 +98,19 @@ examples: .venv/.extra-demo ## train a transformer and a residual network with e
 	$(python) -m examples.transformer $(EXAMPLE_ARGS)
 
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
-	$(python) -m bench.scaling $(STUDY_ARGS)
+	$(python) -m bench.studies.scaling $(STUDY_ARGS)
 
 study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op reaches (STUDY_ARGS as above)
-	$(python) -m bench.roofline $(STUDY_ARGS)
+	$(python) -m bench.studies.roofline $(STUDY_ARGS)
 
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
-	$(python) -m bench.accuracy $(STUDY_ARGS)
+	$(python) -m bench.studies.accuracy $(STUDY_ARGS)
 
 study-kfac: .venv/.extra-bench ## steps and seconds to an accuracy on Fashion-MNIST and digits (STUDY_ARGS="--data FOLDER", "--quick", "--full")
-	$(python) -m bench.kfac_study $(STUDY_ARGS)
+	$(python) -m bench.studies.kfac_images $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
-	PYTHONPATH=tests $(python) -m bench.streams $(STUDY_ARGS)
+	$(python) -m bench.studies.streams $(STUDY_ARGS)
 
 # GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
 GPU_PYTHON ?= $(python)
@@ -123,8 +124,6 @@ profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R
 
 docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.md and pictures from the result files
 	$(python) -m bench.report
-	$(python) -m bench.accuracy.page
-	$(python) -m bench.kfac_study.page
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict

@@ -12,23 +12,22 @@ deviations, even if all calls of a run are off together by as much as one of the
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+import typer
 from rich.console import Console
-from rich.table import Table
 
-from bench import results
-from bench.facts import ROOT, commit_of
-from bench.figures import spelled
-from bench.timing import Interval
+from bench.frame import results
+from bench.frame.facts import ROOT, commit_of
+from bench.frame.figures import spelled
+from bench.frame.study import application, show
 
 RANGES = 3
 # A change below this is of no interest, and figures without scatter, such as memory, are written with five digits.
@@ -39,38 +38,24 @@ CALLS = 250
 PEERS = ("torch.", "Cholesky")
 # An exponent below this says that nothing grew; such numbers are not divided by one another.
 MEANINGFUL = 0.5
+# Changes that are shown at either end, besides the regressions.
+SHOWN = 8
 Row = dict[str, Any]
 
 
 class Ratio(NamedTuple):
-    """A figure over the reference of its own run, and the interquartile ranges of the logarithms of both."""
+    """A figure over the reference of its own run, and √Σs² of the interquartile ranges of the logarithms of both."""
 
     value: float
-    ranges: tuple[float, ...]
-    more_is_better: bool
-
-
-class Change(NamedTuple):
-    """A figure of two runs: how many times as good the new one is, and whether that is a regression."""
-
-    study: str
-    case: str
-    old: float
-    new: float
-    factor: float
-    noise: float
-
-    @property
-    def regression(self) -> bool:
-        """Whether it got worse by more than the noise."""
-        return self.factor < 1 / (1 + self.noise)
+    scatter: float = 0.0
+    more_is_better: bool = False
 
 
 def interquartile(interval: Sequence[float], count: int = 0) -> float:
     """Return the interquartile range of the logarithms of samples, from the 95 % interval of their median.
 
-    Of ``count`` samples that interval holds the part 1.96/√count in the middle, as `bench.timing.of_median` takes it;
-    where they are few the interval is the wider of the two, and is taken for the range.
+    Of ``count`` samples that interval holds the part 1.96/√count in the middle, as `of_median` takes it; where they
+    are few the interval is the wider of the two, and is taken for the range.
     """
     _, low, high = interval
     return math.log(high / low) * max(1.0, math.sqrt(count) / (2 * 1.96))
@@ -85,9 +70,9 @@ def of_updates(study: Row) -> Iterator[tuple[str, Ratio]]:
     """Yield the figures in which times of one run are divided by one another."""
     for row in study["figures"]:
         if row.get("unit") in ("×", ""):
-            interval = Interval(row["value"], row.get("low", row["value"]), row.get("high", row["value"]))
+            interval = (row["value"], row.get("low", row["value"]), row.get("high", row["value"]))
             more = "at_least" in row or row["case"].endswith("times faster")
-            yield f"{row['group']}: {row['case']}", Ratio(interval.value, (interquartile(interval, CALLS),), more)
+            yield f"{row['group']}: {row['case']}", Ratio(row["value"], interquartile(interval, CALLS), more)
 
 
 def of_scaling(study: Row) -> Iterator[tuple[str, Ratio]]:
@@ -96,28 +81,24 @@ def of_scaling(study: Row) -> Iterator[tuple[str, Ratio]]:
     for row in own(study["rows"]):
         case = f"{row['method']}, growth with {row['axis']}: n {row['n']}, r {row['r']}, k {row['k']}"
         # Quotients of times taken in turn: their scatter is that of both.
-        scatter = interquartile(row["over_reference"], row["rounds"])
-        yield case, Ratio(row["over_reference"][0], (scatter,), more_is_better=False)
+        yield case, Ratio(row["over_reference"][0], interquartile(row["over_reference"], row["rounds"]))
         memory = (row["held_bytes"] + row["peak_bytes"]) / (4 * row["n"] * (row["r"] + row["k"]))
-        yield f"memory of {case}", Ratio(memory, (), more_is_better=False)
+        yield f"memory of {case}", Ratio(memory)
     for fit in own(study["exponents"]):
         words = f"{fit['method']}: exponent of {fit['quantity']} in {fit['axis']}, {fit['window']} sizes"
         value, low, _ = fit["exponent"]
         if low is not None and low > 0 and value > MEANINGFUL:
-            yield words, Ratio(value, (interquartile(fit["exponent"]),), more_is_better=False)
+            yield words, Ratio(value, interquartile(fit["exponent"]))
 
 
 def of_roofline(study: Row) -> Iterator[tuple[str, Ratio]]:
-    """Yield the parts of the ceilings."""
+    """Yield the parts of the ceilings; a ceiling scatters by all that its intervals span, before and after the ops."""
     for row in study["rows"]:
-        scatter = (interquartile(row["of_ceiling"], row["rounds"]), ceiling_range(study["ceilings"], row["bound_by"]))
+        bound = row["bound_by"].split(maxsplit=1)[0]
+        rates = [rate for each in study["ceilings"] if each["ceiling"] == bound for rate in each["per_second"]]
+        calls = interquartile(row["of_ceiling"], row["rounds"])
+        scatter = math.hypot(calls, math.log(max(rates) / min(rates)))
         yield f"{row['op']}, {row['case']}", Ratio(row["of_ceiling"][0], scatter, more_is_better=True)
-
-
-def ceiling_range(ceilings: Sequence[Row], bound_by: str) -> float:
-    """Return how far apart the ends of a ceiling's intervals are, before and after the ops, in logarithms."""
-    rates = [rate for row in ceilings if row["ceiling"] == bound_by.split(maxsplit=1)[0] for rate in row["per_second"]]
-    return math.log(max(rates) / min(rates))
 
 
 def of_cases(study: Row) -> Iterator[tuple[str, Ratio]]:
@@ -125,8 +106,8 @@ def of_cases(study: Row) -> Iterator[tuple[str, Ratio]]:
     for row in study["rows"]:
         if row["by"].startswith("brandla"):
             calls = interquartile(row["over_reference"], row["rounds"])
-            scatter = (calls, interquartile(row["reference"], row["reference_rounds"]))
-            yield f"{row['by']}: {row['group']}", Ratio(row["over_reference"][0], scatter, more_is_better=False)
+            scatter = math.hypot(calls, interquartile(row["reference"], row["reference_rounds"]))
+            yield f"{row['by']}: {row['group']}", Ratio(row["over_reference"][0], scatter)
 
 
 RATIOS: dict[str, Callable[[Row], Iterator[tuple[str, Ratio]]]] = {
@@ -143,18 +124,17 @@ RATIOS: dict[str, Callable[[Row], Iterator[tuple[str, Ratio]]]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def changes(name: str, old: Row, new: Row, least: float) -> Iterator[Change]:
-    """Yield the change of every figure that both runs have."""
-    before, after = dict(RATIOS[name](old)), dict(RATIOS[name](new))
-    for case, ratio in before.items():
-        if case in after:
-            yield _change(name, case, ratio, after[case], least)
-
-
-def _change(name: str, case: str, old: Ratio, new: Ratio, least: float) -> Change:
-    quotient = new.value / old.value
-    noise = math.expm1(RANGES * math.hypot(*old.ranges, *new.ranges))
-    return Change(name, case, old.value, new.value, quotient if old.more_is_better else 1 / quotient, max(noise, least))
+def changes(name: str, old: Row, new: Row, least: float) -> pd.DataFrame:
+    """Return a row for every figure that both runs have: how many times as good the new one is, beside the noise."""
+    before, after = (
+        pd.DataFrame.from_dict(dict(RATIOS[name](run)), orient="index", columns=Ratio._fields) for run in (old, new)
+    )
+    both = before.merge(after, left_index=True, right_index=True, suffixes=("_old", "_new"))
+    quotient = both["value_new"] / both["value_old"]
+    noise = np.expm1(RANGES * np.hypot(both["scatter_old"], both["scatter_new"])).clip(lower=least)
+    factor = quotient.where(both["more_is_better_old"].astype(bool), 1 / quotient)
+    cells = {"study": name, "case": both.index, "old": both["value_old"], "new": both["value_new"]}
+    return pd.DataFrame(cells | {"factor": factor, "noise": noise, "regression": factor < 1 / (1 + noise)})
 
 
 def committed(path: Path) -> Row | None:
@@ -166,16 +146,12 @@ def committed(path: Path) -> Row | None:
 
 def pairs(folder: Path, old: Path | None) -> Iterator[tuple[str, str, Row | None, Row]]:
     """Yield machine, study, the old and the new content of every result file that can be compared."""
+    read = lambda path: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     for path in sorted(folder.glob("*/*.json")):
         if path.stem in RATIOS:
-            new = json.loads(path.read_text(encoding="utf-8"))
             place = Path(path.parent.name, path.name)
-            before = committed(results.FOLDER / place) if old is None else _read(old / place)
-            yield path.parent.name, path.stem, before, new
-
-
-def _read(path: Path) -> Row | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            before = committed(results.FOLDER / place) if old is None else read(old / place)
+            yield path.parent.name, path.stem, before, read(path)
 
 
 def why_not(old: Row | None, new: Row) -> str | None:
@@ -189,48 +165,48 @@ def why_not(old: Row | None, new: Row) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare all result files, print what changed, and return 1 if anything got worse."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("--new", type=Path, default=results.FOLDER, help="folder with one folder a machine")
-    parser.add_argument("--old", type=Path, help="another such folder, in place of what is committed")
-    parser.add_argument("--least", type=float, default=LEAST, help="smallest change that is told (0.1: 10 %%)")
-    chosen = parser.parse_args(arguments)
+def shown(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the regressions and the largest changes either way in words, the worst change first."""
+    found = found.sort_values("factor", kind="stable").reset_index(drop=True)
+    ends = found[found["regression"] | (found.index < SHOWN) | (found.index >= len(found) - SHOWN)]
+    words = {
+        "old": ends["old"].map(spelled),
+        "new": ends["new"].map(spelled),
+        "times as good": ends["factor"].map("{:.2f}".format),
+        "noise": (100 * ends["noise"]).map("{:.2g} %".format),
+        "": ends["regression"].map({True: "[red]regression[/red]", False: ""}),
+    }
+    return ends[["study", "case"]].assign(**words)
+
+
+app = application(__doc__)
+
+
+@app.command(help=__doc__)
+def main(
+    new: Annotated[Path, typer.Option(help="Folder with one folder a machine.")] = results.FOLDER,
+    old: Annotated[Path | None, typer.Option(help="Another such folder, in place of what is committed.")] = None,
+    least: Annotated[float, typer.Option(help="Smallest change that is told (0.1: 10 %).")] = LEAST,
+) -> None:
+    """Compare all result files, print what changed, and end with 1 if anything got worse."""
     console, found = Console(highlight=False), []
-    for machine, name, old, new in pairs(chosen.new, chosen.old):
-        reason = why_not(old, new)
-        if old is None or reason is not None:
+    for machine, name, before, after in pairs(new, old):
+        reason = why_not(before, after)
+        if before is None or reason is not None:
             console.print(f"{machine}, {name}: {reason}")
             continue
-        own = list(changes(name, old, new, chosen.least))
-        runs = f"{commit_of(old['facts'])} and {commit_of(new['facts'])}"
-        console.print(f"{machine}, {name}: {len(own)} ratios of {runs}{noise_of(own)}")
-        found.extend(own)
-    worse = [one for one in found if one.regression]
-    if found:
-        console.print(table(sorted(found, key=lambda one: one.factor), worse))
-    console.print(f"{len(worse)} of {len(found)} ratios got worse.")
-    return 1 if worse else 0
-
-
-SHOWN = 8
-
-
-def noise_of(found: Sequence[Change]) -> str:
-    """Say how large the noise is, where there is any."""
-    return f"; noise {100 * median(one.noise for one in found):.2g} % in the middle" if found else ""
-
-
-def table(found: Sequence[Change], worse: Sequence[Change]) -> Table:
-    """Return the regressions and the largest changes either way."""
-    shown = Table("study", "case", "old", "new", "times as good", "noise", "", title="Ratios, the worst change first")
-    ends = [*worse, *(one for one in (*found[:SHOWN], *found[-SHOWN:]) if one not in worse)]
-    for one in sorted(dict.fromkeys(ends), key=lambda one: one.factor):
-        mark = "[red]regression[/red]" if one.regression else ""
-        values = (spelled(one.old), spelled(one.new), f"{one.factor:.2f}", f"{100 * one.noise:.2g} %")
-        shown.add_row(one.study, one.case, *values, mark)
-    return shown
+        own = changes(name, before, after, least)
+        noise = f"; noise {100 * own['noise'].median():.2g} % in the middle" if len(own) else ""
+        runs = f"{commit_of(before['facts'])} and {commit_of(after['facts'])}"
+        console.print(f"{machine}, {name}: {len(own)} ratios of {runs}{noise}")
+        found.append(own)
+    cells = pd.concat(found) if found else pd.DataFrame({"regression": []})
+    if len(cells):
+        show(shown(cells), "Ratios, the worst change first", console)
+    worse = int(cells["regression"].sum())
+    console.print(f"{worse} of {len(cells)} ratios got worse.")
+    raise typer.Exit(1 if worse else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

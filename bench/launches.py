@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import brandla
-from bench import results
 from bench.counting import Counts, counting, counts_of
-from bench.facts import facts
+from bench.frame import results
+from bench.frame.facts import facts
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
 from brandla_kernels._kernels.ahead import TARGETS
 

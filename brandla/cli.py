@@ -6,7 +6,7 @@ import importlib.util
 import io
 import sys
 
-NEEDED = ("matplotlib", "numpy", "rich", "sklearn", "typer")
+NEEDED = ("matplotlib", "numpy", "pandas", "rich", "sklearn", "typer")
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def test_info_names_the_backend_of_every_op(runner: CliRunner) -> None:
     assert brandla.__version__ in answer.output
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "sklearn", "numpy"])
+@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "sklearn", "pandas", "numpy"])
 def test_missing_package_is_one_line_that_says_how_to_get_it(
     package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +59,7 @@ def test_missing_package_is_one_line_that_says_how_to_get_it(
 
 def test_entry_point_imports_without_the_extra() -> None:
     # Not numpy: torch itself warns of its absence, before anything of brandla runs.
-    hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn'))"
+    hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn', 'pandas'))"
     program = f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert answer.returncode == 1
@@ -84,8 +84,8 @@ def test_bad_option_is_refused_before_anything_runs(runner: CliRunner, options: 
 
 def check_what_is_left(output: Path) -> None:
     figures = json.loads((output / "demo.json").read_text())
-    assert figures["interrupted"] is True
-    assert len(figures["tracking"]["steps"]) >= 1
+    assert figures["facts"]["interrupted"]
+    assert len(figures["tracking"]) >= 1
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in output.iterdir()) == ["demo.json", "demo.png"]
 

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-
-from bench import pictures
 from bench.kfac_study import __main__ as command
 from bench.kfac_study import images, networks, page, record, study, summary, tables
 from bench.kfac_study.methods import METHODS, Method, Trainer, points
 from bench.kfac_study.record import Record, Run
 from bench.kfac_study.settings import FULL, QUICK, USUAL, Settings, Task
-from brandla.demo.data import Split
 from brandla.demo.results import Evaluation
+from torch import nn
+from torch.nn import functional as F
+
+from bench.frame import pictures
+from brandla.demo.data import Split
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized
 
 ROOT = Path(__file__).parents[1]

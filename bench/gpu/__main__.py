@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import results
+from bench.frame import results
 from bench.gpu import ceilings, facts, graph, grouped, ops, profiles, report, sanitizer, tests, tune, updates
 from bench.gpu.device import Device, Gpu, Stub
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.sizes import FULL, TOY
+from brandla.demo.frame import plain
 
 STUDY = "gpu"
 # Seconds kept for the end; and those past the limit after which a call that hangs is ended, with a traceback.
@@ -60,7 +61,7 @@ class Record:
 
     def keep(self, name: str, section: dict[str, Any]) -> None:
         """Take up a section, and write everything anew."""
-        self.sections[name] = results.plain(section)
+        self.sections[name] = plain(section)
         if self.folder is not None:
             results.write(STUDY, self.machine, {"sections": self.sections}, self.folder)
             (self.folder / f"{STUDY}.txt").write_text(report.text(self.machine, self.sections), encoding="utf-8")

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu.ceilings import Work
 from bench.gpu.device import Device
 from bench.gpu.sizes import Sizes
-from bench.problems import DECAY, WEIGHT, require
 from brandla_kernels import OPS, Cost
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to

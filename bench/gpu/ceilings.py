@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import timing
+from bench.benches import timing
 from bench.gpu.device import Device
 from bench.gpu.sizes import Sizes
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, columns_of
 from bench.gpu.device import Device
-from bench.problems import DECAY, UPDATES, WEIGHT, Case, columns_of
 
 
 @cache

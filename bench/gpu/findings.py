@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from bench.figures import Figure
+from bench.frame.figures import Figure
 from bench.gpu.ceilings import Ceilings, measure
 from bench.gpu.device import Device
 from bench.gpu.sizes import Sizes

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import brandla
+from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu import factors
 from bench.gpu.device import Device
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import called, microseconds, same_bits, tensors_in
-from bench.problems import DECAY, WEIGHT, require
 from brandla_kernels import gram_ema_
 
 DAMPING = 0.1

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 import brandla
-from bench import plain
+from bench.benches.problems import DECAY, WEIGHT, require
+from bench.benches.written_out import brand_update
 from bench.gpu import factors
 from bench.gpu.device import started
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import called, microseconds, tensors_in
-from bench.problems import DECAY, WEIGHT, require
 
 DAMPING = 0.1
 UPDATE, SOLVE = "grouped.root_update, cholesky", "grouped.damped_solve"
@@ -34,7 +34,7 @@ def run(bench: Bench, found: Findings, time: Deadline) -> None:
                 brandla.root_update(root, block, **CHOLESKY) for root, block in zip(roots, columns, strict=True)
             ],
             "loop of eager torch Brand updates": lambda: [
-                plain.brand_update(*eigh, block, DECAY, WEIGHT) for eigh, block in zip(eighs, columns, strict=True)
+                brand_update(*eigh, block, DECAY, WEIGHT) for eigh, block in zip(eighs, columns, strict=True)
             ],
         },
         SOLVE: {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench import figures
-from bench.figures import spelled
+from bench.frame import figures
+from bench.frame.figures import spelled
+from bench.frame.pages import table
 from bench.gpu.facts import in_words
-from bench.pages import table
 
 Row = dict[str, Any]
 

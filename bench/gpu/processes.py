@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bench.facts import ROOT
+from bench.frame.facts import ROOT
 
 KEPT = 4000
 

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from bench import figures
-from bench.figures import spelled
+from bench.frame import figures
+from bench.frame.figures import spelled
 from bench.gpu.facts import in_words
 
 WIDTH = 165

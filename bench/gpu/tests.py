@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.facts import ROOT
+from bench.frame.facts import ROOT
 from bench.gpu import processes
 from bench.gpu.findings import Bench, Deadline, Findings
 

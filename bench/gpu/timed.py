@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench import timing
+from bench.benches import timing
 from bench.gpu.device import Device
 
 

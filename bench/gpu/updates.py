@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench import plain
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, WrongResultError, check_solve, check_update, require
+from bench.benches.written_out import brand_update
 from bench.gpu import factors
 from bench.gpu.cases import ROUNDINGS
 from bench.gpu.ceilings import Work
 from bench.gpu.findings import Bench, Deadline, Findings
 from bench.gpu.timed import Times, called, microseconds, replayed
-from bench.problems import DECAY, UPDATES, WEIGHT, Case, WrongResultError, check_solve, check_update, require
 from brandla_kernels import OPS
 
 DAMPING = 0.1
@@ -58,7 +58,7 @@ def _keep(found: Findings, times: Times, **calls: str) -> None:
 def _brand_of_torch(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return the eager torch update of the same factor, orthonormalised."""
     factor = case.factor.to_eigh() if isinstance(case.factor, brandla.LowRankRoot) else case.factor
-    return lambda: plain.brand_update(*factor, case.columns, DECAY, WEIGHT)
+    return lambda: brand_update(*factor, case.columns, DECAY, WEIGHT)
 
 
 def _checked_update(bench: Bench, name: str) -> tuple[Case, Callable[[], Any]]:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.figures import spelled
+from bench.frame.figures import spelled
 from bench.gpu import ceilings, facts
 from bench.gpu.ceilings import Ceilings
 from bench.gpu.device import Device, Gpu, Stub

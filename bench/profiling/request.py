@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 import brandla
+from bench.benches.problems import DECAY, STEPS_TO_STEADY_STATE, UPDATES, WEIGHT
 from bench.gpu import cases, factors
 from bench.gpu.cases import SMALL
 from bench.gpu.ceilings import Work
 from bench.gpu.device import Device
 from bench.gpu.timed import size_of
-from bench.problems import DECAY, STEPS_TO_STEADY_STATE, UPDATES, WEIGHT
 from brandla_kernels import OPS, Cost
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -81,12 +81,12 @@ def demo(
 
 def _run_demo(device: str, output: Path, *, quick: bool, seeds: int | None) -> bool:
     from brandla.demo.settings import make_settings
-    from brandla.demo.study import leave, run
+    from brandla.demo.study import leave, measure
 
     console = Console()
-    results = run(make_settings(device, quick=quick, seeds=seeds), console)
-    leave(results, output, console)
-    return not results.interrupted
+    content = measure(make_settings(device, quick=quick, seeds=seeds), console)
+    leave(content, output, console)
+    return not content["facts"]["interrupted"]
 
 
 def _device(name: str | None) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,26 @@ import brandla
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib")
 
 
-def facts() -> dict[str, Any]:
-    """Return CPU, GPUs, versions, threads, load and, in a git checkout of brandla, the commit."""
+def facts(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+    """Return CPU, GPUs, versions, threads, load, date and, in a git checkout of brandla, the commit."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "gpus": gpu_names(),
         "platform": platform.platform(),
-        "versions": {"brandla": brandla.__version__, "python": platform.python_version(), **versions()},
+        "versions": {"brandla": brandla.__version__, "python": platform.python_version(), **versions(packages)},
         "blas": linear_algebra()[0],
         "lapack": linear_algebra()[1],
         "threads": torch.get_num_threads(),
         "load": load(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **commit(),
     }
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Return the versions of the packages that matter here; None for one that is not installed."""
-    return {name: _version(name) for name in PACKAGES}
+    return {name: _version(name) for name in packages}
 
 
 def cpu_name() -> str:

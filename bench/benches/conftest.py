@@ -1,0 +1,222 @@
+"""Settings of the benchmarks, the figures they collect, the tables at the end and the result files."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+
+from bench.benches import cases, timing
+from bench.benches.cases import Run
+from bench.benches.cpu import device_of
+from bench.frame import results
+from bench.frame.facts import facts, in_words
+from bench.frame.figures import Figure, Study, spelled
+from bench.frame.study import INTERRUPTED, THREADS, machine_of, show
+from bench.gpu.ceilings import measure
+from bench.gpu.device import Device
+from bench.gpu.sizes import TOY
+from bench.studies import roofline
+
+
+@dataclass
+class Found:
+    """What a run has found, and what a result file has to say about it."""
+
+    started: float = field(default_factory=time.monotonic)
+    studies: dict[str, Study] = field(default_factory=dict)
+    # Facts and folder of the device, where functions or ops were measured.
+    place: tuple[dict[str, Any], Path] | None = None
+    deselected: int = 0
+    # Whether a case began, and those of each file that have not ended.
+    begun: bool = False
+    left: Counter[str] = field(default_factory=Counter)
+
+
+FOUND = pytest.StashKey[Found]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    few = "few repeats: shows that the benchmarks run, measures nothing"
+    parser.addoption("--quick", action="store_true", help=few)
+    parser.addoption("--full", action="store_true", help="functions and ops at sizes that take a GPU, or long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(_threads(config))
+    config.stash[FOUND] = Found()
+    # A collection in one call of many would be its outlier.
+    config.option.benchmark_disable_gc = True
+    # What is refused before it is timed is told by its own words; figures of whole runs time no call.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"bench: {in_words(facts(config.getoption('quick')))}"
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[FOUND].deselected += 1
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[FOUND].left.update(map(name_of, session.items))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    found = item.config.stash[FOUND]
+    found.begun = True
+    done = yield
+    found.left[name_of(item)] -= 1
+    return done
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # Before the first case it is a collection that failed.
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].begun:
+        session.exitstatus = INTERRUPTED
+
+
+def name_of(node: Any) -> str:
+    """Return the name of the study that a case belongs to, which is that of its file."""
+    return node.module.__name__.rpartition("bench_")[2]
+
+
+def _threads(config: pytest.Config) -> int:
+    # A short run leaves room for what else the machine does.
+    return 1 if config.getoption("quick") else THREADS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _same_threads_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
+    # NumPy's BLAS, under scikit-learn, has a thread pool of its own.
+    with threadpool_limits(_threads(request.config)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_for_each() -> None:
+    # Some peers draw from these; a case is then the same whatever ran before it.
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the one that fbpca draws from)
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether this is a short run."""
+    return bool(request.config.getoption("quick"))
+
+
+@pytest.fixture
+def study(request: pytest.FixtureRequest) -> Study:
+    """Return what the file of a case has found."""
+    return request.config.stash[FOUND].studies.setdefault(name_of(request), Study())
+
+
+@pytest.fixture
+def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]]:
+    """Return `timing.in_turn` of this case; a short run takes few turns."""
+    return lambda calls, rounds, **options: timing.in_turn(
+        benchmark, calls, min(rounds, 3 if quick else rounds), **options
+    )
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
+    """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
+
+    def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
+        figure = Figure.of(group or benchmark.group or "", case, value, **about)
+        study.figures.append(figure)
+        benchmark.extra_info[case if group is None else f"{group}: {case}"] = figure.record()
+
+    yield keep
+    if benchmark.stats:
+        study.add_timing(benchmark.group or "", request.node.name, benchmark.stats.stats)
+
+
+@pytest.fixture(scope="session")
+def device(quick: bool) -> Device:
+    """Return what is measured: the GPU if there is one."""
+    return device_of(quick)
+
+
+@pytest.fixture(scope="session")
+def run(request: pytest.FixtureRequest, device: Device) -> Run:
+    """Return what all cases have in common; the ceilings are what every time is also given as a part of."""
+    sizes = TOY if device.dry else roofline.FULL if device.tensors.type == "cuda" else roofline.USUAL
+    place = request.config.stash[FOUND].place = machine_of(device, device.dry)
+    return Run(device.dry, place[0], measure(device, sizes), cases.reference_on(device))
+
+
+@pytest.fixture
+def case(benchmark: Any, run: Run, study: Study) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
+    """Return `cases.opened` of this run."""
+    return partial(cases.opened, benchmark, run, study)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    machine, console = facts(config.getoption("quick")), Console(highlight=False)
+    for name, study in config.stash[FOUND].studies.items():
+        cells = of_figures(study.figures) if study.figures else of_cases(study.cases)
+        for group, shown in cells.groupby("group", sort=False, observed=True):
+            show(shown.drop(columns="group"), f"bench_{name}: {group}", console)
+        console.print(in_words(machine))
+    terminalreporter.write_line(_kept(terminalreporter, config, machine))
+
+
+def of_figures(figures: list[Figure]) -> pd.DataFrame:
+    """Return figures beside what they were to reach."""
+    met = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
+    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
+    return pd.DataFrame(rows, columns=["group", "case", "measured", "to reach", "met"])
+
+
+def of_cases(found: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the cases, the quickest of a group first."""
+    rows = [(row["group"], row["by"], row["seconds"].value, row["of_ceiling"].value, row["error"]) for row in found]
+    cells = pd.DataFrame(rows, columns=["group", "by", "median, ms", "of the floor", "error"])
+    cells["group"] = pd.Categorical(cells["group"], cells["group"].unique())
+    cells = cells.sort_values(["group", "median, ms"])
+    cells["median, ms"] *= 1e3
+    return cells.assign(**{name: cells[name].map(spelled) for name in cells.columns[2:]})
+
+
+def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dict[str, Any]) -> str:
+    """Write the result files of a run that was right, and say what was done.
+
+    Of what Ctrl-C stopped, rows are kept, and the file says that some are missing. Figures are looked up by their
+    names: a part of them makes no file.
+    """
+    found, count = config.stash[FOUND], {name: len(those) for name, those in reporter.stats.items()}
+    skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.studies.values())
+    if skipped + sum(count.get(outcome, 0) for outcome in ("failed", "error", "xfailed")):
+        return "no result file: the run was not right"
+    if found.deselected or config.getoption("benchmark_disable"):
+        return "no result file: the run was not whole"
+    lines = []
+    for name, study in found.studies.items():
+        missing = found.left[name]
+        if missing and not study.cases:
+            lines.append(f"not written: {name} was interrupted")
+            continue
+        measured, folder = found.place if study.cases and found.place else (machine, None)
+        about = {"seconds": time.monotonic() - found.started, "full": config.getoption("full")}
+        content = measured | about | {"interrupted": missing > 0}
+        path = results.write(name, content, study.record(), folder).relative_to(results.ROOT)
+        lines.append(f"written: {path}" + (f", interrupted: {missing} cases are missing" if missing else ""))
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""What is timed, and when a result is right.
+
+Factors in the steady state of a stream and matrices of known spectrum; the float64 check of every kind of result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.fft
+import torch
+from torch import Tensor
+
+import brandla
+from brandla import LowRankEigh, LowRankRoot, LowRankSVD
+
+Symmetric = LowRankEigh | LowRankRoot
+Update = Callable[..., Symmetric]
+
+DECAY, WEIGHT = 0.95, 0.05
+UPDATES: dict[str, tuple[Update, type[Symmetric]]] = {
+    "root_update": (brandla.root_update, LowRankRoot),
+    "root_update, cholesky": (partial(brandla.root_update, compress="cholesky"), LowRankRoot),
+    "eigh_update": (brandla.eigh_update, LowRankEigh),
+}
+# What an update may lose against the best truncation of its own target: nothing. Without an eigendecomposition, one
+# step of slow streams lost at most 1.05 times as much trace (flat, k = r/4), and 1.00 from k = r on.
+LOSS_ALLOWED = {"root_update": 1.001, "root_update, cholesky": 1.1, "eigh_update": 1.001}
+# Of ε: what orthonormal columns, S beside FᵀF, or the residual of a solve may be off. Peers decompose a dense matrix in
+# whatever way they like; theirs are only to be a decomposition.
+DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
+# Half as much again as the time constant of the decay, 1/(1 − 0.95) steps.
+STEPS_TO_STEADY_STATE = 30
+
+
+class Case(NamedTuple):
+    """A factor, and the columns that come next."""
+
+    factor: Symmetric
+    columns: Tensor
+
+
+def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k.
+
+    The basis is a cosine transform with random signs, so that it takes no n × n matrix.
+    """
+    source = np.random.default_rng(seed)
+    deviations = np.arange(1, n + 1) ** -exponent
+    signs = source.choice([-1.0, 1.0], size=(n, 1))
+    while True:
+        columns = deviations[:, None] * source.standard_normal((n, k)) / np.sqrt(k)
+        yield torch.from_numpy(signs * scipy.fft.dct(columns, axis=0, norm="ortho")).to(dtype)
+
+
+@cache
+def steady(name: str, n: int, r: int, k: int, exponent: float = 0.5, dtype: torch.dtype = torch.float32) -> Case:
+    """Return the factor that a stream of deviations i^−exponent settles to, and the columns that come next."""
+    update, kind = UPDATES[name]
+    stream = columns_of(n, k, exponent, n + r + k, dtype)
+    factor = kind.zeros(n, r, dtype=dtype)
+    for _ in range(STEPS_TO_STEADY_STATE):
+        factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
+    return Case(factor, next(stream))
+
+
+def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:
+    """Return a dense float64 matrix with these eigenvalues: two cosine transforms of their diagonal, random signs."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(len(eigenvalues), 1))
+    half = scipy.fft.dct(np.diag(eigenvalues), axis=0, norm="ortho")
+    return torch.from_numpy(signs * scipy.fft.dct(half, axis=1, norm="ortho") * signs.T)
+
+
+class WrongResultError(AssertionError):
+    """A result is not what float64 says: it is not timed."""
+
+
+def require(holds: bool, what: str) -> None:
+    """Refuse to go on with a wrong result."""
+    if not holds:
+        raise WrongResultError(what)
+
+
+class Judgement(NamedTuple):
+    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed.
+
+    The form is orthonormal columns, or for a root that S is FᵀF.
+    """
+
+    error: float
+    allowed: float
+    orthogonality: float | None = None
+    orthogonality_allowed: float = DEFECT_ALLOWED
+
+    @property
+    def used(self) -> float:
+        """The part that is used of what is allowed; above 1 for a wrong result."""
+        return max(self.error / self.allowed, (self.orthogonality or 0.0) / self.orthogonality_allowed)
+
+    def accept(self, name: str) -> Judgement:
+        """Return this judgement, or refuse to go on."""
+        # Each by itself, and not by `used`: a NaN is no small error.
+        require(self.error <= self.allowed, f"{name}: error {self.error:.1e}, allowed {self.allowed:.1e}")
+        if self.orthogonality is not None:
+            off, most = self.orthogonality, self.orthogonality_allowed
+            require(off <= most, f"{name}: {off:.0f} ε off its form, allowed {most:g}")
+        return self
+
+
+def in_small(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return Σ F Gᵀ in orthonormal bases of all F and of all G: a small matrix of the same singular values."""
+    left, right = (torch.linalg.qr(torch.cat(parts, dim=1), mode="r").R for parts in zip(*terms, strict=True))
+    return left @ right.mT
+
+
+def approximation(
+    target: tuple[Tensor, Tensor] | Tensor, rank: int, eps: float, slack: float, most: float = DEFECT_ALLOWED
+) -> Callable[[Any], Judgement]:
+    """Return the check that a result is the best approximation of a rank, but for ``slack`` and rounding.
+
+    The target is F, G with X = F Gᵀ, or X itself, with singular values 1/i, in float64.
+    """
+    if isinstance(target, Tensor):
+        spectrum = 1 / torch.arange(1, min(target.shape) + 1, dtype=torch.float64)
+        left_out = lambda left, right: target - left @ right.mT
+    else:
+        spectrum = torch.linalg.svdvals(in_small([target]))
+        left_out = lambda left, right: in_small([target, (left, -right)])
+    norm, best = (float(torch.linalg.vector_norm(spectrum[start:])) for start in (0, rank))
+    # Each of the directions that matter may be off by a few ε‖X‖.
+    rounding = 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
+
+    def judge(result: Any) -> Judgement:
+        lost = float(torch.linalg.matrix_norm(left_out(*halves(result))))
+        off = orthonormality(result.U) if isinstance(result, LowRankSVD) else defect(result)
+        return Judgement(lost / norm, (slack * best + rounding) / norm, off / eps, most)
+
+    return judge
+
+
+def halves(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
+    """Return F, G with F Gᵀ the result, in float64."""
+    first, second, *rest = (part.double() for part in result)
+    if isinstance(result, LowRankSVD):
+        return first * second, rest[0].mT
+    return (second * first, second) if isinstance(result, LowRankEigh) else (first, first)
+
+
+def tall_of(factor: Symmetric) -> Tensor:
+    """Return U or F."""
+    return factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors
+
+
+def orthonormality(vectors: Tensor) -> float:
+    """Return ‖UᵀU − I‖₂ over the columns that are not zero."""
+    gram = vectors.double().mT @ vectors.double()
+    live = (gram.diagonal() > 0.25).double()
+    return spectral_norm(gram - torch.diag(live))
+
+
+def defect(factor: Symmetric) -> float:
+    """Return how far a factor is from its form: ‖UᵀU − I‖₂, or ‖S − FᵀF‖₂ over ‖FᵀF‖₂."""
+    if isinstance(factor, LowRankEigh):
+        return orthonormality(factor.eigenvectors)
+    root = factor.root.double()
+    gram = root.mT @ root
+    off = spectral_norm(factor.gram.double() - gram)
+    return off / spectral_norm(gram) if 0 < off < float("inf") else off
+
+
+def spectral_norm(symmetric: Tensor) -> float:
+    """Return ‖M‖₂, infinite where an entry is."""
+    return float(torch.linalg.eigvalsh(symmetric).abs().max()) if symmetric.isfinite().all() else float("inf")
+
+
+def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: float) -> Tensor:
+    """Return (U diag(d) Uᵀ + λI)^p V in float64."""
+    levels, directions = (part.double() for part in factor)
+    outside = damping**exponent
+    inside = ((levels + damping) ** exponent - outside)[:, None] * (directions.mT @ vectors)
+    return outside * vectors + directions @ inside
+
+
+def undone(
+    rhs: Tensor, sides: Sequence[LowRankEigh], damping: float, exponent: float = -1.0
+) -> Callable[[Tensor], Judgement]:
+    """Return the check that applying the inverse operators to a result gives ``rhs`` back."""
+    scale = float(torch.stack([(side.eigenvalues.max() + damping) ** -exponent for side in sides]).prod())
+
+    def judge(solution: Tensor) -> Judgement:
+        solved = solution.double()
+        back = powered(sides[0], solved, damping, -exponent)
+        if len(sides) == 2:
+            back = powered(sides[1], back.mT, damping, -exponent).mT
+        error = torch.linalg.matrix_norm(back - rhs.double()) / torch.linalg.matrix_norm(solved)
+        return Judgement(float(error) / scale, DEFECT_ALLOWED * torch.finfo(rhs.dtype).eps)
+
+    return judge
+
+
+def target_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Return F, G with F Gᵀ = ρ M̂ + w A Aᵀ."""
+    left, right = halves(case.factor)
+    added = case.columns.double()
+    return torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
+
+
+def check_update(name: str, case: Case, updated: Symmetric) -> None:
+    """Check an update against float64: the form that it promises, and no more lost than the best truncation loses."""
+    eps = torch.finfo(tall_of(updated).dtype).eps
+    approximation(target_of(case), updated.rank, eps, LOSS_ALLOWED[name])(updated).accept(name)
+
+
+def check_solve(factor: LowRankEigh, rhs: Tensor, damping: float, solution: Tensor) -> None:
+    """Check a damped solve by its residual in float64."""
+    undone(rhs, [factor], damping)(solution).accept("damped_solve")
+
+
+def check_decomposition(name: str, truth: Tensor, values: Tensor, vectors: Tensor, rank: int, slack: float) -> None:
+    """Check U diag(d) Uᵀ of a rank against a dense float64 matrix of eigenvalues 1/i."""
+    judge = approximation(truth, rank, torch.finfo(values.dtype).eps, slack, PEER_DEFECT_ALLOWED)
+    judge(LowRankEigh(values, vectors)).accept(name)
+
+
+def check_moment(before: Tensor, columns: Tensor, after: Tensor) -> None:
+    """Check ρM + w·A Aᵀ, entry by entry, against float64."""
+    exact = DECAY * before.double() + WEIGHT * columns.double() @ columns.double().mT
+    # A sum of k products of normal numbers is within k·ε/2 of the exact one, relative to its positive terms.
+    terms = DECAY * before.double().abs() + WEIGHT * columns.double().abs() @ columns.double().abs().mT
+    excess = float(((after.double() - exact).abs() / terms).max()) / torch.finfo(after.dtype).eps
+    require(excess <= columns.shape[-1] + 4, f"gram_ema_: {excess:.0f} ε off, allowed {columns.shape[-1] + 4}")
+
+
+def residual_is_rounding(name: str, matrix: Tensor, damping: float, rhs: Tensor, solution: Tensor) -> None:
+    """Check (M + λI) X = V in float64 by its residual, for a dense M of norm 1."""
+    solved = solution.double()
+    residual = torch.linalg.matrix_norm(matrix @ solved + damping * solved - rhs.double())
+    error = float(residual / torch.linalg.matrix_norm(solved)) / (1 + damping)
+    Judgement(error, DEFECT_ALLOWED * torch.finfo(solution.dtype).eps).accept(name)

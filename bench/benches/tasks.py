@@ -1,0 +1,378 @@
+"""A task for each public function: its arguments, the peers that do the same, and the float64 check of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.decomposition import IncrementalPCA
+from torch import Tensor
+
+import brandla
+from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
+from bench.benches.problems import (
+    DECAY,
+    DEFECT_ALLOWED,
+    LOSS_ALLOWED,
+    PEER_DEFECT_ALLOWED,
+    UPDATES,
+    WEIGHT,
+    Case,
+    Judgement,
+    approximation,
+    columns_of,
+    halves,
+    matrix_of_spectrum,
+    orthonormality,
+    steady,
+    target_of,
+    undone,
+)
+from bench.gpu import factors
+from bench.gpu.ceilings import Work
+from bench.gpu.device import Device
+from brandla import LowRankEigh, LowRankSVD
+
+DAMPING, EXPONENT = 0.1, -0.5
+BRANDLA, TORCH_FORM, ONE_BY_ONE = "brandla", "brandla, torch form", "one call each"
+OWN = (BRANDLA, TORCH_FORM)
+# Where these fail the run fails; where others do, that is a finding.
+OURS = (*OWN, ONE_BY_ONE)
+SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
+
+
+class Shape(NamedTuple):
+    """n rows, rank r, k new columns or right-hand sides, the dtype of the factor and that of the data."""
+
+    n: int
+    r: int
+    k: int
+    dtype: torch.dtype = torch.float32
+    data: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        words = f"n={self.n} r={self.r} k={self.k} {SHORT[self.dtype]}"
+        return words if self.data is None else f"{words} {SHORT[self.data]} data"
+
+    @property
+    def eps(self) -> float:
+        """The unit of rounding of the factor."""
+        return torch.finfo(self.dtype).eps
+
+    def work(self, flops: int, entries: int, data: int = 0) -> Work:
+        """Return the work of products in the factor's dtype, with its entries and those of the data moved."""
+        moved = entries * self.dtype.itemsize + data * (self.data or self.dtype).itemsize
+        return Work(bytes=moved, **{"float64" if self.dtype == torch.float64 else "float32": flops})
+
+
+class Call(NamedTuple):
+    """A function, its arguments, the check of what it returns, and whether NumPy computes it."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    judge: Callable[[Any], Judgement]
+    on_numpy: bool = False
+
+
+class Task(NamedTuple):
+    """What a public function is asked, the same asked of others, and the least work that the function's method has."""
+
+    own: Call
+    options: dict[str, Any]
+    others: dict[str, Call]
+    work: Work
+
+    def call(self, implementation: str) -> Call:
+        """Return the call of an implementation: of the library by the backend that serves it, or of a peer."""
+        if implementation not in OWN:
+            return self.others[implementation]
+        function = partial(self.own.function, **self.options)
+        return self.own._replace(function=forced(function) if implementation == TORCH_FORM else function)
+
+
+def forced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs the torch forms of all ops."""
+
+    def call(*arguments: Any) -> Any:
+        with brandla.backend("torch"):
+            return function(*arguments)
+
+    return call
+
+
+def check(name: str, call: Call) -> Judgement:
+    """Call once, and refuse a wrong result."""
+    return call.judge(factors.on_cpu(call.function(*call.arguments))).accept(name)
+
+
+def approximating(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    target: tuple[Tensor, Tensor] | Tensor,
+    slack: float,
+    kinds: Mapping[str, Peer],
+    shape: Shape,
+    device: Device,
+    work: Work,
+) -> Task:
+    """Return a task whose result is the best approximation of a target; peers get the dense matrix for nothing."""
+    others = {}
+    if shape.data is None:
+        dense = target if isinstance(target, Tensor) else target[0] @ target[1].mT
+        matrix = dense.to(device.tensors, shape.dtype)
+        judge = lambda slack: approximation(target, shape.r, shape.eps, slack, PEER_DEFECT_ALLOWED)
+        others = {
+            name: Call(peer.call, (peer.takes(matrix), shape.r), judge(peer.slack), peer.on_numpy)
+            for name, peer in kinds.items()
+            if peer.runs_on(device.tensors.type)
+        }
+    own = Call(function, arguments, approximation(target, shape.r, shape.eps, slack))
+    return Task(own, options, others, work)
+
+
+def basis(device: Device, n: int, r: int, dtype: torch.dtype) -> Tensor:
+    """Return random orthonormal columns."""
+    return torch.linalg.qr(device.normal(n, r, dtype=torch.float64)).Q.to(dtype)
+
+
+def symmetric_factor(shape: Shape, device: Device) -> LowRankEigh:
+    """Return a factor with eigenvalues 1/i."""
+    values = 1 / torch.arange(1, shape.r + 1, dtype=shape.dtype, device=device.tensors)
+    return LowRankEigh(values, basis(device, shape.n, shape.r, shape.dtype))
+
+
+def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
+    """Return U diag(1/i) Vh of n rows."""
+    values, left = symmetric_factor(shape, device)
+    return LowRankSVD(left, values, basis(device, columns, shape.r, shape.dtype).mT.contiguous())
+
+
+def a_row(r: int, k: int) -> int:
+    """Return the flops of an update for each row: a pass for the core, of AᵀA one triangle, and a rotation."""
+    return 2 * r * k + k**2 + 2 * (r + k) * r
+
+
+def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
+    """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
+    n, r, k = shape[:3]
+    settled = steady(name, n, r, k, dtype=shape.dtype)
+    columns = settled.columns.to(shape.data or shape.dtype)
+    target, slack = target_of(Case(settled.factor, columns)), LOSS_ALLOWED[name]
+    factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
+    chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
+    options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
+    work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
+    arguments = (factor, columns.to(device.tensors))
+    return approximating(function, arguments, options, target, slack, SYMMETRIC, shape, device, work)
+
+
+def svd_update(shape: Shape, device: Device) -> Task:
+    """Return an update of a singular value decomposition of n rows and n / 2 columns."""
+    n, r, k = shape[:3]
+    m = n // 2
+    svd = svd_factor(shape, device, m)
+    sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
+    left, right = halves(factors.on_cpu(svd))
+    added = [side.double().cpu() for side in sides]
+    target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
+    work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
+    arguments, options = (svd, *sides), {"decay": DECAY}
+    return approximating(brandla.svd_update, arguments, options, target, EXACT, GENERAL, shape, device, work)
+
+
+def svd_append(shape: Shape, device: Device) -> Task:
+    """Return k columns of deviations i^−½ appended to a decomposition of max(2 r, 4 k) columns."""
+    n, r, k = shape[:3]
+    m = max(2 * r, 4 * k)
+    svd = svd_factor(shape, device, m)
+    columns = next(columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
+    left, right = halves(factors.on_cpu(svd))
+    unit = torch.eye(k, dtype=torch.float64)
+    target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
+    work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
+    arguments, options = (svd, columns.to(device.tensors)), {"decay": DECAY}
+    return approximating(brandla.svd_append, arguments, options, target, EXACT, GENERAL, shape, device, work)
+
+
+BATCHES = 5
+
+
+def centred_append(shape: Shape, device: Device) -> Task:
+    """Return k columns appended to a centred decomposition; scikit-learn's IncrementalPCA keeps the same."""
+    n, r, k = shape[:3]
+    source = columns_of(n, max(r, k), 0.5, 0, torch.float64)
+    *before, last = (next(source) + 0.1 for _ in range(BATCHES + 1))
+    last = last[:, :k]
+    state = brandla.centre(LowRankSVD.zeros(n, 0, r, dtype=shape.dtype, device=device.tensors))
+    exact, peer = IncrementalPCA(r), IncrementalPCA(r)
+    for columns in before:
+        state = brandla.svd_append(state, columns.to(device.tensors, shape.dtype))
+        exact.partial_fit(columns.mT.numpy())
+        peer.partial_fit(columns.mT.to(shape.dtype).numpy())
+    rows = last.mT.to(shape.dtype).contiguous().numpy()
+    exact.partial_fit(last.mT.numpy())
+    truth = torch.from_numpy(exact.singular_values_)
+    # Rounding of every batch adds up; a truncation differs by the order in which it is taken.
+    allowed = 8 * (BATCHES + 1) * (r + k) ** 0.5 * shape.eps * float(truth[0] / truth[-1])
+
+    def judge(found: Tensor) -> Judgement:
+        return Judgement(float(((found.double() - truth).abs() / truth).max()), allowed)
+
+    fitted = Call(peer.partial_fit, (rows,), lambda it: judge(torch.from_numpy(it.singular_values_)), True)
+    return Task(
+        Call(brandla.svd_append, (state, last.to(device.tensors, shape.dtype)), lambda it: judge(it.svd.S)),
+        {},
+        {INCREMENTAL: fitted} if device.tensors.type == "cpu" else {},
+        shape.work(n * a_row(r, k), n * (2 * r + k)),
+    )
+
+
+def randomized(name: str, shape: Shape, device: Device) -> Task:
+    """Return a randomized decomposition of a dense matrix with singular values 1/i, symmetric or n × n/2."""
+    n, r, _ = shape[:3]
+    symmetric = name == "randomized_eigh"
+    m = n if symmetric else n // 2
+    truth = matrix_of_spectrum((1 / torch.arange(1, m + 1, dtype=torch.float64)).numpy(), seed=0)
+    if not symmetric:
+        # A reflection I − 2vvᵀ, cut to m columns, has orthonormal columns.
+        normal = torch.nn.functional.normalize(torch.cos(torch.arange(n, dtype=torch.float64)), dim=0)
+        truth = torch.cat([truth, truth.new_zeros(n - m, m)]) - 2 * torch.outer(normal, normal[:m] @ truth)
+    products = POWERS + 1 if symmetric else 2 * POWERS + 2
+    arguments = (truth.to(device.tensors, shape.dtype), r)
+    options, kinds = {"oversample": OVERSAMPLE, "power_iterations": POWERS}, SYMMETRIC if symmetric else GENERAL
+    work = shape.work(products * 2 * n * m * min(r + OVERSAMPLE, m), products * n * m)
+    return approximating(getattr(brandla, name), arguments, options, truth, SKETCHED, kinds, shape, device, work)
+
+
+PANELS = 4
+
+
+def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
+    """Return Q and R of an n × r panel, or of several, whose columns lean on one another."""
+    n, r, _ = shape[:3]
+    lengths = 1 / torch.arange(1, r + 1, dtype=shape.dtype, device=device.tensors)
+    batch = () if panels is None else (panels,)
+    panel = (device.normal(*batch, n, r, dtype=shape.dtype) + 1) * lengths
+    exact = panel.double().cpu()
+
+    def judge(found: Any) -> Judgement:
+        q, triangle = (torch.stack(list(part)) if isinstance(part, list) else part for part in found)
+        error = torch.linalg.matrix_norm(q.double() @ triangle.double() - exact) / torch.linalg.matrix_norm(exact)
+        off = max(map(orthonormality, q.reshape(-1, n, r)))
+        return Judgement(float(error.max()), DEFECT_ALLOWED * shape.eps, off / shape.eps)
+
+    others = {QR: Call(torch.linalg.qr, (panel,), judge)}
+    if panels is not None:
+        each = lambda several: [list(parts) for parts in zip(*map(torch.linalg.qr, several), strict=True)]
+        others[QR_EACH] = Call(each, (panel,), judge)
+    count = panels or 1
+    work = shape.work(count * 8 * n * r**2, count * 2 * n * r)
+    return Task(Call(brandla.orthonormalize, (panel,), judge), {}, others, work)
+
+
+def dense_of(factor: LowRankEigh) -> Tensor:
+    """Return U diag(d) Uᵀ + λI."""
+    shift = DAMPING * torch.eye(factor.n, dtype=factor.eigenvalues.dtype, device=factor.eigenvalues.device)
+    return factor.dense() + shift
+
+
+def _dense_power(matrix: Tensor, rhs: Tensor) -> Tensor:
+    levels, directions = torch.linalg.eigh(matrix)
+    return directions @ (levels[:, None] ** EXPONENT * (directions.mT @ rhs))
+
+
+def _both_sides(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    return torch.linalg.solve(right, torch.linalg.solve(left, matrix).mT).mT
+
+
+def _solve_both(left: Tensor, right: Tensor, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.linalg.solve(left, one), torch.linalg.solve(right, other)
+
+
+def damped(name: str, shape: Shape, device: Device) -> Task:
+    """Return a damped solve or power with k right-hand sides."""
+    n, r, k = shape[:3]
+    factor, rhs = symmetric_factor(shape, device), device.normal(n, k, dtype=shape.dtype)
+    exponent = (EXPONENT,) if name == "damped_power" else ()
+    judge = undone(rhs.cpu(), [factors.on_cpu(factor)], DAMPING, *exponent)
+    peer, call = (DENSE_EIGH, _dense_power) if exponent else (SOLVE, torch.linalg.solve)
+    return Task(
+        Call(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge),
+        {},
+        {peer: Call(call, (dense_of(factor), rhs), judge)},
+        shape.work(4 * n * r * k, n * (r + 2 * k)),
+    )
+
+
+def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
+    """Return a two-sided solve of an n × n / 2 matrix, or of a pair of k columns."""
+    n, r, k = shape[:3]
+    m = n // 2
+    sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
+    exact = [factors.on_cpu(side) for side in sides]
+    if pair:
+        data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
+        judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]
+        judge = lambda both: max(one(part) for one, part in zip(judges, both, strict=True))
+        dense, work = (_solve_both, data), shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
+    else:
+        data = device.normal(n, m, dtype=shape.dtype)
+        judge = undone(data.cpu(), exact, DAMPING)
+        dense, work = (_both_sides, (data,)), shape.work(8 * n * m * r, 3 * n * m)
+    own = Call(brandla.kron_damped_solve, (*sides, data, DAMPING, DAMPING), judge)
+    return Task(own, {}, {SOLVE: Call(dense[0], (*map(dense_of, sides), *dense[1]), judge)}, work)
+
+
+class Entry(NamedTuple):
+    """What makes a task, and the peers that take part in it."""
+
+    make: Callable[[Shape, Device], Task]
+    peers: Mapping[str, Peer]
+    takes_half: bool = False  # data in half precision beside a float32 factor
+
+    def implementations(self, shape: Shape, device_type: str, most: int) -> list[str]:
+        """Return who is timed; what is slow, up to n = ``most`` only, and nobody else at data in half precision."""
+        own = list(OWN) if device_type == "cuda" else [BRANDLA]
+        fits = lambda peer: peer.runs_on(device_type) and (shape.n <= most or not peer.slow)
+        return own + [name for name, peer in self.peers.items() if shape.data is None and fits(peer)]
+
+
+SOLVE, DENSE_EIGH = "torch.linalg.solve, dense", "torch.linalg.eigh, dense"
+QR, QR_EACH = "torch.linalg.qr", "torch.linalg.qr, one call each"
+_SOLVED = {SOLVE: Peer(torch.linalg.solve, slow=True)}
+TASKS: dict[str, Entry] = {
+    **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
+    "svd_update": Entry(svd_update, GENERAL),
+    "svd_append": Entry(svd_append, GENERAL, takes_half=True),
+    "svd_append, centred": Entry(
+        centred_append, {INCREMENTAL: Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)}
+    ),
+    "randomized_eigh": Entry(partial(randomized, "randomized_eigh"), SYMMETRIC),
+    "randomized_svd": Entry(partial(randomized, "randomized_svd"), GENERAL),
+    "orthonormalize": Entry(partial(orthonormal, panels=None), {QR: Peer(torch.linalg.qr)}),
+    "orthonormalize, batched": Entry(
+        partial(orthonormal, panels=PANELS), dict.fromkeys((QR, QR_EACH), Peer(torch.linalg.qr))
+    ),
+    "damped_solve": Entry(partial(damped, "damped_solve"), _SOLVED),
+    "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_dense_power, slow=True)}),
+    "kron_damped_solve": Entry(partial(kron, pair=False), _SOLVED),
+    "kron_damped_solve, pair": Entry(partial(kron, pair=True), _SOLVED),
+}
+# The tasks that `brandla.grouped` has too.
+GROUPED = [name for name in TASKS if name.partition(",")[0] in brandla.grouped.__all__ and "centred" not in name]
+
+
+def together(name: str, shapes: Sequence[Shape], device: Device) -> Task:
+    """Return the grouped function over factors of several shapes, beside one call for each."""
+    tasks = [TASKS[name].make(shape, device) for shape in shapes]
+    lists = tuple(map(list, zip(*(task.own.arguments for task in tasks), strict=True)))
+    judged = lambda results: [task.own.judge(one) for task, one in zip(tasks, results, strict=True)]
+    judge = lambda results: max(judged(results), key=lambda one: one.used)
+    single = partial(tasks[0].own.function, **tasks[0].options)
+    each = Call(lambda *parts: [single(*own) for own in zip(*parts, strict=True)], lists, judge)
+    work = Work(*(sum(amounts) for amounts in zip(*(task.work for task in tasks), strict=True)))
+    own = Call(getattr(brandla.grouped, name.partition(",")[0]), lists, judge)
+    return Task(own, tasks[0].options, {ONE_BY_ONE: each}, work)

@@ -1,0 +1,129 @@
+"""Times taken in turn, so that whatever slows the machine down slows all candidates alike, and what is said of them.
+
+pytest-benchmark times one function after the other. The benchmarks therefore hand it calls in turn, by `in_turn`;
+studies, which run without pytest, take the times themselves, by `alternating`.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+
+WARM_UP = 3
+
+
+class Interval(NamedTuple):
+    """A figure and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield all names ``rounds`` times, every other time in reverse order."""
+    for number in range(rounds):
+        yield from names[:: -1 if number % 2 else 1]
+
+
+def alternating(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Call all functions ``repeats`` times in turn, and return their seconds; first ``warm_up`` times untimed."""
+    for name in turns(list(functions), warm_up):
+        functions[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        for name in turns(list(functions), repeats):
+            start = perf_counter()
+            functions[name]()
+            seconds[name].append(perf_counter() - start)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def in_turn(
+    benchmark: Any, calls: Mapping[str, Callable[[], Any]], rounds: int, *, rest: float = 0.0, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Let pytest-benchmark time calls in turn, and return the seconds of each; first ``warm_up`` times untimed.
+
+    Before each call there are ``rest`` seconds of sleep: threads of one BLAS library spin for a while after a call, and
+    would take a core from a function that uses another. The record of the case keeps the times of the first call alone.
+    """
+    names = list(calls)
+    coming = itertools.chain(turns(names, warm_up), turns(names, rounds))
+
+    def rested() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
+        sleep(rest)
+        return (calls[next(coming)],), {}
+
+    def one(call: Callable[[], Any]) -> None:
+        # The result goes before the next call, which then finds its memory free.
+        call()
+
+    benchmark.pedantic(one, setup=rested, warmup_rounds=warm_up * len(names), rounds=rounds * len(names))
+    kept = benchmark.stats.stats.data
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name, second in zip(turns(names, rounds), kept, strict=True):
+        seconds[name].append(second)
+    kept[:] = seconds[names[0]]
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
+    """Return the median of the quotients of times taken in the same turn."""
+    return of_median([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def of_median(samples: Sequence[float]) -> Interval:
+    """Return the median with the interval between the order statistics that hold it with 95 %."""
+    ordered = sorted(samples)
+    count = len(ordered)
+    low = max(math.floor(count / 2 - 0.98 * math.sqrt(count)), 0)
+    return Interval(median(ordered), ordered[low], ordered[count - 1 - low])
+
+
+def slope(sizes: Sequence[int], times: Sequence[float]) -> Interval:
+    """Return the slope of log time in log size by least squares; its interval is Student's, misfit included."""
+    fit = stats.linregress(np.log(sizes), np.log(times))
+    half = stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr
+    return Interval(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
+
+
+class EventTimer:
+    """A timer for pytest-benchmark on a GPU: seconds on the device's own clock, between events recorded at each call.
+
+    A call waits for the device, so that the work queued since the one before lies between their events. Times are
+    summed up from call to call: an event's float32 milliseconds since a distant start would be too coarse.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._last = self._now()
+
+    def __call__(self) -> float:
+        now = self._now()
+        self._seconds += self._last.elapsed_time(now) / 1e3
+        self._last = now
+        return self._seconds
+
+    def _now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return event
+
+
+TIMER = EventTimer() if torch.cuda.is_available() else perf_counter

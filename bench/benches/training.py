@@ -1,0 +1,224 @@
+"""Ways to train the MLP pixels-width-width-10, ours and other people's: one step at a time, or to an accuracy."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import inf
+from statistics import mean, median
+from time import perf_counter
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench.benches.resources import torch_calls
+from bench.frame.images import CLASSES, Images, mlp
+from brandla.demo import data
+from brandla.demo.data import Split
+from brandla.kfac import KFAC, Strategy
+
+Step = Callable[[], None]
+BATCH = 128
+# The seed of the search is none of those that are measured.
+SEARCH_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images, the width of the hidden layers, and the size of a batch."""
+
+    shown: Images
+    width: int = 1024
+    batch: int = BATCH
+
+    def network(self, seed: int = 0) -> nn.Sequential:
+        """Return the network, initialised from a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return mlp(self.shown.training.images.shape[1], self.width)
+
+    def batches(self) -> Iterator[Split]:
+        """Return an endless stream of batches, the same for every method."""
+        epochs = (data.batches(self.shown.training, self.batch, 1000, 0) for _ in itertools.count())
+        return itertools.chain.from_iterable(epochs)
+
+
+@contextmanager
+def unsaid(kind: type[Warning], message: str = "") -> Iterator[None]:
+    """Let warnings of a kind that begin so be silent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=message, category=kind)
+        yield
+
+
+def preconditioned_step(kfac: KFAC) -> None:
+    """Precondition, and say nothing of factors of order 10, or of digits' 65, which become exact ones."""
+    with unsaid(UserWarning, "KFAC: some factors"):
+        kfac.step()
+
+
+def stepping(setting: Setting, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor, Tensor], None]) -> Step:
+    """Return a step of an optimizer on the next batch, its gradients taken by ``backward``."""
+    batches = setting.batches()
+
+    def step() -> None:
+        inputs, labels = next(batches)
+        optimizer.zero_grad()
+        backward(inputs, labels)
+        optimizer.step()
+
+    return step
+
+
+def sgd(setting: Setting, strategy: Strategy | None = None) -> Step:
+    """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
+    model = setting.network()
+    kfac = None if strategy is None else KFAC(model, strategy)
+
+    def backward(inputs: Tensor, labels: Tensor) -> None:
+        cross_entropy(model(inputs), labels).backward()
+        if kfac is not None:
+            preconditioned_step(kfac)
+
+    return stepping(setting, torch.optim.SGD(model.parameters(), 0.03), backward)
+
+
+def calls_of_a_step(setting: Setting, strategy: Strategy) -> int:
+    """Return how many calls of torch ``KFAC.step`` makes, once it has a few steps behind it."""
+    model, counts = setting.network(), []
+    kfac = KFAC(model, strategy)
+    for inputs, labels in itertools.islice(setting.batches(), 4):
+        model.zero_grad()
+        cross_entropy(model(inputs), labels).backward()
+        counts.append(torch_calls(lambda: preconditioned_step(kfac)))
+    return counts[-1]
+
+
+def bare(setting: Setting, rank: int, columns: int) -> Step:
+    """Return SGD's step, and of B-KFAC's only the root form's products with tall matrices and eigendecompositions.
+
+    That is a floor. Of each low-rank factor: new columns beside the root and one another, the rotation of both, and the
+    application to the pair whose product is the gradient. Then that product. Nothing truncates, damps or checks.
+    """
+    plain, width, batch = sgd(setting), setting.width, setting.batch
+    order, pixels = rank + columns, setting.shown.training.images.shape[1]
+    # Inputs with their bias, and gradients of the hidden layers.
+    sides = [torch.randn(n, batch) for n in (pixels + 1, width, width + 1, width, width + 1)]
+    roots = [torch.randn(len(side), rank) / width**0.5 for side in sides]
+    signs, rotation = torch.randn(batch, columns), torch.randn(order, rank)
+    added = torch.randn(len(sides), order, columns)
+    cores = torch.diag(torch.logspace(0, -4, order)) + 0.05 / order * added @ added.mT
+    last = torch.randn(batch, CLASSES)
+
+    def step() -> None:
+        plain()
+        torch.linalg.eigh(cores)
+        solved = []
+        for side, root in zip(sides, roots, strict=True):
+            taken = side @ signs if columns < batch else side
+            _ = root.mT @ taken, taken.mT @ taken
+            new = (root @ rotation[:rank]).addmm_(taken, rotation[rank:])
+            solved.append(new @ (new.mT @ side))
+        for inputs, gradients in zip(solved[::2], (*solved[1::2], last.mT), strict=True):
+            _ = gradients @ inputs.mT
+
+    return step
+
+
+def singd(setting: Setting, period: int) -> Step:
+    """Return a step of SINGD with dense structures, of the package ``singd``."""
+    from singd.optim.optimizer import SINGD
+
+    model = setting.network()
+
+    def backward(inputs: Tensor, labels: Tensor) -> None:
+        with unsaid(FutureWarning):
+            cross_entropy(model(inputs), labels).backward()
+
+    return stepping(setting, SINGD(model, lr=1e-3, T=period, structures=("dense", "dense")), backward)
+
+
+def asdfghjkl(setting: Setting, period: int) -> Step:
+    """Return a step of K-FAC with the empirical Fisher, inverses renewed periodically, of the package ``asdfghjkl``."""
+    asdl, model = _asdl(), setting.network()
+    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
+    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+    def backward(inputs: Tensor, labels: Tensor) -> None:
+        outputs = maker.setup_model_call(model, inputs)
+        maker.setup_loss_call(cross_entropy, outputs, labels)
+        with unsaid(FutureWarning):
+            maker.forward_and_backward()
+
+    return stepping(setting, torch.optim.SGD(model.parameters(), 0.01), backward)
+
+
+def _asdl() -> ModuleType:
+    """Import asdfghjkl, whose named ranges ask for a CUDA build of torch."""
+    with unsaid(DeprecationWarning):
+        import asdl
+        from asdl.precondition import natural_gradient
+
+    if not torch.backends.cuda.is_built():
+        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
+    return asdl
+
+
+class Candidate(NamedTuple):
+    """One choice of a method's options: a rate, and a strategy of ours or AdamW."""
+
+    rate: float
+    strategy: Strategy | None
+
+
+def grid(low: float, high: float, count: int, strategies: Sequence[Strategy | None]) -> list[Candidate]:
+    """Return rates evenly spaced in their logarithm, with each of the strategies."""
+    rates = np.geomspace(low, high, count)
+    return [Candidate(float(f"{rate:.3g}"), strategy) for strategy in strategies for rate in rates]
+
+
+def train(candidate: Candidate, setting: Setting, most: int, target: float, seed: int = SEARCH_SEED) -> dict[str, Any]:
+    """Train to the target, judging after each step: steps and seconds, infinite where ``most`` steps did not arrive.
+
+    Beside them the median step and the mean score on the way. The search trains and judges on its own parts of the
+    images. Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
+    """
+    training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
+    model, strategy = setting.network(seed), candidate.strategy
+    kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
+    optimizer = kind(model.parameters(), candidate.rate)
+    kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
+    times, scores = [], []
+    for images, labels in data.batches(training, setting.batch, most, seed):
+        start = perf_counter()
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        if kfac is not None:
+            preconditioned_step(kfac)
+        optimizer.step()
+        times.append(perf_counter() - start)
+        scores.append(data.accuracy(model, judged))
+        if scores[-1] >= target:
+            break
+    needed = (len(times), sum(times)) if scores[-1] >= target else (inf, inf)
+    return {"steps": needed[0], "seconds": needed[1], "step": median(times), "score": mean(scores)}
+
+
+def choose(candidates: Sequence[Candidate], trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> Candidate:
+    """Return the candidate that reached the target in the least of what the row measures, by one trial of each.
+
+    Those that took equally many steps are told apart by their mean score on the way, and so are those that did not
+    arrive at all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
+    """
+    needed = trials["steps"] * (trials["step"] if part == "seconds" else 1)
+    best = trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False])
+    return candidates[best.index[0]]

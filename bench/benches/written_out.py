@@ -1,0 +1,104 @@
+"""The library's arithmetic written out in torch: what its time is measured in, and what its overhead is measured by.
+
+The floors are the products that an algorithm cannot do without, and nothing else. The calls by hand are those of one
+small factor, with no checks, no dispatch and no batches, for finite data whose squares float32 holds: what a call of
+the library takes beyond these is its overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.benches.problems import Case, tall_of
+from brandla import LowRankEigh, LowRankRoot
+
+
+def update_floor(case: Case) -> Callable[[], Tensor]:
+    """Return the six tall products of Brand's update of an orthonormal basis, with two projections."""
+    basis, columns = tall_of(case.factor), case.columns
+    r, k = basis.shape[-1], columns.shape[-1]
+    first, second = (torch.randn(rows, r, device=basis.device) for rows in (r, k))
+
+    def products() -> Tensor:
+        coefficients = basis.mT @ columns
+        panel = torch.addmm(columns, basis, coefficients, alpha=-1)
+        again = basis.mT @ panel
+        panel = torch.addmm(panel, basis, again, alpha=-1)
+        panel.mT @ panel
+        return (basis @ first).addmm_(panel, second)
+
+    return products
+
+
+def solve_floor(basis: Tensor, rhs: Tensor) -> Callable[[], Tensor]:
+    """Return the two products of a damped application."""
+    return lambda: basis @ (basis.mT @ rhs)
+
+
+def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, weight: float) -> tuple[Tensor, Tensor]:
+    """Return d and U after Brand's update as torch code has it: project, ``qr``, ``eigh``, rotate, in one dtype."""
+    r = basis.shape[1]
+    inside = basis.mT @ columns
+    orthonormal, triangle = torch.linalg.qr(columns - basis @ inside)
+    stacked = torch.cat([inside, triangle])
+    core = weight * stacked @ stacked.mT
+    core[:r, :r].diagonal().add_(values, alpha=decay)
+    spectrum, vectors = torch.linalg.eigh(core)
+    kept = spectrum[-r:].flip(0).clamp_min(0)
+    return kept, torch.cat([basis, orthonormal], dim=1) @ vectors[:, -r:].flip(1)
+
+
+def root_update(root: LowRankRoot, columns: Tensor, decay: float, weight: float) -> LowRankRoot:
+    """`brandla.root_update` at the old rank."""
+    factor, gram = root
+    values, rotation = _leading(_core(factor, gram, columns, decay, weight), gram.shape[0])
+    return LowRankRoot(_rotated(factor, columns, rotation, decay, weight), torch.diag(values))
+
+
+def eigh_update(eigh: LowRankEigh, columns: Tensor, decay: float, weight: float) -> LowRankEigh:
+    """`brandla.eigh_update` at the old rank, of columns that need no polish."""
+    values, vectors = eigh
+    lengths = values.sqrt()[:, None]
+    core = _core(vectors, torch.diag(values), columns, decay, weight, lengths)
+    values, rotation = _leading(core, len(values))
+    wide = (rotation * values.rsqrt()).double()
+    triangle, _ = torch.linalg.cholesky_ex(wide.mT @ (core @ wide), upper=True)
+    rotation = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).to(vectors.dtype)
+    new = _rotated(vectors, columns, rotation, decay, weight, lengths)
+    signs = torch.ones(len(values), 4, dtype=new.dtype)
+    bool((new.mT @ (new @ signs) - signs).square().sum() < 1)
+    return LowRankEigh(values, new)
+
+
+def damped_solve(eigh: LowRankEigh, rhs: Tensor, damping: float) -> Tensor:
+    """`brandla.damped_solve` without a tail."""
+    values, basis = eigh
+    middle = -values / (values + damping) / damping
+    return rhs / damping + basis @ (middle[:, None] * (basis.mT @ rhs))
+
+
+def _core(
+    tall: Tensor, gram: Tensor, columns: Tensor, decay: float, weight: float, lengths: Tensor | float = 1.0
+) -> Tensor:
+    """Return BᵀB in float64 for B = [√ρ F, √w A], F = ``tall`` times ``lengths``."""
+    cross = (tall.mT @ columns).double() * lengths * (decay * weight) ** 0.5
+    own = (columns.mT @ columns).double() * weight
+    return torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, own], dim=1)])
+
+
+def _leading(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    scale = core.diagonal().amax()
+    values, vectors = torch.linalg.eigh((core / scale).float())
+    bool(torch.isfinite(values.sum() + vectors.sum()))
+    return values.flip(0)[:rank].clamp_min(0) * scale.float(), vectors.flip(1)[:, :rank]
+
+
+def _rotated(
+    tall: Tensor, columns: Tensor, rotation: Tensor, decay: float, weight: float, lengths: Tensor | float = 1.0
+) -> Tensor:
+    r = tall.shape[1]
+    above, below = rotation[:r] * lengths * decay**0.5, rotation[r:] * weight**0.5
+    return (tall @ above.to(tall.dtype)).addmm_(columns, below.to(tall.dtype))

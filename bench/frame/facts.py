@@ -1,0 +1,88 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brandla.demo import machine
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+# Named where they are installed.
+OPTIONAL = ("fbpca", "cupy")
+# What a figure depends on; the results themselves and the pages made of them are left out.
+SOURCES = ("brandla", "kernels", "bench", "tests/oracles.py", "constraints.txt", ":(exclude)bench/results")
+STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
+    """Return machine, GPU where it is measured, versions, threads, date, the commit and whether the sources differ."""
+    # Builds of cupy are named after the version of CUDA that they are for; the module has one name.
+    known = metadata.packages_distributions()
+    optional = (known[name][0] for name in OPTIONAL if util.find_spec(name) and name in known)
+    changes = _git("status", "--porcelain", "--", *SOURCES)
+    about = {"commit": _git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
+    return machine.facts((*PACKAGES, *optional)) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Return the GPU, with its state as nvidia-smi says it; None where it does not."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cache_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        **_state(),
+    }
+
+
+def slug(found: dict[str, Any]) -> str:
+    """Return the folder name of a machine: its GPU, or its processor and its cores."""
+    name = found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']} {found['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def place(found: dict[str, Any]) -> str:
+    """Return the GPU, or processor and cores, in words."""
+    return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Return the facts in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads; {versions}; {commit_of(found)}"
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """Return the commit in words."""
+    if not found.get("commit"):
+        return "no commit"
+    return f"commit {found['commit'][:12]}" + (" with uncommitted changes" if found["modified"] else "")
+
+
+def _state() -> dict[str, str | None]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(STATE)
+    return dict(zip(STATE, (value.strip() for value in answer.splitlines()[0].split(",")), strict=False))
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

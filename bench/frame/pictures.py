@@ -1,0 +1,140 @@
+"""Pictures for light and for dark pages: one column of panels, so that a phone shows them legibly.
+
+Each file carries a digest of what it shows, so that a check can tell a picture of other figures without drawing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from PIL import Image
+
+from bench.frame.facts import commit_of
+
+Row = dict[str, Any]
+DIGEST = "Source"
+WIDTH, DOTS = 6.2, 170
+TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+
+
+class Theme(NamedTuple):
+    """Colours of a page: background, text, what recedes, and whether colours have to be lighter."""
+
+    name: str
+    background: str
+    text: str
+    faint: str
+    dark: bool
+
+    def colour(self, light: str, dark: str) -> str:
+        """Return the one that stands out from the background."""
+        return dark if self.dark else light
+
+
+THEMES = (
+    Theme("light", "#ffffff", "#1f1f1f", "#6b6b6b", dark=False),
+    Theme("dark", "#1e2129", "#ececec", "#a0a4ad", dark=True),
+)
+Draw = Callable[[Row, Theme], Figure]
+
+
+def write(name: str, study: Row, folder: Path, draw: Draw) -> list[Path]:
+    """Draw a study, once for each theme, and return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for theme in THEMES:
+        inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
+        style = dict.fromkeys(inked, theme.text) | {"axes.edgecolor": theme.faint, "axes.facecolor": theme.background}
+        spines = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+        with rc_context(style | spines | {"font.size": 10, "grid.alpha": 0.25, "grid.color": theme.faint}):
+            figure = draw(study, theme)
+            metadata = {DIGEST: digest(study), "Software": None}
+            figure.savefig(path(name, theme, folder), facecolor=theme.background, dpi=DOTS, metadata=metadata)
+    return [path(name, theme, folder) for theme in THEMES]
+
+
+def stale(name: str, study: Row, folder: Path) -> list[Path]:
+    """Return the pictures that are missing or show other figures."""
+    wanted = digest(study)
+    paths = [path(name, theme, folder) for theme in THEMES]
+    return [one for one in paths if not one.exists() or _carried(one) != wanted]
+
+
+def path(name: str, theme: Theme, folder: Path) -> Path:
+    """Return where a picture is."""
+    return folder / f"{name}-{theme.name}.png"
+
+
+def digest(study: Row) -> str:
+    """Return a digest of the figures of a study and of what they were measured on."""
+    return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
+
+
+def _carried(picture: Path) -> str | None:
+    with Image.open(picture) as image:
+        return image.info.get(DIGEST)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def panels(heights: Sequence[float], study: Row, words: str, theme: Theme) -> tuple[Figure, list[Axes]]:
+    """Return a column of panels of these heights in inches, signed with what was measured on what."""
+    layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, 0.5 / sum(heights), 1, 1 - 0.5 / sum(heights)))
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    facts = study["facts"]
+    gpu = facts.get("gpu")
+    place = gpu["name"] if gpu else f"{facts['cpu']}, {facts['threads']} threads"
+    state = "; short run: means nothing" if facts["quick"] else ""
+    state += "; interrupted" if facts.get("interrupted") else ""
+    text = f"{words}\n{place}, torch {facts['versions']['torch']}, {commit_of(facts)}{state}"
+    figure.text(0.01, 0.05 / sum(heights), text, fontsize=8, color=theme.faint, va="bottom")
+    for axis in axes:
+        axis.grid(visible=True, linewidth=0.7)
+        axis.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def titled(axis: Axes, title: str, below: str, theme: Theme) -> None:
+    """Set a title, with the details in a line below it."""
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20 if below else 8)
+    axis.text(0, 1.02, below, transform=axis.transAxes, fontsize=9, color=theme.faint, va="bottom")
+
+
+def legend(axis: Axes, columns: int, handles: Iterable[Any] | None = None) -> None:
+    """Set the legend below a panel."""
+    found = axis.get_legend_handles_labels()[0] if handles is None else list(handles)
+    style = {"fontsize": 9, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
+    axis.legend(handles=found, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)
+
+
+def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: Sequence[float] = (1,)) -> None:
+    """Let an ``axis.xaxis`` or ``axis.yaxis`` be logarithmic, with few ticks in plain words."""
+    axis._set_axes_scale("log")
+    axis.set_major_locator(LogLocator(10, subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
+
+
+def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
+    """Return what spells a value in the largest of the units that it reaches."""
+
+    def spell(value: float) -> str:
+        scale, unit = next((pair for pair in units if value >= 0.999 * pair[0]), units[-1])
+        return f"{value / scale:g} {unit}"
+
+    return spell

@@ -1,0 +1,35 @@
+"""Result files: one folder a machine, one JSON a study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.frame.facts import ROOT, slug
+from brandla.demo import frame
+
+FOLDER = ROOT / "bench" / "results"
+
+# Short runs show that everything works. Their figures mean nothing and are kept out of version control.
+QUICK_FOLDER = ROOT / ".benchmarks" / "quick"
+
+
+def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write a study's figures beside its machine's facts, whole or not at all, and return the path.
+
+    ``folder`` is that of the machine unless another is named.
+    """
+    path = (folder or folder_of(slug(machine), machine["quick"])) / f"{study}.json"
+    frame.write({"schema": 1, "facts": machine, **content}, path)
+    return path
+
+
+def folder_of(machine: str, quick: bool) -> Path:
+    """Return the folder of a machine's results."""
+    return (QUICK_FOLDER if quick else FOLDER) / machine
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the studies of one machine by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

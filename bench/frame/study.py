@@ -1,0 +1,148 @@
+"""How a study runs: its command, its pieces under a progress bar, its file, and its tables and picture at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+from bench.benches.cpu import device_of
+from bench.frame import pictures, results
+from bench.frame.facts import ROOT, commit_of, facts, slug
+from bench.frame.pages import PICTURES
+from bench.gpu.device import Device
+from brandla.demo.frame import INTERRUPTED, Piece, Row, Tables, plain, run
+
+THREADS, WIDTH = 2, 150
+SAME = ("commit", "modified", "cpu", "threads", "versions")
+
+Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that the study runs, measures nothing.")]
+Full = Annotated[bool, typer.Option("--full", help="Sizes for a GPU, or long ones, where the study has them.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted result file lacks.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of file and picture, in place of the machine's own.")]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study varies, measures and draws.
+
+    Parameters
+    ----------
+    name
+        Of the result file.
+    sizes
+        Its settings by "quick", "usual" and, where there is one, "full".
+    pieces
+        What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
+    shown
+        Titles and tables of the file's content, for the terminal.
+    derived
+        Tables that follow from the measured ones.
+    draw
+        The picture of the file's content.
+    threads
+        Of torch and of NumPy's BLAS; one in a short run.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    pieces: Callable[[Any, Device], Sequence[Piece]]
+    shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
+    derived: Callable[[Tables], Tables] = lambda tables: {}
+    draw: pictures.Draw | None = None
+    threads: int = THREADS
+
+
+def command(study: Study, about: str | None) -> typer.Typer:
+    """Return the command line of a study that has the usual options alone."""
+    app = application(about)
+
+    @app.command(help=about)
+    def main(quick: Quick = False, full: Full = False, resume: Resume = False, out: Out = None) -> None:
+        conduct(study, settings_of(study, quick=quick, full=full), quick=quick, full=full, resume=resume, out=out)
+
+    return app
+
+
+def application(about: str | None) -> typer.Typer:
+    """Return a command line without commands."""
+    return typer.Typer(help=about, add_completion=False, pretty_exceptions_enable=False)
+
+
+def settings_of(study: Study, *, quick: bool, full: bool) -> Any:
+    """Return the settings of a length."""
+    if quick and full:
+        message = "a run is short or long: leave out --quick or --full"
+        raise typer.BadParameter(message)
+    return study.sizes["quick" if quick else "full" if full and "full" in study.sizes else "usual"]
+
+
+def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: bool, out: Path | None) -> None:
+    """Measure what is missing; write the file and the picture, and print the tables."""
+    console, start = Console(highlight=False), time.monotonic()
+    # A short run leaves room for what else the machine does.
+    torch.set_num_threads(1 if quick else study.threads)
+    torch.manual_seed(0)
+    device = device_of(quick)
+    machine, folder = machine_of(device, quick)
+    path = (out or folder) / f"{study.name}.json"
+    pieces, kept = study.pieces(settings, device), plain(asdict(settings)) if is_dataclass(settings) else {}
+    tables, seconds = _taken_up(pieces, kept, machine, path) if resume and path.exists() else ({}, 0.0)
+    with threadpool_limits(torch.get_num_threads()):
+        stopped = run(pieces, tables, console)
+    about = {"seconds": seconds + time.monotonic() - start, "full": full, "interrupted": stopped or False}
+    content = plain({"facts": machine | about, "settings": kept, **tables, **study.derived(tables)})
+    results.write(study.name, content.pop("facts"), content, path.parent)
+    content = results.read(path.parent)[study.name]
+    for title, cells in study.shown(content):
+        show(cells, title, console)
+    written = [path]
+    if study.draw and any(tables.values()):
+        # The committed pictures are those of the documentation.
+        target = path.parent if quick or out else ROOT / "docs" / PICTURES / slug(machine)
+        written += pictures.write(study.name, content, target, study.draw)
+    if stopped:
+        console.print("Interrupted: the file holds what was measured, and says so; --resume goes on.")
+    console.print(f"{about['seconds']:.0f} s. Written:", *written, soft_wrap=True)
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def show(cells: pd.DataFrame, title: str, console: Console) -> None:
+    """Print a table, wider than a narrow terminal, so that nothing is cut."""
+    shown = Table(*map(str, cells.columns), title=title, title_justify="left")
+    for row in cells.astype(str).to_numpy():
+        shown.add_row(*row)
+    Console(file=console.file, highlight=False, width=max(console.width, WIDTH)).print(shown)
+
+
+def machine_of(device: Device, quick: bool) -> tuple[Row, Path]:
+    """Return the facts of the device that was measured, and the folder of its results."""
+    machine = facts(quick, gpu=device.tensors.type == "cuda")
+    return machine, results.folder_of(slug(machine), quick)
+
+
+def _taken_up(pieces: Sequence[Piece], settings: Row, machine: Row, path: Path) -> tuple[Tables, float]:
+    """Return the rows of a file of this study, without those of the piece that was interrupted, and its seconds."""
+    begun = results.read(path.parent)[path.stem]
+    before = begun["facts"]
+    if begun["settings"] != settings:
+        message = f"{path.name} has other settings; move it away"
+        raise typer.BadParameter(message, param_hint="--resume")
+    if any(before[name] != machine[name] for name in SAME):
+        message = f"{path.name} is of {commit_of(before)}, another machine or other versions; move it away"
+        raise typer.BadParameter(message, param_hint="--resume")
+    tables: Tables = {}
+    for piece in pieces:
+        if piece.words != before["interrupted"]:
+            tables.setdefault(piece.table, []).extend(filter(piece.owns, begun.get(piece.table, [])))
+    return tables, before["seconds"]

@@ -1,1 +1,0 @@
-"""Steps and seconds to an accuracy on real images: every K-FAC beside SGD and AdamW, tuned at an equal budget."""

@@ -1,0 +1,1 @@
+"""The studies, a file each: what it varies, what it measures, and what it draws."""

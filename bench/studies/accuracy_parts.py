@@ -1,0 +1,299 @@
+"""What the accuracy study compares: the ways of keeping a factor with their costs, and the factor itself in float64.
+
+A factor is M ← ρM + wAAᵀ. The dense average, which all but the three B keep, is the same for all and kept once.
+``docs/accuracy.md`` lists the trackers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+from torch.nn import functional as F
+
+import brandla
+from bench.benches import timing
+from brandla.correction import ritz_correct
+from brandla.demo import data
+from brandla_kernels import gram_ema_
+
+Factor = brandla.LowRankEigh | brandla.LowRankRoot
+FACTORS = ("inputs", "gradients")
+ROOTS = ("root", "cholesky")
+BEST = "best rank r"
+# ‖M − M̂‖₂ comes from Lanczos' iteration, whose eigenvalue is right to the square of this.
+LANCZOS = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One study. A run is a width and a seed; the widths are in order, so that an end in between leaves all seeds."""
+
+    widths: tuple[int, ...] = (512, 1024, 2048)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 300
+    # A prime that divides no period of a renewal, so that every age of a decomposition is looked at.
+    measure_every: int = 23
+    batch: int = 128  # k
+    rank: int = 64  # r
+    learning_rate: float = 1e-3
+    decay: float = 0.95  # ρ
+    damping: float = 0.03  # λ over the largest eigenvalue of the true factor
+    oversample: int = 10
+    power_iterations: int = 3
+    overwrite_every: int = 20  # steps between two overwrites of B-R
+    fraction: float = 0.5  # of its columns that B-C corrects
+    warmup: int = 40  # steps until the average has forgotten its start, 2/(1 − ρ); summaries begin after it
+    repeats: int = 15  # of the calls that are timed for the costs
+
+    @property
+    def measured(self) -> list[int]:
+        """Steps after which the trackers are compared with the truth."""
+        return list(range(self.measure_every, self.steps + 1, self.measure_every))
+
+
+class Costs(NamedTuple):
+    """Milliseconds of each piece, for one factor."""
+
+    average: float
+    brand: float
+    root: float
+    cholesky: float
+    svd: float
+    eigh: float
+    correction: float
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A way of keeping a factor: an update at every step or none, and a renewal every ``period`` steps or none."""
+
+    name: str
+    update: str | None
+    renewal: str | None
+    period: int
+
+    def cost(self, costs: Costs) -> float:
+        """Milliseconds of a step, the dense average included where it is needed."""
+        renewed = (costs.average + getattr(costs, self.renewal) / self.period) if self.renewal else 0.0
+        return renewed + (getattr(costs, self.update) if self.update else 0.0)
+
+    def due(self, step: int) -> bool:
+        """Say whether this step, of those counted from 1, ends with a renewal."""
+        return self.renewal is not None and (step - 1) % self.period == 0
+
+
+def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
+    """Return all trackers: B-R as it is set, and B-C, RS and SRE renewed as often as its cost pays for.
+
+    RS and SRE come once more with the period of B-R.
+    """
+    every = settings.overwrite_every
+    b_r = Tracker("B-R", "brand", "svd", every)
+    to_spend = b_r.cost(costs) - costs.average
+    beside_brand = to_spend - costs.brand
+    return [
+        Tracker("B", "brand", None, 0),
+        Tracker("B, root", "root", None, 0),
+        Tracker("B, no eigh", "cholesky", None, 0),
+        b_r,
+        Tracker("B-C", "brand", "correction", _period(costs.correction, beside_brand)),
+        Tracker("RS", None, "svd", _period(costs.svd, to_spend)),
+        Tracker("SRE", None, "eigh", _period(costs.eigh, to_spend)),
+        Tracker(f"RS every {every}", None, "svd", every),
+        Tracker(f"SRE every {every}", None, "eigh", every),
+    ]
+
+
+def _period(cost: float, to_spend: float) -> int:
+    """Return the shortest period that costs no more than ``to_spend`` a step."""
+    return max(1, math.ceil(cost / to_spend))
+
+
+class Kept:
+    """The dense average of one factor, and what every tracker keeps of it."""
+
+    def __init__(self, settings: Settings, n: int, seed: int, chosen: list[Tracker]) -> None:
+        self._settings = settings
+        self._trackers = chosen
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dense = torch.zeros(n, n)
+        self.factors: dict[str, Factor] = {
+            one.name: (brandla.LowRankRoot if one.update in ROOTS else brandla.LowRankEigh).zeros(n, settings.rank)
+            for one in chosen
+        }
+
+    def absorb(self, step: int, columns: Tensor) -> None:
+        """Take in the columns of a step."""
+        self.average(columns)
+        for one in self._trackers:
+            if one.update:
+                self.factors[one.name] = self.updated(one.update, self.factors[one.name], columns)
+            if one.due(step):
+                self.factors[one.name] = self.renewed(str(one.renewal), self.factors[one.name])
+
+    def average(self, columns: Tensor) -> None:
+        """Update the dense average."""
+        gram_ema_(self._dense, columns, self._settings.decay, 1 - self._settings.decay)
+
+    def updated(self, update: str, factor: Any, columns: Tensor) -> Factor:
+        """Return a factor after the update of this name."""
+        options: dict[str, Any] = {"decay": self._settings.decay, "weight": 1 - self._settings.decay}
+        if update == "brand":
+            return brandla.eigh_update(factor, columns, **options)
+        return brandla.root_update(factor, columns, compress="cholesky" if update == "cholesky" else "eigh", **options)
+
+    def renewed(self, renewal: str, factor: Any) -> Factor:
+        """Return the average decomposed as RS or SRE does, or a factor with a random part of its columns corrected."""
+        settings, generator = self._settings, self._generator
+        if renewal == "correction":
+            count = math.ceil(settings.fraction * factor.rank)
+            return ritz_correct(factor, self._dense, torch.randperm(factor.rank, generator=generator)[:count])
+        options: dict[str, Any] = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
+        if renewal == "eigh":
+            return brandla.randomized_eigh(self._dense, settings.rank, generator=generator, **options)
+        found = brandla.randomized_svd(self._dense, settings.rank, generator=generator, **options)
+        return brandla.LowRankEigh(found.S, found.U)
+
+
+def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
+    """Time every piece, in turn, on a factor that has seen all but the last of some columns (n, k)."""
+    last = stream[-1]
+    kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
+    for step, columns in enumerate(stream[:-1], start=1):
+        kept.absorb(step, columns)
+    eigh, root = kept.factors["eigh"], kept.factors["root"]
+    pieces: dict[str, Callable[[], object]] = {
+        "average": lambda: kept.average(last),
+        "brand": lambda: kept.updated("brand", eigh, last),
+        "root": lambda: kept.updated("root", root, last),
+        "cholesky": lambda: kept.updated("cholesky", root, last),
+        "svd": lambda: kept.renewed("svd", eigh),
+        "eigh": lambda: kept.renewed("eigh", eigh),
+        "correction": lambda: kept.renewed("correction", eigh),
+    }
+    seconds = timing.alternating(pieces, settings.repeats)
+    return Costs(**{name: 1e3 * timing.of_median(times).value for name, times in seconds.items()})
+
+
+class Observation(NamedTuple):
+    """One step of the middle Linear: the columns that come to either factor, and the gradient of its weights."""
+
+    step: int
+    columns: dict[str, Tensor]  # "inputs" (width + 1, k) with the bias' ones last, "gradients" (width, k), over √k
+    gradient: Tensor  # (width, width + 1)
+
+
+def observations(settings: Settings, width: int, seed: int) -> Iterator[Observation]:
+    """Train 64-width-width-10 with AdamW, and yield what every step shows."""
+    model = data.network(width, "cpu", seed)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+    stream = data.batches(data.load("cpu").training, settings.batch, settings.steps, seed)
+    for step, batch in enumerate(stream, start=1):
+        hidden = model[:2](batch.images)
+        outputs = model[2](hidden)
+        outputs.retain_grad()
+        optimizer.zero_grad()
+        F.cross_entropy(model[3:](outputs), batch.labels).backward()
+        optimizer.step()
+        k = len(batch.labels)
+        inputs = torch.cat([hidden.detach(), hidden.new_ones(k, 1)], dim=1)
+        # The loss is a mean: the gradient of one sample's loss is k times what backward leaves.
+        columns = {"inputs": inputs.mT / k**0.5, "gradients": outputs.grad.mT * k**0.5}
+        yield Observation(step, columns, (columns["gradients"] @ columns["inputs"].mT))
+
+
+class Errors(NamedTuple):
+    """Relative errors of one factor."""
+
+    inverse: float  # ‖(M̂ + λI)⁻¹ − (M + λI)⁻¹‖_F / ‖(M + λI)⁻¹‖_F
+    spectral: float  # ‖M̂ − M‖₂ / ‖M‖₂
+    trace: float  # tr((I − UUᵀ) M) / tr M: what the basis does not hold
+
+
+class Truth:
+    """M in float64 with its eigenpairs, from the columns of every step."""
+
+    def __init__(self, n: int) -> None:
+        self.matrix = torch.zeros(n, n, dtype=torch.float64)
+
+    def absorb(self, columns: Tensor, decay: float) -> None:
+        """Take in the columns of a step."""
+        wide = columns.double()
+        self.matrix = torch.addmm(self.matrix, wide, wide.mT, beta=decay, alpha=1 - decay)
+
+    def decompose(self, settings: Settings) -> Decomposed:
+        """Return the eigenpairs."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return Decomposed(self.matrix, values.flip(0).clamp_min(0), vectors.flip(1), settings)
+
+
+class Decomposed:
+    """M with its eigenpairs, and its damped inverse; λ is relative to its largest eigenvalue, whatever the tracker."""
+
+    def __init__(self, matrix: Tensor, values: Tensor, vectors: Tensor, settings: Settings) -> None:
+        self.matrix, self.values, self.vectors = matrix, values, vectors
+        self.damping = settings.damping * float(values[0])
+        self.inverse = (vectors / (values + self.damping)) @ vectors.mT
+
+    def best(self, rank: int) -> brandla.LowRankEigh:
+        """Return the best approximation of this rank, in float64."""
+        return brandla.LowRankEigh(self.values[:rank], self.vectors[:, :rank])
+
+    def errors(self, factor: Factor) -> Errors:
+        """Measure a tracker's factor."""
+        values, vectors = eigenpairs(factor)
+        # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
+        inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
+        inverse.diagonal().add_(1 / self.damping)
+        outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
+        return Errors(
+            float(torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)),
+            self._distance(values, vectors) / float(self.values[0]),
+            float(outside / self.values.sum()),
+        )
+
+    def _distance(self, values: Tensor, vectors: Tensor) -> float:
+        """Return ‖M̂ − M‖₂."""
+        difference = (vectors * values) @ vectors.mT - self.matrix
+        operator = LinearOperator(
+            difference.shape, matvec=lambda x: (difference @ torch.from_numpy(x).view(-1)).numpy(), dtype="float64"
+        )
+        start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
+        return abs(float(largest))
+
+
+def eigenpairs(factor: Factor) -> tuple[Tensor, Tensor]:
+    """Return d and U in float64."""
+    if isinstance(factor, brandla.LowRankEigh):
+        return factor.eigenvalues.double(), factor.eigenvectors.double()
+    eigh = brandla.LowRankRoot(*(part.double() for part in factor)).to_eigh()
+    return eigh.eigenvalues, eigh.eigenvectors
+
+
+def step_errors(gradient: Tensor, exact: tuple[Decomposed, Decomposed], factors: tuple[Factor, Factor]) -> Step:
+    """Compare (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ with the step of the true factors; both in float64."""
+    of_gradients, of_inputs = exact
+    wide = gradient.double()
+    right = of_gradients.inverse @ wide @ of_inputs.inverse
+    left, other = (brandla.LowRankEigh(*eigenpairs(factor)) for factor in factors)
+    taken = brandla.kron_damped_solve(left, other, wide, of_gradients.damping, of_inputs.damping)
+    size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
+    cosine = float((right * taken).sum() / (size * own))
+    return Step(
+        float(torch.linalg.matrix_norm(taken - right) / size),
+        float(torch.rad2deg(torch.acos(torch.tensor(min(max(cosine, -1.0), 1.0), dtype=torch.float64)))),
+    )
+
+
+class Step(NamedTuple):
+    """How far a step is from that of the true factors."""
+
+    error: float  # Frobenius, relative
+    angle: float  # degrees

@@ -1,0 +1,452 @@
+"""How right the updates stay: what they lose, what keeps of their form and what the error bound says, on every stream.
+
+Run by ``make study-streams``. Nothing here is timed but the stream that dies out, whose late steps are compared with
+its early ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import median
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import brandla
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
+from bench.frame import pages
+from bench.frame.study import Piece, Row, Study, command
+from bench.gpu.device import Device
+from tests import oracles
+from tests.oracles import STREAMS, Stream, power_law, spectral_stream, switching_stream
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+GROWTH = 1.02
+ROUNDING = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stream with its sizes: n rows, rank r, k columns a batch."""
+
+    words: str
+    stream: Stream
+    n: int = 128
+    r: int = 24
+    k: int = 16
+    steps: int = 60
+
+    def batches(self, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+        """Return the batches, rounded to `dtype`."""
+        return [columns.to(dtype) for columns in islice(self.stream(self.n, self.k, seed), self.steps)]
+
+    @property
+    def about(self) -> Row:
+        """The stream and the sizes in words."""
+        return {"words": self.words, "sizes": f"{self.n}, {self.r}, {self.k}"}
+
+
+def growing(n: int, k: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of i^−½ columns, each GROWTH times as large as the one before."""
+    for step, columns in enumerate(STREAMS["slow"](n, k, seed)):
+        yield columns * GROWTH**step
+
+
+def dying(n: int, k: int, seed: int) -> Iterator[Tensor]:
+    """Yield sixty batches, then zero batches for good."""
+    source = STREAMS["slow"](n, k, seed)
+    yield from islice(source, 60)
+    while True:
+        yield torch.zeros(n, k, dtype=torch.float64)
+
+
+FAMILIES = {
+    "slow": Family("i^−½", STREAMS["slow"]),
+    "medium": Family("i^−3/2", STREAMS["medium"]),
+    "fast": Family("i^−3", STREAMS["fast"]),
+    "flat": Family("flat", STREAMS["flat"]),
+    "clustered": Family("four clusters", STREAMS["clustered"]),
+    "graded": Family("graded, 1 … 10⁻¹²", STREAMS["graded"]),
+    "rank-16": Family("rank 16", STREAMS["rank-16"]),
+    "rank-16-wide": Family("rank 16, more columns than that", STREAMS["rank-16"], k=32),
+    "repeated": Family("every column eight times", spectral_stream(power_law(0.5), copies=8)),
+    "switch": Family("switches to an orthogonal subspace", switching_stream(1.0)),
+    "switch-20": Family("the same, 20 times smaller", switching_stream(1 / 20)),
+    "switch-1000": Family("the same, 1000 times smaller", switching_stream(1 / 1000)),
+    "growing": Family("grows by 2 % a step", growing, steps=1000),
+    "one-column": Family("one column at a time", STREAMS["slow"], k=1, steps=400),
+    "many-columns": Family("many more columns than the rank", STREAMS["slow"], r=8, k=96),
+    "zeros-between": Family("zero batches between", STREAMS["zeros-between"]),
+    "dies-out": Family("zero batches for good", dying, steps=100),
+}
+
+
+class Truth(NamedTuple):
+    """What a stream adds up to, step by step, in float64."""
+
+    matrices: list[Tensor]
+    discarded: list[float]
+    roundings: list[float]
+
+
+def reference(family: Family, batches: list[Tensor]) -> Truth:
+    """Return M after each step, what exact truncated updates discard of its trace, and what rounding adds up to.
+
+    The last is in units of ε: ROUNDING·‖M‖₂ an update, which decays as everything before it does.
+    """
+    matrix = truncated = torch.zeros(family.n, family.n, dtype=torch.float64)
+    truth, rounding = Truth([], [], []), 0.0
+    for columns in batches:
+        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+        truncated = oracles.truncated_update(truncated, columns, family.r, DECAY, WEIGHT)
+        rounding = DECAY * rounding + ROUNDING * oracles.spectral_norm(matrix)
+        truth.matrices.append(matrix)
+        truth.discarded.append(float((matrix - truncated).trace()))
+        truth.roundings.append(rounding)
+    return truth
+
+
+def best_discarded(matrix: Tensor, rank: int) -> float:
+    """Return the trace beyond the `rank` largest eigenvalues."""
+    return math.fsum(oracles.eigh(matrix).eigenvalues[rank:].clamp(min=0).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, form and the error bound
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
+    """Yield a row for each update of a family."""
+    family = FAMILIES[name]
+    family = replace(family, steps=min(family.steps, 30)) if quick else family
+    batches = family.batches(DTYPES[dtype])
+    truth = reference(family, batches)
+    about = family.about | {"steps": family.steps}
+    for update in UPDATES:
+        yield {"update": update, **about, **followed(update, family, batches, truth)}
+    if family.steps <= 100:
+        yield {"update": "svd_append", **about, **appended(family, batches, truth)}
+
+
+def followed(update: str, family: Family, batches: list[Tensor], truth: Truth) -> Row:
+    """Run an update over a stream with its error bound; the errors are looked at ten times on the way."""
+    function, kind = UPDATES[update]
+    dtype = batches[0].dtype
+    eps = torch.finfo(dtype).eps
+    value = brandla.track(kind.zeros(family.n, family.r, dtype=dtype))
+    worst, seen = 0.0, []
+    every = max(len(batches) // 10, 1)
+    for step, columns in enumerate(batches, 1):
+        value = function(value, columns, decay=DECAY, weight=WEIGHT)
+        worst = max(worst, defect(value.lowrank) / eps)
+        if step % every == 0 or step == len(batches):
+            seen.append(bound_seen(truth.matrices[step - 1], value, eps * truth.roundings[step - 1]))
+    return {
+        **lost(truth.matrices[-1], dense(value.lowrank), truth.discarded[-1], family.r, eps),
+        "defect_over_eps": worst,
+        "error": seen[-1]["error"],
+        "bound": seen[-1]["bound"],
+        "bound_over_error": seen[-1]["bound"] / max(seen[-1]["error"], 1e-300),
+        "rounding": seen[-1]["rounding"],
+        "bound_holds": all(one["error"] <= one["bound"] + one["rounding"] for one in seen),
+        "above_bound_over_eps": max((one["error"] - one["bound"]) / (eps * one["norm"]) for one in seen),
+    }
+
+
+def bound_seen(matrix: Tensor, value: brandla.Tracked, rounding: float) -> dict[str, float]:
+    """Return the true error, the bound, the rounding that the bound need not cover, and ‖M‖₂."""
+    error = oracles.spectral_norm(matrix - dense(value.lowrank))
+    norm = oracles.spectral_norm(matrix)
+    return {"error": error, "bound": float(value.error_bound), "rounding": rounding, "norm": norm}
+
+
+def lost(matrix: Tensor, approximation: Tensor, exact: float, rank: int, eps: float) -> Row:
+    """Return the part of the trace that was lost beside the best of this rank and the exact truncated update."""
+    trace = float(matrix.trace())
+    best = best_discarded(matrix, rank)
+    own = float((matrix - approximation).trace())
+    rounding = 20 * eps * trace
+    return {
+        "best_over_trace": best / trace,
+        "lost_over_trace": own / trace,
+        "exact_over_trace": exact / trace,
+        "rounding_over_trace": rounding / trace,
+        "lost_over_best": own / max(best, 1e-300),
+        "lost_over_exact": own / max(exact, 1e-300),
+        "resolved": best > rounding,
+        "within": own <= 1.05 * exact + rounding,
+    }
+
+
+def appended(family: Family, batches: list[Tensor], truth: Truth) -> Row:
+    """Run svd_append, whose U diag(S²) Uᵀ is the same matrix."""
+    dtype = batches[0].dtype
+    eps = torch.finfo(dtype).eps
+    svd = brandla.LowRankSVD.zeros(family.n, 0, family.r, dtype=dtype)
+    worst = 0.0
+    for columns in batches:
+        svd = brandla.svd_append(svd, columns * WEIGHT**0.5, decay=DECAY**0.5)
+        worst = max(worst, orthonormality(svd.U) / eps)
+    left, values = svd.U.double(), svd.S.double()
+    approximation = (left * values.square()) @ left.mT
+    figures = lost(truth.matrices[-1], approximation, truth.discarded[-1], family.r, eps)
+    return {**figures, "defect_over_eps": worst}
+
+
+def dense(factor: Any) -> Tensor:
+    """Return the matrix of a factor in float64, from its own rounded parts."""
+    return type(factor)(*(part.double() for part in factor)).dense()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drift over many updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
+DRIFTS = [
+    *itertools.product(UPDATES, DRIFTING, ["float32"]),
+    *itertools.product(UPDATES, ["slow", "fast"], ["float64"]),
+]
+MANY, EVERY, POOL = 10_000, 20, 300
+MARKS = (100, 1000, 3000, 10_000)
+
+
+def drift(update: str, name: str, dtype: str, quick: bool) -> Iterator[Row]:
+    """Yield how far a factor is from its form over many updates, in units of ε, looked at every few."""
+    family = replace(FAMILIES[name], n=96, r=16, k=8, steps=MANY // 40 if quick else MANY)
+    function, kind = UPDATES[update]
+    pool = replace(family, steps=min(family.steps, POOL)).batches(DTYPES[dtype])
+    value, seen = kind.zeros(family.n, family.r, dtype=DTYPES[dtype]), {}
+    for step in range(1, family.steps + 1):
+        value = function(value, pool[step % len(pool)], decay=DECAY, weight=WEIGHT)
+        if step % EVERY == 0:
+            seen[step] = defect(value) / torch.finfo(DTYPES[dtype]).eps
+    at = {mark: seen[mark] for mark in MARKS if mark <= family.steps}
+    yield {**family.about, "updates": family.steps, "largest": max(seen.values()), "at": at}
+
+
+def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
+    """Yield ‖Vh Vhᵀ − I‖₂/ε of svd_append, whose right vectors are not corrected."""
+    family = replace(FAMILIES[name], n=96, r=16, k=8, steps=50 if quick else 1000)
+    svd = brandla.LowRankSVD.zeros(family.n, 0, family.r)
+    for columns in family.batches(torch.float32):
+        svd = brandla.svd_append(svd, columns, decay=decay)
+    off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
+    yield {**family.about, "calls": family.steps, "defect_over_eps": off}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damped solves, by the damping
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Over the largest eigenvalue of M.
+DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+def solves(name: str, quick: bool) -> Iterator[Row]:
+    """Yield errors of damped solves in float32 beside the truncated update in float64, and what truncation costs."""
+    family = replace(FAMILIES[name], n=256, r=64, k=16, steps=25 if quick else 1000)
+    n, r = family.n, family.r
+    rhs = torch.randn(n, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    exact = brandla.LowRankEigh.zeros(n, r, dtype=torch.float64)
+    values = {update: kind.zeros(n, r) for update, (_, kind) in UPDATES.items()}
+    for columns in family.batches(torch.float32):
+        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+        exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
+        for update, (function, _) in UPDATES.items():
+            values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
+    for damping in DAMPINGS:
+        shift = damping * oracles.spectral_norm(matrix)
+        wanted = brandla.damped_solve(exact, rhs, shift)
+        whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
+        found = {update: brandla.damped_solve(value, rhs.float(), shift) for update, value in values.items()}
+        errors = {update: relative(solved, wanted) for update, solved in found.items()}
+        about = family.about | {"steps": family.steps, "damping": damping}
+        yield {**about, "truncation": relative(wanted, whole), "errors": errors}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Return ‖X̂ − X‖_F / ‖X‖_F."""
+    return float(torch.linalg.matrix_norm(found.double() - wanted) / torch.linalg.matrix_norm(wanted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stream that dies out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]:
+    """Yield the end of a factor that decays for long, and how long a late step takes beside an early one."""
+    family, (function, kind) = replace(FAMILIES["slow"], steps=20), UPDATES[update]
+    steps, decay = (3000, 0.5) if width else (100_000, 0.95)
+    steps = steps // 100 if quick else steps
+    value = kind.zeros(family.n, family.r, dtype=DTYPES[dtype])
+    for columns in family.batches(DTYPES[dtype]):
+        value = function(value, columns, decay=DECAY, weight=WEIGHT)
+    nothing, seconds = torch.zeros(family.n, width, dtype=DTYPES[dtype]), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        value = function(value, nothing, decay=decay, weight=WEIGHT)
+        seconds.append(time.perf_counter() - start)
+    tenth = max(steps // 100, 1)
+    yield {
+        "batches": f"{width} columns" if width == 0 else f"{width} zero columns",
+        "decay": decay,
+        "steps": steps,
+        "finite": all(bool(part.isfinite().all()) for part in value),
+        "largest_value": float(value[0].abs().max()),
+        "late_over_early": median(seconds[-tenth:]) / median(seconds[:tenth]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run, the tables and the page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pieces(quick: bool, device: Device) -> list[Piece]:
+    """Return every table in pieces; the matrices are small, and threads would only wait for each other."""
+
+    def each(
+        table: str, measure: Callable[..., Iterator[Row]], names: Sequence[str], *values: Iterable[Any]
+    ) -> list[Piece]:
+        return [
+            Piece(table, dict(zip(names, key, strict=True)), 1.0, lambda *_, key=key: measure(*key, quick))
+            for key in itertools.product(*values)
+        ]
+
+    drifts = [
+        Piece(
+            "drifts",
+            dict(zip(("update", "family", "dtype"), key, strict=True)),
+            3.0,
+            lambda *_, key=key: drift(*key, quick),
+        )
+        for key in DRIFTS
+    ]
+    return [
+        *each("losses", losses, ("family", "dtype"), FAMILIES, DTYPES),
+        *drifts,
+        *each("right_vectors", right_vectors, ("family", "decay"), ("slow", "medium", "flat"), (1.0, DECAY)),
+        *each("solves", solves, ("family",), ("slow", "medium", "fast")),
+        *each("dying_out", dying_out, ("update", "dtype", "columns"), UPDATES, DTYPES, (0, 16)),
+    ]
+
+
+ABOUT = {
+    "What the updates lose": """Trace of M − M̂ at the end of a stream, over the trace beyond the r largest eigenvalues
+of M: 1 is the best that rank r can do. ρ 0.95, w 0.05. "exact" is the truncated update in float64 with a dense
+eigendecomposition. i^−s names the deviations of normal columns in a random basis. A dash stands where the best error is
+below rounding, 20·ε of the trace.""",
+    "Form": """How far a factor is from its form at most, over all updates and in units of ε: ‖UᵀU − I‖₂ of an
+orthonormal one, ‖S − FᵀF‖₂/‖FᵀF‖₂ of a root.""",
+    "The error bound": """The running bound of a tracked factor over the true ‖M − M̂‖₂ at the end. The bound leaves
+rounding out, taken as 8·ε‖M‖₂ an update, which decays with what is added. A dash stands where the error is below
+that.""",
+    "Many updates": """How far a factor is from its form in units of ε, as above, looked at every 20 updates. Batches
+come from a pool of 300.""",
+    "Right vectors of `svd_append`": "‖Vh Vhᵀ − I‖₂ in units of ε at the end, float32.",
+    "Damped solves": """Relative error of (M̂ + λI)⁻¹V in float32 beside the truncated update in float64, by λ over the
+largest eigenvalue d₁ of M; and what truncation costs by itself: the error of that update beside M.""",
+    "A stream that dies out": """A factor that decays with no data: how long a late update takes beside an early one,
+and what is left.""",
+}
+
+
+def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the tables of what has been measured, by the titles of `ABOUT`."""
+    found = {name: pd.DataFrame(content.get(name, [])) for name in ("losses", "drifts", "solves", "dying_out")}
+    if len(rows := found["losses"]):
+        best = rows["lost_over_best"].map("{:.3f}".format).where(rows["resolved"], "–")
+        exact = (rows["exact_over_trace"] / rows["best_over_trace"]).map("{:.3f}".format).where(rows["resolved"], "–")
+        stream = {"stream": rows["words"], "n, r, k": rows["sizes"], "updates": rows["steps"]}
+        share = rows["best_over_trace"].map("{:.1e}".format)
+        yield (
+            "What the updates lose",
+            wide(rows, {**stream, "dtype": rows["dtype"], "best / tr M": share, "exact": exact}, best),
+        )
+        rows = rows[rows["update"] != "svd_append"]
+        stream = {"stream": rows["words"], "dtype": rows["dtype"]}
+        yield "Form", wide(rows, stream, rows["defect_over_eps"].map("{:.1f}".format))
+        bound = rows["bound_over_error"].map("{:.1f}".format).where(rows["error"] > rows["rounding"], "–")
+        yield "The error bound", wide(rows, stream, bound)
+    if len(rows := found["drifts"]):
+        marks = pd.DataFrame(rows["at"].tolist()).rename(columns="after {}".format)
+        cells = rows[["update", "words", "sizes", "dtype"]].join(
+            marks.assign(largest=rows["largest"]).map("{:.1f}".format)
+        )
+        yield "Many updates", cells.rename(columns={"words": "stream", "sizes": "n, r, k"})
+    if rights := content.get("right_vectors"):
+        cells = pd.DataFrame(rights)[["words", "sizes", "calls", "decay", "defect_over_eps"]].round(1)
+        yield (
+            "Right vectors of `svd_append`",
+            cells.set_axis(["stream", "n, r, k", "calls", "decay", "‖Vh Vhᵀ − I‖₂/ε"], axis=1),
+        )
+    if len(rows := found["solves"]):
+        errors = pd.DataFrame(rows["errors"].tolist())
+        cells = rows[["words", "sizes", "steps"]].set_axis(["stream", "n, r, k", "updates"], axis=1)
+        spelled = errors.assign(truncation=rows["truncation"]).map("{:.0e}".format)
+        yield "Damped solves", cells.assign(**{"λ / d₁": rows["damping"].map("{:.0e}".format)}).join(spelled)
+    if len(rows := found["dying_out"]):
+        cells = rows[["update", "dtype", "batches", "decay", "steps"]].assign(
+            **{"late / early time": rows["late_over_early"].map("{:.2f}".format)},
+            finite=rows["finite"].map({True: "yes", False: "**no**"}),
+            **{"largest value": rows["largest_value"].map("{:.1e}".format)},
+        )
+        yield "A stream that dies out", cells
+
+
+def wide(rows: pd.DataFrame, about: dict[str, pd.Series], cells: pd.Series) -> pd.DataFrame:
+    """Return cells with a column for each update, and a row for each of what they are about."""
+    frame = pd.DataFrame({**about, "update": rows["update"], "cell": cells})
+    found = frame.groupby([*about, "update"], sort=False)["cell"].first().unstack("update").fillna("")
+    return found.reset_index().rename_axis(columns=None)
+
+
+def section(content: Row, machine: str) -> Iterator[str]:
+    """Yield the section of ``docs/measurements.md``."""
+    yield "### Streams\n\n`make study-streams`." + pages.caveats(content["facts"]) + "\n"
+    for title, cells in shown(content):
+        yield f"#### {title}\n\n{ABOUT[title]}\n"
+        if title in VERDICTS:
+            yield VERDICTS[title](pd.DataFrame(content["losses"]))
+        yield pages.markdown(cells)
+
+
+def losses_verdict(rows: pd.DataFrame) -> str:
+    """Name the runs in which more was lost than by the exact update."""
+    missed = rows[~rows["within"]]
+    rule = "at most 1.05 times what the exact truncated update loses, plus 20·ε of the trace"
+    lines = [f"- `{r.update}`, {r.dtype}, {r.words}: {r.lost_over_exact:.3f} times" for r in missed.itertuples()]
+    return "\n".join([f"{len(rows) - len(missed)} of {len(rows)} runs lose {rule}.\n", *lines, ""])
+
+
+def bounds_verdict(rows: pd.DataFrame) -> str:
+    """Say whether the bound held, and how far above the error it was."""
+    rows = rows.dropna(subset="bound")
+    broken = rows[~rows["bound_holds"].astype(bool)]
+    loosest = rows.loc[rows["family"] == "medium", "bound_over_error"].max()
+    words = (
+        f"On the i^−3/2 stream the bound was at most {loosest:.1f} times the error. Looked at ten times a run, bound"
+    )
+    words += f" and rounding were never below the error in {len(rows) - len(broken)} of {len(rows)} runs.\n"
+    lines = [
+        f"- `{r.update}`, {r.dtype}, {r.words}: {r.above_bound_over_eps:.0f}·ε‖M‖₂ above" for r in broken.itertuples()
+    ]
+    return "\n".join([words, *lines, ""])
+
+
+VERDICTS = {"What the updates lose": losses_verdict, "The error bound": bounds_verdict}
+STUDY = Study("streams", {"quick": True, "usual": False}, pieces, shown, threads=1)
+
+if __name__ == "__main__":
+    command(STUDY, __doc__)()

@@ -1,0 +1,98 @@
+"""The frame of a study: its pieces run in order, Ctrl-C keeps what is done, and one JSON file holds the rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from brandla.demo.meter import metered
+
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+Tick = Callable[[float], None]
+
+# A list or an object that holds no object: one line each. A string has no line feeds.
+_FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
+
+
+class Piece(NamedTuple):
+    """A part of a study.
+
+    Parameters
+    ----------
+    table
+        The table that gets its rows.
+    key
+        What tells this piece from the others of its table; every row begins with it.
+    cost
+        Beside the costs of the others, for the progress bar.
+    measure
+        Takes the tables so far and a function to call with the share of the piece that was just done; yields rows.
+        Ctrl-C is raised by that function, and what a ``finally`` yields then is kept as well.
+    """
+
+    table: str
+    key: Row
+    cost: float
+    measure: Callable[[Tables, Tick], Iterable[Row]]
+
+    @property
+    def words(self) -> str:
+        """The table and the key in words."""
+        return f"{self.table}: " + ", ".join(f"{name} {value}" for name, value in self.key.items())
+
+    def owns(self, row: Row) -> bool:
+        """Say whether a row is of this piece."""
+        return all(row.get(name) == value for name, value in self.key.items())
+
+
+def run(pieces: Sequence[Piece], tables: Tables, console: Console) -> str | None:
+    """Add the rows of every piece that has none yet; return the words of the piece in which Ctrl-C came, or None."""
+    left = [piece for piece in pieces if not any(map(piece.owns, tables.get(piece.table, [])))]
+    with metered(console, sum(piece.cost for piece in left)) as meter:
+        for piece in left:
+            meter.stage(piece.words)
+            rows, done = tables.setdefault(piece.table, []), 0.0
+
+            def tick(share: float, cost: float = piece.cost) -> None:
+                nonlocal done
+                done += share
+                meter.advance(share * cost)
+
+            try:
+                for row in piece.measure(tables, tick):
+                    rows.append({**piece.key, **row})
+                tick(max(1 - done, 0.0))
+            except KeyboardInterrupt:
+                return piece.words
+    return None
+
+
+def write(content: Row, path: Path) -> None:
+    """Write JSON to ``path``, whole or not at all: numbers of six digits, null for what is not a number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
+    text = _FLAT.sub(lambda found: re.sub(r"\n *", " ", found.group()), text)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON takes."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,204 @@
+"""What the benchmarks make of times: turns, medians, slopes, threads of peers, and a comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import ThreadpoolController
+from typer.testing import CliRunner
+
+from bench import compare
+from bench.benches import timing
+from bench.benches.cases import row_of
+from bench.benches.cpu import Cpu
+from bench.benches.peers import at_best
+from bench.benches.resources import peak_extra_bytes, torch_calls
+
+
+class FakeBenchmark:
+    """What `in_turn` needs of pytest-benchmark's fixture; a call says how long it took."""
+
+    def __init__(self) -> None:
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        self.order: list[str] = []
+
+    def call(self, name: str, seconds: float) -> Any:
+        def run() -> None:
+            self.order.append(name)
+            self.seconds = seconds
+
+        return run
+
+    def pedantic(self, target: Any, setup: Any, warmup_rounds: int, rounds: int) -> None:
+        for number in range(warmup_rounds + rounds):
+            target(*setup()[0])
+            if number >= warmup_rounds:
+                self.stats.stats.data.append(self.seconds)
+
+
+def test_calls_take_turns_and_the_record_is_the_first_ones() -> None:
+    benchmark = FakeBenchmark()
+    calls = {"a": benchmark.call("a", 1.0), "b": benchmark.call("b", 2.0)}
+    assert timing.in_turn(benchmark, calls, 3, warm_up=1) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert "".join(benchmark.order) == "ab" + "abbaab"
+    assert benchmark.stats.stats.data == [1.0] * 3
+
+
+def test_the_fit_recovers_a_known_exponent_within_its_interval() -> None:
+    sizes = [2**power for power in range(9, 16)]
+    source, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        noise = np.exp(0.03 * source.standard_normal(len(sizes)))
+        fit = timing.slope(sizes, [size**2 * factor for size, factor in zip(sizes, noise, strict=True)])
+        # The deviation of the slope is 0.03 over the spread of log n: 0.0082. Six of them.
+        assert abs(fit.value - 2) < 0.05
+        held += fit.low <= 2 <= fit.high
+    # 95 % of 200, less four deviations of a binomial.
+    assert held >= 190 - 4 * (200 * 0.95 * 0.05) ** 0.5
+
+
+def test_the_event_timer_tells_microseconds_apart_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class FakeEvent:
+        def __init__(self, enable_timing: bool) -> None:
+            self.synchronize = lambda: None
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, other: FakeEvent) -> float:
+            # As coarse as CUDA's.
+            return float(torch.tensor(1e3 * (other.at - self.at), dtype=torch.float32))
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    timer = timing.EventTimer()
+    clock[0] = 3600.0
+    start = timer()
+    clock[0] += 25e-6
+    # Sums of an hour in float64 are good to 1e-12 s, differences of 25 µs in float32 to 1e-11 s.
+    assert timer() - start == pytest.approx(25e-6, abs=1e-10)
+
+
+def test_memory_and_calls_are_counted() -> None:
+    def double() -> torch.Tensor:
+        return torch.ones(1000) + torch.ones(1000)
+
+    assert peak_extra_bytes(double) == 3 * 4000
+    assert torch_calls(double) == 3
+    assert Cpu().sets(1) > 1
+
+
+@pytest.mark.parametrize("quicker", [1, 2])
+def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(
+    quicker: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    controller = ThreadpoolController()
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in controller.info() if pool["user_api"] == "blas"}
+
+    before = threads()
+    with at_best(lambda: time.sleep(0.001 if threads() == {quicker} else 0.1)) as chosen:
+        assert chosen == quicker
+        assert threads() == {quicker}
+    assert threads() == before
+
+
+# One figure of each study, where it is kept, and the factor that makes it half as good.
+N, CALLS = {"n": 1024, "r": 8, "k": 4}, {"rounds": 9, "reference": [1.0, 0.99, 1.01], "reference_rounds": 8}
+GROWTH = {"axis": "n", "method": "eigh_update", **N, "over_reference": [2.0, 1.95, 2.05], "rounds": 12}
+OP = {"op": "project", "case": "n 1", "of_ceiling": [0.5, 0.49, 0.51], "rounds": 9, "bound_by": "copy"}
+FUNCTION = {"group": "eigh_update n=1", "by": "brandla", "over_reference": [0.5, 0.49, 0.51], **CALLS}
+FIGURE = {"group": "update / its GEMMs", "case": "a", "value": 2.0, "low": 1.99, "high": 2.01, "unit": "×"}
+STUDIES: dict[str, tuple[dict[str, Any], str, list[str], float]] = {
+    "updates": ({"figures": [FIGURE]}, "figures", ["value", "low", "high"], 2.0),
+    "updates, more is better": ({"figures": [FIGURE | {"at_least": 1}]}, "figures", ["value", "low", "high"], 0.5),
+    "scaling": (
+        {"rows": [GROWTH | {"held_bytes": 100, "peak_bytes": 100}], "exponents": []},
+        *("rows", ["over_reference"], 2.0),
+    ),
+    "roofline": (
+        {"rows": [OP], "ceilings": [{"ceiling": "copy", "per_second": [100.0, 99.0, 101.0]}]},
+        *("rows", ["of_ceiling"], 0.5),
+    ),
+    "functions": ({"rows": [FUNCTION]}, "rows", ["over_reference"], 2.0),
+}
+
+
+def worsened(case: str, factor: float) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the name of a study, and it before and after one of its figures got worse by a factor."""
+    old, rows, keys, half_as_good = STUDIES[case]
+    new = deepcopy(old)
+    for key in keys:
+        new[rows][0][key] = (np.array(old[rows][0][key]) * half_as_good ** np.log2(factor)).tolist()
+    return case.partition(",")[0], old, new
+
+
+def regressions(name: str, old: dict[str, Any], new: dict[str, Any]) -> int:
+    return int(compare.changes(name, old, new, compare.LEAST)["regression"].sum())
+
+
+@pytest.mark.parametrize("case", STUDIES)
+def test_what_got_worse_is_a_regression_and_noise_and_what_got_better_are_none(case: str) -> None:
+    assert [regressions(*worsened(case, factor)) for factor in (1.4, 1.05, 1 / 1.4)] == [1, 0, 0]
+
+
+def test_whatever_scatters_in_either_run_widens_the_noise() -> None:
+    name, old, new = worsened("scaling", 1.4)
+    new["rows"][0]["over_reference"][1] = 2.0
+    assert not regressions(name, old, new)
+    name, old, new = worsened("roofline", 1.4)
+    new["ceilings"].append({"ceiling": "copy", "per_second": [80.0, 79.0, 81.0]})
+    assert not regressions(name, old, new)
+    for run in (0, 1):
+        name, *runs = deepcopy(worsened("functions", 1.4))
+        runs[run]["rows"][0]["reference"] = [1.0, 0.9, 1.1]
+        assert not regressions(name, *runs)
+    # Memory has no scatter.
+    name, old, new = worsened("scaling", 1.0)
+    new["rows"][0]["peak_bytes"] = 200
+    assert regressions(name, old, new) == 1
+
+
+@pytest.mark.parametrize("scatter", [0.01, 0.2])
+def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter: float) -> None:
+    source = np.random.default_rng(0)
+
+    def measured(count: int, seconds: float) -> list[float]:
+        # All calls of a run are off together by as much as single ones are: more than rounds alone can tell.
+        together, each = source.standard_normal(), source.standard_normal(count)
+        return list(seconds * np.exp(scatter * (together + each)))
+
+    def run(factor: float) -> dict[str, Any]:
+        counts = [8 * (case % 12 + 1) for case in range(500)]
+        rows = [row_of(measured(count, factor), measured(8, 1.0), 1.0) for count in counts]
+        return {"rows": [{"group": str(case), "by": "brandla", **row} for case, row in enumerate(rows)]}
+
+    first = run(1.0)
+    again = compare.changes("functions", first, run(1.0), 0.0)
+    # Four deviations leave 3e-5 on one side: of 500, one with 2 %, two with 0.01 %.
+    assert again["regression"].sum() <= 1
+    slower = compare.changes("functions", first, run((1 + again["noise"].max()) ** 2), 0.0)
+    assert slower["regression"].all()
+
+
+def test_the_command_tells_a_regression_by_its_exit_code_and_what_it_cannot_compare(tmp_path: Path) -> None:
+    name, *runs = worsened("functions", 1.4)
+    for place, content, quick in (("old", runs[0], False), ("new", runs[1], False), ("short", runs[1], True)):
+        (tmp_path / place / "toy").mkdir(parents=True)
+        found = {"facts": {"commit": "0" * 40, "modified": False, "quick": quick}, **content}
+        (tmp_path / place / "toy" / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    for new, code, words in (("new", 1, "regression"), ("old", 0, "not measured anew"), ("short", 0, "short one")):
+        done = CliRunner().invoke(compare.app, ["--old", str(tmp_path / "old"), "--new", str(tmp_path / new)])
+        assert done.exit_code == code, done.output
+        assert words in done.output
