@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
-from bench import bench_ops, events, peers, study_pages, tasks
+from bench import bench_ops, events, peers, report, tasks
 from bench.frame.study import INTERRUPTED
 from bench.gpu import cases
 from bench.gpu.device import Stub
@@ -203,7 +203,7 @@ def test_a_peer_that_fails_or_is_wrong_is_named_in_file_and_page_and_the_run_goe
     numpy_peers = {name for name, peer in peers.SYMMETRIC.items() if peer.on_numpy and name in timed}
     assert numpy_peers >= {"scipy eigsh", "scikit-learn randomized_svd"}
     assert threads == {by: 1 if by in numpy_peers else None for by in timed}
-    page = "\n".join(study_pages.cases(found, "functions"))
+    page = "\n".join(report.cases("functions")(found, "toy"))
     assert "| scipy eigsh (1 BLAS thread) |" in page
     assert "the row says which" in page
     assert "| randomized_eigh n=96 r=8 k=4 fp32 | torch.lobpcg | RuntimeError: did not converge/in time |" in page
@@ -217,7 +217,7 @@ def test_ctrl_c_keeps_the_cases_that_ended_and_says_so(tmp_path: Path) -> None:
     assert found["facts"]["interrupted"]
     assert {row["function"] for row in found["rows"]} == {"randomized_eigh"}
     assert "cases are missing" in done.stdout
-    assert "The run was interrupted" in "\n".join(study_pages.cases(found, "functions"))
+    assert "**Interrupted**" in "\n".join(report.cases("functions")(found, "toy"))
 
 
 def test_times_of_whole_runs_make_no_row_of_single_calls(tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_the_page_names_what_computes_in_float64_where_the_case_is_in_float32(na
     doubled = [by for by in tasks.IN_FLOAT64 if by in dtypes]
     assert {by for by, dtype in dtypes.items() if dtype == torch.float64} == set(doubled)
     rows = [{"by": by, "dtype": "float32"} for by in dtypes]
-    (note,) = study_pages.peers_of_numpy(rows)
+    (note,) = report.peers_of_numpy(rows)
     assert note.endswith(f"the case is in float32: {', '.join(doubled)}.\n")
-    assert not list(study_pages.peers_of_numpy([row | {"dtype": "float64"} for row in rows]))
+    assert not list(report.peers_of_numpy([row | {"dtype": "float64"} for row in rows]))
 
 
 def dtype_of(result: Any) -> torch.dtype:
