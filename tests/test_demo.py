@@ -165,9 +165,10 @@ def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) ->
     factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
     less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
     assert less == {"B-KFAC", "B-KFAC, sketched"}
-    # F and S, the error bound, the trace and the sum of the weights.
     brand = next(run["memory"] for run in content["runs"] if run["method"] == "B-KFAC")
-    assert max(one["bytes"] for one in brand if one["n"] == TINY.order) == 4 * (TINY.order * TINY.rank + TINY.rank**2 + 3)
+    # F and S, the error bound, the trace and the sum of the weights.
+    expected = 4 * (TINY.order * TINY.rank + TINY.rank**2 + 3)
+    assert max(one["bytes"] for one in brand if one["n"] == TINY.order) == expected
 
 
 def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
