@@ -36,8 +36,17 @@ edit this page. [Benchmarks](benchmarks.md) says how to measure anew and how to 
 """
 
 
-def page(machines: Machines) -> str:
-    """Return the page for all machines, from the content of their files by machine and study."""
+def machines_of(folder: Path) -> Machines:
+    """Return the content of all files under a folder, by machine and study."""
+    return {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
+
+
+def page(folder: Path) -> str:
+    """Return the page for all machines under a folder."""
+    machines = {
+        name: {study: content for study, content in found.items() if study not in PAGES_OF_THEIR_OWN}
+        for name, found in machines_of(folder).items()
+    }
     sections = [section for name, found in machines.items() for section in of_machine(found, name)]
     return "\n".join([INTRODUCTION, *(sections or ["Nothing has been measured yet.\n"])])
 
@@ -267,19 +276,16 @@ MARKED = {ROOT / "README.md": ("demo", readme), ROOT / "docs" / "switch-on.md": 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def texts(machines: Machines, output: Path) -> Iterator[tuple[Path, str]]:
+def texts(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
     """Yield every file with what it has to say; all but README and guide lie beside ``output``."""
-    yield output, page({name: _without(found, PAGES_OF_THEIR_OWN) for name, found in machines.items()})
+    machines = machines_of(folder)
+    yield output, page(folder)
     for study, write in PAGES_OF_THEIR_OWN.items():
         found = {name: studies[study] for name, studies in machines.items() if study in studies}
         yield output.parent / f"{study}.md", write(found)
     for path, (study, write) in MARKED.items():
         for content in [studies[study] for studies in machines.values() if study in studies][:1]:
             yield path, marked(path.read_text(encoding="utf-8"), f"{study}.json", write(content))
-
-
-def _without(found: dict[str, Row], names: Iterable[str]) -> dict[str, Row]:
-    return {name: content for name, content in found.items() if name not in names}
 
 
 app = application(__doc__)
@@ -294,13 +300,12 @@ def main(
     ] = False,
 ) -> None:
     """Write pages and pictures, or check them."""
-    machines = {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
-    for path, text in texts(machines, output):
+    for path, text in texts(folder, output):
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             stale(path)
-    for machine, found in machines.items():
+    for machine, found in machines_of(folder).items():
         target = output.parent / pages.PICTURES / machine
         for name, draw in DRAWN.items():
             if draw and name in found and (found[name].get("rows") or found[name].get("runs")):

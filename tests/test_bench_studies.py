@@ -1,22 +1,27 @@
-"""The studies: exponents are recovered, short runs take the whole path, Ctrl-C keeps what is done, worse is noticed."""
+"""The studies: a short run leaves file, tables, picture and page; Ctrl-C keeps what is done; the worse is noticed."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from typer.testing import CliRunner, Result
 
-from bench import pictures, report, results, roofline, scaling, study
-from bench.frame.study import Piece
+from bench import report
+from bench.frame import pictures, results
+from bench.frame.study import INTERRUPTED, command
 from bench.gpu.ceilings import Ceilings, Work
+from bench.studies import accuracy, forms, kfac_images, roofline, scaling, streams
 from brandla_kernels import OPS
 
-QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[1]
+STUDIES_THAT_DRAW = (scaling, roofline, accuracy, kfac_images)
 FACTS = {
     "cpu": "toy",
     "cores": 2,
@@ -30,59 +35,158 @@ FACTS = {
 }
 
 
+def run(module: Any, *options: str) -> Result:
+    """Run a study's command at toy sizes."""
+    app = module.app if hasattr(module, "app") else command(module.STUDY, module.__doc__)
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["--quick", *options])
+
+
 @pytest.fixture(scope="module")
 def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run both studies at toy sizes, and return the folder of their files."""
+    """Run the studies that draw at toy sizes, and return the folder of their files."""
     folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (scaling, roofline):
-            name = module.__name__.rpartition(".")[2]
-            patch.setattr("sys.argv", [name, "--quick", "--out", str(folder / "toy")])
-            module.main()
+    for module in STUDIES_THAT_DRAW:
+        options = ["--only", "digits"] if module is kfac_images else []
+        answer = run(module, "--out", str(folder / "toy"), *options)
+        assert answer.exit_code == 0, answer.output
+        assert "Written:" in answer.output
     return folder
 
 
-def test_a_short_run_measures_every_method_and_op(short_runs: Path) -> None:
+def test_a_short_run_measures_everything_and_draws_it(short_runs: Path) -> None:
     found = results.read(short_runs / "toy")
-    growth, roof = found["scaling"], found["roofline"]
-    assert {row["method"] for row in growth["rows"] if row["axis"] == "n"} == set(scaling.METHODS)
-    assert {row["op"] for row in roof["rows"]} == set(OPS)
-    for each in (growth, roof):
+    assert set(found) == {"scaling", "roofline", "accuracy", "kfac-study"}
+    for name, each in found.items():
         assert each["facts"]["quick"]
-        assert not each["facts"]["interrupted"]
-    assert all(row["of_ceiling"][0] > 0 for row in roof["rows"])
+        assert each["facts"]["interrupted"] is False
+        assert {f"{name}-{theme.name}.png" for theme in pictures.THEMES} <= set(os.listdir(short_runs / "toy"))
+    assert {row["method"] for row in found["scaling"]["rows"] if row["axis"] == "n"} == set(scaling.METHODS)
+    assert {row["op"] for row in found["roofline"]["rows"]} == set(OPS)
+    assert all(row["of_ceiling"][0] > 0 for row in found["roofline"]["rows"])
+    assert {row["when"] for row in found["roofline"]["ceilings"]} == {"before", "after"}
+    runs, settings = found["kfac-study"]["runs"], kfac_images.QUICK
+    assert len(runs) == len(kfac_images.METHODS) * len(settings.seeds)
+    assert all(row["finished"] for row in (*runs, *found["kfac-study"]["trials"]))
 
 
-def test_page_and_pictures_are_made_of_the_files_and_checked(
-    short_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = tmp_path / "measurements.md"
-    command = ["report", "--results", str(short_runs), "--output", str(page)]
-    monkeypatch.setattr("sys.argv", command)
-    report.main()
-    shown = sorted(path.name for path in tmp_path.glob("measured/toy/*.png"))
-    assert shown == ["roofline-dark.png", "roofline-light.png", "scaling-dark.png", "scaling-light.png"]
-    assert all(f"measured/toy/{name}" in page.read_text(encoding="utf-8") for name in shown)
-    monkeypatch.setattr("sys.argv", [*command, "--check"])
-    report.main()
-    # A picture of other figures does not pass.
-    other = json.loads((short_runs / "toy" / "scaling.json").read_text(encoding="utf-8"))
+def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs: Path) -> None:
+    """In the norms that Eckart and Young are about."""
+    rows = accuracy.settled(results.read(short_runs / "toy")["accuracy"])
+    measures = [name for name in accuracy.MEASURES if name.endswith(("spectral", "trace"))]
+    best = rows[rows["tracker"] == accuracy.BEST].set_index(["width", "seed", "step"])[measures]
+    for tracker, own in rows.groupby("tracker"):
+        assert (own.set_index(["width", "seed", "step"])[measures] >= best * (1 - 1e-4)).all(axis=None), tracker
+
+
+def test_pages_and_pictures_are_made_of_the_files_and_checked(short_runs: Path, tmp_path: Path) -> None:
+    page, invoke = tmp_path / "measurements.md", CliRunner().invoke
+    options = ["--results", str(short_runs), "--output", str(page)]
+    assert invoke(report.app, options).exit_code == 0
+    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.md")}
+    assert set(texts) == {"measurements.md", "accuracy.md", "kfac-study.md"}
+    for module, text in zip(STUDIES_THAT_DRAW, ("measurements", "measurements", "accuracy", "kfac-study"), strict=True):
+        for theme in pictures.THEMES:
+            shown = f"measured/toy/{module.STUDY.name}-{theme.name}.png"
+            assert (tmp_path / shown).exists()
+            assert shown in texts[f"{text}.md"]
+    for text in texts.values():
+        assert "its figures mean nothing" in text
+        assert ".json`" in text
+    assert all(f"### Width {width}" in texts["accuracy.md"] for width in accuracy.QUICK.widths)
+    assert all(f"| {method.name} |" in texts["kfac-study.md"] for method in kfac_images.METHODS)
+    assert invoke(report.app, [*options, "--check"]).exit_code == 0
+    # A picture of other figures does not pass, nor does a page that was edited.
+    other = results.read(short_runs / "toy")["scaling"]
     other["rows"][0]["seconds"][0] *= 2
-    pictures.write("scaling", other, tmp_path / "measured" / "toy")
-    with pytest.raises(SystemExit, match=r"scaling-light\.png does not show"):
-        report.main()
+    pictures.write("scaling", other, tmp_path / "measured" / "toy", scaling.draw)
+    answer = invoke(report.app, [*options, "--check"])
+    assert (answer.exit_code, "scaling-light.png is not what" in answer.stderr) == (1, True)
+    (tmp_path / "accuracy.md").write_text("0.3", encoding="utf-8")
+    answer = invoke(report.app, [*options, "--check"])
+    assert (answer.exit_code, "accuracy.md is not what" in answer.stderr) == (1, True)
+
+
+def test_without_a_result_the_pages_say_so(tmp_path: Path) -> None:
+    for text in (report.page(tmp_path), accuracy.page({}), kfac_images.page({})):
+        assert "Nothing has been measured yet." in text
+
+
+def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    content = results.read(short_runs / "toy")["accuracy"]
+    whole = [row for row in content["runs"] if row["width"] == accuracy.QUICK.widths[0]]
+    started = [row for row in content["runs"] if row["width"] == accuracy.QUICK.widths[1] and row["step"] == 3]
+    content["runs"] = [*whole, *started]
+    content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert "**Interrupted**" in accuracy.page({"toy": content})
+    answer = run(accuracy, "--resume", "--out", str(tmp_path))
+    assert answer.exit_code == 0, answer.output
+    taken_up = results.read(tmp_path)["accuracy"]
+    assert taken_up["facts"]["interrupted"] is False
+    assert taken_up["runs"][: len(whole)] == whole
+    assert [row["step"] for row in taken_up["runs"] if row["tracker"] == "B"] == 2 * accuracy.QUICK.measured
+    assert taken_up["trackers"] == content["trackers"]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [("settings", {"rank": 7}, "other settings"), ("facts", {"commit": "another"}, "other versions")],
+)
+def test_a_file_of_something_else_is_not_taken_up(
+    part: str, change: dict[str, Any], words: str, short_runs: Path, tmp_path: Path
+) -> None:
+    content = results.read(short_runs / "toy")["accuracy"]
+    content[part] |= change
+    (tmp_path / "accuracy.json").write_text(json.dumps(content), encoding="utf-8")
+    answer = run(accuracy, "--resume", "--out", str(tmp_path))
+    assert answer.exit_code == 2
+    assert words in answer.output
+
+
+def test_a_run_is_short_or_long(tmp_path: Path) -> None:
+    assert run(scaling, "--full", "--out", str(tmp_path)).exit_code == 2
+    assert run(kfac_images, "--only", "cats", "--out", str(tmp_path)).exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
+    source = (
+        "from dataclasses import replace; from bench.frame.study import command; import bench.studies.accuracy as m;"
+        " many = replace(m.QUICK, steps=100000, measure_every=5);"
+        f" command(replace(m.STUDY, sizes={{'quick': many}}), '')(['--quick', '--out', {str(tmp_path)!r}])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        while "seed 0" not in process.stdout.readline():
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "--resume goes on" in printed
+    assert results.read(tmp_path)["accuracy"]["facts"]["interrupted"] == "runs: width 192, seed 0"
+
+
+@pytest.mark.parametrize(("module", "tables"), [(streams, ("right_vectors", "solves")), (forms, ("bases", "carried"))])
+def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, ...]) -> None:
+    pieces = module.pieces(True, None)
+    chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
+    rows = {piece.table: [{**piece.key, **row} for row in piece.measure({}, lambda share: None)] for piece in chosen}
+    text = "\n".join(module.section({"facts": FACTS, **rows}, "toy"))
+    assert text.count("####") == len(tables)
+    assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 
 
 def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
-    shared = {"axis": "n", "method": "torch.linalg.eigh"}
-    fits = list(
-        scaling.exponents(
-            [
-                {**shared, "n": n, "seconds": [1e-9 * n**3] * 3, "held_bytes": n**2, "peak_bytes": 3 * n**2}
-                for n in (512, 1024, 2048, 4096, 8192, 16384)
-            ]
-        )
-    )
+    shared = {"axis": "n", "method": "torch.linalg.eigh", "r": 1, "k": 1}
+    rows = [
+        {**shared, "n": n, "seconds": [1e-9 * n**3] * 3, "held_bytes": n**2, "peak_bytes": 3 * n**2}
+        for n in (512, 1024, 2048, 4096, 8192, 16384)
+    ]
+    fits = scaling.exponents({"rows": rows})["exponents"]
     assert [(fit["quantity"], fit["window"], fit["sizes"][0]) for fit in fits] == [
         ("time", "all", 512),
         ("memory", "all", 512),
@@ -90,20 +194,6 @@ def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
         ("memory", "larger half", 4096),
     ]
     assert [fit["exponent"].value for fit in fits] == pytest.approx([3, 2, 3, 2])
-
-
-def test_ctrl_c_keeps_what_was_finished_and_says_so() -> None:
-    def second() -> Iterator[dict[str, Any]]:
-        signal.raise_signal(signal.SIGINT)
-        yield {"piece": 2}
-
-    pieces = [
-        Piece("first", 1.0, lambda: [{"piece": 1}]),
-        Piece("second", 1.0, second),
-        Piece("third", 1.0, lambda: [{"piece": 3}]),
-    ]
-    assert study.run(pieces, QUIET) == ([{"piece": 1}, {"piece": 2}], True)
-    assert study.run(pieces[:1], QUIET) == ([{"piece": 1}], False)
 
 
 def test_balance_is_one_where_products_and_bytes_bind_alike() -> None:

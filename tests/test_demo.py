@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -14,21 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from brandla.demo import data, machine, record, study, tracking, training
-from brandla.demo.figures import draw
-from brandla.demo.meter import Meter
-from brandla.demo.methods import METHODS, Trainer
-from brandla.demo.results import Evaluation, Results, Run, Tracking
-from brandla.demo.settings import Settings, TrackingSettings, TrainingSettings, make_settings
-from brandla.demo.summary import NORMS, summarize_memory, summarize_tracking, summarize_training
-from brandla.demo.tables import tables
+from brandla.demo import data, frame, machine, meter, study, summary, tracking
+from brandla.demo.frame import Piece
+from brandla.demo.settings import Settings, make_settings
+from brandla.demo.training import METHODS, Trainer
 
 TINY = Settings(
-    width=40,
-    batch=16,
-    tracking=TrackingSettings(ranks=(4, 8), headline_rank=8, steps=10, reference_every=4, warmup=2),
-    training=TrainingSettings(seeds=(0, 1), steps=6, search_steps=4, trials=2, warmup=1, rank=4, inverse_every=2),
-)
+    width=40, batch=16, warmup=1, ranks=(4, 8), headline_rank=8, tracking_steps=10, reference_every=4,
+    seeds=(0, 1), steps=6, search_steps=4, trials=2, rank=4, inverse_every=2,
+)  # fmt: skip
 
 
 def quiet() -> Console:
@@ -36,22 +29,51 @@ def quiet() -> Console:
 
 
 @pytest.fixture(scope="module")
-def results() -> Results:
-    return study.run(TINY, quiet())
-
-
-def printed(results: Results) -> str:
-    console = quiet()
-    for table in tables(results):
-        console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def content() -> dict[str, Any]:
+    return study.measure(TINY, quiet())
 
 
 def without_times(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: without_times(value) for key, value in tree.items() if "seconds" not in key}
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
+
+
+# the frame
+
+
+def piece(table: str, *rows: dict[str, Any], stop: bool = False) -> Piece:
+    def measure(tables: Any, tick: Any) -> Any:
+        yield rows[0]
+        if stop:
+            signal.raise_signal(signal.SIGINT)
+        try:
+            tick(0.5)
+        finally:
+            yield from rows[1:]
+
+    return Piece(table, {"piece": str(rows[0]["value"])}, 1.0, measure)
+
+
+def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done() -> None:
+    tables: dict[str, Any] = {"a": [{"piece": "1", "value": 1}]}
+    pieces = [piece("a", {"value": 1}), piece("a", {"value": 2}, {"value": 3}, stop=True), piece("b", {"value": 4})]
+    before = signal.getsignal(signal.SIGINT)
+    assert frame.run(pieces, tables, quiet()) == "a: piece 2"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [row["value"] for row in tables["a"]] == [1, 2, 3]
+    assert "b" not in tables
+    assert frame.run(pieces[2:], tables, quiet()) is None
+    assert tables["b"] == [{"piece": "4", "value": 4}]
+
+
+def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    frame.write({"rows": [{"a": float("nan"), "b": [1.23456789, 2]}], "words": "[1,\n2]"}, path)
+    assert json.loads(path.read_text()) == {"rows": [{"a": None, "b": [1.23457, 2]}], "words": "[1,\n2]"}
+    with pytest.raises(TypeError):
+        frame.write({"a": object()}, path)
+    assert json.loads(path.read_text())["words"] == "[1,\n2]"
 
 
 # data
@@ -72,7 +94,6 @@ def test_an_epoch_shows_no_image_twice() -> None:
     assert len(first.unique()) == 48
     again = torch.cat([batch.labels for batch in data.batches(split, 16, 6, seed=0)])
     assert torch.equal(first, again[:48])
-    assert len(again[48:].unique()) == 48
     assert not torch.equal(first, again[48:])
 
 
@@ -86,75 +107,51 @@ def test_network_depends_on_its_seed_alone() -> None:
 # tracking
 
 
-def test_no_tracked_error_is_below_the_best_possible(results: Results) -> None:
-    assert results.tracking is not None
-    for one in summarize_tracking(results.tracking, TINY):
-        assert set(one.ratios) == set(NORMS)
-        for ratio in one.ratios.values():
-            assert 1 - 1e-3 <= ratio.median <= ratio.worst < 3
-
-
-def test_running_bound_holds(results: Results) -> None:
-    assert results.tracking is not None
-    assert all(one.bound_held for one in summarize_tracking(results.tracking, TINY))
-
-
-def test_tracked_bases_are_orthonormal(results: Results) -> None:
-    assert results.tracking is not None
-    assert all(one.orthogonality < 1e-5 for one in summarize_tracking(results.tracking, TINY))
-
-
-def test_every_step_is_measured(results: Results) -> None:
-    found = results.tracking
-    assert found is not None
-    assert found.steps == list(range(1, 11))
-    assert [(one.update, one.rank) for one in found.trackers] == [
-        (update, rank) for rank in (4, 8) for update in ("root_update", "eigh_update")
-    ]
-    assert all(len(one.milliseconds) == len(one.errors.spectral) == 10 for one in found.trackers)
-    assert all(len(one.milliseconds) + one.failures == 2 for one in found.references)
+def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content: dict[str, Any]) -> None:
+    rows = summary.tracked(content)
+    assert rows.groupby(["method", "rank"])["step"].apply(list).map(lambda steps: steps == [*range(1, 11)]).all()
+    assert len(rows) == 2 * 2 * 10
+    ratios = rows[[f"{norm} ratio" for norm in summary.NORMS]]
+    assert ratios.notna().any().all()
+    assert ratios.min().min() >= 1 - 1e-3
+    assert ratios.max().max() < 3
+    assert not rows["broken"].any()
+    assert rows["orthogonality"].max() < 1e-5
 
 
 def test_failed_decomposition_is_counted_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     eigh = torch.linalg.eigh
 
     def fail_when_dense(matrix: torch.Tensor) -> Any:
-        if matrix.shape[-1] < tracking.order(TINY):
+        if matrix.shape[-1] < TINY.order:
             return eigh(matrix)
         message = "did not converge"
         raise torch.linalg.LinAlgError(message)
 
     monkeypatch.setattr(torch.linalg, "eigh", fail_when_dense)
-    found = Tracking(tracking.order(TINY), TINY.batch)
-    with Meter(quiet(), 1) as meter:
-        tracking.track(TINY, data.load("cpu"), found, meter)
-    record_of = {one.name: one for one in found.references}
-    assert (record_of["torch.linalg.eigh"].failures, record_of["torch.linalg.eigh"].milliseconds) == (2, [])
-    assert record_of["randomized_eigh"].failures == 0
+    rows = list(tracking.track(TINY, data.load("cpu"), lambda share: None))
+    found = summary.times({"tracking": rows, "settings": {"warmup": 1}})
+    assert found.loc[("torch.linalg.eigh", 0), ["count", "size"]].tolist() == [0, 2]
+    assert found.loc[("randomized_eigh", 8), ["count", "size"]].tolist() == [2, 2]
 
 
 # training
 
 
-def test_every_method_learns_from_every_seed(results: Results) -> None:
-    runs = results.training.runs
-    assert [(run.seed, run.method) for run in runs] == [(seed, one.name) for seed in (0, 1) for one in METHODS]
-    assert all(run.finished and len(run.milliseconds) == 6 for run in runs)
-    assert [at.step for at in runs[0].evaluations] == [2, 4, 6]
-
-
-def test_every_method_gets_the_same_number_of_trials(results: Results) -> None:
-    searches = results.training.searches
-    assert [one.method for one in searches] == [one.name for one in METHODS]
-    for one in searches:
-        best = max(one.trials, key=lambda trial: trial.score)
-        assert len(one.trials) == 2
-        assert one.chosen == best.rate
+def test_every_method_is_searched_alike_and_learns_from_every_seed(content: dict[str, Any]) -> None:
+    runs, trials = content["runs"], content["trials"]
+    assert [(run["seed"], run["method"]) for run in runs] == [(seed, one.name) for seed in (0, 1) for one in METHODS]
+    assert all(run["finished"] and len(run["milliseconds"]) == 6 for run in runs)
+    assert [at["step"] for at in runs[0]["evaluations"]] == [2, 4, 6]
+    for run in runs:
+        own = [row for row in trials if row["method"] == run["method"]]
+        assert len(own) == 2
+        assert run["rate"] == max(own, key=lambda row: row["score"])["rate"]
 
 
 def test_search_seed_is_not_a_final_one() -> None:
     for settings in (TINY, make_settings("cpu"), make_settings("cpu", quick=True), make_settings("cpu", seeds=9)):
-        assert settings.training.search_seed not in settings.training.seeds
+        assert settings.search_seed not in settings.seeds
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -164,13 +161,14 @@ def test_grid_lies_within_the_decade(method: Any) -> None:
     assert method.grid(2) == method.grid(4)[1:3]
 
 
-def test_only_brand_keeps_less_than_the_dense_factor(results: Results) -> None:
-    shares = {one.method: one.largest / one.largest_dense for one in summarize_memory(results.training)}
-    assert {name for name, share in shares.items() if share < 1} == {"B-KFAC", "B-KFAC, sketched"}
-    n, rank = TINY.width + 1, TINY.training.rank
-    brand = results.training.memory["B-KFAC"]
+def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) -> None:
+    factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
+    less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
+    assert less == {"B-KFAC", "B-KFAC, sketched"}
+    brand = next(run["memory"] for run in content["runs"] if run["method"] == "B-KFAC")
     # F and S, the error bound, the trace and the sum of the weights.
-    assert max(factor.bytes for factor in brand if factor.n == n) == 4 * (n * rank + rank**2 + 3)
+    expected = 4 * (TINY.order * TINY.rank + TINY.rank**2 + 3)
+    assert max(one["bytes"] for one in brand if one["n"] == TINY.order) == expected
 
 
 def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,122 +181,89 @@ def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.Mo
         step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", fail)
-    found = Results({}, TINY)
-    with Meter(quiet(), 1) as meter:
-        training.search(TINY, data.load("cpu"), found.training, meter)
-        training.train(TINY, data.load("cpu"), found.training, meter)
-    failed = {run.method for run in found.training.runs if run.failure == "eigendecomposition failed"}
+    found = study.measure(TINY, quiet())
+    failed = {run["method"] for run in found["runs"] if run["failure"] == "step 1: eigendecomposition failed"}
     assert failed == {one.name for one in METHODS if one.strategy is not None}
-    assert {one.method for one in summarize_training(found.training, TINY)} == {"SGD, momentum", "AdamW"}
+    assert summary.training(found)["method"].tolist() == ["SGD, momentum", "AdamW"]
 
 
 def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
-    def made_up(seed: int, accuracies: list[float]) -> Run:
-        evaluations = [Evaluation(2 * at, 0.5 * at, accuracy) for at, accuracy in enumerate(accuracies, start=1)]
-        return Run("AdamW", seed, 0.1, [1.0] * 9 + [50.0], evaluations, finished=True)
+    def made_up(seed: int, accuracies: list[float]) -> dict[str, Any]:
+        looks = [{"step": 2 * at, "seconds": 0.5 * at, "accuracy": value} for at, value in enumerate(accuracies, 1)]
+        about = {"method": "AdamW", "seed": seed, "rate": 0.1, "finished": True, "failure": None, "memory": None}
+        return about | {"milliseconds": [9.0, *[1.0] * 9, 50.0], "evaluations": looks}
 
-    found = Results({}, TINY)
-    found.training.runs = [made_up(0, [0.5, 0.97, 0.96]), made_up(1, [0.5, 0.6, 0.98]), made_up(2, [0.1, 0.2, 0.3])]
-    (one,) = summarize_training(found.training, TINY)
-    assert (one.runs, one.reached, one.steps_to_target, one.seconds_to_target) == (3, 2, 5, 1.25)
-    assert one.accuracy == pytest.approx((0.96 + 0.98 + 0.3) / 3)
-    assert (one.median_milliseconds, one.largest_milliseconds) == (1, 50)
+    runs = [made_up(0, [0.5, 0.97, 0.96]), made_up(1, [0.5, 0.6, 0.98]), made_up(2, [0.1, 0.2, 0.3])]
+    (row,) = summary.training({"settings": {"target": 0.97, "warmup": 1}, "runs": runs}).to_dict("records")
+    assert (row["steps"], row["seconds"]) == ("5*", "1.25*")
+    assert row["accuracy, %"] == "74.7 (30.0–98.0)"
+    assert row["median"] == "1"
 
 
 # what is left behind
 
 
-def test_figures_are_the_same_again_except_times(results: Results) -> None:
-    found = [record.record(one) for one in (results, study.run(TINY, quiet()))]
-    for one in found:
-        del one["machine"]
-    assert without_times(found[0]) == without_times(found[1])
+def test_figures_are_the_same_again_except_times(content: dict[str, Any]) -> None:
+    found = [without_times({**one, "facts": None}) for one in (content, study.measure(TINY, quiet()))]
+    assert found[0] == found[1]
 
 
-def test_json_holds_everything(results: Results, tmp_path: Path) -> None:
-    path = tmp_path / "demo.json"
-    record.write(results, path)
-    found = json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert set(found) == {"schema", "machine", "settings", "tracking", "training", "interrupted", "seconds"}
-    assert found["schema"] == record.SCHEMA
-    assert {"cpu", "cores", "gpus", "platform", "versions", "blas", "lapack", "threads"} <= set(found["machine"])
-    assert {"torch", "python", "brandla"} <= set(found["machine"]["versions"])
-    assert found["settings"]["training"]["damping"] == 0.03
-    assert {"best", "trackers", "references", "summary"} <= set(found["tracking"])
-    assert {"searches", "runs", "memory", "summary", "memory_summary"} <= set(found["training"])
-    assert found["interrupted"] is False
-
-
-def test_unfinished_figures_never_replace_the_old_ones(
-    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "demo.json"
-    path.write_text("old")
-    broken = dataclasses.replace(results, machine={"cpu": object()})
-    with pytest.raises(TypeError):
-        record.write(broken, path)
-    assert path.read_text() == "old"
-
-
-def test_tables_fit_a_terminal(results: Results) -> None:
-    text = printed(results)
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    for method in METHODS:
-        assert text.count(method.name) >= 1
-
-
-def test_picture_is_drawn(results: Results, tmp_path: Path) -> None:
-    assert draw(results, tmp_path / "demo.png")
+def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) -> None:
+    console = quiet()
+    study.leave(content, tmp_path, console)
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert set(found) == {"schema", "facts", "settings", "tracking", "trials", "runs"}
+    assert {"cpu", "cores", "gpus", "platform", "versions", "blas", "lapack", "threads"} <= set(found["facts"])
+    assert {"torch", "python", "brandla"} <= set(found["facts"]["versions"])
+    assert (found["settings"]["damping"], found["facts"]["interrupted"]) == (0.03, False)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(len(line) for line in text.splitlines() if "Figures in" not in line) <= 80
+    assert "…" not in text
+    for title in ("Tracked error / best", "Time per update", "Training, 6 steps", "Memory of the factors"):
+        assert title in text
+    assert all(method.name in text for method in METHODS)
 
 
-def interrupted_after(advances: int, monkeypatch: pytest.MonkeyPatch) -> Results:
-    advance = Meter.advance
-    count = 0
-
-    def counting(self: Meter, cost: float = 1.0) -> None:
-        nonlocal count
-        count += 1
-        if count == advances:
-            os.kill(os.getpid(), signal.SIGINT)
-        advance(self, cost)
-
-    monkeypatch.setattr(Meter, "advance", counting)
-    return study.run(TINY, quiet())
-
-
-# In the tracking study, in the search, and in the first, a middle and the last run of the training study.
-@pytest.mark.parametrize("advances", [1, 10, 12, 82, 83, 130, 190])
+# In the tracking study, in the search, and in the first and the last run of the training study. A piece ends with a
+# tick of its own.
+@pytest.mark.parametrize("advances", [0, 9, 11, 82, 104, 200])
 def test_interrupted_study_keeps_what_was_measured(
     advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    found = interrupted_after(advances, monkeypatch)
-    assert found.interrupted
-    assert signal.getsignal(signal.SIGINT) is before
-    assert found.tracking is not None
-    assert len(found.tracking.steps) == min(advances, 10)
-    steps_taken = sum(len(run.milliseconds) for run in found.training.runs)
-    assert steps_taken == max(0, advances - 10 - 2 * 4 * len(METHODS))
+    advance, count = meter.Meter.advance, 0
+
+    def counting(self: meter.Meter, cost: float = 1.0) -> None:
+        nonlocal count
+        count += 1
+        if count == advances + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        advance(self, cost)
+
+    monkeypatch.setattr(meter.Meter, "advance", counting)
+    found = study.measure(TINY, quiet())
+    assert found["facts"]["interrupted"]
+    assert len(summary.tracked(found)) == 4 * min(advances + 1, 10)
+    started = max(0, advances + 1 - 11 - 5 * 2 * len(METHODS))
+    assert sum(len(run["milliseconds"]) for run in found.get("runs", [])) == started - started // 7
     study.leave(found, tmp_path, quiet())
-    assert json.loads((tmp_path / "demo.json").read_text())["interrupted"] is True
+    assert json.loads((tmp_path / "demo.json").read_text())["facts"]["interrupted"]
     assert (tmp_path / "demo.png").exists()
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])
-def test_busy_machine_is_pointed_out(load: float | None, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_machine_is_pointed_out(
+    load: float | None, said: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(machine, "load", lambda: load)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(study, "_measure", lambda *_: None)
+    monkeypatch.setattr(study, "run", lambda *_: "tracking: seed 0")
     console = quiet()
-    study.run(TINY, console)
+    found = study.measure(TINY, console)
     assert isinstance(console.file, io.StringIO)
     assert ("busy" in console.file.getvalue()) is said
-
-
-def test_nothing_measured_is_no_picture(tmp_path: Path) -> None:
-    found = Results(machine.facts(), TINY, interrupted=True)
+    # Nothing was measured, so nothing is drawn.
     study.leave(found, tmp_path, quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 

@@ -160,7 +160,7 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
         return runs
     by = runs.groupby("method", sort=False)
     parts = {part: by[part].agg(["mean", "min", "max"]) for part in ("step", "seconds", "accuracy", "median", "late")}
-    found = pd.concat(parts, axis=1)
+    found = pd.concat([part.add_prefix(f"{name} ") for name, part in parts.items()], axis=1)
     found["runs"], found["reached"] = by.size(), by["step"].count()
     found[["factors", "optimizer"]] = by[["factor_bytes", "optimizer_bytes"]].first()
     return found.reindex([method.name for method in METHODS if method.name in found.index])
@@ -168,7 +168,7 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
 
 def over_base(found: pd.DataFrame, part: str) -> pd.Series:
     """Return means over that of AdamW, where every run of both reached the target."""
-    means = found[part, "mean"].where(found["reached"] == found["runs"])
+    means = found[f"{part} mean"].where(found["reached"] == found["runs"])
     return means / means.get(BASE, math.nan)
 
 
@@ -179,23 +179,23 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         if len(found):
             columns = {
                 "method": found.index,
-                f"steps to {target}": ranged(found["step"], "{:.0f}".format),
+                f"steps to {target}": ranged(found, "step", "{:.0f}".format),
                 f"steps × {BASE}": over_base(found, "step").map(_ratio),
-                f"seconds to {target}": ranged(found["seconds"], spelled),
+                f"seconds to {target}": ranged(found, "seconds", spelled),
                 f"seconds × {BASE}": over_base(found, "seconds").map(_ratio),
                 "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-                "accuracy after all steps": ranged(100 * found["accuracy"], "{:.1f}".format, " %"),
-                "median ms a step": ranged(found["median"], spelled),
-                "99th percentile": ranged(found["late"], spelled),
+                "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f}", " %"),
+                "median ms a step": ranged(found, "median", spelled),
+                "99th percentile": ranged(found, "late", spelled),
                 "factors, MB": found["factors"].map(_megabytes),
                 "optimizer, MB": found["optimizer"].map(_megabytes),
             }
             yield f"{task['name']}, to {target}", pd.DataFrame({name: list(cells) for name, cells in columns.items()})
 
 
-def ranged(values: pd.DataFrame, words: Callable[[float], str], unit: str = "") -> list[str]:
+def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str], unit: str = "") -> list[str]:
     """Return means with their ranges."""
-    rows = values[["mean", "min", "max"]].to_numpy().tolist()
+    rows = found[[f"{part} {each}" for each in ("mean", "min", "max")]].to_numpy().tolist()
     spelled_ = [[NOTHING] * 3 if math.isnan(row[0]) else list(map(words, row)) for row in rows]
     return [
         NOTHING if mean == NOTHING else f"{mean}{unit}" + ("" if low == high else f" ({low} to {high})")
@@ -221,7 +221,7 @@ def verdict(content: Row, task: Row) -> Iterator[str]:
     found = summary(content, task)
     whole = found[found["reached"] == found["runs"]]
     for part, name, unit in (("step", "Steps", ""), ("seconds", "Seconds", " s")):
-        ranked = whole[part, "mean"].sort_values(kind="stable")
+        ranked = whole[f"{part} mean"].sort_values(kind="stable")
         words = ", ".join(f"{method} {spelled(value)}{unit}" for method, value in ranked.items())
         if words:
             target = percent(task["target"])
@@ -428,16 +428,16 @@ def _height(accuracy: Any) -> Any:
 def _draw_target(axis: Axes, content: Row, task: Row, theme: Theme) -> None:
     # Those that did not always arrive come last: their means are over their better runs alone.
     found, runs = summary(content, task), runs_of(content, task)
-    found = found.assign(missed=found["runs"] - found["reached"], mean=found["seconds", "mean"])
+    found = found.assign(missed=found["runs"] - found["reached"], mean=found["seconds mean"])
     found = found.sort_values(["missed", "mean"])
-    most = np.nanmax([*found["seconds", "max"], 1e-9])
+    most = np.nanmax([*found["seconds max"], 1e-9])
     for at, (name, row) in enumerate(found.iterrows()):
-        colour, mean = theme.colour(*COLOURS[str(name)]), row["seconds", "mean"]
+        colour, mean = theme.colour(*COLOURS[str(name)]), row["mean"]
         seconds = runs.loc[runs["method"] == name, "seconds"].dropna()
         axis.plot([0, 0 if math.isnan(mean) else mean], [at, at], color=colour, linewidth=5, alpha=0.45)
         axis.plot(seconds, [at] * len(seconds), "o", color=colour, markersize=6, markeredgecolor=theme.background)
-        reached, count = int(row["reached", ""]), int(row["runs", ""])
-        words = f"{spelled(mean)} s ({row['step', 'mean']:.0f})" if reached else "not reached"
+        reached, count = int(row["reached"]), int(row["runs"])
+        words = f"{spelled(mean)} s ({row['step mean']:.0f})" if reached else "not reached"
         words += f", {reached} of {count} runs" if 0 < reached < count else ""
         axis.text(max([0, *seconds]) + 0.03 * most, at, words, va="center", fontsize=9)
     axis.set_yticks(range(len(found)), found.index)

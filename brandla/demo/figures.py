@@ -117,8 +117,7 @@ def _draw_training(axes: np.ndarray, content: Row) -> None:
         looks = pd.DataFrame(own["evaluations"].explode().tolist()).groupby("step").mean()
         # A logarithmic axis has no place for 0.
         by_time.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), color=color, label=name)
-        times = np.array(own["milliseconds"].explode().iloc[content["settings"]["warmup"] :], dtype=float)
-        times = times if len(times) else np.array(own["milliseconds"].iloc[0])
+        times = np.concatenate([run[content["settings"]["warmup"] :] or run for run in own["milliseconds"]])
         jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(times))
         late = float(np.percentile(times, 99))
         # A step that the system held up would squeeze all others together.
