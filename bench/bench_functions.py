@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_map
 
 from bench import tasks
 from bench.events import TIMER
-from bench.gpu.device import Device
-from bench.gpu.timed import size_of
+from bench.gpu.device import Device, size_of
 from bench.peer_threads import at_best
 from bench.tasks import TASKS, Call, Shape, Task
 

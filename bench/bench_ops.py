@@ -17,10 +17,8 @@ from torch import Tensor
 from bench import roofline
 from bench.events import TIMER
 from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.device import Device
-from bench.gpu.sizes import FULL, TOY
-from bench.gpu.timed import size_of
+from bench.gpu.cases import FULL, TOY, Case
+from bench.gpu.device import Device, size_of
 from bench.problems import require
 from bench.tasks import BRANDLA, SHORT, TORCH_FORM, forced
 from brandla_kernels import OPS

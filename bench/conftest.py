@@ -20,9 +20,8 @@ from bench import results, roofline
 from bench.cpu import device_of
 from bench.facts import facts, in_words
 from bench.figures import Figure, Study, spelled
-from bench.gpu.ceilings import Ceilings, measure
-from bench.gpu.device import Device
-from bench.gpu.sizes import TOY
+from bench.gpu.cases import TOY
+from bench.gpu.device import Ceilings, Device, measure
 from bench.study import INTERRUPTED, THREADS, machine_of
 from bench.tasks import OURS
 from bench.timed_case import Case, Run, reference_on

@@ -13,7 +13,7 @@ from typing import Any
 from bench import demo_tables, figures, kfac_guide, pages, pictures, results, study_pages
 from bench.facts import ROOT, commit_of
 from bench.figures import Figure, spelled
-from bench.gpu import page as gpu_page
+from bench.gpu import frame
 from bench.pages import table
 from bench.problems import DEFECT_ALLOWED, UPDATES
 
@@ -40,7 +40,7 @@ def of_machine(studies: dict[str, Row], name: str) -> Iterator[str]:
     """Yield the sections of one machine, whose results are in the folder of this name."""
     demo, gpu = studies.pop("demo", None), studies.pop("gpu", None)
     if gpu is not None:
-        yield from gpu_page.section(gpu)
+        yield from frame.page(gpu)
     if not studies:
         return
     machine = next(iter(studies.values()))["facts"]

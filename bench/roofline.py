@@ -17,11 +17,8 @@ from rich.table import Table
 from bench import study
 from bench.cpu import device_of
 from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.ceilings import Ceilings, Work, measure
-from bench.gpu.device import Device
-from bench.gpu.sizes import FULL, TOY, Sizes
-from bench.gpu.timed import replayed, size_of
+from bench.gpu.cases import FULL, TOY, Case, Sizes
+from bench.gpu.device import Ceilings, Device, Work, measure, replayed, size_of
 from bench.study import Piece, Row
 from bench.timing import Interval, of_median
 from brandla_kernels import OPS

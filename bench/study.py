@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from bench import results
 from bench.facts import facts, slug
-from bench.gpu import facts as gpu_facts
 from bench.gpu.device import Device
+from bench.gpu.frame import slug_of
 from brandla.demo.meter import Meter
 
 THREADS = 2
@@ -87,7 +87,7 @@ def keep(name: str, content: Row, device: Device, chosen: Options, start: float,
 def machine_of(device: Device, quick: bool) -> tuple[Row, Path]:
     """Return the facts of the device that was measured, and the folder of its results."""
     if device.tensors.type == "cuda":
-        machine = facts(quick) | {key: value for key, value in gpu_facts.facts(dry=False).items() if key == "gpu"}
-        return machine, results.folder_of(gpu_facts.slug(machine), quick)
+        machine = facts(quick) | {"gpu": device.facts()}
+        return machine, results.folder_of(slug_of(machine["gpu"]["name"]), quick)
     machine = facts(quick)
     return machine, results.folder_of(slug(machine), quick)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import brandla
 from bench import peers
-from bench.gpu import factors
-from bench.gpu.ceilings import Work
-from bench.gpu.device import Device
+from bench.gpu import cases
+from bench.gpu.device import Device, Work
 from bench.peers import EXACT, OVERSAMPLE, POWERS, SKETCHED, Peer
 from bench.problems import (
     DECAY,
@@ -118,7 +117,7 @@ def forced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def check(name: str, call: Call) -> Judgement:
     """Call once, and refuse a wrong result."""
-    judged = call.judge(factors.on_cpu(call.function(*call.arguments)))
+    judged = call.judge(cases.on_cpu(call.function(*call.arguments)))
     # A NaN is no small error.
     require(judged.error <= judged.allowed, f"{name}: error {judged.error:.1e}, allowed {judged.allowed:.1e}")
     if judged.orthogonality is not None:
@@ -242,7 +241,7 @@ def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
     settled = steady(name, n, r, k, dtype=shape.dtype)
     factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
     columns = settled.columns.to(device.tensors, shape.data or shape.dtype)
-    left, right = halves(factors.on_cpu(factor))
+    left, right = halves(cases.on_cpu(factor))
     added = columns.double().cpu()
     target = Product(
         torch.cat([DECAY * left, WEIGHT * added], dim=1),
@@ -274,7 +273,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     m = n // 2
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
-    left, right = halves(factors.on_cpu(svd))
+    left, right = halves(cases.on_cpu(svd))
     added = [side.double().cpu() for side in sides]
     target = Product(torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1))
     dense = (target.left @ target.right.mT).to(device.tensors, shape.dtype)
@@ -291,7 +290,7 @@ def svd_append(shape: Shape, device: Device) -> Task:
     n, r, k = shape[:3]
     m = max(2 * r, 4 * k)
     svd, columns = svd_factor(shape, device, m), stream(shape, device)
-    left, right = halves(factors.on_cpu(svd))
+    left, right = halves(cases.on_cpu(svd))
     added = columns.double().cpu()
     target = Product(
         torch.cat([DECAY * left, added], dim=1), torch.block_diag(right, torch.eye(k, dtype=torch.float64))
@@ -421,7 +420,7 @@ def damped(name: str, shape: Shape, device: Device) -> Task:
     factor = symmetric_factor(shape, device)
     rhs = device.normal(n, k, dtype=shape.dtype)
     power = name == "damped_power"
-    judge = undone(rhs.cpu(), [factors.on_cpu(factor)], EXPONENT if power else -1.0, shape.eps)
+    judge = undone(rhs.cpu(), [cases.on_cpu(factor)], EXPONENT if power else -1.0, shape.eps)
     call = _dense_power if power else torch.linalg.solve
     others = {DENSE[name]: Call(call, (dense_of(factor), rhs), judge)}
     arguments = (factor, rhs, DAMPING, *((EXPONENT,) if power else ()))
@@ -434,7 +433,7 @@ def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
     n, r, k = shape[:3]
     m = n // 2
     sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
-    exact = [factors.on_cpu(side) for side in sides]
+    exact = [cases.on_cpu(side) for side in sides]
     dampings = (DAMPING, DAMPING)
     if pair:
         columns = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from bench import results
 from bench.figures import Study
-from bench.gpu.ceilings import Ceilings, Work
-from bench.gpu.device import Device
+from bench.gpu.device import Ceilings, Device, Work
 from bench.peer_threads import REST
 from bench.timing import Interval, of_median
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map
 import brandla
 from bench import bench_ops, events, peers, study_pages, tasks
 from bench.gpu import cases
+from bench.gpu.cases import TOY
 from bench.gpu.device import Stub
-from bench.gpu.sizes import TOY
 from bench.peer_threads import at_best
 from bench.problems import LOSS_ALLOWED, WrongResultError
 from bench.study import INTERRUPTED

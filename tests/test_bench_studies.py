@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench import compare, pictures, report, results, roofline, scaling, study, timing
 from bench.cpu import Cpu
-from bench.gpu.ceilings import Ceilings, Work
+from bench.gpu.device import Ceilings, Work
 from bench.study import Piece
 from bench.timed_case import row_of
 from brandla_kernels import OPS

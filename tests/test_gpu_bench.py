@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.gpu.findings import Bench, Deadline, Findings
 
 from bench import report
 from bench.gpu import cases, tune
 from bench.gpu.__main__ import SECTIONS, main
-from bench.gpu.ceilings import Ceilings, Work
-from bench.gpu.device import Stub
-from bench.gpu.findings import Bench, Deadline, Findings
-from bench.gpu.sizes import FULL, TOY
+from bench.gpu.cases import FULL, TOY
+from bench.gpu.device import Ceilings, Stub, Work
 from brandla_kernels import OPS
 
 # Each starts a Python of its own.

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from bench.gpu.ceilings import Ceilings
-from bench.gpu.device import Stub
 from bench.profiling.__main__ import deeper, main
 from bench.profiling.kernels import Kernel, of_tree
 from bench.profiling.request import NAMES, Request, kernels_of, prepare
+
+from bench.gpu.device import Ceilings, Stub
 
 SMALL = ["--n", "96", "--r", "8", "--k", "8", "--m", "24", "--cores", "2"]
 CEILINGS = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})

@@ -10,9 +10,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from bench.counting import Counts, counts_of  # noqa: E402
+
 import brandla  # noqa: E402
 from bench import launches  # noqa: E402
-from bench.counting import Counts, counts_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has tests of its own")
 
