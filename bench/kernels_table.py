@@ -105,7 +105,8 @@ def main(
     """Compile every kernel for every target, and print what came out."""
     asked: Sequence[str] = [*(targets or []), *(more or [])] or list(TARGETS)
     if unknown := set(asked) - set(TARGETS):
-        raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; choose from {', '.join(TARGETS)}")
+        message = f"unknown target {', '.join(sorted(unknown))}; choose from {', '.join(TARGETS)}"
+        raise typer.BadParameter(message)
     with ProcessPoolExecutor(processes) as pool:
         parts = [pool.submit(compiled_facts, target, part, processes) for target in asked for part in range(processes)]
         found = [facts for part in parts for facts in part.result()]

@@ -341,7 +341,8 @@ def main(
 ) -> None:
     """Count, print the table beside the budgets, and write the result file."""
     if target not in TARGETS:
-        raise typer.BadParameter(f"unknown target {target}; choose from {', '.join(TARGETS)}")
+        message = f"unknown target {target}; choose from {', '.join(TARGETS)}"
+        raise typer.BadParameter(message)
     torch.manual_seed(0)
     found = list(rows(target, quick=quick))
     table = Table(title=f"Kernels of a call on {target}")

@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from bench import results
 from bench.facts import facts, slug
+from bench.gpu import frame
 from bench.gpu.device import Device
-from bench.gpu.frame import slug_of
 from brandla.demo.meter import Meter
 
 THREADS = 2
@@ -88,6 +88,6 @@ def machine_of(device: Device, quick: bool) -> tuple[Row, Path]:
     """Return the facts of the device that was measured, and the folder of its results."""
     if device.tensors.type == "cuda":
         machine = facts(quick) | {"gpu": device.facts()}
-        return machine, results.folder_of(slug_of(machine["gpu"]["name"]), quick)
+        return machine, frame.folder_of(machine)
     machine = facts(quick)
     return machine, results.folder_of(slug(machine), quick)

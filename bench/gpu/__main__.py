@@ -68,19 +68,16 @@ def main(
     names = [name.strip() for name in only.split(",") if name.strip()]
     if not names or set(names) - set(STAGES):
         wrong = ", ".join(name for name in names if name not in STAGES) or repr(only)
-        raise typer.BadParameter(f"unknown stage {wrong}; choose from {', '.join(STAGES)}")
+        message = f"unknown stage {wrong}; choose from {', '.join(STAGES)}"
+        raise typer.BadParameter(message)
     if not dry_run and not torch.cuda.is_available():
         print("python -m bench.gpu: torch sees no GPU; --dry-run takes the same path on the CPU", file=sys.stderr)
         raise typer.Exit(2)
     machine = frame.machine_of(Stub() if dry_run else Gpu(), commit)
     with TemporaryDirectory() as scratch:
-        folder = out or (
-            Path(scratch)
-            if dry_run
-            else Path(os.environ.get("OUT") or results.FOLDER / frame.slug_of(machine["gpu"]["name"]))
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        run = Run(machine, folder, end, Console(width=frame.WIDTH, highlight=False))
+        out = out or Path(scratch if dry_run else os.environ.get("OUT") or frame.folder_of(machine))
+        out.mkdir(parents=True, exist_ok=True)
+        run = Run(machine, out, end, Console(width=frame.WIDTH, highlight=False))
         # A polite end takes the processes along.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         try:
@@ -169,7 +166,9 @@ class Run:
         known = frame.sections(self.path)[name]["failures"]
         if last is None or all(failure["case"] != last for failure in known):
             log = logs / str(process.pid)
-            trace = log.read_text(encoding="utf-8", errors="replace")[-frame.KEPT :] if log.exists() else ""
+            trace = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            # A crash also names each compiled module that was loaded.
+            trace = trace.partition("Extension modules")[0][-frame.KEPT :]
             error = f"the process ended with status {process.exitcode}"
             frame.write(self.path, name, "failure", case=last or name, error=error, traceback=trace)
         if last is not None:

@@ -89,7 +89,7 @@ class Findings:
             self.skip(f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
             return
         write(self.path, self.stage, "begin", case=case)
-        faulthandler.dump_traceback_later(seconds + HANG, exit=True)
+        faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
         try:
             function(*arguments)
             self.device.synchronize()
@@ -122,7 +122,7 @@ def work(
     log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.enable(log)
+    faulthandler.enable(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
     run(Findings(path, name, Stub() if dry else Gpu(), seconds, case))
@@ -226,9 +226,10 @@ def machine_of(device: Device, commit: str | None = None) -> Row:
     return found | {"commit": found["commit"] or commit, "gpu": device.facts()}
 
 
-def slug_of(name: str) -> str:
-    """Return the folder name of a GPU."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def folder_of(machine: Row) -> Path:
+    """Return the folder of a GPU's results."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"]["name"].lower()).strip("-")
+    return results.folder_of(slug, machine["quick"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,10 +310,9 @@ def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
         parts.append(Text(DRY, "bold red"))
     elif judged:
         parts.append(Text(f"{sum(row.met is True for row in judged)} of {len(judged)} targets reached"))
-        missed = (
-            f"{row.group}, {row.case}: {row.measured()}, to reach {row.target()}" for row in judged if not row.met
-        )
-        parts += [Text(f"  missed: {line}") for line in missed]
+        for row in judged:
+            if not row.met:
+                parts.append(Text(f"  missed: {row.group}, {row.case}: {row.measured()}, to reach {row.target()}"))
     for status in ("done", "partial", "skipped", "failed", "cut off"):
         names = [name for name, record in found.items() if record["status"] == status]
         parts += [Text(f"{status}: {', '.join(names)}")] if names else []
