@@ -60,7 +60,6 @@ class Counts:
 
     @property
     def kernels(self) -> int:
-        """Launches of all kernels."""
         return self.triton + self.torch
 
 
@@ -123,9 +122,7 @@ def counts_of(call: Callable[[], Any], target: str = "sm_90") -> Counts:
     return counter.counts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Public functions
 
 N, R, K = 1000, 32, 16
 BATCH, LISTED = 4, 8
@@ -135,17 +132,14 @@ Argument = Callable[[int, tuple[int, ...]], Any] | float
 
 
 def orthonormal(n: int, batch: tuple[int, ...]) -> Tensor:
-    """Return R orthonormal columns."""
     return torch.linalg.qr(torch.randn(*batch, n, R)).Q
 
 
 def values(batch: tuple[int, ...]) -> Tensor:
-    """Return R descending values."""
     return (1 / torch.arange(1, R + 1)).expand(*batch, R).contiguous()
 
 
 def eigh(n: int, batch: tuple[int, ...]) -> LowRankEigh:
-    """Return a factor in the orthonormal form."""
     return LowRankEigh(values(batch), orthonormal(n, batch))
 
 
@@ -156,7 +150,6 @@ def root(n: int, batch: tuple[int, ...]) -> LowRankRoot:
 
 
 def tracked(n: int, batch: tuple[int, ...]) -> Tracked[LowRankRoot]:
-    """Return the same with its error bound and trace."""
     return Tracked(root(n, batch), torch.zeros(batch), torch.ones(batch))
 
 
@@ -166,7 +159,6 @@ def svd(n: int, batch: tuple[int, ...]) -> LowRankSVD:
 
 
 def columns(n: int, batch: tuple[int, ...], k: int = K) -> Tensor:
-    """Return new columns."""
     return torch.randn(*batch, n, k)
 
 
@@ -176,7 +168,6 @@ def half(make: Callable[..., Any]) -> Argument:
 
 
 def wide(n: int, batch: tuple[int, ...]) -> Tensor:
-    """Return an n × n/2 matrix."""
     return columns(n, batch, n // 2)
 
 
@@ -226,9 +217,7 @@ def call_of(name: str, form: str) -> Callable[[], Any] | None:
     return partial(getattr(grouped, function), *lists, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A step of K-FAC
-# ---------------------------------------------------------------------------------------------------------------------
+# --- A step of K-FAC
 
 
 class Block(nn.Module):
@@ -241,7 +230,6 @@ class Block(nn.Module):
         self.after = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x and what both parts add to it."""
         y = self.first(x)
         attention = (self.query(y) @ self.key(y).mT / y.shape[-1] ** 0.5).softmax(-1)
         x = x + self.out(attention @ self.value(y))
@@ -284,13 +272,10 @@ def step_counts(network: nn.Module, strategy: Any, target: str = "sm_90") -> Cou
 
 
 def linear_layers(network: nn.Module) -> int:
-    """Return the number of linear layers."""
     return sum(isinstance(part, nn.Linear) for part in network.modules())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The table
 
 # The most launches of this library's kernels and of other ones, for one factor, for a batch and for a list.
 BUDGETS: dict[str, tuple[int, int]] = {

@@ -137,9 +137,7 @@ def _function(request: Request, device: Device) -> Callable[[], Any]:
     return lambda: brandla.randomized_eigh(matrix, r)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels of some calls, as rows of what was measured
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Kernels of some calls, as rows of what was measured
 
 
 def by_proton(device: Device, calls: Sequence[Callable[[], Any]]) -> list[dict[str, Any]]:
@@ -246,9 +244,7 @@ def rates(work: Work | None, nanoseconds: float, limits: Ceilings) -> dict[str, 
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

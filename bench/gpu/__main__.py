@@ -29,6 +29,8 @@ RESERVE, LEAST, PATIENCE = 8.0, 5.0, 15.0
 POLL = 0.5
 # A server that has imported everything and never touched the GPU: a process forked from it starts in milliseconds.
 CONTEXT: Any = multiprocessing.get_context("forkserver")
+# A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "profile", "graph", "tests", "tune"))]
 
 
@@ -105,7 +107,7 @@ class Run:
             frame.write(self.path, name, "asked")
         for name in names:
             start = time.monotonic()
-            seconds = min(STAGES[name].most, self.end - start)
+            seconds = self.end - start if self.dry else min(STAGES[name].most, self.end - start)
             if seconds < LEAST:
                 frame.write(self.path, name, "skip", text=f"{max(seconds, 0):.0f} s left, {LEAST:.0f} s wanted")
             else:

@@ -57,7 +57,7 @@ FULL = Sizes(
 TOY = Sizes(
     copy=2**16,
     product=32,
-    rows=(48, 24),
+    rows=(48,),
     ranks=(8,),
     uneven=((48, 8, 5),),
     other_dtypes=(48, 8),
@@ -122,9 +122,7 @@ def cases(sizes: Sizes) -> list[Case]:
     return listed + halves + doubles
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
 
 Normal = Callable[..., Tensor]
 
@@ -193,9 +191,7 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
     return OPERANDS[case.op](normal, data, case.size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Cost
 
 # Arguments of an op's ``cost``, where they are not n, r and k.
 COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
@@ -240,9 +236,7 @@ def work(case: Case) -> Work:
     return Work(float32=single, float64=double, bytes=moved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Check
 
 
 def results(case: Case, call: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -305,9 +299,7 @@ def allowed(case: Case) -> float:
     return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Factors of the public functions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Factors of the public functions
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -229,9 +229,7 @@ def _state() -> dict[str, str | None]:
     return dict(zip(STATE, (value.strip() for value in answer.splitlines()[0].split(",")), strict=False))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Times
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Times
 
 
 class Times(NamedTuple):
@@ -293,9 +291,7 @@ def size_of(arguments: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(arguments))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ceilings: a large copy and large products in torch, in the same run
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Ceilings: a large copy and large products in torch, in the same run
 
 
 class Work(NamedTuple):
@@ -340,16 +336,8 @@ class Ceilings(NamedTuple):
         return Floor(moved, "copy") if moved >= computed else Floor(computed, max(products, key=products.__getitem__))
 
 
-class Reach(Protocol):
-    """Bytes of the copy, order of the products, and seconds of a timing."""
-
-    copy: int
-    product: int
-    seconds: float
-
-
-def measure(device: Device, sizes: Reach) -> Ceilings:
-    """Measure all ceilings, on random data: a product of zeros is faster."""
+def measure(device: Device, sizes: Any) -> Ceilings:
+    """Measure all ceilings by the sizes of `cases`, on random data: a product of zeros is faster."""
     source = device.normal(sizes.copy // 4)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}

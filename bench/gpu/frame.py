@@ -161,9 +161,7 @@ def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | Non
         return Finished(status, output.read())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The record
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The record
 
 
 def write(path: Path, stage: str, kind: str, **about: Any) -> None:
@@ -232,9 +230,7 @@ def folder_of(machine: Row) -> Path:
     return results.folder_of(slug, machine["quick"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The report
 
 
 def in_words(machine: Row) -> str:

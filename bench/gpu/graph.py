@@ -20,23 +20,22 @@ from bench.gpu import cases
 from bench.gpu.device import Device, Work, called, tensors_in
 from bench.gpu.frame import Findings
 from bench.gpu.ops import torch_form
-from bench.problems import DECAY, WEIGHT, matrix_of_spectrum, require
+from bench.problems import DECAY, WEIGHT, require
 from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
 
-DAMPING, POWERS, OVERSAMPLE = 0.1, 2, 10
+DAMPING = 0.1
 AVERAGE: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "cholesky"}
 CASE = 8.0
 
 
 class Sizes(NamedTuple):
-    """Of one factor n, r, k; of a list the n of each, r and k; of a dense moment n, k; of a decomposition n, rank."""
+    """Of one factor n, r, k; of a list the n of each, r and k; of a dense moment n, k."""
 
     one: tuple[int, int, int]
     listed: tuple[int, ...]
     each: tuple[int, int]
     moment: tuple[int, int]
-    dense: tuple[int, int]
 
 
 def _mixed(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -44,8 +43,8 @@ def _mixed(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(n + (i % 3 == 0) for i, n in enumerate(islice(cycle(sizes), count)))
 
 
-FULL = Sizes((4096, 256, 256), _mixed((512, 1024, 2048, 4096, 8191), 64), (128, 64), (8192, 8192), (4096, 256))
-TOY = Sizes((64, 8, 8), _mixed((24, 48), 4), (6, 4), (48, 16), (64, 8))
+FULL = Sizes((4096, 256, 256), _mixed((512, 1024, 2048, 4096, 8191), 64), (128, 64), (8192, 8192))
+TOY = Sizes((64, 8, 8), _mixed((24, 48), 4), (6, 4), (48, 16))
 
 
 class Call(NamedTuple):
@@ -62,12 +61,10 @@ class Call(NamedTuple):
 
 
 def run(found: Findings) -> None:
-    """Capture each call, call each without a wait; then compare the decomposition, which waits."""
+    """Capture each call, and call each without a wait."""
     for name, call in calls(found.device, TOY if found.device.dry else FULL).items():
         found.attempt(f"{name}: graph", CASE, _replayed, found, name, call)
         found.attempt(f"{name}: no wait for the device", 2, _never_waiting, found, name, call)
-    for exponent in (0.5, 1.0):
-        found.attempt(f"randomized_eigh, i^−{exponent:g}", CASE, _randomized, found, exponent)
 
 
 def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
@@ -174,9 +171,7 @@ def _never_waiting(found: Findings, name: str, call: Call) -> None:
     found.row("no wait for the device", call=name, waits="none")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Others' ways
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Others' ways
 
 
 def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,28 +204,3 @@ def _addmm(matrix: Tensor, columns: Tensor) -> Tensor:
     except RuntimeError:
         data = columns.float()
         return torch.addmm(matrix, data, data.mT, beta=DECAY, alpha=WEIGHT)
-
-
-def _randomized(found: Findings, exponent: float) -> None:
-    """Compare the decomposition with torch's, which is a singular value decomposition: of eigenvalues i^−exponent."""
-    n, r = (TOY if found.device.dry else FULL).dense
-    spectrum = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
-    truth = matrix_of_spectrum(spectrum.numpy(), seed=0).to(found.device.tensors)
-    matrix, best = truth.float(), float(torch.linalg.vector_norm(spectrum[r:]))
-    ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "ours": lambda: brandla.randomized_eigh(matrix, r, power_iterations=POWERS),
-        "torch.svd_lowrank": lambda: torch.svd_lowrank(matrix, q=r + OVERSAMPLE, niter=POWERS),
-    }
-    errors = {}
-    for name, way in ways.items():
-        torch.manual_seed(0)
-        parts = [part.double() for part in way()]
-        left, values, right = (parts[1], parts[0], parts[1]) if name == "ours" else parts
-        errors[name] = float(torch.linalg.matrix_norm(truth - (left[:, :r] * values[:r]) @ right[:, :r].mT)) / best
-    ours, theirs = errors.values()
-    require(ours < 2, f"randomized_eigh: {ours:.2f} times the best error")
-    times = called(found.device, ways, 2 * found.sizes.seconds)
-    words, ratio = f"n {n}, rank {r}, i^−{exponent:g}", times.ratio("torch.svd_lowrank", "ours")
-    found.figure("randomized_eigh", f"{words}: torch.svd_lowrank / it, {POWERS} iterations both", ratio, at_least=3)
-    note = f"Frobenius error over the best of its rank: {ours:.5f}; svd_lowrank {theirs:.5f}"
-    found.figure("randomized_eigh", f"{words}: its error / svd_lowrank's", ours / theirs, at_most=1, note=note)

@@ -17,7 +17,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-import torch.utils.cpp_extension
 
 from bench.gpu.cases import OPERANDS, Case, Size, allowed, error_of, fresh, operands, results
 from bench.gpu.device import Device, Gpu, Stub
@@ -104,9 +103,7 @@ def _tensors(case: Case, call: Any, arguments: tuple[Any, ...]) -> list[torch.Te
     return [part for one in given for part in (one if isinstance(one, list) else [one])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# compute-sanitizer: no access out of bounds, no race in shared memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --- compute-sanitizer: no access out of bounds, no race in shared memory
 
 
 def sanitize(found: Findings) -> None:
@@ -140,10 +137,8 @@ def _under(found: Findings, tool: list[str], words: list[str]) -> None:
 
 def _candidates() -> Iterator[Path]:
     """Yield where the tool may be: the CUDA toolkit, or NVIDIA's Python packages."""
-    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), torch.utils.cpp_extension.CUDA_HOME):
-        if root:
-            yield Path(root) / "bin" / NAME
-            yield Path(root) / "compute-sanitizer" / NAME
+    for root in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")):
+        yield from (Path(root) / "bin" / NAME, Path(root) / "compute-sanitizer" / NAME)
     for package in metadata.distributions():
         if (package.name or "").startswith("nvidia-"):
             yield from (Path(str(file.locate())) for file in package.files or () if file.name == NAME)

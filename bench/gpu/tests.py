@@ -27,7 +27,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "
 def cases(dry: bool) -> list[str]:
     """Return the files; all in one for a dry run, which collects and runs none."""
     files = sorted((ROOT / FOLDER).glob("test_*.py"), key=lambda file: -file.stat().st_size)
-    return [FOLDER] if dry else [file.name for file in files]
+    return [FOLDER] if dry else [file.name for file in files] or [FOLDER]
 
 
 def run(found: Findings) -> None:
@@ -48,7 +48,7 @@ def _collect(found: Findings) -> None:
 
 def _shard(found: Findings, name: str) -> None:
     workers = ["-n", str(WORKERS), "-p", "bench.gpu.tests"] if util.find_spec("xdist") else []
-    finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST))
+    finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST), {"OMP_NUM_THREADS": "1"})
     found.row("tests", file=name, **counts(finished.output), status=finished.words)
     if finished.status is None:
         found.skip(f"{name}: stopped at its time limit")
