@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork from here, so that processes start at once and know what a test has put in place of a stage."""
+    # Whoever is forked would wait for the thread of pytest's own watch.
+    faulthandler.cancel_dump_traceback_later()
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(context, "set_forkserver_preload", lambda names: None, raising=False)
     monkeypatch.setattr(command, "CONTEXT", context)

@@ -169,8 +169,9 @@ class Run:
         if last is None or all(failure["case"] != last for failure in known):
             log = logs / str(process.pid)
             trace = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-            # A crash also names each compiled module that was loaded.
-            trace = trace.partition("Extension modules")[0][-frame.KEPT :]
+            # A crash has its place at the head, and then names each compiled module that was loaded.
+            trace = trace.partition("Extension modules")[0]
+            trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
             error = f"the process ended with status {process.exitcode}"
             frame.write(self.path, name, "failure", case=last or name, error=error, traceback=trace)
         if last is not None:

@@ -209,10 +209,10 @@ def sections(path: Path) -> dict[str, Row]:
 
 
 def _status(section: Row) -> str:
-    if section["failures"]:
-        return "failed"
     if section["seconds"] is None:
         return "cut off"
+    if section["failures"]:
+        return "failed"
     if section["skipped"]:
         return "partial" if section["figures"] or section["tables"] else "skipped"
     return "done"
