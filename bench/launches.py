@@ -1,109 +1,146 @@
-"""Kernel launches of every public function and of a K-FAC step, beside their budgets: ``python -m bench.launches``.
+"""Kernels of every public function and of a K-FAC step, beside their budgets: ``python -m bench.launches``.
 
-Counted on a CPU, as `bench.counting` says; no GPU is needed. A launch takes some microseconds of the host, and its
-kernel as much of the device however small it is, so for small matrices the count is the time.
+Counted on a CPU, with no GPU: a launch takes some microseconds of the host, and its kernel as much of the device
+however small it is, so for small matrices the count is the time. Every op of the library records what its Triton
+launch would start on a target, and takes its values from its torch form; no branch looks at a value unless a GPU's
+would too. A dispatch mode counts what torch is asked for. A view, an allocation, and a result without entries are
+free. One function of ``torch.linalg``, and one ``torch._foreach_`` over a list, counts as one kernel; cuSOLVER, or a
+long list, takes several.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import brandla
-from bench.counting import Counts, counting, counts_of
 from bench.frame import results
 from bench.frame.facts import facts
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
-from brandla_kernels._kernels.ahead import TARGETS
+from brandla.kfac import KFAC, Brand, Exact, InverseFree, Randomized
+from brandla_kernels import OPS
+from brandla_kernels._kernels.ahead import TARGETS, target_named
+from brandla_kernels._kernels.launch import recording
 
-Call = Callable[[], Any]
+aten = torch.ops.aten
+ALLOCATIONS = {
+    *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.resize_),
+    *(aten.detach, aten.detach_, aten._unsafe_view, aten.set_),
+}
+READS_ALONE = {aten._local_scalar_dense, aten.is_nonzero}
+# What makes the host wait for the device: results that it reads, or whose sizes it needs.
+WAITS = READS_ALONE | {
+    *(aten.equal, aten.nonzero, aten._linalg_eigh, aten._linalg_svd, aten.linalg_qr),
+    *(aten.geqrf, aten.linalg_eig, aten._linalg_solve_ex),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a call asks for."""
+
+    triton: int = 0  # launches of this library's kernels
+    torch: int = 0  # other kernels
+    uploads: int = 0  # tensors written on the host: numbers, and the tables of lists
+    waits: int = 0  # times that the host waits for the device
+
+    @property
+    def kernels(self) -> int:
+        return self.triton + self.torch
+
+
+class Counter(TorchDispatchMode):
+    """Count what is asked for inside the ``with`` block."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target_named(target)
+        self.counts = Counts()
+
+    def _add(self, **numbers: int) -> None:
+        self.counts = Counts(**{name: count + numbers.get(name, 0) for name, count in asdict(self.counts).items()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "brandla":
+            return self._op(func, args)
+        packet = func.overloadpacket
+        result = func(*args, **(kwargs or {}))
+        upload = packet is aten.lift_fresh
+        free = func.is_view or packet in ALLOCATIONS | READS_ALONE or _is_empty(func, args, result)
+        self._add(waits=int(packet in WAITS), uploads=int(upload), torch=int(not upload and not free))
+        return result
+
+    def _op(self, func: Any, args: tuple[Any, ...]) -> Any:
+        name = func.__name__.partition(".")[0]
+        op = OPS[name.replace("_grouped", "")]
+        form = op.torch_form if name in OPS else op.grouped_form
+        if op.launch is None:
+            with self:
+                return form(*args)
+        # What a launch leaves unwritten must not reach what the op overwrites.
+        spared = tree_map_only(Tensor, Tensor.clone, args)
+        with self, recording(self.target) as launches:
+            op.launch(*(spared if op.signature.writes else args))
+        self._add(triton=len(launches))
+        with brandla.backend("torch"):
+            return form(*args)
+
+
+def _is_empty(func: Any, args: Any, result: Any) -> bool:
+    """Say whether nothing is written, since all that would be has no entries."""
+    written = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
+    if not written and func._schema.is_mutable:
+        written = [part for part in tree_leaves(args[0]) if isinstance(part, Tensor)]
+    return bool(written) and all(part.numel() == 0 for part in written)
+
+
+@contextmanager
+def counting(target: str) -> Iterator[Counter]:
+    """Yield a `Counter`, inside which functions take the way of a GPU."""
+    with recording(target_named(target)), brandla.backend("triton"), torch.no_grad(), Counter(target) as counter:
+        yield counter
+
+
+def counts_of(call: Callable[[], Any], target: str = "sm_90") -> Counts:
+    """Count what a call asks for."""
+    with counting(target) as counter:
+        call()
+    return counter.counts
+
+
+# --- Public functions
 
 N, R, K = 1000, 32, 16
 BATCH, LISTED = 4, 8
 FORMS = ("single", "batched", "grouped")
+# Arguments for n and a batch shape; numbers are the same for all.
+Argument = Callable[[int, tuple[int, ...]], Any] | float
 
 
-class Limit(NamedTuple):
-    """The budget of a call, of Triton's kernels and of torch's, and what it takes at present where that is more.
-
-    Both hold for one factor, for a batch and for a list.
-    """
-
-    budget: tuple[int, int]
-    present: tuple[int, int] | None = None
-
-    @property
-    def triton(self) -> int:
-        """Most launches of this library's kernels."""
-        return max(self.budget[0], (self.present or self.budget)[0])
-
-    @property
-    def torch(self) -> int:
-        """Most other kernels."""
-        return max(self.budget[1], (self.present or self.budget)[1])
+def orthonormal(n: int, batch: tuple[int, ...]) -> Tensor:
+    return torch.linalg.qr(torch.randn(*batch, n, R)).Q
 
 
-# Whoever brings a count down lowers the second pair, down to none where the budget is met.
-LIMITS: dict[str, Limit] = {
-    "root_update, cholesky": Limit((4, 2)),
-    "root_update_, cholesky": Limit((4, 2), present=(4, 3)),
-    "root_update, cholesky, tracked": Limit((4, 2), present=(4, 6)),
-    # One of torch's is the eigendecomposition.
-    "eigh_update": Limit((8, 7), present=(7, 77)),
-    # Of a list of roots F is scaled one by one, by a kernel each.
-    "damped_solve, root": Limit((3, 1), present=(3, 35)),
-    "damped_solve, eigh": Limit((3, 1), present=(3, 6)),
-    "kron_damped_solve, W": Limit((4, 2), present=(8, 74)),
-    "kron_damped_solve, W, eigh": Limit((4, 2), present=(8, 20)),
-    "kron_damped_solve, pair": Limit((4, 2), present=(6, 70)),
-    "kron_damped_solve, pair, eigh": Limit((4, 2), present=(6, 12)),
-}
-
-
-def kfac_budget(layers: int) -> int:
-    """Return the most kernels of all kinds that a step of `Brand` may take on so many linear layers."""
-    return 30 + 8 * layers
-
-
-# The same for a step of K-FAC: the sum of both kinds at present, by system and network.
-STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
-    "Brand": {"MLP, 1 layer": 146, "MLP, 3 layers": 176, "MLP, 12 layers": 311, "transformer": 691},
-    # Of these some 15 a factor are the power iterations for its largest eigenvalue, of one factor after the other.
-    "Brand, cholesky": {"MLP, 1 layer": 142, "MLP, 3 layers": 280, "MLP, 12 layers": 901, "transformer": 1389},
-    "Brand, eigh": {"MLP, 1 layer": 152, "MLP, 3 layers": 178, "MLP, 12 layers": 295, "transformer": 656},
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def basis(n: int, r: int, batch: tuple[int, ...]) -> Tensor:
-    """Return orthonormal columns."""
-    return torch.linalg.qr(torch.randn(*batch, n, r)).Q
-
-
-def values(r: int, batch: tuple[int, ...]) -> Tensor:
-    """Return descending values."""
-    return (1 / torch.arange(1, r + 1)).expand(*batch, r).contiguous()
+def values(batch: tuple[int, ...]) -> Tensor:
+    return (1 / torch.arange(1, R + 1)).expand(*batch, R).contiguous()
 
 
 def eigh(n: int, batch: tuple[int, ...]) -> LowRankEigh:
-    """Return a factor in the orthonormal form."""
-    return LowRankEigh(values(R, batch), basis(n, R, batch))
+    return LowRankEigh(values(batch), orthonormal(n, batch))
 
 
 def root(n: int, batch: tuple[int, ...]) -> LowRankRoot:
@@ -112,93 +149,75 @@ def root(n: int, batch: tuple[int, ...]) -> LowRankRoot:
     return LowRankRoot(matrix, matrix.mT @ matrix)
 
 
+def tracked(n: int, batch: tuple[int, ...]) -> Tracked[LowRankRoot]:
+    return Tracked(root(n, batch), torch.zeros(batch), torch.ones(batch))
+
+
 def svd(n: int, batch: tuple[int, ...]) -> LowRankSVD:
     """Return a decomposition of an n × n/2 matrix."""
-    return LowRankSVD(basis(n, R, batch), values(R, batch), basis(n // 2, R, batch).mT)
+    return LowRankSVD(orthonormal(n, batch), values(batch), orthonormal(n // 2, batch).mT)
 
 
 def columns(n: int, batch: tuple[int, ...], k: int = K) -> Tensor:
-    """Return new columns."""
     return torch.randn(*batch, n, k)
 
 
-class Case(NamedTuple):
-    """A public function, its options, and its arguments for n and a batch shape."""
-
-    function: str
-    arguments: Callable[[int, tuple[int, ...]], tuple[Any, ...]]
-    options: Mapping[str, Any] = MappingProxyType({})
-
-    def call(self, form: str) -> Call | None:
-        """Return the call in a form, if there is one."""
-        if form != "grouped":
-            arguments = self.arguments(N, (BATCH,) if form == "batched" else ())
-            return partial(getattr(brandla, self.function), *arguments, **self.options)
-        if not hasattr(grouped, self.function):
-            return None
-        several = [self.arguments(N + 100 * index, ()) for index in range(LISTED)]
-        # Numbers are one for all.
-        lists = [list(part) if isinstance(part[0], (Tensor, tuple)) else part[0] for part in zip(*several, strict=True)]
-        return partial(getattr(grouped, self.function), *lists, **self.options)
+def half(make: Callable[..., Any]) -> Argument:
+    """Return the same for n/2 rows: the other side of an n × n/2 matrix."""
+    return lambda n, batch: make(n // 2, batch)
 
 
-def tracked(factor: LowRankRoot) -> Tracked[LowRankRoot]:
-    """Return a factor with its error bound and trace."""
-    zero = factor.gram.new_zeros(factor.gram.shape[:-2])
-    return Tracked(factor, zero, zero + 1)
+def wide(n: int, batch: tuple[int, ...]) -> Tensor:
+    return columns(n, batch, n // 2)
+
+
+def pair(n: int, batch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return P and Q of an n × n/2 matrix P Qᵀ."""
+    return columns(n, batch), columns(n // 2, batch)
 
 
 AVERAGE = {"decay": 0.95, "weight": 0.05}
 NO_EIGH = AVERAGE | {"compress": "cholesky"}
-FUNCTIONS: dict[str, Case] = {
-    "root_update, cholesky": Case("root_update", lambda n, b: (root(n, b), columns(n, b)), NO_EIGH),
-    "root_update, cholesky, tracked": Case("root_update", lambda n, b: (tracked(root(n, b)), columns(n, b)), NO_EIGH),
-    "root_update_, cholesky": Case("root_update_", lambda n, b: (root(n, b), columns(n, b)), NO_EIGH),
-    "root_update": Case("root_update", lambda n, b: (root(n, b), columns(n, b)), AVERAGE),
-    "eigh_update": Case("eigh_update", lambda n, b: (eigh(n, b), columns(n, b)), AVERAGE),
-    "eigh_update_": Case("eigh_update_", lambda n, b: (eigh(n, b), columns(n, b)), AVERAGE),
-    "damped_solve, root": Case("damped_solve", lambda n, b: (root(n, b), columns(n, b), 0.1)),
-    "damped_solve, eigh": Case("damped_solve", lambda n, b: (eigh(n, b), columns(n, b), 0.1)),
-    "damped_power, root": Case("damped_power", lambda n, b: (root(n, b), columns(n, b), 0.1, -0.5)),
-    "damped_power, eigh": Case("damped_power", lambda n, b: (eigh(n, b), columns(n, b), 0.1, -0.5)),
-    "kron_damped_solve, W": Case(
-        "kron_damped_solve", lambda n, b: (root(n, b), root(n // 2, b), columns(n, b, n // 2), 0.1, 0.2)
-    ),
-    "kron_damped_solve, pair": Case(
-        "kron_damped_solve", lambda n, b: (root(n, b), root(n // 2, b), (columns(n, b), columns(n // 2, b)), 0.1, 0.2)
-    ),
-    "kron_damped_solve, W, eigh": Case(
-        "kron_damped_solve", lambda n, b: (eigh(n, b), eigh(n // 2, b), columns(n, b, n // 2), 0.1, 0.2)
-    ),
-    "kron_damped_solve, pair, eigh": Case(
-        "kron_damped_solve", lambda n, b: (eigh(n, b), eigh(n // 2, b), (columns(n, b), columns(n // 2, b)), 0.1, 0.2)
-    ),
-    "orthonormalize": Case("orthonormalize", lambda n, b: (columns(n, b),)),
-    "svd_update": Case("svd_update", lambda n, b: (svd(n, b), columns(n, b), columns(n // 2, b))),
-    "svd_append": Case("svd_append", lambda n, b: (svd(n, b), columns(n, b))),
-    "randomized_eigh": Case("randomized_eigh", lambda n, b: (root(n, b).dense(), R)),
-    "randomized_svd": Case("randomized_svd", lambda n, b: (columns(n, b, n // 2), R)),
+# Arguments and options by the call in words, which begin with the function's name.
+FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
+    "root_update, cholesky": ((root, columns), NO_EIGH),
+    "root_update, cholesky, tracked": ((tracked, columns), NO_EIGH),
+    "root_update_, cholesky": ((root, columns), NO_EIGH),
+    "root_update": ((root, columns), AVERAGE),
+    "eigh_update": ((eigh, columns), AVERAGE),
+    "eigh_update_": ((eigh, columns), AVERAGE),
+    "damped_solve, root": ((root, columns, 0.1), {}),
+    "damped_solve, eigh": ((eigh, columns, 0.1), {}),
+    "damped_power, root": ((root, columns, 0.1, -0.5), {}),
+    "damped_power, eigh": ((eigh, columns, 0.1, -0.5), {}),
+    "kron_damped_solve, W": ((root, half(root), wide, 0.1, 0.2), {}),
+    "kron_damped_solve, pair": ((root, half(root), pair, 0.1, 0.2), {}),
+    "kron_damped_solve, W, eigh": ((eigh, half(eigh), wide, 0.1, 0.2), {}),
+    "kron_damped_solve, pair, eigh": ((eigh, half(eigh), pair, 0.1, 0.2), {}),
+    "orthonormalize": ((columns,), {}),
+    "svd_update": ((svd, columns, half(columns)), {}),
+    "svd_append": ((svd, columns), {}),
+    "randomized_eigh": ((lambda n, batch: root(n, batch).dense(), R), {}),
+    "randomized_svd": ((wide, R), {}),
 }
 
 
-def function_rows(target: str) -> Iterator[dict[str, Any]]:
-    """Count every public function in every form."""
-    for name, case in FUNCTIONS.items():
-        for form in FORMS:
-            call = case.call(form)
-            if call is not None:
-                yield {"call": name, "form": form, **asdict(counts_of(call, target))}
+def call_of(name: str, form: str) -> Callable[[], Any] | None:
+    """Return a call in a form, if there is one."""
+    makers, options = FUNCTIONS[name]
+    function = name.partition(",")[0]
+    made = lambda maker, n, batch: maker(n, batch) if callable(maker) else maker
+    if form != "grouped":
+        batch = (BATCH,) if form == "batched" else ()
+        return partial(getattr(brandla, function), *(made(maker, N, batch) for maker in makers), **options)
+    if not hasattr(grouped, function):
+        return None
+    sizes = [N + 100 * index for index in range(LISTED)]
+    lists = ([made(maker, n, ()) for n in sizes] if callable(maker) else maker for maker in makers)
+    return partial(getattr(grouped, function), *lists, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A step of K-FAC
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def mlp(layers: int) -> nn.Module:
-    """Return so many linear layers of different widths."""
-    widths = [48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40]
-    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
+# --- A step of K-FAC
 
 
 class Block(nn.Module):
@@ -211,125 +230,118 @@ class Block(nn.Module):
         self.after = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x and what both parts add to it."""
         y = self.first(x)
         attention = (self.query(y) @ self.key(y).mT / y.shape[-1] ** 0.5).softmax(-1)
         x = x + self.out(attention @ self.value(y))
         return x + self.after(self.second(x))
 
 
-def transformer() -> nn.Module:
-    """Return two blocks between two linear layers: 14 of these in all."""
-    return nn.Sequential(nn.Linear(48, 64), Block(64), Block(64), nn.Linear(64, 40))
+def mlp(layers: int) -> nn.Module:
+    """Return so many linear layers of different widths."""
+    widths = [48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40]
+    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP, 1 layer": lambda: mlp(1),
     "MLP, 3 layers": lambda: mlp(3),
     "MLP, 12 layers": lambda: mlp(12),
-    "transformer": transformer,
+    "transformer": lambda: nn.Sequential(nn.Linear(48, 64), Block(64), Block(64), nn.Linear(64, 40)),
+}
+# Periods are such that all of them renew at the step that is counted.
+STRATEGIES = {
+    "Brand": Brand(8),
+    "Brand, cholesky": Brand(8, compress="cholesky"),
+    "Brand, eigh": Brand(8, form="eigh"),
+    "Exact": Exact(inverse_every=1),
+    "Randomized": Randomized(8, inverse_every=1),
+    "InverseFree": InverseFree(),
 }
 
 
-def strategies() -> dict[str, Any]:
-    """Return some systems of the K-FAC family, with periods such that all of them renew at the step that is counted."""
-    from brandla.kfac import Brand, Exact, InverseFree, Randomized
-
-    return {
-        "Brand": Brand(8),
-        "Brand, cholesky": Brand(8, compress="cholesky"),
-        "Brand, eigh": Brand(8, form="eigh"),
-        "Exact": Exact(inverse_every=1),
-        "Randomized": Randomized(8, inverse_every=1),
-        "InverseFree": InverseFree(),
-    }
-
-
-def step_counts(network: nn.Module, strategy: Any, target: str) -> Counts:
+def step_counts(network: nn.Module, strategy: Any, target: str = "sm_90") -> Counts:
     """Count the third step of a training run, without its backward pass."""
-    from brandla.kfac import KFAC
-
     preconditioner = KFAC(network, inverse=strategy)
     data = torch.randn(16, 5, 48) if any(isinstance(part, Block) for part in network) else torch.randn(16, 48)
-
-    def backward() -> None:
+    for step in range(3):
         network.zero_grad()
         network(data).square().mean().backward()
-
-    for _ in range(2):
-        backward()
-        preconditioner.step()
-    backward()
-    with counting(target) as counter:
-        preconditioner.step()
-    return counter.counts
+        if step < 2:
+            preconditioner.step()
+    return counts_of(preconditioner.step, target)
 
 
 def linear_layers(network: nn.Module) -> int:
-    """Return the number of linear layers."""
     return sum(isinstance(part, nn.Linear) for part in network.modules())
 
 
-def kfac_rows(target: str) -> Iterator[dict[str, Any]]:
-    """Count a step of each system on each network."""
-    for strategy_name, strategy in strategies().items():
-        for name, make in NETWORKS.items():
+# --- The table
+
+# The most launches of this library's kernels and of other ones, for one factor, for a batch and for a list.
+BUDGETS: dict[str, tuple[int, int]] = {
+    "root_update, cholesky": (4, 2),
+    "root_update_, cholesky": (4, 2),
+    "root_update, cholesky, tracked": (4, 2),
+    # One of torch's is the eigendecomposition.
+    "eigh_update": (8, 7),
+    "damped_solve, root": (3, 1),
+    "damped_solve, eigh": (3, 1),
+    **dict.fromkeys((name for name in FUNCTIONS if name.startswith("kron_damped_solve")), (4, 2)),
+}
+
+
+def kfac_budget(layers: int) -> int:
+    """Return the most kernels of all kinds that a step of `Brand` may take on so many linear layers."""
+    return 30 + 8 * layers
+
+
+def rows(target: str, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Count every public function in every form, and a step of each system on each network."""
+    for name in FUNCTIONS:
+        limit = BUDGETS.get(name)
+        for form in FORMS:
+            if (call := call_of(name, form)) is not None:
+                counts = counts_of(call, target)
+                within = limit is None or (counts.triton <= limit[0] and counts.torch <= limit[1])
+                budget = "" if limit is None else "{} + {}".format(*limit)
+                yield {"call": name, "form": form, **asdict(counts), "budget": budget, "within": within}
+    for strategy_name, strategy in {} if quick else STRATEGIES.items():
+        for form, make in NETWORKS.items():
             network = make()
-            counts = step_counts(network, strategy, target)
-            own = {"call": f"KFAC.step, {strategy_name}", "form": name, "layers": linear_layers(network)}
-            yield own | asdict(counts)
+            layers, counts = linear_layers(network), step_counts(network, strategy, target)
+            most = kfac_budget(layers) if strategy_name.startswith("Brand") else None
+            own = {"call": f"KFAC.step, {strategy_name}", "form": form, "layers": layers, **asdict(counts)}
+            budget = "" if most is None else f"{most} in all"
+            yield own | {"budget": budget, "within": most is None or counts.kernels <= most}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def budget_of(row: dict[str, Any]) -> str:
-    """Return the budget in words."""
-    if row["call"].startswith("KFAC.step, Brand"):
-        return f"{kfac_budget(row['layers'])} in all"
-    limit = LIMITS.get(row["call"])
-    return "" if limit is None else "{} + {}".format(*limit.budget)
-
-
-def within(row: dict[str, Any]) -> bool:
-    """Say whether a call with a budget meets it."""
-    if row["call"].startswith("KFAC.step, Brand"):
-        return bool(row["triton"] + row["torch"] <= kfac_budget(row["layers"]))
-    limit = LIMITS.get(row["call"])
-    return limit is None or (row["triton"] <= limit.budget[0] and row["torch"] <= limit.budget[1])
-
-
-def table(rows: list[dict[str, Any]], target: str) -> Table:
-    """Return the counts beside the budgets."""
-    shown = Table(title=f"Kernels of a call on {target}")
-    for heading in ("call", "form", "Triton", "torch", "budget", "uploads", "waits"):
-        shown.add_column(heading, justify="left" if heading in ("call", "form") else "right")
-    for row in rows:
-        cells = (row["call"], row["form"], row["triton"], row["torch"], budget_of(row), row["uploads"], row["waits"])
-        shown.add_row(*map(str, cells), style=None if within(row) else "red")
-    return shown
-
-
-def main() -> int:
-    """Count, print the table and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=list(TARGETS), default="sm_90")
-    parser.add_argument("--quick", action="store_true", help="leaves K-FAC out, and the result out of version control")
-    parser.add_argument("--out", type=Path, help="folder of the result file, in place of the machine's own")
-    options = parser.parse_args()
+@app.command()
+def main(
+    target: Annotated[str, typer.Option(help=f"one of {', '.join(TARGETS)}")] = "sm_90",
+    quick: Annotated[bool, typer.Option("--quick", help="leaves K-FAC out, and the result out of git")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder of the result file, in place of the machine's own")] = None,
+) -> None:
+    """Count, print the table beside the budgets, and write the result file."""
+    if target not in TARGETS:
+        message = f"unknown target {target}; choose from {', '.join(TARGETS)}"
+        raise typer.BadParameter(message)
     torch.manual_seed(0)
-    rows = list(function_rows(options.target))
-    if not options.quick:
-        rows.extend(kfac_rows(options.target))
+    found = list(rows(target, quick=quick))
+    table = Table(title=f"Kernels of a call on {target}")
+    names = ("call", "form", "triton", "torch", "budget", "uploads", "waits")
+    for name in names:
+        table.add_column(name.replace("triton", "Triton"), justify="left" if name in ("call", "form") else "right")
+    for row in found:
+        table.add_row(*(str(row[name]) for name in names), style=None if row["within"] else "red")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(rows, options.target))
-    content = {"target": options.target, "rows": [row | {"budget": budget_of(row)} for row in rows]}
-    path = results.write("launches", facts(options.quick), content, options.out)
+    console.print(table)
+    content = {"target": target, "rows": [{key: row[key] for key in row if key != "within"} for row in found]}
+    path = results.write("launches", facts(quick), content, out)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -18,7 +18,7 @@ from bench.frame.facts import ROOT, commit_of, place
 from bench.frame.figures import spelled
 from bench.frame.pages import markdown, marked, table
 from bench.frame.study import application
-from bench.gpu import page as gpu_page
+from bench.gpu import frame
 from bench.studies import accuracy, forms, kfac_images, roofline, scaling, streams
 from brandla.demo import summary
 
@@ -54,7 +54,7 @@ def page(folder: Path) -> str:
 def of_machine(found: dict[str, Row], name: str) -> Iterator[str]:
     """Yield the sections of one machine, whose results are in the folder of this name."""
     if "gpu" in found:
-        yield from gpu_page.section(found["gpu"])
+        yield from frame.page(found["gpu"])
     studies = {study: content for study, content in found.items() if study != "gpu"}
     if not studies:
         return

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, command
-from bench.gpu.ceilings import Ceilings, Work
+from bench.gpu.device import Ceilings, Work
 from bench.studies import accuracy, forms, kfac_images, roofline, scaling, streams
 from brandla_kernels import OPS
 

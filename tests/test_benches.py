@@ -25,8 +25,8 @@ from bench.benches.problems import LOSS_ALLOWED, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame.figures import Study
 from bench.gpu import cases
+from bench.gpu.cases import TOY
 from bench.gpu.device import Stub
-from bench.gpu.sizes import TOY
 from brandla_kernels import OPS
 
 ROOT = Path(__file__).parents[1]

@@ -1,80 +1,211 @@
-"""``make gpu`` on a machine without a GPU: every section takes its path at toy sizes, and says what it left out."""
+"""``make gpu`` without a GPU: the stages at toy sizes, and faults that must hide no other fact."""
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import json
+import multiprocessing
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bench import report
-from bench.gpu import cases, tune
-from bench.gpu.__main__ import SECTIONS, main
-from bench.gpu.ceilings import Ceilings, Work
-from bench.gpu.device import Stub
-from bench.gpu.findings import Bench, Deadline, Findings
-from bench.gpu.sizes import FULL, TOY
+from bench.gpu import __main__ as command
+from bench.gpu import cases, frame, graph, profile, smoke, tests, tune
+from bench.gpu.__main__ import STAGES, Stage, app
+from bench.gpu.cases import FULL, TOY
+from bench.gpu.device import Ceilings, Stub, Work
+from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
-# Each starts a Python of its own.
-IN_PROCESSES = ("tests", "sanitizer")
+pytest.importorskip("triton")
+# A process of pytest has threads, of which none holds a lock while it is forked.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def test_every_section_runs_dry_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("triton")
-    names = [name for name in SECTIONS if name not in IN_PROCESSES]
-    assert main(["--dry-run", "--only", ",".join(names), "--out", str(tmp_path)]) == 0
-    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert written["facts"]["quick"] is True
-    assert {name: section["status"] for name, section in written["sections"].items()} == dict.fromkeys(names, "done")
-    assert "no figure here is a gpu figure" in capsys.readouterr().out.lower()
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork from here, so that processes start at once and know what a test has put in place of a stage."""
+    # Whoever is forked would wait for the thread of pytest's own watch.
+    faulthandler.cancel_dump_traceback_later()
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(context, "set_forkserver_preload", lambda names: None, raising=False)
+    monkeypatch.setattr(command, "CONTEXT", context)
+
+
+def dry(folder: Path, only: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Run stages, and return the exit status and what the result file keeps."""
+    done = CliRunner().invoke(app, ["--dry-run", "--only", only, "--out", str(folder), *options])
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done.exit_code, json.loads((folder / "gpu.json").read_text(encoding="utf-8"))["sections"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
+    status, sections = dry(tmp_path, "smoke,ceilings,core")
+    assert status == 0
+    assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
+    assert {row["op"] for row in sections["smoke"]["tables"]["smoke"]} == set(OPS)
+    assert {row["op"] for row in sections["core"]["tables"]["small core"]} == set(cases.SMALL)
     assert "no figure here is a gpu figure" in (tmp_path / "gpu.txt").read_text(encoding="utf-8").lower()
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "case", "table"),
+    [
+        ("profile", profile.run, profile.CHOLESKY, "updates"),
+        ("graph", graph.run, None, "no wait for the device"),
+        ("tune", tune.run, None, "tiles"),
+    ],
+)
+def test_a_stage_finds_something_and_leaves_nothing_out(
+    name: str, stage: Any, case: str | None, table: str, tmp_path: Path
+):
+    stage(Findings(tmp_path / "gpu.jsonl", name, Stub(), 600, case))
+    section = frame.sections(tmp_path / "gpu.jsonl")[name]
+    assert section["failures"] == section["skipped"] == []
+    assert table in section["tables"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_tried_alone_in_a_batch_and_in_a_list(op: str):
+    calls = [words for words, _, _ in smoke.calls(op, Stub(), quick=True)]
+    assert len(calls) == (3 if OPS[op].signature.lists else 1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IN_PROCESSES)
-def test_sections_in_processes_run_dry(name: str, tmp_path: Path):
-    assert main(["--dry-run", "--only", name, "--out", str(tmp_path)]) == 0
-    section = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"][name]
-    assert section["failures"] == []
-    assert section["tables"] != {}
+@pytest.mark.parametrize("name", ["tests", "sanitizer"])
+def test_stages_that_start_programs_run_dry(name: str, tmp_path: Path):
+    _, sections = dry(tmp_path, name)
+    assert sections[name]["failures"] == []
+    assert sections[name]["tables"] != {}
 
 
-def test_a_dry_run_writes_nothing_unless_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    assert main(["--dry-run", "--only", "ceilings"]) == 0
-    assert list(tmp_path.iterdir()) == []
+def test_outcomes_of_tests_are_counted_as_far_as_they_came():
+    output = "[gw1] [ 10%] PASSED tests/a.py::one[x] \n[gw0] [ 20%] FAILED tests/a.py::two \ntests/a.py::three "
+    assert tests.counts(output) == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert tests.counts("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
 
 
-def test_without_time_sections_are_skipped_and_named(tmp_path: Path):
-    assert main(["--dry-run", "--only", "ceilings,graph", "--minutes", "0.1", "--out", str(tmp_path)]) == 0
-    sections = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Faulty(Stub):
+    """A device that an illegal access has poisoned for good, as a GPU would be for a process."""
+
+    poisoned = False
+
+    def synchronize(self) -> None:
+        if self.poisoned:
+            message = "CUDA error: an illegal memory access was encountered"
+            raise RuntimeError(message)
+
+
+def faults(found: Findings) -> None:
+    def poison() -> None:
+        found.device.poisoned = True
+
+    for name, fault in {
+        "good": lambda: found.row("table", case="good"),
+        "raises": lambda: 1 / 0,
+        "poisons": poison,
+        "crashes": lambda: ctypes.string_at(0),
+        "hangs": lambda: time.sleep(60),
+        "after": lambda: found.row("table", case="after"),
+    }.items():
+        found.attempt(name, 0, fault)
+
+
+NAMES = ["good", "raises", "poisons", "crashes", "hangs", "after"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_fault_hides_another_case(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An exception, a poisoned device, a crash and a hang, in one process after another or each in its own."""
+    monkeypatch.setattr(frame, "Stub", Faulty)
+    monkeypatch.setattr(frame, "HANG", 1.0)
+    stage = Stage(faults, 60, (lambda dry: NAMES) if apart else None, together=2)
+    monkeypatch.setitem(STAGES, "ops", stage)
+    status, sections = dry(tmp_path, "ops,ceilings")
+    failed = {failure["case"]: failure for failure in sections["ops"]["failures"]}
+    assert status == 1
+    assert set(failed) == {"raises", "poisons", "crashes", "hangs"}
+    assert "ZeroDivisionError" in failed["raises"]["error"]
+    assert "illegal memory access" in failed["poisons"]["error"]
+    assert "faults" in failed["crashes"]["traceback"]
+    assert "Timeout" in failed["hangs"]["traceback"]
+    assert {row["case"] for row in sections["ops"]["tables"]["table"]} == {"good", "after"}
+    assert sections["ceilings"]["status"] == "done"
+
+
+def test_a_run_that_is_cut_off_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is killed without a word has written every finding, and names what it did not come to."""
+    monkeypatch.setitem(STAGES, "ops", Stage(faults, 60))
+    context = multiprocessing.get_context("fork")
+    run = context.Process(target=dry, args=(tmp_path, "ceilings,ops,tune"))
+    run.start()
+    end, report_file = time.monotonic() + 60, tmp_path / "gpu.txt"
+    while time.monotonic() < end and not (report_file.exists() and "ZeroDivision" in report_file.read_text("utf-8")):
+        time.sleep(0.05)
+    run.kill()
+    run.join()
+    said = report_file.read_text(encoding="utf-8")
+    assert "float32 product of order" in said
+    assert "FAILED raises: ZeroDivisionError" in said
+    assert "cut off: ops, tune" in said
+    assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]["tune"]["status"] == "cut off"
+
+
+def test_a_line_that_an_end_cut_short_is_left_out(tmp_path: Path):
+    path = tmp_path / "gpu.jsonl"
+    Findings(path, "ops", Stub(), 1).row("table", case="whole")
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"stage": "ops", "kind": "ro')
+    assert frame.sections(path)["ops"]["tables"] == {"table": [{"case": "whole"}]}
+
+
+def test_without_time_stages_are_skipped_and_named(tmp_path: Path):
+    status, sections = dry(tmp_path, "ceilings,graph", "--minutes", "0.1")
+    assert status == 0
     assert [section["status"] for section in sections.values()] == ["skipped", "skipped"]
     assert all("wanted" in section["skipped"][0] for section in sections.values())
 
 
-def test_a_section_that_fails_is_recorded_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(bench: Bench, found: Findings, time: Deadline) -> None:
-        raise ValueError("broken")
-
-    monkeypatch.setitem(SECTIONS, "graph", SECTIONS["graph"]._replace(run=fail))
-    assert main(["--dry-run", "--only", "graph,ceilings", "--out", str(tmp_path)]) == 1
-    sections = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
-    assert sections["ceilings"]["status"] == "done"
-    assert "ValueError: broken" in sections["graph"]["failures"][0]["traceback"]
+def test_a_case_for_which_no_time_is_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Stub, "dry", False)
+    found = Findings(tmp_path / "gpu.jsonl", "ops", Stub(), 1)
+    found.attempt("long", 5, os.abort)
+    assert frame.sections(found.path)["ops"]["skipped"] == ["long: 1 s left, 5 s wanted"]
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, the checks and the page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([]) == 2
-    assert "--dry-run" in capsys.readouterr().err
+    nothing = CliRunner().invoke(app, [])
+    assert (nothing.exit_code, "--dry-run" in nothing.stderr) == (2, True)
+    assert "speed" in CliRunner().invoke(app, ["--only", "ops,speed"]).stderr
 
 
-def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main(["--only", "ops,speed"])
-    assert "speed" in capsys.readouterr().err
+def test_a_dry_run_writes_nothing_unless_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert CliRunner().invoke(app, ["--dry-run", "--only", "ceilings"]).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_op_has_a_case_and_a_cost():
@@ -93,9 +224,9 @@ def test_a_wrong_result_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch)
 
     def slightly_off(case, call, arguments):
         found = results(case, call, arguments)
-        return (
-            tuple(part * 1.001 if part.is_floating_point() else part for part in found) if call is OPS[name] else found
-        )
+        if call is not OPS[name]:
+            return found
+        return tuple(part * 1.001 if part.is_floating_point() else part for part in found)
 
     monkeypatch.setattr(cases, "results", slightly_off)
     with pytest.raises(AssertionError, match="relative error"):
@@ -110,13 +241,14 @@ def test_the_floor_is_set_by_the_slower_of_products_and_copy():
     assert ceilings.floor(Work(float32=10**13, bytes=10**12)) == (1.0, "copy")
 
 
-def test_a_choice_of_tiles_is_seen_and_replaced():
-    pytest.importorskip("triton")
+def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():
     device, case = Stub(), next(case for case in cases.cases(TOY) if case.op == "project")
     arguments, launch = cases.operands(case, device), OPS["project"].launch
     with tune.choosing({}) as made:
         shipped = device.recorded(launch, *arguments)
     choice = next(choice for choice in made if choice.function == "inner_product")
+    limited = made[choice]._replace(registers=200)
+    assert all(config.options["maxnreg"] == 200 for config in tune.neighbours(choice, limited))
     other = made[choice]._replace(num_warps=8)
     assert other in tune.neighbours(choice, made[choice])
     with tune.choosing({choice: other}):
@@ -127,7 +259,7 @@ def test_a_choice_of_tiles_is_seen_and_replaced():
 
 def test_a_result_file_becomes_a_section_of_the_measurements(tmp_path: Path):
     folder = tmp_path / "some-gpu"
-    assert main(["--dry-run", "--only", "ceilings,ops", "--out", str(folder)]) == 0
+    dry(folder, "ceilings,ops")
     study = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
     name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
     study["facts"]["gpu"] = name
@@ -135,4 +267,4 @@ def test_a_result_file_becomes_a_section_of_the_measurements(tmp_path: Path):
     page = report.page(tmp_path)
     assert "## Some GPU" in page
     assert "part of the ceiling that binds" in page
-    assert "| project |" in page
+    assert "| project | n 48, r 8, k 5, float32 |" in page

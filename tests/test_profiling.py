@@ -9,40 +9,44 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bench.gpu.ceilings import Ceilings
-from bench.gpu.device import Stub
-from bench.profiling.__main__ import deeper, main
-from bench.profiling.kernels import Kernel, of_tree
-from bench.profiling.request import NAMES, Request, kernels_of, prepare
+from bench import profiling
+from bench.gpu.device import Ceilings, Stub
+from bench.profiling import NAMES, Profiled, Request, app, deeper, frames, prepare, rows_of
 
 SMALL = ["--n", "96", "--r", "8", "--k", "8", "--m", "24", "--cores", "2"]
 CEILINGS = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})
-GIVEN = ["--ceilings", json.dumps({name: value for name, value in CEILINGS._asdict().items() if name != "samples"})]
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "measure", lambda device, sizes: CEILINGS)
+
+
+def rows(folder: Path, op: str) -> list[dict[str, Any]]:
+    path = folder / "rows.json"
+    assert CliRunner().invoke(app, ["--op", op, *SMALL, "--json", str(path)]).exit_code == 0
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("op", NAMES)
 def test_every_op_and_function_is_profiled_on_a_cpu(op: str, tmp_path: Path):
-    path = tmp_path / "rows.json"
-    assert main(["--op", op, *SMALL, *GIVEN, "--json", str(path)]) == 0
-    every, *kernels = json.loads(path.read_text(encoding="utf-8"))
+    every, *kernels = rows(tmp_path, op)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
     assert any(row["TFLOP/s"] for row in kernels) or op in ("cholesky_inverse_core", "gram_ema_", "rotate_")
 
 
 def test_the_row_of_all_kernels_has_the_cost_of_the_op(tmp_path: Path):
-    path = tmp_path / "rows.json"
-    main(["--op", "project", *SMALL, *GIVEN, "--json", str(path)])
-    every = json.loads(path.read_text(encoding="utf-8"))[0]
+    every = rows(tmp_path, "project")[0]
     seconds = every["µs"] / 1e6
     assert every["TFLOP/s"] * seconds * 1e12 == pytest.approx(2 * 96 * 8 * 8)
     assert every["GB/s"] * seconds * 1e9 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
 
 
-def test_what_is_printed_names_size_time_and_the_way_deeper(capsys: pytest.CaptureFixture[str]):
-    assert main(["--op", "cross_gram", *SMALL, *GIVEN]) == 0
-    printed = capsys.readouterr().out
+def test_what_is_printed_names_size_time_and_the_way_deeper():
+    printed = CliRunner().invoke(app, ["--op", "cross_gram", *SMALL]).stdout
     assert "cross_gram: n 96, r 8, k 8" in printed
     assert "torch form on a CPU" in printed
     assert "ncu --clock-control none" in printed
@@ -54,7 +58,6 @@ def test_what_is_printed_names_size_time_and_the_way_deeper(capsys: pytest.Captu
     [
         (["--op", "residuum"], "OP must be one of"),
         (["--op", "cross_gram", "--n", "0"], "N must be at least 1; got 0"),
-        (["--op", "cross_gram", "--n", "many"], "invalid int value: 'many'"),
         (["--op", "cross_gram", "--n", "8", "--r", "9"], "R must be at most N = 8"),
         (["--op", "eigh_update", "--n", "16", "--r", "8", "--k", "9"], "R + K must be at most N = 16"),
         (["--op", "cross_gram", "--dtype", "int8"], "DTYPE must be one of"),
@@ -62,17 +65,11 @@ def test_what_is_printed_names_size_time_and_the_way_deeper(capsys: pytest.Captu
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],
 )
-def test_what_cannot_be_profiled_is_said_in_one_line(
-    arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]
-):
-    try:
-        status = main(arguments)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2
-    said = capsys.readouterr().err
-    assert rule in said
-    assert said.count("\n") == 1
+def test_what_cannot_be_profiled_is_said_in_one_line(arguments: list[str], rule: str):
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert rule in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("op", ["cross_gram", "root_update, cholesky"])
@@ -84,15 +81,8 @@ def test_the_lines_of_other_profilers_run_the_same_calls_bare(op: str):
     for line in (ncu, nsys):
         words = shlex.split(line)
         own = words[words.index("bench.profiling") + 1 :]
-        assert own[0] == "--bare"
-        assert own[1:] == request.arguments
-        assert main(own) == 0
-
-
-def test_kernels_are_named_as_they_are_launched():
-    pytest.importorskip("triton")
-    assert kernels_of(Request("project", n=96, r=8, k=8), Stub()) == ["inner_product_kernel", "sum_parts_kernel"]
-    assert kernels_of(Request("eigh_update", n=96, r=8, k=8), Stub()) == []
+        assert own == ["--bare", *request.arguments]
+        assert CliRunner().invoke(app, own).exit_code == 0
 
 
 def test_half_precision_is_that_of_the_data():
@@ -108,29 +98,29 @@ def frame(name: str, metrics: dict[str, Any], *children: Any) -> dict[str, Any]:
 def test_a_tree_of_proton_is_summed_by_launch():
     """Time is in the launch's own frame, or in one of the compiled kernel below it; both have been so."""
     work = {"flops32": 2e9, "flops64": 1e9, "bytes": 4e6}
-    tree = [
-        frame(
-            "ROOT",
-            {"count": 0, "time (ns)": 0},
-            frame("tall_product_kernel [n=8]", work | {"count": 2, "time (ns)": 3000}),
-            frame("tall_product_kernel [n=9]", work, frame("tall_product_kernel", {"count": 1, "time (ns)": 500})),
-            frame("elementwise", {"count": 4, "time (ns)": 100}),
-            frame("__proton_launch_metadata", {}, frame("copy", {"count": 9, "time (ns)": 9})),
-        ),
-        {"CUDA": {"0": {"arch": "90"}}},
+    tree = frame(
+        "ROOT",
+        {"count": 0, "time (ns)": 0},
+        frame("tall_product_kernel [n=8]", work | {"count": 2, "time (ns)": 3000}),
+        frame("tall_product_kernel [n=9]", work, frame("tall_product_kernel", {"count": 1, "time (ns)": 500})),
+        frame("elementwise", {"count": 4, "time (ns)": 100}),
+        frame("__proton_launch_metadata", {}, frame("copy", {"count": 9, "time (ns)": 9})),
+    )
+    every, *kernels = rows_of(list(frames(tree)), 1, Profiled([]), CEILINGS)
+    assert (every["launches"], every["µs"]) == (7, pytest.approx(3.6))
+    assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [
+        ("tall_product_kernel [n=8]", 2, pytest.approx(3.0)),
+        ("tall_product_kernel [n=9]", 1, pytest.approx(0.5)),
+        ("elementwise", 4, pytest.approx(0.1)),
     ]
-    assert of_tree(tree) == [
-        Kernel("tall_product_kernel [n=8]", 2, pytest.approx(3e-6), {32: 2e9, 64: 1e9}, 4e6),
-        Kernel("tall_product_kernel [n=9]", 1, pytest.approx(5e-7), {32: 2e9, 64: 1e9}, 4e6),
-        Kernel("elementwise", 4, pytest.approx(1e-7)),
-    ]
+    assert kernels[0]["TFLOP/s"] == pytest.approx(1e3)
+    assert kernels[-1]["of ceiling"] is None
 
 
 def test_a_kernel_is_held_to_the_ceiling_that_binds():
-    row = Kernel("project", 1.0, 2e-6, {32: 1e8}, 1e6).row(4e-6, CEILINGS)
+    found = list(frames(frame("project", {"count": 1, "time (ns)": 2000, "flops32": 1e8, "bytes": 1e6})))
+    row = rows_of(found, 1, Profiled([]), CEILINGS)[1]
     assert row["TFLOP/s"] == pytest.approx(50)
     assert row["GB/s"] == pytest.approx(500)
     # 10⁸ flops take 1 µs at 10¹⁴ flop/s, and 10⁶ bytes 1 µs at 10¹² byte/s.
     assert row["of ceiling"] == pytest.approx(0.5)
-    assert row["% of all"] == pytest.approx(50)
-    assert Kernel("elementwise", 1.0, 2e-6).row(4e-6, CEILINGS)["of ceiling"] is None

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_map
 from bench.benches.peers import at_best
 from bench.benches.tasks import GROUPED, ONE_BY_ONE, OWN, TASKS, Call, Shape, Task, check, together
 from bench.benches.timing import TIMER
-from bench.gpu.device import Device
-from bench.gpu.timed import size_of
+from bench.gpu.device import Device, size_of
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 

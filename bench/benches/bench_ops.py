@@ -18,10 +18,8 @@ from bench.benches.problems import require
 from bench.benches.tasks import BRANDLA, SHORT, TORCH_FORM, forced
 from bench.benches.timing import TIMER
 from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.device import Device
-from bench.gpu.sizes import FULL, TOY
-from bench.gpu.timed import size_of
+from bench.gpu.cases import FULL, TOY, Case
+from bench.gpu.device import Device, size_of
 from bench.studies import roofline
 from brandla_kernels import OPS
 

@@ -14,8 +14,7 @@ from bench.benches.peers import REST
 from bench.benches.tasks import OURS
 from bench.benches.timing import Interval, of_median
 from bench.frame.figures import Study
-from bench.gpu.ceilings import Ceilings, Work
-from bench.gpu.device import Device
+from bench.gpu.device import Ceilings, Device, Work
 from brandla.demo.frame import plain
 
 # Seconds that a case is timed for, and how often it is called at least and at most.

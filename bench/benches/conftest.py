@@ -25,9 +25,8 @@ from bench.frame import results
 from bench.frame.facts import facts, in_words
 from bench.frame.figures import Figure, Study, spelled
 from bench.frame.study import INTERRUPTED, THREADS, machine_of, show
-from bench.gpu.ceilings import measure
-from bench.gpu.device import Device
-from bench.gpu.sizes import TOY
+from bench.gpu.cases import TOY
+from bench.gpu.device import Device, measure
 from bench.studies import roofline
 
 

@@ -30,9 +30,8 @@ from bench.benches.problems import (
     target_of,
     undone,
 )
-from bench.gpu import factors
-from bench.gpu.ceilings import Work
-from bench.gpu.device import Device
+from bench.gpu import cases as gpu_cases
+from bench.gpu.device import Device, Work
 from brandla import LowRankEigh, LowRankSVD
 
 DAMPING, EXPONENT = 0.1, -0.5
@@ -104,7 +103,7 @@ def forced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def check(name: str, call: Call) -> Judgement:
     """Call once, and refuse a wrong result."""
-    return call.judge(factors.on_cpu(call.function(*call.arguments))).accept(name)
+    return call.judge(gpu_cases.on_cpu(call.function(*call.arguments))).accept(name)
 
 
 def approximating(
@@ -175,7 +174,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     m = n // 2
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
-    left, right = halves(factors.on_cpu(svd))
+    left, right = halves(gpu_cases.on_cpu(svd))
     added = [side.double().cpu() for side in sides]
     target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
     work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
@@ -189,7 +188,7 @@ def svd_append(shape: Shape, device: Device) -> Task:
     m = max(2 * r, 4 * k)
     svd = svd_factor(shape, device, m)
     columns = next(columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
-    left, right = halves(factors.on_cpu(svd))
+    left, right = halves(gpu_cases.on_cpu(svd))
     unit = torch.eye(k, dtype=torch.float64)
     target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
     work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
@@ -297,7 +296,7 @@ def damped(name: str, shape: Shape, device: Device) -> Task:
     n, r, k = shape[:3]
     factor, rhs = symmetric_factor(shape, device), device.normal(n, k, dtype=shape.dtype)
     exponent = (EXPONENT,) if name == "damped_power" else ()
-    judge = undone(rhs.cpu(), [factors.on_cpu(factor)], DAMPING, *exponent)
+    judge = undone(rhs.cpu(), [gpu_cases.on_cpu(factor)], DAMPING, *exponent)
     peer, call = (DENSE_EIGH, _dense_power) if exponent else (SOLVE, torch.linalg.solve)
     return Task(
         Call(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge),
@@ -312,7 +311,7 @@ def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
     n, r, k = shape[:3]
     m = n // 2
     sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
-    exact = [factors.on_cpu(side) for side in sides]
+    exact = [gpu_cases.on_cpu(side) for side in sides]
     if pair:
         data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
         judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]

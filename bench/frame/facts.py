@@ -13,7 +13,7 @@ import torch
 from brandla.demo import machine
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn")
 # Named where they are installed.
 OPTIONAL = ("fbpca", "cupy")
 # What a figure depends on; the results themselves and the pages made of them are left out.

@@ -1,6 +1,6 @@
 """One command for everything that only a GPU can show: ``python -m bench.gpu``, or ``make gpu``.
 
-Tests on the device, compute-sanitizer, measured ceilings, each op against them and against torch, the updates, CUDA
-graphs, grouped calls, profiles and a search for better tiles, in under nine minutes. Each section is a module with one
-function ``run(bench, found, time)`` and can be asked for alone; ``--dry-run`` takes the same path on a CPU with toys.
+Stages run one after the other, the most valuable facts first, each in processes of its own, and write what they find
+line by line into ``gpu.jsonl``. `__main__` starts and ends the processes, `frame` is the record and its report, and
+every other module of a stage has a function ``run(found)``. ``--dry-run`` takes the same path on a CPU with toys.
 """

@@ -1,173 +1,193 @@
-"""The command line: which sections, in which time, written where."""
+"""The command line of ``make gpu``: which stages, in which order and time, in which processes."""
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
+from rich.console import Console
 
 from bench.frame import results
-from bench.gpu import ceilings, facts, graph, grouped, ops, profiles, report, sanitizer, tests, tune, updates
-from bench.gpu.device import Device, Gpu, Stub
-from bench.gpu.findings import Bench, Deadline, Findings
-from bench.gpu.sizes import FULL, TOY
-from brandla.demo.frame import plain
+from bench.gpu import frame, graph, ops, profile, smoke, tests, tune
+from bench.gpu.device import Gpu, Stub
+from bench.gpu.frame import Findings
 
 STUDY = "gpu"
-# Seconds kept for the end; and those past the limit after which a call that hangs is ended, with a traceback.
-RESERVE, PATIENCE = 8.0, 30.0
-NOT_DONE = {"figures": [], "tables": {}, "notes": [], "skipped": [], "failures": [], "seconds": 0.0}
+# Seconds kept for the end, the least for a stage, and those past its end after which a stage's process is killed.
+RESERVE, LEAST, PATIENCE = 8.0, 5.0, 15.0
+POLL = 0.5
+# A server that has imported everything and never touched the GPU: a process forked from it starts in milliseconds.
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+# A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "profile", "graph", "tests", "tune"))]
 
 
-class Section(NamedTuple):
-    """A section, the seconds without which it is not begun, and the most it may take."""
+class Stage(NamedTuple):
+    """A stage, the most seconds it may take, and the cases that have a process each, with so many at a time."""
 
-    run: Callable[[Bench, Findings, Deadline], None]
-    least: float
+    run: Callable[[Findings], None]
     most: float
+    cases: Callable[[bool], list[str]] | None = None
+    together: int = 1
 
 
-SECTIONS = {
-    "tests": Section(tests.run, 20, 150),
-    "sanitizer": Section(sanitizer.run, 15, 45),
-    "ceilings": Section(ceilings.run, 5, 20),
-    "ops": Section(ops.run, 15, 120),
-    "updates": Section(updates.run, 15, 60),
-    "graph": Section(graph.run, 8, 25),
-    "grouped": Section(grouped.run, 10, 30),
-    "profile": Section(profiles.run, 15, 45),
-    "tune": Section(tune.run, 15, 600),
+STAGES = {
+    "smoke": Stage(smoke.run, 90, smoke.cases, together=12),
+    "ceilings": Stage(ops.ceilings, 20),
+    "profile": Stage(profile.run, 80, profile.profiled),
+    "core": Stage(profile.core, 40),
+    "graph": Stage(graph.run, 90),
+    "ops": Stage(ops.run, 110),
+    "tests": Stage(tests.run, 130, tests.cases, together=5),
+    "sanitizer": Stage(smoke.sanitize, 45),
+    "tune": Stage(tune.run, 600),
 }
+app = typer.Typer(add_completion=False)
 
 
-@dataclass
-class Record:
-    """What is written after every section."""
-
-    machine: dict[str, Any]
-    folder: Path | None
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def keep(self, name: str, section: dict[str, Any]) -> None:
-        """Take up a section, and write everything anew."""
-        self.sections[name] = plain(section)
-        if self.folder is not None:
-            results.write(STUDY, self.machine, {"sections": self.sections}, self.folder)
-            (self.folder / f"{STUDY}.txt").write_text(report.text(self.machine, self.sections), encoding="utf-8")
-
-    def take_up(self) -> None:
-        """Go on with a record that another process has begun."""
-        if self.folder is not None:
-            self.sections = json.loads((self.folder / f"{STUDY}.json").read_text(encoding="utf-8"))["sections"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections asked for; return 1 if any failed, 2 where they cannot run."""
-    options = _parser().parse_args(arguments)
-    if not options.dry_run and not torch.cuda.is_available():
+@app.command()
+def main(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="take the same path on the CPU; measures nothing")] = False,
+    only: Annotated[str, typer.Option(help="stages to run")] = ",".join(STAGES),
+    minutes: Annotated[float, typer.Option(help="time for everything")] = 9.0,
+    out: Annotated[Path | None, typer.Option(help="folder for the results ($OUT, else bench/results/<GPU>)")] = None,
+    commit: Annotated[str | None, typer.Option(help="commit to record where the checkout has no history")] = None,
+) -> None:
+    """Test and measure on a GPU; the exit status is 1 if anything failed, 2 where nothing can run."""
+    end = time.monotonic() + 60 * minutes - RESERVE
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if not names or set(names) - set(STAGES):
+        wrong = ", ".join(name for name in names if name not in STAGES) or repr(only)
+        message = f"unknown stage {wrong}; choose from {', '.join(STAGES)}"
+        raise typer.BadParameter(message)
+    if not dry_run and not torch.cuda.is_available():
         print("python -m bench.gpu: torch sees no GPU; --dry-run takes the same path on the CPU", file=sys.stderr)
-        return 2
-    time_left = Deadline(60 * options.minutes - RESERVE)
-    device = Stub() if options.dry_run else Gpu()
-    machine = facts.facts(options.dry_run, options.commit)
-    record = Record(machine, _folder(options, machine))
-    if options.continued:
-        record.take_up()
-    console = report.console()
-    console.print(report.heading(machine))
-    if not options.dry_run:
-        faulthandler.dump_traceback_later(60 * options.minutes + PATIENCE, exit=True)
-    try:
-        broken = _run(options.only, Bench(device, TOY if options.dry_run else FULL), record, time_left, console)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    if broken:
-        return _go_on(options, broken, time_left, record)
-    console.print(report.verdict(machine, record.sections))
-    if record.folder is not None:
-        console.print(f"written: {STUDY}.json and {STUDY}.txt in {record.folder}")
-    return int(any(section["status"] == "failed" for section in record.sections.values()))
+        raise typer.Exit(2)
+    machine = frame.machine_of(Stub() if dry_run else Gpu(), commit)
+    with TemporaryDirectory() as scratch:
+        out = out or Path(scratch if dry_run else os.environ.get("OUT") or frame.folder_of(machine))
+        out.mkdir(parents=True, exist_ok=True)
+        run = Run(machine, out, end, Console(width=frame.WIDTH, highlight=False))
+        # A polite end takes the processes along.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        try:
+            found = run.stages(names)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    raise typer.Exit(int(any(section["status"] == "failed" for section in found.values())))
 
 
-def _run(names: list[str], bench: Bench, record: Record, time_left: Deadline, console: Any) -> list[str]:
-    """Run sections in order; where one breaks the device, return the ones left."""
-    for place, name in enumerate(names):
-        record.keep(name, NOT_DONE | {"status": "started"})
-        found = _section(name, bench, time_left)
-        record.keep(name, found.record())
-        console.print(report.section(name, record.sections[name], bench.device.dry))
-        if not _answers(bench.device):
-            return names[place + 1 :]
-    return []
+class Run:
+    """One run: the stages' processes, their time, and the report, written anew whenever the record has grown."""
 
+    def __init__(self, machine: dict[str, Any], folder: Path, end: float, console: Console) -> None:
+        self.machine, self.folder, self.end, self.console = machine, folder, end, console
+        self.dry = machine["quick"]
+        self.path = folder / f"{STUDY}.jsonl"
+        self.path.unlink(missing_ok=True)
+        self._reported = 0
+        CONTEXT.set_forkserver_preload(PRELOADED)
 
-def _section(name: str, bench: Bench, time_left: Deadline) -> Findings:
-    section, found, start = SECTIONS[name], Findings(), time.monotonic()
-    if time_left.left() < section.least:
-        found.skipped.append(f"{time_left.left():.0f} s left, {section.least:.0f} s wanted")
+    def stages(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Run stages in order, and return what they found."""
+        self.console.print(frame.heading(self.machine))
+        for name in names:
+            frame.write(self.path, name, "asked")
+        for name in names:
+            start = time.monotonic()
+            seconds = self.end - start if self.dry else min(STAGES[name].most, self.end - start)
+            if seconds < LEAST:
+                frame.write(self.path, name, "skip", text=f"{max(seconds, 0):.0f} s left, {LEAST:.0f} s wanted")
+            else:
+                self._stage(name, start + seconds)
+            frame.write(self.path, name, "done", seconds=time.monotonic() - start)
+            self.report()
+            self.console.print(frame.section(name, frame.sections(self.path)[name], self.dry))
+        found = frame.sections(self.path)
+        self.console.print(frame.verdict(self.machine, found))
+        self.console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
         return found
-    try:
-        section.run(bench, found, time_left.within(section.most))
-    except Exception as error:
-        found.failures.append({"case": name, "error": str(error)[:200], "traceback": traceback.format_exc()})
-    found.seconds = time.monotonic() - start
-    return found
+
+    def report(self) -> None:
+        """Write what is known by now."""
+        if self.path.stat().st_size != self._reported:
+            self._reported = self.path.stat().st_size
+            found = frame.sections(self.path)
+            results.write(STUDY, self.machine, {"sections": found}, self.folder)
+            (self.folder / f"{STUDY}.txt").write_text(frame.text(self.machine, found), encoding="utf-8")
+
+    def _stage(self, name: str, end: float) -> None:
+        """Run the processes of a stage; one that dies is followed by another, which goes on after the case at hand."""
+        stage = STAGES[name]
+        waiting = deque(stage.cases(self.dry) if stage.cases else [None])
+        running: dict[Any, str | None] = {}
+        with TemporaryDirectory() as logs:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < stage.together:
+                        case = waiting.popleft()
+                        running[self._start(name, case, end, Path(logs))] = case
+                    wait([process.sentinel for process in running], timeout=POLL)
+                    for process in list(running):
+                        if process.is_alive() and time.monotonic() < end + PATIENCE:
+                            continue
+                        case = running.pop(process)
+                        if self._failed(name, process, case, Path(logs)) and time.monotonic() < end - LEAST:
+                            waiting.append(case)
+                    self.report()
+            finally:
+                for process in running:
+                    _stop(process)
+
+    def _start(self, name: str, case: str | None, end: float, logs: Path) -> Any:
+        # Threads that wait for each other's cores take a thousand times as long as the toys of a dry run.
+        threads = 1 if self.dry else max(1, (os.cpu_count() or 1) // STAGES[name].together)
+        about = (self.path, name, case, end - time.monotonic(), self.dry, threads, logs)
+        process = CONTEXT.Process(target=frame.work, args=(STAGES[name].run, *about))
+        process.start()
+        return process
+
+    def _failed(self, name: str, process: Any, case: str | None, logs: Path) -> bool:
+        """Record how a process ended, if it did not end well; say whether there may be more cases for another."""
+        _stop(process)
+        if process.exitcode == 0:
+            return False
+        last = case or frame.open_case(self.path, name)
+        known = frame.sections(self.path)[name]["failures"]
+        if last is None or all(failure["case"] != last for failure in known):
+            log = logs / str(process.pid)
+            trace = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            # A crash has its place at the head, and then names each compiled module that was loaded.
+            trace = trace.partition("Extension modules")[0]
+            trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
+            error = f"the process ended with status {process.exitcode}"
+            frame.write(self.path, name, "failure", case=last or name, error=error, traceback=trace)
+        if last is not None:
+            frame.write(self.path, name, "end", case=last)
+        return case is None and last is not None
 
 
-def _answers(device: Device) -> bool:
-    try:
-        device.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _go_on(options: argparse.Namespace, names: list[str], time_left: Deadline, record: Record) -> int:
-    """Run what is left in a new process: an access out of bounds leaves nothing usable in this one."""
-    minutes = (time_left.left() + RESERVE) / 60
-    command = [sys.executable, "-m", "bench.gpu", "--only", ",".join(names), "--minutes", f"{minutes:.3f}"]
-    command += ["--out", str(record.folder), "--continued"]
-    command += ["--commit", options.commit] if options.commit else []
-    return subprocess.run(command, check=False).returncode or 1
-
-
-def _folder(options: argparse.Namespace, machine: dict[str, Any]) -> Path | None:
-    if options.out or options.dry_run:
-        return Path(options.out) if options.out else None
-    return Path(os.environ["OUT"]) if os.environ.get("OUT") else results.FOLDER / facts.slug(machine)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Tests and measurements on a GPU.")
-    parser.add_argument("--dry-run", action="store_true", help="take the same path on the CPU; measures nothing")
-    parser.add_argument("--only", type=_names, default=list(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (9)")
-    parser.add_argument("--out", help="folder for the results ($OUT, else bench/results/<GPU>)")
-    parser.add_argument("--commit", help="commit to record where the checkout has no history")
-    parser.add_argument("--continued", action="store_true", help=argparse.SUPPRESS)
-    return parser
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown or not names:
-        message = f"unknown section {', '.join(unknown) or repr(text)}; choose from {', '.join(SECTIONS)}"
-        raise argparse.ArgumentTypeError(message)
-    return names
+def _stop(process: Any) -> None:
+    """End a process: by a word, so that it ends its own, or by force where it does not hear."""
+    if process.is_alive():
+        process.terminate()
+        process.join(3)
+    if process.is_alive():
+        process.kill()
+    process.join()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -1,18 +1,21 @@
-"""A call of each op: operands of a size, the cost, and the check against float64 that comes before any timing."""
+"""Calls of ops and updates at a size: operands, cost, and the check against float64 that comes before any timing."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from bench.benches.problems import DECAY, WEIGHT, require
-from bench.gpu.ceilings import Work
-from bench.gpu.device import Device
-from bench.gpu.sizes import Sizes
+import brandla
+from bench.benches import problems
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, columns_of, require
+from bench.gpu.device import Device, Work
 from brandla_kernels import OPS, Cost
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to
@@ -21,6 +24,48 @@ ROUNDINGS = 4
 THRESHOLD = 1e-10
 # Ops on small matrices alone, which are taken in batches of ``cores``.
 SMALL = ("cholesky_inverse_core", "root_core")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run measures of the ops, in order of importance: what comes late is left out when time runs out."""
+
+    copy: int  # bytes of the ceiling of copies
+    product: int  # order of the square products that give the other ceilings
+    rows: tuple[int, ...]  # n
+    ranks: tuple[int, ...]  # r = k
+    uneven: tuple[tuple[int, int, int], ...]  # n, r, k
+    other_dtypes: tuple[int, int]  # n and r = k in other dtypes
+    most_square: int  # n above which an n × n matrix is left out
+    width: int  # most columns of the W of kron_damped_apply
+    cores: int  # matrices in a batch of cholesky_inverse_core and root_core
+    seconds: float  # time spent on one timing
+
+
+FULL = Sizes(
+    copy=2**31,
+    product=8192,
+    rows=(16384, 65536, 4096),
+    ranks=(256, 128, 64),
+    uneven=((16384, 256, 64), (4096, 128, 64), (16384, 64, 256)),
+    other_dtypes=(16384, 256),
+    most_square=16384,
+    width=4096,
+    cores=32,
+    seconds=0.15,
+)
+TOY = Sizes(
+    copy=2**16,
+    product=32,
+    rows=(48,),
+    ranks=(8,),
+    uneven=((48, 8, 5),),
+    other_dtypes=(48, 8),
+    most_square=48,
+    width=16,
+    cores=3,
+    seconds=0.0,
+)
 
 
 class Size(NamedTuple):
@@ -43,20 +88,41 @@ class Case(NamedTuple):
 
     op: str
     size: Size
-    dtype: torch.dtype
-    data: torch.dtype
+    dtype: torch.dtype = torch.float32
+    data: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
         """The case in words."""
-        own = str(self.dtype).removeprefix("torch.")
-        columns = str(self.data).removeprefix("torch.")
+        own, columns = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.data))
         kinds = own if own == columns else f"{own}, {columns} columns"
+        n, r, k, _, cores = self.size
         if self.op in SMALL:
-            order = self.size.k + (self.size.r if self.op == "root_core" else 0)
-            return f"{self.size.cores} cores of order {order}"
-        return f"n {self.size.n}, r = k {self.size.r}, {kinds}"
+            return f"{cores} cores of order {k + (r if self.op == 'root_core' else 0)}"
+        return f"n {n}, " + (f"r = k {r}" if r == k else f"r {r}, k {k}") + f", {kinds}"
 
+
+def cases(sizes: Sizes) -> list[Case]:
+    """Return all cases, those with r ≠ k and in other dtypes last; an op that this file does not know has none."""
+    float64, bf16 = torch.float64, torch.bfloat16
+    square = [(n, r, r) for r in sizes.ranks for n in sizes.rows]
+    listed = [
+        Case(name, Size(n, r, k, sizes.width, sizes.cores))
+        for n, r, k in (*square, *sizes.uneven)
+        for name in OPERANDS
+        # The size of a small matrix has no n; a Gram matrix has no r.
+        if (n == sizes.rows[0] if name in SMALL else name != "gram_ema_" or n <= sizes.most_square)
+    ]
+    n, r = sizes.other_dtypes
+    other = Size(n, r, r, sizes.width, sizes.cores)
+    halves = [Case(name, other, data=bf16) for name in ("project", "cross_gram", "gram_ema_")]
+    doubles = [
+        Case(name, other, float64, float64) for name in ("project", "cross_gram", "rotate", "damped_apply", "gram")
+    ]
+    return listed + halves + doubles
+
+
+# --- Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
 
 Normal = Callable[..., Tensor]
 
@@ -79,8 +145,9 @@ def _rotate_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...
     return _basis(normal, n, r), _basis(normal, n, k), *rotations
 
 
-def _kron_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    return *_operator(normal, size.n, size.r), *_operator(normal, size.wide, size.r), normal(size.n, size.wide)
+def _gram_ema_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+    square = normal(size.n, size.n)
+    return square + square.mT, data(size.n, size.k), DECAY, WEIGHT
 
 
 def _operator(normal: Normal, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +160,6 @@ def _basis(normal: Normal, n: int, r: int) -> Tensor:
     return normal(n, r) / n**0.5
 
 
-def _symmetric(square: Tensor) -> Tensor:
-    return square + square.mT
-
-
-# In-place ops are timed many times on the same tensors: their rotations and decays keep the values of order 1.
 OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "project": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "gram": lambda normal, data, s: (normal(s.n, s.k),),
@@ -105,62 +167,16 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
     "rotate": _rotate_operands,
     "rotate_": _rotate_operands,
-    "gram_ema_": lambda normal, data, s: (_symmetric(normal(s.n, s.n)), data(s.n, s.k), DECAY, WEIGHT),
+    "gram_ema_": _gram_ema_operands,
     "damped_apply": lambda normal, data, s: (*_operator(normal, s.n, s.r), normal(s.n, s.k)),
-    "kron_damped_apply": _kron_operands,
+    "kron_damped_apply": lambda normal, data, s: (
+        *_operator(normal, s.n, s.r), *_operator(normal, s.wide, s.r), normal(s.n, s.wide),
+    ),
     "cholesky_inverse_core": _core_operands,
     "root_core": _root_core_operands,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
-}
-# Arguments of an op's ``cost``, where they are not n, r and k.
-COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
-    "rotate": lambda s: {"s": s.r},
-    "rotate_": lambda s: {"s": s.r},
-    "root_core": lambda s: {"s": s.r},
-    "damped_apply": lambda s: {"m": s.k},
-    "kron_damped_apply": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
-    "sketch": lambda s: {"m": s.n, "n": s.wide, "width": s.k},
-}
-ALL_FLOAT64 = ("gram", "cholesky_inverse_core")
-# Flops that float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
-NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
-    "gram": lambda s: (0, s.n * s.k**2),
-    "rounded_gram": lambda s: (s.n * s.k**2, 0),
-    "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
-    "gram_ema_": lambda s: (s.n**2 * s.k, 0),
-    "cholesky_inverse_core": lambda s: (0, s.cores * OPS["cholesky_inverse_core"].cost(s.k).flops),
-    "root_core": lambda s: (0, s.cores * OPS["root_core"].cost(s.r, s.k, s.r).flops),
-}
-
-
-def cases(sizes: Sizes) -> list[Case]:
-    """Return all cases, the ones that targets are set for first; an op that this file does not know has none."""
-    known = [name for name in OPS if name in OPERANDS]
-    float32, float64, bf16 = torch.float32, torch.float64, torch.bfloat16
-    listed = [
-        Case(name, _size(sizes, n, r), float32, float32)
-        for r in sizes.ranks
-        for n in sizes.rows
-        for name in known
-        if _fits(name, n, sizes)
-    ]
-    other = _size(sizes, *sizes.other_dtypes)
-    halves = [Case(name, other, float32, bf16) for name in ("project", "cross_gram", "gram_ema_") if name in known]
-    doubles = [
-        Case(name, other, float64, float64) for name in ("project", "cross_gram", "rotate", "damped_apply", "gram")
-    ]
-    return listed + halves + doubles
-
-
-def _fits(name: str, n: int, sizes: Sizes) -> bool:
-    if name in SMALL:
-        # Its size has no n.
-        return n == sizes.rows[0]
-    return name != "gram_ema_" or n <= sizes.most_square
-
-
-def _size(sizes: Sizes, n: int, r: int) -> Size:
-    return Size(n, r, r, sizes.width, sizes.cores)
+}  # fmt: skip
+OPERANDS = {name: OPERANDS[name] for name in OPS if name in OPERANDS}
 
 
 def unknown() -> list[str]:
@@ -170,11 +186,31 @@ def unknown() -> list[str]:
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:
     """Return fresh arguments of the op."""
-    return OPERANDS[case.op](
-        lambda *shape: device.normal(*shape, dtype=case.dtype),
-        lambda *shape: device.normal(*shape).to(case.data),
-        case.size,
-    )
+    normal = lambda *shape: device.normal(*shape, dtype=case.dtype)
+    data = lambda *shape: device.normal(*shape).to(case.data)
+    return OPERANDS[case.op](normal, data, case.size)
+
+
+# --- Cost
+
+# Arguments of an op's ``cost``, where they are not n, r and k.
+COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
+    "rotate": lambda s: {"s": s.r},
+    "rotate_": lambda s: {"s": s.r},
+    "root_core": lambda s: {"s": s.r},
+    "damped_apply": lambda s: {"m": s.k},
+    "kron_damped_apply": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
+    "sketch": lambda s: {"m": s.n, "n": s.wide, "width": s.k},
+}
+# Flops that float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
+NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
+    "gram": lambda s: (0, s.n * s.k**2),
+    "rounded_gram": lambda s: (s.n * s.k**2, 0),
+    "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
+    "gram_ema_": lambda s: (s.n**2 * s.k, 0),
+    "cholesky_inverse_core": lambda s: (0, s.cores * OPS["cholesky_inverse_core"].cost(s.k).flops),
+    "root_core": lambda s: (0, s.cores * OPS["root_core"].cost(s.r, s.k, s.r).flops),
+}
 
 
 def cost(case: Case) -> Cost:
@@ -200,6 +236,9 @@ def work(case: Case) -> Work:
     return Work(float32=single, float64=double, bytes=moved)
 
 
+# --- Check
+
+
 def results(case: Case, call: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
     """Call, and return what was returned or overwritten."""
     result = call(*arguments)
@@ -210,23 +249,22 @@ def results(case: Case, call: Callable[..., Any], arguments: Sequence[Any]) -> t
 
 def fresh(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     """Return copies of the tensors among the arguments, in another dtype if one is named."""
-    return tuple(
-        part.to(dtype if part.is_floating_point() else None, copy=True) if isinstance(part, Tensor) else part
-        for part in arguments
-    )
+    copied = lambda part: part.to(dtype if part.is_floating_point() else None, copy=True)
+    return tuple(tree_map_only(Tensor, copied, list(arguments)))
 
 
-def errors(case: Case, device: Device) -> tuple[float, float]:
-    """Return the relative errors of the op and of its torch form, the largest over the results.
+def check(case: Case, device: Device) -> tuple[float, float]:
+    """Return the relative errors of the op and of its torch form; refuse a wrong result.
 
     The reference is the torch form on float64 copies, which the tests hold to the formulas; of `root_core`, whose
     shift is that of its dtype and which computes in float64 anyway, on the arguments themselves.
     """
-    op = OPS[case.op]
-    arguments = operands(case, device)
+    op, arguments = OPS[case.op], operands(case, device)
     exact = results(case, op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
-    own, peer = (_poisoned(case, call, fresh(arguments)) for call in (op, op.torch_form))
-    return _error(own, exact), _error(peer, exact)
+    own, peer = (error_of(_poisoned(case, call, fresh(arguments)), exact) for call in (op, op.torch_form))
+    limit = allowed(case)
+    require(own <= limit, f"{case.op}, {case.name}: relative error {own:.1e}, allowed {limit:.1e}")
+    return own, peer
 
 
 def _poisoned(case: Case, call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -238,49 +276,50 @@ def _poisoned(case: Case, call: Callable[..., Any], arguments: tuple[Any, ...]) 
     return results(case, call, arguments)
 
 
-def _error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(_relative_error(one, other) for one, other in zip(got, exact, strict=True))
+def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest relative error over the results; infinity for NaN, and for numbers that are to be equal."""
 
+    def one(part: Tensor, expected: Tensor) -> float:
+        if not expected.is_floating_point():
+            return 0.0 if torch.equal(part, expected) else float("inf")
+        difference = torch.linalg.vector_norm(part.double() - expected)
+        error = float(difference / torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny))
+        return error if error == error else float("inf")
 
-def _relative_error(got: Tensor, expected: Tensor) -> float:
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(got, expected) else float("inf")
-    difference = torch.linalg.vector_norm(got.double() - expected)
-    error = float(difference / torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny))
-    return error if error == error else float("inf")
+    return max(one(*pair) for pair in zip(got, exact, strict=True))
 
 
 def allowed(case: Case) -> float:
     """Return the largest error that rounding explains."""
-    terms = case.size.n + case.size.r + case.size.k
-    wide = case.dtype == torch.float64 or case.op in ALL_FLOAT64
+    in_float64 = case.dtype == torch.float64 or case.op in ("gram", "cholesky_inverse_core")
+    eps = torch.finfo(torch.float64 if in_float64 else torch.float32).eps
     if case.op == "root_core":
         # Its shift, 32 ε of the dtype times ‖K‖, is another one in float64.
-        return 8 * 32 * torch.finfo(torch.float64 if wide else torch.float32).eps
-    return ROUNDINGS * terms**0.5 * torch.finfo(torch.float64 if wide else torch.float32).eps
+        return 8 * 32 * eps
+    return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
 
 
-def check(case: Case, device: Device) -> tuple[float, float]:
-    """Return both errors; refuse a wrong result."""
-    error, peer = errors(case, device)
-    limit = allowed(case)
-    require(error <= limit, f"{case.op}, {case.name}: relative error {error:.1e}, allowed {limit:.1e}")
-    return error, peer
+# --- Factors of the public functions
 
 
-def grouped(op: str, problems: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return the arguments of the grouped op: lists, and small matrices stacked and padded with zeros."""
-    signature = OPS[op].signature
-    arguments = list(problems[0])
-    for operand in signature.operands:
-        own = [problem[operand.position] for problem in problems]
-        arguments[operand.position] = own if operand.listed else _stack(own)
-    return arguments
+@cache
+def steady(name: str, n: int, r: int, k: int, steps: int, device: torch.device) -> problems.Case:
+    """Return the factor that a stream of deviations i^−½ settles to, by the torch forms, and the next columns."""
+    update, kind = UPDATES[name]
+    stream = columns_of(n, k, 0.5, seed=n + r + k)
+    factor = kind.zeros(n, r, device=device)
+    with brandla.backend("torch"):
+        for _ in range(steps):
+            factor = update(factor, next(stream).to(device), decay=DECAY, weight=WEIGHT)
+    return problems.Case(factor, next(stream).to(device))
 
 
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    most = [max(part.shape[dim] for part in parts) for dim in range(parts[0].ndim)]
-    stack = parts[0].new_zeros(len(parts), *most)
-    for index, part in enumerate(parts):
-        stack[index][tuple(slice(size) for size in part.shape)] = part
-    return stack
+def eigh(device: Device, n: int, r: int) -> brandla.LowRankEigh:
+    """Return a factor with a random orthonormal basis and the spectrum 1/i."""
+    vectors = torch.linalg.qr(device.normal(n, r)).Q
+    return brandla.LowRankEigh(1 / torch.arange(1, r + 1, device=device.tensors), vectors)
+
+
+def on_cpu(tree: Any) -> Any:
+    """Return nested tensors on the CPU, where the float64 checks run."""
+    return tree_map_only(Tensor, Tensor.cpu, tree)

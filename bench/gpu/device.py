@@ -1,22 +1,21 @@
-"""What the sections need of a device: a GPU, or the CPU standing in for one, so that a dry run takes the same path."""
+"""A device that calls are checked and timed on, and what it does at best: a GPU, or the CPU standing in for one."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
+
+from bench.benches import timing
 
 WARM_UP = 3
 FEWEST, MOST = 5, 200
@@ -32,13 +31,13 @@ class Captured(NamedTuple):
     replay: Callable[[], None]
 
 
-class Device(ABC):
-    """A device that calls are checked and timed on."""
+class Stub:
+    """The CPU in place of a GPU: wall clock, calls repeated in place of replayed, launches recorded and not started."""
 
-    dry: bool
-    tensors: torch.device
-    cache_bytes: int
-    timer: str
+    dry = True
+    tensors = torch.device("cpu")
+    cache_bytes = 2**11
+    timer = "wall clock"
 
     def __init__(self) -> None:
         self._generator = torch.Generator(self.tensors).manual_seed(0)
@@ -51,41 +50,37 @@ class Device(ABC):
         """Return how many sets of inputs of this many bytes in turn outlast the cache."""
         return max(1, min(MOST_SETS, math.ceil(CACHES * self.cache_bytes / max(size, 1))))
 
-    @abstractmethod
     def synchronize(self) -> None:
         """Wait for the device; raise what went wrong on it."""
 
-    @abstractmethod
     def alternating(self, functions: Mapping[str, Callable[[], Any]], limit: float) -> dict[str, list[float]]:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
+        return timing.alternating(functions, WARM_UP, warm_up=0)
 
-    @abstractmethod
     def capture(self, function: Callable[[], Any]) -> Captured:
         """Record a call, to be replayed on the same tensors."""
+        result = function()
 
-    @abstractmethod
-    def never_waiting(self) -> Any:
+        def replay() -> None:
+            for old, new in zip(tensors_in(result), tensors_in(function()), strict=True):
+                old.copy_(new)
+
+        return Captured(result, replay)
+
+    @contextmanager
+    def never_waiting(self) -> Iterator[None]:
         """Make any wait of the host for the device an error, in a ``with`` block."""
+        yield
 
-    @abstractmethod
-    def kernels(self, function: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Return the name, count and microseconds of the kernels that a call starts, the longest first."""
-
-    @abstractmethod
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function under torch.compile."""
+        """Return the function under torch.compile; a CPU traces it only, which is the part that can fail there."""
+        return torch.compile(function, dynamic=False, backend="eager")
 
-    @abstractmethod
-    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the launch function of an op."""
-
-    @abstractmethod
-    def precompile(self, launches: list[Any]) -> str | None:
-        """Compile recorded launches, many at a time. Say what went wrong if it did: the first call compiles too."""
-
-    @abstractmethod
     def target(self) -> Any:
         """Return the target that kernels are compiled for."""
+        from brandla_kernels._kernels.ahead import target_named
+
+        return target_named("sm_90")
 
     def recorded(self, launch: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Return what the launch function of an op would start."""
@@ -94,6 +89,14 @@ class Device(ABC):
         with recording(self.target()) as launches:
             launch(*arguments)
         return launches
+
+    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the launch function of an op."""
+        self.recorded(launch, *arguments)
+
+    def precompile(self, launches: Sequence[Any]) -> str | None:
+        """Compile recorded launches, many at a time. Say what went wrong if it did: the first call compiles too."""
+        return None if launches else "no launch was recorded"
 
     def host_seconds(self, function: Callable[[], Any], calls: int) -> float:
         """Return how long the host takes for a call, with the device left to catch up."""
@@ -108,8 +111,8 @@ class Device(ABC):
         return seconds
 
 
-class Gpu(Device):
-    """A CUDA or ROCm device: events, graphs and the cache written over before every timed call."""
+class Gpu(Stub):
+    """A CUDA or ROCm device: events, graphs, and the cache written over before every timed call."""
 
     dry = False
     timer = "events"
@@ -170,111 +173,156 @@ class Gpu(Device):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def kernels(self, function: Callable[[], Any]) -> list[dict[str, Any]]:
-        function()
-        self.synchronize()
-        # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
-            function()
-            self.synchronize()
-        return _summed(
-            event
-            for event in profiler.events()
-            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        )
-
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False)
-
-    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        return launch(*arguments)
 
     def target(self) -> Any:
         from brandla_kernels._kernels.launch import target_of
 
         return target_of(self._scratch)
 
-    def precompile(self, launches: list[Any]) -> str | None:
+    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
+        return launch(*arguments)
+
+    def precompile(self, launches: Sequence[Any]) -> str | None:
         try:
             from triton import AsyncCompileMode
 
             with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-                for launch in launches:
-                    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-                    launch.kernel.warmup(**launch.arguments, **launch.config.blocks, **options, grid=launch.grid)
+                for one in launches:
+                    # The launch's own options, its limit of registers among them: with others a kernel is another one.
+                    one.kernel.warmup(**one.arguments, **one.config.blocks, **one.config.options, grid=one.grid)
         except Exception as error:
             return f"kernels were compiled one after the other, as they were called: {type(error).__name__}: {error}"
         return None
 
 
-class Stub(Device):
-    """The CPU in place of a GPU: wall clock, calls repeated in place of replayed, launches recorded and not started."""
-
-    dry = True
-    timer = "wall clock"
-    cache_bytes = 2**11
-
-    def __init__(self) -> None:
-        self.tensors = torch.device("cpu")
-        super().__init__()
-
-    def synchronize(self) -> None:
-        pass
-
-    def alternating(self, functions: Mapping[str, Callable[[], Any]], limit: float) -> dict[str, list[float]]:
-        seconds: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(WARM_UP):
-            for name, function in functions.items():
-                start = time.perf_counter()
-                function()
-                seconds[name].append(time.perf_counter() - start)
-        return seconds
-
-    def capture(self, function: Callable[[], Any]) -> Captured:
-        result = function()
-
-        def replay() -> None:
-            for old, new in zip(tree_leaves(result), tree_leaves(function()), strict=True):
-                if isinstance(old, Tensor):
-                    old.copy_(new)
-
-        return Captured(result, replay)
-
-    @contextmanager
-    def never_waiting(self) -> Iterator[None]:
-        yield
-
-    def kernels(self, function: Callable[[], Any]) -> list[dict[str, Any]]:
-        # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
-        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            function()
-        return _summed(event for event in profiler.events() if event.cpu_parent is None)
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        # Tracing is the part of torch.compile that can fail here; generating code for a CPU would only take long.
-        return torch.compile(function, dynamic=False, backend="eager")
-
-    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        self.recorded(launch, *arguments)
-
-    def target(self) -> Any:
-        from brandla_kernels._kernels.ahead import target_named
-
-        return target_named("sm_90")
-
-    def precompile(self, launches: list[Any]) -> str | None:
-        return None if launches else "no launch was recorded"
+Device: TypeAlias = Stub | Gpu
 
 
-def _summed(events: Any) -> list[dict[str, Any]]:
-    counts: Counter[str] = Counter()
-    microseconds: Counter[str] = Counter()
-    for event in events:
-        counts[event.name] += 1
-        microseconds[event.name] += event.time_range.elapsed_us()
-    return [{"kernel": name, "count": counts[name], "µs": float(time)} for name, time in microseconds.most_common()]
+# --- Times
 
 
-def started(kernels: list[dict[str, Any]]) -> int:
-    """Return how many launches a profile counted, copies left out."""
-    return sum(each["count"] for each in kernels if not each["kernel"].startswith(("Memcpy", "Memset")))
+class Times(NamedTuple):
+    """Seconds of each call, and how they were taken."""
+
+    samples: dict[str, list[float]]
+    how: str
+
+    def median(self, name: str) -> timing.Interval:
+        """Return the median with its interval."""
+        return timing.of_median(self.samples[name])
+
+    def microseconds(self, name: str) -> timing.Interval:
+        """Return the same in microseconds."""
+        return timing.Interval(*(1e6 * value for value in self.median(name)))
+
+    def ratio(self, numerator: str, denominator: str) -> timing.Interval:
+        """Return the median ratio of times taken in the same turn."""
+        return timing.ratio(self.samples[numerator], self.samples[denominator])
+
+
+def called(device: Device, calls: Mapping[str, Callable[[], Any]], limit: float) -> Times:
+    """Time calls from the host, the cache written over before each."""
+    return Times(device.alternating(calls, limit), device.timer)
+
+
+def replayed(
+    device: Device, calls: Mapping[str, Callable[..., Any]], inputs: Sequence[Sequence[Any]], limit: float
+) -> Times:
+    """Time calls without the host: as graphs of one call for each set of inputs, divided by their number.
+
+    What cannot be captured is called from the host, and that is said.
+    """
+    functions, how = {}, {}
+    for name, call in calls.items():
+
+        def all_sets(call: Callable[..., Any] = call) -> list[Any]:
+            return [call(*one) for one in inputs]
+
+        try:
+            functions[name], how[name] = device.capture(all_sets).replay, "graph replay"
+        except RuntimeError as error:
+            device.synchronize()
+            functions[name], how[name] = all_sets, f"events, as {type(error).__name__} stopped the capture"
+    samples = device.alternating(functions, limit)
+    divided = {name: [second / len(inputs) for second in samples[name]] for name in functions}
+    if len(set(how.values())) == 1:
+        return Times(divided, next(iter(how.values())))
+    return Times(divided, "; ".join(f"{name}: {method}" for name, method in how.items()))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors of nested values."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size_of(arguments: Any) -> int:
+    """Return the bytes of the tensors among nested arguments."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(arguments))
+
+
+# --- Ceilings: a large copy and large products in torch, in the same run
+
+
+class Work(NamedTuple):
+    """Flops in each precision, and bytes."""
+
+    float32: int = 0
+    bf16: int = 0
+    float64: int = 0
+    bytes: int = 0
+
+
+class Floor(NamedTuple):
+    """The least time for a piece of work, and the ceiling that sets it."""
+
+    seconds: float
+    bound_by: str
+
+
+class Ceilings(NamedTuple):
+    """Bytes per second of a copy, read and written, and flops per second of products; samples in seconds."""
+
+    copy: float
+    float32: float
+    tf32: float
+    bf16: float
+    float64: float
+    samples: dict[str, list[float]]
+
+    @property
+    def accurate(self) -> float:
+        """Flops per second of products at float32 accuracy: torch's own, or three TF32 products for one."""
+        return max(self.float32, self.tf32 / 3)
+
+    def floor(self, work: Work) -> Floor:
+        """Return the least time for work, and the ceiling that sets it; products and copies may overlap."""
+        products = {
+            "float32 products": work.float32 / self.accurate,
+            "bf16 products": work.bf16 / self.bf16,
+            "float64 products": work.float64 / self.float64,
+        }
+        moved, computed = work.bytes / self.copy, sum(products.values())
+        return Floor(moved, "copy") if moved >= computed else Floor(computed, max(products, key=products.__getitem__))
+
+
+def measure(device: Device, sizes: Any) -> Ceilings:
+    """Measure all ceilings by the sizes of `cases`, on random data: a product of zeros is faster."""
+    source = device.normal(sizes.copy // 4)
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    for name, dtype in (
+        ("float32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("float64", torch.float64),
+    ):  # fmt: skip
+        left, right = (device.normal(sizes.product, sizes.product, dtype=dtype) for _ in range(2))
+        calls[name] = lambda left=left, right=right: left @ right
+    before, samples = torch.get_float32_matmul_precision(), {}
+    for name, call in calls.items():
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        try:
+            samples[name] = device.alternating({name: call}, 2 * sizes.seconds)[name]
+        finally:
+            torch.set_float32_matmul_precision(before)
+    rates = {name: 2 * sizes.product**3 / median(times) for name, times in samples.items() if name != "copy"}
+    return Ceilings(2 * sizes.copy / median(samples["copy"]), **rates, samples=samples)

@@ -1,122 +1,206 @@
-"""CUDA graphs: what is replayed equals what is called, to the bit; and nothing waits for the device."""
+"""Public functions as CUDA graphs: replay equals call to the bit, nothing waits for the device, and what both take.
+
+One factor, and a network's worth in one call; beside torch's own ways, and against the targets set for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import brandla
+from bench.benches import written_out
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.gpu import factors
-from bench.gpu.device import Device
-from bench.gpu.findings import Bench, Deadline, Findings
-from bench.gpu.timed import called, microseconds, same_bits, tensors_in
-from brandla_kernels import gram_ema_
+from bench.gpu import cases
+from bench.gpu.device import Device, Work, called, tensors_in
+from bench.gpu.frame import Findings
+from bench.gpu.ops import torch_form
+from brandla import LowRankEigh, LowRankRoot, grouped
+from brandla_kernels import OPS, gram_ema_
 
 DAMPING = 0.1
+AVERAGE: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "cholesky"}
+CASE = 8.0
+
+
+class Sizes(NamedTuple):
+    """Of one factor n, r, k; of a list the n of each, r and k; of a dense moment n, k."""
+
+    one: tuple[int, int, int]
+    listed: tuple[int, ...]
+    each: tuple[int, int]
+    moment: tuple[int, int]
+
+
+def _mixed(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return ``count`` sizes in turn; every third is one larger, as a layer with a bias has it."""
+    return tuple(n + (i % 3 == 0) for i, n in enumerate(islice(cycle(sizes), count)))
+
+
+FULL = Sizes((4096, 256, 256), _mixed((512, 1024, 2048, 4096, 8191), 64), (128, 64), (8192, 8192))
+TOY = Sizes((64, 8, 8), _mixed((24, 48), 4), (6, 4), (48, 16))
 
 
 class Call(NamedTuple):
-    """A function of tensors, and a source of inputs of one shape."""
+    """A function, a source of its inputs, and others' ways to the same.
+
+    The target is of the ratio of the best of these ways, or of the first that is a loop, to the replay.
+    """
 
     function: Callable[..., Any]
-    inputs: Callable[[], tuple[Tensor, ...]]
+    inputs: Callable[[], tuple[Any, ...]]
+    peers: Mapping[str, Callable[..., Any]] = {}
+    at_least: float | None = None
+    work: Work | None = None
 
 
-def run(bench: Bench, found: Findings, time: Deadline) -> None:
-    """Check each call as a graph, and without a wait."""
-    for name, call in calls(bench.device, *bench.sizes.graph).items():
-        if found.in_time(name, time, 0 if bench.device.dry else 4.0):
-            with found.case(f"{name}: graph", bench.device):
-                _replayed(bench, found, name, call)
-            with found.case(f"{name}: no wait for the device", bench.device):
-                _never_waiting(bench.device, found, name, call)
+def run(found: Findings) -> None:
+    """Capture each call, and call each without a wait."""
+    for name, call in calls(found.device, TOY if found.device.dry else FULL).items():
+        found.attempt(f"{name}: graph", CASE, _replayed, found, name, call)
+        found.attempt(f"{name}: no wait for the device", 2, _never_waiting, found, name, call)
 
 
-def calls(device: Device, n: int, r: int, k: int) -> dict[str, Call]:
+def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
     """Return the calls that promise to be capturable, with numbers and with tensors on the device as options."""
-
-    def root() -> tuple[Tensor, ...]:
-        return (*factors.root(device, n, r), device.normal(n, k))
-
-    def eigh() -> tuple[Tensor, ...]:
-        return (*factors.eigh(device, n, r), device.normal(n, k))
-
-    def pair() -> tuple[Tensor, ...]:
-        return (*factors.eigh(device, n, r), *factors.root(device, n, r), device.normal(n, n))
-
-    def damping() -> Tensor:
-        return device.normal(1)[0].abs() + DAMPING
-
+    (n, r, k), (side, wide) = sizes.one, sizes.moment
+    eigh = lambda: cases.eigh(device, n, r)
+    root = lambda: LowRankRoot.from_eigh(eigh())
+    number = lambda: device.normal(1)[0].abs() + DAMPING
+    update, solve = partial(brandla.root_update, **AVERAGE), brandla.damped_solve
+    by_tensor = lambda factor, columns, decay: brandla.root_update(factor, columns, **AVERAGE | {"decay": decay})
+    kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
+    two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
+    many = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, sizes.each[0])) for one in sizes.listed]
+    blocks = lambda: [device.normal(one, sizes.each[1]) for one in sizes.listed]
+    moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
+    loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
+    solve_at = lambda factors, rhs: grouped.damped_solve(factors, rhs, DAMPING)
+    loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
+    ways = {"torch form": partial(torch_form, kron), "one side, then the other": _one_by_one}
     return {
-        "root_update, cholesky": Call(_update, root),
-        "root_update, cholesky, decay as a tensor": Call(_update, lambda: (*root(), damping())),
-        "damped_solve": Call(_solve, eigh),
-        "damped_solve, damping as a tensor": Call(_solve, lambda: (*eigh(), damping())),
-        "kron_damped_solve": Call(_kron_solve, pair),
-        "gram_ema_": Call(_gram_ema, lambda: (torch.eye(n, device=device.tensors), device.normal(n, k))),
-    }
+        "root_update, cholesky": Call(
+            update, lambda: (root(), device.normal(n, k)), {"torch Brand update": _brand_of_torch}
+        ),
+        "grouped.root_update, cholesky": Call(
+            partial(grouped.root_update, **AVERAGE), lambda: (many(), blocks()), loops, at_least=8
+        ),
+        "kron_damped_solve": Call(
+            kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, at_least=2, work=two_sided
+        ),
+        "damped_solve": Call(
+            solve, lambda: (eigh(), device.normal(n, k), DAMPING), {"torch form": partial(torch_form, solve)}
+        ),
+        "grouped.damped_solve": Call(
+            solve_at, lambda: (many(), blocks()), {"loop": loop(partial(solve, damping=DAMPING))}
+        ),
+        "gram_ema_": Call(_gram_ema, moment, {"torch.addmm": _addmm}, at_least=1.5),
+        "root_update, cholesky, decay as a tensor": Call(
+            by_tensor, lambda: (root(), device.normal(n, k), number())
+        ),
+        "damped_solve, damping as a tensor": Call(solve, lambda: (eigh(), device.normal(n, k), number())),
+    }  # fmt: skip
 
 
-def _update(factor: Tensor, gram: Tensor, columns: Tensor, decay: float | Tensor = DECAY) -> Any:
-    root = brandla.LowRankRoot(factor, gram)
-    return brandla.root_update(root, columns, decay=decay, weight=WEIGHT, compress="cholesky")
+def _replayed(found: Findings, name: str, call: Call) -> None:
+    device, static, later = found.device, call.inputs(), call.inputs()
+    results = [[part.clone() for part in tensors_in(call.function(*inputs))] for inputs in (static, later, static)]
+    _is_right(name, call, static)
+    _same(f"{name}: two calls", results[2], results[0])
+    captured = device.capture(lambda: call.function(*static))
+    captured.replay()
+    device.synchronize()
+    _same(f"{name}: replay and call", captured.result, results[0])
+    for old, new in zip(tensors_in(static), tensors_in(later), strict=True):
+        old.copy_(new)
+    captured.replay()
+    device.synchronize()
+    _same(f"{name}: replay with new data and call", captured.result, results[1])
+    ways = {"replay": captured.replay, "eager": lambda: call.function(*static)}
+    ways |= {peer: partial(other, *static) for peer, other in call.peers.items()}
+    times = called(device, ways, 2 * found.sizes.seconds)
+    own = {f"{way} µs": times.microseconds(way).value for way in ("replay", "eager")}
+    found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
+    for peer in call.peers:
+        found.row("others", call=name, way=peer, **{"µs": times.microseconds(peer).value})
+    if call.peers:
+        best = "loop" if "loop" in call.peers else min(call.peers, key=lambda peer: times.median(peer).value)
+        found.figure(name, f"in a graph: {best} / it", times.ratio(best, "replay"), at_least=call.at_least)
+    if call.work is not None:
+        floor = found.ceilings.floor(call.work)
+        part, note = floor.seconds / times.median("replay").value, f"bound by {floor.bound_by}"
+        found.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
 
 
-def _solve(values: Tensor, vectors: Tensor, rhs: Tensor, damping: float | Tensor = DAMPING) -> Tensor:
-    return brandla.damped_solve(brandla.LowRankEigh(values, vectors), rhs, damping)
+def _is_right(name: str, call: Call, inputs: tuple[Any, ...]) -> None:
+    """Hold a call to its torch form: a dozen sums of n terms, in other orders, each well conditioned.
+
+    Of a root F Fᵀ times a block counts: F alone is not determined.
+    """
+
+    def image(root: LowRankRoot) -> Tensor:
+        probe = torch.cos(torch.arange(len(root.root), device=root.root.device, dtype=root.root.dtype))[:, None]
+        return root.root @ (root.root.mT @ probe)
+
+    own, torchs = (
+        tensors_in(tree_map_only(LowRankRoot, image, result, is_leaf=lambda part: isinstance(part, LowRankRoot)))
+        for result in (call.function(*inputs), torch_form(call.function, *inputs))
+    )
+    limit = 64 * max(max(part.shape) for part in own) ** 0.5 * torch.finfo(torch.float32).eps
+    error = cases.error_of(own, torchs)
+    require(error <= limit, f"{name}: relative error {error:.1e} beside the torch form, allowed {limit:.1e}")
 
 
-def _kron_solve(values: Tensor, vectors: Tensor, factor: Tensor, gram: Tensor, matrix: Tensor) -> Any:
-    left, right = brandla.LowRankEigh(values, vectors), brandla.LowRankRoot(factor, gram)
-    return brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
+def _same(what: str, one: Any, other: Any) -> None:
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    require(all(torch.equal(a, b) for a, b in pairs), f"{what} differ by {apart:.1e} of the largest entry")
+
+
+def _never_waiting(found: Findings, name: str, call: Call) -> None:
+    inputs = call.inputs()
+    call.function(*inputs)
+    with found.device.never_waiting():
+        call.function(*inputs)
+    found.row("no wait for the device", call=name, waits="none")
+
+
+# --- Others' ways
+
+
+def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the update of an orthonormal basis in eager torch; a basis of this size takes the same time."""
+    return written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
+
+
+def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor) -> Tensor:
+    """Return the two-sided solve as two one-sided ones, each of two products."""
+
+    def one(factor: LowRankEigh, rhs: Tensor) -> Tensor:
+        values, vectors = factor
+        inner = (-values / (values + DAMPING) / DAMPING)[:, None] * (vectors.mT @ rhs)
+        return torch.addmm(rhs, vectors, inner, beta=1 / DAMPING)
+
+    return one(right, one(left, matrix).mT).mT
 
 
 def _gram_ema(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Update a copy, for a graph's inputs must stay: the copy counts as the op's."""
     updated = matrix.clone()
     gram_ema_(updated, columns, DECAY, WEIGHT)
     return updated
 
 
-def _replayed(bench: Bench, found: Findings, name: str, call: Call) -> None:
-    device, static, later = bench.device, call.inputs(), call.inputs()
-    expected = [_copies(call.function(*inputs)) for inputs in (static, later, static)]
-    require(same_bits(expected[0], expected[2]), f"{name}: two calls differ{_by(expected[0], expected[2])}")
-    captured = device.capture(lambda: call.function(*static))
-    captured.replay()
-    device.synchronize()
-    differ = f"{name}: replay and call differ{_by(captured.result, expected[0])}"
-    require(same_bits(captured.result, expected[0]), differ)
-    for old, new in zip(static, later, strict=True):
-        old.copy_(new)
-    captured.replay()
-    device.synchronize()
-    differ = f"{name}: replay with new data and call differ{_by(captured.result, expected[1])}"
-    require(same_bits(captured.result, expected[1]), differ)
-    times = called(device, {"graph": captured.replay, "eager": lambda: call.function(*static)}, bench.sizes.seconds)
-    interval = {one: microseconds(times.median(one)).value for one in ("graph", "eager")}
-    found.row(
-        "graphs",
-        **{"call": name, "equal to the bit": "yes", "replay µs": interval["graph"], "eager µs": interval["eager"]},
-    )
-
-
-def _copies(result: Any) -> list[Tensor]:
-    return [part.clone() for part in tensors_in(result)]
-
-
-def _by(one: Any, other: Any) -> str:
-    """Say how far two results are apart, relative to the largest entry."""
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return f" by {max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs):.1e} of the largest entry"
-
-
-def _never_waiting(device: Device, found: Findings, name: str, call: Call) -> None:
-    inputs = call.inputs()
-    call.function(*inputs)
-    with device.never_waiting():
-        call.function(*inputs)
-    found.row("no wait for the device", call=name, waits="none")
+def _addmm(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return torch's fastest addmm that keeps the moment in float32: from half data where torch has that."""
+    try:
+        return torch.addmm(matrix, columns, columns.mT, torch.float32, beta=DECAY, alpha=WEIGHT)
+    except RuntimeError:
+        data = columns.float()
+        return torch.addmm(matrix, data, data.mT, beta=DECAY, alpha=WEIGHT)

@@ -1,86 +1,73 @@
-"""The tests of the kernels on the device: those that the interpreter runs elsewhere, and those marked ``gpu``."""
+"""The tests of the kernels on the device, those that the interpreter runs elsewhere: a file, and a process, a shard.
+
+As a plugin of pytest this module ends a worker whose device no longer answers, so that one failing kernel does not
+take the other tests with it.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import re
 import sys
-import tempfile
-from pathlib import Path
-from xml.etree import ElementTree
+from importlib import util
+
+import torch
 
 from bench.frame.facts import ROOT
-from bench.gpu import processes
-from bench.gpu.findings import Bench, Deadline, Findings
+from bench.gpu.frame import KEPT, Findings, command
 
 FOLDER = "tests/kernels/interpreted"
-WORKERS = 8
-# Of pytest: nothing was selected.
-EMPTY = 5
-COUNTS = ("tests", "failures", "errors", "skipped")
-
-RUNS: dict[str, list[str]] = {
-    "tests of the kernels": [FOLDER],
-    "tests marked gpu": ["tests", "-m", "gpu", "--ignore", FOLDER],
-}
+# Workers of a shard; the most seconds that one takes, and those without which it is not begun.
+WORKERS, MOST, LEAST = 3, 120.0, 15.0
+OUTCOMES = ("passed", "failed", "error", "skipped")
+# Warnings of other versions than those of `constraints.txt` are no failures of a kernel.
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
 
 
-def run(bench: Bench, found: Findings, time: Deadline) -> None:
-    """Run both sets in processes of their own; a dry run collects the first and runs none."""
-    if bench.device.dry:
-        _collect(found, time)
-        return
-    for name, arguments in RUNS.items():
-        if not (ROOT / arguments[0]).exists():
-            found.skipped.append(f"{name}: {arguments[0]} is not there")
-        elif found.in_time(name, time, 10.0):
-            _run(found, name, arguments, time)
+def cases(dry: bool) -> list[str]:
+    """Return the files; all in one for a dry run, which collects and runs none."""
+    files = sorted((ROOT / FOLDER).glob("test_*.py"), key=lambda file: -file.stat().st_size)
+    return [FOLDER] if dry else [file.name for file in files] or [FOLDER]
 
 
-def _run(found: Findings, name: str, arguments: list[str], time: Deadline) -> None:
-    workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        finished = processes.run([*_pytest(), *arguments, *workers, f"--junitxml={report}"], time.left())
-        found.row(name, **_counts(report), status=_ended(finished))
-    if finished.status == EMPTY:
-        found.notes.append(f"{name}: there are none")
-    elif finished.status != 0:
-        found.failures.append({"case": name, "error": _ended(finished), "traceback": finished.tail})
+def run(found: Findings) -> None:
+    """Run every file."""
+    if found.device.dry:
+        return found.attempt(FOLDER, 0, _collect, found)
+    for name in cases(dry=False):
+        found.attempt(name, LEAST, _shard, found, name)
+    return None
 
 
-def _collect(found: Findings, time: Deadline) -> None:
-    if not (ROOT / FOLDER).exists():
-        found.skipped.append(f"tests of the kernels: {FOLDER} is not there")
-        return
-    finished = processes.run([*_pytest(), "--collect-only", FOLDER], time.left(), {"TRITON_INTERPRET": "1"})
+def _collect(found: Findings) -> None:
+    finished = command([*PYTEST[:3], "-q", "--collect-only", FOLDER], 120, {"TRITON_INTERPRET": "1"})
     found.row("tests that a GPU would run", folder=FOLDER, collected=finished.output.count("::"))
-    if finished.status == EMPTY:
-        found.skipped.append(f"tests of the kernels: there are none in {FOLDER}")
+    if finished.status != 0:
+        found.fail("collection", finished.words, finished.output[-KEPT:])
+
+
+def _shard(found: Findings, name: str) -> None:
+    workers = ["-n", str(WORKERS), "-p", "bench.gpu.tests"] if util.find_spec("xdist") else []
+    finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST), {"OMP_NUM_THREADS": "1"})
+    found.row("tests", file=name, **counts(finished.output), status=finished.words)
+    if finished.status is None:
+        found.skip(f"{name}: stopped at its time limit")
     elif finished.status != 0:
-        found.failures.append({"case": "collection", "error": _ended(finished), "traceback": finished.tail})
+        found.fail(name, finished.words, finished.output[-KEPT:])
 
 
-def _pytest() -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "--continue-on-collection-errors",
-        "-p",
-        "no:cacheprovider",
-    ]
+def counts(output: str) -> dict[str, int]:
+    """Count the outcomes in what pytest printed so far: there is no summary where it was stopped."""
+    lines = re.findall(r"^(?:\[gw\d+\] .*?)?(PASSED|FAILED|ERROR|SKIPPED)\b|::\S+ (PASSED|FAILED|ERROR|SKIPPED)\b",
+                       output.partition("short test summary")[0], re.MULTILINE)  # fmt: skip
+    found = [one or other for one, other in lines]
+    return {outcome: found.count(outcome.upper()) for outcome in OUTCOMES}
 
 
-def _counts(report: Path) -> dict[str, int]:
-    """Return the counts of a junit report; none was written where the run was stopped."""
-    if not report.exists():
-        return {}
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    totals = [{name: int(suite.get(name, 0)) for name in COUNTS} for suite in suites]
-    return {name: sum(total[name] for total in totals) for name in COUNTS}
-
-
-def _ended(finished: processes.Finished) -> str:
-    return "stopped at its time limit" if finished.status is None else f"exit status {finished.status}"
+def pytest_runtest_logfinish() -> None:
+    """End a worker that an illegal access has poisoned; xdist starts another."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

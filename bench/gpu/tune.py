@@ -12,22 +12,20 @@ from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-
 from bench.gpu import cases
-from bench.gpu.cases import Case, Size
-from bench.gpu.device import Device
-from bench.gpu.findings import Bench, Deadline, Findings
-from bench.gpu.timed import replayed, size_of
+from bench.gpu.cases import OPERANDS, Case, Size
+from bench.gpu.device import Device, replayed, size_of
+from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
-SMALLEST, LARGEST = 16, 256
-MOST_STRETCHES = 128
+# n, r = k, in order of importance.
+TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)
+SMALLEST, LARGEST, MOST_STRETCHES = 16, 256, 128
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
 # Blocks that another kernel, or the algorithm, sets.
 FIXED = {("symmetric_update", "BLOCK_N"), ("small_spd", "BLOCK")}
-# Seconds for the compilation of one choice's candidates, many at a time, and for one candidate's timing.
-COMPILATION, TIMING = 12.0, 0.5
+# Seconds for one choice: its candidates are compiled together, and timed one by one for so long.
+CHOICE, TIMING = 12.0, 0.5
 # A gain below the spread of timings is none.
 GAIN = 1.03
 
@@ -41,122 +39,95 @@ class Choice(NamedTuple):
     @property
     def name(self) -> str:
         """The question in words, with no target: there is one."""
-        words = [f"{name} {_spelled(value)}" for name, value in self.arguments if name != "target"]
+        words = [f"{name} {value}".replace("torch.", "") for name, value in self.arguments if name != "target"]
         return f"{self.function}({', '.join(words)})"
 
 
-def run(bench: Bench, found: Findings, time: Deadline) -> None:
+def run(found: Findings) -> None:
     """Try the neighbours of every choice made by the ops at a few sizes, each choice once."""
-    seen: set[Choice] = set()
-    for n, r in bench.sizes.tuned:
-        for name, op in OPS.items():
-            case = Case(name, Size(n, r, r, bench.sizes.width, bench.sizes.cores), torch.float32, torch.float32)
-            if op.launch is None or name not in cases.OPERANDS:
+    device, sizes = found.device, found.sizes
+    for n, r in TOY if device.dry else TUNED:
+        for name in OPERANDS:
+            if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
-            if name == "gram_ema_" and n > bench.sizes.most_square:
-                continue
-            if found.in_time(f"{name}, {case.name}", time, 0 if bench.device.dry else COMPILATION):
-                with found.case(f"{name}, {case.name}", bench.device):
-                    _tune(bench, found, case, seen, time)
+            case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
+            if device.dry or found.left() > CHOICE:
+                with choosing({}) as made:
+                    device.recorded(OPS[name].launch, *cases.operands(case, device))
+                for choice, shipped in made.items():
+                    found.attempt(choice.name, CHOICE, _tune, found, case, choice, shipped)
 
 
-def _tune(bench: Bench, found: Findings, case: Case, seen: set[Choice], time: Deadline) -> None:
-    device = bench.device
+def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
+    """Keep the fastest that is right, beside the shipped one."""
+    device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
     first = cases.operands(case, device)
     inputs = [first, *(cases.operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
-    with choosing({}) as made:
-        _launched(device, case)(*first)
-    for choice, shipped in made.items():
-        words = f"{case.op}, {case.name}: {choice.name}"
-        if choice in seen or not found.in_time(words, time, 0 if device.dry else COMPILATION):
-            continue
-        seen.add(choice)
-        candidates = [shipped, *neighbours(choice, shipped)]
-        problem = device.precompile(
-            [one for config in candidates for one in _recorded(device, case, first, choice, config)]
-        )
-        found.notes += [problem] if problem else []
-        timed = []
-        for config in candidates:
-            if not found.in_time(f"{words}, {spelled(config)}", time, 0 if device.dry else TIMING):
-                break
-            timed.append((_seconds(bench, found, case, choice, config, inputs), config))
-        if timed:
-            _report(bench, found, case, choice, timed)
-
-
-def _report(bench: Bench, found: Findings, case: Case, choice: Choice, timed: list[tuple[float | None, Any]]) -> None:
-    """Keep the fastest that is right, beside the shipped one, which comes first."""
-    own, shipped = timed[0]
-    ranked = sorted(((seconds, index) for index, (seconds, _) in enumerate(timed) if seconds is not None))
-    best, config = next(
-        ((seconds, timed[index][1]) for seconds, index in ranked if _is_right(bench, case, choice, timed[index][1])),
-        (None, None),
-    )
-    if own is None or best is None:
-        found.notes.append(f"{case.op}: no timing of the shipped tiles of {choice.name}")
-        return
+    launches = []
+    for config in candidates:
+        with choosing({choice: config}):
+            launches += device.recorded(OPS[case.op].launch, *first)
+    if problem := device.precompile(launches):
+        found.note(problem)
+    timed = []
+    for config in candidates:
+        if not device.dry and found.left() < TIMING:
+            found.skip(f"{choice.name}, {spelled(config)}: no time left")
+        elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
+            timed.append((seconds, config))
+    right = ((seconds, config) for seconds, config in sorted(timed, key=lambda one: one[0])
+             if _is_right(device, case, choice, config))  # fmt: skip
+    best, config = next(right, (None, None))
+    if best is None or timed[0][1] is not shipped:
+        return found.note(f"{case.op}: no timing of the shipped tiles of {choice.name}")
+    gain = timed[0][0] / best
     found.row(
         "tiles",
-        **{"choice": choice.name, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped), "µs": 1e6 * own},
-        **{"best": spelled(config) if own / best > GAIN else "as shipped", "best µs": 1e6 * best, "×": own / best},
-        **{"tried": len(ranked), "configs": [_plain(one, seconds) for seconds, one in timed]},
+        **{"choice": choice.name, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
+        **{"µs": 1e6 * timed[0][0], "best": spelled(config) if gain > GAIN else "as shipped"},
+        **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
+        configs={spelled(config): 1e6 * seconds for seconds, config in timed},
     )
+    return None
 
 
-def _is_right(bench: Bench, case: Case, choice: Choice, config: Any) -> bool:
+def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
+    """Return the median time of a call with these tiles; None, with a note, where they cannot run."""
+    call = lambda *arguments: found.device.launch(OPS[case.op].launch, *arguments)
     with choosing({choice: config}):
         try:
-            cases.check(case, bench.device)
+            call(*inputs[0])
+            found.device.synchronize()
+            return median(replayed(found.device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
+        except Exception as error:
+            # Shared memory or registers may not suffice. A device that no longer answers ends the process.
+            found.device.synchronize()
+            found.note(f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
+            return None
+
+
+def _is_right(device: Device, case: Case, choice: Choice, config: Any) -> bool:
+    with choosing({choice: config}):
+        try:
+            cases.check(case, device)
         except AssertionError:
             return False
     return True
 
 
-def _seconds(
-    bench: Bench, found: Findings, case: Case, choice: Choice, config: Any, inputs: list[tuple[Any, ...]]
-) -> float | None:
-    """Return the median time of a call with these tiles; None, with a note, where they cannot run."""
-    call = _launched(bench.device, case)
-    with choosing({choice: config}):
-        try:
-            call(*inputs[0])
-            bench.device.synchronize()
-            return median(replayed(bench.device, {"it": call}, inputs, bench.sizes.seconds / 3).samples["it"])
-        except Exception as error:
-            # Shared memory or registers may not suffice. A device that no longer answers ends the section.
-            bench.device.synchronize()
-            found.notes.append(f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
-            return None
-
-
-def _launched(device: Device, case: Case) -> Callable[..., Any]:
-    return lambda *arguments: device.launch(OPS[case.op].launch, *arguments)
-
-
-def _recorded(device: Device, case: Case, arguments: tuple[Any, ...], choice: Choice, config: Any) -> list[Any]:
-    with choosing({choice: config}):
-        return device.recorded(OPS[case.op].launch, *arguments)
-
-
 def neighbours(choice: Choice, config: Any) -> list[Any]:
-    """Return the configs, or the numbers of stretches, that differ in one number by one step."""
+    """Return what differs in one number by one step: the limit of registers is kept."""
     if isinstance(config, int):
         return [count for count in (config // 2, config * 2) if 1 <= count <= MOST_STRETCHES]
     blocks = [
         config._replace(blocks={**config.blocks, name: size})
         for name, block in config.blocks.items()
         for size in (block // 2, block * 2)
-        if SMALLEST <= size <= LARGEST and not _fixed(choice, name)
+        if SMALLEST <= size <= LARGEST and (choice.function, name) not in FIXED
     ]
     warps = [config._replace(num_warps=count) for count in _beside(config.num_warps, WARPS)]
     stages = [config._replace(num_stages=count) for count in _beside(config.num_stages, STAGES)]
     return blocks + warps + stages
-
-
-def _fixed(choice: Choice, block: str) -> bool:
-    """Say whether a block is no choice."""
-    return (choice.function, block) in FIXED
 
 
 def _beside(value: int, allowed: tuple[int, ...]) -> list[int]:
@@ -180,25 +151,17 @@ def choosing(instead: Mapping[Choice, Any]) -> Iterator[dict[Choice, Any]]:
 
         return chosen
 
+    def chooses(function: Any) -> bool:
+        """Say whether a function answers with tiles or, for a target, with a number of stretches."""
+        if not inspect.isfunction(function) or function.__module__ != configs.__name__:
+            return False
+        answer = function.__annotations__.get("return")
+        return answer == "Config" or (answer == "int" and "target" in function.__annotations__)
+
     with ExitStack() as stack:
-        for name, choose in _choosers(configs).items():
+        for name, choose in inspect.getmembers(configs, chooses):
             stack.enter_context(mock.patch.object(configs, name, noting(name, choose)))
         yield made
-
-
-def _choosers(module: Any) -> dict[str, Callable[..., Any]]:
-    """Return the functions that choose tiles."""
-    return {
-        name: function
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and _chooses(function)
-    }
-
-
-def _chooses(function: Callable[..., Any]) -> bool:
-    """Say whether a function answers with tiles or, for a target, with a number of stretches."""
-    answer = function.__annotations__.get("return")
-    return answer == "Config" or (answer == "int" and "target" in function.__annotations__)
 
 
 def spelled(config: Any) -> str:
@@ -207,14 +170,3 @@ def spelled(config: Any) -> str:
         return f"{config} stretches"
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.blocks.items())
     return f"{blocks} w{config.num_warps} s{config.num_stages}"
-
-
-def _plain(config: Any, seconds: float | None) -> dict[str, Any]:
-    time = None if seconds is None else 1e6 * seconds
-    if isinstance(config, int):
-        return {"stretches": config, "µs": time}
-    return {"blocks": dict(config.blocks), "warps": config.num_warps, "stages": config.num_stages, "µs": time}
-
-
-def _spelled(value: Any) -> str:
-    return str(value).removeprefix("torch.")

@@ -20,11 +20,8 @@ from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.ceilings import Ceilings, Work, measure
-from bench.gpu.device import Device
-from bench.gpu.sizes import FULL, TOY, Sizes
-from bench.gpu.timed import replayed, size_of
+from bench.gpu.cases import FULL, TOY, Case, Sizes
+from bench.gpu.device import Ceilings, Device, Work, measure, replayed, size_of
 from brandla_kernels import OPS
 
 USUAL = replace(

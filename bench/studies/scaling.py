@@ -37,9 +37,8 @@ from bench.frame import pages, pictures
 from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
-from bench.gpu import factors
-from bench.gpu.device import Device
-from bench.gpu.timed import size_of
+from bench.gpu import cases as gpu_cases
+from bench.gpu.device import Device, size_of
 from brandla_kernels import gram_ema_
 
 DAMPING = 0.1
@@ -158,7 +157,7 @@ def spectral_matrix(n: int) -> Tensor:
 
 def calls(size: Size, device: Device, names: Sequence[str]) -> dict[str, Call]:
     """Return the calls of these methods at a size."""
-    steady = partial(factors.steady, n=size.n, r=size.r, k=size.k, steps=STEPS_TO_STEADY_STATE, device=device.tensors)
+    steady = partial(gpu_cases.steady, n=size.n, r=size.r, k=size.k, steps=STEPS_TO_STEADY_STATE, device=device.tensors)
     made = {}
     for name in names:
         if name in UPDATES:
@@ -173,14 +172,14 @@ def calls(size: Size, device: Device, names: Sequence[str]) -> dict[str, Call]:
 def update_call(name: str, case: Any) -> Call:
     """Return an update of a factor in its steady state."""
     update, _ = UPDATES[name]
-    check = lambda updated: check_update(name, factors.on_cpu(case), factors.on_cpu(updated))
+    check = lambda updated: check_update(name, gpu_cases.on_cpu(case), gpu_cases.on_cpu(updated))
     return Call(lambda: update(case.factor, case.columns, decay=DECAY, weight=WEIGHT), check, size_of(tuple(case)))
 
 
 def solve_call(name: str, factor: Any, sides: Tensor) -> Call:
     """Return a damped solve with k right-hand sides, or with a pair of them."""
     left, right = sides
-    judge = lambda rhs, solved: check_solve(*factors.on_cpu((factor, rhs, DAMPING, solved)))
+    judge = lambda rhs, solved: check_solve(*gpu_cases.on_cpu((factor, rhs, DAMPING, solved)))
     if name == "damped_solve":
         call = lambda: brandla.damped_solve(factor, left, DAMPING)
         return Call(call, partial(judge, left), size_of((factor, left)))
@@ -196,7 +195,7 @@ def dense_call(name: str, size: Size, device: Device) -> Call:
     matrix = truth.float().to(device.tensors)
     columns = device.normal(size.n, size.k)
     held = size_of(matrix)
-    approximates = lambda slack: lambda found: check_decomposition(name, truth, *factors.on_cpu(found), r, slack)
+    approximates = lambda slack: lambda found: check_decomposition(name, truth, *gpu_cases.on_cpu(found), r, slack)
     match name:
         case "gram_ema_":
             moment = matrix.clone()
@@ -211,7 +210,7 @@ def dense_call(name: str, size: Size, device: Device) -> Call:
             return Call(lambda: _ascending(*torch.linalg.eigh(matrix), r), approximates(1.001), held)
     shift = DAMPING * torch.eye(size.n, device=device.tensors)
     solve = lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(matrix + shift))
-    check = lambda solved: residual_is_rounding(name, truth, DAMPING, *factors.on_cpu((columns, solved)))
+    check = lambda solved: residual_is_rounding(name, truth, DAMPING, *gpu_cases.on_cpu((columns, solved)))
     return Call(solve, check, held + size_of(columns))
 
 
@@ -250,7 +249,7 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
 
 def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
-    floor = update_floor(factors.steady("eigh_update", *size, STEPS_TO_STEADY_STATE, device.tensors))
+    floor = update_floor(gpu_cases.steady("eigh_update", *size, STEPS_TO_STEADY_STATE, device.tensors))
     made = calls(size, device, names)
     for call in made.values():
         call.check(call.function())
@@ -270,7 +269,7 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
                 "rounds": len(times[name]),
             }
     spectral_matrix.cache_clear()
-    factors.steady.cache_clear()
+    gpu_cases.steady.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from typer.testing import CliRunner
+
 from bench import kernels_table
 from brandla_kernels._kernels import configs, shipped
 from brandla_kernels._kernels.launch import Config
@@ -39,7 +41,7 @@ class InThisProcess:
 
 @pytest.fixture
 def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs the command on `gram` at one width and returns its status and its JSON."""
+    """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", InThisProcess)
     layout = shipped.Layout("rows", widths=(32,))
@@ -49,21 +51,20 @@ def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         lambda target: shipped.specializations(target, ops=["gram"], layouts=[layout], dtypes=shipped.DTYPES[:1]),
     )
 
-    def run(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
         path = tmp_path / "facts.json"
-        monkeypatch.setattr("sys.argv", ["kernels_table", "--processes", "1", "--json", str(path), *arguments])
-        return kernels_table.main(), json.loads(path.read_text())
+        done = CliRunner().invoke(kernels_table.app, ["--processes", "1", "--json", str(path), *arguments])
+        return done.exit_code, json.loads(path.read_text()), done.stdout
 
     return run
 
 
-def test_table_lists_every_kernel_of_every_target(facts: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = facts("--targets", "sm_100", "gfx942")
+def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
+    status, found, printed = facts("--targets", "sm_100", "gfx942")
     assert status == 0
     assert {(entry["target"], entry["kernel"]) for entry in found} == {
         (target, kernel) for target in ("sm_100", "gfx942") for kernel in ("inner_product_kernel", "sum_parts_kernel")
     }
-    printed = capsys.readouterr().out
     # Float64 products of sm_100 have no matrix instruction, which is said and is no fault.
     assert "fused multiply-add" in printed
     assert "v_mfma_f64_16x16x4_f64" in printed
@@ -74,7 +75,7 @@ def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypat
     wide = Config({"BLOCK_R": 128, "BLOCK_K": 128, "BLOCK_N": 16}, 2, 1)
     with monkeypatch.context() as patch:
         patch.setattr(configs, "inner_product", lambda *arguments: wide)
-        status, found = facts("--targets", "sm_90")
+        status, found, _ = facts("--targets", "sm_90")
     assert status == 1
     assert any("spilled" in fault for entry in found for fault in entry["faults"])
 
@@ -83,6 +84,6 @@ def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypat
         raise RuntimeError(message)
 
     monkeypatch.setattr(kernels_table, "compile_for", fail)
-    status, found = facts("--targets", "sm_90")
+    status, found, _ = facts("--targets", "sm_90")
     assert status == 1
     assert all(entry["faults"] == ["does not compile: PassManager::run failed"] for entry in found)

@@ -6,37 +6,60 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+
 import brandla  # noqa: E402
 from bench import launches  # noqa: E402
-from bench.counting import Counts, counts_of  # noqa: E402
+from bench.launches import BUDGETS, Counts, counts_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has tests of its own")
 
+# What takes more than its budget at present, of Triton's kernels and of torch's. Whoever brings a count down lowers
+# it here, down to none where the budget is met.
+AT_PRESENT: dict[str, tuple[int, int]] = {
+    "root_update_, cholesky": (4, 3),
+    "root_update, cholesky, tracked": (4, 6),
+    "eigh_update": (7, 77),
+    # Of a list of roots F is scaled one by one, by a kernel each.
+    "damped_solve, root": (3, 35),
+    "damped_solve, eigh": (3, 6),
+    "kron_damped_solve, W": (8, 74),
+    "kron_damped_solve, W, eigh": (8, 20),
+    "kron_damped_solve, pair": (6, 70),
+    "kron_damped_solve, pair, eigh": (6, 12),
+}
+# The same for a step of K-FAC: the sum of both kinds, by system and network.
+STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
+    "Brand": {"MLP, 1 layer": 146, "MLP, 3 layers": 176, "MLP, 12 layers": 311, "transformer": 691},
+    # Of these some 15 a factor are the power iterations for its largest eigenvalue, of one factor after the other.
+    "Brand, cholesky": {"MLP, 1 layer": 142, "MLP, 3 layers": 280, "MLP, 12 layers": 901, "transformer": 1389},
+    "Brand, eigh": {"MLP, 1 layer": 152, "MLP, 3 layers": 178, "MLP, 12 layers": 295, "transformer": 656},
+}
+
 
 @pytest.mark.parametrize("form", launches.FORMS)
-@pytest.mark.parametrize("name", launches.LIMITS)
+@pytest.mark.parametrize("name", BUDGETS)
 def test_a_call_asks_for_no_more_kernels_than_its_limit(name: str, form: str):
-    call, limit = launches.FUNCTIONS[name].call(form), launches.LIMITS[name]
+    call = launches.call_of(name, form)
     if call is None:
         # Nothing that overwrites has a form for lists.
         assert name.partition(",")[0].endswith("_")
         return
-    counts = counts_of(call)
-    assert counts.triton <= limit.triton
-    assert counts.torch <= limit.torch
+    counts, most = counts_of(call), zip(BUDGETS[name], AT_PRESENT.get(name, (0, 0)), strict=True)
+    triton_kernels, others = (max(pair) for pair in most)
+    assert counts.triton <= triton_kernels
+    assert counts.torch <= others
 
 
 @pytest.mark.parametrize("network", launches.NETWORKS)
-@pytest.mark.parametrize("strategy", launches.STEPS_AT_PRESENT)
+@pytest.mark.parametrize("strategy", STEPS_AT_PRESENT)
 def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, network: str):
     model = launches.NETWORKS[network]()
-    counts = launches.step_counts(model, launches.strategies()[strategy], "sm_90")
+    counts = launches.step_counts(model, launches.STRATEGIES[strategy])
     budget = launches.kfac_budget(launches.linear_layers(model))
-    assert counts.kernels <= max(budget, launches.STEPS_AT_PRESENT[strategy][network])
+    assert counts.kernels <= max(budget, STEPS_AT_PRESENT[strategy][network])
 
 
 @pytest.mark.parametrize(
@@ -47,13 +70,13 @@ def test_a_list_asks_for_as_many_kernels_whatever_its_length(name: str, monkeypa
     found = set()
     for listed in (2, 5):
         monkeypatch.setattr(launches, "LISTED", listed)
-        found.add(counts_of(launches.FUNCTIONS[name].call("grouped")))
+        found.add(counts_of(launches.call_of(name, "grouped")))
     assert len(found) == 1
 
 
 def test_nothing_waits_where_the_docs_say_so():
     for name in ("root_update, cholesky", "root_update_, cholesky", "damped_solve, eigh", "orthonormalize"):
-        assert counts_of(launches.FUNCTIONS[name].call("single")).waits == 0
+        assert counts_of(launches.call_of(name, "single")).waits == 0
 
 
 @pytest.mark.parametrize(
@@ -76,17 +99,10 @@ def test_what_is_counted(call: Any, counts: Counts):
 
 def test_values_are_those_of_the_torch_form():
     """What a kernel would leave unwritten reaches no later branch, nor the factor that is overwritten."""
-    case = launches.FUNCTIONS["root_update_, cholesky"]
-    (root, columns), found = case.arguments(200, ()), {}
-    for way in ("counted", "plain"):
+    root, columns = launches.root(200, ()), launches.columns(200, ())
+    found = []
+    for way in (counts_of, lambda call: call()):
         copy = type(root)(*(part.clone() for part in root))
-
-        def call(copy: Any = copy) -> Tensor:
-            return brandla.root_update_(copy, columns, **case.options).dense()
-
-        if way == "counted":
-            counts_of(call)
-        else:
-            call()
-        found[way] = copy.dense()
-    torch.testing.assert_close(found["counted"], found["plain"], rtol=0, atol=1e-4 * float(found["plain"].abs().max()))
+        way(lambda copy=copy: brandla.root_update_(copy, columns, **launches.NO_EIGH))
+        found.append(copy.dense())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[1].abs().max()))

@@ -1,0 +1,336 @@
+"""What every stage stands on: findings that are written line by line as they come, and the report made of the lines."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from bench.frame import figures, results
+from bench.frame.facts import ROOT, commit_of, facts, slug
+from bench.frame.figures import Figure, spelled
+from bench.frame.pages import table as markdown
+from bench.gpu.cases import FULL, TOY, Sizes
+from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
+
+Row = dict[str, Any]
+
+# Seconds after which one case that does not end takes its process with it; and what is kept of an output.
+HANG, KEPT = 60.0, 4000
+WIDTH = 165
+# Kept in the result file, too wide for a table.
+LEFT_OUT = ["low µs", "high µs", "sets", "timed by", "configs"]
+DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
+
+
+class Findings:
+    """What one process finds at a stage: a line of the record for each finding, as soon as it is known.
+
+    A case that has begun in the record is not begun again, so a process takes up what another one died in.
+    """
+
+    def __init__(self, path: Path, stage: str, device: Device, seconds: float, case: str | None = None) -> None:
+        self.path, self.stage, self.device, self.case = path, stage, device, case
+        self.sizes: Sizes = TOY if device.dry else FULL
+        self._end = time.monotonic() + seconds
+        self._begun = {line["case"] for line in lines(path) if line["kind"] == "begin" and line["stage"] == stage}
+
+    def left(self) -> float:
+        """Return the seconds left, 0 at least."""
+        return max(0.0, self._end - time.monotonic())
+
+    def row(self, table: str, **columns: Any) -> None:
+        """Add a row to a table."""
+        write(self.path, self.stage, "row", table=table, columns=columns)
+
+    def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
+        """Add a figure, with the target it is held to."""
+        write(self.path, self.stage, "figure", figure=Figure.of(group, case, value, **about).record())
+
+    def note(self, text: str) -> None:
+        """Add what is worth knowing."""
+        write(self.path, self.stage, "note", text=text)
+
+    def skip(self, text: str) -> None:
+        """Add what was left out, and why."""
+        write(self.path, self.stage, "skip", text=text)
+
+    def fail(self, case: str, error: str, trace: str = "") -> None:
+        """Add a failure."""
+        write(self.path, self.stage, "failure", case=case, error=error, traceback=trace)
+
+    def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
+
+        Where the device no longer answers the process ends here, and where the call hangs, after `HANG` seconds more.
+        """
+        if case in self._begun or self.case not in (None, case):
+            return
+        if not self.device.dry and self.left() < seconds:
+            self.skip(f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
+            return
+        write(self.path, self.stage, "begin", case=case)
+        faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
+        try:
+            function(*arguments)
+            self.device.synchronize()
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            self.fail(case, f"{type(error).__name__}: {first}", traceback.format_exc())
+            self.device.synchronize()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        write(self.path, self.stage, "end", case=case)
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """The ceilings that this run has measured; measured now if it has not."""
+        rates = sections(self.path).get("ceilings", {}).get("tables", {}).get("rates")
+        return Ceilings(**rates[0], samples={}) if rates else measure(self.device, self.sizes)
+
+
+def work(
+    run: Callable[[Findings], None],
+    path: Path,
+    name: str,
+    case: str | None,
+    seconds: float,
+    dry: bool,
+    threads: int,
+    logs: Path,
+) -> None:
+    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log."""
+    log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    torch.set_num_threads(threads)
+    run(Findings(path, name, Stub() if dry else Gpu(), seconds, case))
+
+
+class Finished(NamedTuple):
+    """How a command ended: its exit status, None for one that was stopped, and what it printed."""
+
+    status: int | None
+    output: str
+
+    @property
+    def words(self) -> str:
+        """The end in words."""
+        return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
+
+
+def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | None = None) -> Finished:
+    """Run a command from the checkout, with both packages on the path, for at most this long."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
+    # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status: int | None = process.wait(timeout=max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return Finished(status, output.read())
+
+
+# --- The record
+
+
+def write(path: Path, stage: str, kind: str, **about: Any) -> None:
+    """Add a line. One write of one line, so that processes do not get into each other's."""
+    line = json.dumps(results.plain({"stage": stage, "kind": kind, **about}), ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def lines(path: Path) -> Iterator[Row]:
+    """Yield the lines, but for one that an end cut short."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def open_case(path: Path, stage: str) -> str | None:
+    """Return the case that was begun last, if it did not end."""
+    own = [line for line in lines(path) if line["stage"] == stage and line["kind"] in ("begin", "end")]
+    return own[-1]["case"] if own and own[-1]["kind"] == "begin" else None
+
+
+def sections(path: Path) -> dict[str, Row]:
+    """Return what each stage found, as the result file keeps it; a stage that did not end was cut off."""
+    found: dict[str, Row] = {}
+    for line in lines(path):
+        empty = {"figures": [], "tables": {}, "notes": [], "skipped": [], "failures": [], "seconds": None}
+        section = found.setdefault(line["stage"], empty)
+        match line["kind"]:
+            case "row":
+                section["tables"].setdefault(line["table"], []).append(line["columns"])
+            case "figure":
+                section["figures"].append(line["figure"])
+            case "note":
+                section["notes"].append(line["text"])
+            case "skip":
+                section["skipped"].append(line["text"])
+            case "failure":
+                section["failures"].append({name: line[name] for name in ("case", "error", "traceback")})
+            case "done":
+                section["seconds"] = line["seconds"]
+    return {name: {"status": _status(section), **section} for name, section in found.items()}
+
+
+def _status(section: Row) -> str:
+    if section["seconds"] is None:
+        return "cut off"
+    if section["failures"]:
+        return "failed"
+    if section["skipped"]:
+        return "partial" if section["figures"] or section["tables"] else "skipped"
+    return "done"
+
+
+def machine_of(device: Device, commit: str | None = None) -> Row:
+    """Return machine, GPU, versions, date and commit; ``commit`` serves where the checkout has no history."""
+    found = facts(device.dry, gpu=not device.dry)
+    return found | {"commit": found["commit"] or commit, "gpu": found.get("gpu")}
+
+
+def folder_of(machine: Row) -> Path:
+    """Return the folder of a GPU's results."""
+    return results.folder_of(slug(machine), machine["quick"])
+
+
+# --- The report
+
+
+def in_words(machine: Row) -> str:
+    """Return the facts in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    gpu = machine["gpu"]
+    name = "no GPU" if gpu is None else f"{gpu['name']} ({gpu['architecture']}), driver {gpu['driver_version']}"
+    cuda = "" if gpu is None else f", CUDA {gpu['cuda'] or gpu['hip']}"
+    cores = f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{name}{cuda}; {cores}; {versions}; {commit_of(machine)}; {machine['date']}"
+
+
+def text(machine: Row, found: Mapping[str, Row]) -> str:
+    """Return the whole record as plain text."""
+    plain = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
+    dry = machine["quick"]
+    plain.print(heading(machine), *(section(name, record, dry) for name, record in found.items()), sep="\n")
+    plain.print(verdict(machine, found))
+    return plain.export_text()
+
+
+def heading(machine: Row) -> RenderableType:
+    """Return what the figures were measured on."""
+    return Group(*([Text(DRY, "bold red")] if machine["quick"] else []), Text(in_words(machine)))
+
+
+def section(name: str, record: Row, dry: bool) -> RenderableType:
+    """Return what one stage found."""
+    took = "" if record["seconds"] is None else f", {record['seconds']:.1f} s"
+    parts: list[RenderableType] = [Text(f"\n{name}: {record['status']}{took}", "bold")]
+    if record["figures"]:
+        rows = [figures.read(dict(figure)) for figure in record["figures"]]
+        met = [None if dry else row.met for row in rows]
+        parts.append(shown([_judged(row) | {"note": row.note} for row in rows], [one is False for one in met]))
+    parts += [shown(rows, title=title) for title, rows in record["tables"].items()]
+    parts += [Text(f"  note: {note}") for note in record["notes"]]
+    parts += [Text(f"  skipped: {case}", "yellow") for case in record["skipped"]]
+    for failure in record["failures"]:
+        parts.append(Text(f"  FAILED {failure['case']}: {failure['error']}", "bold red"))
+        parts.append(Padding(Text(failure["traceback"]), (0, 0, 0, 4)))
+    return Group(*parts)
+
+
+def shown(rows: Sequence[Row], red: Sequence[bool] = (), title: str | None = None) -> Table:
+    """Return rows as a table of the terminal."""
+    frame = pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore")
+    table = Table(title=title, title_justify="left")
+    for name, column in frame.items():
+        table.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(column) else "left")
+    for row, wrong in zip(frame.itertuples(index=False), red or [False] * len(frame), strict=True):
+        table.add_row(*(Text(words(value)) for value in row), style="red" if wrong else None)
+    return table
+
+
+def words(value: Any) -> str:
+    """Return an entry of a table in words."""
+    if value is None or value != value:
+        return "–"
+    return spelled(value) if isinstance(value, float) and value != round(value) else str(value).removesuffix(".0")
+
+
+def _judged(row: Figure) -> Row:
+    met = {True: "yes", False: "**no**", None: ""}[row.met]
+    return {"what": row.group, "case": row.case, "measured": row.measured(), "to reach": row.target(), "met": met}
+
+
+def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
+    """Return the targets, and how the stages ended."""
+    judged = [figures.read(dict(figure)) for record in found.values() for figure in record["figures"]]
+    judged = [row for row in judged if row.met is not None]
+    parts: list[RenderableType] = [Text("\nsummary", "bold")]
+    if machine["quick"]:
+        parts.append(Text(DRY, "bold red"))
+    elif judged:
+        parts.append(Text(f"{sum(row.met is True for row in judged)} of {len(judged)} targets reached"))
+        for row in judged:
+            if not row.met:
+                parts.append(Text(f"  missed: {row.group}, {row.case}: {row.measured()}, to reach {row.target()}"))
+    for status in ("done", "partial", "skipped", "failed", "cut off"):
+        names = [name for name, record in found.items() if record["status"] == status]
+        parts += [Text(f"{status}: {', '.join(names)}")] if names else []
+    return Group(*parts)
+
+
+INTRODUCTION = """`make gpu`. Every op was checked against float64 before it was timed: by events around replays of a
+CUDA graph, on inputs that outlast the cache. Ceilings are of the same run. Products at float32 accuracy are held to the
+larger of torch's own float32 product and a third of its TF32 product, and a symmetric result to one triangle.
+"""
+COLUMNS = ["op", "case", "by", "µs", "of ceiling", "bound by", "× torch", "error", "torch's error"]
+
+
+def page(study: Row) -> Iterator[str]:
+    """Yield the section of one run in ``docs/measurements.md``."""
+    machine, found = study["facts"], study["sections"]
+    yield f"## {machine['gpu']['name']}\n"
+    yield f"{INTRODUCTION}\n{in_words(machine)}\n"
+    ends = {name: f"{len(record['failures'])} failures" if record["failures"] else "" for name, record in found.items()}
+    rows = ([name, found[name]["status"], end, str(len(found[name]["skipped"]))] for name, end in ends.items())
+    yield markdown(["stage", "ended", "failures", "left out"], rows)
+    judged = [_judged(figures.read(dict(figure))) for record in found.values() for figure in record["figures"]]
+    if judged:
+        yield markdown(list(judged[0]), (list(row.values()) for row in judged))
+    ops = found.get("ops", {}).get("tables", {}).get("ops", [])
+    if ops:
+        yield markdown(COLUMNS, ([words(row[name]) for name in COLUMNS] for row in ops))

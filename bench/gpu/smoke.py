@@ -1,0 +1,156 @@
+"""The first look: each op's kernels on small problems, in a process of its own; and the same under compute-sanitizer.
+
+Single, batched and grouped calls, at sizes that fill no tile, held to the torch form. ``python -m bench.gpu.smoke``
+makes the calls without a record, for compute-sanitizer; ``--quick`` makes fewer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from bench.benches.problems import require
+from bench.gpu.cases import OPERANDS, Case, Size, allowed, error_of, fresh, operands, results
+from bench.gpu.device import Device, Gpu, Stub
+from bench.gpu.frame import Findings, command
+from brandla_kernels import OPS
+
+# The second is wider than the kernels that keep a Gram matrix in registers allow.
+SIZES = (Size(37, 5, 3, 41, 2), Size(150, 70, 67, 41, 2))
+DTYPES = (torch.float32, torch.float64)
+COMPILATION = 30.0
+NAME = "compute-sanitizer"
+CALLS = [sys.executable, "-m", "bench.gpu.smoke"]
+# Each tensor in an allocation of its own: in a block of torch's allocator an access past its end meets another tensor.
+ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Where the tool itself cannot work, which says nothing of the kernels.
+REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
+
+
+def cases(dry: bool) -> list[str]:
+    """Return the ops."""
+    return list(OPERANDS)
+
+
+def run(found: Findings) -> None:
+    """Try every op."""
+    for name in cases(found.device.dry):
+        found.attempt(name, COMPILATION, _try, found, name)
+
+
+def _try(found: Findings, name: str) -> None:
+    start, most, count = monotonic(), 0.0, 0
+    for words, case, arguments in calls(name, found.device, quick=found.device.dry):
+        used = error_of(*(_tensors(case, call, arguments) for call in (OPS[name], _torch_form(name)))) / allowed(case)
+        found.device.synchronize()
+        # The limit is that of float64, from which the torch form may be as far.
+        require(used <= 2, f"{words}: {used:.2g} times the error allowed")
+        most, count = max(most, used), count + 1
+    found.row("smoke", op=name, calls=count, **{"of the error allowed": most / 2, "s": monotonic() - start})
+
+
+def calls(name: str, device: Device, *, quick: bool) -> Iterator[tuple[str, Case, tuple[Any, ...]]]:
+    """Yield calls of an op: their words, the case, and arguments for one problem, a batch and a list."""
+    signature = OPS[name].signature
+    positions = {operand.position for operand in signature.operands}
+    for size in SIZES[:1] if quick else SIZES:
+        for dtype in DTYPES[:1] if quick else DTYPES:
+            case = Case(name, size, dtype, dtype)
+            single, words = operands(case, device), f"{name}, n {size.n}, r {size.r}, k {size.k}, {dtype}"
+            yield words, case, single
+            if not signature.lists:
+                continue
+            twice = (torch.stack([part, part]) if place in positions else part for place, part in enumerate(single))
+            yield f"{words}, batched", case, tuple(twice)
+            smaller = size._replace(n=size.n - 7, r=max(size.r - 2, 1), k=max(size.k - 1, 1), width=size.width - 8)
+            other = operands(case._replace(size=smaller), device)
+            yield f"{words}, grouped", case, grouped(name, [single, other])
+
+
+def grouped(name: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the arguments of the grouped op: lists, and small matrices stacked and padded with zeros."""
+    arguments = list(problems[0])
+    for operand in OPS[name].signature.operands:
+        own = [problem[operand.position] for problem in problems]
+        most = [max(sizes) for sizes in zip(*(part.shape for part in own), strict=True)]
+        stack = own[0].new_zeros(len(own), *most)
+        for index, part in enumerate(own):
+            stack[index][tuple(map(slice, part.shape))] = part
+        arguments[operand.position] = own if operand.listed else stack
+    return tuple(arguments)
+
+
+def _torch_form(name: str) -> Any:
+    def call(*arguments: Any) -> Any:
+        listed = isinstance(arguments[0], list)
+        return (OPS[name].grouped_form if listed else OPS[name].torch_form)(*arguments)
+
+    return call
+
+
+def _tensors(case: Case, call: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Call on copies, and return all tensors of the results."""
+    given = results(case, call, fresh(arguments))
+    return [part for one in given for part in (one if isinstance(one, list) else [one])]
+
+
+# --- compute-sanitizer: no access out of bounds, no race in shared memory
+
+
+def sanitize(found: Findings) -> None:
+    """Make the calls as they are, then under each tool."""
+    if found.device.dry:
+        return found.attempt("as they are", 0, _under, found, [], [*CALLS, "--quick"])
+    found.attempt("as they are", 15, _under, found, [], CALLS)
+    tool = shutil.which(NAME) or next((str(path) for path in _candidates() if path.is_file()), None)
+    if tool is None:
+        return found.skip(f"{NAME}: not found")
+    for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
+        under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
+        found.attempt(check, 15, _under, found, under, words)
+    return None
+
+
+def _under(found: Findings, tool: list[str], words: list[str]) -> None:
+    finished = command([*tool, *words], found.left() if not found.device.dry else 60, ALONE if tool else None)
+    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", finished.output)
+    errors = int(summary[1] or summary[2]) if summary else None
+    made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
+    check = tool[2] if tool else "none"
+    found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
+    if any(refusal in finished.output for refusal in REFUSALS):
+        found.skip(f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
+    elif finished.status is None:
+        found.skip(f"{check}: stopped at its time limit after {made} calls")
+    elif finished.status != 0 or (tool and errors != 0):
+        found.fail(check, f"{errors} errors, {finished.words}", finished.output[-4000:])
+
+
+def _candidates() -> Iterator[Path]:
+    """Yield where the tool may be: the CUDA toolkit, or NVIDIA's Python packages."""
+    for root in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")):
+        yield from (Path(root) / "bin" / NAME, Path(root) / "compute-sanitizer" / NAME)
+    for package in metadata.distributions():
+        if (package.name or "").startswith("nvidia-"):
+            yield from (Path(str(file.locate())) for file in package.files or () if file.name == NAME)
+
+
+if __name__ == "__main__":
+    _device, _quick = Gpu() if torch.cuda.is_available() else Stub(), "--quick" in sys.argv
+    _all = [(words, one, arguments) for one in OPERANDS for words, _, arguments in calls(one, _device, quick=_quick)]
+    # All kernels together, so that the calls find them.
+    _launches = [(OPS[one].launch, arguments) for _, one, arguments in _all if OPS[one].launch]
+    _device.precompile([made for launch, arguments in _launches for made in _device.recorded(launch, *arguments)])
+    for words, one, arguments in _all:
+        OPS[one](*arguments)
+        _device.synchronize()
+        print(f"called {words}", flush=True)

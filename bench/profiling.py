@@ -1,0 +1,329 @@
+"""One op, or one public function, at one size: where its time goes, kernel by kernel. Run by ``make profile OP=…``.
+
+Times are Proton's on a GPU, torch's profiler's on a CPU. Proton is told by each kernel of brandla how many flops and
+bytes a launch takes (`brandla_kernels._kernels.launch`); what torch starts by itself has a time only.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from torch.profiler import ProfilerActivity
+
+import brandla
+from bench.benches.problems import DECAY, STEPS_TO_STEADY_STATE, UPDATES, WEIGHT
+from bench.gpu import cases, frame
+from bench.gpu.cases import FULL, SMALL
+from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure, size_of
+from brandla_kernels import OPS, Cost
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF = ("bfloat16", "float16")
+FUNCTIONS = (*UPDATES, "damped_solve", "randomized_eigh")
+NAMES = (*sorted(OPS), *FUNCTIONS)
+DAMPING = 0.03
+# Calls before a measurement; calls of one at least, so that their mean says something; and calls between the marks of
+# a run under ncu or nsys: ncu repeats each kernel itself, and slowly.
+WARM_UP, FEWEST, BARE_CALLS = 3, 10, 3
+SHOWN, WIDTH = 12, 130
+# On a CPU the ceilings are of what its caches do not hold and its cores do in milliseconds.
+CPU_SIZES = replace(FULL, copy=2**28, product=1024)
+# What Proton itself computes on the device to know of a launch.
+OWN = "__proton"
+METRICS = {"count": "launches", "time (ns)": "ns", "flops16": "bf16", "flops32": "float32", "flops64": "float64"}
+MEASURED = ["launches", "ns", "bf16", "float32", "float64", "bytes"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """An op of `brandla_kernels` or a public function, and its sizes.
+
+    n rows, rank r, k columns, m columns of what is neither tall nor small (W, the matrix of a sketch), and the number
+    of ``cores`` of cholesky_inverse_core or root_core. A half-precision ``dtype`` is that of the data columns beside
+    float32.
+    """
+
+    op: str
+    n: int = 16384
+    r: int = 256
+    k: int = 256
+    m: int = 4096
+    dtype: str = "float32"
+    cores: int = 32
+
+    def refusal(self) -> str | None:
+        """Say why this cannot be profiled, if so."""
+        function, half = self.op in FUNCTIONS, self.dtype in HALF
+        if self.op not in NAMES:
+            return f"OP must be one of {', '.join(NAMES)}; got {self.op!r}"
+        if self.dtype not in DTYPES:
+            return f"DTYPE must be one of {', '.join(DTYPES)}; got {self.dtype!r}"
+        for name in ("n", "r", "k", "m", "cores"):
+            if getattr(self, name) < 1:
+                return f"{name.upper()} must be at least 1; got {getattr(self, name)}"
+        if self.r > self.n:
+            return f"R must be at most N = {self.n}, as a basis has orthonormal columns; got {self.r}"
+        if function and self.r + self.k > self.n:
+            return f"R + K must be at most N = {self.n} for {self.op}; got {self.r + self.k}"
+        if function and (self.dtype == "float64" or (half and self.op not in UPDATES)):
+            return f"DTYPE {self.dtype} is not set up for {self.op}; use float32"
+        if not function and half and all(operand.kind != "Data" for operand in OPS[self.op].signature.operands):
+            return f"DTYPE {self.dtype} is that of data columns, and {self.op} takes none; use float32 or float64"
+        return None
+
+    @property
+    def case(self) -> cases.Case:
+        """The op as `make gpu` has it."""
+        own = "float32" if self.dtype in HALF else self.dtype
+        size = cases.Size(self.n, self.r, self.k, self.m, self.cores)
+        return cases.Case(self.op, size, DTYPES[own], DTYPES[self.dtype])
+
+    @property
+    def words(self) -> str:
+        """The request in words."""
+        if self.op in SMALL:
+            return f"{self.op}: {self.cores} cores, r {self.r}, k {self.k}, {self.dtype}"
+        return f"{self.op}: n {self.n}, r {self.r}, k {self.k}, m {min(self.n, self.m)}, {self.dtype}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line that asks for the same."""
+        names = ("op", "n", "r", "k", "m", "dtype", "cores")
+        return [part for name in names for part in (f"--{name}", str(getattr(self, name)))]
+
+
+class Profiled(NamedTuple):
+    """Calls on different tensors, so that none finds its own in the cache; the op's own work, if it is an op."""
+
+    calls: list[Callable[[], Any]]
+    bits: int = 32  # of the numbers that are multiplied
+    cost: Cost | None = None
+    work: Work | None = None
+
+
+def prepare(request: Request, device: Device) -> Profiled:
+    """Return the calls of a request."""
+    if request.op in FUNCTIONS:
+        return Profiled([_function(request, device)] * FEWEST)
+    case, op = request.case, OPS[request.op]
+    first = cases.operands(case, device)
+    inputs = [first, *(cases.operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
+    calls = [lambda arguments=arguments: op(*arguments) for arguments in inputs] * -(-FEWEST // len(inputs))
+    return Profiled(calls, 8 * case.dtype.itemsize, cases.cost(case), cases.work(case))
+
+
+def _function(request: Request, device: Device) -> Callable[[], Any]:
+    n, r, k = request.n, request.r, request.k
+    if request.op in UPDATES:
+        update = UPDATES[request.op][0]
+        factor, columns = cases.steady(request.op, n, r, k, STEPS_TO_STEADY_STATE, device.tensors)
+        data = columns.to(DTYPES[request.dtype])
+        return lambda: update(factor, data, decay=DECAY, weight=WEIGHT)
+    if request.op == "damped_solve":
+        eigh, rhs = cases.eigh(device, n, r), device.normal(n, k)
+        return lambda: brandla.damped_solve(eigh, rhs, DAMPING)
+    half = device.normal(n, r + k)
+    matrix = half @ half.mT
+    return lambda: brandla.randomized_eigh(matrix, r)
+
+
+# --- Kernels of some calls, as rows of what was measured
+
+
+def by_proton(device: Device, calls: Sequence[Callable[[], Any]]) -> list[dict[str, Any]]:
+    """Profile the calls under Proton."""
+    import triton.profiler as proton
+
+    with tempfile.TemporaryDirectory() as folder:
+        name = Path(folder) / "profile"
+        session = proton.start(str(name), hook="triton")
+        try:
+            for call in calls:
+                call()
+            device.synchronize()
+        finally:
+            proton.finalize(session)
+        tree = json.loads(name.with_suffix(".hatchet").read_text(encoding="utf-8"))
+    return [row for root in tree if "frame" in root for row in frames(root)]
+
+
+def frames(node: dict[str, Any], launch: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield what Proton wrote of every frame; below a launch that says what it does, they are the launch's."""
+    name, metrics = node["frame"]["name"], node["metrics"]
+    if name.startswith(OWN):
+        return
+    launch = name if "bytes" in metrics else launch
+    known = {METRICS.get(metric, metric): value for metric, value in metrics.items()}
+    yield {"kernel": launch or name} | {metric: known.get(metric, 0) for metric in MEASURED}
+    for child in node["children"]:
+        yield from frames(child, launch)
+
+
+def by_torch(device: Device, calls: Sequence[Callable[[], Any]], bits: int) -> list[dict[str, Any]]:
+    """Profile the calls by torch: on a CPU its own calls by the time that is theirs alone, with the flops it knows of.
+
+    Torch does not say in which precision these are: in that of numbers of so many bits.
+    """
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not device.dry)
+    # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+    with torch.profiler.profile(activities=kinds, with_flops=True, record_shapes=True, acc_events=True) as profiler:
+        for call in calls:
+            call()
+        device.synchronize()
+    unknown = dict.fromkeys(MEASURED, 0)
+    return [
+        unknown
+        | {"kernel": event.key, "launches": event.count, "ns": 1e3 * time, METRICS[f"flops{bits}"]: event.flops or 0}
+        for event in profiler.key_averages()
+        if (time := event.self_cpu_time_total if device.dry else event.self_device_time_total) > 0
+    ]
+
+
+def table_of(profiled: Profiled, device: Device, limits: Ceilings) -> list[dict[str, Any]]:
+    """Return a row a kernel of one call, the longest first, and one of all together, which has the op's own cost."""
+    for call in profiled.calls[:WARM_UP]:
+        call()
+    device.synchronize()
+    if device.dry:
+        rows = by_torch(device, profiled.calls, profiled.bits)
+    else:
+        try:
+            rows = by_proton(device, profiled.calls)
+        except Exception:
+            # Proton may find no profiling interface where torch does; flops and bytes are then missing.
+            rows = by_torch(device, profiled.calls, profiled.bits)
+    return rows_of(rows, len(profiled.calls), profiled, limits)
+
+
+def rows_of(found: list[dict[str, Any]], calls: int, profiled: Profiled, limits: Ceilings) -> list[dict[str, Any]]:
+    """Return measured rows summed by kernel, divided by the calls, with rates and the part of the ceilings."""
+    summed = pd.DataFrame(found).groupby("kernel", sort=False)[MEASURED].sum() / calls
+    summed = summed[summed["launches"] > 0].sort_values("ns", ascending=False, kind="stable")
+    total = summed["ns"].sum() / 1e9
+    rows = []
+    for name, kernel in summed.iterrows():
+        work = Work(kernel["float32"], kernel["bf16"], kernel["float64"], kernel["bytes"])
+        known = work if any(work) and kernel["ns"] else None
+        rows.append(_row(str(name), kernel["launches"], kernel["ns"] / 1e9, total) | rates(known, kernel["ns"], limits))
+    every = _row("all", summed["launches"].sum(), total, total) | rates(profiled.work, 1e9 * total, limits)
+    if profiled.cost is not None:
+        # The rate is of the whole cost; the ceiling, of what cannot be left out.
+        every |= {"TFLOP/s": profiled.cost.flops / total / 1e12, "GB/s": profiled.cost.bytes / total / 1e9}
+    return [every, *rows]
+
+
+def _row(name: str, launches: float, seconds: float, total: float) -> dict[str, Any]:
+    return {
+        "kernel": name,
+        "launches": float(launches),
+        "µs": 1e6 * seconds,
+        "% of all": 100 * seconds / max(total, 1e-12),
+    }
+
+
+def rates(work: Work | None, nanoseconds: float, limits: Ceilings) -> dict[str, Any]:
+    """Return TFLOP/s, GB/s and the part of the ceiling that binds; None of what is not known."""
+    if work is None:
+        return dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
+    floor, seconds = limits.floor(work), nanoseconds / 1e9
+    return {
+        "TFLOP/s": (work.float32 + work.bf16 + work.float64) / seconds / 1e12,
+        "GB/s": work.bytes / seconds / 1e9 if work.bytes else None,
+        "of ceiling": floor.seconds / seconds,
+        "bound by": floor.bound_by,
+    }
+
+
+# --- The command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    op: Annotated[str, typer.Option(help="an op of brandla_kernels, or a public function")],
+    n: Annotated[int, typer.Option(help="rows")] = Request.n,
+    r: Annotated[int, typer.Option(help="rank")] = Request.r,
+    k: Annotated[int, typer.Option(help="columns")] = Request.k,
+    m: Annotated[int, typer.Option(help="columns of W, or of the matrix of a sketch")] = Request.m,
+    cores: Annotated[int, typer.Option(help="matrices of cholesky_inverse_core and root_core")] = Request.cores,
+    dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16, float16 for data columns")] = Request.dtype,
+    bare: Annotated[bool, typer.Option("--bare", help="only call it: for ncu and nsys")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to a file, print nothing")] = None,
+) -> None:
+    """Time, rates and part of the ceilings, kernel by kernel; status 2 for what cannot be profiled."""
+    request = Request(op, n, r, k, m, dtype, cores)
+    if (refusal := request.refusal()) is not None:
+        typer.echo(f"python -m bench.profiling: {refusal}", err=True)
+        raise typer.Exit(2)
+    device = Gpu() if torch.cuda.is_available() else Stub()
+    if bare:
+        return _run_bare(request, device)
+    limits = measure(device, CPU_SIZES if device.dry else FULL)
+    rows = table_of(prepare(request, device), device, limits)
+    if json_file:
+        json_file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    else:
+        _show(request, device, limits, rows)
+    return None
+
+
+def _run_bare(request: Request, device: Device) -> None:
+    """Call with no profiler of our own: first to compile, then between the marks that ncu and nsys wait for."""
+    calls = prepare(request, device).calls
+    for call in calls[:WARM_UP]:
+        call()
+    device.synchronize()
+    if not device.dry:
+        torch.cuda.profiler.start()
+    with torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
+        for call in calls[:BARE_CALLS]:
+            call()
+        device.synchronize()
+    if not device.dry:
+        torch.cuda.profiler.stop()
+
+
+def _show(request: Request, device: Device, limits: Ceilings, rows: list[dict[str, Any]]) -> None:
+    # Wider than a narrow terminal, so that nothing is cut.
+    console = Console(highlight=False, width=max(Console().width, WIDTH))
+    console.print(request.words)
+    console.print(frame.in_words(frame.machine_of(device)), style="dim")
+    console.print(
+        f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
+        f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"
+    )
+    by = "torch's profiler, the torch form on a CPU" if device.dry else "Proton"
+    console.print(frame.shown(rows[: SHOWN + 1], title=f"one call, by {by}"))
+    if len(rows) > SHOWN + 1:
+        console.print(f"and {len(rows) - SHOWN - 1} more")
+    console.print("\nTo go deeper, on a machine with a GPU:")
+    for line in deeper(request, device):
+        console.print(line, soft_wrap=True)
+
+
+def deeper(request: Request, device: Device) -> list[str]:
+    """Return the lines of Nsight Compute and Nsight Systems that look at the same calls."""
+    bare = shlex.join(["python", "-m", "bench.profiling", "--bare", *request.arguments])
+    launch = None if request.op in FUNCTIONS else OPS[request.op].launch
+    launches = [] if launch is None else device.recorded(launch, *cases.operands(request.case, device))
+    kernels = "|".join(dict.fromkeys(launch.name for launch in launches))
+    name, only = shlex.quote(request.op), f" --kernel-name {shlex.quote('regex:' + kernels)}" if kernels else ""
+    return [
+        f"ncu --clock-control none --set full --profile-from-start off{only} --export {name} {bare}",
+        f"nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi --output {name} {bare}",
+    ]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,1 +1,0 @@
-"""One op, or one public function, at one size: where its time goes, kernel by kernel."""
