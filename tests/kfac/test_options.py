@@ -48,7 +48,6 @@ from kfac.networks import batch, loss_of, mlp
         ({"inverse": Brand}, TypeError, "inverse must be a strategy such as Brand(rank=128), or None; got Brand"),
         ({"inverse": lambda name, module: "brand"}, TypeError, "inverse must be a strategy"),
     ],
-    ids=str,
 )
 def test_bad_options_are_refused(options: dict, error: type[Exception], message: str):
     with pytest.raises(error, match=re.escape(message)):
