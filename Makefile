@@ -38,7 +38,7 @@ endif
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
 .PHONY: help setup demo test lint format typecheck imports pytest interpret kernels launches bench bench-cpu bench-functions bench-kfac \
-    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams gpu profile \
+    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms gpu profile \
     examples docs-figures docs clean distclean
 
 help: ## list the targets
@@ -111,6 +111,9 @@ study-kfac: .venv/.extra-bench ## steps and seconds to an accuracy on Fashion-MN
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
 	$(python) -m bench.studies.streams $(STUDY_ARGS)
+
+study-forms: .venv/.extra-bench ## accuracy of the two forms of Brand's update (STUDY_ARGS as above)
+	$(python) -m bench.studies.forms $(STUDY_ARGS)
 
 # GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
 GPU_PYTHON ?= $(python)
