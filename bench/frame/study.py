@@ -106,7 +106,7 @@ def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: boo
     for title, cells in study.shown(content):
         show(cells, title, console)
     written = [path]
-    if study.draw and any(tables.values()):
+    if study.draw and not stopped:
         # The committed pictures are those of the documentation.
         target = path.parent if quick or out else ROOT / "docs" / PICTURES / slug(machine)
         written += pictures.write(study.name, content, target, study.draw)

@@ -30,6 +30,7 @@ from bench.frame.figures import Figure, spelled
 from bench.frame.pages import table as markdown
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
+from brandla.demo.frame import plain
 
 Row = dict[str, Any]
 
@@ -165,7 +166,7 @@ def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | Non
 
 def write(path: Path, stage: str, kind: str, **about: Any) -> None:
     """Add a line. One write of one line, so that processes do not get into each other's."""
-    line = json.dumps(results.plain({"stage": stage, "kind": kind, **about}), ensure_ascii=False)
+    line = json.dumps(plain({"stage": stage, "kind": kind, **about}), ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -243,11 +244,11 @@ def in_words(machine: Row) -> str:
 
 def text(machine: Row, found: Mapping[str, Row]) -> str:
     """Return the whole record as plain text."""
-    plain = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
+    console = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
     dry = machine["quick"]
-    plain.print(heading(machine), *(section(name, record, dry) for name, record in found.items()), sep="\n")
-    plain.print(verdict(machine, found))
-    return plain.export_text()
+    console.print(heading(machine), *(section(name, record, dry) for name, record in found.items()), sep="\n")
+    console.print(verdict(machine, found))
+    return console.export_text()
 
 
 def heading(machine: Row) -> RenderableType:

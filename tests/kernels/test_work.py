@@ -11,7 +11,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from bench.gpu import cases  # noqa: E402
+from bench.gpu import cases, smoke  # noqa: E402
 from bench.gpu.cases import Case, Size  # noqa: E402
 from bench.gpu.device import Stub  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
@@ -101,7 +101,7 @@ def test_a_list_is_counted_problem_by_problem(op: str):
     """One rank and width, as stacks are padded to the largest; n as different as it gets."""
     chosen = [Case(op, Size(n=n, r=24, k=16, width=40, cores=1), FLOAT32, FLOAT32) for n in (64, 1000, 250)]
     problems = [cases.operands(case, Stub()) for case in chosen]
-    launches = recorded(op, cases.grouped(op, problems))
+    launches = recorded(op, smoke.grouped(op, problems))
     alone = [recorded(op, arguments) for arguments in problems]
     assert flops_of(launches) == sum(map(flops_of, alone))
     if op not in ("rotate_", "kron_damped_apply"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Diagonal(_Whole):
 @dataclass(frozen=True, kw_only=True)
 class Blocks(_Whole, DenseForm):
     """Factors of order 1 and 2, many at once, solved with directly at every step."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
