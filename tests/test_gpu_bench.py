@@ -69,8 +69,9 @@ def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
     ],
 )
 def test_a_stage_finds_something_and_leaves_nothing_out(
-    name: str, stage: Any, case: str | None, table: str, tmp_path: Path
+    name: str, stage: Any, case: str | None, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(tune, "OPERANDS", ["rotate"])
     stage(Findings(tmp_path / "gpu.jsonl", name, Stub(), 600, case))
     section = frame.sections(tmp_path / "gpu.jsonl")[name]
     assert section["failures"] == section["skipped"] == []
@@ -138,7 +139,8 @@ def test_no_fault_hides_another_case(apart: bool, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(frame, "HANG", 1.0)
     stage = Stage(faults, 60, (lambda dry: NAMES) if apart else None, together=2)
     monkeypatch.setitem(STAGES, "ops", stage)
-    status, sections = dry(tmp_path, "ops,ceilings")
+    monkeypatch.setitem(STAGES, "core", Stage(lambda found: found.row("table", case="another stage"), 60))
+    status, sections = dry(tmp_path, "ops,core")
     failed = {failure["case"]: failure for failure in sections["ops"]["failures"]}
     assert status == 1
     assert set(failed) == {"raises", "poisons", "crashes", "hangs"}
@@ -147,7 +149,7 @@ def test_no_fault_hides_another_case(apart: bool, tmp_path: Path, monkeypatch: p
     assert "faults" in failed["crashes"]["traceback"]
     assert "Timeout" in failed["hangs"]["traceback"]
     assert {row["case"] for row in sections["ops"]["tables"]["table"]} == {"good", "after"}
-    assert sections["ceilings"]["status"] == "done"
+    assert sections["core"]["status"] == "done"
 
 
 def test_a_run_that_is_cut_off_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
