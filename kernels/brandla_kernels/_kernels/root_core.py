@@ -54,7 +54,8 @@ def _tiles(matrix, blocks: tl.constexpr):
 @triton.jit
 def _tile_at(step, matrix, blocks: tl.constexpr):
     """Return rows and columns of a tile on a walk over a matrix, column by column."""
-    down = tl.cdiv(matrix[3], blocks[1])
+    # At least 1: Triton's AMD backend fails to compile a division by what is 0 in the first turn of a loop.
+    down = tl.maximum(tl.cdiv(matrix[3], blocks[1]), 1)
     return (step % down) * blocks[1] + tl.arange(0, blocks[1]), (step // down) * blocks[2] + tl.arange(0, blocks[2])
 
 
