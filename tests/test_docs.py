@@ -21,7 +21,7 @@ import brandla_kernels
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-README_LINES = 12
+README_LINES = 13
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC. some factors are too small"),

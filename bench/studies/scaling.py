@@ -380,8 +380,8 @@ COLOURS = {
 }
 
 
-def draw(content: Row, theme: Theme) -> Picture:
-    """Draw time and memory against n, and time against r and k."""
+def draw(content: Row, theme: Theme, most: int = 4) -> Picture:
+    """Draw time and memory against n, and time against r and k; the first ``most`` of these."""
     rows = pd.DataFrame(content["rows"]).query("method in @COLOURS")
     rows = rows.assign(time=rows["seconds"].str[0], memory=rows["held_bytes"] + rows["peak_bytes"])
     found = [
@@ -393,7 +393,7 @@ def draw(content: Row, theme: Theme) -> Picture:
             ("k", "time", "Time against the new columns"),
         )
         if axis in set(rows["axis"])
-    ]
+    ][:most]
     words = f"Powers are fitted over {WINDOWS[LARGER]}"
     figure, axes = pictures.panels([4.6 if axis == "n" else 3.9 for axis, *_ in found], content, words, theme)
     powers = {
