@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from brandla_kernels._op import Cost, op
+from brandla_kernels._op import Cost, op, reads_are_free
 from brandla_kernels.gram import inner_product
 
 
@@ -26,8 +26,16 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> Tensor:
     """Return ``scale * (rhs + basis @ (middle · (basis.mT @ rhs)))``."""
     inner = apply_middle(basis, middle, inner_product(basis, rhs))
-    total = torch.addmm(rhs, basis, inner) if basis.ndim == rhs.ndim == 2 else rhs + basis @ inner
-    return total.mul_(scale[..., None, None])
+    return scaled_sum(scale, rhs, basis, inner)
+
+
+def scaled_sum(scale: Tensor, added: Tensor, tall: Tensor, small: Tensor) -> Tensor:
+    """Return β (A + X Y); of matrices on a CPU in the passes of the product alone."""
+    is_matrix = added.ndim == tall.ndim == small.ndim == 2
+    # With β = 0 a product leaves out A, and NaN in it.
+    if is_matrix and reads_are_free(scale) and not scale.requires_grad and (number := scale.item()) != 0:
+        return torch.addmm(added, tall, small, beta=number, alpha=number)
+    return (added + tall @ small).mul_(scale[..., None, None])
 
 
 def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:

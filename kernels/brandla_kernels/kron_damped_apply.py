@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.damped_apply import apply_middle, damped_apply, damped_apply_gradient, transposed_middle
+from brandla_kernels.damped_apply import (
+    apply_middle,
+    damped_apply,
+    damped_apply_gradient,
+    scaled_sum,
+    transposed_middle,
+)
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
@@ -37,18 +43,15 @@ def kron_damped_apply(
     matrix: Tensor,
 ) -> Tensor:
     """Return the left operator times ``matrix`` times the right operator."""
-    scale = (left_scale * right_scale)[..., None, None]
     left_projection = left_basis.mT @ matrix
     right_projection = matrix @ right_basis
     both = left_basis.mT @ right_projection
     left_inner = left_projection + _times_middle(right_basis, right_middle, both) @ right_basis.mT
     left_inner = apply_middle(left_basis, left_middle, left_inner)
     right_inner = _times_middle(right_basis, right_middle, right_projection)
-    if matrix.ndim == left_inner.ndim == right_inner.ndim == 2:
-        # Both terms in one pass over Y.
-        columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT])
-        return torch.addmm(matrix, columns, rows).mul_(scale)
-    return (matrix + left_basis @ left_inner + right_inner @ right_basis.mT).mul_(scale)
+    # Both terms in one pass over Y.
+    columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT], -2)
+    return scaled_sum(left_scale * right_scale, matrix, columns, rows)
 
 
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
