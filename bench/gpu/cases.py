@@ -151,7 +151,7 @@ def _gram_ema_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, .
 
 
 def _operator(normal: Normal, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, H and β, where U H Uᵀ changes a random vector as much as β does."""
+    """Return U, Z and β, where U Z Uᵀ changes a random vector as much as it is long."""
     return _basis(normal, n, r), normal(r) * (n / r) ** 0.5, normal(1)[0]
 
 

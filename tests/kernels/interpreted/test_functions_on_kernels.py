@@ -77,13 +77,13 @@ def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
 def test_gradients_flow_through_kernels(listed: bool, device: torch.device) -> None:
     basis, rhs = make_eigh(12, 3).eigenvectors.to(device), make_columns(12, 2).to(device)
-    middle, complement = basis.new_ones(3), basis.new_tensor(0.5)
+    middle, scale = basis.new_ones(3), basis.new_tensor(0.5)
 
     def loss(basis: Tensor, rhs: Tensor) -> Tensor:
         op: Callable[..., Any] = OPS["damped_apply"]
         if listed:
-            return op([basis], middle[None], complement[None], [rhs])[0].square().sum()
-        return op(basis, middle, complement, rhs).square().sum()
+            return op([basis], middle[None], scale[None], [rhs])[0].square().sum()
+        return op(basis, middle, scale, rhs).square().sum()
 
     inputs = (basis.requires_grad_(), rhs.requires_grad_())
     on_kernels = torch.autograd.grad(loss(*inputs), inputs)
