@@ -1,23 +1,50 @@
-"""The command line: ``brandla info`` and ``brandla demo``. What it needs comes with the ``demo`` extra."""
+"""The command line. ``brandla info`` needs torch alone; ``brandla demo`` needs the ``demo`` extra."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import io
 import sys
+from collections.abc import Sequence
 
-NEEDED = ("matplotlib", "numpy", "pandas", "rich", "sklearn", "typer")
+import brandla
+
+NEEDED_BY_DEMO = ("matplotlib", "numpy", "pandas", "rich", "sklearn", "typer")
 
 
-def main() -> None:
-    """Run the command line, or say in one line how to get what it needs."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"brandla: {', '.join(missing)} not installed; in a clone: pip install '.[demo]'", file=sys.stderr)
-        raise SystemExit(1)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; ``arguments`` are those of the process by default."""
+    parser = argparse.ArgumentParser(
+        prog="brandla", description="Streaming low-rank linear algebra, and K-FAC on top of it.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"brandla {brandla.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="command", dest="command")
+    info = commands.add_parser("info", help="print versions, devices, and which backend each op takes and why")
+    info.add_argument("--json", action="store_true", help="print the same as JSON")
+    # The demo reads its own options, --help among them.
+    commands.add_parser("demo", help="track a real layer's input factor, then train with K-FAC", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The tables hold signs such as ≤, which not every terminal has.
         sys.stdout.reconfigure(errors="replace")
+    if options.command == "demo":
+        _demo(rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif options.command == "info":
+        from brandla.demo.info import as_json, as_text
+
+        print(as_json() if options.json else as_text())
+    else:
+        parser.print_help()
+
+
+def _demo(arguments: list[str]) -> None:
+    missing = [name for name in NEEDED_BY_DEMO if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"brandla demo: {', '.join(missing)} not installed: pip install 'brandla[demo]'", file=sys.stderr)
+        raise SystemExit(1)
     from brandla.demo.commands import app
 
-    app()
+    app(arguments, prog_name="brandla demo")

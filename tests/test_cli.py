@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import brandla
+from brandla.cli import main
 from brandla.demo.commands import app
 from brandla_kernels import OPS
 
@@ -26,45 +27,52 @@ def runner() -> CliRunner:
     return CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
 
 
-def test_no_command_shows_the_commands_and_an_option_the_version(runner: CliRunner) -> None:
-    answer = runner.invoke(app, [])
-    assert "info" in answer.output
-    assert "demo" in answer.output
-    assert runner.invoke(app, ["--version"]).output == f"brandla {brandla.__version__}\n"
+def test_no_command_shows_the_commands_and_an_option_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    assert "info" in shown
+    assert "demo" in shown
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"brandla {brandla.__version__}\n"
 
 
-def test_info_names_the_backend_of_every_op(runner: CliRunner) -> None:
-    answer = runner.invoke(app, ["info"])
-    assert answer.exit_code == 0
-    lines = [line.split() for line in answer.output.splitlines()]
+def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info"])
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
     served = {words[0]: words[1:3] for words in lines if words and words[0] in OPS}
     assert served == {name: ["torch", "(1)"] for name in OPS}
-    assert f"(1) {OPS['project'].implementation('cpu')[1]}" in answer.output
-    assert brandla.__version__ in answer.output
+    reason = OPS["project"].implementation("cpu")[1]
+    assert f"(1) {reason}" in shown
+    main(["info", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["brandla"] == brandla.__version__
+    assert facts["ops"] == {name: {"cpu": {"backend": "torch", "reason": reason}} for name in OPS}
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib", "sklearn", "pandas", "numpy"])
-def test_missing_package_is_one_line_that_says_how_to_get_it(
-    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from brandla.cli import main
-
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize("arguments", [["infos"], ["info", "--jason"], ["info", "x"], ["--verbose"]])
+def test_unknown_words_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1
-    message = capsys.readouterr().err
-    assert message == f"brandla: {package} not installed; in a clone: pip install '.[demo]'\n"
+        main(arguments)
+    assert stop.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
 
 
-def test_entry_point_imports_without_the_extra() -> None:
+def test_only_the_demo_needs_its_extra() -> None:
     # Not numpy: torch itself warns of its absence, before anything of brandla runs.
     hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn', 'pandas'))"
     program = f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main()"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert answer.returncode == 1
-    assert answer.stderr.count("\n") == 1
-    assert "in a clone: pip install '.[demo]'" in answer.stderr
+    info, demo = (
+        subprocess.run([sys.executable, "-c", program, word], capture_output=True, text=True, check=False)
+        for word in ("info", "demo")
+    )
+    assert (info.returncode, info.stderr) == (0, "")
+    assert demo.returncode == 1
+    assert demo.stderr == (
+        "brandla demo: matplotlib, pandas, rich, sklearn, typer not installed: pip install 'brandla[demo]'\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def test_entry_point_imports_without_the_extra() -> None:
     ],
 )
 def test_bad_option_is_refused_before_anything_runs(runner: CliRunner, options: list[str], words: str) -> None:
-    answer = runner.invoke(app, ["demo", *options])
+    answer = runner.invoke(app, options)
     assert answer.exit_code == 2
     assert words in answer.output
 

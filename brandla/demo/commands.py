@@ -1,4 +1,4 @@
-"""The commands of ``brandla``."""
+"""``brandla demo``: its options, and where it runs."""
 
 from __future__ import annotations
 
@@ -9,40 +9,9 @@ import torch
 import typer
 from rich.console import Console
 
-import brandla
-
 INTERRUPTED = 130
 
-app = typer.Typer(
-    name="brandla",
-    help="Streaming low-rank linear algebra, and K-FAC on top of it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"brandla {brandla.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _brandla(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def info() -> None:
-    """Print versions, devices, and which backend each op takes and why."""
-    from brandla.demo.info import show
-
-    show(Console())
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 import brandla
 from brandla.demo import machine
 from brandla_kernels import OPS
 
 
-def show(console: Console) -> None:
-    """Print everything."""
-    console.print(_facts())
-    console.print()
-    console.print(_backends())
+def as_json() -> str:
+    """Return everything as JSON: versions, devices, and for each op and device the backend and the reason for it."""
+    return json.dumps(_facts(), indent=2, ensure_ascii=False)
 
 
-def _facts() -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    blas, lapack = machine.linear_algebra()
-    packages = machine.versions()
-    table.add_row("brandla", brandla.__version__)
-    table.add_row("Python", platform.python_version())
-    table.add_row("torch", f"{torch.__version__}, BLAS {blas}, LAPACK {lapack}, threads: {torch.get_num_threads()}")
-    table.add_row("triton", packages["triton"] or "not installed")
-    table.add_row("CPU", f"{machine.cpu_name()}, {os.cpu_count()} cores")
-    table.add_row("GPU", ", ".join(machine.gpu_names()) or "none that torch sees")
-    return table
-
-
-def _backends() -> Group:
-    """One line an op and one column a device; the reasons, which many ops share, are numbered below."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    table = Table("op", *devices, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def as_text() -> str:
+    """Return everything as text: the facts, then a line an op; the reasons, which many ops share, are numbered."""
+    facts = _facts()
+    ops = facts.pop("ops")
+    lines = [f"{name:8}{', '.join(value) if isinstance(value, list) else value}" for name, value in facts.items()]
+    devices = list(next(iter(ops.values())))
+    lines += ["", "Backend of each op", f"{'op':24}" + "".join(f"{device:14}" for device in devices)]
     reasons: dict[str, int] = {}
-    for name, op in sorted(OPS.items()):
-        cells = []
-        for device in devices:
-            backend, reason = op.implementation(device)
-            number = reasons.setdefault(reason, len(reasons) + 1)
-            cells.append(f"{backend} ({number})")
-        table.add_row(name, *cells)
-    notes = [Text(f"({number}) {reason}") for reason, number in reasons.items()]
-    return Group(Text("Backend of each op", style="bold"), table, *notes)
+    for name, served in ops.items():
+        numbered = [
+            f"{one['backend']} ({reasons.setdefault(one['reason'], len(reasons) + 1)})" for one in served.values()
+        ]
+        lines.append(f"{name:24}" + "".join(f"{cell:14}" for cell in numbered))
+    lines += [f"({number}) {reason}" for reason, number in reasons.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _facts() -> dict[str, Any]:
+    blas, lapack = machine.linear_algebra()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "brandla": brandla.__version__,
+        "Python": platform.python_version(),
+        "torch": f"{torch.__version__}, BLAS {blas}, LAPACK {lapack}, {torch.get_num_threads()} threads",
+        "triton": machine.versions()["triton"] or "not installed",
+        "CPU": f"{machine.cpu_name()}, {os.cpu_count()} cores",
+        "GPU": machine.gpu_names() or "none that torch sees",
+        "ops": {name: {device: _served(name, device) for device in devices} for name in sorted(OPS)},
+    }
+
+
+def _served(name: str, device: str) -> dict[str, str]:
+    backend, reason = OPS[name].implementation(device)
+    return {"backend": backend, "reason": reason}
