@@ -69,7 +69,7 @@ def tall(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("target", "layout", "dtypes"),
-    [("sm_90", ROWS, DTYPES[:3]), ("gfx942", RAGGED_LIST, DTYPES[:1])],
+    [("sm_90", ROWS, DTYPES[:2]), ("gfx942", RAGGED_LIST, DTYPES[:1])],
     ids=["sm_90", "gfx942"],
 )
 def test_kernels_compile_without_fault(target: str, layout: Layout, dtypes: tuple[torch.dtype, ...]) -> None:
