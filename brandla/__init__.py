@@ -3,7 +3,8 @@
 from brandla import grouped
 from brandla._check import checked
 from brandla.brand import eigh_update, eigh_update_, svd_append, svd_update
-from brandla.damped import damped_power, damped_solve, kron_damped_solve
+from brandla.damped import damped_logdet, damped_power, damped_solve
+from brandla.kron import kron_damped_logdet, kron_damped_power, kron_damped_solve
 from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
@@ -22,11 +23,14 @@ __all__ = [
     "backend",
     "centre",
     "checked",
+    "damped_logdet",
     "damped_power",
     "damped_solve",
     "eigh_update",
     "eigh_update_",
     "grouped",
+    "kron_damped_logdet",
+    "kron_damped_power",
     "kron_damped_solve",
     "orthonormalize",
     "randomized_eigh",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -50,7 +52,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
         return diagonal.to(dtype), core[..., :keep].to(dtype)
     if _is_plain(core, diagonal):
         values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
+        return _not_negative(values.flip(-1)), vectors.flip(-1)[..., :keep]
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -59,10 +61,74 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = without_denormals((values.clamp_min(0) * scale[..., None]).to(dtype))
+    values = without_denormals((_not_negative(values) * scale[..., None]).to(dtype))
     # Eigenvalues that the dtype does not hold are not finite either.
     finite = finite & torch.isfinite(values[..., 0])
     return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
+
+
+class Spectrum(NamedTuple):
+    """S = V diag(d) Vᵀ for functions of S whose derivative is right where eigenvalues coincide."""
+
+    values: Tensor  # d, descending: (..., r)
+    vectors: Tensor | None = None  # V; None of a diagonal S
+    moved: Tensor | None = None  # VᵀSV − diag(d): 0, with the derivative of S
+
+    def of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S.
+
+        To first order V moves f(S) by (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ) times an entry of VᵀSV (Daleckii and Krein).
+        """
+        levels, vectors, moved = function(self.values), self.vectors, self.moved
+        if vectors is None:
+            return levels
+        if moved is None:
+            return (vectors * levels[..., None, :]) @ vectors.mT
+        slopes = _slopes(function, self.values.detach())
+        off_diagonal = moved - torch.diag_embed(moved.diagonal(dim1=-2, dim2=-1))
+        return vectors @ (torch.diag_embed(levels) + slopes * off_diagonal) @ vectors.mT
+
+
+def spectrum(matrix: Tensor) -> Spectrum:
+    """Return the spectrum of a small symmetric positive semi-definite matrix. It can be differentiated once."""
+    values, vectors = safe_eigh(matrix.detach())
+    if not matrix.requires_grad:
+        return Spectrum(values, vectors)
+    # torch leaves Function.apply without annotations.
+    moved = _Once.apply(vectors.mT @ (matrix - matrix.detach()) @ vectors)  # type: ignore[no-untyped-call]
+    return Spectrum(values + moved.diagonal(dim1=-2, dim2=-1), vectors, moved)
+
+
+def _slopes(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Return (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ), and f′ where the two agree to √ε."""
+    with torch.enable_grad():
+        argument = values.clone().requires_grad_()
+        levels = function(argument)
+        (slope,) = torch.autograd.grad(levels.sum(), argument)
+    row, column = (..., slice(None), None), (..., None, slice(None))
+    levels, gap = levels.detach(), values[row] - values[column]
+    near = gap.abs() <= torch.finfo(values.dtype).eps ** 0.5 * (values[row] + values[column])
+    return torch.where(
+        near, (slope[row] + slope[column]) / 2, (levels[row] - levels[column]) / torch.where(near, 1, gap)
+    )
+
+
+class _Once(torch.autograd.Function):
+    """y = x, which a second derivative does not pass without an error."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _not_negative(values: Tensor) -> Tensor:
+    """Return max(x, 0), whose derivative is 0 up to 0 whatever torch takes that of a clamp at its bound to be."""
+    return torch.where(values <= 0, 0, values)
 
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:

@@ -22,18 +22,21 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from brandla import _check, brand, damped, randomized, root
+from brandla import _check, brand, damped, kron, randomized, root
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
-from brandla.damped import LowRank, Tail
+from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, parts_of
 from brandla.randomized import LinearOperator
 from brandla.root import Compress, Update, Updated, stack
 
 __all__ = [
+    "damped_logdet",
     "damped_power",
     "damped_solve",
     "eigh_update",
+    "kron_damped_logdet",
+    "kron_damped_power",
     "kron_damped_solve",
     "randomized_eigh",
     "randomized_svd",
@@ -143,9 +146,10 @@ def damped_solve(
     damping: Each[float | Tensor],
     *,
     tail: Each[Tail] = 0.0,
+    diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
-    """`brandla.damped_solve` with each factor."""
-    return _solutions("damped_solve", lowranks, rhs, damping=damping, tail=tail)
+    """`brandla.damped_solve` with each factor; those with a diagonal take turns."""
+    return _solutions("damped_solve", lowranks, rhs, damping=damping, tail=tail, diagonal=diagonal)
 
 
 @ranged("n,r", "n,m")
@@ -159,6 +163,52 @@ def damped_power(
 ) -> list[Tensor]:
     """`brandla.damped_power` with each factor."""
     return _solutions("damped_power", lowranks, rhs, damping=damping, exponent=exponent, tail=tail)
+
+
+@ranged("n,r")
+def damped_logdet(
+    lowranks: Sequence[LowRank],
+    damping: Each[float | Tensor],
+    *,
+    tail: Each[Tail] = 0.0,
+    diagonal: Each[Tensor | None] = None,
+) -> list[Tensor]:
+    """`brandla.damped_logdet` of each factor."""
+    options = {"damping": damping, "tail": tail, "diagonal": diagonal}
+    return _each("damped_logdet", damped.damped_logdet, (lowranks,), **options)
+
+
+@ranged("p,a", "q,b", "p,q")
+def kron_damped_power(
+    lefts: Sequence[LowRank],
+    rights: Sequence[LowRank],
+    matrices: Sequence[Tensor],
+    damping: Each[float | Tensor],
+    exponent: Each[float],
+    *,
+    left_tail: Each[Tail] = 0.0,
+    right_tail: Each[Tail] = 0.0,
+    values: Each[Tensor | None] = None,
+) -> list[Tensor]:
+    """`brandla.kron_damped_power` with each pair of factors."""
+    options = {"damping": damping, "exponent": exponent, "left_tail": left_tail, "right_tail": right_tail}
+    lists = (lefts, rights, matrices)
+    return _each("kron_damped_power", kron.kron_damped_power, lists, **options, values=values)
+
+
+@ranged("p,a", "q,b")
+def kron_damped_logdet(
+    lefts: Sequence[LowRank],
+    rights: Sequence[LowRank],
+    damping: Each[float | Tensor],
+    *,
+    left_tail: Each[Tail] = 0.0,
+    right_tail: Each[Tail] = 0.0,
+    values: Each[Tensor | None] = None,
+) -> list[Tensor]:
+    """`brandla.kron_damped_logdet` of each pair of factors."""
+    options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
+    return _each("kron_damped_logdet", kron.kron_damped_logdet, (lefts, rights), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -176,8 +226,8 @@ def kron_damped_solve(
     shifts = {"left_damping": left_damping, "left_tail": left_tail}
     shifts |= {"right_damping": right_damping, "right_tail": right_tail}
     calls = _calls("kron_damped_solve", (lefts, rights, matrices), **shifts)
-    problems = [damped.check_kron(*lists, **options) for lists, options in calls]
-    return _in_classes(problems, _class_of_kron, damped.Kron.solution, damped.kron_together)
+    problems = [kron.check_kron(*lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_kron, kron.Kron.solution, kron.kron_together)
 
 
 def _updated(
@@ -251,12 +301,12 @@ def _class_of_update(update: Update) -> Class:
 
 def _class_of_solve(problem: damped.Solve) -> Class:
     side = _class_of_side(problem.side)
-    if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE:
+    if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
         return None
     return (*side, problem.exponent)
 
 
-def _class_of_kron(problem: damped.Kron) -> Class:
+def _class_of_kron(problem: kron.Kron) -> Class:
     left, right, data, rows = problem
     sides = _class_of_side(left), _class_of_side(right)
     parts = data if isinstance(data, tuple) else (data,)
@@ -265,7 +315,7 @@ def _class_of_kron(problem: damped.Kron) -> Class:
     return (*sides, len(parts))
 
 
-def _class_of_side(side: damped.Side) -> Class:
+def _class_of_side(side: Side) -> Class:
     """Factors that one launch can apply: of one kind and rank, with τ given or not."""
     basis = parts_of(side.factor)[1]
     if basis.ndim != 2 or basis.shape[-1] == 0:

@@ -1,4 +1,4 @@
-"""damped_solve and damped_power against dense float64 solves, and their derivatives."""
+"""damped_solve, damped_power and damped_logdet against dense float64 matrices, and their derivatives."""
 
 from __future__ import annotations
 
@@ -74,6 +74,51 @@ def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dt
     assert exponent or torch.equal(applied, rhs)
 
 
+def diagonal_of(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return n numbers between 0 and 1, the first of them 0."""
+    return torch.linspace(0, 1, n, dtype=dtype).square()
+
+
+@FACTORS
+@TAILS
+@pytest.mark.parametrize("spectrum", ["slow", "clustered", "rank-16", "zero"])
+def test_logdet_and_solve_beside_a_diagonal_equal_the_dense_ones(
+    make: Any, spectrum: str, tail: Tail, dtype: torch.dtype
+) -> None:
+    damping = 0.05
+    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    diagonal = diagonal_of(N, dtype=dtype)
+    operator = dense_operator(lowrank, damping, tail)
+    for beside, dense in ((None, operator), (diagonal, operator + torch.diag(diagonal.double()))):
+        logdet = brandla.damped_logdet(lowrank, damping, tail=tail, diagonal=beside)
+        assert (logdet.shape, logdet.dtype) == ((), dtype)
+        expected = torch.linalg.slogdet(dense).logabsdet
+        assert abs(logdet - expected) <= oracles.tolerance(N, dtype, max(1, expected.abs()))
+    solution = brandla.damped_solve(lowrank, rhs, damping, tail=tail, diagonal=diagonal)
+    assert solution.dtype == dtype
+    assert oracles.solve_ratio(dense, solution, rhs, dtype) <= THRESHOLD
+    vector = brandla.damped_solve(lowrank, rhs[:, 0], damping, tail=tail, diagonal=diagonal)
+    assert oracles.difference_ratio(vector[:, None], solution[:, :1], dtype) <= THRESHOLD
+
+
+def test_a_diagonal_that_is_constant_is_more_damping() -> None:
+    """Beside no tail and beside one above an eigenvalue, where C has both signs."""
+    factor, rhs = make_eigh(N, R), make_columns(N, M)
+    for tail in (0.0, 0.1, torch.tensor(0.2)):
+        beside = brandla.damped_solve(factor, rhs, 0.1, tail=tail, diagonal=torch.full((N,), 0.3, dtype=torch.float64))
+        more = brandla.damped_solve(factor, rhs, 0.4, tail=tail)
+        assert oracles.difference_ratio(beside, more, torch.float64) <= THRESHOLD
+
+
+@FACTORS
+@pytest.mark.parametrize("damping", [1e-30, 1e30], ids=str)
+def test_a_determinant_may_be_out_of_range(make: Any, damping: float) -> None:
+    n, r = 2000, 3
+    logdet = brandla.damped_logdet(make(n, r, "flat", dtype=torch.float32), damping, tail=0.0)
+    expected = r * math.log(1 + damping) + (n - r) * math.log(damping)
+    assert abs(logdet - expected) <= oracles.tolerance(1, torch.float32, abs(expected))
+
+
 @FACTORS
 @pytest.mark.parametrize(("n", "r"), [(6, 0), (6, 6), (1, 1), (1, 0)], ids=str)
 @TAILS
@@ -84,6 +129,11 @@ def test_every_rank_from_none_to_full(make: Callable[..., Any], n: int, r: int, 
     root = brandla.damped_power(lowrank, brandla.damped_power(lowrank, rhs, 0.2, -0.5, tail=tail), 0.2, -0.5, tail=tail)
     assert oracles.solve_ratio(operator, solution, rhs, dtype) <= THRESHOLD
     assert oracles.difference_ratio(root, solution, dtype) <= THRESHOLD
+    diagonal = diagonal_of(n, dtype=dtype)
+    solution = brandla.damped_solve(lowrank, rhs, 0.2, tail=tail, diagonal=diagonal)
+    assert oracles.solve_ratio(operator + torch.diag(diagonal.double()), solution, rhs, dtype) <= THRESHOLD
+    logdet, expected = brandla.damped_logdet(lowrank, 0.2, tail=tail), torch.linalg.slogdet(operator).logabsdet
+    assert abs(logdet - expected) <= oracles.tolerance(n, dtype, max(1, expected.abs()))
 
 
 @FACTORS
@@ -94,9 +144,12 @@ def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[...
         *(torch.nn.functional.pad(part, (0, 3, 0, 3) if part.shape == (R, R) else (0, 3)) for part in small)
     )
     rhs = make_columns(N, M, dtype=dtype)
-    for tail in (0.0, 0.3):
-        with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, tail=tail) for value in (padded, small))
+    delta = diagonal_of(N, dtype=dtype)
+    for options in ({}, {"tail": 0.3}, {"tail": 0.3, "diagonal": delta}):
+        with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, **options) for value in (padded, small))
         assert oracles.difference_ratio(with_zeros, without, dtype) <= THRESHOLD
+        with_zeros, without = (brandla.damped_logdet(value, 0.1, **options) for value in (padded, small))
+        assert abs(with_zeros - without) <= oracles.tolerance(N, dtype, without.abs())
 
 
 @pytest.mark.parametrize("exponent", [-1, -0.5, -0.25])
@@ -167,10 +220,20 @@ def test_batch_equals_a_loop(make: Any, tail: Tail, batch_shape: tuple[int, ...]
     lowrank = tracked(make(N, R, dtype=dtype, batch_shape=batch_shape))
     rhs = make_columns(N, M, dtype=dtype, batch_shape=batch_shape)
     dampings = torch.linspace(0.1, 2, math.prod(batch_shape), dtype=dtype)
-    solved = brandla.damped_solve(lowrank, rhs, dampings.reshape(batch_shape), tail=tail)
-    flat = tree_map(lambda part: part.flatten(0, len(batch_shape) - 1), (lowrank, rhs, solved))
-    for (factor, one_rhs, actual), damping in zip(unbound(flat), dampings.tolist(), strict=True):
-        assert oracles.solve_ratio(dense_operator(factor, damping, tail), actual, one_rhs, dtype) <= THRESHOLD
+    diagonal = diagonal_of(N, dtype=dtype)
+    given: Any = lowrank, rhs, dampings.reshape(batch_shape)
+    solved = brandla.damped_solve(*given, tail=tail)
+    beside = brandla.damped_solve(*given, tail=tail, diagonal=diagonal.expand(*batch_shape, N))
+    assert torch.equal(beside, brandla.damped_solve(*given, tail=tail, diagonal=diagonal))
+    logdets = brandla.damped_logdet(lowrank, given[2], tail=tail)
+    results = lowrank, rhs, solved, beside, logdets
+    flat = tree_map(lambda part: part.flatten(0, len(batch_shape) - 1), results)
+    for (factor, one_rhs, actual, other, logdet), damping in zip(unbound(flat), dampings.tolist(), strict=True):
+        operator = dense_operator(factor, damping, tail)
+        assert oracles.solve_ratio(operator, actual, one_rhs, dtype) <= THRESHOLD
+        assert oracles.solve_ratio(operator + torch.diag(diagonal.double()), other, one_rhs, dtype) <= THRESHOLD
+        expected = torch.linalg.slogdet(operator).logabsdet
+        assert abs(logdet - expected) <= oracles.tolerance(N, dtype, max(1, expected.abs()))
 
 
 @FACTORS
@@ -257,30 +320,125 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-@FACTORS
-@pytest.mark.parametrize("tail", ["number", "tensor", "smallest"])
-@pytest.mark.parametrize(
-    ("batch_shape", "exponent"), [((), None), ((2,), None), ((), -1), ((), -0.5), ((), 0.25)], ids=str
-)
-def test_solve_and_power_are_differentiable_in_every_tensor(
-    make: Callable[..., Any], tail: str, batch_shape: tuple[int, ...], exponent: float | None
-) -> None:
+Function = Callable[..., Tensor]
+DERIVED: dict[str, Function] = {
+    "solve": brandla.damped_solve,
+    "solve, diagonal": lambda *given, **options: brandla.damped_solve(
+        *given, **options, diagonal=given[2].unsqueeze(-1) * diagonal_of(7)
+    ),
+    "logdet": lambda factor, _, *given, **options: brandla.damped_logdet(factor, *given, **options),
+    "logdet, diagonal": lambda factor, rhs, *given, **options: brandla.damped_logdet(
+        factor, *given, **options, diagonal=rhs[..., 0].square()
+    ),
+    **{
+        f"power {exponent}": partial(
+            lambda *given, exponent, **options: brandla.damped_power(*given, exponent, **options), exponent=exponent
+        )
+        for exponent in (-1, -0.5, 0.25)
+    },
+}
+# A diagonal S that requires a gradient is treated as any other.
+KINDS = pytest.mark.parametrize("make", [make_eigh, make_root], ids=["LowRankEigh", "LowRankRoot"])
+DERIVATIVES = pytest.mark.parametrize("function", DERIVED.values(), ids=DERIVED)
+
+
+def differentiable(function: Function, kind: type[Symmetric], tail: Any) -> Callable[..., Tensor]:
+    """Return a function of the parts of a factor, a block, λ and τ; S is symmetric: gradcheck may only move it so."""
+
+    def call(first: Tensor, second: Tensor, rhs: Tensor, damping: Tensor, tail_value: Tensor) -> Tensor:
+        second = oracles.symmetrised(second) if kind is brandla.LowRankRoot else second
+        return function(kind(first, second), rhs, damping, tail=tail_value if tail == "tensor" else tail)
+
+    return call
+
+
+@KINDS
+@DERIVATIVES
+@pytest.mark.parametrize("tail", [0.2, "tensor", "smallest"], ids=str)
+def test_derivatives_by_every_tensor(make: Callable[..., Any], function: Function, tail: Any) -> None:
+    batch_shape = (2,)
     damping, tail_value = (torch.full(batch_shape, value, dtype=torch.float64) for value in (0.3, 0.2))
-    rhs = make_columns(7, 2, batch_shape=batch_shape)
+    factor, rhs = make(7, 3, "slow", batch_shape=batch_shape), make_columns(7, 2, batch_shape=batch_shape)
+    inputs = [_leaf(tensor) for tensor in (*factor, rhs, damping, tail_value)]
+    assert gradcheck(differentiable(function, type(factor), tail), inputs, fast_mode=True)
 
-    def apply(first: Tensor, second: Tensor, rhs: Tensor, damping: Tensor, tail_value: Tensor) -> Tensor:
-        # S is symmetric: gradcheck may only move it within the symmetric matrices.
-        factor = factor_type(first, second if make is make_eigh else oracles.symmetrised(second))
-        chosen = {"number": 0.2, "tensor": tail_value, "smallest": "smallest"}[tail]
-        if exponent is None:
-            return brandla.damped_solve(factor, rhs, damping, tail=chosen)
-        return brandla.damped_power(factor, rhs, damping, exponent, tail=chosen)
 
-    factor = make(7, 3, "slow", batch_shape=batch_shape)
-    factor_type = type(factor)
-    inputs = [_leaf(tensor) for tensor in (*factor, rhs, damping)]
-    inputs.append(_leaf(tail_value) if tail == "tensor" else tail_value)
-    assert gradcheck(apply, inputs, fast_mode=True)
+@DERIVATIVES
+@pytest.mark.parametrize("values", [[2, 2, 2], [2, 2, 0.5], [1, 0, 0], [0, 0, 0]], ids=str)
+def test_derivatives_of_a_root_are_right_where_eigenvalues_coincide_or_are_zero(
+    function: Function, values: list[float]
+) -> None:
+    root = oracles.orthonormal(7, 3, seed=1) * torch.tensor(values).double().sqrt()
+    root = root @ oracles.orthonormal(3, 3, seed=2)
+    rhs, damping = make_columns(7, 2), torch.tensor(0.3, dtype=torch.float64)
+
+    def of_root(root: Tensor, rhs: Tensor, damping: Tensor) -> Tensor:
+        return function(brandla.LowRankRoot(root, root.mT @ root), rhs, damping)
+
+    assert gradcheck(of_root, [_leaf(tensor) for tensor in (root, rhs, damping)], fast_mode=True)
+
+
+@DERIVATIVES
+def test_derivatives_of_a_start_from_zeros_are_right(function: Function) -> None:
+    eigh, rhs = brandla.LowRankEigh(torch.zeros(3).double(), oracles.orthonormal(7, 3, seed=1)), make_columns(7, 2)
+    one = torch.ones((), dtype=torch.float64)
+    assert gradcheck(differentiable(function, type(eigh), 0.0), [*map(_leaf, (*eigh, rhs, one, one))], fast_mode=True)
+    for kind in (brandla.LowRankEigh, brandla.LowRankRoot):
+        start = kind(*map(_leaf, kind.zeros(7, 3, dtype=torch.float64)))
+        function(start, rhs, one).sum().backward()
+        assert all(part.grad is None or part.grad.isfinite().all() for part in start)
+
+
+def test_second_derivatives_through_the_spectrum_of_a_root_are_refused() -> None:
+    root = make_root(7, 3)
+    gram = _leaf(root.gram)
+    applied = brandla.damped_power(brandla.LowRankRoot(root.root, gram), make_columns(7, 2), 0.1, -0.5)
+    (gradient,) = torch.autograd.grad(applied.square().sum(), gram, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def clamped(values: Tensor, bound: Any, below: Any) -> Tensor:
+    """Return a bound where ``below`` says so, values elsewhere, and so their derivatives."""
+    return torch.where(below, torch.as_tensor(bound, dtype=values.dtype), values)
+
+
+# What clamps have passed on at their bound: the derivative by the values, and, in other versions of torch, nothing.
+AT_THE_BOUND: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "values": {
+        "clamp_min": lambda x, bound: clamped(x, bound, x < bound),
+        "clamp_max": lambda x, bound: clamped(x, bound, x > bound),
+        "relu": lambda x: clamped(x, 0, x < 0),
+    },
+    "bound": {
+        "clamp_min": lambda x, bound: clamped(x, bound, x <= bound),
+        "clamp_max": lambda x, bound: clamped(x, bound, x >= bound),
+        "relu": lambda x: clamped(x, 0, x <= 0),
+    },
+}
+
+
+@KINDS
+@pytest.mark.parametrize("convention", AT_THE_BOUND)
+@pytest.mark.parametrize("tail", ["smallest", 0.5, "mean"], ids=str)
+@pytest.mark.parametrize("exponent", [-1, -0.5])
+def test_derivatives_at_the_tail_count_on_no_convention_of_clamps(
+    make: Any, convention: str, tail: Any, exponent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, replacement in AT_THE_BOUND[convention].items():
+        monkeypatch.setattr(Tensor, name, replacement)
+    rhs, is_eigh = make_columns(7, 2), make is make_eigh
+    # τ is a value itself, but of a root, which has no derivative there unless τ is the smallest one.
+    values = torch.tensor([3, 2, 0.5 if is_eigh or tail == "smallest" else 0.25], dtype=torch.float64)
+    basis = oracles.orthonormal(7, 3, seed=1)
+    root = basis * values.sqrt()
+
+    def power(values: Tensor) -> Tensor:
+        factor = brandla.LowRankEigh(values, basis) if is_eigh else brandla.LowRankRoot(root, torch.diag(values))
+        # A trace that moves with the values leaves τ = 0.
+        return brandla.damped_power(brandla.track(factor), rhs, 0.05, exponent, tail=tail)
+
+    assert gradcheck(power, [_leaf(values)])
 
 
 @pytest.mark.parametrize("exponent", [-1, -0.5, 0.25])

@@ -1,0 +1,328 @@
+"""A low-rank factor with its shift λ and its tail τ: the operator M̂ + τ(I − P) + λI, as the ops apply its powers.
+
+M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: ``docs/damped.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._sharded import WHOLE, Rows, rows_of
+from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
+from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, parts_of, stack_numbers
+from brandla_kernels import Tall, damped_apply, project, reads_are_free
+
+Factor = LowRankEigh | LowRankRoot
+LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
+Number = float | Tensor
+Tail = Number | Literal["mean", "smallest"]
+
+
+class Shifted(NamedTuple):
+    """β (I + U Z Uᵀ) for the tall matrix U of one factor, of a batch, or of a list of factors with Z and β stacked."""
+
+    basis: Tall
+    middle: Tensor  # Z: [..., r] where diagonal, else [..., r, r]
+    scale: Tensor  # β: batch shape
+
+    def __matmul__(self, rhs: Tall) -> Tall:
+        batch = batch_of(self.basis, rhs)
+        return damped_apply(*self.expand(batch), expand(rhs, batch))
+
+    def on(self, rhs: Tall, rows: Rows) -> Any:
+        """Return the product with a right-hand side of which these rows are here."""
+        if rows is WHOLE:
+            return self @ rhs
+        batch = batch_of(self.basis, rhs)
+        basis, middle, scale = self.expand(batch)
+        rhs, middle, scale = expand(rhs, batch), rows.shared(middle), rows.shared(scale)
+        coefficients = rows.total(project(basis, rhs))
+        inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
+        return scale[..., None, None] * (rhs + basis @ inner)
+
+    def expand(self, batch: tuple[int, ...] | None) -> Shifted:
+        """Repeat the operator over a batch shape, as a view."""
+        if batch is None:
+            return self
+        middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
+        return Shifted(expand(self.basis, batch), middle, self.scale.expand(batch))
+
+
+def batch_of(*matrices: Tall) -> tuple[int, ...] | None:
+    """Return the batch shape to repeat tall matrices over, or None where all have it already."""
+    if isinstance(matrices[0], list) or len({matrix.shape[:-2] for matrix in matrices}) == 1:
+        return None
+    return tuple(torch.broadcast_shapes(*(matrix.shape[:-2] for matrix in matrices)))
+
+
+def expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
+    """Repeat a tall matrix over a batch shape, as a view."""
+    return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
+
+
+class Spanned(NamedTuple):
+    """A factor as eigenvectors and their values: τ where a column is zero or its value is not resolved."""
+
+    values: Tensor  # (..., r)
+    vectors: Tensor  # (..., n, r)
+    tail: Number
+
+
+class Woodbury(NamedTuple):
+    """D + B C Bᵀ in the coordinates D^½ x: I + B̂ C B̂ᵀ with B̂ = D^−½ B, and its core K = I + B̂ᵀB̂ C."""
+
+    diagonal: Tensor  # D: (..., n)
+    basis: Tensor  # B̂: (..., n, r)
+    weights: Tensor  # C: (..., r, r)
+    core: Tensor  # K: (..., r, r)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Return (D + B C Bᵀ)⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
+        lengths = self.diagonal.rsqrt()[..., None]
+        middle, _ = torch.linalg.solve_ex(self.core, self.weights, left=False)
+        one = self.diagonal.new_ones(()).expand(self.basis.shape[:-2])
+        return lengths * (Shifted(self.basis, -middle, one) @ (lengths * rhs))
+
+    def logdet(self) -> Tensor:
+        """Return log det D + log det K."""
+        return self.diagonal.log().sum(-1) + torch.linalg.slogdet(self.core).logabsdet
+
+
+class Side(NamedTuple):
+    """A factor and its shift: of one factor, of a batch, or of a list with all but its tall matrices stacked."""
+
+    factor: Factor
+    damping: Number
+    tail: Number | None  # None stands for "smallest"
+
+    @property
+    def is_root(self) -> bool:
+        """Whether M̂ = F Fᵀ, in which every value up to τ counts as τ."""
+        return isinstance(self.factor, LowRankRoot)
+
+    def operator(self, exponent: float = -1.0) -> Shifted:
+        """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.
+
+        Of a root, whose columns along eigenvectors of S are √d times unit ones, Z is divided by d, and 0 for every d up
+        to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
+        """
+        small, basis = parts_of(self.factor)
+        damping = self.damping
+        if exponent == -1 and self._is_bare_root():
+            return Shifted(basis, -_inverse_of(small, damping), self._filled(1 / damping))
+        levels, tail = self._levels()
+        middle = levels.of(lambda values: self._middle(values, tail, exponent))
+        shift = tail + damping
+        scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
+        return Shifted(basis, middle, scale)
+
+    def logdet(self, rows: Rows) -> Tensor:
+        """Return log det(M̂ + τ(I − P) + λI), the same in every process."""
+        small, n, damping = parts_of(self.factor)[0], rows.count(parts_of(self.factor)[1]), self.damping
+        if self._is_bare_root():
+            held = 2 * _cholesky_of(small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            tail: Number = 0.0
+        else:
+            values, tail = self.counted(rows)
+            held = (values + over(damping)).log().sum(-1)
+        return held + (n - small.shape[-1]) * self._filled(tail + damping).log()
+
+    def counted(self, rows: Rows) -> tuple[Tensor, Number]:
+        """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
+        levels, tail = self._levels()
+        if self.is_root:
+            return _at_least(levels.values, tail), tail
+        if isinstance(tail, float) and tail == 0:
+            return levels.values, tail
+        basis = parts_of(self.factor)[1]
+        missing = rows.total(basis.detach().square().sum(-2)) == 0
+        return torch.where(missing, over(tail), levels.values), tail
+
+    def spanned(self) -> Spanned:
+        """Return eigenvectors and their values; of a root by one more pass, in which values up to τ count as τ."""
+        if not self.is_root:
+            values, tail = self.counted(WHOLE)
+            return Spanned(values, parts_of(self.factor)[1], tail)
+        gram, root = parts_of(self.factor)
+        values, turn = safe_eigh((gram + gram.mT) / 2)
+        tail = _smallest(values) if self.tail is None else self.tail
+        noise = unresolved(gram.dtype, gram.shape[-1]) * values[..., :1]
+        gone = (values <= noise) | (values <= over(tail))
+        turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
+        return Spanned(torch.where(gone, over(tail), values), root @ turn, tail)
+
+    def beside(self, diagonal: Tensor) -> Woodbury:
+        """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""
+        small, basis = parts_of(self.factor)
+        if self._is_bare_root():
+            tail: Number = 0.0
+            weights = torch.ones_like(small[..., 0])
+        else:
+            levels, tail = self._levels()
+            weights = levels.of(lambda values: self._excess(values, tail))
+        weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
+        whole = over(tail + self.damping) + diagonal
+        scaled = whole.rsqrt()[..., None] * basis
+        identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+        return Woodbury(whole, scaled, weights, identity + project(scaled, scaled) @ weights)
+
+    def _middle(self, values: Tensor, tail: Number, exponent: float) -> Tensor:
+        """Return Z for these eigenvalues."""
+        above, shift = values + over(self.damping), over(tail + self.damping)
+        if exponent == -1:
+            return -self._excess(values, tail) / above
+        if not self.is_root:
+            return (above / shift) ** exponent - 1
+        # Divided by d, however small.
+        part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - over(tail)) / shift))
+        return part / torch.where(values > 0, values, 1)
+
+    def _excess(self, values: Tensor, tail: Number) -> Tensor:
+        """Return d − τ; of a root max(d − τ, 0)/d."""
+        if not self.is_root:
+            return values - over(tail)
+        return (_at_least(values, tail) - over(tail)) / torch.where(values > 0, values, 1)
+
+    def _is_bare_root(self) -> bool:
+        """Say whether no decomposition of S is needed: of a root with τ = 0 whose S is not seen to be diagonal."""
+        is_zero = isinstance(self.tail, float) and self.tail == 0
+        return is_zero and self.is_root and not _is_diagonal(parts_of(self.factor)[0])
+
+    def _levels(self) -> tuple[Spectrum, Number]:
+        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
+        small = parts_of(self.factor)[0]
+        if not self.is_root:
+            levels = Spectrum(small)
+        elif _is_diagonal(small):
+            levels = Spectrum(small.diagonal(dim1=-2, dim2=-1))
+        else:
+            levels = spectrum((small + small.mT) / 2)
+        return levels, _smallest(levels.values) if self.tail is None else self.tail
+
+    def _filled(self, value: Number) -> Tensor:
+        """Return a number as a tensor of the factor's batch shape."""
+        small = parts_of(self.factor)[0]
+        batch = small.shape[:-2] if self.is_root else small.shape[:-1]
+        if isinstance(value, Tensor):
+            return value if value.shape == batch else value.expand(batch)
+        return torch.full(batch, value, dtype=small.dtype, device=small.device)
+
+
+def stack(sides: Sequence[Side]) -> Side:
+    """Join sides whose factors are of one kind and rank."""
+    factors, dampings, tails = zip(*sides, strict=True)
+    smalls, bases = zip(*map(parts_of, factors), strict=True)
+    small = torch.stack(smalls)
+    tail = None if tails[0] is None else stack_numbers(tails, small)
+    return Side(of_parts(type(factors[0]), small, list(bases)), stack_numbers(dampings, small), tail)
+
+
+def over(value: Number, dims: int = 1) -> Number:
+    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
+    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
+
+
+def _at_least(values: Tensor, tail: Number) -> Tensor:
+    """Return max(d, τ), whose derivative at d = τ is that of τ; NaN stays."""
+    return torch.where(values <= over(tail), over(tail), values)
+
+
+def _smallest(values: Tensor) -> Tensor:
+    return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+
+
+def _is_diagonal(gram: Tensor) -> bool:
+    """Say whether S is diagonal, as `root_update` leaves it; not where looking at it would wait for a device."""
+    if not reads_are_free(gram) or gram.requires_grad:
+        return False
+    return torch.equal(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
+
+
+def _inverse_of(gram: Tensor, damping: Number) -> Tensor:
+    """(S + λI)⁻¹; where rounding left S + λI not positive definite, NaN and never a wrong number."""
+    return torch.cholesky_inverse(_cholesky_of(gram, damping))
+
+
+def _cholesky_of(gram: Tensor, damping: Number) -> Tensor:
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lower, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2 + over(damping, 2) * identity)
+    return torch.where((info == 0)[..., None, None], lower, float("nan"))
+
+
+def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:
+    """Check a factor, tracked or not, and return it with the rows of it that are here."""
+    factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
+    if isinstance(factor, LowRankEigh):
+        _check.eigh(function, name, factor)
+    elif isinstance(factor, LowRankRoot):
+        _check.root(function, name, factor)
+    else:
+        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(lowrank).__name__}")
+    small, basis = parts_of(factor)
+    return factor, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
+
+
+def check_side(
+    function: str, names: tuple[str, str, str], lowrank: LowRank, damping: Number, tail: Tail, rows: Rows
+) -> Side:
+    """Check λ and τ, and return them beside what is here of a factor that has been checked."""
+    factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
+    name, damping_name, tail_name = names
+    small_name, basis_name = NAMES[type(factor)]
+    small, basis = parts_of(factor)
+    damping = rows.small(function, damping_name, damping)
+    damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
+    given: Number | None
+    if not isinstance(tail, str):
+        given = _check.scalar(function, tail_name, rows.small(function, tail_name, tail), "the factor", basis)
+    elif tail == "smallest":
+        given = None
+    elif tail != "mean":
+        rule = f"{tail_name} must be a number, a tensor, 'mean' or 'smallest'"
+        _check.fail_value(function, f"{rule}; got {tail!r}")
+    elif not isinstance(lowrank, Tracked):
+        rule = f"{tail_name}='mean' needs a Tracked factor, which carries the trace"
+        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
+    else:
+        _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
+        given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
+    small = rows.small(function, f"{name}.{small_name}", small)
+    basis = rows.local(function, f"{name}.{basis_name}", basis)
+    return Side(factor if rows is WHOLE else of_parts(type(factor), small, basis), damping, given)
+
+
+def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
+    """Check that the batch shapes of two tall matrices broadcast."""
+    if block.shape[:-2] == basis.shape[:-2]:
+        return
+    try:
+        torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
+    except RuntimeError:
+        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
+        _check.fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
+
+
+def check_exponent(function: str, exponent: float) -> float:
+    """Check p."""
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
+    if not abs(exponent) < float("inf"):
+        _check.fail_value(function, f"exponent must be finite; got {exponent}")
+    return float(exponent)
+
+
+def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
+    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all.
+
+    Where the traces agree the derivative is 0.
+    """
+    small = rows.small("tail", "the factor", parts_of(factor)[0])
+    held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
+    left_out = trace - held
+    left_out = torch.where(left_out <= 0, 0, left_out)
+    return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

@@ -1,0 +1,372 @@
+"""Damped application from both sides of a matrix: of a Kronecker product with a damping of each factor, or with one.
+
+G, of the rows, and A, of the columns, are low-rank factors with tails, as in `brandla.damped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._ranges import ranged
+from brandla._sharded import WHOLE, Rows
+from brandla._shifted import (
+    LowRank,
+    Number,
+    Shifted,
+    Side,
+    Tail,
+    batch_of,
+    check_batch,
+    check_exponent,
+    check_factor,
+    check_side,
+    expand,
+    over,
+    stack,
+)
+from brandla.lowrank import parts_of
+from brandla_kernels import kron_damped_apply
+from brandla_kernels.damped_apply import scaled_sum
+
+Data = TypeVar("Data", Tensor, tuple[Tensor, Tensor])
+
+
+@ranged("p,a", "q,b", "p,q")
+def kron_damped_solve(
+    left: LowRank,
+    right: LowRank,
+    matrix: Data,
+    left_damping: float | Tensor,
+    right_damping: float | Tensor,
+    *,
+    left_tail: Tail = 0.0,
+    right_tail: Tail = 0.0,
+) -> Data:
+    """(G + λ_G I)⁻¹ W (A + λ_A I)⁻¹ for low-rank G and A: the Kronecker-factored step.
+
+    Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). For a pair (P, Q) that
+    stands for W = P Qᵀ the result is a pair too, and the work 4k(p r_G + q r_A): linear in the size of the layer.
+    Differentiable in every tensor argument.
+
+    Parameters
+    ----------
+    left, right
+        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination.
+    matrix
+        W, shape (..., p, q), or a pair P (..., p, k), Q (..., q, k).
+    left_damping, right_damping
+        λ_G, λ_A > 0: numbers, or tensors of batch shape.
+    left_tail, right_tail
+        τ of each factor, as in `damped_solve`.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        Of the shape of ``matrix``; a pair for a pair.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+
+    Notes
+    -----
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype; a pair has no such limit.
+    The basis and the data of either side of a pair, or the left basis and W, may be DTensors sharded on their rows:
+    ``docs/sharded.md``.
+
+    References
+    ----------
+    J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
+    """
+    solution: Data = check_kron(
+        left, right, matrix, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
+    ).solution()
+    return solution
+
+
+@ranged("p,a", "q,b", "p,q")
+def kron_damped_power(
+    left: LowRank,
+    right: LowRank,
+    matrix: Tensor,
+    damping: float | Tensor,
+    exponent: float,
+    *,
+    left_tail: Tail = 0.0,
+    right_tail: Tail = 0.0,
+    values: Tensor | None = None,
+) -> Tensor:
+    """Power of a damped Kronecker product, applied: (A ⊗ G + δI)^p W for G on the rows of W and A on its columns.
+
+    Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
+    operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
+    ∓1/2 whitens and samples. Differentiable in every tensor argument.
+
+    Parameters
+    ----------
+    left, right
+        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination. Of a LowRankRoot
+        eigenvectors are first formed, which waits for the device; in it every value up to τ, or not resolved, counts as
+        τ.
+    matrix
+        W, shape (..., p, q). A pair (P, Q) is refused: a power of the sum leaves no matrix of its rank.
+    damping
+        δ > 0: a number, or a tensor of batch shape.
+    exponent
+        Any real number.
+    left_tail, right_tail
+        τ of each factor, as in `damped_solve`.
+    values
+        Shape (..., r_G, r_A): what is taken for the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
+        such as second moments measured in that basis (EK-FAC, SOAP), >= 0. Outside, products and tails stay.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of ``matrix``, in the dtype of the factors.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+
+    Notes
+    -----
+    The part in both spans is U ((``values`` + δ)^p ∘ UᵀWV) Vᵀ, for optimizers that treat it apart; the rest is the
+    result less that. The derivative by a LowRankRoot passes through its eigenvectors: it is right where its
+    eigenvalues differ or are 0.
+
+    References
+    ----------
+    T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation:
+    ``docs/damped.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> left = brandla.LowRankEigh(torch.tensor([3.0]), torch.eye(2, 1))
+    >>> brandla.kron_damped_power(left, left, torch.ones(2, 2), damping=1.0, exponent=-1.0)
+    tensor([[0.1000, 1.0000],
+            [1.0000, 1.0000]])
+    """
+    function = "kron_damped_power"
+    exponent = check_exponent(function, exponent)
+    if isinstance(matrix, tuple):
+        rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
+        _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
+    joint = _check_joint(function, (left, right), damping, (left_tail, right_tail), values)
+    return joint.power(_check_matrix(function, matrix, joint.bases(), (WHOLE, WHOLE)), exponent)
+
+
+@ranged("p,a", "q,b")
+def kron_damped_logdet(
+    left: LowRank,
+    right: LowRank,
+    damping: float | Tensor,
+    *,
+    left_tail: Tail = 0.0,
+    right_tail: Tail = 0.0,
+    values: Tensor | None = None,
+) -> Tensor:
+    """Log-determinant of A ⊗ G + δI, the operator of `kron_damped_power`: for the evidence of a Laplace approximation.
+
+    Equivalent to the sum of logarithms of all pq eigenvalues, of which those outside the spans are counted, not formed.
+    Differentiable in what it depends on, as `damped_logdet` is.
+
+    Parameters
+    ----------
+    left, right, damping, left_tail, right_tail, values
+        As in `kron_damped_power`.
+
+    Returns
+    -------
+    Tensor
+        Of batch shape, in the dtype of the factors.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> left = brandla.LowRankEigh(torch.tensor([3.0]), torch.eye(2, 1))
+    >>> brandla.kron_damped_logdet(left, left, damping=1.0).exp()
+    tensor(10.)
+    """
+    return _check_joint("kron_damped_logdet", (left, right), damping, (left_tail, right_tail), values).logdet()
+
+
+class Kron(NamedTuple):
+    """Arguments of a two-sided damped application that fit together."""
+
+    left: Side
+    right: Side
+    data: Tensor | tuple[Tensor, Tensor]
+    rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
+
+    def solution(self) -> Any:
+        """Apply both operators to W, or each to its side of a pair."""
+        (left_rows, right_rows), left, right = self.rows, self.left.operator(), self.right.operator()
+        if isinstance(self.data, tuple):
+            first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
+            return left_rows.tall_result(first), right_rows.tall_result(second)
+        if left_rows is WHOLE:
+            batch = batch_of(left.basis, right.basis, self.data)
+            return kron_damped_apply(*left.expand(batch), *right.expand(batch), expand(self.data, batch))
+        right = Shifted(*map(left_rows.shared, right))
+        return left_rows.tall_result(left.on((right @ self.data.mT).mT, left_rows))
+
+
+def kron_together(problems: Sequence[Kron]) -> list[Any]:
+    """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
+    left = stack([problem.left for problem in problems]).operator()
+    right = stack([problem.right for problem in problems]).operator()
+    data: Any = [problem.data for problem in problems]
+    if isinstance(data[0], Tensor):
+        return list(kron_damped_apply(*left, *right, data))
+    first, second = zip(*data, strict=True)
+    return list(zip(left @ list(first), right @ list(second), strict=True))
+
+
+class Joint(NamedTuple):
+    """Arguments of A ⊗ G + δI that fit together."""
+
+    left: Side  # their own dampings are not used
+    right: Side
+    damping: Number
+    fitted: Tensor | None  # in place of the products of eigenvalues in both spans
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Return the tall matrices."""
+        return parts_of(self.left.factor)[1], parts_of(self.right.factor)[1]
+
+    def parts(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
+        """Return the eigenvalues in both spans (..., s, r), in the left one (..., s), in the right one and in neither.
+
+        They are those of A ⊗ G + δI for values of G (..., s) and of A (..., r), and their tails.
+        """
+        both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
+        neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
+        in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)
+        return both + over(self.damping, 2), in_left, in_right, neither
+
+    def power(self, matrix: Tensor, exponent: float) -> Tensor:
+        """Return the power applied to W: neither^p (W + U X + Y Vᵀ), each part relative to the last."""
+        left, right = self.left.spanned(), self.right.spanned()
+        parts = self.parts(left.values, left.tail, right.values, right.tail)
+        neither = parts[3]
+        relative = ((part / over(neither, dims)) ** exponent - 1 for part, dims in zip(parts, (2, 1, 1), strict=False))
+        in_both, in_left, in_right = relative
+        in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
+        batch = batch_of(left.vectors, right.vectors, matrix)
+        u, v, w = (expand(each, batch) for each in (left.vectors, right.vectors, matrix))
+        projected = u.mT @ w
+        rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
+        columns = (w @ v) * in_right[..., None, :]
+        scale = (neither**exponent).expand(w.shape[:-2])
+        return scaled_sum(scale, w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
+
+    def logdet(self) -> Tensor:
+        """Return the logarithms of all eigenvalues, summed."""
+        parts = self.parts(*self.left.counted(WHOLE), *self.right.counted(WHOLE))
+        both, in_left, in_right, neither = (part.log() for part in parts)
+        # Directions that no column stands for.
+        p, q = (basis.shape[-2] - basis.shape[-1] for basis in self.bases())
+        return both.sum((-2, -1)) + q * in_left.sum(-1) + p * in_right.sum(-1) + p * q * neither
+
+
+def check_kron(
+    left: LowRank,
+    right: LowRank,
+    matrix: Tensor | tuple[Tensor, Tensor],
+    left_damping: Number,
+    right_damping: Number,
+    *,
+    left_tail: Tail,
+    right_tail: Tail,
+) -> Kron:
+    """Check the arguments of `kron_damped_solve`."""
+    function = "kron_damped_solve"
+    left_factor, left_rows = check_factor(function, "left", left)
+    right_factor, right_rows = check_factor(function, "right", right)
+    bases, rows = (parts_of(left_factor)[1], parts_of(right_factor)[1]), (left_rows, right_rows)
+    _check.together(function, "right", bases[1], "left", bases[0])
+    check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
+    data = check_data(function, matrix, bases, rows)
+    return Kron(
+        check_side(function, ("left", "left_damping", "left_tail"), left, left_damping, left_tail, left_rows),
+        check_side(function, ("right", "right_damping", "right_tail"), right, right_damping, right_tail, right_rows),
+        data,
+        rows,
+    )
+
+
+def _check_joint(
+    function: str, lowranks: tuple[LowRank, LowRank], damping: Number, tails: tuple[Tail, Tail], values: Tensor | None
+) -> Joint:
+    """Check the factors of a product with one damping."""
+    sides = []
+    for name, lowrank, tail in zip(("left", "right"), lowranks, tails, strict=True):
+        _, rows = check_factor(function, name, lowrank)
+        if rows is not WHOLE:
+            rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
+            _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
+        sides.append(check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
+    left, right = (parts_of(side.factor)[1] for side in sides)
+    _check.together(function, "right", right, "left", left)
+    check_batch(function, "right", right, left, "left's")
+    larger = left if left.ndim >= right.ndim else right
+    damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
+    if values is not None:
+        values = _check.matching_data(function, "values", values, "left", left)
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        shape = (*batch, left.shape[-1], right.shape[-1])
+        _check.shape(function, "values", values, shape, "one value for each pair of columns of left and right")
+    return Joint(*sides, damping, values)
+
+
+def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:
+    """Check W beside the bases of both sides, and return what is here of it."""
+    left, right = bases
+    p, q = left.shape[-2], right.shape[-2]
+    if rows[1] is not WHOLE:
+        rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
+        _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
+    rows[0].admit(function, "matrix", matrix)
+    data = _check.matching_data(function, "matrix", matrix, "left", left)
+    if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
+        rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
+        _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
+    check_batch(function, "matrix", data, left)
+    check_batch(function, "matrix", data, right)
+    check_batch(function, "right", right, left, "left's")
+    return rows[0].local(function, "matrix", data)
+
+
+def _check_pair(
+    function: str, pair: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]
+) -> tuple[Tensor, Tensor]:
+    """Check P and Q, each beside the basis of its side, and return what is here of them."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(pair).__name__}")
+    for name, given, own in zip(("P", "Q"), pair, rows, strict=True):
+        own.admit(function, name, given)
+    first = _check.matching_data(function, "P", pair[0], "left", bases[0])
+    second = _check.matching_data(function, "Q", pair[1], "right", bases[1])
+    (p, q), seen = (basis.shape[-2] for basis in bases), f"{tuple(first.shape)} and {tuple(second.shape)}"
+    if first.ndim < 2 or second.ndim < 2 or first.shape[-2] != p or second.shape[-2] != q:
+        _check.fail_value(function, f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k); got {seen}")
+    if first.shape[-1] != second.shape[-1]:
+        rule = "P and Q must have the same number k of columns"
+        _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
+    check_batch(function, "P", first, bases[0])
+    check_batch(function, "Q", second, bases[1])
+    return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)
