@@ -16,6 +16,7 @@ from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.rank import ErrorBound
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.systems.two_level import TwoLevel
+from brandla.kfac.systems.woodbury import Woodbury
 
 __all__ = [
     "EKFAC",
@@ -33,6 +34,7 @@ __all__ = [
     "Report",
     "Strategy",
     "TwoLevel",
+    "Woodbury",
     "read_state",
 ]
 

@@ -21,6 +21,7 @@ from brandla.kfac import (
     Randomized,
     Strategy,
     TwoLevel,
+    Woodbury,
 )
 from kfac.networks import layer_gradient, stepped
 
@@ -42,6 +43,9 @@ SYSTEMS: dict[str, Strategy] = {
     "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
     "two-level": TwoLevel(Brand(6)),
     "residual": TwoLevel(Exact(inverse_every=3, method="cholesky"), "residual"),
+    "woodbury": Woodbury(),
+    "seng": Woodbury(every=3, features=6, positions=2),
+    "fngd": Woodbury(fixed_after=3),
 }
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 

@@ -22,6 +22,7 @@ from brandla.kfac import (
     InverseFree,
     Randomized,
     TwoLevel,
+    Woodbury,
 )
 from kfac.networks import batch, loss_of, mlp
 
@@ -84,6 +85,8 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
         (lambda: InverseFree(rate=0.0), "rate must be finite and > 0; got 0.0"),
         (lambda: InverseFree(momentum=1.0), "momentum must be in [0, 1); got 1.0"),
         (lambda: InverseFree(preconditioner_every=0), "preconditioner_every must be at least 1"),
+        (lambda: Woodbury(every=0), "Woodbury: every must be at least 1; got 0"),
+        (lambda: Woodbury(features=0), "Woodbury: features must be at least 1; got 0"),
         (lambda: TwoLevel(Exact(), "krylov"), "TwoLevel: space must be 'nicolaides' or 'residual'; got 'krylov'"),
     ],
 )
