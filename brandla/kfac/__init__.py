@@ -12,6 +12,7 @@ from brandla.kfac.systems.ekfac import EKFAC
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.foof import Foof
 from brandla.kfac.systems.inverse_free import InverseFree
+from brandla.kfac.systems.kbfgs import KBFGS
 from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.rank import ErrorBound
 from brandla.kfac.systems.strategy import Strategy
@@ -20,6 +21,7 @@ from brandla.kfac.systems.woodbury import Woodbury
 
 __all__ = [
     "EKFAC",
+    "KBFGS",
     "KFAC",
     "Brand",
     "BrandCorrected",

@@ -13,6 +13,7 @@ import torch
 
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     Brand,
     BrandCorrected,
     BrandRandomized,
@@ -64,6 +65,8 @@ OF_TWO = {
     "mixed layers, inverse-free": ways(SINGD, "split", sizes=(4, 2), model=Mixed),
     "mixed layers, woodbury": ways(Woodbury(), *BOTH, sizes=(4, 2), model=Mixed),
     "woodbury, fixed": ways(Woodbury(every=2, fixed_after=1), "split"),
+    "k-bfgs": ways(KBFGS(), *BOTH, sizes=(4, 2)),
+    "mixed layers, k-bfgs": ways(KBFGS(), "split", model=Mixed),
     "uneven": ways(Brand(6), *BOTH, sizes=(9, 3)),
     "plain model": ways(Brand(6), "split", wrap="plain"),
     "accumulated": ways(Brand(6), "gather", sizes=(3, 2), accumulate=3),

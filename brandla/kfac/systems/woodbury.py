@@ -194,7 +194,7 @@ class OfSamples(Curvature):
         assert isinstance(batches, int)
         table = tensor(self.state, "table") if "table" in self.state else torch.zeros_like(own)
         rate = tensor(self.state, "rate") if "rate" in self.state else torch.zeros_like(own[0])
-        weight = now.finite / (batches + 1)
+        weight = now.finite.to(own.dtype) / (batches + 1)
         self.state["table"] = table + weight * (_stretched(own, len(table)) - table)
         self.state["rate"] = rate + weight * (1 / tensor(self.state, "shift") - rate)
         self.state["batches"] = batches + 1
