@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.evidence import evidence
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -37,6 +38,7 @@ __all__ = [
     "Strategy",
     "TwoLevel",
     "Woodbury",
+    "evidence",
     "read_state",
 ]
 
