@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.evidence import evidence
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -12,13 +13,16 @@ from brandla.kfac.systems.ekfac import EKFAC
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.foof import Foof
 from brandla.kfac.systems.inverse_free import InverseFree
+from brandla.kfac.systems.kbfgs import KBFGS
 from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.rank import ErrorBound
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.systems.two_level import TwoLevel
+from brandla.kfac.systems.woodbury import Woodbury
 
 __all__ = [
     "EKFAC",
+    "KBFGS",
     "KFAC",
     "Brand",
     "BrandCorrected",
@@ -33,6 +37,8 @@ __all__ = [
     "Report",
     "Strategy",
     "TwoLevel",
+    "Woodbury",
+    "evidence",
     "read_state",
 ]
 

@@ -48,9 +48,9 @@ class KFAC:
         preconditioned are left to the optimizer, at once or when training shows it: `report` says why.
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
-        `ConjugateGradient`, `TwoLevel`. One for all layers, or a mapping from module names, which holds for all that
-        they contain (``""`` names the model), or a function of a module's name and the module. None leaves a layer to
-        the optimizer.
+        `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, or a mapping from module names, which
+        holds for all that they contain (``""`` names the model), or a function of a module's name and the module. None
+        leaves a layer to the optimizer.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
     clip
@@ -236,6 +236,39 @@ class KFAC:
         self._choose_captures()
         self._notices.tell(self._layers, unseen)
 
+    @torch.no_grad()
+    def second_pass(self) -> None:
+        """Take in a second backward pass of the same batch, after the optimizer's step, as `KBFGS` needs it.
+
+        Call ``zero_grad()`` before that pass, and again before the next batch. Only layers whose strategy takes a
+        second pass are looked at, and no gradient is changed.
+
+        Raises
+        ------
+        RuntimeError
+            If no strategy takes a second pass, with another ``curvature`` than ``"empirical"``, or with a ``scaler``.
+        """
+        layers = [layer for layer in self._layers if layer.strategy.takes_second_pass]
+        is_scaled = self._scaler is not None and self._scaler.is_enabled()
+        if not layers or self._takes_curvature or is_scaled:
+            rule = "needs a strategy such as KBFGS(), curvature='empirical' and no scaler"
+            message = f"KFAC.second_pass: {rule}; got {self!r}"
+            raise RuntimeError(message)
+        for layer in layers:
+            layer.capture.keep_reached()
+        found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
+        own = {layer: rows for layer, rows in found if rows is not None}
+        mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed)
+        options = self.options.at(max(self._steps - 1, 0))
+        damping = Damping(options.damping, self.options.damping_scale)
+        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        for strategy, members in by_strategy(rows).items():
+            known = [(layer, rows[layer]) for layer in members]
+            problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
+            strategy.second_pass(problems, now)
+        for layer in self._layers:
+            layer.capture.clear()
+
     def report(self) -> Report:
         """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
 
@@ -350,7 +383,9 @@ class KFAC:
             pair = layer.pair(self._of_loss(layer, rows), scale) if self._applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
-            problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
+            problems = [
+                Problem(layer.curvature, gradients[layer], rows.get(layer), layer.parameters) for layer in members
+            ]
             steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
         self._write([steps[layer] for layer in layers], gradients, clip)
 
@@ -384,6 +419,8 @@ class KFAC:
         options = self.options.at(self._steps)
         for layer in self._layers:
             wanted: set[Pass] = {"loss"} if self._applies_to_pairs and layer.linear is not False else set()
+            if layer.strategy.takes_second_pass:
+                wanted.add("loss")
             if self._is_due(layer, options):
                 wanted.add("curvature" if self._takes_curvature else "loss")
             layer.capture.want(wanted)

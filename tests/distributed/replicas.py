@@ -128,24 +128,36 @@ class Training:
 
     def step(self, step: int) -> None:
         """Take a step as one process of the group."""
+        self._pass(step)
+        self.finish()
+        if self.case.strategy.takes_second_pass:
+            self._pass(step)
+            self.preconditioner.second_pass()
+
+    def _pass(self, step: int) -> None:
         self.model.zero_grad()
         rank, case = distributed.get_rank(self.group), self.case
         with unsynchronised(self.wrapped):
             for part in range(case.accumulate - 1):
                 self.backward(rank, step, part)
         self.backward(rank, step, case.accumulate - 1)
-        self.finish()
 
     def step_alone(self, step: int) -> None:
         """Take a step with the batches of all ranks."""
+        self._pass_alone(step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "KFAC")
+            self.finish()
+        if self.case.strategy.takes_second_pass:
+            self._pass_alone(step)
+            self.preconditioner.second_pass()
+
+    def _pass_alone(self, step: int) -> None:
         self.model.zero_grad()
         ranks = len(self.case.sizes)
         for part in range(self.case.accumulate):
             for rank in range(ranks):
                 self.backward(rank, step, part, ranks)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "KFAC")
-            self.finish()
 
     def state(self) -> dict[str, Any]:
         """Return all that training goes on from."""

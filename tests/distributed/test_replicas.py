@@ -13,6 +13,7 @@ import torch
 
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     Brand,
     BrandCorrected,
     BrandRandomized,
@@ -23,6 +24,7 @@ from brandla.kfac import (
     Randomized,
     Strategy,
     TwoLevel,
+    Woodbury,
 )
 from brandla.kfac.processes.exchange import fewer
 from distributed import replicas
@@ -61,6 +63,10 @@ OF_TWO = {
     "mixed layers, exact": ways(Exact(inverse_every=1), "gather", sizes=(4, 2), model=Mixed),
     "mixed layers, two-level": ways(TwoLevel(Exact()), "gather", sizes=(4, 2), model=Mixed),
     "mixed layers, inverse-free": ways(SINGD, "split", sizes=(4, 2), model=Mixed),
+    "mixed layers, woodbury": ways(Woodbury(), *BOTH, sizes=(4, 2), model=Mixed),
+    "woodbury, fixed": ways(Woodbury(every=2, fixed_after=1), "split"),
+    "k-bfgs": ways(KBFGS(), *BOTH, sizes=(4, 2)),
+    "mixed layers, k-bfgs": ways(KBFGS(), "split", model=Mixed),
     "uneven": ways(Brand(6), *BOTH, sizes=(9, 3)),
     "plain model": ways(Brand(6), "split", wrap="plain"),
     "accumulated": ways(Brand(6), "gather", sizes=(3, 2), accumulate=3),

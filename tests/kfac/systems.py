@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     KFAC,
     Brand,
     BrandCorrected,
@@ -21,6 +22,7 @@ from brandla.kfac import (
     Randomized,
     Strategy,
     TwoLevel,
+    Woodbury,
 )
 from kfac.networks import layer_gradient, stepped
 
@@ -42,6 +44,10 @@ SYSTEMS: dict[str, Strategy] = {
     "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
     "two-level": TwoLevel(Brand(6)),
     "residual": TwoLevel(Exact(inverse_every=3, method="cholesky"), "residual"),
+    "k-bfgs": KBFGS(),
+    "woodbury": Woodbury(),
+    "seng": Woodbury(every=3, features=6, positions=2),
+    "fngd": Woodbury(fixed_after=3),
 }
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 

@@ -11,6 +11,7 @@ from torch import nn
 from brandla import Rank
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     KFAC,
     Brand,
     BrandCorrected,
@@ -22,6 +23,7 @@ from brandla.kfac import (
     InverseFree,
     Randomized,
     TwoLevel,
+    Woodbury,
 )
 from kfac.networks import batch, loss_of, mlp
 
@@ -84,6 +86,10 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
         (lambda: InverseFree(rate=0.0), "rate must be finite and > 0; got 0.0"),
         (lambda: InverseFree(momentum=1.0), "momentum must be in [0, 1); got 1.0"),
         (lambda: InverseFree(preconditioner_every=0), "preconditioner_every must be at least 1"),
+        (lambda: KBFGS(average=1.0), "KBFGS: average must be in [0, 1); got 1.0"),
+        (lambda: KBFGS(curved=0.0), "KBFGS: curved must be in (0, 1); got 0.0"),
+        (lambda: Woodbury(every=0), "Woodbury: every must be at least 1; got 0"),
+        (lambda: Woodbury(features=0), "Woodbury: features must be at least 1; got 0"),
         (lambda: TwoLevel(Exact(), "krylov"), "TwoLevel: space must be 'nicolaides' or 'residual'; got 'krylov'"),
     ],
 )

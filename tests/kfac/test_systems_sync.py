@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brandla.kfac import Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel
+from brandla.kfac import KBFGS, Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel, Woodbury
 from brandla.kfac.systems.strategy import Problem
 from brandla.kfac.values import Damping, Now, Rows, Shape
 
@@ -14,6 +14,9 @@ SYSTEMS = {
     "foof": Foof(Brand(6, compress="cholesky")),
     "foof-cholesky": Foof(Exact(inverse_every=1, method="cholesky")),
     "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
+    "k-bfgs": KBFGS(),
+    "woodbury": Woodbury(),
+    "woodbury-fixed": Woodbury(fixed_after=1),
     "two-level": TwoLevel(Brand(6, compress="cholesky")),
     "two-level-residual": TwoLevel(Exact(inverse_every=1, method="cholesky"), "residual"),
 }

@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from brandla._sharded import everywhere
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
@@ -203,6 +204,14 @@ class Layer:
         if not self.has_bias:
             return matrix
         return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
+
+    def parameters(self) -> Tensor:
+        """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
+        parts = [part.detach() for part in (self.kind.weight, self.kind.bias) if part is not None]
+        weight, *biases = map(everywhere, parts)
+        matrix = self.kind.matrix(weight.to(self.dtype))
+        columns = [self.kind.bias_part(bias).to(self.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
+        return torch.cat([matrix, *columns], dim=-1)
 
     def write(self, step: Gradient) -> list[Written]:
         """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from brandla import randomized_svd
 from brandla.kfac.values import Gradient, Rows
+
+# Products of uses are formed so many numbers at a time, or for one sample with all.
+_AT_ONCE = 2**22
 
 
 class Samples(NamedTuple):
@@ -42,6 +46,30 @@ class Samples(NamedTuple):
         """S, the number of samples."""
         return self.gradients.shape[-2] // self.positions
 
+    def some_features(self, most: int, seed: int) -> Samples:
+        """Return samples whose a and γ have ``most`` entries, drawn and scaled to right inner products on average."""
+        generator = torch.Generator(self.gradients.device).manual_seed(seed)
+
+        def drawn(side: Tensor) -> Tensor:
+            n = side.shape[-1]
+            if n <= most or not side.is_floating_point():
+                return side
+            chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
+            return side[..., chosen] * (n / most) ** 0.5
+
+        return self._replace(inputs=drawn(self.inputs), gradients=drawn(self.gradients))
+
+    def cut(self, most: int, seed: int) -> Samples:
+        """Return samples of ``most`` positions: each turned to the leading singular vectors of its γ over positions."""
+        most = min(most, self.gradients.shape[-1])
+        if most >= self.positions or not self.inputs.is_floating_point():
+            return self
+        left, right = (side.unflatten(-2, (-1, self.positions)) for side in (self.gradients, self.inputs))
+        generator = torch.Generator(left.device).manual_seed(seed)
+        turn = randomized_svd(left.mT, most, generator=generator).Vh
+        inputs, gradients = ((turn @ side).flatten(-3, -2) for side in (right, left))
+        return Samples(inputs, gradients, most, self.uses)
+
     def products(self, matrix: Gradient) -> Tensor:
         """√N ⟨v, V⟩ of every sample, shape (S,)."""
         by_use: Tensor = _bilinear(self.gradients, matrix, self.inputs)
@@ -56,6 +84,44 @@ class Samples(NamedTuple):
         if self.inputs.is_floating_point():
             return gradients, self.inputs.mT
         return gradients.new_zeros(gradients.shape[0], d_in).index_add_(1, self.inputs, gradients)
+
+    def gram(self) -> Tensor:
+        """N ⟨v, v'⟩ of all pairs of samples (S, S): from products of uses, or from the v where those are fewer numbers.
+
+        ⟨v, v'⟩ = Σ (a·a')(γ·γ') over the positions of both samples.
+        """
+        inputs, gradients, positions = self.inputs, self.gradients, self.positions
+        d_out, d_in = gradients.shape[-1], inputs.shape[-1]
+        if inputs.is_floating_point() and positions**2 * (d_in + d_out) > d_in * d_out:
+            left, right = (side.unflatten(-2, (-1, positions)) for side in (gradients, inputs))
+            v = (left.mT @ right).flatten(-2)
+            return self.uses * (v @ v.mT).reshape(-1, self.number, self.number).sum(0)
+        width = positions * max(_AT_ONCE // max(positions * gradients.shape[-2], 1), 1)
+        parts = []
+        for start in range(0, gradients.shape[-2], width):
+            some = slice(start, start + width)
+            products = (gradients[..., some, :] @ gradients.mT) * _products(inputs, some)
+            by_sample = products.reshape(-1, products.shape[-2] // positions, positions, self.number, positions)
+            parts.append(by_sample.sum((0, 2, 4)))
+        return self.uses * torch.cat(parts)
+
+    def squares(self) -> Tensor:
+        """N ‖v‖² of every sample, shape (S,)."""
+        gradients = self.gradients.unflatten(-2, (-1, self.positions))
+        if self.inputs.is_floating_point():
+            inputs = self.inputs.unflatten(-2, (-1, self.positions))
+            products = (gradients @ gradients.mT) * (inputs @ inputs.mT)
+        else:
+            indices = self.inputs.unflatten(0, (-1, self.positions))
+            products = (gradients @ gradients.mT) * (indices[:, :, None] == indices[:, None])
+        return self.uses * products.sum((-2, -1)).reshape(-1, self.number).sum(0)
+
+
+def _products(inputs: Tensor, some: slice) -> Tensor:
+    """Return a·a' of some uses and all, which of indices is 1 where they are equal."""
+    if inputs.is_floating_point():
+        return inputs[..., some, :] @ inputs.mT
+    return inputs[some, None] == inputs
 
 
 def _bilinear(gradients: Tensor, matrix: Gradient, inputs: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,11 +16,15 @@ from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
 
 
 class Problem(NamedTuple):
-    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured."""
+    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured.
+
+    ``weight`` returns the layer's weights as they are now, as a matrix.
+    """
 
     curvature: Curvature
     gradient: Gradient
     rows: Rows | None
+    weight: Callable[[], Tensor] | None = None
 
 
 class Kept(NamedTuple):
@@ -86,6 +90,8 @@ class Strategy(ABC):
 
     # Whether `solve` reads the rows of the step, which every process then needs.
     reads_rows: ClassVar[bool] = False
+    # Whether `second_pass` is of any use.
+    takes_second_pass: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return spelled(self)
@@ -102,6 +108,10 @@ class Strategy(ABC):
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         """Return the preconditioned gradients of all layers of this strategy."""
         return [problem.curvature.solve(problem.gradient, now) for problem in problems]
+
+    def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
+        """Take in the gradients and rows of the same batch after the optimizer's step."""
+        raise NotImplementedError
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

@@ -59,11 +59,9 @@ class SliceKind(AttentionKind):
         super().__init__(forward, part, forward.module, f"{part}_weight", "in_proj_bias")
         self._index = index
 
-    @property
-    def bias_gradient(self) -> Tensor | None:
-        """Its third of the gradient."""
-        gradient = super().bias_gradient
-        return None if gradient is None else gradient.chunk(3)[self._index]
+    def bias_part(self, bias: Tensor) -> Tensor:
+        """Return its third."""
+        return bias.chunk(3)[self._index]
 
 
 class PackedKind(AttentionKind):

@@ -80,7 +80,11 @@ class Kind(ABC):
     @property
     def bias_gradient(self) -> Tensor | None:
         """The part of the bias's gradient that belongs to this weight, to be written to."""
-        return None if self.bias is None else self.bias.grad
+        return None if self.bias is None or self.bias.grad is None else self.bias_part(self.bias.grad)
+
+    def bias_part(self, bias: Tensor) -> Tensor:
+        """Return what belongs to this weight of a tensor of the bias's shape."""
+        return bias
 
     @property
     @abstractmethod

@@ -1,0 +1,217 @@
+"""K-BFGS: quasi-Newton updates of the inverse Kronecker factors, from two passes of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._small import largest_eigenvalue
+from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.form import State, tensor
+from brandla.kfac.systems.kronecker import Kronecker
+from brandla.kfac.systems.strategy import Curvature, Kept, Problem, Strategy
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, dense
+from brandla_kernels import gram_ema_
+
+
+@dataclass(frozen=True)
+class KBFGS(Strategy):
+    """K-BFGS: step H_G ∂W H_A with BFGS updates of H_A ≈ (A + λI)⁻¹ and of H_G, the inverse Hessian in the outputs.
+
+    H_A: s = H_A ā, y = (A + λI) s for the mean input ā. H_G: after the optimizer's step, the batch goes forward and
+    back once more, and `KFAC.second_pass` takes s and y from the changes of the mean output and of its gradient:
+
+    >>> preconditioner.step()  # doctest: +SKIP
+    >>> optimizer.step()  # doctest: +SKIP
+    >>> optimizer.zero_grad()  # doctest: +SKIP
+    >>> loss_of(model, batch).backward()  # doctest: +SKIP
+    >>> preconditioner.second_pass()  # doctest: +SKIP
+
+    Without those calls H_G stays I. 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a step, and no
+    read-back. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+
+    Parameters
+    ----------
+    average
+        Decay of the running means of s and y of the outputs, in [0, 1).
+    curved
+        μ in (0, 1): where sᵀy < μ yᵀH y, s goes towards H y until they are equal.
+
+    Notes
+    -----
+    Where then sᵀy < λ κ sᵀs, y goes towards κ s until they are equal. Absolute damping: κ = 1 and λ on both sides, the
+    papers' √λ. Relative: κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window; the papers' factors √τ of
+    the damping for τ positions are left out. They were not read in full (``docs/kfac.md``).
+
+    References
+    ----------
+    D. Goldfarb, Y. Ren, A. Bahamou, "Practical quasi-Newton methods for training deep neural networks", NeurIPS 2020,
+    arXiv 2006.08877. Y. Ren, A. Bahamou, D. Goldfarb, "Kronecker-factored quasi-Newton methods for deep learning",
+    arXiv 2102.06737.
+    """
+
+    reads_rows: ClassVar[bool] = True
+    takes_second_pass: ClassVar[bool] = True
+
+    average: float = 0.9
+    curved: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.average < 1:
+            _check.fail_value("KBFGS", f"average must be in [0, 1); got {self.average}")
+        if not 0 < self.curved < 1:
+            _check.fail_value("KBFGS", f"curved must be in (0, 1); got {self.curved}")
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return inverse factors before any data."""
+        if shape.one_hot or shape.single:
+            return Kronecker.of(shape, Exact())
+        return QuasiNewton(shape, self)
+
+    def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Solve, and note the mean outputs and their gradients for the second pass."""
+        for problem in problems:
+            if isinstance(problem.curvature, QuasiNewton) and problem.rows is not None and problem.weight is not None:
+                problem.curvature.note(problem.rows, problem.weight, now)
+        return super().solve(problems, now)
+
+    def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
+        """Take the changes of all layers into H_G."""
+        for problem in problems:
+            if isinstance(problem.curvature, QuasiNewton) and problem.rows is not None and problem.weight is not None:
+                problem.curvature.changed(problem.rows, problem.weight, now)
+
+
+@dataclass
+class QuasiNewton(Curvature):
+    """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
+
+    shape: Shape
+    strategy: KBFGS
+    state: State = field(default_factory=dict)
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return bool(self.state)
+
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Take the inputs into A, and update H_A."""
+        if fresh := not self.started:
+            self.state = self._start()
+        state, weight = self.state, 1 - now.decay
+        gram_ema_(tensor(state, "dense"), rows.inputs.mT, now.decay, weight / rows.uses)
+        total = now.decay * tensor(state, "total") + weight * now.finite.to(self.shape.dtype)
+        state["total"] = total.clamp_min(torch.finfo(total.dtype).tiny)
+        average = tensor(state, "dense") / tensor(state, "total")
+        average.diagonal(dim1=-2, dim2=-1).add_(now.damping.of(largest_eigenvalue(average))[..., None])
+        if fresh:
+            state["input"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(average).L)
+        s = _times(tensor(state, "input"), rows.inputs.mean(-2))
+        state["input"] = updated(tensor(state, "input"), s, _times(average, s), now.finite)
+
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return H_G ∂W H_A."""
+        return tensor(self.state, "output") @ dense(gradient) @ tensor(self.state, "input")
+
+    def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
+        """Keep the mean output of this pass and its gradient."""
+        self.state["outputs"], self.state["gradients"] = _means(rows, weight())
+        self.state["noted"] = now.finite
+
+    def changed(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
+        """Take the change since `note` into the running s and y, and them into H_G."""
+        if "noted" not in self.state:
+            return
+        finite = now.finite & tensor(self.state, "noted")
+        for name, before, after in zip("sy", ("outputs", "gradients"), _means(rows, weight()), strict=True):
+            known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
+            self.state[name] = known + share * (after - tensor(self.state, before) - known)
+        for name in ("outputs", "gradients", "noted"):
+            del self.state[name]
+        inverse = tensor(self.state, "output")
+        s, y = curved(inverse, tensor(self.state, "s"), tensor(self.state, "y"), self.strategy.curved, now.damping)
+        self.state["output"] = updated(inverse, s, y, finite)
+
+    def kept(self) -> Iterator[Kept]:
+        """Go through both sides."""
+        names = {"input": ("dense", "total", "input"), "output": ("output", "s", "y", "outputs", "gradients", "noted")}
+        for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
+            parts = [tensor(self.state, name) for name in names[side] if name in self.state]
+            yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        return {name: tensor(self.state, name).clone() for name in self.state}
+
+    def loaded(self, state: dict[str, Any], where: str) -> QuasiNewton:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        for name, wanted in self._start().items():
+            if isinstance(wanted, Tensor) and state[name].shape != wanted.shape:
+                rule = f"{where}: {name} must have shape {tuple(wanted.shape)}; got {tuple(state[name].shape)}"
+                _check.fail_value("KFAC.load_state_dict", rule)
+        own: State = {}
+        for name, part in state.items():
+            dtype = self.shape.dtype if part.is_floating_point() else None
+            own[name] = part.to(self.shape.device, dtype, copy=True)
+        return replace(self, state=own)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        return (part for part in self.state.values() if isinstance(part, Tensor))
+
+    def _start(self) -> State:
+        groups, d_out, d_in, dtype, device = self.shape[:5]
+        zeros = {"dense": (*groups, d_in, d_in), "total": (), "s": (*groups, d_out), "y": (*groups, d_out)}
+        state: State = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in zeros.items()}
+        for name, n in (("input", d_in), ("output", d_out)):
+            state[name] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
+        return state
+
+
+def curved(inverse: Tensor, s: Tensor, y: Tensor, least: float, damping: Damping) -> tuple[Tensor, Tensor]:
+    """Return s and y with sᵀy >= μ yᵀH y for the H given, and then sᵀy >= λ κ sᵀs."""
+    image = _times(inverse, y)
+    along, of_inverse = _dot(s, y), _dot(y, image)
+    s = _mixed(s, image, (1 - least) * of_inverse, of_inverse - along, along < least * of_inverse)
+    unit = torch.ones_like(along)
+    if damping.scale == "relative":
+        unit = torch.linalg.vector_norm(y, dim=-1, keepdim=True) / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        unit = unit.nan_to_num(1.0, posinf=1.0)
+    along, most = _dot(s, y), unit * _dot(s, s)
+    return s, _mixed(y, unit * s, (1 - damping.value) * most, most - along, along < damping.value * most)
+
+
+def updated(inverse: Tensor, s: Tensor, y: Tensor, finite: Tensor) -> Tensor:
+    """Return BFGS's H⁺, for which H⁺ y = s, or H where sᵀy is no more than rounding, or nothing is known."""
+    image, along = _times(inverse, y), _dot(s, y)
+    scale = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    usable = finite & (along > 8 * torch.finfo(s.dtype).eps * scale)
+    rate = torch.where(usable, 1 / torch.where(usable, along, 1), 0)[..., None]
+    outer = s[..., :, None] * s[..., None, :]
+    mixed = s[..., :, None] * image[..., None, :]
+    return inverse + (rate.square() * _dot(y, image)[..., None] + rate) * outer - rate * (mixed + mixed.mT)
+
+
+def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tensor) -> Tensor:
+    """Return θ one + (1 − θ) other with θ = above / below, in [0, 1]; one itself elsewhere."""
+    share = torch.where(where, (above / torch.where(where, below, 1)).clamp(0, 1), 1)
+    return share * one + (1 - share) * other
+
+
+def _means(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean output W ā, and the loss's gradient in a common shift of all outputs."""
+    return _times(weight, rows.inputs.mean(-2)), rows.gradients.sum(-2)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(-1, keepdim=True)

@@ -1,0 +1,207 @@
+"""The empirical natural gradient of a batch, layer by layer, by a solve of the order of its samples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._small import largest_eigenvalue
+from brandla.kfac.schedule import Schedule, at
+from brandla.kfac.systems.form import State, due, tensor
+from brandla.kfac.systems.samples import Samples
+from brandla.kfac.systems.strategy import Curvature, Strategy
+from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, plus, scaled
+
+
+@dataclass(frozen=True)
+class Woodbury(Strategy):
+    """The exact natural gradient of the batch: (F + λI)⁻¹ ∂W with F = N Σ v vᵀ, v the gradients of N samples.
+
+    With K = N VᵀV (N × N) the step is (∂W − N V (λI + K)⁻¹ Vᵀ ∂W) / λ, and where ∂W is V 1, the pair that the rows
+    of this step make, V (λI + K)⁻¹ 1: the γ scaled sample by sample. λ is relative to the largest eigenvalue of F. K
+    takes 2 (N T)² (d_out + d_in) operations for T positions, or 2N (N + T) d_out d_in where that is less. The rows of
+    a batch are kept and N² numbers, no factor. Layers of every kind take part.
+
+    Parameters
+    ----------
+    every
+        Steps from one batch whose rows and inverse are kept to the next: a number, or a function of the step. SENG: 50
+        to 200.
+    features
+        K from so many inputs and outputs, drawn anew for each batch, in place of all; None for all. SENG: 256.
+    positions
+        Cut each sample's γ to so many positions, the leading singular vectors over its own; None for all. SENG: 16.
+    fixed_after
+        FNGD: after so many batches take their mean coefficients, (λI + K)⁻¹ 1, and form no K. A coefficient belongs
+        to a place in the order of ‖v‖, relative to the number of samples. None for never.
+
+    Notes
+    -----
+    A batch that is not finite leaves what is kept as it is, unless its size is another: then zeros are kept, for which
+    the step is ∂W / λ. SENG and FNGD were not read in full: that K alone is sketched, that the rows of the kept batch
+    and its inverse are of the same batch, and the places of coefficients, were chosen here (``docs/kfac.md``).
+
+    References
+    ----------
+    Y. Ren, D. Goldfarb, arXiv 1906.02353. M. Yang, D. Xu, Z. Wen, M. Chen, P. Xu, "Sketchy empirical natural gradient
+    methods for deep learning", arXiv 2006.05924 (SENG).
+    """
+
+    every: Schedule[int] = 1
+    features: int | None = None
+    positions: int | None = None
+    fixed_after: int | None = None
+
+    def __post_init__(self) -> None:
+        _check.count("Woodbury", "every", at(self.every, 0), 1)
+        for name in ("features", "positions", "fixed_after"):
+            if getattr(self, name) is not None:
+                _check.count("Woodbury", name, getattr(self, name), 1)
+
+    def curvature(self, shape: Shape) -> Curvature:
+        """Return a curvature that keeps the rows of a batch."""
+        return OfSamples(shape, self)
+
+
+@dataclass
+class OfSamples(Curvature):
+    """The samples of one batch, the Cholesky factor of λI + K, and the mean coefficients of the batches so far."""
+
+    shape: Shape
+    strategy: Woodbury
+    state: State = field(default_factory=dict)
+    # The γ of the kept samples as a step gets them, by which a gradient that is their pair is known.
+    _source: ref[Tensor] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return bool(self.state)
+
+    def absorb(self, rows: Rows, now: Now) -> None:
+        """Keep the rows of a batch, if it is due, and factorise λI + K."""
+        if not due(self.state, now.step, self.strategy.every):
+            return
+        samples = Samples.of(rows)._replace(uses=rows.uses // rows.positions)
+        if self.strategy.positions is not None:
+            samples = samples.cut(self.strategy.positions, now.seed)
+        new = {"inputs": samples.inputs, "gradients": samples.gradients}
+        if not self._is_fixed:
+            most = self.strategy.features
+            gram = (samples if most is None else samples.some_features(most, now.seed)).gram()
+            largest = largest_eigenvalue(gram)
+            # A Gram matrix of S rows is semi-definite up to about S ε of its largest eigenvalue.
+            shift = torch.maximum(now.damping.of(largest), len(gram) * torch.finfo(gram.dtype).eps * largest)
+            gram.diagonal().add_(shift)
+            new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
+        for name, part in new.items():
+            known = self.state.get(name)
+            same = isinstance(known, Tensor) and known.shape == part.shape
+            self.state[name] = torch.where(now.finite, part, tensor(self.state, name)) if same else part
+        self.state |= {"uses": samples.uses, "positions": samples.positions}
+        self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
+        if self.strategy.fixed_after is not None and not self._is_fixed:
+            self._average(now)
+
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return the step: coefficients for the γ of the pair of these rows, or else ∂W / λ and what its span takes."""
+        samples = self._samples
+        if isinstance(gradient, tuple) and self._is_source(gradient[0]):
+            weights = self._coefficients(samples).repeat_interleave(samples.positions)
+            return gradient[0] * weights, gradient[1]
+        if self._is_fixed:
+            rate = tensor(self.state, "rate")
+            own = (self._coefficients(samples) - rate) / samples.uses**0.5
+        else:
+            rate = 1 / tensor(self.state, "shift")
+            products = samples.products(gradient)
+            own = -rate * self._solved(products)
+            if self.strategy.features is not None:
+                # With K from some features the step might go uphill: no more than ‖∂W‖² / λ is taken away.
+                taken = -(products @ own).clamp_max(-torch.finfo(own.dtype).tiny)
+                own = own * (rate * inner(gradient, gradient) / taken).clamp_max(1)
+        return plus(scaled(gradient, rate), 1.0, samples.combined(own, self.shape.d_in))
+
+    def widest_pair(self, entries: int) -> int:
+        """Take any pair: its γ are scaled, where a matrix takes two products with all samples."""
+        return sys.maxsize
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        return {name: part.clone() if isinstance(part, Tensor) else part for name, part in self.state.items()}
+
+    def loaded(self, state: dict[str, Any], where: str) -> OfSamples:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        groups, d_out, d_in, dtype, device = self.shape[:5]
+        count = state["gradients"].shape[-2]
+        inputs = (count,) if self.shape.one_hot else (*groups, count, d_in)
+        for name, wanted in (("inputs", inputs), ("gradients", (*groups, count, 1 if self.shape.single else d_out))):
+            if state[name].shape != wanted:
+                rule = f"{where}: the {name} must have shape {wanted}; got {tuple(state[name].shape)}"
+                _check.fail_value("KFAC.load_state_dict", rule)
+        own: State = {}
+        for name, part in state.items():
+            is_float = isinstance(part, Tensor) and part.is_floating_point()
+            own[name] = part.to(device, dtype if is_float else None, copy=True) if isinstance(part, Tensor) else part
+        return replace(self, state=own, _source=None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        return (part for part in self.state.values() if isinstance(part, Tensor))
+
+    @property
+    def _samples(self) -> Samples:
+        uses, positions = self.state["uses"], self.state["positions"]
+        assert isinstance(uses, int)
+        assert isinstance(positions, int)
+        return Samples(tensor(self.state, "inputs"), tensor(self.state, "gradients"), positions, uses)
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether the coefficients are those of the batches before."""
+        most, batches = self.strategy.fixed_after, self.state.get("batches", 0)
+        assert isinstance(batches, int)
+        return most is not None and batches >= most
+
+    def _is_source(self, columns: Tensor) -> bool:
+        source = None if self._source is None else self._source()
+        return source is not None and columns.shape == source.mT.shape and columns.data_ptr() == source.data_ptr()
+
+    def _solved(self, right: Tensor) -> Tensor:
+        """Return (λI + K)⁻¹ times a vector."""
+        factor = tensor(self.state, "factor")
+        return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0]
+
+    def _coefficients(self, samples: Samples) -> Tensor:
+        """Return (λI + K)⁻¹ 1, or the means of those so far, the sample of the least ‖v‖ first."""
+        if not self._is_fixed:
+            return self._solved(torch.ones_like(tensor(self.state, "factor")[0]))
+        places = _stretched(tensor(self.state, "table"), samples.number)
+        return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
+
+    def _average(self, now: Now) -> None:
+        """Take the coefficients of this batch into their mean."""
+        samples = self._samples
+        own = self._coefficients(samples)[samples.squares().argsort()]
+        batches = self.state.setdefault("batches", 0)
+        assert isinstance(batches, int)
+        table = tensor(self.state, "table") if "table" in self.state else torch.zeros_like(own)
+        rate = tensor(self.state, "rate") if "rate" in self.state else torch.zeros_like(own[0])
+        weight = now.finite.to(own.dtype) / (batches + 1)
+        self.state["table"] = table + weight * (_stretched(own, len(table)) - table)
+        self.state["rate"] = rate + weight * (1 / tensor(self.state, "shift") - rate)
+        self.state["batches"] = batches + 1
+        if self._is_fixed:
+            del self.state["factor"], self.state["shift"]
+
+
+def _stretched(values: Tensor, count: int) -> Tensor:
+    """Return ``count`` of the values at even distances."""
+    return values[torch.arange(count, device=values.device) * len(values) // count]

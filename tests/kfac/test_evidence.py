@@ -1,0 +1,122 @@
+"""The Laplace evidence against dense log determinants, and against the exact evidence of a linear model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact, Foof, InverseFree, Randomized, Strategy, evidence
+from kfac.networks import batch, loss_of, mlp
+from kfac.systems import linears
+
+TERMS = 40
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+
+
+def filled(model: nn.Module, strategy: Strategy, **options: object) -> KFAC:
+    preconditioner = KFAC(model, strategy, decay=0.0, **options)
+    model.zero_grad()
+    loss_of(model, batch(TERMS, 10, 4)).backward()
+    preconditioner.step()
+    return preconditioner
+
+
+def dense_evidence(model: nn.Module, preconditioner: KFAC, precisions: list[float]) -> float:
+    """By log det of N A ⊗ G + δI with every matrix formed."""
+    total = -3.0
+    for layer, precision in zip(preconditioner._layers, precisions, strict=True):
+        factors = {side: factor.strategy.lowrank(factor.state).dense() for side, factor in layer.curvature.factors()}
+        F = TERMS * torch.kron(factors["output"], factors["input"])
+        damped = F + precision * torch.eye(len(F), dtype=F.dtype)
+        squares = sum(part.square().sum().item() for part in layer.kind.module.parameters())
+        total -= 0.5 * (torch.logdet(damped).item() - len(F) * math.log(precision)) + 0.5 * precision * squares
+    return total
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [Exact(), Randomized(3, oversample=2), Brand(3), Brand(3, form="eigh")],
+    ids=["exact", "randomized", "brand", "brand-eigh"],
+)
+def test_it_is_the_dense_formula(strategy: Strategy):
+    model = mlp(10, 20, 8, 4)
+    preconditioner = filled(model, strategy)
+    for precision in (torch.tensor(0.7), torch.tensor([0.7, 0.1, 2.0])):
+        result = evidence(preconditioner, -3.0, precision, TERMS).item()
+        assert result == pytest.approx(dense_evidence(model, preconditioner, precision.expand(3).tolist()), rel=1e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    preconditioner = filled(mlp(10, 20, 4), Brand(6))
+
+    def of(logarithm: Tensor) -> Tensor:
+        return evidence(preconditioner, -3.0, logarithm.exp(), TERMS)
+
+    assert torch.autograd.gradcheck(of, torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True))
+
+
+def test_the_cholesky_factorisation_and_ekfac_have_eigenvalues_too():
+    """One sample a batch: EK-FAC's values are the products."""
+    results = []
+    for strategy in (Exact(inverse_every=1), Exact(method="cholesky"), EKFAC(inverse_every=1)):
+        model = mlp(10, 20, 4)
+        preconditioner = KFAC(model, strategy)
+        loss_of(model, batch(1, 10, 4)).backward()
+        preconditioner.step()
+        results.append(evidence(preconditioner, -3.0, 0.5, TERMS).item())
+    assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-9)
+
+
+def test_layers_of_every_kind_take_part():
+    model = nn.Sequential(
+        nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 1, groups=3), nn.Flatten(), nn.Linear(36, 4)
+    )
+    model = model.double()
+    preconditioner = KFAC(model, Exact())
+    loss_of(model, (torch.randint(9, (8, 6)), torch.randint(4, (8,)))).backward()
+    preconditioner.step()
+    values = [evidence(preconditioner, -3.0, precision, 8).item() for precision in (0.1, 1.0)]
+    assert all(math.isfinite(value) for value in values)
+    assert len(set(values)) == 2
+
+
+def test_it_is_exact_for_a_linear_model_with_normal_noise():
+    """The square is −log p for noise of variance ½. The posterior is normal: Laplace's approximation is no other."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(TERMS, 5, dtype=torch.float64), torch.randn(TERMS, dtype=torch.float64)
+    precision, eye = 0.7, torch.eye(TERMS, dtype=torch.float64)
+    layer = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    mode = torch.linalg.solve(2 * inputs.T @ inputs + precision * eye[:5, :5], 2 * inputs.T @ targets)
+    layer.weight.data.copy_(mode[None])
+    preconditioner = KFAC(layer, Exact(), curvature="type-2")
+    outputs = layer(inputs)
+    preconditioner.curvature(outputs, loss="mse")
+    loss = nn.functional.mse_loss(outputs[:, 0], targets)
+    loss.backward()
+    preconditioner.step()
+    log_likelihood = -TERMS * (loss.detach() + 0.5 * math.log(math.pi))
+    exact = torch.distributions.MultivariateNormal(torch.zeros_like(targets), eye / 2 + inputs @ inputs.T / precision)
+    result = evidence(preconditioner, log_likelihood, precision, TERMS)
+    torch.testing.assert_close(result, exact.log_prob(targets))
+
+
+@pytest.mark.parametrize("strategy", [Foof(Exact()), InverseFree(), ConjugateGradient()], ids=repr)
+def test_other_curvatures_are_refused(strategy: Strategy):
+    with pytest.raises(TypeError, match=r"evidence: 0: the strategy must be Exact, EKFAC.*; got"):
+        evidence(filled(mlp(10, 20, 4), strategy), -3.0, 1.0, TERMS)
+
+
+def test_bad_input_is_refused():
+    model = mlp(10, 20, 4)
+    preconditioner = filled(model, Exact())
+    with pytest.raises(ValueError, match=r"evidence: prior_precision must have shape \(\) or \(L,\) = \(2,\).*\(3,\)"):
+        evidence(preconditioner, -3.0, torch.ones(3), TERMS)
+    with pytest.raises(ValueError, match="evidence: terms must be at least 1; got 0"):
+        evidence(preconditioner, -3.0, 1.0, 0)
+    with pytest.raises(ValueError, match="evidence: 0 must have data; take steps of KFAC"):
+        evidence(KFAC(model, Exact()), -3.0, 1.0, TERMS)
+    assert len(linears(model)) == 2

@@ -1,0 +1,171 @@
+"""K-BFGS against its definition with dense matrices in float64, and what BFGS's update has to hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KBFGS, KFAC, Exact
+from brandla.kfac.systems.kbfgs import curved, updated
+from brandla.kfac.values import Damping
+from kfac.networks import batch, gradients, layer_gradient, loss_of, mlp, with_one
+from kfac.systems import assert_near, linears
+
+DAMPING = 0.3
+OPTIONS = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
+TRUE = torch.tensor(True)
+
+
+def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """(I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ."""
+    rho = 1 / (s @ y)
+    left = torch.eye(len(H), dtype=H.dtype) - rho * torch.outer(s, y)
+    return left @ H @ left.T + rho * torch.outer(s, s)
+
+
+def powell(H: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if s @ y < 0.2 * (y @ H @ y):
+        theta = 0.8 * (y @ H @ y) / (y @ H @ y - s @ y)
+        s = theta * s + (1 - theta) * H @ y
+    if s @ y < DAMPING * (s @ s):
+        theta = (1 - DAMPING) * (s @ s) / (s @ s - s @ y)
+        y = theta * y + (1 - theta) * s
+    return s, y
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_steps_are_those_of_the_definition(kind: str, sharing: str):
+    """Mean outputs by a hook, their mean gradient by a common shift of all of them, all else dense."""
+    torch.manual_seed(0)
+    first = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    inputs = torch.randn(9, 6) if kind == "linear" else torch.randn(9, 2, 6)
+    inputs, labels = inputs.double(), torch.randint(3, (9,))
+    model(inputs)
+    preconditioner = KFAC(model, {"": None, "0": KBFGS()}, sharing=sharing, decay=0.9, **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+
+    windows = inputs if kind == "linear" else inputs.unfold(2, 3, 1).movedim(2, 1).flatten(2)
+    rows = with_one(windows.reshape(-1, windows.shape[-1]))
+    averaged = rows if sharing == "expand" or kind == "linear" else rows.reshape(9, 4, -1).mean(1)
+    mean = averaged.mean(0)
+    A = averaged.T @ averaged / len(averaged)
+    A = A + DAMPING * torch.eye(len(A), dtype=A.dtype)
+    H_A, H_G = torch.linalg.inv(A), torch.eye(4, dtype=A.dtype)
+    s, y = torch.zeros(4, dtype=A.dtype), torch.zeros(4, dtype=A.dtype)
+
+    def means() -> tuple[Tensor, Tensor]:
+        output = first(inputs).detach().movedim(1, -1).reshape(-1, 4).mean(0)
+        shift = torch.zeros(4, dtype=A.dtype, requires_grad=True)
+        moved = first(inputs).detach() + (shift if kind == "linear" else shift[:, None])
+        return output, torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), labels), shift)[0]
+
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        gradient = torch.cat([first.weight.grad.flatten(1), first.bias.grad[:, None]], dim=1)
+        before = means()
+        preconditioner.step()
+        result = torch.cat([first.weight.grad.flatten(1), first.bias.grad[:, None]], dim=1)
+        H_A = bfgs(H_A, H_A @ mean, A @ (H_A @ mean))
+        assert_near(result, H_G @ gradient @ H_A, 1e-10)
+        optimizer.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        after = means()
+        left = [part.clone() for part in gradients(model)]
+        preconditioner.second_pass()
+        assert all(map(torch.equal, left, gradients(model)))
+        s, y = (0.9 * old + 0.1 * (new - known) for old, new, known in zip((s, y), after, before, strict=True))
+        H_G = bfgs(H_G, *powell(H_G, s, y))
+        assert_near(preconditioner._layers[0].curvature.state["output"], H_G, 1e-9)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "relative"])
+@pytest.mark.parametrize("groups", [(), (3,)])
+def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale: str, groups: tuple[int, ...]):
+    """Also for s and y that curve the wrong way; the two conditions hold as equations where they were not met."""
+    torch.manual_seed(0)
+    H = torch.eye(5, dtype=torch.float64).expand(*groups, 5, 5).clone()
+    for _ in range(30):
+        s, y = torch.randn(2, *groups, 5, dtype=torch.float64)
+        before, image = H, torch.einsum("...ij,...j->...i", H, y)
+        s, y = curved(H, s, y, 0.2, Damping(DAMPING, scale))
+        assert ((s * y).sum(-1) >= 0.2 * (1 - 1e-12) * (y * image).sum(-1).clamp_max(0)).all()
+        if scale == "absolute":
+            assert ((s * y).sum(-1) >= DAMPING * (1 - 1e-9) * s.square().sum(-1)).all()
+        H = updated(H, s, y, TRUE)
+        assert_near(torch.einsum("...ij,...j->...i", H, y), s, 1e-7)
+        assert (torch.linalg.eigvalsh(H) > 0).all()
+    assert torch.equal(updated(before, s, y, ~TRUE), before)
+    assert torch.equal(updated(before, s, 0 * y, TRUE), before)
+
+
+def test_relative_damping_makes_a_step_independent_of_the_scale_of_the_inputs():
+    results = []
+    for scale in (1.0, 2.0**10):
+        layer = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+        nn.init.zeros_(layer.weight)
+        preconditioner = KFAC(layer, KBFGS(), damping=DAMPING, clip=None)
+        inputs, labels = batch(9, 6, 4)
+        for _ in range(3):
+            layer.zero_grad()
+            loss_of(layer, (scale * inputs, labels)).backward()
+            preconditioner.step()
+            with torch.no_grad():
+                layer.weight -= 0.3 * layer.weight.grad
+            layer.zero_grad()
+            loss_of(layer, (scale * inputs, labels)).backward()
+            preconditioner.second_pass()
+        results.append(layer.weight.detach() * scale)
+    assert_near(results[1], results[0], 1e-9)
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
+    model = mlp(6, 8, 4)
+    preconditioner = KFAC(model, KBFGS(), **OPTIONS)
+    inputs, labels = batch(9, 6, 4)
+
+    def passed(factor: float, call: object) -> list[Tensor]:
+        model.zero_grad()
+        loss_of(model, (factor * inputs, labels)).backward()
+        call()
+        parts = [layer.curvature.state for layer in preconditioner._layers]
+        return [part[name].clone() for part in parts for name in ("dense", "input", "output", "s", "y")]
+
+    passed(1.0, preconditioner.step)
+    known = passed(1.1, preconditioner.second_pass)
+    passed(float("nan"), preconditioner.step)
+    for one, other in zip(passed(1.2, preconditioner.second_pass), known, strict=True):
+        # The sum of a aᵀ decays as the total of the weights does.
+        assert one.shape[-1] != other.shape[-1] or torch.equal(one, other) or torch.allclose(one, 0.95 * other)
+    passed(1.0, preconditioner.step)
+    known = passed(float("nan"), preconditioner.second_pass)
+    assert all(part.isfinite().all() for part in known)
+
+
+def test_second_pass_is_refused_where_nothing_takes_it():
+    for options in ({"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}):
+        with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
+            KFAC(mlp(6, 8, 4), **options).second_pass()
+
+
+def test_it_trains_and_reports_both_sides():
+    model = mlp(10, 20, 4, dtype=torch.float32)
+    inputs, labels = batch(40, 10, 4, dtype=torch.float32)
+    preconditioner, optimizer = KFAC(model, KBFGS()), torch.optim.SGD(model.parameters(), 0.3)
+    before = loss_of(model, (inputs, labels)).item()
+    for _ in range(30):
+        for call in (preconditioner.step, preconditioner.second_pass):
+            optimizer.zero_grad()
+            loss_of(model, (inputs, labels)).backward()
+            call()
+            if call == preconditioner.step:
+                optimizer.step()
+    assert loss_of(model, (inputs, labels)).item() < 0.5 * before
+    rows = [(row.side, row.n, row.bytes) for row in preconditioner.report().factors]
+    assert rows[:2] == [("input", 11, 4 * (2 * 11**2 + 1)), ("output", 20, 4 * (20**2 + 2 * 20))]
+    assert len(linears(model)) * 2 == len(rows)
+    assert layer_gradient(model[0]).isfinite().all()
