@@ -9,13 +9,14 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import KINDS, Kind
+from brandla.kfac.capture.kinds import Kind, LinearKind, TurnedEmbeddingKind, kinds_of
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy
 
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
+_HINTS: dict[type[nn.Module], str] = {}
 
 
 class _Found(NamedTuple):
@@ -35,13 +36,14 @@ def find_layers(
     found, left = _find(model)
     layers: list[Layer] = []
     biases: dict[int, _Found] = {}
-    for first, *others in found.values():
-        strategy = of_module(inverse, first.name)
+    for group in found.values():
+        first, *others = _with_turned(group)
         other_kind = next((other for other in others if not _is_alike(first.kind, other.kind)), None)
+        strategies = [of_module(inverse, one.name) for one in (first, *others)]
         if other_kind is not None:
             left |= {one.name: f"its weight is also that of {first.name}, used differently" for one in others}
             left[first.name] = f"its weight is also that of {other_kind.name}, used differently"
-        elif strategy is None:
+        elif (strategy := strategies[0]) is None or None in strategies:
             left |= {one.name: "inverse is None" for one in (first, *others)}
         else:
             left |= _leave_known_bias([first, *others], biases)
@@ -52,41 +54,55 @@ def find_layers(
         _check.fail_value(
             "KFAC",
             "the model must have an nn.Linear or another layer that can be preconditioned; got modules of type "
-            f"{', '.join(kinds_of_modules)}; train it with the optimizer alone",
+            f"{', '.join(kinds_of_modules)}; name what they compute with brandla.kfac.register, or train it with the"
+            " optimizer alone",
         )
     return layers, left
 
 
-def _find(model: nn.Module) -> tuple[dict[int, list[_Found]], dict[str, str]]:
+def _find(model: nn.Module) -> tuple[dict[tuple[int, ...], list[_Found]], dict[str, str]]:
     """Return the users of each weight that can be preconditioned, and why other modules and parameters cannot be."""
-    found: dict[int, list[_Found]] = {}
-    left: dict[str, str] = {}
+    found: dict[tuple[int, ...], list[_Found]] = {}
+    known: dict[str, tuple[nn.Module, list[Kind] | str | None]] = {}
     covered: set[int] = set()
     for name, module in named_modules(model):
-        kinds = _kinds_of(module)
+        kinds = kinds_of(module)
+        known[name] = module, kinds
         for kind in kinds if isinstance(kinds, list) else []:
             covered |= {id(kind.weight), id(kind.bias)}
             label = ".".join(part for part in (name, kind.part) if part) or ROOT
-            found.setdefault(id(kind.weight), []).append(_Found(label, kind))
-        own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
-        others = [key for key in own if id(getattr(module, key)) not in covered]
-        if isinstance(kinds, list):
-            left |= {f"{name}.{key}".lstrip("."): "it belongs to no known weight" for key in others}
-        elif others or (kinds is not None and not own):
-            left[name or ROOT] = kinds or f"{type(module).__name__} is not known"
+            found.setdefault(kind.key, []).append(_Found(label, kind))
+    left: dict[str, str] = {}
+    for name, (module, kinds) in known.items():
+        left |= _left_of(name, module, kinds, covered)
     return found, left
 
 
-def _kinds_of(module: nn.Module) -> list[Kind] | str | None:
-    for family in KINDS:
-        kinds = family.of(module)
-        if kinds is not None:
-            return kinds
-    return None
+def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, covered: set[int]) -> dict[str, str]:
+    """Say why a module, or parameters of it, are left: those that no weight found in the model covers."""
+    own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
+    others = [key for key in own if id(getattr(module, key)) not in covered]
+    if isinstance(kinds, str):
+        return {name or ROOT: kinds} if others or not own else {}
+    kind = type(module).__name__
+    has_parts = any(True for child in module.children() for _ in child.parameters())
+    if kinds is None and not has_parts:
+        return {name or ROOT: f"{kind} is not known{_HINTS.get(type(module), '')}"} if others else {}
+    reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
+    return {f"{name}.{key}".lstrip("."): reason for key in others}
+
+
+def _with_turned(group: list[_Found]) -> list[_Found]:
+    """Put the users that multiply by a weight first; embeddings of the same weight use its transpose."""
+    first = next((one for one in group if type(one.kind) is LinearKind), None)
+    if first is None:
+        return group
+    turned = [one._replace(kind=TurnedEmbeddingKind(one.kind.module)) if one.kind.one_hot else one for one in group]
+    return [first, *(one for own, one in zip(group, turned, strict=True) if own is not first)]
 
 
 def _is_alike(one: Kind, other: Kind) -> bool:
-    return type(one) is type(other) and one.shape == other.shape
+    return (type(one) is type(other) or other.turned) and one.shape == other.shape
 
 
 def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[str, str]:
@@ -108,7 +124,7 @@ def _attach(layer: Layer, others: list[_Found]) -> dict[str, str]:
     """Have a layer watch all modules with its weight, and return the biases among theirs that it leaves."""
     left = {}
     for name, kind in others:
-        layer.capture.attach(kind)
+        layer.attach(kind)
         if kind.bias is not None and kind.bias is not layer.kind.bias:
             left[f"{name}.bias"] = f"its weight is that of {layer.name}, which has another bias"
     return left

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from brandla.kfac.capture.kinds import Kind
+from brandla.kfac.capture.kinds import Kind, Uses
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]
@@ -65,11 +65,31 @@ class Terms:
         self.total = total
 
 
+class Groups:
+    """Which sample each row of the inputs belongs to: nodes of several graphs in one batch."""
+
+    def __init__(self, index: Tensor, count: int) -> None:
+        self.index = index
+        self.count = count
+
+    def reduced(self, uses: Uses) -> Uses:
+        """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d)."""
+        index = self.index.to(uses.gradients.device)
+        rows = uses.gradients.new_zeros(self.count).index_add_(0, index, uses.gradients.new_ones(len(index)))
+        inputs = self._summed(uses.inputs.to(uses.gradients.dtype).mean(-2), index)
+        return Uses(inputs / rows.clamp_min(1)[:, None, None], self._summed(uses.gradients.sum(-2), index))
+
+    def _summed(self, rows: Tensor, index: Tensor) -> Tensor:
+        return rows.new_zeros(self.count, rows.shape[-1]).index_add_(0, index, rows)[:, None]
+
+
 class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
-    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False) -> None:
+    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False, groups: Groups | None = None) -> None:
         self.kind = kind
+        # Where several rows of the inputs are one sample.
+        self.groups = groups
         # Whether autograd does not form the weight's gradient in this call.
         self.left_out = left_out
         self.terms: Terms | None = None
@@ -136,5 +156,7 @@ class Recorder:
         self.draw = 0
         self.terms: Terms | None = None
         self.has_run = False
+        # Whose rows the calls are made of that come now.
+        self.groups: Groups | None = None
         # Whether captures note the place of their outputs in the graph, for backward passes that end there.
         self.edges = edges

@@ -56,7 +56,7 @@ class Capture:
 
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        self._handles += kind.attach(_Watch(self, kind).record)
+        self._handles += kind.attach(_Watch(self, kind))
 
     def leave_out(self) -> None:
         """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
@@ -138,7 +138,9 @@ class Capture:
         elif output.requires_grad:
             if torch.compiler.is_compiling():
                 return tap(output, inputs, ticket.number)
-            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving), output)
+            groups = self._recorder.groups
+            groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
+            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups), output)
         return output
 
     def collect(self, call: Call, gradient: Tensor) -> None:
@@ -285,5 +287,9 @@ class _Watch:
         self._capture = capture
         self._ticket = Ticket(kind, capture.collect_compiled)
 
-    def record(self, kind: Kind, inputs: Any, output: Any) -> Any:
+    @property
+    def is_wanted(self) -> bool:
+        return self._capture.enabled and torch.is_grad_enabled()
+
+    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
         return self._capture.record(kind, inputs, output, self._ticket)

@@ -41,7 +41,9 @@ class Layer:
         self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
-        self.linear: bool | None = None
+        self.linear: bool | None = False if kind.is_part else None
+        # Whether the weight is used in its transpose, too.
+        self.is_turned = False
         # The rows of the gradient that autograd has not formed, while it is empty memory.
         self._unformed: Rows | None = None
         # The gradient that was overwritten last, and its version then.
@@ -82,7 +84,8 @@ class Layer:
     @property
     def is_unseen(self) -> bool:
         """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
-        return bool(self.capture.wanted) and not self.capture.calls and not self.curvature.started
+        is_known = bool(self.capture.calls) or self.curvature.started or self.kind.was_seen
+        return bool(self.capture.wanted) and not is_known
 
     def fresh(self) -> Curvature:
         """Return a curvature before any data."""
@@ -96,6 +99,12 @@ class Layer:
             goes_on = self.curvature.started and shape[:3] == known[:3]
             fresh = self.fresh()
             self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
+
+    def attach(self, kind: Kind) -> None:
+        """Watch another module that uses the weight; where that uses its transpose, the gradient is no one pair."""
+        self.capture.attach(kind)
+        if kind.turned:
+            self.is_turned, self.linear = True, False
 
     @property
     def refusal(self) -> str:
@@ -195,7 +204,7 @@ class Layer:
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
-        weight = self.kind.weight.grad
+        weight = self.kind.weight_gradient
         assert weight is not None
         if self._unformed is not None:
             weight.copy_(self._product(self._unformed))
@@ -215,7 +224,7 @@ class Layer:
 
     def write(self, step: Gradient) -> list[Written]:
         """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
-        weight, bias = self.kind.weight.grad, self.kind.bias_gradient
+        weight, bias = self.kind.weight_gradient, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
         parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
@@ -237,7 +246,7 @@ class Layer:
         first, second = step[0], step[1][..., columns, :].mT
         out = gradient.unsqueeze(-1) if gradient.ndim == 1 else gradient
         matches = out.shape == (first.shape[-2], second.shape[-1]) and out.dtype == self.dtype
-        if self.kind.shape[0] or self.kind.one_hot or not matches:
+        if self.kind.shape[0] or self.kind.transposed or not matches:
             return _written(arranged(first @ second), gradient)
         torch.matmul(first, second, out=out)
         return Written(gradient, gradient)
@@ -276,20 +285,31 @@ class Layer:
 
     def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
         """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
-        inputs, gradients, positions = [], [], set()
-        count = 0
+        inputs, gradients, turned, positions = [], [], [], set()
+        count = draws = 0
         for index, call, gradient in _in_order(calls, of):
-            make = call.kind.reduced if reduce else call.kind.uses
-            uses = make(call.inputs, self._unscaled(gradient.to(self.dtype), scale))
+            uses = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
+            turned.append(call.kind.turned)
+            draws = max(draws, 1 if of == "loss" else index + 1)
             if of == "loss" or index == 0:
                 count += samples * position_count
-            if of == "loss" or index == 0 or self.kind.single:
+            if of == "loss" or index == 0 or self.kind.single or self.is_turned:
                 inputs.append(self._input_rows(uses))
+        if self.is_turned:
+            inputs, gradients = _balanced(inputs, gradients, turned, draws)
         position_count = positions.pop() if len(positions) == 1 else 1
         return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
+
+    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool) -> Uses:
+        """Return the uses of one call; in "reduce" one a sample, or one for each group of samples that was named."""
+        if not reduce:
+            return call.kind.uses(call.inputs, gradient)
+        if call.groups is None or not call.kind.is_averaged:
+            return call.kind.reduced(call.inputs, gradient)
+        return call.groups.reduced(call.kind.uses(call.inputs, gradient))
 
     def _input_rows(self, uses: Uses) -> Tensor:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""
@@ -323,6 +343,32 @@ def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]
         for call in calls:
             if index < len(call.gradients[of]):
                 yield index, call, call.gradients[of][index]
+
+
+def _balanced(
+    inputs: list[Tensor], gradients: list[Tensor], turned: list[bool], draws: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scale the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
+
+    With the energies Σ‖·‖² of both kinds of uses, that s makes the trace of the product of both factors least. A draw
+    repeats what it does not change: 1/√draws for a makes up for that.
+    """
+    by_draws = draws**-0.5
+    scale = (_ratio(inputs, turned) / _ratio(gradients, turned)).sqrt()
+    # Where one kind of uses has no rows, or rows of zeros, there is nothing to balance.
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1)
+    return (
+        [part * (by_draws / scale if own else by_draws) for part, own in zip(inputs, turned, strict=True)],
+        [part * scale if own else part for part, own in zip(gradients, turned, strict=True)],
+    )
+
+
+def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
+    """Return the ratio of the norms of all rows of turned uses and of all others."""
+    sums = [parts[0].new_zeros(()), parts[0].new_zeros(())]
+    for part, own in zip(parts, turned, strict=True):
+        sums[own] = sums[own] + part.square().sum()
+    return sums[True].sqrt() / sums[False].sqrt()
 
 
 def _written(step: Tensor, gradient: Tensor) -> Written:

@@ -1,16 +1,22 @@
 """Kinds of modules: how calls become rows and gradients a matrix, one type of module a file."""
 
+from __future__ import annotations
+
+from torch import nn
+
 from brandla.kfac.capture.kinds.attention import AttentionKind
 from brandla.kfac.capture.kinds.conv import ConvKind
 from brandla.kfac.capture.kinds.conv_transpose import ConvTransposeKind
-from brandla.kfac.capture.kinds.embedding import EmbeddingKind
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses
+from brandla.kfac.capture.kinds.embedding import EmbeddingKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.inside import used_inside
+from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, own_forward
+from brandla.kfac.capture.kinds.like import register, registered, tried
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 
-__all__ = ["KINDS", "Kind", "Record", "Uses"]
+__all__ = ["Kind", "LinearKind", "Record", "TurnedEmbeddingKind", "Uses", "kinds_of", "register"]
 
-KINDS: tuple[type[Kind], ...] = (
+_FAMILIES: tuple[type[Kind], ...] = (
     LinearKind,
     ConvKind,
     ConvTransposeKind,
@@ -18,3 +24,18 @@ KINDS: tuple[type[Kind], ...] = (
     AttentionKind,
     NormKind,
 )
+
+
+def kinds_of(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weights of a module, or why they are left to the optimizer; None if nothing is known of it.
+
+    What a user has registered comes first, then the types of torch; of others it is found out what they compute.
+    """
+    found = registered(module)
+    for family in _FAMILIES:
+        found = family.of(module) if found is None else found
+    if found is not None and found != own_forward(module):
+        return found
+    if not any(True for _ in module.parameters(recurse=False)):
+        return found
+    return tried(module) or used_inside(module) or found

@@ -9,49 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from brandla.kfac.capture.kinds.kind import Kind, Record
+from brandla.kfac.capture.kinds.own_forward import OwnForward
 
 Projection: TypeAlias = Literal["in_proj", "q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-class AttentionForward:
-    """Takes the place of the forward pass of one module while anything is attached to it.
+class AttentionForward(OwnForward):
+    """Takes the place of the forward pass of one ``nn.MultiheadAttention``.
 
     The module hands its weights to a function and calls no submodule that a hook could watch. This computes the same,
     operation by operation. What cannot be captured, calls without gradients or those that the module itself would
     refuse, it leaves to the module.
     """
 
-    def __init__(self, module: nn.MultiheadAttention) -> None:
-        self.module = module
-        self._records: dict[str, list[tuple[Any, Record]]] = {}
-
-    @classmethod
-    def of(cls, module: nn.MultiheadAttention) -> AttentionForward | None:
-        """Return the one that a module has, or a new one; None where the module's forward pass is somebody else's."""
-        own = vars(module).get("forward")
-        known = getattr(own, "__self__", None)
-        if own is None:
-            return cls(module)
-        return known if isinstance(known, cls) and known.module is module else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Have copies of the module, and what is loaded from a file, compute the same and record nothing."""
-        return AttentionForward, (self.module,)
-
-    def attach(self, kind: Kind, record: Record) -> Attachment:
-        """Have ``record`` called at each use of the kind's weight."""
-        self._records.setdefault(kind.part, []).append((kind, record))
-        # The module's own attribute shadows that of its class.
-        # On the instance, and taken off again: mypy knows methods as the class's.
-        self.module.forward = self.forward  # type: ignore[method-assign]
-        return Attachment(self, kind.part, (kind, record))
-
-    def detach(self, part: str, entry: tuple[Kind, Record]) -> None:
-        """Undo one attachment; the last one gives the module its forward pass back."""
-        self._records[part].remove(entry)
-        if not any(self._records.values()):
-            vars(self.module).pop("forward", None)
+    module: nn.MultiheadAttention
 
     def forward(
         self,
@@ -90,7 +61,7 @@ class AttentionForward:
         if module._qkv_same_embed_dim is False:
             return self._project_apart(query, key, value)
         if query is key and key is value:
-            joint = self._recorded("in_proj", query, linear(query, module.in_proj_weight, module.in_proj_bias))
+            joint = self.recorded("in_proj", query, linear(query, module.in_proj_weight, module.in_proj_bias))
             # Three blocks, as the module makes them.
             query, key, value = joint.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous()
             return query, key, value
@@ -108,11 +79,11 @@ class AttentionForward:
         else:
             parts = zip((key, value), module.in_proj_weight[d:].chunk(2), _thirds(bias)[1:], strict=True)
             others = [linear(part, weight, own) for part, weight, own in parts]
-        if not self._records.get("in_proj"):
+        if not self.is_watched("in_proj"):
             return first, others[0], others[1]
         # As `PackedKind` tells them apart.
         inputs = [query, key] if key is value else [query, key, value, query]
-        joint = self._recorded("in_proj", torch.cat([part.detach() for part in inputs]), torch.cat([first, *others]))
+        joint = self.recorded("in_proj", torch.cat([part.detach() for part in inputs]), torch.cat([first, *others]))
         query, key, value = joint.split([len(query), len(key), len(value)])
         return query, key, value
 
@@ -121,7 +92,7 @@ class AttentionForward:
         weights = [getattr(self.module, f"{part}_proj_weight") for part in "qkv"]
         parts = zip("qkv", (query, key, value), weights, _thirds(self.module.in_proj_bias), strict=True)
         query, key, value = (
-            self._recorded(f"{part}_proj", inputs, linear(inputs, weight, bias)) for part, inputs, weight, bias in parts
+            self.recorded(f"{part}_proj", inputs, linear(inputs, weight, bias)) for part, inputs, weight, bias in parts
         )
         return query, key, value
 
@@ -129,26 +100,7 @@ class AttentionForward:
         """(positions, samples, d), multiplied as a matrix as the module does."""
         own = self.module.out_proj
         projected = linear(output.flatten(0, 1), own.weight, own.bias).view(*output.shape[:2], -1)
-        return self._recorded("out_proj", output, projected)
-
-    def _recorded(self, part: str, inputs: Tensor, output: Tensor) -> Tensor:
-        for kind, record in self._records.get(part, ()):
-            output = record(kind, inputs, output)
-        return output
-
-
-class Attachment:
-    """What takes a record off again."""
-
-    def __init__(self, forward: AttentionForward, part: str, entry: tuple[Kind, Record]) -> None:
-        self._undo: tuple[AttentionForward, str, tuple[Kind, Record]] | None = (forward, part, entry)
-
-    def remove(self) -> None:
-        """Take it off; a second time does nothing."""
-        if self._undo is not None:
-            forward, part, entry = self._undo
-            forward.detach(part, entry)
-            self._undo = None
+        return self.recorded("out_proj", output, projected)
 
 
 class _Masks(NamedTuple):

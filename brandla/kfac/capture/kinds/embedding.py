@@ -18,6 +18,7 @@ class EmbeddingKind(Kind):
 
     types = (nn.Embedding,)
     one_hot = True
+    transposed = True
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
@@ -60,3 +61,28 @@ class EmbeddingKind(Kind):
     def tensor(self, matrix: Tensor) -> Tensor:
         """Transpose."""
         return matrix.mT
+
+
+class TurnedEmbeddingKind(EmbeddingKind):
+    """An embedding whose weight is also a Linear's: a use of Wᵀ, given as one of W.
+
+    Its rows are those of the Linear's matrix (entries, size): the one-hot row stands where the gradient of an output
+    does, and the gradient of the entry where the input does. A bias has no part in it.
+    """
+
+    one_hot = False
+    transposed = False
+    turned = True
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """Number of entries, and size of an entry."""
+        entries, size = self.weight.shape
+        return (), entries, size
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return the gradients of entries, and dense one-hot rows; both are 0 for padding."""
+        indices, gradients, _ = super().uses(inputs, gradient)
+        one_hot = gradients.new_zeros(*gradients.shape[:-1], self.shape[1])
+        one_hot.scatter_(-1, indices.clamp_min(0), (indices >= 0).to(one_hot.dtype))
+        return Uses(gradients, one_hot, gradients.new_zeros(*gradients.shape[:-1], 1))

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-# Called at each use of a weight with the kind that makes rows of this call, its input and its output; what it returns
-# takes the place of the output.
-Record: TypeAlias = Callable[["Kind", Any, Any], Any]
+
+class Record(Protocol):
+    """Called at each use of a weight with the kind that makes rows of this call, its input and its output.
+
+    What it returns takes the place of the output.
+    """
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is collected now."""
+
+    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any: ...
 
 
 class Uses(NamedTuple):
@@ -38,6 +47,12 @@ class Kind(ABC):
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
     single = False
+    # The weight is one of several in a parameter, along its first dimension.
+    is_part = False
+    # The matrix is the weight transposed.
+    transposed = False
+    # Inputs and output gradients have changed places: the rows are of the transposed use of the weight.
+    turned = False
     # The module is called once for each use, and autograd may be told not to form the weight's gradient.
     leaves_out = False
     # What tells this weight from others of its module, in the layer's name.
@@ -72,6 +87,27 @@ class Kind(ABC):
         """The bias, if it is trained."""
         bias: nn.Parameter | None = getattr(self.module, self._bias, None) if self._bias else None
         return bias if bias is not None and bias.requires_grad else None
+
+    @property
+    def weight_gradient(self) -> Tensor | None:
+        """The weight's gradient, to be written to; where the weight is part of a parameter, a view of that part."""
+        gradient: Tensor | None = self.weight.grad
+        return gradient
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether uses of the parameter have been seen, though none may have been of this part of it."""
+        return False
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether rows of inputs may be averaged over the positions of a sample, and are in no groups."""
+        return not (self.one_hot or self.single or self.turned or self.shape[0])
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The same for all uses of one weight."""
+        return (id(self.weight),)
 
     def leave_bias(self) -> None:
         """Have the weight alone, without its bias."""

@@ -28,7 +28,7 @@ class LinearKind(Kind):
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the last dimensions are not those of the weight."""
-        return wrong_shape(output, (*inputs.shape[:-1], self.weight.shape[0]))
+        return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return samples, positions and features."""

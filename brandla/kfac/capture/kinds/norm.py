@@ -101,10 +101,15 @@ class NormKind(Kind):
             return nn.functional.instance_norm(inputs, eps=norm.eps)
         return nn.functional.batch_norm(inputs, None, None, training=True, eps=norm.eps)
 
+    @property
+    def _is_last(self) -> bool:
+        """Whether the channels are the last dimensions."""
+        return isinstance(self.module, _LAST)
+
     def _by_channel(self, part: Tensor) -> Tensor:
         """Reshape to (samples, channels, positions)."""
         channels = self.weight.numel()
-        if not isinstance(self.module, _LAST):
+        if not self._is_last:
             return part.reshape(part.shape[0], channels, -1)
         samples = part.shape[0] if part.ndim > self.weight.ndim else 1
         return part.reshape(samples, -1, channels).mT

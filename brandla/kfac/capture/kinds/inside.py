@@ -1,0 +1,232 @@
+"""Weights that a module multiplies by inside of its forward pass: routers, experts, matrices in code of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from brandla.kfac.capture.kinds.kind import Kind, Record, why_left
+from brandla.kfac.capture.kinds.linear import LinearKind
+from brandla.kfac.capture.kinds.own_forward import OwnForward
+from brandla.kfac.capture.kinds.probe import random, run
+
+_TRANSPOSES: Any = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.transpose, torch.transpose}
+_GROUPED: Any = {getattr(nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
+_PRODUCTS: Any = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm} | _GROUPED
+
+
+class InsideKind(LinearKind):
+    """A weight of a module that uses it inside; of a parameter with several weights, the one at ``index``."""
+
+    leaves_out = False
+
+    def __init__(
+        self, forward: InsideForward, weight: str, bias: str = "", index: int | None = None, *, transposed: bool
+    ) -> None:
+        super().__init__(forward.module, weight, bias)
+        self.part = weight if index is None else f"{weight}.{index}"
+        self.is_part = index is not None
+        # Of experts a guess before the first call, which tells.
+        self.transposed = transposed
+        self._index = index
+        self._forward = forward
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """d_out and d_in."""
+        first, last = self.weight.shape[-2:]
+        return ((), last, first) if self.transposed else ((), first, last)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Its place in the parameter is part of it."""
+        return super().key if self._index is None else (*super().key, self._index)
+
+    @property
+    def weight_gradient(self) -> Tensor | None:
+        """The part of the gradient that is this weight's."""
+        gradient = super().weight_gradient
+        return gradient if gradient is None or self._index is None else gradient[self._index]
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether any part of the parameter was used."""
+        return self._weight in self._forward.seen
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Nothing can be wrong: the product itself was seen."""
+        return ""
+
+    def attach(self, record: Record) -> list[Any]:
+        """Have the products inside of the module call ``record``."""
+        return [self._forward.attach(self, record)]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose, where that is what inputs are multiplied with."""
+        return weight.mT if self.transposed else weight
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Transpose back."""
+        return matrix.mT if self.transposed else matrix
+
+
+def used_inside(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weights of a module that holds experts, or that multiplies by its own matrices; None for others."""
+    parts = {name: part for name, part in module._parameters.items() if part is not None}
+    if type(module).__module__.startswith("torch.nn") or any(True for child in module.children() for _ in child.parameters()):
+        return None
+    names = [name for name, part in parts.items() if part.ndim > 1]
+    forward = InsideForward.of(module)
+    if not names or forward is None or why_left(module, *names):
+        return None
+    cubes = [name for name in names if parts[name].ndim == 3]
+    if cubes:
+        count = len(parts[cubes[0]])
+        are_experts = all(len(part) == count and part.ndim <= 3 for part in parts.values())
+        if not are_experts or any(min(parts[name].shape) < 2 for name in cubes):
+            return None
+        turned = bool(getattr(module, "is_transposed", False))
+        return [InsideKind(forward, name, index=i, transposed=turned) for name in cubes for i in range(count)]
+    uses = _uses(module, {name: random(tuple(part.shape), part.device) for name, part in parts.items()})
+    kinds = [InsideKind(forward, use.view.name, use.bias, transposed=use.view.is_transposed) for use in uses]
+    return [*kinds] if kinds else None
+
+
+class InsideForward(OwnForward):
+    """The forward pass of a module, watched for products with its parameters. Not inside graphs of torch.compile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # The parameters that were used so far.
+        self.seen: set[str] = set()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's."""
+        own = type(self.module).forward
+        if torch.compiler.is_compiling() or not any(map(self.is_watched, self._records)):
+            return own(self.module, *args, **kwargs)
+        with _Products({name: part for name, part in self.module._parameters.items() if part is not None}, self._used):
+            return own(self.module, *args, **kwargs)
+
+    def _used(self, use: _Use, output: Tensor) -> Tensor:
+        name, weight = use.view.name, use.view.weight
+        if weight.ndim == 3 and use.view.index is None and use.offsets is None and output.ndim != 3:
+            return output
+        self.seen.add(name)
+        if weight.ndim < 3 or use.view.index is not None:
+            part = name if use.view.index is None else f"{name}.{use.view.index}"
+            return self._told(part, use, use.inputs, output)
+        if use.offsets is None:
+            inputs, outputs, join = use.inputs.expand(*output.shape[:-1], -1).unbind(), output.unbind(), torch.stack
+        else:
+            ends = use.offsets.tolist()
+            counts = [end - start for start, end in zip([0, *ends], [*ends, len(output)], strict=True)]
+            inputs, outputs, join = use.inputs.split(counts), output.split(counts), torch.cat
+        pieces = enumerate(zip(inputs, outputs, strict=True))
+        return join([self._told(f"{name}.{index}", use, *piece) for index, piece in pieces])
+
+    def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
+        for kind, _ in self._records.get(part, ()):
+            kind.transposed = use.view.is_transposed
+        return self.recorded(part, inputs, output) if output.numel() else output
+
+
+class _View(NamedTuple):
+    """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ."""
+
+    name: str
+    weight: Tensor
+    index: int | None = None
+    is_transposed: bool = False
+
+
+class _Use(NamedTuple):
+    """A product with a parameter. ``offsets`` say where the rows of each of several weights end."""
+
+    view: _View
+    inputs: Tensor
+    bias: str = ""
+    offsets: Tensor | None = None
+
+
+class _Products(TorchFunctionMode):
+    """Tells of the products with some parameters that torch is asked for; what is returned takes their place."""
+
+    def __init__(self, parts: dict[str, Tensor], tell: Callable[[_Use, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._views = {id(part): (part, _View(name, part)) for name, part in parts.items()}
+        self._tell = tell
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        view = self._made(func, args, output)
+        if view is not None:
+            # The tensor is kept, so that no other can get its identity.
+            self._views[id(output)] = output, view
+            return output
+        use = self._use(func, args, kwargs or {})
+        return output if use is None else self._tell(use, output)
+
+    def _view(self, part: object) -> _View | None:
+        found = self._views.get(id(part))
+        return None if found is None else found[1]
+
+    def _made(self, func: Any, args: Any, output: Any) -> _View | None:
+        """Return the view of a parameter that an operation has made."""
+        view = self._view(args[0]) if args else None
+        if view is None:
+            return None
+        if func in _TRANSPOSES and (output.shape, output.stride()) == (args[0].mT.shape, args[0].mT.stride()):
+            return view._replace(is_transposed=not view.is_transposed)
+        if func is Tensor.__getitem__ and view.weight.ndim == 3 and view.index is None and _is_index(args[1]):
+            return view._replace(index=int(args[1]))
+        return None
+
+    def _use(self, func: Any, args: Any, kwargs: Any) -> _Use | None:
+        """Return the use that an operation makes of a parameter."""
+        if func is nn.functional.linear:
+            inputs, weight, bias = (*args, *(kwargs.get(name) for name in ("input", "weight", "bias")[len(args) :]))
+            view = self._view(weight)
+            return None if view is None else _Use(view, inputs, self._name(bias))
+        if len(args) > 1 and func in _PRODUCTS:
+            inputs, weight, bias = *args[:2], None
+        elif len(args) > 2 and func is torch.addmm:
+            bias, inputs, weight = args[:3]
+        else:
+            return None
+        view = self._view(weight)
+        if view is None:
+            return None
+        offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if func in _GROUPED else None
+        # x W is x (Wᵀ)ᵀ.
+        return _Use(view._replace(is_transposed=not view.is_transposed), inputs, self._name(bias), offsets)
+
+    def _name(self, bias: object) -> str:
+        view = self._view(bias)
+        return "" if view is None else view.name
+
+
+def _is_index(index: object) -> bool:
+    return isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.dtype.is_floating_point)
+
+
+def _uses(module: nn.Module, parts: dict[str, Tensor]) -> list[_Use]:
+    """Return the products with its matrices that a module asks for, as a try with random numbers shows."""
+    found: dict[str, _Use] = {}
+
+    def note(use: _Use, output: Tensor) -> Tensor:
+        found.setdefault(use.view.name, use)
+        return output
+
+    for d_in in {length: None for part in parts.values() if part.ndim == 2 for length in part.shape}:
+        first = next(iter(parts.values()))
+        with _Products(parts, note):
+            done = run(module, parts, random((2, 3, d_in), first.device)) is not None
+        if done and found:
+            return list(found.values())
+        found.clear()
+    return []

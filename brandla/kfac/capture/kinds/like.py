@@ -1,0 +1,126 @@
+"""Modules of any type that compute a known map with one weight: found by trying them, or named by `register`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from brandla import _check
+from brandla.kfac.capture.kinds.kind import Kind, why_left
+from brandla.kfac.capture.kinds.linear import LinearKind
+from brandla.kfac.capture.kinds.norm import NormKind
+from brandla.kfac.capture.kinds.probe import Like, Names, find_like, unit_and_zero
+
+_REGISTERED: dict[type[nn.Module], Like] = {}
+
+
+def register(module: type[nn.Module], *, like: Like) -> None:
+    """Tell K-FAC what modules of a type compute, where it does not find that by itself.
+
+    Modules with one weight, and at most a ``bias`` beside it, are tried with random numbers when `KFAC` is made, so
+    most need no word: this is for those that cannot be called with one tensor alone.
+
+    Parameters
+    ----------
+    module
+        The type; its subclasses are meant too.
+    like
+        What a call makes of its first argument x, in its last dimension: ``"linear"``: x weightᵀ + bias.
+        ``"transposed"``: x weight + bias. ``"scale"``: weight · x̂ + bias, with x̂ a function of x alone.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For anything else.
+
+    Examples
+    --------
+    >>> import torch, brandla.kfac
+    >>> class Gated(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(3, 4))
+    ...
+    ...     def forward(self, inputs, gate):
+    ...         return torch.nn.functional.linear(inputs, self.weight)
+    >>> brandla.kfac.register(Gated, like="linear")
+    >>> len(brandla.kfac.KFAC(torch.nn.ModuleList([Gated()])).parameters())
+    1
+    """
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        _check.fail_type("register", f"module must be a type of modules, such as MyLinear; got {module!r}")
+    _check.choice("register", "like", like, tuple(_KINDS))
+    _REGISTERED[module] = like
+
+
+def registered(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weight of a module whose type a user has named; None for others."""
+    like = next((_REGISTERED[kind] for kind in type(module).__mro__ if kind in _REGISTERED), None)
+    names = Names.of(module)
+    if like is None or names is None:
+        return None
+    return why_left(module, names.weight) or [_KINDS[like](module, *names)]
+
+
+def tried(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weight of a module that computes a known map; None for others."""
+    names = Names.of(module)
+    if names is None:
+        return None
+    if reason := why_left(module, names.weight):
+        return reason
+    like = find_like(module, names)
+    return None if like is None else [_KINDS[like](module, *names)]
+
+
+class TransposedKind(LinearKind):
+    """x weight + bias, as the ``Conv1D`` of transformers computes it."""
+
+    leaves_out = False
+    transposed = True
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """d_out and d_in."""
+        d_in, d_out = self.weight.shape
+        return (), d_out, d_in
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose."""
+        return weight.mT
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """Transpose."""
+        return matrix.mT
+
+
+class ScaleKind(NormKind):
+    """weight · x̂ + bias in each channel of the last dimension, such as RMSNorms of any package.
+
+    x̂ is what the module itself gives with weights 1, less what it gives with weights 0.
+    """
+
+    def __init__(self, module: nn.Module, weight: str, bias: str) -> None:
+        super().__init__(module)
+        self._weight = weight
+        self._bias = bias
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Say so where the last dimension is not that of the weight."""
+        if output.shape != inputs.shape or inputs.shape[-1:] != self.weight.shape:
+            return f"its input has shape {tuple(inputs.shape)} and its output {tuple(output.shape)}"
+        return ""
+
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        """Return x̂."""
+        unit, zero = unit_and_zero(self.module, self._weight, inputs)
+        difference: Tensor = unit - zero
+        return difference
+
+    @property
+    def _is_last(self) -> bool:
+        return True
+
+
+_KINDS: dict[str, Any] = {"linear": LinearKind, "transposed": TransposedKind, "scale": ScaleKind}
