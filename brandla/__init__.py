@@ -7,6 +7,7 @@ from brandla.damped import damped_power, damped_solve, kron_damped_solve
 from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
+from brandla.refresh import eigh_refresh
 from brandla.root import root_update, root_update_
 from brandla_kernels import backend
 
@@ -24,6 +25,7 @@ __all__ = [
     "checked",
     "damped_power",
     "damped_solve",
+    "eigh_refresh",
     "eigh_update",
     "eigh_update_",
     "grouped",
