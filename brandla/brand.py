@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import above, leading, orthonormal_in, safe_svd, unit_scaled, unresolved
+from brandla._small import above, leading, orthonormal_in, safe_svd, signs_of, unit_scaled, unresolved
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, check_update
@@ -118,7 +118,9 @@ def eigh_step(update: Update) -> Updated:
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
     values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    rotation = unit_scaled(rotation, values)
+    # With B = [√ρ U √d, √w A], rotated by V Σ⁻¹, the product of an old vector with the new one of its place is a positive
+    # multiple of the entry of V that both have in common.
+    rotation = unit_scaled(rotation, values) * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     if reads_are_free(core):
         # It spares most polishes; where they cannot be spared it would be work for nothing.
         rotation = orthonormal_in(core, rotation)
@@ -202,6 +204,9 @@ def svd_update(
     right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
     core = left_side.triangle @ right_side.triangle.mT
     rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    # The left panel is Q T, with the old vectors in front: products of old vectors with new ones of the same place.
+    turned = signs_of((left_side.triangle[..., :rank] * rotation).sum(-2))[..., None, :]
+    rotation, right_rotation = rotation * turned, right_rotation * turned
     return LowRankSVD(
         left_rows.tall_result(left_side.basis(rotation)),
         small.small_result(spectrum),
@@ -324,12 +329,14 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
     if dtype == torch.float64:
         side = _factored(panel, append.rows)
         rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
-        return side.basis(rotation), spectrum, right
+        turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        return side.basis(rotation * turned), spectrum, right * turned
     noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
     squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
     # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
+    right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
     left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
