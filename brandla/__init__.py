@@ -2,7 +2,7 @@
 
 from brandla import grouped
 from brandla._check import checked
-from brandla.brand import eigh_update, eigh_update_, svd_append, svd_update
+from brandla.brand import eigh_downdate, eigh_update, eigh_update_, svd_append, svd_update
 from brandla.damped import damped_power, damped_solve, kron_damped_solve
 from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
 from brandla.orthonormal import orthonormalize
@@ -25,6 +25,7 @@ __all__ = [
     "checked",
     "damped_power",
     "damped_solve",
+    "eigh_downdate",
     "eigh_refresh",
     "eigh_update",
     "eigh_update_",
