@@ -67,8 +67,9 @@ def finite(function: str, name: str, tensor: Tensor) -> None:
     """In checked mode, check that every entry of ``tensor`` is finite."""
     if not _is_checked():
         return
+    entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
     # Of a DTensor the processes count together, so that all of them raise.
-    if bad := _read((~torch.isfinite(tensor)).sum()):
+    if bad := _read((~torch.isfinite(entries)).sum()):
         rule = f"{name} must be finite; got {int(bad)} NaN or infinite entries in shape {tuple(tensor.shape)}"
         fail_value(function, f"{rule}; skip this batch or replace them")
 

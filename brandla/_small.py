@@ -174,8 +174,12 @@ def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
     """Return V Σ⁻¹ for Σ² = ``values``: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. 0 where a value is."""
     if _all_above(values, 0.0):
         return vectors * values.rsqrt()[..., None, :]
-    inverse = torch.where(values <= 0, 1, values).rsqrt()
-    return vectors * torch.where(values <= 0, 0, inverse)[..., None, :]
+    return vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :]
+
+
+def signs_of(agreement: Tensor) -> Tensor:
+    """Return ±1 (..., s), by which new vectors are multiplied to agree with old ones: the signs of their products."""
+    return torch.ones_like(agreement).copysign(agreement.detach())
 
 
 def orthonormal_in(core: Tensor, vectors: Tensor) -> Tensor:
@@ -198,10 +202,10 @@ def _all_above(values: Tensor, tol: float) -> bool:
 
 
 def above(values: Tensor, tol: float) -> Tensor:
-    """Mask of the values (..., r) that exceed ``tol`` times the largest of them: all at tolerance 0, and every NaN."""
+    """Mask of descending values (..., r) that exceed ``tol`` times the first: all at tolerance 0, and every NaN."""
     if tol == 0 or values.shape[-1] == 0:
         return torch.ones_like(values, dtype=torch.bool)
-    return ~(values <= tol * values.amax(-1, keepdim=True))
+    return ~(values <= tol * values[..., :1])
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import above, leading, orthonormal_in, safe_svd, unit_scaled, unresolved
+from brandla._small import above, leading, orthonormal_in, safe_eigh, safe_svd, signs_of, unit_scaled, unresolved
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
-from brandla.root import Update, Updated, check_update
+from brandla.root import Update, Updated, as_matrix, check_update, is_sparse
 from brandla_kernels import gram, reads_are_free, without_denormals
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
@@ -39,7 +39,8 @@ def eigh_update(
     eigh
         d (..., r) and U (..., n, r), or a `Tracked` one, whose error bound and trace are then carried along.
     columns
-        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor.
+        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Or a sparse
+        tensor (n, k), COO or CSR, which is only multiplied with.
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
         normalisation of the data (such as 1/√k) inside A.
@@ -118,7 +119,9 @@ def eigh_step(update: Update) -> Updated:
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
     values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    rotation = unit_scaled(rotation, values)
+    # With B = [√ρ U √d, √w A], rotated by V Σ⁻¹, the product of an old vector with the new one of its place is a positive
+    # multiple of the entry of V that both have in common.
+    rotation = unit_scaled(rotation, values) * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     if reads_are_free(core):
         # It spares most polishes; where they cannot be spared it would be work for nothing.
         rotation = orthonormal_in(core, rotation)
@@ -128,6 +131,64 @@ def eigh_step(update: Update) -> Updated:
     else:
         vectors = polish(vectors, update.rows)
     return update.result(values, vectors, left_out, update.added(core, left_out))
+
+
+@ranged("n,r", "n,k")
+def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
+    """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
+
+    The inverse of `eigh_update` where that truncated nothing; with it, a sliding window. 2nrk + 2nr² flops and O(r³).
+
+    Parameters
+    ----------
+    eigh
+        d (..., r) and U (..., n, r).
+    columns
+        A, shape (..., n, k): usually columns that were added before, times what ``decay`` has left of them.
+    weight
+        w >= 0: a number, or a tensor of batch shape.
+
+    Returns
+    -------
+    LowRankEigh
+        Of the same rank. New tensors: nothing is modified or shared.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+    RuntimeError
+        If the r-order eigendecomposition fails.
+
+    Notes
+    -----
+    The part of A outside the span of U was truncated before, so there is nothing to take it from: it is left out, and
+    U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was truncated
+    does not come back either (``docs/updates.md``). Rounding is relative to the old d₁: values up to 8 ε·d₁ become
+    0, with zero columns. The eigendecomposition waits for the device. U and A may be DTensors sharded on their rows.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> window = brandla.LowRankEigh.zeros(100, rank=8, dtype=torch.float64)
+    >>> first, second = torch.randn(2, 100, 4, dtype=torch.float64)
+    >>> window = brandla.eigh_update(brandla.eigh_update(window, first), second)
+    >>> torch.dist(brandla.eigh_downdate(window, first).dense(), second @ second.mT) < 1e-10
+    tensor(True)
+    """
+    function = "eigh_downdate"
+    _check.eigh(function, "eigh", eigh)
+    given = check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, 1.0, weight, None)
+    cross = given.rows.total(given.coefficients())
+    taken = cross @ cross.mT * as_matrix(given.weight)
+    # Values of a semi-definite matrix, less this, are those of diag(d) − w CCᵀ, which may be negative.
+    shift = taken.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    values, rotation = safe_eigh(torch.diag_embed(given.poisoned(given.small) + shift) - taken)
+    values = (values - shift).to(given.dtype)
+    lost = values <= unresolved(given.dtype, values.shape[-1]) * given.small[..., :1]
+    values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
+    rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
+    return given.result(values, polish(given.tall @ rotation.to(given.dtype), given.rows), values, None).as_new(LowRankEigh)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -179,6 +240,7 @@ def svd_update(
     right_rows = rows_of(function, "svd.Vh.mT", right_vectors, values)
     left_rows.admit(function, "left", left)
     right_rows.admit(function, "right", right)
+    left, right = _in_full(left), _in_full(right)
     left = _check.columns(function, "left", left, "svd.U", left_vectors)
     right = _check.columns(function, "right", right, "svd.Vh.mT", right_vectors)
     if left.shape[-1] != right.shape[-1]:
@@ -202,6 +264,9 @@ def svd_update(
     right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
     core = left_side.triangle @ right_side.triangle.mT
     rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    # The left panel is Q T, with the old vectors in front: products of old vectors with new ones of the same place.
+    turned = signs_of((left_side.triangle[..., :rank] * rotation).sum(-2))[..., None, :]
+    rotation, right_rotation = rotation * turned, right_rotation * turned
     return LowRankSVD(
         left_rows.tall_result(left_side.basis(rotation)),
         small.small_result(spectrum),
@@ -287,7 +352,7 @@ def _check_append(
     _check.svd(function, "svd", svd)
     rows = rows_of(function, "svd.U", svd.U, svd.S)
     rows.admit(function, "columns", columns)
-    columns = _check.columns(function, "columns", columns, "svd.U", svd.U)
+    columns = _check.columns(function, "columns", _in_full(columns), "svd.U", svd.U)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", svd.U)
     m, r = svd.U.shape[-2:]
     k = columns.shape[-1]
@@ -324,12 +389,14 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
     if dtype == torch.float64:
         side = _factored(panel, append.rows)
         rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
-        return side.basis(rotation), spectrum, right
+        turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        return side.basis(rotation * turned), spectrum, right * turned
     noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
     squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
     # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
+    right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
     left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
@@ -408,6 +475,11 @@ def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> t
         without_denormals((kept * alive).to(dtype)),
         right_rotation[..., :rank] * alive[..., None, :],
     )
+
+
+def _in_full(columns: Tensor) -> Tensor:
+    """Return sparse columns as dense ones: the panel would hold them as such."""
+    return columns.to_dense() if is_sparse(columns) else columns
 
 
 def _decayed(decay: float | Tensor, values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from brandla import _check, brand, damped, kron, randomized, root
+from brandla import _check, brand, damped, kron, randomized, refresh, root
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
@@ -34,6 +34,8 @@ __all__ = [
     "damped_logdet",
     "damped_power",
     "damped_solve",
+    "eigh_downdate",
+    "eigh_refresh",
     "eigh_update",
     "kron_damped_logdet",
     "kron_damped_power",
@@ -78,10 +80,33 @@ def root_update(
     weight: Each[float | Tensor] = 1.0,
     rank: Each[int | Rank | None] = None,
     compress: Each[Compress] = "eigh",
+    shrink: Each[bool] = False,
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
-    options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress}
+    options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress, "shrink": shrink}
     return _updated("root_update", root.check_root_update, root.root_step, LowRankRoot, (roots, columns), **options)
+
+
+@ranged("n,r", "n,k")
+def eigh_downdate(
+    eighs: Sequence[LowRankEigh], columns: Sequence[Tensor], *, weight: Each[float | Tensor] = 1.0
+) -> list[LowRankEigh]:
+    """`brandla.eigh_downdate` of each factor."""
+    return _each("eigh_downdate", brand.eigh_downdate, (eighs, columns), weight=weight)
+
+
+@ranged("n,r", "n,m")
+def eigh_refresh(
+    eighs: Sequence[LowRankEigh],
+    matrices: Sequence[Tensor | LinearOperator],
+    *,
+    decay: Each[float | Tensor] = 1.0,
+    weight: Each[float | Tensor] = 1.0,
+    iterations: Each[int] = 1,
+) -> list[tuple[LowRankEigh, Tensor]]:
+    """`brandla.eigh_refresh` of each factor. Factors of one shape may be a batch of the single function, and are faster."""
+    options = {"decay": decay, "weight": weight, "iterations": iterations}
+    return _each("eigh_refresh", refresh.eigh_refresh, (eighs, matrices), **options)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -117,10 +142,11 @@ def randomized_eigh(
     oversample: Each[int] = 10,
     power_iterations: Each[int] = 2,
     generator: torch.Generator | None = None,
+    start: Each[Tensor | None] = None,
 ) -> list[LowRankEigh]:
     """`brandla.randomized_eigh` of each matrix, in order from one generator."""
     ranks = _spread("randomized_eigh", "rank", rank, len(matrices))
-    options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator}
+    options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator, "start": start}
     return _each("randomized_eigh", randomized.randomized_eigh, (matrices, ranks), **options)
 
 
@@ -292,10 +318,10 @@ def _in_classes(
 def _class_of_update(update: Update) -> Class:
     """Factors that one launch can update: of one r, k, rank and tolerance."""
     r, k = update.tall.shape[-1], update.columns.shape[-1]
-    if update.tall.ndim != 2 or 0 in (r, k, update.rank):
+    if update.tall.ndim != 2 or 0 in (r, k, update.rank) or root.is_sparse(update.columns):
         return None
     device = update.tall.device
-    options = (update.rank, update.tol, update.compress, update.tracked is None)
+    options = (update.rank, update.tol, update.compress, update.shrink, update.tracked is None)
     return (r, k, *options, update.dtype, device, kind_of(update.rows))
 
 

@@ -58,7 +58,7 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     tuple
         Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P; float32 for half precision. R is upper
         triangular where every column of P stands out clearly of the ones before it, and square in any case. A panel
-        with a non-finite entry gives NaN throughout.
+        with a non-finite entry gives NaN throughout. Column j of Q comes from column j of P.
 
     Raises
     ------
@@ -203,9 +203,11 @@ def _first_pass(panel: Tensor) -> _FirstPass:
     panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
     panel_gram = gram(panel)
     transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
+    triangle = triangle @ to_panel
     if order is not None:
-        to_panel = to_panel.take_along_dim(order.argsort(-1)[..., None, :], -1)
-    return _FirstPass(panel, transform, triangle @ to_panel)
+        place = order.argsort(-1)
+        transform, triangle = transform.take_along_dim(place[..., None, :], -1), _permuted(triangle, place)
+    return _FirstPass(panel, transform, triangle)
 
 
 def _shortest(dtype: torch.dtype) -> float:
@@ -238,7 +240,7 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
                 return _principal(gram, scale, threshold)
     order = _order(gram, scale, threshold)
     transform, _ = cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
-    transform = transform.take_along_dim(order.argsort(-1)[..., :, None], -2)
+    transform = _permuted(transform, order.argsort(-1))
     return transform, transform.mT @ gram
 
 
@@ -265,10 +267,12 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     roots = torch.where(kept, values, 0).sqrt()
     order = _order(gram, scale, threshold)
     turn = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1)).Q
+    # Each column goes to the place of that of P which it came from; as many live as eigenvalues are kept.
+    turn = (turn * kept[..., None, :]).take_along_dim(order.argsort(-1)[..., None, :], -1)
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
-    transform = unit[..., :, None] * (scaled @ turn) * kept[..., None, :]
+    transform = unit[..., :, None] * (scaled @ turn)
     # TᵀG is the same in exact arithmetic. Eigenvalues near the threshold are rounding of G in good part, but not here.
-    triangle = kept[..., :, None] * (turn.mT @ (vectors * roots[..., None, :]).mT) * scale[..., None, :]
+    triangle = turn.mT @ (vectors * roots[..., None, :]).mT * scale[..., None, :]
     return torch.where(finite, transform, float("nan")), torch.where(finite, triangle, float("nan"))
 
 

@@ -14,6 +14,7 @@ from brandla._small import safe_eigh, safe_svd
 from brandla.lowrank import LowRankEigh, LowRankSVD
 from brandla.orthonormal import factorize, orthonormalize, spanning
 from brandla_kernels import signs, sketch
+from brandla_kernels.gram import inner_product
 
 # Among at most _SMALL rows of random signs, _SMALL_WIDTH columns are dependent with a probability below 10⁻⁶.
 _SMALL = 128
@@ -23,8 +24,8 @@ _SMALL_WIDTH = 32
 class LinearOperator(Protocol):
     """Anything that multiplies: ``shape``, ``dtype``, ``device`` and ``@`` with a tensor on the right.
 
-    `randomized_svd` also needs the transposed product: an attribute ``mT`` that multiplies, or ``tensor @
-    operator``.
+    `randomized_svd` and `eigh_refresh` also need the transposed product: an attribute ``mT`` that multiplies, or
+    ``tensor @ operator``. Sparse tensors (m, n) of torch are linear operators as they are.
     """
 
     @property
@@ -51,6 +52,7 @@ def randomized_eigh(
     oversample: int = 10,
     power_iterations: int = 2,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> LowRankEigh:
     """Leading ``rank`` eigenpairs of a symmetric positive semi-definite matrix by randomized Nyström approximation.
 
@@ -60,7 +62,8 @@ def randomized_eigh(
     Parameters
     ----------
     matrix
-        M, a tensor (..., n, n) or a linear operator (n, n). Symmetric positive semi-definite: not verified.
+        M, a tensor (..., n, n), a sparse tensor (n, n) or a linear operator (n, n). Symmetric positive semi-definite:
+        not verified.
     rank
         Number of eigenpairs, at most n.
     oversample
@@ -69,6 +72,10 @@ def randomized_eigh(
         Products with M, each followed by orthonormalisation, before the one that Nyström uses.
     generator
         Source of the seed of the random signs; the default generator of the device otherwise.
+    start
+        A basis (..., n, s) to begin from in place of the first s ≤ rank + oversample columns of random signs:
+        typically the eigenvectors of the last result, of a matrix that has moved little. Then ``power_iterations`` of
+        0 or 1 do. A zero column stands for random signs.
 
     Returns
     -------
@@ -91,25 +98,29 @@ def randomized_eigh(
     streaming data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
     """
     function = "randomized_eigh"
-    rows, n = _check_matrix(function, matrix)
+    rows, n = check_matrix(function, matrix)
     if rows != n:
         _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
     width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
     _check.count(function, "power_iterations", power_iterations, 0)
     if width == n:
         # A sketch as large as the matrix would save nothing.
-        dense = _product(function, matrix, _identity(matrix, n))
+        dense = product(function, matrix, _identity(matrix, n))
         values, vectors = safe_eigh((dense + dense.mT) / 2, keep=rank)
         return LowRankEigh(values[..., :rank].clone(), vectors.clone())
-    if power_iterations == 0:
-        test, _ = orthonormalize(_signs(matrix, n, width, _seed(matrix, generator)))
-        image = _product(function, matrix, test)
-    else:
+    if start is None and power_iterations:
         image = _sketch(function, matrix, width, _seed(matrix, generator))
-    scale = _scale(image)
+    else:
+        test = _signs(matrix, n, width, _seed(matrix, generator))
+        if start is not None:
+            test = _started(function, matrix, start, test)
+        if power_iterations == 0:
+            test, _ = orthonormalize(test)
+        image = product(function, matrix, test)
+    scale = scale_of(image)
     for _ in range(power_iterations):
         test = spanning(image / scale)
-        image = _product(function, matrix, test)
+        image = product(function, matrix, test)
     values, vectors = _nystrom(test, image / scale, rank)
     return LowRankEigh(values * scale[..., 0], vectors)
 
@@ -131,7 +142,7 @@ def randomized_svd(
     Parameters
     ----------
     matrix
-        X, a tensor (..., m, n) or a linear operator (m, n).
+        X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n).
     rank
         Number of triplets, at most min(m, n).
     oversample
@@ -164,20 +175,20 @@ def randomized_svd(
     ``docs/randomized.md``.
     """
     function = "randomized_svd"
-    m, n = _check_matrix(function, matrix)
+    m, n = check_matrix(function, matrix)
     width = _sketch_width(function, rank, oversample, min(m, n), f"min(m, n) with m = {m}, n = {n}")
     _check.count(function, "power_iterations", power_iterations, 0)
     if width == m:
         basis = _identity(matrix, m)
     else:
         image = _sketch(function, matrix, width, _seed(matrix, generator))
-        scale = _scale(image)
+        scale = scale_of(image)
         for _ in range(power_iterations):
-            rows = spanning(_adjoint_product(function, matrix, spanning(image / scale)) / scale)
-            image = _product(function, matrix, rows)
+            rows = spanning(adjoint_product(function, matrix, spanning(image / scale)) / scale)
+            image = product(function, matrix, rows)
         basis, _ = orthonormalize(image / scale)
-    image = _adjoint_product(function, matrix, basis)
-    scale = _scale(image)
+    image = adjoint_product(function, matrix, basis)
+    scale = scale_of(image)
     rows, triangle = orthonormalize(image / scale)
     left, values, right = safe_svd(triangle.mT, triangle.dtype)
     dtype = basis.dtype
@@ -205,7 +216,7 @@ def _nystrom(test: Tensor, image: Tensor, rank: int) -> LowRankEigh:
     return LowRankEigh(values, panel @ (transform @ rotation))
 
 
-def _scale(image: Tensor) -> Tensor:
+def scale_of(image: Tensor) -> Tensor:
     """Power of two (..., 1, 1) by which an image is divided, exactly, before products of its columns are taken."""
     largest = image.detach().abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
@@ -220,10 +231,22 @@ def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) ->
 def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, seed: Tensor) -> Tensor:
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
-        return _product(function, matrix, _identity(matrix, width))
-    if isinstance(matrix, Tensor):
-        return sketch(matrix, seed, width)
-    return _product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
+        return product(function, matrix, _identity(matrix, width))
+    if _is_dense(matrix):
+        return sketch(cast(Tensor, matrix), seed, width)
+    return product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
+
+
+def _started(function: str, matrix: Tensor | LinearOperator, start: Tensor, test: Tensor) -> Tensor:
+    """Return a test matrix whose first columns are those of ``start`` that are not zero."""
+    _check.basis(function, "start", start)
+    _check.same_device(function, "start", start, "matrix", cast(Tensor, matrix))
+    s, (*lead, width) = start.shape[-1], test.shape
+    if list(start.shape[:-1]) != lead or s > width:
+        rule = f"start must have shape ({', '.join(map(str, lead))}, s) with s ≤ rank + oversample = {width}"
+        _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
+    own, rest = test.split([s, width - s], -1)
+    return torch.cat([torch.where((start == 0).all(-2, keepdim=True), own, start.to(test.dtype)), rest], -1)
 
 
 def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
@@ -236,11 +259,14 @@ def _signs(matrix: Tensor | LinearOperator, rows: int, width: int, seed: Tensor)
     return signs(seed, rows, width, batch_shape=matrix.shape[:-2], dtype=dtype)
 
 
-def _check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
+def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
+    """Check a tensor or a linear operator, and return its rows and columns."""
     if isinstance(matrix, Tensor):
         _check.data(function, "matrix", matrix)
         if matrix.ndim < 2:
             _check.fail_value(function, f"matrix must have shape (..., m, n); got {tuple(matrix.shape)}")
+        if matrix.ndim > 2 and not _is_dense(matrix):
+            _check.fail_value(function, f"a sparse matrix must have shape (m, n); got {tuple(matrix.shape)}")
         if is_dtensor(matrix):
             rule = "matrix must be a plain tensor or a linear operator"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor(), or an operator that holds it")
@@ -271,25 +297,31 @@ def _sketch_width(function: str, rank: int, oversample: int, most: int, because:
     return min(max(rank + oversample, least), most)
 
 
-def _product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix.to(block.dtype) @ block
+def product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
+    """Return X V, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
+    if _is_dense(matrix):
+        return inner_product(cast(Tensor, matrix).mT.to(block.dtype), block)
     return _checked_product(function, matrix @ block.to(matrix.dtype), (matrix.shape[0], block.shape[1]), block)
 
 
-def _adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix.mT.to(block.dtype) @ block
+def adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
+    """Return XᵀV likewise."""
+    if _is_dense(matrix):
+        return inner_product(cast(Tensor, matrix).to(block.dtype), block)
     data = block.to(matrix.dtype)
-    product: object
+    found: object
     if hasattr(matrix, "mT"):
-        product = matrix.mT @ data
+        found = matrix.mT @ data
     elif hasattr(matrix, "__rmatmul__"):
-        product = (data.mT @ cast(Any, matrix)).mT
+        found = (data.mT @ cast(Any, matrix)).mT
     else:
         rule = "the operator must know its transpose, as attribute mT or by tensor @ operator"
         _check.fail_type(function, f"{rule}; {type(matrix).__name__} has neither")
-    return _checked_product(function, product, (matrix.shape[1], block.shape[1]), block)
+    return _checked_product(function, found, (matrix.shape[1], block.shape[1]), block)
+
+
+def _is_dense(matrix: Tensor | LinearOperator) -> bool:
+    return isinstance(matrix, Tensor) and matrix.layout == torch.strided
 
 
 def _checked_product(function: str, product: object, expected: tuple[int, int], block: Tensor) -> Tensor:

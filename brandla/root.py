@@ -15,9 +15,9 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
-from brandla._small import leading
+from brandla._small import leading, unit_scaled
 from brandla.lowrank import Factor, LowRankRoot, Rank, Tracked, most_of, of_parts, parts_of, stack_numbers, tolerance_of
-from brandla_kernels import Tall, cross_gram, root_core, rotate, rotate_, tall
+from brandla_kernels import Tall, cross_gram, project, root_core, rotate, rotate_, tall
 from brandla_kernels.root_core import assembled
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
@@ -34,6 +34,7 @@ def root_update(
     weight: float | Tensor = 1.0,
     rank: int | Rank | None = None,
     compress: Compress = "eigh",
+    shrink: bool = False,
 ) -> Root:
     """Best rank-``rank`` truncation of ``decay * F Fᵀ + weight * A Aᵀ``, in the square-root form.
 
@@ -46,7 +47,8 @@ def root_update(
     root
         F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` one, whose error bound and trace are then carried along.
     columns
-        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Any k.
+        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Any k. Or a
+        sparse tensor (n, k), COO or CSR, which is only multiplied with.
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
         normalisation of the data (such as 1/√k) inside A.
@@ -56,6 +58,10 @@ def root_update(
         ``"eigh"``: an eigendecomposition of order r + k, which waits for a GPU; S comes out diagonal, descending.
         ``"cholesky"``: products and Cholesky factorisations alone. Nothing waits for the device, and a CUDA graph can
         capture it. It leaves out up to 4 per cent more of the trace, in the mean over a stream.
+    shrink
+        Frequent Directions: the largest eigenvalue left out, λ, is subtracted from those kept too. Then ‖M − M̂‖₂ is
+        bounded by the best approximations of M at lower ranks, whatever the stream, which a truncation cannot promise;
+        `error_bound` of a tracked factor, Σ ρ^(t−i) λᵢ, is that bound, and M̂ ⪯ M ⪯ M̂ + error_bound·I. Needs ``"eigh"``.
 
     Returns
     -------
@@ -77,7 +83,8 @@ def root_update(
 
     References
     ----------
-    M. Brand, Linear Algebra Appl. 415 (2006), for the update; this form: ``docs/updates.md``.
+    M. Brand, Linear Algebra Appl. 415 (2006), for the update; this form: ``docs/updates.md``. V. Feinberg et al.,
+    "Sketchy: memory-efficient adaptive regularization with Frequent Directions", arXiv 2302.03764, for ``shrink``.
 
     Examples
     --------
@@ -87,7 +94,7 @@ def root_update(
     >>> new.gram.diagonal()
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    update = check_root_update("root_update", root, columns, decay, weight, rank, compress)
+    update = check_root_update("root_update", root, columns, decay, weight, rank, compress, shrink)
     updated: Root = root_step(update).as_new(LowRankRoot)
     return updated
 
@@ -101,6 +108,7 @@ def root_update_(
     weight: float | Tensor = 1.0,
     tol: float = 0.0,
     compress: Compress = "eigh",
+    shrink: bool = False,
 ) -> Root:
     """`root_update` at the old rank, written over the tensors of ``root``, which it returns.
 
@@ -108,7 +116,7 @@ def root_update_(
     `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything
     is overwritten.
     """
-    update = check_root_update("root_update_", root, columns, decay, weight, None, compress)
+    update = check_root_update("root_update_", root, columns, decay, weight, None, compress, shrink)
     update = update.overwriting("root_update_", ("root.root", "root.gram"), tol)
     return root_step(update).over(root)
 
@@ -121,13 +129,16 @@ def check_root_update(
     weight: float | Tensor,
     rank: int | Rank | None,
     compress: Compress,
+    shrink: bool = False,
 ) -> Update:
     """Check the arguments of `root_update`."""
     _check.root(function, "root", root.lowrank if isinstance(root, Tracked) else root)
     if compress not in ("eigh", "cholesky"):
         _check.fail_value(function, f"compress must be 'eigh' or 'cholesky'; got {compress!r}")
+    if shrink and compress != "eigh":
+        _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
     update = check_update(function, ("root.root", "root.gram"), root, columns, decay, weight, rank)
-    return update._replace(compress=compress)
+    return update._replace(compress=compress, shrink=shrink)
 
 
 def root_step(update: Update) -> Updated:
@@ -137,6 +148,9 @@ def root_step(update: Update) -> Updated:
         return update.result(gram, update.rotated(of_root, of_columns), left_out, added)
     core = update.core(update.small)
     values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
+    if update.shrink:
+        kept = (values - left_out[..., None]).clamp_min(0)
+        values, rotation = kept, unit_scaled(rotation, values) * kept.sqrt()[..., None, :]
     basis = update.rotated(*update.scaled(rotation))
     # What poisons a core reaches what is left out of it.
     gram = torch.diag_embed(values) + 0 * left_out[..., None, None]
@@ -156,6 +170,7 @@ class Update(NamedTuple):
     tracked: tuple[Tensor, ...] | None  # error bound and trace of a tracked factor
     rows: Rows  # which rows of the tall matrices are here
     compress: Compress = "eigh"
+    shrink: bool = False
     in_place: bool = False
 
     @property
@@ -168,33 +183,52 @@ class Update(NamedTuple):
 
         F is the tall matrix or, where ``lengths`` (..., r) are given, that matrix times them; ``gram`` is FᵀF.
         """
-        cross, own = self.rows.totals(*cross_gram(self.tall, self.columns))
+        cross, own = self.rows.totals(*self._inner_products())
         if lengths is not None:
             cross = cross * lengths[..., :, None]
-        return assembled(self._checked(gram), cross, own, _matrix(self.decay), _matrix(self.weight))
+        return assembled(self.poisoned(gram), cross, own, as_matrix(self.decay), as_matrix(self.weight))
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return S⁺, √ρ W₁, √w W₂, the norm left out and the trace added by `root_core`: one pass over F and A."""
-        cross, own = self.rows.totals(*cross_gram(self.tall, self.columns))
+        cross, own = self.rows.totals(*self._inner_products())
         decay, weight = _numbers(self.decay, self.weight, self.small)
         measure = self.tracked is not None
-        return root_core(self._checked(self.small), cross, own, decay, weight, self.rank, self.tol, measure)
+        return root_core(self.poisoned(self.small), cross, own, decay, weight, self.rank, self.tol, measure)
 
-    def _checked(self, gram: Tensor) -> Tensor:
-        """Return S, not finite where F is not and no columns would tell."""
-        return gram if tall.columns(self.columns) else gram + self._nothing()[..., None, None]
+    def _inner_products(self) -> tuple[Tensor, Tensor]:
+        """Return C = FᵀA and G = AᵀA in float64."""
+        if not is_sparse(self.columns):
+            return cross_gram(self.tall, self.columns)
+        columns = self.columns.double()
+        return self.coefficients(), (columns.mT @ columns).to_dense()
+
+    def coefficients(self) -> Tensor:
+        """Return C alone."""
+        if not is_sparse(self.columns):
+            return project(self.tall, self.columns).double()
+        return (self.columns.double().mT @ self.tall.double()).mT
+
+    def poisoned(self, small: Tensor) -> Tensor:
+        """Return S or d, not finite where the tall matrix is not and no columns, or not all rows of them, would tell."""
+        if tall.columns(self.columns) and not is_sparse(self.columns):
+            return small
+        nothing = self._nothing()
+        return small + nothing.view(*nothing.shape, *[1] * (small.ndim - nothing.ndim))
 
     def scaled(self, rotation: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return √ρ W₁, of rows times ``lengths``, and √w W₂ in the dtype of the factor for W (..., r + k, s)."""
         r = tall.columns(self.tall)
-        of_old = rotation[..., :r, :] * _matrix(self.decay**0.5)
+        of_old = rotation[..., :r, :] * as_matrix(self.decay**0.5)
         if lengths is not None:
             of_old = of_old * lengths[..., :, None]
-        of_columns = rotation[..., r:, :] * _matrix(self.weight**0.5)
+        of_columns = rotation[..., r:, :] * as_matrix(self.weight**0.5)
         return of_old.to(self.dtype), of_columns.to(self.dtype)
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
         """Return F W₁ + A W₂, or write it over the tall matrix: one more pass."""
+        if is_sparse(self.columns):
+            rotated = torch.addmm(self.tall @ of_old, self.columns, of_columns)
+            return self.tall.copy_(rotated) if self.in_place else rotated
         if not self.in_place:
             return rotate(self.tall, self.columns, of_old, of_columns)
         rotate_(self.tall, self.columns, of_old, of_columns)
@@ -288,6 +322,8 @@ def check_update(
             _check.tracked(function, each, getattr(factor, each), name, basis)
         tracked = tuple(rows.small(function, each, getattr(factor, each)) for each in ("error_bound", "trace"))
     rows.admit(function, "columns", columns)
+    if is_sparse(columns) and columns.ndim > 2:
+        _check.fail_value(function, f"sparse columns must have shape (n, k); got {tuple(columns.shape)}; pass a list")
     columns = _check.columns(function, "columns", columns, name, basis)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis)
     weight = _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis)
@@ -307,6 +343,11 @@ def check_update(
     )
 
 
+def is_sparse(columns: Any) -> bool:
+    """Say whether these are columns in one of torch's sparse layouts."""
+    return isinstance(columns, Tensor) and columns.layout != torch.strided
+
+
 def stack(updates: Sequence[Update]) -> Update:
     """Join updates of one r, k, rank and tolerance, of single factors, into that of a list."""
     first = updates[0]
@@ -322,7 +363,7 @@ def stack(updates: Sequence[Update]) -> Update:
     )
 
 
-def _matrix(number: float | Tensor) -> float | Tensor:
+def as_matrix(number: float | Tensor) -> float | Tensor:
     """Return a number, or a tensor of batch shape with the dimensions of matrices to broadcast over."""
     return number[..., None, None] if isinstance(number, Tensor) else number
 
