@@ -1,0 +1,73 @@
+"""COSMOS: SOAP in the leading subspace, orthogonal steps outside it: ``python -m examples.cosmos``.
+
+`brandla.eigh_refresh` keeps `rank` leading eigenvectors of the average of Gᵀ G. Adam runs on the coordinates in them;
+what the momentum has outside is made orthogonal by Newton–Schulz iterations, as in Muon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import brandla
+from examples.digits import compare, is_matrix
+
+
+def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Bring all singular values near 1, by products alone."""
+    matrix = matrix / (torch.linalg.matrix_norm(matrix) + 1e-12)
+    for _ in range(iterations):
+        gram = matrix @ matrix.mT
+        matrix = 3.4445 * matrix + (2.0315 * gram @ gram - 4.775 * gram) @ matrix
+    return matrix
+
+
+class Cosmos(torch.optim.Optimizer):
+    """Matrices as above; Adam for vectors."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 0.01, rank: int = 8, outside: float = 0.5) -> None:
+        super().__init__(weights, {"lr": lr, "rank": rank, "outside": outside, "betas": (0.9, 0.95)})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Take one step with the gradients that the weights hold."""
+        for group in self.param_groups:
+            rank, (beta, forget) = group["rank"], group["betas"]
+            for weight in group["params"]:
+                state, gradient = self.state[weight], weight.grad
+                if not state:
+                    state["step"], state["mean"] = 0, torch.zeros_like(weight)
+                    state["square"] = torch.zeros_like(weight[:, :rank] if is_matrix(weight, rank) else weight)
+                    if is_matrix(weight, rank):
+                        n = weight.shape[1]
+                        state["eigh"] = brandla.LowRankEigh.zeros(n, rank, device=weight.device, dtype=weight.dtype)
+                state["step"] += 1
+                mean = state["mean"].lerp_(gradient, 1 - beta) / (1 - beta ** state["step"])
+                share = (1 - forget) / (1 - forget ** state["step"])
+                basis = None
+                if "eigh" in state:
+                    state["eigh"], order = brandla.eigh_refresh(
+                        state["eigh"], gradient.mT, decay=1 - share, weight=share
+                    )
+                    basis = state["eigh"].eigenvectors
+                    # The second moments follow the vectors that they belong to.
+                    state["square"] = state["square"][:, order]
+                    gradient, mean, whole = gradient @ basis, mean @ basis, mean
+                square = state["square"].lerp_(gradient.square(), share)
+                step = mean / (square.sqrt() + 1e-8)
+                if basis is not None:
+                    rest = orthogonal(whole - mean @ basis.mT)
+                    step = step @ basis.mT + group["outside"] * len(weight) ** 0.5 * rest
+                weight.sub_(group["lr"] * step)
+
+
+def main(steps: int = 100) -> None:
+    """Train on digits, beside AdamW."""
+    compare("COSMOS", Cosmos, steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)
