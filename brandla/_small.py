@@ -273,6 +273,11 @@ def largest_of_gram(gram: Tensor) -> Tensor:
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors, also where LAPACK fails in the dtype given."""
+    if matrix.requires_grad:
+        # torch leaves Function.apply without annotations.
+        found: tuple[Tensor, Tensor] = _Eigh.apply(matrix)  # type: ignore[no-untyped-call]
+        return found
     try:
         values, vectors = torch.linalg.eigh(matrix)
         # NaN and infinity survive a sum. Where LAPACK leaves them, they are among the values.
@@ -290,6 +295,24 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
         )
         raise RuntimeError(message) from error
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+class _Eigh(torch.autograd.Function):
+    """``torch.linalg.eigh`` whose derivative stays finite where eigenvectors that nothing depends on have one value."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = _eigh_with_retry(matrix.detach())
+        ctx.save_for_backward(values, vectors)
+        return values, vectors
+
+    @staticmethod
+    def backward(ctx: Any, of_values: Tensor, of_vectors: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        turned = vectors.mT @ of_vectors
+        inner = torch.where(turned == 0, 0, turned / (values[..., None, :] - values[..., :, None]))
+        inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
+        return vectors @ inner @ vectors.mT
 
 
 def _has_length(vectors: Tensor) -> Tensor:
