@@ -52,7 +52,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
         return diagonal.to(dtype), core[..., :keep].to(dtype)
     if _is_plain(core, diagonal):
         values, vectors = _eigh_with_retry(core.to(dtype))
-        return _not_negative(values.flip(-1)), vectors.flip(-1)[..., :keep]
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -61,7 +61,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = without_denormals((_not_negative(values) * scale[..., None]).to(dtype))
+    values = without_denormals((values.clamp_min(0) * scale[..., None]).to(dtype))
     # Eigenvalues that the dtype does not hold are not finite either.
     finite = finite & torch.isfinite(values[..., 0])
     return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
@@ -121,14 +121,9 @@ class _Once(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def _not_negative(values: Tensor) -> Tensor:
-    """Return max(x, 0), whose derivative is 0 up to 0 whatever torch takes that of a clamp at its bound to be."""
-    return torch.where(values <= 0, 0, values)
 
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
@@ -312,7 +307,8 @@ class _Eigh(torch.autograd.Function):
         turned = vectors.mT @ of_vectors
         inner = torch.where(turned == 0, 0, turned / (values[..., None, :] - values[..., :, None]))
         inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
-        return vectors @ inner @ vectors.mT
+        of_matrix: Tensor = vectors @ inner @ vectors.mT
+        return of_matrix
 
 
 def _has_length(vectors: Tensor) -> Tensor:

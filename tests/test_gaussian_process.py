@@ -35,4 +35,3 @@ def test_likelihood_and_gradient_are_those_of_the_dense_covariance() -> None:
                 ends.append(scipy_likelihood(process))
                 flat[index] -= sign * step
             assert abs((ends[0] - ends[1]) / (2 * step) - slope) <= 1e-6 * max(1, abs(slope))
-
