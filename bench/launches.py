@@ -171,6 +171,10 @@ def wide(n: int, batch: tuple[int, ...]) -> Tensor:
     return columns(n, batch, n // 2)
 
 
+def diagonal(n: int, batch: tuple[int, ...]) -> Tensor:
+    return torch.ones(*batch, n)
+
+
 def pair(n: int, batch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return P and Q of an n × n/2 matrix P Qᵀ."""
     return columns(n, batch), columns(n // 2, batch)
@@ -194,6 +198,12 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "kron_damped_solve, pair": ((root, half(root), pair, 0.1, 0.2), {}),
     "kron_damped_solve, W, eigh": ((eigh, half(eigh), wide, 0.1, 0.2), {}),
     "kron_damped_solve, pair, eigh": ((eigh, half(eigh), pair, 0.1, 0.2), {}),
+    "damped_logdet, root": ((root, 0.1), {}),
+    "damped_logdet, eigh": ((eigh, 0.1), {}),
+    "damped_solve, root, diagonal": ((root, columns, 0.1), {"diagonal": diagonal}),
+    "kron_damped_power, root": ((root, half(root), wide, 0.1, -0.5), {}),
+    "kron_damped_power, eigh": ((eigh, half(eigh), wide, 0.1, -0.5), {}),
+    "kron_damped_logdet, eigh": ((eigh, half(eigh), 0.1), {}),
     "orthonormalize": ((columns,), {}),
     "svd_update": ((svd, columns, half(columns)), {}),
     "svd_append": ((svd, columns), {}),
@@ -209,12 +219,14 @@ def call_of(name: str, form: str) -> Callable[[], Any] | None:
     made = lambda maker, n, batch: maker(n, batch) if callable(maker) else maker
     if form != "grouped":
         batch = (BATCH,) if form == "batched" else ()
-        return partial(getattr(brandla, function), *(made(maker, N, batch) for maker in makers), **options)
+        own = {option: made(maker, N, batch) for option, maker in options.items()}
+        return partial(getattr(brandla, function), *(made(maker, N, batch) for maker in makers), **own)
     if not hasattr(grouped, function):
         return None
     sizes = [N + 100 * index for index in range(LISTED)]
-    lists = ([made(maker, n, ()) for n in sizes] if callable(maker) else maker for maker in makers)
-    return partial(getattr(grouped, function), *lists, **options)
+    listed = lambda maker: [maker(n, ()) for n in sizes] if callable(maker) else maker
+    own = {option: listed(maker) for option, maker in options.items()}
+    return partial(getattr(grouped, function), *map(listed, makers), **own)
 
 
 # --- A step of K-FAC

@@ -86,11 +86,13 @@ class Woodbury(NamedTuple):
         lengths = self.diagonal.rsqrt()[..., None]
         middle, _ = torch.linalg.solve_ex(self.core, self.weights, left=False)
         one = self.diagonal.new_ones(()).expand(self.basis.shape[:-2])
-        return lengths * (Shifted(self.basis, -middle, one) @ (lengths * rhs))
+        solution: Tensor = Shifted(self.basis, -middle, one) @ (lengths * rhs)
+        return lengths * solution
 
     def logdet(self) -> Tensor:
         """Return log det D + log det K."""
-        return self.diagonal.log().sum(-1) + torch.linalg.slogdet(self.core).logabsdet
+        of_core: Tensor = torch.linalg.slogdet(self.core).logabsdet
+        return self.diagonal.log().sum(-1) + of_core
 
 
 class Side(NamedTuple):
@@ -164,7 +166,7 @@ class Side(NamedTuple):
             weights = torch.ones_like(small[..., 0])
         else:
             levels, tail = self._levels()
-            weights = levels.of(lambda values: self._excess(values, tail))
+            weights = -levels.of(lambda values: self._missing(values, tail))
         weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
         whole = over(tail + self.damping) + diagonal
         scaled = whole.rsqrt()[..., None] * basis
@@ -175,18 +177,18 @@ class Side(NamedTuple):
         """Return Z for these eigenvalues."""
         above, shift = values + over(self.damping), over(tail + self.damping)
         if exponent == -1:
-            return -self._excess(values, tail) / above
+            return self._missing(values, tail) / above
         if not self.is_root:
             return (above / shift) ** exponent - 1
         # Divided by d, however small.
         part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - over(tail)) / shift))
         return part / torch.where(values > 0, values, 1)
 
-    def _excess(self, values: Tensor, tail: Number) -> Tensor:
-        """Return d − τ; of a root max(d − τ, 0)/d."""
+    def _missing(self, values: Tensor, tail: Number) -> Tensor:
+        """Return τ − d; of a root min(τ − d, 0)/d."""
         if not self.is_root:
-            return values - over(tail)
-        return (_at_least(values, tail) - over(tail)) / torch.where(values > 0, values, 1)
+            return over(tail) - values
+        return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _is_bare_root(self) -> bool:
         """Say whether no decomposition of S is needed: of a root with τ = 0 whose S is not seen to be diagonal."""
@@ -323,6 +325,5 @@ def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
     """
     small = rows.small("tail", "the factor", parts_of(factor)[0])
     held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
-    left_out = trace - held
-    left_out = torch.where(left_out <= 0, 0, left_out)
+    left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

@@ -52,7 +52,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
         return diagonal.to(dtype), core[..., :keep].to(dtype)
     if _is_plain(core, diagonal):
         values, vectors = _eigh_with_retry(core.to(dtype))
-        return _not_negative(values.flip(-1)), vectors.flip(-1)[..., :keep]
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
     finite = _is_finite(core)
     largest = diagonal.amax(-1)
     scale = torch.where(finite & (largest > 0), largest, 1)
@@ -61,7 +61,7 @@ def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None =
     values, vectors = _eigh_with_retry(normalized)
     values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
     vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = without_denormals((_not_negative(values) * scale[..., None]).to(dtype))
+    values = without_denormals((values.clamp_min(0) * scale[..., None]).to(dtype))
     # Eigenvalues that the dtype does not hold are not finite either.
     finite = finite & torch.isfinite(values[..., 0])
     return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
@@ -121,14 +121,9 @@ class _Once(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def _not_negative(values: Tensor) -> Tensor:
-    """Return max(x, 0), whose derivative is 0 up to 0 whatever torch takes that of a clamp at its bound to be."""
-    return torch.where(values <= 0, 0, values)
 
 
 def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
@@ -277,6 +272,11 @@ def largest_of_gram(gram: Tensor) -> Tensor:
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors, also where LAPACK fails in the dtype given."""
+    if matrix.requires_grad:
+        # torch leaves Function.apply without annotations.
+        found: tuple[Tensor, Tensor] = _Eigh.apply(matrix)  # type: ignore[no-untyped-call]
+        return found
     try:
         values, vectors = torch.linalg.eigh(matrix)
         # NaN and infinity survive a sum. Where LAPACK leaves them, they are among the values.
@@ -294,6 +294,25 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
         )
         raise RuntimeError(message) from error
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+class _Eigh(torch.autograd.Function):
+    """``torch.linalg.eigh`` whose derivative stays finite where eigenvectors that nothing depends on have one value."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = _eigh_with_retry(matrix.detach())
+        ctx.save_for_backward(values, vectors)
+        return values, vectors
+
+    @staticmethod
+    def backward(ctx: Any, of_values: Tensor, of_vectors: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        turned = vectors.mT @ of_vectors
+        inner = torch.where(turned == 0, 0, turned / (values[..., None, :] - values[..., :, None]))
+        inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
+        of_matrix: Tensor = vectors @ inner @ vectors.mT
+        return of_matrix
 
 
 def _has_length(vectors: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def damped_logdet(
     >>> import torch, brandla
     >>> factor = brandla.LowRankEigh(torch.tensor([3.0]), torch.eye(4, 1))
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
-    tensor(4.0000)
+    tensor(4.)
     """
     function = "damped_logdet"
     _, rows = check_factor(function, "lowrank", lowrank)

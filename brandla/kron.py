@@ -330,7 +330,7 @@ def _check_joint(
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         shape = (*batch, left.shape[-1], right.shape[-1])
         _check.shape(function, "values", values, shape, "one value for each pair of columns of left and right")
-    return Joint(*sides, damping, values)
+    return Joint(sides[0], sides[1], damping, values)
 
 
 def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:

@@ -73,6 +73,14 @@ WITHOUT_WAITING: dict[str, Call] = {
     "damped_solve, root": lambda x: brandla.damped_solve(x.root, x.columns, x.number),
     "damped_solve, one for all": lambda x: brandla.damped_solve(x.one_eigh, x.columns, 0.1),
     "damped_power": lambda x: brandla.damped_power(x.eigh, x.columns, x.number, -0.25),
+    "damped_solve, diagonal": lambda x: brandla.damped_solve(
+        x.root, x.columns, x.number, diagonal=x.columns[..., 0] ** 2
+    ),
+    "damped_logdet": lambda x: brandla.damped_logdet(x.eigh, x.number, tail="smallest"),
+    "damped_logdet, root": lambda x: brandla.damped_logdet(x.root, x.number),
+    "damped_logdet, diagonal": lambda x: brandla.damped_logdet(x.eigh, 0.1, tail=0.2, diagonal=x.columns[..., 0] ** 2),
+    "kron_damped_power": lambda x: brandla.kron_damped_power(x.eigh, x.small, x.block, 0.1, -0.5, left_tail="smallest"),
+    "kron_damped_logdet": lambda x: brandla.kron_damped_logdet(x.eigh, x.small, 0.1, right_tail=0.2),
     "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number),
     "kron_damped_solve, one for all": lambda x: brandla.kron_damped_solve(x.one_eigh, x.small, x.block, 0.1, 0.2),
     "kron_damped_solve, pair": lambda x: brandla.kron_damped_solve(
@@ -88,6 +96,7 @@ WAITING: dict[str, Call] = {
     "root_update, eigh": lambda x: brandla.root_update(x.root, x.columns, decay=0.9, weight=0.5),
     "root_update_, eigh": lambda x: brandla.root_update_(x.root, x.columns, decay=0.5),
     "damped_solve, root, tail": lambda x: brandla.damped_solve(x.root, x.columns, 0.1, tail=0.5),
+    "kron_damped_power, root": lambda x: brandla.kron_damped_power(x.root, x.small, x.block, 0.1, -0.5),
     "to_eigh": lambda x: x.root.to_eigh(),
     "orthonormalize, dependent": lambda x: torch.matmul(*brandla.orthonormalize(doubled(x.columns))),
     "eigh_update": lambda x: brandla.eigh_update(x.eigh, x.columns, decay=0.9, weight=0.5),

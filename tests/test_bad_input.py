@@ -145,6 +145,42 @@ def solve_cases(function: str, *more: Any) -> list[Case]:
     ]
 
 
+def diagonal_cases(function: str, *more: Any) -> list[Case]:
+    """Return what is refused for a diagonal."""
+
+    def refuse(name: str, error: Error, words: str, diagonal: Any) -> Case:
+        return case(function, f"diagonal: {name}", error, f"diagonal … {words}", EIGH, *more, 0.1, diagonal=diagonal)
+
+    return [
+        refuse("length", ValueError, "(12,) … (3,)", THREE),
+        refuse("a matrix", ValueError, "(12,) … (12, 12)", MATRIX),
+        refuse("a number", TypeError, "Tensor … float", 0.1),
+        refuse("float32", TypeError, "float64 … float32", MATRIX[0].float()),
+        refuse("elsewhere", ValueError, "meta", ELSEWHERE[:, 0]),
+    ]
+
+
+def joint_cases(function: str, *more: Any) -> list[Case]:
+    """Return what the functions of a product with one damping refuse besides what is not of its factors."""
+    left, right, _ = KRON
+
+    def refuse(name: str, error: Error, words: str, damping: Any = 0.1, of: Any = KRON[:2], **options: Any) -> Case:
+        exponent = [-1.0] * len(more)
+        return case(function, name, error, words, *of, *more, damping, *exponent, **options)
+
+    return [
+        refuse("zero damping", ValueError, "damping … > 0 … got 0", 0),
+        refuse("damping of a wrong shape", ValueError, "damping … batch shape () … (2,)", TWO),
+        refuse("negative tail", ValueError, "left_tail … -1", left_tail=-1),
+        refuse("unknown tail", ValueError, "right_tail … 'x'", right_tail="x"),
+        refuse("untracked", ValueError, "right_tail='mean' … Tracked", right_tail="mean"),
+        refuse("factors of two dtypes", TypeError, "float64 … float32", of=(EIGH32, right)),
+        refuse("an SVD", TypeError, "right … LowRankSVD", of=(left, SVD)),
+        refuse("values of a wrong shape", ValueError, "values … (4, 4) … (4, 3)", values=COLUMNS[:4]),
+        refuse("values in float32", TypeError, "values … float64 … float32", values=MATRIX[:4, :4].float()),
+    ]
+
+
 def randomized_cases(function: str) -> list[Case]:
     """Return what both randomized decompositions refuse."""
     refuse = partial(case, function)
@@ -229,7 +265,19 @@ CASES = [
     *solve_cases("damped_power", -0.5),
     case("damped_power", "exponent as text", TypeError, "exponent … str", EIGH, RHS, 0.1, "-1/2"),
     case("damped_power", "infinite exponent", ValueError, "exponent … inf", EIGH, RHS, 0.1, math.inf),
+    *diagonal_cases("damped_solve", RHS),
+    *diagonal_cases("damped_logdet"),
+    case(
+        "damped_power", "diagonal", ValueError, "diagonal … None … damped_solve", EIGH, RHS, 0.1, -1, diagonal=MATRIX[0]
+    ),
+    case("damped_logdet", "zero damping", ValueError, "damping … > 0 … got 0", EIGH, 0),
+    case("damped_logdet", "an SVD", TypeError, "LowRankEigh or a LowRankRoot … LowRankSVD", SVD, 0.1),
     *kron_cases(),
+    *joint_cases("kron_damped_power", KRON[2]),
+    *joint_cases("kron_damped_logdet"),
+    case("kron_damped_power", "shape", ValueError, "matrix … 12, 9 … (9, 12)", *KRON[:2], KRON[2].mT, 0.1, -1),
+    case("kron_damped_power", "a pair", TypeError, "(P, Q) … P @ Q.mT", *KRON[:2], (COLUMNS, RIGHT), 0.1, -1),
+    case("kron_damped_power", "exponent as text", TypeError, "exponent … str", *KRON, 0.1, "-1/2"),
 ]
 WITH_CASES = ("function", "arguments", "options", "error", "words")
 
@@ -281,8 +329,11 @@ def value_case(function: str, name: str, words: str, *arguments: Any, **options:
     return case(function, name, ValueError, words, *arguments, **options)
 
 
+below = -MATRIX.diagonal().abs()
 bad_bound, bad_trace = brandla.Tracked(EIGH, ZERO * math.nan, ZERO), brandla.Tracked(ROOT, ZERO, ZERO * math.nan)
 VALUE_CASES = [
+    value_case("damped_logdet", "diagonal", "diagonal … >= 0 … -", EIGH, 10.0, diagonal=below),
+    value_case("kron_damped_logdet", "values", "values … finite", *KRON[:2], 0.1, values=spoiled(MATRIX[:4, :4])),
     value_case("eigh_update", "columns", "columns … finite … 1 … (12, 3)", EIGH, spoiled(COLUMNS)),
     value_case("eigh_update", "factor", "eigenvectors … finite", spoiled(EIGH, math.inf), COLUMNS),
     value_case("eigh_update", "decay", "decay … >= 0 … -1", EIGH, COLUMNS, decay=ZERO - 1),

@@ -111,6 +111,21 @@ def test_a_diagonal_that_is_constant_is_more_damping() -> None:
 
 
 @FACTORS
+@TAILS
+def test_samples_have_the_covariance_of_the_operator_or_of_its_inverse(make: Any, tail: Tail) -> None:
+    lowrank, identity = tracked(make(N, R)), torch.eye(N, dtype=torch.float64)
+    operator = dense_operator(lowrank, 0.1, tail)
+    for exponent, covariance in ((0.5, operator), (-0.5, torch.linalg.inv(operator))):
+        # What standard normal columns are multiplied by.
+        transform = brandla.damped_power(lowrank, identity, 0.1, exponent, tail=tail)
+        assert oracles.difference_ratio(transform @ transform.mT, covariance, torch.float64) <= THRESHOLD
+    # And as drawn: 4 · 10⁵ of them, whose covariance is right to some times 1/√(4 · 10⁵).
+    few = make(5, 2)
+    drawn = brandla.damped_power(few, oracles.gaussian(5, 400_000, seed=3), 0.1, 0.5)
+    assert (torch.cov(drawn) - dense_operator(few, 0.1)).abs().max() <= 5 * 2**0.5 * 1.1 / 400_000**0.5
+
+
+@FACTORS
 @pytest.mark.parametrize("damping", [1e-30, 1e30], ids=str)
 def test_a_determinant_may_be_out_of_range(make: Any, damping: float) -> None:
     n, r = 2000, 3

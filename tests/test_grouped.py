@@ -53,6 +53,16 @@ CASES: dict[str, tuple[str, list[list[Any]], dict[str, Any]]] = {
     "damped_solve, one value": ("damped_solve", [EIGHS, RHS, 0.1], {}),
     "damped_power": ("damped_power", [ROOTS, RHS, DAMPINGS, [-1, -0.5, -0.25, 2]], {}),
     "damped_power, one value": ("damped_power", [EIGHS, RHS, 0.1, -0.5], {}),
+    "damped_solve, diagonal": (
+        *("damped_solve", [EIGHS, RHS, DAMPINGS]),
+        {"tail": "smallest", "diagonal": [torch.ones(20).double(), None, None, torch.arange(12).double()]},
+    ),
+    "damped_logdet": ("damped_logdet", [[*EIGHS[:2], *ROOTS[2:]], DAMPINGS], {"tail": [0.0, "smallest", 0.5, 0.1]}),
+    "kron_damped_power": (
+        *("kron_damped_power", [EIGHS, ROOTS, BLOCKS, DAMPINGS, [-1, -0.5, 0.5, 1]]),
+        {"left_tail": "smallest", "values": [None, torch.ones(8, 8).double(), None, None]},
+    ),
+    "kron_damped_logdet": ("kron_damped_logdet", [EIGHS, ROOTS, 0.3], {"right_tail": [0.0, 0.1, 0.2, 0.3]}),
     "kron_damped_solve": (
         *("kron_damped_solve", [EIGHS, ROOTS, [*BLOCKS[:2], *zip(RHS[2:], RHS[2:], strict=True)], DAMPINGS, DAMPINGS]),
         {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]},

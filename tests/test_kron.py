@@ -1,4 +1,4 @@
-"""kron_damped_solve against two dense float64 solves."""
+"""kron_damped_solve against two dense float64 solves, and what has one damping against the dense product."""
 
 from __future__ import annotations
 
@@ -150,3 +150,150 @@ def test_solve_is_differentiable_in_every_tensor(makers: Makers, *, is_pair: boo
     assert gradcheck(
         solve_parts, [part.clone().requires_grad_() for part in (*left, *right, *data, *scalars)], fast_mode=True
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One damping of the whole product
+# ---------------------------------------------------------------------------------------------------------------------
+
+JOINT = 0.07
+SMALL = (7, 3), (9, 4)
+
+
+def small_operands(makers: Makers, **options: Any) -> tuple[Any, Any]:
+    (p, s), (q, r) = SMALL
+    left, right = makers[0](p, s, **options), makers[1](q, r, "slow", seed=4, **options)
+    tracked = brandla.track(left), brandla.track(right)
+    return tracked[0]._replace(trace=tracked[0].trace + 3), tracked[1]._replace(trace=tracked[1].trace + 5)
+
+
+def dense_product(left: Any, right: Any, tails: tuple[Any, Any], damping: float = JOINT) -> oracles.Eigh:
+    """Return the eigendecomposition of A ⊗ G + δI, for vec(W) by columns."""
+    g, a = (dense_operator(factor, 0.0, tail) for factor, tail in zip((left, right), tails, strict=True))
+    return oracles.eigh(torch.kron(a, g) + damping * torch.eye(len(g) * len(a), dtype=torch.float64))
+
+
+def dense_function(spectrum: oracles.Eigh, matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = spectrum
+    column = matrix.double().mT.reshape(-1)
+    return ((vectors * values.pow(exponent)) @ (vectors.mT @ column)).reshape(matrix.mT.shape).mT
+
+
+@PAIRS_OF_KINDS
+@TAILS
+def test_power_and_logdet_of_the_product_equal_the_dense_ones(makers: Makers, tails: Any, dtype: torch.dtype) -> None:
+    left, right = small_operands(makers, dtype=dtype)
+    matrix, options = make_columns(left.lowrank.n, right.lowrank.n, dtype=dtype), dict(zip(SIDES, tails, strict=True))
+    spectrum = dense_product(left, right, tails)
+    for exponent in (-1, -0.5, 0, 0.5, 1):
+        applied = brandla.kron_damped_power(left, right, matrix, JOINT, exponent, **options)
+        expected = dense_function(spectrum, matrix, exponent)
+        scale = float(spectrum.eigenvalues.pow(exponent).max()) * oracles.spectral_norm(matrix)
+        assert applied.dtype == dtype
+        assert oracles.difference_ratio(applied, expected, dtype, scale) <= THRESHOLD
+    logdet = brandla.kron_damped_logdet(left, right, JOINT, **options)
+    assert (logdet.shape, logdet.dtype) == ((), dtype)
+    assert abs(logdet - spectrum.eigenvalues.log().sum()) <= oracles.tolerance(matrix.numel(), dtype)
+
+
+@PAIRS_OF_KINDS
+@pytest.mark.parametrize(("left_rank", "right_rank"), [(0, 0), (0, 4), (3, 0), (7, 9)], ids=str)
+def test_the_product_at_every_rank(makers: Makers, left_rank: int, right_rank: int) -> None:
+    left, right = makers[0](7, left_rank), makers[1](9, right_rank, seed=4)
+    matrix, spectrum = make_columns(7, 9), dense_product(left, right, (0.2, 0.1))
+    options = dict(zip(SIDES, (0.2, 0.1), strict=True))
+    applied = brandla.kron_damped_power(left, right, matrix, JOINT, -0.5, **options)
+    assert oracles.difference_ratio(applied, dense_function(spectrum, matrix, -0.5), torch.float64) <= THRESHOLD
+    logdet = brandla.kron_damped_logdet(left, right, JOINT, **options)
+    assert abs(logdet - spectrum.eigenvalues.log().sum()) <= oracles.tolerance(63, torch.float64)
+
+
+@PAIRS_OF_KINDS
+def test_directions_that_a_factor_does_not_hold_count_as_its_tail(makers: Makers) -> None:
+    """Zero columns, and of a root columns of which S says nothing that is not rounding."""
+    left, right, matrix = makers[0](7, 3), makers[1](9, 4), make_columns(7, 9)
+    options = {"left_tail": 0.2, "right_tail": 0.1}
+    expected = brandla.kron_damped_power(left, right, matrix, JOINT, -0.5, **options)
+    padded = [
+        type(factor)(
+            *(
+                torch.nn.functional.pad(part, (0, 2, 0, 2) if part.ndim == 2 and len(part) == r else (0, 2))
+                for part in factor
+            )
+        )
+        for factor, r in ((left, 3), (right, 4))
+    ]
+    assert (
+        oracles.difference_ratio(
+            brandla.kron_damped_power(*padded, matrix, JOINT, -0.5, **options), expected, torch.float64
+        )
+        <= THRESHOLD
+    )
+    logdets = [brandla.kron_damped_logdet(*sides, JOINT, **options) for sides in (padded, (left, right))]
+    assert abs(logdets[0] - logdets[1]) <= oracles.tolerance(63, torch.float64)
+
+
+def test_values_stand_for_the_products_where_both_spans_meet() -> None:
+    (left, right), matrix = small_operands((make_eigh, make_eigh)), make_columns(7, 9)
+    u, v = left.lowrank.eigenvectors, right.lowrank.eigenvectors
+    products = left.lowrank.eigenvalues[:, None] * right.lowrank.eigenvalues
+    fitted = products * oracles.gaussian(3, 4, seed=8).exp()
+    plain, same, other = (
+        brandla.kron_damped_power(left, right, matrix, JOINT, -0.5, left_tail=0.2, right_tail=0.1, values=values)
+        for values in (None, products, fitted)
+    )
+    assert oracles.difference_ratio(plain, same, torch.float64) <= THRESHOLD
+    moved = (fitted + JOINT).rsqrt() - (products + JOINT).rsqrt()
+    expected = u @ (moved * (u.mT @ matrix @ v)) @ v.mT
+    assert oracles.difference_ratio(other - plain, expected, torch.float64) <= THRESHOLD
+    plain, other = (brandla.kron_damped_logdet(left, right, JOINT, values=values) for values in (None, fitted))
+    expected = ((fitted + JOINT) / (products + JOINT)).log().sum()
+    assert abs(other - plain - expected) <= oracles.tolerance(63, torch.float64)
+
+
+@PAIRS_OF_KINDS
+def test_a_batch_of_products_equals_a_loop(makers: Makers, unchanged: Any, dtype: torch.dtype) -> None:
+    batch = {"dtype": dtype, "batch_shape": (3,)}
+    left, right, matrix = makers[0](7, 3, **batch), makers[1](9, 4, dtype=dtype), make_columns(7, 9, **batch)
+    dampings = torch.tensor([0.1, 0.5, 2.0], dtype=dtype)
+    with unchanged(left, right, matrix, dampings):
+        applied = brandla.kron_damped_power(left, right, matrix, dampings, -1, left_tail="smallest")
+        logdets = brandla.kron_damped_logdet(left, right, dampings, left_tail="smallest")
+    for index, damping in enumerate(dampings.tolist()):
+        own = type(left)(*(part[index] for part in left))
+        spectrum = dense_product(own, right, ("smallest", 0.0), damping)
+        expected = dense_function(spectrum, matrix[index], -1)
+        scale = oracles.spectral_norm(matrix[index]) / damping
+        assert oracles.difference_ratio(applied[index], expected, dtype, scale) <= THRESHOLD
+        tolerance = oracles.tolerance(63, dtype)
+        assert abs(logdets[index] - spectrum.eigenvalues.log().sum()) <= tolerance
+
+
+@PAIRS_OF_KINDS
+def test_the_product_is_differentiable_in_every_tensor(makers: Makers) -> None:
+    left, right = makers[0](5, 2, "slow"), makers[1](4, 3, "slow", seed=4)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.1, 0.2)]
+
+    def factor_of(kind: type[Symmetric], first: Tensor, second: Tensor) -> Symmetric:
+        return kind(first, second if kind is brandla.LowRankEigh else oracles.symmetrised(second))
+
+    def apply(*tensors: Tensor) -> Any:
+        a, b, c, d, matrix, values, damping, left_tail, right_tail = tensors
+        factors = factor_of(type(left), a, b), factor_of(type(right), c, d)
+        tails = {"left_tail": left_tail, "right_tail": right_tail}
+        logdets = brandla.kron_damped_logdet(*factors, damping, **tails)
+        fitted = brandla.kron_damped_logdet(*factors, damping, left_tail="smallest", values=values.square())
+        return brandla.kron_damped_power(*factors, matrix, damping, -0.5, **tails), logdets, fitted
+
+    inputs = (*left, *right, make_columns(5, 4), make_columns(2, 3), *scalars)
+    assert gradcheck(apply, [part.clone().requires_grad_() for part in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", [brandla.LowRankEigh, brandla.LowRankRoot])
+def test_the_derivative_of_a_product_of_zeros_is_finite(kind: Any) -> None:
+    right = make_eigh(4, 3, seed=4)
+    start = [part.requires_grad_() for part in kind.zeros(5, 2, dtype=torch.float64)]
+    damping = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    applied = brandla.kron_damped_power(kind(*start), right, make_columns(5, 4), damping, -0.5, right_tail=0.1)
+    (applied.sum() + brandla.kron_damped_logdet(kind(*start), right, damping)).backward()
+    assert all(part.grad is None or part.grad.isfinite().all() for part in (*start, damping))
