@@ -164,8 +164,8 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     -----
     The part of A outside the span of U was truncated before, so there is nothing to take it from: it is left out, and
     U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was truncated
-    does not come back either (``docs/updates.md``). Rounding is relative to the old d₁: values up to 8 ε·d₁ become
-    0, with zero columns. The eigendecomposition waits for the device. U and A may be DTensors sharded on their rows.
+    does not come back either (``docs/updates.md``). Rounding is relative to what was
+    there and what is taken: values up to 8 ε·(d₁ + w‖UᵀA‖_F²) become 0, with zero columns. The eigendecomposition waits for the device. U and A may be DTensors sharded on their rows.
 
     Examples
     --------
@@ -185,7 +185,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     shift = taken.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     values, rotation = safe_eigh(torch.diag_embed(given.poisoned(given.small) + shift) - taken)
     values = (values - shift).to(given.dtype)
-    lost = values <= unresolved(given.dtype, values.shape[-1]) * given.small[..., :1]
+    lost = values <= unresolved(given.dtype, values.shape[-1]) * (given.small[..., :1] + shift)
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     return given.result(values, polish(given.tall @ rotation.to(given.dtype), given.rows), values, None).as_new(LowRankEigh)
