@@ -269,7 +269,9 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     order = _order(gram, scale, threshold)
     turn, inner = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1))
     # Each column goes to the place of that of P which it came from; as many live as eigenvalues are kept.
-    turn = (turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]).take_along_dim(order.argsort(-1)[..., None, :], -1)
+    turn = (turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]).take_along_dim(
+        order.argsort(-1)[..., None, :], -1
+    )
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
     transform = unit[..., :, None] * (scaled @ turn)
     # TᵀG is the same in exact arithmetic. Eigenvalues near the threshold are rounding of G in good part, but not here.

@@ -141,7 +141,12 @@ def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank: in
 
 @pytest.mark.parametrize("batch_shape", [(), (2, 2)], ids=str)
 def test_downdate_takes_back_what_an_update_added(batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    n, r, k, weight = 50, 12, 8, torch.linspace(0.5, 2, max(1, math.prod(batch_shape)), dtype=dtype).reshape(batch_shape)
+    n, r, k, weight = (
+        50,
+        12,
+        8,
+        torch.linspace(0.5, 2, max(1, math.prod(batch_shape)), dtype=dtype).reshape(batch_shape),
+    )
     old = make_eigh(n, r, "slow", dtype=dtype, batch_shape=batch_shape)
     columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
     there = brandla.eigh_update(old, columns, weight=weight, rank=r + k)

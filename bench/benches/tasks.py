@@ -203,7 +203,7 @@ def downdate(shape: Shape, device: Device) -> Task:
     values, vectors = gpu_cases.on_cpu(factor)
     # Half of each of the last k values goes.
     columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
-    left, right = halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0) , vectors))
+    left, right = halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0), vectors))
     target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
