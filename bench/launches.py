@@ -190,6 +190,8 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "root_update": ((root, columns), AVERAGE),
     "eigh_update": ((eigh, columns), AVERAGE),
     "eigh_update_": ((eigh, columns), AVERAGE),
+    "eigh_downdate": ((eigh, columns), {}),
+    "eigh_refresh": ((eigh, wide), AVERAGE),
     "damped_solve, root": ((root, columns, 0.1), {}),
     "damped_solve, eigh": ((eigh, columns, 0.1), {}),
     "damped_power, root": ((root, columns, 0.1, -0.5), {}),

@@ -119,8 +119,8 @@ def eigh_step(update: Update) -> Updated:
     core = update.core(torch.diag_embed(update.small), lengths)
     tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
     values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    # With B = [√ρ U √d, √w A], rotated by V Σ⁻¹, the product of an old vector with the new one of its place is a positive
-    # multiple of the entry of V that both have in common.
+    # B = [√ρ U √d, √w A] is rotated by V Σ⁻¹, so that the product of an old vector with the new one in its place is a
+    # positive multiple of an entry on the diagonal of V.
     rotation = unit_scaled(rotation, values) * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     if reads_are_free(core):
         # It spares most polishes; where they cannot be spared it would be work for nothing.
@@ -164,8 +164,9 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     -----
     The part of A outside the span of U was truncated before, so there is nothing to take it from: it is left out, and
     U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was truncated
-    does not come back either (``docs/updates.md``). Rounding is relative to the old d₁: values up to 8 ε·d₁ become
-    0, with zero columns. The eigendecomposition waits for the device. U and A may be DTensors sharded on their rows.
+    does not come back either (``docs/updates.md``). Rounding is relative to what was there and to what is taken: values
+    up to 8 ε·(d₁ + w‖UᵀA‖_F²) become 0, with zero columns. The eigendecomposition waits for the device. U and A may be
+    DTensors sharded on their rows, and A a sparse tensor (n, k).
 
     Examples
     --------
@@ -185,10 +186,12 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     shift = taken.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     values, rotation = safe_eigh(torch.diag_embed(given.poisoned(given.small) + shift) - taken)
     values = (values - shift).to(given.dtype)
-    lost = values <= unresolved(given.dtype, values.shape[-1]) * given.small[..., :1]
+    lost = values <= unresolved(given.dtype, values.shape[-1]) * (given.small[..., :1] + shift)
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    return given.result(values, polish(given.tall @ rotation.to(given.dtype), given.rows), values, None).as_new(LowRankEigh)
+    vectors = polish(given.tall @ rotation.to(given.dtype), given.rows)
+    updated: LowRankEigh = given.result(values, vectors, values, None).as_new(LowRankEigh)
+    return updated
 
 
 @ranged("m,r,n", "m,k", "n,k")

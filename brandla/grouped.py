@@ -104,7 +104,7 @@ def eigh_refresh(
     weight: Each[float | Tensor] = 1.0,
     iterations: Each[int] = 1,
 ) -> list[tuple[LowRankEigh, Tensor]]:
-    """`brandla.eigh_refresh` of each factor. Factors of one shape may be a batch of the single function, and are faster."""
+    """`brandla.eigh_refresh` of each factor. Those of one shape are faster as a batch of the single function."""
     options = {"decay": decay, "weight": weight, "iterations": iterations}
     return _each("eigh_refresh", refresh.eigh_refresh, (eighs, matrices), **options)
 

@@ -18,6 +18,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, is_dtensor
+from brandla._small import signs_of
 from brandla_kernels import (
     Tall,
     cholesky_inverse_core,
@@ -266,9 +267,11 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     kept = values > threshold
     roots = torch.where(kept, values, 0).sqrt()
     order = _order(gram, scale, threshold)
-    turn = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1)).Q
+    turn, inner = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1))
     # Each column goes to the place of that of P which it came from; as many live as eigenvalues are kept.
-    turn = (turn * kept[..., None, :]).take_along_dim(order.argsort(-1)[..., None, :], -1)
+    turn = (turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]).take_along_dim(
+        order.argsort(-1)[..., None, :], -1
+    )
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
     transform = unit[..., :, None] * (scaled @ turn)
     # TᵀG is the same in exact arithmetic. Eigenvalues near the threshold are rounding of G in good part, but not here.

@@ -103,6 +103,8 @@ def randomized_eigh(
         _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
     width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
     _check.count(function, "power_iterations", power_iterations, 0)
+    if start is not None:
+        _check_start(function, matrix, start, width)
     if width == n:
         # A sketch as large as the matrix would save nothing.
         dense = product(function, matrix, _identity(matrix, n))
@@ -113,7 +115,8 @@ def randomized_eigh(
     else:
         test = _signs(matrix, n, width, _seed(matrix, generator))
         if start is not None:
-            test = _started(function, matrix, start, test)
+            own = torch.where((start == 0).all(-2, keepdim=True), test[..., : start.shape[-1]], start)
+            test = torch.cat([own.to(test.dtype), test[..., start.shape[-1] :]], -1)
         if power_iterations == 0:
             test, _ = orthonormalize(test)
         image = product(function, matrix, test)
@@ -218,6 +221,8 @@ def _nystrom(test: Tensor, image: Tensor, rank: int) -> LowRankEigh:
 
 def scale_of(image: Tensor) -> Tensor:
     """Power of two (..., 1, 1) by which an image is divided, exactly, before products of its columns are taken."""
+    if not image.numel():
+        return image.new_ones(*image.shape[:-2], 1, 1)
     largest = image.detach().abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     return largest / torch.frexp(largest).mantissa
@@ -235,18 +240,6 @@ def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, seed: Te
     if _is_dense(matrix):
         return sketch(cast(Tensor, matrix), seed, width)
     return product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
-
-
-def _started(function: str, matrix: Tensor | LinearOperator, start: Tensor, test: Tensor) -> Tensor:
-    """Return a test matrix whose first columns are those of ``start`` that are not zero."""
-    _check.basis(function, "start", start)
-    _check.same_device(function, "start", start, "matrix", cast(Tensor, matrix))
-    s, (*lead, width) = start.shape[-1], test.shape
-    if list(start.shape[:-1]) != lead or s > width:
-        rule = f"start must have shape ({', '.join(map(str, lead))}, s) with s ≤ rank + oversample = {width}"
-        _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
-    own, rest = test.split([s, width - s], -1)
-    return torch.cat([torch.where((start == 0).all(-2, keepdim=True), own, start.to(test.dtype)), rest], -1)
 
 
 def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
@@ -295,6 +288,15 @@ def _sketch_width(function: str, rank: int, oversample: int, most: int, because:
     # Few random signs may be dependent: a small matrix gets enough columns, or all.
     least = _SMALL_WIDTH if most <= _SMALL else 0
     return min(max(rank + oversample, least), most)
+
+
+def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, width: int) -> None:
+    _check.basis(function, "start", start)
+    _check.same_device(function, "start", start, "matrix", cast(Tensor, matrix))
+    lead, s = tuple(matrix.shape[:-1]), start.shape[-1]
+    if tuple(start.shape[:-1]) != lead or s > width:
+        rule = f"start must have shape ({', '.join(map(str, lead))}, s) with s ≤ rank + oversample, here {width}"
+        _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
 
 
 def product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:

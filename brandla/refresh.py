@@ -1,4 +1,4 @@
-"""The basis of a stream of wide matrices, refreshed by products alone: the step of SOAP, KL-Shampoo, COSMOS and Dion."""
+"""The basis of a stream of wide matrices, refreshed by products: the step of SOAP, KL-Shampoo, COSMOS and Dion."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def eigh_refresh(
     LowRankEigh
         Values diag(QᵀMQ), descending, and the vectors Q that they belong to; of the same rank.
     Tensor
-        The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. What is kept for each
-        old vector, such as second moments ``v`` (..., r), moves with ``v.gather(-1, p)``, and rows ``v`` (r, m) with
+        The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. What is kept for
+        each old vector moves along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
         ``v[p]``. Vectors with equal values keep their order.
 
     Raises
@@ -131,7 +131,9 @@ def _checked(
     decay = _check.scalar(function, "decay", decay, "eigh.eigenvectors", vectors)
     weight = _check.scalar(function, "weight", weight, "eigh.eigenvectors", vectors)
     values = values * (decay[..., None] if isinstance(decay, Tensor) else decay)
-    return _Average(vectors, values[..., None], matrix, weight[..., None, None] if isinstance(weight, Tensor) else weight)
+    return _Average(
+        vectors, values[..., None], matrix, weight[..., None, None] if isinstance(weight, Tensor) else weight
+    )
 
 
 def _begun(vectors: Tensor) -> Tensor:

@@ -206,10 +206,11 @@ class Update(NamedTuple):
         """Return C alone."""
         if not is_sparse(self.columns):
             return project(self.tall, self.columns).double()
-        return (self.columns.double().mT @ self.tall.double()).mT
+        of_root: Tensor = self.columns.double().mT @ self.tall.double()
+        return of_root.mT
 
     def poisoned(self, small: Tensor) -> Tensor:
-        """Return S or d, not finite where the tall matrix is not and no columns, or not all rows of them, would tell."""
+        """Return S or d, not finite where the tall matrix is not, if columns would not tell or might not."""
         if tall.columns(self.columns) and not is_sparse(self.columns):
             return small
         nothing = self._nothing()

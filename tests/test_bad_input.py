@@ -227,6 +227,7 @@ def kron_cases() -> list[Case]:
 
 
 expanded = brandla.LowRankRoot(COLUMNS[:, :1].expand(N, R), ROOT.gram)
+WIDE = make_columns(N, N + 1)
 wide = brandla.LowRankEigh(THREE.new_ones(N), EIGH.eigenvectors.mT)
 CASES = [
     *update_cases("eigh_update", EIGH, "LowRankEigh"),
@@ -240,6 +241,22 @@ CASES = [
     case("root_update_", "rows", ValueError, "columns … n = 12 … (9, 3)", ROOT, RIGHT),
     case("root_update_", "expanded", ValueError, "root.root … share memory", expanded, COLUMNS),
     case("root_update_", "a gradient", RuntimeError, "columns … no_grad", ROOT, COLUMNS.clone().requires_grad_()),
+    case("root_update", "shrink", ValueError, "shrink … 'cholesky'", ROOT, COLUMNS, compress="cholesky", shrink=True),
+    case("eigh_downdate", "rows", ValueError, "columns … n = 12 … (9, 3)", EIGH, RIGHT),
+    case("eigh_downdate", "weight", ValueError, "weight … >= 0 … -1", EIGH, COLUMNS, weight=-1),
+    case("eigh_downdate", "a tracked factor", TypeError, "LowRankEigh … Tracked", brandla.track(EIGH), COLUMNS),
+    case("eigh_refresh", "rows", ValueError, "matrix … n = 12 … (9, 3)", EIGH, RIGHT),
+    case("eigh_refresh", "batch shape", ValueError, "matrix … (3,) … (2,)", BATCH, TWO_BATCHES),
+    case("eigh_refresh", "float32", TypeError, "matrix … float64 … float32", EIGH, COLUMNS.float()),
+    case("eigh_refresh", "no iteration", ValueError, "iterations … at least 1 … 0", EIGH, COLUMNS, iterations=0),
+    case("eigh_refresh", "decay", ValueError, "decay … -1", EIGH, COLUMNS, decay=-1),
+    case("eigh_refresh", "an SVD", TypeError, "LowRankEigh … LowRankSVD", SVD, COLUMNS),
+    case("eigh_refresh", "a vector", ValueError, "matrix … (12,)", EIGH, COLUMNS[:, 0]),
+    case("eigh_refresh", "operator of a batch", ValueError, "12 rows … (3, 12, 4)", BATCH, OperatorWithoutTranspose()),
+    case("eigh_refresh", "no transpose", TypeError, "mT … OperatorWithoutTranspose", EIGH, OperatorWithoutTranspose()),
+    case("randomized_eigh", "a list for a start", TypeError, "start … Tensor … list", MATRIX, 2, start=[1.0]),
+    case("randomized_eigh", "start of other rows", ValueError, "start … (12, s) … (9, 3)", MATRIX, 2, start=RIGHT),
+    case("randomized_eigh", "a wide start", ValueError, "start … r = 13 > n = 12", MATRIX, 2, start=WIDE),
     case("orthonormalize", "a vector", ValueError, "panel … (..., n, k) … (12,)", COLUMNS[:, 0]),
     case("orthonormalize", "integers", TypeError, "panel … int64 … .float()", INTEGERS),
     case("orthonormalize", "complex numbers", TypeError, "panel … complex64", COMPLEX),
@@ -343,6 +360,8 @@ VALUE_CASES = [
     value_case("root_update", "F", "root.root … finite", ROOT._replace(root=spoiled(ROOT.root)), COLUMNS),
     value_case("root_update", "weight", "weight … >= 0 … -1", ROOT, COLUMNS, weight=ZERO - 1),
     value_case("root_update", "trace", "trace … finite", bad_trace, COLUMNS, compress="cholesky"),
+    value_case("eigh_refresh", "matrix", "matrix … finite … 1", EIGH, spoiled(COLUMNS)),
+    value_case("eigh_downdate", "columns", "columns … finite … 1", EIGH, spoiled(COLUMNS)),
     value_case("orthonormalize", "panel", "panel … finite … 1 … (12, 3)", spoiled(COLUMNS)),
     value_case("damped_solve", "S", "gram … finite", spoiled(ROOT), RHS, 0.1),
     value_case("svd_update", "right", "right … finite", SVD, COLUMNS, spoiled(RIGHT)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -114,3 +115,97 @@ def test_eigendecomposition_survives_repeated_columns_of_a_large_stream(copies: 
     best = float(oracles.eigh(matrix).eigenvalues[r:].clamp(min=0).sum())
     slack = oracles.tolerance(n, torch.float32, oracles.spectral_norm(matrix))
     assert float((matrix - dense(value)).trace()) <= 1.5 * best + slack
+
+
+@pytest.mark.parametrize("rank", [None, 7, 13])
+def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank: int | None, dtype: torch.dtype) -> None:
+    old, columns = make_eigh(50, 10, dtype=dtype), make_columns(50, 4, scale=0.05, dtype=dtype)
+    signs = torch.ones(10, dtype=dtype)
+    for seed in range(8):
+        # Whatever sign LAPACK gives, old vectors have either.
+        signs[seed:] *= -1
+        old = brandla.LowRankEigh(old.eigenvalues, old.eigenvectors * signs)
+        new = brandla.eigh_update(old, columns, rank=rank)
+        down = brandla.eigh_downdate(old, columns, weight=0.1)
+        for found in (new, down):
+            both = min(10, found.rank)
+            agreement = (found.eigenvectors[:, :both] * old.eigenvectors[:, :both]).sum(0)
+            assert (agreement >= -oracles.tolerance(50, dtype)).all()
+            assert (agreement[:3] > 0.9).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downdates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_shape", [(), (2, 2)], ids=str)
+def test_downdate_takes_back_what_an_update_added(batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, r, k, weight = (
+        50,
+        12,
+        8,
+        torch.linspace(0.5, 2, max(1, math.prod(batch_shape)), dtype=dtype).reshape(batch_shape),
+    )
+    old = make_eigh(n, r, "slow", dtype=dtype, batch_shape=batch_shape)
+    columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
+    there = brandla.eigh_update(old, columns, weight=weight, rank=r + k)
+    back = brandla.eigh_downdate(there, columns, weight=weight)
+    assert (back.eigenvalues[..., r:] == 0).all()
+    for one, wanted, before in zip(*(part.reshape(-1, n, n) for part in map(dense, (back, old, there))), strict=True):
+        assert oracles.difference_ratio(one, wanted, dtype, oracles.spectral_norm(before)) <= THRESHOLD
+    assert defect(back) <= ORTHONORMAL * oracles.epsilon(dtype)
+    assert (back.eigenvalues.diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale: float, dtype: torch.dtype) -> None:
+    n, r, k = 40, 10, 6
+    held, columns = make_eigh(n, r, dtype=dtype), make_columns(n, k, scale=scale / n**0.5, dtype=dtype)
+    found = brandla.eigh_downdate(held, columns)
+    span = held.eigenvectors.double() @ held.eigenvectors.double().mT
+    compressed = span @ (dense(held) - columns.double() @ columns.double().mT) @ span
+    norm = oracles.spectral_norm(dense(held)) + oracles.spectral_norm(columns) ** 2
+    exact = oracles.eigh(oracles.symmetrised(compressed))
+    assert oracles.difference_ratio(dense(found), exact.truncation(n), dtype, norm) <= THRESHOLD
+    # For any truth M ⪰ M̂ that holds A Aᵀ, the error in the span does not grow.
+    truth = dense(held) + columns.double() @ columns.double().mT
+    before, after = (span @ error @ span for error in (truth - dense(held), dense(held) - dense(found)))
+    slack = oracles.tolerance(n, dtype, norm)
+    assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + slack
+
+
+def test_nothing_is_taken_for_columns_outside_the_span(dtype: torch.dtype) -> None:
+    basis = oracles.orthonormal(40, 16, seed=2).to(dtype)
+    held = brandla.LowRankEigh(torch.linspace(2, 1, 10, dtype=dtype), basis[:, :10])
+    found = brandla.eigh_downdate(held, 100 * basis[:, 10:])
+    assert oracles.difference_ratio(dense(found), dense(held), dtype, 100) <= THRESHOLD
+
+
+@pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
+def test_a_sliding_window_follows_its_own_decomposition(
+    stream: str, rank: int, most: float, dtype: torch.dtype
+) -> None:
+    n, k, width = 96, 8, 5
+    batches = oracles.batches(stream, n, k, 20, dtype=dtype)
+    window, largest = brandla.LowRankEigh.zeros(n, rank, dtype=dtype), 0.0
+    for step, columns in enumerate(batches):
+        window = brandla.eigh_update(window, columns)
+        if step >= width:
+            window = brandla.eigh_downdate(window, batches[step - width])
+        inside = torch.cat(batches[max(0, step + 1 - width) : step + 1], 1).double()
+        exact = oracles.eigh(inside @ inside.mT)
+        largest = max(largest, float(exact.eigenvalues[0]))
+        error = oracles.spectral_norm(dense(window) - exact.truncation(rank)) / largest
+        # A rank of (width + 1) k holds all; each step rounds twice.
+        assert error <= most + 2 * len(batches) * oracles.rounding(n, dtype, 1.0)
+    assert defect(window) <= ORTHONORMAL * oracles.epsilon(dtype)
+
+
+@pytest.mark.parametrize(("k", "where"), [(4, "small"), (4, "tall"), (4, "columns"), (0, "small"), (0, "tall")])
+def test_a_downdate_of_what_is_not_finite_is_nan_alone(k: int, where: str) -> None:
+    old, columns = make_eigh(30, 6, batch_shape=(2,)), make_columns(30, k, batch_shape=(2,))
+    {"small": old.eigenvalues, "tall": old.eigenvectors, "columns": columns}[where][1].flatten()[-1:].fill_(torch.nan)
+    new = brandla.eigh_downdate(old, columns)
+    assert new.is_finite().tolist() == [True, False]
+    assert all(part[1].isnan().all() and part[0].isfinite().all() for part in new)

@@ -227,6 +227,22 @@ def test_nearly_dependent_columns_of_any_length_lose_nothing(family: str, spread
             assert_equals(new, UPDATE.whole(old, left, partners), dtype, scale)
 
 
+@BOTH
+def test_new_vectors_have_the_sign_of_the_old_ones_in_their_places(operation: Operation, dtype: torch.dtype) -> None:
+    old, left, right = operands(40, 31, 8, 4, dtype)
+    left = 0.02 * left
+    signs = torch.ones(8, dtype=dtype)
+    for seed in range(6):
+        signs[seed:] *= -1
+        old = brandla.LowRankSVD(old.U * signs, old.S, old.Vh * signs[:, None])
+        new = operation(old, left, right, rank=12 if seed % 2 else 6)
+        both = slice(min(8, new.rank))
+        agreement = (new.U[:, both] * old.U[:, both]).sum(0)
+        assert (agreement >= -oracles.tolerance(40, dtype)).all()
+        of_right = (new.Vh[both, :31] * old.Vh[both]).sum(-1)
+        assert (torch.stack([agreement, of_right])[:, :3] > 0.5).all()
+
+
 def test_hundreds_of_updates_do_not_drift() -> None:
     m, n, r, k = 48, 40, 10, 3
     value = brandla.LowRankSVD.zeros(m, n, r, dtype=torch.float32)
@@ -279,6 +295,13 @@ def test_half_columns_equal_their_float32_values(operation: Operation, half: tor
     from_half, from_float = operation(old, left, right), operation(old, left.float(), right.float())
     assert {part.dtype for part in from_half} == {torch.float32}
     assert_equals(from_half, dense(from_float), torch.float32)
+
+
+@BOTH
+def test_sparse_columns_equal_dense_ones(operation: Operation, dtype: torch.dtype) -> None:
+    old, left, right = operands(20, 16, 5, 4, dtype)
+    left, right = left.relu(), right.relu()
+    assert_equals(operation(old, left.to_sparse(), right.to_sparse()), dense(operation(old, left, right)), dtype)
 
 
 # Appending rotates the old right vectors and never looks at them, so they are not in its list.

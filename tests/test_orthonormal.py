@@ -78,6 +78,16 @@ def test_panels_of_every_shape(n: int, k: int, dtype: torch.dtype) -> None:
     assert_factors(q, r, panel)
 
 
+@pytest.mark.usefixtures("_reads")
+def test_column_of_q_comes_from_the_column_of_the_panel_in_its_place(dtype: torch.dtype) -> None:
+    # The weak copy of the fifth column is zero in Q, and every other column keeps its direction, and so its place.
+    panel = oracles.orthonormal(N, 6, seed=1) * torch.tensor([1e-2, 1.0, 10.0, 0.3, 1.0, 1e2]).double()
+    panel[:, 0] = 1e-2 * panel[:, 4]
+    q, _ = orthonormalize(panel.to(dtype))
+    agreement = (q.double() * panel).sum(0) / torch.linalg.vector_norm(panel, dim=0)
+    torch.testing.assert_close(agreement, torch.tensor([0.0, 1, 1, 1, 1, 1]).double())
+
+
 def test_batch_of_panels_equals_a_loop(dtype: torch.dtype) -> None:
     panels = torch.stack([panel_of(family) for family in oracles.PANELS if family not in ("tiny", "huge")]).to(dtype)
     for panel, *factors in zip(panels, *orthonormalize(panels), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -184,6 +185,49 @@ def test_eigh_stays_between_zero_and_the_matrix(spectrum: str, dtype: torch.dtyp
     assert remainder[-1] >= -oracles.tolerance(60, dtype)
 
 
+@pytest.mark.parametrize("shape", [(500_000, 4), (20, 200_000)], ids=str)
+def test_long_sums_lose_no_digits(shape: tuple[int, int]) -> None:
+    lengths = torch.logspace(0, -2, min(shape)).unsqueeze(-1 if shape[0] < shape[1] else 0)
+    matrix = (torch.randn(*shape, generator=oracles.generator(0)) + 0.5) * lengths
+    # One float32 product of such a matrix is wrong by some thousand ε.
+    exact = torch.linalg.eigvalsh(matrix.double() @ matrix.double().mT if shape[0] < shape[1] else gram(matrix)).flip(0)
+    values = decomposed("svd", matrix, 4).S.double()
+    assert ((values - exact[:4].sqrt()) / exact[:4].sqrt()).abs().max() <= 20 * oracles.epsilon(torch.float32)
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Return XᵀX in float64."""
+    return matrix.double().mT @ matrix.double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A start
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype: torch.dtype) -> None:
+    n, rank = 200, 10
+    before = matrix_for("eigh", oracles.SPECTRA["slow"](n))
+    start = decomposed("eigh", before, rank, power_iterations=8).eigenvectors.to(dtype)
+    moved = before + 0.02 * oracles.psd_matrix(oracles.SPECTRA["medium"](n), seed=9)
+    best = float(oracles.eigh(moved).eigenvalues[rank])
+    for powers, most in ((0, 1.02), (1, 1.01)):
+        options = {"power_iterations": powers, "oversample": 4}
+        warm, cold = (decomposed("eigh", moved.to(dtype), rank, 1, start=one, **options) for one in (start, None))
+        errors = [oracles.spectral_norm(moved - dense(found)) for found in (warm, cold)]
+        assert errors[0] < most * best < errors[1]
+
+
+@pytest.mark.parametrize("power_iterations", [0, 2])
+def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations: int, dtype: torch.dtype) -> None:
+    matrix = matrix_for("eigh", oracles.SPECTRA["slow"](150)).to(dtype)
+    nothing = brandla.LowRankEigh.zeros(150, 8, dtype=dtype).eigenvectors
+    found, expected = (
+        decomposed("eigh", matrix, 8, power_iterations=power_iterations, start=start) for start in (nothing, None)
+    )
+    assert oracles.difference_ratio(dense(found), dense(expected), dtype) <= THRESHOLD
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,6 +277,18 @@ def test_a_linear_operator_gives_what_its_matrix_gives(kind: str, operator: type
     from_operator, from_matrix = (decomposed(kind, source, 8) for source in (wrapped, matrix))
     assert 0 < wrapped.products <= 3
     assert oracles.difference_ratio(dense(from_operator), dense(from_matrix), dtype) <= THRESHOLD
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
+def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind: str, layout: torch.layout, dtype: torch.dtype) -> None:
+    matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
+    with mock.patch.object(Tensor, "to_dense", side_effect=AssertionError):
+        from_sparse = decomposed(kind, matrix.to_sparse(layout=layout), 8)
+    assert oracles.difference_ratio(dense(from_sparse), dense(decomposed(kind, matrix, 8)), dtype) <= THRESHOLD
+    with pytest.raises(ValueError, match=r"a sparse matrix must have shape \(m, n\); got \(2, 40"):
+        decomposed(kind, torch.stack([matrix, matrix]).to_sparse(), 8)
 
 
 @BOTH

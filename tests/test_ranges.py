@@ -28,6 +28,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "eigh_update_ n=40 r=6 k=4": lambda: brandla.eigh_update_(given().eigh, COLUMNS),
     "root_update n=40 r=6 k=4": lambda: brandla.root_update(X.root, COLUMNS),
     "root_update_ n=40 r=6 k=4": lambda: brandla.root_update_(given().root, COLUMNS),
+    "eigh_downdate n=40 r=6 k=4": lambda: brandla.eigh_downdate(EIGH, COLUMNS),
+    "eigh_refresh n=40 r=6 m=9": lambda: brandla.eigh_refresh(EIGH, X.block),
     "orthonormalize n=40 k=4": lambda: brandla.orthonormalize(COLUMNS),
     "svd_update m=40 r=6 n=9 k=4": lambda: brandla.svd_update(X.svd, COLUMNS, X.small_columns),
     "svd_append m=40 r=6 n=9 k=4": lambda: brandla.svd_append(X.svd, COLUMNS),

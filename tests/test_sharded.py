@@ -64,6 +64,8 @@ def test_only_small_all_reduces_travel(dtype) -> None:
                 "eigh_update": [(r + k) * k, r * r],
                 "eigh_update, inside the span": [(r + k) * k, r * r],
                 "eigh_update_": [(r + k) * k, r * r],
+                # UᵀA; H of the polish.
+                "eigh_downdate": [r * k, r * r],
                 "root_update": [(r + k) * k],
                 "root_update, cholesky": [(r + k) * k],
                 "root_update, tracked": [(r + k) * k],
@@ -107,6 +109,7 @@ REFUSALS = {
     "device and mesh": "ValueError: LowRankEigh.zeros: device must be left out where a mesh is given",
     "zeros over two dimensions": "ValueError: LowRankEigh.zeros: mesh must lie on a device mesh of one dimension",
     "a panel": "TypeError: orthonormalize: panel must be a plain tensor",
+    "a basis to refresh": "TypeError: eigh_refresh: eigh.eigenvectors must be a plain tensor",
     "a matrix to sketch": "TypeError: randomized_eigh: matrix must be a plain tensor or a linear operator; got a DTens",
     "not finite": "ValueError: eigh_update: columns must be finite; got 1 NaN or infinite entries",
 }

@@ -104,3 +104,32 @@ def test_a_cholesky_update_that_cuts_nothing_loses_nothing(dtype: torch.dtype) -
     largest = oracles.spectral_norm(matrix)
     assert oracles.spectral_norm(dense(value.lowrank) - matrix) <= oracles.rounding(N, dtype, largest)
     assert value.error_bound <= oracles.rounding(N, dtype, largest)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_frequent_directions_keep_their_guarantee(stream: str, in_place: bool, dtype: torch.dtype) -> None:
+    n, r, k, count = 48, 10, 8, 30
+    held, matrix = brandla.track(brandla.LowRankRoot.zeros(n, r, dtype=dtype)), torch.zeros(n, n).double()
+    largest = 0.0
+    for columns in oracles.batches(stream, n, k, count, dtype=dtype):
+        update = brandla.root_update_ if in_place else brandla.root_update
+        held = update(held, columns, decay=DECAY, shrink=True)
+        matrix = oracles.updated(matrix, columns, DECAY)
+        largest = max(largest, oracles.spectral_norm(matrix))
+    slack, bound = oracles.rounding(n, dtype, largest, DECAY), float(held.error_bound)
+    error = oracles.eigh(matrix - dense(held.lowrank)).eigenvalues
+    assert -slack <= error[-1]
+    assert error[0] <= bound + slack
+    # r + 1 directions lose λ at each update, which leaves no more than this for any truncation to rank j.
+    values = oracles.eigh(matrix).eigenvalues
+    assert bound <= min(float(values[j:].sum()) / (r + 1 - j) for j in range(r + 1)) + n * slack
+    assert abs(float(held.trace) - float(matrix.trace())) <= n * slack
+    assert defect(held.lowrank) <= ORTHONORMAL * oracles.epsilon(dtype)
+
+
+def test_nothing_shrinks_where_nothing_is_left_out() -> None:
+    root, columns = ROOT_UPDATE.make(30, 6), make_columns(30, 4)
+    for options in ({"rank": 10}, {"weight": 0.0}):
+        found, expected = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
+        assert oracles.difference_ratio(dense(found), dense(expected), torch.float64) <= oracles.THRESHOLD

@@ -267,6 +267,47 @@ def test_half_columns_equal_their_float32_values(update: SymmetricUpdate, half: 
     assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
+def test_sparse_columns_are_multiplied_with_and_never_dense(
+    update: SymmetricUpdate, layout: torch.layout, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, r, k = 50, 6, 4
+    old, columns = brandla.track(update.make(n, r, dtype=dtype)), make_columns(n, k, dtype=dtype)
+    columns = columns * (oracles.gaussian(n, k, seed=8) > 1)
+    sparse = columns.to_sparse(layout=layout)
+    expected, at_old_rank = update(old, columns, decay=0.9, weight=0.3, rank=8), update(old, columns)
+    genuine = Tensor.to_dense
+
+    def small(tensor: Tensor) -> Tensor:
+        assert tensor.shape == (k, k)
+        return genuine(tensor)
+
+    monkeypatch.setattr(Tensor, "to_dense", small)
+    found = update(old, sparse, decay=0.9, weight=0.3, rank=8)
+    listed = update.grouped([old, old], [sparse, columns], decay=0.9, weight=0.3, rank=8)
+    written = update.in_place(tree_map(Tensor.clone, old), sparse)
+    columns[[3, 9], [0, 1]] = math.nan
+    poisoned = columns.to_sparse(layout=layout)
+    with brandla.checked(), pytest.raises(ValueError, match="columns must be finite; got 2 NaN"):
+        update(old, poisoned)
+    for one, wanted in ((found, expected), (listed[0], expected), (listed[1], expected), (written, at_old_rank)):
+        assert oracles.difference_ratio(dense(one.lowrank), dense(wanted.lowrank), dtype) <= THRESHOLD
+        torch.testing.assert_close(one[1:], wanted[1:], rtol=1e-4, atol=1e-6)
+
+
+def test_a_factor_that_is_not_finite_shows_where_sparse_columns_hold_nothing(update: SymmetricUpdate) -> None:
+    old = update.make(30, 6)
+    tall_of(old)[7, 2] = math.nan
+    columns = torch.eye(30, 2, dtype=torch.float64).to_sparse()
+    assert not update(old, columns).is_finite()
+
+
+def test_sparse_columns_of_a_batch_are_refused(update: SymmetricUpdate) -> None:
+    with pytest.raises(ValueError, match=r"sparse columns must have shape \(n, k\); got \(3, 30, 2\); pass a list"):
+        update(update.make(30, 6, batch_shape=(3,)), make_columns(30, 2, batch_shape=(3,)).to_sparse())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Non-finite data
 # ---------------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,33 @@ def svd_append(shape: Shape, device: Device) -> Task:
     return approximating(brandla.svd_append, arguments, options, target, EXACT, GENERAL, shape, device, work)
 
 
+def downdate(shape: Shape, device: Device) -> Task:
+    """Return k columns taken back that lie in the span of the factor: of what is left the vectors are the same."""
+    n, r, k = shape[:3]
+    factor = symmetric_factor(shape, device)
+    values, vectors = gpu_cases.on_cpu(factor)
+    # Half of each of the last k values goes.
+    columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
+    left, right = halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0), vectors))
+    target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
+    arguments = (factor, columns.to(device.tensors, shape.dtype))
+    work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
+    return approximating(brandla.eigh_downdate, arguments, {}, target, EXACT, {}, shape, device, work)
+
+
+def refresh(shape: Shape, device: Device) -> Task:
+    """Return a step with an n × 2n matrix whose leading singular vectors are those of the factor."""
+    n, r, _ = shape[:3]
+    values, vectors = symmetric_factor(shape, device)
+    right = basis(device, 2 * n, r, shape.dtype)
+    matrix = (vectors * values.sqrt()) @ right.mT
+    exact = gpu_cases.on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
+    arguments = (LowRankEigh(values, vectors), matrix)
+    judge = approximation(halves(exact), r, shape.eps, EXACT)
+    own = Call(brandla.eigh_refresh, arguments, lambda found: judge(found[0]))
+    return Task(own, {"decay": DECAY, "weight": WEIGHT}, {}, shape.work(12 * n * n * r, 3 * 2 * n * n))
+
+
 BATCHES = 5
 
 
@@ -344,6 +371,8 @@ QR, QR_EACH = "torch.linalg.qr", "torch.linalg.qr, one call each"
 _SOLVED = {SOLVE: Peer(torch.linalg.solve, slow=True)}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
+    "eigh_downdate": Entry(downdate, {}),
+    "eigh_refresh": Entry(refresh, {}),
     "svd_update": Entry(svd_update, GENERAL),
     "svd_append": Entry(svd_append, GENERAL, takes_half=True),
     "svd_append, centred": Entry(

@@ -198,6 +198,15 @@ def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
         for numbers in (decay, on_all(mesh, decay)):
             result = update(sharded(mesh, batch), on_rows(mesh, data), decay=numbers)
             agree(result.dense(), expected.dense(), dtype, (name, "batch"))
+    factor, data = builders.make_eigh(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype, scale=0.1)
+    many = sharded(mesh, factor, replicate=True)
+    result = brandla.eigh_downdate(many, on_rows(mesh, data))
+    same_kind(result, many, "eigh_downdate")
+    agree(result.dense(), brandla.eigh_downdate(factor, data).dense(), dtype, "eigh_downdate")
+    options = {"decay": 0.9, "shrink": True}
+    root, columns = builders.make_root(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
+    result = brandla.root_update(sharded(mesh, root), on_rows(mesh, columns), **options)
+    assert_factor(result, brandla.root_update(root, columns, **options), dtype, "shrink")
     return small_parts
 
 
@@ -386,6 +395,7 @@ def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple
     calls: dict[str, Callable[[], Any]] = {
         "eigh_update": lambda: brandla.eigh_update(eigh, columns),
         "eigh_update, inside the span": lambda: brandla.eigh_update(eigh, hard),
+        "eigh_downdate": lambda: brandla.eigh_downdate(eigh, columns),
         "root_update": lambda: brandla.root_update(root, columns),
         "root_update, cholesky": lambda: brandla.root_update(root, columns, compress="cholesky"),
         "root_update, tracked": lambda: brandla.root_update(brandla.track(root), hard),
@@ -480,6 +490,7 @@ def refusals() -> dict[str, str]:
         "device and mesh": lambda: brandla.LowRankEigh.zeros(n, r, device="cpu", mesh=mesh),
         "zeros over two dimensions": lambda: brandla.LowRankEigh.zeros(n, r, mesh=square),
         "a panel": lambda: brandla.orthonormalize(columns),
+        "a basis to refresh": lambda: brandla.eigh_refresh(factor, data),
         "a matrix to sketch": lambda: brandla.randomized_eigh(square_matrix, r),
         "not finite": lambda: brandla.eigh_update(factor, on_rows(mesh, poisoned)),
     }

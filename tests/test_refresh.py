@@ -1,0 +1,139 @@
+"""eigh_refresh: subspace iteration with a stream of wide matrices, and the permutation that follows the vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import brandla
+import oracles
+from builders import defect, dense, make_columns, make_eigh, unbound
+from oracles import ORTHONORMAL, THRESHOLD
+
+N, M, R = 40, 70, 6
+
+
+def average(eigh: brandla.LowRankEigh, matrix: Tensor, decay: float = 1.0, weight: float = 1.0) -> Tensor:
+    """Return ρ U diag(d) Uᵀ + w G Gᵀ in float64."""
+    return oracles.updated(dense(eigh), matrix, decay, weight)
+
+
+def wide(*batch_shape: int, dtype: torch.dtype = torch.float64, seed: int = 9) -> Tensor:
+    """Return a matrix G of which G Gᵀ has the eigenvalues i^−3/2."""
+    g = oracles.gaussian(*batch_shape, N, M, seed=seed)
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    return ((u * oracles.power_law(0.75)(N)) @ vh).to(dtype)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_refresh_is_subspace_iteration_with_the_whole_average(iterations: int, dtype: torch.dtype) -> None:
+    old, matrix = make_eigh(N, R, dtype=dtype), wide(dtype=dtype)
+    whole, basis = average(old, matrix, 0.9, 0.3), old.eigenvectors.double()
+    for _ in range(iterations):
+        basis, triangle = torch.linalg.qr(whole @ basis)
+        basis = basis * triangle.diagonal().sign()
+    values, order = (basis.mT @ whole @ basis).diagonal().sort(descending=True, stable=True)
+    new, permutation = brandla.eigh_refresh(old, matrix, decay=0.9, weight=0.3, iterations=iterations)
+    assert torch.equal(permutation, order)
+    assert defect(new) <= ORTHONORMAL * oracles.epsilon(dtype)
+    scale = float(values[0] / values[-1])
+    assert oracles.difference_ratio(new.eigenvectors, basis[:, order], dtype, scale) <= THRESHOLD
+    assert (new.eigenvalues - values).abs().max() <= oracles.tolerance(N, dtype, values[0])
+
+
+def test_what_is_permuted_stays_with_its_vector(dtype: torch.dtype) -> None:
+    basis = oracles.orthonormal(N, R, seed=2).to(dtype)
+    old = brandla.LowRankEigh(torch.linspace(6, 1, R, dtype=dtype), basis)
+    labels = torch.arange(R)
+    for _ in range(3):
+        # Energy that puts the vectors in a new order, and turns none far.
+        strengths = oracles.gaussian(R, seed=int(labels[0])).abs().argsort() + 1.0
+        matrix = (basis.double() * strengths) @ torch.eye(R, M).double() + 1e-3 * oracles.gaussian(N, M, seed=5)
+        new, permutation = brandla.eigh_refresh(old, matrix.to(dtype), decay=0.0)
+        labels = labels[permutation]
+        assert ((new.eigenvectors * basis[:, labels]).sum(0) > 0.99).all()
+        assert torch.equal(labels, strengths.argsort(descending=True))
+        old = new
+
+
+def test_basis_converges_to_the_leading_eigenspace_of_a_stationary_stream(dtype: torch.dtype) -> None:
+    spectrum = torch.cat([torch.linspace(2, 1, R), 0.1 * torch.ones(N - R)]).double()
+    root = oracles.orthonormal(N, N, seed=1) * spectrum.sqrt()
+    eigh = brandla.LowRankEigh.zeros(N, R, dtype=dtype)
+    for step in range(60):
+        # G Gᵀ is the same at every step, and G is not.
+        matrix = root @ oracles.orthonormal(M, N, seed=step).mT
+        eigh, _ = brandla.eigh_refresh(eigh, matrix.to(dtype), decay=0.5, weight=0.5)
+    leading = oracles.orthonormal(N, N, seed=1)[:, :R]
+    vectors = eigh.eigenvectors.double()
+    assert oracles.difference_ratio(vectors @ vectors.mT, leading @ leading.mT, dtype) <= THRESHOLD
+    assert (eigh.eigenvalues - spectrum[:R]).abs().max() <= 0.01
+
+
+def test_zero_columns_are_begun_anew_and_missing_rank_leaves_zero_values(dtype: torch.dtype) -> None:
+    span = oracles.orthonormal(N, 3, seed=3)
+    low = span @ oracles.gaussian(3, M, seed=4)
+    eigh, permutation = brandla.eigh_refresh(brandla.LowRankEigh.zeros(N, R, dtype=dtype), low.to(dtype))
+    vectors, trace = eigh.eigenvectors[:, :3].double(), low.square().sum()
+    assert oracles.difference_ratio(vectors @ vectors.mT, span @ span.mT, dtype) <= THRESHOLD
+    assert abs(eigh.eigenvalues.sum() - trace) <= oracles.tolerance(N, dtype, trace)
+    assert (eigh.eigenvalues[3:] <= oracles.tolerance(N, dtype, trace)).all()
+    assert torch.equal(permutation.sort().values, torch.arange(R))
+    eigh, _ = brandla.eigh_refresh(eigh, wide(dtype=dtype))
+    assert (eigh.eigenvalues > 1e-3).all()
+    assert oracles.orthonormality_defect(eigh.eigenvectors, torch.ones(R)) <= ORTHONORMAL * oracles.epsilon(dtype)
+
+
+def test_every_member_of_a_batch_is_refreshed_as_by_itself(dtype: torch.dtype) -> None:
+    old, matrix = make_eigh(N, R, batch_shape=(2, 2), dtype=dtype), wide(2, 2, dtype=dtype)
+    decay = torch.linspace(0.5, 1, 4, dtype=dtype).reshape(2, 2)
+    found = brandla.eigh_refresh(old, matrix, decay=decay, weight=1 - decay / 2)
+    flat = [torch.utils._pytree.tree_map(lambda part: part.flatten(0, 1), each) for each in (found, old, matrix, decay)]
+    for (new, permutation), factor, own, rho in zip(*map(unbound, flat), strict=True):
+        alone, order = brandla.eigh_refresh(factor, own, decay=rho, weight=1 - rho / 2)
+        assert torch.equal(permutation, order)
+        assert oracles.difference_ratio(dense(new), dense(alone), dtype) <= THRESHOLD
+
+
+class Operator:
+    """A matrix that can only be multiplied with, on both sides."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Take over what a matrix says of itself."""
+        self.matrix, self.shape, self.dtype, self.device = matrix, matrix.shape, matrix.dtype, matrix.device
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        return self.matrix @ block
+
+    @property
+    def mT(self) -> Operator:  # noqa: N802
+        """The transpose."""
+        return Operator(self.matrix.mT)
+
+
+@pytest.mark.parametrize("kind", [Operator, Tensor.to_sparse, Tensor.bfloat16], ids=["operator", "sparse", "bfloat16"])
+def test_operators_sparse_and_half_matrices_give_what_dense_ones_give(kind: Any) -> None:
+    old = make_eigh(N, R, dtype=torch.float32)
+    matrix = wide(dtype=torch.float32).bfloat16().float()
+    for found, expected in zip(*(brandla.eigh_refresh(old, each) for each in (kind(matrix), matrix)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("where", ["values", "vectors", "matrix"])
+def test_non_finite_data_makes_all_of_its_factor_nan_and_touches_no_other(where: str) -> None:
+    old, matrix = make_eigh(N, R, batch_shape=(2,)), wide(2)
+    {"values": old.eigenvalues, "vectors": old.eigenvectors, "matrix": matrix}[where][1].flatten()[-1:].fill_(torch.nan)
+    new, _ = brandla.eigh_refresh(old, matrix)
+    assert new.is_finite().tolist() == [True, False]
+    assert all(part[1].isnan().all() and part[0].isfinite().all() for part in new)
+
+
+def test_inputs_are_neither_changed_nor_shared(unchanged: Any, shares_memory: Any) -> None:
+    given = make_eigh(N, R), make_columns(N, M)
+    with unchanged(given):
+        found = brandla.eigh_refresh(*given)
+    assert not shares_memory(given, found)
