@@ -2,9 +2,11 @@
 
 from brandla import grouped
 from brandla._check import checked
+from brandla._value import keep_dtype
 from brandla.brand import eigh_update, eigh_update_, svd_append, svd_update
 from brandla.damped import damped_power, damped_solve, kron_damped_solve
 from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
+from brandla.merge import merge
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
 from brandla.root import root_update, root_update_
@@ -27,7 +29,9 @@ __all__ = [
     "eigh_update",
     "eigh_update_",
     "grouped",
+    "keep_dtype",
     "kron_damped_solve",
+    "merge",
     "orthonormalize",
     "randomized_eigh",
     "randomized_svd",

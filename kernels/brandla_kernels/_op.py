@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -30,6 +30,8 @@ AnyOp: TypeAlias = "Op[..., Any]"
 OPS: dict[str, AnyOp] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 _library = torch.library.Library("brandla", "DEF")
 _forced: ContextVar[Backend | None] = ContextVar("brandla_backend", default=None)
@@ -50,7 +52,7 @@ class Op(Generic[Parameters, Result]):
     ) -> None:
         self.name = signature.name
         self.signature = signature
-        self.torch_form = torch_form
+        self.torch_form = torch_form = without_autocast(torch_form)
         self.cost = cost
         self.launch: Callable[..., Any] | None = partial(_launch, *launch.split(".")) if launch else None
         self.registered = self._register(signature.schema, torch_form, signature.sizes)
@@ -153,7 +155,27 @@ def reads_are_free(tensor: Any) -> bool:
     """
     if torch.compiler.is_compiling() or _forced.get() == "triton":
         return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Say whether a tensor has numbers to read: meta and fake tensors, and those of a torch.func.vmap, have none."""
+    # torch.func has no public question for this.
+    return not (tensor.is_meta or hasattr(tensor, "fake_mode") or torch._C._functorch.is_batchedtensor(tensor))
+
+
+def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Compute the decorated function as outside torch.autocast, whose bfloat16 products no factorisation survives."""
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
