@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from brandla_kernels import has_values, overlaps_itself
+from brandla_kernels import has_values, is_mapped, overlaps_itself
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
@@ -304,7 +304,8 @@ def _fields(function: str, name: str, factor: object, kind: str) -> tuple[Any, .
     found = tuple(getattr(factor, field, None) for field in _FIELDS[kind])
     if any(part is None for part in found):
         got = type(factor).__name__
-        remedy = _CONVERSIONS.get((kind, got), f"start one with {kind}.zeros(...)")
+        start = "brandla.centre" if kind == "Centred" else f"{kind}.zeros(...)"
+        remedy = _CONVERSIONS.get((kind, got), f"start one with {start}")
         fail_type(function, f"{name} must be a {kind}; got {got}; {remedy}")
     return found
 
@@ -372,7 +373,10 @@ def without_gradient(function: str, name: str, tensor: Tensor) -> None:
 
 
 def written(function: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor can be overwritten: an expanded one cannot."""
+    """Check that a tensor can be overwritten: an expanded one cannot, nor one that torch.func.vmap maps over."""
+    if is_mapped(tensor):
+        rule = f"{name} is overwritten, which torch.func.vmap does not map over"
+        fail_type(function, f"{rule}; pass the whole batch: leading dimensions are batch dimensions")
     if overlaps_itself(tensor):
         rule = f"{name} is overwritten, so no two of its entries may share memory"
         seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
