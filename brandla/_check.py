@@ -111,7 +111,7 @@ def part_dtype(function: str, name: str, dtype: torch.dtype | None) -> None:
     """Check the dtype of a tensor of a factor."""
     if dtype not in (None, *_FULL):
         half = ", since half precision cannot hold an orthonormal basis" if dtype in _HALF else ""
-        remedy = "keep it in one of them; data may be in half precision" if half else "take one of them"
+        remedy = "keep it in float32, beside which data may be in half precision" if half else "take one of them"
         fail_type(function, f"{name} must be float32 or float64{half}; got {spelled(dtype)}; {remedy}")
 
 
