@@ -340,10 +340,9 @@ def _orthonormal(function: str, name: str, tensor: Tensor) -> None:
 
 def _descending(function: str, name: str, values: Tensor) -> None:
     """In checked mode, check that values are descending and not negative."""
-    if _is_checked(values) and (seen := _whole(values)).numel():
-        if float(seen.min()) < 0 or bool((seen.diff() > 0).any()):
-            rule = f"{name} must be descending and >= 0"
-            fail_value(function, f"{rule}; got {seen.flatten()[:3].tolist()} …; sort them, with their vectors")
+    if _is_checked(values) and bool((values < 0).any() | (values[..., 1:] > values[..., :-1]).any()):
+        seen = _whole(values).flatten()[:3].tolist()
+        fail_value(function, f"{name} must be descending and >= 0; got {seen} …; sort them, with their vectors")
 
 
 def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) -> None:

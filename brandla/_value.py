@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
             # pytrees and torch.func put other things than tensors into these tuples.
             if not all(isinstance(part, (Tensor, *VALUES)) for part in self):
                 return plain(self)
-            return f"{kind.__name__}({', '.join(getattr(self, '_facts')())})"
+            return f"{kind.__name__}({', '.join(cast(Any, self)._facts())})"
 
         def refuse(self: Value, other: object) -> NoReturn:
             rule = "+ and * are not defined between its matrix and others"
@@ -58,7 +59,7 @@ def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
 def moved(value: Value, *args: Any, **kwargs: Any) -> Value:
     """Return a value of tensors with ``part.to(...)`` in place of each part, in float32 or float64."""
     function = f"{type(value).__name__}.to"
-    parts = {name: part.to(*args, **kwargs) for name, part in zip(type(value)._fields, value, strict=True)}
+    parts = {name: part.to(*args, **kwargs) for name, part in zip(cast(Any, value)._fields, value, strict=True)}
     for name, part in parts.items():
         _check.part_dtype(function, name, getattr(part, "dtype", None))
     return type(value)(**parts)
@@ -127,11 +128,12 @@ def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
 
 def _release(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
-
-        def released(part: Any, device: Any = getattr(parameter, "device", None)) -> Any:
-            return part.value.to(device) if isinstance(part, _Held) else part
-
+        released = partial(_on_device, getattr(parameter, "device", None))
         optimizer.state[parameter] = tree_map(released, state)
+
+
+def _on_device(device: torch.device | None, part: Any) -> Any:
+    return part.value.to(device) if isinstance(part, _Held) else part
 
 
 def _loaded(kind: type[Any], parts: tuple[Any, ...]) -> tuple[Any, ...]:

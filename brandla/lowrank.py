@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@value("brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; decay=, weight= and _replace(eigenvalues=…) scale")
+@value("brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale")
 class LowRankEigh(NamedTuple):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
@@ -415,11 +415,13 @@ class Tracked(NamedTuple, Generic[Factor]):
         """Device of the parts."""
         return self.lowrank.device
 
-    def to(self, *args: Any, **kwargs: Any) -> Tracked[Factor]:
+    # With a type of its own, self has one that mypy does not see through, as for each kind of factor.
+    def to(self: Any, *args: Any, **kwargs: Any) -> Tracked[Factor]:
         """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
-        return moved(self, *args, **kwargs)
+        tracked: Tracked[Factor] = moved(self, *args, **kwargs)
+        return tracked
 
-    def _facts(self) -> list[str]:
+    def _facts(self: Any) -> list[str]:
         return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
 
 
@@ -481,8 +483,8 @@ def _sizes(function: str, rank: int, n: int, dtype: torch.dtype | None) -> None:
 class Centred(NamedTuple):
     """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
 
-    Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of ``svd.U``
-    are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
+    Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
+    ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
 
     Parameters
     ----------
@@ -545,7 +547,7 @@ class Centred(NamedTuple):
 
     @without_autocast
     def inverse_transform(self, coordinates: Tensor) -> Tensor:
-        """Return U Z + mean for coordinates Z (..., r, k), shape (..., m, k): the nearest columns to those transformed."""
+        """Return U Z + mean for coordinates Z (..., r, k), shape (..., m, k)."""
         coordinates = _check.columns("Centred.inverse_transform", "coordinates", coordinates, "svd.U.mT", self.svd.U.mT)
         return ((self.svd.U @ coordinates).double() + self.mean[..., None]).to(self.dtype)
 

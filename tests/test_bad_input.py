@@ -32,7 +32,8 @@ COMPLEX = torch.ones(N, K, dtype=torch.complex64)
 ELSEWHERE = torch.ones(N, K, dtype=torch.float64, device="meta")
 OTHER_FORM = {"LowRankEigh": ROOT, "LowRankRoot": EIGH}
 RANDOMIZED = torch.svd_lowrank(make_columns(N, 9), 4)
-interleaved = COLUMNS.new_zeros(40).as_strided((N, R), (2, 2))
+WITH_V = brandla.LowRankSVD(*RANDOMIZED)
+INTERLEAVED = ROOT._replace(root=COLUMNS.new_zeros(40).as_strided((N, R), (2, 2)))
 HALF_EIGH = brandla.LowRankEigh(*(part.bfloat16() for part in EIGH))
 
 
@@ -213,7 +214,7 @@ CASES = [
     case("root_update_", "tolerance 1", ValueError, "tol … [0, 1) … 1.0", ROOT, COLUMNS, tol=1.0),
     case("root_update_", "rows", ValueError, "columns … n = 12 … (9, 3)", ROOT, RIGHT),
     case("root_update_", "expanded", ValueError, "root.root … share memory", expanded, COLUMNS),
-    case("root_update_", "interleaved", ValueError, "root.root … share memory", ROOT._replace(root=interleaved), COLUMNS),
+    case("root_update_", "interleaved", ValueError, "root.root … share memory", INTERLEAVED, COLUMNS),
     case("root_update_", "a gradient", RuntimeError, "columns … no_grad", ROOT, COLUMNS.clone().requires_grad_()),
     case("orthonormalize", "a vector", ValueError, "panel … (..., n, k) … (12,)", COLUMNS[:, 0]),
     case("orthonormalize", "integers", TypeError, "panel … int64 … .float()", INTEGERS),
@@ -229,7 +230,7 @@ CASES = [
     case("svd_update", "dtypes", TypeError, "right … float64 … float32", SVD, COLUMNS, RIGHT.float()),
     case("svd_update", "an eigh", TypeError, "LowRankSVD … LowRankEigh", EIGH, COLUMNS, RIGHT),
     case("svd_append", "a tuple", TypeError, "LowRankSVD(U, S, Vh); torch.svd_lowrank … V", RANDOMIZED, COLUMNS),
-    case("svd_append", "V for Vh", ValueError, "Vh … (4, 4) … V … .mT … (9, 4)", brandla.LowRankSVD(*RANDOMIZED), COLUMNS),
+    case("svd_append", "V for Vh", ValueError, "Vh … (4, 4) … V … .mT … (9, 4)", WITH_V, COLUMNS),
     case("svd_append", "an eigh", TypeError, "LowRankEigh; convert it with LowRankSVD(U, d, U.mT)", EIGH, COLUMNS),
     case("svd_append", "samples as rows", ValueError, "pass columns.mT if samples are rows", SVD, COLUMNS.mT),
     case("svd_append", "rows", ValueError, "columns … n = 12 … (9, 3)", SVD, RIGHT),
@@ -284,7 +285,9 @@ def test_zeros_refuses_a_rank_above_n(kind: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64], ids=str)
 def test_zeros_refuses_a_dtype_that_no_factor_has(dtype: torch.dtype) -> None:
     for kind, sizes in ((brandla.LowRankEigh, (5, 2)), (brandla.LowRankRoot, (5, 2)), (brandla.LowRankSVD, (5, 0, 2))):
-        with pytest.raises(TypeError, match=rf"^{kind.__name__}.zeros: dtype .* float32 or float64.*; got {str(dtype)[6:]}; "):
+        with pytest.raises(
+            TypeError, match=rf"^{kind.__name__}.zeros: dtype .* float32 or float64.*; got {str(dtype)[6:]}; "
+        ):
             kind.zeros(*sizes, dtype=dtype)
 
 
@@ -346,7 +349,7 @@ VALUE_CASES = [
     value_case("kron_damped_solve", "Q", "Q … finite", *KRON[:2], (COLUMNS, spoiled(RIGHT)), 0.1, 0.1),
     value_case("eigh_update", "a long basis", "eigenvectors … orthonormal … orthonormalize", LONG_EIGH, COLUMNS),
     value_case("eigh_update", "ascending", "eigenvalues … descending", EIGH._replace(eigenvalues=RISING), COLUMNS),
-    value_case("damped_solve", "a negative eigenvalue", "eigenvalues … >= 0", EIGH._replace(eigenvalues=-RISING), RHS, 0.1),
+    value_case("damped_solve", "negative values", "eigenvalues … >= 0", EIGH._replace(eigenvalues=-RISING), RHS, 0.1),
     value_case("damped_solve", "another S", "gram … FᵀF … root.mT @ root", ROOT._replace(gram=2 * ROOT.gram), RHS, 0.1),
     value_case("svd_append", "a long basis", "svd.U … orthonormal", SVD._replace(U=2 * SVD.U), COLUMNS),
     value_case("randomized_eigh", "indefinite", "matrix … semi-definite … randomized_svd", INDEFINITE, 2),

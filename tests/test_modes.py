@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 import brandla
 import brandla_kernels
+from brandla.kfac import KFAC, Brand
 from brandla.orthonormal import _signs
 from calls import WAITING, WITHOUT_WAITING, Call, Given, doubled, given, in_full
 from test_values import assert_same
@@ -98,5 +100,22 @@ def test_vmap_is_the_calls_one_by_one(name: str) -> None:
 
 def test_what_overwrites_names_batch_dimensions_under_vmap() -> None:
     x = given(batch_shape=(3,))
-    with pytest.raises(TypeError, match=r"^root_update_: root.root .*vmap .*; pass .*: leading dimensions are batch dimensions"):
-        torch.vmap(lambda root, columns: brandla.root_update_(root, columns))(x.root, x.columns)
+    with pytest.raises(TypeError, match=r"^root_update_: root.root .*vmap .*: leading dimensions are batch"):
+        torch.vmap(brandla.root_update_)(x.root, x.columns)
+
+
+@pytest.mark.parametrize(
+    "around", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=["autocast", "on"]
+)
+def test_a_step_of_kfac_is_the_same_inside(around: Any) -> None:
+    gradients = []
+    for context in (nullcontext(), around):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 18))
+        preconditioner = KFAC(model, inverse=Brand(rank=4))
+        for _ in range(2):
+            model(torch.randn(6, 12)).square().sum().backward()
+            with context:
+                preconditioner.step()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_same(*gradients)
