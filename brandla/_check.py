@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from brandla_kernels import has_values, is_mapped, overlaps_itself
+
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
+# What a centred stream accumulates in float64, whatever the dtype of its decomposition.
+_SUMS = ("mean", "weight", "scatter")
+_FIELDS = {
+    "LowRankEigh": ("eigenvalues", "eigenvectors"),
+    "LowRankRoot": ("root", "gram"),
+    "LowRankSVD": ("U", "S", "Vh"),
+    "Centred": ("svd", *_SUMS),
+}
+# What makes a value of the first kind from one of the second.
+_CONVERSIONS = {
+    ("LowRankEigh", "LowRankRoot"): "convert it with .to_eigh()",
+    ("LowRankEigh", "Tracked"): "convert its .lowrank with .to_eigh(), and brandla.track that",
+    ("LowRankRoot", "LowRankEigh"): "convert it with LowRankRoot.from_eigh(...)",
+    ("LowRankRoot", "Tracked"): "convert its .lowrank with LowRankRoot.from_eigh(...), and brandla.track that",
+    ("LowRankSVD", "LowRankEigh"): "convert it with LowRankSVD(U, d, U.mT)",
+    ("LowRankSVD", "tuple"): "make it one with LowRankSVD(U, S, Vh); torch.svd_lowrank returns V, whose .mT is Vh",
+}
 ONE_DIMENSION = "must lie on a device mesh of one dimension"
 
 _checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
@@ -32,9 +52,9 @@ def checked(enabled: bool = True) -> Iterator[None]:
         _checked.reset(token)
 
 
-def _is_checked() -> bool:
+def _is_checked(tensor: Tensor) -> bool:
     # A compiled graph cannot raise on values.
-    return not torch.compiler.is_compiling() and _checked.get()
+    return not torch.compiler.is_compiling() and _checked.get() and has_values(tensor)
 
 
 def fail_value(function: str, rule: str) -> NoReturn:
@@ -49,23 +69,26 @@ def fail_type(function: str, rule: str) -> NoReturn:
     raise TypeError(message)
 
 
-def _spelled(dtype: torch.dtype) -> str:
+def spelled(dtype: torch.dtype) -> str:
+    """Return a dtype without its package."""
     return str(dtype).removeprefix("torch.")
 
 
 def data(function: str, name: str, tensor: Tensor) -> None:
     """Check that ``tensor`` is a real floating-point tensor, and finite in checked mode."""
     if not isinstance(tensor, Tensor):
-        fail_type(function, f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        remedy = "; convert it with torch.from_numpy" if hasattr(tensor, "__array_interface__") else ""
+        fail_type(function, f"{name} must be a torch.Tensor; got {type(tensor).__name__}{remedy}")
     if tensor.dtype not in _HALF + _FULL:
         rule = f"{name} must be real floating point (float64, float32, bfloat16, float16)"
-        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert it with .float() or .double()")
+        remedy = "take its .real and .imag" if tensor.is_complex() else "convert it with .float() or .double()"
+        fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; {remedy}")
     finite(function, name, tensor)
 
 
 def finite(function: str, name: str, tensor: Tensor) -> None:
     """In checked mode, check that every entry of ``tensor`` is finite."""
-    if not _is_checked():
+    if not _is_checked(tensor):
         return
     entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
     # Of a DTensor the processes count together, so that all of them raise.
@@ -82,9 +105,20 @@ def _read(number: Tensor) -> float:
 def part(function: str, name: str, tensor: Tensor) -> None:
     """Check one tensor of a factor: factors are kept in float32 or float64."""
     data(function, name, tensor)
-    if tensor.dtype not in _FULL:
-        rule = f"{name} must be float32 or float64, since half precision cannot hold an orthonormal basis"
-        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert the factor with .float()")
+    part_dtype(function, name, tensor.dtype)
+
+
+def part_dtype(function: str, name: str, dtype: torch.dtype | None) -> None:
+    """Check the dtype of a tensor of a factor."""
+    if dtype not in (None, *_FULL):
+        half = ", since half precision cannot hold an orthonormal basis" if dtype in _HALF else ""
+        remedy = "keep it in float32, beside which data may be in half precision" if half else "take one of them"
+        fail_type(function, f"{name} must be float32 or float64{half}; got {spelled(dtype)}; {remedy}")
+
+
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that a part of a value may have."""
+    return (torch.float64,) if name in _SUMS else _FULL
 
 
 def shape(function: str, name: str, tensor: Tensor, expected: tuple[int, ...], because: str) -> None:
@@ -106,8 +140,8 @@ def basis(function: str, name: str, tensor: Tensor) -> None:
 def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
     """Check that two tensors of one factor share dtype and device."""
     if tensor.dtype != of.dtype:
-        rule = f"{name} must have the dtype of {of_name}, {_spelled(of.dtype)}"
-        fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert one with .to()")
+        rule = f"{name} must have the dtype of {of_name}, {spelled(of.dtype)}"
+        fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; convert one with .to()")
     same_device(function, name, tensor, of_name, of)
 
 
@@ -127,9 +161,9 @@ def matching_data(function: str, name: str, tensor: Tensor, of_name: str, of: Te
     if tensor.dtype in _HALF and of.dtype == torch.float32:
         return tensor.float()
     rule = (
-        f"{name} must have the dtype of {of_name}, {_spelled(of.dtype)} (half-precision data may meet a float32 factor)"
+        f"{name} must have the dtype of {of_name}, {spelled(of.dtype)} (half-precision data may meet a float32 factor)"
     )
-    fail_type(function, f"{rule}; got {_spelled(tensor.dtype)}; convert one with .to()")
+    fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; convert one with .to()")
 
 
 def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
@@ -137,7 +171,12 @@ def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) 
     converted = matching_data(function, name, tensor, of_name, of)
     n = of.shape[-2]
     if tensor.ndim < 2 or tensor.shape[-2] != n:
-        fail_value(function, f"{name} must have n = {n} rows, as {of_name} does; got shape {tuple(tensor.shape)}")
+        remedy = ""
+        if n in tensor.shape[-1:]:
+            one = f"{name}[:, None] for one column"
+            remedy = f"; pass {one if tensor.ndim == 1 else f'{name}.mT if samples are rows'}"
+        rule = f"{name} must have n = {n} rows, as {of_name} does"
+        fail_value(function, f"{rule}; got shape {tuple(tensor.shape)}{remedy}")
     if tensor.shape[:-2] != of.shape[:-2]:
         rule = f"{name} must have the batch shape of {of_name}, {tuple(of.shape[:-2])}"
         fail_value(function, f"{rule}; got {tuple(tensor.shape[:-2])}; expand() it first")
@@ -148,11 +187,11 @@ def rank(function: str, value: int | None, default: int, most: int, because: str
     """Check a requested rank and return it, or the default."""
     if value is None:
         return min(default, most)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail_type(function, f"rank must be an int or None; got {type(value).__name__} {value!r}")
     if not 0 <= value <= most:
         fail_value(function, f"rank must be between 0 and {most} = {because}; got {value}")
-    return value
+    return int(value)
 
 
 def tolerance(function: str, value: float) -> None:
@@ -163,11 +202,11 @@ def tolerance(function: str, value: float) -> None:
 
 def count(function: str, name: str, value: int, least: int) -> int:
     """Check an integer option."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail_type(function, f"{name} must be an int; got {type(value).__name__} {value!r}")
     if value < least:
         fail_value(function, f"{name} must be at least {least}; got {value}")
-    return value
+    return int(value)
 
 
 def choice(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -182,7 +221,7 @@ def scalar(
     """Check a number, or a tensor that broadcasts to the factor's batch shape; >= 0, or > 0 where ``positive``."""
     if isinstance(value, Tensor):
         return _tensor_scalar(function, name, value, of_name, of, positive=positive)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         fail_type(function, f"{name} must be a number or a tensor; got {type(value).__name__}")
     bound = "> 0" if positive else ">= 0"
     # Written so that NaN fails too.
@@ -201,7 +240,7 @@ def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Te
         fail_value(
             function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {tuple(value.shape)}"
         )
-    if _is_checked() and not bool((value > 0).all() if positive else (value >= 0).all()):
+    if _is_checked(value) and not bool((value > 0).all() if positive else (value >= 0).all()):
         bound = "> 0" if positive else ">= 0"
         fail_value(function, f"{name} must be {bound} everywhere; its smallest entry is {float(value.min()):g}")
     return value.to(of.dtype)
@@ -209,17 +248,19 @@ def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Te
 
 def eigh(function: str, name: str, factor: object) -> None:
     """Check a LowRankEigh-shaped pair (eigenvalues, eigenvectors)."""
-    values, vectors = _fields(function, name, factor, 2, "LowRankEigh")
+    values, vectors = _fields(function, name, factor, "LowRankEigh")
     basis(function, f"{name}.eigenvectors", vectors)
     part(function, f"{name}.eigenvalues", values)
     expected = (*vectors.shape[:-2], vectors.shape[-1])
     shape(function, f"{name}.eigenvalues", values, expected, "one value for each column of eigenvectors")
     together(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors)
+    _orthonormal(function, f"{name}.eigenvectors", vectors)
+    _descending(function, f"{name}.eigenvalues", values)
 
 
 def root(function: str, name: str, factor: object) -> None:
     """Check a LowRankRoot-shaped pair (root, gram)."""
-    tall, gram = _fields(function, name, factor, 2, "LowRankRoot")
+    tall, gram = _fields(function, name, factor, "LowRankRoot")
     part(function, f"{name}.root", tall)
     if tall.ndim < 2:
         fail_value(function, f"{name}.root must have shape (..., n, r); got {tuple(tall.shape)}")
@@ -227,25 +268,93 @@ def root(function: str, name: str, factor: object) -> None:
     expected = (*tall.shape[:-2], tall.shape[-1], tall.shape[-1])
     shape(function, f"{name}.gram", gram, expected, "one row and column for each column of root")
     together(function, f"{name}.gram", gram, f"{name}.root", tall)
+    if _is_checked(tall):
+        error, largest = (_inner(tall) - _whole(gram)).abs(), _whole(gram).diagonal(dim1=-2, dim2=-1).amax(-1)
+        rule = f"{name}.gram must be the Gram matrix FᵀF of {name}.root"
+        _small_enough(function, rule, error.amax((-2, -1)) / largest, tall.dtype, "measure it anew, as root.mT @ root")
 
 
 def svd(function: str, name: str, factor: object) -> None:
     """Check a LowRankSVD-shaped triple (U, S, Vh)."""
-    left, values, right = _fields(function, name, factor, 3, "LowRankSVD")
+    left, values, right = _fields(function, name, factor, "LowRankSVD")
     basis(function, f"{name}.U", left)
     part(function, f"{name}.S", values)
     part(function, f"{name}.Vh", right)
     r = left.shape[-1]
     shape(function, f"{name}.S", values, (*left.shape[:-2], r), "one value for each column of U")
-    shape(function, f"{name}.Vh", right, (*left.shape[:-2], r, right.shape[-1]), "one row for each column of U")
+    remedy = "; if it is V, as torch.svd_lowrank returns, pass its .mT" if right.shape[-1] == r else ""
+    because = f"one row for each column of U{remedy}"
+    shape(function, f"{name}.Vh", right, (*left.shape[:-2], r, right.shape[-1]), because)
     together(function, f"{name}.S", values, f"{name}.U", left)
     together(function, f"{name}.Vh", right, f"{name}.U", left)
+    _orthonormal(function, f"{name}.U", left)
+    _descending(function, f"{name}.S", values)
 
 
-def _fields(function: str, name: str, factor: object, expected: int, kind: str) -> tuple[Tensor, ...]:
-    if not isinstance(factor, tuple) or len(factor) != expected or not all(isinstance(f, Tensor) for f in factor):
-        fail_type(function, f"{name} must be a {kind}; got {type(factor).__name__}; start one with {kind}.zeros(...)")
-    return factor
+def symmetric(function: str, name: str, factor: object) -> None:
+    """Check a LowRankEigh or a LowRankRoot."""
+    if hasattr(factor, "eigenvectors"):
+        eigh(function, name, factor)
+    elif hasattr(factor, "gram"):
+        root(function, name, factor)
+    else:
+        fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
+
+
+def _fields(function: str, name: str, factor: object, kind: str) -> tuple[Any, ...]:
+    found = tuple(getattr(factor, field, None) for field in _FIELDS[kind])
+    if any(part is None for part in found):
+        got = type(factor).__name__
+        start = "brandla.centre" if kind == "Centred" else f"{kind}.zeros(...)"
+        remedy = _CONVERSIONS.get((kind, got), f"start one with {start}")
+        fail_type(function, f"{name} must be a {kind}; got {got}; {remedy}")
+    return found
+
+
+# What checked mode allows of what should be 0: far from rounding, and from what would spoil a result.
+def _small_enough(function: str, rule: str, error: Tensor, dtype: torch.dtype, remedy: str) -> None:
+    worst = float(error.max()) if error.numel() else 0.0
+    if worst > torch.finfo(dtype).eps ** 0.5:
+        fail_value(function, f"{rule}; got a relative error of {worst:.1g}; {remedy}")
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Return a tensor in float64, of a DTensor in full."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.double()
+
+
+def _inner(tall: Tensor) -> Tensor:
+    """Return TᵀT in float64."""
+    wide = tall.double()
+    return _whole(wide.mT @ wide)
+
+
+def _orthonormal(function: str, name: str, tensor: Tensor) -> None:
+    """In checked mode, check that the columns of a basis are orthonormal, or zero."""
+    if _is_checked(tensor):
+        inner = _inner(tensor)
+        error = (inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).double())).abs()
+        rule = f"{name} must have orthonormal columns, or zero ones"
+        _small_enough(function, rule, error, tensor.dtype, "make them so with brandla.orthonormalize")
+
+
+def _descending(function: str, name: str, values: Tensor) -> None:
+    """In checked mode, check that values are descending and not negative."""
+    if _is_checked(values) and bool((values < 0).any() | (values[..., 1:] > values[..., :-1]).any()):
+        seen = _whole(values).flatten()[:3].tolist()
+        fail_value(function, f"{name} must be descending and >= 0; got {seen} …; sort them, with their vectors")
+
+
+def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) -> None:
+    """In checked mode, check that a small matrix XᵀMX of a matrix M of this dtype is symmetric and semi-definite."""
+    if not _is_checked(inner) or not inner.numel():
+        return
+    largest = torch.linalg.vector_norm(inner, dim=(-2, -1)).clamp_min(torch.finfo(inner.dtype).tiny)
+    asymmetry = (inner - inner.mT).abs().amax((-2, -1)) / largest
+    _small_enough(function, f"{name} must be symmetric", asymmetry, dtype, "see randomized_svd")
+    negative = -torch.linalg.eigvalsh((inner + inner.mT) / 2)[..., 0] / largest
+    _small_enough(function, f"{name} must be positive semi-definite", negative, dtype, "see randomized_svd")
 
 
 def tracked(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
@@ -264,20 +373,28 @@ def without_gradient(function: str, name: str, tensor: Tensor) -> None:
 
 
 def written(function: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor can be overwritten: an expanded one cannot."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    """Check that a tensor can be overwritten: an expanded one cannot, nor one that torch.func.vmap maps over."""
+    if is_mapped(tensor):
+        rule = f"{name} is overwritten, which torch.func.vmap does not map over"
+        fail_type(function, f"{rule}; pass the whole batch: leading dimensions are batch dimensions")
+    if overlaps_itself(tensor):
         rule = f"{name} is overwritten, so no two of its entries may share memory"
         seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         fail_value(function, f"{rule}; got {seen}; take its .contiguous()")
 
 
-def centre(function: str, basis_tensor: Tensor, mean: Tensor, weight: Tensor) -> None:
-    """Check the mean and the weight of a centred stream."""
-    batch, m = tuple(basis_tensor.shape[:-2]), basis_tensor.shape[-2]
-    for name, value, expected in (("svd.mean", mean, (*batch, m)), ("svd.weight", weight, batch)):
-        part(function, name, value)
-        shape(function, name, value, expected, "as its basis needs")
-        together(function, name, value, "svd.svd.U", basis_tensor)
+def centred(function: str, name: str, state: object) -> None:
+    """Check a Centred value."""
+    factor, *sums = _fields(function, name, state, "Centred")
+    svd(function, f"{name}.svd", factor)
+    batch, m = tuple(factor.U.shape[:-2]), factor.U.shape[-2]
+    for field, value, expected in zip(_SUMS, sums, ((*batch, m), batch, batch), strict=True):
+        part(function, f"{name}.{field}", value)
+        if value.dtype != torch.float64:
+            rule = f"{name}.{field} must be float64, whatever the decomposition is"
+            fail_type(function, f"{rule}; got {spelled(value.dtype)}; convert it with .double()")
+        shape(function, f"{name}.{field}", value, expected, "as its basis needs")
+        same_device(function, f"{name}.{field}", value, f"{name}.svd.U", factor.U)
 
 
 def mixture(function: str, name: str, tensor: Tensor, *, as_dtensor: bool = False) -> NoReturn:

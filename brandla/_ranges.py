@@ -2,7 +2,7 @@
 
 Under ``torch.profiler`` a range is an event that holds the calls and kernels of its function, and under
 ``torch.autograd.profiler.emit_nvtx`` an NVTX range. With no profiler on, two flags are read; under torch.compile there
-is nothing.
+is nothing. What is called so also computes as outside ``torch.autocast``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+
+from brandla_kernels import without_autocast
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -33,7 +35,8 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
     """
     letters = [each.split(",") for each in sizes]
 
-    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    def decorate(public: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        function = without_autocast(public)
         module = function.__module__.rpartition(".")[2]
         name = f"brandla::{'grouped.' if module == 'grouped' else ''}{function.__qualname__}"
 

@@ -11,7 +11,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import above, leading, orthonormal_in, safe_eigh, safe_svd, signs_of, unit_scaled, unresolved
-from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, most_of, tolerance_of
+from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, less, most_of, tolerance_of
 from brandla.orthonormal import polish, polish_
 from brandla.root import Update, Updated, as_matrix, check_update, is_sparse
 from brandla_kernels import gram, reads_are_free, without_denormals
@@ -448,25 +448,28 @@ def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
     """Append the batch about its own mean, and the distance between the means in the direction this leaves free."""
     function = "svd_append"
-    svd, mean, weight = state
-    _check.svd(function, "svd.svd", svd)
-    _check.centre(function, svd.U, mean, weight)
+    svd, mean, weight, scatter = state
+    _check.centred(function, "svd", state)
     append = _check_append(function, svd, columns, decay, rank)
     columns, rows = append.columns, append.rows
     rows.admit(function, "svd.mean", mean)
-    mean, weight = rows.local(function, "svd.mean", mean, -1), rows.small(function, "svd.weight", weight)
+    mean = rows.local(function, "svd.mean", mean, -1)
+    weight, scatter = rows.small(function, "svd.weight", weight), rows.small(function, "svd.scatter", scatter)
     k = columns.shape[-1]
     old = weight * append.decay**2
     total = old + k
     share = torch.where(total > 0, k / total, 0.0)
-    batch_mean = columns.mean(-1) if k else mean
+    batch_mean = columns.mean(-1, dtype=torch.float64) if k else mean
     # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + s sᵀ, s = √(old·k/total) (μ_old − μ_batch).
     # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
-    centred = columns - (batch_mean - shift)[..., None]
+    centred = less(columns, batch_mean - shift)
     updated = _append_left(append._replace(columns=centred))
-    mean = mean + (batch_mean - mean) * share[..., None]
-    return Centred(append.as_given(updated), rows.tall_result(mean, -1), rows.small_result(total))
+    added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
+    # What is not finite in one entry of the mean reaches all of it.
+    mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
+    numbers = map(rows.small_result, (total + 0 * added, scatter * append.decay**2 + added))
+    return Centred(append.as_given(updated), rows.tall_result(mean, -1), *numbers)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

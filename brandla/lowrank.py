@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._sharded import everywhere, rows_of, zero_rows
+from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
 from brandla._small import largest_of_gram, leading, unit_scaled, unresolved
+from brandla._value import extremes, facts, moved, number, value
 from brandla.orthonormal import polish
-from brandla_kernels import rounded_gram
+from brandla_kernels import project, rounded_gram, without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+@value("brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale")
 class LowRankEigh(NamedTuple):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
@@ -57,7 +59,7 @@ class LowRankEigh(NamedTuple):
 
         Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankEigh.zeros", rank, n)
+        _sizes("LowRankEigh.zeros", rank, n, dtype)
         vectors = zero_rows("LowRankEigh.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(torch.zeros(*batch_shape, rank, dtype=dtype, device=vectors.device), vectors)
 
@@ -71,10 +73,39 @@ class LowRankEigh(NamedTuple):
         """Number of eigenpairs kept."""
         return self.eigenvectors.shape[-1]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., n, n) of the matrix."""
+        return torch.Size((*self.eigenvectors.shape[:-2], self.n, self.n))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts."""
+        return self.eigenvectors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.eigenvectors.device
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankEigh:
+        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        return moved(self, *args, **kwargs)
+
+    @without_autocast
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return U diag(d) Uᵀ X for X (n,) or (..., n, m), by products with U alone."""
+        return _applied("LowRankEigh @", self.eigenvectors, self.eigenvalues, self.eigenvectors, block)
+
+    def trace(self) -> Tensor:
+        """Return the sum of the eigenvalues, of batch shape."""
+        return self.eigenvalues.sum(-1)
+
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
         return self.eigenvalues[..., 0] if self.rank else self.eigenvalues.sum(-1)
 
+    @without_autocast
     def dense(self) -> Tensor:
         """Return U diag(d) Uᵀ, shape (..., n, n): for tests and small cases."""
         values, vectors = map(everywhere, self)
@@ -84,7 +115,11 @@ class LowRankEigh(NamedTuple):
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
         return torch.isfinite(self.eigenvalues).all(-1)
 
+    def _facts(self) -> list[str]:
+        return [*facts(self, "n"), *extremes("eigenvalues", self.eigenvalues)]
 
+
+@value("brandla.root_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale")
 class LowRankRoot(NamedTuple):
     """M ≈ F Fᵀ, with S = FᵀF beside it: the form that is cheapest to update.
 
@@ -125,11 +160,12 @@ class LowRankRoot(NamedTuple):
 
         Over a 1-D ``mesh`` F is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankRoot.zeros", rank, n)
+        _sizes("LowRankRoot.zeros", rank, n, dtype)
         root = zero_rows("LowRankRoot.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(root, torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=root.device))
 
     @classmethod
+    @without_autocast
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
         """Take over a LowRankEigh: F = U √d."""
         function = "LowRankRoot.from_eigh"
@@ -149,6 +185,35 @@ class LowRankRoot(NamedTuple):
         """Number of columns."""
         return self.root.shape[-1]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., n, n) of the matrix."""
+        return torch.Size((*self.root.shape[:-2], self.n, self.n))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts."""
+        return self.root.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.root.device
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankRoot:
+        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        return moved(self, *args, **kwargs)
+
+    @without_autocast
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return F Fᵀ X for X (n,) or (..., n, m), by products with F alone."""
+        return _applied("LowRankRoot @", self.root, None, self.root, block)
+
+    def trace(self) -> Tensor:
+        """Return the trace of S, which is that of the matrix, of batch shape."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @without_autocast
     def to_eigh(self) -> LowRankEigh:
         """Return the LowRankEigh of the same matrix and rank, from the Gram matrix of F measured anew.
 
@@ -164,12 +229,14 @@ class LowRankRoot(NamedTuple):
         vectors = polish(root @ unit_scaled(rotation, values), rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
+    @without_autocast
     def largest_eigenvalue(self) -> Tensor:
         """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
         function = "LowRankRoot.largest_eigenvalue"
         rows = rows_of(function, "root", self.root, self.gram)
         return rows.small_result(largest_of_gram(rows.small(function, "gram", self.gram)))
 
+    @without_autocast
     def dense(self) -> Tensor:
         """Return F Fᵀ, shape (..., n, n): for tests and small cases."""
         root = everywhere(self.root)
@@ -179,7 +246,11 @@ class LowRankRoot(NamedTuple):
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
         return torch.isfinite(self.gram).all(-1).all(-1)
 
+    def _facts(self) -> list[str]:
+        return [*facts(self, "n"), *extremes("diagonal of gram", self.gram.diagonal(dim1=-2, dim2=-1))]
 
+
+@value("brandla.svd_update adds L Rᵀ, of another such value L = U * S[..., None, :] and R = Vh.mT; its decay= scales")
 class LowRankSVD(NamedTuple):
     """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
 
@@ -215,7 +286,7 @@ class LowRankSVD(NamedTuple):
         ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. Over a 1-D ``mesh`` U is a
         DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankSVD.zeros", rank, m)
+        _sizes("LowRankSVD.zeros", rank, m, dtype)
         left = zero_rows("LowRankSVD.zeros", mesh, (*batch_shape, m, rank), dtype, device)
         values = torch.zeros(*batch_shape, rank, dtype=dtype, device=left.device)
         return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=left.device))
@@ -225,6 +296,36 @@ class LowRankSVD(NamedTuple):
         """Number of singular triplets kept."""
         return self.S.shape[-1]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., m, n) of the matrix."""
+        return torch.Size((*self.U.shape[:-1], self.Vh.shape[-1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts."""
+        return self.U.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.U.device
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankSVD:
+        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        return moved(self, *args, **kwargs)
+
+    @property
+    def mT(self) -> LowRankSVD:  # noqa: N802
+        """The decomposition of Xᵀ. `brandla.svd_append` on it appends rows to X."""
+        return LowRankSVD(self.Vh.mT, self.S, self.U.mT)
+
+    @without_autocast
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return U diag(S) Vh Y for Y (n,) or (..., n, k), by products with U and Vh alone."""
+        return _applied("LowRankSVD @", self.U, self.S, self.Vh.mT, block)
+
+    @without_autocast
     def dense(self) -> Tensor:
         """Return U diag(S) Vh, shape (..., m, n): for tests and small cases."""
         left, values, right = map(everywhere, self)
@@ -233,6 +334,25 @@ class LowRankSVD(NamedTuple):
     def is_finite(self) -> Tensor:
         """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
         return torch.isfinite(self.S).all(-1)
+
+    def _facts(self) -> list[str]:
+        return [*facts(self, "m", "n"), *extremes("values", self.S)]
+
+
+def _applied(function: str, left: Tensor, values: Tensor | None, right: Tensor, block: Tensor) -> Tensor:
+    """Return L diag(v) RᵀX."""
+    n = right.shape[-2]
+    converted = _check.matching_data(function, "the tensor", block, "the value", right)
+    columns = converted[..., None] if block.ndim == 1 else converted
+    if block.ndim == 0 or columns.shape[-2] != n:
+        _check.fail_value(function, f"the tensor must have {n} rows; got shape {tuple(block.shape)}")
+    if is_dtensor(right):
+        inner = right.mT @ columns
+    else:
+        batch = torch.broadcast_shapes(columns.shape[:-2], right.shape[:-2])
+        inner = project(*(part.expand(*batch, *part.shape[-2:]) for part in (right, columns)))
+    product = left @ (inner if values is None else values[..., None] * inner)
+    return product[..., 0] if block.ndim == 1 else product
 
 
 Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
@@ -258,6 +378,7 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
     return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
+@value("the update functions add columns; their decay= and weight= scale")
 class Tracked(NamedTuple, Generic[Factor]):
     """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
 
@@ -279,13 +400,41 @@ class Tracked(NamedTuple, Generic[Factor]):
     error_bound: Tensor
     trace: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., n, n) of the matrix."""
+        return self.lowrank.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts."""
+        return self.lowrank.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.lowrank.device
+
+    # With a type of its own, self has one that mypy does not see through, as for each kind of factor.
+    def to(self: Any, *args: Any, **kwargs: Any) -> Tracked[Factor]:
+        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        tracked: Tracked[Factor] = moved(self, *args, **kwargs)
+        return tracked
+
+    def _facts(self: Any) -> list[str]:
+        return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
+
 
 def track(lowrank: Factor) -> Tracked[Factor]:
-    """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly."""
-    if isinstance(lowrank, LowRankRoot):
-        trace = lowrank.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    else:
-        trace = lowrank.eigenvalues.sum(-1)
+    """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If ``lowrank`` is no LowRankEigh or LowRankRoot, or its parts do not fit together.
+    """
+    _check.symmetric("track", "lowrank", lowrank)
+    trace = lowrank.trace()
     return Tracked(lowrank, torch.zeros_like(trace), trace)
 
 
@@ -323,31 +472,97 @@ def tolerance_of(rank: int | Rank | None) -> float:
     return rank.tol if isinstance(rank, Rank) else 0.0
 
 
-def _sizes(function: str, rank: int, n: int) -> None:
+def _sizes(function: str, rank: int, n: int, dtype: torch.dtype | None) -> None:
+    _check.part_dtype(function, "dtype", torch.get_default_dtype() if dtype is None else dtype)
     _check.count(function, "rank", rank, 0)
     if rank > n:
         _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")
 
 
+@value("brandla.merge joins two streams; decay= of brandla.svd_append scales what was seen")
 class Centred(NamedTuple):
     """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
 
-    Start one with `centre` and feed it to `brandla.svd_append`. ``svd.U`` holds the principal axes, and
-    ``svd.S² / weight`` the variances along them. Right vectors are not kept: a moving mean moves every column seen.
+    Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
+    ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
 
     Parameters
     ----------
     svd
         LowRankSVD with an empty Vh (..., r, 0).
     mean
-        Shape (..., m): the mean of the columns so far, weighted as decay weights them.
+        Shape (..., m), float64: the mean of the columns so far, weighted as decay weights them.
     weight
-        Tensor of batch shape: the number of columns so far, weighted in the same way.
+        Tensor of batch shape, float64: the number N of columns so far, weighted in the same way.
+    scatter
+        Tensor of batch shape, float64: Σ‖x − mean‖² of the columns so far, what truncation left out included.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> stream = brandla.centre(brandla.LowRankSVD.zeros(64, 0, rank=8))
+    >>> for batch in torch.randn(4, 64, 32):
+    ...     stream = brandla.svd_append(stream, batch)
+    >>> stream.transform(torch.randn(64, 5)).shape
+    torch.Size([8, 5])
     """
 
     svd: LowRankSVD
     mean: Tensor
     weight: Tensor
+    scatter: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the decomposition; mean, weight and scatter are float64."""
+        return self.svd.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.svd.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Centred:
+        """Return the value on another device, or its decomposition in another dtype: arguments as of `Tensor.to`."""
+        svd = self.svd.to(*args, **kwargs)
+        return Centred(svd, *(part.to(svd.device) for part in self[1:]))
+
+    def explained_variance(self, correction: float = 1) -> Tensor:
+        """Return the variances S²/(N − correction) along the axes, shape (..., r), descending.
+
+        The default divides by N − 1, the unbiased estimate of a sample, as ``torch.var`` and scikit-learn do;
+        ``correction=0`` by N. With a decay below 1, N is the sum of the weights, and the estimate is biased.
+        """
+        return (self.svd.S.double().square() / (self.weight - correction)[..., None]).to(self.dtype)
+
+    def explained_variance_ratio(self) -> Tensor:
+        """Return the share of each axis in the total variance, shape (..., r): the same with N and with N − 1."""
+        return (self.svd.S.double().square() / self.scatter[..., None]).to(self.dtype)
+
+    @without_autocast
+    def transform(self, columns: Tensor) -> Tensor:
+        """Return the coordinates Uᵀ(X − mean) of columns X (..., m, k) along the axes, shape (..., r, k)."""
+        columns = _check.columns("Centred.transform", "columns", columns, "svd.U", self.svd.U)
+        return project(self.svd.U, less(columns, self.mean))
+
+    @without_autocast
+    def inverse_transform(self, coordinates: Tensor) -> Tensor:
+        """Return U Z + mean for coordinates Z (..., r, k), shape (..., m, k)."""
+        coordinates = _check.columns("Centred.inverse_transform", "coordinates", coordinates, "svd.U.mT", self.svd.U.mT)
+        return ((self.svd.U @ coordinates).double() + self.mean[..., None]).to(self.dtype)
+
+    def is_finite(self) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        return torch.isfinite(self.scatter)
+
+    def _facts(self) -> list[str]:
+        return [repr(self.svd), *number("weight", self.weight)]
+
+
+def less(columns: Tensor, mean: Tensor) -> Tensor:
+    """Return columns X (..., m, k) less a float64 mean (..., m), in the dtype of X: what is near it loses no digit."""
+    high = mean.to(columns.dtype)
+    return columns - high[..., None] - (mean - high).to(columns.dtype)[..., None]
 
 
 def centre(svd: LowRankSVD) -> Centred:
@@ -364,5 +579,6 @@ def centre(svd: LowRankSVD) -> Centred:
         _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
     rows = rows_of("centre", "svd.U", svd.U, svd.S)
     left = rows.local("centre", "svd.U", svd.U)
-    mean = rows.tall_result(left.new_zeros(left.shape[:-1]), -1)
-    return Centred(svd, mean, rows.small_result(left.new_zeros(left.shape[:-2])))
+    mean = rows.tall_result(left.new_zeros(left.shape[:-1], dtype=torch.float64), -1)
+    nothing = left.new_zeros(left.shape[:-2], dtype=torch.float64)
+    return Centred(svd, mean, rows.small_result(nothing), rows.small_result(nothing.clone()))

@@ -168,7 +168,7 @@ def _error_of(panel: Tall, block: Tensor) -> Tensor:
 @cache
 def _signs(k: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(k)
-    return torch.randint(0, 2, (k, _PROBES), generator=generator).mul_(2).sub_(1).to(dtype)
+    return torch.randint(0, 2, (k, _PROBES), generator=generator, device="cpu").mul_(2).sub_(1).to(dtype)
 
 
 class _FirstPass(NamedTuple):

@@ -62,8 +62,8 @@ def randomized_eigh(
     Parameters
     ----------
     matrix
-        M, a tensor (..., n, n), a sparse tensor (n, n) or a linear operator (n, n). Symmetric positive semi-definite:
-        not verified.
+        M, a tensor (..., n, n), a sparse tensor (n, n) or a linear operator (n, n). Symmetric positive semi-definite,
+        which `brandla.checked` verifies as far as the result shows it.
     rank
         Number of eigenpairs, at most n.
     oversample
@@ -108,6 +108,7 @@ def randomized_eigh(
     if width == n:
         # A sketch as large as the matrix would save nothing.
         dense = product(function, matrix, _identity(matrix, n))
+        _check.semidefinite(function, "matrix", dense, matrix.dtype)
         values, vectors = safe_eigh((dense + dense.mT) / 2, keep=rank)
         return LowRankEigh(values[..., :rank].clone(), vectors.clone())
     if start is None and power_iterations:
@@ -124,7 +125,7 @@ def randomized_eigh(
     for _ in range(power_iterations):
         test = spanning(image / scale)
         image = product(function, matrix, test)
-    values, vectors = _nystrom(test, image / scale, rank)
+    values, vectors = _nystrom(test, image / scale, rank, matrix.dtype)
     return LowRankEigh(values * scale[..., 0], vectors)
 
 
@@ -202,13 +203,14 @@ def randomized_svd(
     )
 
 
-def _nystrom(test: Tensor, image: Tensor, rank: int) -> LowRankEigh:
+def _nystrom(test: Tensor, image: Tensor, rank: int, dtype: torch.dtype) -> LowRankEigh:
     """Leading eigenpairs of Y (XᵀY)⁺ Yᵀ for Y = M X: the Nyström approximation of M from the range of X."""
     n = test.shape[-2]
     norm = torch.linalg.vector_norm(image, dim=(-2, -1), keepdim=True)
     shift = n**0.5 * torch.finfo(image.dtype).eps * norm
     image = image + shift * test
     inner = (test.mT @ image).double()
+    _check.semidefinite("randomized_eigh", "matrix", inner, dtype)
     levels, directions = safe_eigh((inner + inner.mT) / 2)
     resolved = levels > inner.shape[-1] * torch.finfo(inner.dtype).eps * levels[..., :1]
     root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import brandla
 from builders import make_columns, make_eigh, make_root, make_svd
@@ -28,6 +30,10 @@ KRON = (EIGH, make_eigh(9, R), make_columns(N, 9))
 INTEGERS = torch.ones(N, K, dtype=torch.int64)
 COMPLEX = torch.ones(N, K, dtype=torch.complex64)
 ELSEWHERE = torch.ones(N, K, dtype=torch.float64, device="meta")
+OTHER_FORM = {"LowRankEigh": ROOT, "LowRankRoot": EIGH}
+RANDOMIZED = torch.svd_lowrank(make_columns(N, 9), 4)
+WITH_V = brandla.LowRankSVD(*RANDOMIZED)
+INTERLEAVED = ROOT._replace(root=COLUMNS.new_zeros(40).as_strided((N, R), (2, 2)))
 HALF_EIGH = brandla.LowRankEigh(*(part.bfloat16() for part in EIGH))
 
 
@@ -78,10 +84,12 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
     tracked = brandla.track(factor)
     return [
         columns("rows", "n = 12 … (5, 3)", ValueError, SHORT),
-        columns("a vector", "(12,)", ValueError, THREE.new_ones(N)),
+        columns("samples as rows", "n = 12 … (3, 12) … pass columns.mT if samples are rows", ValueError, COLUMNS.mT),
+        columns("a vector", "(12,) … pass columns[:, None] for one column", ValueError, THREE.new_ones(N)),
+        columns("a numpy array", "Tensor … ndarray … torch.from_numpy", TypeError, COLUMNS.numpy()),
         columns("batch shape", "batch … (2,) … expand", ValueError, TWO_BATCHES),
         columns("integers", "int64 … float", TypeError, INTEGERS),
-        columns("complex numbers", "complex64", TypeError, COMPLEX),
+        columns("complex numbers", "complex64; take its .real and .imag", TypeError, COMPLEX),
         columns("booleans", "bool", TypeError, INTEGERS.bool()),
         columns("float32 beside float64", "float64 … float32", TypeError, COLUMNS.float()),
         columns("half beside float64", "float64 … bfloat16", TypeError, COLUMNS.bfloat16()),
@@ -98,6 +106,8 @@ def update_cases(function: str, factor: Any, kind: str) -> list[Case]:
         option("decay of a wrong shape", ValueError, "decay … batch shape () … (3,)", decay=THREE),
         option("integer decay tensor", TypeError, "decay … int64", decay=torch.tensor(1)),
         old("a dense matrix", TypeError, f"{kind} … Tensor … zeros", MATRIX),
+        old("another form", TypeError, f"{kind} … {type(OTHER_FORM[kind]).__name__} … convert", OTHER_FORM[kind]),
+        old("a plain tuple", TypeError, f"{kind} … tuple", tuple(factor)),
         old("nothing", TypeError, f"{kind} … NoneType", None),
         old("an SVD", TypeError, f"{kind} … LowRankSVD", SVD),
         old("half", TypeError, "float32 or float64 … bfloat16", type(factor)(*(each.bfloat16() for each in factor))),
@@ -226,6 +236,7 @@ def kron_cases() -> list[Case]:
     ]
 
 
+VECTOR_ROOT = brandla.LowRankRoot(COLUMNS[:, 0], ROOT.gram)
 expanded = brandla.LowRankRoot(COLUMNS[:, :1].expand(N, R), ROOT.gram)
 WIDE = make_columns(N, N + 1)
 wide = brandla.LowRankEigh(THREE.new_ones(N), EIGH.eigenvectors.mT)
@@ -233,13 +244,14 @@ CASES = [
     *update_cases("eigh_update", EIGH, "LowRankEigh"),
     *update_cases("root_update", ROOT, "LowRankRoot"),
     case("eigh_update", "a wide basis", ValueError, "eigenvectors … r = 12 > n = 4", wide, EIGH.eigenvectors.mT),
-    case("root_update", "a vector for F", ValueError, "root.root … (12,)", (COLUMNS[:, 0], ROOT.gram), COLUMNS),
+    case("root_update", "a vector for F", ValueError, "root.root … (12,)", VECTOR_ROOT, COLUMNS),
     case("root_update", "unknown compression", ValueError, "compress … 'qr'", ROOT, COLUMNS, compress="qr"),
     case("root_update", "no compression", ValueError, "compress … 'eigh' … None", ROOT, COLUMNS, compress=None),
     case("root_update_", "unknown compression", ValueError, "compress … 'qr'", ROOT, COLUMNS, compress="qr"),
     case("root_update_", "tolerance 1", ValueError, "tol … [0, 1) … 1.0", ROOT, COLUMNS, tol=1.0),
     case("root_update_", "rows", ValueError, "columns … n = 12 … (9, 3)", ROOT, RIGHT),
     case("root_update_", "expanded", ValueError, "root.root … share memory", expanded, COLUMNS),
+    case("root_update_", "interleaved", ValueError, "root.root … share memory", INTERLEAVED, COLUMNS),
     case("root_update_", "a gradient", RuntimeError, "columns … no_grad", ROOT, COLUMNS.clone().requires_grad_()),
     case("root_update", "shrink", ValueError, "shrink … 'cholesky'", ROOT, COLUMNS, compress="cholesky", shrink=True),
     case("eigh_downdate", "rows", ValueError, "columns … n = 12 … (9, 3)", EIGH, RIGHT),
@@ -270,6 +282,10 @@ CASES = [
     case("svd_update", "integers", TypeError, "left … int64", SVD, INTEGERS, RIGHT),
     case("svd_update", "dtypes", TypeError, "right … float64 … float32", SVD, COLUMNS, RIGHT.float()),
     case("svd_update", "an eigh", TypeError, "LowRankSVD … LowRankEigh", EIGH, COLUMNS, RIGHT),
+    case("svd_append", "a tuple", TypeError, "LowRankSVD(U, S, Vh); torch.svd_lowrank … V", RANDOMIZED, COLUMNS),
+    case("svd_append", "V for Vh", ValueError, "Vh … (4, 4) … V … .mT … (9, 4)", WITH_V, COLUMNS),
+    case("svd_append", "an eigh", TypeError, "LowRankEigh; convert it with LowRankSVD(U, d, U.mT)", EIGH, COLUMNS),
+    case("svd_append", "samples as rows", ValueError, "pass columns.mT if samples are rows", SVD, COLUMNS.mT),
     case("svd_append", "rows", ValueError, "columns … n = 12 … (9, 3)", SVD, RIGHT),
     case("svd_append", "rank", ValueError, "rank … m = 12, r = 4, k = 3 … 8", SVD, COLUMNS, rank=8),
     case("svd_append", "complex numbers", TypeError, "columns … complex64", SVD, COMPLEX),
@@ -295,6 +311,10 @@ CASES = [
     case("kron_damped_power", "shape", ValueError, "matrix … 12, 9 … (9, 12)", *KRON[:2], KRON[2].mT, 0.1, -1),
     case("kron_damped_power", "a pair", TypeError, "(P, Q) … P @ Q.mT", *KRON[:2], (COLUMNS, RIGHT), 0.1, -1),
     case("kron_damped_power", "exponent as text", TypeError, "exponent … str", *KRON, 0.1, "-1/2"),
+    case("centre", "an eigh", TypeError, "svd must be a LowRankSVD; got LowRankEigh", EIGH),
+    case("track", "an SVD", TypeError, "lowrank must be a LowRankEigh or a LowRankRoot; got LowRankSVD", SVD),
+    case("track", "a tensor", TypeError, "lowrank must be a LowRankEigh or a LowRankRoot; got Tensor", MATRIX),
+    case("track", "half", TypeError, "lowrank.eigenvectors … bfloat16", HALF_EIGH),
 ]
 WITH_CASES = ("function", "arguments", "options", "error", "words")
 
@@ -313,7 +333,7 @@ def assert_refused(function: str, arguments: Any, options: dict[str, Any], error
 def test_wrong_input_is_refused_in_words(
     function: str, arguments: Any, options: dict[str, Any], error: Error, words: str, unchanged: Callable[..., Any]
 ) -> None:
-    with unchanged([part for part in (arguments, options) if "meta" not in str(part)]):
+    with unchanged([part for part in tree_leaves((arguments, options)) if not getattr(part, "is_meta", False)]):
         assert_refused(function, arguments, options, error, words)
 
 
@@ -325,6 +345,24 @@ def test_zeros_refuses_a_rank_above_n(kind: Any) -> None:
         kind.zeros(5, -1)
     with pytest.raises(TypeError, match="float"):
         kind.zeros(5, 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64], ids=str)
+def test_zeros_refuses_a_dtype_that_no_factor_has(dtype: torch.dtype) -> None:
+    for kind, sizes in ((brandla.LowRankEigh, (5, 2)), (brandla.LowRankRoot, (5, 2)), (brandla.LowRankSVD, (5, 0, 2))):
+        with pytest.raises(
+            TypeError, match=rf"^{kind.__name__}.zeros: dtype .* float32 or float64.*; got {str(dtype)[6:]}; "
+        ):
+            kind.zeros(*sizes, dtype=dtype)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    plain = brandla.eigh_update(EIGH, COLUMNS, decay=0.5, weight=2.0, rank=3)
+    result = brandla.eigh_update(EIGH, COLUMNS, decay=np.float32(0.5), weight=np.float64(2), rank=np.int64(3))
+    assert all(torch.equal(a, b) for a, b in zip(plain, result, strict=True))
+    assert brandla.LowRankRoot.zeros(5, np.int64(2)).rank == brandla.randomized_svd(MATRIX, np.int64(2)).rank == 2
+    assert brandla.Rank(np.int32(3), np.float32(0.5)).max == 3
+    assert torch.equal(brandla.damped_solve(EIGH, RHS, np.float32(0.5)), brandla.damped_solve(EIGH, RHS, 0.5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +386,9 @@ def value_case(function: str, name: str, words: str, *arguments: Any, **options:
 
 below = -MATRIX.diagonal().abs()
 bad_bound, bad_trace = brandla.Tracked(EIGH, ZERO * math.nan, ZERO), brandla.Tracked(ROOT, ZERO, ZERO * math.nan)
+LONG_EIGH = EIGH._replace(eigenvectors=2 * EIGH.eigenvectors)
+RISING = EIGH.eigenvalues.flip(-1)
+INDEFINITE, LARGE_INDEFINITE = (torch.diag(torch.linspace(-1, 1, n).double()) for n in (N, 200))
 VALUE_CASES = [
     value_case("damped_logdet", "diagonal", "diagonal … >= 0 … -", EIGH, 10.0, diagonal=below),
     value_case("kron_damped_logdet", "values", "values … finite", *KRON[:2], 0.1, values=spoiled(MATRIX[:4, :4])),
@@ -376,6 +417,15 @@ VALUE_CASES = [
     value_case("damped_power", "NaN damping", "damping … finite", EIGH, RHS, ZERO * math.nan, -0.5),
     value_case("kron_damped_solve", "matrix", "matrix … finite", *KRON[:2], spoiled(KRON[2]), 0.1, 0.1),
     value_case("kron_damped_solve", "Q", "Q … finite", *KRON[:2], (COLUMNS, spoiled(RIGHT)), 0.1, 0.1),
+    value_case("eigh_update", "a long basis", "eigenvectors … orthonormal … orthonormalize", LONG_EIGH, COLUMNS),
+    value_case("eigh_update", "ascending", "eigenvalues … descending", EIGH._replace(eigenvalues=RISING), COLUMNS),
+    value_case("damped_solve", "negative values", "eigenvalues … >= 0", EIGH._replace(eigenvalues=-RISING), RHS, 0.1),
+    value_case("damped_solve", "another S", "gram … FᵀF … root.mT @ root", ROOT._replace(gram=2 * ROOT.gram), RHS, 0.1),
+    value_case("svd_append", "a long basis", "svd.U … orthonormal", SVD._replace(U=2 * SVD.U), COLUMNS),
+    value_case("randomized_eigh", "indefinite", "matrix … semi-definite … randomized_svd", INDEFINITE, 2),
+    value_case("randomized_eigh", "indefinite, sketched", "semi-definite", LARGE_INDEFINITE, 2),
+    value_case("randomized_eigh", "indefinite, no power", "semi-definite", LARGE_INDEFINITE, 2, power_iterations=0),
+    value_case("randomized_eigh", "not symmetric", "matrix … symmetric … randomized_svd", MATRIX + MATRIX.triu(), 2),
     value_case("kron_damped_solve", "damping", "right_damping … > 0", *KRON, 0.1, ZERO),
 ]
 

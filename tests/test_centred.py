@@ -32,7 +32,8 @@ def test_centred_stream_equals_the_svd_of_centred_columns(k: int, decay: float, 
     residual = (columns - mean[:, None]) * weights.sqrt()
     gram = (value.svd.U.double() * value.svd.S.double().square()) @ value.svd.U.double().mT
     scale = oracles.spectral_norm(columns)
-    torch.testing.assert_close(value.weight.double(), weights.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(value.weight, weights.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(value.scatter, residual.square().sum(), rtol=1e-5, atol=0)
     assert (value.mean - mean).abs().max() <= oracles.tolerance(m, dtype, scale)
     assert oracles.orthonormality_ratio(value.svd.U, value.svd.S) <= THRESHOLD
     assert oracles.difference_ratio(gram, residual @ residual.mT, dtype, scale**2) <= THRESHOLD
@@ -51,8 +52,98 @@ def test_truncated_stream_keeps_the_leading_axes(dtype: torch.dtype) -> None:
     reference = oracles.eigh(residual @ residual.mT)
     ours, axes = value.svd.U[:, :4].double(), reference.eigenvectors[:, :4]
     assert oracles.spectral_norm(ours @ ours.mT - axes @ axes.mT) < 1e-3
-    variances = value.svd.S[:4].double().square() / value.weight
-    torch.testing.assert_close(variances, reference.eigenvalues[:4] / 160, rtol=1e-3, atol=0)
+    variances = reference.eigenvalues[:4]
+    for correction in (0, 1):
+        found = value.explained_variance(correction=correction)[:4].double()
+        torch.testing.assert_close(found, variances / (160 - correction), rtol=1e-3, atol=0)
+    ratio = value.explained_variance_ratio()[:4].double()
+    torch.testing.assert_close(ratio, variances / residual.square().sum(), rtol=1e-3, atol=0)
+
+
+def shifted_columns(m: int, k: int, offset: float) -> Tensor:
+    """Return float32 columns of deviations about 1 to 3, far from zero."""
+    scales = torch.linspace(1, 3, m, dtype=torch.float64)[:, None]
+    return (oracles.gaussian(m, k, seed=5) * scales + offset).float()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("batches", [1, 4, 50])
+def test_float32_columns_far_from_zero_lose_no_digit(offset: float, batches: int) -> None:
+    m = 12
+    columns = shifted_columns(m, 200, offset)
+    value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, m))
+    for batch in columns.chunk(batches, dim=1):
+        value = brandla.svd_append(value, batch, rank=m)
+    mean = columns.double().mean(1)
+    expected = torch.linalg.svdvals(columns.double() - mean[:, None])
+    torch.testing.assert_close(value.svd.S.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(value.mean, mean, rtol=1e-13, atol=1e-13)
+
+
+def test_a_long_float32_stream_counts_every_column() -> None:
+    value = brandla.centre(brandla.LowRankSVD.zeros(2, 0, 1))
+    value = value._replace(weight=torch.tensor(2.0**24, dtype=torch.float64))
+    assert brandla.svd_append(value, torch.ones(2, 1)).weight == 2**24 + 1
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_coordinates_along_the_axes_and_back(offset: float, dtype: torch.dtype) -> None:
+    columns = shifted_columns(12, 40, offset).to(dtype)
+    value = brandla.svd_append(brandla.centre(brandla.LowRankSVD.zeros(12, 0, 12, dtype=dtype)), columns)
+    coordinates = value.transform(columns)
+    expected = value.svd.U.double().mT @ (columns.double() - columns.double().mean(1, keepdim=True))
+    torch.testing.assert_close(coordinates, expected.to(dtype), rtol=1e-5, atol=1e-5)
+    assert coordinates.mean(1).abs().max() < 1e-5
+    torch.testing.assert_close(value.inverse_transform(coordinates), columns, rtol=1e-6, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^Centred.transform: columns .* pass columns.mT if samples are rows"):
+        value.transform(columns.mT)
+    with pytest.raises(ValueError, match=r"^Centred.inverse_transform: coordinates must have n = 12 rows"):
+        value.inverse_transform(coordinates[:3])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
+def test_merged_streams_are_the_stream_of_both(batch_shape: tuple[int, ...], offset: float, dtype: torch.dtype) -> None:
+    m = 12
+    columns = torch.stack([shifted_columns(m, 60, offset + index).to(dtype) for index in range(2)])
+    columns = columns if batch_shape else columns[1]
+    start = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype, batch_shape=batch_shape))
+    first, second = columns.split([20, 40], dim=-1)
+    parts = [brandla.svd_append(start, part, rank=m) for part in (first, 3 + second)]
+    merged = brandla.merge(*parts, rank=m)
+    both = torch.cat([first, 3 + second], -1).double()
+    residual = both - both.mean(-1, keepdim=True)
+    torch.testing.assert_close(merged.svd.S.double(), torch.linalg.svdvals(residual), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged.mean, both.mean(-1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(merged.scatter, residual.square().sum((-2, -1)), rtol=1e-5, atol=0)
+    assert (merged.weight == 60).all()
+    assert merged.svd.Vh.shape == (*batch_shape, m, 0)
+    # Nothing seen adds nothing.
+    same = brandla.merge(parts[0], start)
+    torch.testing.assert_close(same.svd.S, parts[0].svd.S)
+    assert torch.equal(same.mean, parts[0].mean)
+    assert not brandla.merge(start, start).weight.any()
+
+
+def test_merge_refuses_what_is_no_stream() -> None:
+    start = brandla.centre(brandla.LowRankSVD.zeros(12, 0, 2))
+    with pytest.raises(TypeError, match=r"^merge: second must be a Centred; got LowRankSVD; .* brandla.centre"):
+        brandla.merge(start, start.svd)
+    with pytest.raises(ValueError, match=r"^merge: second.svd.U must have n = 12 rows"):
+        brandla.merge(start, brandla.centre(brandla.LowRankSVD.zeros(10, 0, 2)))
+    with pytest.raises(TypeError, match=r"^merge: first.mean must be float64, whatever .*; got float32"):
+        brandla.merge(start._replace(mean=start.mean.float()), start)
+
+
+def test_a_bad_entry_reaches_all_of_a_centred_value(dtype: torch.dtype) -> None:
+    value = brandla.centre(brandla.LowRankSVD.zeros(12, 0, 3, dtype=dtype, batch_shape=(2,)))
+    columns = shifted_columns(12, 8, 0.0).to(dtype).expand(2, 12, 8).clone()
+    columns[1, 4, 2] = torch.nan
+    value = brandla.svd_append(value, columns)
+    assert value.is_finite().tolist() == [True, False]
+    for part in (value.svd.U, value.svd.S, value.mean, value.weight, value.scatter):
+        assert part[0].isfinite().all()
+        assert part[1].isnan().all()
 
 
 def test_a_decomposition_that_has_seen_columns_cannot_be_centred() -> None:

@@ -38,7 +38,7 @@ def test_every_public_name_exists() -> None:
     import brandla
 
     names = {
-        "LowRankEigh LowRankRoot LowRankSVD Rank Tracked track Centred centre",
+        "LowRankEigh LowRankRoot LowRankSVD Rank Tracked track Centred centre merge keep_dtype",
         "root_update root_update_ eigh_update eigh_update_ eigh_downdate eigh_refresh svd_update svd_append",
         "orthonormalize randomized_eigh randomized_svd",
         "damped_solve damped_power kron_damped_solve grouped backend checked",

@@ -53,7 +53,7 @@ FUNCTIONS = [
     if inspect.isfunction(getattr(module, name))
 ]
 # What starts or names something, and computes nothing.
-WITHOUT_RANGE = {"backend", "centre", "checked", "track"}
+WITHOUT_RANGE = {"backend", "centre", "checked", "keep_dtype", "track"}
 
 
 def profiled() -> profile:

@@ -114,7 +114,9 @@ def _put(state: dict[str, Any], path: Sequence[str], value: object) -> None:
 
 def _empty(metadata: Any) -> Tensor | None:
     """Return memory for a tensor; None for what is not one."""
-    return torch.empty(metadata.size, dtype=metadata.properties.dtype) if hasattr(metadata, "properties") else None
+    if not hasattr(metadata, "properties"):
+        return None
+    return torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
 
 
 def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:

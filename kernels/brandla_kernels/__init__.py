@@ -1,7 +1,8 @@
 """The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
 
 from brandla_kernels import tall
-from brandla_kernels._op import OPS, Backend, Cost, Op, backend, reads_are_free
+from brandla_kernels._op import OPS, Backend, Cost, Op, backend, has_values, is_mapped, reads_are_free, without_autocast
+from brandla_kernels._signature import overlaps_itself
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
 from brandla_kernels.cross_gram import cross_gram
 from brandla_kernels.damped_apply import damped_apply
@@ -26,8 +27,11 @@ __all__ = [
     "damped_apply",
     "gram",
     "gram_ema_",
+    "has_values",
+    "is_mapped",
     "kron_damped_apply",
     "live_columns",
+    "overlaps_itself",
     "project",
     "reads_are_free",
     "root_core",
@@ -38,5 +42,6 @@ __all__ = [
     "sketch",
     "subtract_product",
     "tall",
+    "without_autocast",
     "without_denormals",
 ]

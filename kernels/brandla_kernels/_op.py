@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -30,6 +30,8 @@ AnyOp: TypeAlias = "Op[..., Any]"
 OPS: dict[str, AnyOp] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 _library = torch.library.Library("brandla", "DEF")
 _forced: ContextVar[Backend | None] = ContextVar("brandla_backend", default=None)
@@ -50,10 +52,12 @@ class Op(Generic[Parameters, Result]):
     ) -> None:
         self.name = signature.name
         self.signature = signature
-        self.torch_form = torch_form
+        self.torch_form = torch_form = without_autocast(torch_form)
         self.cost = cost
         self.launch: Callable[..., Any] | None = partial(_launch, *launch.split(".")) if launch else None
         self.registered = self._register(signature.schema, torch_form, signature.sizes)
+        if not signature.writes:
+            torch.library.register_vmap(f"brandla::{self.name}", self._mapped, lib=_library)
         self.grouped_form = _grouped.looped(signature, torch_form)
         if signature.lists:
             grouped = (signature.grouped_schema, self.grouped_form, signature.grouped_sizes)
@@ -63,8 +67,9 @@ class Op(Generic[Parameters, Result]):
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         first: Any = args[0] if args else next(iter(kwargs.values()))
         listed = isinstance(first, (list, tuple))
+        leader = first[0] if listed and first else first
         forced = None if torch.compiler.is_compiling() else _forced.get()
-        direct = forced == "torch" or (forced is None and reads_are_free(first[0] if listed and first else first))
+        direct = forced == "torch" or (forced is None and reads_are_free(leader)) or (listed and is_mapped(leader))
         if direct and not self.signature.writes:
             # The dispatcher would come to the same, some microseconds later. Torch's own errors do here, since nothing
             # is overwritten; `torch.ops.brandla` checks.
@@ -90,6 +95,20 @@ class Op(Generic[Parameters, Result]):
         if not _HAS_TRITON:
             return "torch", "Triton is not installed"
         return "triton", "GPU tensors run on the Triton kernels"
+
+    def _mapped(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """Compute what torch.func.vmap maps over as one more leading dimension."""
+        arguments = list(args)
+        for operand in self.signature.operands:
+            tensor, dim = args[operand.position], in_dims[operand.position]
+            whole = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            arguments[operand.position] = whole
+        for position, (value, dim) in enumerate(zip(arguments, in_dims, strict=True)):
+            if dim is not None and value is args[position]:
+                # A seed for each: problems of a batch are independent with one.
+                arguments[position] = value.select(dim, 0)
+        result = self.registered(*arguments)
+        return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
 
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
@@ -153,7 +172,32 @@ def reads_are_free(tensor: Any) -> bool:
     """
     if torch.compiler.is_compiling() or _forced.get() == "triton":
         return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Say whether a tensor has numbers to read: meta and fake tensors, and those of a torch.func.vmap, have none."""
+    return not (tensor.is_meta or hasattr(tensor, "fake_mode") or is_mapped(tensor))
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Say whether a tensor is one of a batch that torch.func.vmap maps over."""
+    # torch.func has no public question for this.
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Compute the decorated function as outside torch.autocast, whose bfloat16 products no factorisation survives."""
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

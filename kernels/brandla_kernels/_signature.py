@@ -133,8 +133,7 @@ class Signature:
         if self.writes and tensor.requires_grad and torch.is_grad_enabled():
             rule = f"{name} must not require grad, since what overwrites has no gradient"
             self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
-        strided = zip(tensor.stride(), tensor.shape, strict=True) if operand.written else ()
-        if any(stride == 0 and size > 1 for stride, size in strided):
+        if operand.written and overlaps_itself(tensor):
             seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
 
@@ -171,6 +170,17 @@ class Signature:
     def _fail(self, kind: type[Exception], message: str) -> NoReturn:
         text = f"brandla::{self.name}: {message}"
         raise kind(text)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Say whether entries of a tensor share memory, as far as its strides tell: rows or columns that interleave do."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += (size - 1) * stride
+    return False
 
 
 def parse(line: str) -> Signature:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from brandla_kernels._op import Cost, op
+from brandla_kernels._op import Cost, is_mapped, op
 
 # Rows rotated at a time in place: the temporary stays small.
 ROWS_AT_A_TIME = 1024
@@ -21,7 +21,7 @@ def cost(n: int, r: int, k: int, s: int, itemsize: int = 4) -> Cost:
 def rotate_torch(basis: Tensor, panel: Tensor, basis_rotation: Tensor, panel_rotation: Tensor) -> Tensor:
     """Return ``basis @ basis_rotation + panel @ panel_rotation``."""
     rotated = basis @ basis_rotation
-    if rotated.ndim == 2 and not rotated.requires_grad:
+    if rotated.ndim == 2 and not rotated.requires_grad and not is_mapped(rotated):
         return rotated.addmm_(panel, panel_rotation)
     return rotated + panel @ panel_rotation
 

@@ -469,7 +469,7 @@ def refusals() -> dict[str, str]:
         "columns on columns": lambda: brandla.eigh_update(factor, distribute_tensor(data, mesh, [Shard(1)])),
         "two dimensions": lambda: brandla.eigh_update_(two, columns),
         "plain columns": lambda: brandla.root_update(brandla.LowRankRoot.from_eigh(factor), data),
-        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(mesh, vectors)), columns),
+        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(mesh, root.root.full_tensor())), columns),
         "replicated U": lambda: brandla.LowRankRoot.from_eigh(copied),
         "sharded S": lambda: brandla.root_update(sharded_gram, columns),
         "plain local columns": lambda: brandla.eigh_update(factor, columns.to_local()),

@@ -12,7 +12,7 @@ from brandla.kfac.capture.kinds import Kind, Uses
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]
-_LEAF = torch.zeros((), requires_grad=True)
+_LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
 class Saved:

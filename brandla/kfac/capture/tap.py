@@ -27,7 +27,7 @@ class Ticket:
 
     def __init__(self, kind: Kind, collect: Collect) -> None:
         number = next(_numbers)
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device="cpu")
         self._kind = kind
         self._collect = collect
         _tickets[number] = self

@@ -150,7 +150,7 @@ def _table(matrices: list[Matrices | None], like: list[Tensor]) -> Tensor:
         ]
         for problem in range(len(like))
     ]
-    table = torch.tensor(entries, dtype=torch.int64)
+    table = torch.tensor(entries, dtype=torch.int64, device="cpu")
     if like[0].device.type == "cpu":
         return table
     pinned = table.pin_memory()

@@ -1,0 +1,198 @@
+"""Values as everyday code treats them: saved, copied, moved, printed, multiplied, and kept by an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import brandla
+from builders import dense, make_columns, make_eigh, make_root, make_svd
+
+
+def make_centred(**options: Any) -> brandla.Centred:
+    batch_shape = options.get("batch_shape", ())
+    start = brandla.centre(brandla.LowRankSVD.zeros(20, 0, 5, **options))
+    return brandla.svd_append(start, make_columns(20, 9, batch_shape=batch_shape).to(start.dtype))
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "LowRankEigh": lambda **options: make_eigh(20, 5, **options),
+    "LowRankRoot": lambda **options: make_root(20, 5, **options),
+    "LowRankSVD": lambda **options: make_svd(20, 14, 5, **options),
+    "Tracked": lambda **options: brandla.track(make_root(20, 5, **options)),
+    "Centred": make_centred,
+}
+
+
+@pytest.fixture(params=MAKERS)
+def make(request: pytest.FixtureRequest) -> Any:
+    return MAKERS[request.param]
+
+
+def assert_same(result: Any, expected: Any) -> None:
+    """Check that two trees of values have one structure, and tensors of the same bits."""
+    (parts, structure), (expected_parts, expected_structure) = tree_flatten(result), tree_flatten(expected)
+    assert structure == expected_structure
+    for part, other in zip(parts, expected_parts, strict=True):
+        assert (part.dtype, part.device) == (other.dtype, other.device)
+        assert torch.equal(part, other)
+
+
+def saved(value: Any) -> Any:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return torch.load(io.BytesIO(stream.getvalue()))
+
+
+def checkpointed(value: Any, path: Path) -> Any:
+    state = {"value": value}
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    state = tree_map(torch.zeros_like, state)
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state["value"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("kept", [saved, lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy, checkpointed])
+def test_values_and_lists_of_them_come_back_as_they_were(make: Any, kept: Any, tmp_path: Path) -> None:
+    values = {"one": make(), "several": [make(batch_shape=(2,)), make(dtype=torch.float32)]}
+    assert_same(kept(values, tmp_path) if kept is checkpointed else kept(values), values)
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """Steps by a damped inverse of the gradients seen, in all forms that a state may hold."""
+
+    def __init__(self, parameters: Any, keeps_dtype: bool = False) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        if keeps_dtype:
+            brandla.keep_dtype(self)
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state, gradient = self.state[parameter], parameter.grad.float()
+            if not state:
+                root, svd = brandla.LowRankRoot.zeros(8, 2), brandla.LowRankSVD.zeros(8, 0, 2)
+                state["root"] = brandla.track(root)
+                state["several"] = [brandla.LowRankEigh.zeros(8, 2), {"stream": brandla.centre(svd)}]
+            state["root"] = brandla.root_update(state["root"], gradient)
+            eigh, stream = state["several"]
+            eigh = brandla.eigh_update(eigh, gradient)
+            stream["stream"] = brandla.svd_append(stream["stream"], gradient)
+            state["several"] = [eigh, stream]
+            step = brandla.damped_solve(eigh, brandla.damped_solve(state["root"], gradient, 0.1, tail="mean"), 0.1)
+            parameter.data -= 0.1 * (step + stream["stream"].mean[:, None]).to(parameter.dtype)
+
+
+def trained(optimizer: Preconditioned, steps: int) -> Preconditioned:
+    generator = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+    return optimizer
+
+
+def resumed(first: Preconditioned, **options: Any) -> Preconditioned:
+    parameters = [parameter.detach().clone() for parameter in first.param_groups[0]["params"]]
+    second = Preconditioned(parameters, **options)
+    second.load_state_dict(saved(first.state_dict()))
+    return second
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_an_optimizer_that_keeps_dtypes_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+    first = trained(Preconditioned([torch.ones(8, 3, dtype=dtype)]), 3)
+    second = resumed(first, keeps_dtype=True)
+    assert_same(second.state_dict()["state"], first.state_dict()["state"])
+    trained(first, 2), trained(second, 2)
+    assert_same(second.state_dict()["state"], first.state_dict()["state"])
+    assert_same(second.param_groups[0]["params"], first.param_groups[0]["params"])
+
+
+def test_any_optimizer_rebuilds_values_in_the_dtype_of_the_parameter() -> None:
+    weight = torch.zeros(20, dtype=torch.float32)
+    first, second = (torch.optim.SGD([weight]) for _ in range(2))
+    values = [MAKERS[name](dtype=torch.float32) for name in ("LowRankEigh", "LowRankRoot", "LowRankSVD", "Tracked")]
+    first.state[weight]["values"] = values
+    second.load_state_dict(first.state_dict())
+    assert_same(second.state[weight]["values"], values)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("LowRankEigh", torch.bfloat16), ("Centred", torch.float32)])
+def test_an_optimizer_that_would_round_a_value_away_says_what_to_call(name: str, dtype: torch.dtype) -> None:
+    weight = torch.zeros(20, dtype=dtype)
+    first, second = (torch.optim.SGD([weight]) for _ in range(2))
+    first.state[weight]["value"] = MAKERS[name](dtype=torch.float32)
+    with pytest.raises(TypeError, match=rf"^{name}: .*float64; got .*; .*brandla.keep_dtype\(optimizer\)"):
+        second.load_state_dict(first.state_dict())
+    assert not second.state
+
+
+def test_values_move_between_dtypes_and_devices(make: Any) -> None:
+    value = make(dtype=torch.float64, batch_shape=(2,))
+    single = value.to(torch.float32)
+    assert (single.dtype, value.to(dtype=torch.float32, device="meta").device.type) == (torch.float32, "meta")
+    assert_same(single.to(torch.float64).to(torch.float32), single)
+    sums = [part for name, part in zip(value._fields, single, strict=True) if name in ("mean", "weight", "scatter")]
+    assert all(part.dtype == torch.float64 for part in sums)
+    with pytest.raises(TypeError, match=r"\.to: .* must be float32 or float64, since half precision .*; got bfloat16"):
+        value.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
+@pytest.mark.parametrize("name", ["LowRankEigh", "LowRankRoot", "LowRankSVD"])
+def test_a_product_goes_through_the_factors(name: str, batch_shape: Any, dtype: torch.dtype) -> None:
+    value = MAKERS[name](dtype=dtype, batch_shape=batch_shape)
+    assert value.shape == value.dense().shape
+    for block in (make_columns(value.shape[-1], 3, batch_shape=batch_shape), make_columns(value.shape[-1], 3)[:, 0]):
+        expected = dense(value) @ block
+        torch.testing.assert_close(value @ block.to(dtype), expected.to(dtype))
+    assert brandla.randomized_svd(value, 3).rank == 3 if name == "LowRankSVD" and not batch_shape else True
+    with pytest.raises(ValueError, match=rf"^{name} @: the tensor must have {value.shape[-1]} rows; got shape \(3,\)"):
+        value @ torch.ones(3, dtype=dtype)
+    if name != "LowRankSVD":
+        torch.testing.assert_close(value.trace(), value.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
+
+
+def test_rows_are_appended_to_the_transpose(dtype: torch.dtype) -> None:
+    svd, rows = make_svd(20, 14, 5, dtype=dtype), make_columns(14, 3, dtype=dtype).mT
+    assert_same(svd.mT.mT, svd)
+    longer = brandla.svd_append(svd.mT, rows.mT, rank=8).mT
+    torch.testing.assert_close(longer.dense(), torch.cat([svd.dense(), rows]))
+
+
+def test_a_value_prints_in_one_line() -> None:
+    eigh = brandla.LowRankEigh(torch.tensor([7.75, 0.4]), torch.eye(512, 2))
+    assert repr(eigh) == "LowRankEigh(n=512, rank=2, float32, cpu, eigenvalues 7.75 … 0.4)"
+    assert repr(eigh.to("meta")) == "LowRankEigh(n=512, rank=2, float32, meta)"
+    assert repr(make_svd(20, 14, 5, batch_shape=(3,))) == "LowRankSVD(batch (3,), m=20, n=14, rank=5, float64, cpu)"
+    assert repr(brandla.track(eigh)) == f"Tracked({eigh!r}, error bound 0, trace 8.15)"
+    assert repr(brandla.centre(brandla.LowRankSVD.zeros(3, 0, 0))).endswith(
+        "m=3, n=0, rank=0, float32, cpu), weight 0)"
+    )
+    assert repr(brandla.LowRankRoot.zeros(3, 1)) == "LowRankRoot(n=3, rank=1, float32, cpu, diagonal of gram 0 … 0)"
+    assert repr(brandla.LowRankEigh(0, None)) == "LowRankEigh(eigenvalues=0, eigenvectors=None)"
+    seen = []
+    torch.vmap(lambda one: (seen.append(repr(one)), one.dense())[1])(make_eigh(20, 5, batch_shape=(3,)))
+    with FakeTensorMode() as mode:
+        seen.append(repr(mode.from_tensor(make_eigh(20, 5)[1])) and repr(tree_map(mode.from_tensor, make_eigh(20, 5))))
+    assert seen == ["LowRankEigh(n=20, rank=5, float64, cpu)"] * 2
+
+
+def test_the_arithmetic_of_tuples_is_refused(make: Any) -> None:
+    value = make()
+    for call in (lambda: value + value, lambda: 2 * value, lambda: value * 2, lambda: sum([value])):
+        with pytest.raises(TypeError, match=rf"^{type(value).__name__}: \+ and \* are not .*(update|merge|svd_append)"):
+            call()
+    assert next(iter(value)) is value[0]
+    assert type(value._replace(**{value._fields[0]: value[0]})) is type(value)
