@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.capture.kinds import register
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -34,6 +35,7 @@ __all__ = [
     "Strategy",
     "TwoLevel",
     "read_state",
+    "register",
 ]
 
 

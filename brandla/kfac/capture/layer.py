@@ -40,7 +40,7 @@ class Layer:
         self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
-        self.linear: bool | None = False if kind.is_part else None
+        self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
         # The rows of the gradient that autograd has not formed, while it is empty memory.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from brandla.kfac.capture.kinds.attention import AttentionKind
+from brandla.kfac.capture.kinds.bag import BagKind
+from brandla.kfac.capture.kinds.bilinear import BilinearKind
 from brandla.kfac.capture.kinds.conv import ConvKind
 from brandla.kfac.capture.kinds.conv_transpose import ConvTransposeKind
 from brandla.kfac.capture.kinds.embedding import EmbeddingKind, TurnedEmbeddingKind
@@ -23,6 +25,8 @@ _FAMILIES: tuple[type[Kind], ...] = (
     EmbeddingKind,
     AttentionKind,
     NormKind,
+    BilinearKind,
+    BagKind,
 )
 
 

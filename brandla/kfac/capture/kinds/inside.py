@@ -29,7 +29,7 @@ class InsideKind(LinearKind):
     ) -> None:
         super().__init__(forward.module, weight, bias)
         self.part = weight if index is None else f"{weight}.{index}"
-        self.is_part = index is not None
+        self.pairs = index is None
         # Of experts a guess before the first call, which tells.
         self.transposed = transposed
         self._index = index

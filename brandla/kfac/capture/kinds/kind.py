@@ -47,8 +47,8 @@ class Kind(ABC):
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
     single = False
-    # The weight is one of several in a parameter, along its first dimension.
-    is_part = False
+    # The step may be applied to the pair of inputs and output gradients.
+    pairs = True
     # The matrix is the weight transposed.
     transposed = False
     # Inputs and output gradients have changed places: the rows are of the transposed use of the weight.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -11,11 +11,12 @@ from brandla.kfac.capture.kinds.kind import Kind, why_left
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 from brandla.kfac.capture.kinds.probe import Like, Names, find_like, unit_and_zero
+from brandla.kfac.capture.kinds.recurrent import unrolled
 
-_REGISTERED: dict[type[nn.Module], Like] = {}
+_REGISTERED: dict[type[nn.Module], Like | Literal["unrolled"]] = {}
 
 
-def register(module: type[nn.Module], *, like: Like) -> None:
+def register(module: type[nn.Module], *, like: Like | Literal["unrolled"]) -> None:
     """Tell K-FAC what modules of a type compute, where it does not find that by itself.
 
     Modules with one weight, and at most a ``bias`` beside it, are tried with random numbers when `KFAC` is made, so
@@ -28,6 +29,8 @@ def register(module: type[nn.Module], *, like: Like) -> None:
     like
         What a call makes of its first argument x, in its last dimension: ``"linear"``: x weightᵀ + bias.
         ``"transposed"``: x weight + bias. ``"scale"``: weight · x̂ + bias, with x̂ a function of x alone.
+        ``"unrolled"``, for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: run the layer step by step, in place of one fused
+        call, in passes that are captured.
 
     Raises
     ------
@@ -50,13 +53,16 @@ def register(module: type[nn.Module], *, like: Like) -> None:
     """
     if not (isinstance(module, type) and issubclass(module, nn.Module)):
         _check.fail_type("register", f"module must be a type of modules, such as MyLinear; got {module!r}")
-    _check.choice("register", "like", like, tuple(_KINDS))
+    choices = ("unrolled",) if issubclass(module, nn.RNNBase) else tuple(_KINDS)
+    _check.choice("register", f"like, for {module.__name__},", like, choices)
     _REGISTERED[module] = like
 
 
 def registered(module: nn.Module) -> list[Kind] | str | None:
     """Return the weight of a module whose type a user has named; None for others."""
     like = next((_REGISTERED[kind] for kind in type(module).__mro__ if kind in _REGISTERED), None)
+    if like == "unrolled":
+        return unrolled(module)
     names = Names.of(module)
     if like is None or names is None:
         return None
