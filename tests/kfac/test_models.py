@@ -172,6 +172,8 @@ def test_every_linear_of_a_graph_network_has_its_factors(name: str, sharing: str
     preconditioner.step()
     torch.testing.assert_close([layer.gradient() for layer in preconditioner._layers], expected)
     report = preconditioner.report()
-    assert {row.layer for row in report.factors} == {f"{at}.{own}" for at in ("first", "second") for own in CONVOLUTIONS[name]}
+    assert {row.layer for row in report.factors} == {
+        f"{at}.{own}" for at in ("first", "second") for own in CONVOLUTIONS[name]
+    }
     # Of each convolution by itself: its bias, and the vectors of its attention.
     assert {part.rpartition(".")[2] for part in report.unsupported} <= {"bias", "att", "att_src", "att_dst"}

@@ -71,7 +71,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
             " like='unrolled') has them in sight"
         },
     ),
-    "loose-parameter": (lambda: Loose(nn.ReLU(), nn.PReLU()), {"1.scale": "Loose uses it by itself", "1.1": "PReLU is not known"}),
+    "loose-parameter": (
+        lambda: Loose(nn.ReLU(), nn.PReLU()),
+        {"1.scale": "Loose uses it by itself", "1.1": "PReLU is not known"},
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from brandla.kfac.capture.kinds.kind import OwnHook, Record, Uses
 class BagKind(EmbeddingKind):
     """An embedding whose entries are added up: the gradient of each is that of its bag, over the length in a mean."""
 
-    types = (nn.EmbeddingBag,)
+    types: ClassVar[tuple[type[Any], ...]] = (nn.EmbeddingBag,)
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -20,7 +20,8 @@ class Record(Protocol):
     def is_wanted(self) -> bool:
         """Whether anything is collected now."""
 
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any: ...
+    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
+        """Take note of a use, and return its output to go on with."""
 
 
 class Uses(NamedTuple):

@@ -51,7 +51,8 @@ def register(module: type[nn.Module], *, like: Like | Literal["unrolled"]) -> No
     >>> len(brandla.kfac.KFAC(torch.nn.ModuleList([Gated()])).parameters())
     1
     """
-    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+    given: object = module
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
         _check.fail_type("register", f"module must be a type of modules, such as MyLinear; got {module!r}")
     choices = ("unrolled",) if issubclass(module, nn.RNNBase) else tuple(_KINDS)
     _check.choice("register", f"like, for {module.__name__},", like, choices)

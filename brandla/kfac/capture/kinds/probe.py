@@ -46,7 +46,7 @@ def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
 
 def find_like(module: nn.Module, names: Names) -> Like | None:
     """Say which map of its last dimension a module computes with its weight and bias; None if none that is known."""
-    parts = {name: random(tuple(module._parameters[name].shape), module._parameters[name].device) for name in names if name}
+    parts = random_parts(module)
     weight, bias = parts[names.weight], parts.get(names.bias)
     if weight.ndim == 1 and weight.numel() > 1:
         return "scale" if _is_scale(module, names.weight, parts, bias) else None
@@ -55,6 +55,12 @@ def find_like(module: nn.Module, names: Names) -> Like | None:
     maps: list[tuple[Like, Tensor]] = [("linear", weight.mT), ("transposed", weight)]
     fit = (like for like, matrix in maps if _is_linear(module, parts, matrix, bias))
     return next(fit, None)
+
+
+def random_parts(module: nn.Module) -> dict[str, Tensor]:
+    """Return random numbers in the shapes of a module's own parameters."""
+    own = {name: part for name, part in module._parameters.items() if part is not None}
+    return {name: random(tuple(part.shape), part.device) for name, part in own.items()}
 
 
 def _is_linear(module: nn.Module, parts: Mapping[str, Tensor], matrix: Tensor, bias: Tensor | None) -> bool:

@@ -68,7 +68,7 @@ class RecurrentForward(OwnForward):
         batched, first = inputs.ndim == 3, inputs.ndim == 3 and layer.batch_first
         steps = inputs.transpose(0, 1) if first else inputs if batched else inputs[:, None]
         states = self._start(hx, steps, batched=batched)
-        ended = []
+        ended: list[tuple[Tensor, Tensor]] = []
         for index in range(layer.num_layers):
             outputs = []
             for way in _ways(layer):
@@ -93,7 +93,9 @@ class RecurrentForward(OwnForward):
             h, c = (h, c) if batched else (h[:, None], c[:, None])
         return list(zip(h.unbind(), c.unbind(), strict=True))
 
-    def _run(self, name: str, steps: Tensor, h: Tensor, c: Tensor, *, reverse: bool) -> tuple[Tensor, Any]:
+    def _run(
+        self, name: str, steps: Tensor, h: Tensor, c: Tensor, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run one layer in one direction; return h of all time steps, and the last h and c."""
         layer, cell = self.module, _cell(self.module)
         of_input, of_hidden = (
