@@ -81,10 +81,10 @@ def _find(model: nn.Module) -> tuple[dict[tuple[int, ...], list[_Found]], dict[s
 
 def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, covered: set[int]) -> dict[str, str]:
     """Say why a module, or parameters of it, are left: those that no weight found in the model covers."""
-    if isinstance(kinds, str):
-        return {name or ROOT: kinds}
     own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
     others = [key for key in own if id(getattr(module, key)) not in covered]
+    if isinstance(kinds, str):
+        return {name or ROOT: kinds} if others or not own else {}
     kind = type(module).__name__
     has_parts = any(True for child in module.children() for _ in child.parameters())
     if kinds is None and not has_parts:

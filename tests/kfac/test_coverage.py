@@ -212,7 +212,12 @@ class Gated(Linear):
 class Noisy(Linear):
     """No linear map: its weight is another in every call."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Tensor] = []
+
     def forward(self, inputs: Tensor) -> Tensor:
+        self.calls.append(inputs)
         return linear(inputs, self.weight + torch.randn_like(self.weight), self.bias)
 
 
@@ -224,6 +229,7 @@ def test_what_a_user_registers_is_believed_and_the_rest_is_tried():
     register(Gated, like="linear")
     names.append({row.layer for row in KFAC(model, Exact()).report().factors})
     assert names == [{"2"}, {"0", "2"}]
+    assert model[1].calls == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -30,12 +31,15 @@ class Names(NamedTuple):
 def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
     """Return what a module's forward pass gives with other parameters, on a copy with no hooks; None if it raises.
 
-    The module, its buffers and the random numbers of the process stay as they are.
+    The module, its buffers, its lists and dicts, and the random numbers of the process stay as they are.
     """
     own: Any = module.__new__(type(module))
     parameters = {**dict.fromkeys(module._parameters), **parts}
     buffers = {name: None if part is None else part.clone() for name, part in module._buffers.items()}
-    vars(own).update(vars(module), _parameters=parameters, _buffers=buffers)
+    attributes = {
+        name: copy.copy(part) if isinstance(part, list | dict | set) else part for name, part in vars(module).items()
+    }
+    vars(own).update(attributes, _parameters=parameters, _buffers=buffers)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             return type(module).forward(own, *inputs)
