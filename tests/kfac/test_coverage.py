@@ -236,7 +236,7 @@ def test_what_a_user_registers_is_believed_and_the_rest_is_tried():
     ("module", "way", "error"),
     [
         (nn.Linear(2, 2), "linear", "module must be a type of modules, such as MyLinear"),
-        (Linear, "sum", "like, for Linear, must be 'linear' or 'transposed' or 'scale'; got 'sum'"),
+        (Linear, "scale", "like, for Linear, must be 'linear' or 'transposed'; got 'scale'"),
         (nn.GRU, "linear", "like, for GRU, must be "),
     ],
     ids=["module", "like", "recurrent"],
@@ -501,6 +501,13 @@ def test_graphs_are_samples_in_reduce():
     torch.testing.assert_close([layer.gradient() for layer in preconditioner._layers], expected)
     with pytest.raises(ValueError, match=r"KFAC.graphs: index must be a vector of integers.*float32 of shape \(2, 2\)"):
         preconditioner.graphs(torch.rand(2, 2)).__enter__()
+
+
+def test_a_call_by_keyword_is_seen():
+    module = Conv1D()
+    preconditioner = KFAC(module, Exact())
+    backward(module(inputs=torch.randn(3, 6, dtype=DOUBLE)))
+    expected_step(preconditioner._layers[0])
 
 
 def test_two_optimizers_split_a_model():

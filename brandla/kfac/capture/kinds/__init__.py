@@ -11,12 +11,22 @@ from brandla.kfac.capture.kinds.conv import ConvKind
 from brandla.kfac.capture.kinds.conv_transpose import ConvTransposeKind
 from brandla.kfac.capture.kinds.embedding import EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_leaf, own_forward
 from brandla.kfac.capture.kinds.like import register, registered, tried
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 
-__all__ = ["Kind", "LinearKind", "Record", "TurnedEmbeddingKind", "Uses", "kinds_of", "register"]
+__all__ = [
+    "EmbeddingKind",
+    "Kind",
+    "LinearKind",
+    "Record",
+    "TurnedEmbeddingKind",
+    "Uses",
+    "is_leaf",
+    "kinds_of",
+    "register",
+]
 
 _FAMILIES: tuple[type[Kind], ...] = (
     LinearKind,

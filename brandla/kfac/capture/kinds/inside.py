@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from brandla.kfac.capture.kinds.kind import Kind, Record, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Record, is_leaf, why_left
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.own_forward import OwnForward
 from brandla.kfac.capture.kinds.probe import random, random_parts, run
@@ -79,9 +79,7 @@ class InsideKind(LinearKind):
 def used_inside(module: nn.Module) -> list[Kind] | str | None:
     """Return the weights of a module that holds experts, or that multiplies by its own matrices; None for others."""
     parts = {name: part for name, part in module._parameters.items() if part is not None}
-    if type(module).__module__.startswith("torch.nn") or any(
-        True for child in module.children() for _ in child.parameters()
-    ):
+    if type(module).__module__.startswith("torch.nn") or not is_leaf(module):
         return None
     names = [name for name, part in parts.items() if part.ndim > 1]
     forward = InsideForward.of(module)

@@ -140,7 +140,8 @@ class Kind(ABC):
         """Have ``record`` called at each use, and return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return record(self.of_call(), args[0] if args else kwargs.get("input"), output)
+            first = next(iter((*args, *kwargs.values())), None)
+            return record(self.of_call(), first if args else kwargs.get("input", first), output)
 
         return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
 
@@ -210,6 +211,11 @@ def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
 def own_forward(module: nn.Module) -> str:
     """Say that the forward pass of a module is not that of its type."""
     return f"{type(module).__name__} has a forward pass of its own"
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Say whether no module inside of this one has parameters."""
+    return not any(True for child in module.children() for _ in child.parameters())
 
 
 def why_left(module: nn.Module, *names: str) -> str:

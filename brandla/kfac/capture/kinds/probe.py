@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from brandla.kfac.capture.kinds.kind import is_leaf
+
 Like: TypeAlias = Literal["linear", "transposed", "scale"]
 
 
@@ -23,7 +25,7 @@ class Names(NamedTuple):
         """Name them; None for a module with other parameters, its own or those of modules in it."""
         names = [name for name, part in module._parameters.items() if part is not None]
         weights = [name for name in names if name != "bias"]
-        if len(weights) != 1 or any(True for child in module.children() for _ in child.parameters()):
+        if len(weights) != 1 or not is_leaf(module):
             return None
         return cls(weights[0], "bias" if "bias" in names else "")
 
