@@ -17,6 +17,7 @@ import torch
 
 import brandla
 import brandla_kernels
+from brandla.kfac.capture.kinds import like
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -27,6 +28,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC. some factors are too small"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the examples register goes with them.
+    monkeypatch.setattr(like, "_REGISTERED", {})
 
 
 @pytest.fixture(autouse=True)

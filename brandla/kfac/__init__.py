@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.capture.kinds import register
 from brandla.kfac.evidence import evidence
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
@@ -40,6 +41,7 @@ __all__ = [
     "Woodbury",
     "evidence",
     "read_state",
+    "register",
 ]
 
 

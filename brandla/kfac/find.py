@@ -9,14 +9,15 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import Kind, LinearKind, TurnedEmbeddingKind, kinds_of
+from brandla.kfac.capture.kinds import EmbeddingKind, Kind, LinearKind, TurnedEmbeddingKind, is_leaf, kinds_of
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy
 
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
-_HINTS: dict[type[nn.Module], str] = {}
+_FUSED = ": its time steps are one fused call; brandla.kfac.register(torch.nn.{}, like='unrolled') has them in sight"
+_HINTS: dict[type[nn.Module], str] = {kind: _FUSED.format(kind.__name__) for kind in (nn.LSTM, nn.GRU, nn.RNN)}
 
 
 class _Found(NamedTuple):
@@ -85,8 +86,7 @@ def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, cover
     if isinstance(kinds, str):
         return {name or ROOT: kinds} if others or not own else {}
     kind = type(module).__name__
-    has_parts = any(True for child in module.children() for _ in child.parameters())
-    if kinds is None and not has_parts:
+    if kinds is None and is_leaf(module):
         return {name or ROOT: f"{kind} is not known{_HINTS.get(type(module), '')}"} if others else {}
     reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
     return {f"{name}.{key}".lstrip("."): reason for key in others}
@@ -97,8 +97,12 @@ def _with_turned(group: list[_Found]) -> list[_Found]:
     first = next((one for one in group if type(one.kind) is LinearKind), None)
     if first is None:
         return group
-    turned = [one._replace(kind=TurnedEmbeddingKind(one.kind.module)) if one.kind.one_hot else one for one in group]
-    return [first, *(one for own, one in zip(group, turned, strict=True) if own is not first)]
+    return [first, *(_turned(one) for one in group if one is not first)]
+
+
+def _turned(one: _Found) -> _Found:
+    is_embedding = type(one.kind) is EmbeddingKind
+    return one._replace(kind=TurnedEmbeddingKind(one.kind.module)) if is_embedding else one
 
 
 def _is_alike(one: Kind, other: Kind) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
 from brandla.kfac.capture import passes
-from brandla.kfac.capture.calls import Pass, Recorder
+from brandla.kfac.capture.calls import Groups, Pass, Recorder
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
@@ -167,6 +169,8 @@ class KFAC:
             for layer in self._layers:
                 layer.capture.leave_out()
         self._choose_captures()
+        # Hooks hold their captures, and nothing holds this object: when it goes, they do.
+        finalize(self, _detach, self._layers).atexit = False
 
     def __repr__(self) -> str:
         systems = ", ".join(f"{len(members)} {strategy}" for strategy, members in by_strategy(self._layers).items())
@@ -281,8 +285,50 @@ class KFAC:
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
         self._removed = True
-        for layer in self._layers:
-            layer.capture.detach()
+        _detach(self._layers)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose gradients `step` overwrites: weights and biases of layers, each once.
+
+        Those of frozen layers are among them; those of layers that turned out not to work are not.
+        """
+        kinds = [layer.kind for layer in self._layers if not layer.refusal]
+        own = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
+        return list({id(part): part for part in own}.values())
+
+    def others(self) -> list[nn.Parameter]:
+        """Return all other parameters of the model, for an optimizer of their own."""
+        known = {id(part) for part in self.parameters()}
+        return [part for part in self._model.parameters() if id(part) not in known]
+
+    @contextmanager
+    def graphs(self, index: Tensor, count: int | None = None) -> Iterator[None]:
+        """Tell, around the forward pass, which sample each row of a batch belongs to: for batches of graphs.
+
+        A call whose input has as many rows as ``index`` counts as one row a graph in layers whose sharing is
+        ``"reduce"``: inputs are averaged and output gradients summed over its nodes.
+
+        Parameters
+        ----------
+        index
+            The number of each node's graph, shape (nodes,), integers: ``batch`` of torch_geometric.
+        count
+            The number of graphs; None reads it from ``index``, which waits for the device.
+
+        Raises
+        ------
+        ValueError
+            If ``index`` is no vector of integers.
+        """
+        if index.ndim != 1 or index.is_floating_point():
+            got = f"{str(index.dtype).removeprefix('torch.')} of shape {tuple(index.shape)}"
+            _check.fail_value("KFAC.graphs", f"index must be a vector of integers, one for each row; got {got}")
+        known = self._recorder.groups
+        self._recorder.groups = Groups(index, int(index.max()) + 1 if count is None else count)
+        try:
+            yield
+        finally:
+            self._recorder.groups = known
 
     def __reduce__(self) -> NoReturn:
         _check.fail_type(
@@ -456,6 +502,11 @@ class KFAC:
     def _applies_to_pairs(self) -> bool:
         """Whether a gradient may be that of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
+
+
+def _detach(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        layer.capture.detach()
 
 
 def _is_replicated(model: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from brandla.kfac.systems.strategy import Kept
 Side = Literal["input", "output", "beside"]
 _REFUSED = "layers are left to the optimizer from now on"
 _REPLACED = "some factors are too small for the strategy and got another, see report()"
+# Layers that a warning names; the report has all.
+_TOLD = 2
 _UNSEEN = (
     "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
     " read by functional calls are not seen, nor is a model that ran under torch.compile before KFAC was constructed"
@@ -188,6 +190,7 @@ class Notices:
         new = {name: reason for name, reason in about.items() if (what, name) not in self._said}
         self._said.update((what, name) for name in new)
         if new:
-            of_each = "; ".join(f"{name}: {reason}" if reason else name for name, reason in new.items())
+            told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
+            more = f"; and {len(told) - _TOLD} more, see report()" if len(told) > _TOLD else ""
             # Past this class, step() and the two decorators around it.
-            warnings.warn(f"KFAC: {what}: {of_each}", stacklevel=6)
+            warnings.warn(f"KFAC: {what}: {'; '.join(told[:_TOLD])}{more}", stacklevel=6)

@@ -136,18 +136,19 @@ def test_outputs_and_gradients_are_those_of_the_module(module_name: str, call_na
 def test_one_sample_without_a_batch_dimension():
     expected = attention()
     module = attention()
-    KFAC(module, Exact())
+    preconditioner = KFAC(module, Exact())
     query, key = torch.randn(QUERIES, D, dtype=torch.float64), torch.randn(KEYS, D, dtype=torch.float64)
     padding = torch.tensor([False, True, False, False, True])
     for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}):
         mine, theirs = module(query, key, key, **options), expected(query, key, key, **options)
         # The module does not see that key and value are one here, and projects them one by one.
         torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    preconditioner.remove()
 
 
 def test_what_the_module_refuses_it_refuses_still():
     module = attention()
-    KFAC(module, Exact())
+    preconditioner = KFAC(module, Exact())
     query = torch.randn(QUERIES, SAMPLES, D, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="is_causal"):
         module(query, query, query, is_causal=True)
@@ -155,6 +156,7 @@ def test_what_the_module_refuses_it_refuses_still():
         module(query[..., :4], query[..., :4], query[..., :4])
     with pytest.raises(RuntimeError, match="attn_mask"):
         module(query, query, query, attn_mask=torch.zeros(2, 2))
+    preconditioner.remove()
 
 
 def rows_of(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -267,12 +269,13 @@ def test_a_transformer_layer_gives_all_its_weights():
 def test_evaluation_takes_the_path_of_the_module():
     """Without gradients the module is called as it is, with its fast path."""
     module = attention(batch_first=True).eval()
-    KFAC(module, Exact())
+    preconditioner = KFAC(module, Exact())
     query = torch.randn(SAMPLES, QUERIES, D, dtype=torch.float64)
     with torch.no_grad():
         expected = nn.MultiheadAttention.forward(module, query, query, query)
         actual = module(query, query, query)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    preconditioner.remove()
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)

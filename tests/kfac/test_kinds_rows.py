@@ -32,6 +32,9 @@ def captured(module: nn.Module, *inputs: Tensor, sharing: str = "expand", **opti
     output = output[0] if isinstance(output, tuple) else output
     generator = torch.Generator().manual_seed(5)
     (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum().backward()
+    for layer in preconditioner._layers:
+        # It takes its hooks and what they caught along when it goes.
+        layer.owner = preconditioner
     return preconditioner._layers
 
 

@@ -316,9 +316,10 @@ def test_gradients_that_are_changed_outside_raise(change: Callable[[nn.Module], 
 def test_a_call_that_cannot_be_captured_raises_where_its_gradient_is_left_out():
     model = nn.Linear(20, 10)
     model.register_forward_hook(lambda module, args, output: output.sum(-1), prepend=True)
-    KFAC(model, Exact(), gradient="pair")
+    preconditioner = KFAC(model, Exact(), gradient="pair")
     with pytest.raises(RuntimeError, match="gradient must be 'autograd' for this Linear: its output has shape"):
         model(torch.randn(3, 20))
+    preconditioner.remove()
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):

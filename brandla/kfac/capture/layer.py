@@ -41,7 +41,7 @@ class Layer:
         self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
-        self.linear: bool | None = False if kind.is_part else None
+        self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
         # The rows of the gradient that autograd has not formed, while it is empty memory.
@@ -286,22 +286,23 @@ class Layer:
     def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
         """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
         inputs, gradients, turned, positions = [], [], [], set()
-        count = draws = 0
+        # By whether they are turned.
+        counts = [0, 0]
         for index, call, gradient in _in_order(calls, of):
             uses = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
             turned.append(call.kind.turned)
-            draws = max(draws, 1 if of == "loss" else index + 1)
-            if of == "loss" or index == 0:
-                count += samples * position_count
+            if of == "loss" or index == 0 or self.is_turned:
+                counts[call.kind.turned] += samples * position_count
             if of == "loss" or index == 0 or self.kind.single or self.is_turned:
                 inputs.append(self._input_rows(uses))
         if self.is_turned:
-            inputs, gradients = _balanced(inputs, gradients, turned, draws)
+            inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
-        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
+        # Turned uses are more terms of the same curvature, and no more terms of the loss.
+        return Rows(_joined(inputs), _joined(gradients), counts[0] or counts[1], position_count, self.kind.single)
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool) -> Uses:
         """Return the uses of one call; in "reduce" one a sample, or one for each group of samples that was named."""
@@ -345,20 +346,16 @@ def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]
                 yield index, call, call.gradients[of][index]
 
 
-def _balanced(
-    inputs: list[Tensor], gradients: list[Tensor], turned: list[bool], draws: int
-) -> tuple[list[Tensor], list[Tensor]]:
+def _balanced(inputs: list[Tensor], gradients: list[Tensor], turned: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
     """Scale the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
 
-    With the energies Σ‖·‖² of both kinds of uses, that s makes the trace of the product of both factors least. A draw
-    repeats what it does not change: 1/√draws for a makes up for that.
+    The energies are Σ‖·‖²; that s makes the trace of the product of both factors least.
     """
-    by_draws = draws**-0.5
     scale = (_ratio(inputs, turned) / _ratio(gradients, turned)).sqrt()
     # Where one kind of uses has no rows, or rows of zeros, there is nothing to balance.
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1)
     return (
-        [part * (by_draws / scale if own else by_draws) for part, own in zip(inputs, turned, strict=True)],
+        [part / scale if own else part for part, own in zip(inputs, turned, strict=True)],
         [part * scale if own else part for part, own in zip(gradients, turned, strict=True)],
     )
 

@@ -86,7 +86,7 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
         if by_factor and not (shape.one_hot and name == "inputs"):
             yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
         else:
-            draws = _draws(shares) if name == "gradients" or shape.single else 1
+            draws = _draws(shares, shape) if name == "gradients" or shape.single else 1
             yield Part(layer, name, shape, counts, sum(counts), draws, weights)
 
 
@@ -110,8 +110,9 @@ def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[in
     return sent, sum(sent) if sum(sent) <= kept else min(kept, n)
 
 
-def _draws(shares: Sequence[Share]) -> int:
-    return max(share.gradients // share.uses for share in shares if share.uses)
+def _draws(shares: Sequence[Share], shape: Shape) -> int:
+    """Return how many gradients each row of inputs has; those of single layers are rows of both."""
+    return max(share.gradients // (share.uses if shape.single else share.inputs) for share in shares if share.uses)
 
 
 def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:

@@ -5,16 +5,28 @@ from __future__ import annotations
 from torch import nn
 
 from brandla.kfac.capture.kinds.attention import AttentionKind
+from brandla.kfac.capture.kinds.bag import BagKind
+from brandla.kfac.capture.kinds.bilinear import BilinearKind
 from brandla.kfac.capture.kinds.conv import ConvKind
 from brandla.kfac.capture.kinds.conv_transpose import ConvTransposeKind
 from brandla.kfac.capture.kinds.embedding import EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_leaf, own_forward
 from brandla.kfac.capture.kinds.like import register, registered, tried
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 
-__all__ = ["Kind", "LinearKind", "Record", "TurnedEmbeddingKind", "Uses", "kinds_of", "register"]
+__all__ = [
+    "EmbeddingKind",
+    "Kind",
+    "LinearKind",
+    "Record",
+    "TurnedEmbeddingKind",
+    "Uses",
+    "is_leaf",
+    "kinds_of",
+    "register",
+]
 
 _FAMILIES: tuple[type[Kind], ...] = (
     LinearKind,
@@ -23,6 +35,8 @@ _FAMILIES: tuple[type[Kind], ...] = (
     EmbeddingKind,
     AttentionKind,
     NormKind,
+    BilinearKind,
+    BagKind,
 )
 
 

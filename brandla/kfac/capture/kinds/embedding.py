@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class EmbeddingKind(Kind):
     Positions are rows in every sharing: an average of one-hot inputs would not be one-hot.
     """
 
-    types = (nn.Embedding,)
+    types: ClassVar[tuple[type[Any], ...]] = (nn.Embedding,)
     one_hot = True
     transposed = True
 

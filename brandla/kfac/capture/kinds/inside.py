@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from brandla.kfac.capture.kinds.kind import Kind, Record, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Record, is_leaf, why_left
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.own_forward import OwnForward
-from brandla.kfac.capture.kinds.probe import random, run
+from brandla.kfac.capture.kinds.probe import random, random_parts, run
 
-_TRANSPOSES: Any = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.transpose, torch.transpose}
+# mypy takes the properties for what they give.
+_PROPERTIES: tuple[Any, ...] = (Tensor.T, Tensor.mT)
+_TRANSPOSES: Any = {Tensor.t, torch.t, Tensor.transpose, torch.transpose, *(own.__get__ for own in _PROPERTIES)}
 _GROUPED: Any = {getattr(nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
 _PRODUCTS: Any = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm} | _GROUPED
 
@@ -29,7 +31,7 @@ class InsideKind(LinearKind):
     ) -> None:
         super().__init__(forward.module, weight, bias)
         self.part = weight if index is None else f"{weight}.{index}"
-        self.is_part = index is not None
+        self.pairs = index is None
         # Of experts a guess before the first call, which tells.
         self.transposed = transposed
         self._index = index
@@ -77,7 +79,7 @@ class InsideKind(LinearKind):
 def used_inside(module: nn.Module) -> list[Kind] | str | None:
     """Return the weights of a module that holds experts, or that multiplies by its own matrices; None for others."""
     parts = {name: part for name, part in module._parameters.items() if part is not None}
-    if type(module).__module__.startswith("torch.nn") or any(True for child in module.children() for _ in child.parameters()):
+    if type(module).__module__.startswith("torch.nn") or not is_leaf(module):
         return None
     names = [name for name, part in parts.items() if part.ndim > 1]
     forward = InsideForward.of(module)
@@ -91,7 +93,7 @@ def used_inside(module: nn.Module) -> list[Kind] | str | None:
             return None
         turned = bool(getattr(module, "is_transposed", False))
         return [InsideKind(forward, name, index=i, transposed=turned) for name in cubes for i in range(count)]
-    uses = _uses(module, {name: random(tuple(part.shape), part.device) for name, part in parts.items()})
+    uses = _uses(module, random_parts(module))
     kinds = [InsideKind(forward, use.view.name, use.bias, transposed=use.view.is_transposed) for use in uses]
     return [*kinds] if kinds else None
 
@@ -114,11 +116,11 @@ class InsideForward(OwnForward):
 
     def _used(self, use: _Use, output: Tensor) -> Tensor:
         name, weight = use.view.name, use.view.weight
-        if weight.ndim == 3 and use.view.index is None and use.offsets is None and output.ndim != 3:
+        if weight.ndim == 3 and use.view.place is None and use.offsets is None and output.ndim != 3:
             return output
         self.seen.add(name)
-        if weight.ndim < 3 or use.view.index is not None:
-            part = name if use.view.index is None else f"{name}.{use.view.index}"
+        if weight.ndim < 3 or use.view.place is not None:
+            part = name if use.view.place is None else f"{name}.{use.view.place}"
             return self._told(part, use, use.inputs, output)
         if use.offsets is None:
             inputs, outputs, join = use.inputs.expand(*output.shape[:-1], -1).unbind(), output.unbind(), torch.stack
@@ -140,7 +142,7 @@ class _View(NamedTuple):
 
     name: str
     weight: Tensor
-    index: int | None = None
+    place: int | None = None
     is_transposed: bool = False
 
 
@@ -182,20 +184,21 @@ class _Products(TorchFunctionMode):
             return None
         if func in _TRANSPOSES and (output.shape, output.stride()) == (args[0].mT.shape, args[0].mT.stride()):
             return view._replace(is_transposed=not view.is_transposed)
-        if func is Tensor.__getitem__ and view.weight.ndim == 3 and view.index is None and _is_index(args[1]):
-            return view._replace(index=int(args[1]))
+        if func is Tensor.__getitem__ and view.weight.ndim == 3 and view.place is None and _is_index(args[1]):
+            return view._replace(place=int(args[1]))
         return None
 
     def _use(self, func: Any, args: Any, kwargs: Any) -> _Use | None:
         """Return the use that an operation makes of a parameter."""
         if func is nn.functional.linear:
-            inputs, weight, bias = (*args, *(kwargs.get(name) for name in ("input", "weight", "bias")[len(args) :]))
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            inputs, weight, bias = given["input"], given["weight"], given.get("bias")
             view = self._view(weight)
             return None if view is None else _Use(view, inputs, self._name(bias))
         if len(args) > 1 and func in _PRODUCTS:
-            inputs, weight, bias = *args[:2], None
+            inputs, weight, bias = args[0], args[1], None
         elif len(args) > 2 and func is torch.addmm:
-            bias, inputs, weight = args[:3]
+            bias, inputs, weight = args[0], args[1], args[2]
         else:
             return None
         view = self._view(weight)
@@ -211,7 +214,9 @@ class _Products(TorchFunctionMode):
 
 
 def _is_index(index: object) -> bool:
-    return isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.dtype.is_floating_point)
+    return isinstance(index, int) or (
+        isinstance(index, Tensor) and index.ndim == 0 and not index.dtype.is_floating_point
+    )
 
 
 def _uses(module: nn.Module, parts: dict[str, Tensor]) -> list[_Use]:

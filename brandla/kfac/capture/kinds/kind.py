@@ -20,7 +20,8 @@ class Record(Protocol):
     def is_wanted(self) -> bool:
         """Whether anything is collected now."""
 
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any: ...
+    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
+        """Take note of a use, and return its output to go on with."""
 
 
 class Uses(NamedTuple):
@@ -47,8 +48,8 @@ class Kind(ABC):
     one_hot = False
     # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
     single = False
-    # The weight is one of several in a parameter, along its first dimension.
-    is_part = False
+    # The step may be applied to the pair of inputs and output gradients.
+    pairs = True
     # The matrix is the weight transposed.
     transposed = False
     # Inputs and output gradients have changed places: the rows are of the transposed use of the weight.
@@ -143,7 +144,8 @@ class Kind(ABC):
         """Have ``record`` called at each use, and return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return record(self.of_call(), args[0] if args else kwargs.get("input"), output)
+            first = next(iter((*args, *kwargs.values())), None)
+            return record(self.of_call(), first if args else kwargs.get("input", first), output)
 
         return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
 
@@ -213,6 +215,11 @@ def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
 def own_forward(module: nn.Module) -> str:
     """Say that the forward pass of a module is not that of its type."""
     return f"{type(module).__name__} has a forward pass of its own"
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Say whether no module inside of this one has parameters."""
+    return not any(True for child in module.children() for _ in child.parameters())
 
 
 def why_left(module: nn.Module, *names: str) -> str:

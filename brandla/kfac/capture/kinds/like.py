@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -10,12 +10,14 @@ from brandla import _check
 from brandla.kfac.capture.kinds.kind import Kind, why_left
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
-from brandla.kfac.capture.kinds.probe import Like, Names, find_like, unit_and_zero
+from brandla.kfac.capture.kinds.probe import Names, find_like, unit_and_zero
+from brandla.kfac.capture.kinds.recurrent import unrolled
 
-_REGISTERED: dict[type[nn.Module], Like] = {}
+Registered: TypeAlias = Literal["linear", "transposed", "unrolled"]
+_REGISTERED: dict[type[nn.Module], Registered] = {}
 
 
-def register(module: type[nn.Module], *, like: Like) -> None:
+def register(module: type[nn.Module], *, like: Registered) -> None:
     """Tell K-FAC what modules of a type compute, where it does not find that by itself.
 
     Modules with one weight, and at most a ``bias`` beside it, are tried with random numbers when `KFAC` is made, so
@@ -27,7 +29,9 @@ def register(module: type[nn.Module], *, like: Like) -> None:
         The type; its subclasses are meant too.
     like
         What a call makes of its first argument x, in its last dimension: ``"linear"``: x weightᵀ + bias.
-        ``"transposed"``: x weight + bias. ``"scale"``: weight · x̂ + bias, with x̂ a function of x alone.
+        ``"transposed"``: x weight + bias.
+        ``"unrolled"``, for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: run the layer step by step, in place of one fused
+        call, in passes that are captured.
 
     Raises
     ------
@@ -48,15 +52,19 @@ def register(module: type[nn.Module], *, like: Like) -> None:
     >>> len(brandla.kfac.KFAC(torch.nn.ModuleList([Gated()])).parameters())
     1
     """
-    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+    given: object = module
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
         _check.fail_type("register", f"module must be a type of modules, such as MyLinear; got {module!r}")
-    _check.choice("register", "like", like, tuple(_KINDS))
+    choices = ("unrolled",) if issubclass(module, nn.RNNBase) else ("linear", "transposed")
+    _check.choice("register", f"like, for {module.__name__},", like, choices)
     _REGISTERED[module] = like
 
 
 def registered(module: nn.Module) -> list[Kind] | str | None:
     """Return the weight of a module whose type a user has named; None for others."""
     like = next((_REGISTERED[kind] for kind in type(module).__mro__ if kind in _REGISTERED), None)
+    if like == "unrolled":
+        return unrolled(module)
     names = Names.of(module)
     if like is None or names is None:
         return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from brandla.kfac.capture.kinds.kind import is_leaf
 
 Like: TypeAlias = Literal["linear", "transposed", "scale"]
 
@@ -22,7 +25,7 @@ class Names(NamedTuple):
         """Name them; None for a module with other parameters, its own or those of modules in it."""
         names = [name for name, part in module._parameters.items() if part is not None]
         weights = [name for name in names if name != "bias"]
-        if len(weights) != 1 or any(True for child in module.children() for _ in child.parameters()):
+        if len(weights) != 1 or not is_leaf(module):
             return None
         return cls(weights[0], "bias" if "bias" in names else "")
 
@@ -30,12 +33,15 @@ class Names(NamedTuple):
 def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
     """Return what a module's forward pass gives with other parameters, on a copy with no hooks; None if it raises.
 
-    The module, its buffers and the random numbers of the process stay as they are.
+    The module, its buffers, its lists and dicts, and the random numbers of the process stay as they are.
     """
     own: Any = module.__new__(type(module))
     parameters = {**dict.fromkeys(module._parameters), **parts}
     buffers = {name: None if part is None else part.clone() for name, part in module._buffers.items()}
-    vars(own).update(vars(module), _parameters=parameters, _buffers=buffers)
+    attributes = {
+        name: copy.copy(part) if isinstance(part, list | dict | set) else part for name, part in vars(module).items()
+    }
+    vars(own).update(attributes, _parameters=parameters, _buffers=buffers)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             return type(module).forward(own, *inputs)
@@ -46,7 +52,7 @@ def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
 
 def find_like(module: nn.Module, names: Names) -> Like | None:
     """Say which map of its last dimension a module computes with its weight and bias; None if none that is known."""
-    parts = {name: random(tuple(module._parameters[name].shape), module._parameters[name].device) for name in names if name}
+    parts = random_parts(module)
     weight, bias = parts[names.weight], parts.get(names.bias)
     if weight.ndim == 1 and weight.numel() > 1:
         return "scale" if _is_scale(module, names.weight, parts, bias) else None
@@ -55,6 +61,12 @@ def find_like(module: nn.Module, names: Names) -> Like | None:
     maps: list[tuple[Like, Tensor]] = [("linear", weight.mT), ("transposed", weight)]
     fit = (like for like, matrix in maps if _is_linear(module, parts, matrix, bias))
     return next(fit, None)
+
+
+def random_parts(module: nn.Module) -> dict[str, Tensor]:
+    """Return random numbers in the shapes of a module's own parameters."""
+    own = {name: part for name, part in module._parameters.items() if part is not None}
+    return {name: random(tuple(part.shape), part.device) for name, part in own.items()}
 
 
 def _is_linear(module: nn.Module, parts: Mapping[str, Tensor], matrix: Tensor, bias: Tensor | None) -> bool:

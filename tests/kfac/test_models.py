@@ -1,0 +1,179 @@
+"""Models of transformers, torch_geometric and peft, tiny and with random weights: every matrix has its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Exact
+from kfac.networks import dense_step
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KFAC"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+# Tables that are added as they are, and attention vectors: no input multiplies them.
+_ADDED = {
+    "vit": {
+        "vit.embeddings.cls_token": "ViTEmbeddings uses it by itself",
+        "vit.embeddings.position_embeddings": "ViTEmbeddings uses it by itself",
+    },
+    "whisper": {
+        "model.decoder.embed_positions": "WhisperPositionalEmbedding has a forward pass of its own",
+        "model.encoder.embed_positions": "frozen",
+    },
+    "clip": {
+        "logit_scale": "CLIPModel uses it by itself",
+        "vision_model.embeddings.class_embedding": "CLIPVisionEmbeddings uses it by itself",
+    },
+}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+_LLAMA = {**_SIZES, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
+_PATCHES = {**_SIZES, "image_size": 8, "patch_size": 4}
+_SPECIAL = {"decoder_start_token_id": 0, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_WHISPER = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+    "max_target_positions": 16,
+    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")},
+    **_SPECIAL,
+}
+_GPT2 = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0}
+_T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+_CLIP = {
+    "text_config": {**_SIZES, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+    "vision_config": _PATCHES,
+    "projection_dim": 8,
+}
+
+
+def tokens() -> dict[str, Any]:
+    indices = torch.randint(3, 40, (4, 10))
+    return {"input_ids": indices, "labels": indices}
+
+
+def images() -> dict[str, Any]:
+    return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 2}
+
+
+def speech() -> dict[str, Any]:
+    return {"input_features": torch.randn(4, 8, 20), "labels": torch.randint(3, 40, (4, 10))}
+
+
+def pairs() -> dict[str, Any]:
+    return {"input_ids": torch.randint(3, 40, (4, 6)), "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
+
+
+# Configuration, model, what it is configured with, and a batch.
+MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "eos_token_id": 0}, tokens),
+    "bert": ("BertConfig", "BertForMaskedLM", _SIZES, tokens),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA, tokens),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}, tokens),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 4}, tokens),
+    "vit": ("ViTConfig", "ViTForImageClassification", _PATCHES, images),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", _WHISPER, speech),
+    "clip": ("CLIPConfig", "CLIPModel", _CLIP, pairs),
+}
+
+
+def transformer(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config, model, options, data = MODELS[name]
+    return getattr(transformers, model)(getattr(transformers, config)(**options)), data()
+
+
+def covered(model: nn.Module, loss: Callable[[], Tensor]) -> KFAC:
+    """Two steps, after which all of its layers have data and all gradients are finite."""
+    preconditioner = KFAC(model, Exact())
+    for _ in range(2):
+        model.zero_grad()
+        loss().backward()
+        preconditioner.step()
+    assert all(torch.isfinite(part.grad).all() for part in model.parameters() if part.grad is not None)
+    report = preconditioner.report()
+    assert not [row.layer for row in report.factors if row.reason == "no data yet"]
+    return preconditioner
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_of_a_transformer_has_its_factors(name: str):
+    model, data = transformer(name)
+    preconditioner = covered(model, lambda: model(**data).loss)
+    assert preconditioner.report().unsupported == _ADDED.get(name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt2", ["c_attn", "c_proj"]), ("llama", ["q_proj", "v_proj"])], ids=["gpt2", "llama"]
+)
+def test_both_matrices_of_an_adapter_have_their_factors(name: str, targets: list[str]):
+    peft = pytest.importorskip("peft")
+    model, data = transformer(name)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=name == "gpt2"))
+    preconditioner = covered(model, lambda: model(**data).loss)
+    assert set(preconditioner.report().unsupported.values()) == {"frozen"}
+    trained = {id(part) for part in model.parameters() if part.requires_grad}
+    assert trained == {id(part) for part in preconditioner.parameters() if part.requires_grad}
+
+
+class Network(nn.Module):
+    """Two graph convolutions; with ``index`` the mean of each graph's nodes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        convolution = getattr(pytest.importorskip("torch_geometric").nn, name)
+        torch.manual_seed(0)
+        self.first, self.second = convolution(6, 8), convolution(8, 3)
+
+    def forward(self, features: Tensor, edges: Tensor, index: Tensor | None = None) -> Tensor:
+        nodes = self.second(torch.tanh(self.first(features, edges)), edges)
+        if index is None:
+            return nodes
+        return nodes.new_zeros(2, 3).index_add_(0, index, nodes) / index.bincount()[:, None]
+
+
+CONVOLUTIONS = {"GCNConv": {"lin"}, "GATConv": {"lin"}, "GATv2Conv": {"lin_l", "lin_r"}, "SAGEConv": {"lin_l", "lin_r"}}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_linear_of_a_graph_network_has_its_factors(name: str, sharing: str):
+    """Nodes as samples, and graphs: the step is that of the dense definition."""
+    model = Network(name).double()
+    edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [1, 2, 0, 4, 5, 6, 7, 2]])
+    index, features = torch.tensor([0] * 3 + [1] * 5), torch.randn(8, 6, dtype=torch.float64)
+    labels = torch.arange(8 if sharing == "expand" else 2) % 3
+    preconditioner = KFAC(model, Exact(inverse_every=1), sharing=sharing, damping=0.03, clip=None)
+    with preconditioner.graphs(index):
+        output = model(features, edges, index if sharing == "reduce" else None)
+    nn.functional.cross_entropy(output, labels).backward()
+    expected = []
+    for layer in preconditioner._layers:
+        rows = layer.rows("loss", None)
+        assert rows.uses == len(labels)
+        expected.append(dense_step(rows.inputs, rows.gradients, layer.gradient(), 0.03))
+    preconditioner.step()
+    torch.testing.assert_close([layer.gradient() for layer in preconditioner._layers], expected)
+    report = preconditioner.report()
+    assert {row.layer for row in report.factors} == {
+        f"{at}.{own}" for at in ("first", "second") for own in CONVOLUTIONS[name]
+    }
+    # Of each convolution by itself: its bias, and the vectors of its attention.
+    assert {part.rpartition(".")[2] for part in report.unsupported} <= {"bias", "att", "att_src", "att_dst"}
