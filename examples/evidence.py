@@ -66,7 +66,9 @@ def cross_validated(inputs: Tensor, labels: Tensor, precision: float, steps: int
 def main(steps: int = 200) -> None:
     """Show both beside the log-likelihood of data that neither has seen."""
     inputs, labels = digits()
-    table = Table("δ", "steps", "evidence", "cross-validation", "unseen data", title="per sample, the higher the better")
+    table = Table(
+        "δ", "steps", "evidence", "cross-validation", "unseen data", title="per sample, the higher the better"
+    )
     for precision in PRECISIONS:
         for taken in (steps // CHECKS, steps):
             model = trained(inputs[:TRAINING], labels[:TRAINING], precision, taken)

@@ -1,6 +1,8 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
 from brandla.kfac.evidence import evidence
+from brandla.kfac.forward_laplacian import Columns, forward_laplacian
+from brandla.kfac.pinn import PINN
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -24,9 +26,11 @@ __all__ = [
     "EKFAC",
     "KBFGS",
     "KFAC",
+    "PINN",
     "Brand",
     "BrandCorrected",
     "BrandRandomized",
+    "Columns",
     "ConjugateGradient",
     "ErrorBound",
     "Exact",
@@ -39,6 +43,7 @@ __all__ = [
     "TwoLevel",
     "Woodbury",
     "evidence",
+    "forward_laplacian",
     "read_state",
 ]
 
