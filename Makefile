@@ -93,9 +93,10 @@ bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and 
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)
 
-examples: .venv/.extra-demo ## train a transformer and a residual network with every system (EXAMPLE_ARGS="--system B-KFAC")
+examples: .venv/.extra-demo ## train a transformer and a residual network with every system, and the other examples (EXAMPLE_ARGS="--system B-KFAC")
 	$(python) -m examples.resnet $(EXAMPLE_ARGS)
 	$(python) -m examples.transformer $(EXAMPLE_ARGS)
+	$(if $(EXAMPLE_ARGS),,for name in shampoo projection influence evidence pinn; do $(python) -m examples.$$name || exit 1; done)
 
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
 	$(python) -m bench.studies.scaling $(STUDY_ARGS)

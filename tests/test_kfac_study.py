@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bench.frame import images
-from bench.studies import kfac_images
+from bench.studies import kfac_images, peers
 from bench.studies.kfac_methods import FULL, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from brandla.demo.data import Split
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized
@@ -117,6 +117,12 @@ def by_hand(method: Method, model: nn.Module, numbers: dict[str, float]) -> tupl
     if method.name == "AdamW":
         betas, decay = (1 - numbers["1 − β₁"], 0.999), numbers["weight decay"]
         return torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=decay), None
+    if method.optimizer is not None:
+        beta, decay = 1 - numbers["1 − β₁"], numbers["weight decay"]
+        kind = getattr(peers, method.name)
+        matrix = () if kind is peers.Muon else (10,)
+        betas = beta if kind is peers.Muon else (beta, 0.99)
+        return kind(model.parameters(), rate, betas, decay, *matrix), None
     if method.name == "SGD":
         momentum, decay = 1 - numbers["1 − momentum"], numbers["weight decay"]
         return torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay), None

@@ -1,0 +1,36 @@
+"""Scikit-learn's digits and a small network for them, for the examples that are about something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return all pixels (1797, 64) and labels, in a random order."""
+    pixels, classes = load_digits(return_X_y=True)
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(classes)[order]
+
+
+def network() -> nn.Sequential:
+    """Return a network with one hidden layer, the same each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch: int = 128) -> Iterator[float]:
+    """Train on random batches, and yield the loss of each before its step."""
+    inputs, labels = digits()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        rows = torch.randint(len(labels), (batch,), generator=generator)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs[rows]), labels[rows])
+        loss.backward()
+        optimizer.step()
+        yield loss.item()

@@ -1,0 +1,40 @@
+"""The examples of other optimizers and of equations train: a few steps of each, and the loss falls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples import evidence, influence, pinn
+from examples.digits import digits, network, trained
+from examples.projection import ProjectedAdam
+from examples.shampoo import Shampoo
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(Shampoo, 0.3), (ProjectedAdam, 0.01)])
+def test_an_optimizer_on_tracked_factors_trains(kind: type[torch.optim.Optimizer], rate: float):
+    model = network()
+    losses = list(trained(model, kind(model.parameters(), lr=rate), 15))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_influence_finds_wrong_labels():
+    losses, found = influence.train(20)
+    assert losses[-1] < 0.5 * losses[0]
+    assert found > 3 * influence.WRONG
+
+
+def test_evidence_is_against_too_strong_a_prior():
+    inputs, labels = (part[:100] for part in digits())
+    known = [
+        evidence.evidence_of(evidence.trained(inputs, labels, precision, 20), inputs, labels, precision)
+        for precision in (1.0, 1000.0)
+    ]
+    assert known[0] > known[1]
+
+
+@pytest.mark.parametrize("name", pinn.PROBLEMS)
+def test_equations_are_solved_better_after_more_steps(name: str):
+    errors = [pinn.train(pinn.PROBLEMS[name], "K-FAC", steps)[0] for steps in (1, 8)]
+    assert errors[1] < 0.5 * errors[0]
