@@ -11,7 +11,7 @@ from examples.projection import ProjectedAdam
 from examples.shampoo import Shampoo
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(Shampoo, 0.3), (ProjectedAdam, 0.01)])
+@pytest.mark.parametrize(("kind", "rate"), [(Shampoo, 1.0), (ProjectedAdam, 0.01)])
 def test_an_optimizer_on_tracked_factors_trains(kind: type[torch.optim.Optimizer], rate: float):
     model = network()
     losses = list(trained(model, kind(model.parameters(), lr=rate), 15))
