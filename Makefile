@@ -93,13 +93,12 @@ bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and 
 bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)
 
-examples: .venv/.extra-demo ## train with every system (EXAMPLE_ARGS="--system B-KFAC"), optimizers and a Gaussian process made of brandla's functions
+# Each runs by itself: optimizers made of brandla's functions, then what else K-FAC and damped inverses are for.
+examples := shampoo projection soap cosmos kl_shampoo gaussian_process influence evidence pinn
+examples: .venv/.extra-demo ## train a transformer and a residual network with every system, and the other examples (EXAMPLE_ARGS="--system B-KFAC")
 	$(python) -m examples.resnet $(EXAMPLE_ARGS)
 	$(python) -m examples.transformer $(EXAMPLE_ARGS)
-	$(python) -m examples.soap
-	$(python) -m examples.cosmos
-	$(python) -m examples.kl_shampoo
-	$(python) -m examples.gaussian_process
+	$(if $(EXAMPLE_ARGS),,for name in $(examples); do $(python) -m examples.$$name || exit 1; done)
 
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
 	$(python) -m bench.studies.scaling $(STUDY_ARGS)

@@ -31,7 +31,7 @@ import brandla
 from bench.frame import results
 from bench.frame.facts import facts
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
-from brandla.kfac import KFAC, Brand, Exact, InverseFree, Randomized
+from brandla.kfac import KBFGS, KFAC, Brand, Exact, InverseFree, Randomized, Woodbury
 from brandla_kernels import OPS
 from brandla_kernels._kernels.ahead import TARGETS, target_named
 from brandla_kernels._kernels.launch import recording
@@ -270,6 +270,8 @@ STRATEGIES = {
     "Exact": Exact(inverse_every=1),
     "Randomized": Randomized(8, inverse_every=1),
     "InverseFree": InverseFree(),
+    "Woodbury": Woodbury(),
+    "KBFGS": KBFGS(),
 }
 
 

@@ -13,7 +13,7 @@ import typer
 from torch import Tensor, nn
 
 import brandla
-from examples.digits import compare, is_matrix
+from examples.digits import compare
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
@@ -40,9 +40,9 @@ class Cosmos(torch.optim.Optimizer):
                 state, gradient = self.state[weight], weight.grad
                 if not state:
                     state["step"], state["mean"] = 0, torch.zeros_like(weight)
-                    state["square"] = torch.zeros_like(weight[:, :rank] if is_matrix(weight, rank) else weight)
-                    if is_matrix(weight, rank):
-                        n = weight.shape[1]
+                    state["square"] = torch.zeros_like(weight)
+                    if weight.ndim == 2 and min(weight.shape) > rank:
+                        n, state["square"] = weight.shape[1], torch.zeros_like(weight[:, :rank])
                         state["eigh"] = brandla.LowRankEigh.zeros(n, rank, device=weight.device, dtype=weight.dtype)
                 state["step"] += 1
                 mean = state["mean"].lerp_(gradient, 1 - beta) / (1 - beta ** state["step"])
@@ -64,9 +64,9 @@ class Cosmos(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * step)
 
 
-def main(steps: int = 100) -> None:
+def main(steps: int = 60) -> None:
     """Train on digits, beside AdamW."""
-    compare("COSMOS", Cosmos, steps)
+    compare({"AdamW": lambda weights: torch.optim.AdamW(weights, 0.01), "COSMOS": Cosmos}, steps)
 
 
 if __name__ == "__main__":

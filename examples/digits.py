@@ -1,45 +1,46 @@
-"""The task of the optimizers' examples: a network on scikit-learn's digits, beside AdamW."""
+"""Scikit-learn's digits and a small network for them, for the examples that are about something else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-BATCH, HELD_OUT, WIDTH = 64, 360, 128
-
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def train(make: Make, steps: int) -> float:
-    """Train with the optimizer that ``make`` makes of the weights, and return the loss on digits not seen."""
+def digits() -> tuple[Tensor, Tensor]:
+    """Return all pixels (1797, 64) and labels, in a random order."""
     pixels, classes = load_digits(return_X_y=True)
-    inputs, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(classes)
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(classes)[order]
+
+
+def network() -> nn.Sequential:
+    """Return a network with one hidden layer, the same each time."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 10))
-    optimizer = make(model.parameters())
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch: int = 128) -> Iterator[float]:
+    """Train on random batches, and yield the loss of each before its step."""
+    inputs, labels = digits()
+    generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        batch = torch.randint(len(labels) - HELD_OUT, (BATCH,))
+        rows = torch.randint(len(labels), (batch,), generator=generator)
         optimizer.zero_grad()
-        cross_entropy(model(inputs[batch]), labels[batch]).backward()
+        loss = cross_entropy(model(inputs[rows]), labels[rows])
+        loss.backward()
         optimizer.step()
-    with torch.no_grad():
-        return cross_entropy(model(inputs[-HELD_OUT:]), labels[-HELD_OUT:]).item()
+        yield loss.item()
 
 
-def compare(name: str, make: Make, steps: int) -> None:
-    """Show the optimizer beside AdamW."""
-    table = Table("optimizer", f"loss on digits not seen, after {steps} steps")
-    for title, each in (("AdamW", lambda weights: torch.optim.AdamW(weights, 0.003)), (name, make)):
-        table.add_row(title, f"{train(each, steps):.3f}")
-    Console().print(table)
-
-
-def is_matrix(weight: Tensor, rank: int) -> bool:
-    """Say whether a basis of this rank saves anything on a weight."""
-    return weight.ndim == 2 and min(weight.shape) > rank
+def compare(optimizers: dict[str, Make], steps: int) -> None:
+    """Train with each, and print the loss of the first batch and of the last five."""
+    for name, make in optimizers.items():
+        model = network()
+        losses = list(trained(model, make(model.parameters()), steps))
+        print(f"{name}: {losses[0]:.3f} -> {sum(losses[-5:]) / 5:.3f}")

@@ -14,7 +14,7 @@ import typer
 from torch import Tensor, nn
 
 import brandla
-from examples.digits import compare, is_matrix
+from examples.digits import compare
 
 Factor = brandla.Tracked[brandla.LowRankEigh]
 
@@ -53,7 +53,7 @@ class KLShampoo(torch.optim.Optimizer):
                 state, gradient = self.state[weight], weight.grad
                 if not state:
                     state["step"], state["mean"] = 0, torch.zeros_like(weight)
-                    if is_matrix(weight, rank):
+                    if weight.ndim == 2 and min(weight.shape) > rank:
                         state["left"], state["right"] = (identity(n, rank, weight) for n in weight.shape)
                     else:
                         state["square"] = torch.zeros_like(weight)
@@ -72,9 +72,9 @@ class KLShampoo(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * step)
 
 
-def main(steps: int = 100) -> None:
+def main(steps: int = 60) -> None:
     """Train on digits, beside AdamW."""
-    compare("KL-Shampoo", KLShampoo, steps)
+    compare({"AdamW": lambda weights: torch.optim.AdamW(weights, 0.01), "KL-Shampoo": KLShampoo}, steps)
 
 
 if __name__ == "__main__":

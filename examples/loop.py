@@ -57,6 +57,10 @@ def train(task: Task, strategy: Strategy | None, steps: int, rate: float, dampin
         if preconditioner is not None:
             preconditioner.step()
         optimizer.step()
+        if strategy is not None and strategy.takes_second_pass:
+            optimizer.zero_grad()
+            task.loss(model(inputs), targets).backward()
+            preconditioner.second_pass()
     return Outcome(before, judge(task, model), perf_counter() - start)
 
 

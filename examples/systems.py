@@ -6,6 +6,7 @@ import typer
 
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     Brand,
     BrandCorrected,
     BrandRandomized,
@@ -16,6 +17,7 @@ from brandla.kfac import (
     Randomized,
     Strategy,
     TwoLevel,
+    Woodbury,
 )
 
 RANK = 32
@@ -37,6 +39,10 @@ SYSTEMS: dict[str, tuple[Strategy | None, float]] = {
     "SINGD, hierarchical": (InverseFree("hierarchical"), 0.1),
     "FOOF": (Foof(Brand(RANK)), 0.1),
     "CG-FAC": (ConjugateGradient(), 0.1),
+    "K-BFGS": (KBFGS(), 0.1),
+    "natural gradient": (Woodbury(), 0.1),
+    "SENG": (Woodbury(every=10, features=256, positions=16), 0.1),
+    "FNGD": (Woodbury(fixed_after=20), 0.1),
     "two-level B-KFAC": (TwoLevel(Brand(RANK)), 0.1),
 }
 

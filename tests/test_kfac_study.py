@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bench.frame import images
-from bench.studies import kfac_images
+from bench.studies import kfac_images, peers
 from bench.studies.kfac_methods import FULL, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from brandla.demo.data import Split
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized
@@ -117,6 +117,12 @@ def by_hand(method: Method, model: nn.Module, numbers: dict[str, float]) -> tupl
     if method.name == "AdamW":
         betas, decay = (1 - numbers["1 − β₁"], 0.999), numbers["weight decay"]
         return torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=decay), None
+    if method.optimizer is not None:
+        beta, decay = 1 - numbers["1 − β₁"], numbers["weight decay"]
+        kind = getattr(peers, method.name)
+        matrix = () if kind is peers.Muon else (10,)
+        betas = beta if kind is peers.Muon else (beta, 0.99)
+        return kind(model.parameters(), rate, betas, decay, *matrix), None
     if method.name == "SGD":
         momentum, decay = 1 - numbers["1 − momentum"], numbers["weight decay"]
         return torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay), None
@@ -153,9 +159,21 @@ def test_a_method_takes_the_steps_that_its_name_says(method: Method) -> None:
     for taken, expected in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(taken, expected, rtol=0, atol=0)
     weights = sum(weight.numel() for weight in own.parameters()) * 4
-    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters.
+    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters. Muon keeps one
+    # for matrices; Shampoo and SOAP two, and four squares for each matrix (d_out, d_in).
+    vectors, matrices = (
+        [weight for weight in own.parameters() if (weight.ndim > 1) is is_matrix] for is_matrix in (False, True)
+    )
+    squares = 4 * sum(2 * n**2 for matrix in matrices for n in matrix.shape)
+    of_vectors = sum(4 * vector.numel() + 4 for vector in vectors)
     assert kfac_images.kept_bytes(trainer) == {
-        "optimizer_bytes": {"SGD": weights, "AdamW": 2 * weights + 6 * 4}.get(method.name, 0),
+        "optimizer_bytes": {
+            "SGD": weights,
+            "AdamW": 2 * weights + 6 * 4,
+            "Muon": weights + of_vectors,
+            "Shampoo": 2 * weights + squares,
+            "SOAP": 2 * weights + squares,
+        }.get(method.name, 0),
         "factor_bytes": 0 if preconditioner is None else preconditioner.report().bytes,
     }
 

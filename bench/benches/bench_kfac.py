@@ -18,7 +18,7 @@ from bench.benches.timing import Interval, ratio
 from bench.benches.training import BATCH, Candidate, Setting, Step, sgd
 from bench.frame.images import Images, mnist, standardised
 from brandla.demo import data
-from brandla.kfac import Brand, BrandCorrected, BrandRandomized, Exact, Randomized
+from brandla.kfac import KBFGS, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Woodbury
 
 RANK, LESS = 128, 64
 # Renewals of the systems that have them, in steps.
@@ -40,6 +40,8 @@ STRATEGIES = {
     "SRE-KFAC": Randomized(RANK, inverse_every=PERIOD),
     "RS-KFAC": Randomized(RANK, method="svd", inverse_every=PERIOD),
     "K-FAC": Exact(inverse_every=PERIOD),
+    "natural gradient of the batch": Woodbury(),
+    "K-BFGS, without its second pass": KBFGS(),
 }
 BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 # The rows that targets are for: a step over SGD's.

@@ -1,4 +1,4 @@
-"""Steps and seconds to an accuracy on real images: every K-FAC beside SGD and AdamW, tuned at an equal budget.
+"""Steps and seconds to an accuracy on real images: every K-FAC beside other optimizers, tuned at an equal budget.
 
 Run by ``make study-kfac``. For each task a search for every method, then every method from every seed.
 """
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bench.frame import pages, pictures
 from bench.frame.facts import place
@@ -122,7 +123,7 @@ def train(
 
 def kept_bytes(trainer: Trainer) -> Row:
     """Return what the factors take, and what the optimizer keeps."""
-    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    states = tree_leaves([list(state.values()) for state in trainer.optimizer.state.values()])
     kept = sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
     factors = 0 if trainer.preconditioner is None else trainer.preconditioner.report().bytes
     return {"factor_bytes": factors, "optimizer_bytes": kept}
@@ -365,6 +366,9 @@ def _in_words(task: Row) -> str:
 COLOURS = {
     "SGD": ("#a0a0a0", "#7d828c"),
     "AdamW": ("#5c5c5c", "#b4b8c2"),
+    "Muon": ("#7f6000", "#ffd966"),
+    "Shampoo": ("#4c1130", "#d5a6bd"),
+    "SOAP": ("#274e13", "#b6d7a8"),
     "K-FAC": ("#000000", "#ffffff"),
     "RS-KFAC": ("#e69f00", "#f0b840"),
     "SRE-KFAC": ("#56b4e9", "#8accf2"),
@@ -407,7 +411,7 @@ def _draw_course(axis: Axes, runs: pd.DataFrame, target: float, against: str, th
         )
         colour, low, high = theme.colour(*COLOURS[str(name)]), _height(found["low"]), _height(found["high"])
         across = found.index if against == "step" else found["seconds"]
-        style = (0, (4, 1.5)) if name in ("SGD", "AdamW") else "-"
+        style = (0, (4, 1.5)) if name in ("SGD", "AdamW", "Muon", "Shampoo", "SOAP") else "-"
         axis.plot(across, _height(found["mean"]), color=colour, linewidth=1.7, linestyle=style, label=name)
         axis.fill_between(across, low, high, color=colour, alpha=0.13, linewidth=0)
         heights += [np.quantile(low, 0.05), high.max()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from scipy.stats.qmc import Sobol
 from torch import nn
 
 from bench.frame.images import DIGITS, FASHION, conv, mlp
+from bench.studies.peers import SOAP, Muon, Shampoo
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
@@ -135,6 +136,7 @@ class Method:
     ranges: dict[str, tuple[float, float]]
     strategy: Callable[[Settings, Numbers], Strategy] | None = None
     adaptive: bool = False
+    optimizer: Callable[[Iterable[nn.Parameter], float, float, float, Settings], torch.optim.Optimizer] | None = None
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
@@ -152,6 +154,8 @@ class Method:
             kfac = KFAC(model, strategy, damping=damping, clip=settings.clip, decay=decay, sharing="reduce", seed=seed)
             return Trainer(model, torch.optim.SGD(model.parameters(), rate), kfac)
         shrink = numbers["weight decay"]
+        if self.optimizer is not None:
+            return Trainer(model, self.optimizer(model.parameters(), rate, 1 - numbers["1 − β₁"], shrink, settings))
         if self.adaptive:
             betas = (1 - numbers["1 − β₁"], 0.999)
             return Trainer(model, torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=shrink))
@@ -160,11 +164,25 @@ class Method:
 
 
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
+MATRIX_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
 
 METHODS = (
     Method("SGD", 4, {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}),
     Method("AdamW", 5, {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}, adaptive=True),
+    Method("Muon", 8, MATRIX_RANGES, optimizer=lambda of, rate, beta, decay, _: Muon(of, rate, beta, decay)),
+    Method(
+        "Shampoo",
+        20,
+        MATRIX_RANGES,
+        optimizer=lambda of, rate, beta, decay, by: Shampoo(of, rate, (beta, 0.99), decay, by.renew_every),
+    ),
+    Method(
+        "SOAP",
+        20,
+        MATRIX_RANGES,
+        optimizer=lambda of, rate, beta, decay, by: SOAP(of, rate, (beta, 0.99), decay, by.renew_every),
+    ),
     Method("K-FAC", 26, KFAC_RANGES, lambda of, _: Exact(of.renew_every)),
     Method("RS-KFAC", 19, KFAC_RANGES, lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every)),
     Method("SRE-KFAC", 17, KFAC_RANGES, lambda of, _: Randomized(of.rank, inverse_every=of.renew_every)),

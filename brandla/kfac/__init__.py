@@ -2,6 +2,8 @@
 
 from brandla.kfac.capture.kinds import register
 from brandla.kfac.evidence import evidence
+from brandla.kfac.forward_laplacian import Columns, forward_laplacian
+from brandla.kfac.pinn import PINN
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -25,9 +27,11 @@ __all__ = [
     "EKFAC",
     "KBFGS",
     "KFAC",
+    "PINN",
     "Brand",
     "BrandCorrected",
     "BrandRandomized",
+    "Columns",
     "ConjugateGradient",
     "ErrorBound",
     "Exact",
@@ -40,6 +44,7 @@ __all__ = [
     "TwoLevel",
     "Woodbury",
     "evidence",
+    "forward_laplacian",
     "read_state",
     "register",
 ]

@@ -50,8 +50,9 @@ class Woodbury(Strategy):
 
     References
     ----------
-    Y. Ren, D. Goldfarb, arXiv 1906.02353. M. Yang, D. Xu, Z. Wen, M. Chen, P. Xu, "Sketchy empirical natural gradient
-    methods for deep learning", arXiv 2006.05924 (SENG).
+    M. Yang, D. Xu, Z. Wen, M. Chen, P. Xu, "Sketchy empirical natural gradient methods for deep learning", arXiv
+    2006.05924 (SENG). X. Ou, C. Zhu, X. Huang, Y. Liu, "Inverse-free fast natural gradient descent method for deep
+    learning", arXiv 2403.03473 (FNGD).
     """
 
     every: Schedule[int] = 1

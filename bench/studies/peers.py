@@ -1,0 +1,119 @@
+"""Matrix optimizers that K-FAC is compared with, from their papers: Muon (torch's own), Shampoo and SOAP.
+
+A weight is a matrix, of convolutions with its windows as rows; vectors are trained by Adam.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-8
+State = dict[str, Any]
+
+
+class Matrices(torch.optim.Optimizer, ABC):
+    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, every: int
+    ) -> None:
+        super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay, "every": every})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step."""
+        for group in self.param_groups:
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                state = self.state[weight]
+                state["count"] = state.get("count", 0) + 1
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                if weight.ndim < 2:
+                    step = adam(state, weight.grad, group["betas"])
+                else:
+                    step = self.of_matrix(state, weight.grad.flatten(1), group).reshape(weight.shape)
+                weight.sub_(step, alpha=group["lr"])
+
+    @abstractmethod
+    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
+        """Return the step of a matrix, at rate 1."""
+
+
+class Shampoo(Matrices):
+    """L^(−1/4) M R^(−1/4), arXiv 1802.09568, of averages L and R and the mean gradient M, as long as Adam's step."""
+
+    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
+        """Renew the roots now and then, and apply them."""
+        usual = adam(state, gradient, group["betas"])
+        take_in(state, gradient, group["betas"][1])
+        if (state["count"] - 1) % group["every"] == 0:
+            state["roots"] = [root(state[side]) for side in ("left", "right")]
+        left, right = state["roots"]
+        step = left @ state["mean"] @ right
+        return step * (usual.norm() / step.norm().clamp_min(EPS))
+
+
+class SOAP(Matrices):
+    """Adam in the eigenbasis of Shampoo's factors, arXiv 2409.11321: renewed by one product and QR now and then."""
+
+    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
+        """Turn the gradient into the bases, take Adam's step there, and turn it back."""
+        take_in(state, gradient, group["betas"][1])
+        if "bases" not in state:
+            state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
+        elif (state["count"] - 1) % group["every"] == 0:
+            known = state["bases"]
+            renewed = [torch.linalg.qr(state[side] @ own).Q for side, own in zip(("left", "right"), known, strict=True)]
+            # The mean gradient is that of the weights: it turns along. Second moments stay, as in the paper.
+            turn = [new.mT @ old for new, old in zip(renewed, known, strict=True)]
+            state["mean"] = turn[0] @ state["mean"] @ turn[1].mT
+            state["bases"] = renewed
+        left, right = state["bases"]
+        return left @ adam(state, left.mT @ gradient @ right, group["betas"]) @ right.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` for matrices, at the length of AdamW's steps, and AdamW for everything else."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, momentum: float, decay: float) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        matrices = [weight for weight in parameters if weight.ndim == 2]
+        others = [weight for weight in parameters if weight.ndim != 2]
+        muon = torch.optim.Muon(
+            matrices, lr=rate, momentum=momentum, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.parts = [muon, torch.optim.AdamW(others, rate, betas=(momentum, 0.999), weight_decay=decay)]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step of both, whose states this one shows."""
+        for part in self.parts:
+            part.step()
+        self.state.update(chain.from_iterable(part.state.items() for part in self.parts))
+
+
+def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:
+    """Return Adam's step of rate 1."""
+    mean, square = state.get("mean", torch.zeros_like(gradient)), state.get("square", torch.zeros_like(gradient))
+    state["mean"] = mean = mean.lerp(gradient, 1 - betas[0])
+    state["square"] = square = square.lerp(gradient.square(), 1 - betas[1])
+    count = state["count"]
+    return mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + EPS)
+
+
+def take_in(state: State, gradient: Tensor, decay: float) -> None:
+    """Take a gradient into the averages of G Gᵀ and Gᵀ G."""
+    for side, gram in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):
+        state[side] = state[side].lerp(gram, 1 - decay) if side in state else (1 - decay) * gram
+
+
+def root(factor: Tensor) -> Tensor:
+    """Return M^(−1/4)."""
+    values, vectors = torch.linalg.eigh(factor)
+    values = values.clamp_min(EPS * values[-1]).clamp_min(torch.finfo(values.dtype).tiny)
+    return vectors * values.pow(-0.25) @ vectors.mT

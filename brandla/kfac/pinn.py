@@ -1,0 +1,201 @@
+"""K-FAC for physics-informed networks: losses with derivatives of a network in its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from brandla import _check
+from brandla.kfac.forward_laplacian import Columns, Use, check_model, columns_of, forward_laplacian, propagated, seeded
+from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker
+from brandla.kfac.systems.sum_of_two import SumOfTwo
+from brandla.kfac.values import Damping, Now, Rows, Shape, dense
+
+# From `Columns` at points (N, d), or from values (M, m) at points (M, d), to one residual for each point.
+Residual: TypeAlias = Callable[[Columns, Tensor], Tensor]
+BoundaryResidual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class PINN:
+    """Precondition the gradients of ½ mean r² over points inside, r with derivatives, plus ½ mean r² at the boundary.
+
+    The Gauss–Newton matrix of a layer is about A_Ω ⊗ B_Ω + A_∂ ⊗ B_∂: for N points inside with S = d + 2 columns z each
+    (value, derivatives, Laplacian; the bias's 1 in the first alone), and the derivatives g of r in what the layer makes
+    of each column, A_Ω = Σ z zᵀ / (N S) and B_Ω = Σ g gᵀ / N. A_∂ and B_∂ are the same with S = 1. All are averaged
+    over steps, and λ is added to each.
+
+    Parameters
+    ----------
+    model
+        ``nn.Sequential`` of ``nn.Linear`` and activations that `forward_laplacian` knows.
+    inverse
+        None for the inverse of the sum, by two Cholesky factorisations and two eigendecompositions a layer and step in
+        float64: for widths of some hundred. Or a system of factors such as ``Brand(rank=32)``, for
+        ½ (A_Ω + A_∂) ⊗ (B_Ω + B_∂), which is that sum where the A are alike or the B.
+    damping
+        λ > 0, absolute.
+    decay
+        ρ of the averages, in [0, 1).
+    weights
+        Those of the Laplacian, as `forward_laplacian` has them.
+
+    Notes
+    -----
+    There is no clip: choose the length of a step by a line search with `loss`, as the source does. For one process.
+
+    References
+    ----------
+    F. Dangel, J. Müller, M. Zeinhofer, "Kronecker-factored approximate curvature for physics-informed neural networks",
+    NeurIPS 2024, arXiv 2405.15603.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import PINN
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> preconditioner = PINN(model, damping=1e-3)
+    >>> poisson = lambda u, x: u.laplacian[:, 0] + 1, lambda u, x: u[:, 0]
+    >>> _ = preconditioner.backward(torch.rand(9, 2), poisson[0], torch.rand(4, 2).round(), poisson[1])
+    >>> torch.optim.SGD(model.parameters(), lr=0.1).step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        inverse: FactorStrategy | None = None,
+        *,
+        damping: float = 1e-5,
+        decay: float = 0.95,
+        weights: Tensor | None = None,
+    ) -> None:
+        check_model("PINN", model)
+        if inverse is not None and not isinstance(inverse, FactorStrategy):
+            rule = "inverse must be None or a strategy of factors such as Brand(rank=32)"
+            _check.fail_type("PINN", f"{rule}; got {type(inverse).__name__}")
+        if not 0 < damping < float("inf"):
+            _check.fail_value("PINN", f"damping must be finite and > 0; got {damping}")
+        if not 0 <= decay < 1:
+            _check.fail_value("PINN", f"decay must be in [0, 1); got {decay}")
+        self._model, self._damping, self._decay, self._weights = model, damping, decay, weights
+        self._linears = [module for module in model if isinstance(module, nn.Linear)]
+        shapes = [_shape(linear) for linear in self._linears]
+        self.curvatures = [SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in shapes]
+        self._steps = 0
+
+    @torch.no_grad()
+    def loss(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
+        """Return the loss alone; parameters are those of `backward`."""
+        inside = residual(forward_laplacian(self._model, interior, self._weights), interior)
+        return _loss(inside, at_boundary(self._model(boundary), boundary))
+
+    def backward(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
+        """Take a batch in, write the preconditioned gradients into ``grad`` of all weights, and return the loss.
+
+        Parameters
+        ----------
+        interior, boundary
+            Points (N, d) and (M, d).
+        residual
+            A function of `Columns` at the points, and the points, that returns r (N,), each of its own point alone.
+        at_boundary
+            The same of values (M, m) and points: r (M,).
+
+        Raises
+        ------
+        ValueError
+            For residuals of another shape.
+        RuntimeError
+            In several processes.
+        """
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            message = "PINN.backward: it is for one process; got a group of several: train in one"
+            raise RuntimeError(message)
+        uses: tuple[list[Use], list[Use]] = [], []
+        with torch.enable_grad():
+            columns = propagated(self._model, seeded(interior), self._weights, uses[0])
+            values = propagated(self._model, boundary[:, None], self._weights, uses[1])
+            residuals = residual(columns_of(columns), interior), at_boundary(values[:, 0], boundary)
+        terms = [_terms(*parts) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
+        damping, finite = Damping(self._damping, "absolute"), torch.isfinite(_loss(*residuals))
+        now = Now(self._steps, self._steps * 65_537, self._decay, damping, finite)
+        for linear, curvature, of_layer in zip(self._linears, self.curvatures, zip(*terms, strict=True), strict=True):
+            inside, outside = (term.masked(finite) for term in of_layer)
+            curvature.absorb(_both(inside, outside) if isinstance(curvature, Kronecker) else inside.rows(), now)
+            if isinstance(curvature, SumOfTwo):
+                curvature.absorb_boundary(outside.rows(), now)
+            _write(linear, dense(curvature.solve(inside.gradient() + outside.gradient(), now)))
+        self._steps += 1
+        return _loss(*residuals).detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a bit-equal continuation needs."""
+        curvatures = {str(index): own.state_dict() for index, own in enumerate(self.curvatures) if own.started}
+        return {"steps": self._steps, "curvatures": curvatures}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the same model and system, or raise before anything is changed."""
+        saved = state["curvatures"]
+        loaded = [own.loaded(saved[str(at)], str(at)) if saved else own for at, own in enumerate(self.curvatures)]
+        self.curvatures, self._steps = loaded, state["steps"]
+
+
+class Term(NamedTuple):
+    """What one part of the loss has of a layer: z (N S, d_in), g (N S, d_out), and r (N S,) of their points."""
+
+    inputs: Tensor
+    derivatives: Tensor
+    residuals: Tensor
+    points: int
+
+    def masked(self, finite: Tensor) -> Term:
+        """Return the term, or zeros."""
+        return Term(*(torch.where(finite, part, 0) for part in self[:3]), self.points)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of ½ mean r²."""
+        return (self.derivatives * self.residuals[:, None]).mT @ self.inputs / self.points
+
+    def rows(self) -> Rows:
+        """Return rows with A = Σ z zᵀ / (N S) and G = Σ g gᵀ / N."""
+        uses = len(self.inputs)
+        return Rows(self.inputs, self.derivatives / (uses * self.points) ** 0.5, uses)
+
+
+def _terms(residuals: Tensor, points: Tensor, uses: list[Use]) -> list[Term]:
+    """Return the term of each layer."""
+    if residuals.shape != points.shape[:1]:
+        rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
+        _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")
+    derivatives = torch.autograd.grad(residuals.sum(), [use.output for use in uses])
+    found = []
+    for use, own in zip(uses, derivatives, strict=True):
+        by_column = residuals.detach().repeat_interleave(own.shape[1])
+        found.append(Term(use.inputs.flatten(0, 1), own.flatten(0, 1), by_column, len(points)))
+    return found
+
+
+def _both(inside: Term, outside: Term) -> Rows:
+    """Return rows with ½ (A_Ω + A_∂) and B_Ω + B_∂."""
+    inputs = [term.inputs / (2 * len(term.inputs)) ** 0.5 for term in (inside, outside)]
+    derivatives = [term.derivatives / term.points**0.5 for term in (inside, outside)]
+    return Rows(torch.cat(inputs), torch.cat(derivatives), 1)
+
+
+def _shape(linear: nn.Linear) -> Shape:
+    weight = linear.weight
+    return Shape((), linear.out_features, linear.in_features + (linear.bias is not None), weight.dtype, weight.device)
+
+
+def _write(linear: nn.Linear, step: Tensor) -> None:
+    step = step.to(linear.weight.dtype)
+    linear.weight.grad = step[:, : linear.in_features].clone()
+    if linear.bias is not None:
+        linear.bias.grad = step[:, -1].clone()
+
+
+def _loss(inside: Tensor, outside: Tensor) -> Tensor:
+    return (inside.square().mean() + outside.square().mean()) / 2

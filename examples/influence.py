@@ -1,0 +1,82 @@
+"""Which training samples have wrong labels? Influence functions by EK-FAC: ``python -m examples.influence``.
+
+The influence of sample i on the loss of sample j is −∇ℓ_jᵀ (F + λI)⁻¹ ∇ℓ_i (arXiv 2308.03296). One pass over the data
+streams the factors into low-rank bases (`Brand`), a second one fits the curvature's own values in them, as EK-FAC, and
+no d × d matrix is formed. A sample of a high influence on its own loss is memorised: its label may be wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from brandla.kfac import KFAC, Brand, Exact
+from examples.digits import digits, network
+
+RANK, DAMPING, WRONG = 32, 0.1, 0.1
+
+
+def gradients(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return (g, a) of each Linear, whose outer products are the gradients of single samples."""
+    hidden = model[1](model[0](inputs)).detach()
+    errors = (model[2](hidden).softmax(-1) - one_hot(labels, 10)).detach()
+    inner = errors @ model[2].weight.detach() * (1 - hidden.square())
+    ones = torch.ones(len(inputs), 1)
+    return [(inner, torch.cat([inputs, ones], 1)), (errors, torch.cat([hidden, ones], 1))]
+
+
+def bases(model: nn.Sequential, inputs: Tensor, labels: Tensor, batch: int = 100) -> list[tuple[Tensor, Tensor]]:
+    """Stream the data through K-FAC, without a step, and return the eigenvectors of G and A of each layer."""
+    # The factor of the ten outputs is dense: so small that a rank takes no less.
+    preconditioner = KFAC(model, {"0": Brand(RANK, form="eigh"), "2": Exact(1)}, decay=0.9)
+    for rows in torch.arange(len(labels)).split(batch):
+        model.zero_grad()
+        cross_entropy(model(inputs[rows]), labels[rows]).backward()
+        preconditioner.step()
+    state = preconditioner.state_dict()["layers"]
+    preconditioner.remove()
+    sides = [[own["curvature"][side]["state"] for side in ("output", "input")] for own in state.values()]
+    return [tuple(side["eigenvectors"] for side in own) for own in sides]
+
+
+def self_influence(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return ∇ℓ_iᵀ (F + λI)⁻¹ ∇ℓ_i of every sample, F in the bases; what is outside of them has the value 0."""
+    total = torch.zeros(len(labels))
+    known = zip(gradients(model, inputs, labels), bases(model, inputs, labels), strict=True)
+    for (outputs, rows), (left, right) in known:
+        squares = (outputs @ left).square(), (rows @ right).square()
+        values = squares[0].mT @ squares[1] / len(labels)
+        damping = DAMPING * values.max()
+        inside = (squares[0] @ (1 / (values + damping)) * squares[1]).sum(1)
+        outside = outputs.square().sum(1) * rows.square().sum(1) - squares[0].sum(1) * squares[1].sum(1)
+        total += inside + outside / damping
+    return total
+
+
+def train(steps: int) -> tuple[list[float], float]:
+    """Train with a tenth of the labels wrong; return the losses, and the share of wrong ones among as many suspects."""
+    inputs, labels = digits()
+    wrong = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < WRONG
+    labels = torch.where(wrong, (labels + 1) % 10, labels)
+    model, losses = network(), []
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    suspects = self_influence(model, inputs, labels).topk(int(wrong.sum())).indices
+    return losses, wrong[suspects].float().mean().item()
+
+
+def main(steps: int = 60) -> None:
+    """Show how many of the samples of the highest influence on themselves have wrong labels."""
+    losses, found = train(steps)
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {found:.0%} of the suspects are wrong, of all {WRONG:.0%}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,181 @@
+"""The forward Laplacian against autograd's, and K-FAC for PINNs against dense Gauss–Newton blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import EKFAC, PINN, Brand, Columns, Exact, forward_laplacian
+from kfac.systems import assert_near
+
+DAMPING = 1e-3
+
+
+def network(*activations: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = [2] + [5] * len(activations)
+    layers = [part for at, own in enumerate(activations) for part in (nn.Linear(*widths[at : at + 2]), own)]
+    return nn.Sequential(*layers, nn.Linear(5, 1)).double()
+
+
+def points(count: int, seed: int = 1) -> Tensor:
+    return torch.rand(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def residual(u: Columns, x: Tensor) -> Tensor:
+    """Nonlinear in all columns."""
+    return u.laplacian[:, 0] + u.value[:, 0].sin() * u.gradient[:, 0, 1] - x[:, 0]
+
+
+def at_boundary(u: Tensor, x: Tensor) -> Tensor:
+    return u[:, 0] - x.sum(1)
+
+
+PROBLEM = points(7), residual, points(4, 2).round(), at_boundary
+
+
+@pytest.mark.parametrize("kind", [nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 3.0], dtype=torch.float64)], ids=["ones", "weights"])
+def test_columns_are_those_of_autograd(kind: type[nn.Module], weights: Tensor | None):
+    model, x = network(kind(), kind()), points(6)
+    found = forward_laplacian(model, x, weights)
+    hessian = torch.stack([torch.autograd.functional.hessian(lambda one: model(one).sum(), row) for row in x])
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found.value, model(x))
+    torch.testing.assert_close(
+        found.gradient[:, 0], torch.autograd.functional.jacobian(lambda all_: model(all_).sum(), x)
+    )
+    torch.testing.assert_close(found.laplacian[:, 0], diagonal.sum(1) if weights is None else diagonal @ weights)
+
+
+def test_gradients_before_preconditioning_are_those_of_the_loss():
+    """λ so large that the step is the gradient over (1 + 1) λ²."""
+    model = network(nn.Tanh(), nn.Tanh())
+    large = 1e6
+    loss = PINN(model, damping=large).backward(*PROBLEM)
+    steps = [parameter.grad for parameter in model.parameters()]
+    x, _, y, _ = PROBLEM
+    expected = (
+        residual(forward_laplacian(model, x), x).square().mean() / 2 + at_boundary(model(y), y).square().mean() / 2
+    )
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(PINN(model).loss(*PROBLEM), expected.detach())
+    for step, own in zip(steps, torch.autograd.grad(expected, model.parameters()), strict=True):
+        torch.testing.assert_close(2 * large**2 * step, own, rtol=1e-4, atol=1e-8)
+
+
+def dense_factors(model: nn.Sequential, index: int) -> list[list[Tensor]]:
+    """(A, B) inside and at the boundary for a layer: z by autograd in the inputs, g by shifts of each column."""
+    before, linear, after = model[:index], model[index], model[index + 1 :]
+    rows = []
+    for x, has_columns in ((PROBLEM[0], True), (PROBLEM[2], False)):
+        A, B = 0, 0
+        for row in x:
+            z = torch.stack(list(columns_at(before, row))) if has_columns else before(row)[None]
+            ones = torch.zeros(len(z), 1, dtype=z.dtype)
+            ones[0] = 1
+            z = torch.cat([z, ones], dim=1).detach()
+            out = (z[:, :-1] @ linear.weight.T + ones * linear.bias).detach().requires_grad_()
+            if has_columns:
+                columns = Columns(*(part[None] for part in after_columns(after, out)))
+                r = residual(columns, row[None]).sum()
+            else:
+                r = at_boundary(after(out), row[None]).sum()
+            (g,) = torch.autograd.grad(r, out)
+            A, B = A + z.T @ z / (len(x) * len(z)), B + g.T @ g / len(x)
+        rows.append([A, B])
+    return rows
+
+
+def columns_at(model: nn.Sequential, x: Tensor) -> Tensor:
+    """Value, derivatives and Laplacian of each output of a network at one point, by autograd."""
+    jacobian = torch.autograd.functional.jacobian(model, x)
+    hessians = [torch.autograd.functional.hessian(lambda at, k=k: model(at)[k], x) for k in range(len(jacobian))]
+    return torch.cat([model(x)[None], jacobian.T, torch.stack([own.trace() for own in hessians])[None]])
+
+
+def after_columns(model: nn.Sequential, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a network whose input is a function with these columns: by the chain rule with its Hessian."""
+    value, derivatives, laplacian = z[0], z[1:-1], z[-1]
+    jacobian = torch.autograd.functional.jacobian(model, value, create_graph=True)[0]
+    hessian = torch.autograd.functional.hessian(lambda at: model(at)[0], value, create_graph=True)
+    second = torch.einsum("di,ij,dj->", derivatives, hessian, derivatives)
+    return model(value), (derivatives @ jacobian)[None], (jacobian @ laplacian + second)[None]
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_the_step_solves_with_the_sum_of_the_dense_products(index: int):
+    model = network(nn.Tanh(), nn.Tanh())
+    gradients = torch.autograd.grad(loss_of(model), model[index].parameters())
+    gradient = torch.cat([gradients[0], gradients[1][:, None]], dim=1)
+    total = 0
+    for A, B in dense_factors(model, index):
+        damped = (part + DAMPING * torch.eye(len(part), dtype=part.dtype) for part in (B, A))
+        total = total + torch.kron(*damped)
+    expected = torch.linalg.solve(total, gradient.reshape(-1)).reshape(gradient.shape)
+    PINN(model, damping=DAMPING).backward(*PROBLEM)
+    result = torch.cat([model[index].weight.grad, model[index].bias.grad[:, None]], dim=1)
+    assert_near(result, expected, 1e-7)
+
+
+def loss_of(model: nn.Sequential) -> Tensor:
+    x, _, y, _ = PROBLEM
+    return (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
+
+
+def test_averaged_factors_are_the_means():
+    model = network(nn.Tanh(), nn.Tanh())
+    preconditioner = PINN(model, Exact(inverse_every=1), damping=DAMPING)
+    (A, B), (A_boundary, B_boundary) = dense_factors(model, 2)
+    preconditioner.backward(*PROBLEM)
+    factors = dict(preconditioner.curvatures[1].factors())
+    average = {side: factor.strategy.average(factor.state) for side, factor in factors.items()}
+    torch.testing.assert_close(average["input"], (A + A_boundary) / 2)
+    torch.testing.assert_close(average["output"], B + B_boundary)
+
+
+@pytest.mark.parametrize("inverse", [None, Brand(2, form="eigh"), Exact()], ids=["sum", "brand", "exact"])
+@pytest.mark.filterwarnings("ignore:KFAC")
+def test_training_goes_on_bit_equal(inverse: object):
+    model = network(nn.Tanh(), nn.Tanh())
+    preconditioner = PINN(model, inverse, damping=DAMPING)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    for step in range(4):
+        if step == 2:
+            state, other = copy.deepcopy(preconditioner.state_dict()), copy.deepcopy(model)
+        preconditioner.backward(points(7, step), *PROBLEM[1:])
+        optimizer.step()
+    resumed = PINN(other, inverse, damping=DAMPING)
+    resumed.load_state_dict(state)
+    optimizer = torch.optim.SGD(other.parameters(), 1e-4)
+    for step in (2, 3):
+        resumed.backward(points(7, step), *PROBLEM[1:])
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_points_that_are_not_finite_change_nothing():
+    model = network(nn.Tanh())
+    preconditioner = PINN(model, damping=DAMPING)
+    preconditioner.backward(*PROBLEM)
+    known = [own.sums["interior input"] / own.total for own in preconditioner.curvatures]
+    preconditioner.backward(PROBLEM[0] * float("nan"), *PROBLEM[1:])
+    for before, own in zip(known, preconditioner.curvatures, strict=True):
+        torch.testing.assert_close(own.sums["interior input"] / own.total, before)
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match=r"PINN: model must be nn.Sequential of nn.Linear and Tanh, .*; it has ReLU"):
+        PINN(network(nn.ReLU()))
+    with pytest.raises(TypeError, match=r"forward_laplacian: model must be nn.Sequential .*; got Linear"):
+        forward_laplacian(nn.Linear(2, 1), points(3))
+    with pytest.raises(TypeError, match=r"PINN: inverse must be None or a strategy of factors .*; got EKFAC"):
+        PINN(network(nn.Tanh()), EKFAC())
+    with pytest.raises(ValueError, match=r"PINN: damping must be finite and > 0; got 0"):
+        PINN(network(nn.Tanh()), damping=0)
+    with pytest.raises(ValueError, match=r"residuals must have shape \(N,\) = \(7,\), .*; got \(7, 1\)"):
+        PINN(network(nn.Tanh())).backward(PROBLEM[0], lambda u, x: u.value, *PROBLEM[2:])
