@@ -18,6 +18,7 @@ from brandla.kfac.values import Scale
 # What torch.compile calls the module that it wraps.
 _WRAPPED = "_orig_mod"
 Option = TypeVar("Option")
+ClipBy: TypeAlias = Literal["rms", "kl", "spectral"]
 ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module], Option]
 
 
@@ -30,7 +31,7 @@ class Options:
     decay: Schedule[float]
     factor_every: Schedule[int]
     damping_scale: Scale
-    clip_by: Literal["rms", "kl"]
+    clip_by: ClipBy
     application: Literal["auto", "two-sided"]
     gradient: Literal["autograd", "pair"]
     curvature: CurvatureType
@@ -38,7 +39,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _check.choice("KFAC", "damping_scale", self.damping_scale, ("relative", "absolute"))
-        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl"))
+        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl", "spectral"))
         _check.choice("KFAC", "application", self.application, ("auto", "two-sided"))
         _check.choice("KFAC", "gradient", self.gradient, ("autograd", "pair"))
         _check.choice("KFAC", "curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))

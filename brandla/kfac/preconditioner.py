@@ -17,9 +17,9 @@ from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
-from brandla.kfac.clip import by_kl, by_rms, finish
+from brandla.kfac.clip import by_kl, by_rms, finish, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Notices, Report, describe
@@ -67,7 +67,9 @@ class KFAC:
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
-        ``"rms"``: the root mean square of the entries of each layer's step. ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
+        ``"rms"``: the root mean square of the entries of each weight's step, its bias included. ``"spectral"``: its
+        spectral norm as a matrix with the bias as a column, estimated from below; 0.3 at the rate 1 is a start.
+        ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
     application
         ``"auto"`` applies the factors to the pair of inputs and output gradients, whose cost is linear in the layer's
         size, wherever the gradient is exactly that pair and the pair is thin; ``"two-sided"`` always applies them to
@@ -132,7 +134,7 @@ class KFAC:
         factor_every: Schedule[int] = 1,
         sharing: ByModule[Sharing] = "expand",
         damping_scale: Scale = "relative",
-        clip_by: Literal["rms", "kl"] = "rms",
+        clip_by: ClipBy = "rms",
         application: Literal["auto", "two-sided"] = "auto",
         gradient: Literal["autograd", "pair"] = "autograd",
         curvature: CurvatureType = "empirical",
@@ -280,6 +282,7 @@ class KFAC:
             layer.curvature = curvature
             layer.linear = state_dict["layers"][layer.name]["linear"]
             layer.refusal = state_dict["layers"][layer.name]["refusal"]
+            layer.direction = state.direction(layer, state_dict["layers"][layer.name])
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.terms = None
@@ -344,25 +347,40 @@ class KFAC:
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
     ) -> None:
+        """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
         for layer in layers:
             pair = layer.pair(self._of_loss(layer, rows), scale) if self._applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
-            problems = [Problem(layer.curvature, gradients[layer], rows.get(layer)) for layer in members]
-            steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
+            problems = [
+                Problem(layer.curvature, gradients[layer], rows.get(layer), layer.sharing == "reduce")
+                for layer in members
+            ]
+            steps |= dict(zip(members, strategy.steps(problems, now), strict=True))
         self._write([steps[layer] for layer in layers], gradients, clip)
 
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
         """Overwrite the gradients of layers with their steps, clipped."""
+        by = self.options.clip_by if clip is not None and steps else None
+        # Before anything is written: a gradient, or a step, may be the weight's own.
+        length = by_kl(steps, list(gradients.values()), clip) if clip is not None and by == "kl" else None
+        norms = spectral(steps, [layer.direction for layer in gradients], self._seed) if by == "spectral" else []
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
         factors: Sequence[Tensor] | None = None
-        if clip is not None and steps and self.options.clip_by == "kl":
-            # Before anything is written: a gradient may be the weight's own.
-            factors = [by_kl(steps, list(gradients.values()), clip)] * len(steps)
-        written = [layer.write(step) for layer, step in zip(gradients, steps, strict=True)]
-        if clip is not None and self.options.clip_by == "rms":
+        if length is not None:
+            factors = [length] * len(written)
+        elif clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        elif clip is not None and by == "spectral":
+            factors = [
+                factor
+                for layer, own in zip(gradients, norms, strict=True)
+                for factor in own.factors(clip, layer.kind.weights)
+            ]
+            for layer, own in zip(gradients, norms, strict=True):
+                layer.direction = own.direction
         finish(written, factors)
 
     def _check_alone(self) -> None:

@@ -168,6 +168,7 @@ def test_steps_are_the_same_however_the_model_is_used(train: Train):
     [
         {"application": "two-sided"},
         {"clip_by": "kl"},
+        {"clip_by": "spectral", "clip": 0.01},
         {"clip": None},
         {"factor_every": 2},
         {"factor_every": 2, "application": "two-sided"},

@@ -25,6 +25,14 @@ class Written(NamedTuple):
     step: Tensor
     gradient: Tensor
 
+    def split(self, count: int) -> list[Written]:
+        """Return the parts of so many weights that lie one after the other."""
+        if count == 1:
+            return [self]
+        steps = self.step.chunk(count)
+        gradients = steps if self.step is self.gradient else self.gradient.chunk(count)
+        return list(map(Written, steps, gradients))
+
 
 class Layer:
     """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
@@ -45,6 +53,8 @@ class Layer:
         self._unformed: Rows | None = None
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
+        # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
+        self.direction: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,15 +214,15 @@ class Layer:
             return matrix
         return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
 
-    def write(self, step: Gradient) -> list[Written]:
-        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
+    def write(self, step: Gradient) -> list[list[Written]]:
+        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it by weight."""
         weight, bias = self.kind.weight.grad, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
         parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
-        return parts
+        return [list(own) for own in zip(*(part.split(self.kind.weights) for part in parts), strict=True)]
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""

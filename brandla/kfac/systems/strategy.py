@@ -12,15 +12,19 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.schedule import spelled
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
 
 
 class Problem(NamedTuple):
-    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured."""
+    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured.
+
+    ``reduced`` says that the factors are made of averages and sums over positions, which the gradient is not.
+    """
 
     curvature: Curvature
     gradient: Gradient
     rows: Rows | None
+    reduced: bool = False
 
 
 class Kept(NamedTuple):
@@ -86,6 +90,8 @@ class Strategy(ABC):
 
     # Whether `solve` reads the rows of the step, which every process then needs.
     reads_rows: ClassVar[bool] = False
+    # Whether ⟨step, ∂W⟩ is the squared length of the step in the metric of the curvature.
+    measures_length: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return spelled(self)
@@ -99,9 +105,32 @@ class Strategy(ABC):
         for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
             curvature.absorb(own, now._replace(seed=now.seed + index))
 
+    def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Return the steps of all layers: of reduced factors and relative damping, no longer than `_shortened` says."""
+        solved = self.solve(problems, now)
+        if not self.measures_length or now.damping.scale == "absolute":
+            return solved
+        return [
+            _shortened(step, problem.gradient, now) if problem.reduced else step
+            for step, problem in zip(solved, problems, strict=True)
+        ]
+
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         """Return the preconditioned gradients of all layers of this strategy."""
         return [problem.curvature.solve(problem.gradient, now) for problem in problems]
+
+
+def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
+    """Scale each matrix of a step so that ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ).
+
+    Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and
+    A = Xᵀ X / N; and what a factor averages holds a share of 1 − ρ of each batch at first. Sums over positions may
+    cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
+    """
+    length = inner_of_each(step, gradient).abs() * (1 - now.decay)
+    sides = gradient.shape[-2:] if isinstance(gradient, Tensor) else [part.shape[-2] for part in gradient]
+    factor = (min(sides) / length).clamp(max=1)[..., None, None]
+    return step * factor if isinstance(step, Tensor) else (step[0] * factor, step[1])
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

@@ -78,6 +78,8 @@ class PackedKind(AttentionKind):
     and those of a group are scaled, a by s and γ by 1/s, so that mean and sum are those of its own rows.
     """
 
+    weights = 3
+
     def __init__(self, forward: AttentionForward) -> None:
         super().__init__(forward, "in_proj", forward.module, "in_proj_weight", "in_proj_bias")
 

@@ -40,6 +40,8 @@ class Kind(ABC):
     single = False
     # The module is called once for each use, and autograd may be told not to form the weight's gradient.
     leaves_out = False
+    # Weights that lie one after the other in the tensor, each of so many groups: their steps are clipped apart.
+    weights = 1
     # What tells this weight from others of its module, in the layer's name.
     part = ""
 
