@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -118,6 +118,49 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     for value in rule.values():
         _check.choice("KFAC", "sharing", value, ("expand", "reduce"))
     return rule
+
+
+class Layout(NamedTuple):
+    """Whether samples come before positions, and the words for what says so."""
+
+    batch_first: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'samples' if self.batch_first else 'positions'} first, {self.reason}"
+
+
+def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, Layout]:
+    """Check ``batch_first``, and return the layout of each of these layers."""
+    rule = by_module(model, "batch_first", batch_first, None)
+    for value in rule.values():
+        _check.choice("KFAC", "batch_first", value, (True, False, None))
+    modules = dict(named_modules(model))
+    return {name: _layout(rule, modules, name) for name in names}
+
+
+def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> Layout:
+    asked = of_module(rule, name if name in modules else name.rpartition(".")[0])
+    if asked is not None:
+        return Layout(asked, "as batch_first says")
+    holder = name
+    while holder:
+        said = _said(modules.get(holder))
+        if said is not None:
+            return Layout(said, f"as {holder} says")
+        holder = holder.rpartition(".")[0]
+    said = _said(modules[""])
+    return Layout(True, "assumed") if said is None else Layout(said, "as the model says")
+
+
+def _said(module: Any) -> bool | None:
+    """Return what a module says of the order of its inputs' dimensions."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    said = getattr(module, "batch_first", None)
+    return said if isinstance(said, bool) else None
 
 
 def of_module(rule: Mapping[str, Option], name: str) -> Option:

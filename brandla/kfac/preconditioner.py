@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
@@ -19,7 +20,7 @@ from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Notices, Report, describe
@@ -64,6 +65,11 @@ class KFAC:
         For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
         ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, a mapping or a function,
         as ``inverse``.
+    batch_first
+        Whether inputs are (samples, positions, ...), or the other way. One for all layers, a mapping or a function, as
+        ``inverse``; None takes it from the module, or the nearest one around it, that says so by its own
+        ``batch_first``, and else takes samples to come first. `report` says what was taken. Convolutions and other
+        modules of a fixed order are not asked.
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
@@ -133,6 +139,7 @@ class KFAC:
         decay: Schedule[float] = 0.95,
         factor_every: Schedule[int] = 1,
         sharing: ByModule[Sharing] = "expand",
+        batch_first: ByModule[bool | None] = None,
         damping_scale: Scale = "relative",
         clip_by: ClipBy = "rms",
         application: Literal["auto", "two-sided"] = "auto",
@@ -164,6 +171,9 @@ class KFAC:
         self._skipped: Tensor | None = None
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
+        self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        for layer in self._layers:
+            layer.batch_first = layer.name not in self._layouts or self._layouts[layer.name].batch_first
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -200,6 +210,29 @@ class KFAC:
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
 
+    def mask(self, valid: Tensor | None) -> None:
+        """Say which positions of the coming batch are data, so that padding counts in no factor.
+
+        Call it before the forward pass: it holds for all calls until the next `step` or `mask`, so that each batch of
+        several that are accumulated may have its own. It holds for calls with inputs (samples, positions, ...), or the
+        other way where `batch_first` says so, and with all of them in one dimension. ``"reduce"`` averages over them.
+
+        Parameters
+        ----------
+        valid
+            (samples, positions), True or 1 where there is data: an attention mask as tokenizers give it, and the
+            opposite of the ``key_padding_mask`` of ``nn.MultiheadAttention``. None for no padding.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a matrix.
+        """
+        if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
+            got = tuple(valid.shape) if isinstance(valid, Tensor) else type(valid).__name__
+            _check.fail_value("KFAC.mask", f"valid must be a tensor (samples, positions), or None; got {got}")
+        self._recorder.valid = None if valid is None else valid.detach().bool()
+
     @ranged()
     @torch.no_grad()
     def step(self) -> None:
@@ -233,6 +266,7 @@ class KFAC:
         for layer in self._layers:
             layer.capture.clear()
         self._recorder.terms = None
+        self._recorder.valid = None
         self._curvatures = 0
         self._steps += 1
         self._choose_captures()
@@ -245,7 +279,8 @@ class KFAC:
         """
         skipped = 0 if self._skipped is None else int(self._skipped)
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, skipped, self._captured)
+            orders = {name: str(layout) for name, layout in self._layouts.items()}
+            return replace(describe(self._layers, self._unsupported, skipped, self._captured), layouts=orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""

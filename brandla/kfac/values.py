@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
     The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
     curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
-    layers are m N rows, and their gradients the same.
+    layers are m N rows, and their gradients the same. ``share`` is the part of the uses that is no padding, whose rows
+    are 0; the others are scaled so that means over N are those over them.
     """
 
     inputs: Tensor
@@ -45,6 +46,7 @@ class Rows(NamedTuple):
     uses: int
     positions: int = 1
     single: bool = False
+    share: Tensor | None = None
 
 
 class Damping(NamedTuple):

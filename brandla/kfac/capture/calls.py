@@ -68,8 +68,10 @@ class Terms:
 class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
-    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False) -> None:
+    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False, valid: Tensor | None = None) -> None:
         self.kind = kind
+        # Positions (samples, positions) that are no padding, of the batch that the call is of.
+        self.valid = valid
         # Whether autograd does not form the weight's gradient in this call.
         self.left_out = left_out
         self.terms: Terms | None = None
@@ -136,5 +138,7 @@ class Recorder:
         self.draw = 0
         self.terms: Terms | None = None
         self.has_run = False
+        # The positions of the coming calls that are no padding.
+        self.valid: Tensor | None = None
         # Whether captures note the place of their outputs in the graph, for backward passes that end there.
         self.edges = edges

@@ -138,7 +138,8 @@ class Capture:
         elif output.requires_grad:
             if torch.compiler.is_compiling():
                 return tap(output, inputs, ticket.number)
-            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving), output)
+            call = Call(kind, Saved.of(inputs), left_out=self._is_leaving, valid=self._recorder.valid)
+            self._watch(call, output)
         return output
 
     def collect(self, call: Call, gradient: Tensor) -> None:
@@ -168,12 +169,13 @@ class Capture:
         if task != self._task:
             self._task, self._index = task, 0
         if self._recorder.running == "loss":
-            call = Call(kind.of_call(), Saved(inputs.clone()))
+            call = Call(kind.of_call(), Saved(inputs.clone()), valid=self._recorder.valid)
         else:
             if self._recorder.draw == 0:
                 if self._index == 0:
                     self._of_first_draw = []
-                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone())))
+                valid = self._recorder.valid
+                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone()), valid=valid))
             call = self._of_first_draw[self._index]
             self._index += 1
         self.collect(call, gradient.clone())

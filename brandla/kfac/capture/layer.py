@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from brandla.kfac.capture import padding
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
@@ -42,6 +43,8 @@ class Layer:
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing
+        # Whether inputs are (samples, positions, ...); the other way, it is (positions, samples, ...).
+        self.batch_first = True
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
         # That of a frozen weight takes no memory: it is made anew when the weight thaws.
@@ -144,8 +147,8 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        if rows is None or self.sharing == "reduce" or len(calls) < len(self._calls("loss")):
-            rows = self._stacked(calls, "loss", scale, reduce=False)
+        if rows is None or not self._holds_gradient(rows) or len(calls) < len(self._calls("loss")):
+            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         weight = self.kind.weight
         if weight.grad is None:
             weight.grad = torch.empty_like(weight)
@@ -171,8 +174,8 @@ class Layer:
             return None
         if self._unformed is not None:
             return self._unformed.gradients.mT, self._unformed.inputs.mT
-        if rows is None or self.sharing == "reduce":
-            rows = self._stacked(calls, "loss", scale, reduce=False)
+        if rows is None or not self._holds_gradient(rows):
+            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
@@ -198,6 +201,7 @@ class Layer:
             bool(self.linear)
             and self._may_be_pairs
             and self.sharing == "expand"
+            and all(call.valid is None for call in self.capture.calls)
             and self.kind.weight.dtype == self.dtype
             and self._is_narrow(self._calls("loss"))
         )
@@ -249,6 +253,10 @@ class Layer:
             return matrix.new_zeros(*matrix.shape[:-1], 1)
         return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
 
+    def _holds_gradient(self, rows: Rows) -> bool:
+        """Say whether the product of rows that a factor takes in is the gradient, whatever padding holds."""
+        return self.sharing == "expand" and rows.share is None
+
     def _left_out(self) -> list[Call]:
         """Return the calls whose weight's gradient autograd has not formed."""
         if not self.capture.left_out or self.kind.bias_gradient is None:
@@ -275,13 +283,20 @@ class Layer:
         numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
         return numbers // math.prod((*groups, d_out))
 
-    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
-        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
+    def _stacked(
+        self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
+    ) -> Rows:
+        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone.
+
+        Rows of padding are 0, unless ``padded`` says that they are to be as they were captured.
+        """
         inputs, gradients, positions = [], [], set()
         count = 0
+        valid: list[Tensor] = []
         for index, call, gradient in _in_order(calls, of):
-            make = call.kind.reduced if reduce else call.kind.uses
-            uses = make(call.inputs, self._unscaled(gradient.to(self.dtype), scale))
+            uses, own = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce, padded=padded)
+            if own is not None and (of == "loss" or index == 0):
+                valid.append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
@@ -290,7 +305,40 @@ class Layer:
             if of == "loss" or index == 0 or self.kind.single:
                 inputs.append(self._input_rows(uses))
         position_count = positions.pop() if len(positions) == 1 else 1
-        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
+        rows = Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
+        return self._without_padding(rows, valid, of) if valid else rows
+
+    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
+        """Return the uses of a call, and the mask (samples, positions) of those that are no padding."""
+        inputs = call.inputs
+        if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
+            inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
+        valid = None if call.valid is None or padded else padding.fitting(call.valid, call.kind, inputs, gradient)
+        if valid is not None:
+            return padding.uses(call.kind, inputs, gradient, valid, reduce=reduce)
+        return (call.kind.reduced if reduce else call.kind.uses)(inputs, gradient), None
+
+    @property
+    def _own_dimensions(self) -> int:
+        """The dimensions of a use's output."""
+        return self.kind.weight.ndim if self.kind.single else 1
+
+    def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
+        """Scale rows so that means over their number are those over the rows that are no padding.
+
+        A becomes 1 / share of what it was, and with the loss's gradients G the share of it; of indices, which have no
+        scale, G takes A's.
+        """
+        if self.kind.single:
+            return rows
+        share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
+        root = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps).sqrt()
+        inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
+        if self.kind.one_hot:
+            gradients = gradients / root
+        else:
+            inputs = inputs / root
+        return rows._replace(inputs=inputs, gradients=gradients, share=root.square())
 
     def _input_rows(self, uses: Uses) -> Tensor:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""

@@ -14,6 +14,8 @@ from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, full_dtype, is_c
 class AttentionKind(Kind):
     """One projection of an attention: inputs and gradients are (positions, samples, d), as they are inside of it."""
 
+    positions_first = True
+
     def __init__(self, forward: AttentionForward, part: Projection, module: nn.Module, weight: str, bias: str) -> None:
         super().__init__(module, weight, bias)
         self.part = part
