@@ -58,16 +58,14 @@ def send_back(
 
 
 def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
-    """Return what these passes brought to layers: rows γ with N Σ γ γᵀ = Σ g gᵀ / (sum of the weights of all terms).
+    """Return what these passes brought to layers: rows γ = g / (sum of the weights of all terms), as the loss's are.
 
     The terms of a run that did not reach a layer count for it too.
     """
     stacked = {layer: layer.rows("curvature", None) for layer in layers}
     terms = (call.terms for layer in stacked for call in layer.capture.calls)
     total = sum({id(of_run): of_run.total for of_run in terms if of_run is not None}.values())
-    return {
-        layer: _divided(found, (found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None
-    }
+    return {layer: _divided(found, total) for layer, found in stacked.items() if found is not None}
 
 
 def _divided(found: Rows, divisor: Tensor | float) -> Rows:

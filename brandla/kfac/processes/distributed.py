@@ -75,12 +75,11 @@ class _Census(NamedTuple):
 class _Many(Replicas):
     """More than one process."""
 
-    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None) -> None:
         self.rank, self.world = ranks.rank, ranks.world
         self._layers = layers
         self._ranks = ranks
         self._most = most
-        self._of_terms = of_terms
 
     def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
         """Count the rows of all processes, then send them to where they are taken in."""
@@ -90,7 +89,7 @@ class _Many(Replicas):
         parts = [
             part
             for layer, shares in census.shares.items()
-            for part in parts_of(layer, shares, self._most, of_terms=self._of_terms)
+            for part in parts_of(layer, shares, self._most)
         ]
         if not parts:
             return mask, {}
@@ -134,8 +133,8 @@ class Split(_Many):
     of the step, its curvatures belong to all.
     """
 
-    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
-        super().__init__(layers, ranks, most, of_terms=of_terms)
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None) -> None:
+        super().__init__(layers, ranks, most)
         self._owners: dict[Unit, int] = {}
         self._loads = [0.0] * ranks.world
         self._published: dict[Unit, dict[str, tuple[Tensor, int]]] = {}
@@ -269,18 +268,15 @@ class Split(_Many):
 
 
 def replicas(
-    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None, *, of_terms: bool
+    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None
 ) -> Replicas:
-    """Return the processes of a group, or of all if None; this one alone where there is no group.
-
-    Rows are of the gradients of the processes' losses, or of the curvature of their terms (``of_terms``).
-    """
+    """Return the processes of a group, or of all if None; this one alone where there is no group."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return Alone()
     ranks = Ranks(group, layers[0].kind.weight.device)
     kind = Gather if mode == "gather" else Split
-    return kind(layers, ranks, most, of_terms=of_terms)
+    return kind(layers, ranks, most)
 
 
 def _work(tensor: Tensor, factor: Factor, k: int) -> int:

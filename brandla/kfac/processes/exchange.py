@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -40,8 +39,7 @@ class Share(NamedTuple):
 class Part(NamedTuple):
     """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
 
-    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second. The γ
-    of each process are multiplied by its one of ``weights``.
+    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second.
     """
 
     layer: Layer
@@ -50,7 +48,6 @@ class Part(NamedTuple):
     sent: list[int]
     kept: int
     draws: int
-    weights: list[float]
 
     @property
     def width(self) -> int:
@@ -69,13 +66,9 @@ class Part(NamedTuple):
         return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
 
 
-def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
-    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
-
-    The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
-    """
+def parts_of(layer: Layer, shares: Sequence[Share], most: int | None) -> Iterator[Part]:
+    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them."""
     curvature, shape = layer.curvature, layer.shape
-    weights = weights_of(shares, of_terms=of_terms)
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
     factors = dict(curvature.factors()) if by_factor else {}
@@ -84,22 +77,10 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
         if by_factor and not (shape.one_hot and name == "inputs"):
-            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
+            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1)
         else:
             draws = _draws(shares) if name == "gradients" or shape.single else 1
-            yield Part(layer, name, shape, counts, sum(counts), draws, weights)
-
-
-def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
-    """Return the factors of γ that make W losses one, their mean: 1/W for its gradients.
-
-    For its curvature N Σ γ γᵀ has to be the mean of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
-    """
-    world = len(shares)
-    if not of_terms:
-        return [1 / world] * world
-    uses = sum(share.uses for share in shares)
-    return [math.sqrt(share.uses / (uses * world)) for share in shares]
+            yield Part(layer, name, shape, counts, sum(counts), draws)
 
 
 def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
@@ -123,7 +104,8 @@ def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
     if part.is_index:
         return own.long()
     if part.name == "gradients" or part.shape.single:
-        own = own * part.weights[rank]
+        # The loss is the mean of those of the processes.
+        own = own / len(part.sent)
     return fewer(own.to(part.shape.dtype), part.sent[rank], seed)
 
 
