@@ -107,7 +107,9 @@ def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: St
     rule = by_module(model, "inverse", inverse, default)
     for strategy in rule.values():
         if not isinstance(strategy, Strategy | None):
-            kind = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
+            kind = type(strategy).__name__
+            if isinstance(strategy, type):
+                kind = f"the class {strategy.__name__}; construct it, as {strategy.__name__}(...)"
             _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {kind}")
     return rule
 

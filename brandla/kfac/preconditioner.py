@@ -20,6 +20,7 @@ from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl, by_rms, finish, spectral
 from brandla.kfac.find import find_layers
+from brandla.kfac.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
@@ -151,6 +152,9 @@ class KFAC:
         process_group: ProcessGroup | None = None,
         columns: int | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            remedy = "pass the model itself, not its parameters or its optimizer"
+            _check.fail_type("KFAC", f"model must be an nn.Module; got {type(model).__name__}; {remedy}")
         if gradient == "pair" and _is_replicated(model):
             _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
         model = _innermost(model)
@@ -165,6 +169,8 @@ class KFAC:
         self._known_replicas: Replicas | None = None
         self._recorder = Recorder(edges=self._takes_curvature)
         self._notices = Notices()
+        self._mistakes = Mistakes()
+        self._mistakes.look_at_model(model)
         self._steps = 0
         self._curvatures = 0
         self._captured = 0
@@ -259,6 +265,7 @@ class KFAC:
             layer.capture.keep_reached()
         with whole_gradients(layer.kind.module for layer in self._layers):
             layers = [layer for layer in self._layers if layer.has_gradient]
+            self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
@@ -271,6 +278,7 @@ class KFAC:
         self._steps += 1
         self._choose_captures()
         self._notices.tell(self._layers, unseen)
+        self._mistakes.tell_what_came()
 
     def report(self) -> Report:
         """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
@@ -329,6 +337,8 @@ class KFAC:
     def _step(self, layers: list[Layer]) -> None:
         options = self.options.at(self._steps)
         scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
+        if self._steps == CHECKED_AT and not self._replicas.several:
+            self._mistakes.look_at_rows(layers, scale)
         # Also those whose data comes from another process.
         for layer in self._layers:
             if not layer.refusal and not layer.is_frozen:
@@ -355,6 +365,9 @@ class KFAC:
             layer.seal()
         if not mask.known_finite:
             self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+            # With a scaler some batches overflow, and are left out by it too.
+            if scale is None:
+                self._mistakes.look_at_finite(mask.finite)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""

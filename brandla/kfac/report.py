@@ -20,8 +20,9 @@ _REFUSED = "layers are left to the optimizer from now on"
 _REPLACED = "some factors are too small for the strategy and got another, see report()"
 _UNSEEN = (
     "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
-    " read by functional calls are not seen, nor is a model that ran under torch.compile before KFAC was constructed"
-    " (call torch.compiler.reset() after that)"
+    " read by functional calls are not seen, nor are outputs that enter the loss by their derivatives alone (PINN,"
+    " Sobolev), nor a model that ran under torch.compile before KFAC was constructed (call torch.compiler.reset() after"
+    " that)"
 )
 
 

@@ -181,6 +181,16 @@ class Layer:
             self.linear = self._is_gradient(*pair)
         return pair if self.linear else None
 
+    def comparison(self, scale: Tensor | None) -> Tensor | None:
+        """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N for the rows of a Linear, where they may be its gradient."""
+        calls = self._calls("loss")
+        if not (calls and self.kind.leaves_out and self._may_be_pairs):
+            return None
+        rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.dtype))
+        sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
+        return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
+
     @property
     def is_unformed(self) -> bool:
         """Whether the gradient is empty memory, until it is asked for or overwritten."""
