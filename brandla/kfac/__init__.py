@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
@@ -20,6 +21,7 @@ from brandla.kfac.systems.two_level import TwoLevel
 __all__ = [
     "EKFAC",
     "KFAC",
+    "Adaptive",
     "Brand",
     "BrandCorrected",
     "BrandRandomized",

@@ -86,7 +86,9 @@ def _iterated(step: Gradient, fresh: Tensor, old: Tensor | None) -> Spectral:
         vectors = back / torch.linalg.vector_norm(back, dim=-2, keepdim=True).clamp_min(tiny)
     best = norms.argmax(-1, keepdim=True)
     norm = norms.take_along_dim(best, -1)
-    direction = torch.where((norm > 0) & norm.isfinite(), vectors.take_along_dim(best, -1), fresh if old is None else old)
+    direction = torch.where(
+        (norm > 0) & norm.isfinite(), vectors.take_along_dim(best, -1), fresh if old is None else old
+    )
     return Spectral(norm[..., 0, 0], direction.squeeze(-1))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from torch import nn
 
 from brandla import _check
+from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.capture.fisher import CurvatureType
 from brandla.kfac.capture.layer import Sharing
 from brandla.kfac.schedule import Schedule, at, spelled
@@ -26,7 +27,7 @@ ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module],
 class Options:
     """The options of a preconditioner; schedules are checked at every step."""
 
-    damping: Schedule[float]
+    damping: Schedule[float] | Adaptive
     clip: Schedule[float | None]
     decay: Schedule[float]
     factor_every: Schedule[int]
@@ -57,7 +58,8 @@ class Options:
         ValueError, TypeError
             Where a schedule gives a value out of range.
         """
-        damping, clip = at(self.damping, step), at(self.clip, step)
+        clip = at(self.clip, step)
+        damping = self.damping.initial if isinstance(self.damping, Adaptive) else at(self.damping, step)
         decay, factor_every = at(self.decay, step), at(self.factor_every, step)
         if not 0 < damping < float("inf"):
             _check.fail_value("KFAC", f"damping must be finite and > 0; got {damping}")
@@ -136,7 +138,8 @@ def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterabl
     """Check ``batch_first``, and return the layout of each of these layers."""
     rule = by_module(model, "batch_first", batch_first, None)
     for value in rule.values():
-        _check.choice("KFAC", "batch_first", value, (True, False, None))
+        if not isinstance(value, bool | None):
+            _check.fail_value("KFAC", f"batch_first must be True, False or None; got {value!r}")
     modules = dict(named_modules(model))
     return {name: _layout(rule, modules, name) for name in names}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
+from brandla.kfac.adaptive import Adaptive, Trial
 from brandla.kfac.capture import passes
 from brandla.kfac.capture.calls import Pass, Recorder
 from brandla.kfac.capture.fisher import CurvatureType, Loss
@@ -54,7 +55,8 @@ class KFAC:
         they contain (``""`` names the model), or a function of a module's name and the module. None leaves a layer to
         the optimizer.
     damping
-        λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
+        λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``; or `Adaptive`, which
+        takes a call of `adapt` after every step of the optimizer.
     clip
         Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
@@ -135,7 +137,7 @@ class KFAC:
         model: nn.Module,
         inverse: ByModule[Strategy | None] = _DEFAULT,
         *,
-        damping: Schedule[float] = 0.03,
+        damping: Schedule[float] | Adaptive = 0.03,
         clip: Schedule[float | None] = 0.07,
         decay: Schedule[float] = 0.95,
         factor_every: Schedule[int] = 1,
@@ -172,6 +174,8 @@ class KFAC:
         self._mistakes = Mistakes()
         self._mistakes.look_at_model(model)
         self._steps = 0
+        self._adapted = damping.initial if isinstance(damping, Adaptive) else None
+        self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
         self._skipped: Tensor | None = None
@@ -234,9 +238,9 @@ class KFAC:
         ValueError
             If it is not such a matrix.
         """
-        if valid is not None and (not isinstance(valid, Tensor) or valid.ndim != 2):
-            got = tuple(valid.shape) if isinstance(valid, Tensor) else type(valid).__name__
-            _check.fail_value("KFAC.mask", f"valid must be a tensor (samples, positions), or None; got {got}")
+        if valid is not None and valid.ndim != 2:
+            rule = "valid must be a tensor (samples, positions), or None"
+            _check.fail_value("KFAC.mask", f"{rule}; got shape {tuple(valid.shape)}")
         self._recorder.valid = None if valid is None else valid.detach().bool()
 
     @ranged()
@@ -280,6 +284,45 @@ class KFAC:
         self._notices.tell(self._layers, unseen)
         self._mistakes.tell_what_came()
 
+    def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
+        """Look at what the last step did to the loss of its batch, and let the damping follow, where that is due.
+
+        Call it after ``optimizer.step()`` and before ``zero_grad()``, in every step, where ``damping`` is `Adaptive`.
+        It is right for an optimizer that moves the weights along the step, as SGD without momentum.
+
+        Parameters
+        ----------
+        loss
+            The loss that the step was taken for.
+        again
+            Computes the same loss of the same batch anew: one more forward pass, without gradients, when a look is due.
+
+        Returns
+        -------
+        float or None
+            The reduction of the loss over what the curvature predicts; None where no look was due.
+
+        Raises
+        ------
+        RuntimeError
+            If the damping is not `Adaptive`, or the gradients, which hold the step, are gone.
+        """
+        adaptive = self.options.damping
+        if not isinstance(adaptive, Adaptive) or self._adapted is None:
+            message = "KFAC.adapt: damping must be Adaptive(...), which this follows"
+            raise RuntimeError(message)
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return None
+        with torch.no_grad():
+            predicted = trial.predicted()
+            reduction = self._replicas.mean((loss.detach() - again()).to(predicted.dtype))
+        actual, expected = map(float, torch.stack([reduction.to(predicted.device), predicted]).tolist())
+        if expected == 0:
+            return None
+        self._adapted = adaptive.next(self._adapted, actual / expected)
+        return actual / expected
+
     def report(self) -> Report:
         """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
 
@@ -310,7 +353,7 @@ class KFAC:
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
-        return {"format": state.FORMAT, "steps": self._steps, "layers": layers}
+        return {"format": state.FORMAT, "steps": self._steps, "damping": self._adapted, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``, which must come from the same layers and strategies; other options may differ.
@@ -331,6 +374,8 @@ class KFAC:
         self._recorder.terms = None
         self._curvatures = 0
         self._steps = int(state_dict["steps"])
+        if self._adapted is not None and state_dict["damping"] is not None:
+            self._adapted = float(state_dict["damping"])
         self._known_replicas = None
         self._choose_captures()
 
@@ -352,7 +397,7 @@ class KFAC:
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        damping = Damping(options.damping, self.options.damping_scale)
+        damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
         self._replicas.absorb(absorbing, now)
@@ -407,6 +452,8 @@ class KFAC:
                 for layer in members
             ]
             steps |= dict(zip(members, strategy.steps(problems, now), strict=True))
+        if isinstance(self.options.damping, Adaptive) and layers and self._steps % self.options.damping.every == 0:
+            self._trial = Trial(layers, [steps[layer] for layer in layers], list(gradients.values()))
         self._write([steps[layer] for layer in layers], gradients, clip)
 
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:

@@ -85,7 +85,7 @@ def test_the_order_of_samples_and_positions_makes_no_difference(strategy: Strate
 def test_the_order_is_an_option_where_no_module_says_it(option: Any, order: str):
     preconditioner = KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), Exact(), batch_first=option)
     assert preconditioner.report().layouts["0"] == order
-    with pytest.raises(ValueError, match=re.escape("batch_first must be True or False or None; got 'time'")):
+    with pytest.raises(ValueError, match=re.escape("batch_first must be True, False or None; got 'time'")):
         KFAC(nn.Linear(3, 3), batch_first="time")
 
 

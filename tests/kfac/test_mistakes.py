@@ -79,7 +79,9 @@ def broken(model: nn.Module, step: int) -> None:
 
 @pytest.mark.parametrize("backward", [plain, accumulated], ids=lambda own: str(own.__name__))
 @pytest.mark.parametrize(
-    "options", [{}, {"sharing": "reduce"}, {"gradient": "pair"}, {"application": "two-sided"}, {"factor_every": 4}], ids=str
+    "options",
+    [{}, {"sharing": "reduce"}, {"gradient": "pair"}, {"application": "two-sided"}, {"factor_every": 4}],
+    ids=str,
 )
 def test_nothing_is_told_of_a_loop_that_is_right(backward: Callable[[nn.Module, int], None], options: dict):
     assert warned(loop(backward, **options)) == []

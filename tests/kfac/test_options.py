@@ -46,7 +46,11 @@ from kfac.networks import batch, loss_of, mlp
         ({"distributed": "ring"}, ValueError, "distributed must be 'gather' or 'split'"),
         ({"columns": 0}, ValueError, "columns must be"),
         ({"inverse": "brand"}, TypeError, "inverse must be a strategy such as Brand(rank=128), or None; got str"),
-        ({"inverse": Brand}, TypeError, "inverse must be a strategy such as Brand(rank=128), or None; got the class Brand; construct it"),
+        (
+            {"inverse": Brand},
+            TypeError,
+            "inverse must be a strategy such as Brand(rank=128), or None; got the class Brand; construct it",
+        ),
         ({"inverse": lambda name, module: "brand"}, TypeError, "inverse must be a strategy"),
     ],
 )
@@ -118,7 +122,9 @@ def test_a_model_without_a_known_layer_is_refused():
 
 @pytest.mark.parametrize("make", [lambda model: model.parameters(), lambda model: torch.optim.SGD(model.parameters())])
 def test_what_is_no_model_is_refused(make: Callable[[nn.Module], object]):
-    with pytest.raises(TypeError, match=r"KFAC: model must be an nn.Module; got (generator|SGD); pass the model itself"):
+    with pytest.raises(
+        TypeError, match=r"KFAC: model must be an nn.Module; got (generator|SGD); pass the model itself"
+    ):
         KFAC(make(mlp(4, 4)))
 
 

@@ -182,7 +182,7 @@ class Layer:
         return pair if self.linear else None
 
     def comparison(self, scale: Tensor | None) -> Tensor | None:
-        """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N for the rows of a Linear, where they may be its gradient."""
+        """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N of a Linear, where P Qᵀ may be its gradient."""
         calls = self._calls("loss")
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None

@@ -49,6 +49,10 @@ class Replicas(ABC):
         for strategy, members in by_strategy(rows).items():
             strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
+    def mean(self, number: Tensor) -> Tensor:
+        """Return the mean over the processes of a 0-dim tensor."""
+        return number
+
     @contextmanager
     def complete(self) -> Iterator[None]:
         """Hold all of every curvature for the time being."""
@@ -86,14 +90,14 @@ class _Many(Replicas):
         census = self._census(own, mask.finite)
         mask = mask.agreed(census.finite)
         clean = {layer: mask.rows(rows) for layer, rows in own.items()}
-        parts = [
-            part
-            for layer, shares in census.shares.items()
-            for part in parts_of(layer, shares, self._most)
-        ]
+        parts = [part for layer, shares in census.shares.items() for part in parts_of(layer, shares, self._most)]
         if not parts:
             return mask, {}
         return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
+
+    def mean(self, number: Tensor) -> Tensor:
+        """Ask all processes."""
+        return self._ranks.mean(number)
 
     def _census(self, own: Mapping[Layer, Rows], finite: Tensor) -> _Census:
         """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""
@@ -267,9 +271,7 @@ class Split(_Many):
         return self._owners.get(unit) == self._ranks.rank
 
 
-def replicas(
-    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None
-) -> Replicas:
+def replicas(layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None) -> Replicas:
     """Return the processes of a group, or of all if None; this one alone where there is no group."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
