@@ -17,6 +17,8 @@ from brandla.kfac.capture.layer import Layer
 CHECKED_AT = 10
 # Steps without a gradient, one after the other, that are told.
 _MOST_EMPTY = 3
+# Steps between two copies of the number of skipped batches.
+_COPIED_EVERY = 32
 
 _TWO = (
     "the model has hooks of another KFAC, which goes on capturing, and the step would be preconditioned twice: call its"
@@ -66,10 +68,10 @@ class Mistakes:
             device = next(iter(found.values())).device
             self._send(list(found), torch.stack([numbers.to(device, torch.float32) for numbers in found.values()]))
 
-    def look_at_finite(self, finite: Tensor) -> None:
-        """Have a warning said where a step is not finite."""
-        if _NOT_FINITE not in self._told:
-            self._send((), finite)
+    def look_at_skipped(self, skipped: Tensor, step: int) -> None:
+        """Have a warning said where steps were skipped; now and then, where a copy has to be made."""
+        if _NOT_FINITE not in self._told and (skipped.device.type == "cpu" or step % _COPIED_EVERY == 0):
+            self._send((), skipped)
 
     def tell_what_came(self) -> None:
         """Say what has come to the host by now."""
@@ -82,17 +84,17 @@ class Mistakes:
             if layers:
                 for message in _judged(layers, numbers.tolist()):
                     self._tell(message)
-            elif not bool(numbers):
+            elif numbers > 0:
                 self._tell(_NOT_FINITE)
 
     def _send(self, layers: Sequence[Layer], numbers: Tensor) -> None:
-        """Have numbers brought to the host."""
+        """Have numbers brought to the host; from devices that cannot do so without a wait, nothing is."""
         if numbers.device.type == "cpu":
             self._coming.append((layers, numbers, None))
-        else:
+        elif numbers.device.type == "cuda":
             copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
-            event = torch.Event(numbers.device)
-            event.record()
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(numbers.device))
             self._coming.append((layers, copy, event))
 
     def _tell(self, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
@@ -318,7 +319,7 @@ class KFAC:
             predicted = trial.predicted()
             reduction = self._replicas.mean((loss.detach() - again()).to(predicted.dtype))
         actual, expected = map(float, torch.stack([reduction.to(predicted.device), predicted]).tolist())
-        if expected == 0:
+        if expected == 0 or math.isnan(expected):
             return None
         self._adapted = adaptive.next(self._adapted, actual / expected)
         return actual / expected
@@ -412,7 +413,7 @@ class KFAC:
             self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
             # With a scaler some batches overflow, and are left out by it too.
             if scale is None:
-                self._mistakes.look_at_finite(mask.finite)
+                self._mistakes.look_at_skipped(self._skipped, self._steps)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""

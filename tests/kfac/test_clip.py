@@ -49,6 +49,14 @@ def test_a_norm_is_found_at_once_where_the_old_direction_has_no_part_in_it():
     torch.testing.assert_close(pair.norm, torch.tensor(3.0))
 
 
+def test_a_norm_is_found_with_nothing_read_back():
+    meta = torch.device("meta")
+    steps = [torch.empty(3, 5, 4, device=meta), (torch.empty(5, 2, device=meta), torch.empty(7, 2, device=meta))]
+    found = spectral(steps, [torch.empty(3, 4, device=meta), None], seed=0)
+    assert [own.direction.shape for own in found] == [(3, 4), (7,)]
+    assert len(found[0].factors(0.3, 3)) == 3
+
+
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_step_without_a_norm_leaves_the_direction_as_it_was(bad: float):
     before = torch.tensor([0.6, 0.8])
