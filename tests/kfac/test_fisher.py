@@ -180,7 +180,8 @@ def one_step(forward: Callable[[nn.Module, Tensor], Tensor], parts: list[slice],
     preconditioner = KFAC(model, EXACT, curvature=kind)
     for part in parts:
         outputs = forward(model, inputs[part])
-        preconditioner.curvature(outputs)
+        # Weights of any scale, which is that of the mean's.
+        preconditioner.curvature(outputs, weights=torch.full((len(outputs),), 0.25))
         (LOSSES["cross_entropy"](outputs, labels[part], reduction="sum") / 12).backward()
     preconditioner.step()
     return preconditioner

@@ -79,18 +79,23 @@ class _Census(NamedTuple):
 class _Many(Replicas):
     """More than one process."""
 
-    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None) -> None:
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
         self.rank, self.world = ranks.rank, ranks.world
         self._layers = layers
         self._ranks = ranks
         self._most = most
+        self._of_terms = of_terms
 
     def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
         """Count the rows of all processes, then send them to where they are taken in."""
         census = self._census(own, mask.finite)
         mask = mask.agreed(census.finite)
         clean = {layer: mask.rows(rows) for layer, rows in own.items()}
-        parts = [part for layer, shares in census.shares.items() for part in parts_of(layer, shares, self._most)]
+        parts = [
+            part
+            for layer, shares in census.shares.items()
+            for part in parts_of(layer, shares, self._most, of_terms=self._of_terms)
+        ]
         if not parts:
             return mask, {}
         return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
@@ -137,8 +142,8 @@ class Split(_Many):
     of the step, its curvatures belong to all.
     """
 
-    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None) -> None:
-        super().__init__(layers, ranks, most)
+    def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
+        super().__init__(layers, ranks, most, of_terms=of_terms)
         self._owners: dict[Unit, int] = {}
         self._loads = [0.0] * ranks.world
         self._published: dict[Unit, dict[str, tuple[Tensor, int]]] = {}
@@ -271,14 +276,19 @@ class Split(_Many):
         return self._owners.get(unit) == self._ranks.rank
 
 
-def replicas(layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None) -> Replicas:
-    """Return the processes of a group, or of all if None; this one alone where there is no group."""
+def replicas(
+    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None, *, of_terms: bool
+) -> Replicas:
+    """Return the processes of a group, or of all if None; this one alone where there is no group.
+
+    Rows are of the gradients of the processes' losses, or of the curvature of their terms (``of_terms``).
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return Alone()
     ranks = Ranks(group, layers[0].kind.weight.device)
     kind = Gather if mode == "gather" else Split
-    return kind(layers, ranks, most)
+    return kind(layers, ranks, most, of_terms=of_terms)
 
 
 def _work(tensor: Tensor, factor: Factor, k: int) -> int:

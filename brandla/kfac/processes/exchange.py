@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -39,7 +40,8 @@ class Share(NamedTuple):
 class Part(NamedTuple):
     """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
 
-    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second.
+    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second. The γ
+    of each process are multiplied by its one of ``weights``.
     """
 
     layer: Layer
@@ -48,6 +50,7 @@ class Part(NamedTuple):
     sent: list[int]
     kept: int
     draws: int
+    weights: list[float]
 
     @property
     def width(self) -> int:
@@ -66,9 +69,13 @@ class Part(NamedTuple):
         return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
 
 
-def parts_of(layer: Layer, shares: Sequence[Share], most: int | None) -> Iterator[Part]:
-    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them."""
+def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
+    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
+
+    The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
+    """
     curvature, shape = layer.curvature, layer.shape
+    weights = weights_of(shares, of_terms=of_terms)
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
     factors = dict(curvature.factors()) if by_factor else {}
@@ -77,10 +84,22 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None) -> Iterato
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
         if by_factor and not (shape.one_hot and name == "inputs"):
-            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1)
+            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
         else:
             draws = _draws(shares) if name == "gradients" or shape.single else 1
-            yield Part(layer, name, shape, counts, sum(counts), draws)
+            yield Part(layer, name, shape, counts, sum(counts), draws, weights)
+
+
+def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
+    """Return the factors of γ that make W losses one, their mean: 1/W for its gradients.
+
+    For its curvature N Σ γ γᵀ has to be the mean of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    """
+    world = len(shares)
+    if not of_terms:
+        return [1 / world] * world
+    uses = sum(share.uses for share in shares)
+    return [math.sqrt(share.uses / (uses * world)) for share in shares]
 
 
 def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
@@ -104,8 +123,7 @@ def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
     if part.is_index:
         return own.long()
     if part.name == "gradients" or part.shape.single:
-        # The loss is the mean of those of the processes.
-        own = own / len(part.sent)
+        own = own * part.weights[rank]
     return fewer(own.to(part.shape.dtype), part.sent[rank], seed)
 
 
