@@ -38,7 +38,7 @@ endif
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
 .PHONY: help setup demo test lint format typecheck imports pytest interpret kernels launches bench bench-cpu bench-functions bench-kfac \
-    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms gpu profile \
+    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms study-defaults gpu profile \
     examples docs-figures docs clean distclean
 
 help: ## list the targets
@@ -117,6 +117,9 @@ study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every s
 
 study-forms: .venv/.extra-bench ## accuracy of the two forms of Brand's update (STUDY_ARGS as above)
 	$(python) -m bench.studies.forms $(STUDY_ARGS)
+
+study-defaults: .venv/.extra-bench ## what bounds a step of K-FAC, on ten small tasks (STUDY_ARGS as above, "--resume")
+	$(python) -m bench.studies.defaults $(STUDY_ARGS)
 
 # GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
 GPU_PYTHON ?= $(python)

@@ -20,7 +20,7 @@ from bench.frame.figures import spelled
 from bench.frame.pages import markdown, marked, table
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, forms, kfac_images, roofline, scaling, streams
+from bench.studies import accuracy, defaults, forms, kfac_images, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
@@ -273,6 +273,7 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
     "roofline": roofline.section,
     "streams": streams.section,
     "forms": forms.section,
+    "defaults": defaults.section,
     "demo": demo,
 }
 # Pages with figures between two marks: the study, and what makes them.

@@ -17,7 +17,7 @@ from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, command
 from bench.gpu.device import Ceilings, Work
-from bench.studies import accuracy, forms, kfac_images, roofline, scaling, streams
+from bench.studies import accuracy, defaults, forms, kfac_images, roofline, scaling, streams
 from brandla_kernels import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -200,3 +200,16 @@ def test_balance_is_one_where_products_and_bytes_bind_alike() -> None:
     ceilings = Ceilings(copy=1e10, float32=1e11, tf32=1e11, bf16=1e11, float64=5e10, samples={})
     assert roofline.balance(Work(float32=10**9, bytes=10**8), ceilings) == pytest.approx(1)
     assert roofline.balance(Work(float64=10**9, bytes=10**8), ceilings) == pytest.approx(2)
+
+
+def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tasks, two: a transformer and a regression."""
+    tasks = {name: defaults.TASKS[name] for name in ("letters transformer", "diabetes MLP")}
+    monkeypatch.setattr(defaults, "TASKS", tasks)
+    for options in ([], ["--resume"]):
+        answer = run(defaults, "--out", str(tmp_path / "toy"), *options)
+        assert answer.exit_code == 0, answer.output
+    content = results.read(tmp_path / "toy")["defaults"]
+    assert len(content["runs"]) == len(tasks) * len(defaults.METHODS)
+    assert all(row["loss"] is not None for row in content["runs"])
+    assert "| letters transformer |" in "".join(defaults.section(content, "toy"))

@@ -1,5 +1,6 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
+from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.capture.kinds import register
 from brandla.kfac.evidence import evidence
 from brandla.kfac.forward_laplacian import Columns, forward_laplacian
@@ -28,6 +29,7 @@ __all__ = [
     "KBFGS",
     "KFAC",
     "PINN",
+    "Adaptive",
     "Brand",
     "BrandCorrected",
     "BrandRandomized",

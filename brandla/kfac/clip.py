@@ -1,19 +1,24 @@
-"""How long a step may be: by the RMS of each layer's entries, or by the change of the model's output it stands for."""
+"""How long a step may be: by the RMS or the spectral norm of each weight's, or by the divergence that it stands for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import Written
 from brandla.kfac.values import Gradient, alike, inner
+from brandla_kernels import signs
+
+# Products with S and with Sᵀ from the direction of the last step, and from none.
+_AGAIN, _AT_FIRST = 5, 20
 
 
 def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
-    """Return min(1, clip / RMS of its entries) for the step of each layer, given in parts; on the device.
+    """Return min(1, clip / RMS of its entries) for the step of each weight, given in parts; on the device.
 
     Summed over the entries, which are written in any case: the Gram matrices of a pair are more work unless it is thin,
     and where its terms cancel they are rounding only.
@@ -37,6 +42,63 @@ def by_kl(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: float)
     """
     squared = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
     return (clip / squared.abs()).sqrt().clamp(max=1.0)
+
+
+class Spectral(NamedTuple):
+    """The spectral norm (*groups,) of each matrix S of a step, and the unit vectors (*groups, d_in) it comes from."""
+
+    norm: Tensor
+    direction: Tensor
+
+    def factors(self, clip: float, weights: int) -> list[Tensor]:
+        """Return min(1, clip / norm) of each of the ``weights`` that a layer's groups are, or of all groups in one."""
+        norms = self.norm.reshape(weights, -1).amax(-1)
+        return list((clip / norms).clamp(max=1.0).unbind())
+
+
+def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: int) -> list[Spectral]:
+    """Estimate spectral norms from below, with no sync: from the directions of the last steps, and from random signs.
+
+    The better of the two is kept: the old direction may have no part in what a step has come to be.
+    """
+    widths = [_d_in(step) for step in steps]
+    drawn: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    found = []
+    for step, width, old in zip(steps, widths, known, strict=True):
+        like = step if isinstance(step, Tensor) else step[0]
+        if (like.dtype, like.device) not in drawn:
+            number = torch.full((), seed, dtype=torch.int64, device=like.device)
+            drawn[like.dtype, like.device] = signs(number, max(widths), 1, dtype=like.dtype)
+        fresh = drawn[like.dtype, like.device][:width].expand(*like.shape[:-2], width, 1) / math.sqrt(width)
+        fits = old is not None and (old.shape, old.dtype, old.device) == (fresh.shape[:-1], like.dtype, like.device)
+        found.append(_iterated(step, fresh, old[..., None] if old is not None and fits else None))
+    return found
+
+
+def _iterated(step: Gradient, fresh: Tensor, old: Tensor | None) -> Spectral:
+    """Go on by power iterations; a direction that is not finite, or that the step makes 0, is not kept."""
+    tiny = torch.finfo(fresh.dtype).tiny
+    vectors = fresh if old is None else torch.cat([old, fresh], dim=-1)
+    for _ in range(_AT_FIRST if old is None else _AGAIN):
+        image = _times(step, vectors)
+        norms = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        back = _times(step.mT if isinstance(step, Tensor) else step[::-1], image / norms.clamp_min(tiny))
+        vectors = back / torch.linalg.vector_norm(back, dim=-2, keepdim=True).clamp_min(tiny)
+    best = norms.argmax(-1, keepdim=True)
+    norm = norms.take_along_dim(best, -1)
+    direction = torch.where(
+        (norm > 0) & norm.isfinite(), vectors.take_along_dim(best, -1), fresh if old is None else old
+    )
+    return Spectral(norm[..., 0, 0], direction.squeeze(-1))
+
+
+def _times(step: Gradient, vectors: Tensor) -> Tensor:
+    product: Tensor = step @ vectors if isinstance(step, Tensor) else step[0] @ (step[1].mT @ vectors)
+    return product
+
+
+def _d_in(step: Gradient) -> int:
+    return step.shape[-1] if isinstance(step, Tensor) else step[1].shape[-2]
 
 
 def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:

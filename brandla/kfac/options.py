@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from torch import nn
 
 from brandla import _check
+from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.capture.fisher import CurvatureType
 from brandla.kfac.capture.layer import Sharing
 from brandla.kfac.schedule import Schedule, at, spelled
@@ -18,6 +19,7 @@ from brandla.kfac.values import Scale
 # What torch.compile calls the module that it wraps.
 _WRAPPED = "_orig_mod"
 Option = TypeVar("Option")
+ClipBy: TypeAlias = Literal["rms", "kl", "spectral"]
 ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module], Option]
 
 
@@ -25,12 +27,12 @@ ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module],
 class Options:
     """The options of a preconditioner; schedules are checked at every step."""
 
-    damping: Schedule[float]
+    damping: Schedule[float] | Adaptive
     clip: Schedule[float | None]
     decay: Schedule[float]
     factor_every: Schedule[int]
     damping_scale: Scale
-    clip_by: Literal["rms", "kl"]
+    clip_by: ClipBy
     application: Literal["auto", "two-sided"]
     gradient: Literal["autograd", "pair"]
     curvature: CurvatureType
@@ -38,7 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _check.choice("KFAC", "damping_scale", self.damping_scale, ("relative", "absolute"))
-        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl"))
+        _check.choice("KFAC", "clip_by", self.clip_by, ("rms", "kl", "spectral"))
         _check.choice("KFAC", "application", self.application, ("auto", "two-sided"))
         _check.choice("KFAC", "gradient", self.gradient, ("autograd", "pair"))
         _check.choice("KFAC", "curvature", self.curvature, ("empirical", "monte-carlo", "type-2"))
@@ -56,7 +58,8 @@ class Options:
         ValueError, TypeError
             Where a schedule gives a value out of range.
         """
-        damping, clip = at(self.damping, step), at(self.clip, step)
+        clip = at(self.clip, step)
+        damping = self.damping.initial if isinstance(self.damping, Adaptive) else at(self.damping, step)
         decay, factor_every = at(self.decay, step), at(self.factor_every, step)
         if not 0 < damping < float("inf"):
             _check.fail_value("KFAC", f"damping must be finite and > 0; got {damping}")
@@ -106,7 +109,9 @@ def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: St
     rule = by_module(model, "inverse", inverse, default)
     for strategy in rule.values():
         if not isinstance(strategy, Strategy | None):
-            kind = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
+            kind = type(strategy).__name__
+            if isinstance(strategy, type):
+                kind = f"the class {strategy.__name__}; construct it, as {strategy.__name__}(...)"
             _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {kind}")
     return rule
 
@@ -117,6 +122,50 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     for value in rule.values():
         _check.choice("KFAC", "sharing", value, ("expand", "reduce"))
     return rule
+
+
+class Layout(NamedTuple):
+    """Whether samples come before positions, and the words for what says so."""
+
+    batch_first: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'samples' if self.batch_first else 'positions'} first, {self.reason}"
+
+
+def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, Layout]:
+    """Check ``batch_first``, and return the layout of each of these layers."""
+    rule = by_module(model, "batch_first", batch_first, None)
+    for value in rule.values():
+        if not isinstance(value, bool | None):
+            _check.fail_value("KFAC", f"batch_first must be True, False or None; got {value!r}")
+    modules = dict(named_modules(model))
+    return {name: _layout(rule, modules, name) for name in names}
+
+
+def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> Layout:
+    asked = of_module(rule, name if name in modules else name.rpartition(".")[0])
+    if asked is not None:
+        return Layout(asked, "as batch_first says")
+    holder = name
+    while holder:
+        said = _said(modules.get(holder))
+        if said is not None:
+            return Layout(said, f"as {holder} says")
+        holder = holder.rpartition(".")[0]
+    said = _said(modules[""])
+    return Layout(True, "assumed") if said is None else Layout(said, "as the model says")
+
+
+def _said(module: Any) -> bool | None:
+    """Return what a module says of the order of its inputs' dimensions."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    said = getattr(module, "batch_first", None)
+    return said if isinstance(said, bool) else None
 
 
 def of_module(rule: Mapping[str, Option], name: str) -> Option:

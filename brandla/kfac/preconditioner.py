@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -13,15 +15,17 @@ from torch import Tensor, nn
 from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
+from brandla.kfac.adaptive import Adaptive, Trial
 from brandla.kfac.capture import passes
 from brandla.kfac.capture.calls import Groups, Pass, Recorder
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
-from brandla.kfac.clip import by_kl, by_rms, finish
+from brandla.kfac.clip import by_kl, by_rms, finish, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, Options, check_distributed, sharings, strategies
+from brandla.kfac.mistakes import CHECKED_AT, Mistakes
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Notices, Report, describe
@@ -54,7 +58,8 @@ class KFAC:
         holds for all that they contain (``""`` names the model), or a function of a module's name and the module. None
         leaves a layer to the optimizer.
     damping
-        λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``.
+        λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``; or `Adaptive`, which
+        takes a call of `adapt` after every step of the optimizer.
     clip
         Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
@@ -66,10 +71,17 @@ class KFAC:
         For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
         ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, a mapping or a function,
         as ``inverse``.
+    batch_first
+        Whether inputs are (samples, positions, ...), or the other way. One for all layers, a mapping or a function, as
+        ``inverse``; None takes it from the module, or the nearest one around it, that says so by its own
+        ``batch_first``, and else takes samples to come first. `report` says what was taken. Convolutions and other
+        modules of a fixed order are not asked.
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
-        ``"rms"``: the root mean square of the entries of each layer's step. ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
+        ``"rms"``: the root mean square of the entries of each weight's step, its bias included. ``"spectral"``: its
+        spectral norm as a matrix with the bias as a column, estimated from below; 0.3 at the rate 1 is a start.
+        ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
     application
         ``"auto"`` applies the factors to the pair of inputs and output gradients, whose cost is linear in the layer's
         size, wherever the gradient is exactly that pair and the pair is thin; ``"two-sided"`` always applies them to
@@ -128,13 +140,14 @@ class KFAC:
         model: nn.Module,
         inverse: ByModule[Strategy | None] = _DEFAULT,
         *,
-        damping: Schedule[float] = 0.03,
+        damping: Schedule[float] | Adaptive = 0.03,
         clip: Schedule[float | None] = 0.07,
         decay: Schedule[float] = 0.95,
         factor_every: Schedule[int] = 1,
         sharing: ByModule[Sharing] = "expand",
+        batch_first: ByModule[bool | None] = None,
         damping_scale: Scale = "relative",
-        clip_by: Literal["rms", "kl"] = "rms",
+        clip_by: ClipBy = "rms",
         application: Literal["auto", "two-sided"] = "auto",
         gradient: Literal["autograd", "pair"] = "autograd",
         curvature: CurvatureType = "empirical",
@@ -144,6 +157,9 @@ class KFAC:
         process_group: ProcessGroup | None = None,
         columns: int | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            remedy = "pass the model itself, not its parameters or its optimizer"
+            _check.fail_type("KFAC", f"model must be an nn.Module; got {type(model).__name__}; {remedy}")
         if gradient == "pair" and _is_replicated(model):
             _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
         model = _innermost(model)
@@ -158,12 +174,19 @@ class KFAC:
         self._known_replicas: Replicas | None = None
         self._recorder = Recorder(edges=self._takes_curvature)
         self._notices = Notices()
+        self._mistakes = Mistakes()
+        self._mistakes.look_at_model(model)
         self._steps = 0
+        self._adapted = damping.initial if isinstance(damping, Adaptive) else None
+        self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
         self._skipped: Tensor | None = None
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
+        self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        for layer in self._layers:
+            layer.batch_first = layer.name not in self._layouts or self._layouts[layer.name].batch_first
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -202,6 +225,29 @@ class KFAC:
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
 
+    def mask(self, valid: Tensor | None) -> None:
+        """Say which positions of the coming batch are data, so that padding counts in no factor.
+
+        Call it before the forward pass: it holds for all calls until the next `step` or `mask`, so that each batch of
+        several that are accumulated may have its own. It holds for calls with inputs (samples, positions, ...), or the
+        other way where `batch_first` says so, and with all of them in one dimension. ``"reduce"`` averages over them.
+
+        Parameters
+        ----------
+        valid
+            (samples, positions), True or 1 where there is data: an attention mask as tokenizers give it, and the
+            opposite of the ``key_padding_mask`` of ``nn.MultiheadAttention``. None for no padding.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a matrix.
+        """
+        if valid is not None and valid.ndim != 2:
+            rule = "valid must be a tensor (samples, positions), or None"
+            _check.fail_value("KFAC.mask", f"{rule}; got shape {tuple(valid.shape)}")
+        self._recorder.valid = None if valid is None else valid.detach().bool()
+
     @ranged()
     @torch.no_grad()
     def step(self) -> None:
@@ -228,6 +274,7 @@ class KFAC:
             layer.capture.keep_reached()
         with whole_gradients(layer.kind.module for layer in self._layers):
             layers = [layer for layer in self._layers if layer.has_gradient]
+            self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
@@ -235,10 +282,51 @@ class KFAC:
         for layer in self._layers:
             layer.capture.clear()
         self._recorder.terms = None
+        self._recorder.valid = None
         self._curvatures = 0
         self._steps += 1
         self._choose_captures()
         self._notices.tell(self._layers, unseen)
+        self._mistakes.tell_what_came()
+
+    def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
+        """Look at what the last step did to the loss of its batch, and let the damping follow, where that is due.
+
+        Call it after ``optimizer.step()`` and before ``zero_grad()``, in every step, where ``damping`` is `Adaptive`.
+        It is right for an optimizer that moves the weights along the step, as SGD without momentum.
+
+        Parameters
+        ----------
+        loss
+            The loss that the step was taken for.
+        again
+            Computes the same loss of the same batch anew: one more forward pass, without gradients, when a look is due.
+
+        Returns
+        -------
+        float or None
+            The reduction of the loss over what the curvature predicts; None where no look was due.
+
+        Raises
+        ------
+        RuntimeError
+            If the damping is not `Adaptive`, or the gradients, which hold the step, are gone.
+        """
+        adaptive = self.options.damping
+        if not isinstance(adaptive, Adaptive) or self._adapted is None:
+            message = "KFAC.adapt: damping must be Adaptive(...), which this follows"
+            raise RuntimeError(message)
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return None
+        with torch.no_grad():
+            predicted = trial.predicted()
+            reduction = self._replicas.mean((loss.detach() - again()).to(predicted.dtype))
+        actual, expected = map(float, torch.stack([reduction.to(predicted.device), predicted]).tolist())
+        if expected == 0 or math.isnan(expected):
+            return None
+        self._adapted = adaptive.next(self._adapted, actual / expected)
+        return actual / expected
 
     @torch.no_grad()
     def second_pass(self) -> None:
@@ -264,7 +352,7 @@ class KFAC:
         own = {layer: rows for layer, rows in found if rows is not None}
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed)
         options = self.options.at(max(self._steps - 1, 0))
-        damping = Damping(options.damping, self.options.damping_scale)
+        damping = self._damping(options)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
         for strategy, members in by_strategy(rows).items():
             known = [(layer, rows[layer]) for layer in members]
@@ -280,7 +368,8 @@ class KFAC:
         """
         skipped = 0 if self._skipped is None else int(self._skipped)
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, skipped, self._captured)
+            orders = {name: str(layout) for name, layout in self._layouts.items()}
+            return replace(describe(self._layers, self._unsupported, skipped, self._captured), layouts=orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -344,7 +433,7 @@ class KFAC:
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
-        return {"format": state.FORMAT, "steps": self._steps, "layers": layers}
+        return {"format": state.FORMAT, "steps": self._steps, "damping": self._adapted, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``, which must come from the same layers and strategies; other options may differ.
@@ -359,17 +448,22 @@ class KFAC:
             layer.curvature = curvature
             layer.linear = state_dict["layers"][layer.name]["linear"]
             layer.refusal = state_dict["layers"][layer.name]["refusal"]
+            layer.direction = state.direction(layer, state_dict["layers"][layer.name])
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.terms = None
         self._curvatures = 0
         self._steps = int(state_dict["steps"])
+        if self._adapted is not None and state_dict["damping"] is not None:
+            self._adapted = float(state_dict["damping"])
         self._known_replicas = None
         self._choose_captures()
 
     def _step(self, layers: list[Layer]) -> None:
         options = self.options.at(self._steps)
         scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
+        if self._steps == CHECKED_AT and not self._replicas.several:
+            self._mistakes.look_at_rows(layers, scale)
         # Also those whose data comes from another process.
         for layer in self._layers:
             if not layer.refusal and not layer.is_frozen:
@@ -383,7 +477,7 @@ class KFAC:
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        damping = Damping(options.damping, self.options.damping_scale)
+        damping = self._damping(options)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
         self._replicas.absorb(absorbing, now)
@@ -396,6 +490,9 @@ class KFAC:
             layer.seal()
         if not mask.known_finite:
             self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+            # With a scaler some batches overflow, and are left out by it too.
+            if scale is None:
+                self._mistakes.look_at_skipped(self._skipped, self._steps)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -423,6 +520,7 @@ class KFAC:
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
     ) -> None:
+        """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
         for layer in layers:
@@ -430,20 +528,34 @@ class KFAC:
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
             problems = [
-                Problem(layer.curvature, gradients[layer], rows.get(layer), layer.parameters) for layer in members
+                Problem(layer.curvature, gradients[layer], rows.get(layer), layer.parameters, layer.sharing == "reduce")
+                for layer in members
             ]
-            steps |= dict(zip(members, strategy.solve(problems, now), strict=True))
+            steps |= dict(zip(members, strategy.steps(problems, now), strict=True))
+        if isinstance(self.options.damping, Adaptive) and layers and self._steps % self.options.damping.every == 0:
+            self._trial = Trial(layers, [steps[layer] for layer in layers], list(gradients.values()))
         self._write([steps[layer] for layer in layers], gradients, clip)
 
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
         """Overwrite the gradients of layers with their steps, clipped."""
+        by = self.options.clip_by if clip is not None and steps else None
+        # Before anything is written: a gradient, or a step, may be the weight's own.
+        length = by_kl(steps, list(gradients.values()), clip) if clip is not None and by == "kl" else None
+        norms = spectral(steps, [layer.direction for layer in gradients], self._seed) if by == "spectral" else []
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
         factors: Sequence[Tensor] | None = None
-        if clip is not None and steps and self.options.clip_by == "kl":
-            # Before anything is written: a gradient may be the weight's own.
-            factors = [by_kl(steps, list(gradients.values()), clip)] * len(steps)
-        written = [layer.write(step) for layer, step in zip(gradients, steps, strict=True)]
-        if clip is not None and self.options.clip_by == "rms":
+        if length is not None:
+            factors = [length] * len(written)
+        elif clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        elif clip is not None and by == "spectral":
+            factors = [
+                factor
+                for layer, own in zip(gradients, norms, strict=True)
+                for factor in own.factors(clip, layer.kind.weights)
+            ]
+            for layer, own in zip(gradients, norms, strict=True):
+                layer.direction = own.direction
         finish(written, factors)
 
     def _check_alone(self) -> None:
@@ -459,6 +571,10 @@ class KFAC:
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
         """Say whether a layer takes data in at this step."""
         return self._steps % options.factor_every == 0 or not layer.curvature.started
+
+    def _damping(self, options: AtStep) -> Damping:
+        """Return what is added to the factors, which an `Adaptive` damping has found by now."""
+        return Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""

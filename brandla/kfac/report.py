@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,8 +22,9 @@ _REPLACED = "some factors are too small for the strategy and got another, see re
 _TOLD = 2
 _UNSEEN = (
     "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
-    " read by functional calls are not seen, nor is a model that ran under torch.compile before KFAC was constructed"
-    " (call torch.compiler.reset() after that)"
+    " read by functional calls are not seen, nor are outputs that enter the loss by their derivatives alone (PINN,"
+    " Sobolev), nor a model that ran under torch.compile before KFAC was constructed (call torch.compiler.reset() after"
+    " that)"
 )
 
 
@@ -55,13 +56,15 @@ class Report:
     """All factors of a preconditioner, and the number of batches skipped.
 
     ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
-    that inputs and output gradients took until the last step was done with them.
+    that inputs and output gradients took until the last step was done with them. ``layouts`` says which of samples and
+    positions come first in the inputs of each layer that takes both, and what says so.
     """
 
     factors: list[FactorReport]
     unsupported: dict[str, str]
     skipped: int = 0
     captured_bytes: int = 0
+    layouts: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -85,6 +88,9 @@ class Report:
         if self.unsupported:
             lines.append("left to the optimizer:")
             lines += [f"  {name}: {reason}" for name, reason in self.unsupported.items()]
+        if any(layout.startswith("positions") for layout in self.layouts.values()):
+            lines.append("order of the inputs' dimensions:")
+            lines += [f"  {name}: {layout}" for name, layout in self.layouts.items()]
         if self.skipped:
             lines.append(f"batches skipped for values that are not finite: {self.skipped}")
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from brandla import _check
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.systems.strategy import Curvature
 
-FORMAT = 5
+FORMAT = 6
 _FUNCTION = "KFAC.load_state_dict"
 
 
@@ -25,8 +25,16 @@ def of_layer(layer: Layer) -> dict[str, Any]:
         "curvature": curvature,
         "linear": layer.linear,
         "refusal": layer.refusal,
+        "direction": None if layer.direction is None else layer.direction.clone(),
         "tensors": ", ".join(_tensors(curvature)),
     }
+
+
+def direction(layer: Layer, saved: Mapping[str, Any]) -> Tensor | None:
+    """Return the direction that the spectral clip of a layer goes on from."""
+    found: Tensor | None = saved["direction"]
+    shape = layer.shape
+    return None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
 
 
 def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvature]:

@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
     The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
     curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
-    layers are m N rows, and their gradients the same.
+    layers are m N rows, and their gradients the same. ``share`` is the part of the uses that is no padding, whose rows
+    are 0; the others are scaled so that means over N are those over them.
     """
 
     inputs: Tensor
@@ -45,6 +46,7 @@ class Rows(NamedTuple):
     uses: int
     positions: int = 1
     single: bool = False
+    share: Tensor | None = None
 
 
 class Damping(NamedTuple):
@@ -53,14 +55,18 @@ class Damping(NamedTuple):
     value: float
     scale: Scale
 
-    def of(self, largest: Tensor) -> Tensor:
-        """Return λ for factors of these largest eigenvalues.
+    def of(self, largest: Tensor, *, stacked: bool = False) -> Tensor:
+        """Return λ for the largest eigenvalues (*groups,) of a factor, or of several in one tensor.
 
-        It is 1 where a factor is zero so far, which leaves its side of the gradient as it is, and where λ would be too
-        small for 1/λ to be finite.
+        Relative to no less than ε times the largest eigenvalue of all matrices of a factor: what is below cannot be
+        told from rounding. It is 1 where a factor is zero so far, which leaves its side of the gradient as it is, and
+        where λ would be too small for 1/λ to be finite.
         """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
+        if groups := tuple(range(int(stacked), largest.ndim)):
+            resolved = torch.finfo(largest.dtype).eps * largest.amax(groups, keepdim=True)
+            largest = torch.maximum(largest, resolved)
         shift = self.value * largest
         return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
 
@@ -69,7 +75,7 @@ class Damping(NamedTuple):
         return alike(
             largest,
             lambda own: (own.shape, own.dtype, own.device),
-            lambda members: self.of(torch.stack(members)).unbind(),
+            lambda members: self.of(torch.stack(members), stacked=True).unbind(),
         )
 
 
@@ -88,10 +94,21 @@ class Now(NamedTuple):
 
 
 def inner(one: Gradient, other: Gradient) -> Tensor:
-    """Return the inner product; of products, ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
+    """Return the inner product."""
+    return _products(one, other).sum()
+
+
+def inner_of_each(one: Gradient, other: Gradient) -> Tensor:
+    """Return the inner products of matrices (*groups,); ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
+    return _products(one, other).sum((-2, -1))
+
+
+def _products(one: Gradient, other: Gradient) -> Tensor:
+    """Return what the inner product is the sum of."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return (dense(one) * dense(other)).sum()
-    return ((one[0].mT @ other[0]) * (one[1].mT @ other[1])).sum()
+        return dense(one) * dense(other)
+    products: Tensor = (one[0].mT @ other[0]) * (one[1].mT @ other[1])
+    return products
 
 
 def length(part: Gradient) -> Tensor:

@@ -71,6 +71,7 @@ OF_TWO = {
     "plain model": ways(Brand(6), "split", wrap="plain"),
     "accumulated": ways(Brand(6), "gather", sizes=(3, 2), accumulate=3),
     "now and then": ways(Brand(6), "split", options={"factor_every": 2, "damping": replicas.falling}),
+    "clipped by spectral norm": ways(Brand(6), "gather", options={"clip_by": "spectral", "clip": 1e-2}),
     "clipped by KL": ways(Brand(6), "gather", options={"clip_by": "kl", "clip": 1e-2}),
     "layers unused on a rank": ways(Brand(6), *BOTH, model=Branches),
     "broken on one rank": ways(Brand(6), *BOTH, broken=(1, 2)),

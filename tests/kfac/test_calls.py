@@ -80,6 +80,7 @@ def test_a_step_asks_for_few_operations_besides_its_algebra(
     assert calls_of_step(monkeypatch, 2, clip_by=clip_by, gradient=gradient) == some
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
 def test_factors_that_began_together_have_one_sum_of_weights():
     """Also after a checkpoint was read."""
     model = mlp(40, 40, 40)

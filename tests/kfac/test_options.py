@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
 from brandla import Rank
@@ -47,7 +48,11 @@ from kfac.networks import batch, loss_of, mlp
         ({"distributed": "ring"}, ValueError, "distributed must be 'gather' or 'split'"),
         ({"columns": 0}, ValueError, "columns must be"),
         ({"inverse": "brand"}, TypeError, "inverse must be a strategy such as Brand(rank=128), or None; got str"),
-        ({"inverse": Brand}, TypeError, "inverse must be a strategy such as Brand(rank=128), or None; got Brand"),
+        (
+            {"inverse": Brand},
+            TypeError,
+            "inverse must be a strategy such as Brand(rank=128), or None; got the class Brand; construct it",
+        ),
         ({"inverse": lambda name, module: "brand"}, TypeError, "inverse must be a strategy"),
     ],
 )
@@ -119,6 +124,14 @@ def test_bad_kinds_of_strategies_are_refused(make: Callable[[], object], message
 def test_a_model_without_a_known_layer_is_refused():
     with pytest.raises(ValueError, match=r"KFAC: the model must have an nn.Linear.*PReLU.*optimizer alone"):
         KFAC(nn.Sequential(nn.PReLU(), nn.ReLU()), Exact())
+
+
+@pytest.mark.parametrize("make", [lambda model: model.parameters(), lambda model: torch.optim.SGD(model.parameters())])
+def test_what_is_no_model_is_refused(make: Callable[[nn.Module], object]):
+    with pytest.raises(
+        TypeError, match=r"KFAC: model must be an nn.Module; got (generator|SGD); pass the model itself"
+    ):
+        KFAC(make(mlp(4, 4)))
 
 
 def test_data_parallel_is_refused():

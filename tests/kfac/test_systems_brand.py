@@ -84,6 +84,7 @@ def test_mean_tail_is_the_mean_of_what_is_left_out(strategy: FactorStrategy):
     torch.testing.assert_close(found, torch.linalg.solve(damped, gradient.T))
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 @pytest.mark.parametrize("strategy", FORMS.values(), ids=FORMS)
 def test_a_batch_that_is_not_finite_leaves_the_factor_as_it_was(strategy: Brand):
     preconditioner, layer = trained(strategy, torch.float32, 3)

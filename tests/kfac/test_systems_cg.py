@@ -160,6 +160,7 @@ def test_memory_is_that_of_rows_and_grows_only_with_larger_batches():
     assert sum(part.numel() for part in curvature.tensors()) == 20 * (31 + 1) + 20 * (20 + 1)
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 def test_a_skipped_batch_pushes_out_nothing():
     layer = nn.Linear(6, 4, dtype=torch.float64)
     preconditioner = KFAC(layer, ConjugateGradient(batches=2, warm_start=True))

@@ -123,7 +123,7 @@ def test_periods_are_those_of_the_step(strategy: Strategy):
         (_, factor), _ = preconditioner._layers[0].curvature.factors()
         if factor.state["renewed"] == seed:
             seen.append(seed)
-    assert seen == [0, 1, 4, 7]
+    assert seen == ([0, 1, 3, 6] if isinstance(strategy, Exact | Randomized) else [0, 1, 4, 7])
 
 
 def test_schedules_are_named_by_their_functions_and_nothing_else():

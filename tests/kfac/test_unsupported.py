@@ -165,6 +165,7 @@ def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
     assert torch.equal(actual[2], expected[2])
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
 @FACTORS
 def test_a_dropped_layer_is_dropped_after_a_checkpoint_too():
     model = Pair()
@@ -251,6 +252,7 @@ def test_a_weight_that_is_parametrized_later_is_dropped():
         stepped(model, preconditioner, model(torch.randn(5, 4)).square().sum())
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 @FACTORS
 def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
     """Neither where all is finite nor where it is not: then they become 0 like the others."""

@@ -59,10 +59,14 @@ class _Keep(torch.autograd.Function):
 
 
 class Terms:
-    """The terms of the loss that one run of backward passes for the curvature is about: the sum of their weights."""
+    """The terms of the loss that one run of backward passes for the curvature is about.
 
-    def __init__(self, total: Tensor | float) -> None:
+    ``total`` is the sum of their weights, and ``number`` that of the terms with any.
+    """
+
+    def __init__(self, total: Tensor | float, number: Tensor | float) -> None:
         self.total = total
+        self.number = number
 
 
 class Groups:
@@ -86,10 +90,20 @@ class Groups:
 class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
-    def __init__(self, kind: Kind, saved: Saved, *, left_out: bool = False, groups: Groups | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        saved: Saved,
+        *,
+        left_out: bool = False,
+        groups: Groups | None = None,
+        valid: Tensor | None = None,
+    ) -> None:
         self.kind = kind
         # Where several rows of the inputs are one sample.
         self.groups = groups
+        # Positions (samples, positions) that are no padding, of the batch that the call is of.
+        self.valid = valid
         # Whether autograd does not form the weight's gradient in this call.
         self.left_out = left_out
         self.terms: Terms | None = None
@@ -158,5 +172,7 @@ class Recorder:
         self.has_run = False
         # Whose rows the calls are made of that come now.
         self.groups: Groups | None = None
+        # The positions of the coming calls that are no padding.
+        self.valid: Tensor | None = None
         # Whether captures note the place of their outputs in the graph, for backward passes that end there.
         self.edges = edges

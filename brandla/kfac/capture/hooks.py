@@ -43,6 +43,8 @@ class Capture:
         self._lasting = ref(kind.weight)
         self._fresh = False
         self._accumulated: tuple[Tensor, int] | None = None
+        # The weight at the last backward pass, and its version then.
+        self._seen: tuple[Tensor, int] | None = None
         # The backward passes, by autograd's numbers, that have added to the weight's gradient.
         self._reached: set[int] = set()
         self._handles: list[Any] = []
@@ -90,6 +92,13 @@ class Capture:
         """
         return self._fresh and self._is_as_noted()
 
+    def is_overtaken(self) -> bool:
+        """Say whether somebody has written to the weight since the last backward pass."""
+        if self._seen is None or is_dtensor(self._seen[0]):
+            return False
+        weight, version = self._seen
+        return weight is self._kind.weight and weight._version != version
+
     def bytes(self) -> int:
         """Return the memory of the calls."""
         return sum(call.bytes() for call in self.calls)
@@ -104,7 +113,7 @@ class Capture:
         self._task = (-1, -1)
         self.left_out = False
         self._fresh = False
-        self._accumulated = None
+        self._accumulated = self._seen = None
         self._reached = set()
 
     def keep_reached(self) -> None:
@@ -138,9 +147,10 @@ class Capture:
         elif output.requires_grad:
             if torch.compiler.is_compiling():
                 return tap(output, inputs, ticket.number)
-            groups = self._recorder.groups
+            groups, valid = self._recorder.groups, self._recorder.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
-            self._watch(Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups), output)
+            call = Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
+            self._watch(call, output)
         return output
 
     def collect(self, call: Call, gradient: Tensor) -> None:
@@ -151,6 +161,7 @@ class Capture:
             return
         self.left_out |= call.left_out
         if self._recorder.running == "loss":
+            self._seen = self._kind.weight, self._kind.weight._version
             if self._reached and self._gradient_is_gone():
                 self._forget_passes(but=self._recorder.terms)
             if not self._reached:
@@ -170,12 +181,13 @@ class Capture:
         if task != self._task:
             self._task, self._index = task, 0
         if self._recorder.running == "loss":
-            call = Call(kind.of_call(), Saved(inputs.clone()))
+            call = Call(kind.of_call(), Saved(inputs.clone()), valid=self._recorder.valid)
         else:
             if self._recorder.draw == 0:
                 if self._index == 0:
                     self._of_first_draw = []
-                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone())))
+                valid = self._recorder.valid
+                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone()), valid=valid))
             call = self._of_first_draw[self._index]
             self._index += 1
         self.collect(call, gradient.clone())

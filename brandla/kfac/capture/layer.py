@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere
+from brandla.kfac.capture import padding
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
@@ -26,6 +27,14 @@ class Written(NamedTuple):
     step: Tensor
     gradient: Tensor
 
+    def split(self, count: int) -> list[Written]:
+        """Return the parts of so many weights that lie one after the other."""
+        if count == 1:
+            return [self]
+        steps = self.step.chunk(count)
+        gradients = steps if self.step is self.gradient else self.gradient.chunk(count)
+        return list(map(Written, steps, gradients))
+
 
 class Layer:
     """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
@@ -35,6 +44,8 @@ class Layer:
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing
+        # Whether inputs are (samples, positions, ...); the other way, it is (positions, samples, ...).
+        self.batch_first = True
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
         # That of a frozen weight takes no memory: it is made anew when the weight thaws.
@@ -48,6 +59,8 @@ class Layer:
         self._unformed: Rows | None = None
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
+        # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
+        self.direction: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,8 +157,8 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        if rows is None or self.sharing == "reduce" or len(calls) < len(self._calls("loss")):
-            rows = self._stacked(calls, "loss", scale, reduce=False)
+        if rows is None or not self._holds_gradient(rows) or len(calls) < len(self._calls("loss")):
+            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         weight = self.kind.weight
         if weight.grad is None:
             weight.grad = torch.empty_like(weight)
@@ -171,12 +184,22 @@ class Layer:
             return None
         if self._unformed is not None:
             return self._unformed.gradients.mT, self._unformed.inputs.mT
-        if rows is None or self.sharing == "reduce":
-            rows = self._stacked(calls, "loss", scale, reduce=False)
+        if rows is None or not self._holds_gradient(rows):
+            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
         return pair if self.linear else None
+
+    def comparison(self, scale: Tensor | None) -> Tensor | None:
+        """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N of a Linear, where P Qᵀ may be its gradient."""
+        calls = self._calls("loss")
+        if not (calls and self.kind.leaves_out and self._may_be_pairs):
+            return None
+        rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.dtype))
+        sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
+        return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
 
     @property
     def is_unformed(self) -> bool:
@@ -198,6 +221,7 @@ class Layer:
             bool(self.linear)
             and self._may_be_pairs
             and self.sharing == "expand"
+            and all(call.valid is None for call in self.capture.calls)
             and self.kind.weight.dtype == self.dtype
             and self._is_narrow(self._calls("loss"))
         )
@@ -222,15 +246,15 @@ class Layer:
         columns = [self.kind.bias_part(bias).to(self.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
         return torch.cat([matrix, *columns], dim=-1)
 
-    def write(self, step: Gradient) -> list[Written]:
-        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it."""
+    def write(self, step: Gradient) -> list[list[Written]]:
+        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it by weight."""
         weight, bias = self.kind.weight_gradient, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
         parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
-        return parts
+        return [list(own) for own in zip(*(part.split(self.kind.weights) for part in parts), strict=True)]
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
@@ -256,6 +280,10 @@ class Layer:
         if bias is None:
             return matrix.new_zeros(*matrix.shape[:-1], 1)
         return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
+
+    def _holds_gradient(self, rows: Rows) -> bool:
+        """Say whether the product of rows that a factor takes in is the gradient, whatever padding holds."""
+        return self.sharing == "expand" and rows.share is None
 
     def _left_out(self) -> list[Call]:
         """Return the calls whose weight's gradient autograd has not formed."""
@@ -283,13 +311,21 @@ class Layer:
         numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
         return numbers // math.prod((*groups, d_out))
 
-    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool) -> Rows:
-        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone."""
+    def _stacked(
+        self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
+    ) -> Rows:
+        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone.
+
+        Rows of padding are 0, unless ``padded`` says that they are to be as they were captured.
+        """
         inputs, gradients, turned, positions = [], [], [], set()
         # By whether they are turned.
         counts = [0, 0]
+        valid: list[list[Tensor]] = [[], []]
         for index, call, gradient in _in_order(calls, of):
-            uses = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce)
+            uses, own = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce, padded=padded)
+            if own is not None and (of == "loss" or index == 0):
+                valid[call.kind.turned].append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
@@ -302,15 +338,41 @@ class Layer:
             inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
-        return Rows(_joined(inputs), _joined(gradients), counts[0] or counts[1], position_count, self.kind.single)
+        main = 0 if counts[0] else 1
+        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
+        return self._without_padding(rows, valid[main]) if valid[main] else rows
 
-    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool) -> Uses:
-        """Return the uses of one call; in "reduce" one a sample, or one for each group of samples that was named."""
-        if not reduce:
-            return call.kind.uses(call.inputs, gradient)
-        if call.groups is None or not call.kind.is_averaged:
-            return call.kind.reduced(call.inputs, gradient)
-        return call.groups.reduced(call.kind.uses(call.inputs, gradient))
+    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
+        """Return the uses of a call, in "reduce" one a sample, and the mask (samples, positions) of those not padding."""
+        inputs = call.inputs
+        if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
+            inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
+        valid = None if call.valid is None or padded else padding.fitting(call.valid, call.kind, inputs, gradient)
+        if valid is not None:
+            return padding.uses(call.kind, inputs, gradient, valid, reduce=reduce)
+        if reduce and call.groups is not None and call.kind.is_averaged:
+            return call.groups.reduced(call.kind.uses(inputs, gradient)), None
+        return (call.kind.reduced if reduce else call.kind.uses)(inputs, gradient), None
+
+    @property
+    def _own_dimensions(self) -> int:
+        """The dimensions of a use's output."""
+        return self.kind.weight.ndim if self.kind.single else 1
+
+    def _without_padding(self, rows: Rows, valid: list[Tensor]) -> Rows:
+        """Scale rows so that means over their number are those over the rows that are no padding.
+
+        A becomes 1 / share of what it was, and G the share of it. Indices have no scale: A and G stay what they were
+        then, and their product is right.
+        """
+        if self.kind.single:
+            return rows
+        share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
+        share = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps)
+        if self.kind.one_hot:
+            return rows._replace(share=share)
+        root = share.sqrt()
+        return rows._replace(inputs=rows.inputs / root, gradients=rows.gradients * root, share=share)
 
     def _input_rows(self, uses: Uses) -> Tensor:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""

@@ -49,6 +49,10 @@ class Replicas(ABC):
         for strategy, members in by_strategy(rows).items():
             strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
+    def mean(self, number: Tensor) -> Tensor:
+        """Return the mean over the processes of a 0-dim tensor."""
+        return number
+
     @contextmanager
     def complete(self) -> Iterator[None]:
         """Hold all of every curvature for the time being."""
@@ -95,6 +99,10 @@ class _Many(Replicas):
         if not parts:
             return mask, {}
         return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
+
+    def mean(self, number: Tensor) -> Tensor:
+        """Ask all processes."""
+        return self._ranks.mean(number)
 
     def _census(self, own: Mapping[Layer, Rows], finite: Tensor) -> _Census:
         """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""

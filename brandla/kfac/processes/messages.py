@@ -57,6 +57,12 @@ class Ranks:
         _all_gather(everyone, own, self._group)
         return everyone.view(self.world, -1).tolist()
 
+    def mean(self, number: Tensor) -> Tensor:
+        """Return the mean over all processes of a 0-dim tensor."""
+        everyone = torch.empty(self.world, dtype=number.dtype, device=self._device)
+        _all_gather(everyone, number.reshape(1).to(self._device), self._group)
+        return everyone.mean()
+
     def to_all(self, own: Sequence[Tensor], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
         """Send tensors to every process, and return those of each: contiguous, of layouts that are known to all."""
         most = max(_bytes(those) for those in layouts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._small import largest_eigenvalue, safe_eigh
 from brandla.kfac.schedule import Schedule, at
-from brandla.kfac.systems.form import DenseForm, State, due, store, stored, tensor
+from brandla.kfac.systems.form import DenseForm, State, due_early, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
@@ -60,7 +60,7 @@ class Exact(DenseForm, FactorStrategy):
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose or factorise the dense average when it is due."""
-        if not due(state, step, self.inverse_every):
+        if not due_early(state, step, self.inverse_every):
             return
         if self.method == "eigh":
             store(state, self.decompose(self.average(state)))

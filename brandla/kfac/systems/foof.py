@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker, KroneckerStrategy
 from brandla.kfac.systems.strategy import Curvature, check_inner
@@ -25,6 +26,8 @@ class Foof(KroneckerStrategy):
     F. Benzing, "Gradient descent on neurons and its link to approximate second-order optimization", ICML 2022,
     arXiv 2201.12250.
     """
+
+    measures_length: ClassVar[bool] = False
 
     inner: FactorStrategy
 

@@ -173,3 +173,10 @@ def due(state: State, step: int, every: Schedule[int]) -> bool:
         return False
     state["renewed"] = step
     return True
+
+
+def due_early(state: State, step: int, every: Schedule[int]) -> bool:
+    """As `due`, but after 1, 2, 4, ... steps at first: the first data may be 0, as below a head that begins at 0."""
+    begun = cast(int, state.setdefault("begun", step))
+    last = cast(int, state.get("renewed", begun))
+    return due(state, step, min(at(every, step), last - begun + 1))

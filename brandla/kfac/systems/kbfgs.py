@@ -57,6 +57,7 @@ class KBFGS(Strategy):
 
     reads_rows: ClassVar[bool] = True
     takes_second_pass: ClassVar[bool] = True
+    measures_length: ClassVar[bool] = False
 
     average: float = 0.9
     curved: float = 0.2

@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import DenseForm, State, due, store, stored
+from brandla.kfac.systems.form import DenseForm, State, due_early, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
@@ -60,7 +60,7 @@ class Randomized(DenseForm, FactorStrategy):
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose the dense average when it is due."""
-        if due(state, step, self.inverse_every):
+        if due_early(state, step, self.inverse_every):
             average = self.average(state)
             store(state, self.decompose(average, min(at(self.rank, step), average.shape[-1]), seed))
             self.keep_trace(state)

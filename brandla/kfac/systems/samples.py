@@ -33,6 +33,8 @@ class Samples(NamedTuple):
         """Pair each gradient with its input."""
         if rows.single:
             return cls(rows.inputs, torch.ones_like(rows.inputs[..., :1]), rows.positions, rows.uses)
+        if rows.share is not None:
+            rows = rows._replace(gradients=rows.gradients * rows.share.sqrt())
         # A row of zeros, which has a gradient of zeros, is at no index.
         inputs = rows.inputs if rows.inputs.is_floating_point() else rows.inputs.clamp_min(0)
         axis = -2 if inputs.is_floating_point() else 0

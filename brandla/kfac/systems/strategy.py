@@ -12,19 +12,21 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.schedule import spelled
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
 
 
 class Problem(NamedTuple):
     """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured.
 
-    ``weight`` returns the layer's weights as they are now, as a matrix.
+    ``weight`` returns the layer's weights as they are now, as a matrix. ``reduced`` says that the factors are made of
+    averages and sums over positions, which the gradient is not.
     """
 
     curvature: Curvature
     gradient: Gradient
     rows: Rows | None
     weight: Callable[[], Tensor] | None = None
+    reduced: bool = False
 
 
 class Kept(NamedTuple):
@@ -92,6 +94,8 @@ class Strategy(ABC):
     reads_rows: ClassVar[bool] = False
     # Whether `second_pass` is of any use.
     takes_second_pass: ClassVar[bool] = False
+    # Whether ⟨step, ∂W⟩ is the squared length of the step in the metric of the curvature.
+    measures_length: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return spelled(self)
@@ -105,6 +109,16 @@ class Strategy(ABC):
         for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
             curvature.absorb(own, now._replace(seed=now.seed + index))
 
+    def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
+        """Return the steps of all layers: of reduced factors and relative damping, no longer than `_shortened` says."""
+        solved = self.solve(problems, now)
+        if not self.measures_length or now.damping.scale == "absolute":
+            return solved
+        return [
+            _shortened(step, problem.gradient, now) if problem.reduced else step
+            for step, problem in zip(solved, problems, strict=True)
+        ]
+
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         """Return the preconditioned gradients of all layers of this strategy."""
         return [problem.curvature.solve(problem.gradient, now) for problem in problems]
@@ -112,6 +126,19 @@ class Strategy(ABC):
     def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
         """Take in the gradients and rows of the same batch after the optimizer's step."""
         raise NotImplementedError
+
+
+def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
+    """Scale each matrix of a step so that ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ).
+
+    Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and
+    A = Xᵀ X / N; and what a factor averages holds a share of 1 − ρ of each batch at first. Sums over positions may
+    cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
+    """
+    length = inner_of_each(step, gradient).abs() * (1 - now.decay)
+    sides = gradient.shape[-2:] if isinstance(gradient, Tensor) else [part.shape[-2] for part in gradient]
+    factor = (min(sides) / length).clamp(max=1)[..., None, None]
+    return step * factor if isinstance(step, Tensor) else (step[0] * factor, step[1])
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

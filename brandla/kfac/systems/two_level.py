@@ -67,7 +67,7 @@ class TwoLevel(Strategy):
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
         """Correct the inner system's steps."""
-        steps = self.inner.solve(problems, now)
+        steps = self.inner.steps(problems, now)
         samples = _of_the_same_samples(problems)
         if not samples:
             return steps
@@ -93,7 +93,7 @@ class TwoLevel(Strategy):
                 problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, _d_in(problem.gradient))))
                 for problem, own in zip(problems, samples, strict=True)
             ]
-            directions = self.inner.solve(residuals, now)
+            directions = self.inner.steps(residuals, now)
         return [_unit(direction) for direction in directions]
 
 

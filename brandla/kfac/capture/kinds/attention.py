@@ -14,6 +14,8 @@ from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, full_dtype, is_c
 class AttentionKind(Kind):
     """One projection of an attention: inputs and gradients are (positions, samples, d), as they are inside of it."""
 
+    positions_first = True
+
     def __init__(self, forward: AttentionForward, part: Projection, module: nn.Module, weight: str, bias: str) -> None:
         super().__init__(module, weight, bias)
         self.part = part
@@ -75,6 +77,8 @@ class PackedKind(AttentionKind):
     Groups have equally many rows: where there are more keys than queries, or the other way, zeros fill up the rows,
     and those of a group are scaled, a by s and γ by 1/s, so that mean and sum are those of its own rows.
     """
+
+    weights = 3
 
     def __init__(self, forward: AttentionForward) -> None:
         super().__init__(forward, "in_proj", forward.module, "in_proj_weight", "in_proj_bias")

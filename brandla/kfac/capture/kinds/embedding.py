@@ -38,6 +38,11 @@ class EmbeddingKind(Kind):
         """Say so where the output is not an entry for each index."""
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
 
+    @property
+    def may_lead(self) -> bool:
+        """Whatever comes before the last dimension has any order."""
+        return True
+
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return indices and their gradients; padding, which autograd leaves out too, has −1 and 0."""
         samples = inputs.shape[0] if inputs.ndim else 1

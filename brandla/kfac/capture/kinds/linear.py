@@ -30,6 +30,11 @@ class LinearKind(Kind):
         """Say so where the last dimensions are not those of the weight."""
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
 
+    @property
+    def may_lead(self) -> bool:
+        """Whatever comes before the last dimension has any order."""
+        return True
+
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return samples, positions and features."""
         return Uses(by_sample(inputs), by_sample(gradient))

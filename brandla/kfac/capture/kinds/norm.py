@@ -64,6 +64,11 @@ class NormKind(Kind):
             return f"its input of shape {tuple(inputs.shape)} is not a batch"
         return ""
 
+    @property
+    def may_lead(self) -> bool:
+        """Whatever comes before what is normalised has any order, where that comes last."""
+        return isinstance(self.module, _LAST)
+
     def of_call(self) -> Kind:
         """Return a kind that keeps the running statistics, if the module goes by them now."""
         mean: Tensor | None = getattr(self.module, "running_mean", None)

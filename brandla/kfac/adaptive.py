@@ -1,0 +1,114 @@
+"""A damping that follows how far the curvature can be trusted: the rule of Levenberg and Marquardt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._sharded import everywhere
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.values import Gradient, dense, inner_of_each
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Damping by the ratio of the loss's reduction to what the curvature predicts, at every so many steps.
+
+    Above 3/4 the damping is multiplied by ``factor ** every``, below 1/4 it is divided by that. `KFAC.adapt` looks at
+    the ratio, with one more forward pass and one read-back.
+
+    Parameters
+    ----------
+    initial
+        The damping to begin with.
+    every
+        Steps between two looks.
+    factor
+        In (0, 1): the change for each step.
+    least, most
+        Bounds of the damping.
+
+    References
+    ----------
+    J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015, arXiv
+    1503.05671, section 6.5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Adaptive
+    >>> model, inputs = torch.nn.Linear(20, 5), torch.randn(8, 20)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> preconditioner = KFAC(model, damping=Adaptive(initial=0.1, every=5))
+    >>> loss = model(inputs).square().mean()
+    >>> loss.backward()
+    >>> preconditioner.step()
+    >>> optimizer.step()
+    >>> ratio = preconditioner.adapt(loss, lambda: model(inputs).square().mean())
+    """
+
+    initial: float = 0.03
+    every: int = 5
+    factor: float = 0.95
+    least: float = 1e-8
+    most: float = 1e8
+
+    def __post_init__(self) -> None:
+        _check.count("Adaptive", "every", self.every, 1)
+        if not 0 < self.factor < 1:
+            _check.fail_value("Adaptive", f"factor must be in (0, 1); got {self.factor}")
+        if not 0 < self.least <= self.initial <= self.most < math.inf:
+            bounds = f"got {self.least}, {self.initial} and {self.most}"
+            _check.fail_value("Adaptive", f"0 < least <= initial <= most < inf must hold; {bounds}")
+
+    def next(self, damping: float, ratio: float) -> float:
+        """Return the damping after a look."""
+        change = self.factor**self.every
+        if ratio > 0.75:
+            return max(damping * change, self.least)
+        # A loss that is not finite is one that the model did not foresee.
+        return min(damping / change, self.most) if not ratio >= 0.25 else damping
+
+
+class Trial:
+    """The weights before a step, and what the curvature says of the step, by layer and matrix (*groups,)."""
+
+    def __init__(self, layers: Sequence[Layer], steps: Sequence[Gradient], gradients: Sequence[Gradient]) -> None:
+        self._layers = list(layers)
+        self._before = [everywhere(layer.kind.weight.detach()).clone() for layer in layers]
+        self._slopes = [inner_of_each(*pair) for pair in zip(steps, gradients, strict=True)]
+        # Of the weight alone, without the bias.
+        self._lengths = [
+            dense(step)[..., : layer.kind.shape[2]].square().sum((-2, -1))
+            for layer, step in zip(layers, steps, strict=True)
+        ]
+
+    def predicted(self) -> Tensor:
+        """Return the reduction −⟨∂W, δ⟩ − ½ ⟨δ, F δ⟩ that the damped curvature F predicts of the weights' change δ.
+
+        With s = F⁻¹ ∂W and δ = −β s that is β (1 − β/2) ⟨s, ∂W⟩. β is the optimizer's rate times the clip: what has
+        come of the step that is in the gradient.
+
+        Raises
+        ------
+        RuntimeError
+            If the gradients are gone.
+        """
+        total: list[Tensor] = []
+        for layer, before, slope, squared in zip(self._layers, self._before, self._slopes, self._lengths, strict=True):
+            gradient = layer.kind.weight.grad
+            if gradient is None:
+                message = f"KFAC.adapt: {layer.name}.weight has no gradient; call adapt before zero_grad()"
+                raise RuntimeError(message)
+            step = layer.kind.matrix(everywhere(gradient).to(layer.dtype))
+            change = layer.kind.matrix((everywhere(layer.kind.weight.detach()) - before).to(layer.dtype))
+            length = inner_of_each(step, step)
+            share = -inner_of_each(change, step) / torch.where(length > 0, length, 1)
+            beta = share * (length / torch.where(squared > 0, squared, 1)).sqrt()
+            total.append((beta * (1 - beta / 2) * slope).sum().to(total[0].device if total else slope.device))
+        return torch.stack(total).sum()

@@ -1,0 +1,124 @@
+"""How long a step may be: the spectral norm of each weight's, and weights whose curvature is rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Brand, Exact, Strategy
+from brandla.kfac.clip import spectral
+from kfac.networks import batch, layer_gradient, loss_of, mlp, stepped
+from kfac.systems import every_system, some_systems
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+
+
+def norm_of(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "pair"])
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+def test_the_spectral_norm_of_each_step_is_at_most_the_clip(application: str, gradient: str):
+    """A step that is longer has that norm and the same direction; a shorter one stays as it is."""
+    found = {}
+    for clip in (None, 0.05, 1e9):
+        model = mlp(10, 40, 40, 4)
+        preconditioner = KFAC(
+            model, Brand(6), clip=clip, clip_by="spectral", application=application, gradient=gradient
+        )
+        for seed in (0, 1, 1):
+            stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
+        found[clip] = [layer_gradient(layer) for layer in model[::2]]
+    for free, clipped, loose in zip(*found.values(), strict=True):
+        assert torch.equal(free, loose)
+        assert norm_of(free) > 0.06
+        assert norm_of(clipped) == pytest.approx(0.05, rel=0.08)
+        torch.testing.assert_close(clipped / norm_of(clipped), free / norm_of(free))
+
+
+def test_a_norm_is_found_at_once_where_the_old_direction_has_no_part_in_it():
+    step = torch.diag(torch.tensor([0.0, 0.0, 3.0, 1.0]))
+    gone = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    for start in (None, gone):
+        (known,) = spectral([step], [start], seed=3)
+        assert known.norm == pytest.approx(3, rel=1e-2)
+        torch.testing.assert_close(known.direction.abs(), torch.eye(4)[2], rtol=0, atol=0.1)
+    (pair,) = spectral([(step, torch.eye(4))], [known.direction], seed=3)
+    torch.testing.assert_close(pair.norm, torch.tensor(3.0))
+
+
+def test_a_norm_is_found_with_nothing_read_back():
+    meta = torch.device("meta")
+    steps = [torch.empty(3, 5, 4, device=meta), (torch.empty(5, 2, device=meta), torch.empty(7, 2, device=meta))]
+    found = spectral(steps, [torch.empty(3, 4, device=meta), None], seed=0)
+    assert [own.direction.shape for own in found] == [(3, 4), (7,)]
+    assert len(found[0].factors(0.3, 3)) == 3
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_step_without_a_norm_leaves_the_direction_as_it_was(bad: float):
+    before = torch.tensor([0.6, 0.8])
+    (known,) = spectral([torch.full((3, 2), bad)], [before], seed=0)
+    assert torch.equal(known.direction, before)
+
+
+def test_scales_are_clipped_as_a_diagonal_matrix_and_projections_each_by_itself():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"norm": nn.LayerNorm(12), "attention": nn.MultiheadAttention(12, 2)})
+    preconditioner = KFAC(model, Exact(inverse_every=1), clip=0.05, clip_by="spectral")
+    for _ in range(2):
+        inputs = model["norm"](torch.randn(5, 6, 12))
+        stepped(model, preconditioner, model["attention"](inputs, inputs, inputs)[0].square().mean())
+    norm, attention = model["norm"], model["attention"]
+    channels = torch.stack([norm.weight.grad, norm.bias.grad]).norm(dim=0)
+    assert channels.max() == pytest.approx(0.05, rel=1e-3)
+    parts = torch.cat([attention.in_proj_weight.grad, attention.in_proj_bias.grad[:, None]], dim=1).chunk(3)
+    assert [norm_of(part) for part in parts] == pytest.approx([0.05] * 3, rel=0.08)
+
+
+def attention_steps(strategy: Strategy, steps: int = 4, **options: object) -> tuple[list[Tensor], list[Tensor]]:
+    """Steps and gradients of the projections of queries, keys and values, of a mean over positions."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)])
+    preconditioner = KFAC(model, strategy, sharing="reduce", **options)
+    for _ in range(steps):
+        inputs = torch.randn(8, 6, 16)
+        model.zero_grad()
+        outputs = model[1](model[0](inputs, inputs, inputs)[0].mean(1))
+        if "curvature" in options:
+            preconditioner.curvature(outputs)
+        nn.functional.cross_entropy(outputs, torch.arange(8) % 4).backward()
+        gradient = model[0].in_proj_weight.grad.clone()
+        preconditioner.step()
+    return list(model[0].in_proj_weight.grad.chunk(3)), list(gradient.chunk(3))
+
+
+@pytest.mark.parametrize("curvature", ["empirical", "monte-carlo"])
+@every_system
+def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy: Strategy, curvature: str):
+    """Softmax is blind to what is added to all keys alike: the sum of their gradients is 0, each by itself is not."""
+    steps, gradients = attention_steps(strategy, clip=None, curvature=curvature)
+    lengths = [float(part.norm()) for part in steps]
+    assert lengths[1] < 50 * max(lengths[0], lengths[2])
+    in_metric = [float((step * gradient).sum().abs()) for step, gradient in zip(steps, gradients, strict=True)]
+    assert max(in_metric) < 16.5 / (1 - 0.95)
+
+
+@pytest.mark.parametrize(("clip_by", "clip"), [("rms", 0.07), ("kl", 0.01), ("spectral", 0.3)])
+@some_systems("exact", "brand", "ekfac", "singd", "two-level")
+def test_no_projection_of_an_attention_stands_still_for_another(strategy: Strategy, clip_by: str, clip: float):
+    steps, _ = attention_steps(strategy, clip=clip, clip_by=clip_by)
+    lengths = [float(part.norm()) for part in steps]
+    assert max(lengths) < 100 * min(lengths)
+
+
+def test_a_channel_whose_curvature_is_rounding_does_not_outweigh_the_others():
+    """Of the gradient ε and the block ε² the step would be 1/ε."""
+    norm = nn.LayerNorm(4)
+    preconditioner = KFAC(norm, Exact(), clip=None)
+    scales = torch.tensor([1.0, 1.0, 1.0, 1e-9])
+    stepped(norm, preconditioner, (norm(torch.randn(6, 4)) * scales).sum() / 6)
+    step = norm.bias.grad
+    assert step[3].abs() < step[:3].abs().max()

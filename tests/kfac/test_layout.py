@@ -1,0 +1,172 @@
+"""Positions before samples, and positions that are padding: the factors are those of the same data without either."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import EKFAC, KFAC, ConjugateGradient, Exact, InverseFree, Strategy, TwoLevel
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+SYSTEMS: dict[str, Strategy] = {
+    "exact": Exact(inverse_every=1),
+    "ekfac": EKFAC(inverse_every=1),
+    "conjugate-gradient": ConjugateGradient(),
+    "singd": InverseFree(preconditioner_every=1),
+    "two-level": TwoLevel(Exact(inverse_every=1)),
+}
+
+
+class Model(nn.Module):
+    """Every kind of layer that takes samples and positions in either order, beside one that says which."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.entries = nn.Embedding(11, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, words: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.head(self.block(self.entries(words), src_key_padding_mask=padding))
+
+
+def words(samples: int = 4, positions: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randint(most, (samples, positions), generator=generator) for most in (11, 5))
+
+
+def model(batch_first: bool = True) -> Model:
+    torch.manual_seed(0)
+    return Model(batch_first).double()
+
+
+def steps(own: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in own.parameters()]
+
+
+def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
+    for left, right in zip(one, other, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
+def test_the_order_of_samples_and_positions_makes_no_difference(strategy: Strategy, sharing: str):
+    inputs, labels = words()
+    found = []
+    for batch_first in (True, False):
+        own = model(batch_first)
+        preconditioner = KFAC(own, strategy, sharing=sharing, clip=None)
+        outputs = own(inputs if batch_first else inputs.T)
+        nn.functional.cross_entropy((outputs if batch_first else outputs.transpose(0, 1)).mT, labels).backward()
+        preconditioner.step()
+        found.append(steps(own))
+    assert_same(*found)
+    orders = preconditioner.report().layouts
+    assert orders["head"] == "positions first, as the model says"
+    assert orders["block.linear1"] == "positions first, as block says"
+    assert "block.norm1: positions first, as block says" in str(preconditioner.report())
+
+
+@pytest.mark.parametrize(
+    ("option", "order"),
+    [
+        (False, "positions first, as batch_first says"),
+        ({"0": False}, "positions first, as batch_first says"),
+        (lambda name, module: False if isinstance(module, nn.Linear) else None, "positions first, as batch_first says"),
+        (None, "samples first, assumed"),
+    ],
+)
+def test_the_order_is_an_option_where_no_module_says_it(option: Any, order: str):
+    preconditioner = KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), Exact(), batch_first=option)
+    assert preconditioner.report().layouts["0"] == order
+    with pytest.raises(ValueError, match=re.escape("batch_first must be True, False or None; got 'time'")):
+        KFAC(nn.Linear(3, 3), batch_first="time")
+
+
+def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any) -> list[Tensor]:
+    """The step of three samples of 4 positions, filled up with what the loss and the attention ignore."""
+    preconditioner = KFAC(own, strategy, clip=None, **options)
+    inputs, labels = (part[:, :filled] for part in words(3, 9))
+    valid = torch.arange(filled).expand(3, -1) < 4
+    preconditioner.mask(valid.long())
+    outputs = (own(inputs, ~valid) if isinstance(own, Model) else own(inputs)).mT
+    preconditioner.curvature(outputs, weights=valid.double())
+    nn.functional.cross_entropy(outputs, labels.masked_fill(~valid, -100)).backward()
+    preconditioner.step()
+    return steps(own)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
+def test_a_batch_with_padding_takes_the_step_of_the_data_alone(strategy: Strategy, sharing: str):
+    assert_same(*(padded_step(model(), strategy, filled, sharing=sharing) for filled in (4, 9)))
+
+
+def test_padding_is_left_out_of_the_curvature_of_outputs_too():
+    """In a model where no term reaches another's inputs: the random signs of terms have no effect."""
+    found = []
+    for filled in (4, 9):
+        torch.manual_seed(0)
+        own = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+        found.append(padded_step(own, Exact(inverse_every=1), filled, curvature="type-2"))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
+    """A and G are those of the positions with data, also where what the padding holds is not finite."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    preconditioner = KFAC(layer, Exact(inverse_every=1), sharing=sharing, application="two-sided")
+    inputs, gradients = [], []
+    for lengths in ([1, 3, 2], [4, 4, 1]):
+        valid = torch.arange(4) < torch.tensor(lengths)[:, None]
+        points = torch.randn(3, 4, 5, dtype=torch.float64)
+        factors = torch.randn(3, 4, 4, dtype=torch.float64) * valid[..., None]
+        preconditioner.mask(valid)
+        (layer(points) * factors).sum().backward()
+        for point, factor, length in zip(points, factors, lengths, strict=True):
+            own, gradient = point[:length], factor[:length]
+            inputs.append(own if sharing == "expand" else own.mean(0, keepdim=True))
+            gradients.append(gradient if sharing == "expand" else gradient.sum(0, keepdim=True))
+    preconditioner.step()
+    a, g = torch.cat(inputs), torch.cat(gradients)
+    a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+    curvature = preconditioner._layers[0].curvature
+    for factor, expected in ((curvature.input, a.T @ a / len(a)), (curvature.output, len(g) * g.T @ g)):
+        torch.testing.assert_close(factor.strategy.average(factor.state), expected)
+
+
+def test_a_mask_ends_with_the_step_and_is_a_matrix():
+    layer = nn.Linear(5, 4)
+    preconditioner = KFAC(layer, Exact(), clip=None)
+    preconditioner.mask(torch.ones(2, 3))
+    layer(torch.randn(2, 3, 5)).sum().backward()
+    preconditioner.step()
+    assert preconditioner._recorder.valid is None
+    with pytest.raises(ValueError, match=re.escape("KFAC.mask: valid must be a tensor (samples, positions)")):
+        preconditioner.mask(torch.ones(3))
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "pair"])
+def test_padding_that_has_a_gradient_stays_in_the_gradient(gradient: str):
+    """A loss that forgets its padding moves the weights by it all the same; the factors have no part of it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20).double()
+    points, valid = torch.randn(2, 3, 30, dtype=torch.float64), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = []
+    for application in ("auto", "two-sided"):
+        layer.zero_grad()
+        preconditioner = KFAC(layer, Exact(inverse_every=1), clip=None, application=application, gradient=gradient)
+        preconditioner.mask(valid)
+        layer(points).square().mean().backward()
+        preconditioner.step()
+        found.append(steps(layer))
+        preconditioner.remove()
+    assert_same(*found)
