@@ -343,7 +343,7 @@ class Layer:
         return self._without_padding(rows, valid[main]) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
-        """Return the uses of a call, in "reduce" one a sample, and the mask (samples, positions) of those not padding."""
+        """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
         inputs = call.inputs
         if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
