@@ -81,9 +81,9 @@ def eigh_refresh(
     """
     average = _checked("eigh_refresh", eigh, matrix, decay, weight)
     _check.count("eigh_refresh", "iterations", iterations, 1)
-    vectors = _begun(eigh.eigenvectors)
+    vectors = eigh.eigenvectors
     for _ in range(iterations):
-        image = average.image(vectors)
+        image = average.image(_begun(vectors))
         vectors, _ = orthonormalize(image / scale_of(image))
     values, order = average.quotients(vectors).sort(dim=-1, descending=True, stable=True)
     return LowRankEigh(values, tall.columns_at(vectors, order)), order
@@ -137,10 +137,14 @@ def _checked(
 
 
 def _begun(vectors: Tensor) -> Tensor:
-    """Return U with its zero columns replaced by cos(i²j): dense, and nearly orthogonal to one another."""
+    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and nearly independent.
+
+    What lay in the span of the others would outweigh them in M U, and take their places.
+    """
     empty = (vectors == 0).all(-2, keepdim=True)
     if reads_are_free(vectors) and not empty.any().item():
         return vectors
     n, r = vectors.shape[-2:]
     row, column = (torch.arange(1, size + 1, dtype=torch.float64, device=vectors.device) for size in (n, r))
-    return torch.where(empty, torch.cos(row.square()[:, None] * column).to(vectors.dtype), vectors)
+    fresh = (torch.cos(row.square()[:, None] * column) * (2 / n) ** 0.5).to(vectors.dtype).expand_as(vectors)
+    return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)

@@ -87,6 +87,17 @@ def test_zero_columns_are_begun_anew_and_missing_rank_leaves_zero_values(dtype: 
     assert oracles.orthonormality_defect(eigh.eigenvectors, torch.ones(R)) <= ORTHONORMAL * oracles.epsilon(dtype)
 
 
+def test_vectors_below_the_rounding_leave_the_leading_ones_in_their_places(dtype: torch.dtype) -> None:
+    # A whole basis of a graded stream: in float32 most columns of M U are rounding, and some go and are begun anew.
+    root, order = oracles.orthonormal(30, 30, seed=1) * oracles.graded(30).sqrt(), torch.arange(10)
+    eigh = brandla.LowRankEigh.zeros(30, 30, dtype=dtype)
+    for step in range(25):
+        old, (eigh, permutation) = eigh, brandla.eigh_refresh(eigh, root.to(dtype), decay=0.9, weight=0.1)
+        if step > 20:
+            assert torch.equal(permutation[:10], order)
+            assert ((eigh.eigenvectors * old.eigenvectors).sum(0)[:10] > 0.99).all()
+
+
 def test_every_member_of_a_batch_is_refreshed_as_by_itself(dtype: torch.dtype) -> None:
     old, matrix = make_eigh(N, R, batch_shape=(2, 2), dtype=dtype), wide(2, 2, dtype=dtype)
     decay = torch.linspace(0.5, 1, 4, dtype=dtype).reshape(2, 2)
