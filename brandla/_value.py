@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import suppress
+from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -28,6 +29,7 @@ def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
         new: Any = kind.__new__
         plain = kind.__repr__
 
+        @wraps(new)
         def construct(cls: type[Value], *parts: Any, **named: Any) -> Value:
             # Optimizer.load_state_dict builds every container from one generator.
             if len(parts) == 1 and isinstance(parts[0], Iterator):
@@ -37,9 +39,10 @@ def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
 
         def describe(self: Value) -> str:
             # pytrees and torch.func put other things than tensors into these tuples.
-            if not all(isinstance(part, (Tensor, *VALUES)) for part in self):
-                return plain(self)
-            return f"{kind.__name__}({', '.join(cast(Any, self)._facts())})"
+            if all(isinstance(part, (Tensor, *VALUES)) for part in self):
+                with suppress(IndexError):  # of tensors that are no matrix
+                    return f"{kind.__name__}({', '.join(cast(Any, self)._facts())})"
+            return plain(self)
 
         def refuse(self: Value, other: object) -> NoReturn:
             rule = "+ and * are not defined between its matrix and others"

@@ -181,6 +181,7 @@ def test_a_value_prints_in_one_line() -> None:
         "m=3, n=0, rank=0, float32, cpu), weight 0)"
     )
     assert repr(brandla.LowRankRoot.zeros(3, 1)) == "LowRankRoot(n=3, rank=1, float32, cpu, diagonal of gram 0 … 0)"
+    assert repr(brandla.LowRankEigh(torch.ones(1), torch.ones(1))).endswith("eigenvectors=tensor([1.]))")
     assert repr(brandla.LowRankEigh(0, None)) == "LowRankEigh(eigenvalues=0, eigenvectors=None)"
     seen = []
     torch.vmap(lambda one: (seen.append(repr(one)), one.dense())[1])(make_eigh(20, 5, batch_shape=(3,)))

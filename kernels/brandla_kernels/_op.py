@@ -172,7 +172,7 @@ def reads_are_free(tensor: Any) -> bool:
     """
     if torch.compiler.is_compiling() or _forced.get() == "triton":
         return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and has_values(tensor)
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_mapped(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
