@@ -175,9 +175,10 @@ class Side(NamedTuple):
 
     def _middle(self, values: Tensor, tail: Number, exponent: float) -> Tensor:
         """Return Z for these eigenvalues."""
-        above, shift = values + over(self.damping), over(tail + self.damping)
+        above = values + over(self.damping)
         if exponent == -1:
             return self._missing(values, tail) / above
+        shift = over(tail + self.damping)
         if not self.is_root:
             return (above / shift) ** exponent - 1
         # Divided by d, however small.

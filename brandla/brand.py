@@ -66,7 +66,8 @@ def eigh_update(
     norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
     become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
     eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``.
+    DTensors sharded on their rows: ``docs/sharded.md``. The derivative by A is right from zeros too, and of columns
+    that depend on one another; by eigenvalues that are 0 it is NaN.
 
     References
     ----------

@@ -90,7 +90,8 @@ def randomized_eigh(
     Notes
     -----
     0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
-    max/(2n) and its norm as small as tiny/ε of the dtype.
+    max/(2n) and its norm as small as tiny/ε of the dtype. The derivative may be NaN where the rank of M is below the
+    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``.
 
     References
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -352,6 +353,59 @@ def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
     return Task(own, {}, {SOLVE: Call(dense[0], (*map(dense_of, sides), *dense[1]), judge)}, work)
 
 
+def equal_to(expected: Tensor, shape: Shape) -> Callable[[Tensor], Judgement]:
+    """Return the check of a result against the float64 one."""
+
+    def judge(found: Tensor) -> Judgement:
+        error = torch.linalg.vector_norm(found.double() - expected) / torch.linalg.vector_norm(expected)
+        return Judgement(float(error), DEFECT_ALLOWED * shape.eps)
+
+    return judge
+
+
+def determinant(shape: Shape, device: Device) -> Task:
+    """Return the determinant of a damped factor."""
+    factor = symmetric_factor(shape, device)
+    levels = gpu_cases.on_cpu(factor).eigenvalues.double()
+    judge = equal_to((levels + DAMPING).log().sum() + (shape.n - shape.r) * math.log(DAMPING), shape)
+    dense = Call(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, (dense_of(factor),), judge)
+    own = Call(brandla.damped_logdet, (factor, DAMPING), judge)
+    return Task(own, {}, {SLOGDET: dense}, shape.work(0, shape.r))
+
+
+def _joint_levels(left: Tensor, right: Tensor) -> Tensor:
+    return left[:, None] * right + DAMPING
+
+
+def _joint_power(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    (g, u), (a, v) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    return u @ (_joint_levels(g, a) ** EXPONENT * (u.mT @ matrix @ v)) @ v.mT
+
+
+def _joint_logdet(left: Tensor, right: Tensor) -> Tensor:
+    return _joint_levels(torch.linalg.eigvalsh(left), torch.linalg.eigvalsh(right)).log().sum()
+
+
+def joint(name: str, shape: Shape, device: Device) -> Task:
+    """Return a power or the determinant of a Kronecker product with one damping, for an n × n / 2 matrix."""
+    n, r, _ = shape[:3]
+    m = n // 2
+    sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
+    dense = tuple(side.dense() for side in sides)
+    (g, u), (a, v) = ([part.double() for part in gpu_cases.on_cpu(side)] for side in sides)
+    levels = _joint_levels(g, a)
+    if name == "kron_damped_logdet":
+        judge = equal_to(levels.log().sum() + (n * m - r**2) * math.log(DAMPING), shape)
+        own = Call(brandla.kron_damped_logdet, (*sides, DAMPING), judge)
+        return Task(own, {}, {DENSE_EIGH: Call(_joint_logdet, dense, judge)}, shape.work(0, 2 * r))
+    data = device.normal(n, m, dtype=shape.dtype)
+    exact, outside = gpu_cases.on_cpu(data).double(), DAMPING**EXPONENT
+    inside = u @ ((levels**EXPONENT - outside) * (u.mT @ exact @ v)) @ v.mT
+    judge = equal_to(outside * exact + inside, shape)
+    own = Call(brandla.kron_damped_power, (*sides, data, DAMPING, EXPONENT), judge)
+    return Task(own, {}, {DENSE_EIGH: Call(_joint_power, (*dense, data), judge)}, shape.work(8 * n * m * r, 3 * n * m))
+
+
 class Entry(NamedTuple):
     """What makes a task, and the peers that take part in it."""
 
@@ -368,6 +422,7 @@ class Entry(NamedTuple):
 
 SOLVE, DENSE_EIGH = "torch.linalg.solve, dense", "torch.linalg.eigh, dense"
 QR, QR_EACH = "torch.linalg.qr", "torch.linalg.qr, one call each"
+SLOGDET = "torch.linalg.slogdet, dense"
 _SOLVED = {SOLVE: Peer(torch.linalg.solve, slow=True)}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
@@ -386,6 +441,11 @@ TASKS: dict[str, Entry] = {
     ),
     "damped_solve": Entry(partial(damped, "damped_solve"), _SOLVED),
     "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_dense_power, slow=True)}),
+    "damped_logdet": Entry(determinant, {SLOGDET: Peer(torch.linalg.slogdet, slow=True)}),
+    **{
+        name: Entry(partial(joint, name), {DENSE_EIGH: Peer(call, slow=True)})
+        for name, call in (("kron_damped_power", _joint_power), ("kron_damped_logdet", _joint_logdet))
+    },
     "kron_damped_solve": Entry(partial(kron, pair=False), _SOLVED),
     "kron_damped_solve, pair": Entry(partial(kron, pair=True), _SOLVED),
 }
