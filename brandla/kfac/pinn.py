@@ -82,7 +82,10 @@ class PINN:
         self._model, self._damping, self._decay, self._weights = model, damping, decay, weights
         self._linears = [module for module in model if isinstance(module, nn.Linear)]
         shapes = [_shape(linear) for linear in self._linears]
-        self.curvatures = [SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in shapes]
+        self.curvatures: list[SumOfTwo | Kronecker] = [
+            SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in shapes
+        ]
+        self._system = str(inverse)
         self._steps = 0
 
     @torch.no_grad()
@@ -134,11 +137,14 @@ class PINN:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs."""
         curvatures = {str(index): own.state_dict() for index, own in enumerate(self.curvatures) if own.started}
-        return {"steps": self._steps, "curvatures": curvatures}
+        return {"system": self._system, "steps": self._steps, "curvatures": curvatures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same model and system, or raise before anything is changed."""
-        saved = state["curvatures"]
+        saved, layers = state["curvatures"], [str(index) for index in range(len(self.curvatures))]
+        if state["system"] != self._system or list(saved) not in ([], layers):
+            wanted, got = f"{self._system} of {len(layers)} layers", f"{state['system']} of {len(saved)}"
+            _check.fail_value("PINN.load_state_dict", f"the state must be that of {wanted}; got {got}")
         loaded = [own.loaded(saved[str(at)], str(at)) if saved else own for at, own in enumerate(self.curvatures)]
         self.curvatures, self._steps = loaded, state["steps"]
 
@@ -153,7 +159,8 @@ class Term(NamedTuple):
 
     def masked(self, finite: Tensor) -> Term:
         """Return the term, or zeros."""
-        return Term(*(torch.where(finite, part, 0) for part in self[:3]), self.points)
+        inputs, derivatives, residuals = (torch.where(finite, part, 0) for part in self[:3])
+        return Term(inputs, derivatives, residuals, self.points)
 
     def gradient(self) -> Tensor:
         """Return the gradient of ½ mean r²."""

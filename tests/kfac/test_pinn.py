@@ -157,6 +157,17 @@ def test_training_goes_on_bit_equal(inverse: object):
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_a_state_of_another_system_is_refused():
+    model = network(nn.Tanh())
+    preconditioner = PINN(model)
+    preconditioner.backward(*PROBLEM)
+    with pytest.raises(ValueError, match=r"the state must be that of Exact\(.*\) of 2 layers; got None of 2"):
+        PINN(model, Exact()).load_state_dict(preconditioner.state_dict())
+    narrow = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    with pytest.raises(ValueError, match=r"0: interior input must have shape \(2, 2\); got \(3, 3\)"):
+        PINN(narrow).load_state_dict(preconditioner.state_dict())
+
+
 def test_points_that_are_not_finite_change_nothing():
     model = network(nn.Tanh())
     preconditioner = PINN(model, damping=DAMPING)

@@ -146,6 +146,41 @@ def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     assert all(part.isfinite().all() for part in known)
 
 
+@pytest.mark.parametrize("kdim", [8, 6])
+def test_weights_of_projections_have_their_part_of_the_bias(kdim: int):
+    """Three groups of one weight; or three weights, with a third of the bias each."""
+    attention = nn.MultiheadAttention(8, 2, kdim=kdim)
+    nn.init.normal_(attention.in_proj_bias)
+    biases = attention.in_proj_bias.chunk(3)
+    if kdim == 8:
+        weights = attention.in_proj_weight.chunk(3)
+    else:
+        weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    expected = [torch.cat([weight, bias[:, None]], dim=1) for weight, bias in zip(weights, biases, strict=True)]
+    layers = [layer.parameters() for layer in KFAC(attention, KBFGS())._layers if "out_proj" not in layer.name]
+    found = list(layers[0]) if kdim == 8 else layers
+    assert len(found) == 3
+    assert all(map(torch.equal, found, expected))
+
+
+def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
+    """A common shift of all keys changes no loss."""
+    torch.manual_seed(0)
+    attention, inputs, targets = nn.MultiheadAttention(8, 2), torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+    preconditioner, optimizer = KFAC(attention, KBFGS()), torch.optim.SGD(attention.parameters(), 0.1)
+    for _ in range(15):
+        for call in (preconditioner.step, preconditioner.second_pass):
+            optimizer.zero_grad()
+            (attention(inputs, inputs, inputs)[0] - targets).square().mean().backward()
+            call()
+            if call == preconditioner.step:
+                optimizer.step()
+    of_queries, of_keys, of_values = preconditioner._layers[0].curvature.state["output"]
+    assert torch.equal(of_keys, torch.eye(8))
+    assert not torch.equal(of_queries, of_keys)
+    assert not torch.equal(of_values, of_keys)
+
+
 def test_second_pass_is_refused_where_nothing_takes_it():
     for options in ({"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}):
         with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):

@@ -137,7 +137,10 @@ class QuasiNewton(Curvature):
             del self.state[name]
         inverse = tensor(self.state, "output")
         s, y = curved(inverse, tensor(self.state, "s"), tensor(self.state, "y"), self.strategy.curved, now.damping)
-        self.state["output"] = updated(inverse, s, y, finite)
+        # Where a common shift changes no loss, as that of an attention's keys, y is the rounding of its sum.
+        rounding = 100 * torch.finfo(y.dtype).eps * (1 - self.strategy.average) * rows.gradients.abs().sum(-2)
+        known = _dot(tensor(self.state, "y"), tensor(self.state, "y")) > _dot(rounding, rounding)
+        self.state["output"] = updated(inverse, s, y, finite & known)
 
     def kept(self) -> Iterator[Kept]:
         """Go through both sides."""
@@ -196,7 +199,8 @@ def updated(inverse: Tensor, s: Tensor, y: Tensor, finite: Tensor) -> Tensor:
     rate = torch.where(usable, 1 / torch.where(usable, along, 1), 0)[..., None]
     outer = s[..., :, None] * s[..., None, :]
     mixed = s[..., :, None] * image[..., None, :]
-    return inverse + (rate.square() * _dot(y, image)[..., None] + rate) * outer - rate * (mixed + mixed.mT)
+    new = inverse + (rate.square() * _dot(y, image)[..., None] + rate) * outer - rate * (mixed + mixed.mT)
+    return torch.where(new.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), new, inverse)
 
 
 def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tensor) -> Tensor:

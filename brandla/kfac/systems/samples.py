@@ -57,7 +57,8 @@ class Samples(NamedTuple):
             if n <= most or not side.is_floating_point():
                 return side
             chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
-            return side[..., chosen] * (n / most) ** 0.5
+            scale: float = (n / most) ** 0.5
+            return side[..., chosen] * scale
 
         return self._replace(inputs=drawn(self.inputs), gradients=drawn(self.gradients))
 
@@ -97,7 +98,8 @@ class Samples(NamedTuple):
         if inputs.is_floating_point() and positions**2 * (d_in + d_out) > d_in * d_out:
             left, right = (side.unflatten(-2, (-1, positions)) for side in (gradients, inputs))
             v = (left.mT @ right).flatten(-2)
-            return self.uses * (v @ v.mT).reshape(-1, self.number, self.number).sum(0)
+            together: Tensor = (v @ v.mT).reshape(-1, self.number, self.number).sum(0)
+            return self.uses * together
         width = positions * max(_AT_ONCE // max(positions * gradients.shape[-2], 1), 1)
         parts = []
         for start in range(0, gradients.shape[-2], width):
@@ -116,7 +118,8 @@ class Samples(NamedTuple):
         else:
             indices = self.inputs.unflatten(0, (-1, self.positions))
             products = (gradients @ gradients.mT) * (indices[:, :, None] == indices[:, None])
-        return self.uses * products.sum((-2, -1)).reshape(-1, self.number).sum(0)
+        summed: Tensor = products.sum((-2, -1)).reshape(-1, self.number).sum(0)
+        return self.uses * summed
 
 
 def _products(inputs: Tensor, some: slice) -> Tensor:
