@@ -323,7 +323,9 @@ class Layer:
         inputs = call.inputs
         if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        valid = None if call.valid is None or padded else padding.fitting(call.valid, call.kind, inputs, gradient)
+        valid = None if padded else call.valid
+        if valid is not None:
+            valid = padding.fitting(valid, call.kind, inputs, gradient, batch_first=self.batch_first)
         if valid is not None:
             return padding.uses(call.kind, inputs, gradient, valid, reduce=reduce)
         return (call.kind.reduced if reduce else call.kind.uses)(inputs, gradient), None
