@@ -316,7 +316,7 @@ class Layer:
                 inputs.append(self._input_rows(uses))
         position_count = positions.pop() if len(positions) == 1 else 1
         rows = Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single)
-        return self._without_padding(rows, valid) if valid else rows
+        return self._without_padding(rows, valid, of) if valid else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, and the mask (samples, positions) of those that are no padding."""
@@ -335,20 +335,23 @@ class Layer:
         """The dimensions of a use's output."""
         return self.kind.weight.ndim if self.kind.single else 1
 
-    def _without_padding(self, rows: Rows, valid: list[Tensor]) -> Rows:
+    def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
         """Scale rows so that means over their number are those over the rows that are no padding.
 
-        A becomes 1 / share of what it was, and G the share of it. Indices have no scale: A and G stay what they were
-        then, and their product is right.
+        A becomes 1 / share of what it was, and G, with the loss's gradients, the share of it. Indices have no scale: G
+        takes A's then, and their product is right.
         """
         if self.kind.single:
             return rows
         share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
         share = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps)
-        if self.kind.one_hot:
-            return rows._replace(share=share)
         root = share.sqrt()
-        return rows._replace(inputs=rows.inputs / root, gradients=rows.gradients * root, share=share)
+        inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
+        if self.kind.one_hot:
+            gradients = gradients / root
+        else:
+            inputs = inputs / root
+        return rows._replace(inputs=inputs, gradients=gradients, share=share)
 
     def _input_rows(self, uses: Uses) -> Tensor:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""
