@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.kind import OwnHook
 from brandla.kfac.capture.layer import Layer
+from brandla_kernels import reads_are_free
 
 # The step at which gradients are compared with what was captured, for the only time.
 CHECKED_AT = 10
@@ -70,7 +71,7 @@ class Mistakes:
 
     def look_at_skipped(self, skipped: Tensor, step: int) -> None:
         """Have a warning said where steps were skipped; now and then, where a copy has to be made."""
-        if _NOT_FINITE not in self._told and (skipped.device.type == "cpu" or step % _COPIED_EVERY == 0):
+        if _NOT_FINITE not in self._told and (reads_are_free(skipped) or step % _COPIED_EVERY == 0):
             self._send((), skipped)
 
     def tell_what_came(self) -> None:

@@ -180,8 +180,7 @@ def one_step(forward: Callable[[nn.Module, Tensor], Tensor], parts: list[slice],
     preconditioner = KFAC(model, EXACT, curvature=kind)
     for part in parts:
         outputs = forward(model, inputs[part])
-        # Weights of any scale, which is that of the mean's.
-        preconditioner.curvature(outputs, weights=torch.full((len(outputs),), 0.25))
+        preconditioner.curvature(outputs)
         (LOSSES["cross_entropy"](outputs, labels[part], reduction="sum") / 12).backward()
     preconditioner.step()
     return preconditioner
@@ -228,30 +227,11 @@ def test_positions_are_terms_of_their_own():
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_every_curvature_has_one_scale(sharing: str):
-    """With labels drawn from the prediction, the mean of the empirical G is the exact one, however many positions."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double()
-    inputs = torch.randn(1, 2, 8, dtype=torch.float64)
-    found = []
-    for kind, labels in (("type-2", [0]), ("empirical", [0, 1, 2])):
-        for label in labels:
-            model.zero_grad()
-            preconditioner = KFAC(model, EXACT, curvature=kind, sharing=sharing)
-            curved_step(model, preconditioner, (inputs, torch.tensor([label])))
-            found.append(factor(preconditioner, 0, "output"))
-            preconditioner.remove()
-    p = model(inputs).detach().softmax(1)[0]
-    torch.testing.assert_close(sum(share * own for share, own in zip(p, found[1:], strict=True)), found[0])
-
-
 def test_terms_of_weight_zero_are_left_out():
     layer = nn.Linear(5, 4, dtype=torch.float64)
     inputs, _ = batch(8, 5, 4)
     weights = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
     preconditioner = KFAC(layer, EXACT, curvature="type-2")
-    preconditioner.mask(weights[:, None])
     outputs = layer(inputs)
     preconditioner.curvature(outputs, weights=weights)
     outputs.square().mean().backward()

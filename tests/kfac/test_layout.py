@@ -143,6 +143,21 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
         torch.testing.assert_close(factor.strategy.average(factor.state), expected)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first: bool):
+    """In the order of the layer's inputs."""
+    layer = nn.Linear(5, 4).double()
+    preconditioner = KFAC(layer, Exact(inverse_every=1), batch_first=batch_first, application="two-sided")
+    valid = torch.arange(4) < torch.tensor([2, 4, 1])[:, None]
+    points = torch.randn(3, 4, 5, dtype=torch.float64)
+    preconditioner.mask(valid)
+    layer((points if batch_first else points.transpose(0, 1)).reshape(12, 5)).sum().backward()
+    preconditioner.step()
+    factor, kept = preconditioner._layers[0].curvature.input, points[valid]
+    kept = torch.cat([kept, kept.new_ones(7, 1)], dim=1)
+    torch.testing.assert_close(factor.strategy.average(factor.state), kept.T @ kept / 7)
+
+
 def test_a_mask_ends_with_the_step_and_is_a_matrix():
     layer = nn.Linear(5, 4)
     preconditioner = KFAC(layer, Exact(), clip=None)

@@ -100,7 +100,7 @@ def test_report_bounds_staleness_of_a_cholesky_factor():
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
-@some_systems("exact", "cholesky", "randomized-eigh", "ekfac")
+@some_systems("exact", "cholesky", "randomized-eigh")
 def test_layers_below_a_head_that_begins_at_zero_are_preconditioned_soon(strategy: Strategy):
     """Their first gradients are 0, and a rate that warms up from 0 makes the second ones so too."""
     model = mlp(10, 12, 4)

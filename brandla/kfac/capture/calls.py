@@ -59,14 +59,10 @@ class _Keep(torch.autograd.Function):
 
 
 class Terms:
-    """The terms of the loss that one run of backward passes for the curvature is about.
+    """The terms of the loss that one run of backward passes for the curvature is about: the sum of their weights."""
 
-    ``total`` is the sum of their weights, and ``number`` that of the terms with any.
-    """
-
-    def __init__(self, total: Tensor | float, number: Tensor | float) -> None:
+    def __init__(self, total: Tensor | float) -> None:
         self.total = total
-        self.number = number
 
 
 class Groups:

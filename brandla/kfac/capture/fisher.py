@@ -45,13 +45,10 @@ def by_term(outputs: Tensor, loss: Loss) -> Tensor:
     return outputs.movedim(1, -1)
 
 
-def totals(outputs: Tensor, loss: Loss, weights: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """Return the sum of the weights of all terms, 1 each unless given, and the number of those that are not 0."""
+def total(outputs: Tensor, loss: Loss, weights: Tensor | None) -> Tensor | float:
+    """Return the sum of the weights of all terms, 1 each unless given."""
     rows = by_term(outputs.detach(), loss)
-    if weights is None:
-        return rows[..., 0].numel(), rows[..., 0].numel()
-    found = _checked(weights, rows)
-    return found.sum(), (found > 0).sum()
+    return rows[..., 0].numel() if weights is None else _checked(weights, rows).sum()
 
 
 def _checked(weights: Tensor | None, rows: Tensor) -> Tensor:

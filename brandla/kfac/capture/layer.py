@@ -340,14 +340,16 @@ class Layer:
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
         rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
-        return self._without_padding(rows, valid[main]) if valid[main] else rows
+        return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
         inputs = call.inputs
         if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        valid = None if call.valid is None or padded else padding.fitting(call.valid, call.kind, inputs, gradient)
+        valid = None if padded else call.valid
+        if valid is not None:
+            valid = padding.fitting(valid, call.kind, inputs, gradient, batch_first=self.batch_first)
         if valid is not None:
             return padding.uses(call.kind, inputs, gradient, valid, reduce=reduce)
         if reduce and call.groups is not None and call.kind.is_averaged:
@@ -359,20 +361,23 @@ class Layer:
         """The dimensions of a use's output."""
         return self.kind.weight.ndim if self.kind.single else 1
 
-    def _without_padding(self, rows: Rows, valid: list[Tensor]) -> Rows:
+    def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
         """Scale rows so that means over their number are those over the rows that are no padding.
 
-        A becomes 1 / share of what it was, and G the share of it. Indices have no scale: A and G stay what they were
-        then, and their product is right.
+        A becomes 1 / share of what it was, and G, with the loss's gradients, the share of it. Indices have no scale: G
+        takes A's then, and their product is right.
         """
         if self.kind.single:
             return rows
         share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
         share = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps)
-        if self.kind.one_hot:
-            return rows._replace(share=share)
         root = share.sqrt()
-        return rows._replace(inputs=rows.inputs / root, gradients=rows.gradients * root, share=share)
+        inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
+        if self.kind.one_hot:
+            gradients = gradients / root
+        else:
+            inputs = inputs / root
+        return rows._replace(inputs=inputs, gradients=gradients, share=share)
 
     def _input_rows(self, uses: Uses) -> Tensor:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""

@@ -9,16 +9,17 @@ from brandla.kfac.capture.kinds import Kind, Uses
 from brandla.kfac.capture.kinds.kind import full_dtype
 
 
-def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor) -> Tensor | None:
+def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor, *, batch_first: bool) -> Tensor | None:
     """Return the mask (samples, positions) for a call with samples first; None where the call is of another shape.
 
-    A call may have all positions of all samples in one dimension; then each of them is a sample.
+    A call may have all positions of all samples in one dimension, in an order that ``batch_first`` tells; then each of
+    them is a sample.
     """
     leading = valid.T if kind.positions_first else valid
     if inputs.shape[:2] == gradient.shape[:2] == leading.shape and gradient.ndim > 2:
         return valid
     if inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2:
-        return valid.reshape(-1, 1)
+        return (valid if batch_first else valid.T).reshape(-1, 1)
     return None
 
 

@@ -37,7 +37,7 @@ def send_back(
     for layer in layers:
         layer.capture.forget_discarded("curvature")
     generator = torch.Generator(outputs.device).manual_seed(seed)
-    recorder.terms = Terms(*fisher.totals(outputs, loss, weights))
+    recorder.terms = Terms(fisher.total(outputs, loss, weights))
     recorder.running = "curvature"
     try:
         targets = _targets(layers)
@@ -58,15 +58,16 @@ def send_back(
 
 
 def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
-    """Return what these passes brought to layers: rows γ = g / √(sum of the weights · number of all terms).
+    """Return what these passes brought to layers: rows γ with N Σ γ γᵀ = Σ g gᵀ / (sum of the weights of all terms).
 
-    The loss's own are g / (number of terms), where all weights are equal. The terms of a run that did not reach a layer
-    count for it too.
+    The terms of a run that did not reach a layer count for it too.
     """
     stacked = {layer: layer.rows("curvature", None) for layer in layers}
-    terms = {id(call.terms): call.terms for layer in stacked for call in layer.capture.calls if call.terms is not None}
-    divisor = (sum(own.total for own in terms.values()) * sum(own.number for own in terms.values())) ** 0.5
-    return {layer: _divided(found, divisor) for layer, found in stacked.items() if found is not None}
+    terms = (call.terms for layer in stacked for call in layer.capture.calls)
+    total = sum({id(of_run): of_run.total for of_run in terms if of_run is not None}.values())
+    return {
+        layer: _divided(found, (found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None
+    }
 
 
 def _divided(found: Rows, divisor: Tensor | float) -> Rows:

@@ -63,15 +63,16 @@ class Blocks(_Whole, DenseForm):
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
-        diagonal = self.average(state).diagonal(dim1=-2, dim2=-1)
+        blocks = self.average(state)
+        diagonal = blocks.diagonal(dim1=-2, dim2=-1)
         if diagonal.shape[-1] == 1:
             return diagonal[..., 0]
         first, last = diagonal.unbind(-1)
-        return (first + last) / 2 + torch.hypot((first - last) / 2, self.average(state)[..., 0, 1])
+        return (first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Solve densely; regular, since λ > 0."""
         blocks = self.average(state)
-        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        solution: Tensor = torch.linalg.solve_ex(blocks + shift[..., None, None] * eye, block).result
+        blocks.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        solution: Tensor = torch.linalg.solve_ex(blocks, block).result
         return solution

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ _AT_ONCE = 2**22
 @dataclass(frozen=True)
 class Eigenbasis(Exact):
     """`Exact` with all n eigenvectors, those of directions without data too."""
+
+    # Rounding chooses the vectors of directions without data, which young factors have most.
+    early: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """Return the name and options of the strategy that was asked for, as reports and saved states have it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._small import largest_eigenvalue, safe_eigh
 from brandla.kfac.schedule import Schedule, at
-from brandla.kfac.systems.form import DenseForm, State, due_early, store, stored, tensor
+from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
@@ -35,6 +35,9 @@ class Exact(DenseForm, FactorStrategy):
     ----------
     J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
     """
+
+    # Whether young factors are renewed more often.
+    early: ClassVar[bool] = True
 
     inverse_every: Schedule[int] = 10
     method: Literal["eigh", "cholesky"] = "eigh"
@@ -60,7 +63,7 @@ class Exact(DenseForm, FactorStrategy):
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Decompose or factorise the dense average when it is due."""
-        if not due_early(state, step, self.inverse_every):
+        if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
         if self.method == "eigh":
             store(state, self.decompose(self.average(state)))

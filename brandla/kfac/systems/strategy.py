@@ -132,7 +132,7 @@ def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
     """Scale each matrix of a step so that ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ).
 
     Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and
-    A = Xᵀ X / N; and what a factor averages holds a share of 1 − ρ of each batch at first. Sums over positions may
+    A = Xᵀ X / N; and of an average the latest batch is a share of 1 − ρ or more. Sums over positions may
     cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
     """
     length = inner_of_each(step, gradient).abs() * (1 - now.decay)
