@@ -3,8 +3,6 @@
 Each case checks its result against float64 first and does not time a wrong one. float32, two threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,22 +17,9 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 import brandla
-from bench.benches import written_out
+from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
-from bench.benches.problems import (
-    DECAY,
-    UPDATES,
-    WEIGHT,
-    Case,
-    Symmetric,
-    check_solve,
-    check_update,
-    halves,
-    matrix_of_spectrum,
-    orthonormality,
-    require,
-    steady,
-)
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, Symmetric, check_solve, check_update, require, steady
 from bench.benches.resources import peak_extra_bytes, torch_calls
 from bench.benches.tasks import BRANDLA, TASKS, Shape, check
 from bench.benches.timing import Interval, ratio, slope
@@ -47,6 +32,7 @@ from brandla.orthonormal import polish
 from brandla.root import check_root_update
 from brandla_kernels.root_core import compressed
 
+AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 # What root_update is to take of the GEMMs of Brand's form at most, and what eigh_update took of them at commit 061dd6e,
 # before it rested on the square-root form: same machine and tasks as the committed results.
@@ -75,14 +61,12 @@ def in_words(n: int, r: int, k: int) -> str:
 def checked(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> tuple[Case, Callable[[], Symmetric]]:
     """Return the steady state of a stream, and an update of it whose result is right."""
     case, update = steady(name, n, r, k, exponent), UPDATES[name][0]
-    call = lambda: update(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
+    call = lambda: update(case.factor, case.columns, **AVERAGE)
     check_update(name, case, call())
     return case, call
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against the products an update needs
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Against the products an update needs
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
@@ -97,9 +81,8 @@ def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
     words = f"{name}, {in_words(n, r, k)}"
     limit, before = LIMITS[size]
     figures(words, over, at_most=limit if name == ROOT else None)
-    over_before = Interval(*(value / before for value in over))
     limit = {EIGH: 0.6 if n <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
-    figures(words, over_before, group=OVER_BEFORE, at_most=limit)
+    figures(words, Interval(*(value / before for value in over)), group=OVER_BEFORE, at_most=limit)
 
 
 @pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
@@ -159,17 +142,15 @@ def test_list_over_one_call_each(name, in_turn, figures) -> None:
     clones = lambda tensor: [tensor.clone() for _ in range(FACTORS)]
     listed = [type(case.factor)(*parts) for parts in zip(*map(clones, case.factor), strict=True)]
     columns, update = clones(case.columns), UPDATES[name][0]
-    together = lambda: getattr(brandla.grouped, name)(listed, columns, decay=DECAY, weight=WEIGHT)
+    together = lambda: getattr(brandla.grouped, name)(listed, columns, **AVERAGE)
     for updated in together():
         check_update(name, case, updated)
-    each = lambda: [update(*pair, decay=DECAY, weight=WEIGHT) for pair in zip(listed, columns, strict=True)]
+    each = lambda: [update(*pair, **AVERAGE) for pair in zip(listed, columns, strict=True)]
     seconds = in_turn({"together": together, "each": each}, 150)
     figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["each"], seconds["together"]), at_least=1.25)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Orthogonality at a million rows, and how much code there is
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Orthogonality at a million rows, and how much code there is
 
 
 @pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
@@ -184,12 +165,12 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
     factor = kind.zeros(n, r)
     for _ in range(5):
         columns = lead @ torch.randn(r, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
-        factor = update(factor, columns, decay=DECAY, weight=WEIGHT)
+        factor = update(factor, columns, **AVERAGE)
     eigh = factor if name == EIGH else factor.to_eigh()
-    defect = orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
+    defect = problems.orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
     words = name if name == EIGH else f"{name}, then to_eigh"
     figures(f"{words}, {in_words(n, r, k)}", defect, at_most=20, unit="ε")
-    benchmark.pedantic(update, (factor, columns), {"decay": DECAY, "weight": WEIGHT}, rounds=3)
+    benchmark.pedantic(update, (factor, columns), AVERAGE, rounds=3)
 
 
 @pytest.mark.benchmark(group="size of the library")
@@ -201,9 +182,7 @@ def test_lines(figures) -> None:
     figures("brandla/ without kfac and demo", lines, at_most=3000, unit="lines")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against other decompositions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Against other decompositions
 
 
 def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
@@ -214,11 +193,10 @@ def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
 def test_svd_lowrank_over_update(in_turn, figures) -> None:
-    r = SHAPES[0][1]
-    update, matrix = update_and_target()
+    r, (update, matrix) = SHAPES[0][1], update_and_target()
     seconds = in_turn({"peer": lambda: torch.svd_lowrank(matrix, q=r, niter=2), "update": update}, 25)
-    speedup = ratio(seconds["peer"], seconds["update"])
-    figures(f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}", speedup, at_least=50)
+    words = f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}"
+    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=50)
 
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
@@ -228,9 +206,8 @@ def test_scikit_learn_over_update(in_turn, figures) -> None:
     peer()
     with at_best(peer) as threads:
         seconds = in_turn({"peer": peer, "update": update}, 15, rest=REST)
-    speedup = ratio(seconds["peer"], seconds["update"])
     words = f"scikit-learn randomized_svd (its defaults), {in_words(*SHAPES[0])}"
-    figures(words, speedup, at_least=120, note=in_threads(threads))
+    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=120, note=in_threads(threads))
 
 
 @pytest.mark.benchmark(group="randomized_eigh and torch.svd_lowrank, the same rank and sketch")
@@ -238,7 +215,7 @@ def test_scikit_learn_over_update(in_turn, figures) -> None:
 def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
     n, r = (1024, 64) if quick else (4096, 128)
     spectrum = np.arange(1, n + 1) ** -exponent
-    truth = matrix_of_spectrum(spectrum, seed=0)
+    truth = problems.matrix_of_spectrum(spectrum, seed=0)
     matrix = truth.float()
     # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
     counts = {powers: f"power_iterations {powers}" for powers in (POWERS, POWERS + 1, 2 * POWERS)}
@@ -267,7 +244,7 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
     draws = []
     for seed in range(3):
         torch.manual_seed(seed)
-        left, right = halves(call())
+        left, right = problems.halves(call())
         error = (truth - left @ right.mT).numpy()
         # By Lanczos, to a thousandth.
         options = {"k": 1, "tol": 1e-3, "return_singular_vectors": False, "v0": np.ones(len(error))}
@@ -292,9 +269,7 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
     figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=in_threads(threads))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damped application, growth with n, small factors
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Damped application, growth with n, small factors
 
 
 def solve_of(n: int, r: int, k: int, columns: int = 64) -> tuple[LowRankEigh, Tensor, Callable[[], Tensor]]:
@@ -305,7 +280,6 @@ def solve_of(n: int, r: int, k: int, columns: int = 64) -> tuple[LowRankEigh, Te
 
 
 def pair_of(n: int, r: int, k: int) -> Callable[[], Any]:
-    """Return a two-sided solve of a pair whose result is right."""
     factor, pair = steady(EIGH, n, r, k).factor, (torch.randn(n, 64), torch.randn(n, 64))
     call = lambda: brandla.kron_damped_solve(factor, factor, pair, DAMPING, DAMPING)
     for one, solved in zip(pair, call(), strict=True):
@@ -363,9 +337,7 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
     figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["call"], seconds["hand"]), at_most=1.25, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Memory
 
 IN_PLACE = {
     ROOT: brandla.root_update_,
@@ -381,7 +353,7 @@ def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
     case, update = checked(name, n, r, k)
     own = type(case.factor)(*(part.clone() for part in case.factor))
-    in_place = lambda: IN_PLACE[name](own, case.columns, decay=DECAY, weight=WEIGHT)
+    in_place = lambda: IN_PLACE[name](own, case.columns, **AVERAGE)
     in_place()
     check_update(name, case, own)
     size = 4 * n * (r + k)

@@ -3,8 +3,6 @@
 Nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +62,6 @@ def standardised(whole: Images, device: str, most: int | None = None) -> Images:
 
 
 def fashion(folder: Path) -> Images:
-    """Read Fashion-MNIST."""
     check(folder)
     train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
     training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
@@ -90,8 +87,7 @@ def _apart(split: Split, parts: int) -> tuple[Split, Split]:
 
 def check(folder: Path) -> None:
     """Raise the line that says how to get the files, where one is missing."""
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         message = (
             f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
             f" name the folder of the four files with --data, or leave them out with --only {DIGITS}"
@@ -102,8 +98,7 @@ def check(folder: Path) -> None:
 def read(path: Path) -> np.ndarray:
     """Return the array in a compressed idx file of bytes."""
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", content[3], offset=4)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
     except (OSError, EOFError, IndexError, ValueError) as error:

@@ -1,7 +1,5 @@
 """What the study of K-FAC on images runs over: the tasks, and the methods with the three numbers searched for each."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
