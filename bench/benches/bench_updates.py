@@ -19,13 +19,14 @@ from torch import Tensor
 import brandla
 from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, Symmetric, check_solve, check_update, require, steady
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, Symmetric, check_update, require, steady
 from bench.benches.resources import peak_extra_bytes, torch_calls
-from bench.benches.tasks import BRANDLA, TASKS, Shape, check
+from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Shape, Task, check, together
 from bench.benches.timing import Interval, ratio, slope
 from bench.benches.written_out import solve_floor, update_floor
+from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
-from brandla import LowRankEigh
+from bench.studies.scaling import DAMPING, Call, Size, tall_call
 from brandla._small import leading, orthonormal_in, unit_scaled, unresolved
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
@@ -46,7 +47,7 @@ LIMITS = {
 }
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
-DAMPING, FACTORS = 0.1, 8
+FACTORS = 8
 ROOT, CHOLESKY, EIGH = UPDATES
 OVER_GEMMS = "update / the GEMMs of Brand's form"
 OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
@@ -64,6 +65,14 @@ def checked(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> tuple[C
     call = lambda: update(case.factor, case.columns, **AVERAGE)
     check_update(name, case, call())
     return case, call
+
+
+def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
+    """Return calls of implementations on tensors of their own, whose results are right."""
+    calls = {by: task.call(by) for by in names}
+    for by, call in calls.items():
+        check(by, call)
+    return {by: partial(call.function, *fresh(call.arguments)) for by, call in calls.items()}
 
 
 # --- Against the products an update needs
@@ -137,17 +146,10 @@ def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
 @pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
 @pytest.mark.parametrize("name", [ROOT, EIGH])
 def test_list_over_one_call_each(name, in_turn, figures) -> None:
-    n, r, k = 1024, 64, 32
-    case = steady(name, n, r, k)
-    clones = lambda tensor: [tensor.clone() for _ in range(FACTORS)]
-    listed = [type(case.factor)(*parts) for parts in zip(*map(clones, case.factor), strict=True)]
-    columns, update = clones(case.columns), UPDATES[name][0]
-    together = lambda: getattr(brandla.grouped, name)(listed, columns, **AVERAGE)
-    for updated in together():
-        check_update(name, case, updated)
-    each = lambda: [update(*pair, **AVERAGE) for pair in zip(listed, columns, strict=True)]
-    seconds = in_turn({"together": together, "each": each}, 150)
-    figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["each"], seconds["together"]), at_least=1.25)
+    shape = Shape(1024, 64, 32)
+    calls = calls_of(together(name, [shape] * FACTORS, Stub()), BRANDLA, ONE_BY_ONE)
+    seconds = in_turn(calls, 150)
+    figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
 # --- Orthogonality at a million rows, and how much code there is
@@ -257,12 +259,7 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
 @pytest.mark.benchmark(group="scikit-learn IncrementalPCA / svd_append")
 def test_incremental_pca_over_append(in_turn, figures) -> None:
     shape = Shape(4096, 64, 64)
-    task = TASKS["svd_append, centred"].make(shape, Stub())
-    calls = {}
-    for by in (BRANDLA, INCREMENTAL):
-        call = task.call(by)
-        check(by, call)
-        calls[by] = partial(call.function, *call.arguments)
+    calls = calls_of(TASKS["svd_append, centred"].make(shape, Stub()), BRANDLA, INCREMENTAL)
     with at_best(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
@@ -272,32 +269,21 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
 # --- Damped application, growth with n, small factors
 
 
-def solve_of(n: int, r: int, k: int, columns: int = 64) -> tuple[LowRankEigh, Tensor, Callable[[], Tensor]]:
-    """Return a factor, right-hand sides, and a damped solve whose result is right."""
-    factor, rhs = steady(EIGH, n, r, k).factor, torch.randn(n, columns)
-    check_solve(factor, rhs, DAMPING, brandla.damped_solve(factor, rhs, DAMPING))
-    return factor, rhs, lambda: brandla.damped_solve(factor, rhs, DAMPING)
+GROWING = (*UPDATES, "damped_solve", "kron_damped_solve of a pair")
 
 
-def pair_of(n: int, r: int, k: int) -> Callable[[], Any]:
-    factor, pair = steady(EIGH, n, r, k).factor, (torch.randn(n, 64), torch.randn(n, 64))
-    call = lambda: brandla.kron_damped_solve(factor, factor, pair, DAMPING, DAMPING)
-    for one, solved in zip(pair, call(), strict=True):
-        check_solve(factor, one, DAMPING, solved)
+def right_call(name: str, n: int, r: int, k: int) -> Call:
+    """Return an update, a damped solve, or one of a pair, whose result is right."""
+    call = tall_call(name, Size(n, r, k), Stub())
+    call.check(call.function())
     return call
-
-
-GROWING = {
-    **{name: lambda n, r, k, name=name: checked(name, n, r, k)[1] for name in UPDATES},
-    "damped_solve": lambda n, r, k: solve_of(n, r, k)[-1],
-    "kron_damped_solve of a pair": pair_of,
-}
 
 
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
 def test_solve_over_its_gemms(in_turn, figures) -> None:
-    factor, rhs, solve = solve_of(*SHAPES[0])
-    seconds = in_turn({"solve": solve, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
+    solve = right_call("damped_solve", *SHAPES[0])
+    factor, rhs = solve.operands
+    seconds = in_turn({"solve": solve.function, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
     figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
 
@@ -308,7 +294,7 @@ def test_time_grows_linearly(name, benchmark, in_turn, figures, quick) -> None:
     _, r, k = SHAPES[0]
     sizes = SIZES[:3] if quick else SIZES
     # The largest first, which is what the record keeps.
-    seconds = in_turn({str(n): GROWING[name](n, r, k) for n in reversed(sizes)}, 40)
+    seconds = in_turn({str(n): right_call(name, n, r, k).function for n in reversed(sizes)}, 40)
     medians = [median(seconds[str(n)]) for n in sizes]
     case = f"{name}, n {sizes[0]} … {sizes[-1]}, r {r}, {k} columns"
     figures(case, slope(sizes, medians), at_most=1.05, unit="")
@@ -323,8 +309,8 @@ WRITTEN_OUT = {ROOT: written_out.root_update, EIGH: written_out.eigh_update}
 @pytest.mark.parametrize("name", [*WRITTEN_OUT, "damped_solve"])
 def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
     if name == "damped_solve":
-        factor, rhs, call = solve_of(n, r, k, columns=k)
-        hand = lambda: written_out.damped_solve(factor, rhs, DAMPING)
+        call, _, operands = right_call(name, n, r, k)
+        hand = lambda: written_out.damped_solve(*operands, DAMPING)
         one, other = call(), hand()
     else:
         case, call = checked(name, n, r, k)

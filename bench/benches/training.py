@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.benches.resources import torch_calls
-from bench.frame.images import CLASSES, Images, mlp
+from bench.frame.images import CLASSES, Images, mlp, seeded
 from brandla.demo import data
 from brandla.demo.data import Split
 from brandla.demo.training import Trainer
@@ -38,10 +38,8 @@ class Setting:
     width: int = 1024
     batch: int = BATCH
 
-    def network(self, seed: int = 0) -> nn.Sequential:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return mlp(self.shown.training.images.shape[1], self.width)
+    def network(self, seed: int = 0) -> nn.Module:
+        return seeded(seed, mlp, self.shown.training.images.shape[1], self.width)
 
     def batches(self) -> Iterator[Split]:
         """Return an endless stream of batches, the same for every method."""

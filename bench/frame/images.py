@@ -4,6 +4,7 @@ Nothing is downloaded.
 """
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,8 @@ DIGITS, FASHION = "digits", "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 # Where the package puts its files.
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-FILES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+KINDS = ("images-idx3", "labels-idx1")
+FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in KINDS)
 # Of the training images, the last of every so many validate in the search.
 PARTS = 12
 FIFTH = 5
@@ -116,6 +113,13 @@ def _paired(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
         raise UnusableError(message)
     pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+
+def seeded(seed: int, make: Callable[[int, int], nn.Module], pixels: int, width: int) -> nn.Module:
+    """Return a network for so many pixels, initialised from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(pixels, width)
 
 
 def mlp(pixels: int, width: int) -> nn.Sequential:

@@ -28,33 +28,17 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of file and pict
 
 @dataclass(frozen=True)
 class Study:
-    """What a study varies, measures and draws.
+    """What a study varies, measures and draws."""
 
-    Parameters
-    ----------
-    name
-        Of the result file.
-    sizes
-        Its settings by "quick", "usual" and, where there is one, "full".
-    pieces
-        What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
-    shown
-        Titles and tables of the file's content, for the terminal.
-    derived
-        Tables that follow from the measured ones.
-    draw
-        The picture of the file's content.
-    threads
-        Of torch and of NumPy's BLAS; one in a short run.
-    """
-
-    name: str
-    sizes: Mapping[str, Any]
+    name: str  # of the result file
+    sizes: Mapping[str, Any]  # settings by "quick", "usual" and, where there is one, "full"
+    # What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
     pieces: Callable[[Any, Device], Sequence[Piece]]
+    # Titles and tables of the file's content, for the terminal.
     shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
-    derived: Callable[[Tables], Tables] = lambda tables: {}
-    draw: pictures.Draw | None = None
-    threads: int = THREADS
+    derived: Callable[[Tables], Tables] = lambda tables: {}  # tables that follow from the measured ones
+    draw: pictures.Draw | None = None  # the picture of the file's content
+    threads: int = THREADS  # of torch and of NumPy's BLAS; one in a short run
 
 
 def command(study: Study, about: str | None) -> typer.Typer:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ from bench.gpu.device import Device
 from bench.studies import accuracy_parts as parts
 from bench.studies.accuracy_parts import BEST, FACTORS, Settings
 from brandla.demo.frame import Tick
+from tests.oracles import updated
 
 USUAL = Settings()
 QUICK = Settings(widths=(192, 256), seeds=(0,), steps=14, measure_every=3, batch=48, rank=12, warmup=6, repeats=3)
@@ -66,14 +68,14 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Ti
     rows = [row for row in tables["trackers"] if row["width"] == width]
     chosen = [parts.Tracker(**{name: row[name] for name in keep}) for row in rows]
     sizes = {"inputs": width + 1, "gradients": width}
-    truths = {name: parts.Truth(sizes[name]) for name in FACTORS}
+    truths = {name: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for name in FACTORS}
     kept = {name: parts.Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
     for one in parts.observations(settings, width, seed):
         for name in FACTORS:
-            truths[name].absorb(one.columns[name], settings.decay)
+            truths[name] = updated(truths[name], one.columns[name], settings.decay, 1 - settings.decay)
             kept[name].absorb(one.step, one.columns[name])
         if one.step in settings.measured:
-            exact = {name: truths[name].decompose(settings) for name in FACTORS}
+            exact = {name: parts.Decomposed(truths[name], settings) for name in FACTORS}
             candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():

@@ -215,20 +215,6 @@ class Step(NamedTuple):
     angle: float  # degrees
 
 
-class Truth:
-    """M in float64, from the columns of every step."""
-
-    def __init__(self, n: int) -> None:
-        self.matrix = torch.zeros(n, n, dtype=torch.float64)
-
-    def absorb(self, columns: Tensor, decay: float) -> None:
-        wide = columns.double()
-        self.matrix = torch.addmm(self.matrix, wide, wide.mT, beta=decay, alpha=1 - decay)
-
-    def decompose(self, settings: Settings) -> "Decomposed":
-        return Decomposed(self.matrix, settings)
-
-
 class Decomposed:
     """M with its eigenpairs, and its damped inverse; λ is relative to its largest eigenvalue, whatever the tracker."""
 

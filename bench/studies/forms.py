@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 import brandla
-from bench.benches.problems import DECAY, WEIGHT, orthonormality
+from bench.benches.problems import DECAY, WEIGHT, defect, orthonormality
 from bench.frame import pages
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
+from bench.studies import streams
 from bench.studies.streams import relative
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
@@ -37,25 +38,9 @@ EPSILON = torch.finfo(torch.float32).eps
 
 def solves(name: str) -> Iterator[Row]:
     """Yield the error of a damped solve after float32 updates: root, eigh, and what truncation itself costs."""
-    root, eigh = brandla.LowRankRoot.zeros(N, RANK), brandla.LowRankEigh.zeros(N, RANK)
-    exact, matrix = torch.zeros(N, RANK, dtype=torch.float64), torch.zeros(N, N, dtype=torch.float64)
-    for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
-        given = columns.float()
-        root = brandla.root_update(root, given, **OPTIONS)
-        eigh = brandla.eigh_update(eigh, given, **OPTIONS)
-        # Brand's truncated update of F Fᵀ by a singular value decomposition of [√ρ F, √w A].
-        panel = torch.cat([DECAY**0.5 * exact, WEIGHT**0.5 * given.double()], dim=-1)
-        vectors, lengths, _ = torch.linalg.svd(panel, full_matrices=False)
-        exact = vectors[:, :RANK] * lengths[:RANK]
-        matrix = updated(matrix, given.double(), DECAY, WEIGHT)
-    largest, rhs = float(torch.linalg.matrix_norm(exact, 2)) ** 2, gaussian(N, 32, seed=1)
-    for shift in SHIFTS:
-        identity = shift * largest * torch.eye(N, dtype=torch.float64)
-        truth = torch.linalg.solve(exact @ exact.mT + identity, rhs)
-        whole = torch.linalg.solve(matrix + identity, rhs)
-        found = (brandla.damped_solve(factor, rhs.float(), shift * largest) for factor in (root, eigh))
-        of_root, of_eigh = (relative(each, truth) for each in found)
-        yield {"λ/d₁": shift, "root": of_root, "eigh": of_eigh, "truncation": relative(truth, whole)}
+    for row in streams.solves(name, quick=False, dampings=SHIFTS):
+        root, eigh = (row["errors"][update] for update in ("root_update", "eigh_update"))
+        yield {"λ/d₁": row["damping"], "root": root, "eigh": eigh, "truncation": row["truncation"]}
 
 
 def losses(case: str) -> Iterator[Row]:
@@ -82,7 +67,7 @@ def losses(case: str) -> Iterator[Row]:
     yield dict(zip(("two steps", "one step"), torch.stack(ratios).mean(0).tolist(), strict=True))
 
 
-def streams(name: str) -> Iterator[Row]:
+def traces(name: str) -> Iterator[Row]:
     """Yield the trace left out by compress="cholesky" over that by "eigh", over a float32 stream: mean and worst."""
     factors = {way: brandla.LowRankRoot.zeros(128, 24) for way in ("eigh", "cholesky")}
     trace, ratios = 0.0, []
@@ -145,8 +130,7 @@ def carried(name: str, decay: float) -> Iterator[Row]:
     root = brandla.LowRankRoot.zeros(N, RANK)
     for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
         root = brandla.root_update(root, columns.float(), decay=decay, weight=WEIGHT)
-    inner = root.root.double().mT @ root.root.double()
-    yield {"error": float(torch.linalg.matrix_norm(inner - root.gram, 2) / torch.linalg.matrix_norm(inner, 2))}
+    yield {"error": defect(root)}
 
 
 SLOW = ("slow", "medium", "fast")
@@ -157,7 +141,7 @@ TABLES: dict[str, tuple[str, dict[str, Sequence[Any]], Callable[..., Iterator[Ro
     "solves": ("Damped solve", {"stream": SLOW}, solves),
     "carried": ("Gram matrix carried", {"stream": ("slow", "fast"), "ρ": (DECAY, 1.0)}, carried),
     "losses": ("One update", {"n, r, k, new columns": list(CASES)}, losses),
-    "streams": ("Streams", {"stream": LOST}, streams),
+    "streams": ("Streams", {"stream": LOST}, traces),
     "bases": ("Basis", {"stream": KEPT}, bases),
     "long": ("Large n", {"k": (4, 8, 16, 32)}, long),
     "long_basis": ("Basis at large n", {"n": (65_536, 1_000_000)}, long_basis),

@@ -127,11 +127,11 @@ TOY = Sizes(
 
 
 class Call(NamedTuple):
-    """A call, the check of its result, and the bytes that it needs held from one call to the next."""
+    """A call, the check of its result, and what it needs held from one call to the next."""
 
     function: Callable[[], Any]
     check: Callable[[Any], Any]
-    held: int
+    operands: Sequence[Any]
 
 
 @cache
@@ -146,16 +146,16 @@ def tall_call(name: str, size: Size, device: Device) -> Call:
     if name in UPDATES:
         case, update = steady(name, n, r, k, device=device.tensors), UPDATES[name][0]
         check = lambda updated: problems.check_update(name, *cases.on_cpu((case, updated)))
-        return Call(lambda: update(*case, decay=DECAY, weight=WEIGHT), check, size_of(tuple(case)))
+        return Call(lambda: update(*case, decay=DECAY, weight=WEIGHT), check, case)
     factor, (left, right) = steady("eigh_update", n, r, k, device=device.tensors).factor, device.normal(2, n, k)
     judge = lambda rhs, solved: problems.check_solve(*cases.on_cpu((factor, rhs, DAMPING, solved)))
     if name == "damped_solve":
         solve = lambda: brandla.damped_solve(factor, left, DAMPING)
-        return Call(solve, partial(judge, left), size_of((factor, left)))
+        return Call(solve, partial(judge, left), (factor, left))
     solve = lambda: brandla.kron_damped_solve(factor, factor, (left, right), DAMPING, DAMPING)
     check = lambda solved: [judge(*each) for each in zip((left, right), solved, strict=True)]
     # Two factors, as of two sides of a layer; here they are one and the same.
-    return Call(solve, check, size_of((factor, factor, left, right)))
+    return Call(solve, check, (factor, factor, left, right))
 
 
 def dense_call(name: str, size: Size, device: Device) -> Call:
@@ -164,13 +164,13 @@ def dense_call(name: str, size: Size, device: Device) -> Call:
     if name == "gram_ema_":
         case = cases.Case(name, cases.Size(n, r, k, n, 1))
         operands = cases.operands(case, device)
-        return Call(lambda: OPS[name](*operands), lambda _: cases.check(case, device), size_of(operands[:2]))
+        return Call(lambda: OPS[name](*operands), lambda _: cases.check(case, device), operands[:2])
     truth, eps = spectral_matrix(n), torch.finfo(torch.float32).eps
     matrix, columns = truth.float().to(device.tensors), device.normal(n, k)
 
     def decomposing(call: Callable[[], tuple[Tensor, Tensor]], slack: float) -> Call:
         judge = problems.approximation(truth, r, eps, slack, problems.PEER_DEFECT_ALLOWED)
-        return Call(call, lambda found: judge(LowRankEigh(*cases.on_cpu(found))).accept(name), size_of(matrix))
+        return Call(call, lambda found: judge(LowRankEigh(*cases.on_cpu(found))).accept(name), [matrix])
 
     def cut(parts: Sequence[Tensor], first: int | None, last: int | None) -> tuple[Tensor, Tensor]:
         return parts[0][first:last], parts[1][:, first:last]
@@ -190,7 +190,7 @@ def dense_call(name: str, size: Size, device: Device) -> Call:
         problems.Judgement(error, problems.DEFECT_ALLOWED * eps).accept(name)
 
     solve = lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(matrix + shift))
-    return Call(solve, check, size_of((matrix, columns)))
+    return Call(solve, check, (matrix, columns))
 
 
 # --- Time and memory at a size
@@ -231,7 +231,7 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
                 "method": name,
                 "seconds": timing.of_median(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
-                "held_bytes": made[name].held,
+                "held_bytes": size_of(made[name].operands),
                 "peak_bytes": peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }

@@ -6,7 +6,7 @@ its early ones.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from statistics import median
@@ -225,7 +225,7 @@ def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
 DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
-def solves(name: str, quick: bool) -> Iterator[Row]:
+def solves(name: str, quick: bool, dampings: Sequence[float] = DAMPINGS) -> Iterator[Row]:
     """Yield errors of damped solves in float32 beside the truncated update in float64, and what truncation costs."""
     family = replace(FAMILIES[name], n=256, r=64, k=16, steps=25 if quick else 1000)
     n, r = family.n, family.r
@@ -238,7 +238,7 @@ def solves(name: str, quick: bool) -> Iterator[Row]:
         exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
         for update, (function, _) in UPDATES.items():
             values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
-    for damping in DAMPINGS:
+    for damping in dampings:
         shift = damping * oracles.spectral_norm(matrix)
         wanted = brandla.damped_solve(exact, rhs, shift)
         whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
