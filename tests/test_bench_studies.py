@@ -21,6 +21,7 @@ from bench.studies import accuracy, forms, kfac_images, roofline, scaling, strea
 from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
+LAYOUT = pictures.ConstrainedLayoutEngine
 STUDIES_THAT_DRAW = (scaling, roofline, accuracy, kfac_images)
 FACTS = {
     "cpu": "toy",
@@ -45,6 +46,8 @@ def run(module: Any, *options: str) -> Result:
 def _coarse_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "DOTS", 30)
+        # The layout takes most of the time of a picture: one is drawn with it.
+        patch.setattr(pictures, "ConstrainedLayoutEngine", lambda **options: None)
         yield
 
 
@@ -52,14 +55,11 @@ def _coarse_pictures() -> Iterator[None]:
 def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the studies that draw at toy sizes, and return the folder of their files."""
     folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        # The layout takes most of the time of a picture.
-        patch.setattr(pictures, "ConstrainedLayoutEngine", lambda **options: None)
-        for module in STUDIES_THAT_DRAW:
-            options = ["--only", "digits"] if module is kfac_images else []
-            answer = run(module, "--out", str(folder / "toy"), *options)
-            assert answer.exit_code == 0, answer.output
-            assert "Written:" in answer.output
+    for module in STUDIES_THAT_DRAW:
+        options = ["--only", "digits"] if module is kfac_images else []
+        answer = run(module, "--out", str(folder / "toy"), *options)
+        assert answer.exit_code == 0, answer.output
+        assert "Written:" in answer.output
     return folder
 
 
@@ -93,7 +93,9 @@ def test_pages_and_pictures_are_made_of_the_files_and_checked(short_runs: Path, 
     # Pictures of these figures are there already, but for the one of README.
     shutil.copytree(short_runs / "toy", tmp_path / "measured" / "toy")
     options = ["--results", str(short_runs), "--output", str(page)]
-    assert invoke(report.app, options).exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "ConstrainedLayoutEngine", LAYOUT)
+        assert invoke(report.app, options).exit_code == 0
     texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.md")}
     assert set(texts) == {"measurements.md", "accuracy.md", "kfac-study.md"}
     assert all((tmp_path / "measured" / "toy" / f"time-{theme.name}.png").exists() for theme in pictures.THEMES)
