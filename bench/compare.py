@@ -10,8 +10,6 @@ measured on its own: the calls and the reference, in the old run and in the new 
 deviations, even if all calls of a run are off together by as much as one of them is by itself.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -24,10 +22,10 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from bench.frame import results
+from bench.frame import pages, results
 from bench.frame.facts import ROOT, commit_of
 from bench.frame.figures import spelled
-from bench.frame.study import application, show
+from bench.frame.study import application
 
 RANGES = 3
 # A change below this is of no interest, and figures without scatter, such as memory, are written with five digits.
@@ -61,9 +59,7 @@ def interquartile(interval: Sequence[float], count: int = 0) -> float:
     return math.log(high / low) * max(1.0, math.sqrt(count) / (2 * 1.96))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ratios of a study
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The ratios of a study
 
 
 def of_updates(study: Row) -> Iterator[tuple[str, Ratio]]:
@@ -85,9 +81,9 @@ def of_scaling(study: Row) -> Iterator[tuple[str, Ratio]]:
         memory = (row["held_bytes"] + row["peak_bytes"]) / (4 * row["n"] * (row["r"] + row["k"]))
         yield f"memory of {case}", Ratio(memory)
     for fit in own(study["exponents"]):
-        words = f"{fit['method']}: exponent of {fit['quantity']} in {fit['axis']}, {fit['window']} sizes"
         value, low, _ = fit["exponent"]
         if low is not None and low > 0 and value > MEANINGFUL:
+            words = f"{fit['method']}: exponent of {fit['quantity']} in {fit['axis']}, {fit['window']} sizes"
             yield words, Ratio(value, interquartile(fit["exponent"]))
 
 
@@ -96,8 +92,7 @@ def of_roofline(study: Row) -> Iterator[tuple[str, Ratio]]:
     for row in study["rows"]:
         bound = row["bound_by"].split(maxsplit=1)[0]
         rates = [rate for each in study["ceilings"] if each["ceiling"] == bound for rate in each["per_second"]]
-        calls = interquartile(row["of_ceiling"], row["rounds"])
-        scatter = math.hypot(calls, math.log(max(rates) / min(rates)))
+        scatter = math.hypot(interquartile(row["of_ceiling"], row["rounds"]), math.log(max(rates) / min(rates)))
         yield f"{row['op']}, {row['case']}", Ratio(row["of_ceiling"][0], scatter, more_is_better=True)
 
 
@@ -119,17 +114,13 @@ RATIOS: dict[str, Callable[[Row], Iterator[tuple[str, Ratio]]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two runs
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Two runs
 
 
 def changes(name: str, old: Row, new: Row, least: float) -> pd.DataFrame:
     """Return a row for every figure that both runs have: how many times as good the new one is, beside the noise."""
-    before, after = (
-        pd.DataFrame.from_dict(dict(RATIOS[name](run)), orient="index", columns=Ratio._fields) for run in (old, new)
-    )
-    both = before.merge(after, left_index=True, right_index=True, suffixes=("_old", "_new"))
+    table = lambda run: pd.DataFrame.from_dict(dict(RATIOS[name](run)), orient="index", columns=Ratio._fields)
+    both = table(old).merge(table(new), left_index=True, right_index=True, suffixes=("_old", "_new"))
     quotient = both["value_new"] / both["value_old"]
     noise = np.expm1(RANGES * np.hypot(both["scatter_old"], both["scatter_new"])).clip(lower=least)
     factor = quotient.where(both["more_is_better_old"].astype(bool), 1 / quotient)
@@ -137,25 +128,17 @@ def changes(name: str, old: Row, new: Row, least: float) -> pd.DataFrame:
     return pd.DataFrame(cells | {"factor": factor, "noise": noise, "regression": factor < 1 / (1 + noise)})
 
 
+def content_of(path: Path) -> Row | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def committed(path: Path) -> Row | None:
-    """Return the last committed version of a result file."""
     command = ["git", "-C", str(ROOT), "show", f"HEAD:{path.relative_to(ROOT).as_posix()}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
-def pairs(folder: Path, old: Path | None) -> Iterator[tuple[str, str, Row | None, Row]]:
-    """Yield machine, study, the old and the new content of every result file that can be compared."""
-    read = lambda path: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    for path in sorted(folder.glob("*/*.json")):
-        if path.stem in RATIOS:
-            place = Path(path.parent.name, path.name)
-            before = committed(results.FOLDER / place) if old is None else read(old / place)
-            yield path.parent.name, path.stem, before, read(path)
-
-
 def why_not(old: Row | None, new: Row) -> str | None:
-    """Return why two runs cannot be compared."""
     if old is None:
         return "nothing is committed for this kind of machine"
     if old == new:
@@ -163,20 +146,6 @@ def why_not(old: Row | None, new: Row) -> str | None:
     if old["facts"]["quick"] != new["facts"]["quick"]:
         return "one of the runs is a short one, whose figures mean nothing"
     return None
-
-
-def shown(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the regressions and the largest changes either way in words, the worst change first."""
-    found = found.sort_values("factor", kind="stable").reset_index(drop=True)
-    ends = found[found["regression"] | (found.index < SHOWN) | (found.index >= len(found) - SHOWN)]
-    words = {
-        "old": ends["old"].map(spelled),
-        "new": ends["new"].map(spelled),
-        "times as good": ends["factor"].map("{:.2f}".format),
-        "noise": (100 * ends["noise"]).map("{:.2g} %".format),
-        "": ends["regression"].map({True: "[red]regression[/red]", False: ""}),
-    }
-    return ends[["study", "case"]].assign(**words)
 
 
 app = application(__doc__)
@@ -188,24 +157,34 @@ def main(
     old: Annotated[Path | None, typer.Option(help="Another such folder, in place of what is committed.")] = None,
     least: Annotated[float, typer.Option(help="Smallest change that is told (0.1: 10 %).")] = LEAST,
 ) -> None:
-    """Compare all result files, print what changed, and end with 1 if anything got worse."""
     console, found = Console(highlight=False), []
-    for machine, name, before, after in pairs(new, old):
-        reason = why_not(before, after)
-        if before is None or reason is not None:
-            console.print(f"{machine}, {name}: {reason}")
+    for path in sorted(path for path in new.glob("*/*.json") if path.stem in RATIOS):
+        place, name = Path(path.parent.name, path.name), f"{path.parent.name}, {path.stem}"
+        before, after = committed(results.FOLDER / place) if old is None else content_of(old / place), content_of(path)
+        if reason := why_not(before, after):
+            console.print(f"{name}: {reason}")
             continue
-        own = changes(name, before, after, least)
+        own = changes(path.stem, before, after, least)
         noise = f"; noise {100 * own['noise'].median():.2g} % in the middle" if len(own) else ""
         runs = f"{commit_of(before['facts'])} and {commit_of(after['facts'])}"
-        console.print(f"{machine}, {name}: {len(own)} ratios of {runs}{noise}")
+        console.print(f"{name}: {len(own)} ratios of {runs}{noise}")
         found.append(own)
-    cells = pd.concat(found) if found else pd.DataFrame({"regression": []})
-    if len(cells):
-        show(shown(cells), "Ratios, the worst change first", console)
-    worse = int(cells["regression"].sum())
-    console.print(f"{worse} of {len(cells)} ratios got worse.")
-    raise typer.Exit(1 if worse else 0)
+    cells = pd.concat(found) if found else pd.DataFrame(columns=["factor", "regression"])
+    cells = cells.sort_values("factor", kind="stable").reset_index(drop=True)
+    worse = cells["regression"].astype(bool)
+    # The regressions, and the largest changes either way.
+    ends = cells[worse | (cells.index < SHOWN) | (cells.index >= len(cells) - SHOWN)]
+    if len(ends):
+        shown = ends[["study", "case"]].assign(
+            old=ends["old"].map(spelled),
+            new=ends["new"].map(spelled),
+            **{"times as good": ends["factor"].map("{:.2f}".format)},
+            noise=(100 * ends["noise"]).map("{:.2g} %".format),
+            **{"": ends["regression"].map({True: "regression", False: ""})},
+        )
+        pages.show(pages.on_terminal(shown, "Ratios, the worst change first", list(worse[ends.index])), console)
+    console.print(f"{worse.sum()} of {len(cells)} ratios got worse.")
+    raise typer.Exit(1 if worse.any() else 0)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Registers, spills and shared memory are those of the worst of the layouts that a
 of warps that are resident where nothing but these three limits it. Exits with 1 if any specialisation has a fault.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -20,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.frame.pages import on_terminal
 from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults
 from brandla_kernels._kernels.shipped import Specialization, specializations
 
@@ -27,6 +26,7 @@ Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
 # What differs only in ops and layouts is one row.
 ROW = ["kernel", "dtype", "tiles", "warps"]
+COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix instructions", "occupancy", "faults"]
 # What the names of all matrix instructions share.
 SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 
@@ -38,7 +38,6 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
 
 
 def facts_of(target: str, case: Specialization) -> Facts:
-    """Compile one specialisation."""
     config = case.launch.config
     found: Facts = {
         "target": target,
@@ -64,31 +63,21 @@ def facts_of(target: str, case: Specialization) -> Facts:
 
 
 def tables(found: list[Facts]) -> Iterator[Table]:
-    """Yield one table a target."""
+    short = lambda name: ".".join(part for part in name.split(".") if part not in SHARED)
+    joined = lambda names: ", ".join(sorted(set(names.sum())))
     every = pd.DataFrame(found)
     every["tiles"] = ["×".join(map(str, tile.values())) for tile in every["tile"]]
-    every["instructions"] = [[_shortened(name) for name in names] for names in every["matrix_instructions"]]
+    every["matrix instructions"] = [list(map(short, names)) for names in every["matrix_instructions"]]
+    lists = dict.fromkeys(("ops", "products", "matrix instructions", "faults"), joined)
+    worst = {"registers": "max", "spills": "max", "shared_bytes": "max", "occupancy": "min"}
     for target, own in every.groupby("target", sort=False):
-        table = Table(title=f"{target}: {len(own)} specialisations")
-        headings = ("ops", "kernel", "dtype", "tile", "warps", "registers", "spills", "shared")
-        for heading in (*headings, "products", "matrix instructions", "occupancy", "faults"):
-            table.add_column(heading, overflow="fold")
-        for row, group in own.groupby(ROW):
-            joined = {
-                name: ", ".join(sorted(set(group[name].sum())))
-                for name in ("ops", "products", "instructions", "faults")
-            }
-            none = "fused multiply-add" if joined["products"] else "none"
-            worst = (str(group[name].max()) for name in ("registers", "spills"))
-            shared, occupancy = f"{group['shared_bytes'].max() / 1024:.0f} KB", f"{group['occupancy'].min():.0%}"
-            instructions = joined["instructions"] or none
-            cells = (joined["ops"], *map(str, row), *worst, shared, joined["products"] or "none", instructions)
-            table.add_row(*cells, occupancy, joined["faults"], style="red" if joined["faults"] else None)
-        yield table
-
-
-def _shortened(instruction: str) -> str:
-    return ".".join(part for part in instruction.split(".") if part not in SHARED)
+        cells = own.groupby(ROW).agg(lists | worst).reset_index()
+        none = cells["products"].map(lambda products: "fused multiply-add" if products else "none")
+        cells["matrix instructions"] = cells["matrix instructions"].mask(cells["matrix instructions"] == "", none)
+        cells["products"] = cells["products"].replace("", "none")
+        cells["shared"] = (cells["shared_bytes"] / 1024).map("{:.0f} KB".format)
+        cells["occupancy"] = cells["occupancy"].map("{:.0%}".format)
+        yield on_terminal(cells[COLUMNS], f"{target}: {len(own)} specialisations", list(cells["faults"] != ""))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

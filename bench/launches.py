@@ -8,8 +8,6 @@ free. One function of ``torch.linalg``, and one ``torch._foreach_`` over a list,
 long list, takes several.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import brandla
 from bench.frame import results
 from bench.frame.facts import facts
+from bench.frame.pages import on_terminal
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
 from brandla.kfac import KBFGS, KFAC, Brand, Exact, InverseFree, Randomized, Woodbury
 from brandla_kernels import OPS
@@ -51,8 +50,6 @@ WAITS = READS_ALONE | {
 
 @dataclass(frozen=True)
 class Counts:
-    """What a call asks for."""
-
     triton: int = 0  # launches of this library's kernels
     torch: int = 0  # other kernels
     uploads: int = 0  # tensors written on the host: numbers, and the tables of lists
@@ -116,7 +113,6 @@ def counting(target: str) -> Iterator[Counter]:
 
 
 def counts_of(call: Callable[[], Any], target: str = "sm_90") -> Counts:
-    """Count what a call asks for."""
     with counting(target) as counter:
         call()
     return counter.counts
@@ -215,7 +211,6 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
 
 
 def call_of(name: str, form: str) -> Callable[[], Any] | None:
-    """Return a call in a form, if there is one."""
     makers, options = FUNCTIONS[name]
     function = name.partition(",")[0]
     made = lambda maker, n, batch: maker(n, batch) if callable(maker) else maker
@@ -346,14 +341,9 @@ def main(
         raise typer.BadParameter(message)
     torch.manual_seed(0)
     found = list(rows(target, quick=quick))
-    table = Table(title=f"Kernels of a call on {target}")
-    names = ("call", "form", "triton", "torch", "budget", "uploads", "waits")
-    for name in names:
-        table.add_column(name.replace("triton", "Triton"), justify="left" if name in ("call", "form") else "right")
-    for row in found:
-        table.add_row(*(str(row[name]) for name in names), style=None if row["within"] else "red")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    cells = pd.DataFrame(found)[["call", "form", "triton", "torch", "budget", "uploads", "waits"]]
+    cells, console = cells.rename(columns={"triton": "Triton"}), Console(width=None if sys.stdout.isatty() else 120)
+    console.print(on_terminal(cells, f"Kernels of a call on {target}", [not row["within"] for row in found]))
     content = {"target": target, "rows": [{key: row[key] for key in row if key != "within"} for row in found]}
     path = results.write("launches", facts(quick), content, out)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)

@@ -4,13 +4,11 @@ Times are Proton's on a GPU, torch's profiler's on a CPU. Proton is told by each
 bytes a launch takes (`brandla_kernels._kernels.launch`); what torch starts by itself has a time only.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,10 +19,11 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity
 
 import brandla
-from bench.benches.problems import DECAY, STEPS_TO_STEADY_STATE, UPDATES, WEIGHT
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
+from bench.frame import pages
 from bench.gpu import cases, frame
 from bench.gpu.cases import FULL, SMALL
-from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure, size_of
+from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
 from brandla_kernels import OPS, Cost
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,13 +34,14 @@ DAMPING = 0.03
 # Calls before a measurement; calls of one at least, so that their mean says something; and calls between the marks of
 # a run under ncu or nsys: ncu repeats each kernel itself, and slowly.
 WARM_UP, FEWEST, BARE_CALLS = 3, 10, 3
-SHOWN, WIDTH = 12, 130
+SHOWN = 12
 # On a CPU the ceilings are of what its caches do not hold and its cores do in milliseconds.
 CPU_SIZES = replace(FULL, copy=2**28, product=1024)
 # What Proton itself computes on the device to know of a launch.
 OWN = "__proton"
 METRICS = {"count": "launches", "time (ns)": "ns", "flops16": "bf16", "flops32": "float32", "flops64": "float64"}
 MEASURED = ["launches", "ns", "bf16", "float32", "float64", "bytes"]
+UNKNOWN = dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class Request:
 
     @property
     def words(self) -> str:
-        """The request in words."""
         if self.op in SMALL:
             return f"{self.op}: {self.cores} cores, r {self.r}, k {self.k}, {self.dtype}"
         return f"{self.op}: n {self.n}, r {self.r}, k {self.k}, m {min(self.n, self.m)}, {self.dtype}"
@@ -98,8 +97,7 @@ class Request:
     @property
     def arguments(self) -> list[str]:
         """The command line that asks for the same."""
-        names = ("op", "n", "r", "k", "m", "dtype", "cores")
-        return [part for name in names for part in (f"--{name}", str(getattr(self, name)))]
+        return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
 
 
 class Profiled(NamedTuple):
@@ -112,36 +110,28 @@ class Profiled(NamedTuple):
 
 
 def prepare(request: Request, device: Device) -> Profiled:
-    """Return the calls of a request."""
-    if request.op in FUNCTIONS:
-        return Profiled([_function(request, device)] * FEWEST)
-    case, op = request.case, OPS[request.op]
-    first = cases.operands(case, device)
-    inputs = [first, *(cases.operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
-    calls = [lambda arguments=arguments: op(*arguments) for arguments in inputs] * -(-FEWEST // len(inputs))
-    return Profiled(calls, 8 * case.dtype.itemsize, cases.cost(case), cases.work(case))
-
-
-def _function(request: Request, device: Device) -> Callable[[], Any]:
     n, r, k = request.n, request.r, request.k
     if request.op in UPDATES:
-        update = UPDATES[request.op][0]
-        factor, columns = cases.steady(request.op, n, r, k, STEPS_TO_STEADY_STATE, device.tensors)
-        data = columns.to(DTYPES[request.dtype])
-        return lambda: update(factor, data, decay=DECAY, weight=WEIGHT)
+        factor, columns = steady(request.op, n, r, k, device=device.tensors)
+        update, data = UPDATES[request.op][0], columns.to(DTYPES[request.dtype])
+        return Profiled([lambda: update(factor, data, decay=DECAY, weight=WEIGHT)] * FEWEST)
     if request.op == "damped_solve":
         eigh, rhs = cases.eigh(device, n, r), device.normal(n, k)
-        return lambda: brandla.damped_solve(eigh, rhs, DAMPING)
-    half = device.normal(n, r + k)
-    matrix = half @ half.mT
-    return lambda: brandla.randomized_eigh(matrix, r)
+        return Profiled([lambda: brandla.damped_solve(eigh, rhs, DAMPING)] * FEWEST)
+    if request.op == "randomized_eigh":
+        half = device.normal(n, r + k)
+        matrix = half @ half.mT
+        return Profiled([lambda: brandla.randomized_eigh(matrix, r)] * FEWEST)
+    case, op = request.case, OPS[request.op]
+    inputs = cases.inputs(case, device)
+    calls = [lambda arguments=arguments: op(*arguments) for arguments in inputs] * -(-FEWEST // len(inputs))
+    return Profiled(calls, 8 * case.dtype.itemsize, cases.cost(case), cases.work(case))
 
 
 # --- Kernels of some calls, as rows of what was measured
 
 
 def by_proton(device: Device, calls: Sequence[Callable[[], Any]]) -> list[dict[str, Any]]:
-    """Profile the calls under Proton."""
     import triton.profiler as proton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -180,13 +170,12 @@ def by_torch(device: Device, calls: Sequence[Callable[[], Any]], bits: int) -> l
         for call in calls:
             call()
         device.synchronize()
-    unknown = dict.fromkeys(MEASURED, 0)
-    return [
-        unknown
-        | {"kernel": event.key, "launches": event.count, "ns": 1e3 * time, METRICS[f"flops{bits}"]: event.flops or 0}
-        for event in profiler.key_averages()
-        if (time := event.self_cpu_time_total if device.dry else event.self_device_time_total) > 0
-    ]
+    rows = []
+    for event in profiler.key_averages():
+        time = event.self_cpu_time_total if device.dry else event.self_device_time_total
+        measured = {"launches": event.count, "ns": 1e3 * time, METRICS[f"flops{bits}"]: event.flops or 0}
+        rows.append({"kernel": event.key} | dict.fromkeys(MEASURED, 0) | measured)
+    return [row for row in rows if row["ns"] > 0]
 
 
 def table_of(profiled: Profiled, device: Device, limits: Ceilings) -> list[dict[str, Any]]:
@@ -210,38 +199,24 @@ def rows_of(found: list[dict[str, Any]], calls: int, profiled: Profiled, limits:
     summed = pd.DataFrame(found).groupby("kernel", sort=False)[MEASURED].sum() / calls
     summed = summed[summed["launches"] > 0].sort_values("ns", ascending=False, kind="stable")
     total = summed["ns"].sum() / 1e9
-    rows = []
-    for name, kernel in summed.iterrows():
-        work = Work(kernel["float32"], kernel["bf16"], kernel["float64"], kernel["bytes"])
-        known = work if any(work) and kernel["ns"] else None
-        rows.append(_row(str(name), kernel["launches"], kernel["ns"] / 1e9, total) | rates(known, kernel["ns"], limits))
-    every = _row("all", summed["launches"].sum(), total, total) | rates(profiled.work, 1e9 * total, limits)
+
+    def row(name: str, launches: float, seconds: float, work: Work | None) -> dict[str, Any]:
+        """Return rates and the part of the ceiling that binds; None of what is not known."""
+        times = {"launches": float(launches), "µs": 1e6 * seconds, "% of all": 100 * seconds / max(total, 1e-12)}
+        known = dict(UNKNOWN)
+        if work is not None and any(work) and seconds:
+            floor, flops = limits.floor(work), work.float32 + work.bf16 + work.float64
+            known = {"TFLOP/s": flops / seconds / 1e12, "GB/s": work.bytes / seconds / 1e9 if work.bytes else None}
+            known |= {"of ceiling": floor.seconds / seconds, "bound by": floor.bound_by}
+        return {"kernel": name, **times, **known}
+
+    works = [Work(*amounts) for amounts in summed[["float32", "bf16", "float64", "bytes"]].itertuples(index=False)]
+    each = zip(summed.index, summed["launches"], summed["ns"] / 1e9, works, strict=True)
+    every = row("all", summed["launches"].sum(), total, profiled.work)
     if profiled.cost is not None:
         # The rate is of the whole cost; the ceiling, of what cannot be left out.
         every |= {"TFLOP/s": profiled.cost.flops / total / 1e12, "GB/s": profiled.cost.bytes / total / 1e9}
-    return [every, *rows]
-
-
-def _row(name: str, launches: float, seconds: float, total: float) -> dict[str, Any]:
-    return {
-        "kernel": name,
-        "launches": float(launches),
-        "µs": 1e6 * seconds,
-        "% of all": 100 * seconds / max(total, 1e-12),
-    }
-
-
-def rates(work: Work | None, nanoseconds: float, limits: Ceilings) -> dict[str, Any]:
-    """Return TFLOP/s, GB/s and the part of the ceiling that binds; None of what is not known."""
-    if work is None:
-        return dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
-    floor, seconds = limits.floor(work), nanoseconds / 1e9
-    return {
-        "TFLOP/s": (work.float32 + work.bf16 + work.float64) / seconds / 1e12,
-        "GB/s": work.bytes / seconds / 1e9 if work.bytes else None,
-        "of ceiling": floor.seconds / seconds,
-        "bound by": floor.bound_by,
-    }
+    return [every, *(row(*one) for one in each)]
 
 
 # --- The command
@@ -273,8 +248,21 @@ def main(
     rows = table_of(prepare(request, device), device, limits)
     if json_file:
         json_file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    else:
-        _show(request, device, limits, rows)
+        return None
+    console = Console(highlight=False)
+    console.print(request.words)
+    console.print(frame.in_words(frame.facts_of(device)), style="dim")
+    console.print(
+        f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
+        f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"
+    )
+    by = "torch's profiler, the torch form on a CPU" if device.dry else "Proton"
+    pages.show(pages.on_terminal(pd.DataFrame(rows[: SHOWN + 1]), f"one call, by {by}"), console)
+    if len(rows) > SHOWN + 1:
+        console.print(f"and {len(rows) - SHOWN - 1} more")
+    console.print("\nTo go deeper, on a machine with a GPU:")
+    for line in deeper(request, device):
+        console.print(line, soft_wrap=True)
     return None
 
 
@@ -294,29 +282,10 @@ def _run_bare(request: Request, device: Device) -> None:
         torch.cuda.profiler.stop()
 
 
-def _show(request: Request, device: Device, limits: Ceilings, rows: list[dict[str, Any]]) -> None:
-    # Wider than a narrow terminal, so that nothing is cut.
-    console = Console(highlight=False, width=max(Console().width, WIDTH))
-    console.print(request.words)
-    console.print(frame.in_words(frame.machine_of(device)), style="dim")
-    console.print(
-        f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
-        f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"
-    )
-    by = "torch's profiler, the torch form on a CPU" if device.dry else "Proton"
-    console.print(frame.shown(rows[: SHOWN + 1], title=f"one call, by {by}"))
-    if len(rows) > SHOWN + 1:
-        console.print(f"and {len(rows) - SHOWN - 1} more")
-    console.print("\nTo go deeper, on a machine with a GPU:")
-    for line in deeper(request, device):
-        console.print(line, soft_wrap=True)
-
-
 def deeper(request: Request, device: Device) -> list[str]:
     """Return the lines of Nsight Compute and Nsight Systems that look at the same calls."""
     bare = shlex.join(["python", "-m", "bench.profiling", "--bare", *request.arguments])
-    launch = None if request.op in FUNCTIONS else OPS[request.op].launch
-    launches = [] if launch is None else device.recorded(launch, *cases.operands(request.case, device))
+    launches = [] if request.op in FUNCTIONS else cases.launches(request.case, device)
     kernels = "|".join(dict.fromkeys(launch.name for launch in launches))
     name, only = shlex.quote(request.op), f" --kernel-name {shlex.quote('regex:' + kernels)}" if kernels else ""
     return [

@@ -3,19 +3,18 @@
 Run by ``make docs-figures``. ``--check`` writes nothing and fails where a page or a picture is not what the files say.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 
 from bench.benches.peers import IN_FLOAT64, in_threads
 from bench.frame import figures, pages, pictures, results
-from bench.frame.facts import ROOT, commit_of, place
+from bench.frame.facts import ROOT, commit_of, place, versions_of
 from bench.frame.figures import spelled
 from bench.frame.pages import markdown, marked, table
 from bench.frame.study import application
@@ -40,17 +39,12 @@ edit this page. [Benchmarks](benchmarks.md) says how to measure anew and how to 
 
 
 def machines_of(folder: Path) -> Machines:
-    """Return the content of all files under a folder, by machine and study."""
     return {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
 
 
 def page(folder: Path) -> str:
     """Return the page for all machines under a folder."""
-    machines = {
-        name: {study: content for study, content in found.items() if study not in PAGES_OF_THEIR_OWN}
-        for name, found in machines_of(folder).items()
-    }
-    sections = [section for name, found in machines.items() for section in of_machine(found, name)]
+    sections = [text for name, found in machines_of(folder).items() for text in of_machine(found, name)]
     return "\n".join([INTRODUCTION, *(sections or ["Nothing has been measured yet.\n"])])
 
 
@@ -58,30 +52,23 @@ def of_machine(found: dict[str, Row], name: str) -> Iterator[str]:
     """Yield the sections of one machine, whose results are in the folder of this name."""
     if "gpu" in found:
         yield from frame.page(found["gpu"])
-    studies = {study: content for study, content in found.items() if study != "gpu"}
+    studies = {study: content for study, content in found.items() if study not in (*PAGES_OF_THEIR_OWN, "gpu")}
     if not studies:
         return
     if "gpu" not in found:
         yield f"## {place(next(iter(studies.values()))['facts'])}\n"
-    yield table(
-        ["file", "threads", "date", "commit", "versions", "BLAS"],
-        (provenance(study, content["facts"]) for study, content in studies.items()),
-    )
+    rows = []
+    for study, content in studies.items():
+        facts = content["facts"]
+        about = [f"`{study}.json`{pages.caveats(facts)}", facts["threads"], facts.get("date", ""), commit_of(facts)]
+        rows.append([*about, versions_of(facts), facts["blas"]])
+    yield table(["file", "threads", "date", "commit", "versions", "BLAS"], rows)
     for study, section in SECTIONS.items():
         if study in studies:
             yield from section(studies[study], name)
 
 
-def provenance(name: str, facts: Row) -> list[str]:
-    """Return where a study's figures come from."""
-    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items() if version)
-    about = [f"`{name}.json`" + pages.caveats(facts), str(facts["threads"]), facts.get("date", "")]
-    return [*about, commit_of(facts), versions, facts["blas"]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed and memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Speed and memory
 
 SPEED = {
     "updates": """### Speed and memory
@@ -102,39 +89,26 @@ intervals.
 }
 
 
-def speed(study: str) -> Callable[[Row, str], Iterator[str]]:
-    """Return the section of a study of figures: a table a group, what rows have to add, and the plain times."""
-
-    def section(content: Row, machine: str) -> Iterator[str]:
-        yield SPEED[study]
-        rows = [figures.read(record) for record in content["figures"]]
-        for group in dict.fromkeys(row.group for row in rows):
-            yield f"#### {group if '_' in group.split(maxsplit=1)[0] else group[0].upper() + group[1:]}\n"
-            own = [row for row in rows if row.group == group]
-            yield table(["case", "measured"], ([row.case, row.measured()] for row in own))
-            if notes := [f"- {row.case}: {row.note}" for row in own if row.note]:
-                yield "\n".join([*notes, ""])
-        if content["timings"]:
-            times = pd.DataFrame(content["timings"])
-            milliseconds = times[["median_ms", "q1_ms", "q3_ms"]].map(spelled)
-            yield "#### Median times of single calls\n"
-            yield markdown(
-                pd.DataFrame(
-                    {
-                        "call": "`" + times["name"] + "`",
-                        "milliseconds": milliseconds["median_ms"],
-                        "quartiles": milliseconds["q1_ms"] + " to " + milliseconds["q3_ms"],
-                        "rounds": times["rounds"],
-                    }
-                )
-            )
-
-    return section
+def speed(study: str, content: Row, machine: str) -> Iterator[str]:
+    """Yield the section of a study of figures: a table a group, what rows have to add, and the plain times."""
+    yield SPEED[study]
+    rows = [figures.read(record) for record in content["figures"]]
+    for group in dict.fromkeys(row.group for row in rows):
+        yield f"#### {group if '_' in group.split(maxsplit=1)[0] else group[0].upper() + group[1:]}\n"
+        own = [row for row in rows if row.group == group]
+        yield table(["case", "measured"], ([row.case, row.measured()] for row in own))
+        if notes := [f"- {row.case}: {row.note}" for row in own if row.note]:
+            yield "\n".join([*notes, ""])
+    if content["timings"]:
+        times = pd.DataFrame(content["timings"])
+        ms = times[["median_ms", "q1_ms", "q3_ms"]].map(spelled)
+        quartiles = ms["q1_ms"] + " to " + ms["q3_ms"]
+        cells = {"call": "`" + times["name"] + "`", "milliseconds": ms["median_ms"], "quartiles": quartiles}
+        yield "#### Median times of single calls\n"
+        yield markdown(pd.DataFrame(cells | {"rounds": times["rounds"]}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions and ops
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Functions and ops
 
 CASES = {
     "functions": """### Every public function, beside others
@@ -153,64 +127,47 @@ in float64: 0 where that form is what runs.
 }
 
 
-def cases(study: str) -> Callable[[Row, str], Iterator[str]]:
-    """Return the section of a study of cases: one table a function, beside the library's own time in each group."""
-
-    def section(content: Row, machine: str) -> Iterator[str]:
-        yield CASES[study] + pages.caveats(content["facts"])
-        yield from peers_of_numpy(content["rows"])
-        rows = pd.DataFrame(content["rows"])
-        seconds = pd.DataFrame(rows["seconds"].tolist(), columns=["median", "low", "high"])
-        own = seconds["median"].where(rows["by"] == "brandla").groupby(rows["group"]).transform("first")
-        cells = pd.DataFrame(
-            {
-                "case": rows["shape"],
-                "by": [whom(row) for row in content["rows"]],
-                "ms": (1e3 * seconds["median"]).map(spelled),
-                "95 % interval": (1e3 * seconds["low"]).map(spelled) + " to " + (1e3 * seconds["high"]).map(spelled),
-                "× brandla": (seconds["median"] / own).map(spelled),
-                "of the floor": rows["of_ceiling"].str[0].map("{:.2g}".format),
-                "error": rows["error"].map("{:.1e}".format),
-                "off its form, ε": rows["orthogonality"].map(spelled, na_action="ignore").fillna(""),
-            }
-        )
-        for function, part in cells.groupby(rows["function"], sort=False):
-            yield f"#### {function if ' ' in str(function) else f'`{function}`'}\n"
-            yield markdown(part)
-        if content["refused"]:
-            yield "#### Not timed\n\nWhat others failed at, or did not get right.\n"
-            yield table(["case", "by", "why"], ([row["group"], row["by"], row["reason"]] for row in content["refused"]))
-
-    return section
-
-
-def peers_of_numpy(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield how many threads NumPy's peers had, where the file says so, and which do not compute in float32."""
-    if any(row.get("blas_threads") for row in rows):
+def cases(study: str, content: Row, machine: str) -> Iterator[str]:
+    """Yield the section of a study of cases: one table a function, beside the library's own time in each group."""
+    yield CASES[study] + pages.caveats(content["facts"])
+    rows = pd.DataFrame(content["rows"])
+    threads = rows["blas_threads"].astype(float) if "blas_threads" in rows else pd.Series(np.nan, rows.index)
+    counted = zip(rows["by"], threads, strict=True)
+    if threads.any():
         yield "Peers on NumPy have one BLAS thread or as many as torch, whichever is quicker; the row says which.\n"
-    doubled = [by for by in IN_FLOAT64 if any(row["by"] == by and row["dtype"] == "float32" for row in rows)]
-    if doubled:
+    single = set(rows.loc[rows["dtype"] == "float32", "by"])
+    if doubled := [by for by in IN_FLOAT64 if by in single]:
         yield f"In float64 even where the case is in float32: {', '.join(doubled)}.\n"
+    seconds = pd.DataFrame(rows["seconds"].tolist(), columns=["median", "low", "high"])
+    own = seconds["median"].where(rows["by"] == "brandla").groupby(rows["group"]).transform("first")
+    ms = (1e3 * seconds).map(spelled)
+    columns = {
+        "case": rows["shape"],
+        "by": [by if np.isnan(count) else f"{by} ({in_threads(int(count))})" for by, count in counted],
+        "ms": ms["median"],
+        "95 % interval": ms["low"] + " to " + ms["high"],
+        "× brandla": (seconds["median"] / own).map(spelled),
+        "of the floor": rows["of_ceiling"].str[0].map("{:.2g}".format),
+        "error": rows["error"].map("{:.1e}".format),
+        "off its form, ε": rows["orthogonality"].map(spelled, na_action="ignore").fillna(""),
+    }
+    for function, part in pd.DataFrame(columns).groupby(rows["function"], sort=False):
+        yield f"#### {function if ' ' in str(function) else f'`{function}`'}\n"
+        yield markdown(part)
+    if content["refused"]:
+        yield "#### Not timed\n\nWhat others failed at, or did not get right.\n"
+        yield table(["case", "by", "why"], ([row["group"], row["by"], row["reason"]] for row in content["refused"]))
 
 
-def whom(row: Row) -> str:
-    """Return who computed a row, with the number of threads where it was chosen."""
-    return f"{row['by']} ({in_threads(row['blas_threads'])})" if row.get("blas_threads") else str(row["by"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo, in the page and in README; and the step of each system in the guide
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The demo, in the page and in README; and the step of each system in the guide
 
 
 def demo(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of the demo."""
     words = "![Tracking error on the activations of a layer, and training with every K-FAC system](demo.png)"
     yield f"### The demo on digits\n\n{words}\n\n`make demo`, {of_demo(content)}.\n\n{demo_tables(content)}"
 
 
 def demo_tables(content: Row) -> str:
-    """Return the tables of the tracking study and of the training study."""
     settings = content["settings"]
     tracked = summary.tracking(content).drop(columns=["≤ 1.1", "bound"])
     tracked["update"] = "`" + tracked["update"] + "`"
@@ -232,7 +189,6 @@ def demo_tables(content: Row) -> str:
 
 
 def of_demo(content: Row) -> str:
-    """Say where the demo's figures come from."""
     facts = content["facts"]
     changed = ", modified" if facts["modified"] else ""
     torch = facts["versions"]["torch"]
@@ -255,10 +211,9 @@ def readme(content: Row) -> str:
 
 def guide(content: Row) -> str:
     """Return the table of ``docs/switch-on.md``: a row a width and batch, a column a system, the quickest in bold."""
-    found = [row for row in map(figures.read, content["figures"]) if row.group.startswith("a step by width")]
-    cut = [row.case.partition(": ") for row in found]
-    rows = pd.DataFrame({"layers": [size for size, _, _ in cut], "system": [system for _, _, system in cut]})
-    values = rows.assign(value=[row.value for row in found]).pivot_table("value", "layers", "system", sort=False)
+    rows = pd.DataFrame(content["figures"]).query("group.str.startswith('a step by width')")
+    rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
+    values = rows.pivot_table("value", "layers", "system", sort=False)
     cells = values.map(spelled)
     cells = cells.where(values.ne(values.min(axis=1), axis=0), "**" + cells + "**").reset_index()
     facts = content["facts"]
@@ -268,8 +223,8 @@ def guide(content: Row) -> str:
 
 SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
     "scaling": scaling.section,
-    **{study: speed(study) for study in SPEED},
-    **{study: cases(study) for study in CASES},
+    **{study: partial(speed, study) for study in SPEED},
+    **{study: partial(cases, study) for study in CASES},
     "roofline": roofline.section,
     "streams": streams.section,
     "forms": forms.section,
@@ -280,9 +235,7 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
 MARKED = {ROOT / "README.md": ("demo", readme), ROOT / "docs" / "switch-on.md": ("kfac", guide)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The command
 
 
 def texts(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
@@ -308,7 +261,6 @@ def main(
         bool, typer.Option("--check", help="Fail where page or picture is not what the files say.")
     ] = False,
 ) -> None:
-    """Write pages and pictures, or check them."""
     for path, text in texts(folder, output):
         if not check:
             path.write_text(text, encoding="utf-8")
@@ -326,7 +278,6 @@ def main(
 
 
 def stale(path: Path) -> None:
-    """Fail over a file."""
     typer.echo(f"{path.name} is not what the result files say: run make docs-figures", err=True)
     raise typer.Exit(1)
 

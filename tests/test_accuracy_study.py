@@ -10,7 +10,8 @@ from torch import Tensor
 
 import brandla
 from bench.studies.accuracy import QUICK
-from bench.studies.accuracy_parts import Costs, Kept, Tracker, Truth, observations, step_errors, trackers
+from bench.studies.accuracy_parts import Costs, Decomposed, Kept, Tracker, observations, step_errors, trackers
+from oracles import updated
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
 COSTS = Costs(average=3.0, brand=4.0, root=2.5, cholesky=3.0, svd=26.0, eigh=14.0, correction=1.5)
@@ -42,11 +43,10 @@ def test_the_columns_are_those_of_the_weights_gradient() -> None:
 
 def test_errors_are_those_of_their_definitions() -> None:
     n, settings = 30, replace(TINY, rank=4)
-    truth = Truth(n)
+    matrix, identity = torch.zeros(n, n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     for seed in range(3):
-        truth.absorb(columns(n, 8, seed), 0.9)
-    exact = truth.decompose(settings)
-    matrix, identity = truth.matrix, torch.eye(n, dtype=torch.float64)
+        matrix = updated(matrix, columns(n, 8, seed), 0.9, 0.1)
+    exact = Decomposed(matrix, settings)
     factor = brandla.eigh_update(brandla.LowRankEigh.zeros(n, 4), columns(n, 8, 2))
     damping = settings.damping * torch.linalg.eigvalsh(matrix)[-1]
     right = torch.linalg.inv(matrix + damping * identity)
@@ -66,9 +66,8 @@ def test_errors_are_those_of_their_definitions() -> None:
 def test_the_step_is_compared_with_that_of_the_true_factors() -> None:
     settings, exact = replace(TINY, rank=3), []
     for n in (20, 25):
-        truth = Truth(n)
-        truth.absorb(columns(n, 9, n), 0.0)
-        exact.append(truth.decompose(settings))
+        one = columns(n, 9, n).double()
+        exact.append(Decomposed(one @ one.mT, settings))
     gradient = columns(20, 25, 1)
     whole = tuple(one.best(len(one.values)) for one in exact)
     # acos loses half of the digits at 1.

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from bench import compare
 from bench.benches import timing
 from bench.benches.cases import row_of
-from bench.benches.cpu import Cpu
 from bench.benches.peers import at_best
 from bench.benches.resources import peak_extra_bytes, torch_calls
+from bench.gpu.device import Cpu, Floor
 
 
 class FakeBenchmark:
@@ -181,7 +181,7 @@ def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter:
 
     def run(factor: float) -> dict[str, Any]:
         counts = [8 * (case % 12 + 1) for case in range(500)]
-        rows = [row_of(measured(count, factor), measured(8, 1.0), 1.0) for count in counts]
+        rows = [row_of(measured(count, factor), measured(8, 1.0), Floor(1.0, "copy")) for count in counts]
         return {"rows": [{"group": str(case), "by": "brandla", **row} for case, row in enumerate(rows)]}
 
     first = run(1.0)

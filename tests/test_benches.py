@@ -19,15 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
-from bench.benches import bench_ops, peers, tasks
+from bench.benches import peers, tasks
 from bench.benches.cases import opened
 from bench.benches.problems import LOSS_ALLOWED, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame.figures import Study
-from bench.gpu import cases
-from bench.gpu.cases import TOY
 from bench.gpu.device import Stub
-from brandla_kernels import OPS
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(96, 8, 4)
@@ -112,14 +109,6 @@ def test_a_group_is_as_right_as_its_members(name: str) -> None:
     tasks.check(tasks.ONE_BY_ONE, group.call(tasks.ONE_BY_ONE))
     tasks.check(BRANDLA, group.call(BRANDLA))
     assert refused(group.call(BRANDLA), spoiled)
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_a_wrong_op_is_refused(name: str) -> None:
-    case = next(case for case in cases.cases(TOY) if case.op == name)
-    bench_ops.error_of(case, OPS[name], Stub())
-    with pytest.raises(WrongResultError, match="allowed"):
-        bench_ops.error_of(case, lambda *given: spoiled(cases.results(case, OPS[name], given)), Stub())
 
 
 @pytest.mark.parametrize("name", LOSS_ALLOWED)

@@ -20,8 +20,9 @@ CEILINGS = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13,
 
 
 @pytest.fixture(autouse=True)
-def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _known_ceilings_and_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "measure", lambda device, sizes: CEILINGS)
+    monkeypatch.setattr(profiling, "FEWEST", 2)
 
 
 def rows(folder: Path, op: str) -> list[dict[str, Any]]:

@@ -4,20 +4,17 @@ Each case checks its result against float64 first and does not time a wrong one:
 and the result file says so. ``--full`` takes larger sizes, and lets what is slow there take part in all of them.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from bench.benches.peers import at_best
-from bench.benches.tasks import GROUPED, ONE_BY_ONE, OWN, TASKS, Call, Shape, Task, check, together
+from bench.benches.tasks import GROUPED, ONE_BY_ONE, OWN, TASKS, Shape, Task, check, together
 from bench.benches.timing import TIMER
+from bench.gpu.cases import fresh
 from bench.gpu.device import Device, size_of
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -38,7 +35,6 @@ PARTS = (1, 2, 4, 4)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a case of every task, shape and implementation."""
     quick, full = (metafunc.config.getoption(name) for name in ("quick", "full"))
     kind = "cuda" if torch.cuda.is_available() and not quick else "cpu"
     grouped = metafunc.function is test_grouped
@@ -54,7 +50,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
-    """Return a task; the implementations at it follow one another."""
     return TASKS[name].make(shape, device)
 
 
@@ -66,20 +61,13 @@ def group_of(name: str, shape: Shape, device: Device) -> Task:
     return together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
 
 
-def copies(call: Call, device: Device) -> list[partial[Any]]:
-    """Return the call on as many copies of its tensors as outlast the cache of a GPU; on a CPU on one."""
-    count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
-    clone = lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
-    return [partial(call.function, *tree_map(clone, call.arguments)) for _ in range(count)]
-
-
 def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: Any) -> None:
-    """Check, then time."""
     sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
     with case(f"{name} {shape}", by, function=name, shape=str(shape), **sizes) as timed:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
-        calls = copies(call, device)
+        count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
+        calls = [partial(call.function, *fresh(call.arguments)) for _ in range(count)]
         found = {"error": judged.error, "orthogonality": judged.orthogonality}
         with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:
             timed(calls, task.work, **found, blas_threads=threads)

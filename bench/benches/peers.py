@@ -1,7 +1,5 @@
 """What other libraries offer for the same result, and the threads that suit the BLAS they bring."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +7,6 @@ from importlib import import_module, util
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import scipy.sparse.linalg
 import torch
 from sklearn.utils.extmath import randomized_svd
@@ -45,7 +42,6 @@ class Peer(NamedTuple):
         return util.find_spec(self.package) is not None and device_type == only
 
     def takes(self, matrix: Tensor) -> Any:
-        """Return the matrix as the library takes it."""
         if self.package == "cupy":
             return import_module("cupy").from_dlpack(matrix)
         return matrix.numpy() if self.on_numpy else matrix
@@ -59,61 +55,56 @@ LOBPCG_ITERATIONS = {torch.float32: 20}
 def svd_lowrank(matrix: Tensor, rank: int) -> LowRankSVD:
     """Return ``torch.svd_lowrank`` from a sketch of the same width as `brandla.randomized_svd`, cut to the rank."""
     left, values, right = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLE, *matrix.shape), niter=POWERS)
-    return _cut(left, values, right.mT, rank)
+    return _cut((left, values, right.mT), rank)
 
 
-def _cut(left: Any, values: Any, right: Any, rank: int) -> LowRankSVD:
-    return LowRankSVD(*(torch.as_tensor(part) for part in (left[:, :rank], values[:rank], right[:rank])))
+def _cut(parts: Any, rank: int) -> LowRankSVD:
+    left, values, right = map(torch.as_tensor, parts)
+    return LowRankSVD(left[:, :rank], values[:rank], right[:rank])
 
 
-def _ascending(values: Any, vectors: Any, rank: int) -> LowRankEigh:
-    return LowRankEigh(torch.as_tensor(values)[-rank:].flip(0), torch.as_tensor(vectors)[:, -rank:].flip(1))
+def _ascending(parts: Any, rank: int) -> LowRankEigh:
+    values, vectors = map(torch.as_tensor, parts)
+    return LowRankEigh(values[-rank:].flip(0), vectors[:, -rank:].flip(1))
 
 
-def _lobpcg(matrix: Tensor, rank: int) -> LowRankEigh:
-    return LowRankEigh(*torch.lobpcg(matrix, k=rank, largest=True, niter=LOBPCG_ITERATIONS.get(matrix.dtype)))
+def _eigh(parts: Any) -> LowRankEigh:
+    return LowRankEigh(*map(torch.as_tensor, parts))
 
 
-def _fbpca_eigens(matrix: np.ndarray, rank: int) -> LowRankEigh:
-    return LowRankEigh(*map(torch.as_tensor, import_module("fbpca").eigens(matrix, rank, n_iter=POWERS)))
-
-
-def _fbpca_svd(matrix: np.ndarray, rank: int) -> LowRankSVD:
-    found = import_module("fbpca").pca(matrix, rank, raw=True, n_iter=POWERS, l=rank + OVERSAMPLE)
-    return _cut(*found, rank)
-
-
-def _sklearn_svd(matrix: np.ndarray, rank: int) -> LowRankSVD:
-    # Its own default of iterations: up to two are not orthonormalised, and lose half the digits of float32.
-    return _cut(*randomized_svd(matrix, rank, n_oversamples=OVERSAMPLE, random_state=0), rank)
-
-
-def _scipy_eigsh(matrix: np.ndarray, rank: int) -> LowRankEigh:
-    return _ascending(*scipy.sparse.linalg.eigsh(matrix, k=rank, which="LA"), rank)
-
-
-def _svd(package: str) -> Callable[[Any, int], LowRankSVD]:
-    """Return the full decomposition of torch or cupy, cut to the rank."""
-    return lambda matrix, rank: _cut(*import_module(package).linalg.svd(matrix, full_matrices=False), rank)
-
-
-def _eigh(package: str) -> Callable[[Any, int], LowRankEigh]:
-    return lambda matrix, rank: _ascending(*import_module(package).linalg.eigh(matrix), rank)
-
-
+# With its own number of iterations: up to two are not orthonormalised, and lose half the digits of float32.
+SKLEARN = {"n_oversamples": OVERSAMPLE, "random_state": 0}
+FBPCA = {"raw": True, "n_iter": POWERS}
 GENERAL = {
     "torch.svd_lowrank": Peer(svd_lowrank, SKETCHED),
-    "torch.linalg.svd": Peer(_svd("torch"), slow=True),
-    "scikit-learn randomized_svd": Peer(_sklearn_svd, SKETCHED, package="sklearn"),
-    "fbpca.pca": Peer(_fbpca_svd, SKETCHED, package="fbpca", float64=True),
-    "cupy.linalg.svd": Peer(_svd("cupy"), slow=True, package="cupy"),
+    "torch.linalg.svd": Peer(lambda m, r: _cut(torch.linalg.svd(m, full_matrices=False), r), slow=True),
+    "scikit-learn randomized_svd": Peer(
+        lambda m, r: _cut(randomized_svd(m, r, **SKLEARN), r), SKETCHED, package="sklearn"
+    ),
+    "fbpca.pca": Peer(
+        lambda m, r: _cut(import_module("fbpca").pca(m, r, l=r + OVERSAMPLE, **FBPCA), r),
+        SKETCHED,
+        package="fbpca",
+        float64=True,
+    ),
+    "cupy.linalg.svd": Peer(
+        lambda m, r: _cut(import_module("cupy").linalg.svd(m, full_matrices=False), r), slow=True, package="cupy"
+    ),
 }
 SYMMETRIC = GENERAL | {
-    "torch.lobpcg": Peer(_lobpcg, slow=True),
-    "torch.linalg.eigh": Peer(_eigh("torch"), slow=True),
-    "scipy eigsh": Peer(_scipy_eigsh, slow=True, package="scipy"),
-    "fbpca.eigens": Peer(_fbpca_eigens, SKETCHED, package="fbpca", float64=True),
-    "cupy.linalg.eigh": Peer(_eigh("cupy"), slow=True, package="cupy"),
+    "torch.lobpcg": Peer(
+        lambda m, r: _eigh(torch.lobpcg(m, k=r, largest=True, niter=LOBPCG_ITERATIONS.get(m.dtype))), slow=True
+    ),
+    "torch.linalg.eigh": Peer(lambda m, r: _ascending(torch.linalg.eigh(m), r), slow=True),
+    "scipy eigsh": Peer(
+        lambda m, r: _ascending(scipy.sparse.linalg.eigsh(m, k=r, which="LA"), r), slow=True, package="scipy"
+    ),
+    "fbpca.eigens": Peer(
+        lambda m, r: _eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS)), SKETCHED, package="fbpca", float64=True
+    ),
+    "cupy.linalg.eigh": Peer(
+        lambda m, r: _ascending(import_module("cupy").linalg.eigh(m), r), slow=True, package="cupy"
+    ),
 }
 INCREMENTAL = "scikit-learn IncrementalPCA"
 # What computes in float64 whatever it is given: fbpca draws, and scikit-learn's PCA keeps its mean, in it.
@@ -152,5 +143,4 @@ def at_best(call: Callable[[], Any]) -> Iterator[int]:
 
 
 def in_threads(count: int) -> str:
-    """Return a number of threads in words."""
     return f"{count} BLAS thread{'s' if count > 1 else ''}"

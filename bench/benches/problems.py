@@ -3,8 +3,6 @@
 Factors in the steady state of a stream and matrices of known spectrum; the float64 check of every kind of result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -37,8 +35,6 @@ STEPS_TO_STEADY_STATE = 30
 
 
 class Case(NamedTuple):
-    """A factor, and the columns that come next."""
-
     factor: Symmetric
     columns: Tensor
 
@@ -57,13 +53,16 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 
 @cache
-def steady(name: str, n: int, r: int, k: int, exponent: float = 0.5, dtype: torch.dtype = torch.float32) -> Case:
-    """Return the factor that a stream of deviations i^−exponent settles to, and the columns that come next."""
+def steady(
+    name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, steps=STEPS_TO_STEADY_STATE, device="cpu"
+) -> Case:
+    """Return the factor that a stream of deviations i^−exponent settles to, by torch forms, and the next columns."""
     update, kind = UPDATES[name]
-    stream = columns_of(n, k, exponent, n + r + k, dtype)
-    factor = kind.zeros(n, r, dtype=dtype)
-    for _ in range(STEPS_TO_STEADY_STATE):
-        factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
+    stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
+    factor = kind.zeros(n, r, dtype=dtype, device=device)
+    with brandla.backend("torch"):
+        for _ in range(steps):
+            factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
     return Case(factor, next(stream))
 
 
@@ -79,7 +78,6 @@ class WrongResultError(AssertionError):
 
 
 def require(holds: bool, what: str) -> None:
-    """Refuse to go on with a wrong result."""
     if not holds:
         raise WrongResultError(what)
 
@@ -100,8 +98,7 @@ class Judgement(NamedTuple):
         """The part that is used of what is allowed; above 1 for a wrong result."""
         return max(self.error / self.allowed, (self.orthogonality or 0.0) / self.orthogonality_allowed)
 
-    def accept(self, name: str) -> Judgement:
-        """Return this judgement, or refuse to go on."""
+    def accept(self, name: str) -> "Judgement":
         # Each by itself, and not by `used`: a NaN is no small error.
         require(self.error <= self.allowed, f"{name}: error {self.error:.1e}, allowed {self.allowed:.1e}")
         if self.orthogonality is not None:
@@ -150,7 +147,6 @@ def halves(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
 
 
 def tall_of(factor: Symmetric) -> Tensor:
-    """Return U or F."""
     return factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors
 
 
@@ -215,28 +211,4 @@ def check_update(name: str, case: Case, updated: Symmetric) -> None:
 
 
 def check_solve(factor: LowRankEigh, rhs: Tensor, damping: float, solution: Tensor) -> None:
-    """Check a damped solve by its residual in float64."""
     undone(rhs, [factor], damping)(solution).accept("damped_solve")
-
-
-def check_decomposition(name: str, truth: Tensor, values: Tensor, vectors: Tensor, rank: int, slack: float) -> None:
-    """Check U diag(d) Uᵀ of a rank against a dense float64 matrix of eigenvalues 1/i."""
-    judge = approximation(truth, rank, torch.finfo(values.dtype).eps, slack, PEER_DEFECT_ALLOWED)
-    judge(LowRankEigh(values, vectors)).accept(name)
-
-
-def check_moment(before: Tensor, columns: Tensor, after: Tensor) -> None:
-    """Check ρM + w·A Aᵀ, entry by entry, against float64."""
-    exact = DECAY * before.double() + WEIGHT * columns.double() @ columns.double().mT
-    # A sum of k products of normal numbers is within k·ε/2 of the exact one, relative to its positive terms.
-    terms = DECAY * before.double().abs() + WEIGHT * columns.double().abs() @ columns.double().abs().mT
-    excess = float(((after.double() - exact).abs() / terms).max()) / torch.finfo(after.dtype).eps
-    require(excess <= columns.shape[-1] + 4, f"gram_ema_: {excess:.0f} ε off, allowed {columns.shape[-1] + 4}")
-
-
-def residual_is_rounding(name: str, matrix: Tensor, damping: float, rhs: Tensor, solution: Tensor) -> None:
-    """Check (M + λI) X = V in float64 by its residual, for a dense M of norm 1."""
-    solved = solution.double()
-    residual = torch.linalg.matrix_norm(matrix @ solved + damping * solved - rhs.double())
-    error = float(residual / torch.linalg.matrix_norm(solved)) / (1 + damping)
-    Judgement(error, DEFECT_ALLOWED * torch.finfo(solution.dtype).eps).accept(name)

@@ -1,7 +1,5 @@
 """What a call takes besides time: memory at its peak, and calls that reach torch's own operators."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import accumulate

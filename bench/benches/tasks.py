@@ -1,7 +1,5 @@
 """A task for each public function: its arguments, the peers that do the same, and the float64 check of a result."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,26 +10,10 @@ from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
 
 import brandla
+from bench.benches import problems
 from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
-from bench.benches.problems import (
-    DECAY,
-    DEFECT_ALLOWED,
-    LOSS_ALLOWED,
-    PEER_DEFECT_ALLOWED,
-    UPDATES,
-    WEIGHT,
-    Case,
-    Judgement,
-    approximation,
-    columns_of,
-    halves,
-    matrix_of_spectrum,
-    orthonormality,
-    steady,
-    target_of,
-    undone,
-)
-from bench.gpu import cases as gpu_cases
+from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement, undone
+from bench.gpu.cases import eigh, forced, on_cpu
 from bench.gpu.device import Device, Work
 from brandla import LowRankEigh, LowRankSVD
 
@@ -58,7 +40,6 @@ class Shape(NamedTuple):
 
     @property
     def eps(self) -> float:
-        """The unit of rounding of the factor."""
         return torch.finfo(self.dtype).eps
 
     def work(self, flops: int, entries: int, data: int = 0) -> Work:
@@ -85,69 +66,37 @@ class Task(NamedTuple):
     work: Work
 
     def call(self, implementation: str) -> Call:
-        """Return the call of an implementation: of the library by the backend that serves it, or of a peer."""
         if implementation not in OWN:
             return self.others[implementation]
         function = partial(self.own.function, **self.options)
         return self.own._replace(function=forced(function) if implementation == TORCH_FORM else function)
 
 
-def forced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs the torch forms of all ops."""
-
-    def call(*arguments: Any) -> Any:
-        with brandla.backend("torch"):
-            return function(*arguments)
-
-    return call
-
-
 def check(name: str, call: Call) -> Judgement:
-    """Call once, and refuse a wrong result."""
-    return call.judge(gpu_cases.on_cpu(call.function(*call.arguments))).accept(name)
+    return call.judge(on_cpu(call.function(*call.arguments))).accept(name)
 
 
-def approximating(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    target: tuple[Tensor, Tensor] | Tensor,
-    slack: float,
-    kinds: Mapping[str, Peer],
-    shape: Shape,
-    device: Device,
-    work: Work,
-) -> Task:
+def approximating(function, arguments, options, target, slack, kinds, shape, device, work) -> Task:
     """Return a task whose result is the best approximation of a target; peers get the dense matrix for nothing."""
     others = {}
     if shape.data is None:
         dense = target if isinstance(target, Tensor) else target[0] @ target[1].mT
         matrix = dense.to(device.tensors, shape.dtype)
-        judge = lambda slack: approximation(target, shape.r, shape.eps, slack, PEER_DEFECT_ALLOWED)
+        judge = lambda slack: problems.approximation(target, shape.r, shape.eps, slack, PEER_DEFECT_ALLOWED)
         others = {
             name: Call(peer.call, (peer.takes(matrix), shape.r), judge(peer.slack), peer.on_numpy)
             for name, peer in kinds.items()
             if peer.runs_on(device.tensors.type)
         }
-    own = Call(function, arguments, approximation(target, shape.r, shape.eps, slack))
+    own = Call(function, arguments, problems.approximation(target, shape.r, shape.eps, slack))
     return Task(own, options, others, work)
-
-
-def basis(device: Device, n: int, r: int, dtype: torch.dtype) -> Tensor:
-    """Return random orthonormal columns."""
-    return torch.linalg.qr(device.normal(n, r, dtype=torch.float64)).Q.to(dtype)
-
-
-def symmetric_factor(shape: Shape, device: Device) -> LowRankEigh:
-    """Return a factor with eigenvalues 1/i."""
-    values = 1 / torch.arange(1, shape.r + 1, dtype=shape.dtype, device=device.tensors)
-    return LowRankEigh(values, basis(device, shape.n, shape.r, shape.dtype))
 
 
 def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
     """Return U diag(1/i) Vh of n rows."""
-    values, left = symmetric_factor(shape, device)
-    return LowRankSVD(left, values, basis(device, columns, shape.r, shape.dtype).mT.contiguous())
+    values, left = eigh(device, shape.n, shape.r, shape.dtype)
+    right = eigh(device, columns, shape.r, shape.dtype).eigenvectors
+    return LowRankSVD(left, values, right.mT.contiguous())
 
 
 def a_row(r: int, k: int) -> int:
@@ -158,9 +107,9 @@ def a_row(r: int, k: int) -> int:
 def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
     """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
     n, r, k = shape[:3]
-    settled = steady(name, n, r, k, dtype=shape.dtype)
+    settled = problems.steady(name, n, r, k, dtype=shape.dtype)
     columns = settled.columns.to(shape.data or shape.dtype)
-    target, slack = target_of(Case(settled.factor, columns)), LOSS_ALLOWED[name]
+    target, slack = problems.target_of(problems.Case(settled.factor, columns)), problems.LOSS_ALLOWED[name]
     factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
     chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
     options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
@@ -175,7 +124,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     m = n // 2
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
-    left, right = halves(gpu_cases.on_cpu(svd))
+    left, right = problems.halves(on_cpu(svd))
     added = [side.double().cpu() for side in sides]
     target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
     work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
@@ -188,8 +137,8 @@ def svd_append(shape: Shape, device: Device) -> Task:
     n, r, k = shape[:3]
     m = max(2 * r, 4 * k)
     svd = svd_factor(shape, device, m)
-    columns = next(columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
-    left, right = halves(gpu_cases.on_cpu(svd))
+    columns = next(problems.columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
+    left, right = problems.halves(on_cpu(svd))
     unit = torch.eye(k, dtype=torch.float64)
     target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
     work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
@@ -200,11 +149,11 @@ def svd_append(shape: Shape, device: Device) -> Task:
 def downdate(shape: Shape, device: Device) -> Task:
     """Return k columns taken back that lie in the span of the factor: of what is left the vectors are the same."""
     n, r, k = shape[:3]
-    factor = symmetric_factor(shape, device)
-    values, vectors = gpu_cases.on_cpu(factor)
+    factor = eigh(device, shape.n, shape.r, shape.dtype)
+    values, vectors = on_cpu(factor)
     # Half of each of the last k values goes.
     columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
-    left, right = halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0), vectors))
+    left, right = problems.halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0), vectors))
     target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
@@ -214,12 +163,12 @@ def downdate(shape: Shape, device: Device) -> Task:
 def refresh(shape: Shape, device: Device) -> Task:
     """Return a step with an n × 2n matrix whose leading singular vectors are those of the factor."""
     n, r, _ = shape[:3]
-    values, vectors = symmetric_factor(shape, device)
-    right = basis(device, 2 * n, r, shape.dtype)
+    values, vectors = eigh(device, shape.n, shape.r, shape.dtype)
+    right = eigh(device, 2 * n, r, shape.dtype).eigenvectors
     matrix = (vectors * values.sqrt()) @ right.mT
-    exact = gpu_cases.on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
+    exact = on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
     arguments = (LowRankEigh(values, vectors), matrix)
-    judge = approximation(halves(exact), r, shape.eps, EXACT)
+    judge = problems.approximation(problems.halves(exact), r, shape.eps, EXACT)
     own = Call(brandla.eigh_refresh, arguments, lambda found: judge(found[0]))
     return Task(own, {"decay": DECAY, "weight": WEIGHT}, {}, shape.work(12 * n * n * r, 3 * 2 * n * n))
 
@@ -230,7 +179,7 @@ BATCHES = 5
 def centred_append(shape: Shape, device: Device) -> Task:
     """Return k columns appended to a centred decomposition; scikit-learn's IncrementalPCA keeps the same."""
     n, r, k = shape[:3]
-    source = columns_of(n, max(r, k), 0.5, 0, torch.float64)
+    source = problems.columns_of(n, max(r, k), 0.5, 0, torch.float64)
     *before, last = (next(source) + 0.1 for _ in range(BATCHES + 1))
     last = last[:, :k]
     state = brandla.centre(LowRankSVD.zeros(n, 0, r, dtype=shape.dtype, device=device.tensors))
@@ -262,7 +211,7 @@ def randomized(name: str, shape: Shape, device: Device) -> Task:
     n, r, _ = shape[:3]
     symmetric = name == "randomized_eigh"
     m = n if symmetric else n // 2
-    truth = matrix_of_spectrum((1 / torch.arange(1, m + 1, dtype=torch.float64)).numpy(), seed=0)
+    truth = problems.matrix_of_spectrum((1 / torch.arange(1, m + 1, dtype=torch.float64)).numpy(), seed=0)
     if not symmetric:
         # A reflection I − 2vvᵀ, cut to m columns, has orthonormal columns.
         normal = torch.nn.functional.normalize(torch.cos(torch.arange(n, dtype=torch.float64)), dim=0)
@@ -288,7 +237,7 @@ def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
     def judge(found: Any) -> Judgement:
         q, triangle = (torch.stack(list(part)) if isinstance(part, list) else part for part in found)
         error = torch.linalg.matrix_norm(q.double() @ triangle.double() - exact) / torch.linalg.matrix_norm(exact)
-        off = max(map(orthonormality, q.reshape(-1, n, r)))
+        off = max(map(problems.orthonormality, q.reshape(-1, n, r)))
         return Judgement(float(error.max()), DEFECT_ALLOWED * shape.eps, off / shape.eps)
 
     others = {QR: Call(torch.linalg.qr, (panel,), judge)}
@@ -322,9 +271,9 @@ def _solve_both(left: Tensor, right: Tensor, one: Tensor, other: Tensor) -> tupl
 def damped(name: str, shape: Shape, device: Device) -> Task:
     """Return a damped solve or power with k right-hand sides."""
     n, r, k = shape[:3]
-    factor, rhs = symmetric_factor(shape, device), device.normal(n, k, dtype=shape.dtype)
+    factor, rhs = eigh(device, n, r, shape.dtype), device.normal(n, k, dtype=shape.dtype)
     exponent = (EXPONENT,) if name == "damped_power" else ()
-    judge = undone(rhs.cpu(), [gpu_cases.on_cpu(factor)], DAMPING, *exponent)
+    judge = undone(rhs.cpu(), [on_cpu(factor)], DAMPING, *exponent)
     peer, call = (DENSE_EIGH, _dense_power) if exponent else (SOLVE, torch.linalg.solve)
     return Task(
         Call(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge),
@@ -338,8 +287,8 @@ def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
     """Return a two-sided solve of an n × n / 2 matrix, or of a pair of k columns."""
     n, r, k = shape[:3]
     m = n // 2
-    sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
-    exact = [gpu_cases.on_cpu(side) for side in sides]
+    sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
+    exact = [on_cpu(side) for side in sides]
     if pair:
         data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
         judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]
@@ -365,8 +314,8 @@ def equal_to(expected: Tensor, shape: Shape) -> Callable[[Tensor], Judgement]:
 
 def determinant(shape: Shape, device: Device) -> Task:
     """Return the determinant of a damped factor."""
-    factor = symmetric_factor(shape, device)
-    levels = gpu_cases.on_cpu(factor).eigenvalues.double()
+    factor = eigh(device, shape.n, shape.r, shape.dtype)
+    levels = on_cpu(factor).eigenvalues.double()
     judge = equal_to((levels + DAMPING).log().sum() + (shape.n - shape.r) * math.log(DAMPING), shape)
     dense = Call(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, (dense_of(factor),), judge)
     own = Call(brandla.damped_logdet, (factor, DAMPING), judge)
@@ -390,16 +339,16 @@ def joint(name: str, shape: Shape, device: Device) -> Task:
     """Return a power or the determinant of a Kronecker product with one damping, for an n × n / 2 matrix."""
     n, r, _ = shape[:3]
     m = n // 2
-    sides = [symmetric_factor(shape._replace(n=rows), device) for rows in (n, m)]
+    sides = [eigh(device, rows, shape.r, shape.dtype) for rows in (n, m)]
     dense = tuple(side.dense() for side in sides)
-    (g, u), (a, v) = ([part.double() for part in gpu_cases.on_cpu(side)] for side in sides)
+    (g, u), (a, v) = ([part.double() for part in on_cpu(side)] for side in sides)
     levels = _joint_levels(g, a)
     if name == "kron_damped_logdet":
         judge = equal_to(levels.log().sum() + (n * m - r**2) * math.log(DAMPING), shape)
         own = Call(brandla.kron_damped_logdet, (*sides, DAMPING), judge)
         return Task(own, {}, {DENSE_EIGH: Call(_joint_logdet, dense, judge)}, shape.work(0, 2 * r))
     data = device.normal(n, m, dtype=shape.dtype)
-    exact, outside = gpu_cases.on_cpu(data).double(), DAMPING**EXPONENT
+    exact, outside = on_cpu(data).double(), DAMPING**EXPONENT
     inside = u @ ((levels**EXPONENT - outside) * (u.mT @ exact @ v)) @ v.mT
     judge = equal_to(outside * exact + inside, shape)
     own = Call(brandla.kron_damped_power, (*sides, data, DAMPING, EXPONENT), judge)

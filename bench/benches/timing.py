@@ -4,8 +4,6 @@ pytest-benchmark times one function after the other. The benchmarks therefore ha
 studies, which run without pytest, take the times themselves, by `alternating`.
 """
 
-from __future__ import annotations
-
 import gc
 import itertools
 import math
@@ -42,7 +40,7 @@ def alternating(
     for name in turns(list(functions), warm_up):
         functions[name]()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    gc.collect()
+    # A collection in one call of many would be its outlier.
     gc.disable()
     try:
         for name in turns(list(functions), repeats):

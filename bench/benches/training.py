@@ -1,7 +1,5 @@
 """Ways to train the MLP pixels-width-width-10, ours and other people's: one step at a time, or to an accuracy."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import mean, median
 from time import perf_counter
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.benches.resources import torch_calls
-from bench.frame.images import CLASSES, Images, mlp
+from bench.frame.images import CLASSES, Images, mlp, seeded
 from brandla.demo import data
 from brandla.demo.data import Split
+from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Strategy
 
 Step = Callable[[], None]
@@ -39,11 +38,8 @@ class Setting:
     width: int = 1024
     batch: int = BATCH
 
-    def network(self, seed: int = 0) -> nn.Sequential:
-        """Return the network, initialised from a seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return mlp(self.shown.training.images.shape[1], self.width)
+    def network(self, seed: int = 0) -> nn.Module:
+        return seeded(seed, mlp, self.shown.training.images.shape[1], self.width)
 
     def batches(self) -> Iterator[Split]:
         """Return an endless stream of batches, the same for every method."""
@@ -52,43 +48,19 @@ class Setting:
 
 
 @contextmanager
-def unsaid(kind: type[Warning], message: str = "") -> Iterator[None]:
-    """Let warnings of a kind that begin so be silent."""
+def unsaid(kind: type[Warning]) -> Iterator[None]:
+    """Let warnings of a kind be silent."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=message, category=kind)
+        warnings.simplefilter("ignore", kind)
         yield
-
-
-def preconditioned_step(kfac: KFAC) -> None:
-    """Precondition, and say nothing of factors of order 10, or of digits' 65, which become exact ones."""
-    with unsaid(UserWarning, "KFAC: some factors"):
-        kfac.step()
-
-
-def stepping(setting: Setting, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor, Tensor], None]) -> Step:
-    """Return a step of an optimizer on the next batch, its gradients taken by ``backward``."""
-    batches = setting.batches()
-
-    def step() -> None:
-        inputs, labels = next(batches)
-        optimizer.zero_grad()
-        backward(inputs, labels)
-        optimizer.step()
-
-    return step
 
 
 def sgd(setting: Setting, strategy: Strategy | None = None) -> Step:
     """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
-    model = setting.network()
+    model, batches = setting.network(), setting.batches()
     kfac = None if strategy is None else KFAC(model, strategy)
-
-    def backward(inputs: Tensor, labels: Tensor) -> None:
-        cross_entropy(model(inputs), labels).backward()
-        if kfac is not None:
-            preconditioned_step(kfac)
-
-    return stepping(setting, torch.optim.SGD(model.parameters(), 0.03), backward)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac)
+    return lambda: trainer.step(next(batches))
 
 
 def calls_of_a_step(setting: Setting, strategy: Strategy) -> int:
@@ -98,7 +70,8 @@ def calls_of_a_step(setting: Setting, strategy: Strategy) -> int:
     for inputs, labels in itertools.islice(setting.batches(), 4):
         model.zero_grad()
         cross_entropy(model(inputs), labels).backward()
-        counts.append(torch_calls(lambda: preconditioned_step(kfac)))
+        with unsaid(UserWarning):
+            counts.append(torch_calls(kfac.step))
     return counts[-1]
 
 
@@ -133,44 +106,47 @@ def bare(setting: Setting, rank: int, columns: int) -> Step:
     return step
 
 
+def _stepping(setting: Setting, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor, Tensor], Any]) -> Step:
+    """Return a step of an optimizer on the next batch, its gradients taken by ``backward``."""
+    batches = setting.batches()
+
+    def step() -> None:
+        inputs, labels = next(batches)
+        optimizer.zero_grad()
+        with unsaid(FutureWarning):
+            backward(inputs, labels)
+        optimizer.step()
+
+    return step
+
+
 def singd(setting: Setting, period: int) -> Step:
     """Return a step of SINGD with dense structures, of the package ``singd``."""
     from singd.optim.optimizer import SINGD
 
     model = setting.network()
-
-    def backward(inputs: Tensor, labels: Tensor) -> None:
-        with unsaid(FutureWarning):
-            cross_entropy(model(inputs), labels).backward()
-
-    return stepping(setting, SINGD(model, lr=1e-3, T=period, structures=("dense", "dense")), backward)
+    optimizer = SINGD(model, lr=1e-3, T=period, structures=("dense", "dense"))
+    return _stepping(setting, optimizer, lambda inputs, labels: cross_entropy(model(inputs), labels).backward())
 
 
 def asdfghjkl(setting: Setting, period: int) -> Step:
     """Return a step of K-FAC with the empirical Fisher, inverses renewed periodically, of the package ``asdfghjkl``."""
-    asdl, model = _asdl(), setting.network()
-    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
-    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
-    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
-
-    def backward(inputs: Tensor, labels: Tensor) -> None:
-        outputs = maker.setup_model_call(model, inputs)
-        maker.setup_loss_call(cross_entropy, outputs, labels)
-        with unsaid(FutureWarning):
-            maker.forward_and_backward()
-
-    return stepping(setting, torch.optim.SGD(model.parameters(), 0.01), backward)
-
-
-def _asdl() -> ModuleType:
-    """Import asdfghjkl, whose named ranges ask for a CUDA build of torch."""
     with unsaid(DeprecationWarning):
         import asdl
         from asdl.precondition import natural_gradient
 
     if not torch.backends.cuda.is_built():
+        # Its named ranges ask for a CUDA build of torch.
         natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
-    return asdl
+    model, every = setting.network(), {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
+    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+    def backward(inputs: Tensor, labels: Tensor) -> None:
+        maker.setup_loss_call(cross_entropy, maker.setup_model_call(model, inputs), labels)
+        maker.forward_and_backward()
+
+    return _stepping(setting, torch.optim.SGD(model.parameters(), 0.01), backward)
 
 
 class Candidate(NamedTuple):
@@ -195,16 +171,12 @@ def train(candidate: Candidate, setting: Setting, most: int, target: float, seed
     training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
     model, strategy = setting.network(seed), candidate.strategy
     kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
-    optimizer = kind(model.parameters(), candidate.rate)
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
+    trainer = Trainer(model, kind(model.parameters(), candidate.rate), kfac)
     times, scores = [], []
-    for images, labels in data.batches(training, setting.batch, most, seed):
+    for batch in data.batches(training, setting.batch, most, seed):
         start = perf_counter()
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
-        if kfac is not None:
-            preconditioned_step(kfac)
-        optimizer.step()
+        trainer.step(batch)
         times.append(perf_counter() - start)
         scores.append(data.accuracy(model, judged))
         if scores[-1] >= target:

@@ -5,8 +5,6 @@ small factor, with no checks, no dispatch and no batches, for finite data whose 
 the library takes beyond these is its overhead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a result was measured on."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from importlib import metadata, util
@@ -26,14 +24,16 @@ def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
     # Builds of cupy are named after the version of CUDA that they are for; the module has one name.
     known = metadata.packages_distributions()
     optional = (known[name][0] for name in OPTIONAL if util.find_spec(name) and name in known)
-    changes = _git("status", "--porcelain", "--", *SOURCES)
-    about = {"commit": _git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
+    git = lambda *words: _said("git", "-C", str(ROOT), *words)
+    changes = git("status", "--porcelain", "--", *SOURCES)
+    about = {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
     return machine.facts((*PACKAGES, *optional)) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
 
 
 def gpu_facts() -> dict[str, Any]:
     """Return the GPU, with its state as nvidia-smi says it; None where it does not."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    said = _said("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
     return {
         "name": properties.name,
         "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
@@ -42,7 +42,7 @@ def gpu_facts() -> dict[str, Any]:
         "cache_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        **_state(),
+        **(dict(zip(STATE, said.splitlines()[0].split(", "), strict=False)) if said else dict.fromkeys(STATE)),
     }
 
 
@@ -53,36 +53,28 @@ def slug(found: dict[str, Any]) -> str:
 
 
 def place(found: dict[str, Any]) -> str:
-    """Return the GPU, or processor and cores, in words."""
     return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """Return the facts in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads; {versions}; {commit_of(found)}"
+    about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
+    return f"{about}; {versions_of(found)}; {commit_of(found)}"
+
+
+def versions_of(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
 
 
 def commit_of(found: dict[str, Any]) -> str:
-    """Return the commit in words."""
     if not found.get("commit"):
         return "no commit"
     return f"commit {found['commit'][:12]}" + (" with uncommitted changes" if found["modified"] else "")
 
 
-def _state() -> dict[str, str | None]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0"]
+def _said(*command: str) -> str | None:
+    """Return what a command printed; None where there is no such command, or it failed."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return dict.fromkeys(STATE)
-    return dict(zip(STATE, (value.strip() for value in answer.splitlines()[0].split(",")), strict=False))
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *arguments]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

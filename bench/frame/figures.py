@@ -1,9 +1,12 @@
 """A measured figure with the target it is held to, and how both are written."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import pandas as pd
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,9 @@ class Figure:
     note: str = ""
 
     @classmethod
-    def of(cls, group: str, case: str, value: float | tuple[float, float, float], **about: Any) -> Figure:
+    def of(cls, group: str, case: str, value: float | tuple[float, float, float], **about: Any) -> "Figure":
         """Take a number, or a number with its interval."""
-        if isinstance(value, tuple):
-            return cls(group, case, *value, **about)
-        return cls(group, case, float(value), **about)
+        return cls(group, case, *(value if isinstance(value, tuple) else [float(value)]), **about)
 
     @property
     def met(self) -> bool | None:
@@ -35,28 +36,25 @@ class Figure:
         return None if self.at_least is None else self.value >= self.at_least
 
     def measured(self) -> str:
-        """Return the figure in words."""
-        if self.low is None or self.high is None:
-            return f"{spelled(self.value)}{self._unit()}"
-        return f"{spelled(self.value)}{self._unit()} ({spelled(self.low)} to {spelled(self.high)})"
+        interval = "" if self.low is None or self.high is None else f" ({spelled(self.low)} to {spelled(self.high)})"
+        return f"{spelled(self.value)} {self.unit}".rstrip() + interval
 
     def target(self) -> str:
-        """Return the target in words."""
-        if self.at_most is not None:
-            return f"≤ {self.at_most:g}{self._unit()}"
-        return "" if self.at_least is None else f"≥ {self.at_least:g}{self._unit()}"
+        sign, limit = ("≤", self.at_most) if self.at_most is not None else ("≥", self.at_least)
+        return "" if limit is None else f"{sign} {limit:g} {self.unit}".rstrip()
 
-    def record(self) -> dict[str, Any]:
-        """Return what the result file keeps."""
+    def record(self) -> Row:
         return {name: value for name, value in asdict(self).items() if value is not None} | {"met": self.met}
 
-    def _unit(self) -> str:
-        return f" {self.unit}" if self.unit else ""
 
-
-def read(record: dict[str, Any]) -> Figure:
-    """Return a figure from its record."""
+def read(record: Row) -> Figure:
     return Figure(**{name: value for name, value in record.items() if name != "met"})
+
+
+def judged(figures: Iterable[Figure]) -> pd.DataFrame:
+    met = {True: "yes", False: "**no**", None: ""}
+    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
+    return pd.DataFrame(rows, columns=["what", "case", "measured", "to reach", "met"])
 
 
 def spelled(value: float) -> str:
@@ -79,18 +77,11 @@ class Study:
     """
 
     figures: list[Figure] = field(default_factory=list)
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    cases: list[dict[str, Any]] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[Row] = field(default_factory=list)
+    cases: list[Row] = field(default_factory=list)
+    refused: list[Row] = field(default_factory=list)
 
-    def add_timing(self, group: str, name: str, stats: Any) -> None:
-        """Keep pytest-benchmark's own statistics, in milliseconds."""
-        keep = {"median": stats.median, "q1": stats.q1, "q3": stats.q3}
-        milliseconds = {f"{part}_ms": 1e3 * seconds for part, seconds in keep.items()}
-        self.timings.append({"group": group, "name": name, **milliseconds, "rounds": stats.rounds})
-
-    def record(self) -> dict[str, Any]:
-        """Return what the result file keeps."""
+    def record(self) -> Row:
         if self.cases:
             return {"rows": self.cases, "refused": self.refused}
         return {"figures": [figure.record() for figure in self.figures], "timings": self.timings}

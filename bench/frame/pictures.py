@@ -3,8 +3,6 @@
 Each file carries a digest of what it shows, so that a check can tell a picture of other figures without drawing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +36,6 @@ class Theme(NamedTuple):
     dark: bool
 
     def colour(self, light: str, dark: str) -> str:
-        """Return the one that stands out from the background."""
         return dark if self.dark else light
 
 
@@ -52,26 +49,29 @@ Draw = Callable[[Row, Theme], Figure]
 def write(name: str, study: Row, folder: Path, draw: Draw) -> list[Path]:
     """Draw a study, once for each theme, and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10}
+    metadata = {DIGEST: digest(study), "Software": None}
     for theme in THEMES:
-        inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
         style = dict.fromkeys(inked, theme.text) | {"axes.edgecolor": theme.faint, "axes.facecolor": theme.background}
-        spines = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-        with rc_context(style | spines | {"font.size": 10, "grid.alpha": 0.25, "grid.color": theme.faint}):
+        with rc_context(plain | style | {"grid.alpha": 0.25, "grid.color": theme.faint}):
             figure = draw(study, theme)
-            metadata = {DIGEST: digest(study), "Software": None}
             figure.savefig(path(name, theme, folder), facecolor=theme.background, dpi=DOTS, metadata=metadata)
     return [path(name, theme, folder) for theme in THEMES]
 
 
 def stale(name: str, study: Row, folder: Path) -> list[Path]:
     """Return the pictures that are missing or show other figures."""
-    wanted = digest(study)
-    paths = [path(name, theme, folder) for theme in THEMES]
-    return [one for one in paths if not one.exists() or _carried(one) != wanted]
+
+    def carried(picture: Path) -> str | None:
+        with Image.open(picture) as image:
+            return image.info.get(DIGEST)
+
+    wanted, paths = digest(study), (path(name, theme, folder) for theme in THEMES)
+    return [one for one in paths if not one.exists() or carried(one) != wanted]
 
 
 def path(name: str, theme: Theme, folder: Path) -> Path:
-    """Return where a picture is."""
     return folder / f"{name}-{theme.name}.png"
 
 
@@ -80,14 +80,7 @@ def digest(study: Row) -> str:
     return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
 
 
-def _carried(picture: Path) -> str | None:
-    with Image.open(picture) as image:
-        return image.info.get(DIGEST)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Panels
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Panels
 
 
 def panels(heights: Sequence[float], study: Row, words: str, theme: Theme) -> tuple[Figure, list[Axes]]:
@@ -116,7 +109,6 @@ def titled(axis: Axes, title: str, below: str, theme: Theme) -> None:
 
 
 def legend(axis: Axes, columns: int, handles: Iterable[Any] | None = None) -> None:
-    """Set the legend below a panel."""
     found = axis.get_legend_handles_labels()[0] if handles is None else list(handles)
     style = {"fontsize": 9, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
     axis.legend(handles=found, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)

@@ -1,7 +1,5 @@
 """Result files: one folder a machine, one JSON a study."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ from bench.frame.facts import ROOT, slug
 from brandla.demo import frame
 
 FOLDER = ROOT / "bench" / "results"
-
 # Short runs show that everything works. Their figures mean nothing and are kept out of version control.
 QUICK_FOLDER = ROOT / ".benchmarks" / "quick"
 
@@ -20,14 +17,14 @@ def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: 
 
     ``folder`` is that of the machine unless another is named.
     """
-    path = (folder or folder_of(slug(machine), machine["quick"])) / f"{study}.json"
+    path = (folder or folder_of(machine)) / f"{study}.json"
     frame.write({"schema": 1, "facts": machine, **content}, path)
     return path
 
 
-def folder_of(machine: str, quick: bool) -> Path:
-    """Return the folder of a machine's results."""
-    return (QUICK_FOLDER if quick else FOLDER) / machine
+def folder_of(machine: dict[str, Any]) -> Path:
+    """Return the folder of a machine's results, by its facts."""
+    return (QUICK_FOLDER if machine["quick"] else FOLDER) / slug(machine)
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

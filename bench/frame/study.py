@@ -1,7 +1,5 @@
 """How a study runs: its command, its pieces under a progress bar, its file, and its tables and picture at the end."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -12,17 +10,14 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from bench.benches.cpu import device_of
-from bench.frame import pictures, results
+from bench.frame import pages, pictures, results
 from bench.frame.facts import ROOT, commit_of, facts, slug
-from bench.frame.pages import PICTURES
-from bench.gpu.device import Device
+from bench.gpu.device import Device, device_of
 from brandla.demo.frame import INTERRUPTED, Piece, Row, Tables, plain, run
 
-THREADS, WIDTH = 2, 150
+THREADS = 2
 SAME = ("commit", "modified", "cpu", "threads", "versions")
 
 Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that the study runs, measures nothing.")]
@@ -33,33 +28,17 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of file and pict
 
 @dataclass(frozen=True)
 class Study:
-    """What a study varies, measures and draws.
+    """What a study varies, measures and draws."""
 
-    Parameters
-    ----------
-    name
-        Of the result file.
-    sizes
-        Its settings by "quick", "usual" and, where there is one, "full".
-    pieces
-        What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
-    shown
-        Titles and tables of the file's content, for the terminal.
-    derived
-        Tables that follow from the measured ones.
-    draw
-        The picture of the file's content.
-    threads
-        Of torch and of NumPy's BLAS; one in a short run.
-    """
-
-    name: str
-    sizes: Mapping[str, Any]
+    name: str  # of the result file
+    sizes: Mapping[str, Any]  # settings by "quick", "usual" and, where there is one, "full"
+    # What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
     pieces: Callable[[Any, Device], Sequence[Piece]]
+    # Titles and tables of the file's content, for the terminal.
     shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
-    derived: Callable[[Tables], Tables] = lambda tables: {}
-    draw: pictures.Draw | None = None
-    threads: int = THREADS
+    derived: Callable[[Tables], Tables] = lambda tables: {}  # tables that follow from the measured ones
+    draw: pictures.Draw | None = None  # the picture of the file's content
+    threads: int = THREADS  # of torch and of NumPy's BLAS; one in a short run
 
 
 def command(study: Study, about: str | None) -> typer.Typer:
@@ -93,22 +72,22 @@ def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: boo
     torch.set_num_threads(1 if quick else study.threads)
     torch.manual_seed(0)
     device = device_of(quick)
-    machine, folder = machine_of(device, quick)
-    path = (out or folder) / f"{study.name}.json"
+    machine = machine_of(device)
+    path = (out or results.folder_of(machine)) / f"{study.name}.json"
     pieces, kept = study.pieces(settings, device), plain(asdict(settings)) if is_dataclass(settings) else {}
     tables, seconds = _taken_up(pieces, kept, machine, path) if resume and path.exists() else ({}, 0.0)
     with threadpool_limits(torch.get_num_threads()):
         stopped = run(pieces, tables, console)
     about = {"seconds": seconds + time.monotonic() - start, "full": full, "interrupted": stopped or False}
-    content = plain({"facts": machine | about, "settings": kept, **tables, **study.derived(tables)})
-    results.write(study.name, content.pop("facts"), content, path.parent)
+    content = plain({"settings": kept, **tables, **study.derived(tables)})
+    results.write(study.name, plain(machine | about), content, path.parent)
     content = results.read(path.parent)[study.name]
     for title, cells in study.shown(content):
-        show(cells, title, console)
+        pages.show(pages.on_terminal(cells, title), console)
     written = [path]
     if study.draw and not stopped:
         # The committed pictures are those of the documentation.
-        target = path.parent if quick or out else ROOT / "docs" / PICTURES / slug(machine)
+        target = path.parent if quick or out else ROOT / "docs" / pages.PICTURES / slug(machine)
         written += pictures.write(study.name, content, target, study.draw)
     if stopped:
         console.print("Interrupted: the file holds what was measured, and says so; --resume goes on.")
@@ -117,29 +96,20 @@ def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: boo
         raise typer.Exit(INTERRUPTED)
 
 
-def show(cells: pd.DataFrame, title: str, console: Console) -> None:
-    """Print a table, wider than a narrow terminal, so that nothing is cut."""
-    shown = Table(*map(str, cells.columns), title=title, title_justify="left")
-    for row in cells.astype(str).to_numpy():
-        shown.add_row(*row)
-    Console(file=console.file, highlight=False, width=max(console.width, WIDTH)).print(shown)
-
-
-def machine_of(device: Device, quick: bool) -> tuple[Row, Path]:
-    """Return the facts of the device that was measured, and the folder of its results."""
-    machine = facts(quick, gpu=device.tensors.type == "cuda")
-    return machine, results.folder_of(slug(machine), quick)
+def machine_of(device: Device) -> Row:
+    """Return the facts of the device that is measured."""
+    return facts(device.dry, gpu=device.tensors.type == "cuda")
 
 
 def _taken_up(pieces: Sequence[Piece], settings: Row, machine: Row, path: Path) -> tuple[Tables, float]:
     """Return the rows of a file of this study, without those of the piece that was interrupted, and its seconds."""
     begun = results.read(path.parent)[path.stem]
     before = begun["facts"]
-    if begun["settings"] != settings:
-        message = f"{path.name} has other settings; move it away"
-        raise typer.BadParameter(message, param_hint="--resume")
+    wrong = "has other settings" if begun["settings"] != settings else ""
     if any(before[name] != machine[name] for name in SAME):
-        message = f"{path.name} is of {commit_of(before)}, another machine or other versions; move it away"
+        wrong = f"is of {commit_of(before)}, another machine or other versions"
+    if wrong:
+        message = f"{path.name} {wrong}; move it away"
         raise typer.BadParameter(message, param_hint="--resume")
     tables: Tables = {}
     for piece in pieces:

@@ -1,7 +1,5 @@
 """The command line of ``make gpu``: which stages, in which order and time, in which processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -75,15 +73,14 @@ def main(
     if not dry_run and not torch.cuda.is_available():
         print("python -m bench.gpu: torch sees no GPU; --dry-run takes the same path on the CPU", file=sys.stderr)
         raise typer.Exit(2)
-    machine = frame.machine_of(Stub() if dry_run else Gpu(), commit)
+    machine = frame.facts_of(Stub() if dry_run else Gpu(), commit)
     with TemporaryDirectory() as scratch:
-        out = out or Path(scratch if dry_run else os.environ.get("OUT") or frame.folder_of(machine))
-        out.mkdir(parents=True, exist_ok=True)
-        run = Run(machine, out, end, Console(width=frame.WIDTH, highlight=False))
+        folder = out or Path(scratch if dry_run else os.environ.get("OUT") or results.folder_of(machine))
+        folder.mkdir(parents=True, exist_ok=True)
         # A polite end takes the processes along.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         try:
-            found = run.stages(names)
+            found = Run(machine, folder, end).stages(names)
         finally:
             signal.signal(signal.SIGTERM, before)
     raise typer.Exit(int(any(section["status"] == "failed" for section in found.values())))
@@ -92,17 +89,16 @@ def main(
 class Run:
     """One run: the stages' processes, their time, and the report, written anew whenever the record has grown."""
 
-    def __init__(self, machine: dict[str, Any], folder: Path, end: float, console: Console) -> None:
-        self.machine, self.folder, self.end, self.console = machine, folder, end, console
-        self.dry = machine["quick"]
+    def __init__(self, machine: dict[str, Any], folder: Path, end: float) -> None:
+        self.machine, self.folder, self.end, self.dry = machine, folder, end, machine["quick"]
         self.path = folder / f"{STUDY}.jsonl"
         self.path.unlink(missing_ok=True)
         self._reported = 0
         CONTEXT.set_forkserver_preload(PRELOADED)
 
     def stages(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Run stages in order, and return what they found."""
-        self.console.print(frame.heading(self.machine))
+        console = Console(width=frame.WIDTH, highlight=False)
+        console.print(*frame.heading(self.machine), sep="\n")
         for name in names:
             frame.write(self.path, name, "asked")
         for name in names:
@@ -114,14 +110,13 @@ class Run:
                 self._stage(name, start + seconds)
             frame.write(self.path, name, "done", seconds=time.monotonic() - start)
             self.report()
-            self.console.print(frame.section(name, frame.sections(self.path)[name], self.dry))
+            console.print(frame.section(name, frame.sections(self.path)[name], self.dry))
         found = frame.sections(self.path)
-        self.console.print(frame.verdict(self.machine, found))
-        self.console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
+        console.print(frame.verdict(self.machine, found))
+        console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
         return found
 
     def report(self) -> None:
-        """Write what is known by now."""
         if self.path.stat().st_size != self._reported:
             self._reported = self.path.stat().st_size
             found = frame.sections(self.path)
@@ -130,34 +125,30 @@ class Run:
 
     def _stage(self, name: str, end: float) -> None:
         """Run the processes of a stage; one that dies is followed by another, which goes on after the case at hand."""
-        stage = STAGES[name]
-        waiting = deque(stage.cases(self.dry) if stage.cases else [None])
+        run, _, cases, together = STAGES[name]
+        waiting = deque(cases(self.dry) if cases else [None])
         running: dict[Any, str | None] = {}
+        # Threads that wait for each other's cores take a thousand times as long as the toys of a dry run.
+        threads = 1 if self.dry else max(1, (os.cpu_count() or 1) // together)
         with TemporaryDirectory() as logs:
             try:
                 while waiting or running:
-                    while waiting and len(running) < stage.together:
+                    while waiting and len(running) < together:
                         case = waiting.popleft()
-                        running[self._start(name, case, end, Path(logs))] = case
+                        about = (run, self.dry, threads, Path(logs), self.path, name, end - time.monotonic(), case)
+                        process = CONTEXT.Process(target=frame.work, args=about)
+                        process.start()
+                        running[process] = case
                     wait([process.sentinel for process in running], timeout=POLL)
                     for process in list(running):
-                        if process.is_alive() and time.monotonic() < end + PATIENCE:
-                            continue
-                        case = running.pop(process)
-                        if self._failed(name, process, case, Path(logs)) and time.monotonic() < end - LEAST:
-                            waiting.append(case)
+                        if not process.is_alive() or time.monotonic() >= end + PATIENCE:
+                            case = running.pop(process)
+                            if self._failed(name, process, case, Path(logs)) and time.monotonic() < end - LEAST:
+                                waiting.append(case)
                     self.report()
             finally:
                 for process in running:
                     _stop(process)
-
-    def _start(self, name: str, case: str | None, end: float, logs: Path) -> Any:
-        # Threads that wait for each other's cores take a thousand times as long as the toys of a dry run.
-        threads = 1 if self.dry else max(1, (os.cpu_count() or 1) // STAGES[name].together)
-        about = (self.path, name, case, end - time.monotonic(), self.dry, threads, logs)
-        process = CONTEXT.Process(target=frame.work, args=(STAGES[name].run, *about))
-        process.start()
-        return process
 
     def _failed(self, name: str, process: Any, case: str | None, logs: Path) -> bool:
         """Record how a process ended, if it did not end well; say whether there may be more cases for another."""

@@ -1,11 +1,8 @@
 """Calls of ops and updates at a size: operands, cost, and the check against float64 that comes before any timing."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import brandla
-from bench.benches import problems
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, columns_of, require
-from bench.gpu.device import Device, Work
+from bench.benches.problems import DECAY, WEIGHT, require
+from bench.benches.timing import Interval
+from bench.gpu.device import Ceilings, Device, Floor, Times, Work, replayed, size_of
 from brandla_kernels import OPS, Cost
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to
@@ -93,7 +90,6 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The case in words."""
         own, columns = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.data))
         kinds = own if own == columns else f"{own}, {columns} columns"
         n, r, k, _, cores = self.size
@@ -104,22 +100,18 @@ class Case(NamedTuple):
 
 def cases(sizes: Sizes) -> list[Case]:
     """Return all cases, those with r ≠ k and in other dtypes last; an op that this file does not know has none."""
-    float64, bf16 = torch.float64, torch.bfloat16
-    square = [(n, r, r) for r in sizes.ranks for n in sizes.rows]
     listed = [
         Case(name, Size(n, r, k, sizes.width, sizes.cores))
-        for n, r, k in (*square, *sizes.uneven)
+        for n, r, k in (*((n, r, r) for r in sizes.ranks for n in sizes.rows), *sizes.uneven)
         for name in OPERANDS
         # The size of a small matrix has no n; a Gram matrix has no r.
         if (n == sizes.rows[0] if name in SMALL else name != "gram_ema_" or n <= sizes.most_square)
     ]
     n, r = sizes.other_dtypes
-    other = Size(n, r, r, sizes.width, sizes.cores)
-    halves = [Case(name, other, data=bf16) for name in ("project", "cross_gram", "gram_ema_")]
-    doubles = [
-        Case(name, other, float64, float64) for name in ("project", "cross_gram", "rotate", "damped_apply", "gram")
-    ]
-    return listed + halves + doubles
+    other, float64 = Size(n, r, r, sizes.width, sizes.cores), torch.float64
+    halves = [Case(name, other, data=torch.bfloat16) for name in ("project", "cross_gram", "gram_ema_")]
+    doubles = ("project", "cross_gram", "rotate", "damped_apply", "gram")
+    return listed + halves + [Case(name, other, float64, float64) for name in doubles]
 
 
 # --- Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
@@ -127,25 +119,24 @@ def cases(sizes: Sizes) -> list[Case]:
 Normal = Callable[..., Tensor]
 
 
-def _core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+def _core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     panel = normal(size.cores, 4 * size.k, size.k).double()
     return panel.mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD
 
 
-def _root_core_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+def _root_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     root, columns = normal(size.cores, 4 * size.r, size.r), normal(size.cores, 4 * size.r, size.k).double()
     wide = root.double()
     decay, weight = (torch.full((size.cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
     return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
 
 
-def _rotate_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+def _rotate(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     n, r, k = size.n, size.r, size.k
-    rotations = (normal(rows, r) / (r + k) ** 0.5 for rows in (r, k))
-    return _basis(normal, n, r), _basis(normal, n, k), *rotations
+    return _basis(normal, n, r), _basis(normal, n, k), *(normal(rows, r) / (r + k) ** 0.5 for rows in (r, k))
 
 
-def _gram_ema_operands(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+def _gram_ema(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     square = normal(size.n, size.n)
     return square + square.mT, data(size.n, size.k), DECAY, WEIGHT
 
@@ -165,15 +156,15 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "gram": lambda normal, data, s: (normal(s.n, s.k),),
     "rounded_gram": lambda normal, data, s: (_basis(normal, s.n, s.k),),
     "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
-    "rotate": _rotate_operands,
-    "rotate_": _rotate_operands,
-    "gram_ema_": _gram_ema_operands,
+    "rotate": _rotate,
+    "rotate_": _rotate,
+    "gram_ema_": _gram_ema,
     "damped_apply": lambda normal, data, s: (*_operator(normal, s.n, s.r), normal(s.n, s.k)),
     "kron_damped_apply": lambda normal, data, s: (
         *_operator(normal, s.n, s.r), *_operator(normal, s.wide, s.r), normal(s.n, s.wide),
     ),
-    "cholesky_inverse_core": _core_operands,
-    "root_core": _root_core_operands,
+    "cholesky_inverse_core": _core,
+    "root_core": _root_core,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }  # fmt: skip
 OPERANDS = {name: OPERANDS[name] for name in OPS if name in OPERANDS}
@@ -185,10 +176,21 @@ def unknown() -> list[str]:
 
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:
-    """Return fresh arguments of the op."""
     normal = lambda *shape: device.normal(*shape, dtype=case.dtype)
     data = lambda *shape: device.normal(*shape).to(case.data)
     return OPERANDS[case.op](normal, data, case.size)
+
+
+def inputs(case: Case, device: Device) -> list[tuple[Any, ...]]:
+    """Return as many sets of arguments as outlast the cache in turn."""
+    first = operands(case, device)
+    return [first, *(operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
+
+
+def launches(case: Case, device: Device) -> list[Any]:
+    """Return what the op would start on the device: nothing where it has no kernel."""
+    launch = OPS[case.op].launch
+    return [] if launch is None else device.recorded(launch, *operands(case, device))
 
 
 # --- Cost
@@ -214,7 +216,6 @@ NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
 
 
 def cost(case: Case) -> Cost:
-    """Return the work of a call, by the op's own count."""
     function, size = OPS[case.op].cost, case.size
     known = {"n": size.n, "r": size.r, "k": size.k, "itemsize": case.dtype.itemsize}
     known |= COSTS.get(case.op, lambda size: {})(size)
@@ -253,27 +254,26 @@ def fresh(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> tuple[A
     return tuple(tree_map_only(Tensor, copied, list(arguments)))
 
 
-def check(case: Case, device: Device) -> tuple[float, float]:
-    """Return the relative errors of the op and of its torch form; refuse a wrong result.
+def check(case: Case, device: Device, call: Callable[..., Any] | None = None) -> tuple[float, float]:
+    """Return the relative errors of the op, or another call in its place, and of its torch form; refuse a wrong result.
 
     The reference is the torch form on float64 copies, which the tests hold to the formulas; of `root_core`, whose
     shift is that of its dtype and which computes in float64 anyway, on the arguments themselves.
     """
     op, arguments = OPS[case.op], operands(case, device)
     exact = results(case, op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
-    own, peer = (error_of(_poisoned(case, call, fresh(arguments)), exact) for call in (op, op.torch_form))
+
+    def error(call: Callable[..., Any]) -> float:
+        # The second result takes the memory of the first, filled with NaN where it was not written.
+        for part in results(case, call, fresh(arguments)):
+            part.fill_(float("nan") if part.is_floating_point() else 0)
+        del part
+        return error_of(results(case, call, fresh(arguments)), exact)
+
+    own, peer = error(call or op), error(op.torch_form)
     limit = allowed(case)
     require(own <= limit, f"{case.op}, {case.name}: relative error {own:.1e}, allowed {limit:.1e}")
     return own, peer
-
-
-def _poisoned(case: Case, call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Call twice: the second result takes the memory of the first, filled with NaN where it was not written."""
-    spoiled = fresh(arguments)
-    for part in results(case, call, spoiled):
-        part.fill_(float("nan") if part.is_floating_point() else 0)
-    del spoiled, part
-    return results(case, call, arguments)
 
 
 def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -299,25 +299,49 @@ def allowed(case: Case) -> float:
     return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
 
 
-# --- Factors of the public functions
+# --- Time
 
 
-@cache
-def steady(name: str, n: int, r: int, k: int, steps: int, device: torch.device) -> problems.Case:
-    """Return the factor that a stream of deviations i^−½ settles to, by the torch forms, and the next columns."""
-    update, kind = UPDATES[name]
-    stream = columns_of(n, k, 0.5, seed=n + r + k)
-    factor = kind.zeros(n, r, device=device)
-    with brandla.backend("torch"):
-        for _ in range(steps):
-            factor = update(factor, next(stream).to(device), decay=DECAY, weight=WEIGHT)
-    return problems.Case(factor, next(stream).to(device))
+class Timed(NamedTuple):
+    """An op that was right: its error and its torch form's, its time, and the least time of its work."""
+
+    by: str
+    error: float
+    torch_error: float
+    times: Times
+    floor: Floor
+    sets: int
+
+    @property
+    def seconds(self) -> Interval:
+        return self.times.median("op")
+
+    @property
+    def of_ceiling(self) -> Interval:
+        return self.floor.part_of(self.seconds)
 
 
-def eigh(device: Device, n: int, r: int) -> brandla.LowRankEigh:
+def timed(case: Case, device: Device, ceilings: Ceilings, seconds: float, *, beside_torch: bool = False) -> Timed:
+    """Check, then time, in turn with the torch form if that is wanted."""
+    op, errors, sets = OPS[case.op], check(case, device), inputs(case, device)
+    times = replayed(device, {"op": op} | ({"torch": forced(op)} if beside_torch else {}), sets, seconds)
+    return Timed(op.implementation(device.tensors.type)[0], *errors, times, ceilings.floor(work(case)), len(sets))
+
+
+def forced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op or a public function with the torch forms of all ops."""
+
+    def call(*arguments: Any) -> Any:
+        with brandla.backend("torch"):
+            return function(*arguments)
+
+    return call
+
+
+def eigh(device: Device, n: int, r: int, dtype: torch.dtype = torch.float32) -> brandla.LowRankEigh:
     """Return a factor with a random orthonormal basis and the spectrum 1/i."""
-    vectors = torch.linalg.qr(device.normal(n, r)).Q
-    return brandla.LowRankEigh(1 / torch.arange(1, r + 1, device=device.tensors), vectors)
+    values = 1 / torch.arange(1, r + 1, dtype=dtype, device=device.tensors)
+    return brandla.LowRankEigh(values, torch.linalg.qr(device.normal(n, r, dtype=torch.float64)).Q.to(dtype))
 
 
 def on_cpu(tree: Any) -> Any:

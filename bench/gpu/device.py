@@ -1,13 +1,13 @@
-"""A device that calls are checked and timed on, and what it does at best: a GPU, or the CPU standing in for one."""
-
-from __future__ import annotations
+"""A device that calls are checked and timed on, and what it does at best: a GPU, a CPU, or a CPU in place of a GPU."""
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,9 +19,15 @@ from bench.benches import timing
 
 WARM_UP = 3
 FEWEST, MOST = 5, 200
-# A set of inputs is met again after this many times the size of the L2 cache.
+# A dense decomposition takes seconds on a CPU.
+FEWEST_ON_CPU = 3
+# A set of inputs is met again after this many times the size of the last cache.
 CACHES = 2
 MOST_SETS = 64
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+# The last cache of a processor that does not say.
+USUAL_CACHE = 32 * 2**20
+Function: TypeAlias = Callable[[], Any]
 
 
 class Captured(NamedTuple):
@@ -43,7 +49,6 @@ class Stub:
         self._generator = torch.Generator(self.tensors).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return standard normal entries, others at every call."""
         return torch.randn(*shape, generator=self._generator, device=self.tensors, dtype=dtype)
 
     def sets(self, size: int) -> int:
@@ -53,11 +58,11 @@ class Stub:
     def synchronize(self) -> None:
         """Wait for the device; raise what went wrong on it."""
 
-    def alternating(self, functions: Mapping[str, Callable[[], Any]], limit: float) -> dict[str, list[float]]:
+    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
         return timing.alternating(functions, WARM_UP, warm_up=0)
 
-    def capture(self, function: Callable[[], Any]) -> Captured:
+    def capture(self, function: Function) -> Captured:
         """Record a call, to be replayed on the same tensors."""
         result = function()
 
@@ -77,7 +82,6 @@ class Stub:
         return torch.compile(function, dynamic=False, backend="eager")
 
     def target(self) -> Any:
-        """Return the target that kernels are compiled for."""
         from brandla_kernels._kernels.ahead import target_named
 
         return target_named("sm_90")
@@ -91,14 +95,13 @@ class Stub:
         return launches
 
     def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the launch function of an op."""
         self.recorded(launch, *arguments)
 
     def precompile(self, launches: Sequence[Any]) -> str | None:
         """Compile recorded launches, many at a time. Say what went wrong if it did: the first call compiles too."""
         return None if launches else "no launch was recorded"
 
-    def host_seconds(self, function: Callable[[], Any], calls: int) -> float:
+    def host_seconds(self, function: Function, calls: int) -> float:
         """Return how long the host takes for a call, with the device left to catch up."""
         for _ in range(WARM_UP):
             function()
@@ -109,6 +112,28 @@ class Stub:
         seconds = (time.perf_counter() - start) / calls
         self.synchronize()
         return seconds
+
+
+class Cpu(Stub):
+    """What `Stub` stands in with, measured: inputs outlast its cache, and a call is recorded by keeping it."""
+
+    dry = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        found = re.fullmatch(r"(\d+)K\s*", CACHE.read_text(encoding="ascii")) if CACHE.exists() else None
+        self.cache_bytes = 2**10 * int(found.group(1)) if found else USUAL_CACHE
+
+    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
+        start = time.perf_counter()
+        for function in functions.values():
+            function()
+        rounds = limit / (time.perf_counter() - start)
+        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
+        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
+
+    def capture(self, function: Function) -> Captured:
+        return Captured(function(), function)
 
 
 class Gpu(Stub):
@@ -126,32 +151,31 @@ class Gpu(Stub):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def alternating(self, functions: Mapping[str, Callable[[], Any]], limit: float) -> dict[str, list[float]]:
+    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
+        def one_round(backwards: bool) -> dict[str, tuple[Any, Any]]:
+            events = {}
+            for name in list(functions)[:: -1 if backwards else 1]:
+                start, end = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
+                self._scratch.fill_(1)
+                start.record()
+                functions[name]()
+                end.record()
+            return events
+
         for _ in range(WARM_UP):
             for function in functions.values():
                 function()
         self.synchronize()
-        start = time.perf_counter()
-        self._round(functions, False)
+        begun = time.perf_counter()
+        one_round(False)
         self.synchronize()
-        rounds = int(min(max(limit / (time.perf_counter() - start), FEWEST), MOST))
-        events = [self._round(functions, bool(number % 2)) for number in range(rounds)]
+        rounds = int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST))
+        found = [one_round(bool(number % 2)) for number in range(rounds)]
         self.synchronize()
-        return {name: [each[name][0].elapsed_time(each[name][1]) / 1e3 for each in events] for name in functions}
+        return {name: [each[name][0].elapsed_time(each[name][1]) / 1e3 for each in found] for name in functions}
 
-    def _round(self, functions: Mapping[str, Callable[[], Any]], backwards: bool) -> dict[str, tuple[Any, Any]]:
-        events = {}
-        for name in list(functions)[:: -1 if backwards else 1]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
-            self._scratch.fill_(1)
-            start.record()
-            functions[name]()
-            end.record()
-            events[name] = (start, end)
-        return events
-
-    def capture(self, function: Callable[[], Any]) -> Captured:
+    def capture(self, function: Function) -> Captured:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -197,7 +221,22 @@ class Gpu(Stub):
         return None
 
 
-Device: TypeAlias = Stub | Gpu
+Device: TypeAlias = Stub | Cpu | Gpu
+
+
+def device_of(quick: bool) -> Device:
+    """Return the GPU where torch sees one, the CPU elsewhere; for a short run the CPU that measures nothing."""
+    if quick:
+        return Stub()
+    return Gpu() if torch.cuda.is_available() else Cpu()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size_of(arguments: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(arguments))
 
 
 # --- Times
@@ -210,26 +249,21 @@ class Times(NamedTuple):
     how: str
 
     def median(self, name: str) -> timing.Interval:
-        """Return the median with its interval."""
         return timing.of_median(self.samples[name])
 
     def microseconds(self, name: str) -> timing.Interval:
-        """Return the same in microseconds."""
         return timing.Interval(*(1e6 * value for value in self.median(name)))
 
     def ratio(self, numerator: str, denominator: str) -> timing.Interval:
-        """Return the median ratio of times taken in the same turn."""
         return timing.ratio(self.samples[numerator], self.samples[denominator])
 
 
-def called(device: Device, calls: Mapping[str, Callable[[], Any]], limit: float) -> Times:
+def called(device: Device, calls: Mapping[str, Function], limit: float) -> Times:
     """Time calls from the host, the cache written over before each."""
     return Times(device.alternating(calls, limit), device.timer)
 
 
-def replayed(
-    device: Device, calls: Mapping[str, Callable[..., Any]], inputs: Sequence[Sequence[Any]], limit: float
-) -> Times:
+def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float) -> Times:
     """Time calls without the host: as graphs of one call for each set of inputs, divided by their number.
 
     What cannot be captured is called from the host, and that is said.
@@ -252,16 +286,6 @@ def replayed(
     return Times(divided, "; ".join(f"{name}: {method}" for name, method in how.items()))
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors of nested values."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def size_of(arguments: Any) -> int:
-    """Return the bytes of the tensors among nested arguments."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(arguments))
-
-
 # --- Ceilings: a large copy and large products in torch, in the same run
 
 
@@ -279,6 +303,9 @@ class Floor(NamedTuple):
 
     seconds: float
     bound_by: str
+
+    def part_of(self, time: timing.Interval) -> timing.Interval:
+        return timing.Interval(*(self.seconds / each for each in (time.value, time.high, time.low)))
 
 
 class Ceilings(NamedTuple):
@@ -306,15 +333,19 @@ class Ceilings(NamedTuple):
         moved, computed = work.bytes / self.copy, sum(products.values())
         return Floor(moved, "copy") if moved >= computed else Floor(computed, max(products, key=products.__getitem__))
 
+    def intervals(self) -> Iterator[tuple[str, timing.Interval]]:
+        for name, samples in self.samples.items():
+            rate, time = getattr(self, name), timing.of_median(samples)
+            yield name, timing.Interval(*(rate * time.value / each for each in (time.value, time.high, time.low)))
+
 
 def measure(device: Device, sizes: Any) -> Ceilings:
     """Measure all ceilings by the sizes of `cases`, on random data: a product of zeros is faster."""
     source = device.normal(sizes.copy // 4)
     target = torch.empty_like(source)
-    calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
-    for name, dtype in (
-        ("float32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("float64", torch.float64),
-    ):  # fmt: skip
+    calls: dict[str, Function] = {"copy": lambda: target.copy_(source)}
+    kinds = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+    for name, dtype in kinds.items():
         left, right = (device.normal(sizes.product, sizes.product, dtype=dtype) for _ in range(2))
         calls[name] = lambda left=left, right=right: left @ right
     before, samples = torch.get_float32_matmul_precision(), {}
@@ -324,5 +355,5 @@ def measure(device: Device, sizes: Any) -> Ceilings:
             samples[name] = device.alternating({name: call}, 2 * sizes.seconds)[name]
         finally:
             torch.set_float32_matmul_precision(before)
-    rates = {name: 2 * sizes.product**3 / median(times) for name, times in samples.items() if name != "copy"}
+    rates = {name: 2 * sizes.product**3 / median(samples[name]) for name in kinds}
     return Ceilings(2 * sizes.copy / median(samples["copy"]), **rates, samples=samples)

@@ -1,7 +1,5 @@
 """What every stage stands on: findings that are written line by line as they come, and the report made of the lines."""
 
-from __future__ import annotations
-
 import faulthandler
 import io
 import json
@@ -21,13 +19,12 @@ import pandas as pd
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from bench.frame import figures, results
-from bench.frame.facts import ROOT, commit_of, facts, slug
-from bench.frame.figures import Figure, spelled
-from bench.frame.pages import table as markdown
+from bench.frame import figures, pages
+from bench.frame.facts import ROOT, commit_of, versions_of
+from bench.frame.figures import Figure
+from bench.frame.study import machine_of
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
 from brandla.demo.frame import plain
@@ -55,27 +52,21 @@ class Findings:
         self._begun = {line["case"] for line in lines(path) if line["kind"] == "begin" and line["stage"] == stage}
 
     def left(self) -> float:
-        """Return the seconds left, 0 at least."""
         return max(0.0, self._end - time.monotonic())
 
     def row(self, table: str, **columns: Any) -> None:
-        """Add a row to a table."""
         write(self.path, self.stage, "row", table=table, columns=columns)
 
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
-        """Add a figure, with the target it is held to."""
         write(self.path, self.stage, "figure", figure=Figure.of(group, case, value, **about).record())
 
     def note(self, text: str) -> None:
-        """Add what is worth knowing."""
         write(self.path, self.stage, "note", text=text)
 
     def skip(self, text: str) -> None:
-        """Add what was left out, and why."""
         write(self.path, self.stage, "skip", text=text)
 
     def fail(self, case: str, error: str, trace: str = "") -> None:
-        """Add a failure."""
         write(self.path, self.stage, "failure", case=case, error=error, traceback=trace)
 
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
@@ -108,35 +99,27 @@ class Findings:
         return Ceilings(**rates[0], samples={}) if rates else measure(self.device, self.sizes)
 
 
-def work(
-    run: Callable[[Findings], None],
-    path: Path,
-    name: str,
-    case: str | None,
-    seconds: float,
-    dry: bool,
-    threads: int,
-    logs: Path,
-) -> None:
-    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log."""
+def work(run: Callable[[Findings], None], dry: bool, threads: int, logs: Path, *about: Any) -> None:
+    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log.
+
+    What it is ``about``: the record, the stage, the seconds, and the case.
+    """
     log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
+    path, name, seconds, case = about
     run(Findings(path, name, Stub() if dry else Gpu(), seconds, case))
 
 
 class Finished(NamedTuple):
-    """How a command ended: its exit status, None for one that was stopped, and what it printed."""
-
     status: int | None
     output: str
 
     @property
     def words(self) -> str:
-        """The end in words."""
         return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
 
 
@@ -146,13 +129,13 @@ def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | Non
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
     # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        about: Row = {"cwd": ROOT, "env": environment, "start_new_session": True}
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, **about)
+        status: int | None = None
         try:
-            status: int | None = process.wait(timeout=max(seconds, 1.0))
+            status = process.wait(timeout=max(seconds, 1.0))
         except subprocess.TimeoutExpired:
-            status = None
+            pass
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -218,53 +201,44 @@ def _status(section: Row) -> str:
     return "done"
 
 
-def machine_of(device: Device, commit: str | None = None) -> Row:
-    """Return machine, GPU, versions, date and commit; ``commit`` serves where the checkout has no history."""
-    found = facts(device.dry, gpu=not device.dry)
-    return found | {"commit": found["commit"] or commit, "gpu": found.get("gpu")}
-
-
-def folder_of(machine: Row) -> Path:
-    """Return the folder of a GPU's results."""
-    return results.folder_of(slug(machine), machine["quick"])
-
-
 # --- The report
 
 
+def facts_of(device: Device, commit: str | None = None) -> Row:
+    """Return machine, GPU, versions, date and commit; ``commit`` serves where the checkout has no history."""
+    found = machine_of(device)
+    return found | {"commit": found["commit"] or commit, "gpu": found.get("gpu")}
+
+
 def in_words(machine: Row) -> str:
-    """Return the facts in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    gpu = machine["gpu"]
-    name = "no GPU" if gpu is None else f"{gpu['name']} ({gpu['architecture']}), driver {gpu['driver_version']}"
-    cuda = "" if gpu is None else f", CUDA {gpu['cuda'] or gpu['hip']}"
-    cores = f"{machine['cpu']}, {machine['cores']} cores"
-    return f"{name}{cuda}; {cores}; {versions}; {commit_of(machine)}; {machine['date']}"
+    name, gpu = "no GPU", machine["gpu"]
+    if gpu is not None:
+        versions = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
+        name = f"{gpu['name']} ({gpu['architecture']}), {versions}"
+    about = f"{machine['cpu']}, {machine['cores']} cores; {versions_of(machine)}"
+    return f"{name}; {about}; {commit_of(machine)}; {machine['date']}"
 
 
 def text(machine: Row, found: Mapping[str, Row]) -> str:
-    """Return the whole record as plain text."""
     console = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
-    dry = machine["quick"]
-    console.print(heading(machine), *(section(name, record, dry) for name, record in found.items()), sep="\n")
+    console.print(*heading(machine), *(section(name, found[name], machine["quick"]) for name in found), sep="\n")
     console.print(verdict(machine, found))
     return console.export_text()
 
 
-def heading(machine: Row) -> RenderableType:
-    """Return what the figures were measured on."""
-    return Group(*([Text(DRY, "bold red")] if machine["quick"] else []), Text(in_words(machine)))
+def heading(machine: Row) -> list[Text]:
+    return [*([Text(DRY, "bold red")] if machine["quick"] else []), Text(in_words(machine))]
 
 
 def section(name: str, record: Row, dry: bool) -> RenderableType:
-    """Return what one stage found."""
     took = "" if record["seconds"] is None else f", {record['seconds']:.1f} s"
     parts: list[RenderableType] = [Text(f"\n{name}: {record['status']}{took}", "bold")]
     if record["figures"]:
-        rows = [figures.read(dict(figure)) for figure in record["figures"]]
-        met = [None if dry else row.met for row in rows]
-        parts.append(shown([_judged(row) | {"note": row.note} for row in rows], [one is False for one in met]))
-    parts += [shown(rows, title=title) for title, rows in record["tables"].items()]
+        rows = [figures.read(each) for each in record["figures"]]
+        cells = figures.judged(rows).assign(note=[row.note for row in rows])
+        parts.append(pages.on_terminal(cells, red=[row.met is False and not dry for row in rows]))
+    for title, rows in record["tables"].items():
+        parts.append(pages.on_terminal(pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore"), title))
     parts += [Text(f"  note: {note}") for note in record["notes"]]
     parts += [Text(f"  skipped: {case}", "yellow") for case in record["skipped"]]
     for failure in record["failures"]:
@@ -273,41 +247,22 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
     return Group(*parts)
 
 
-def shown(rows: Sequence[Row], red: Sequence[bool] = (), title: str | None = None) -> Table:
-    """Return rows as a table of the terminal."""
-    frame = pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore")
-    table = Table(title=title, title_justify="left")
-    for name, column in frame.items():
-        table.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(column) else "left")
-    for row, wrong in zip(frame.itertuples(index=False), red or [False] * len(frame), strict=True):
-        table.add_row(*(Text(words(value)) for value in row), style="red" if wrong else None)
-    return table
-
-
-def words(value: Any) -> str:
-    """Return an entry of a table in words."""
-    if value is None or value != value:
-        return "–"
-    return spelled(value) if isinstance(value, float) and value != round(value) else str(value).removesuffix(".0")
-
-
-def _judged(row: Figure) -> Row:
-    met = {True: "yes", False: "**no**", None: ""}[row.met]
-    return {"what": row.group, "case": row.case, "measured": row.measured(), "to reach": row.target(), "met": met}
+def targets(found: Mapping[str, Row]) -> pd.DataFrame:
+    """Return the figures of all stages beside what they were to reach."""
+    return figures.judged(figures.read(each) for record in found.values() for each in record["figures"])
 
 
 def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
     """Return the targets, and how the stages ended."""
-    judged = [figures.read(dict(figure)) for record in found.values() for figure in record["figures"]]
-    judged = [row for row in judged if row.met is not None]
-    parts: list[RenderableType] = [Text("\nsummary", "bold")]
+    rows = targets(found)
+    rows = rows[rows["met"] != ""]
+    parts = [Text("\nsummary", "bold")]
     if machine["quick"]:
         parts.append(Text(DRY, "bold red"))
-    elif judged:
-        parts.append(Text(f"{sum(row.met is True for row in judged)} of {len(judged)} targets reached"))
-        for row in judged:
-            if not row.met:
-                parts.append(Text(f"  missed: {row.group}, {row.case}: {row.measured()}, to reach {row.target()}"))
+    elif len(rows):
+        parts.append(Text(f"{(rows['met'] == 'yes').sum()} of {len(rows)} targets reached"))
+        for what, case, measured, limit, _ in rows[rows["met"] != "yes"].itertuples(index=False):
+            parts.append(Text(f"  missed: {what}, {case}: {measured}, to reach {limit}"))
     for status in ("done", "partial", "skipped", "failed", "cut off"):
         names = [name for name, record in found.items() if record["status"] == status]
         parts += [Text(f"{status}: {', '.join(names)}")] if names else []
@@ -322,16 +277,13 @@ COLUMNS = ["op", "case", "by", "µs", "of ceiling", "bound by", "× torch", "err
 
 
 def page(study: Row) -> Iterator[str]:
-    """Yield the section of one run in ``docs/measurements.md``."""
     machine, found = study["facts"], study["sections"]
     yield f"## {machine['gpu']['name']}\n"
     yield f"{INTRODUCTION}\n{in_words(machine)}\n"
-    ends = {name: f"{len(record['failures'])} failures" if record["failures"] else "" for name, record in found.items()}
-    rows = ([name, found[name]["status"], end, str(len(found[name]["skipped"]))] for name, end in ends.items())
-    yield markdown(["stage", "ended", "failures", "left out"], rows)
-    judged = [_judged(figures.read(dict(figure))) for record in found.values() for figure in record["figures"]]
-    if judged:
-        yield markdown(list(judged[0]), (list(row.values()) for row in judged))
-    ops = found.get("ops", {}).get("tables", {}).get("ops", [])
-    if ops:
-        yield markdown(COLUMNS, ([words(row[name]) for name in COLUMNS] for row in ops))
+    failures = {name: f"{len(record['failures'])} failures" for name, record in found.items() if record["failures"]}
+    rows = ([name, each["status"], failures.get(name, ""), len(each["skipped"])] for name, each in found.items())
+    yield pages.table(["stage", "ended", "failures", "left out"], rows)
+    if len(judged := targets(found)):
+        yield pages.markdown(judged)
+    if ops := found.get("ops", {}).get("tables", {}).get("ops", []):
+        yield pages.markdown(pd.DataFrame(ops)[COLUMNS].map(pages.in_words))

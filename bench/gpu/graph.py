@@ -3,8 +3,6 @@
 One factor, and a network's worth in one call; beside torch's own ways, and against the targets set for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import cycle, islice
@@ -20,7 +18,6 @@ from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu import cases
 from bench.gpu.device import Device, Work, called, tensors_in
 from bench.gpu.frame import Findings
-from bench.gpu.ops import torch_form
 from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
 
@@ -83,7 +80,7 @@ def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
     loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
     solve_at = lambda factors, rhs: grouped.damped_solve(factors, rhs, DAMPING)
     loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
-    ways = {"torch form": partial(torch_form, kron), "one side, then the other": _one_by_one}
+    ways = {"torch form": cases.forced(kron), "one side, then the other": _one_by_one}
     return {
         "root_update, cholesky": Call(
             update, lambda: (root(), device.normal(n, k)), {"torch Brand update": _brand_of_torch}
@@ -95,7 +92,7 @@ def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
             kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, at_least=2, work=two_sided
         ),
         "damped_solve": Call(
-            solve, lambda: (eigh(), device.normal(n, k), DAMPING), {"torch form": partial(torch_form, solve)}
+            solve, lambda: (eigh(), device.normal(n, k), DAMPING), {"torch form": cases.forced(solve)}
         ),
         "grouped.damped_solve": Call(
             solve_at, lambda: (many(), blocks()), {"loop": loop(partial(solve, damping=DAMPING))}
@@ -150,7 +147,7 @@ def _is_right(name: str, call: Call, inputs: tuple[Any, ...]) -> None:
 
     own, torchs = (
         tensors_in(tree_map_only(LowRankRoot, image, result, is_leaf=lambda part: isinstance(part, LowRankRoot)))
-        for result in (call.function(*inputs), torch_form(call.function, *inputs))
+        for result in (call.function(*inputs), cases.forced(call.function)(*inputs))
     )
     limit = 64 * max(max(part.shape) for part in own) ** 0.5 * torch.finfo(torch.float32).eps
     error = cases.error_of(own, torchs)

@@ -3,16 +3,13 @@
 Each update has a process of its own: two profilers cannot both listen to one.
 """
 
-from __future__ import annotations
-
-from functools import partial
 from typing import Any
 
 import brandla
 from bench.benches import written_out
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError, check_update
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError, check_update, steady
 from bench.gpu import cases
-from bench.gpu.cases import SMALL, Case, Size
+from bench.gpu.cases import SMALL, Case, Size, forced
 from bench.gpu.device import called, replayed
 from bench.gpu.frame import Findings
 from bench.profiling import Request, prepare, table_of
@@ -27,7 +24,6 @@ FACTORS = (1, 64)
 
 
 def run(found: Findings) -> None:
-    """Profile the updates."""
     for name in profiled(found.device.dry):
         found.attempt(name, 25, _profile, found, name)
 
@@ -39,7 +35,7 @@ def profiled(dry: bool) -> list[str]:
 
 def _profile(found: Findings, name: str) -> None:
     device, size = found.device, TOY if found.device.dry else SIZE
-    case, function = cases.steady(name, *size, 10 if device.dry else STEPS, device.tensors), UPDATES[name][0]
+    case, function = steady(name, *size, steps=10 if device.dry else STEPS, device=device.tensors), UPDATES[name][0]
     update = lambda: function(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
     right = lambda result: check_update(name, cases.on_cpu(case), cases.on_cpu(result))
     right(update())
@@ -80,13 +76,8 @@ def core(found: Findings) -> None:
 def _core(found: Findings, case: Case) -> None:
     error, _ = cases.check(case, found.device)
     op, inputs = OPS[case.op], [cases.operands(case, found.device)]
-    times = replayed(found.device, {"op": op, "torch": partial(_torch, op)}, inputs, found.sizes.seconds)
+    times = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
     order = case.size.k + case.size.r * (case.op == "root_core")
     own, torch = (times.microseconds(name).value for name in ("op", "torch"))
     columns: dict[str, Any] = {"µs": own, "torch form µs": torch, "× torch": torch / own, "error": error}
     found.row("small core", op=case.op, order=order, r=case.size.r, factors=case.size.cores, **columns, how=times.how)
-
-
-def _torch(op: Any, *arguments: Any) -> Any:
-    with brandla.backend("torch"):
-        return op(*arguments)

@@ -4,8 +4,6 @@ Single, batched and grouped calls, at sizes that fill no tile, held to the torch
 makes the calls without a record, for compute-sanitizer; ``--quick`` makes fewer.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -37,20 +35,25 @@ REFUSALS = ("Device not supported", "Target application terminated before first 
 
 
 def cases(dry: bool) -> list[str]:
-    """Return the ops."""
     return list(OPERANDS)
 
 
 def run(found: Findings) -> None:
-    """Try every op."""
-    for name in cases(found.device.dry):
+    for name in OPERANDS:
         found.attempt(name, COMPILATION, _try, found, name)
 
 
 def _try(found: Findings, name: str) -> None:
-    start, most, count = monotonic(), 0.0, 0
+    start, most, count, op = monotonic(), 0.0, 0, OPS[name]
+
+    def tensors(call: Any) -> list[torch.Tensor]:
+        """Call on copies, and return all tensors of the results."""
+        given = results(case, call, fresh(arguments))
+        return [part for one in given for part in (one if isinstance(one, list) else [one])]
+
     for words, case, arguments in calls(name, found.device, quick=found.device.dry):
-        used = error_of(*(_tensors(case, call, arguments) for call in (OPS[name], _torch_form(name)))) / allowed(case)
+        form = op.grouped_form if isinstance(arguments[0], list) else op.torch_form
+        used = error_of(tensors(op), tensors(form)) / allowed(case)
         found.device.synchronize()
         # The limit is that of float64, from which the torch form may be as far.
         require(used <= 2, f"{words}: {used:.2g} times the error allowed")
@@ -89,20 +92,6 @@ def grouped(name: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     return tuple(arguments)
 
 
-def _torch_form(name: str) -> Any:
-    def call(*arguments: Any) -> Any:
-        listed = isinstance(arguments[0], list)
-        return (OPS[name].grouped_form if listed else OPS[name].torch_form)(*arguments)
-
-    return call
-
-
-def _tensors(case: Case, call: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """Call on copies, and return all tensors of the results."""
-    given = results(case, call, fresh(arguments))
-    return [part for one in given for part in (one if isinstance(one, list) else [one])]
-
-
 # --- compute-sanitizer: no access out of bounds, no race in shared memory
 
 
@@ -111,7 +100,14 @@ def sanitize(found: Findings) -> None:
     if found.device.dry:
         return found.attempt("as they are", 0, _under, found, [], [*CALLS, "--quick"])
     found.attempt("as they are", 15, _under, found, [], CALLS)
-    tool = shutil.which(NAME) or next((str(path) for path in _candidates() if path.is_file()), None)
+    # The CUDA toolkit has it, or NVIDIA's Python packages.
+    roots = [
+        Path(root) for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if root
+    ]
+    packages = [package for package in metadata.distributions() if (package.name or "").startswith("nvidia-")]
+    places = [root / part / NAME for root in roots for part in ("bin", "compute-sanitizer")]
+    places += [Path(str(file.locate())) for one in packages for file in one.files or () if file.name == NAME]
+    tool = shutil.which(NAME) or next((str(path) for path in places if path.is_file()), None)
     if tool is None:
         return found.skip(f"{NAME}: not found")
     for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
@@ -133,15 +129,6 @@ def _under(found: Findings, tool: list[str], words: list[str]) -> None:
         found.skip(f"{check}: stopped at its time limit after {made} calls")
     elif finished.status != 0 or (tool and errors != 0):
         found.fail(check, f"{errors} errors, {finished.words}", finished.output[-4000:])
-
-
-def _candidates() -> Iterator[Path]:
-    """Yield where the tool may be: the CUDA toolkit, or NVIDIA's Python packages."""
-    for root in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")):
-        yield from (Path(root) / "bin" / NAME, Path(root) / "compute-sanitizer" / NAME)
-    for package in metadata.distributions():
-        if (package.name or "").startswith("nvidia-"):
-            yield from (Path(str(file.locate())) for file in package.files or () if file.name == NAME)
 
 
 if __name__ == "__main__":

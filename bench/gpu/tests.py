@@ -4,8 +4,6 @@ As a plugin of pytest this module ends a worker whose device no longer answers, 
 take the other tests with it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -31,17 +29,13 @@ def cases(dry: bool) -> list[str]:
 
 
 def run(found: Findings) -> None:
-    """Run every file."""
-    if found.device.dry:
-        return found.attempt(FOLDER, 0, _collect, found)
-    for name in cases(dry=False):
-        found.attempt(name, LEAST, _shard, found, name)
-    return None
+    for name in cases(found.device.dry):
+        found.attempt(name, 0 if found.device.dry else LEAST, _collect if found.device.dry else _shard, found, name)
 
 
-def _collect(found: Findings) -> None:
-    finished = command([*PYTEST[:3], "-q", "--collect-only", FOLDER], 120, {"TRITON_INTERPRET": "1"})
-    found.row("tests that a GPU would run", folder=FOLDER, collected=finished.output.count("::"))
+def _collect(found: Findings, folder: str) -> None:
+    finished = command([*PYTEST[:3], "-q", "--collect-only", folder], 120, {"TRITON_INTERPRET": "1"})
+    found.row("tests that a GPU would run", folder=folder, collected=finished.output.count("::"))
     if finished.status != 0:
         found.fail("collection", finished.words, finished.output[-KEPT:])
 

@@ -3,8 +3,6 @@
 Nothing is changed: the best that was seen stands beside the shipped one, for a person to put into ``configs.py``.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +12,7 @@ from unittest import mock
 
 from bench.gpu import cases
 from bench.gpu.cases import OPERANDS, Case, Size
-from bench.gpu.device import Device, replayed, size_of
+from bench.gpu.device import replayed
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
@@ -53,7 +51,7 @@ def run(found: Findings) -> None:
             case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
             if device.dry or found.left() > CHOICE:
                 with choosing({}) as made:
-                    device.recorded(OPS[name].launch, *cases.operands(case, device))
+                    cases.launches(case, device)
                 for choice, shipped in made.items():
                     found.attempt(choice.name, CHOICE, _tune, found, case, choice, shipped)
 
@@ -61,12 +59,10 @@ def run(found: Findings) -> None:
 def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
     """Keep the fastest that is right, beside the shipped one."""
     device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
-    first = cases.operands(case, device)
-    inputs = [first, *(cases.operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
-    launches = []
+    inputs, launches = cases.inputs(case, device), []
     for config in candidates:
         with choosing({choice: config}):
-            launches += device.recorded(OPS[case.op].launch, *first)
+            launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
         found.note(problem)
     timed = []
@@ -75,9 +71,17 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
             found.skip(f"{choice.name}, {spelled(config)}: no time left")
         elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
             timed.append((seconds, config))
-    right = ((seconds, config) for seconds, config in sorted(timed, key=lambda one: one[0])
-             if _is_right(device, case, choice, config))  # fmt: skip
-    best, config = next(right, (None, None))
+
+    def right(config: Any) -> bool:
+        with choosing({choice: config}):
+            try:
+                cases.check(case, device)
+            except AssertionError:
+                return False
+        return True
+
+    fastest = sorted(timed, key=lambda one: one[0])
+    best, config = next((one for one in fastest if right(one[1])), (None, None))
     if best is None or timed[0][1] is not shipped:
         return found.note(f"{case.op}: no timing of the shipped tiles of {choice.name}")
     gain = timed[0][0] / best
@@ -106,15 +110,6 @@ def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: l
             return None
 
 
-def _is_right(device: Device, case: Case, choice: Choice, config: Any) -> bool:
-    with choosing({choice: config}):
-        try:
-            cases.check(case, device)
-        except AssertionError:
-            return False
-    return True
-
-
 def neighbours(choice: Choice, config: Any) -> list[Any]:
     """Return what differs in one number by one step: the limit of registers is kept."""
     if isinstance(config, int):
@@ -125,14 +120,14 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
         for size in (block // 2, block * 2)
         if SMALLEST <= size <= LARGEST and (choice.function, name) not in FIXED
     ]
-    warps = [config._replace(num_warps=count) for count in _beside(config.num_warps, WARPS)]
-    stages = [config._replace(num_stages=count) for count in _beside(config.num_stages, STAGES)]
+
+    def beside(value: int, allowed: tuple[int, ...]) -> list[int]:
+        place = allowed.index(value) if value in allowed else -2
+        return [allowed[other] for other in (place - 1, place + 1) if 0 <= other < len(allowed)]
+
+    warps = [config._replace(num_warps=count) for count in beside(config.num_warps, WARPS)]
+    stages = [config._replace(num_stages=count) for count in beside(config.num_stages, STAGES)]
     return blocks + warps + stages
-
-
-def _beside(value: int, allowed: tuple[int, ...]) -> list[int]:
-    place = allowed.index(value) if value in allowed else -2
-    return [allowed[other] for other in (place - 1, place + 1) if 0 <= other < len(allowed)]
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 Run by ``make study-accuracy``. A run is a width and a seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,20 +17,10 @@ from bench.frame.facts import place
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
-from bench.studies.accuracy_parts import (
-    BEST,
-    FACTORS,
-    Decomposed,
-    Kept,
-    Settings,
-    Tracker,
-    Truth,
-    measure_costs,
-    observations,
-    step_errors,
-    trackers,
-)
+from bench.studies import accuracy_parts as parts
+from bench.studies.accuracy_parts import BEST, FACTORS, Settings
 from brandla.demo.frame import Tick
+from tests.oracles import updated
 
 USUAL = Settings()
 QUICK = Settings(widths=(192, 256), seeds=(0,), steps=14, measure_every=3, batch=48, rank=12, warmup=6, repeats=3)
@@ -67,25 +56,26 @@ def pieces(settings: Settings, device: Device) -> list[Piece]:
 
 def timed(settings: Settings, width: int) -> Iterator[Row]:
     """Yield the trackers with their costs: once for all seeds."""
-    stream = islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
-    costs = measure_costs(settings, [one.columns["inputs"] for one in stream])
-    for one in trackers(settings, costs):
+    stream = islice(parts.observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
+    costs = parts.measure_costs(settings, [one.columns["inputs"] for one in stream])
+    for one in parts.trackers(settings, costs):
         yield {**vars(one), "milliseconds": one.cost(costs)}
 
 
 def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Tick) -> Iterator[Row]:
     """Yield the errors of every tracker after each of the steps that are looked at."""
     keep = ("name", "update", "renewal", "period")
-    chosen = [Tracker(**{name: row[name] for name in keep}) for row in tables["trackers"] if row["width"] == width]
+    rows = [row for row in tables["trackers"] if row["width"] == width]
+    chosen = [parts.Tracker(**{name: row[name] for name in keep}) for row in rows]
     sizes = {"inputs": width + 1, "gradients": width}
-    truths = {name: Truth(sizes[name]) for name in FACTORS}
-    kept = {name: Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
-    for one in observations(settings, width, seed):
+    truths = {name: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for name in FACTORS}
+    kept = {name: parts.Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
+    for one in parts.observations(settings, width, seed):
         for name in FACTORS:
-            truths[name].absorb(one.columns[name], settings.decay)
+            truths[name] = updated(truths[name], one.columns[name], settings.decay, 1 - settings.decay)
             kept[name].absorb(one.step, one.columns[name])
         if one.step in settings.measured:
-            exact = {name: truth.decompose(settings) for name, truth in truths.items()}
+            exact = {name: parts.Decomposed(truths[name], settings) for name in FACTORS}
             candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():
@@ -93,21 +83,16 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Ti
         tick(1 / settings.steps)
 
 
-def errors(exact: dict[str, Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
+def errors(exact: dict[str, parts.Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
     """Return the errors of both factors, and of the step taken by them."""
-    found = {
-        f"{name} {measure}": value
-        for name in FACTORS
-        for measure, value in exact[name].errors(factors[name])._asdict().items()
-    }
-    both = (exact["gradients"], exact["inputs"])
-    step = step_errors(gradient, both, (factors["gradients"], factors["inputs"]))
+    of_each = {name: exact[name].errors(factors[name])._asdict() for name in FACTORS}
+    found = {f"{name} {measure}": value for name, own in of_each.items() for measure, value in own.items()}
+    both = ("gradients", "inputs")
+    step = parts.step_errors(gradient, tuple(exact[name] for name in both), tuple(factors[name] for name in both))
     return found | {"step error": step.error, "step angle": step.angle}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Summaries: medians over the steps after the warm-up, and their mean and range over the seeds
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Summaries: medians over the steps after the warm-up, and their mean and range over the seeds
 
 
 def settled(content: Row) -> pd.DataFrame:
@@ -126,23 +111,18 @@ def quotients(content: Row, tracker: str, base: str) -> pd.DataFrame:
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield a table a width."""
     medians = settled(content).groupby(["width", "seed", "tracker"])[list(MEASURES)].median()
     means = medians.groupby(["width", "tracker"]).mean()
     about = pd.DataFrame(content.get("trackers", []))
     for width in means.index.unique("width"):
-        cells = means.loc[width].apply(_spelled).rename(columns=MEASURES)
+        cells = (100 * means.loc[width]).map("{:.2g} %".format).rename(columns=MEASURES)
+        cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
         own = about[about["width"] == width].set_index("name")
         cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
         ordered = cells.reindex([BEST, *own.index]).fillna("").reset_index(names="tracker")
         yield f"Width {width}", ordered
-
-
-def _spelled(column: pd.Series) -> pd.Series:
-    degrees = column.name == "step angle"
-    return column.map(lambda value: f"{value:.2g}°" if degrees else f"{100 * value:.2g} %")
 
 
 def verdict(content: Row) -> Iterator[str]:
@@ -160,9 +140,7 @@ def verdict(content: Row) -> Iterator[str]:
         yield f"- width {width}: error of {QUESTION[0]} over that of {QUESTION[1]} at equal cost: {'; '.join(said)}."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Page and picture
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Page and picture
 
 INTRODUCTION = """# Accuracy over a training run
 
@@ -225,14 +203,14 @@ def _of_machine(content: Row, machine: str) -> Iterator[str]:
 def _at_renewals(content: Row) -> pd.DataFrame:
     """Return the step's error over the best one where RS has just been renewed, and where not, by width."""
     rows = []
-    about = pd.DataFrame(content["trackers"]).query("name == 'RS'").set_index("width")
+    periods = pd.DataFrame(content["trackers"]).query("name == 'RS'").set_index("width")["period"]
     found = {name: quotients(content, name, BEST)["step error"] for name in QUESTION}
     for width in found["RS"].index.unique("width"):
-        row = {"width": width, "RS renewed every": f"{about.loc[width, 'period']} steps"}
+        row = {"width": width, "RS renewed every": f"{periods[width]} steps"}
         for when, renewed in (("at renewals", True), ("between them", False)):
             for name in reversed(QUESTION):
                 own = found[name].loc[width]
-                due = own.index.get_level_values("step") % about.loc[width, "period"] == 1
+                due = own.index.get_level_values("step") % periods[width] == 1
                 median = own[due == renewed].median()
                 row[f"{name}, {when}"] = "–" if pd.isna(median) else f"{median:.2f}"
         rows.append(row)

@@ -4,11 +4,10 @@ A factor is M ← ρM + wAAᵀ. The dense average, which all but the three B kee
 ``docs/accuracy.md`` lists the trackers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,17 +118,16 @@ class Kept:
     """The dense average of one factor, and what every tracker keeps of it."""
 
     def __init__(self, settings: Settings, n: int, seed: int, chosen: list[Tracker]) -> None:
-        self._settings = settings
-        self._trackers = chosen
+        self._settings, self._trackers = settings, chosen
         self._generator = torch.Generator().manual_seed(seed)
         self._dense = torch.zeros(n, n)
+        self._average = {"decay": settings.decay, "weight": 1 - settings.decay}
         self.factors: dict[str, Factor] = {
             one.name: (brandla.LowRankRoot if one.update in ROOTS else brandla.LowRankEigh).zeros(n, settings.rank)
             for one in chosen
         }
 
     def absorb(self, step: int, columns: Tensor) -> None:
-        """Take in the columns of a step."""
         self.average(columns)
         for one in self._trackers:
             if one.update:
@@ -138,15 +136,14 @@ class Kept:
                 self.factors[one.name] = self.renewed(str(one.renewal), self.factors[one.name])
 
     def average(self, columns: Tensor) -> None:
-        """Update the dense average."""
-        gram_ema_(self._dense, columns, self._settings.decay, 1 - self._settings.decay)
+        gram_ema_(self._dense, columns, **self._average)
 
     def updated(self, update: str, factor: Any, columns: Tensor) -> Factor:
         """Return a factor after the update of this name."""
-        options: dict[str, Any] = {"decay": self._settings.decay, "weight": 1 - self._settings.decay}
         if update == "brand":
-            return brandla.eigh_update(factor, columns, **options)
-        return brandla.root_update(factor, columns, compress="cholesky" if update == "cholesky" else "eigh", **options)
+            return brandla.eigh_update(factor, columns, **self._average)
+        compress = "cholesky" if update == "cholesky" else "eigh"
+        return brandla.root_update(factor, columns, compress=compress, **self._average)
 
     def renewed(self, renewal: str, factor: Any) -> Factor:
         """Return the average decomposed as RS or SRE does, or a factor with a random part of its columns corrected."""
@@ -154,11 +151,10 @@ class Kept:
         if renewal == "correction":
             count = math.ceil(settings.fraction * factor.rank)
             return ritz_correct(factor, self._dense, torch.randperm(factor.rank, generator=generator)[:count])
-        options: dict[str, Any] = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
-        if renewal == "eigh":
-            return brandla.randomized_eigh(self._dense, settings.rank, generator=generator, **options)
-        found = brandla.randomized_svd(self._dense, settings.rank, generator=generator, **options)
-        return brandla.LowRankEigh(found.S, found.U)
+        decompose = brandla.randomized_eigh if renewal == "eigh" else brandla.randomized_svd
+        options: Any = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
+        found = decompose(self._dense, settings.rank, generator=generator, **options)
+        return found if renewal == "eigh" else brandla.LowRankEigh(found.S, found.U)
 
 
 def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
@@ -168,15 +164,11 @@ def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
     for step, columns in enumerate(stream[:-1], start=1):
         kept.absorb(step, columns)
     eigh, root = kept.factors["eigh"], kept.factors["root"]
-    pieces: dict[str, Callable[[], object]] = {
-        "average": lambda: kept.average(last),
-        "brand": lambda: kept.updated("brand", eigh, last),
-        "root": lambda: kept.updated("root", root, last),
-        "cholesky": lambda: kept.updated("cholesky", root, last),
-        "svd": lambda: kept.renewed("svd", eigh),
-        "eigh": lambda: kept.renewed("eigh", eigh),
-        "correction": lambda: kept.renewed("correction", eigh),
-    }
+    pieces: dict[str, Callable[[], object]] = {"average": lambda: kept.average(last)}
+    for update, factor in (("brand", eigh), ("root", root), ("cholesky", root)):
+        pieces[update] = partial(kept.updated, update, factor, last)
+    for renewal in ("svd", "eigh", "correction"):
+        pieces[renewal] = partial(kept.renewed, renewal, eigh)
     seconds = timing.alternating(pieces, settings.repeats)
     return Costs(**{name: 1e3 * timing.of_median(times).value for name, times in seconds.items()})
 
@@ -216,30 +208,21 @@ class Errors(NamedTuple):
     trace: float  # tr((I − UUᵀ) M) / tr M: what the basis does not hold
 
 
-class Truth:
-    """M in float64 with its eigenpairs, from the columns of every step."""
+class Step(NamedTuple):
+    """How far a step is from that of the true factors."""
 
-    def __init__(self, n: int) -> None:
-        self.matrix = torch.zeros(n, n, dtype=torch.float64)
-
-    def absorb(self, columns: Tensor, decay: float) -> None:
-        """Take in the columns of a step."""
-        wide = columns.double()
-        self.matrix = torch.addmm(self.matrix, wide, wide.mT, beta=decay, alpha=1 - decay)
-
-    def decompose(self, settings: Settings) -> Decomposed:
-        """Return the eigenpairs."""
-        values, vectors = torch.linalg.eigh(self.matrix)
-        return Decomposed(self.matrix, values.flip(0).clamp_min(0), vectors.flip(1), settings)
+    error: float  # Frobenius, relative
+    angle: float  # degrees
 
 
 class Decomposed:
     """M with its eigenpairs, and its damped inverse; λ is relative to its largest eigenvalue, whatever the tracker."""
 
-    def __init__(self, matrix: Tensor, values: Tensor, vectors: Tensor, settings: Settings) -> None:
-        self.matrix, self.values, self.vectors = matrix, values, vectors
-        self.damping = settings.damping * float(values[0])
-        self.inverse = (vectors / (values + self.damping)) @ vectors.mT
+    def __init__(self, matrix: Tensor, settings: Settings) -> None:
+        values, vectors = torch.linalg.eigh(matrix)
+        self.matrix, self.values, self.vectors = matrix, values.flip(0).clamp_min(0), vectors.flip(1)
+        self.damping = settings.damping * float(self.values[0])
+        self.inverse = (self.vectors / (self.values + self.damping)) @ self.vectors.mT
 
     def best(self, rank: int) -> brandla.LowRankEigh:
         """Return the best approximation of this rank, in float64."""
@@ -251,49 +234,31 @@ class Decomposed:
         # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
         inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
         inverse.diagonal().add_(1 / self.damping)
+        difference = (vectors * values) @ vectors.mT - self.matrix
+        matvec = lambda x: (difference @ torch.from_numpy(x).view(-1)).numpy()
+        operator = LinearOperator(difference.shape, matvec=matvec, dtype="float64")
+        start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
         outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
         return Errors(
             float(torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)),
-            self._distance(values, vectors) / float(self.values[0]),
+            abs(float(largest)) / float(self.values[0]),
             float(outside / self.values.sum()),
         )
 
-    def _distance(self, values: Tensor, vectors: Tensor) -> float:
-        """Return ‖M̂ − M‖₂."""
-        difference = (vectors * values) @ vectors.mT - self.matrix
-        operator = LinearOperator(
-            difference.shape, matvec=lambda x: (difference @ torch.from_numpy(x).view(-1)).numpy(), dtype="float64"
-        )
-        start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
-        return abs(float(largest))
 
-
-def eigenpairs(factor: Factor) -> tuple[Tensor, Tensor]:
+def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
     """Return d and U in float64."""
-    if isinstance(factor, brandla.LowRankEigh):
-        return factor.eigenvalues.double(), factor.eigenvectors.double()
-    eigh = brandla.LowRankRoot(*(part.double() for part in factor)).to_eigh()
-    return eigh.eigenvalues, eigh.eigenvectors
+    wide = type(factor)(*(part.double() for part in factor))
+    return wide.to_eigh() if isinstance(wide, brandla.LowRankRoot) else wide
 
 
 def step_errors(gradient: Tensor, exact: tuple[Decomposed, Decomposed], factors: tuple[Factor, Factor]) -> Step:
     """Compare (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ with the step of the true factors; both in float64."""
     of_gradients, of_inputs = exact
-    wide = gradient.double()
+    wide, dampings = gradient.double(), (of_gradients.damping, of_inputs.damping)
     right = of_gradients.inverse @ wide @ of_inputs.inverse
-    left, other = (brandla.LowRankEigh(*eigenpairs(factor)) for factor in factors)
-    taken = brandla.kron_damped_solve(left, other, wide, of_gradients.damping, of_inputs.damping)
+    taken = brandla.kron_damped_solve(*map(eigenpairs, factors), wide, *dampings)
     size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
-    cosine = float((right * taken).sum() / (size * own))
-    return Step(
-        float(torch.linalg.matrix_norm(taken - right) / size),
-        float(torch.rad2deg(torch.acos(torch.tensor(min(max(cosine, -1.0), 1.0), dtype=torch.float64)))),
-    )
-
-
-class Step(NamedTuple):
-    """How far a step is from that of the true factors."""
-
-    error: float  # Frobenius, relative
-    angle: float  # degrees
+    cosine = ((right * taken).sum() / (size * own)).clamp(-1, 1)
+    return Step(float(torch.linalg.matrix_norm(taken - right) / size), float(torch.rad2deg(torch.acos(cosine))))

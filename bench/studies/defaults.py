@@ -1,7 +1,5 @@
 """What bounds a step: K-FAC clipped by RMS, KL and spectral norm, untuned and tuned, and AdamW, on ten small tasks."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

@@ -3,29 +3,26 @@
 ``python -m bench.studies.forms`` measures them in three minutes, with one thread.
 """
 
-from __future__ import annotations
-
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from statistics import median
+from itertools import islice, product
+from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 import brandla
+from bench.benches.problems import DECAY, WEIGHT, defect, orthonormality
 from bench.frame import pages
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
-from brandla.root import Compress
+from bench.studies import streams
+from bench.studies.streams import relative
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
-from tests.oracles import STREAMS, gaussian, orthonormal, power_law
+from tests.oracles import STREAMS, gaussian, orthonormal, power_law, updated
 
-DECAY = 0.95
-OPTIONS: dict[str, Any] = {"decay": DECAY, "weight": 1 - DECAY}
+OPTIONS: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT}
 N, RANK, COLUMNS, UPDATES = 256, 64, 16, 1000
 SHIFTS = (3e-2, 1e-4, 1e-6)
 DRAWS = 40
@@ -41,25 +38,9 @@ EPSILON = torch.finfo(torch.float32).eps
 
 def solves(name: str) -> Iterator[Row]:
     """Yield the error of a damped solve after float32 updates: root, eigh, and what truncation itself costs."""
-    root = brandla.LowRankRoot.zeros(N, RANK)
-    eigh = brandla.LowRankEigh.zeros(N, RANK)
-    exact = torch.zeros(N, RANK, dtype=torch.float64)
-    matrix = torch.zeros(N, N, dtype=torch.float64)
-    for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
-        given = columns.float()
-        root = brandla.root_update(root, given, **OPTIONS)
-        eigh = brandla.eigh_update(eigh, given, **OPTIONS)
-        exact = _truncated(exact, given.double())
-        matrix = DECAY * matrix + (1 - DECAY) * given.double() @ given.double().mT
-    largest = float(torch.linalg.matrix_norm(exact, 2)) ** 2
-    rhs = gaussian(N, 32, seed=1)
-    for shift in SHIFTS:
-        identity = shift * largest * torch.eye(N, dtype=torch.float64)
-        truth = torch.linalg.solve(exact @ exact.mT + identity, rhs)
-        whole = torch.linalg.solve(matrix + identity, rhs)
-        found = (brandla.damped_solve(factor, rhs.float(), shift * largest) for factor in (root, eigh))
-        errors = [_distance(each.double(), truth) for each in found]
-        yield {"λ/d₁": shift, "root": errors[0], "eigh": errors[1], "truncation": _distance(truth, whole)}
+    for row in streams.solves(name, quick=False, dampings=SHIFTS):
+        root, eigh = (row["errors"][update] for update in ("root_update", "eigh_update"))
+        yield {"λ/d₁": row["damping"], "root": root, "eigh": eigh, "truncation": row["truncation"]}
 
 
 def losses(case: str) -> Iterator[Row]:
@@ -74,24 +55,30 @@ def losses(case: str) -> Iterator[Row]:
         new = size * mixing @ gaussian(n, k, seed=3 * draw + 2) / k**0.5
         panel = torch.cat([root.U[:, :rank] * root.S[:rank], new], -1)
         core = panel.mT @ panel
-        best = float(torch.linalg.eigvalsh(core)[:k].sum())
-        ratios.append([_left_out(core, rank) / best, _left_out_by_one_step(core, rank) / best])
-    yield dict(zip(("two steps", "one step"), torch.tensor(ratios).mean(0).tolist(), strict=True))
+        two_steps = compressed(core, rank, torch.float64, 0.0, measure=False).rotation
+        # One LR step in the order [F, A].
+        identity = torch.eye(core.shape[-1], dtype=core.dtype)
+        factor = torch.linalg.cholesky(core + 1e-14 * core.trace() * identity).mT
+        chosen = factor.square().sum(-1).topk(rank).indices
+        one_step = torch.linalg.qr(core @ factor.mT[:, chosen]).Q
+        best = torch.linalg.eigvalsh(core)[:k].sum()
+        left_out = [core.trace() - (kept.mT @ core @ kept).trace() for kept in (two_steps, one_step)]
+        ratios.append(torch.stack(left_out) / best)
+    yield dict(zip(("two steps", "one step"), torch.stack(ratios).mean(0).tolist(), strict=True))
 
 
-def streams(name: str) -> Iterator[Row]:
+def traces(name: str) -> Iterator[Row]:
     """Yield the trace left out by compress="cholesky" over that by "eigh", over a float32 stream: mean and worst."""
-    ways: tuple[Compress, Compress] = ("eigh", "cholesky")
-    factors = {way: brandla.LowRankRoot.zeros(128, 24) for way in ways}
+    factors = {way: brandla.LowRankRoot.zeros(128, 24) for way in ("eigh", "cholesky")}
     trace, ratios = 0.0, []
     for columns in islice(STREAMS[name](128, 16, 0), 100):
         given = columns.float()
-        trace = DECAY * trace + (1 - DECAY) * float(given.double().square().sum())
+        trace = DECAY * trace + WEIGHT * float(given.double().square().sum())
         factors = {way: brandla.root_update(each, given, compress=way, **OPTIONS) for way, each in factors.items()}
         lost = {way: trace - float(each.root.double().square().sum()) for way, each in factors.items()}
         if lost["eigh"] > 3e-6 * trace:
             ratios.append(lost["cholesky"] / lost["eigh"])
-    yield {"steps": len(ratios), "mean": sum(ratios) / max(len(ratios), 1), "worst": max(ratios, default=0.0)}
+    yield {"steps": len(ratios), "mean": fmean(ratios or [0.0]), "worst": max(ratios, default=0.0)}
 
 
 def bases(name: str) -> Iterator[Row]:
@@ -99,7 +86,7 @@ def bases(name: str) -> Iterator[Row]:
     eigh, found = brandla.LowRankEigh.zeros(300, 48), []
     for columns in islice(STREAMS[name](300, 24, 0), 150):
         eigh = brandla.eigh_update(eigh, columns.float(), **OPTIONS)
-        found.append(_unorthonormal(eigh) / EPSILON)
+        found.append(orthonormality(eigh.eigenvectors) / EPSILON)
     yield {"median": median(found), "worst": max(found)}
 
 
@@ -108,7 +95,7 @@ def long(k: int) -> Iterator[Row]:
     left, right = (gaussian(1_000_000, k, seed=seed).float() + 0.5 for seed in (0, 1))
     exact = left.double().mT @ right.double(), right.double().mT @ right.double()
     for way, found in (("one product", (left.mT @ right, right.mT @ right)), ("slabs", cross_gram(left, right))):
-        errors = (_largest(own - true) / _largest(true) for own, true in zip(found, exact, strict=True))
+        errors = (float((own - true).abs().max() / true.abs().max()) for own, true in zip(found, exact, strict=True))
         yield {"way": way, **dict(zip("CG", errors, strict=True))}
 
 
@@ -118,7 +105,7 @@ def long_basis(n: int) -> Iterator[Row]:
     for step in range(10):
         columns = lead @ gaussian(16, 16, seed=step).float() + 0.05 * gaussian(n, 16, seed=100 + step).float()
         eigh = brandla.eigh_update(eigh, columns, **OPTIONS)
-    yield {"of U": _unorthonormal(eigh) / EPSILON}
+    yield {"of U": orthonormality(eigh.eigenvectors) / EPSILON}
 
 
 def tails(exponent: float) -> Iterator[Row]:
@@ -130,57 +117,20 @@ def tails(exponent: float) -> Iterator[Row]:
     for step in range(100):
         columns = mixing @ gaussian(n, k, seed=step) / k**0.5
         root = brandla.root_update(root, columns, **OPTIONS)
-        matrix = DECAY * matrix + (1 - DECAY) * columns @ columns.mT
+        matrix = updated(matrix, columns, DECAY, WEIGHT)
     identity = torch.eye(n, dtype=torch.float64)
     shift = 0.03 * float(torch.linalg.matrix_norm(matrix, 2))
     truth = torch.linalg.inv(matrix + shift * identity)
     for tail in (0.0, "smallest", "mean"):
-        yield {"tail": str(tail), "error": _distance(brandla.damped_solve(root, identity, shift, tail=tail), truth)}
+        yield {"tail": str(tail), "error": relative(brandla.damped_solve(root, identity, shift, tail=tail), truth)}
 
 
 def carried(name: str, decay: float) -> Iterator[Row]:
     """Yield ‖FᵀF − S‖₂/d₁ after many float32 updates."""
     root = brandla.LowRankRoot.zeros(N, RANK)
     for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
-        root = brandla.root_update(root, columns.float(), decay=decay, weight=1 - DECAY)
-    inner = root.root.double().mT @ root.root.double()
-    yield {"error": float(torch.linalg.matrix_norm(inner - root.gram, 2) / torch.linalg.matrix_norm(inner, 2))}
-
-
-def _truncated(root: Tensor, columns: Tensor) -> Tensor:
-    """Return Brand's truncated update of F Fᵀ by a singular value decomposition of [√ρ F, √w A]."""
-    panel = torch.cat([DECAY**0.5 * root, (1 - DECAY) ** 0.5 * columns], dim=-1)
-    vectors, values, _ = torch.linalg.svd(panel, full_matrices=False)
-    leading: Tensor = vectors[:, :RANK] * values[:RANK]
-    return leading
-
-
-def _largest(matrix: Tensor) -> float:
-    return float(matrix.abs().max())
-
-
-def _distance(found: Tensor, truth: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(found - truth) / torch.linalg.matrix_norm(truth))
-
-
-def _unorthonormal(eigh: brandla.LowRankEigh) -> float:
-    """Return ‖UᵀU − I‖₂, I without the zero columns of U."""
-    vectors = eigh.eigenvectors.double()
-    inner = vectors.mT @ vectors
-    return float(torch.linalg.matrix_norm(inner - torch.diag((inner.diagonal() > 0).double()), 2))
-
-
-def _left_out(core: Tensor, rank: int) -> float:
-    rotation = compressed(core, rank, torch.float64, 0.0, measure=False).rotation
-    return float(core.trace() - (rotation.mT @ core @ rotation).trace())
-
-
-def _left_out_by_one_step(core: Tensor, rank: int) -> float:
-    """Return the same for one LR step in the order [F, A]."""
-    factor = torch.linalg.cholesky(core + 1e-14 * core.trace() * torch.eye(core.shape[-1], dtype=core.dtype)).mT
-    chosen = factor.square().sum(-1).topk(rank).indices
-    rotation = torch.linalg.qr(core @ factor.mT[:, chosen]).Q
-    return float(core.trace() - (rotation.mT @ core @ rotation).trace())
+        root = brandla.root_update(root, columns.float(), decay=decay, weight=WEIGHT)
+    yield {"error": defect(root)}
 
 
 SLOW = ("slow", "medium", "fast")
@@ -191,7 +141,7 @@ TABLES: dict[str, tuple[str, dict[str, Sequence[Any]], Callable[..., Iterator[Ro
     "solves": ("Damped solve", {"stream": SLOW}, solves),
     "carried": ("Gram matrix carried", {"stream": ("slow", "fast"), "ρ": (DECAY, 1.0)}, carried),
     "losses": ("One update", {"n, r, k, new columns": list(CASES)}, losses),
-    "streams": ("Streams", {"stream": LOST}, streams),
+    "streams": ("Streams", {"stream": LOST}, traces),
     "bases": ("Basis", {"stream": KEPT}, bases),
     "long": ("Large n", {"k": (4, 8, 16, 32)}, long),
     "long_basis": ("Basis at large n", {"n": (65_536, 1_000_000)}, long_basis),
@@ -203,21 +153,19 @@ def pieces(quick: bool, device: Device) -> list[Piece]:
     """Return a piece for each value that a table varies; of each table the first one alone in a short run."""
     found = []
     for table, (_, varied, measure) in TABLES.items():
-        for values in list(itertools.product(*varied.values()))[: 1 if quick else None]:
+        for values in list(product(*varied.values()))[: 1 if quick else None]:
             key = dict(zip(varied, values, strict=True))
             found.append(Piece(table, key, 1.0, lambda *_, measure=measure, values=values: measure(*values)))
     return found
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables."""
     for table, (title, _, _) in TABLES.items():
         if rows := content.get(table):
             yield title, pd.DataFrame(rows).map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
 
 
 def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements.md``."""
     yield "### The two forms of the update\n\n`forms.json`, of `python -m bench.studies.forms`: what"
     yield "[The update, in two forms](updates.md) states, one thread, float32." + pages.caveats(content["facts"]) + "\n"
     for title, cells in shown(content):

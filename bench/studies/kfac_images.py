@@ -3,8 +3,6 @@
 Run by ``make study-kfac``. For each task a search for every method, then every method from every seed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -26,7 +24,7 @@ from bench.frame.facts import place
 from bench.frame.figures import spelled
 from bench.frame.images import DIGITS, FASHION, FOLDER, PACKAGE, PARTS, Images, UnusableError, check, judge, load
 from bench.frame.pictures import Theme
-from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct, settings_of
+from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, application, conduct, settings_of
 from bench.gpu.device import Device
 from bench.studies.kfac_methods import DECAY, FULL, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from brandla.demo import data
@@ -62,40 +60,28 @@ def pieces(settings: Settings, device: Device, folder: Path = FOLDER) -> list[Pi
     return found
 
 
-def tried(
-    task: Task,
-    method: Method,
-    point: int,
-    settings: Settings,
-    images: Images,
-    tables: Tables,
-    tick: Tick,
-    cube: list[list[float]],
-) -> Iterator[Row]:
+def trainer_of(task: Task, method: Method, numbers: Row, images: Images, settings: Settings, seed: int) -> Trainer:
+    """Return the network of a seed with what trains it by these numbers."""
+    pixels = images.training.images
+    return method.trainer(task.model(pixels.shape[1], str(pixels.device), seed), numbers, settings, seed)
+
+
+def tried(task, method, point, settings, images, tables, tick, cube) -> Iterator[Row]:
     """Yield the score of a trial: its mean accuracy on the images that validate, 0 if it failed."""
     run: Row = {"numbers": method.numbers(cube[point])}
-    trainer = method.trainer(
-        task.model(images.training.images.shape[1], str(images.training.images.device), settings.search_seed),
-        run["numbers"],
-        settings,
-        settings.search_seed,
-    )
-    parts = (images.search_training, images.search_validation)
-    train(run, trainer, task, parts, task.search_steps, settings.search_seed, tick)
+    trainer = trainer_of(task, method, run["numbers"], images, settings, settings.search_seed)
+    train(run, trainer, task, images[2:], task.search_steps, settings.search_seed, tick)
     looks = [look["accuracy"] for look in run.pop("evaluations")]
     yield run | {"score": sum(looks) / len(looks) if run["finished"] else 0.0}
 
 
-def measured(
-    task: Task, method: Method, seed: int, settings: Settings, images: Images, tables: Tables, tick: Tick
-) -> Iterator[Row]:
+def measured(task, method, seed, settings, images, tables, tick) -> Iterator[Row]:
     """Yield a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
     own = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method.name)]
     run: Row = {"numbers": max(own, key=lambda row: row["score"])["numbers"]}
-    model = task.model(images.training.images.shape[1], str(images.training.images.device), seed)
-    trainer = method.trainer(model, run["numbers"], settings, seed)
+    trainer = trainer_of(task, method, run["numbers"], images, settings, seed)
     try:
-        train(run, trainer, task, (images.training, images.test), task.steps, seed, tick)
+        train(run, trainer, task, images[:2], task.steps, seed, tick)
     finally:
         yield run | kept_bytes(trainer)
 
@@ -129,9 +115,7 @@ def kept_bytes(trainer: Trainer) -> Row:
     return {"factor_bytes": factors, "optimizer_bytes": kept}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Summaries: means with least and largest over the seeds
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Summaries: means with least and largest over the seeds
 
 
 def runs_of(content: Row, task: Row) -> pd.DataFrame:
@@ -174,7 +158,6 @@ def over_base(found: pd.DataFrame, part: str) -> pd.Series:
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield a table a task."""
     for task in content["settings"]["tasks"]:
         found, target = summary(content, task), percent(task["target"])
         if len(found):
@@ -196,12 +179,11 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str], unit: str = "") -> list[str]:
     """Return means with their ranges."""
-    rows = found[[f"{part} {each}" for each in ("mean", "min", "max")]].to_numpy().tolist()
-    spelled_ = [[NOTHING] * 3 if math.isnan(row[0]) else list(map(words, row)) for row in rows]
-    return [
-        NOTHING if mean == NOTHING else f"{mean}{unit}" + ("" if low == high else f" ({low} to {high})")
-        for mean, low, high in spelled_
-    ]
+    cells = []
+    for row in found[[f"{part} mean", f"{part} min", f"{part} max"]].to_numpy().tolist():
+        mean, low, high = map(words, row) if row[0] == row[0] else [NOTHING] * 3
+        cells.append(NOTHING if mean == NOTHING else f"{mean}{unit}" + (f" ({low} to {high})" if low != high else ""))
+    return cells
 
 
 def _ratio(value: float) -> str:
@@ -213,19 +195,16 @@ def _megabytes(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in per cent."""
     return f"{100 * share:g} %"
 
 
 def verdict(content: Row, task: Row) -> Iterator[str]:
     """Yield the answers of a task: what won, what lost, and what failed."""
-    found = summary(content, task)
+    found, target = summary(content, task), percent(task["target"])
     whole = found[found["reached"] == found["runs"]]
     for part, name, unit in (("step", "Steps", ""), ("seconds", "Seconds", " s")):
         ranked = whole[f"{part} mean"].sort_values(kind="stable")
-        words = ", ".join(f"{method} {spelled(value)}{unit}" for method, value in ranked.items())
-        if words:
-            target = percent(task["target"])
+        if words := ", ".join(f"{method} {spelled(value)}{unit}" for method, value in ranked.items()):
             yield f"- {name} to {target}, the fewest first, where every run arrived: {words}."
     slower = over_base(found, "seconds")
     if len(slower := slower[slower > 1]):
@@ -237,9 +216,8 @@ def verdict(content: Row, task: Row) -> Iterator[str]:
     words = "; ".join(f"{row['method']}, seed {row['seed']}: {row['failure']}" for row in failed)
     yield f"- Runs that failed: {words}." if words else "- No run failed."
     search = searched(content, task)
-    words = ", ".join(
-        f"{one} {n}" for one, n in zip(search["method"], search["failed trials"], strict=True) if n != "0"
-    )
+    of_each = zip(search["method"], search["failed trials"], strict=True)
+    words = ", ".join(f"{method} {count}" for method, count in of_each if count != "0")
     yield f"- Trials of the search that failed: {words}." if words else "- No trial of the search failed."
 
 
@@ -252,21 +230,15 @@ def searched(content: Row, task: Row) -> pd.DataFrame:
         if len(own):
             scores = own["score"].iloc[[0, len(own) // 2, -1]]
             done = len(own) == content["settings"]["trials"]
-            rows.append(
-                {
-                    "method": method.name,
-                    "ranges": "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items()),
-                    "chosen": "; ".join(f"{name} {value:g}" for name, value in own["numbers"].iloc[0].items() if done),
-                    "best, middle and worst mean accuracy": ", ".join(f"{100 * score:.1f} %" for score in scores),
-                    "failed trials": str(own["failure"].notna().sum()),
-                }
-            )
+            row = {"method": method.name}
+            row["ranges"] = "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
+            row["chosen"] = "; ".join(f"{name} {value:g}" for name, value in own["numbers"].iloc[0].items() if done)
+            row["best, middle and worst mean accuracy"] = ", ".join(f"{100 * score:.1f} %" for score in scores)
+            rows.append(row | {"failed trials": str(own["failure"].notna().sum())})
     return pd.DataFrame(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Page
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Page
 
 INTRODUCTION = """# K-FAC on real images
 
@@ -339,27 +311,23 @@ def _of_machine(content: Row, machine: str) -> Iterator[str]:
 
 
 def method_of(settings: Row) -> str:
-    """Return what is measured, in words."""
-    tasks = "\n".join(f"- {_in_words(task)}" for task in settings["tasks"])
-    given = {**settings, "tasks": tasks, "seeds": len(settings["seeds"])}
+    networks = {
+        "mlp": "an MLP with two hidden layers of {width}",
+        "conv": "convolutions of {width} and {twice} channels, and two Linear layers",
+    }
+    line = (
+        "- **{name}**: {words}, {steps} steps of {batch} images, to {goal}; trials of {search_steps} steps;"
+        " looked at every {evaluate_every} steps."
+    )
+    tasks = []
+    for task in settings["tasks"]:
+        words = networks[task["network"]].format(width=task["width"], twice=2 * task["width"])
+        tasks.append(line.format(words=words, goal=percent(task["target"]), **task))
+    given = {**settings, "tasks": "\n".join(tasks), "seeds": len(settings["seeds"])}
     return METHOD.format(package=PACKAGE, parts=PARTS, ema=DECAY, **given)
 
 
-def _in_words(task: Row) -> str:
-    network = (
-        f"an MLP with two hidden layers of {task['width']}"
-        if task["network"] == "mlp"
-        else f"convolutions of {task['width']} and {2 * task['width']} channels, and two Linear layers"
-    )
-    return (
-        f"**{task['name']}**: {network}, {task['steps']} steps of {task['batch']} images, to {percent(task['target'])};"
-        f" trials of {task['search_steps']} steps; looked at every {task['evaluate_every']} steps."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Picture
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Picture
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, with lighter ones for dark pages; greys for the
 # methods that are no K-FAC.
@@ -445,9 +413,7 @@ def _draw_target(axis: Axes, content: Row, task: Row, theme: Theme) -> None:
         words += f", {reached} of {count} runs" if 0 < reached < count else ""
         axis.text(max([0, *seconds]) + 0.03 * most, at, words, va="center", fontsize=9)
     axis.set_yticks(range(len(found)), found.index)
-    axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlim(0, 1.5 * most)
-    axis.set_xlabel("seconds")
+    axis.set(ylim=(len(found) - 0.5, -0.5), xlim=(0, 1.5 * most), xlabel="seconds")
 
 
 STUDY = Study("kfac-study", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, draw=draw)

@@ -1,7 +1,5 @@
 """What the study of K-FAC on images runs over: the tasks, and the methods with the three numbers searched for each."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import torch
 from scipy.stats.qmc import Sobol
 from torch import nn
 
-from bench.frame.images import DIGITS, FASHION, conv, mlp
+from bench.frame.images import DIGITS, FASHION, conv, mlp, seeded
 from bench.studies.peers import SOAP, Muon, Shampoo
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
@@ -23,42 +21,24 @@ DECAY = 0.95
 
 @dataclass(frozen=True)
 class Task:
-    """Images, a network that learns them, and how long it may.
+    """Images, a network that learns them, and how long it may."""
 
-    Parameters
-    ----------
-    name
-        As in the result file and in ``--only``.
-    images
-        ``"digits"`` or ``"fashion-mnist"``.
-    network
-        ``"mlp"``: pixels-width-width-10. ``"conv"``: two convolutions of ``width`` and 2 · ``width`` channels.
-    batch, steps, search_steps
-        Samples of a step; steps of a run, and of a trial of the search.
-    evaluate_every
-        Steps between two looks at the accuracy.
-    target
-        Accuracy on the test images that steps and seconds are counted to.
-    cost
-        Of a step, beside those of other tasks, for the progress bar.
-    """
-
-    name: str
-    images: Literal["digits", "fashion-mnist"]
-    network: Literal["mlp", "conv"]
+    name: str  # as in the result file
+    images: Literal["digits", "fashion-mnist"]  # as in ``--only``
+    network: Literal[
+        "mlp", "conv"
+    ]  # pixels-width-width-10, or two convolutions of ``width`` and 2 · ``width`` channels
     width: int
-    batch: int
-    steps: int
-    search_steps: int
-    evaluate_every: int
-    target: float
-    cost: float = 1.0
+    batch: int  # samples of a step
+    steps: int  # of a run
+    search_steps: int  # of a trial of the search
+    evaluate_every: int  # steps between two looks at the accuracy
+    target: float  # accuracy on the test images that steps and seconds are counted to
+    cost: float = 1.0  # of a step, beside those of other tasks, for the progress bar
 
     def model(self, pixels: int, device: str, seed: int) -> nn.Module:
         """Return the network for images of so many pixels, initialised from ``seed``."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return (mlp if self.network == "mlp" else conv)(pixels, self.width).to(device)
+        return seeded(seed, mlp if self.network == "mlp" else conv, pixels, self.width).to(device)
 
 
 @dataclass(frozen=True)
@@ -115,27 +95,15 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """One way to train."""
 
-    Parameters
-    ----------
-    name
-        As in tables and pictures.
-    cost
-        Milliseconds of a step, roughly, for the progress bar.
-    ranges
-        Of each number that is searched, by its name: ends of a range that is covered evenly in the logarithm.
-    strategy
-        The K-FAC strategy; None where there is no preconditioner.
-    adaptive
-        AdamW in place of SGD.
-    """
-
-    name: str
-    cost: float
+    name: str  # as in tables and pictures
+    cost: float  # milliseconds of a step, roughly, for the progress bar
+    # Of each number that is searched, by its name: ends of a range that is covered evenly in the logarithm.
     ranges: dict[str, tuple[float, float]]
-    strategy: Callable[[Settings, Numbers], Strategy] | None = None
-    adaptive: bool = False
+    strategy: Callable[[Settings, Numbers], Strategy] | None = None  # of K-FAC, where there is a preconditioner
+    adaptive: bool = False  # AdamW in place of SGD
+    # Another optimizer, from the weights, the rate, momentum and decay.
     optimizer: Callable[[Iterable[nn.Parameter], float, float, float, Settings], torch.optim.Optimizer] | None = None
 
     def numbers(self, point: list[float]) -> Numbers:

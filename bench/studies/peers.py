@@ -3,8 +3,6 @@
 A weight is a matrix, of convolutions with its windows as rows; vectors are trained by Adam.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain

@@ -4,8 +4,6 @@ Run by ``make study-roofline``. Every op is checked against float64 before it is
 everywhere on inputs that are no longer in the cache when their turn comes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -14,15 +12,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Picture
 
-from bench.benches.timing import Interval, of_median
 from bench.frame import pages, pictures
 from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
-from bench.gpu.device import Ceilings, Device, Work, measure, replayed, size_of
-from brandla_kernels import OPS
+from bench.gpu.device import Ceilings, Device, Work, measure
 
 USUAL = replace(
     FULL,
@@ -46,36 +42,36 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
         key = {"op": case.op, "case": case.name}
         return Piece("rows", key, 1.0, lambda *_: [measured(case, sizes, device, ceilings())])
 
+    def levels(ceilings: Ceilings) -> Iterator[Row]:
+        """Yield the ceilings, in bytes or flops per second."""
+        for name, rate in ceilings.intervals():
+            yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
+
     return [
-        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: in_rows(ceilings(), sizes)),
+        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings())),
         *map(op, cases.cases(sizes)),
-        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: in_rows(measure(device, sizes), sizes)),
+        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes))),
     ]
 
 
 def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings) -> Row:
     """Return the time of an op, the least time that its work takes at the ceilings, and their ratio."""
-    error, _ = cases.check(case, device)
-    first = cases.operands(case, device)
-    inputs = [first, *(cases.operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
-    samples = replayed(device, {"op": OPS[case.op]}, inputs, sizes.seconds).samples["op"]
-    work, time = cases.work(case), of_median(samples)
-    floor, cost = ceilings.floor(work), cases.cost(case)
+    timed, cost = cases.timed(case, device, ceilings, sizes.seconds), cases.cost(case)
     return {
         "n": case.size.n,
         "r": case.size.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "data": str(case.data).removeprefix("torch."),
-        "by": OPS[case.op].implementation(device.tensors.type)[0],
-        "seconds": time,
+        "by": timed.by,
+        "seconds": timed.seconds,
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "of_ceiling": Interval(*(floor.seconds / seconds for seconds in (time.value, time.high, time.low))),
-        "bound_by": floor.bound_by,
-        "balance": balance(work, ceilings),
-        "error": error,
-        "sets": len(inputs),
-        "rounds": len(samples),
+        "of_ceiling": timed.of_ceiling,
+        "bound_by": timed.floor.bound_by,
+        "balance": balance(cases.work(case), ceilings),
+        "error": timed.error,
+        "sets": timed.sets,
+        "rounds": len(timed.times.samples["op"]),
     }
 
 
@@ -84,57 +80,33 @@ def balance(work: Work, ceilings: Ceilings) -> float:
     return ceilings.floor(work._replace(bytes=0)).seconds / (work.bytes / ceilings.copy)
 
 
-def in_rows(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
-    """Yield the ceilings, in bytes or flops per second."""
-    for name, samples in ceilings.samples.items():
-        rate, middle = getattr(ceilings, name), of_median(samples)
-        interval = Interval(*(rate * middle.value / seconds for seconds in (middle.value, middle.high, middle.low)))
-        yield {"ceiling": name, "per_second": interval, "size": sizes.copy if name == "copy" else sizes.product}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables, page and picture
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Tables, page and picture
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the ceilings and the ops."""
-    levels, rows = pd.DataFrame(content.get("ceilings", [])), pd.DataFrame(content.get("rows", []))
-    if len(levels):
-        copied = levels["ceiling"] == "copy"
-        rates = [[spelled(each / 1e9) for each in interval] for interval in levels["per_second"]]
-        units = copied.map({True: "GB/s, read + write", False: "GFLOP/s"})
-        yield (
-            "Ceilings",
-            pd.DataFrame(
-                {
-                    "ceiling": levels["ceiling"] + ", " + levels["when"],
-                    "measured": [f"{a} {unit} ({b} to {c})" for (a, b, c), unit in zip(rates, units, strict=True)],
-                    "size": [
-                        f"{size / 2**20:g} MiB" if copy else f"order {size}"
-                        for size, copy in zip(levels["size"], copied, strict=True)
-                    ],
-                }
-            ),
-        )
-    if len(rows):
+    if len(levels := pd.DataFrame(content.get("ceilings", []))):
+        copied, in_giga = levels["ceiling"] == "copy", lambda rates: [spelled(rate / 1e9) for rate in rates]
+        unit = copied.map({True: "GB/s, read + write", False: "GFLOP/s"})
+        rates = pd.DataFrame(levels["per_second"].map(in_giga).tolist(), columns=["middle", "low", "high"])
+        measured = rates["middle"] + " " + unit + " (" + rates["low"] + " to " + rates["high"] + ")"
+        mebibytes = (levels["size"] / 2**20).map("{:g} MiB".format)
+        size = mebibytes.where(copied, levels["size"].map("order {}".format))
+        name = levels["ceiling"] + ", " + levels["when"]
+        yield "Ceilings", pd.DataFrame({"ceiling": name, "measured": measured, "size": size})
+    if len(rows := pd.DataFrame(content.get("rows", []))):
         seconds = rows["seconds"].str[0]
-        yield (
-            "Part of the ceilings",
-            pd.DataFrame(
-                {
-                    "op": "`" + rows["op"] + "`",
-                    "case": rows["case"],
-                    "by": rows["by"],
-                    "µs": (1e6 * seconds).map(spelled),
-                    "GFLOP/s": (rows["flops"] / seconds / 1e9).map(spelled),
-                    "GB/s": (rows["bytes"] / seconds / 1e9).map(spelled),
-                    "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
-                    "bound by": rows["bound_by"],
-                    "error": rows["error"].map("{:.0e}".format),
-                }
-            ),
-        )
+        columns = {
+            "op": "`" + rows["op"] + "`",
+            "case": rows["case"],
+            "by": rows["by"],
+            "µs": (1e6 * seconds).map(spelled),
+            "GFLOP/s": (rows["flops"] / seconds / 1e9).map(spelled),
+            "GB/s": (rows["bytes"] / seconds / 1e9).map(spelled),
+            "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
+            "bound by": rows["bound_by"],
+            "error": rows["error"].map("{:.0e}".format),
+        }
+        yield "Part of the ceilings", pd.DataFrame(columns)
 
 
 ABOUT = """### Ops and the machine's ceilings
@@ -147,55 +119,46 @@ the tests hold to the formula; where that form is what runs, the error is 0.
 
 
 def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements.md``."""
     yield ABOUT + pages.caveats(content["facts"])
     yield pages.picture(STUDY.name, machine, "Part of the measured ceilings that each op reaches")
     yield from (pages.markdown(cells) for _, cells in shown(content))
 
 
+BY_COPY, BY_PRODUCTS = ("#0072b2", "#4db2ee"), ("#d55e00", "#ff8f40")
+
+
 def draw(content: Row, theme: Theme) -> Picture:
     """Draw every op in float32 below the roof, and the part of the ceiling that it reaches."""
-    rows = pd.DataFrame(content["rows"])
-    rows = rows[(rows["dtype"] == "float32") & (rows["data"] == "float32")]
-    rows["part"] = rows["of_ceiling"].str[0]
-    levels = {row["ceiling"]: row["per_second"][0] for row in content["ceilings"] if row["when"] == "before"}
-    words = ", ".join(
-        f"{name} {rate / 1e9:.3g} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
-        for name, rate in levels.items()
-        if name in ("copy", "float32", "float64")
-    )
-    ops = list(rows["op"].unique())
+    rows = pd.DataFrame(content["rows"]).query("dtype == 'float32' and data == 'float32'")
+    rows = rows.assign(part=rows["of_ceiling"].str[0])
+    levels = pd.DataFrame(content["ceilings"]).query("when == 'before'").set_index("ceiling")["per_second"].str[0]
+    giga = {name: f"{levels[name] / 1e9:.3g}" for name in ("copy", "float32", "float64")}
+    words = "Ceilings of the same run: copy {copy} GB/s, float32 {float32} GFLOP/s, float64 {float64} GFLOP/s"
+    ops, ranks = list(rows["op"].unique()), sorted(rows["r"].unique())
     heights = (3.8, 0.9 + 0.42 * len(ops))
-    figure, (roof, parts) = pictures.panels(heights, content, f"Ceilings of the same run: {words}", theme)
-    colours = {
-        "copy": (theme.colour("#0072b2", "#4db2ee"), "bound by the copy"),
-        "products": (theme.colour("#d55e00", "#ff8f40"), "bound by products"),
-    }
+    figure, (roof, parts) = pictures.panels(heights, content, words.format(**giga), theme)
     pictures.titled(roof, "Ops under the roof", "the larger the dot, the larger the rank", theme)
     reach = np.geomspace(min(0.3, rows["balance"].min()) / 1.5, max(3.0, rows["balance"].max()) * 1.5, 200)
     roof.plot(reach, np.minimum(reach, 1), color=theme.faint, linewidth=2)
     pictures.titled(parts, "Part of the ceiling that binds", "filled: the largest n; bar: 95 % interval", theme)
-    ranks = sorted(rows["r"].unique())
     for row in rows.to_dict("records"):
-        colour, _ = colours["copy" if row["bound_by"] == "copy" else "products"]
-        place = ops.index(row["op"]) + 0.26 * (len(ranks) / 2 - 0.5 - ranks.index(row["r"]))
-        size = 3 + 1.5 * ranks.index(row["r"])
+        colour = theme.colour(*(BY_COPY if row["bound_by"] == "copy" else BY_PRODUCTS))
+        rank, largest = ranks.index(row["r"]), rows.loc[rows["op"] == row["op"], "n"].max()
+        place, size = ops.index(row["op"]) + 0.26 * (len(ranks) / 2 - 0.5 - rank), 3 + 1.5 * rank
         roof.plot(row["balance"], row["part"] * min(row["balance"], 1), "o", color=colour, markersize=size)
         parts.plot(row["of_ceiling"][1:], [place] * 2, color=colour, linewidth=1.3)
-        face = colour if row["n"] == rows.loc[rows["op"] == row["op"], "n"].max() else theme.background
+        face = colour if row["n"] == largest else theme.background
         parts.plot(row["part"], place, "o", color=colour, markerfacecolor=face, markersize=size)
-    for colour, label in colours.values():
-        roof.plot([], [], "o", color=colour, label=label)
+    for colours, label in ((BY_COPY, "bound by the copy"), (BY_PRODUCTS, "bound by products")):
+        roof.plot([], [], "o", color=theme.colour(*colours), label=label)
     for axis in (roof.xaxis, roof.yaxis):
         pictures.logarithmic(axis, subs=(1, 3))
-    roof.set_xlabel("least time of the products / least time of the bytes")
-    roof.set_ylabel("part of the products' ceiling")
+    roof.set(xlabel="least time of the products / least time of the bytes", ylabel="part of the products' ceiling")
     roof.legend(loc="lower right", fontsize=9)
     parts.set_yticks(range(len(ops)), ops)
-    parts.set_ylim(len(ops) - 0.5, -0.5)
-    parts.set_xlim(0, max(1.05, 1.05 * rows["of_ceiling"].str[2].max()))
+    most = max(1.05, 1.05 * rows["of_ceiling"].str[2].max())
+    parts.set(ylim=(len(ops) - 0.5, -0.5), xlim=(0, most), xlabel="least time at the measured ceilings / time")
     parts.axvline(1, color=theme.faint, linewidth=1.4, linestyle="--")
-    parts.set_xlabel("least time at the measured ceilings / time")
     return figure
 
 

@@ -4,8 +4,6 @@ Run by ``make study-scaling``. Every result is checked against float64 before it
 turns with one reference, the GEMMs of an update of that size, so that times can be told apart from the machine's mood.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,28 +16,18 @@ from matplotlib.figure import Figure as Picture
 from torch import Tensor
 
 import brandla
-from bench.benches import timing
-from bench.benches.problems import (
-    DECAY,
-    STEPS_TO_STEADY_STATE,
-    UPDATES,
-    WEIGHT,
-    check_decomposition,
-    check_moment,
-    check_solve,
-    check_update,
-    matrix_of_spectrum,
-    residual_is_rounding,
-)
+from bench.benches import problems, timing
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
 from bench.benches.resources import peak_extra_bytes
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
-from bench.gpu import cases as gpu_cases
+from bench.gpu import cases
 from bench.gpu.device import Device, size_of
-from brandla_kernels import gram_ema_
+from brandla import LowRankEigh
+from brandla_kernels import OPS
 
 DAMPING = 0.1
 REFERENCE = "GEMMs of an update"
@@ -91,8 +79,7 @@ class Sizes:
 
 def _doubling(first: int, last: int, between: bool = False) -> tuple[int, ...]:
     """Return first, 2·first, … last, with 3/2 of each ``between`` if wanted."""
-    powers = range((last // first).bit_length())
-    sizes = [first * 2**power for power in powers]
+    sizes = [first * 2**power for power in range((last // first).bit_length())]
     return tuple(sorted(sizes + ([size * 3 // 2 for size in sizes[:-1]] if between else [])))
 
 
@@ -125,106 +112,88 @@ FULL = Sizes(
     seconds=0.8,
 )
 TOY = Sizes(
-    n=dict.fromkeys((1, 2, 3), (48, 64, 96, 128)),
+    n=dict.fromkeys((1, 2, 3), (48, 64, 96)),
     with_n=Size(0, 8, 8),
-    r=(4, 8, 16),
+    r=(4, 8),
     with_r=Size(96, 0, 8),
-    k=(4, 8, 16),
+    k=(4, 8),
     with_k=Size(96, 8, 0),
     dense=64,
     seconds=0.0,
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The calls
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The calls
 
 
 class Call(NamedTuple):
-    """A call, the check of its result, and the bytes that it needs held from one call to the next."""
+    """A call, the check of its result, and what it needs held from one call to the next."""
 
     function: Callable[[], Any]
-    check: Callable[[Any], None]
-    held: int
+    check: Callable[[Any], Any]
+    operands: Sequence[Any]
 
 
 @cache
 def spectral_matrix(n: int) -> Tensor:
     """Return a dense float64 matrix with the eigenvalues 1/i."""
-    return matrix_of_spectrum(1 / np.arange(1, n + 1), seed=0)
+    return problems.matrix_of_spectrum(1 / np.arange(1, n + 1), seed=0)
 
 
-def calls(size: Size, device: Device, names: Sequence[str]) -> dict[str, Call]:
-    """Return the calls of these methods at a size."""
-    steady = partial(gpu_cases.steady, n=size.n, r=size.r, k=size.k, steps=STEPS_TO_STEADY_STATE, device=device.tensors)
-    made = {}
-    for name in names:
-        if name in UPDATES:
-            made[name] = update_call(name, steady(name))
-        elif not METHODS[name].dense:
-            made[name] = solve_call(name, steady("eigh_update").factor, device.normal(2, size.n, size.k))
-        else:
-            made[name] = dense_call(name, size, device)
-    return made
-
-
-def update_call(name: str, case: Any) -> Call:
-    """Return an update of a factor in its steady state."""
-    update, _ = UPDATES[name]
-    check = lambda updated: check_update(name, gpu_cases.on_cpu(case), gpu_cases.on_cpu(updated))
-    return Call(lambda: update(case.factor, case.columns, decay=DECAY, weight=WEIGHT), check, size_of(tuple(case)))
-
-
-def solve_call(name: str, factor: Any, sides: Tensor) -> Call:
-    """Return a damped solve with k right-hand sides, or with a pair of them."""
-    left, right = sides
-    judge = lambda rhs, solved: check_solve(*gpu_cases.on_cpu((factor, rhs, DAMPING, solved)))
+def tall_call(name: str, size: Size, device: Device) -> Call:
+    """Return an update of a factor in its steady state, or a damped solve with it."""
+    n, r, k = size
+    if name in UPDATES:
+        case, update = steady(name, n, r, k, device=device.tensors), UPDATES[name][0]
+        check = lambda updated: problems.check_update(name, *cases.on_cpu((case, updated)))
+        return Call(lambda: update(*case, decay=DECAY, weight=WEIGHT), check, case)
+    factor, (left, right) = steady("eigh_update", n, r, k, device=device.tensors).factor, device.normal(2, n, k)
+    judge = lambda rhs, solved: problems.check_solve(*cases.on_cpu((factor, rhs, DAMPING, solved)))
     if name == "damped_solve":
-        call = lambda: brandla.damped_solve(factor, left, DAMPING)
-        return Call(call, partial(judge, left), size_of((factor, left)))
-    call = lambda: brandla.kron_damped_solve(factor, factor, (left, right), DAMPING, DAMPING)
-    check = lambda solved: [judge(*pair) for pair in zip((left, right), solved, strict=True)]
+        solve = lambda: brandla.damped_solve(factor, left, DAMPING)
+        return Call(solve, partial(judge, left), (factor, left))
+    solve = lambda: brandla.kron_damped_solve(factor, factor, (left, right), DAMPING, DAMPING)
+    check = lambda solved: [judge(*each) for each in zip((left, right), solved, strict=True)]
     # Two factors, as of two sides of a layer; here they are one and the same.
-    return Call(call, check, size_of((factor, factor, left, right)))
+    return Call(solve, check, (factor, factor, left, right))
 
 
 def dense_call(name: str, size: Size, device: Device) -> Call:
     """Return what works on the dense n × n matrix, which is handed to it for nothing."""
-    truth, r = spectral_matrix(size.n), size.r
-    matrix = truth.float().to(device.tensors)
-    columns = device.normal(size.n, size.k)
-    held = size_of(matrix)
-    approximates = lambda slack: lambda found: check_decomposition(name, truth, *gpu_cases.on_cpu(found), r, slack)
-    match name:
-        case "gram_ema_":
-            moment = matrix.clone()
-            check = lambda _: check_moment(matrix, columns, moment)
-            return Call(lambda: gram_ema_(moment, columns, DECAY, WEIGHT), check, held + size_of(columns))
-        case "randomized_eigh":
-            return Call(lambda: brandla.randomized_eigh(matrix, r), approximates(2.0), held)
-        case "torch.svd_lowrank":
-            decompose = lambda: torch.svd_lowrank(matrix, q=r + 10, niter=2)
-            return Call(lambda: _leading(*decompose()[1::-1], r), approximates(2.0), held)
-        case "torch.linalg.eigh":
-            return Call(lambda: _ascending(*torch.linalg.eigh(matrix), r), approximates(1.001), held)
-    shift = DAMPING * torch.eye(size.n, device=device.tensors)
+    n, r, k = size
+    if name == "gram_ema_":
+        case = cases.Case(name, cases.Size(n, r, k, n, 1))
+        operands = cases.operands(case, device)
+        return Call(lambda: OPS[name](*operands), lambda _: cases.check(case, device), operands[:2])
+    truth, eps = spectral_matrix(n), torch.finfo(torch.float32).eps
+    matrix, columns = truth.float().to(device.tensors), device.normal(n, k)
+
+    def decomposing(call: Callable[[], tuple[Tensor, Tensor]], slack: float) -> Call:
+        judge = problems.approximation(truth, r, eps, slack, problems.PEER_DEFECT_ALLOWED)
+        return Call(call, lambda found: judge(LowRankEigh(*cases.on_cpu(found))).accept(name), [matrix])
+
+    def cut(parts: Sequence[Tensor], first: int | None, last: int | None) -> tuple[Tensor, Tensor]:
+        return parts[0][first:last], parts[1][:, first:last]
+
+    if name == "randomized_eigh":
+        return decomposing(lambda: brandla.randomized_eigh(matrix, r), 2.0)
+    if name == "torch.svd_lowrank":
+        return decomposing(lambda: cut(torch.svd_lowrank(matrix, q=r + 10, niter=2)[1::-1], None, r), 2.0)
+    if name == "torch.linalg.eigh":
+        return decomposing(lambda: cut(torch.linalg.eigh(matrix), -r, None), 1.001)
+    shift = DAMPING * torch.eye(n, device=device.tensors)
+
+    def check(solved: Tensor) -> None:
+        solution = solved.double().cpu()
+        residual = torch.linalg.matrix_norm(truth @ solution + DAMPING * solution - columns.double().cpu())
+        error = float(residual / torch.linalg.matrix_norm(solution)) / (1 + DAMPING)
+        problems.Judgement(error, problems.DEFECT_ALLOWED * eps).accept(name)
+
     solve = lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(matrix + shift))
-    check = lambda solved: residual_is_rounding(name, truth, DAMPING, *gpu_cases.on_cpu((columns, solved)))
-    return Call(solve, check, held + size_of(columns))
+    return Call(solve, check, (matrix, columns))
 
 
-def _leading(values: Tensor, vectors: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return values[:r], vectors[:, :r]
-
-
-def _ascending(values: Tensor, vectors: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return values[-r:], vectors[:, -r:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory at a size
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Time and memory at a size
 
 
 def pieces(sizes: Sizes, device: Device) -> list[Piece]:
@@ -249,14 +218,12 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
 
 def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
-    floor = update_floor(gpu_cases.steady("eigh_update", *size, STEPS_TO_STEADY_STATE, device.tensors))
-    made = calls(size, device, names)
+    floor = update_floor(steady("eigh_update", *size, device=device.tensors))
+    made = {name: (dense_call if METHODS[name].dense else tall_call)(name, size, device) for name in names}
     for call in made.values():
         call.check(call.function())
     tall = [name for name in names if not METHODS[name].dense]
-    for together in (tall, *([name] for name in names if METHODS[name].dense)):
-        if not together:
-            continue
+    for together in filter(None, (tall, *([name] for name in names if METHODS[name].dense))):
         functions = {REFERENCE: floor} | {name: made[name].function for name in together}
         times = device.alternating(functions, seconds * len(together))
         for name in together:
@@ -264,29 +231,32 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
                 "method": name,
                 "seconds": timing.of_median(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
-                "held_bytes": made[name].held,
+                "held_bytes": size_of(made[name].operands),
                 "peak_bytes": peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
     spectral_matrix.cache_clear()
-    gpu_cases.steady.cache_clear()
+    steady.cache_clear()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exponents, tables, page and picture
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Exponents, tables, page and picture
 
 FEWEST_SIZES = 3
 LARGER = "larger half"
 WINDOWS = {"all": "all sizes", LARGER: "the larger half of the sizes"}
 
 
+def amounts(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows with the median time and all memory of each."""
+    known = ["axis", "method", "n", "r", "k", "seconds", "held_bytes", "peak_bytes"]
+    found = pd.DataFrame(rows, columns=None if rows else known)
+    return found.assign(time=found["seconds"].str[0], memory=found["held_bytes"] + found["peak_bytes"])
+
+
 def exponents(tables: Tables) -> Tables:
     """Return the fitted exponents of time and memory, over all sizes and over the larger half of them."""
     fits = []
-    rows = pd.DataFrame(tables.get("rows", []), columns=["axis", "method", "n", "r", "k", *AMOUNTS])
-    rows["time"], rows["memory"] = rows["seconds"].str[0], rows["held_bytes"] + rows["peak_bytes"]
-    for (axis, method), own in rows.groupby(["axis", "method"], sort=False):
+    for (axis, method), own in amounts(tables.get("rows", [])).groupby(["axis", "method"], sort=False):
         for window, part in (("all", own), (LARGER, own[len(own) // 2 :])):
             for quantity in ("time", "memory") if len(part) >= FEWEST_SIZES else ():
                 sizes = part[axis].tolist()
@@ -295,11 +265,7 @@ def exponents(tables: Tables) -> Tables:
     return {"exponents": fits}
 
 
-AMOUNTS = ("seconds", "held_bytes", "peak_bytes")
-
-
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the exponents."""
     if not content["exponents"]:
         return
     fits = pd.DataFrame(content["exponents"])
@@ -330,39 +296,32 @@ larger half of them, where what does not grow (calls, the core of order r + k) w
 
 
 def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements.md``."""
     yield ABOUT + pages.caveats(content["facts"])
     yield pages.picture(STUDY.name, machine, "Time and memory against n, r and k")
-    yield from verdict(content["exponents"])
+    yield "\n".join([*verdict(content["exponents"]), ""])
     yield from (pages.markdown(cells) for _, cells in shown(content))
     rows = pd.DataFrame(content["rows"])
+    ratio = lambda interval: "{} ({} to {})".format(*map(spelled, interval))
+    columns = {
+        "n, r, k": rows[["n", "r", "k"]].astype(str).agg(", ".join, axis=1),
+        "method": rows["method"],
+        "ms": (1e3 * rows["seconds"].str[0]).map(spelled),
+        "× the GEMMs of an update": rows["over_reference"].map(ratio),
+        "held, MB": (rows["held_bytes"] / 1e6).map(spelled),
+        "peak on top, MB": (rows["peak_bytes"] / 1e6).map(spelled),
+    }
     yield "#### Times and memory\n"
-    yield pages.markdown(
-        pd.DataFrame(
-            {
-                "n, r, k": rows[["n", "r", "k"]].astype(str).agg(", ".join, axis=1),
-                "method": rows["method"],
-                "ms": (1e3 * rows["seconds"].str[0]).map(spelled),
-                "× the GEMMs of an update": rows["over_reference"].map(
-                    lambda ratio: "{} ({} to {})".format(*map(spelled, ratio))
-                ),
-                "held, MB": (rows["held_bytes"] / 1e6).map(spelled),
-                "peak on top, MB": (rows["peak_bytes"] / 1e6).map(spelled),
-            }
-        )
-    )
+    yield pages.markdown(pd.DataFrame(columns))
 
 
 def verdict(fits: Sequence[Row]) -> Iterator[str]:
     """Yield how the time of each method grew with n, by the power that it is said to grow with."""
-    lines = ["Exponents of time in n:\n"]
+    yield "Exponents of time in n:\n"
+    of_time = [fit for fit in fits if (fit["axis"], fit["quantity"]) == ("n", "time") and fit["method"] in METHODS]
     for power, window in ((1, "all"), (1, LARGER), (2, LARGER), (3, LARGER)):
-        of_time = [fit for fit in fits if (fit["axis"], fit["quantity"], fit["window"]) == ("n", "time", window)]
-        own = [fit for fit in of_time if fit["method"] in METHODS and METHODS[fit["method"]].time == power]
-        if own:
-            found = "; ".join(f"`{fit['method']}` {in_words(fit['exponent'])}" for fit in own)
-            lines.append(f"- said to be {power}, over {WINDOWS[window]}: {found}.")
-    yield "\n".join([*lines, ""])
+        own = [fit for fit in of_time if (METHODS[fit["method"]].time, fit["window"]) == (power, window)]
+        if found := "; ".join(f"`{fit['method']}` {in_words(fit['exponent'])}" for fit in own):
+            yield f"- said to be {power}, over {WINDOWS[window]}: {found}."
 
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
@@ -380,28 +339,23 @@ COLOURS = {
 }
 
 
+PANELS = (
+    ("n", "time", "Time against n", 4.6),
+    ("n", "memory", "Memory against n", 4.6),
+    ("r", "time", "Time against the rank", 3.9),
+    ("k", "time", "Time against the new columns", 3.9),
+)
+
+
 def draw(content: Row, theme: Theme, most: int = 4) -> Picture:
     """Draw time and memory against n, and time against r and k; the first ``most`` of these."""
-    rows = pd.DataFrame(content["rows"]).query("method in @COLOURS")
-    rows = rows.assign(time=rows["seconds"].str[0], memory=rows["held_bytes"] + rows["peak_bytes"])
-    found = [
-        (axis, quantity, title)
-        for axis, quantity, title in (
-            ("n", "time", "Time against n"),
-            ("n", "memory", "Memory against n"),
-            ("r", "time", "Time against the rank"),
-            ("k", "time", "Time against the new columns"),
-        )
-        if axis in set(rows["axis"])
-    ][:most]
+    rows = amounts(content["rows"]).query("method in @COLOURS")
+    found = [panel for panel in PANELS if panel[0] in set(rows["axis"])][:most]
     words = f"Powers are fitted over {WINDOWS[LARGER]}"
-    figure, axes = pictures.panels([4.6 if axis == "n" else 3.9 for axis, *_ in found], content, words, theme)
-    powers = {
-        (fit["axis"], fit["quantity"], fit["method"]): fit["exponent"][0]
-        for fit in content["exponents"]
-        if fit["window"] == LARGER
-    }
-    for panel, (axis, quantity, title) in zip(axes, found, strict=True):
+    figure, axes = pictures.panels([height for *_, height in found], content, words, theme)
+    fits = [fit for fit in content["exponents"] if fit["window"] == LARGER]
+    powers = {(fit["axis"], fit["quantity"], fit["method"]): fit["exponent"][0] for fit in fits}
+    for panel, (axis, quantity, title, _) in zip(axes, found, strict=True):
         own = rows[rows["axis"] == axis]
         eigh = own[own["method"] == "eigh_update"]
         fixed = [f"{other} = {eigh[other].iloc[0]}" for other in "nrk" if other != axis and len(eigh)]
@@ -414,7 +368,8 @@ def draw(content: Row, theme: Theme, most: int = 4) -> Picture:
             style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
             panel.plot(line[axis], line[quantity], color=theme.colour(*COLOURS[str(method)]), **style)
         panel.set_xscale("log", base=2)
-        sizes = sorted(size for size in own[axis].unique() if size & (size - 1) == 0) or sorted(own[axis].unique())
+        sizes = sorted(own[axis].unique())
+        sizes = [size for size in sizes if size & (size - 1) == 0] or sizes
         ticks = sizes[:: 2 if len(sizes) > 7 else 1]
         panel.set_xticks(ticks, list(map(str, ticks)))
         pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES if quantity == "time" else pictures.BYTES))
