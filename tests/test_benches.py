@@ -97,7 +97,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
 
 
 def test_every_function_that_is_not_in_place_has_a_task() -> None:
-    makers = {"backend", "centre", "checked", "track"}
+    makers = {"backend", "centre", "checked", "keep_dtype", "merge", "track"}
     functions = {name for name in brandla.__all__ if name[0].islower() and not name.endswith("_")}
     assert {name.partition(",")[0] for name in TASKS} == functions - makers - {"grouped"}
     assert {name.partition(",")[0] for name in tasks.GROUPED} == set(brandla.grouped.__all__)
