@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-IMAGE = re.compile(r'<p>((?:<img [^>]*src="[^"]+"[^>]*>\s*)+)</p>')
-SOURCE = re.compile(r'(<img [^>]*src="([^"#]+)(#only-\w+)?"[^>]*>)')
+IMAGES = re.compile(r'(?:<img [^>]*src="[^"]+"[^>]*>\s*)+')
+IMAGE = re.compile(r'<img [^>]*src="([^"#]+)[^>]*>')
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Wrap each picture that stands by itself into a link to its file, inside a box that scrolls."""
-    return IMAGE.sub(lambda match: f'<div class="picture">{SOURCE.sub(_linked, match[1])}</div>', html)
+    """Take pictures out of their paragraph, and wrap each into a link to its file, inside a box that scrolls."""
+    return IMAGES.sub(_box, html).replace("<p></p>", "")
 
 
-def _linked(match: re.Match[str]) -> str:
-    return f'<a href="{match[2]}" title="Open at full size">{match[1]}</a>'
+def _box(pictures: re.Match[str]) -> str:
+    links = IMAGE.sub(r'<a href="\1" title="Open at full size">\g<0></a>', pictures[0].strip())
+    return f'</p><div class="picture">{links}</div><p>'
