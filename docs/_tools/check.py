@@ -21,10 +21,12 @@ from playwright.sync_api import Page, sync_playwright
 
 WIDTHS = (390, 1400)
 TALLEST = 8000
+SETTLED = 400
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Elements that reach beyond the article, and stand in nothing that scrolls or cuts them off.
+# Elements that reach beyond the article by more than the theme's margin of code on a phone, and stand in nothing that
+# scrolls or cuts them off.
 TOO_WIDE = """() => {
-    const article = document.querySelector("article"), edge = article.getBoundingClientRect().right + 1;
+    const article = document.querySelector("article"), edge = article.getBoundingClientRect().right + 17;
     const held = (element) => {
         for (let box = element.parentElement; box && box !== article; box = box.parentElement)
             if (getComputedStyle(box).overflowX !== "visible") return true;
@@ -84,6 +86,7 @@ def main() -> int:
                         count += 1
                     if options.pictures:
                         options.pictures.mkdir(parents=True, exist_ok=True)
+                        page.wait_for_timeout(SETTLED)
                         height = min(page.evaluate("document.documentElement.scrollHeight"), TALLEST)
                         name = f"{address.strip('/').replace('/', '-') or 'front'}-{width}-{scheme}.png"
                         clip = {"x": 0, "y": 0, "width": width, "height": height}
