@@ -5,6 +5,7 @@
 PYTHON ?= python3
 COMPARE_ARGS ?=
 DEMO_ARGS ?=
+DOCS_ARGS ?=
 EXAMPLE_ARGS ?=
 GPU_ARGS ?=
 KERNELS_ARGS ?=
@@ -39,7 +40,7 @@ endif
 .NOTPARALLEL:
 .PHONY: help setup demo test lint format typecheck imports pytest interpret kernels launches bench bench-cpu bench-functions bench-kfac \
     bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms study-defaults gpu profile \
-    examples docs-figures docs clean distclean
+    examples docs-figures docs docs-check clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
@@ -136,6 +137,9 @@ docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict
+
+docs-check: docs ## look at every page in a headless Chromium: widths, requests, errors (DOCS_ARGS="--pictures FOLDER")
+	$(python) docs/_tools/check.py site $(DOCS_ARGS)
 
 clean: ## remove caches and build products
 	rm -rf build dist site *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

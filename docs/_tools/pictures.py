@@ -1,0 +1,19 @@
+"""A hook of mkdocs: a picture scrolls where the page is narrower, and opens by itself at full size."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+IMAGES = re.compile(r'(?:<img [^>]*src="[^"]+"[^>]*>\s*)+')
+IMAGE = re.compile(r'<img [^>]*src="([^"#]+)[^>]*>')
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Take pictures out of their paragraph, and wrap each into a link to its file, inside a box that scrolls."""
+    return IMAGES.sub(_box, html).replace("<p></p>", "")
+
+
+def _box(pictures: re.Match[str]) -> str:
+    links = IMAGE.sub(r'<a href="\1" title="Open at full size">\g<0></a>', pictures[0].strip())
+    return f'</p><div class="picture">{links}</div><p>'
