@@ -15,6 +15,8 @@ def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor, *, batc
     A call may have all positions of all samples in one dimension, in an order that ``batch_first`` tells; then each of
     them is a sample.
     """
+    if not (kind.may_lead or kind.positions_first):
+        return None
     leading = valid.T if kind.positions_first else valid
     if inputs.shape[:2] == gradient.shape[:2] == leading.shape and gradient.ndim > 2:
         return valid
@@ -26,7 +28,7 @@ def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor, *, batc
 def uses(kind: Kind, inputs: Tensor, gradient: Tensor, valid: Tensor, *, reduce: bool) -> tuple[Uses, Tensor]:
     """Return the uses of a call with those of other positions all 0, and a mask (samples, positions) of the others.
 
-    ``reduce`` averages and sums over the positions of a sample that have data.
+    ``reduce`` averages and sums over the positions of a sample that have data, where the kind does.
     """
     leading = (valid.T if kind.positions_first else valid).reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
     gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
@@ -40,7 +42,7 @@ def uses(kind: Kind, inputs: Tensor, gradient: Tensor, valid: Tensor, *, reduce:
     ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
     ones = ones * valid[..., None]
     cleared = (found.inputs.masked_fill(~valid[..., None], 0), found.gradients, ones)
-    if not reduce:
+    if not reduce or kind.turned:
         return Uses(*cleared), valid
     counts = valid.sum(-1)[..., None, None]
     inputs, gradients, ones = (part.sum(-2, keepdim=True, dtype=full_dtype(part)) for part in cleared)

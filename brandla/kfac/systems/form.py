@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.damped import LowRank, damped_solve
-from brandla.kfac.schedule import Schedule, at, spelled
+from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
 from brandla_kernels import gram_ema_

@@ -113,7 +113,7 @@ class QuasiNewton(Curvature):
         average.diagonal(dim1=-2, dim2=-1).add_(now.damping.of(largest_eigenvalue(average))[..., None])
         if fresh:
             state["input"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(average).L)
-        s = _times(tensor(state, "input"), rows.inputs.mean(-2))
+        s = _times(tensor(state, "input"), _means(rows)[0])
         state["input"] = updated(tensor(state, "input"), s, _times(average, s), now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
@@ -122,7 +122,8 @@ class QuasiNewton(Curvature):
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""
-        self.state["outputs"], self.state["gradients"] = _means(rows, weight())
+        mean, self.state["gradients"] = _means(rows)
+        self.state["outputs"] = _times(weight(), mean)
         self.state["noted"] = now.finite
 
     def changed(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
@@ -130,7 +131,8 @@ class QuasiNewton(Curvature):
         if "noted" not in self.state:
             return
         finite = now.finite & tensor(self.state, "noted")
-        for name, before, after in zip("sy", ("outputs", "gradients"), _means(rows, weight()), strict=True):
+        mean, gradients = _means(rows)
+        for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
             self.state[name] = known + share * (after - tensor(self.state, before) - known)
         for name in ("outputs", "gradients", "noted"):
@@ -209,9 +211,10 @@ def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tens
     return share * one + (1 - share) * other
 
 
-def _means(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean output W ā, and the loss's gradient in a common shift of all outputs."""
-    return _times(weight, rows.inputs.mean(-2)), rows.gradients.sum(-2)
+def _means(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return the mean input ā, and the loss's gradient in a common shift of all outputs."""
+    scale = 1 if rows.share is None else rows.share.rsqrt()
+    return scale * rows.inputs.mean(-2), scale * rows.gradients.sum(-2)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import spelled
 from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.schedule import spelled
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
 
 

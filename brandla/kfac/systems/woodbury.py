@@ -13,9 +13,9 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import largest_eigenvalue
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.form import State, due, tensor
 from brandla.kfac.systems.samples import Samples
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, plus, scaled
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from brandla import _check
-from brandla.kfac.forward_laplacian import Columns, Use, check_model, columns_of, forward_laplacian, propagated, seeded
+from brandla.kfac.applications.forward_laplacian import (
+    Columns,
+    Use,
+    check_model,
+    columns_of,
+    forward_laplacian,
+    propagated,
+    seeded,
+)
 from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker
 from brandla.kfac.systems.sum_of_two import SumOfTwo
 from brandla.kfac.values import Damping, Now, Rows, Shape, dense
