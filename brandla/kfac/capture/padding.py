@@ -30,18 +30,19 @@ def uses(kind: Kind, inputs: Tensor, gradient: Tensor, valid: Tensor, *, reduce:
 
     ``reduce`` averages and sums over the positions of a sample that have data, where the kind does.
     """
-    leading = (valid.T if kind.positions_first else valid).reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
-    gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
-    found = kind.uses(inputs, gradient)
     if kind.single:
-        return found, valid.any(-1, keepdim=True)
+        leading = valid.reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
+        gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
+        return kind.uses(inputs, gradient), valid.any(-1, keepdim=True)
+    found = kind.uses(inputs, gradient)
     valid = valid.repeat_interleave(found.gradients.shape[-2] // valid.shape[1], dim=1)
+    empty = ~valid[..., None]
+    gradients = found.gradients.masked_fill(empty, 0)
     if kind.one_hot:
-        return found._replace(inputs=found.inputs.masked_fill(~valid[..., None], -1)), valid
+        return Uses(found.inputs.masked_fill(empty, -1), gradients), valid
     # The bias's 1 is one of the inputs.
     ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
-    ones = ones * valid[..., None]
-    cleared = (found.inputs.masked_fill(~valid[..., None], 0), found.gradients, ones)
+    cleared = found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)
     if not reduce or kind.turned:
         return Uses(*cleared), valid
     counts = valid.sum(-1)[..., None, None]

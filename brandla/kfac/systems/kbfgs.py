@@ -124,13 +124,13 @@ class QuasiNewton(Curvature):
         """Keep the mean output of this pass and its gradient."""
         mean, self.state["gradients"] = _means(rows)
         self.state["outputs"] = _times(weight(), mean)
-        self.state["noted"] = now.finite
+        self.state["noted"] = now.finite.to(self.shape.dtype)
 
     def changed(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Take the change since `note` into the running s and y, and them into H_G."""
         if "noted" not in self.state:
             return
-        finite = now.finite & tensor(self.state, "noted")
+        finite = now.finite & tensor(self.state, "noted").bool()
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
@@ -161,10 +161,7 @@ class QuasiNewton(Curvature):
             if isinstance(wanted, Tensor) and state[name].shape != wanted.shape:
                 rule = f"{where}: {name} must have shape {tuple(wanted.shape)}; got {tuple(state[name].shape)}"
                 _check.fail_value("KFAC.load_state_dict", rule)
-        own: State = {}
-        for name, part in state.items():
-            dtype = self.shape.dtype if part.is_floating_point() else None
-            own[name] = part.to(self.shape.device, dtype, copy=True)
+        own = {name: part.to(self.shape.device, self.shape.dtype, copy=True) for name, part in state.items()}
         return replace(self, state=own)
 
     def tensors(self) -> Iterator[Tensor]:
