@@ -91,7 +91,8 @@ class PINN:
         self._linears = [module for module in model if isinstance(module, nn.Linear)]
         shapes = [_shape(linear) for linear in self._linears]
         self.curvatures: list[SumOfTwo | Kronecker] = [
-            SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in shapes
+            SumOfTwo(own._replace(dtype=torch.float64)) if inverse is None else Kronecker.of(own, inverse)
+            for own in shapes
         ]
         self._system = str(inverse)
         self._steps = 0

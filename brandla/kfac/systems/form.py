@@ -151,6 +151,11 @@ def tensor(state: State, name: str) -> Tensor:
     return cast(Tensor, state[name])
 
 
+def copied(state: State) -> State:
+    """Return the state with copies of its tensors."""
+    return {name: part.clone() if isinstance(part, Tensor) else part for name, part in state.items()}
+
+
 def normalised(state: State, sums: Tensor) -> Tensor:
     """Return S / total."""
     return sums / tensor(state, "total")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import State, tensor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.systems.strategy import Curvature, Kept, Problem, Strategy
+from brandla.kfac.systems.strategy import Curvature, Kept, Problem, StateCurvature, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, dense
 from brandla_kernels import gram_ema_
 
@@ -89,17 +89,10 @@ class KBFGS(Strategy):
 
 
 @dataclass
-class QuasiNewton(Curvature):
+class QuasiNewton(StateCurvature):
     """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
 
-    shape: Shape
     strategy: KBFGS
-    state: State = field(default_factory=dict)
-
-    @property
-    def started(self) -> bool:
-        """Whether data came in."""
-        return bool(self.state)
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Take the inputs into A, and update H_A."""
@@ -151,22 +144,10 @@ class QuasiNewton(Curvature):
             parts = [tensor(self.state, name) for name in names[side] if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
-        return {name: tensor(self.state, name).clone() for name in self.state}
-
-    def loaded(self, state: dict[str, Any], where: str) -> QuasiNewton:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
-        for name, wanted in self._start().items():
-            if isinstance(wanted, Tensor) and state[name].shape != wanted.shape:
-                rule = f"{where}: {name} must have shape {tuple(wanted.shape)}; got {tuple(state[name].shape)}"
-                _check.fail_value("KFAC.load_state_dict", rule)
-        own = {name: part.to(self.shape.device, self.shape.dtype, copy=True) for name, part in state.items()}
-        return replace(self, state=own)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
-        return (part for part in self.state.values() if isinstance(part, Tensor))
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return those of a fresh state."""
+        fresh = self._start()
+        return {name: tensor(fresh, name).shape for name in fresh}
 
     def _start(self) -> State:
         groups, d_out, d_in, dtype, device = self.shape[:5]
