@@ -1,10 +1,10 @@
 """K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
 
 from brandla.kfac.adaptive import Adaptive
+from brandla.kfac.applications.evidence import evidence
+from brandla.kfac.applications.forward_laplacian import Columns, forward_laplacian
+from brandla.kfac.applications.pinn import PINN
 from brandla.kfac.capture.kinds import register
-from brandla.kfac.evidence import evidence
-from brandla.kfac.forward_laplacian import Columns, forward_laplacian
-from brandla.kfac.pinn import PINN
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state

@@ -12,7 +12,7 @@ from brandla import _check
 from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.capture.fisher import CurvatureType
 from brandla.kfac.capture.layer import Sharing
-from brandla.kfac.schedule import Schedule, at, spelled
+from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.values import Scale
 

@@ -22,16 +22,16 @@ from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
+from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Notices, Report, describe
-from brandla.kfac.schedule import Schedule
 from brandla.kfac.systems.brand import Brand
 from brandla.kfac.systems.factor import share_totals
+from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.systems.strategy import Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Scale
 

@@ -198,5 +198,5 @@ class Notices:
         if new:
             told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
             more = f"; and {len(told) - _TOLD} more, see report()" if len(told) > _TOLD else ""
-            # Past this class, step() and the two decorators around it.
-            warnings.warn(f"KFAC: {what}: {'; '.join(told[:_TOLD])}{more}", stacklevel=6)
+            # Past this class, step() and the three decorators around it.
+            warnings.warn(f"KFAC: {what}: {'; '.join(told[:_TOLD])}{more}", stacklevel=7)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import EKFAC, KFAC, ConjugateGradient, Exact, InverseFree, Strategy, TwoLevel
+from brandla.kfac import EKFAC, KBFGS, KFAC, ConjugateGradient, Exact, InverseFree, Strategy, TwoLevel
+from brandla.kfac.capture.kinds import like
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 SYSTEMS: dict[str, Strategy] = {
@@ -33,6 +35,45 @@ class Model(nn.Module):
 
     def forward(self, words: Tensor, padding: Tensor | None = None) -> Tensor:
         return self.head(self.block(self.entries(words), src_key_padding_mask=padding))
+
+
+class Conv1D(nn.Module):
+    """A Linear whose weight is transposed, as transformers has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8) / 3), nn.Parameter(torch.randn(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.addmm(self.bias, inputs.reshape(-1, 8), self.weight).view(inputs.shape)
+
+
+class Scale(nn.Module):
+    """An RMSNorm of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * inputs.square().mean(-1, keepdim=True).rsqrt() * self.weight
+
+
+class Others(nn.Module):
+    """Kinds that are found or registered, and an embedding tied with the head."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.entries = nn.Embedding(11, 8)
+        self.recurrent = nn.LSTM(8, 8, batch_first=batch_first)
+        self.wide, self.norm, self.products = Conv1D(), Scale(), nn.Bilinear(8, 8, 8)
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.entries.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        found = self.norm(self.wide(self.recurrent(self.entries(words))[0]))
+        return self.head(self.products(found, found))
 
 
 def words(samples: int = 4, positions: int = 6) -> tuple[Tensor, Tensor]:
@@ -95,7 +136,10 @@ def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any)
     inputs, labels = (part[:, :filled] for part in words(3, 9))
     valid = torch.arange(filled).expand(3, -1) < 4
     preconditioner.mask(valid.long())
-    outputs = (own(inputs, ~valid) if isinstance(own, Model) else own(inputs)).mT
+    is_first = getattr(own, "batch_first", True)
+    inputs = inputs if is_first else inputs.T
+    outputs = own(inputs, ~valid) if isinstance(own, Model) else own(inputs)
+    outputs = (outputs if is_first else outputs.transpose(0, 1)).mT
     preconditioner.curvature(outputs, weights=valid.double())
     nn.functional.cross_entropy(outputs, labels.masked_fill(~valid, -100)).backward()
     preconditioner.step()
@@ -106,6 +150,39 @@ def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any)
 @pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 def test_a_batch_with_padding_takes_the_step_of_the_data_alone(strategy: Strategy, sharing: str):
     assert_same(*(padded_step(model(), strategy, filled, sharing=sharing) for filled in (4, 9)))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("strategy", [Exact(inverse_every=1), KBFGS()], ids=str)
+def test_orders_and_padding_hold_for_kinds_that_are_found_or_registered(
+    strategy: Strategy, sharing: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(like._REGISTERED, nn.LSTM, "unrolled")
+
+    def step(batch_first: bool, filled: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        return padded_step(Others(batch_first).double(), strategy, filled, sharing=sharing)
+
+    data = step(True, 4)
+    for batch_first in (True, False):
+        assert_same(step(batch_first, 9), data)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Conv1d(5, 5, 1), (3, 5, 4)), (lambda: nn.EmbeddingBag(9, 4), (15, 2))]
+)
+def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(make: Callable[[], nn.Module], shape: Any):
+    """Channels are no positions, and bags no rows."""
+    found = []
+    for valid in (None, torch.arange(15).reshape(3, 5) % 2):
+        torch.manual_seed(0)
+        own = make()
+        preconditioner = KFAC(own, Exact(inverse_every=1))
+        preconditioner.mask(valid)
+        own(torch.randn(shape) if isinstance(own, nn.Conv1d) else torch.randint(9, shape)).square().mean().backward()
+        preconditioner.step()
+        found.append(steps(own))
+    assert_same(*found)
 
 
 def test_padding_is_left_out_of_the_curvature_of_outputs_too():

@@ -172,10 +172,10 @@ def test_points_that_are_not_finite_change_nothing():
     model = network(nn.Tanh())
     preconditioner = PINN(model, damping=DAMPING)
     preconditioner.backward(*PROBLEM)
-    known = [own.sums["interior input"] / own.total for own in preconditioner.curvatures]
+    known = [own.state["interior input"] / own.state["total"] for own in preconditioner.curvatures]
     preconditioner.backward(PROBLEM[0] * float("nan"), *PROBLEM[1:])
     for before, own in zip(known, preconditioner.curvatures, strict=True):
-        torch.testing.assert_close(own.sums["interior input"] / own.total, before)
+        torch.testing.assert_close(own.state["interior input"] / own.state["total"], before)
     assert not any(parameter.grad.any() for parameter in model.parameters())
 
 

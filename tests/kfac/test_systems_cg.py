@@ -155,7 +155,7 @@ def test_memory_is_that_of_rows_and_grows_only_with_larger_batches():
         backward(layer, count, seed)
         preconditioner.step()
         curvature: RowsOfBatches = preconditioner._layers[0].curvature
-        sizes.append([len(curvature.sides[side].weights) for side in ("input", "output")])
+        sizes.append([len(curvature.state[f"{side} weights"]) for side in ("input", "output")])
     assert sizes == [[6, 6], [12, 12], [12, 12], [12, 12], [20, 20], [20, 20]]
     assert sum(part.numel() for part in curvature.tensors()) == 20 * (31 + 1) + 20 * (20 + 1)
 

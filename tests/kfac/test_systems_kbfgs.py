@@ -123,6 +123,7 @@ def test_relative_damping_makes_a_step_independent_of_the_scale_of_the_inputs():
     assert_near(results[1], results[0], 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     model = mlp(6, 8, 4)
     preconditioner = KFAC(model, KBFGS(), **OPTIONS)

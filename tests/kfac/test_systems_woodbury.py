@@ -211,6 +211,7 @@ def test_memory_is_linear_in_the_layer():
     assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
 
 
+@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 def test_a_skipped_batch_leaves_what_is_kept():
     layer = nn.Linear(6, 4, dtype=torch.float64)
     preconditioner = KFAC(layer, Woodbury(fixed_after=5))

@@ -15,6 +15,8 @@ def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor, *, batc
     A call may have all positions of all samples in one dimension, in an order that ``batch_first`` tells; then each of
     them is a sample.
     """
+    if not (kind.may_lead or kind.positions_first):
+        return None
     leading = valid.T if kind.positions_first else valid
     if inputs.shape[:2] == gradient.shape[:2] == leading.shape and gradient.ndim > 2:
         return valid
@@ -26,21 +28,22 @@ def fitting(valid: Tensor, kind: Kind, inputs: Tensor, gradient: Tensor, *, batc
 def uses(kind: Kind, inputs: Tensor, gradient: Tensor, valid: Tensor, *, reduce: bool) -> tuple[Uses, Tensor]:
     """Return the uses of a call with those of other positions all 0, and a mask (samples, positions) of the others.
 
-    ``reduce`` averages and sums over the positions of a sample that have data.
+    ``reduce`` averages and sums over the positions of a sample that have data, where the kind does.
     """
-    leading = (valid.T if kind.positions_first else valid).reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
-    gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
-    found = kind.uses(inputs, gradient)
     if kind.single:
-        return found, valid.any(-1, keepdim=True)
+        leading = valid.reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
+        gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
+        return kind.uses(inputs, gradient), valid.any(-1, keepdim=True)
+    found = kind.uses(inputs, gradient)
     valid = valid.repeat_interleave(found.gradients.shape[-2] // valid.shape[1], dim=1)
+    empty = ~valid[..., None]
+    gradients = found.gradients.masked_fill(empty, 0)
     if kind.one_hot:
-        return found._replace(inputs=found.inputs.masked_fill(~valid[..., None], -1)), valid
+        return Uses(found.inputs.masked_fill(empty, -1), gradients), valid
     # The bias's 1 is one of the inputs.
     ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
-    ones = ones * valid[..., None]
-    cleared = (found.inputs.masked_fill(~valid[..., None], 0), found.gradients, ones)
-    if not reduce:
+    cleared = found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)
+    if not reduce or kind.turned:
         return Uses(*cleared), valid
     counts = valid.sum(-1)[..., None, None]
     inputs, gradients, ones = (part.sum(-2, keepdim=True, dtype=full_dtype(part)) for part in cleared)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from brandla import _check, grouped
-from brandla.kfac.schedule import Schedule
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
+from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress

@@ -9,9 +9,9 @@ import torch
 
 from brandla import _check
 from brandla.correction import ritz_correct
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.brand import DenseBrand
 from brandla.kfac.systems.form import State, due, store, stored
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.brand import DenseBrand, kept
 from brandla.kfac.systems.form import State, due, normalised, store, tensor
 from brandla.kfac.systems.randomized import Randomized
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.form import tensor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.systems.strategy import Curvature, Strategy
+from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, dense
 
 
@@ -81,68 +81,39 @@ class Side(NamedTuple):
 
 
 @dataclass
-class RowsOfBatches(Curvature):
+class RowsOfBatches(StateCurvature):
     """The rows of the latest batches of one layer, and its last step where that is a start for the next."""
 
-    shape: Shape
     strategy: ConjugateGradient
-    sides: dict[str, Side] = field(default_factory=dict)
-    last: Tensor | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether data came in."""
-        return bool(self.sides)
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Keep the rows, a and g, the gradients of single terms of the loss."""
         count = rows.gradients.shape[-2]
         scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": rows.inputs}
         for name, own in scaled.items():
-            side = self.sides.get(name) or Side(own[..., :0, :], own.new_zeros(0))
+            known = f"{name} rows" in self.state
+            side = self._side(name) if known else Side(own[..., :0, :], own.new_zeros(0))
             most = max(self.strategy.batches * own.shape[-2], side.rows.shape[-2])
-            self.sides[name] = side.taken(own, now, most)
+            self.state[f"{name} rows"], self.state[f"{name} weights"] = side.taken(own, now, most)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return the iterate after the fixed number of steps."""
         matrix = dense(gradient)
-        operator = _Operator.of(self.sides["output"].root(), self.sides["input"].root(), now)
-        start = self.last if self.last is not None else torch.zeros_like(matrix)
+        operator = _Operator.of(self._side("output").root(), self._side("input").root(), now)
+        start = tensor(self.state, "last") if "last" in self.state else torch.zeros_like(matrix)
         step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
         if self.strategy.warm_start:
-            self.last = torch.where(now.finite, step, start)
+            self.state["last"] = torch.where(now.finite, step, start)
         return step
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
-        sides = {
-            name: {"rows": rows.clone(), "weights": weights.clone()} for name, (rows, weights) in self.sides.items()
-        }
-        return {"sides": sides, "last": None if self.last is None else self.last.clone()}
-
-    def loaded(self, state: dict[str, Any], where: str) -> RowsOfBatches:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return those of the rows, as many as there are weights."""
         groups, d_out, d_in = self.shape[:3]
-        sides = {}
-        for name, n in (("output", d_out), ("input", d_in)):
-            if name in state["sides"]:
-                rows, weights = state["sides"][name]["rows"], state["sides"][name]["weights"]
-                if rows.shape != (*groups, len(weights), n):
-                    rule = f"{where}: the rows of the {name} must have shape {(*groups, len(weights), n)}"
-                    _check.fail_value("KFAC.load_state_dict", f"{rule}; got {tuple(rows.shape)}")
-                sides[name] = Side(self._own(rows), self._own(weights))
-        last = None if state["last"] is None else self._own(state["last"])
-        return replace(self, sides=sides, last=last)
+        sides = {"output": d_out, "input": d_in}
+        return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
-        for side in self.sides.values():
-            yield from side
-        if self.last is not None:
-            yield self.last
-
-    def _own(self, part: Tensor) -> Tensor:
-        return part.to(device=self.shape.device, dtype=self.shape.dtype, copy=True)
+    def _side(self, name: str) -> Side:
+        return Side(tensor(self.state, f"{name} rows"), tensor(self.state, f"{name} weights"))
 
 
 class _Operator(NamedTuple):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import normalised, stored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, dense
 from brandla.lowrank import LowRankEigh

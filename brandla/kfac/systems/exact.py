@@ -10,9 +10,9 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import largest_eigenvalue, safe_eigh
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.damped import LowRank
-from brandla.kfac.systems.form import Absorption, FactorForm, State, tensor
+from brandla.kfac.systems.form import Absorption, FactorForm, State, copied, tensor
 from brandla.kfac.values import Damping, Now
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
@@ -82,8 +82,7 @@ class Factor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a bit-equal continuation needs."""
-        state = {name: part.clone() if isinstance(part, Tensor) else part for name, part in self.state.items()}
-        return {"strategy": str(self.strategy), "reason": self.reason, "state": state}
+        return {"strategy": str(self.strategy), "reason": self.reason, "state": copied(self.state)}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
         """Return a new factor that continues from ``saved``, or raise ValueError."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.damped import LowRank, damped_solve
-from brandla.kfac.schedule import Schedule, at, spelled
+from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
 from brandla_kernels import gram_ema_
@@ -149,6 +149,11 @@ class DenseForm(FactorForm):
 def tensor(state: State, name: str) -> Tensor:
     """Read a tensor of a state."""
     return cast(Tensor, state[name])
+
+
+def copied(state: State) -> State:
+    """Return the state with copies of its tensors."""
+    return {name: part.clone() if isinstance(part, Tensor) else part for name, part in state.items()}
 
 
 def normalised(state: State, sums: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems import inverse_root
 from brandla.kfac.systems.inverse_root import Batch, CountBatch, InverseRoot, RowBatch
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, Kept, Strategy
 from brandla.kfac.systems.structures import STRUCTURES, Diagonal, Structure
 from brandla.kfac.values import Gradient, Now, Rows, Shape

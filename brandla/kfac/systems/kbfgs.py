@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import State, tensor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.systems.strategy import Curvature, Kept, Problem, Strategy
+from brandla.kfac.systems.strategy import Curvature, Kept, Problem, StateCurvature, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, dense
 from brandla_kernels import gram_ema_
 
@@ -89,17 +89,10 @@ class KBFGS(Strategy):
 
 
 @dataclass
-class QuasiNewton(Curvature):
+class QuasiNewton(StateCurvature):
     """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
 
-    shape: Shape
     strategy: KBFGS
-    state: State = field(default_factory=dict)
-
-    @property
-    def started(self) -> bool:
-        """Whether data came in."""
-        return bool(self.state)
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Take the inputs into A, and update H_A."""
@@ -113,7 +106,7 @@ class QuasiNewton(Curvature):
         average.diagonal(dim1=-2, dim2=-1).add_(now.damping.of(largest_eigenvalue(average))[..., None])
         if fresh:
             state["input"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(average).L)
-        s = _times(tensor(state, "input"), rows.inputs.mean(-2))
+        s = _times(tensor(state, "input"), _means(rows)[0])
         state["input"] = updated(tensor(state, "input"), s, _times(average, s), now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
@@ -122,15 +115,17 @@ class QuasiNewton(Curvature):
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""
-        self.state["outputs"], self.state["gradients"] = _means(rows, weight())
-        self.state["noted"] = now.finite
+        mean, self.state["gradients"] = _means(rows)
+        self.state["outputs"] = _times(weight(), mean)
+        self.state["noted"] = now.finite.to(self.shape.dtype)
 
     def changed(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Take the change since `note` into the running s and y, and them into H_G."""
         if "noted" not in self.state:
             return
-        finite = now.finite & tensor(self.state, "noted")
-        for name, before, after in zip("sy", ("outputs", "gradients"), _means(rows, weight()), strict=True):
+        finite = now.finite & tensor(self.state, "noted").bool()
+        mean, gradients = _means(rows)
+        for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
             self.state[name] = known + share * (after - tensor(self.state, before) - known)
         for name in ("outputs", "gradients", "noted"):
@@ -149,25 +144,10 @@ class QuasiNewton(Curvature):
             parts = [tensor(self.state, name) for name in names[side] if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
-        return {name: tensor(self.state, name).clone() for name in self.state}
-
-    def loaded(self, state: dict[str, Any], where: str) -> QuasiNewton:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
-        for name, wanted in self._start().items():
-            if isinstance(wanted, Tensor) and state[name].shape != wanted.shape:
-                rule = f"{where}: {name} must have shape {tuple(wanted.shape)}; got {tuple(state[name].shape)}"
-                _check.fail_value("KFAC.load_state_dict", rule)
-        own: State = {}
-        for name, part in state.items():
-            dtype = self.shape.dtype if part.is_floating_point() else None
-            own[name] = part.to(self.shape.device, dtype, copy=True)
-        return replace(self, state=own)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
-        return (part for part in self.state.values() if isinstance(part, Tensor))
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return those of a fresh state."""
+        fresh = self._start()
+        return {name: tensor(fresh, name).shape for name in fresh}
 
     def _start(self) -> State:
         groups, d_out, d_in, dtype, device = self.shape[:5]
@@ -209,9 +189,10 @@ def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tens
     return share * one + (1 - share) * other
 
 
-def _means(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean output W ā, and the loss's gradient in a common shift of all outputs."""
-    return _times(weight, rows.inputs.mean(-2)), rows.gradients.sum(-2)
+def _means(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return the mean input ā, and the loss's gradient in a common shift of all outputs."""
+    scale = 1 if rows.share is None else rows.share.rsqrt()
+    return scale * rows.inputs.mean(-2), scale * rows.gradients.sum(-2)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule, at
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import DenseForm, State, due_early, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh
 from brandla.randomized import randomized_eigh, randomized_svd

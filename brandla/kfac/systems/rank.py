@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import Schedule, at
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, most_of
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.schedule import spelled
 from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.form import State, copied
+from brandla.kfac.systems.schedule import spelled
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
 
 
@@ -80,6 +81,47 @@ class Curvature(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """Go through all tensors of the state, to count its memory."""
+
+
+@dataclass
+class StateCurvature(Curvature):
+    """A curvature that is one state by names, without data an empty one."""
+
+    # What reads a state, for its messages.
+    loader: ClassVar[str] = "KFAC.load_state_dict"
+
+    shape: Shape
+    state: State = field(default_factory=dict, kw_only=True)
+
+    @property
+    def started(self) -> bool:
+        """Whether data came in."""
+        return bool(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bit-equal continuation needs."""
+        return copied(self.state)
+
+    @abstractmethod
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that tensors of a saved state have to have."""
+
+    def loaded(self, state: dict[str, Any], where: str) -> Self:
+        """Return a new curvature that continues from ``state``, or raise ValueError."""
+        for name, wanted in self.sizes(state).items():
+            if state[name].shape != wanted:
+                rule = f"{where}: {name} must have shape {tuple(wanted)}; got {tuple(state[name].shape)}"
+                _check.fail_value(self.loader, rule)
+        own: State = {}
+        for name, part in state.items():
+            is_float = isinstance(part, Tensor) and part.is_floating_point()
+            dtype = self.shape.dtype if is_float else None
+            own[name] = part.to(self.shape.device, dtype, copy=True) if isinstance(part, Tensor) else part
+        return replace(self, state=own)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Go through all that is kept."""
+        return (part for part in self.state.values() if isinstance(part, Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)

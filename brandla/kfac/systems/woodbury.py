@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import largest_eigenvalue
-from brandla.kfac.schedule import Schedule, at
-from brandla.kfac.systems.form import State, due, tensor
+from brandla.kfac.systems.form import due, tensor
 from brandla.kfac.systems.samples import Samples
-from brandla.kfac.systems.strategy import Curvature, Strategy
+from brandla.kfac.systems.schedule import Schedule, at
+from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, plus, scaled
 
 
@@ -72,19 +71,12 @@ class Woodbury(Strategy):
 
 
 @dataclass
-class OfSamples(Curvature):
+class OfSamples(StateCurvature):
     """The samples of one batch, the Cholesky factor of λI + K, and the mean coefficients of the batches so far."""
 
-    shape: Shape
     strategy: Woodbury
-    state: State = field(default_factory=dict)
     # The γ of the kept samples as a step gets them, by which a gradient that is their pair is known.
-    _source: ref[Tensor] | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether data came in."""
-        return bool(self.state)
+    _source: ref[Tensor] | None = field(default=None, init=False)
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Keep the rows of a batch, if it is due, and factorise λI + K."""
@@ -134,28 +126,12 @@ class OfSamples(Curvature):
         """Take any pair: its γ are scaled, where a matrix takes two products with all samples."""
         return sys.maxsize
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
-        return {name: part.clone() if isinstance(part, Tensor) else part for name, part in self.state.items()}
-
-    def loaded(self, state: dict[str, Any], where: str) -> OfSamples:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
-        groups, d_out, d_in, dtype, device = self.shape[:5]
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return those of the samples, as many as there are."""
+        groups, d_out, d_in = self.shape[:3]
         count = state["gradients"].shape[-2]
         inputs = (count,) if self.shape.one_hot else (*groups, count, d_in)
-        for name, wanted in (("inputs", inputs), ("gradients", (*groups, count, 1 if self.shape.single else d_out))):
-            if state[name].shape != wanted:
-                rule = f"{where}: the {name} must have shape {wanted}; got {tuple(state[name].shape)}"
-                _check.fail_value("KFAC.load_state_dict", rule)
-        own: State = {}
-        for name, part in state.items():
-            is_float = isinstance(part, Tensor) and part.is_floating_point()
-            own[name] = part.to(device, dtype if is_float else None, copy=True) if isinstance(part, Tensor) else part
-        return replace(self, state=own, _source=None)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
-        return (part for part in self.state.values() if isinstance(part, Tensor))
+        return {"inputs": inputs, "gradients": (*groups, count, 1 if self.shape.single else d_out)}
 
     @property
     def _samples(self) -> Samples:

@@ -16,6 +16,8 @@ class BagKind(EmbeddingKind):
     """An embedding whose entries are added up: the gradient of each is that of its bag, over the length in a mean."""
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.EmbeddingBag,)
+    # What its inputs hold are entries of bags, and no positions.
+    may_lead = False
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -14,6 +14,7 @@ class BilinearKind(Kind):
     """A row is x yᵀ as a vector: d_in is the product of both inputs' sizes."""
 
     types = (nn.Bilinear,)
+    may_lead = True
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:

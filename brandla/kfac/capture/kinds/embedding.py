@@ -18,6 +18,7 @@ class EmbeddingKind(Kind):
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.Embedding,)
     one_hot = True
+    may_lead = True
     transposed = True
 
     @classmethod
@@ -37,11 +38,6 @@ class EmbeddingKind(Kind):
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the output is not an entry for each index."""
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
-
-    @property
-    def may_lead(self) -> bool:
-        """Whatever comes before the last dimension has any order."""
-        return True
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return indices and their gradients; padding, which autograd leaves out too, has −1 and 0."""

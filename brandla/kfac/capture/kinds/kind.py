@@ -58,6 +58,8 @@ class Kind(ABC):
     leaves_out = False
     # Weights that lie one after the other in the tensor, each of so many groups: their steps are clipped apart.
     weights = 1
+    # Positions may come before samples: inputs and outputs differ in the dimensions after both alone.
+    may_lead = False
     # Calls are given with positions before samples, whatever the module's own order is.
     positions_first = False
     # What tells this weight from others of its module, in the layer's name.
@@ -143,11 +145,6 @@ class Kind(ABC):
             uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
         )
-
-    @property
-    def may_lead(self) -> bool:
-        """Whether positions may come before samples: inputs and outputs differ in the dimensions after both alone."""
-        return False
 
     def attach(self, record: Record) -> list[Any]:
         """Have ``record`` called at each use, and return handles with ``remove()``."""

@@ -113,6 +113,7 @@ class ScaleKind(NormKind):
         super().__init__(module)
         self._weight = weight
         self._bias = bias
+        self.may_lead = True
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the last dimension is not that of the weight."""
@@ -125,10 +126,6 @@ class ScaleKind(NormKind):
         unit, zero = unit_and_zero(self.module, self._weight, inputs)
         difference: Tensor = unit - zero
         return difference
-
-    @property
-    def _is_last(self) -> bool:
-        return True
 
 
 _KINDS: dict[str, Any] = {"linear": LinearKind, "transposed": TransposedKind, "scale": ScaleKind}

@@ -13,6 +13,7 @@ class LinearKind(Kind):
 
     types = (nn.Linear,)
     leaves_out = True
+    may_lead = True
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
@@ -29,11 +30,6 @@ class LinearKind(Kind):
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Say so where the last dimensions are not those of the weight."""
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
-
-    @property
-    def may_lead(self) -> bool:
-        """Whatever comes before the last dimension has any order."""
-        return True
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return samples, positions and features."""

@@ -34,6 +34,8 @@ class NormKind(Kind):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        # Whether the channels are the last dimensions.
+        self.may_lead = isinstance(module, _LAST)
         self._fixed: Statistics | None = None
 
     @classmethod
@@ -63,11 +65,6 @@ class NormKind(Kind):
         if any(isinstance(self.module, kind) and inputs.ndim < 3 + index for index, kind in enumerate(_INSTANCE)):
             return f"its input of shape {tuple(inputs.shape)} is not a batch"
         return ""
-
-    @property
-    def may_lead(self) -> bool:
-        """Whatever comes before what is normalised has any order, where that comes last."""
-        return isinstance(self.module, _LAST)
 
     def of_call(self) -> Kind:
         """Return a kind that keeps the running statistics, if the module goes by them now."""
@@ -106,15 +103,10 @@ class NormKind(Kind):
             return nn.functional.instance_norm(inputs, eps=norm.eps)
         return nn.functional.batch_norm(inputs, None, None, training=True, eps=norm.eps)
 
-    @property
-    def _is_last(self) -> bool:
-        """Whether the channels are the last dimensions."""
-        return isinstance(self.module, _LAST)
-
     def _by_channel(self, part: Tensor) -> Tensor:
         """Reshape to (samples, channels, positions)."""
         channels = self.weight.numel()
-        if not self._is_last:
+        if not self.may_lead:
             return part.reshape(part.shape[0], channels, -1)
         samples = part.shape[0] if part.ndim > self.weight.ndim else 1
         return part.reshape(samples, -1, channels).mT

@@ -22,6 +22,8 @@ class RecurrentKind(LinearKind):
     """One weight of a recurrent layer: inputs and gradients are (time steps, samples, d)."""
 
     leaves_out = False
+    positions_first = True
+    may_lead = False
     # A step that takes nothing in runs the fused layer.
     pairs = False
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from brandla import _check
-from brandla.kfac.forward_laplacian import Columns, Use, check_model, columns_of, forward_laplacian, propagated, seeded
+from brandla.kfac.applications.forward_laplacian import (
+    Columns,
+    Use,
+    check_model,
+    columns_of,
+    forward_laplacian,
+    propagated,
+    seeded,
+)
 from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker
 from brandla.kfac.systems.sum_of_two import SumOfTwo
 from brandla.kfac.values import Damping, Now, Rows, Shape, dense
@@ -83,7 +91,8 @@ class PINN:
         self._linears = [module for module in model if isinstance(module, nn.Linear)]
         shapes = [_shape(linear) for linear in self._linears]
         self.curvatures: list[SumOfTwo | Kronecker] = [
-            SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in shapes
+            SumOfTwo(own._replace(dtype=torch.float64)) if inverse is None else Kronecker.of(own, inverse)
+            for own in shapes
         ]
         self._system = str(inverse)
         self._steps = 0

@@ -101,8 +101,8 @@ class Mistakes:
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            # Past this class, and the step with the two decorators around it.
-            warnings.warn(f"KFAC: {message}", stacklevel=6)
+            # Past this class, and the step with the three decorators around it.
+            warnings.warn(f"KFAC: {message}", stacklevel=7)
 
 
 def _judged(layers: Sequence[Layer], numbers: Sequence[Sequence[float]]) -> Iterator[str]:
