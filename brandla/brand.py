@@ -82,7 +82,7 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new(LowRankEigh)
+    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new()
     return updated
 
 
@@ -97,8 +97,7 @@ def eigh_update_(
     anything is overwritten.
     """
     update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
-    update = update.overwriting("eigh_update_", ("eigh.eigenvectors", "eigh.eigenvalues"), tol)
-    return eigh_step(update).over(eigh)
+    return eigh_step(update.overwriting(tol)).over(eigh)
 
 
 def check_eigh_update(
@@ -111,7 +110,7 @@ def check_eigh_update(
 ) -> Update:
     """Check the arguments of `eigh_update`."""
     _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
-    return check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, decay, weight, rank)
+    return check_update(function, LowRankEigh, eigh, columns, decay, weight, rank)
 
 
 def eigh_step(update: Update) -> Updated:
@@ -178,9 +177,8 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     >>> torch.dist(brandla.eigh_downdate(window, first).dense(), second @ second.mT) < 1e-10
     tensor(True)
     """
-    function = "eigh_downdate"
-    _check.eigh(function, "eigh", eigh)
-    given = check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, 1.0, weight, None)
+    _check.eigh("eigh_downdate", "eigh", eigh)
+    given = check_update("eigh_downdate", LowRankEigh, eigh, columns, 1.0, weight, None)
     cross = given.rows.total(given.coefficients())
     taken = cross @ cross.mT * as_matrix(given.weight)
     # Values of a semi-definite matrix, less this, are those of diag(d) − w CCᵀ, which may be negative.
@@ -191,7 +189,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     vectors = polish(given.tall @ rotation.to(given.dtype), given.rows)
-    updated: LowRankEigh = given.result(values, vectors, values, None).as_new(LowRankEigh)
+    updated: LowRankEigh = given.result(values, vectors, values, None).as_new()
     return updated
 
 
