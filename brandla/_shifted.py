@@ -14,7 +14,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, parts_of, stack_numbers
+from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, over, parts_of, stack_numbers
 from brandla_kernels import Tall, damped_apply, project, reads_are_free
 
 Factor = LowRankEigh | LowRankRoot
@@ -223,11 +223,6 @@ def stack(sides: Sequence[Side]) -> Side:
     small = torch.stack(smalls)
     tail = None if tails[0] is None else stack_numbers(tails, small)
     return Side(of_parts(type(factors[0]), small, list(bases)), stack_numbers(dampings, small), tail)
-
-
-def over(value: Number, dims: int = 1) -> Number:
-    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
-    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:

@@ -93,8 +93,8 @@ def damped_power(
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
-    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument, as
-    `damped_solve` is; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
+    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument, and
+    raises, as `damped_solve` does; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
 
     Parameters
     ----------
@@ -109,11 +109,6 @@ def damped_power(
     -------
     Tensor
         Of the shape of ``rhs``, in the dtype of the factor.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
     """
     if diagonal is not None:
         rule = "diagonal must be None, since beside a diagonal only the inverse has a low-rank form"
@@ -128,7 +123,7 @@ def damped_logdet(
     """Log-determinant of M̂ + τ(I − P) + λI, Σ log(dᵢ + λ) + (n − r) log(τ + λ): half of a Gaussian likelihood.
 
     Equivalent to ``torch.linalg.slogdet(lowrank.dense() + damping * I).logabsdet`` (for τ = 0), from the r eigenvalues
-    or a Cholesky factorisation of S + λI. Differentiable in every tensor argument that it depends on.
+    or a Cholesky factorisation of S + λI. Differentiable in what it depends on; raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -139,11 +134,6 @@ def damped_logdet(
     -------
     Tensor
         Of the batch shape of the factor, in its dtype.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----

@@ -26,10 +26,9 @@ from brandla._shifted import (
     check_factor,
     check_side,
     expand,
-    over,
     stack,
 )
-from brandla.lowrank import parts_of
+from brandla.lowrank import over, parts_of
 from brandla_kernels import kron_damped_apply
 from brandla_kernels.damped_apply import scaled_sum
 
@@ -51,7 +50,7 @@ def kron_damped_solve(
 
     Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). For a pair (P, Q) that
     stands for W = P Qᵀ the result is a pair too, and the work 4k(p r_G + q r_A): linear in the size of the layer.
-    Differentiable in every tensor argument.
+    Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -68,11 +67,6 @@ def kron_damped_solve(
     -------
     Tensor or tuple of Tensor
         Of the shape of ``matrix``; a pair for a pair.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -106,7 +100,7 @@ def kron_damped_power(
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
     operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Differentiable in every tensor argument.
+    ∓1/2 whitens and samples. Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -130,11 +124,6 @@ def kron_damped_power(
     -------
     Tensor
         Of the shape of ``matrix``, in the dtype of the factors.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -177,7 +166,7 @@ def kron_damped_logdet(
     """Log-determinant of A ⊗ G + δI, the operator of `kron_damped_power`: for the evidence of a Laplace approximation.
 
     Equivalent to the sum of logarithms of all pq eigenvalues, of which those outside the spans are counted, not formed.
-    Differentiable in what it depends on, as `damped_logdet` is.
+    Differentiable in what it depends on, and raises, as `damped_logdet` does.
 
     Parameters
     ----------
@@ -188,11 +177,6 @@ def kron_damped_logdet(
     -------
     Tensor
         Of batch shape, in the dtype of the factors.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Examples
     --------

@@ -16,7 +16,18 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
 from brandla._small import leading, unit_scaled
-from brandla.lowrank import NAMES, LowRankRoot, Rank, Tracked, most_of, of_parts, parts_of, stack_numbers, tolerance_of
+from brandla.lowrank import (
+    NAMES,
+    LowRankRoot,
+    Rank,
+    Tracked,
+    most_of,
+    of_parts,
+    over,
+    parts_of,
+    stack_numbers,
+    tolerance_of,
+)
 from brandla_kernels import Tall, cross_gram, project, root_core, rotate, rotate_, tall
 from brandla_kernels.root_core import assembled
 
@@ -42,20 +53,14 @@ def root_update(
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in
     exact arithmetic, to `brandla.eigh_update`, in two passes over F and A: n(2rk + k² + 2(r + k)r) flops and
-    O((r + k)³).
+    O((r + k)³). Raises as `eigh_update` does.
 
     Parameters
     ----------
     root
         F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` one, whose error bound and trace are then carried along.
-    columns
-        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Any k. Or a
-        sparse tensor (n, k), COO or CSR, which is only multiplied with.
-    decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
-        normalisation of the data (such as 1/√k) inside A.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
+    columns, decay, weight, rank
+        A (..., n, k), ρ and w, and the rank of the result, as in `eigh_update`.
     compress
         ``"eigh"``: an eigendecomposition of order r + k, which waits for a GPU; S comes out diagonal, descending.
         ``"cholesky"``: products and Cholesky factorisations alone. Nothing waits for the device, and a CUDA graph can
@@ -69,13 +74,6 @@ def root_update(
     -------
     LowRankRoot or Tracked
         As ``root`` was. New tensors: nothing is modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-    RuntimeError
-        If the (r + k)-order eigendecomposition fails even in float64.
 
     Notes
     -----
@@ -189,7 +187,7 @@ class Update(NamedTuple):
         cross, own = self.rows.totals(*self._inner_products())
         if lengths is not None:
             cross = cross * lengths[..., :, None]
-        return assembled(self.poisoned(gram), cross, own, as_matrix(self.decay), as_matrix(self.weight))
+        return assembled(self.poisoned(gram), cross, own, over(self.decay, 2), over(self.weight, 2))
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return S⁺, √ρ W₁, √w W₂, the norm left out and the trace added by `root_core`: one pass over F and A."""
@@ -222,10 +220,10 @@ class Update(NamedTuple):
     def scaled(self, rotation: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return √ρ W₁, of rows times ``lengths``, and √w W₂ in the dtype of the factor for W (..., r + k, s)."""
         r = tall.columns(self.tall)
-        of_old = rotation[..., :r, :] * as_matrix(self.decay**0.5)
+        of_old = rotation[..., :r, :] * over(self.decay**0.5, 2)
         if lengths is not None:
             of_old = of_old * lengths[..., :, None]
-        of_columns = rotation[..., r:, :] * as_matrix(self.weight**0.5)
+        of_columns = rotation[..., r:, :] * over(self.weight**0.5, 2)
         return of_old.to(self.dtype), of_columns.to(self.dtype)
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
@@ -364,11 +362,6 @@ def stack(updates: Sequence[Update]) -> Update:
         tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
         rows=join([update.rows for update in updates]),
     )
-
-
-def as_matrix(number: float | Tensor) -> float | Tensor:
-    """Return a number, or a tensor of batch shape with the dimensions of matrices to broadcast over."""
-    return number[..., None, None] if isinstance(number, Tensor) else number
 
 
 def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
