@@ -12,7 +12,7 @@ from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import above, leading, orthonormal_in, safe_eigh, safe_svd, signs_of, unit_scaled, unresolved
 from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, less, most_of, over, tolerance_of
-from brandla.orthonormal import polish, polish_
+from brandla.orthonormal import polish
 from brandla.root import Update, Updated, check_update, is_sparse
 from brandla_kernels import gram, reads_are_free, without_denormals
 
@@ -126,10 +126,7 @@ def eigh_step(update: Update) -> Updated:
         # It spares most polishes; where they cannot be spared it would be work for nothing.
         rotation = orthonormal_in(core, rotation)
     vectors = update.rotated(*update.scaled(rotation, lengths))
-    if update.in_place:
-        polish_(vectors, update.rows)
-    else:
-        vectors = polish(vectors, update.rows)
+    vectors = polish(vectors, update.rows, in_place=update.in_place)
     return update.result(values, vectors, left_out, update.added(core, left_out))
 
 

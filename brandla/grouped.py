@@ -1,9 +1,10 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power` and
-`kron_damped_solve` take all factors of equal rank (for the updates also of equal k) together, whatever their n: a
-GPU launches each kernel once, and on a CPU the small matrices of all are stacked. The other functions take turns.
+factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power`,
+`damped_logdet`, `kron_damped_solve` and `kron_damped_logdet` take all factors of equal rank (for the updates also of
+equal k) together, whatever their n: a GPU launches each kernel once, and on a CPU the small matrices of all are
+stacked. The other functions take turns.
 
 Examples
 --------
@@ -198,8 +199,9 @@ def damped_logdet(
     diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    options = {"damping": damping, "tail": tail, "diagonal": diagonal}
-    return _each(damped.damped_logdet, (lowranks,), **options)
+    calls = _calls("damped_logdet", (lowranks,), damping=damping, tail=tail, diagonal=diagonal)
+    problems = [damped.check_logdet("damped_logdet", *lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_logdet, damped.Logdet.value, damped.logdets_together)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -231,8 +233,10 @@ def kron_damped_logdet(
     values: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.kron_damped_logdet` of each pair of factors."""
-    options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
-    return _each(kron.kron_damped_logdet, (lefts, rights), **options)
+    function, tails = "kron_damped_logdet", {"left_tail": left_tail, "right_tail": right_tail}
+    calls = _calls(function, (lefts, rights), damping=damping, **tails, values=values)
+    problems = [kron.check_joint(function, *lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_joint, kron.Joint.logdet, kron.logdets_together)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -327,6 +331,16 @@ def _class_of_solve(problem: damped.Solve) -> Class:
     if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
         return None
     return (*side, problem.exponent)
+
+
+def _class_of_logdet(problem: damped.Logdet) -> Class:
+    alone = problem.rows is not WHOLE or problem.diagonal is not None
+    return None if alone else _class_of_side(problem.side)
+
+
+def _class_of_joint(problem: kron.Joint) -> Class:
+    sides = _class_of_side(problem.left), _class_of_side(problem.right)
+    return None if None in sides else (*sides, problem.fitted is None)
 
 
 def _class_of_kron(problem: kron.Kron) -> Class:
