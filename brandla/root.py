@@ -253,7 +253,8 @@ class Update(NamedTuple):
     def overwriting(self, tol: float) -> Update:
         """Check what overwriting the factor needs besides, and return the update with that tolerance."""
         _check.tolerance(self.function, tol)
-        written = dict(zip(_names(self.kind), (self.small, self.tall), strict=True))
+        small_name, name = _names(self.kind)
+        written = {name: self.tall, small_name: self.small}
         written |= dict(zip(_CARRIED, self.tracked or (), strict=False))
         read = {"columns": self.columns, "decay": self.decay, "weight": self.weight}
         for name, value in (written | read).items():
