@@ -14,8 +14,8 @@ from torch import Tensor
 from brandla import _check
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, parts_of, stack_numbers
-from brandla_kernels import Tall, damped_apply, project, reads_are_free
+from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, over, parts_of, stack_numbers
+from brandla_kernels import Tall, damped_apply, project, reads_are_free, tall
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
@@ -125,14 +125,22 @@ class Side(NamedTuple):
 
     def logdet(self, rows: Rows) -> Tensor:
         """Return log det(M̂ + τ(I − P) + λI), the same in every process."""
-        small, n, damping = parts_of(self.factor)[0], rows.count(parts_of(self.factor)[1]), self.damping
+        damping = self.damping
         if self._is_bare_root():
-            held = 2 * _cholesky_of(small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            held = 2 * _cholesky_of(parts_of(self.factor)[0], damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
             tail: Number = 0.0
         else:
             values, tail = self.counted(rows)
             held = (values + over(damping)).log().sum(-1)
-        return held + (n - small.shape[-1]) * self._filled(tail + damping).log()
+        return held + self.unheld(rows) * self._filled(tail + damping).log()
+
+    def unheld(self, rows: Rows) -> Number:
+        """Return n − r, the number of directions that no column stands for."""
+        small, basis = parts_of(self.factor)
+        r = small.shape[-1]
+        if isinstance(basis, Tensor):
+            return rows.count(basis) - r
+        return stack_numbers([each.shape[-2] - r for each in basis], small)
 
     def counted(self, rows: Rows) -> tuple[Tensor, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
@@ -141,8 +149,8 @@ class Side(NamedTuple):
             return _at_least(levels.values, tail), tail
         if isinstance(tail, float) and tail == 0:
             return levels.values, tail
-        basis = parts_of(self.factor)[1]
-        missing = rows.total(basis.detach().square().sum(-2)) == 0
+        lengths = tall.each(lambda basis: basis.detach().square().sum(-2), parts_of(self.factor)[1])
+        missing = rows.total(tall.stacked(lengths)) == 0
         return torch.where(missing, over(tail), levels.values), tail
 
     def spanned(self) -> Spanned:
@@ -223,11 +231,6 @@ def stack(sides: Sequence[Side]) -> Side:
     small = torch.stack(smalls)
     tail = None if tails[0] is None else stack_numbers(tails, small)
     return Side(of_parts(type(factors[0]), small, list(bases)), stack_numbers(dampings, small), tail)
-
-
-def over(value: Number, dims: int = 1) -> Number:
-    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
-    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:

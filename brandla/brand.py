@@ -11,9 +11,9 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import above, leading, orthonormal_in, safe_eigh, safe_svd, signs_of, unit_scaled, unresolved
-from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, less, most_of, tolerance_of
-from brandla.orthonormal import polish, polish_
-from brandla.root import Update, Updated, as_matrix, check_update, is_sparse
+from brandla.lowrank import Centred, LowRankEigh, LowRankSVD, Rank, Tracked, less, most_of, over, tolerance_of
+from brandla.orthonormal import polish
+from brandla.root import Update, Updated, check_update, is_sparse
 from brandla_kernels import gram, reads_are_free, without_denormals
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
@@ -82,7 +82,7 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new(LowRankEigh)
+    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new()
     return updated
 
 
@@ -97,8 +97,7 @@ def eigh_update_(
     anything is overwritten.
     """
     update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
-    update = update.overwriting("eigh_update_", ("eigh.eigenvectors", "eigh.eigenvalues"), tol)
-    return eigh_step(update).over(eigh)
+    return eigh_step(update.overwriting(tol)).over(eigh)
 
 
 def check_eigh_update(
@@ -111,7 +110,7 @@ def check_eigh_update(
 ) -> Update:
     """Check the arguments of `eigh_update`."""
     _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
-    return check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, decay, weight, rank)
+    return check_update(function, LowRankEigh, eigh, columns, decay, weight, rank)
 
 
 def eigh_step(update: Update) -> Updated:
@@ -127,10 +126,7 @@ def eigh_step(update: Update) -> Updated:
         # It spares most polishes; where they cannot be spared it would be work for nothing.
         rotation = orthonormal_in(core, rotation)
     vectors = update.rotated(*update.scaled(rotation, lengths))
-    if update.in_place:
-        polish_(vectors, update.rows)
-    else:
-        vectors = polish(vectors, update.rows)
+    vectors = polish(vectors, update.rows, in_place=update.in_place)
     return update.result(values, vectors, left_out, update.added(core, left_out))
 
 
@@ -139,6 +135,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
     The inverse of `eigh_update` where that truncated nothing; with it, a sliding window. 2nrk + 2nr² flops and O(r³).
+    Raises as `eigh_update` does.
 
     Parameters
     ----------
@@ -153,13 +150,6 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     -------
     LowRankEigh
         Of the same rank. New tensors: nothing is modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-    RuntimeError
-        If the r-order eigendecomposition fails.
 
     Notes
     -----
@@ -178,11 +168,10 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     >>> torch.dist(brandla.eigh_downdate(window, first).dense(), second @ second.mT) < 1e-10
     tensor(True)
     """
-    function = "eigh_downdate"
-    _check.eigh(function, "eigh", eigh)
-    given = check_update(function, ("eigh.eigenvectors", "eigh.eigenvalues"), eigh, columns, 1.0, weight, None)
+    _check.eigh("eigh_downdate", "eigh", eigh)
+    given = check_update("eigh_downdate", LowRankEigh, eigh, columns, 1.0, weight, None)
     cross = given.rows.total(given.coefficients())
-    taken = cross @ cross.mT * as_matrix(given.weight)
+    taken = cross @ cross.mT * over(given.weight, 2)
     # Values of a semi-definite matrix, less this, are those of diag(d) − w CCᵀ, which may be negative.
     shift = taken.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     values, rotation = safe_eigh(torch.diag_embed(given.poisoned(given.small) + shift) - taken)
@@ -191,7 +180,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     vectors = polish(given.tall @ rotation.to(given.dtype), given.rows)
-    updated: LowRankEigh = given.result(values, vectors, values, None).as_new(LowRankEigh)
+    updated: LowRankEigh = given.result(values, vectors, values, None).as_new()
     return updated
 
 
@@ -202,7 +191,7 @@ def svd_update(
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(decay * svd.dense() + left @ right.mT)``, in
-    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix.
+    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix. Raises as `svd_append` does.
 
     Parameters
     ----------
@@ -219,11 +208,6 @@ def svd_update(
     -------
     LowRankSVD
         New tensors: nothing is modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -256,14 +240,13 @@ def svd_update(
     decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", left_vectors)
     m, n, r, k = left_vectors.shape[-2], right_vectors.shape[-2], left_vectors.shape[-1], left.shape[-1]
     most = min(m, n, r + k)
-    tol = rank.tol if isinstance(rank, Rank) else 0.0
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
-    rank = _check.rank(function, most_of(rank), r, most, because)
+    tol, rank = tolerance_of(rank), _check.rank(function, most_of(rank), r, most, because)
     values = small.small(function, "svd.S", values)
     left_vectors, left = left_rows.local(function, "svd.U", left_vectors), left_rows.local(function, "left", left)
     right_vectors = right_rows.local(function, "svd.Vh.mT", right_vectors)
     right = right_rows.local(function, "right", right)
-    left_panel = torch.cat([left_vectors * _decayed(decay, values)[..., None, :], left], dim=-1)
+    left_panel = torch.cat([left_vectors * (values * over(decay))[..., None, :], left], dim=-1)
     left_side = _factored(left_panel, left_rows)
     right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
     core = left_side.triangle @ right_side.triangle.mT
@@ -324,14 +307,11 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     """
     if isinstance(svd, Centred):
         return _append_centred(svd, columns, decay, rank)
-    return _append("svd_append", svd, columns, decay, rank)
-
-
-def _append(
-    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
-) -> LowRankSVD:
-    append = _check_append(function, svd, columns, decay, rank)
-    return append.as_given(_append_here(append))
+    append = _check_append(svd, columns, decay, rank)
+    left, values, rotation = _leading_triplets(append)
+    r = append.svd.S.shape[-1]
+    right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
+    return append.result(left, values, right.mT)
 
 
 class _Append(NamedTuple):
@@ -344,15 +324,14 @@ class _Append(NamedTuple):
     tol: float
     rows: Rows  # which rows of U and of the columns are here
 
-    def as_given(self, svd: LowRankSVD) -> LowRankSVD:
-        """Return a result of the kind of the old factor."""
+    def result(self, left: Tensor, values: Tensor, right: Tensor) -> LowRankSVD:
+        """Return a decomposition of the kind of the old one."""
         rows = self.rows
-        return LowRankSVD(rows.tall_result(svd.U), rows.small_result(svd.S), rows.small_result(svd.Vh))
+        return LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right))
 
 
-def _check_append(
-    function: str, svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None
-) -> _Append:
+def _check_append(svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> _Append:
+    function = "svd_append"
     _check.svd(function, "svd", svd)
     rows = rows_of(function, "svd.U", svd.U, svd.S)
     rows.admit(function, "columns", columns)
@@ -370,26 +349,13 @@ def _check_append(
     return _Append(local, rows.local(function, "columns", columns), decay, most, tolerance_of(rank), rows)
 
 
-def _append_here(append: _Append) -> LowRankSVD:
-    left, spectrum, rotation = _leading_triplets(append)
-    r = append.svd.S.shape[-1]
-    right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
-    return LowRankSVD(left, spectrum, right.mT)
-
-
-def _append_left(append: _Append) -> LowRankSVD:
-    """`_append_here` without Vh."""
-    left, spectrum, rotation = _leading_triplets(append)
-    return LowRankSVD(left, spectrum, append.svd.Vh.new_zeros(*rotation.shape[:-2], rotation.shape[-1], 0))
-
-
 def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S and V of the panel B = [ρ U diag(S), A]: those of its QR's R in float64, else of BᵀB = V S² Vᵀ.
 
     A Gram matrix in float64 resolves all that float32 data holds.
     """
     svd, dtype = append.svd, append.svd.S.dtype
-    panel = torch.cat([svd.U * _decayed(append.decay, svd.S)[..., None, :], append.columns], dim=-1)
+    panel = torch.cat([svd.U * (svd.S * over(append.decay))[..., None, :], append.columns], dim=-1)
     if dtype == torch.float64:
         side = _factored(panel, append.rows)
         rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
@@ -451,7 +417,7 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     function = "svd_append"
     svd, mean, weight, scatter = state
     _check.centred(function, "svd", state)
-    append = _check_append(function, svd, columns, decay, rank)
+    append = _check_append(svd, columns, decay, rank)
     columns, rows = append.columns, append.rows
     rows.admit(function, "svd.mean", mean)
     mean = rows.local(function, "svd.mean", mean, -1)
@@ -465,12 +431,13 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
     centred = less(columns, batch_mean - shift)
-    updated = _append_left(append._replace(columns=centred))
+    left, values, _ = _leading_triplets(append._replace(columns=centred))
     added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
     # What is not finite in one entry of the mean reaches all of it.
     mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
     numbers = map(rows.small_result, (total + 0 * added, scatter * append.decay**2 + added))
-    return Centred(append.as_given(updated), rows.tall_result(mean, -1), *numbers)
+    empty = values.new_zeros(*values.shape, 0)
+    return Centred(append.result(left, values, empty), rows.tall_result(mean, -1), *numbers)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -487,7 +454,3 @@ def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> t
 def _in_full(columns: Tensor) -> Tensor:
     """Return sparse columns as dense ones: the panel would hold them as such."""
     return columns.to_dense() if is_sparse(columns) else columns
-
-
-def _decayed(decay: float | Tensor, values: Tensor) -> Tensor:
-    return values * (decay[..., None] if isinstance(decay, Tensor) else decay)

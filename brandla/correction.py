@@ -14,7 +14,7 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
     """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
 
     Solves E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E: the truncation errors that updates left in those directions
-    go.
+    go. Raises as `brandla.eigh_update` does.
 
     Parameters
     ----------
@@ -29,11 +29,6 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
     -------
     LowRankEigh
         Of the same rank; new tensors.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes and dtypes that do not fit, before anything is computed.
     """
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)

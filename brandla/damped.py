@@ -93,8 +93,8 @@ def damped_power(
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
-    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument, as
-    `damped_solve` is; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
+    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument, and
+    raises, as `damped_solve` does; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
 
     Parameters
     ----------
@@ -109,11 +109,6 @@ def damped_power(
     -------
     Tensor
         Of the shape of ``rhs``, in the dtype of the factor.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
     """
     if diagonal is not None:
         rule = "diagonal must be None, since beside a diagonal only the inverse has a low-rank form"
@@ -128,7 +123,7 @@ def damped_logdet(
     """Log-determinant of M̂ + τ(I − P) + λI, Σ log(dᵢ + λ) + (n − r) log(τ + λ): half of a Gaussian likelihood.
 
     Equivalent to ``torch.linalg.slogdet(lowrank.dense() + damping * I).logabsdet`` (for τ = 0), from the r eigenvalues
-    or a Cholesky factorisation of S + λI. Differentiable in every tensor argument that it depends on.
+    or a Cholesky factorisation of S + λI. Differentiable in what it depends on; raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -139,11 +134,6 @@ def damped_logdet(
     -------
     Tensor
         Of the batch shape of the factor, in its dtype.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -162,12 +152,7 @@ def damped_logdet(
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
     tensor(4.)
     """
-    function = "damped_logdet"
-    _, rows = check_factor(function, "lowrank", lowrank)
-    side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
-    if diagonal is None:
-        return rows.small_result(side.logdet(rows))
-    return side.beside(_check_diagonal(function, diagonal, side, rows)).logdet()
+    return check_logdet("damped_logdet", lowrank, damping, tail=tail, diagonal=diagonal).value()
 
 
 class Solve(NamedTuple):
@@ -189,6 +174,25 @@ class Solve(NamedTuple):
     def shaped(self, block: Tensor) -> Tensor:
         """Return the result in the shape and of the kind of the right-hand side."""
         return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
+
+
+class Logdet(NamedTuple):
+    """Arguments of `damped_logdet` that fit together."""
+
+    side: Side
+    rows: Rows
+    diagonal: Tensor | None
+
+    def value(self) -> Tensor:
+        """Compute it."""
+        if self.diagonal is not None:
+            return self.side.beside(self.diagonal).logdet()
+        return self.rows.small_result(self.side.logdet(self.rows))
+
+
+def logdets_together(problems: Sequence[Logdet]) -> Sequence[Tensor]:
+    """Compute the determinants of operators of one kind and rank."""
+    return stack([problem.side for problem in problems]).logdet(WHOLE).unbind()
 
 
 def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
@@ -223,6 +227,13 @@ def check_solve(
     exponent = check_exponent(function, exponent)
     diagonal = diagonal if diagonal is None else _check_diagonal(function, diagonal, side, rows)
     return Solve(side, rows.local(function, "rhs", block), vector, exponent, rows, diagonal)
+
+
+def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Logdet:
+    """Check the arguments of `damped_logdet`."""
+    _, rows = check_factor(function, "lowrank", lowrank)
+    side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
+    return Logdet(side, rows, diagonal if diagonal is None else _check_diagonal(function, diagonal, side, rows))
 
 
 def _check_diagonal(function: str, diagonal: Tensor, side: Side, rows: Rows) -> Tensor:

@@ -1,9 +1,10 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power` and
-`kron_damped_solve` take all factors of equal rank (for the updates also of equal k) together, whatever their n: a
-GPU launches each kernel once, and on a CPU the small matrices of all are stacked. The other functions take turns.
+factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power`,
+`damped_logdet`, `kron_damped_solve` and `kron_damped_logdet` take all factors of equal rank (for the updates also of
+equal k) together, whatever their n: a GPU launches each kernel once, and on a CPU the small matrices of all are
+stacked. The other functions take turns.
 
 Examples
 --------
@@ -68,7 +69,7 @@ def eigh_update(
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank}
-    return _updated("eigh_update", brand.check_eigh_update, brand.eigh_step, LowRankEigh, (eighs, columns), **options)
+    return _updated("eigh_update", brand.check_eigh_update, brand.eigh_step, (eighs, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -84,7 +85,7 @@ def root_update(
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress, "shrink": shrink}
-    return _updated("root_update", root.check_root_update, root.root_step, LowRankRoot, (roots, columns), **options)
+    return _updated("root_update", root.check_root_update, root.root_step, (roots, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -92,7 +93,7 @@ def eigh_downdate(
     eighs: Sequence[LowRankEigh], columns: Sequence[Tensor], *, weight: Each[float | Tensor] = 1.0
 ) -> list[LowRankEigh]:
     """`brandla.eigh_downdate` of each factor."""
-    return _each("eigh_downdate", brand.eigh_downdate, (eighs, columns), weight=weight)
+    return _each(brand.eigh_downdate, (eighs, columns), weight=weight)
 
 
 @ranged("n,r", "n,m")
@@ -106,7 +107,7 @@ def eigh_refresh(
 ) -> list[tuple[LowRankEigh, Tensor]]:
     """`brandla.eigh_refresh` of each factor. Those of one shape are faster as a batch of the single function."""
     options = {"decay": decay, "weight": weight, "iterations": iterations}
-    return _each("eigh_refresh", refresh.eigh_refresh, (eighs, matrices), **options)
+    return _each(refresh.eigh_refresh, (eighs, matrices), **options)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -119,7 +120,7 @@ def svd_update(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_update` of each factor."""
-    return _each("svd_update", brand.svd_update, (svds, left, right), decay=decay, rank=rank)
+    return _each(brand.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
 @ranged("m,r,n", "m,k")
@@ -131,7 +132,7 @@ def svd_append(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_append` of each factor."""
-    return _each("svd_append", brand.svd_append, (svds, columns), decay=decay, rank=rank)
+    return _each(brand.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
 @ranged("n,n", "r")
@@ -145,9 +146,8 @@ def randomized_eigh(
     start: Each[Tensor | None] = None,
 ) -> list[LowRankEigh]:
     """`brandla.randomized_eigh` of each matrix, in order from one generator."""
-    ranks = _spread("randomized_eigh", "rank", rank, len(matrices))
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator, "start": start}
-    return _each("randomized_eigh", randomized.randomized_eigh, (matrices, ranks), **options)
+    return _each(randomized.randomized_eigh, (matrices,), rank=rank, **options)
 
 
 @ranged("m,n", "r")
@@ -160,9 +160,8 @@ def randomized_svd(
     generator: torch.Generator | None = None,
 ) -> list[LowRankSVD]:
     """`brandla.randomized_svd` of each matrix, in order from one generator."""
-    ranks = _spread("randomized_svd", "rank", rank, len(matrices))
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator}
-    return _each("randomized_svd", randomized.randomized_svd, (matrices, ranks), **options)
+    return _each(randomized.randomized_svd, (matrices,), rank=rank, **options)
 
 
 @ranged("n,r", "n,m")
@@ -200,8 +199,9 @@ def damped_logdet(
     diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    options = {"damping": damping, "tail": tail, "diagonal": diagonal}
-    return _each("damped_logdet", damped.damped_logdet, (lowranks,), **options)
+    calls = _calls("damped_logdet", (lowranks,), damping=damping, tail=tail, diagonal=diagonal)
+    problems = [damped.check_logdet("damped_logdet", *lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_logdet, damped.Logdet.value, damped.logdets_together)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -219,7 +219,7 @@ def kron_damped_power(
     """`brandla.kron_damped_power` with each pair of factors."""
     options = {"damping": damping, "exponent": exponent, "left_tail": left_tail, "right_tail": right_tail}
     lists = (lefts, rights, matrices)
-    return _each("kron_damped_power", kron.kron_damped_power, lists, **options, values=values)
+    return _each(kron.kron_damped_power, lists, **options, values=values)
 
 
 @ranged("p,a", "q,b")
@@ -233,8 +233,10 @@ def kron_damped_logdet(
     values: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.kron_damped_logdet` of each pair of factors."""
-    options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
-    return _each("kron_damped_logdet", kron.kron_damped_logdet, (lefts, rights), **options)
+    function, tails = "kron_damped_logdet", {"left_tail": left_tail, "right_tail": right_tail}
+    calls = _calls(function, (lefts, rights), damping=damping, **tails, values=values)
+    problems = [kron.check_joint(function, *lists, **options) for lists, options in calls]
+    return _in_classes(problems, _class_of_joint, kron.Joint.logdet, kron.logdets_together)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -260,7 +262,6 @@ def _updated(
     function: str,
     check: Callable[..., Update],
     step: Callable[[Update], Updated],
-    kind: type[Any],
     lists: tuple[Sequence[Any], ...],
     **options: Any,
 ) -> list[Any]:
@@ -268,8 +269,8 @@ def _updated(
     return _in_classes(
         updates,
         _class_of_update,
-        lambda update: step(update).as_new(kind),
-        lambda members: step(stack(members)).as_list(kind),
+        lambda update: step(update).as_new(),
+        lambda members: step(stack(members)).as_list(),
     )
 
 
@@ -279,9 +280,9 @@ def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Ten
     return _in_classes(problems, _class_of_solve, damped.Solve.solution, damped.solve_together)
 
 
-def _each(name: str, function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
+def _each(function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
     # Every factor is computed before any is returned: bad input anywhere changes nothing.
-    return [function(*arguments, **chosen) for arguments, chosen in _calls(name, lists, **options)]
+    return [function(*arguments, **chosen) for arguments, chosen in _calls(function.__name__, lists, **options)]
 
 
 def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -330,6 +331,16 @@ def _class_of_solve(problem: damped.Solve) -> Class:
     if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
         return None
     return (*side, problem.exponent)
+
+
+def _class_of_logdet(problem: damped.Logdet) -> Class:
+    alone = problem.rows is not WHOLE or problem.diagonal is not None
+    return None if alone else _class_of_side(problem.side)
+
+
+def _class_of_joint(problem: kron.Joint) -> Class:
+    sides = _class_of_side(problem.left), _class_of_side(problem.right)
+    return None if None in sides else (*sides, problem.fitted is None)
 
 
 def _class_of_kron(problem: kron.Kron) -> Class:

@@ -26,10 +26,9 @@ from brandla._shifted import (
     check_factor,
     check_side,
     expand,
-    over,
     stack,
 )
-from brandla.lowrank import parts_of
+from brandla.lowrank import over, parts_of, stack_numbers
 from brandla_kernels import kron_damped_apply
 from brandla_kernels.damped_apply import scaled_sum
 
@@ -51,7 +50,7 @@ def kron_damped_solve(
 
     Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). For a pair (P, Q) that
     stands for W = P Qᵀ the result is a pair too, and the work 4k(p r_G + q r_A): linear in the size of the layer.
-    Differentiable in every tensor argument.
+    Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -68,11 +67,6 @@ def kron_damped_solve(
     -------
     Tensor or tuple of Tensor
         Of the shape of ``matrix``; a pair for a pair.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -106,7 +100,7 @@ def kron_damped_power(
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
     operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Differentiable in every tensor argument.
+    ∓1/2 whitens and samples. Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -130,11 +124,6 @@ def kron_damped_power(
     -------
     Tensor
         Of the shape of ``matrix``, in the dtype of the factors.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----
@@ -160,7 +149,7 @@ def kron_damped_power(
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
-    joint = _check_joint(function, (left, right), damping, (left_tail, right_tail), values)
+    joint = check_joint(function, left, right, damping, left_tail=left_tail, right_tail=right_tail, values=values)
     return joint.power(_check_matrix(function, matrix, joint.bases(), (WHOLE, WHOLE)), exponent)
 
 
@@ -177,7 +166,7 @@ def kron_damped_logdet(
     """Log-determinant of A ⊗ G + δI, the operator of `kron_damped_power`: for the evidence of a Laplace approximation.
 
     Equivalent to the sum of logarithms of all pq eigenvalues, of which those outside the spans are counted, not formed.
-    Differentiable in what it depends on, as `damped_logdet` is.
+    Differentiable in what it depends on, and raises, as `damped_logdet` does.
 
     Parameters
     ----------
@@ -189,11 +178,6 @@ def kron_damped_logdet(
     Tensor
         Of batch shape, in the dtype of the factors.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-
     Examples
     --------
     >>> import torch, brandla
@@ -201,7 +185,8 @@ def kron_damped_logdet(
     >>> brandla.kron_damped_logdet(left, left, damping=1.0).exp()
     tensor(10.)
     """
-    return _check_joint("kron_damped_logdet", (left, right), damping, (left_tail, right_tail), values).logdet()
+    tails = {"left_tail": left_tail, "right_tail": right_tail}
+    return check_joint("kron_damped_logdet", left, right, damping, **tails, values=values).logdet()
 
 
 class Kron(NamedTuple):
@@ -278,9 +263,16 @@ class Joint(NamedTuple):
         """Return the logarithms of all eigenvalues, summed."""
         parts = self.parts(*self.left.counted(WHOLE), *self.right.counted(WHOLE))
         both, in_left, in_right, neither = (part.log() for part in parts)
-        # Directions that no column stands for.
-        p, q = (basis.shape[-2] - basis.shape[-1] for basis in self.bases())
+        p, q = self.left.unheld(WHOLE), self.right.unheld(WHOLE)
         return both.sum((-2, -1)) + q * in_left.sum(-1) + p * in_right.sum(-1) + p * q * neither
+
+
+def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
+    """Compute the determinants of products whose factors are of one kind and rank each."""
+    left, right = stack([problem.left for problem in problems]), stack([problem.right for problem in problems])
+    damping = stack_numbers([problem.damping for problem in problems], parts_of(left.factor)[0])
+    fitted = [problem.fitted for problem in problems if problem.fitted is not None]
+    return Joint(left, right, damping, torch.stack(fitted) if fitted else None).logdet().unbind()
 
 
 def check_kron(
@@ -309,26 +301,33 @@ def check_kron(
     )
 
 
-def _check_joint(
-    function: str, lowranks: tuple[LowRank, LowRank], damping: Number, tails: tuple[Tail, Tail], values: Tensor | None
+def check_joint(
+    function: str,
+    left: LowRank,
+    right: LowRank,
+    damping: Number,
+    *,
+    left_tail: Tail,
+    right_tail: Tail,
+    values: Tensor | None,
 ) -> Joint:
     """Check the factors of a product with one damping."""
     sides = []
-    for name, lowrank, tail in zip(("left", "right"), lowranks, tails, strict=True):
+    for name, lowrank, tail in (("left", left, left_tail), ("right", right, right_tail)):
         _, rows = check_factor(function, name, lowrank)
         if rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
         sides.append(check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
-    left, right = (parts_of(side.factor)[1] for side in sides)
-    _check.together(function, "right", right, "left", left)
-    check_batch(function, "right", right, left, "left's")
-    larger = left if left.ndim >= right.ndim else right
+    first, second = (parts_of(side.factor)[1] for side in sides)
+    _check.together(function, "right", second, "left", first)
+    check_batch(function, "right", second, first, "left's")
+    larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
     if values is not None:
-        values = _check.matching_data(function, "values", values, "left", left)
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        shape = (*batch, left.shape[-1], right.shape[-1])
+        values = _check.matching_data(function, "values", values, "left", first)
+        batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+        shape = (*batch, first.shape[-1], second.shape[-1])
         _check.shape(function, "values", values, shape, "one value for each pair of columns of left and right")
     return Joint(sides[0], sides[1], damping, values)
 

@@ -371,10 +371,16 @@ def of_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
     return LowRankRoot(tall, small) if kind is LowRankRoot else LowRankEigh(small, tall)
 
 
+def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
+    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
+    return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
+
+
 def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     """Return the one number that all are, or a tensor of them."""
-    if all(not isinstance(number, Tensor) and number == numbers[0] for number in numbers):
-        return numbers[0]
+    if not any(isinstance(number, Tensor) for number in numbers):
+        one = all(number == numbers[0] for number in numbers)
+        return numbers[0] if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
     return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 

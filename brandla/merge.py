@@ -15,7 +15,7 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     """Join two centred streams: the decomposition of the columns of both about their common mean.
 
     Equivalent, where nothing was truncated, to one stream of the columns of ``first`` and then of ``second``, in
-    O(m (r₁ + r₂)²) operations.
+    O(m (r₁ + r₂)²) operations. Raises as `svd_append` does.
 
     Parameters
     ----------
@@ -28,11 +28,6 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     -------
     Centred
         New tensors: nothing is modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
 
     Notes
     -----

@@ -114,31 +114,20 @@ def spanning(panel: Tensor) -> Tensor:
     return first.panel @ first.transform.to(panel.dtype)
 
 
-def polish(panel: Tall, rows: Rows = WHOLE) -> Tall:
+def polish(panel: Tall, rows: Rows = WHOLE, *, in_place: bool = False) -> Tall:
     """Return Y L⁻ᵀ for H = YᵀY = L Lᵀ: nearly orthonormal columns made orthonormal to a few ε. Zero columns stay zero.
 
     On a CPU columns that are clean already, as a few probes show, are returned as they are.
     """
     if _is_clean(panel, rows):
         return panel
-    return rotate(panel, _nothing_of(panel), *_polishing(panel, rows))
-
-
-def polish_(panel: Tall, rows: Rows = WHOLE) -> None:
-    """Overwrite Y with `polish` of it."""
-    if not _is_clean(panel, rows):
-        rotate_(panel, _nothing_of(panel), *_polishing(panel, rows))
-
-
-def _polishing(panel: Tall, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return L⁻ᵀ as `rotate` takes it, beside nothing for a second panel."""
     inner = rows.total(rounded_gram(panel))
     transform = cholesky_inverse_core(inner, _unit_scale(inner), SECOND_PASS)[0].to(tall.dtype_of(panel))
-    return transform, transform[..., :0, :]
-
-
-def _nothing_of(panel: Tall) -> Tall:
-    return panel[..., :0] if isinstance(panel, Tensor) else [each[..., :0] for each in panel]
+    nothing = tall.each(lambda matrix: matrix[..., :0], panel)
+    if not in_place:
+        return rotate(panel, nothing, transform, transform[..., :0, :])
+    rotate_(panel, nothing, transform, transform[..., :0, :])
+    return panel
 
 
 def _is_clean(panel: Tall, rows: Rows) -> bool:
@@ -299,20 +288,12 @@ def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     """
     levels = (threshold ** (1 / 3), threshold ** (2 / 3))
     clear = _nothing_goes(live_columns(gram, scale, levels[0]), scale)
-    order = torch.where(clear, _natural(scale), gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
+    natural = torch.arange(scale.shape[-1], device=scale.device)
+    order = torch.where(clear, natural, gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
     for level in levels:
         live = live_columns(_permuted(gram, order), scale.gather(-1, order), level)
-        order = order.gather(-1, _stable(live))
+        order = order.gather(-1, torch.argsort((~live).to(torch.uint8), dim=-1, stable=True))
     return order
-
-
-def _stable(live: Tensor) -> Tensor:
-    """Return the order that puts the columns that live first."""
-    return torch.argsort((~live).to(torch.uint8), dim=-1, stable=True)
-
-
-def _natural(scale: Tensor) -> Tensor:
-    return torch.arange(scale.shape[-1], device=scale.device).expand(scale.shape)
 
 
 def _nothing_goes(live: Tensor, scale: Tensor) -> Tensor:

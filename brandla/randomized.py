@@ -142,7 +142,8 @@ def randomized_svd(
     """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(matrix)`` up to the error below, with
-    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns.
+    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns. Raises as
+    `randomized_eigh` does.
 
     Parameters
     ----------
@@ -150,22 +151,15 @@ def randomized_svd(
         X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n).
     rank
         Number of triplets, at most min(m, n).
-    oversample
-        Extra columns of the random start, dropped at the end.
     power_iterations
         Products with X Xᵀ after the first product, orthonormalised after each half.
-    generator
-        Source of the seed of the random signs; the default generator of the device otherwise.
+    oversample, generator
+        As in `randomized_eigh`.
 
     Returns
     -------
     LowRankSVD
         In float32 for half-precision input.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values and kinds that do not fit, before anything is computed.
 
     Notes
     -----

@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla.lowrank import LowRankEigh
+from brandla.lowrank import LowRankEigh, over
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import LinearOperator, adjoint_product, check_matrix, product, scale_of
 from brandla_kernels import project, reads_are_free, tall
@@ -29,7 +29,7 @@ def eigh_refresh(
 
     For G (n, m) with m near n or above, where `brandla.eigh_update` would save nothing. G Gᵀ is never formed: G
     meets blocks of r columns, 4nmr flops an iteration and 2nmr for the values. Nothing waits for the device, and a
-    CUDA graph can capture it.
+    CUDA graph can capture it. Raises as `eigh_update` does.
 
     Parameters
     ----------
@@ -51,11 +51,6 @@ def eigh_refresh(
         The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. What is kept for
         each old vector moves along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
         ``v[p]``. Vectors with equal values keep their order.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values and kinds that do not fit, before anything is computed.
 
     Notes
     -----
@@ -130,10 +125,7 @@ def _checked(
         _check.fail_value(function, f"{rule}; got {tuple(vectors.shape)}")
     decay = _check.scalar(function, "decay", decay, "eigh.eigenvectors", vectors)
     weight = _check.scalar(function, "weight", weight, "eigh.eigenvectors", vectors)
-    values = values * (decay[..., None] if isinstance(decay, Tensor) else decay)
-    return _Average(
-        vectors, values[..., None], matrix, weight[..., None, None] if isinstance(weight, Tensor) else weight
-    )
+    return _Average(vectors, (values * over(decay))[..., None], matrix, over(weight, 2))
 
 
 def _begun(vectors: Tensor) -> Tensor:

@@ -16,13 +16,26 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
 from brandla._small import leading, unit_scaled
-from brandla.lowrank import Factor, LowRankRoot, Rank, Tracked, most_of, of_parts, parts_of, stack_numbers, tolerance_of
+from brandla.lowrank import (
+    NAMES,
+    LowRankRoot,
+    Rank,
+    Tracked,
+    most_of,
+    of_parts,
+    over,
+    parts_of,
+    stack_numbers,
+    tolerance_of,
+)
 from brandla_kernels import Tall, cross_gram, project, root_core, rotate, rotate_, tall
 from brandla_kernels.root_core import assembled
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
 Target = TypeVar("Target")
 Compress = Literal["eigh", "cholesky"]
+# What a tracked factor carries along.
+_CARRIED = ("error_bound", "trace")
 
 
 @ranged("n,r", "n,k")
@@ -40,20 +53,14 @@ def root_update(
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in
     exact arithmetic, to `brandla.eigh_update`, in two passes over F and A: n(2rk + k² + 2(r + k)r) flops and
-    O((r + k)³).
+    O((r + k)³). Raises as `eigh_update` does.
 
     Parameters
     ----------
     root
         F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` one, whose error bound and trace are then carried along.
-    columns
-        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Any k. Or a
-        sparse tensor (n, k), COO or CSR, which is only multiplied with.
-    decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
-        normalisation of the data (such as 1/√k) inside A.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
+    columns, decay, weight, rank
+        A (..., n, k), ρ and w, and the rank of the result, as in `eigh_update`.
     compress
         ``"eigh"``: an eigendecomposition of order r + k, which waits for a GPU; S comes out diagonal, descending.
         ``"cholesky"``: products and Cholesky factorisations alone. Nothing waits for the device, and a CUDA graph can
@@ -67,13 +74,6 @@ def root_update(
     -------
     LowRankRoot or Tracked
         As ``root`` was. New tensors: nothing is modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-    RuntimeError
-        If the (r + k)-order eigendecomposition fails even in float64.
 
     Notes
     -----
@@ -94,8 +94,9 @@ def root_update(
     >>> new.gram.diagonal()
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    update = check_root_update("root_update", root, columns, decay, weight, rank, compress, shrink)
-    updated: Root = root_step(update).as_new(LowRankRoot)
+    updated: Root = root_step(
+        check_root_update("root_update", root, columns, decay, weight, rank, compress, shrink)
+    ).as_new()
     return updated
 
 
@@ -117,8 +118,7 @@ def root_update_(
     is overwritten.
     """
     update = check_root_update("root_update_", root, columns, decay, weight, None, compress, shrink)
-    update = update.overwriting("root_update_", ("root.root", "root.gram"), tol)
-    return root_step(update).over(root)
+    return root_step(update.overwriting(tol)).over(root)
 
 
 def check_root_update(
@@ -133,11 +133,10 @@ def check_root_update(
 ) -> Update:
     """Check the arguments of `root_update`."""
     _check.root(function, "root", root.lowrank if isinstance(root, Tracked) else root)
-    if compress not in ("eigh", "cholesky"):
-        _check.fail_value(function, f"compress must be 'eigh' or 'cholesky'; got {compress!r}")
+    _check.choice(function, "compress", compress, ("eigh", "cholesky"))
     if shrink and compress != "eigh":
         _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
-    update = check_update(function, ("root.root", "root.gram"), root, columns, decay, weight, rank)
+    update = check_update(function, LowRankRoot, root, columns, decay, weight, rank)
     return update._replace(compress=compress, shrink=shrink)
 
 
@@ -160,6 +159,8 @@ def root_step(update: Update) -> Updated:
 class Update(NamedTuple):
     """Arguments of an update that fit together: of one factor, of a batch, or of a list of factors."""
 
+    function: str
+    kind: type[Any]  # of the factor
     small: Tensor  # S or d
     tall: Tall  # F or U
     columns: Tall
@@ -186,7 +187,7 @@ class Update(NamedTuple):
         cross, own = self.rows.totals(*self._inner_products())
         if lengths is not None:
             cross = cross * lengths[..., :, None]
-        return assembled(self.poisoned(gram), cross, own, as_matrix(self.decay), as_matrix(self.weight))
+        return assembled(self.poisoned(gram), cross, own, over(self.decay, 2), over(self.weight, 2))
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return S⁺, √ρ W₁, √w W₂, the norm left out and the trace added by `root_core`: one pass over F and A."""
@@ -219,10 +220,10 @@ class Update(NamedTuple):
     def scaled(self, rotation: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return √ρ W₁, of rows times ``lengths``, and √w W₂ in the dtype of the factor for W (..., r + k, s)."""
         r = tall.columns(self.tall)
-        of_old = rotation[..., :r, :] * as_matrix(self.decay**0.5)
+        of_old = rotation[..., :r, :] * over(self.decay**0.5, 2)
         if lengths is not None:
             of_old = of_old * lengths[..., :, None]
-        of_columns = rotation[..., r:, :] * as_matrix(self.weight**0.5)
+        of_columns = rotation[..., r:, :] * over(self.weight**0.5, 2)
         return of_old.to(self.dtype), of_columns.to(self.dtype)
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
@@ -244,22 +245,23 @@ class Update(NamedTuple):
     def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Updated:
         """Return the updated factor, with the numbers of a tracked one carried along."""
         if self.tracked is None or added is None:
-            return Updated(small, basis, None, self.rows)
+            return Updated(self.kind, small, basis, None, self.rows)
         bound, trace = self.tracked
         tracked = _carried(bound, self.decay, left_out), _carried(trace, self.decay, added)
-        return Updated(small, basis, tracked, self.rows)
+        return Updated(self.kind, small, basis, tracked, self.rows)
 
-    def overwriting(self, function: str, names: tuple[str, str], tol: float) -> Update:
+    def overwriting(self, tol: float) -> Update:
         """Check what overwriting the factor needs besides, and return the update with that tolerance."""
-        _check.tolerance(function, tol)
-        written = dict(zip(names, (self.tall, self.small), strict=True))
-        written |= dict(zip(("error_bound", "trace"), self.tracked or (), strict=False))
+        _check.tolerance(self.function, tol)
+        small_name, name = _names(self.kind)
+        written = {name: self.tall, small_name: self.small}
+        written |= dict(zip(_CARRIED, self.tracked or (), strict=False))
         read = {"columns": self.columns, "decay": self.decay, "weight": self.weight}
         for name, value in (written | read).items():
             if isinstance(value, Tensor):
-                _check.without_gradient(function, name, value)
+                _check.without_gradient(self.function, name, value)
                 if name in written:
-                    _check.written(function, name, value)
+                    _check.written(self.function, name, value)
         return self._replace(tol=tol, in_place=True)
 
     def _nothing(self) -> Tensor:
@@ -271,20 +273,22 @@ class Update(NamedTuple):
 class Updated(NamedTuple):
     """An updated factor, or a list of them with what is small stacked."""
 
+    kind: type[Any]
     small: Tensor
     tall: Tall
     tracked: tuple[Tensor, ...] | None
     rows: Rows
 
-    def as_new(self, kind: type[Factor]) -> Any:
-        """Return a factor of this kind, tracked if the old one was."""
-        return _factor(kind, self.small, self.tall, self.tracked, self.rows)
+    def as_new(self) -> Any:
+        """Return a factor, tracked if the old one was."""
+        factor = of_parts(self.kind, self.rows.small_result(self.small), self.rows.tall_result(self.tall))
+        return factor if self.tracked is None else Tracked(factor, *map(self.rows.small_result, self.tracked))
 
-    def as_list(self, kind: type[Factor]) -> list[Any]:
+    def as_list(self) -> list[Any]:
         """Return the factors of a list."""
         tracked = list(zip(*self.tracked, strict=True)) if self.tracked else [None] * len(self.small)
         members = zip(self.small, self.tall, tracked, strict=True)
-        return [_factor(kind, *member, self.rows.of(index)) for index, member in enumerate(members)]
+        return [Updated(self.kind, *member, self.rows.of(index)).as_new() for index, member in enumerate(members)]
 
     def over(self, target: Target) -> Target:
         """Write what is small over the tensors of the old factor, whose tall matrix is overwritten, and return that."""
@@ -296,52 +300,49 @@ class Updated(NamedTuple):
         return target
 
 
-def _factor(
-    kind: type[Factor], small: Tensor, basis: Tensor, tracked: tuple[Tensor, ...] | None, rows: Rows
-) -> Factor | Tracked[Factor]:
-    small, basis = rows.small_result(small), rows.tall_result(basis)
-    factor = of_parts(kind, small, basis)
-    return factor if tracked is None else Tracked(factor, *map(rows.small_result, tracked))
-
-
 def check_update(
     function: str,
-    names: tuple[str, str],
+    kind: type[Any],
     factor: Any,
     columns: Tensor,
     decay: float | Tensor,
     weight: float | Tensor,
     rank: int | Rank | None,
 ) -> Update:
-    """Check what every symmetric update takes besides its factor, whose tall and small parts have these names."""
-    name, small_name = names
+    """Check what every symmetric update takes besides its factor of this kind, tracked or not."""
+    small_name, name = _names(kind)
     small, basis = parts_of(factor)
-    tracked = None
-    rows = rows_of(function, name, basis, small)
+    rows, tracked = rows_of(function, name, basis, small), None
     if isinstance(factor, Tracked):
-        for each in ("error_bound", "trace"):
-            _check.tracked(function, each, getattr(factor, each), name, basis)
-        tracked = tuple(rows.small(function, each, getattr(factor, each)) for each in ("error_bound", "trace"))
+        numbers = dict(zip(_CARRIED, factor[1:], strict=True))
+        for each, number in numbers.items():
+            _check.tracked(function, each, number, name, basis)
+        tracked = tuple(rows.small(function, each, number) for each, number in numbers.items())
     rows.admit(function, "columns", columns)
     if is_sparse(columns) and columns.ndim > 2:
         _check.fail_value(function, f"sparse columns must have shape (n, k); got {tuple(columns.shape)}; pass a list")
     columns = _check.columns(function, "columns", columns, name, basis)
-    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis)
-    weight = _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis)
-    n, r = basis.shape[-2:]
-    k = columns.shape[-1]
+    (n, r), k = basis.shape[-2:], columns.shape[-1]
     because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
     return Update(
+        function,
+        kind,
         rows.small(function, small_name, small),
         rows.local(function, name, basis),
         rows.local(function, "columns", columns),
-        decay,
-        weight,
+        _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis),
+        _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis),
         _check.rank(function, most_of(rank), r, min(n, r + k), because),
         tolerance_of(rank),
         tracked,
         rows,
     )
+
+
+def _names(kind: type[Any]) -> list[str]:
+    """Return the names of the small part and of the tall one of a factor given as ``eigh`` or as ``root``."""
+    argument = "root" if kind is LowRankRoot else "eigh"
+    return [f"{argument}.{part}" for part in NAMES[kind]]
 
 
 def is_sparse(columns: Any) -> bool:
@@ -362,11 +363,6 @@ def stack(updates: Sequence[Update]) -> Update:
         tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
         rows=join([update.rows for update in updates]),
     )
-
-
-def as_matrix(number: float | Tensor) -> float | Tensor:
-    """Return a number, or a tensor of batch shape with the dimensions of matrices to broadcast over."""
-    return number[..., None, None] if isinstance(number, Tensor) else number
 
 
 def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,19 @@ def dense_operator(lowrank: Symmetric | brandla.Tracked, damping: float, tail: f
     return matrix + damping * identity
 
 
+def tracked(factor: Symmetric, more: float) -> brandla.Tracked:
+    """Return a factor of a matrix whose trace is larger than its own."""
+    start = brandla.track(factor)
+    return start._replace(trace=start.trace + more)
+
+
+def padded(factor: Symmetric, count: int) -> Symmetric:
+    """Return a factor with columns of zeros besides: d gets zeros, and S both zero rows and zero columns."""
+    square = (factor.rank, factor.rank)
+    pads = ((0, count, 0, count) if part.shape[-2:] == square else (0, count) for part in factor)
+    return type(factor)(*(torch.nn.functional.pad(part, pad) for part, pad in zip(factor, pads, strict=True)))
+
+
 def values_of(value: Symmetric) -> Tensor:
     """Return what belongs to each column: its eigenvalue, or its squared length."""
     return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)

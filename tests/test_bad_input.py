@@ -237,7 +237,6 @@ def kron_cases() -> list[Case]:
 
 
 VECTOR_ROOT = brandla.LowRankRoot(COLUMNS[:, 0], ROOT.gram)
-expanded = brandla.LowRankRoot(COLUMNS[:, :1].expand(N, R), ROOT.gram)
 WIDE = make_columns(N, N + 1)
 wide = brandla.LowRankEigh(THREE.new_ones(N), EIGH.eigenvectors.mT)
 CASES = [
@@ -249,8 +248,11 @@ CASES = [
     case("root_update", "no compression", ValueError, "compress … 'eigh' … None", ROOT, COLUMNS, compress=None),
     case("root_update_", "unknown compression", ValueError, "compress … 'qr'", ROOT, COLUMNS, compress="qr"),
     case("root_update_", "tolerance 1", ValueError, "tol … [0, 1) … 1.0", ROOT, COLUMNS, tol=1.0),
-    case("root_update_", "rows", ValueError, "columns … n = 12 … (9, 3)", ROOT, RIGHT),
-    case("root_update_", "expanded", ValueError, "root.root … share memory", expanded, COLUMNS),
+    case("eigh_update", "a rule", ValueError, "rank … 7 … got 8", EIGH, COLUMNS, rank=brandla.Rank(max=8, tol=0.1)),
+    case("Rank", "max 0", ValueError, "max … got 0", 0, 0.1),
+    case("Rank", "max as float", TypeError, "max … float", 2.5, 0.1),
+    case("Rank", "tolerance 1", ValueError, "tol … got 1.0", 4, 1.0),
+    case("Rank", "tolerance below 0", ValueError, "tol … got -0.1", 4, -0.1),
     case("root_update_", "interleaved", ValueError, "root.root … share memory", INTERLEAVED, COLUMNS),
     case("root_update_", "a gradient", RuntimeError, "columns … no_grad", ROOT, COLUMNS.clone().requires_grad_()),
     case("root_update", "shrink", ValueError, "shrink … 'cholesky'", ROOT, COLUMNS, compress="cholesky", shrink=True),

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import brandla
 import oracles
-from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root, tall_of, unbound
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root, padded, tall_of, tracked, unbound
 from oracles import THRESHOLD
 
 N, R, M = 40, 8, 5
@@ -27,12 +27,6 @@ MAKERS: dict[str, Callable[..., Any]] = {
 FACTORS = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 TAILS = pytest.mark.parametrize("tail", [0.0, 0.3, "smallest", "mean"], ids=str)
 Tail = float | Tensor | str
-
-
-def tracked(factor: Symmetric) -> brandla.Tracked:
-    """Return a factor of a matrix whose trace is larger by 7."""
-    start = brandla.track(factor)
-    return start._replace(trace=start.trace + 7)
 
 
 def dense_power(operator: Tensor, exponent: float) -> Tensor:
@@ -51,7 +45,7 @@ def dense_power(operator: Tensor, exponent: float) -> Tensor:
 def test_solve_equals_the_dense_solve(make: Any, spectrum: str, damping: float, tail: Tail, dtype: torch.dtype) -> None:
     # What a root in float32 is for: λ is at least 1e-4 of the largest eigenvalue.
     damping = damping if make is make_eigh or dtype == torch.float64 else max(damping, 1e-4)
-    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype), 7), make_columns(N, M, dtype=dtype)
     solution = brandla.damped_solve(lowrank, rhs, damping, tail=tail)
     assert (solution.shape, solution.dtype) == (rhs.shape, dtype)
     # The largest value is 1. An error ε of S couples it with a value of the size of λ, by √(1/λ).
@@ -65,7 +59,7 @@ def test_solve_equals_the_dense_solve(make: Any, spectrum: str, damping: float, 
 @pytest.mark.parametrize("exponent", [-1, -0.5, 0, 1, 2, -1.7])
 def test_power_equals_the_dense_power(make: Any, exponent: float, tail: Tail, dtype: torch.dtype) -> None:
     damping = 0.05
-    lowrank, rhs = tracked(make(N, R, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    lowrank, rhs = tracked(make(N, R, dtype=dtype), 7), make_columns(N, M, dtype=dtype)
     operator = dense_power(dense_operator(lowrank, damping, tail), exponent)
     applied = brandla.damped_power(lowrank, rhs, damping, exponent, tail=tail)
     scale = oracles.spectral_norm(operator) * oracles.spectral_norm(rhs)
@@ -86,7 +80,7 @@ def test_logdet_and_solve_beside_a_diagonal_equal_the_dense_ones(
     make: Any, spectrum: str, tail: Tail, dtype: torch.dtype
 ) -> None:
     damping = 0.05
-    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype), 7), make_columns(N, M, dtype=dtype)
     diagonal = diagonal_of(N, dtype=dtype)
     operator = dense_operator(lowrank, damping, tail)
     for beside, dense in ((None, operator), (diagonal, operator + torch.diag(diagonal.double()))):
@@ -113,7 +107,7 @@ def test_a_diagonal_that_is_constant_is_more_damping() -> None:
 @FACTORS
 @TAILS
 def test_samples_have_the_covariance_of_the_operator_or_of_its_inverse(make: Any, tail: Tail) -> None:
-    lowrank, identity = tracked(make(N, R)), torch.eye(N, dtype=torch.float64)
+    lowrank, identity = tracked(make(N, R), 7), torch.eye(N, dtype=torch.float64)
     operator = dense_operator(lowrank, 0.1, tail)
     for exponent, covariance in ((0.5, operator), (-0.5, torch.linalg.inv(operator))):
         # What standard normal columns are multiplied by.
@@ -138,7 +132,7 @@ def test_a_determinant_may_be_out_of_range(make: Any, damping: float) -> None:
 @pytest.mark.parametrize(("n", "r"), [(6, 0), (6, 6), (1, 1), (1, 0)], ids=str)
 @TAILS
 def test_every_rank_from_none_to_full(make: Callable[..., Any], n: int, r: int, tail: Tail, dtype: torch.dtype) -> None:
-    lowrank, rhs = tracked(make(n, r, dtype=dtype)), make_columns(n, 2, dtype=dtype)
+    lowrank, rhs = tracked(make(n, r, dtype=dtype), 7), make_columns(n, 2, dtype=dtype)
     operator = dense_operator(lowrank, 0.2, tail)
     solution = brandla.damped_solve(lowrank, rhs, 0.2, tail=tail)
     root = brandla.damped_power(lowrank, brandla.damped_power(lowrank, rhs, 0.2, -0.5, tail=tail), 0.2, -0.5, tail=tail)
@@ -154,16 +148,12 @@ def test_every_rank_from_none_to_full(make: Callable[..., Any], n: int, r: int, 
 @FACTORS
 def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[..., Any], dtype: torch.dtype) -> None:
     small = make(N, R, dtype=dtype)
-    # A basis gets zero columns, d zeros, and S both zero rows and zero columns.
-    padded = type(small)(
-        *(torch.nn.functional.pad(part, (0, 3, 0, 3) if part.shape == (R, R) else (0, 3)) for part in small)
-    )
-    rhs = make_columns(N, M, dtype=dtype)
+    large, rhs = padded(small, 3), make_columns(N, M, dtype=dtype)
     delta = diagonal_of(N, dtype=dtype)
     for options in ({}, {"tail": 0.3}, {"tail": 0.3, "diagonal": delta}):
-        with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, **options) for value in (padded, small))
+        with_zeros, without = (brandla.damped_solve(value, rhs, 0.1, **options) for value in (large, small))
         assert oracles.difference_ratio(with_zeros, without, dtype) <= THRESHOLD
-        with_zeros, without = (brandla.damped_logdet(value, 0.1, **options) for value in (padded, small))
+        with_zeros, without = (brandla.damped_logdet(value, 0.1, **options) for value in (large, small))
         assert abs(with_zeros - without) <= oracles.tolerance(N, dtype, without.abs())
 
 
@@ -185,7 +175,7 @@ def test_power_far_below_the_tail_is_as_accurate_as_the_solve(
 
 @FACTORS
 def test_mean_of_the_values_left_out_is_zero_where_all_are_held(make: Callable[..., Any], dtype: torch.dtype) -> None:
-    lowrank, rhs = tracked(make(N, N, dtype=dtype)), make_columns(N, M, dtype=dtype)
+    lowrank, rhs = tracked(make(N, N, dtype=dtype), 7), make_columns(N, M, dtype=dtype)
     by_mean, by_zero = brandla.damped_solve(lowrank, rhs, 0.1, tail="mean"), brandla.damped_solve(lowrank, rhs, 0.1)
     assert oracles.difference_ratio(by_mean, by_zero, dtype) <= THRESHOLD
 
@@ -232,7 +222,7 @@ def test_a_vector_is_a_block_of_one_column(make: Callable[..., Any], apply: Appl
 @TAILS
 @pytest.mark.parametrize("batch_shape", [(2, 2), (1,)], ids=str)
 def test_batch_equals_a_loop(make: Any, tail: Tail, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    lowrank = tracked(make(N, R, dtype=dtype, batch_shape=batch_shape))
+    lowrank = tracked(make(N, R, dtype=dtype, batch_shape=batch_shape), 7)
     rhs = make_columns(N, M, dtype=dtype, batch_shape=batch_shape)
     dampings = torch.linspace(0.1, 2, math.prod(batch_shape), dtype=dtype)
     diagonal = diagonal_of(N, dtype=dtype)

@@ -189,6 +189,18 @@ def test_applications_of_one_rank_are_those_of_each_by_itself(make: Callable[...
     blocks = [make_columns(n, n, dtype=dtype, seed=n) for n in ORDERS]
     for result, *arguments in zip(grouped.damped_solve(factors, rhs, 0.1), factors, rhs, strict=True):
         torch.testing.assert_close(result, brandla.damped_solve(*arguments, 0.1))
+    for tail, damping in ((0.0, 0.1), (0.3, [0.1, 0.2, 0.4]), ("smallest", 0.1)):
+        options = {"damping": damping, "tail": tail}
+        sides = {"damping": damping, "left_tail": tail, "right_tail": 0.2}
+        one, two = (
+            grouped.damped_logdet(factors, **options),
+            grouped.kron_damped_logdet(factors, factors[::-1], **sides),
+        )
+        for index, factor in enumerate(factors):
+            own = {"damping": own_of(damping, index)}
+            torch.testing.assert_close(one[index], brandla.damped_logdet(factor, **options | own))
+            alone = brandla.kron_damped_logdet(factor, factors[-1 - index], **sides | own)
+            torch.testing.assert_close(two[index], alone)
     pairs = list(zip(rhs, rhs, strict=True))
     for data in (blocks, pairs):
         results = grouped.kron_damped_solve(factors, factors, data, 0.1, 0.2)

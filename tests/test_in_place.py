@@ -48,8 +48,13 @@ def test_in_place_form_takes_a_tolerance(update: SymmetricUpdate) -> None:
 
 @pytest.mark.parametrize(
     ("columns", "options"),
-    [(make_columns(5, 8), {}), (make_columns(64, 8), {"decay": -1}), (make_columns(64, 8).float(), {})],
-    ids=["rows", "decay", "dtype"],
+    [
+        (make_columns(5, 8), {}),
+        (make_columns(64, 8), {"decay": -1}),
+        (make_columns(64, 8).float(), {}),
+        *((make_columns(64, 8), {"tol": tol}) for tol in (1.0, -0.1, math.nan)),
+    ],
+    ids=["rows", "decay", "dtype", "tolerance 1", "tolerance below 0", "no tolerance"],
 )
 def test_refused_input_leaves_the_factor_as_it_was(
     update: SymmetricUpdate, columns: torch.Tensor, options: dict[str, Any], unchanged: Callable[..., Any]
@@ -59,27 +64,25 @@ def test_refused_input_leaves_the_factor_as_it_was(
         update.in_place(value, columns, **options)
 
 
-@pytest.mark.parametrize("n", [64, 14], ids=["usual", "k above n - r"])
 @pytest.mark.parametrize("spoilt", range(4), ids=["first part", "second part", "error_bound", "trace"])
 def test_expanded_tensors_are_refused_before_anything_is_overwritten(
-    update: SymmetricUpdate, spoilt: int, n: int, unchanged: Callable[..., Any]
+    update: SymmetricUpdate, spoilt: int, unchanged: Callable[..., Any]
 ) -> None:
-    columns = make_columns(n, 8, batch_shape=(2,))
-    parts, tree = tree_flatten(brandla.track(update.make(n, 12, batch_shape=(2,))))
+    columns = make_columns(64, 8, batch_shape=(2,))
+    parts, tree = tree_flatten(brandla.track(update.make(64, 12, batch_shape=(2,))))
     parts[spoilt] = parts[spoilt][:1].expand_as(parts[spoilt])
     value = tree_unflatten(parts, tree)
     with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: .*share memory; got .*strides \(0, ?"):
         update.in_place(value, columns)
 
 
-@pytest.mark.parametrize("n", [64, 14], ids=["usual", "k above n - r"])
 @pytest.mark.parametrize(
     "spoilt", range(7), ids=["first part", "second part", "error_bound", "trace", "columns", "decay", "weight"]
 )
 def test_gradients_are_refused_before_anything_is_overwritten(
-    update: SymmetricUpdate, spoilt: int, n: int, unchanged: Callable[..., Any]
+    update: SymmetricUpdate, spoilt: int, unchanged: Callable[..., Any]
 ) -> None:
-    value, columns = brandla.track(update.make(n, 12)), make_columns(n, 8)
+    value, columns = brandla.track(update.make(64, 12)), make_columns(64, 8)
     decay, weight = torch.tensor(0.9), torch.tensor(0.1)
     (*tree_leaves(value), columns, decay, weight)[spoilt].requires_grad_()
     with unchanged(value), pytest.raises(RuntimeError, match=f"^{update.name}_: .* must not require grad"):
@@ -87,13 +90,6 @@ def test_gradients_are_refused_before_anything_is_overwritten(
     assert all(part.grad_fn is None for part in tree_leaves(value))
     with torch.no_grad():
         update.in_place(value, columns, decay=decay, weight=weight)
-
-
-@pytest.mark.parametrize(("tol", "rank"), [(1.0, 12), (-0.1, 0), (math.nan, 12)])
-def test_tolerances_without_sense_are_refused(update: SymmetricUpdate, tol: float, rank: int, unchanged: Any) -> None:
-    value = update.make(64, rank)
-    with unchanged(value), pytest.raises(ValueError, match=rf"^{update.name}_: tol must be in .*got {tol}"):
-        update.in_place(value, make_columns(64, 8), tol=tol)
 
 
 @pytest.mark.parametrize("k", [0, 8])

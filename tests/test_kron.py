@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 import brandla
 import oracles
-from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root
+from builders import Symmetric, dense_operator, make_columns, make_eigh, make_root, padded, tracked
 from oracles import THRESHOLD
 
 P, Q, K = 24, 33, 4
@@ -46,21 +46,18 @@ def solve(left: Symmetric, right: Symmetric, matrix: Any, **options: Any) -> Any
     return brandla.kron_damped_solve(left, right, matrix, LEFT_DAMPING, RIGHT_DAMPING, **options)
 
 
-def operands(makers: Makers, dtype: torch.dtype) -> tuple[brandla.Tracked, brandla.Tracked]:
+def operands(
+    makers: Makers, left: tuple[int, int] = (P, 6), right: tuple[int, int] = (Q, 9), **options: Any
+) -> tuple[brandla.Tracked, brandla.Tracked]:
     """Return two factors of matrices whose traces are larger by 3 and by 5."""
-    left, right = makers[0](P, 6, dtype=dtype), makers[1](Q, 9, "slow", dtype=dtype, seed=4)
-    tracked = brandla.track(left), brandla.track(right)
-    return tracked[0]._replace(trace=tracked[0].trace + 3), tracked[1]._replace(trace=tracked[1].trace + 5)
+    return tracked(makers[0](*left, **options), 3), tracked(makers[1](*right, "slow", seed=4, **options), 5)
 
 
 @PAIRS_OF_KINDS
 @TAILS
 def test_solve_equals_two_dense_solves_and_that_of_a_pair(makers: Makers, tails: Any, dtype: torch.dtype) -> None:
-    factors, matrix, options = (
-        operands(makers, dtype),
-        make_columns(P, Q, dtype=dtype),
-        dict(zip(SIDES, tails, strict=True)),
-    )
+    factors, matrix = operands(makers, dtype=dtype), make_columns(P, Q, dtype=dtype)
+    options = dict(zip(SIDES, tails, strict=True))
     solution = solve(*factors, matrix, **options)
     assert (solution.shape, solution.dtype) == ((P, Q), dtype)
     assert kron_ratio(*factors, matrix, solution, dtype, tails) <= THRESHOLD
@@ -160,13 +157,6 @@ JOINT = 0.07
 SMALL = (7, 3), (9, 4)
 
 
-def small_operands(makers: Makers, **options: Any) -> tuple[Any, Any]:
-    (p, s), (q, r) = SMALL
-    left, right = makers[0](p, s, **options), makers[1](q, r, "slow", seed=4, **options)
-    tracked = brandla.track(left), brandla.track(right)
-    return tracked[0]._replace(trace=tracked[0].trace + 3), tracked[1]._replace(trace=tracked[1].trace + 5)
-
-
 def dense_product(left: Any, right: Any, tails: tuple[Any, Any], damping: float = JOINT) -> oracles.Eigh:
     """Return the eigendecomposition of A ⊗ G + δI, for vec(W) by columns."""
     g, a = (dense_operator(factor, 0.0, tail) for factor, tail in zip((left, right), tails, strict=True))
@@ -182,7 +172,7 @@ def dense_function(spectrum: oracles.Eigh, matrix: Tensor, exponent: float) -> T
 @PAIRS_OF_KINDS
 @TAILS
 def test_power_and_logdet_of_the_product_equal_the_dense_ones(makers: Makers, tails: Any, dtype: torch.dtype) -> None:
-    left, right = small_operands(makers, dtype=dtype)
+    left, right = operands(makers, *SMALL, dtype=dtype)
     matrix, options = make_columns(left.lowrank.n, right.lowrank.n, dtype=dtype), dict(zip(SIDES, tails, strict=True))
     spectrum = dense_product(left, right, tails)
     for exponent in (-1, -0.5, 0, 0.5, 1):
@@ -214,27 +204,15 @@ def test_directions_that_a_factor_does_not_hold_count_as_its_tail(makers: Makers
     left, right, matrix = makers[0](7, 3), makers[1](9, 4), make_columns(7, 9)
     options = {"left_tail": 0.2, "right_tail": 0.1}
     expected = brandla.kron_damped_power(left, right, matrix, JOINT, -0.5, **options)
-    padded = [
-        type(factor)(
-            *(
-                torch.nn.functional.pad(part, (0, 2, 0, 2) if part.ndim == 2 and len(part) == r else (0, 2))
-                for part in factor
-            )
-        )
-        for factor, r in ((left, 3), (right, 4))
-    ]
-    assert (
-        oracles.difference_ratio(
-            brandla.kron_damped_power(*padded, matrix, JOINT, -0.5, **options), expected, torch.float64
-        )
-        <= THRESHOLD
-    )
-    logdets = [brandla.kron_damped_logdet(*sides, JOINT, **options) for sides in (padded, (left, right))]
+    large = padded(left, 2), padded(right, 2)
+    applied = brandla.kron_damped_power(*large, matrix, JOINT, -0.5, **options)
+    assert oracles.difference_ratio(applied, expected, torch.float64) <= THRESHOLD
+    logdets = [brandla.kron_damped_logdet(*sides, JOINT, **options) for sides in (large, (left, right))]
     assert abs(logdets[0] - logdets[1]) <= oracles.tolerance(63, torch.float64)
 
 
 def test_values_stand_for_the_products_where_both_spans_meet() -> None:
-    (left, right), matrix = small_operands((make_eigh, make_eigh)), make_columns(7, 9)
+    (left, right), matrix = operands((make_eigh, make_eigh), *SMALL), make_columns(7, 9)
     u, v = left.lowrank.eigenvectors, right.lowrank.eigenvectors
     products = left.lowrank.eigenvalues[:, None] * right.lowrank.eigenvalues
     fitted = products * oracles.gaussian(3, 4, seed=8).exp()

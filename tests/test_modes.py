@@ -1,4 +1,7 @@
-"""What torch does around a call changes no result: autocast, another default device, vmap, tensors without data."""
+"""What torch does around a call changes no result: autocast, another default device, vmap, tensors without data.
+
+Functions that promise never to wait for the device run on meta tensors, which have no values to read.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import brandla
 import brandla_kernels
 from brandla.kfac import KFAC, Brand
 from brandla.orthonormal import _signs
+from builders import CHOLESKY_UPDATE, make_columns, make_root
 from calls import WAITING, WITHOUT_WAITING, Call, Given, doubled, given, in_full
 from test_values import assert_same
 
@@ -51,28 +55,40 @@ ALL["orthonormalize, dependent"] = lambda x: brandla.orthonormalize(doubled(x.co
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_autocast_changes_no_bit(name: str) -> None:
+def test_autocast_and_another_default_device_change_no_bit(name: str) -> None:
     expected = ALL[name](given())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(ALL[name](given()), expected)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_another_default_device_changes_no_bit(name: str) -> None:
-    x, expected = given(), ALL[name](given())
-    _signs.cache_clear()
-    with torch.device("meta"):
-        result = ALL[name](x)
-    assert_same(result, expected)
+    for around in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        x = given()
+        _signs.cache_clear()
+        with around:
+            result = ALL[name](x)
+        assert_same(result, expected)
 
 
 def shapes(result: Any) -> Any:
     return tree_map(lambda part: (part.shape, part.dtype), result)
 
 
-@pytest.mark.parametrize("name", WAITING | OTHERS)
+@pytest.mark.parametrize("name", ALL)
 def test_meta_tensors_give_the_shapes_of_the_result(name: str) -> None:
     assert shapes(ALL[name](given().moved("meta"))) == shapes(ALL[name](given()))
+
+
+def test_a_read_back_would_be_seen() -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(given().moved("meta").number > 0)
+
+
+@pytest.mark.parametrize("k", [8, 60], ids=["usual", "k above n - r"])
+def test_the_update_by_cholesky_calls_no_decomposition_that_waits(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        message = "a decomposition that waits for the device"
+        raise AssertionError(message)
+
+    root, columns = make_root(64, 12, dtype=torch.float32), make_columns(64, k, dtype=torch.float32)
+    for name in ["eigh", "eigvalsh", "eig", "svd", "svdvals", "qr", "pinv", "matrix_rank", "lstsq"]:
+        monkeypatch.setattr(torch.linalg, name, forbidden)
+    assert CHOLESKY_UPDATE(brandla.track(root), columns, decay=0.9).lowrank.is_finite()
 
 
 @pytest.mark.parametrize("name", ["root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"])

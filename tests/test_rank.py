@@ -83,23 +83,3 @@ def test_svd_takes_a_rule_of_singular_values(dtype: torch.dtype) -> None:
         assert int((new.S > 0).sum()) == wanted
         assert not new.U[:, wanted:].any()
         assert oracles.difference_ratio(dense(new), truncation, dtype) <= THRESHOLD
-
-
-@pytest.mark.parametrize(
-    ("maximum", "tol", "error", "fragment"),
-    [
-        (0, 0.1, ValueError, "got 0"),
-        (2.5, 0.1, TypeError, "float"),
-        (4, 1.0, ValueError, "1"),
-        (4, -0.1, ValueError, "-0.1"),
-    ],
-    ids=["max 0", "max a float", "tol 1", "tol negative"],
-)
-def test_rules_without_sense_are_refused(maximum: Any, tol: float, error: type[Exception], fragment: str) -> None:
-    with pytest.raises(error, match=f"^Rank: .*{fragment}"):
-        brandla.Rank(max=maximum, tol=tol)
-
-
-def test_a_rule_above_what_fits_is_refused(update: SymmetricUpdate) -> None:
-    with pytest.raises(ValueError, match=rf"{update.name}: rank must be between 0 and 20.*got 21"):
-        update(update.make(50, 12), make_columns(50, 8), rank=brandla.Rank(max=21, tol=0.1))
