@@ -31,10 +31,13 @@ DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (scalin
 DRAWN["time"] = ("scaling", partial(scaling.draw, most=1))
 PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_images.page}
 
-INTRODUCTION = """# Measurements
+INTRODUCTION = """---
+description: All measured figures of brandla: updates, decompositions, damped applications, K-FAC steps, ops and streams.
+---
+# Measurements
 
 All measured figures of this documentation, made from the files under `bench/results` by `make docs-figures`. Do not
-edit this page. [Benchmarks](benchmarks.md) says how to measure anew and how to read what is found.
+edit this page. [Benchmarks](benchmarks.md) says how to repeat a measurement and how to read it.
 """
 
 

@@ -26,7 +26,6 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # A block, and what it prints where the page shows that. Other people's code, in blocks marked "py", does not run.
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```output\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 README_LINES = 13
-GENERATED = {"measurements.md", "accuracy.md", "kfac-study.md"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC. some factors are too small"),
@@ -115,8 +114,7 @@ def test_an_output_block_follows_the_code_that_prints_it(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_describes_itself_and_is_in_the_navigation(page: Path) -> None:
-    if page.name not in GENERATED:
-        assert re.match(r"---\ndescription: .{30,160}\n", page.read_text(encoding="utf-8"))
+    assert re.match(r"---\ndescription: .{30,160}\n", page.read_text(encoding="utf-8"))
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 

@@ -142,7 +142,10 @@ def verdict(content: Row) -> Iterator[str]:
 
 # --- Page and picture
 
-INTRODUCTION = """# Accuracy over a training run
+INTRODUCTION = """---
+description: How far low-rank factors are from the exact ones while a network learns, tracker by tracker, at equal cost.
+---
+# Accuracy over a training run
 
 How far is a factor that is kept at low rank from the factor it stands for, while a network learns, and what does that
 cost? `make study-accuracy` measures it, and this page is made from its result file by `make docs-figures`. Do not edit

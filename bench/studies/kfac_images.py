@@ -240,7 +240,10 @@ def searched(content: Row, task: Row) -> pd.DataFrame:
 
 # --- Page
 
-INTRODUCTION = """# K-FAC on real images
+INTRODUCTION = """---
+description: Steps and seconds to an accuracy on Fashion-MNIST and digits: K-FAC systems beside SGD, AdamW and others.
+---
+# K-FAC on real images
 
 How many steps, and how many seconds, does each K-FAC take to a stated accuracy, beside SGD and AdamW? `make
 study-kfac` measures it, and this page is made from its result file by `make docs-figures`. Do not edit it. Winners and
