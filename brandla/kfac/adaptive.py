@@ -80,7 +80,7 @@ class Trial:
 
     def __init__(self, layers: Sequence[Layer], steps: Sequence[Gradient], gradients: Sequence[Gradient]) -> None:
         self._layers = list(layers)
-        self._before = [everywhere(layer.kind.weight.detach()).clone() for layer in layers]
+        self._before = [_part(layer, layer.kind.weight.detach()).clone() for layer in layers]
         self._slopes = [inner_of_each(*pair) for pair in zip(steps, gradients, strict=True)]
         # Of the weight alone, without the bias.
         self._lengths = [
@@ -105,10 +105,15 @@ class Trial:
             if gradient is None:
                 message = f"KFAC.adapt: {layer.name}.weight has no gradient; call adapt before zero_grad()"
                 raise RuntimeError(message)
-            step = layer.kind.matrix(everywhere(gradient).to(layer.dtype))
-            change = layer.kind.matrix((everywhere(layer.kind.weight.detach()) - before).to(layer.dtype))
+            step = layer.kind.matrix(_part(layer, gradient).to(layer.dtype))
+            change = layer.kind.matrix((_part(layer, layer.kind.weight.detach()) - before).to(layer.dtype))
             length = inner_of_each(step, step)
             share = -inner_of_each(change, step) / torch.where(length > 0, length, 1)
             beta = share * (length / torch.where(squared > 0, squared, 1)).sqrt()
             total.append((beta * (1 - beta / 2) * slope).sum().to(total[0].device if total else slope.device))
         return torch.stack(total).sum()
+
+
+def _part(layer: Layer, parameter: Tensor) -> Tensor:
+    """Return what is the layer's of a tensor of the parameter's shape, which may be sharded."""
+    return layer.kind.weight_part(everywhere(parameter))

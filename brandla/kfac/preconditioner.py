@@ -28,7 +28,7 @@ from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
-from brandla.kfac.report import Notices, Report, describe
+from brandla.kfac.report import Report, describe
 from brandla.kfac.systems.brand import Brand
 from brandla.kfac.systems.factor import share_totals
 from brandla.kfac.systems.schedule import Schedule
@@ -173,7 +173,6 @@ class KFAC:
         self._among = (distributed, process_group, columns)
         self._known_replicas: Replicas | None = None
         self._recorder = Recorder(edges=self._takes_curvature)
-        self._notices = Notices()
         self._mistakes = Mistakes()
         self._mistakes.look_at_model(model)
         self._steps = 0
@@ -286,7 +285,7 @@ class KFAC:
         self._curvatures = 0
         self._steps += 1
         self._choose_captures()
-        self._notices.tell(self._layers, unseen)
+        self._mistakes.tell_of_layers(self._layers, unseen)
         self._mistakes.tell_what_came()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:

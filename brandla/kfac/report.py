@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,16 +15,6 @@ from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.strategy import Kept
 
 Side = Literal["input", "output", "beside"]
-_REFUSED = "layers are left to the optimizer from now on"
-_REPLACED = "some factors are too small for the strategy and got another, see report()"
-# Layers that a warning names; the report has all.
-_TOLD = 2
-_UNSEEN = (
-    "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
-    " read by functional calls are not seen, nor are outputs that enter the loss by their derivatives alone (PINN,"
-    " Sobolev), nor a model that ran under torch.compile before KFAC was constructed (call torch.compiler.reset() after"
-    " that)"
-)
 
 
 @dataclass(frozen=True)
@@ -174,29 +163,3 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
-class Notices:
-    """Warnings to the user, each said once."""
-
-    def __init__(self) -> None:
-        self._said: set[tuple[str, str]] = set()
-
-    def tell(self, layers: Iterable[Layer], unseen: Iterable[Layer]) -> None:
-        """Warn of layers that turned out not to work, of substitutes, and of layers without data."""
-        layers = list(layers)
-        self._say(_REFUSED, {layer.name: layer.refusal for layer in layers if layer.refusal})
-        factors = [(layer, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
-        self._say(
-            _REPLACED, {f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason}
-        )
-        self._say(_UNSEEN, {layer.name: "" for layer in unseen if not layer.refusal})
-
-    def _say(self, what: str, about: dict[str, str]) -> None:
-        new = {name: reason for name, reason in about.items() if (what, name) not in self._said}
-        self._said.update((what, name) for name in new)
-        if new:
-            told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
-            more = f"; and {len(told) - _TOLD} more, see report()" if len(told) > _TOLD else ""
-            # Past this class, step() and the three decorators around it.
-            warnings.warn(f"KFAC: {what}: {'; '.join(told[:_TOLD])}{more}", stacklevel=7)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from brandla.kfac import KFAC, Brand, Exact, register
+from brandla.kfac import KBFGS, KFAC, Adaptive, Brand, Exact, register
 from brandla.kfac.capture.kinds import like
 from brandla.kfac.capture.layer import Layer
 from kfac.networks import damped_inverse, dense_step, gradients, mlp, stepped
@@ -403,6 +403,45 @@ def test_experts_in_one_parameter_step_as_experts_that_are_modules(way: str, tur
             model.zero_grad()
     assert [layer.name for layer in own._layers] == [f"{name}.{index}" for name in ("up", "down") for index in range(3)]
     assert own.report().unsupported == {}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_system_makes_of_weights_is_of_each_expert_alone(turned: bool):
+    experts = Experts("one-by-one", turned)
+    modules, inputs = apart(experts), torch.randn(12, 4)
+    own, other = (KFAC(model, KBFGS(), clip=None) for model in (experts, modules))
+    for take in (KFAC.step, KFAC.second_pass, KFAC.step):
+        for model in (experts, modules):
+            model.zero_grad()
+        backward(experts(inputs, torch.tensor([4, 8, 12], dtype=torch.int32)).square())
+        backward(torch.cat([module(part) for module, part in zip(modules, inputs.split(4), strict=True)]).square())
+        for preconditioner in (own, other):
+            take(preconditioner)
+            if take is KFAC.step:
+                torch.optim.SGD(preconditioner.parameters(), 1e-3).step()
+    expected = torch.stack([module[2].weight.grad for module in modules])
+    actual = experts.down.grad
+    torch.testing.assert_close(actual.mT if turned else actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_reduction_that_is_predicted_is_of_all_experts(turned: bool):
+    experts = Experts("one-by-one", turned)
+    modules, inputs = apart(experts), torch.randn(12, 4)
+    ends = torch.tensor([4, 8, 12], dtype=torch.int32)
+
+    def of_modules() -> Tensor:
+        return torch.cat([module(part) for module, part in zip(modules, inputs.split(4), strict=True)]).square().mean()
+
+    ratios = []
+    for model, loss_of in ((experts, lambda: experts(inputs, ends).square().mean()), (modules, of_modules)):
+        preconditioner = KFAC(model, Exact(inverse_every=1), damping=Adaptive(initial=0.1, every=1))
+        loss = loss_of()
+        loss.backward()
+        preconditioner.step()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        ratios.append(preconditioner.adapt(loss, loss_of))
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
 
 
 def test_an_expert_that_was_given_nothing_yet_is_no_cause_for_a_warning(recwarn: pytest.WarningsRecorder):

@@ -242,7 +242,7 @@ class Layer:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
         parts = [part.detach() for part in (self.kind.weight, self.kind.bias) if part is not None]
         weight, *biases = map(everywhere, parts)
-        matrix = self.kind.matrix(weight.to(self.dtype))
+        matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.dtype))
         columns = [self.kind.bias_part(bias).to(self.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
         return torch.cat([matrix, *columns], dim=-1)
 

@@ -1,4 +1,4 @@
-"""What a training loop seems to get wrong: told once, and nothing waits for the device."""
+"""What a training loop seems to get wrong, and what became of layers: told once, and nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -37,13 +37,25 @@ _NOT_FINITE = (
     "a batch was skipped, since a value that was captured, or a gradient, is not finite; all that follow are skipped"
     " without a word, and report().skipped counts them"
 )
+_REFUSED = "layers are left to the optimizer from now on"
+_REPLACED = "some factors are too small for the strategy and got another, see report()"
+# Layers that a warning names; the report has all.
+_MOST_NAMED = 2
+_UNSEEN = (
+    "layers have a gradient, and none of the calls that made it was seen: their gradients are left as they are. Weights"
+    " read by functional calls are not seen, nor are outputs that enter the loss by their derivatives alone (PINN,"
+    " Sobolev), nor a model that ran under torch.compile before KFAC was constructed (call torch.compiler.reset() after"
+    " that)"
+)
 
 
 class Mistakes:
-    """Warnings about the training loop, each given once."""
+    """Warnings about the training loop and the layers, each given once."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        # Layers and sides that were named, by what they were named for.
+        self._named: set[tuple[str, str]] = set()
         self._empty = 0
         # What the numbers are about, the numbers on the host, and an event that tells when they are there.
         self._coming: list[tuple[Sequence[Layer], Tensor, Any]] = []
@@ -52,7 +64,7 @@ class Mistakes:
         """Tell of hooks that another preconditioner has left."""
         hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
         if any(isinstance(hook, OwnHook) for hook in hooks):
-            self._tell(_TWO)
+            self._tell(_TWO, outside=4)
 
     def look_before(self, layers: Sequence[Layer], *, alone: bool) -> None:
         """Tell of steps with nothing to do, and of those that come too late."""
@@ -88,6 +100,22 @@ class Mistakes:
             elif numbers > 0:
                 self._tell(_NOT_FINITE)
 
+    def tell_of_layers(self, layers: Sequence[Layer], unseen: Iterable[Layer]) -> None:
+        """Say which layers turned out not to work, which factors got a substitute, and which layers have no data."""
+        factors = [(layer, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
+        topics = {
+            _REFUSED: {layer.name: layer.refusal for layer in layers if layer.refusal},
+            _REPLACED: {f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason},
+            _UNSEEN: {layer.name: "" for layer in unseen if not layer.refusal},
+        }
+        for what, about in topics.items():
+            new = {name: reason for name, reason in about.items() if (what, name) not in self._named}
+            self._named.update((what, name) for name in new)
+            told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
+            more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
+            if new:
+                self._tell(f"{what}: {'; '.join(told[:_MOST_NAMED])}{more}")
+
     def _send(self, layers: Sequence[Layer], numbers: Tensor) -> None:
         """Have numbers brought to the host; from devices that cannot do so without a wait, nothing is."""
         if numbers.device.type == "cpu":
@@ -98,11 +126,11 @@ class Mistakes:
             event.record(torch.cuda.current_stream(numbers.device))
             self._coming.append((layers, copy, event))
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, message: str, outside: int = 7) -> None:
+        """Warn at the user's line: past this class, and the step with the three decorators around it."""
         if message not in self._told:
             self._told.add(message)
-            # Past this class, and the step with the three decorators around it.
-            warnings.warn(f"KFAC: {message}", stacklevel=7)
+            warnings.warn(f"KFAC: {message}", stacklevel=outside)
 
 
 def _judged(layers: Sequence[Layer], numbers: Sequence[Sequence[float]]) -> Iterator[str]:

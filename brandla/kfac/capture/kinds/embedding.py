@@ -55,14 +55,6 @@ class EmbeddingKind(Kind):
         """Return the same as without sharing over positions."""
         return self.uses(inputs, gradient)
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Transpose."""
-        return weight.mT
-
-    def tensor(self, matrix: Tensor) -> Tensor:
-        """Transpose."""
-        return matrix.mT
-
 
 class TurnedEmbeddingKind(EmbeddingKind):
     """An embedding whose weight is also a Linear's: a use of Wᵀ, given as one of W.

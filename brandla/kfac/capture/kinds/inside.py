@@ -48,11 +48,9 @@ class InsideKind(LinearKind):
         """Its place in the parameter is part of it."""
         return super().key if self._index is None else (*super().key, self._index)
 
-    @property
-    def weight_gradient(self) -> Tensor | None:
-        """The part of the gradient that is this weight's."""
-        gradient = super().weight_gradient
-        return gradient if gradient is None or self._index is None else gradient[self._index]
+    def weight_part(self, weight: Tensor) -> Tensor:
+        """Return the one of several weights."""
+        return weight if self._index is None else weight[self._index]
 
     @property
     def was_seen(self) -> bool:
@@ -66,14 +64,6 @@ class InsideKind(LinearKind):
     def attach(self, record: Record) -> list[Any]:
         """Have the products inside of the module call ``record``."""
         return [self._forward.attach(self, record)]
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Transpose, where that is what inputs are multiplied with."""
-        return weight.mT if self.transposed else weight
-
-    def tensor(self, matrix: Tensor) -> Tensor:
-        """Transpose back."""
-        return matrix.mT if self.transposed else matrix
 
 
 def used_inside(module: nn.Module) -> list[Kind] | str | None:

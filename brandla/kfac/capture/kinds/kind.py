@@ -98,8 +98,11 @@ class Kind(ABC):
     @property
     def weight_gradient(self) -> Tensor | None:
         """The weight's gradient, to be written to; where the weight is part of a parameter, a view of that part."""
-        gradient: Tensor | None = self.weight.grad
-        return gradient
+        return None if self.weight.grad is None else self.weight_part(self.weight.grad)
+
+    def weight_part(self, weight: Tensor) -> Tensor:
+        """Return what is this weight of a tensor of the parameter's shape."""
+        return weight
 
     @property
     def was_seen(self) -> bool:
@@ -178,12 +181,14 @@ class Kind(ABC):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Arrange a tensor of the weight's shape as a matrix (*groups, d_out, d_in)."""
+        if self.transposed:
+            return weight.mT
         groups, d_out, d_in = self.shape
         return weight.reshape(*groups, d_out, d_in)
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """Arrange a matrix (*groups, d_out, d_in) in the weight's shape."""
-        return matrix.reshape(self.weight.shape)
+        return matrix.mT if self.transposed else matrix.reshape(self.weight_part(self.weight).shape)
 
 
 class OwnHook:

@@ -94,14 +94,6 @@ class TransposedKind(LinearKind):
         d_in, d_out = self.weight.shape
         return (), d_out, d_in
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Transpose."""
-        return weight.mT
-
-    def tensor(self, matrix: Tensor) -> Tensor:
-        """Transpose."""
-        return matrix.mT
-
 
 class ScaleKind(NormKind):
     """weight · x̂ + bias in each channel of the last dimension, such as RMSNorms of any package.
