@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from brandla import _check, brand, damped, kron, randomized, refresh, root
+from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
@@ -120,7 +120,7 @@ def svd_update(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_update` of each factor."""
-    return _each(brand.svd_update, (svds, left, right), decay=decay, rank=rank)
+    return _each(svd.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
 @ranged("m,r,n", "m,k")
@@ -132,7 +132,7 @@ def svd_append(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_append` of each factor."""
-    return _each(brand.svd_append, (svds, columns), decay=decay, rank=rank)
+    return _each(svd.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
 @ranged("n,n", "r")
