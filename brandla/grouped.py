@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from brandla import _check, brand, damped, kron, randomized, refresh, root
+from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
@@ -120,7 +120,7 @@ def svd_update(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_update` of each factor."""
-    return _each(brand.svd_update, (svds, left, right), decay=decay, rank=rank)
+    return _each(svd.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
 @ranged("m,r,n", "m,k")
@@ -132,7 +132,7 @@ def svd_append(
     rank: Each[int | None] = None,
 ) -> list[LowRankSVD]:
     """`brandla.svd_append` of each factor."""
-    return _each(brand.svd_append, (svds, columns), decay=decay, rank=rank)
+    return _each(svd.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
 @ranged("n,n", "r")
@@ -199,9 +199,9 @@ def damped_logdet(
     diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    calls = _calls("damped_logdet", (lowranks,), damping=damping, tail=tail, diagonal=diagonal)
-    problems = [damped.check_logdet("damped_logdet", *lists, **options) for lists, options in calls]
-    return _in_classes(problems, _class_of_logdet, damped.Logdet.value, damped.logdets_together)
+    ways = _class_of_logdet, damped.Logdet.value, damped.logdets_together
+    options = {"damping": damping, "tail": tail, "diagonal": diagonal}
+    return _computed("damped_logdet", damped.check_logdet, ways, (lowranks,), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -233,10 +233,9 @@ def kron_damped_logdet(
     values: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.kron_damped_logdet` of each pair of factors."""
-    function, tails = "kron_damped_logdet", {"left_tail": left_tail, "right_tail": right_tail}
-    calls = _calls(function, (lefts, rights), damping=damping, **tails, values=values)
-    problems = [kron.check_joint(function, *lists, **options) for lists, options in calls]
-    return _in_classes(problems, _class_of_joint, kron.Joint.logdet, kron.logdets_together)
+    ways = _class_of_joint, kron.Joint.logdet, kron.logdets_together
+    options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
+    return _computed("kron_damped_logdet", kron.check_joint, ways, (lefts, rights), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -251,11 +250,10 @@ def kron_damped_solve(
     right_tail: Each[Tail] = 0.0,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     """`brandla.kron_damped_solve` with each pair of factors."""
+    ways = _class_of_kron, kron.Kron.solution, kron.kron_together
     shifts = {"left_damping": left_damping, "left_tail": left_tail}
     shifts |= {"right_damping": right_damping, "right_tail": right_tail}
-    calls = _calls("kron_damped_solve", (lefts, rights, matrices), **shifts)
-    problems = [kron.check_kron(*lists, **options) for lists, options in calls]
-    return _in_classes(problems, _class_of_kron, kron.Kron.solution, kron.kron_together)
+    return _computed("kron_damped_solve", kron.check_kron, ways, (lefts, rights, matrices), **shifts)
 
 
 def _updated(
@@ -265,19 +263,18 @@ def _updated(
     lists: tuple[Sequence[Any], ...],
     **options: Any,
 ) -> list[Any]:
-    updates = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
-    return _in_classes(
-        updates,
-        _class_of_update,
-        lambda update: step(update).as_new(),
-        lambda members: step(stack(members)).as_list(),
-    )
+    def alone(update: Update) -> Any:
+        return step(update).as_new()
+
+    def together(updates: list[Update]) -> list[Any]:
+        return step(stack(updates)).as_list()
+
+    return _computed(function, check, (_class_of_update, alone, together), lists, **options)
 
 
 def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
-    calls = _calls(function, lists, **options)
-    problems = [damped.check_solve(function, *arguments, **chosen) for arguments, chosen in calls]
-    return _in_classes(problems, _class_of_solve, damped.Solve.solution, damped.solve_together)
+    ways = _class_of_solve, damped.Solve.solution, damped.solve_together
+    return _computed(function, damped.check_solve, ways, lists, **options)
 
 
 def _each(function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
@@ -297,13 +294,16 @@ def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[
     ]
 
 
-def _in_classes(
-    items: Sequence[Item],
-    class_of: Callable[[Item], Class],
-    alone: Callable[[Item], Any],
-    together: Callable[[list[Item]], Sequence[Any]],
+def _computed(
+    function: str,
+    check: Callable[..., Item],
+    ways: tuple[Callable[[Item], Class], Callable[[Item], Any], Callable[[list[Item]], Sequence[Any]]],
+    lists: tuple[Sequence[Any], ...],
+    **options: Any,
 ) -> list[Any]:
-    """Compute the items of a class together; those of class None, and those alone in theirs, one by one."""
+    """Check all calls, then compute those of a class together; those of class None, and alone in theirs, one by one."""
+    items = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
+    class_of, alone, together = ways
     members: dict[Class, list[int]] = {}
     for index, item in enumerate(items):
         members.setdefault(class_of(item), []).append(index)

@@ -78,9 +78,8 @@ def kron_damped_solve(
     ----------
     J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
     """
-    solution: Data = check_kron(
-        left, right, matrix, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
-    ).solution()
+    function, tails = "kron_damped_solve", {"left_tail": left_tail, "right_tail": right_tail}
+    solution: Data = check_kron(function, left, right, matrix, left_damping, right_damping, **tails).solution()
     return solution
 
 
@@ -276,6 +275,7 @@ def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
 
 
 def check_kron(
+    function: str,
     left: LowRank,
     right: LowRank,
     matrix: Tensor | tuple[Tensor, Tensor],
@@ -286,7 +286,6 @@ def check_kron(
     right_tail: Tail,
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    function = "kron_damped_solve"
     left_factor, left_rows = check_factor(function, "left", left)
     right_factor, right_rows = check_factor(function, "right", right)
     bases, rows = (parts_of(left_factor)[1], parts_of(right_factor)[1]), (left_rows, right_rows)

@@ -6,8 +6,9 @@ import torch
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla.brand import svd_append
-from brandla.lowrank import Centred, LowRankSVD, Rank
+from brandla.centred import Centred
+from brandla.lowrank import LowRankSVD, Rank
+from brandla.svd import svd_append
 
 
 @ranged("m,r,n", "m,r,n")

@@ -48,7 +48,8 @@ def ops_in(call: Call) -> set[str]:
 @pytest.mark.parametrize("name", WITHOUT_WAITING)
 def test_function_compiles_to_one_graph(name: str) -> None:
     for_compiled, for_eager = given(), given()
-    compiled = torch.compile(WITHOUT_WAITING[name], fullgraph=True, backend=BACKEND)
+    # Variants differ in what Dynamo sees, not in what AOTAutograd makes of it.
+    compiled = torch.compile(WITHOUT_WAITING[name], fullgraph=True, backend="eager" if "," in name else BACKEND)
     assert_close(compiled(for_compiled), WITHOUT_WAITING[name](for_eager))
     assert_close(for_compiled, for_eager)
 
@@ -95,7 +96,7 @@ def test_gradients_come_through_a_compiled_function(function: Callable[..., Any]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["eigh_update", "root_update", "eigh_update_", "root_update_"])
+@pytest.mark.parametrize("name", ["eigh_update", "root_update_"])
 def test_exact_updates_compile_around_their_eigendecomposition(name: str) -> None:
     function = getattr(brandla, name)
 

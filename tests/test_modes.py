@@ -102,7 +102,12 @@ def one_of(value: Any, index: int) -> Any:
     return tree_map(lambda part: part[index] if part.ndim else part, value)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "_," not in name and not name.endswith("_")])
+# Where a look is free it decides which of nearly dependent columns come first, so that only their span is comparable.
+NOT_COMPARABLE = "eigh_refresh, begun"
+NEW = [name for name in ALL if "_," not in name and not name.endswith("_") and name != NOT_COMPARABLE]
+
+
+@pytest.mark.parametrize("name", NEW)
 def test_vmap_is_the_calls_one_by_one(name: str) -> None:
     x = given(torch.float64, (3,))
     x = x._replace(one_eigh=x.eigh)

@@ -1,0 +1,292 @@
+"""Updates of a singular value decomposition: a matrix of low rank added, or columns appended, centred or not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla._ranges import ranged
+from brandla._sharded import WHOLE, Rows, rows_of
+from brandla._small import above, leading, safe_svd, signs_of, unit_scaled
+from brandla.centred import Centred, less
+from brandla.lowrank import LowRankSVD, Rank, most_of, over, tolerance_of
+from brandla.orthonormal import polish
+from brandla.root import is_sparse
+from brandla_kernels import gram, without_denormals
+
+SVD = TypeVar("SVD", LowRankSVD, Centred)
+
+
+@ranged("m,r,n", "m,k", "n,k")
+def svd_update(
+    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
+) -> LowRankSVD:
+    """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
+
+    Equivalent to the leading triplets of ``torch.linalg.svd(decay * svd.dense() + left @ right.mT)``, in
+    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix. Raises as `svd_append` does.
+
+    Parameters
+    ----------
+    svd
+        U (..., m, r), S (..., r), Vh (..., r, n).
+    left, right
+        Shapes (..., m, k) and (..., n, k).
+    decay
+        ρ >= 0: a number, or a tensor of batch shape.
+    rank
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, n, r + k), by default the old rank r.
+
+    Returns
+    -------
+    LowRankSVD
+        New tensors: nothing is modified or shared.
+
+    Notes
+    -----
+    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
+    In float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
+    dtype give NaN. The derivative is right where the values kept are distinct and [U diag(S), left] and [V, right] have
+    full rank: elsewhere, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
+    their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
+
+    References
+    ----------
+    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
+    """
+    function = "svd_update"
+    _check.svd(function, "svd", svd)
+    left_vectors, values, right_vectors = svd.U, svd.S, svd.Vh.mT
+    left_rows = rows_of(function, "svd.U", left_vectors, values)
+    right_rows = rows_of(function, "svd.Vh.mT", right_vectors, values)
+    left_rows.admit(function, "left", left)
+    right_rows.admit(function, "right", right)
+    left, right = _in_full(left), _in_full(right)
+    left = _check.columns(function, "left", left, "svd.U", left_vectors)
+    right = _check.columns(function, "right", right, "svd.Vh.mT", right_vectors)
+    if left.shape[-1] != right.shape[-1]:
+        _check.fail_value(
+            function,
+            f"left and right must have the same number k of columns; got {left.shape[-1]} and {right.shape[-1]}",
+        )
+    small = left_rows if right_rows is WHOLE else right_rows
+    decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", left_vectors)
+    m, n, r, k = left_vectors.shape[-2], right_vectors.shape[-2], left_vectors.shape[-1], left.shape[-1]
+    most = min(m, n, r + k)
+    because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
+    tol, rank = tolerance_of(rank), _check.rank(function, most_of(rank), r, most, because)
+    values = small.small(function, "svd.S", values)
+    left_vectors, left = left_rows.local(function, "svd.U", left_vectors), left_rows.local(function, "left", left)
+    right_vectors = right_rows.local(function, "svd.Vh.mT", right_vectors)
+    right = right_rows.local(function, "right", right)
+    left_panel = torch.cat([left_vectors * (values * over(decay))[..., None, :], left], dim=-1)
+    left_side = _factored(left_panel, left_rows)
+    right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
+    core = left_side.triangle @ right_side.triangle.mT
+    rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    # The left panel is Q T, with the old vectors in front: products of old vectors with new ones of the same place.
+    turned = signs_of((left_side.triangle[..., :rank] * rotation).sum(-2))[..., None, :]
+    rotation, right_rotation = rotation * turned, right_rotation * turned
+    return LowRankSVD(
+        left_rows.tall_result(left_side.basis(rotation)),
+        small.small_result(spectrum),
+        right_rows.tall_result(right_side.basis(right_rotation)).mT,
+    )
+
+
+@ranged("m,r,n", "m,k")
+def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None) -> SVD:
+    """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
+
+    Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
+    O(m (r + k)² + n r²) + O((r + k)³) operations.
+
+    Parameters
+    ----------
+    svd
+        U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream. Or a
+        `Centred` one, started by `centre`: the decomposition is then of the columns less their running
+        mean, as in principal component analysis.
+    columns
+        A, shape (..., m, k): appended to the right.
+    decay
+        ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
+    rank
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k), by default the old rank r.
+
+    Returns
+    -------
+    LowRankSVD or Centred
+        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred. New tensors: nothing is
+        modified or shared.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+
+    Notes
+    -----
+    Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
+    U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
+    triplets. Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The
+    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and
+    A may be DTensors sharded on their rows: ``docs/sharded.md``.
+
+    References
+    ----------
+    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
+    Derivation: ``docs/updates.md``.
+    """
+    if isinstance(svd, Centred):
+        return _append_centred(svd, columns, decay, rank)
+    append = _check_append(svd, columns, decay, rank)
+    left, values, rotation = _leading_triplets(append)
+    r = append.svd.S.shape[-1]
+    right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
+    return append.result(left, values, right.mT)
+
+
+class _Append(NamedTuple):
+    """Arguments of `svd_append` that fit together, as far as they are here."""
+
+    svd: LowRankSVD
+    columns: Tensor
+    decay: float | Tensor
+    rank: int
+    tol: float
+    rows: Rows  # which rows of U and of the columns are here
+
+    def result(self, left: Tensor, values: Tensor, right: Tensor) -> LowRankSVD:
+        """Return a decomposition of the kind of the old one."""
+        rows = self.rows
+        return LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right))
+
+
+def _check_append(svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> _Append:
+    function = "svd_append"
+    _check.svd(function, "svd", svd)
+    rows = rows_of(function, "svd.U", svd.U, svd.S)
+    rows.admit(function, "columns", columns)
+    columns = _check.columns(function, "columns", _in_full(columns), "svd.U", svd.U)
+    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", svd.U)
+    m, r = svd.U.shape[-2:]
+    k = columns.shape[-1]
+    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
+    most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
+    local = LowRankSVD(
+        rows.local(function, "svd.U", svd.U),
+        rows.small(function, "svd.S", svd.S),
+        rows.small(function, "svd.Vh", svd.Vh),
+    )
+    return _Append(local, rows.local(function, "columns", columns), decay, most, tolerance_of(rank), rows)
+
+
+def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V of the panel B = [ρ U diag(S), A]: those of its QR's R in float64, else of BᵀB = V S² Vᵀ.
+
+    A Gram matrix in float64 resolves all that float32 data holds.
+    """
+    svd, dtype = append.svd, append.svd.S.dtype
+    panel = torch.cat([svd.U * (svd.S * over(append.decay))[..., None, :], append.columns], dim=-1)
+    if dtype == torch.float64:
+        side = _factored(panel, append.rows)
+        rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
+        turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        return side.basis(rotation * turned), spectrum, right * turned
+    noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
+    squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+    # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
+    vanished = squares < torch.finfo(dtype).tiny ** 2
+    squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
+    right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
+    left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
+    return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
+
+
+class _Factored(NamedTuple):
+    """A panel P = Q T with Q = P′ X orthonormal, or zero columns: Q itself is not formed."""
+
+    panel: Tensor  # P′       [..., n, p]
+    transform: Tensor | None  # X      [..., p, q], float64; None stands for I
+    triangle: Tensor  # T       [..., q, p], float64
+    rows: Rows
+
+    def basis(self, rotation: Tensor) -> Tensor:
+        """Return Q W for W (..., q, s)."""
+        if self.transform is None:
+            return self.panel @ rotation
+        panel: Tensor = self.panel @ (self.transform @ rotation.double()).to(self.panel.dtype)
+        polished: Tensor = polish(panel, self.rows)
+        return polished
+
+
+def _factored(panel: Tensor, rows: Rows) -> _Factored:
+    """Factor a panel: by QR in float64, else by D PᵀP D = V Λ Vᵀ in float64 with unit columns P D."""
+    if panel.dtype == torch.float64:
+        basis, triangle = _qr(panel, rows)
+        return _Factored(basis, None, triangle, rows)
+    inner = rows.total(gram(panel))
+    lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
+    shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
+    unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
+    noise = (4 * torch.finfo(panel.dtype).eps) ** 2
+    values, vectors, _ = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
+    transform = unit[..., :, None] * unit_scaled(vectors, values)
+    return _Factored(panel, transform, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :], rows)
+
+
+def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return Q and R of a panel (n, p); of a sharded one from the QR of all processes' R."""
+    basis, triangle = torch.linalg.qr(panel)
+    if rows is WHOLE:
+        return basis, triangle
+    inner, triangle = torch.linalg.qr(rows.stacked(triangle))
+    return basis @ rows.own(inner, panel.shape[-1]), triangle
+
+
+def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
+    """Append the batch about its own mean, and the distance between the means in the direction this leaves free."""
+    function = "svd_append"
+    svd, mean, weight, scatter = state
+    _check.centred(function, "svd", state)
+    append = _check_append(svd, columns, decay, rank)
+    columns, rows = append.columns, append.rows
+    rows.admit(function, "svd.mean", mean)
+    mean = rows.local(function, "svd.mean", mean, -1)
+    weight, scatter = rows.small(function, "svd.weight", weight), rows.small(function, "svd.scatter", scatter)
+    k = columns.shape[-1]
+    old = weight * append.decay**2
+    total = old + k
+    share = torch.where(total > 0, k / total, 0.0)
+    batch_mean = columns.mean(-1, dtype=torch.float64) if k else mean
+    # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + s sᵀ, s = √(old·k/total) (μ_old − μ_batch).
+    # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
+    shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
+    centred = less(columns, batch_mean - shift)
+    left, values, _ = _leading_triplets(append._replace(columns=centred))
+    added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
+    # What is not finite in one entry of the mean reaches all of it.
+    mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
+    numbers = map(rows.small_result, (total + 0 * added, scatter * append.decay**2 + added))
+    empty = values.new_zeros(*values.shape, 0)
+    return Centred(append.result(left, values, empty), rows.tall_result(mean, -1), *numbers)
+
+
+def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rotation, spectrum, right_rotation = safe_svd(core, dtype)
+    kept = spectrum[..., :rank]
+    alive = above(kept, tol)
+    return (
+        rotation[..., :rank] * alive[..., None, :],
+        without_denormals((kept * alive).to(dtype)),
+        right_rotation[..., :rank] * alive[..., None, :],
+    )
+
+
+def _in_full(columns: Tensor) -> Tensor:
+    """Return sparse columns as dense ones: the panel would hold them as such."""
+    return columns.to_dense() if is_sparse(columns) else columns
