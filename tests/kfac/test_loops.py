@@ -1,7 +1,11 @@
-"""The pieces of docs/recipes/training-loops.md: each loop trains as the same one by hand, and resumes, to the bit."""
+"""Other people's training loops, as the recipes have them: each trains as by hand, and resumes, to the bit.
+
+Blocks marked "py" run here alone, where the packages are installed.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from brandla.kfac import KFAC, Brand
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "training-loops.md"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+PAGES = {
+    "training-loops": ("transformers", "lightning", "accelerate"),
+    "fine-tuning": ("transformers", "accelerate", "peft"),
+}
+BLOCK = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RATE, ACCUMULATED = 0.03, 2
 SETTINGS = [("float32", None), ("float32", 0.1), ("bfloat16", None)]
 
@@ -22,14 +31,37 @@ SETTINGS = [("float32", None), ("float32", 0.1), ("bfloat16", None)]
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:KFAC")]
 
 
-def piece(heading: str, *other: str) -> dict[str, Any]:
-    """Return what the first block under a heading of the page defines, with one call in another's place if asked."""
-    found = re.search(rf"^## {heading}\n.*?^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert found
-    assert sum(bool(line.strip()) and "import" not in line for line in found[1].splitlines()) <= 10
+def blocks(page: str) -> dict[str, list[str]]:
+    """Return the blocks of a page by the heading that they stand under."""
+    parts = re.split(r"^#+ (.*)$", (RECIPES / f"{page}.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    return {heading: BLOCK.findall(text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def piece(page: str, heading: str, *other: str) -> dict[str, Any]:
+    """Return what the first block under a heading defines, with one call in another's place if asked."""
+    source = blocks(page)[heading][0]
     names: dict[str, Any] = {"torch": torch}
-    exec(found[1].replace(*other) if other else found[1], names)
+    exec(source.replace(*other) if other else source, names)
     return names
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_recipe_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for package in PAGES[page]:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        for source in itertools.chain(*blocks(page).values()):
+            exec(compile(source, page, "exec"), names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pieces_are_short():
+    for heading in ("Hugging Face Trainer", "Lightning", "accelerate"):
+        lines = blocks("training-loops")[heading][0].splitlines()
+        assert len([line for line in lines if line.strip() and "import" not in line]) <= 10
 
 
 def network() -> nn.Module:
@@ -102,9 +134,8 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"input_ids": one, "labels": own} for one, own in zip(words, labels, strict=True)]
 
 
-def trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[Any, KFAC]:
+def trainer(optimizer: torch.optim.Optimizer, callback: Any, model: nn.Module, folder: Path, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    optimizer, preconditioner = parts(model)
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=8,
@@ -116,11 +147,9 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[Any, KFAC]:
         save_steps=2,
         **options,
     )
-    callbacks = [piece("Hugging Face Trainer")["WithKFAC"](preconditioner)]
-    loop = transformers.Trainer(
-        model, arguments, train_dataset=sentences(), optimizers=(optimizer, None), callbacks=callbacks
+    return transformers.Trainer(
+        model, arguments, train_dataset=sentences(), optimizers=(optimizer, None), callbacks=[callback]
     )
-    return loop, preconditioner
 
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
@@ -129,23 +158,43 @@ def test_trainer_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | Non
     models = [gpt2(0.0), gpt2(0.0)]
     models[1].load_state_dict(models[0].state_dict())
     options = {"train_sampling_strategy": "sequential", "max_grad_norm": most or 0, "bf16": dtype == "bfloat16"}
-    trainer(models[0], tmp_path, num_train_epochs=1, save_strategy="no", **options)[0].train()
-    batches = [{name: torch.stack([one[name] for one in sentences()[at : at + 8]]) for name in ("input_ids", "labels")}
-               for at in range(0, 64, 8)]
+    optimizer, preconditioner = parts(models[0])
+    callback = piece("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
+    trainer(optimizer, callback, models[0], tmp_path, num_train_epochs=1, save_strategy="no", **options).train()
+    batches = [
+        {name: torch.stack([one[name] for one in sentences()[at : at + 8]]) for name in ("input_ids", "labels")}
+        for at in range(0, 64, 8)
+    ]
     words = ACCUMULATED * 8 * 9
     losses = [lambda batch=batch: models[1](**batch, num_items_in_batch=words).loss for batch in batches]
     by_hand(models[1].train(), losses, dtype, clip_to(models[1], most), nothing)
     assert_same(models[0].state_dict(), models[1].state_dict())
 
 
-def test_trainer_resumes_to_the_bit(tmp_path: Path):
+@pytest.mark.parametrize("two_optimizers", [False, True])
+def test_trainer_resumes_to_the_bit(tmp_path: Path, two_optimizers: bool):
     """In the middle of an epoch, with dropout and a shuffled order."""
+
+    def made(model: nn.Module, folder: Path) -> tuple[Any, dict[str, Any]]:
+        if two_optimizers:
+            preconditioner = KFAC(model, {"": Brand(rank=2), "transformer.wte": None})
+            optimizer = torch.optim.SGD(preconditioner.parameters(), RATE)
+            rest = torch.optim.AdamW(preconditioner.others(), 1e-3)
+            callback = piece("fine-tuning", "Fine-tuning")["WithKFAC"](preconditioner, rest)
+        else:
+            optimizer, preconditioner = parts(model)
+            callback = piece("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
+        loop = trainer(optimizer, callback, model, folder, max_steps=3, max_grad_norm=0)
+        return loop, callback.parts if two_optimizers else {"kfac": preconditioner}
+
     torch.manual_seed(0)
     whole, resumed = gpt2(0.1), gpt2(0.1)
-    trainer(whole, tmp_path, max_steps=3, max_grad_norm=0)[0].train()
-    loop, preconditioner = trainer(resumed, tmp_path / "again", max_steps=3, max_grad_norm=0)
+    made(whole, tmp_path)[0].train()
     checkpoint = tmp_path / "checkpoint-2"
-    preconditioner.load_state_dict(torch.load(checkpoint / "kfac.pt"))
+    saved = torch.load(checkpoint / "kfac.pt")
+    loop, known = made(resumed, tmp_path / "again")
+    for name, part in known.items():
+        part.load_state_dict(saved[name] if two_optimizers else saved)
     loop.train(resume_from_checkpoint=str(checkpoint))
     assert_same(resumed.state_dict(), whole.state_dict())
 
@@ -168,7 +217,11 @@ def fitted(folder: Path, model: nn.Module, epochs: int, checkpoint: Path | None 
     module = Module()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     loop = lightning.Trainer(
-        callbacks=[piece("Lightning")["WithKFAC"](KFAC(module, Brand(rank=2), scaler=options.pop("scaler", None)))],
+        callbacks=[
+            piece("training-loops", "Lightning")["WithKFAC"](
+                KFAC(module, Brand(rank=2), scaler=options.pop("scaler", None))
+            )
+        ],
         accumulate_grad_batches=ACCUMULATED,
         max_epochs=epochs,
         default_root_dir=folder,
@@ -189,6 +242,16 @@ def test_lightning_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | N
     assert_same(model.state_dict(), expected(dtype, after=most))
 
 
+def test_lightning_takes_the_scaler_of_float16(tmp_path: Path):
+    """On a CPU too: training is that in float32, but for what float16 rounds."""
+    precision = pytest.importorskip("lightning.pytorch.plugins.precision")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    torch.manual_seed(0)
+    model = network()
+    fitted(tmp_path, model, 1, scaler=scaler, plugins=precision.MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    torch.testing.assert_close(model.state_dict(), expected("float32"), rtol=0, atol=1e-3)
+
+
 def test_lightning_resumes_to_the_bit(tmp_path: Path):
     whole, first, resumed = network(), network(), network()
     whole.load_state_dict(first.state_dict())
@@ -203,14 +266,12 @@ def accelerated(model: nn.Module, dtype: str = "float32", most: float | None = N
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if dtype == "bfloat16" else "no"
-    accelerator = accelerate.Accelerator(
-        cpu=True, gradient_accumulation_steps=ACCUMULATED, mixed_precision=precision
-    )
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED, mixed_precision=precision)
     optimizer, preconditioner = parts(model)
     prepared = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(preconditioner)
     clip = () if most is None else ("unscale_gradients()", f"clip_grad_norm_(model.parameters(), {most})")
-    train = piece("accelerate", *clip)["train"]
+    train = piece("training-loops", "accelerate", *clip)["train"]
     return accelerator, lambda data: train(accelerator, *prepared, DataLoader(data, 8), preconditioner)
 
 
