@@ -44,6 +44,16 @@ def checked(enabled: bool = True) -> Iterator[None]:
     Every public function then raises ``ValueError`` if a tensor holds NaN or infinity, or if a damping given as a
     tensor is not positive, before anything is computed. Outside, such values are not looked at: non-finite data makes
     every value of the result NaN, and ``is_finite()`` of the result says so without a sync.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> try:
+    ...     with brandla.checked():
+    ...         brandla.root_update(brandla.LowRankRoot.zeros(2, rank=1), torch.tensor([[1.0], [torch.nan]]))
+    ... except ValueError as error:
+    ...     print(str(error).partition(";")[0])
+    root_update: columns must be finite
     """
     token = _checked.set(enabled)
     try:

@@ -93,6 +93,14 @@ def eigh_update_(
     Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is that of a `brandla.Rank`. Raises
     as `eigh_update` does, and for tensors of ``eigh`` that are expanded and arguments that require grad, before
     anything is overwritten.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> eigh = brandla.LowRankEigh.zeros(8, rank=2)
+    >>> _ = brandla.eigh_update_(eigh, 3 * torch.eye(8, 2))
+    >>> eigh.eigenvalues
+    tensor([9., 9.])
     """
     update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
     return eigh_step(update.overwriting(tol)).over(eigh)

@@ -107,6 +107,14 @@ def centre(svd: LowRankSVD) -> Centred:
     ------
     ValueError
         If ``svd`` holds columns: their mean is not known.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> stream = brandla.centre(brandla.LowRankSVD.zeros(5, 0, rank=2))
+    >>> stream = brandla.svd_append(stream, torch.randn(5, 100) + 7)
+    >>> (stream.mean > 6).all()
+    tensor(True)
     """
     _check.svd("centre", "svd", svd)
     if svd.Vh.shape[-1] != 0:

@@ -109,6 +109,13 @@ def damped_power(
     -------
     Tensor
         Of the shape of ``rhs``, in the dtype of the factor.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> eigh = brandla.LowRankEigh(torch.tensor([3.0]), torch.eye(2, 1))
+    >>> brandla.damped_power(eigh, torch.ones(2), damping=1.0, exponent=-0.5)
+    tensor([0.5000, 1.0000])
     """
     if diagonal is not None:
         rule = "diagonal must be None, since beside a diagonal only the inverse has a low-rank form"

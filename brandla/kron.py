@@ -77,6 +77,14 @@ def kron_damped_solve(
     References
     ----------
     J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> eigh = brandla.LowRankEigh(torch.tensor([3.0]), torch.eye(2, 1))
+    >>> brandla.kron_damped_solve(eigh, eigh, torch.ones(2, 2), left_damping=1.0, right_damping=1.0)
+    tensor([[0.0625, 0.2500],
+            [0.2500, 1.0000]])
     """
     function, tails = "kron_damped_solve", {"left_tail": left_tail, "right_tail": right_tail}
     solution: Data = check_kron(function, left, right, matrix, left_damping, right_damping, **tails).solution()

@@ -263,6 +263,15 @@ class LowRankSVD(NamedTuple):
     Vh
         Right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of U and its row of Vh may be
         zero.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> svd = brandla.randomized_svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+    >>> svd.S
+    tensor([3., 2.])
+    >>> svd.mT.shape
+    torch.Size([3, 3])
     """
 
     U: Tensor
@@ -400,6 +409,14 @@ class Tracked(NamedTuple, Generic[Factor]):
     trace
         Tensor of batch shape: tr M of the whole stream, what truncation left out included. ``tail="mean"`` of the
         damped functions comes from it.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> tracked = brandla.track(brandla.LowRankRoot.zeros(3, rank=1))
+    >>> tracked = brandla.root_update(tracked, torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    >>> tracked.error_bound, tracked.trace
+    (tensor(4.), tensor(14.))
     """
 
     lowrank: Factor
@@ -438,6 +455,13 @@ def track(lowrank: Factor) -> Tracked[Factor]:
     ------
     ValueError, TypeError
         If ``lowrank`` is no LowRankEigh or LowRankRoot, or its parts do not fit together.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> tracked = brandla.track(brandla.LowRankEigh(torch.tensor([2.0]), torch.eye(3, 1)))
+    >>> tracked.error_bound, tracked.trace
+    (tensor(0.), tensor(2.))
     """
     _check.symmetric("track", "lowrank", lowrank)
     trace = lowrank.trace()
@@ -458,6 +482,14 @@ class Rank:
         Largest rank, at least 1.
     tol
         Relative tolerance, in [0, 1): of eigenvalues for the symmetric updates, of singular values for the SVD.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> columns = torch.diag(torch.tensor([1.0, 0.5, 0.01]))
+    >>> eigh = brandla.eigh_update(brandla.LowRankEigh.zeros(3, rank=3), columns, rank=brandla.Rank(max=3, tol=0.1))
+    >>> eigh.eigenvalues
+    tensor([1.0000, 0.2500, 0.0000])
     """
 
     max: int

@@ -97,6 +97,13 @@ def randomized_eigh(
     ----------
     J. Tropp, A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
     streaming data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> eigh = brandla.randomized_eigh(torch.diag(1 / torch.arange(1.0, 101)), rank=3)
+    >>> eigh.eigenvalues.round(decimals=3)
+    tensor([1.0000, 0.5000, 0.3330])
     """
     function = "randomized_eigh"
     rows, n = check_matrix(function, matrix)
@@ -172,6 +179,13 @@ def randomized_svd(
     ----------
     N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, theorem 10.5. Derivation:
     ``docs/randomized.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> svd = brandla.randomized_svd(torch.diag(1 / torch.arange(1.0, 101)), rank=3)
+    >>> svd.S.round(decimals=3)
+    tensor([1.0000, 0.5000, 0.3330])
     """
     function = "randomized_svd"
     m, n = check_matrix(function, matrix)

@@ -116,6 +116,14 @@ def root_update_(
     Needs no second F. ``columns`` must not share memory with ``root``. ``tol`` is that of a `brandla.Rank`. Raises as
     `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything
     is overwritten.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> root = brandla.LowRankRoot.zeros(8, rank=2)
+    >>> _ = brandla.root_update_(root, 3 * torch.eye(8, 2))
+    >>> root.trace()
+    tensor(18.)
     """
     update = check_root_update("root_update_", root, columns, decay, weight, None, compress, shrink)
     return root_step(update.overwriting(tol)).over(root)

@@ -56,6 +56,13 @@ def svd_update(
     References
     ----------
     M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> svd = brandla.LowRankSVD.zeros(6, 4, rank=2)
+    >>> brandla.svd_update(svd, 3 * torch.eye(6, 2), torch.eye(4, 2)).S
+    tensor([3., 3.])
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
@@ -140,6 +147,14 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     ----------
     M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
     Derivation: ``docs/updates.md``.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> svd = brandla.LowRankSVD.zeros(6, 0, rank=2)
+    >>> svd = brandla.svd_append(svd, 3 * torch.eye(6, 2))
+    >>> svd.S, svd.shape
+    (tensor([3., 3.]), torch.Size([6, 2]))
     """
     if isinstance(svd, Centred):
         return _append_centred(svd, columns, decay, rank)

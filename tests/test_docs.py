@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import brandla
+import brandla.kfac
 import brandla_kernels
 from brandla.kfac.capture.kinds import like
 
@@ -128,6 +129,13 @@ def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
 def test_linked_pages_exist(page: Path) -> None:
     targets = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("package", [brandla, brandla.kfac], ids=["brandla", "brandla.kfac"])
+def test_every_public_name_has_an_example(package: Any) -> None:
+    # A system of one's own takes a page, and the columns of a Laplacian come from the function that makes them.
+    without = {"Strategy", "Columns"} if package is brandla.kfac else {"grouped"}
+    assert {name for name in package.__all__ if ">>>" not in (getattr(package, name).__doc__ or "")} == without
 
 
 def test_pages_that_the_code_refers_to_exist() -> None:

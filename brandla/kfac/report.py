@@ -26,6 +26,14 @@ class FactorReport:
 
     A curvature that keeps more than its factors has one more row, whose ``side`` is ``"beside"``. There n is the
     layer's number of parameters, and ``dense_bytes`` is 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Exact
+    >>> report = KFAC(torch.nn.Linear(20, 10), Exact()).report()
+    >>> [factor.n for factor in report.factors]
+    [21, 10]
     """
 
     layer: str
@@ -47,6 +55,14 @@ class Report:
     ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
     that inputs and output gradients took until the last step was done with them. ``layouts`` says which of samples and
     positions come first in the inputs of each layer that takes both, and what says so.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Exact
+    >>> report = KFAC(torch.nn.Linear(20, 10), Exact()).report()
+    >>> [factor.n for factor in report.factors]
+    [21, 10]
     """
 
     factors: list[FactorReport]

@@ -217,6 +217,12 @@ def backend(name: Backend) -> Iterator[None]:
         If ``name`` is neither.
     RuntimeError
         If the backend cannot run here. Nothing falls back silently.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> with brandla.backend("torch"):
+    ...     root = brandla.root_update(brandla.LowRankRoot.zeros(8, rank=2), torch.eye(8, 2))
     """
     if name not in ("torch", "triton"):
         message = f"brandla.backend: name must be 'torch' or 'triton'; got {name!r}"

@@ -133,6 +133,15 @@ class Brand(FactorStrategy):
     References
     ----------
     C. O. Puiu, "Brand New K-FACs: speeding up K-FAC with online decomposition updates", arXiv 2210.08494.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Brand
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, Brand(rank=4))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     unread: ClassVar[tuple[str, ...]] = ("error_bound",)

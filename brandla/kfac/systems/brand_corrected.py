@@ -32,6 +32,15 @@ class BrandCorrected(DenseBrand):
     References
     ----------
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the corrected variant.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, BrandCorrected
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, BrandCorrected(rank=4))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     kind = LowRankEigh

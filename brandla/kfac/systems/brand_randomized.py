@@ -31,6 +31,15 @@ class BrandRandomized(DenseBrand):
     References
     ----------
     C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the variant with overwriting.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, BrandRandomized
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, BrandRandomized(rank=4))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     kind = LowRankRoot

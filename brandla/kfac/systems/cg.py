@@ -40,6 +40,15 @@ class ConjugateGradient(Strategy):
     References
     ----------
     Y. Chen, "An iterative K-FAC algorithm for deep learning", arXiv 2101.00218.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, ConjugateGradient
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, ConjugateGradient())
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     iterations: int = 10

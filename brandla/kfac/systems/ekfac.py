@@ -66,6 +66,15 @@ class EKFAC(Strategy):
     ----------
     T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, "Fast approximate natural gradient descent in a
     Kronecker-factored eigenbasis", NeurIPS 2018, arXiv 1806.03884.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, EKFAC
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, EKFAC())
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     inverse_every: Schedule[int] = 10

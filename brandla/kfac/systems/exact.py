@@ -34,6 +34,15 @@ class Exact(DenseForm, FactorStrategy):
     References
     ----------
     J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Exact
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, Exact(inverse_every=10))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     # Whether young factors are renewed more often.

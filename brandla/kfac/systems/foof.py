@@ -25,6 +25,15 @@ class Foof(KroneckerStrategy):
     ----------
     F. Benzing, "Gradient descent on neurons and its link to approximate second-order optimization", ICML 2022,
     arXiv 2201.12250.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Foof, Brand
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, Foof(Brand(rank=4)))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     measures_length: ClassVar[bool] = False

@@ -58,6 +58,15 @@ class InverseFree(Strategy):
     References
     ----------
     W. Lin and others, "Structured inverse-free natural gradient descent", ICML 2024, arXiv 2312.05705.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, InverseFree
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, InverseFree("diagonal"))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     structure: str | Structure = "dense"

@@ -36,6 +36,15 @@ class Randomized(DenseForm, FactorStrategy):
     References
     ----------
     C. O. Puiu, "Randomized K-FACs: speeding up K-FAC with randomized numerical linear algebra", arXiv 2206.15397.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Randomized
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, Randomized(rank=4))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     rank: Schedule[int]

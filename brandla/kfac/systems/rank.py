@@ -30,6 +30,11 @@ class ErrorBound:
         Limits of the rank; it begins at ``least``.
     every
         Steps between readings: a number, or a function of the step.
+
+    Examples
+    --------
+    >>> from brandla.kfac import Brand, ErrorBound
+    >>> strategy = Brand(rank=ErrorBound(target=0.01, least=16, most=128))
     """
 
     target: float

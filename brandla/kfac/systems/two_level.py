@@ -46,6 +46,15 @@ class TwoLevel(Strategy):
     A. Koroko, A. Anciaux-Sedrakian, I. Ben Gharbia, V. Garès, M. Haddou, Q. H. Tran, "Analysis and comparison of
     two-level KFAC methods for training deep neural networks", arXiv 2303.18083: its authors find no real gain over
     K-FAC.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, TwoLevel, Brand
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, TwoLevel(Brand(rank=4)))
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     reads_rows: ClassVar[bool] = True

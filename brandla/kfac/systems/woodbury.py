@@ -52,6 +52,15 @@ class Woodbury(Strategy):
     M. Yang, D. Xu, Z. Wen, M. Chen, P. Xu, "Sketchy empirical natural gradient methods for deep learning", arXiv
     2006.05924 (SENG). X. Ou, C. Zhu, X. Huang, Y. Liu, "Inverse-free fast natural gradient descent method for deep
     learning", arXiv 2403.03473 (FNGD).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, Woodbury
+    >>> model = torch.nn.Linear(20, 10)
+    >>> preconditioner = KFAC(model, Woodbury())
+    >>> model(torch.randn(8, 20)).square().mean().backward()
+    >>> preconditioner.step()
     """
 
     every: Schedule[int] = 1
