@@ -212,13 +212,8 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """
     core = core.double()
     if core.numel() == 0:
-        *batch_shape, p, q = core.shape
-        kept = min(p, q)
-        return (
-            core.new_zeros(*batch_shape, p, kept),
-            core.new_zeros(*batch_shape, kept),
-            core.new_zeros(*batch_shape, q, kept),
-        )
+        left, values, right = torch.linalg.svd(core, full_matrices=False)
+        return left, values, right.mT
     finite = _is_finite(core)
     clean = torch.where(finite[..., None, None], core, 0)
     scale = clean.abs().amax((-2, -1))

@@ -74,9 +74,20 @@ def eigh_refresh(
     >>> moments.shape
     torch.Size([8, 100])
     """
-    average = _checked("eigh_refresh", eigh, matrix, decay, weight)
-    _check.count("eigh_refresh", "iterations", iterations, 1)
-    vectors = eigh.eigenvectors
+    function, name = "eigh_refresh", "eigh.eigenvectors"
+    _check.eigh(function, "eigh", eigh)
+    values, vectors = eigh
+    WHOLE.admit(function, name, vectors)
+    rows, _ = check_matrix(function, matrix)
+    if isinstance(matrix, Tensor):
+        matrix = _check.columns(function, "matrix", matrix, name, vectors)
+    elif vectors.shape[:-1] != (rows,):
+        rule = f"a linear operator of {rows} rows needs {name} of shape ({rows}, r)"
+        _check.fail_value(function, f"{rule}; got {tuple(vectors.shape)}")
+    decay = _check.scalar(function, "decay", decay, name, vectors)
+    weight = _check.scalar(function, "weight", weight, name, vectors)
+    _check.count(function, "iterations", iterations, 1)
+    average = _Average(vectors, (values * over(decay))[..., None], matrix, over(weight, 2))
     for _ in range(iterations):
         image = average.image(_begun(vectors))
         vectors, _ = orthonormalize(image / scale_of(image))
@@ -105,27 +116,6 @@ class _Average(NamedTuple):
     def _coefficients(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """Return UᵀX and GᵀX."""
         return project(self.vectors, block), adjoint_product("eigh_refresh", self.matrix, block)
-
-
-def _checked(
-    function: str,
-    eigh: LowRankEigh,
-    matrix: Tensor | LinearOperator,
-    decay: float | Tensor,
-    weight: float | Tensor,
-) -> _Average:
-    _check.eigh(function, "eigh", eigh)
-    values, vectors = eigh
-    WHOLE.admit(function, "eigh.eigenvectors", vectors)
-    rows, _ = check_matrix(function, matrix)
-    if isinstance(matrix, Tensor):
-        matrix = _check.columns(function, "matrix", matrix, "eigh.eigenvectors", vectors)
-    elif vectors.shape[:-1] != (rows,):
-        rule = f"a linear operator of {rows} rows needs eigh.eigenvectors of shape ({rows}, r)"
-        _check.fail_value(function, f"{rule}; got {tuple(vectors.shape)}")
-    decay = _check.scalar(function, "decay", decay, "eigh.eigenvectors", vectors)
-    weight = _check.scalar(function, "weight", weight, "eigh.eigenvectors", vectors)
-    return _Average(vectors, (values * over(decay))[..., None], matrix, over(weight, 2))
 
 
 def _begun(vectors: Tensor) -> Tensor:
