@@ -32,7 +32,7 @@ DRAWN["time"] = ("scaling", partial(scaling.draw, most=1))
 PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_images.page}
 
 INTRODUCTION = """---
-description: All measured figures of brandla: updates, decompositions, damped applications, K-FAC steps, ops and streams.
+description: All measured figures of brandla: updates, decompositions, applications, K-FAC steps, ops and streams.
 ---
 # Measurements
 
