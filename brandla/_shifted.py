@@ -6,6 +6,7 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -315,7 +316,7 @@ def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: s
 
 def check_exponent(function: str, exponent: float) -> float:
     """Check p."""
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+    if isinstance(exponent, bool) or not isinstance(exponent, Real):
         _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
     if not abs(exponent) < float("inf"):
         _check.fail_value(function, f"exponent must be finite; got {exponent}")

@@ -365,6 +365,8 @@ def test_numpy_numbers_are_numbers() -> None:
     assert brandla.LowRankRoot.zeros(5, np.int64(2)).rank == brandla.randomized_svd(MATRIX, np.int64(2)).rank == 2
     assert brandla.Rank(np.int32(3), np.float32(0.5)).max == 3
     assert torch.equal(brandla.damped_solve(EIGH, RHS, np.float32(0.5)), brandla.damped_solve(EIGH, RHS, 0.5))
+    power = brandla.damped_power(EIGH, RHS, 0.5, np.float32(-0.5))
+    assert torch.equal(power, brandla.damped_power(EIGH, RHS, 0.5, -0.5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
