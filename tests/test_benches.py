@@ -37,6 +37,8 @@ from bench.frame import results
 from brandla import LowRankEigh
 
 results.ROOT = results.QUICK_FOLDER = Path(__file__).parent
+# Programs in the background of a script inherit that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 right = peers.SYMMETRIC["torch.linalg.eigh"].call
 
 def fails(matrix, rank):
