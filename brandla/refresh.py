@@ -34,7 +34,8 @@ def eigh_refresh(
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r). A zero column, as in ``LowRankEigh.zeros(n, r)``, is begun anew.
+        d (..., r) and U (..., n, r). A zero column is begun anew. From ``LowRankEigh.zeros(n, r)`` a GPU and a CPU may
+        find other bases of one span.
     matrix
         G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
         a transpose.
