@@ -119,10 +119,10 @@ class KFAC:
 
     Notes
     -----
-    The loss is taken to be a mean over samples (and positions, for ``"expand"``); a sum scales G only. Whether the
-    pair is the whole gradient is known from the gradient's history, and compared once for each layer, with one
-    read-back. A batch with a non-finite value anywhere is skipped: factors stay as they are and all gradients of the
-    model become 0, on the device.
+    The loss is taken to be a mean over samples (and positions, for ``"expand"``) unless `curvature` tells the number of
+    its terms; a sum scales G only. Whether the pair is the whole gradient is known from the gradient's history, and
+    compared once for each layer, with one read-back. A batch with a non-finite value anywhere is skipped: factors stay
+    as they are and all gradients of the model become 0, on the device.
 
     Examples
     --------
@@ -398,7 +398,7 @@ class KFAC:
         """Tell, around the forward pass, which sample each row of a batch belongs to: for batches of graphs.
 
         A call whose input has as many rows as ``index`` counts as one row a graph in layers whose sharing is
-        ``"reduce"``: inputs are averaged and output gradients summed over its nodes.
+        ``"reduce"``: inputs are averaged and output gradients summed over its nodes, less those that `mask` leaves out.
 
         Parameters
         ----------

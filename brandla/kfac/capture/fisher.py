@@ -53,10 +53,10 @@ def total(outputs: Tensor, loss: Loss, weights: Tensor | None) -> Tensor | float
 
 def number(outputs: Tensor, loss: Loss, weights: Tensor | None) -> Tensor | float:
     """Return the number of terms of a mean: of weights w whose sum is 1 it is 1 / Σ w²."""
-    summed = total(outputs, loss, weights)
-    if weights is None or not isinstance(summed, Tensor):
-        return summed
-    return summed.square() / weights.to(summed.dtype).square().sum().clamp_min(torch.finfo(summed.dtype).tiny)
+    if weights is None:
+        return total(outputs, loss, None)
+    own = _checked(weights, by_term(outputs.detach(), loss))
+    return own.sum().square() / own.square().sum().clamp_min(torch.finfo(own.dtype).tiny)
 
 
 def _checked(weights: Tensor | None, rows: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
     """
     stacked = {layer: layer.rows("curvature", None) for layer in layers}
     total = terms(stacked, "curvature")
-    return {
-        layer: found.of_terms((found.uses * total) ** -0.5) for layer, found in stacked.items() if found is not None
-    }
+    return {layer: found.of_terms((found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None}
 
 
 def terms(layers: Iterable[Layer], of: Pass) -> Tensor | float:

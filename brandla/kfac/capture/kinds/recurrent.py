@@ -55,12 +55,12 @@ class CellForward(OwnForward):
     def forward(self, inputs: Tensor, hx: Any = None) -> Any:
         """As the module's."""
         cell = self.module
-        is_wanted = any(map(self.is_watched, self._records)) and not torch.compiler.is_compiling()
         shape = (*inputs.shape[:-1], cell.hidden_size)
-        states = hx if isinstance(cell, nn.LSTMCell) and hx is not None else (hx, hx)
-        h, c = (inputs.new_zeros(shape) if state is None else state for state in states)
-        if not is_wanted or inputs.ndim not in (1, 2) or not h.shape == c.shape == shape:
+        states = (inputs.new_zeros(shape),) * 2 if hx is None else hx if isinstance(cell, nn.LSTMCell) else (hx, hx)
+        fits = inputs.ndim in (1, 2) and all(state.shape == shape for state in states)
+        if torch.compiler.is_compiling() or not fits or not any(map(self.is_watched, self._records)):
             return type(cell).forward(cell, inputs, hx)
+        h, c = states
         products = [
             self.recorded(f"weight_{of}", own, linear(own, getattr(cell, f"weight_{of}"), getattr(cell, f"bias_{of}")))
             for of, own in (("ih", inputs), ("hh", h))
