@@ -197,6 +197,9 @@ class Capture:
         # Inside a backward pass an activation checkpoint computes again what has been watched already.
         if torch._C._current_graph_task_id() == -1:
             self.forget_discarded("loss")
+            # The gradients of all time steps come when the weight has its own.
+            if call.kind.positions_first:
+                self._note_gradients_of(call.kind.weight)
             if self._recorder.edges:
                 self.edges.append(torch.autograd.graph.get_gradient_edge(value))
         value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))

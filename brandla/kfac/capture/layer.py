@@ -371,8 +371,8 @@ class Layer:
         """
         if self.kind.single:
             return rows
-        share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
-        share = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps)
+        empty = torch.stack([own.numel() - own.sum() for own in valid]).sum().to(self.dtype)
+        share = (1 - empty / rows.uses).clamp_min(torch.finfo(self.dtype).eps)
         root = share.sqrt()
         inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
         if self.kind.one_hot:
