@@ -514,7 +514,7 @@ class KFAC:
 
     def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
-        number = 0 if self._takes_curvature else passes.terms(rows, "loss")
+        number: Tensor | float = 0 if self._takes_curvature else passes.terms(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
             raise RuntimeError(message)

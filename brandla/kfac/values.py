@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
     def of_loss_terms(self, number: Tensor | float) -> Rows:
         """Have N Σ γ γᵀ be M Σ γ γᵀ for a loss that is a mean of M terms, padding or not."""
-        uses = self.uses if self.share is None else self.uses * self.share
+        uses: Tensor | float = self.uses if self.share is None else self.uses * self.share
         return self.of_terms((uses / number) ** 0.5)
 
 
