@@ -16,8 +16,8 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
 from brandla.kfac.adaptive import Adaptive, Trial
-from brandla.kfac.capture import passes
-from brandla.kfac.capture.calls import Groups, Pass, Recorder
+from brandla.kfac.capture import fisher, passes
+from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
@@ -119,10 +119,10 @@ class KFAC:
 
     Notes
     -----
-    The loss is taken to be a mean over samples (and positions, for ``"expand"``); a sum scales G only. Whether the
-    pair is the whole gradient is known from the gradient's history, and compared once for each layer, with one
-    read-back. A batch with a non-finite value anywhere is skipped: factors stay as they are and all gradients of the
-    model become 0, on the device.
+    The loss is taken to be a mean over samples (and positions, for ``"expand"``) unless `curvature` tells the number of
+    its terms; a sum scales G only. Whether the pair is the whole gradient is known from the gradient's history, and
+    compared once for each layer, with one read-back. A batch with a non-finite value anywhere is skipped: factors stay
+    as they are and all gradients of the model become 0, on the device.
 
     Examples
     --------
@@ -202,7 +202,8 @@ class KFAC:
         """Send the curvature of a loss back through the model, where factors are not made of the loss's own gradients.
 
         Call it after the forward pass and before the loss's backward pass, in every step; it does nothing where no
-        factor takes data in, or with ``curvature="empirical"``. Gradients of parameters are left as they are.
+        factor takes data in. With ``curvature="empirical"`` nothing is sent: it tells how many terms the loss is a mean
+        of, which gives G the scale that it has with the others. Gradients of parameters are left as they are.
 
         Parameters
         ----------
@@ -220,7 +221,9 @@ class KFAC:
             For a loss that is not one of these, outputs that require no gradient, and weights of another shape.
         """
         _check.choice("KFAC.curvature", "loss", loss, ("cross_entropy", "mse"))
-        if self._takes_curvature and any("curvature" in layer.capture.wanted for layer in self._layers):
+        if not self._takes_curvature:
+            self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
+        elif any("curvature" in layer.capture.wanted for layer in self._layers):
             passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
 
@@ -280,7 +283,7 @@ class KFAC:
         self._captured = sum(layer.capture.bytes() for layer in self._layers)
         for layer in self._layers:
             layer.capture.clear()
-        self._recorder.terms = None
+        self._recorder.forget_terms()
         self._recorder.valid = None
         self._curvatures = 0
         self._steps += 1
@@ -349,7 +352,7 @@ class KFAC:
             layer.capture.keep_reached()
         found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
         own = {layer: rows for layer, rows in found if rows is not None}
-        mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed)
+        mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         options = self.options.at(max(self._steps - 1, 0))
         damping = self._damping(options)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
@@ -359,6 +362,7 @@ class KFAC:
             strategy.second_pass(problems, now)
         for layer in self._layers:
             layer.capture.clear()
+        self._recorder.forget_terms()
 
     def report(self) -> Report:
         """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
@@ -394,7 +398,7 @@ class KFAC:
         """Tell, around the forward pass, which sample each row of a batch belongs to: for batches of graphs.
 
         A call whose input has as many rows as ``index`` counts as one row a graph in layers whose sharing is
-        ``"reduce"``: inputs are averaged and output gradients summed over its nodes.
+        ``"reduce"``: inputs are averaged and output gradients summed over its nodes, less those that `mask` leaves out.
 
         Parameters
         ----------
@@ -450,7 +454,7 @@ class KFAC:
             layer.direction = state.direction(layer, state_dict["layers"][layer.name])
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
-        self._recorder.terms = None
+        self._recorder.forget_terms()
         self._curvatures = 0
         self._steps = int(state_dict["steps"])
         if self._adapted is not None and state_dict["damping"] is not None:
@@ -468,6 +472,7 @@ class KFAC:
             if not layer.refusal and not layer.is_frozen:
                 layer.follow()
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
+        told = self._told(own)
         pairs = self._taken(layers, own, scale)
         products = [
             gradient
@@ -477,7 +482,7 @@ class KFAC:
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         damping = self._damping(options)
-        mask, absorbing = self._replicas.exchange(own, mask, self._seed)
+        mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
         now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
@@ -495,7 +500,7 @@ class KFAC:
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
-        if self._takes_curvature and layers and self._recorder.terms is None:
+        if self._takes_curvature and layers and self._recorder.terms["curvature"] is None:
             kind = self.options.curvature
             message = (
                 f"KFAC.step: curvature={kind!r} needs a call of preconditioner.curvature(outputs, loss=...) before the"
@@ -507,6 +512,14 @@ class KFAC:
         found = ((layer, layer.rows("loss", scale)) for layer in layers)
         return {layer: rows for layer, rows in found if rows is not None}
 
+    def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
+        """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
+        number: Tensor | float = 0 if self._takes_curvature else passes.terms(rows, "loss")
+        if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
+            message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
+            raise RuntimeError(message)
+        return number
+
     def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows of gradients that autograd has left out."""
         found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
@@ -514,7 +527,8 @@ class KFAC:
 
     def _of_loss(self, layer: Layer, rows: Mapping[Layer, Rows]) -> Rows | None:
         """Return a layer's rows where they are the loss's own."""
-        return None if self._takes_curvature else rows.get(layer)
+        found = rows.get(layer)
+        return None if found is None or found.counted else found
 
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None

@@ -38,7 +38,8 @@ class Rows(NamedTuple):
     The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
     curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
     layers are m N rows, and their gradients the same. ``share`` is the part of the uses that is no padding, whose rows
-    are 0; the others are scaled so that means over N are those over them.
+    are 0; the others are scaled so that means over N are those over them. ``counted`` rows have been divided by what
+    makes N Σ γ γᵀ the mean over the terms of the loss, so that Σ γ aᵀ is no gradient.
     """
 
     inputs: Tensor
@@ -47,6 +48,17 @@ class Rows(NamedTuple):
     positions: int = 1
     single: bool = False
     share: Tensor | None = None
+    counted: bool = False
+
+    def of_terms(self, divisor: Tensor | float) -> Rows:
+        """Divide γ by what makes the rows those of terms; of single layers it is in both places."""
+        gradients = self.gradients / divisor
+        return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, counted=True)
+
+    def of_loss_terms(self, number: Tensor | float) -> Rows:
+        """Have N Σ γ γᵀ be M Σ γ γᵀ for a loss that is a mean of M terms, padding or not."""
+        uses: Tensor | float = self.uses if self.share is None else self.uses * self.share
+        return self.of_terms((uses / number) ** 0.5)
 
 
 class Damping(NamedTuple):

@@ -52,6 +52,8 @@ class Case(NamedTuple):
     # The first scale of the loss, and the ranks and steps at which the scaled loss is infinite.
     scale: float | None = None
     overflows: tuple[tuple[int, int], ...] = ()
+    # Whether the number of terms of the loss is told, where G is made of its own gradients.
+    told: bool = False
 
 
 class Mixed(nn.Module):
@@ -113,7 +115,8 @@ class Training:
         outputs = self.wrapped(inputs)
         # Of several ranks' terms in one process, each has the weight that the mean of their means gives it.
         weights = None if ranks == 1 else outputs.new_full((len(inputs),), 1 / len(inputs))
-        self.preconditioner.curvature(outputs, weights=weights)
+        if case.told or "curvature" in (case.options or {}):
+            self.preconditioner.curvature(outputs, weights=weights)
         loss = nn.functional.cross_entropy(outputs, labels) / (case.accumulate * ranks)
         self.scaler.scale(loss * (HUGE if (rank, step) in case.overflows else 1)).backward()
 

@@ -33,7 +33,8 @@ from distributed.replicas import Branches, Case, Mixed, alone, error_of
 
 EXACT, DRAWN = {"curvature": "type-2"}, {"curvature": "monte-carlo"}
 # Nothing hides the size of G: the step is as long as the solve makes it.
-UNCLIPPED = {"curvature": "type-2", "clip": None, "damping": 1.0}
+FREE = {"clip": None, "damping": 1.0}
+UNCLIPPED = {**EXACT, **FREE}
 SINGD = InverseFree(preconditioner_every=2)
 # Eigenvectors of directions without data are what rounding makes them: EKFAC is only determined with those of now.
 CORRECTED = EKFAC(inverse_every=1)
@@ -75,6 +76,8 @@ OF_TWO = {
     "clipped by KL": ways(Brand(6), "gather", options={"clip_by": "kl", "clip": 1e-2}),
     "layers unused on a rank": ways(Brand(6), *BOTH, model=Branches),
     "broken on one rank": ways(Brand(6), *BOTH, broken=(1, 2)),
+    "told": ways(Exact(inverse_every=1), *BOTH, sizes=(4, 2), accumulate=2, options=FREE, model=Mixed, told=True),
+    "told, layers unused": ways(Woodbury(), "gather", sizes=(4, 2), options=FREE, model=Branches, told=True),
     "type-2": ways(Brand(6), "gather", sizes=(2, 1), options=EXACT),
     "type-2, no clipping": ways(Exact(inverse_every=1), "split", sizes=(4, 2), options=UNCLIPPED),
     "type-2, CG": ways(ConjugateGradient(), "gather", sizes=(2, 3), accumulate=2, options=EXACT),

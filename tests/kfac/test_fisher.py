@@ -304,7 +304,7 @@ def test_half_precision_outputs_are_taken():
     assert difference < 8 * 2**-8 * scale
 
 
-def test_empirical_needs_no_call_and_takes_none():
+def test_a_number_of_terms_that_is_that_of_the_uses_changes_nothing():
     one, other, data = mlp(5, 6, 4), mlp(5, 6, 4), batch(8, 5, 4)
     called = curved_step(one, KFAC(one, EXACT), data)
     without = stepped(other, KFAC(other, EXACT), loss_of(other, data))

@@ -262,3 +262,47 @@ def test_padding_that_has_a_gradient_stays_in_the_gradient(gradient: str):
         found.append(steps(layer))
         preconditioner.remove()
     assert_same(*found)
+
+
+class Dense(nn.Module):
+    """Graphs as nodes one after the other, then as a padded batch, then with the rows of that in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.nodes, self.padded, self.flat = (nn.Linear(5, 5) for _ in range(3))
+        self.head = nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, nodes: Tensor, sizes: list[int], of: KFAC) -> Tensor:
+        graphs, most = len(sizes), max(sizes)
+        index = torch.arange(graphs).repeat_interleave(torch.tensor(sizes))
+        valid = torch.arange(most) < torch.tensor(sizes)[:, None]
+        of.mask(valid)
+        with of.graphs(index, graphs):
+            hidden = self.nodes(nodes).tanh()
+        dense = hidden.new_zeros(graphs, most, 5).masked_scatter(valid[..., None], hidden)
+        flat = self.padded(dense).tanh().flatten(0, 1)
+        with of.graphs(torch.arange(graphs).repeat_interleave(most), graphs):
+            hidden = self.flat(flat).tanh().unflatten(0, (graphs, most)) * valid[..., None]
+        return self.head(hidden.sum(1) / valid.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sizes", [[3, 5, 2], [4, 4, 4]], ids=str)
+def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes: list[int], sharing: str):
+    """Also where no graph is padded, and the nodes are as many as the places of the padded batch."""
+    own = Dense()
+    nodes, labels = torch.randn(sum(sizes), 5, dtype=torch.float64), torch.tensor([0, 2, 1])
+    found = []
+    for together in (True, False):
+        own.zero_grad()
+        preconditioner = KFAC(own, Exact(inverse_every=1), sharing=sharing, clip=None)
+        apart = zip(nodes.split(sizes), ([size] for size in sizes), labels[:, None], strict=True)
+        for part, counts, label in [(nodes, sizes, labels)] if together else apart:
+            outputs = own(part, counts, preconditioner)
+            (nn.functional.cross_entropy(outputs, label, reduction="sum") / 3).backward()
+        preconditioner.step()
+        found.append(steps(own))
+        preconditioner.remove()
+    assert_same(*found)

@@ -32,7 +32,7 @@ class OwnConvolution(nn.Conv2d):
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    "unknown": (lambda: nn.LSTMCell(2, 3), {"1": "LSTMCell is not known"}),
+    "unknown": (nn.PReLU, {"1": "PReLU is not known"}),
     "maximum": (lambda: nn.EmbeddingBag(4, 3, mode="max"), {"1": "its gradient is that of a maximum"}),
     "no-parameters": (nn.ReLU, {}),
     "no-scale": (lambda: nn.LayerNorm(4, elementwise_affine=False), {}),

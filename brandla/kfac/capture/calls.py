@@ -59,7 +59,7 @@ class _Keep(torch.autograd.Function):
 
 
 class Terms:
-    """The terms of the loss that one run of backward passes for the curvature is about: the sum of their weights."""
+    """The terms of a loss that one call of `KFAC.curvature` is about: their number, or the sum of their weights."""
 
     def __init__(self, total: Tensor | float) -> None:
         self.total = total
@@ -72,15 +72,23 @@ class Groups:
         self.index = index
         self.count = count
 
-    def reduced(self, uses: Uses) -> Uses:
-        """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d)."""
-        index = self.index.to(uses.gradients.device)
-        rows = uses.gradients.new_zeros(self.count).index_add_(0, index, uses.gradients.new_ones(len(index)))
-        inputs = self._summed(uses.inputs.to(uses.gradients.dtype).mean(-2), index)
-        return Uses(inputs / rows.clamp_min(1)[:, None, None], self._summed(uses.gradients.sum(-2), index))
+    def reduced(self, uses: Uses, valid: Tensor | None) -> tuple[Uses, Tensor | None]:
+        """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d).
 
-    def _summed(self, rows: Tensor, index: Tensor) -> Tensor:
-        return rows.new_zeros(self.count, rows.shape[-1]).index_add_(0, index, rows)[:, None]
+        Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (groups, 1).
+        """
+        mask = uses.gradients.new_ones(uses.gradients.shape[:-1]) if valid is None else valid
+        counts = self._summed(mask[..., None], uses.gradients)
+        inputs = self._summed(uses.inputs, uses.gradients) / counts.clamp_min(1)
+        gradients = self._summed(uses.gradients, uses.gradients)
+        if valid is None:
+            return Uses(inputs, gradients), None
+        return Uses(inputs, gradients, (counts > 0).to(inputs.dtype)), counts[..., 0] > 0
+
+    def _summed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Sum rows (rows, positions, d) over positions and the rows of each group."""
+        sums = like.new_zeros(self.count, rows.shape[-1])
+        return sums.index_add_(0, self.index.to(like.device), rows.to(like.dtype).sum(-2))[:, None]
 
 
 class Call:
@@ -102,7 +110,8 @@ class Call:
         self.valid = valid
         # Whether autograd does not form the weight's gradient in this call.
         self.left_out = left_out
-        self.terms: Terms | None = None
+        # What the last gradients of each kind are about.
+        self.terms: dict[Pass, Terms | None] = {"loss": None, "curvature": None}
         self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
         # The backward pass, by autograd's number for it, of each of the loss's gradients.
         self._tasks: list[int] = []
@@ -119,9 +128,8 @@ class Call:
         """Take in a gradient; the first one fetches the input from where autograd has kept it."""
         if self._saved is not None:
             self._inputs, self._saved = self._saved.fetch(), None
-        if recorder.running == "curvature":
-            self.terms = recorder.terms
-        else:
+        self.terms[recorder.running] = recorder.terms[recorder.running]
+        if recorder.running == "loss":
             self._tasks.append(torch._C._current_graph_task_id())
         self.gradients[recorder.running].append(gradient)
 
@@ -134,7 +142,7 @@ class Call:
     def forget(self, but: Terms | None = None) -> None:
         """Forget all gradients but those of the curvature of these terms; the graph may be gone through again."""
         self.keep(())
-        if but is None or self.terms is not but:
+        if but is None or self.terms["curvature"] is not but:
             self.gradients["curvature"] = []
 
     @property
@@ -157,14 +165,14 @@ class Call:
 class Recorder:
     """Shared by all captures of a model: which backward pass is running.
 
-    ``draw`` counts backward passes for the curvature through one graph; ``terms`` are those that they are about.
-    ``has_run`` says whether there have been any.
+    ``draw`` counts backward passes for the curvature through one graph; ``has_run`` says whether there have been any.
+    ``terms`` are those that the next gradients of each kind are about, where `KFAC.curvature` has told.
     """
 
     def __init__(self, *, edges: bool = False) -> None:
         self.running: Pass = "loss"
         self.draw = 0
-        self.terms: Terms | None = None
+        self.terms: dict[Pass, Terms | None] = {"loss": None, "curvature": None}
         self.has_run = False
         # Whose rows the calls are made of that come now.
         self.groups: Groups | None = None
@@ -172,3 +180,7 @@ class Recorder:
         self.valid: Tensor | None = None
         # Whether captures note the place of their outputs in the graph, for backward passes that end there.
         self.edges = edges
+
+    def forget_terms(self) -> None:
+        """Know of no terms, until `KFAC.curvature` tells."""
+        self.terms = dict.fromkeys(self.terms)

@@ -51,6 +51,14 @@ def total(outputs: Tensor, loss: Loss, weights: Tensor | None) -> Tensor | float
     return rows[..., 0].numel() if weights is None else _checked(weights, rows).sum()
 
 
+def number(outputs: Tensor, loss: Loss, weights: Tensor | None) -> Tensor | float:
+    """Return the number of terms of a mean: of weights w whose sum is 1 it is 1 / Σ w²."""
+    if weights is None:
+        return total(outputs, loss, None)
+    own = _checked(weights, by_term(outputs.detach(), loss))
+    return own.sum().square() / own.square().sum().clamp_min(torch.finfo(own.dtype).tiny)
+
+
 def _checked(weights: Tensor | None, rows: Tensor) -> Tensor:
     if weights is None:
         return rows.new_ones(())

@@ -147,7 +147,7 @@ class Capture:
         elif output.requires_grad:
             if torch.compiler.is_compiling():
                 return tap(output, inputs, ticket.number)
-            groups, valid = self._recorder.groups, self._recorder.valid
+            groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
             call = Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
             self._watch(call, output)
@@ -163,7 +163,7 @@ class Capture:
         if self._recorder.running == "loss":
             self._seen = self._kind.weight, self._kind.weight._version
             if self._reached and self._gradient_is_gone():
-                self._forget_passes(but=self._recorder.terms)
+                self._forget_passes(but=self._recorder.terms["curvature"])
             if not self._reached:
                 self._fresh = self._witness.grad is None
             elif not self._is_as_noted():
@@ -197,6 +197,9 @@ class Capture:
         # Inside a backward pass an activation checkpoint computes again what has been watched already.
         if torch._C._current_graph_task_id() == -1:
             self.forget_discarded("loss")
+            # The gradients of all time steps come when the weight has its own.
+            if call.kind.positions_first:
+                self._note_gradients_of(call.kind.weight)
             if self._recorder.edges:
                 self.edges.append(torch.autograd.graph.get_gradient_edge(value))
         value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))

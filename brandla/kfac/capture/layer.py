@@ -347,14 +347,16 @@ class Layer:
         inputs = call.inputs
         if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
+        groups = call.groups if reduce and call.kind.is_averaged else None
+        by_sample = reduce and groups is None
         valid = None if padded else call.valid
         if valid is not None:
             valid = padding.fitting(valid, call.kind, inputs, gradient, batch_first=self.batch_first)
         if valid is not None:
-            return padding.uses(call.kind, inputs, gradient, valid, reduce=reduce)
-        if reduce and call.groups is not None and call.kind.is_averaged:
-            return call.groups.reduced(call.kind.uses(inputs, gradient)), None
-        return (call.kind.reduced if reduce else call.kind.uses)(inputs, gradient), None
+            uses, valid = padding.uses(call.kind, inputs, gradient, valid, reduce=by_sample)
+        else:
+            uses = (call.kind.reduced if by_sample else call.kind.uses)(inputs, gradient)
+        return (uses, valid) if groups is None else groups.reduced(uses, valid)
 
     @property
     def _own_dimensions(self) -> int:
@@ -369,8 +371,8 @@ class Layer:
         """
         if self.kind.single:
             return rows
-        share = 1 - torch.stack([own.numel() - own.sum() for own in valid]).sum() / rows.uses
-        share = share.to(self.dtype).clamp_min(torch.finfo(self.dtype).eps)
+        empty = torch.stack([own.numel() - own.sum() for own in valid]).sum().to(self.dtype)
+        share = (1 - empty / rows.uses).clamp_min(torch.finfo(self.dtype).eps)
         root = share.sqrt()
         inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
         if self.kind.one_hot:

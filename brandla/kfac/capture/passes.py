@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brandla import _check
 from brandla.kfac.capture import fisher
-from brandla.kfac.capture.calls import Recorder, Terms
+from brandla.kfac.capture.calls import Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows
@@ -37,7 +37,7 @@ def send_back(
     for layer in layers:
         layer.capture.forget_discarded("curvature")
     generator = torch.Generator(outputs.device).manual_seed(seed)
-    recorder.terms = Terms(fisher.total(outputs, loss, weights))
+    recorder.terms["curvature"] = Terms(fisher.total(outputs, loss, weights))
     recorder.running = "curvature"
     try:
         targets = _targets(layers)
@@ -46,7 +46,7 @@ def send_back(
                 torch.autograd.grad(outputs, targets, vector, retain_graph=True, allow_unused=True)
         recorder.has_run = True
     except BaseException:
-        recorder.terms = None
+        recorder.terms["curvature"] = None
         for layer in layers:
             layer.capture.clear()
         raise
@@ -63,17 +63,14 @@ def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
     The terms of a run that did not reach a layer count for it too.
     """
     stacked = {layer: layer.rows("curvature", None) for layer in layers}
-    terms = (call.terms for layer in stacked for call in layer.capture.calls)
-    total = sum({id(of_run): of_run.total for of_run in terms if of_run is not None}.values())
-    return {
-        layer: _divided(found, (found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None
-    }
+    total = terms(stacked, "curvature")
+    return {layer: found.of_terms((found.uses * total) ** 0.5) for layer, found in stacked.items() if found is not None}
 
 
-def _divided(found: Rows, divisor: Tensor | float) -> Rows:
-    gradients = found.gradients / divisor
-    # Those of single layers are in both places.
-    return found._replace(inputs=gradients if found.single else found.inputs, gradients=gradients)
+def terms(layers: Iterable[Layer], of: Pass) -> Tensor | float:
+    """Return the number of terms, or the sum of their weights, that the captured gradients are about; 0 if untold."""
+    told = (call.terms[of] for layer in layers for call in layer.capture.calls)
+    return sum({id(run): run.total for run in told if run is not None}.values())
 
 
 @contextmanager

@@ -41,8 +41,13 @@ class Replicas(ABC):
     world = 1
 
     @abstractmethod
-    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
-        """Return whether everything is finite everywhere, and the rows that this process is to take in."""
+    def exchange(
+        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
+    ) -> tuple[Mask, dict[Layer, Rows]]:
+        """Return whether everything is finite everywhere, and the rows that this process is to take in.
+
+        ``told`` is how many terms this process's loss is a mean of, where rows are its gradients; 0 if that is unknown.
+        """
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
@@ -64,15 +69,21 @@ class Alone(Replicas):
 
     several = False
 
-    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
+    def exchange(
+        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
+    ) -> tuple[Mask, dict[Layer, Rows]]:
         """Return the rows, or zeros."""
-        return mask, {layer: mask.rows(rows) for layer, rows in own.items()}
+        return mask, {layer: _of_terms(layer, mask.rows(rows), told) for layer, rows in own.items()}
 
 
 class _Census(NamedTuple):
-    """The rows of each layer that all processes have for a step, counted, and whether they are finite."""
+    """The rows of each layer that all processes have for a step, counted, and whether they are finite.
+
+    And the number of terms that all their losses are means of, 0 if none was told.
+    """
 
     finite: bool
+    told: float
     shares: dict[Layer, list[Share]]
 
 
@@ -86,11 +97,17 @@ class _Many(Replicas):
         self._most = most
         self._of_terms = of_terms
 
-    def exchange(self, own: Mapping[Layer, Rows], mask: Mask, seed: int) -> tuple[Mask, dict[Layer, Rows]]:
-        """Count the rows of all processes, then send them to where they are taken in."""
-        census = self._census(own, mask.finite)
+    def exchange(
+        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
+    ) -> tuple[Mask, dict[Layer, Rows]]:
+        """Count the rows and terms of all processes, then send the rows to where they are taken in."""
+        census = self._census(own, mask.finite, told)
         mask = mask.agreed(census.finite)
-        clean = {layer: mask.rows(rows) for layer, rows in own.items()}
+        clean = {
+            layer: _of_terms(layer, mask.rows(rows), census.told * rows.uses / _uses(census.shares[layer]))
+            for layer, rows in own.items()
+            if layer in census.shares
+        }
         parts = [
             part
             for layer, shares in census.shares.items()
@@ -98,26 +115,29 @@ class _Many(Replicas):
         ]
         if not parts:
             return mask, {}
-        return mask, assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
+        rows = assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
+        if self._of_terms or census.told:
+            rows = {layer: found._replace(counted=True) for layer, found in rows.items()}
+        return mask, rows
 
     def mean(self, number: Tensor) -> Tensor:
         """Ask all processes."""
         return self._ranks.mean(number)
 
-    def _census(self, own: Mapping[Layer, Rows], finite: Tensor) -> _Census:
+    def _census(self, own: Mapping[Layer, Rows], finite: Tensor, told: Tensor | float) -> _Census:
         """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""
         shares = [Share.of(own.get(layer), refused=bool(layer.refusal)) for layer in self._layers]
-        everyone = self._ranks.numbers(finite, [number for share in shares for number in share])
+        everyone = self._ranks.numbers((finite, told), [number for share in shares for number in share])
         width = len(Share._fields)
         found: dict[Layer, list[Share]] = {}
         for index, layer in enumerate(self._layers):
-            start = 1 + index * width
-            of_ranks = [Share(*numbers[start : start + width]) for numbers in everyone]
+            start = 2 + index * width
+            of_ranks = [Share(*map(int, numbers[start : start + width])) for numbers in everyone]
             if any(share.refused for share in of_ranks):
                 layer.refusal = layer.refusal or "another process cannot precondition it"
             elif any(share.uses for share in of_ranks):
                 found[layer] = of_ranks
-        return _Census(all(numbers[0] for numbers in everyone), found)
+        return _Census(all(numbers[0] for numbers in everyone), sum(numbers[1] for numbers in everyone), found)
 
     @abstractmethod
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
@@ -289,6 +309,16 @@ def replicas(
     ranks = Ranks(group, layers[0].kind.weight.device)
     kind = Gather if mode == "gather" else Split
     return kind(layers, ranks, most, of_terms=of_terms)
+
+
+def _of_terms(layer: Layer, rows: Rows, number: Tensor | float) -> Rows:
+    """Give rows the scale of so many terms, where that is told; second passes compare γ as they are."""
+    untold = not isinstance(number, Tensor) and number == 0
+    return rows if untold or layer.strategy.takes_second_pass else rows.of_loss_terms(number)
+
+
+def _uses(shares: Sequence[Share]) -> int:
+    return sum(share.uses for share in shares)
 
 
 def _work(tensor: Tensor, factor: Factor, k: int) -> int:

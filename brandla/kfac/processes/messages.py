@@ -50,9 +50,10 @@ class Ranks:
         self.rank = distributed.get_rank(group)
         self.world = distributed.get_world_size(group)
 
-    def numbers(self, first: Tensor, others: Sequence[int]) -> list[list[int]]:
-        """Return the numbers of all processes: a 0-dim tensor on the device, and as many integers. Waits for it."""
-        own = torch.cat([first.reshape(1).long(), torch.tensor(others, dtype=torch.int64, device=self._device)])
+    def numbers(self, first: Sequence[Tensor | float], others: Sequence[int]) -> list[list[float]]:
+        """Return the numbers of all processes: the first may be 0-dim tensors on the device. Waits for them."""
+        known = torch.tensor(others, dtype=torch.float64, device=self._device)
+        own = torch.cat([*(torch.as_tensor(one, device=self._device).double().reshape(1) for one in first), known])
         everyone = own.new_empty(self.world * len(own))
         _all_gather(everyone, own, self._group)
         return everyone.view(self.world, -1).tolist()

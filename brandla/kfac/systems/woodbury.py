@@ -91,7 +91,9 @@ class OfSamples(StateCurvature):
         """Keep the rows of a batch, if it is due, and factorise λI + K."""
         if not due(self.state, now.step, self.strategy.every):
             return
-        samples = Samples.of(rows)._replace(uses=rows.uses // rows.positions)
+        # Untold, each sample is a term.
+        uses = rows.uses if rows.counted else rows.uses // rows.positions
+        samples = Samples.of(rows)._replace(uses=uses)
         if self.strategy.positions is not None:
             samples = samples.cut(self.strategy.positions, now.seed)
         new = {"inputs": samples.inputs, "gradients": samples.gradients}

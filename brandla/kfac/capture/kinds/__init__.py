@@ -15,6 +15,7 @@ from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_leaf, own_for
 from brandla.kfac.capture.kinds.like import register, registered, tried
 from brandla.kfac.capture.kinds.linear import LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
+from brandla.kfac.capture.kinds.recurrent import CellKind
 
 __all__ = [
     "EmbeddingKind",
@@ -37,6 +38,7 @@ _FAMILIES: tuple[type[Kind], ...] = (
     NormKind,
     BilinearKind,
     BagKind,
+    CellKind,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -62,6 +63,8 @@ class Kind(ABC):
     may_lead = False
     # Calls are given with positions before samples, whatever the module's own order is.
     positions_first = False
+    # Positions (samples, positions) that are no padding, where the call itself tells.
+    valid: Tensor | None = None
     # What tells this weight from others of its module, in the layer's name.
     part = ""
 
@@ -161,6 +164,12 @@ class Kind(ABC):
     def of_call(self) -> Kind:
         """Return the kind that makes rows of the call that is going on."""
         return self
+
+    def padded(self, valid: Tensor) -> Kind:
+        """Return the kind of a call with padding in it."""
+        own = copy(self)
+        own.valid = valid
+        return own
 
     def refusal(self, inputs: object, output: object) -> str:
         """Say why a call cannot be made into rows; an empty string if it can."""

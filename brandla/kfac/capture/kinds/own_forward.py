@@ -51,10 +51,10 @@ class OwnForward(ABC):
         """Say whether anybody wants the calls of a weight now."""
         return any(record.is_wanted for _, record in self._records.get(part, ()))
 
-    def recorded(self, part: str, inputs: Tensor, output: Tensor) -> Tensor:
-        """Report one use of a weight, and return its output to go on with."""
+    def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
         for kind, record in self._records.get(part, ()):
-            output = record(kind, inputs, output)
+            output = record(kind if valid is None else kind.padded(valid), inputs, output)
         return output
 
 

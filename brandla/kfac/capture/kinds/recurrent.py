@@ -1,4 +1,4 @@
-"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, run step by step where a user asks for that: positions are time steps."""
+"""Recurrent layers, run step by step where a user asks for that: positions are time steps. And their cells."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_called_as, own_forward, why_left
 from brandla.kfac.capture.kinds.linear import LinearKind
@@ -18,23 +19,61 @@ Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tenso
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
-class RecurrentKind(LinearKind):
-    """One weight of a recurrent layer: inputs and gradients are (time steps, samples, d)."""
+class CellKind(LinearKind):
+    """One weight of a cell: each call of the cell is a use of it."""
 
+    types = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     leaves_out = False
-    positions_first = True
     may_lead = False
-    # A step that takes nothing in runs the fused layer.
+    # A step that takes nothing in runs the cell as it is.
     pairs = False
 
-    def __init__(self, forward: RecurrentForward, weight: str, bias: str) -> None:
+    def __init__(self, forward: OwnForward, weight: str, bias: str) -> None:
         super().__init__(forward.module, weight, bias)
         self.part = weight
         self._forward = forward
 
+    @classmethod
+    def of(cls, module: nn.Module) -> list[Kind] | str | None:
+        """Return both weights of a cell; None for other modules."""
+        if not isinstance(module, cls.types):
+            return None
+        forward = CellForward.of(module)
+        if forward is None or not is_called_as(module, *cls.types):
+            return own_forward(module)
+        reason = why_left(module, "weight_ih", "weight_hh")
+        return reason or [cls(forward, f"weight_{name}", f"bias_{name}") for name in ("ih", "hh")]
+
     def attach(self, record: Record) -> list[Any]:
-        """Have the time steps call ``record``."""
+        """Have the module's products call ``record``."""
         return [self._forward.attach(self, record)]
+
+
+class CellForward(OwnForward):
+    """Computes what a cell does, with its products in sight, while they are to be captured."""
+
+    def forward(self, inputs: Tensor, hx: Any = None) -> Any:
+        """As the module's."""
+        cell = self.module
+        shape = (*inputs.shape[:-1], cell.hidden_size)
+        states = (inputs.new_zeros(shape),) * 2 if hx is None else hx if isinstance(cell, nn.LSTMCell) else (hx, hx)
+        fits = inputs.ndim in (1, 2) and all(state.shape == shape for state in states)
+        if torch.compiler.is_compiling() or not fits or not any(map(self.is_watched, self._records)):
+            return type(cell).forward(cell, inputs, hx)
+        h, c = states
+        products = [
+            self.recorded(f"weight_{of}", own, linear(own, getattr(cell, f"weight_{of}"), getattr(cell, f"bias_{of}")))
+            for of, own in (("ih", inputs), ("hh", h))
+        ]
+        h, c = _cell(cell)(*products, h, c)
+        return (h, c) if isinstance(cell, nn.LSTMCell) else h
+
+
+class RecurrentKind(CellKind):
+    """One weight of a recurrent layer: inputs and gradients are (time steps, samples, d)."""
+
+    types = ()
+    positions_first = True
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return samples, time steps and features."""
@@ -57,34 +96,56 @@ def unrolled(module: nn.Module) -> list[Kind] | str:
 class RecurrentForward(OwnForward):
     """Computes what a recurrent layer does, one time step after another, while the products are to be captured.
 
-    Other calls are left to the module: those with no gradients, in steps that take no data in, and of packed sequences,
-    which are not captured.
+    A packed sequence becomes a padded batch, whose padding counts in no factor, in the order in which it is packed.
+    Other calls are left to the module: those with no gradients, and in steps that take no data in.
     """
 
     def forward(self, inputs: Any, hx: Any = None) -> Any:
         """As the module's."""
         layer = self.module
         is_wanted = any(map(self.is_watched, self._records)) and not torch.compiler.is_compiling()
+        if is_wanted and isinstance(inputs, PackedSequence):
+            return self._of_packed(inputs, hx)
         if not is_wanted or not isinstance(inputs, Tensor) or inputs.ndim not in (2, 3):
             return type(layer).forward(layer, inputs, hx)
         batched, first = inputs.ndim == 3, inputs.ndim == 3 and layer.batch_first
         steps = inputs.transpose(0, 1) if first else inputs if batched else inputs[:, None]
-        states = self._start(hx, steps, batched=batched)
+        if hx is not None and not batched:
+            hx = tuple(part[:, None] for part in hx) if isinstance(layer, nn.LSTM) else hx[:, None]
+        steps, ended = self._through(steps, hx, None)
+        last = [part if batched else part[:, 0] for part in ended]
+        output = steps.transpose(0, 1) if first else steps if batched else steps[:, 0]
+        return output, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
+
+    def _of_packed(self, inputs: PackedSequence, hx: Any) -> Any:
+        """As the module's, of a packed sequence."""
+        layer = self.module
+        steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
+        valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
+        if hx is not None:
+            hx = layer.permute_hidden(hx, inputs.sorted_indices)
+        steps, ended = self._through(steps, hx, valid)
+        packed = inputs._replace(data=pack_padded_sequence(steps, lengths).data)
+        last = tuple(ended) if isinstance(layer, nn.LSTM) else ended[0]
+        return packed, layer.permute_hidden(last, inputs.unsorted_indices)
+
+    def _through(self, steps: Tensor, hx: Any, valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Run (time steps, samples, d) through all layers; return their output, and the last h and c of each."""
+        layer = self.module
+        states = self._start(hx, steps)
         ended: list[tuple[Tensor, Tensor]] = []
         for index in range(layer.num_layers):
             outputs = []
             for way in _ways(layer):
-                output, state = self._run(f"l{index}{way}", steps, *states[len(ended)], reverse=bool(way))
+                output, state = self._run(f"l{index}{way}", steps, *states[len(ended)], valid, reverse=bool(way))
                 outputs.append(output)
                 ended.append(state)
             steps = torch.cat(outputs, -1)
             if layer.dropout and index < layer.num_layers - 1:
                 steps = dropout(steps, layer.dropout, layer.training)
-        last = [torch.stack(part) if batched else torch.cat(part) for part in zip(*ended, strict=True)]
-        output = steps.transpose(0, 1) if first else steps if batched else steps[:, 0]
-        return output, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
+        return steps, [torch.stack(part) for part in zip(*ended, strict=True)]
 
-    def _start(self, hx: Any, steps: Tensor, *, batched: bool) -> list[tuple[Tensor, Tensor]]:
+    def _start(self, hx: Any, steps: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return h and c of each layer and direction before the first time step."""
         layer = self.module
         count = layer.num_layers * len(_ways(layer))
@@ -92,30 +153,36 @@ class RecurrentForward(OwnForward):
             h = c = steps.new_zeros(count, steps.shape[1], layer.hidden_size)
         else:
             h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
-            h, c = (h, c) if batched else (h[:, None], c[:, None])
         return list(zip(h.unbind(), c.unbind(), strict=True))
 
     def _run(
-        self, name: str, steps: Tensor, h: Tensor, c: Tensor, *, reverse: bool
+        self, name: str, steps: Tensor, h: Tensor, c: Tensor, valid: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run one layer in one direction; return h of all time steps, and the last h and c."""
+        """Run one layer in one direction; return h of all time steps, and the last h and c.
+
+        Time steps of a sample that are not ``valid`` leave its h and c as they are.
+        """
         layer, cell = self.module, _cell(self.module)
         of_input, of_hidden = (
             (getattr(layer, f"weight_{of}_{name}"), getattr(layer, f"bias_{of}_{name}", None)) for of in ("ih", "hh")
         )
-        made = self.recorded(f"weight_ih_{name}", steps, linear(steps, *of_input))
+        made = self.recorded(f"weight_ih_{name}", steps, linear(steps, *of_input), valid)
         # Zeros, added to the products with h: their gradients are those of all time steps at once.
         added = torch.zeros_like(made).requires_grad_() * 1
         before, after = [], []
         times = reversed(range(len(steps))) if reverse else range(len(steps))
         for time in times:
             before.append(h.detach())
-            h, c = cell(made[time], linear(h, *of_hidden) + added[time], h, c)
+            new_h, new_c = cell(made[time], linear(h, *of_hidden) + added[time], h, c)
+            if valid is not None:
+                is_there = valid[:, time, None]
+                new_h, new_c = torch.where(is_there, new_h, h), torch.where(is_there, new_c, c)
+            h, c = new_h, new_c
             after.append(h)
         if reverse:
             before, after = before[::-1], after[::-1]
         if after:
-            self.recorded(f"weight_hh_{name}", torch.stack(before), added)
+            self.recorded(f"weight_hh_{name}", torch.stack(before), added, valid)
         return torch.stack(after), (h, c)
 
 
@@ -125,9 +192,9 @@ def _ways(layer: Any) -> list[str]:
 
 
 def _cell(layer: Any) -> Cell:
-    if isinstance(layer, nn.LSTM):
+    if isinstance(layer, nn.LSTM | nn.LSTMCell):
         return _lstm
-    if isinstance(layer, nn.GRU):
+    if isinstance(layer, nn.GRU | nn.GRUCell):
         return _gru
     return _relu if layer.nonlinearity == "relu" else _tanh
 
