@@ -80,10 +80,20 @@ def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, n
 
 @pytest.mark.parametrize(
     "name",
-    ["root_update, cholesky", "root_update, cholesky, tracked", "damped_solve, eigh", "kron_damped_solve, W, eigh"],
+    [
+        *(
+            "root_update, cholesky",
+            "root_update, cholesky, tracked",
+            "damped_solve, eigh",
+            "kron_damped_solve, W, eigh",
+        ),
+        "eigh_refresh",
+    ],
 )
 def test_a_list_asks_for_as_many_kernels_whatever_its_length(name: str, monkeypatch: pytest.MonkeyPatch):
     found = set()
+    # Wide matrices are n/2 wide, and those of 512 to 1023 columns are taken together.
+    monkeypatch.setattr(launches, "N", 1100)
     for listed in (2, 5):
         monkeypatch.setattr(launches, "LISTED", listed)
         found.add(counts_of(launches.call_of(name, "grouped")))
