@@ -130,7 +130,7 @@ class QuasiNewton(StateCurvature):
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
-            self.state[name] = known + share * (after - tensor(self.state, before) - known)
+            self.state[name] = (1 - share) * known + share * (after - tensor(self.state, before))
         for name in ("outputs", "gradients", "noted"):
             del self.state[name]
         inverse, s, y = (tensor(self.state, name).double() for name in ("output", "s", "y"))
