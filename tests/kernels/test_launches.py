@@ -41,7 +41,7 @@ ALONE: dict[str, tuple[int, int]] = {
 }
 # The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
 LISTS: dict[str, tuple[int, int]] = {
-    "eigh_refresh": (24, 93),
+    "eigh_refresh": (24, 91),
     "kron_damped_power, eigh": (8, 33),
     "kron_damped_power, root": (10, 143),
 }
