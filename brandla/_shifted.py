@@ -16,6 +16,7 @@ from brandla import _check
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
 from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, over, parts_of, stack_numbers
+from brandla.orthonormal import times
 from brandla_kernels import Tall, damped_apply, project, reads_are_free, tall
 
 Factor = LowRankEigh | LowRankRoot
@@ -70,7 +71,7 @@ class Spanned(NamedTuple):
     """A factor as eigenvectors and their values: τ where a column is zero or its value is not resolved."""
 
     values: Tensor  # (..., r)
-    vectors: Tensor  # (..., n, r)
+    vectors: Tall  # (..., n, r)
     tail: Number
 
 
@@ -165,7 +166,7 @@ class Side(NamedTuple):
         noise = unresolved(gram.dtype, gram.shape[-1]) * values[..., :1]
         gone = (values <= noise) | (values <= over(tail))
         turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
-        return Spanned(torch.where(gone, over(tail), values), root @ turn, tail)
+        return Spanned(torch.where(gone, over(tail), values), times(root, turn), tail)
 
     def beside(self, diagonal: Tensor) -> Woodbury:
         """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""

@@ -1,10 +1,10 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
 Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. `root_update`, `eigh_update`, `damped_solve`, `damped_power`,
-`damped_logdet`, `kron_damped_solve` and `kron_damped_logdet` take all factors of equal rank (for the updates also of
-equal k) together, whatever their n: a GPU launches each kernel once, and on a CPU the small matrices of all are
-stacked. The other functions take turns.
+factors, or a list or tuple with one value for each. The symmetric updates, `damped_*` and `kron_damped_*` take all
+factors of equal rank (for the updates also of equal k) together, whatever their n: a GPU launches each kernel once, and
+on a CPU the small matrices of all are stacked. `eigh_refresh` and `kron_damped_power` do so for wide matrices of about
+one size: those whose sizes are below the same power of two. The other functions take turns.
 
 Examples
 --------
@@ -28,7 +28,7 @@ from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, parts_of
-from brandla.randomized import LinearOperator
+from brandla.randomized import LinearOperator, is_dense
 from brandla.root import Compress, Update, Updated, stack
 
 __all__ = [
@@ -105,9 +105,10 @@ def eigh_refresh(
     weight: Each[float | Tensor] = 1.0,
     iterations: Each[int] = 1,
 ) -> list[tuple[LowRankEigh, Tensor]]:
-    """`brandla.eigh_refresh` of each factor. Those of one shape are faster as a batch of the single function."""
+    """`brandla.eigh_refresh` of each factor; those with operators or sparse matrices take turns."""
+    ways = _class_of_refresh, refresh.Refresh.one, refresh.refreshed_together
     options = {"decay": decay, "weight": weight, "iterations": iterations}
-    return _each(refresh.eigh_refresh, (eighs, matrices), **options)
+    return _computed("eigh_refresh", refresh.check_refresh, ways, (eighs, matrices), **options)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -218,8 +219,9 @@ def kron_damped_power(
 ) -> list[Tensor]:
     """`brandla.kron_damped_power` with each pair of factors."""
     options = {"damping": damping, "exponent": exponent, "left_tail": left_tail, "right_tail": right_tail}
+    ways = _class_of_power, kron.Power.result, kron.powers_together
     lists = (lefts, rights, matrices)
-    return _each(kron.kron_damped_power, lists, **options, values=values)
+    return _computed("kron_damped_power", kron.check_power, ways, lists, **options, values=values)
 
 
 @ranged("p,a", "q,b")
@@ -326,6 +328,13 @@ def _class_of_update(update: Update) -> Class:
     return (r, k, *options, update.dtype, device, kind_of(update.rows))
 
 
+def _class_of_refresh(problem: refresh.Refresh) -> Class:
+    vectors, (r, m) = problem.vectors, (problem.vectors.shape[-1], problem.matrix.shape[-1])
+    if not is_dense(problem.matrix) or vectors.ndim != 2 or 0 in (r, m):
+        return None
+    return (r, _size_class(m), problem.iterations, vectors.dtype, vectors.device)
+
+
 def _class_of_solve(problem: damped.Solve) -> Class:
     side = _class_of_side(problem.side)
     if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
@@ -343,6 +352,13 @@ def _class_of_joint(problem: kron.Joint) -> Class:
     return None if None in sides else (*sides, problem.fitted is None)
 
 
+def _class_of_power(problem: kron.Power) -> Class:
+    joint = _class_of_joint(problem.joint)
+    if joint is None or problem.matrix.ndim != 2:
+        return None
+    return (*joint, problem.exponent, _size_class(problem.matrix.shape[1]))
+
+
 def _class_of_kron(problem: kron.Kron) -> Class:
     left, right, data, rows = problem
     sides = _class_of_side(left), _class_of_side(right)
@@ -358,6 +374,11 @@ def _class_of_side(side: Side) -> Class:
     if basis.ndim != 2 or basis.shape[-1] == 0:
         return None
     return (type(side.factor), basis.shape[-1], basis.dtype, basis.device, side.tail is None)
+
+
+def _size_class(size: int) -> int:
+    """Sizes that a stack pads to the largest of: it is less than twice the smallest."""
+    return size.bit_length()
 
 
 def _spread(name: str, option: str, value: Any, length: int) -> Sequence[Any]:

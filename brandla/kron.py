@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from brandla import _check
 from brandla._ranges import ranged
@@ -29,7 +30,8 @@ from brandla._shifted import (
     stack,
 )
 from brandla.lowrank import over, parts_of, stack_numbers
-from brandla_kernels import kron_damped_apply
+from brandla.orthonormal import times
+from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, rotate
 from brandla_kernels.damped_apply import scaled_sum
 
 Data = TypeVar("Data", Tensor, tuple[Tensor, Tensor])
@@ -151,13 +153,8 @@ def kron_damped_power(
     tensor([[0.1000, 1.0000],
             [1.0000, 1.0000]])
     """
-    function = "kron_damped_power"
-    exponent = check_exponent(function, exponent)
-    if isinstance(matrix, tuple):
-        rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
-        _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
-    joint = check_joint(function, left, right, damping, left_tail=left_tail, right_tail=right_tail, values=values)
-    return joint.power(_check_matrix(function, matrix, joint.bases(), (WHOLE, WHOLE)), exponent)
+    tails = {"left_tail": left_tail, "right_tail": right_tail}
+    return check_power("kron_damped_power", left, right, matrix, damping, exponent, **tails, values=values).result()
 
 
 @ranged("p,a", "q,b")
@@ -250,22 +247,6 @@ class Joint(NamedTuple):
         in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)
         return both + over(self.damping, 2), in_left, in_right, neither
 
-    def power(self, matrix: Tensor, exponent: float) -> Tensor:
-        """Return the power applied to W: neither^p (W + U X + Y Vᵀ), each part relative to the last."""
-        left, right = self.left.spanned(), self.right.spanned()
-        parts = self.parts(left.values, left.tail, right.values, right.tail)
-        neither = parts[3]
-        relative = ((part / over(neither, dims)) ** exponent - 1 for part, dims in zip(parts, (2, 1, 1), strict=False))
-        in_both, in_left, in_right = relative
-        in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
-        batch = batch_of(left.vectors, right.vectors, matrix)
-        u, v, w = (expand(each, batch) for each in (left.vectors, right.vectors, matrix))
-        projected = u.mT @ w
-        rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
-        columns = (w @ v) * in_right[..., None, :]
-        scale = (neither**exponent).expand(w.shape[:-2])
-        return scaled_sum(scale, w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
-
     def logdet(self) -> Tensor:
         """Return the logarithms of all eigenvalues, summed."""
         parts = self.parts(*self.left.counted(WHOLE), *self.right.counted(WHOLE))
@@ -276,10 +257,73 @@ class Joint(NamedTuple):
 
 def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
     """Compute the determinants of products whose factors are of one kind and rank each."""
+    return _joined(problems).logdet().unbind()
+
+
+def _joined(problems: Sequence[Joint]) -> Joint:
     left, right = stack([problem.left for problem in problems]), stack([problem.right for problem in problems])
     damping = stack_numbers([problem.damping for problem in problems], parts_of(left.factor)[0])
     fitted = [problem.fitted for problem in problems if problem.fitted is not None]
-    return Joint(left, right, damping, torch.stack(fitted) if fitted else None).logdet().unbind()
+    return Joint(left, right, damping, torch.stack(fitted) if fitted else None)
+
+
+class Power(NamedTuple):
+    """Arguments of `kron_damped_power` that fit together: of one pair of factors, of a batch, or of a list of pairs.
+
+    The power applied to W is β (W + U (z_U ∘ UᵀW) + (W V ∘ z_V) Vᵀ + U (z ∘ UᵀW V) Vᵀ), β being that of the eigenvalue
+    in neither span, and all else relative to it.
+    """
+
+    joint: Joint
+    matrix: Tall
+    exponent: float
+
+    def result(self) -> Tensor:
+        """Apply the power."""
+        (in_both, in_left, in_right, scale), left, right = self._coefficients()
+        batch = batch_of(left, right, self.matrix)
+        u, v, w = (expand(each, batch) for each in (left, right, self.matrix))
+        projected = u.mT @ w
+        rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
+        columns = (w @ v) * in_right[..., None, :]
+        return scaled_sum(scale.expand(w.shape[:-2]), w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
+
+    def results(self) -> Sequence[Tensor]:
+        """Apply the power of each pair of a list, in launches for all of them; V and products are padded."""
+        (in_both, in_left, in_right, scale), left, right = self._coefficients()
+        scale = scale.expand(len(left))
+        turned = _padded(right)
+        columns = times(self.matrix, turned)
+        inner = in_both * project(left, columns)
+        columns = rotate(left, columns, inner, torch.diag_embed(in_right))
+        beside = times(columns, scale[:, None, None] * turned.mT)
+        applied = damped_apply(left, in_left, scale, self.matrix)
+        return torch._foreach_add(applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)])
+
+    def _coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
+        """Return z, z_U, z_V and β, and U and V."""
+        left, right = self.joint.left.spanned(), self.joint.right.spanned()
+        parts = self.joint.parts(left.values, left.tail, right.values, right.tail)
+        neither, p = parts[3], self.exponent
+        in_both, in_left, in_right = (
+            (part / over(neither, dims)) ** p - 1 for part, dims in zip(parts, (2, 1, 1), strict=False)
+        )
+        in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
+        return (in_both, in_left, in_right, neither**p), left.vectors, right.vectors
+
+
+def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
+    """Apply powers of one exponent, of factors of one kind and rank each, to one W each."""
+    joint = _joined([problem.joint for problem in problems])
+    return Power(joint, [problem.matrix for problem in problems], problems[0].exponent).results()
+
+
+def _padded(matrices: Sequence[Tensor]) -> Tensor:
+    """Stack tall matrices of one width, with rows of zeros below the shorter ones."""
+    if len({len(matrix) for matrix in matrices}) == 1:
+        return torch.stack(list(matrices))
+    padded: Tensor = pad_sequence(list(matrices), batch_first=True)
+    return padded
 
 
 def check_kron(
@@ -337,6 +381,27 @@ def check_joint(
         shape = (*batch, first.shape[-1], second.shape[-1])
         _check.shape(function, "values", values, shape, "one value for each pair of columns of left and right")
     return Joint(sides[0], sides[1], damping, values)
+
+
+def check_power(
+    function: str,
+    left: LowRank,
+    right: LowRank,
+    matrix: Tensor,
+    damping: Number,
+    exponent: float,
+    *,
+    left_tail: Tail,
+    right_tail: Tail,
+    values: Tensor | None,
+) -> Power:
+    """Check the arguments of `kron_damped_power`."""
+    exponent = check_exponent(function, exponent)
+    if isinstance(matrix, tuple):
+        rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
+        _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
+    joint = check_joint(function, left, right, damping, left_tail=left_tail, right_tail=right_tail, values=values)
+    return Power(joint, _check_matrix(function, matrix, joint.bases(), (WHOLE, WHOLE)), exponent)
 
 
 def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:

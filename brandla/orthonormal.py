@@ -95,14 +95,24 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     return nearly @ transform, triangle
 
 
-def factorize(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`."""
-    first = _first_pass(panel)
-    nearly = first.panel @ first.transform.to(panel.dtype)
+def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
+    """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`.
+
+    Of a list of panels with one number of columns T and R are stacked.
+    """
+    first, dtype = _first_pass(panel), tall.dtype_of(panel)
+    nearly = times(first.panel, first.transform.to(dtype))
     nearly_gram = rounded_gram(nearly)
     second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), SECOND_PASS)
     triangle = second.mT @ nearly_gram @ first.triangle
-    return nearly, second.to(panel.dtype), triangle.to(panel.dtype)
+    return nearly, second.to(dtype), triangle.to(dtype)
+
+
+def times(panel: Tall, small: Tensor) -> Tall:
+    """Return P W; of a list of P and a stack of W in one launch."""
+    if isinstance(panel, Tensor):
+        return panel @ small
+    return rotate(panel, [one[..., :0] for one in panel], small, small[..., :0, :])
 
 
 def spanning(panel: Tensor) -> Tensor:
@@ -163,18 +173,18 @@ def _signs(k: int, dtype: torch.dtype) -> Tensor:
 class _FirstPass(NamedTuple):
     """P ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero."""
 
-    panel: Tensor  # P′       [..., n, k]
+    panel: Tall  # P′         [..., n, k]
     transform: Tensor  # T      [..., k, k], float64
     triangle: Tensor  # R       [..., k, k], float64
 
 
-def _first_pass(panel: Tensor) -> _FirstPass:
+def _first_pass(panel: Tall) -> _FirstPass:
     """Orthonormalise a panel as far as its Gram matrix allows.
 
     A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
     first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
     """
-    dtype, k = panel.dtype, max(panel.shape[-1], 1)
+    dtype, k = tall.dtype_of(panel), max(tall.columns(panel), 1)
     eps = torch.finfo(dtype).eps
     panel_gram = gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -184,13 +194,13 @@ def _first_pass(panel: Tensor) -> _FirstPass:
         return _FirstPass(panel, *_ranked_core(panel_gram, length, 64 * k * eps**2))
     order = _strongest_first(panel_gram, length, 64 * k * eps)
     if order is not None:
-        panel, panel_gram = tall.columns_at(panel, order), _permuted(panel_gram, order)
+        panel, panel_gram = tall.each(tall.columns_at, panel, order), _permuted(panel_gram, order)
         length = length.gather(-1, order)
     unit = torch.where(length > 0, length, 1)
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = torch.linalg.solve_triangular(to_panel, panel, upper=True, left=False)
+    panel = tall.each(_divided, panel, to_panel)
     panel_gram = gram(panel)
     transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
     triangle = triangle @ to_panel
@@ -198,6 +208,11 @@ def _first_pass(panel: Tensor) -> _FirstPass:
         place = order.argsort(-1)
         transform, triangle = transform.take_along_dim(place[..., None, :], -1), _permuted(triangle, place)
     return _FirstPass(panel, transform, triangle)
+
+
+def _divided(panel: Tensor, triangle: Tensor) -> Tensor:
+    """Return P R⁻¹."""
+    return torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
 
 
 def _shortest(dtype: torch.dtype) -> float:

@@ -248,7 +248,7 @@ def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, seed: Te
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
-    if _is_dense(matrix):
+    if is_dense(matrix):
         return sketch(cast(Tensor, matrix), seed, width)
     return product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
 
@@ -269,7 +269,7 @@ def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, i
         _check.data(function, "matrix", matrix)
         if matrix.ndim < 2:
             _check.fail_value(function, f"matrix must have shape (..., m, n); got {tuple(matrix.shape)}")
-        if matrix.ndim > 2 and not _is_dense(matrix):
+        if matrix.ndim > 2 and not is_dense(matrix):
             _check.fail_value(function, f"a sparse matrix must have shape (m, n); got {tuple(matrix.shape)}")
         if is_dtensor(matrix):
             rule = "matrix must be a plain tensor or a linear operator"
@@ -312,14 +312,14 @@ def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, 
 
 def product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
     """Return X V, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
-    if _is_dense(matrix):
+    if is_dense(matrix):
         return inner_product(cast(Tensor, matrix).mT.to(block.dtype), block)
     return _checked_product(function, matrix @ block.to(matrix.dtype), (matrix.shape[0], block.shape[1]), block)
 
 
 def adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
     """Return XᵀV likewise."""
-    if _is_dense(matrix):
+    if is_dense(matrix):
         return inner_product(cast(Tensor, matrix).to(block.dtype), block)
     data = block.to(matrix.dtype)
     found: object
@@ -333,7 +333,8 @@ def adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tenso
     return _checked_product(function, found, (matrix.shape[1], block.shape[1]), block)
 
 
-def _is_dense(matrix: Tensor | LinearOperator) -> bool:
+def is_dense(matrix: Tensor | LinearOperator) -> bool:
+    """Say whether it is a tensor with all its entries, no linear operator and not sparse."""
     return isinstance(matrix, Tensor) and matrix.layout == torch.strided
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla.lowrank import LowRankEigh, over
-from brandla.orthonormal import orthonormalize
+from brandla.lowrank import LowRankEigh, over, stack_numbers
+from brandla.orthonormal import factorize, times
 from brandla.randomized import LinearOperator, adjoint_product, check_matrix, product, scale_of
-from brandla_kernels import project, reads_are_free, tall
+from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 
 
 @ranged("n,r", "n,m")
@@ -75,7 +76,19 @@ def eigh_refresh(
     >>> moments.shape
     torch.Size([8, 100])
     """
-    function, name = "eigh_refresh", "eigh.eigenvectors"
+    return check_refresh("eigh_refresh", eigh, matrix, decay, weight, iterations).one()
+
+
+def check_refresh(
+    function: str,
+    eigh: LowRankEigh,
+    matrix: Tensor | LinearOperator,
+    decay: float | Tensor,
+    weight: float | Tensor,
+    iterations: int,
+) -> Refresh:
+    """Check the arguments of `eigh_refresh`."""
+    name = "eigh.eigenvectors"
     _check.eigh(function, "eigh", eigh)
     values, vectors = eigh
     WHOLE.admit(function, name, vectors)
@@ -88,46 +101,102 @@ def eigh_refresh(
     decay = _check.scalar(function, "decay", decay, name, vectors)
     weight = _check.scalar(function, "weight", weight, name, vectors)
     _check.count(function, "iterations", iterations, 1)
-    average = _Average(vectors, (values * over(decay))[..., None], matrix, over(weight, 2))
-    for _ in range(iterations):
-        image = average.image(_begun(vectors))
-        vectors, _ = orthonormalize(image / scale_of(image))
-    values, order = average.quotients(vectors).sort(dim=-1, descending=True, stable=True)
-    return LowRankEigh(values, tall.columns_at(vectors, order)), order
+    return Refresh(values, vectors, matrix, decay, weight, iterations)
+
+
+class Refresh(NamedTuple):
+    """Arguments of `eigh_refresh` that fit together: of one factor, of a batch, or of a list with d stacked."""
+
+    values: Tensor  # d     (..., r)
+    vectors: Tall  # U      (..., n, r)
+    matrix: Any  # G        (..., n, m), or an operator
+    decay: float | Tensor
+    weight: float | Tensor
+    iterations: int
+
+    def one(self) -> tuple[LowRankEigh, Tensor]:
+        """Return the factor, or the batch, with its permutation."""
+        values, vectors, order = self._refreshed()
+        return LowRankEigh(values, vectors), order
+
+    def each(self) -> list[tuple[LowRankEigh, Tensor]]:
+        """Return the factors of a list, each with its permutation."""
+        return [(LowRankEigh(*own), order) for *own, order in zip(*self._refreshed(), strict=True)]
+
+    def _refreshed(self) -> tuple[Tensor, Tall, Tensor]:
+        kept, weight = (self.values * over(self.decay))[..., None], over(self.weight, 2)
+        average, vectors = _Average(self.vectors, kept, self.matrix, weight), self.vectors
+        for _ in range(self.iterations):
+            nearly, transform, _ = factorize(average.image(_begun(vectors)))
+            vectors = times(nearly, transform)
+        values, order = average.quotients(vectors).sort(dim=-1, descending=True, stable=True)
+        if isinstance(vectors, list):
+            return values, times(nearly, tall.columns_at(transform, order)), order
+        return values, tall.columns_at(vectors, order), order
 
 
 class _Average(NamedTuple):
     """M = U diag(ρd) Uᵀ + w G Gᵀ, in products."""
 
-    vectors: Tensor  # U    (..., n, r)
+    vectors: Tall  # U      (..., n, r)
     values: Tensor  # ρd    (..., r, 1)
-    matrix: Tensor | LinearOperator
+    matrix: Any
     weight: float | Tensor  # or (..., 1, 1)
 
-    def image(self, block: Tensor) -> Tensor:
-        """Return M X."""
+    def image(self, block: Tall) -> Tall:
+        """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
         old, new = self._coefficients(block)
-        return self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
+        if isinstance(block, list):
+            scale = scale_of(self._summed(old, new)[..., None, :])
+            return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
+        image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
+        return image / scale_of(image)
 
-    def quotients(self, block: Tensor) -> Tensor:
-        """Return the diagonal of XᵀMX, of sums of squares."""
-        old, new = self._coefficients(block)
+    def quotients(self, block: Tall) -> Tensor:
+        """Return the diagonal of XᵀMX."""
+        return self._summed(*self._coefficients(block))
+
+    def _summed(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return it as sums of squares of the coefficients."""
         return (self.values * old.square()).sum(-2) + (self.weight * new.square()).sum(-2)
 
-    def _coefficients(self, block: Tensor) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, block: Tall) -> tuple[Tensor, Tensor]:
         """Return UᵀX and GᵀX."""
+        if isinstance(block, list):
+            return project(self.vectors, block), project(self.matrix, block)
         return project(self.vectors, block), adjoint_product("eigh_refresh", self.matrix, block)
 
 
-def _begun(vectors: Tensor) -> Tensor:
+def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, Tensor]]:
+    """Refresh factors of one rank, each by its dense matrix."""
+    values, vectors, matrices, decays, weights, (iterations, *_) = zip(*problems, strict=True)
+    stacked = torch.stack(values)
+    matrices = [matrix.to(stacked.dtype) for matrix in matrices]
+    numbers = stack_numbers(decays, stacked), stack_numbers(weights, stacked)
+    return Refresh(stacked, list(vectors), matrices, *numbers, iterations).each()
+
+
+def _begun(vectors: Tall) -> Tall:
     """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and nearly independent.
 
     What lay in the span of the others would outweigh them in M U, and take their places.
     """
-    empty = (vectors == 0).all(-2, keepdim=True)
-    if reads_are_free(vectors) and not empty.any().item():
+    members = vectors if isinstance(vectors, list) else [vectors]
+    if reads_are_free(members[0]) and not any((own == 0).all(-2).any().item() for own in members):
         return vectors
-    n, r = vectors.shape[-2:]
-    row, column = (torch.arange(1, size + 1, dtype=torch.float64, device=vectors.device) for size in (n, r))
-    fresh = (torch.cos(row.square()[:, None] * column) * (2 / n) ** 0.5).to(vectors.dtype).expand_as(vectors)
-    return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)
+    sizes, device, dtype = (tall.rows(vectors), tall.columns(vectors)), tall.device_of(vectors), tall.dtype_of(vectors)
+    row, column = (torch.arange(1, size + 1, dtype=torch.float64, device=device) for size in sizes)
+    table = torch.cos(row.square()[:, None] * column)
+    if isinstance(vectors, Tensor):
+        fresh = (table * (2 / sizes[0]) ** 0.5).to(dtype).expand_as(vectors)
+        empty = (vectors == 0).all(-2, keepdim=True)
+        return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)
+    table = table.to(dtype)
+    fresh = [table[: len(own)] for own in vectors]
+    coefficients = project(vectors, fresh)
+    # No vector is orthogonal to all of them but 0.
+    empty = (coefficients == 0).all(-1).to(dtype)
+    lengths = empty * over(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
+    return rotate(
+        vectors, fresh, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
+    )

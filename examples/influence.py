@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import typer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, one_hot, pad
 
 from brandla.kfac import KFAC, Brand, Exact
 from examples.digits import digits, network
@@ -23,8 +23,7 @@ def gradients(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> list[tupl
     hidden = model[1](model[0](inputs)).detach()
     errors = (model[2](hidden).softmax(-1) - one_hot(labels, 10)).detach()
     inner = errors @ model[2].weight.detach() * (1 - hidden.square())
-    ones = torch.ones(len(inputs), 1)
-    return [(inner, torch.cat([inputs, ones], 1)), (errors, torch.cat([hidden, ones], 1))]
+    return [(inner, pad(inputs, (0, 1), value=1.0)), (errors, pad(hidden, (0, 1), value=1.0))]
 
 
 def bases(model: nn.Sequential, inputs: Tensor, labels: Tensor, batch: int = 100) -> list[tuple[Tensor, Tensor]]:
@@ -35,10 +34,9 @@ def bases(model: nn.Sequential, inputs: Tensor, labels: Tensor, batch: int = 100
         model.zero_grad()
         cross_entropy(model(inputs[rows]), labels[rows]).backward()
         preconditioner.step()
-    state = preconditioner.state_dict()["layers"]
+    layers = preconditioner.state_dict()["layers"].values()
     preconditioner.remove()
-    sides = [[own["curvature"][side]["state"] for side in ("output", "input")] for own in state.values()]
-    return [tuple(side["eigenvectors"] for side in own) for own in sides]
+    return [tuple(own["curvature"][side]["state"]["eigenvectors"] for side in ("output", "input")) for own in layers]
 
 
 def self_influence(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ def identity(n: int, rank: int, like: Tensor) -> Factor:
 
 def whitened(factor: Factor, matrix: Tensor) -> Tensor:
     """Return L^−½ X."""
-    damping = 1e-3 * factor.trace / len(factor.lowrank.eigenvectors)
-    return brandla.damped_power(factor, matrix, damping, -0.5, tail="mean")
+    return brandla.damped_power(factor, matrix, 1e-3 * factor.trace / factor.lowrank.n, -0.5, tail="mean")
 
 
 def averaged(factor: Factor, matrix: Tensor, share: float) -> Factor:

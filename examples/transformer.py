@@ -1,23 +1,20 @@
 """A small transformer that learns to write like Python's manual: ``python -m examples.transformer``.
 
-The text is ``pydoc_data.topics``, which comes with Python: the prompt's help pages, read letter by letter.
+It has seen some letters of `examples.manual`, and learns which one comes next.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pydoc_data.topics import topics
 
 import torch
 import typer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples.loop import Batch, Task, compare
+from examples import manual
+from examples.loop import Task, compare
 from examples.systems import chosen
 
 CONTEXT, WIDTH, HEADS, DEPTH = 32, 64, 4, 2
-BATCH = 16
 
 
 class Block(nn.Module):
@@ -58,24 +55,9 @@ class Transformer(nn.Module):
 
 def task() -> Task:
     """Return the transformer with its text: a tenth is held out."""
-    text = "".join(topics.values())
-    alphabet = {letter: index for index, letter in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([alphabet[letter] for letter in text])
-    training, held_out = numbers[: -len(numbers) // 10], numbers[-len(numbers) // 10 :]
-
-    def batches() -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(1)
-        while True:
-            yield _cut(training, torch.randint(len(training) - CONTEXT - 1, (BATCH,), generator=generator))
-
-    judged = _cut(held_out, torch.arange(0, 64 * CONTEXT, CONTEXT))
-    return Task(lambda: Transformer(len(alphabet)), batches, judged, _loss)
-
-
-def _cut(numbers: Tensor, starts: Tensor) -> Batch:
-    """Return stretches of text, and the same one letter on."""
-    places = starts[:, None] + torch.arange(CONTEXT)
-    return numbers[places], numbers[places + 1]
+    letters, training, held_out = manual.text()
+    judged = manual.stretches(held_out, torch.arange(0, 64 * CONTEXT, CONTEXT), CONTEXT)
+    return Task(lambda: Transformer(letters), lambda: manual.batches(training, CONTEXT), judged, _loss)
 
 
 def _loss(scores: Tensor, letters: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import brandla
@@ -206,6 +207,70 @@ def test_applications_of_one_rank_are_those_of_each_by_itself(make: Callable[...
         results = grouped.kron_damped_solve(factors, factors, data, 0.1, 0.2)
         for result, factor, own in zip(results, factors, data, strict=True):
             torch.testing.assert_close(result, brandla.kron_damped_solve(factor, factor, own, 0.1, 0.2))
+
+
+def wide_problems(
+    dtype: torch.dtype, orders: tuple[int, ...] = ORDERS
+) -> tuple[list[brandla.LowRankEigh], list[Tensor]]:
+    """Factors of one rank, the first with a zero column, and matrices of widths of one class: 50 to 62."""
+    eighs = [make_eigh(n, 8, dtype=dtype, seed=n) for n in orders]
+    eighs[0].eigenvectors[:, 7] = 0
+    eighs[0].eigenvalues[7] = 0
+    return eighs, [make_columns(n, 40 + n // 4, dtype=dtype, seed=n) for n in orders]
+
+
+@pytest.mark.parametrize("orders", [ORDERS, (40, 40, 40)], ids=["different", "equal"])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_factors_of_one_rank_are_refreshed_as_each_by_itself(
+    iterations: int, orders: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    eighs, matrices = wide_problems(dtype, orders)
+    decays = [0.5, torch.tensor(0.9, dtype=dtype), 0.9]
+    results = grouped.eigh_refresh(eighs, matrices, decay=decays, weight=0.1, iterations=iterations)
+    for (new, order), eigh, matrix, decay in zip(results, eighs, matrices, decays, strict=True):
+        alone, expected = brandla.eigh_refresh(eigh, matrix, decay=decay, weight=0.1, iterations=iterations)
+        assert torch.equal(order, expected)
+        assert_equal_factors(new, alone, dtype)
+
+
+def test_a_wide_matrix_that_is_not_finite_spoils_no_other() -> None:
+    eighs, matrices = wide_problems(torch.float64)
+    matrices[1][3, 2] = float("nan")
+    results = grouped.eigh_refresh(eighs, matrices)
+    assert [bool(new.is_finite()) for new, _ in results] == [True, False, True]
+    for index in (0, 2):
+        assert_equal_factors(results[index][0], brandla.eigh_refresh(eighs[index], matrices[index])[0], torch.float64)
+
+
+@pytest.mark.parametrize("orders", [ORDERS, (40, 40, 40)], ids=["different", "equal"])
+@pytest.mark.parametrize("make", [make_eigh, make_root])
+@pytest.mark.parametrize("exponent", [-1.0, -0.5])
+def test_powers_of_products_are_those_of_each_by_itself(
+    exponent: float, make: Callable[..., Any], orders: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    lefts, matrices = wide_problems(dtype, orders)
+    rights = [make(matrix.shape[1], 5, dtype=dtype, seed=1) for matrix in matrices]
+    tails: dict[str, Any] = {"left_tail": 0.2, "right_tail": "smallest"}
+    dampings = [0.1, torch.tensor(0.3, dtype=dtype), 0.2]
+    for values in (None, torch.rand(8, 5, dtype=dtype)):
+        options = {"exponent": exponent, "values": values, **tails}
+        results = grouped.kron_damped_power(lefts, rights, matrices, dampings, **options)
+        for result, left, right, matrix, damping in zip(results, lefts, rights, matrices, dampings, strict=True):
+            alone = brandla.kron_damped_power(left, right, matrix, damping, **options)
+            torch.testing.assert_close(result, alone, rtol=1e-3, atol=oracles.tolerance(90, dtype, alone.abs().max()))
+
+
+def test_the_gradient_of_listed_powers_is_that_of_single_ones() -> None:
+    lefts, matrices = wide_problems(torch.float64)
+    given = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]
+    factors = [left._replace(eigenvalues=own) for left, own in zip(lefts, given[3:], strict=True)]
+    rights = [make_eigh(matrix.shape[1], 5, seed=1) for matrix in matrices]
+    listed = grouped.kron_damped_power(factors, rights, given[:3], 0.1, -0.5)
+    single = [brandla.kron_damped_power(*own, 0.1, -0.5) for own in zip(factors, rights, given[:3], strict=True)]
+    of_listed, of_single = (
+        torch.autograd.grad(sum(x.square().sum() for x in found), given) for found in (listed, single)
+    )
+    torch.testing.assert_close(of_listed, of_single)
 
 
 def test_an_empty_group_gives_an_empty_list() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.strategy import Kept
+from brandla.kfac.systems.strategy import Curvature
+from brandla.kfac.values import Shape
 
 Side = Literal["input", "output", "beside"]
 
@@ -105,26 +106,27 @@ def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, cap
     """Read every factor; waits for the device."""
     refused = {layer.name: layer.refusal or "frozen" for layer in layers if layer.refusal or _is_frozen(layer)}
     active = [layer for layer in layers if layer.name not in refused]
-    rows = [row for layer in active for row in _of_layer(layer)]
-    return Report(rows, unsupported | refused, skipped, captured_bytes)
+    parts = [(layer.name, str(layer.strategy), layer.shape, layer.curvature) for layer in active]
+    return Report([row for own in parts for row in rows_of(*own)], unsupported | refused, skipped, captured_bytes)
 
 
 def _is_frozen(layer: Layer) -> bool:
     return layer.is_frozen and not layer.curvature.started
 
 
-def _of_layer(layer: Layer) -> Iterator[FactorReport]:
+def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> Iterator[FactorReport]:
     """Describe the factors of a layer, and what its curvature keeps beside them."""
-    rows = [_describe(layer.name, side, factor) for side, factor in layer.curvature.factors()]
-    rows += [_describe_kept(layer, kept) for kept in layer.curvature.kept()]
+    started = "" if curvature.started else "no data yet"
+    rows = [_describe(layer, side, factor) for side, factor in curvature.factors()]
+    for kept in curvature.kept():
+        dense = math.prod(shape.groups) * kept.n**2 * shape.dtype.itemsize
+        own = kept.side, kept.n, strategy, started or kept.note, None, None, None, _bytes(kept.tensors), dense
+        rows.append(FactorReport(layer, *own))
     yield from rows
-    beside = _bytes(layer.curvature.tensors()) - sum(row.bytes for row in rows)
+    beside = _bytes(curvature.tensors()) - sum(row.bytes for row in rows)
     if beside > 0 or not rows:
-        groups, d_out, d_in = layer.shape[:3]
-        n = math.prod(groups) * d_out * d_in
-        started = layer.curvature.started
-        reason = "" if started else "no data yet"
-        yield FactorReport(layer.name, "beside", n, str(layer.strategy), reason, None, None, None, beside, 0)
+        n = math.prod(shape.groups) * shape.d_out * shape.d_in
+        yield FactorReport(layer, "beside", n, strategy, started, None, None, None, beside, 0)
 
 
 def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
@@ -149,14 +151,6 @@ def _bounds(factor: Factor) -> tuple[float, float]:
     bounds = factor.strategy.error_bound(factor.state)
     relative = torch.where(bounds == 0, 0, bounds / factor.strategy.largest(factor.state))
     return float(bounds.max()), float(relative.max())
-
-
-def _describe_kept(layer: Layer, kept: Kept) -> FactorReport:
-    note = kept.note if layer.curvature.started else "no data yet"
-    dense = math.prod(layer.shape.groups) * kept.n**2 * layer.dtype.itemsize
-    return FactorReport(
-        layer.name, kept.side, kept.n, str(layer.strategy), note, None, None, None, _bytes(kept.tensors), dense
-    )
 
 
 def _cells(factor: FactorReport) -> tuple[str, ...]:

@@ -39,6 +39,12 @@ ALONE: dict[str, tuple[int, int]] = {
     "eigh_refresh": (15, 87),
     "eigh_downdate": (6, 64),
 }
+# The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
+LISTS: dict[str, tuple[int, int]] = {
+    "eigh_refresh": (24, 91),
+    "kron_damped_power, eigh": (8, 33),
+    "kron_damped_power, root": (10, 143),
+}
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
 STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
     "Brand": {"MLP, 1 layer": 132, "MLP, 3 layers": 158, "MLP, 12 layers": 275, "transformer": 637},
@@ -69,6 +75,14 @@ def test_a_call_for_one_factor_asks_for_no_more_kernels_than_its_limit(name: str
     assert counts.torch <= ALONE[name][1]
 
 
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_with_wide_matrices_asks_for_no_more_kernels_than_its_limit(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launches, "N", 1100)
+    counts = counts_of(launches.call_of(name, "grouped"))
+    assert counts.triton <= LISTS[name][0]
+    assert counts.torch <= LISTS[name][1]
+
+
 @pytest.mark.parametrize("network", launches.NETWORKS)
 @pytest.mark.parametrize("strategy", STEPS_AT_PRESENT)
 def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, network: str):
@@ -80,10 +94,19 @@ def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, n
 
 @pytest.mark.parametrize(
     "name",
-    ["root_update, cholesky", "root_update, cholesky, tracked", "damped_solve, eigh", "kron_damped_solve, W, eigh"],
+    [
+        *(
+            "root_update, cholesky",
+            "root_update, cholesky, tracked",
+            "damped_solve, eigh",
+            "kron_damped_solve, W, eigh",
+        ),
+        "eigh_refresh",
+    ],
 )
 def test_a_list_asks_for_as_many_kernels_whatever_its_length(name: str, monkeypatch: pytest.MonkeyPatch):
     found = set()
+    monkeypatch.setattr(launches, "N", 1100)
     for listed in (2, 5):
         monkeypatch.setattr(launches, "LISTED", listed)
         found.add(counts_of(launches.call_of(name, "grouped")))

@@ -179,6 +179,35 @@ def test_points_that_are_not_finite_change_nothing():
     assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
+def test_the_report_of_the_sum_has_a_row_for_each_side():
+    preconditioner = PINN(network(nn.Tanh(), nn.Tanh()).float(), damping=DAMPING)
+    assert {row.reason for row in preconditioner.report().factors} == {"no data yet"}
+    problem = PROBLEM[0].float(), residual, PROBLEM[2].float(), at_boundary
+    preconditioner.backward(*problem)
+    preconditioner.backward(problem[0] * float("nan"), *problem[1:])
+    report = preconditioner.report()
+    orders = [("0", "input", 3), ("0", "output", 5), ("2", "input", 6), ("2", "output", 5)]
+    assert [(row.layer, row.side, row.n) for row in report.factors] == [*orders, ("4", "input", 6), ("4", "output", 1)]
+    # Two matrices in float64, and with one side the sum of the weights.
+    assert [row.bytes for row in report.factors[:2]] == [8 * (2 * 3**2 + 1), 8 * 2 * 5**2]
+    assert [row.dense_bytes for row in report.factors[:2]] == [8 * 3**2, 8 * 5**2]
+    assert report.skipped == 1
+    # d + 2 rows a point inside, in float32.
+    assert report.captured_bytes == 4 * (7 * 4 + 4) * (3 + 5 + 6 + 5 + 6 + 1)
+    assert "SumOfTwo" in str(report)
+    assert "inside and at the boundary" in str(report)
+
+
+def test_the_report_of_factors_says_what_each_got():
+    preconditioner = PINN(network(nn.Tanh(), nn.Tanh()), Brand(3), damping=DAMPING)
+    preconditioner.backward(*PROBLEM)
+    rows = {(row.layer, row.side): row for row in preconditioner.report().factors}
+    assert (rows["2", "input"].rank, rows["2", "input"].strategy) == (3, str(Brand(3)))
+    assert rows["2", "input"].error_bound > 0
+    assert rows["4", "output"].reason == "rank 3 takes no less memory than the matrix of order n = 1"
+    assert sum(row.bytes for row in rows.values()) == preconditioner.report().bytes
+
+
 def test_bad_input_is_refused():
     with pytest.raises(TypeError, match=r"PINN: model must be nn.Sequential of nn.Linear and Tanh, .*; it has ReLU"):
         PINN(network(nn.ReLU()))

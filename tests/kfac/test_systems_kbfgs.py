@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brandla.kfac import KBFGS, KFAC, Exact
 from brandla.kfac.systems.kbfgs import curved, updated
-from brandla.kfac.values import Damping
+from brandla.kfac.values import Damping, Now, Rows, Shape
 from kfac.networks import batch, gradients, layer_gradient, loss_of, mlp, with_one
 from kfac.systems import assert_near, linears
 
@@ -177,9 +177,27 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
             if call == preconditioner.step:
                 optimizer.step()
     of_queries, of_keys, of_values = preconditioner._layers[0].curvature.state["output"]
-    assert torch.equal(of_keys, torch.eye(8))
+    assert torch.equal(of_keys, torch.eye(8).double())
     assert not torch.equal(of_queries, of_keys)
     assert not torch.equal(of_values, of_keys)
+
+
+def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite():
+    """Of one output direction after the other: in float32 the steep ones would be rounding of the flat ones."""
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    directions, steepness = torch.kron(signs, signs) / 2, torch.logspace(-5, 3, 4)
+    curvature = KBFGS(average=0.0).curvature(Shape((), 4, 1, torch.float32, torch.device("cpu")))
+    now = Now(0, 0, 0.95, Damping(0.03, "relative"), TRUE)
+    for step in range(80):
+        moved = directions[:, step % 4, None]
+        before, after = (Rows(torch.ones(1, 1), size * steepness[step % 4] * moved.T, 1) for size in (0, 1))
+        curvature.absorb(before, now)
+        curvature.note(before, lambda: torch.zeros(4, 1), now)
+        curvature.changed(after, lambda moved=moved: moved, now)
+    found = torch.linalg.eigvalsh(curvature.state["output"].double())
+    torch.testing.assert_close(found, (1 / steepness.double()).sort().values, rtol=1e-6, atol=0)
+    resumed = curvature.loaded(curvature.state_dict(), "layer")
+    assert torch.equal(resumed.state["output"], curvature.state["output"])
 
 
 def test_second_pass_is_refused_where_nothing_takes_it():
@@ -202,6 +220,6 @@ def test_it_trains_and_reports_both_sides():
                 optimizer.step()
     assert loss_of(model, (inputs, labels)).item() < 0.5 * before
     rows = [(row.side, row.n, row.bytes) for row in preconditioner.report().factors]
-    assert rows[:2] == [("input", 11, 4 * (2 * 11**2 + 1)), ("output", 20, 4 * (20**2 + 2 * 20))]
+    assert rows[:2] == [("input", 11, 4 * (2 * 11**2 + 1)), ("output", 20, 8 * 20**2 + 4 * 2 * 20)]
     assert len(linears(model)) * 2 == len(rows)
     assert layer_gradient(model[0]).isfinite().all()

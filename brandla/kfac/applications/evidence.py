@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from brandla import LowRankEigh, _check
+from brandla import LowRankEigh, _check, checked, damped_logdet, kron_damped_logdet
+from brandla.damped import LowRank
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.preconditioner import KFAC
+from brandla.kfac.systems.diagonal import Diagonal
 from brandla.kfac.systems.ekfac import EigenvalueCorrected
+from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import DenseForm, normalised, tensor
 from brandla.kfac.systems.kronecker import Kronecker
@@ -22,9 +25,9 @@ def evidence(
     """Log marginal likelihood of the layers' weights W under a prior N(0, I/δ), by Laplace's approximation.
 
     log p ≈ log-likelihood − ½ Σ (log det(N A ⊗ G + δI) − p log δ) − ½ Σ δ ‖W‖², the sums over layers of p parameters.
-    Differentiable in δ and in the log-likelihood; N A ⊗ G is constant. Its eigenvalues are the products of those of the
-    factors, and with `EKFAC` what that fits in their place. Of factors of ranks r and s only r s are formed: the
-    p − r s that are left out are taken for 0, and add nothing.
+    Differentiable in δ and in the log-likelihood; N A ⊗ G is constant. Its determinant is that of
+    `brandla.kron_damped_logdet` in float64, with the values that `EKFAC` fits. What a low-rank factor leaves out counts
+    as the tail of its strategy: as 0, unless ``tail="mean"`` or another one was asked for.
 
     Parameters
     ----------
@@ -76,46 +79,47 @@ def evidence(
     _check.count("evidence", "terms", terms, 1)
     layers = preconditioner._layers
     device = layers[0].kind.weight.device
-    precision = torch.as_tensor(prior_precision, dtype=torch.float64, device=device)
-    if precision.shape not in ((), (len(layers),)):
-        rule = f"prior_precision must have shape () or (L,) = ({len(layers)},), one a layer"
-        _check.fail_value("evidence", f"{rule}; got {tuple(precision.shape)}")
+    of_layers = torch.empty(len(layers), 0, 0, dtype=torch.float64, device=device)
+    prior_precision = _check.scalar(
+        "evidence", "prior_precision", prior_precision, "the layers", of_layers, positive=True
+    )
+    precision = torch.as_tensor(prior_precision, dtype=torch.float64, device=device).expand(len(layers))
     total = torch.as_tensor(log_likelihood, dtype=torch.float64, device=device)
-    with preconditioner._replicas.complete():
-        for layer, own in zip(layers, precision.expand(len(layers)), strict=True):
-            known = terms * _eigenvalues(layer)
-            weights = layer.parameters().to(torch.float64)
-            # log det(F + δI) − p log δ: what is left out is 0, and gives nothing.
-            total = total - 0.5 * torch.log1p(known / own).sum() - 0.5 * own * weights.square().sum()
+    # What `checked` asks of float64 does not hold of factors that were kept in less.
+    with preconditioner._replicas.complete(), checked(False):
+        for layer, own in zip(layers, precision, strict=True):
+            weights, damping = layer.parameters().to(torch.float64), own / terms
+            # log det(N M + δI) − p log δ, of which p log N is a part of either.
+            gained = _logdet(layer, damping) - weights.numel() * damping.log()
+            total = total - 0.5 * gained - 0.5 * own * weights.square().sum()
     return total
 
 
-def _eigenvalues(layer: Layer) -> Tensor:
-    """Return the eigenvalues of a layer's curvature that are not 0 by construction, of any shape, in float64."""
+def _logdet(layer: Layer, damping: Tensor) -> Tensor:
+    """Return log det(A ⊗ G + λI) of a layer's curvature, in float64."""
     curvature = layer.curvature
     if not curvature.started:
         _check.fail_value("evidence", f"{layer.name} must have data; take steps of KFAC over the data set first")
-    if isinstance(curvature, EigenvalueCorrected):
-        _, input_ = dict(curvature.factors()).values()
-        return normalised(input_.state, curvature.sums).to(torch.float64)
     factors = dict(curvature.factors())
-    if not isinstance(curvature, Kronecker) or (len(factors) < 2 and not curvature.single):
+    if isinstance(curvature, Kronecker) and curvature.single:
+        return damped_logdet(_operand(factors["input"]), damping, tail=factors["input"].strategy.tail).sum()
+    if not isinstance(curvature, (Kronecker, EigenvalueCorrected)) or len(factors) < 2:
         rule = f"{layer.name}: the strategy must be {_KNOWN}, whose curvature is a Kronecker product"
         _check.fail_type("evidence", f"{rule}; got {layer.strategy}")
-    own = {side: _of_factor(factor) for side, factor in factors.items()}
-    if curvature.single:
-        return own["input"]
-    return own["output"][..., :, None] * own["input"][..., None, :]
+    left, right, fitted = factors["output"], factors["input"], None
+    if isinstance(curvature, EigenvalueCorrected):
+        fitted = normalised(right.state, curvature.sums).to(torch.float64)
+    operands, (left_tail, right_tail) = (_operand(left), _operand(right)), (left.strategy.tail, right.strategy.tail)
+    return kron_damped_logdet(*operands, damping, left_tail=left_tail, right_tail=right_tail, values=fitted).sum()
 
 
-def _of_factor(factor: Factor) -> Tensor:
-    lowrank = factor.strategy.lowrank(factor.state)
-    if isinstance(lowrank, LowRankEigh):
-        values = lowrank.eigenvalues
-    elif lowrank is not None:
-        values = torch.linalg.eigvalsh(lowrank.gram)
-    elif isinstance(factor.strategy, DenseForm):
-        values = torch.linalg.eigvalsh(factor.strategy.average(factor.state))
-    else:
-        values = normalised(factor.state, tensor(factor.state, "diagonal"))
-    return values.to(torch.float64).clamp_min(0)
+def _operand(factor: Factor) -> LowRank:
+    """Return M in float64: a diagonal one as a batch of order 1, and what is only kept dense as `Exact` keeps it."""
+    strategy, known = factor.strategy, factor.operand()
+    if isinstance(strategy, Diagonal):
+        frequencies = normalised(factor.state, tensor(factor.state, "diagonal"))[..., None]
+        known = LowRankEigh(frequencies, torch.ones_like(frequencies)[..., None])
+    elif known is None and isinstance(strategy, DenseForm):
+        known = Exact().decompose(strategy.average(factor.state))
+    assert known is not None
+    return known.to(torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from brandla.kfac.applications.forward_laplacian import (
     propagated,
     seeded,
 )
+from brandla.kfac.report import Report, rows_of
 from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker
 from brandla.kfac.systems.sum_of_two import SumOfTwo
 from brandla.kfac.values import Damping, Now, Rows, Shape, dense
@@ -88,14 +90,16 @@ class PINN:
         if not 0 <= decay < 1:
             _check.fail_value("PINN", f"decay must be in [0, 1); got {decay}")
         self._model, self._damping, self._decay, self._weights = model, damping, decay, weights
-        self._linears = [module for module in model if isinstance(module, nn.Linear)]
-        shapes = [_shape(linear) for linear in self._linears]
+        modules = model.named_modules(remove_duplicate=False)
+        self._linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        of_sum = torch.float64 if inverse is None else None
+        self._shapes = [_shape(linear, of_sum) for linear in self._linears.values()]
         self.curvatures: list[SumOfTwo | Kronecker] = [
-            SumOfTwo(own._replace(dtype=torch.float64)) if inverse is None else Kronecker.of(own, inverse)
-            for own in shapes
+            SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in self._shapes
         ]
         self._system = str(inverse)
-        self._steps = 0
+        self._steps, self._captured = 0, 0
+        self._skipped: Tensor | int = 0
 
     @torch.no_grad()
     def loss(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
@@ -134,14 +138,27 @@ class PINN:
         terms = [_terms(*parts) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
         damping, finite = Damping(self._damping, "absolute"), torch.isfinite(_loss(*residuals))
         now = Now(self._steps, self._steps * 65_537, self._decay, damping, finite)
-        for linear, curvature, of_layer in zip(self._linears, self.curvatures, zip(*terms, strict=True), strict=True):
+        linears = self._linears.values()
+        for linear, curvature, of_layer in zip(linears, self.curvatures, zip(*terms, strict=True), strict=True):
             inside, outside = (term.masked(finite) for term in of_layer)
             curvature.absorb(_both(inside, outside) if isinstance(curvature, Kronecker) else inside.rows(), now)
             if isinstance(curvature, SumOfTwo):
                 curvature.absorb_boundary(outside.rows(), now)
             _write(linear, dense(curvature.solve(inside.gradient() + outside.gradient(), now)))
         self._steps += 1
+        self._skipped = ~finite + self._skipped
+        self._captured = sum(part.nbytes for term in chain(*terms) for part in term[:2])
         return _loss(*residuals).detach()
+
+    def report(self) -> Report:
+        """Return what each layer keeps, as `KFAC.report` does, its memory, and the number of batches skipped.
+
+        Waits for the device. A layer of the sum has one row a side, with the memory of both of its matrices.
+        """
+        system = "SumOfTwo" if self._system == "None" else self._system
+        parts = zip(self._linears, [system] * len(self._shapes), self._shapes, self.curvatures, strict=True)
+        rows = [row for own in parts for row in rows_of(*own)]
+        return Report(rows, {}, int(self._skipped), self._captured)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-equal continuation needs."""
@@ -201,9 +218,9 @@ def _both(inside: Term, outside: Term) -> Rows:
     return Rows(torch.cat(inputs), torch.cat(derivatives), 1)
 
 
-def _shape(linear: nn.Linear) -> Shape:
-    weight = linear.weight
-    return Shape((), linear.out_features, linear.in_features + (linear.bias is not None), weight.dtype, weight.device)
+def _shape(linear: nn.Linear, dtype: torch.dtype | None) -> Shape:
+    weight, d_in = linear.weight, linear.in_features + (linear.bias is not None)
+    return Shape((), linear.out_features, d_in, dtype or weight.dtype, weight.device)
 
 
 def _write(linear: nn.Linear, step: Tensor) -> None:

@@ -33,7 +33,8 @@ class KBFGS(Strategy):
     >>> preconditioner.second_pass()  # doctest: +SKIP
 
     Without those calls H_G stays I. 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a step, and no
-    read-back. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    read-back. H_G is in float64: flat directions may be 10⁷ times steep ones in it, and float32 leaves an indefinite
+    matrix then. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
 
     Parameters
     ----------
@@ -92,6 +93,8 @@ class KBFGS(Strategy):
 class QuasiNewton(StateCurvature):
     """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
 
+    in_float64: ClassVar[tuple[str, ...]] = ("output",)
+
     strategy: KBFGS
 
     def absorb(self, rows: Rows, now: Now) -> None:
@@ -111,7 +114,7 @@ class QuasiNewton(StateCurvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return H_G ∂W H_A."""
-        return tensor(self.state, "output") @ dense(gradient) @ tensor(self.state, "input")
+        return tensor(self.state, "output").to(self.shape.dtype) @ dense(gradient) @ tensor(self.state, "input")
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""
@@ -127,13 +130,13 @@ class QuasiNewton(StateCurvature):
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
-            self.state[name] = known + share * (after - tensor(self.state, before) - known)
+            self.state[name] = (1 - share) * known + share * (after - tensor(self.state, before))
         for name in ("outputs", "gradients", "noted"):
             del self.state[name]
-        inverse = tensor(self.state, "output")
-        s, y = curved(inverse, tensor(self.state, "s"), tensor(self.state, "y"), self.strategy.curved, now.damping)
+        inverse, s, y = (tensor(self.state, name).double() for name in ("output", "s", "y"))
+        s, y = curved(inverse, s, y, self.strategy.curved, now.damping)
         # Where a common shift changes no loss, as that of an attention's keys, y is the rounding of its sum.
-        rounding = 100 * torch.finfo(y.dtype).eps * (1 - self.strategy.average) * rows.gradients.abs().sum(-2)
+        rounding = 100 * torch.finfo(self.shape.dtype).eps * (1 - self.strategy.average) * rows.gradients.abs().sum(-2)
         known = _dot(tensor(self.state, "y"), tensor(self.state, "y")) > _dot(rounding, rounding)
         self.state["output"] = updated(inverse, s, y, finite & known)
 
@@ -153,8 +156,8 @@ class QuasiNewton(StateCurvature):
         groups, d_out, d_in, dtype, device = self.shape[:5]
         zeros = {"dense": (*groups, d_in, d_in), "total": (), "s": (*groups, d_out), "y": (*groups, d_out)}
         state: State = {name: torch.zeros(size, dtype=dtype, device=device) for name, size in zeros.items()}
-        for name, n in (("input", d_in), ("output", d_out)):
-            state[name] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
+        for name, n, own in (("input", d_in, dtype), ("output", d_out, torch.float64)):
+            state[name] = torch.eye(n, dtype=own, device=device).expand(*groups, n, n).clone()
         return state
 
 

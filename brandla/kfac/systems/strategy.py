@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from brandla import _check
@@ -89,6 +90,8 @@ class StateCurvature(Curvature):
 
     # What reads a state, for its messages.
     loader: ClassVar[str] = "KFAC.load_state_dict"
+    # Parts in float64, whatever the layer's dtype is.
+    in_float64: ClassVar[tuple[str, ...]] = ()
 
     shape: Shape
     state: State = field(default_factory=dict, kw_only=True)
@@ -115,7 +118,7 @@ class StateCurvature(Curvature):
         own: State = {}
         for name, part in state.items():
             is_float = isinstance(part, Tensor) and part.is_floating_point()
-            dtype = self.shape.dtype if is_float else None
+            dtype = (torch.float64 if name in self.in_float64 else self.shape.dtype) if is_float else None
             own[name] = part.to(self.shape.device, dtype, copy=True) if isinstance(part, Tensor) else part
         return replace(self, state=own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.systems.form import tensor
-from brandla.kfac.systems.strategy import StateCurvature
+from brandla.kfac.systems.strategy import Kept, StateCurvature
 from brandla.kfac.values import Gradient, Now, Rows, dense
 from brandla_kernels import gram_ema_
 
@@ -35,6 +36,13 @@ class SumOfTwo(StateCurvature):
         (right, s_in), (left, s_out) = (self._pencil(side, now.damping.value) for side in ("input", "output"))
         rotated = left.mT @ dense(gradient).to(right.dtype) @ right
         return left @ (rotated / (1 + s_out[:, None] * s_in)) @ right.mT
+
+    def kept(self) -> Iterator[Kept]:
+        """Go through both sides, each with two sums."""
+        for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
+            names = [f"interior {side}", f"boundary {side}", *(["total"] if side == "input" else [])]
+            parts = [tensor(self.state, name) for name in names if name in self.state]
+            yield Kept("input" if side == "input" else "output", n, "inside and at the boundary", parts)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return those of the sums."""

@@ -41,6 +41,8 @@ CALLS: dict[str, Callable[[Any], list[Any]]] = {
     "damped_solve, vectors": lambda x: grouped.damped_solve(x.roots, x.vectors, 0.1),
     "damped_power": lambda x: grouped.damped_power(x.roots, x.columns, 0.1, [-1, -1, -0.5, -0.5, 2, 1]),
     "kron_damped_solve": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.matrices, 0.1, x.each),
+    "eigh_refresh": lambda x: grouped.eigh_refresh(x.eighs, x.matrices, decay=0.9, weight=x.each),
+    "kron_damped_power": lambda x: grouped.kron_damped_power(x.eighs, x.roots[::-1], x.matrices, x.each, -0.5),
     "kron_damped_solve, pairs": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.pairs, 0.1, 0.2),
 }
 
