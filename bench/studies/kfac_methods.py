@@ -55,7 +55,7 @@ USUAL = Settings(
         Task("MLP 256", "mlp", 256, 128, 300, 4, 0.82, follows="MLP 1024", cost=0.5),
         Task("MLP 2048", "mlp", 2048, 256, 300, 16, 0.82, follows="MLP 1024", seeds=2, cost=10),
         Task("CNN", "conv", 8, 128, 300, 8, 0.82),
-        Task("transformer", "transformer", 128, 32, 300, 10, 2.3, cost=2),
+        Task("transformer", "transformer", 128, 32, 300, 10, 2.5, cost=2),
         Task("regression", "regression", 256, 128, 400, 5, 0.06, cost=0.5),
         Task("graph network", "graph", 512, 256, 300, 6, 0.77),
     )

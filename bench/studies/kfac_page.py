@@ -267,17 +267,16 @@ def method_of(settings: Row) -> str:
 def readme(content: Row, machine: str) -> str:
     """Return the picture of README, and the sentence for the narrowest and the widest network."""
     folder = f"docs/{pages.PICTURES}/{machine}/kfac-width"
-    said = []
-    for task in np.array(by_width(content))[[0, -1]]:
+    tasks, said = by_width(content), []
+    for task in (*tasks[:1], *tasks[-1:]):
         found = summary(content, task)
         each = ", ".join(f"{name} {taken(found, name)}" for name in (BASE, "SOAP", "K-FAC", SKETCHED))
-        said.append(f"width {task.width}: {each}")
+        said.append(f"An MLP of width {task.width} on Fashion-MNIST, to {task.goal}: {each}.")
     return (
         f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}-dark.png">\n'
         f'  <img alt="Steps and seconds to a target against the width of the network" src="{folder}-light.png"'
-        f' width="560">\n</picture>\n\nAn MLP on Fashion-MNIST to {task.goal}, every method tuned by the same budget.'
-        f" {'; '.join(said)}. {NOTHING} stands where not every run arrived in time."
-        " `make study-kfac`: [other networks, where others win too](docs/kfac-study.md)."
+        f' width="560">\n</picture>\n\n{" ".join(said)} Every method is tuned by the same budget; {NOTHING}: not every'
+        " run arrived in time. [Other networks, and other winners](docs/kfac-study.md): `make study-kfac`."
     )
 
 
