@@ -304,7 +304,7 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     (best,) = kfac_page.winners(content).to_dict("records")
     assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
     text = kfac_page.page({"here": content})
-    assert "the fewest steps are those of Muon (1), and the fewest seconds are those of B-KFAC (1)." in text
+    assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
     assert "B-KFAC, the quickest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
     assert "Failed: SINGD, seed 0: step 2: so it was" in text
     assert "| K-FAC | 2.50 |" in text

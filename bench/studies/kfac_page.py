@@ -68,7 +68,8 @@ def means(content: Row) -> pd.DataFrame:
     """Return geometric means of the ratios over the tasks, a row a method, with the number of tasks."""
     by = ratios(content).groupby("method")
     found = np.exp(by[["step", "seconds"]].agg(lambda column: np.log(column.astype(float)).mean()))
-    return found.assign(tasks=by.size())
+    found = found.assign(tasks=by.size())
+    return found.reindex([method.name for method in METHODS if method.name in found.index])
 
 
 # --- Tables
@@ -202,7 +203,7 @@ def answer(content: Row) -> str:
     if best.empty:
         return "No method reached a target in every run."
     counts = [
-        f"the {part} are those of " + ", ".join(f"{who} ({of})" for who, of in best[part].value_counts().items())
+        f"the {part} are those of " + ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
         for part in ("fewest steps", "fewest seconds")
     ]
     first = f"On {len(best)} tasks {', and '.join(counts)}."
@@ -233,17 +234,13 @@ def _of_machine(content: Row, machine: str) -> Iterator[str]:
             continue
         cells = cells_of(found)
         yield pages.markdown(cells.head(MOST_ROWS))
-        if rest := [f"{row[0]} ({row[1]} steps, {row[2]})" for row in _rest(cells)]:
-            yield f"And {'; '.join(rest)}.\n"
+        if rest := [f"{row['method']} ({row['reached by']})" for row in cells[MOST_ROWS:].to_dict("records")]:
+            yield f"Further down, or not there in time: {', '.join(rest)}.\n"
         if failed := [row for row in content["runs"] if row["task"] == task.name and row["failure"]]:
             yield f"Failed: {'; '.join('{method}, seed {seed}: {failure}'.format(**row) for row in failed)}.\n"
     if len(costs(content)):
         yield f"## A step over SGD's, by width\n\n{pages.markdown(costs_in_words(content))}"
     yield method_of(content["settings"])
-
-
-def _rest(cells: pd.DataFrame) -> list[list[str]]:
-    return cells.iloc[MOST_ROWS:][["method", "steps", "reached by"]].to_numpy().tolist()
 
 
 def method_of(settings: Row) -> str:
@@ -313,7 +310,7 @@ IN_README = ("SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketche
 def draw(content: Row, theme: Theme) -> Figure:
     """Draw seconds over steps to the target, as multiples of AdamW's: small dots are tasks, large ones their mean."""
     figure, (axis,) = pictures.panels([6.0], content, "geometric means over the tasks where both always arrive", theme)
-    about = "small: a task; large: all tasks where both arrive; in brackets how many; below the line: quicker"
+    about = "large: mean of the tasks, in brackets how many; small: each task"
     pictures.titled(axis, "To the target, as multiples of AdamW's", about, theme)
     each = ratios(content)
     for name, row in means(content).iterrows():
