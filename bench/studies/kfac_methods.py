@@ -28,7 +28,7 @@ class Settings:
 
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    trials: int = 6
+    trials: int = 5
     # Of the trials' points, networks and batches: none of the seeds that are measured.
     search_seed: int = 1000
     rank: int = 64
@@ -40,10 +40,10 @@ class Settings:
     singd_every: int = 5
     # The first look at a score is after so many steps, and each of the others after a step in so many more.
     look_after: int = 4
-    look_every: float = 1 / 8
+    look_every: float = 1 / 6
     # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds after which it ends.
     widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    cost_seconds: float = 8.0
+    cost_seconds: float = 5.0
     # Of what is trained on, the first so many samples are taken; None for all.
     most: int | None = None
 
@@ -51,13 +51,13 @@ class Settings:
 USUAL = Settings(
     (
         Task("MLP 512", "mlp", 512, 128, 300, 6, 0.82, everyone=True),
-        Task("MLP 1024", "mlp", 1024, 128, 300, 10, 0.82, follows="MLP 512", rates=True, cost=3),
+        Task("MLP 1024", "mlp", 1024, 128, 300, 8, 0.82, follows="MLP 512", rates=True, cost=3),
         Task("MLP 256", "mlp", 256, 128, 300, 4, 0.82, follows="MLP 1024", cost=0.5),
         Task("MLP 2048", "mlp", 2048, 256, 300, 16, 0.82, follows="MLP 1024", seeds=2, cost=10),
-        Task("CNN", "conv", 8, 128, 300, 8, 0.82),
-        Task("transformer", "transformer", 128, 32, 300, 10, 2.5, cost=2),
-        Task("regression", "regression", 256, 128, 400, 5, 0.06, cost=0.5),
-        Task("graph network", "graph", 512, 256, 300, 6, 0.77),
+        Task("CNN", "conv", 8, 128, 300, 8, 0.80),
+        Task("transformer", "transformer", 128, 32, 300, 8, 2.55, cost=2),
+        Task("regression", "regression", 256, 128, 400, 5, 0.07, cost=0.5),
+        Task("graph network", "graph", 512, 256, 300, 6, 0.74),
     )
 )
 FULL = Settings(
@@ -92,7 +92,7 @@ QUICK = Settings(
     overwrite_every=4,
     singd_every=2,
     look_after=1,
-    widths=(16, 32),
+    widths=(64, 128),
     most=256,
 )
 
