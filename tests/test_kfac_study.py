@@ -308,5 +308,6 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     assert "B-KFAC, the quickest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
     assert "Failed: SINGD, seed 0: step 2: so it was" in text
     assert "| K-FAC | 2.50 |" in text
+    assert "left out: asdfghjkl." in text
     assert "width 8 on Fashion-MNIST, to 75 %: AdamW 3 steps, 0.75 s, SOAP –" in kfac_page.readme(content, "here")
     assert kfac_page.raw({"here": content}).splitlines()[1].startswith("here,toy,AdamW,0,")

@@ -224,6 +224,9 @@ def _of_machine(content: Row, machine: str) -> Iterator[str]:
     yield pages.picture("kfac-cost", machine, "Cost of a step over SGD's against the width")
     yield f"{place(content['facts'])}. {pages.provenance(content['facts'], 'kfac-study.json')}"
     yield "All runs: [kfac-study.csv](kfac-study.csv).\n"
+    took_part = {row["method"] for row in content.get("runs", [])}
+    if absent := [method.name for method in METHODS if method.package != "torch" and method.name not in took_part]:
+        yield f"Not installed there, and left out: {', '.join(absent)}.\n"
     if len(best := winners(content)):
         yield f"## The fewest steps and seconds\n\n{pages.markdown(best)}"
     for task in tasks_of(content):
