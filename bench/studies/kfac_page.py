@@ -134,7 +134,7 @@ def costs(content: Row) -> pd.DataFrame:
 
 def costs_in_words(content: Row) -> pd.DataFrame:
     found = costs(content)
-    cells = found.map(lambda value: f"{value:.2f}").rename(columns=lambda width: f"{width}")
+    cells = found.map(_ratio).rename(columns=str)
     return cells.rename_axis(columns=None).reset_index()
 
 
@@ -321,6 +321,7 @@ def draw(content: Row, theme: Theme) -> Figure:
         axis.plot(own["step"], own["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
         words = f"{name} ({row['tasks']:.0f})"
         axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=words)
+    # They also give the axes a range where nothing arrived.
     axis.axhline(1, color=theme.text, linewidth=1, linestyle=":")
     axis.axvline(1, color=theme.text, linewidth=1, linestyle=":")
     for side, words in ((axis.xaxis, "steps × AdamW"), (axis.yaxis, "seconds × AdamW")):
@@ -348,8 +349,9 @@ def draw_widths(content: Row, theme: Theme) -> Figure:
     found = {task.width: whole(summary(content, task)) for task in tasks}
     for axis, part, unit in zip(axes, ("step", "seconds"), ("steps", "seconds"), strict=True):
         pictures.titled(axis, f"{unit.capitalize()} to {goal}", "against the width of the hidden layers", theme)
-        table = pd.DataFrame({width: of.get(f"{part} mean") for width, of in found.items()}).reindex(IN_README)
-        _lines(axis, table, theme)
+        none = pd.Series(dtype=float)
+        table = pd.DataFrame({width: of.get(f"{part} mean", none) for width, of in found.items()})
+        _lines(axis, table.reindex(IN_README), theme)
         axis.set_ylabel(unit)
     pictures.legend(axes[-1], 3)
     return figure
@@ -357,6 +359,9 @@ def draw_widths(content: Row, theme: Theme) -> Figure:
 
 def _lines(axis: Axes, table: pd.DataFrame, theme: Theme) -> None:
     """Draw a line a row against the widths of the columns."""
+    table = table.astype(float).dropna(how="all")
+    if table.empty:
+        return
     for name, values in table.iterrows():
         style = "-" if name in OWN else (0, (4, 1.5))
         colour = theme.colour(*COLOURS[str(name)])
