@@ -110,7 +110,7 @@ study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
 	$(python) -m bench.studies.accuracy $(STUDY_ARGS)
 
-study-kfac: .venv/.extra-bench ## steps and seconds to an accuracy on Fashion-MNIST and digits (STUDY_ARGS="--data FOLDER", "--quick", "--full")
+study-kfac: .venv/.extra-bench ## steps and seconds to a target, every K-FAC beside other optimizers (STUDY_ARGS="--data FOLDER", "--full", "--resume")
 	$(python) -m bench.studies.kfac_images $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
@@ -132,7 +132,7 @@ sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $
 profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R=256 K=256 DTYPE=float32), and the ncu line
 	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
 
-docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.md and pictures from the result files
+docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.* and pictures from the result files
 	$(python) -m bench.report
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/

@@ -19,17 +19,18 @@ from bench.frame.figures import spelled
 from bench.frame.pages import markdown, marked, table
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, defaults, forms, kfac_images, roofline, scaling, streams
+from bench.studies import accuracy, defaults, forms, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
 Machines = dict[str, dict[str, Row]]
 
 PAGE = ROOT / "docs" / "measurements.md"
-# Pictures, with their study. README shows the first panel of one.
+# Pictures, with their study. README shows the first panel of one, and the widths of another.
 DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (scaling, roofline, accuracy, kfac_images)}
+DRAWN |= {"kfac-cost": ("kfac-study", kfac_page.draw_costs), "kfac-width": ("kfac-study", kfac_page.draw_widths)}
 DRAWN["time"] = ("scaling", partial(scaling.draw, most=1))
-PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_images.page}
+PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_page.page}
 
 INTRODUCTION = """---
 description: All measured figures of brandla: updates, decompositions, applications, K-FAC steps, ops and streams.
@@ -198,7 +199,7 @@ def of_demo(content: Row) -> str:
     return f"{facts['cpu']}, {facts['threads']} threads, torch {torch}, commit {facts['commit'][:7]}{changed}"
 
 
-def readme(content: Row) -> str:
+def readme(content: Row, machine: str) -> str:
     """Return the figures of README: B-KFAC beside what people use."""
     trained = summary.training(content).set_index("method").loc[["AdamW", "K-FAC", "B-KFAC"]].reset_index()
     settings = content["settings"]
@@ -212,7 +213,7 @@ def readme(content: Row) -> str:
     )
 
 
-def guide(content: Row) -> str:
+def guide(content: Row, machine: str) -> str:
     """Return the table of ``docs/switch-on.md``: a row a width and batch, a column a system, the quickest in bold."""
     rows = pd.DataFrame(content["figures"]).query("group.str.startswith('a step by width')")
     rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
@@ -235,7 +236,11 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
     "demo": demo,
 }
 # Pages with figures between two marks: the study, and what makes them.
-MARKED = {ROOT / "README.md": ("demo", readme), ROOT / "docs" / "switch-on.md": ("kfac", guide)}
+MARKED = (
+    (ROOT / "README.md", "demo", readme),
+    (ROOT / "README.md", "kfac-study", kfac_page.readme),
+    (ROOT / "docs" / "switch-on.md", "kfac", guide),
+)
 
 
 # --- The command
@@ -248,9 +253,17 @@ def texts(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
     for study, write in PAGES_OF_THEIR_OWN.items():
         found = {name: studies[study] for name, studies in machines.items() if study in studies}
         yield output.parent / f"{study}.md", write(found)
-    for path, (study, write) in MARKED.items():
-        for content in [studies[study] for studies in machines.values() if study in studies][:1]:
-            yield path, marked(path.read_text(encoding="utf-8"), f"{study}.json", write(content))
+    if found := {name: studies["kfac-study"] for name, studies in machines.items() if "kfac-study" in studies}:
+        yield output.parent / "kfac-study.csv", kfac_page.raw(found)
+    for path, study, write in MARKED:
+        # A short run stays out of README and guide.
+        whole = (name for name, studies in machines.items() if study in studies and not _is_short(studies[study]))
+        for name in list(whole)[:1]:
+            yield path, marked(path.read_text(encoding="utf-8"), f"{study}.json", write(machines[name][study], name))
+
+
+def _is_short(content: Row) -> bool:
+    return content["facts"]["quick"]
 
 
 app = application(__doc__)

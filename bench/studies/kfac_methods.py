@@ -1,44 +1,25 @@
-"""What the study of K-FAC on images runs over: the tasks, and the methods with the three numbers searched for each."""
+"""The methods of the study of K-FAC, each with the three numbers that are searched for it, and the study's settings."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from importlib import util
+from typing import Any
 
 import torch
-from scipy.stats.qmc import Sobol
+from scipy.stats.qmc import LatinHypercube
 from torch import nn
 
-from bench.frame.images import DIGITS, FASHION, conv, mlp, seeded
-from bench.studies.peers import SOAP, Muon, Shampoo
+from bench.benches.training import maker
+from bench.studies.peers import SOAP, Maker, Muon, Shampoo
+from bench.studies.tasks import Task
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]
 # Of SINGD, which has β to search in its place.
 DECAY = 0.95
-
-
-@dataclass(frozen=True)
-class Task:
-    """Images, a network that learns them, and how long it may."""
-
-    name: str  # as in the result file
-    images: Literal["digits", "fashion-mnist"]  # as in ``--only``
-    network: Literal[
-        "mlp", "conv"
-    ]  # pixels-width-width-10, or two convolutions of ``width`` and 2 · ``width`` channels
-    width: int
-    batch: int  # samples of a step
-    steps: int  # of a run
-    search_steps: int  # of a trial of the search
-    evaluate_every: int  # steps between two looks at the accuracy
-    target: float  # accuracy on the test images that steps and seconds are counted to
-    cost: float = 1.0  # of a step, beside those of other tasks, for the progress bar
-
-    def model(self, pixels: int, device: str, seed: int) -> nn.Module:
-        """Return the network for images of so many pixels, initialised from ``seed``."""
-        return seeded(seed, mlp if self.network == "mlp" else conv, pixels, self.width).to(device)
+# A task that follows another of width w₀ tries its rate times (w₀ / width) to these powers.
+EXPONENTS = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,31 +28,48 @@ class Settings:
 
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    trials: int = 8
+    trials: int = 5
     # Of the trials' points, networks and batches: none of the seeds that are measured.
     search_seed: int = 1000
     rank: int = 64
     clip: float = 0.07
-    # Steps between renewals of K-FAC, RS-KFAC, SRE-KFAC and B-KFAC-C, and between overwrites of B-R-KFAC.
+    # Steps between renewals of K-FAC, RS-KFAC, SRE-KFAC, B-KFAC-C, Shampoo and SOAP; between overwrites of B-R-KFAC.
     renew_every: int = 10
     overwrite_every: int = 50
     # SINGD takes in no data between its updates, and is given more of them.
     singd_every: int = 5
-    # Of each part of a set, the first so many images are taken; None for all.
-    most_images: int | None = None
+    # The first look at a score is after so many steps, and each of the others after a step in so many more.
+    look_after: int = 4
+    look_every: float = 1 / 6
+    # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds after which it ends.
+    widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    cost_seconds: float = 5.0
+    # Of what is trained on, the first so many samples are taken; None for all.
+    most: int | None = None
 
 
 USUAL = Settings(
     (
-        Task(FASHION, FASHION, "mlp", 512, 128, 300, 100, 10, 0.85, cost=1.4),
-        Task(DIGITS, DIGITS, "mlp", 512, 128, 100, 50, 2, 0.97),
+        Task("MLP 512", "mlp", 512, 128, 300, 6, 0.82, everyone=True),
+        Task("MLP 1024", "mlp", 1024, 128, 300, 8, 0.82, follows="MLP 512", rates=True, cost=3),
+        Task("MLP 256", "mlp", 256, 128, 300, 4, 0.82, follows="MLP 1024", cost=0.5),
+        Task("MLP 2048", "mlp", 2048, 256, 300, 16, 0.82, follows="MLP 1024", seeds=2, cost=10),
+        Task("CNN", "conv", 8, 128, 300, 8, 0.80),
+        Task("transformer", "transformer", 128, 32, 300, 8, 2.55, cost=2),
+        Task("regression", "regression", 256, 128, 400, 5, 0.07, cost=0.5),
+        Task("graph network", "graph", 512, 256, 300, 6, 0.74),
     )
 )
 FULL = Settings(
     (
-        Task(FASHION, FASHION, "mlp", 2048, 512, 2000, 500, 20, 0.88, cost=4),
-        Task("fashion-mnist-conv", FASHION, "conv", 32, 128, 2000, 500, 20, 0.90, cost=4),
-        Task(DIGITS, DIGITS, "mlp", 1024, 128, 200, 100, 2, 0.97),
+        Task("MLP 1024", "mlp", 1024, 256, 3000, 120, 0.88, everyone=True),
+        Task("MLP 2048", "mlp", 2048, 512, 3000, 240, 0.88, follows="MLP 1024", rates=True, seeds=5, cost=4),
+        Task("MLP 512", "mlp", 512, 128, 3000, 60, 0.88, follows="MLP 2048", seeds=5),
+        Task("MLP 4096", "mlp", 4096, 1024, 3000, 480, 0.88, follows="MLP 2048", cost=16),
+        Task("CNN", "conv", 32, 128, 3000, 120, 0.90, everyone=True, seeds=5, cost=4),
+        Task("transformer", "transformer", 512, 128, 3000, 240, 2.0, everyone=True, seeds=5, cost=4),
+        Task("regression", "regression", 1024, 256, 3000, 60, 0.05, everyone=True, seeds=5),
+        Task("graph network", "graph", 2048, 512, 3000, 120, 0.76, everyone=True, seeds=5),
     ),
     seeds=(0, 1, 2, 3, 4),
     trials=16,
@@ -79,9 +77,13 @@ FULL = Settings(
 )
 QUICK = Settings(
     (
-        Task(FASHION, FASHION, "mlp", 48, 16, 4, 2, 2, 0.3),
-        Task("fashion-mnist-conv", FASHION, "conv", 4, 16, 3, 2, 2, 0.3),
-        Task(DIGITS, DIGITS, "mlp", 48, 16, 8, 4, 2, 0.3),
+        Task("MLP 48", "mlp", 48, 16, 4, 60, 0.3),
+        Task("MLP 96", "mlp", 96, 16, 4, 60, 0.3, follows="MLP 48", rates=True),
+        Task("MLP 192", "mlp", 192, 16, 4, 60, 0.3, follows="MLP 96"),
+        Task("CNN", "conv", 4, 16, 3, 60, 0.3),
+        Task("transformer", "transformer", 16, 4, 3, 60, 4.0),
+        Task("regression", "regression", 32, 16, 6, 60, 0.99, everyone=True),
+        Task("graph network", "graph", 32, 16, 3, 60, 0.3),
     ),
     seeds=(0, 1),
     trials=2,
@@ -89,8 +91,12 @@ QUICK = Settings(
     renew_every=3,
     overwrite_every=4,
     singd_every=2,
-    most_images=256,
+    look_after=1,
+    widths=(64, 128),
+    most=256,
 )
+
+Optimizer = Callable[[Iterable[nn.Parameter], Numbers, Settings], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,25 @@ class Method:
     """One way to train."""
 
     name: str  # as in tables and pictures
+    words: str  # what it is
     cost: float  # milliseconds of a step, roughly, for the progress bar
     # Of each number that is searched, by its name: ends of a range that is covered evenly in the logarithm.
     ranges: dict[str, tuple[float, float]]
-    strategy: Callable[[Settings, Numbers], Strategy] | None = None  # of K-FAC, where there is a preconditioner
-    adaptive: bool = False  # AdamW in place of SGD
-    # Another optimizer, from the weights, the rate, momentum and decay.
-    optimizer: Callable[[Iterable[nn.Parameter], float, float, float, Settings], torch.optim.Optimizer] | None = None
+    optimizer: Optimizer | None = None  # from the weights
+    strategy: Callable[[Settings, Numbers], Strategy] | None = None  # of K-FAC, before SGD
+    renews: str = ""  # the setting that says after how many steps a dear one comes
+    usual: bool = True  # in every task; else in those for everyone
+    priced: bool = True  # whether the cost of its step is measured by width
+    package: str = "torch"  # that it needs
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return util.find_spec(self.package) is not None
+
+    def takes_part(self, task: Task) -> bool:
+        """Say whether it is tried on a task."""
+        return self.installed and (self.usual or task.everyone)
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
@@ -113,62 +131,117 @@ class Method:
             for part, (name, (low, high)) in zip(point, self.ranges.items(), strict=True)
         }
 
-    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
+    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         """Return a model with what trains it."""
-        rate = numbers["rate"]
-        if self.strategy is not None:
-            decay = 1 - numbers["1 − ρ"] if "1 − ρ" in numbers else DECAY
-            strategy, damping = self.strategy(settings, numbers), numbers["damping"]
-            kfac = KFAC(model, strategy, damping=damping, clip=settings.clip, decay=decay, sharing="reduce", seed=seed)
-            return Trainer(model, torch.optim.SGD(model.parameters(), rate), kfac)
-        shrink = numbers["weight decay"]
+        loss = task.network.loss
         if self.optimizer is not None:
-            return Trainer(model, self.optimizer(model.parameters(), rate, 1 - numbers["1 − β₁"], shrink, settings))
-        if self.adaptive:
-            betas = (1 - numbers["1 − β₁"], 0.999)
-            return Trainer(model, torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=shrink))
-        momentum = 1 - numbers["1 − momentum"]
-        return Trainer(model, torch.optim.SGD(model.parameters(), rate, momentum=momentum, weight_decay=shrink))
+            return Trainer(model, self.optimizer(model.parameters(), numbers, settings), None, loss)
+        plain = torch.optim.SGD(model.parameters(), numbers["rate"])
+        damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
+        if self.strategy is None:
+            return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
+        strategy, sharing = self.strategy(settings, numbers), task.network.sharing
+        options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
+        return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
 
 
+def sgd(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
+    return torch.optim.SGD(of, by["rate"], momentum=1 - by["1 − momentum"], weight_decay=by["weight decay"])
+
+
+def adamw(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(of, by["rate"], betas=(1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"])
+
+
+def muon(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
+    return Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"])
+
+
+def of_sides(kind: type[Shampoo] | type[SOAP], every: int | None = None) -> Optimizer:
+    """Return Shampoo or SOAP, renewed at its own pace or at that of the settings."""
+    return lambda of, by, settings: kind(
+        of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], every or settings.renew_every
+    )
+
+
+SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}
+ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
-MATRIX_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
+ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
+PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
+
+
+def kfac(name: str, words: str, cost: float, strategy: Callable[[Settings, Numbers], Strategy], **about: Any) -> Method:
+    """Return a method of ``brandla.kfac``."""
+    return Method(name, words, cost, **{"ranges": KFAC_RANGES, "strategy": strategy} | about)
+
 
 METHODS = (
-    Method("SGD", 4, {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}),
-    Method("AdamW", 5, {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}, adaptive=True),
-    Method("Muon", 8, MATRIX_RANGES, optimizer=lambda of, rate, beta, decay, _: Muon(of, rate, beta, decay)),
-    Method(
-        "Shampoo",
+    Method("SGD", "with momentum", 4, SGD_RANGES, sgd),
+    Method("AdamW", "β₂ 0.999", 5, ADAM_RANGES, adamw),
+    Method("Muon", "five steps of Newton and Schulz, as long as AdamW's", 80, ADAM_RANGES, muon, priced=False),
+    Method("Shampoo", "roots every {renew_every} steps", 20, ADAM_RANGES, of_sides(Shampoo), renews=PACE, priced=False),
+    Method("SOAP", "QR every {renew_every} steps", 20, ADAM_RANGES, of_sides(SOAP), renews=PACE),
+    Method("SOAP, every step", "QR at every step", 60, ADAM_RANGES, of_sides(SOAP, 1), priced=False),
+    kfac("K-FAC", "`Exact`, every {renew_every} steps", 26, lambda of, _: Exact(of.renew_every), renews=PACE),
+    kfac(
+        "RS-KFAC",
+        '`Randomized`, `"svd"`, every {renew_every} steps',
+        19,
+        lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every),
+        renews=PACE,
+    ),
+    kfac("B-KFAC", "`Brand`", 30, lambda of, _: Brand(of.rank)),
+    kfac(
+        "B-KFAC, sketched",
+        "`Brand`, batches brought down to half the rank by random signs",
+        18,
+        lambda of, _: Brand(of.rank, sketch=of.rank // 2),
+    ),
+    kfac(
+        "SINGD",
+        "`InverseFree`, dense, moved every {singd_every} steps",
         20,
-        MATRIX_RANGES,
-        optimizer=lambda of, rate, beta, decay, by: Shampoo(of, rate, (beta, 0.99), decay, by.renew_every),
+        lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every),
+        ranges=SINGD_RANGES,
+        renews="singd_every",
+    ),
+    kfac(
+        "SRE-KFAC",
+        '`Randomized`, `"eigh"`, every {renew_every} steps',
+        17,
+        lambda of, _: Randomized(of.rank, inverse_every=of.renew_every),
+        **EXTRA,
+    ),
+    kfac(
+        "B-R-KFAC",
+        "`BrandRandomized`, overwritten every {overwrite_every} steps",
+        34,
+        lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every),
+        **EXTRA,
+    ),
+    kfac(
+        "B-KFAC-C",
+        "`BrandCorrected`, corrected every {renew_every} steps",
+        41,
+        lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every),
+        **EXTRA,
     ),
     Method(
-        "SOAP",
-        20,
-        MATRIX_RANGES,
-        optimizer=lambda of, rate, beta, decay, by: SOAP(of, rate, (beta, 0.99), decay, by.renew_every),
+        "asdfghjkl",
+        "K-FAC of that package, inverses every {renew_every} steps, without a clip",
+        30,
+        ASDL_RANGES,
+        package="asdl",
+        **EXTRA,
     ),
-    Method("K-FAC", 26, KFAC_RANGES, lambda of, _: Exact(of.renew_every)),
-    Method("RS-KFAC", 19, KFAC_RANGES, lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every)),
-    Method("SRE-KFAC", 17, KFAC_RANGES, lambda of, _: Randomized(of.rank, inverse_every=of.renew_every)),
-    Method("B-KFAC", 30, KFAC_RANGES, lambda of, _: Brand(of.rank)),
-    Method("B-KFAC, sketched", 18, KFAC_RANGES, lambda of, _: Brand(of.rank, sketch=of.rank // 2)),
-    Method("B-R-KFAC", 34, KFAC_RANGES, lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every)),
-    Method("B-KFAC-C", 41, KFAC_RANGES, lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every)),
-    Method("SINGD", 20, SINGD_RANGES, lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every)),
 )
 
 
 def points(settings: Settings) -> list[list[float]]:
-    """Return the points of the unit cube at which every method is tried: a scrambled Sobol sequence.
+    """Return the points of the unit cube at which every method is tried: a Latin hypercube.
 
-    Of 2^m points, the coordinates of each one number fall one into each of 2^m equal parts.
+    The coordinates of each one number fall one into each of as many equal parts as there are points.
     """
-    dimensions = len(KFAC_RANGES)
-    with warnings.catch_warnings():
-        # Another count than 2^m is allowed, and less balanced.
-        warnings.filterwarnings("ignore", message="The balance properties of Sobol")
-        return Sobol(dimensions, rng=settings.search_seed).random(settings.trials).tolist()
+    return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()

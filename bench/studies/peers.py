@@ -1,15 +1,17 @@
-"""Matrix optimizers that K-FAC is compared with, from their papers: Muon (torch's own), Shampoo and SOAP.
+"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers, and the K-FAC of the package asdfghjkl.
 
-A weight is a matrix, of convolutions with its windows as rows; vectors are trained by Adam.
+A weight is a matrix, of convolutions with its windows as columns; vectors are trained by Adam.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from bench.benches.training import unsaid
+from brandla.demo.data import Split
 
 EPS = 1e-8
 State = dict[str, Any]
@@ -75,24 +77,46 @@ class SOAP(Matrices):
         return left @ adam(state, left.mT @ gradient @ right, group["betas"]) @ right.mT
 
 
-class Muon(torch.optim.Optimizer):
-    """``torch.optim.Muon`` for matrices, at the length of AdamW's steps, and AdamW for everything else."""
+class Muon(Matrices):
+    """``torch.optim.Muon`` at the length of AdamW's steps; Adam's for everything that is no matrix.
+
+    Its products are in bfloat16 on a GPU, as there, and in float32 on a CPU: many multiply bfloat16 very slowly.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float, momentum: float, decay: float) -> None:
-        parameters = list(parameters)
-        super().__init__(parameters, {})
-        matrices = [weight for weight in parameters if weight.ndim == 2]
-        others = [weight for weight in parameters if weight.ndim != 2]
-        muon = torch.optim.Muon(
-            matrices, lr=rate, momentum=momentum, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-        )
-        self.parts = [muon, torch.optim.AdamW(others, rate, betas=(momentum, 0.999), weight_decay=decay)]
+        super().__init__(parameters, rate, (momentum, 0.999), decay, every=1)
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step of both, whose states this one shows."""
-        for part in self.parts:
-            part.step()
-        self.state.update(chain.from_iterable(part.state.items() for part in self.parts))
+    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
+        """Return U Vᵀ of the SVD of Nesterov's mean gradient, roughly, by five steps of Newton and Schulz."""
+        beta = group["betas"][0]
+        state["mean"] = mean = state.get("mean", torch.zeros_like(gradient)).lerp(gradient, 1 - beta)
+        tall = gradient.shape[0] > gradient.shape[1]
+        step = gradient.lerp(mean, beta)
+        step = step.mT if tall else step
+        step = (step.bfloat16() if step.is_cuda else step) / step.norm().clamp_min(1e-7)
+        for _ in range(5):
+            gram = step @ step.mT
+            step = torch.addmm(step, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), step, beta=3.4445)
+        return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
+
+
+class Maker(NamedTuple):
+    """A model whose gradients are preconditioned by asdfghjkl as they are taken, with its optimizer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    maker: Any
+    loss: Callable[[Tensor, Tensor], Tensor]
+    preconditioner: None = None
+
+    def step(self, batch: Split) -> None:
+        """Take one training step."""
+        self.optimizer.zero_grad()
+        with unsaid(FutureWarning):
+            outputs = self.maker.setup_model_call(self.model, batch.images)
+            self.maker.setup_loss_call(self.loss, outputs, batch.labels)
+            self.maker.forward_and_backward()
+        self.optimizer.step()
 
 
 def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brandla.demo import data
@@ -28,11 +28,12 @@ class Trainer(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     preconditioner: KFAC | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
     def step(self, batch: Split) -> None:
         """Take one training step."""
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(batch.images), batch.labels).backward()
+        self.loss(self.model(batch.images), batch.labels).backward()
         if self.preconditioner is not None:
             with warnings.catch_warnings():
                 # Small factors get a dense strategy, and the memory says what that takes.
