@@ -59,7 +59,8 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
 
 
 @kron_damped_apply.gradient
-def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
+def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients with respect to all arguments."""
     left, right = (inputs[0], inputs[1], inputs[2]), (inputs[3], inputs[4], inputs[5])
     matrix, gradient = inputs[6], gradients[0]
     apply = damped_apply.torch_form

@@ -242,9 +242,12 @@ def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr):
-    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours."""
-    program, tiles = tl.program_id(0), tiles_down * tiles_across
+def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr, first=0):
+    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours.
+
+    The first of them is program ``first`` of the grid.
+    """
+    program, tiles = tl.program_id(0) - first, tiles_down * tiles_across
     problem = (program // (tiles * SPLITS)).to(tl.int64)
     return problem, (program // tiles) % SPLITS, (program % tiles) // tiles_across, program % tiles_across
 
