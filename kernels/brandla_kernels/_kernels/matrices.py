@@ -80,7 +80,7 @@ def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
     matrices = [arguments[name] for name in _pointer_names(arguments)]
     whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
     if arguments["table_ptr"] is None:
-        return [whole] * max(math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None)
+        return [whole] * max((math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None), default=1)
     # A matrix that is no list has a blank entry: it is stacked, and as large for all problems.
     return [
         tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=False))
