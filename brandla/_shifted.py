@@ -259,7 +259,8 @@ def inverse_of(sides: Sequence[Side], *, listed: bool = False) -> Inverse | None
     None where a look at values is free, which saves work, or where Z takes eigenvalues of S.
     """
     smalls, bases = zip(*(parts_of(side.factor) for side in sides), strict=True)
-    like, tails = smalls[0], [side.tail for side in sides]
+    like = smalls[0]
+    tails: list[Any] = [side.tail for side in sides]
     if reads_are_free(like) or (sides[0].is_root and not all(map(_is_zero, tails))):
         return None
     if listed:

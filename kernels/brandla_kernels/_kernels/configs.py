@@ -83,15 +83,18 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
-def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
-    """Tiles of `damped_project_kernel`."""
-    return inner_product(target, dtype, r, k, aligned)
+def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool, of_one: bool) -> Config:
+    """Tiles of `damped_project_kernel`; those of one W are multiplied once more, in the program that has them."""
+    most = 64 if of_one else max(r, k)
+    config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
+    # The programs that invert a small matrix take more than the assembler's own limit.
+    return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
 def damped_middle(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
     """Tiles of `damped_middle_kernel`."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
-    return Config(blocks, 4, 1, _registers(target))
+    return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))
 
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:

@@ -70,8 +70,8 @@ def _apply(*halves: Half) -> list[Matrices]:
 
 def _apply_both(left: Half, right: Half) -> Matrices:
     (rows, left_scale), (columns, right_scale), both, turned = project_both(left, right)
-    rows = tall_product([Term(both, turned)], add=rows, as_wide_as=rows)
-    terms = [Term(left.basis, rows), Term(columns, turned)]
+    inner = tall_product([Term(both, turned)], add=rows, as_wide_as=rows)
+    terms = [Term(left.basis, inner), Term(columns, turned)]
     return tall_product(terms, add=left.rhs, scales=(left_scale, right_scale))
 
 

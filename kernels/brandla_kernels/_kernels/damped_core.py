@@ -29,7 +29,8 @@ _COLUMNS = tl.constexpr(32)
 
 def workspace(r: int) -> int:
     """Return how many float64 numbers a program takes for Z of order r: A, H and a block."""
-    return r * r + r * BLOCK.value + BLOCK.value**2
+    block = int(BLOCK.value)
+    return r * r + r * block + block**2
 
 
 @triton.jit

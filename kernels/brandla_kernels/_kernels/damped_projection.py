@@ -344,7 +344,7 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
     problems, dtype, target, device = operands.problems, dtype_of(basis), target_of(basis), device_of(basis)
     in_lines = all(aligned(matrix) for half in halves for matrix in (half.basis, half.rhs))
     widest = max(columns(half.rhs) for half in halves)
-    config = configs.damped_project(target, dtype, max(half.rank for half in halves), widest, in_lines)
+    config = configs.damped_project(target, dtype, max(half.rank for half in halves), widest, in_lines, of_one)
     block_r, block_k, block_n = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_K", "BLOCK_N"))
     tiles = [
         problems * configs.tiles(half.rank, block_r) * configs.tiles(columns(half.rhs), block_k) for half in halves
