@@ -6,6 +6,8 @@ launch would start on a target, and takes its values from its torch form; no bra
 would too. A dispatch mode counts what torch is asked for. A view, an allocation, and a result without entries are
 free. One function of ``torch.linalg``, and one ``torch._foreach_`` over a list, counts as one kernel; cuSOLVER, or a
 long list, takes several.
+
+The host's own time is shown for some calls: launches replaced by their record, one thread.
 """
 
 import sys
@@ -15,6 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
+from timeit import repeat
 from typing import Annotated, Any
 
 import pandas as pd
@@ -26,12 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import brandla
+import brandla_kernels
 from bench.frame import results
 from bench.frame.facts import facts
 from bench.frame.pages import on_terminal
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
 from brandla.kfac import KBFGS, KFAC, Brand, Exact, InverseFree, Randomized, Woodbury
 from brandla_kernels import OPS
+from brandla_kernels._kernels import matrices
 from brandla_kernels._kernels.ahead import TARGETS, target_named
 from brandla_kernels._kernels.launch import recording
 
@@ -67,6 +73,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.target = target_named(target)
         self.counts = Counts()
+        self.ops: list[tuple[Any, Any, tuple[Any, ...]]] = []  # each with its launch and its arguments
 
     def _add(self, **numbers: int) -> None:
         self.counts = Counts(**{name: count + numbers.get(name, 0) for name, count in asdict(self.counts).items()})
@@ -88,6 +95,7 @@ class Counter(TorchDispatchMode):
         if op.launch is None:
             with self:
                 return form(*args)
+        self.ops.append((func, op.launch, args))
         # What a launch leaves unwritten must not reach what the op overwrites.
         spared = tree_map_only(Tensor, Tensor.clone, args)
         with self, recording(self.target) as launches:
@@ -116,6 +124,55 @@ def counts_of(call: Callable[[], Any], target: str = "sm_90") -> Counts:
     with counting(target) as counter:
         call()
     return counter.counts
+
+
+# --- The host
+
+# The most microseconds of the host that a call for one factor may take on one core.
+HOST_BUDGETS = {
+    "project": 40,
+    "damped_solve, root": 120,
+    "damped_solve, eigh": 120,
+    "root_update, cholesky": 250,
+}
+
+
+def host_times(call: Callable[[], Any], target: str = "sm_90") -> dict[str, float]:
+    """Return microseconds of a call whose launches are recorded, in all and of its parts.
+
+    Its parts are what the function does before and between its ops, checks above all; the dispatcher and the checks of
+    the ops; the tables of lists; and the rest of the launches.
+    """
+    with counting(target) as counter:
+        call()
+    spent = 0.0
+
+    def table(*arguments: Any) -> Tensor:
+        nonlocal spent
+        began = perf_counter()
+        result = own_table(*arguments)
+        spent += perf_counter() - began
+        return result
+
+    own_table = matrices._table
+    with recording(target_named(target)), brandla.backend("triton"), torch.no_grad():
+        whole = _microseconds(call)
+        dispatched = sum(_microseconds(partial(func, *args)) for func, _, args in counter.ops)
+        launched = sum(_microseconds(partial(launch, *args)) for _, launch, args in counter.ops)
+        matrices._table = table
+        try:
+            for _, launch, args in counter.ops:
+                launch(*args)
+        finally:
+            matrices._table = own_table
+    tables = 1e6 * spent
+    parts = {"checks": whole - dispatched, "dispatch": dispatched - launched, "tables": tables}
+    return {"host µs": whole, **parts, "launching": launched - tables}
+
+
+def _microseconds(call: Callable[[], Any]) -> float:
+    """Return the time of a call, at the best of some rounds."""
+    return 1e6 * min(repeat(call, number=20, repeat=10)) / 20
 
 
 # --- Public functions
@@ -195,6 +252,7 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "kron_damped_solve, W": ((root, half(root), wide, 0.1, 0.2), {}),
     "kron_damped_solve, pair": ((root, half(root), pair, 0.1, 0.2), {}),
     "kron_damped_solve, W, eigh": ((eigh, half(eigh), wide, 0.1, 0.2), {}),
+    "kron_damped_solve, W, root and eigh": ((root, half(eigh), wide, 0.1, 0.2), {}),
     "kron_damped_solve, pair, eigh": ((eigh, half(eigh), pair, 0.1, 0.2), {}),
     "damped_logdet, root": ((root, 0.1), {}),
     "damped_logdet, eigh": ((eigh, 0.1), {}),
@@ -202,6 +260,7 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "kron_damped_power, root": ((root, half(root), wide, 0.1, -0.5), {}),
     "kron_damped_power, eigh": ((eigh, half(eigh), wide, 0.1, -0.5), {}),
     "kron_damped_logdet, eigh": ((eigh, half(eigh), 0.1), {}),
+    "project": ((orthonormal, columns), {}),
     "orthonormalize": ((columns,), {}),
     "svd_update": ((svd, columns, half(columns)), {}),
     "svd_append": ((svd, columns), {}),
@@ -217,7 +276,8 @@ def call_of(name: str, form: str) -> Callable[[], Any] | None:
     if form != "grouped":
         batch = (BATCH,) if form == "batched" else ()
         own = {option: made(maker, N, batch) for option, maker in options.items()}
-        return partial(getattr(brandla, function), *(made(maker, N, batch) for maker in makers), **own)
+        owner = brandla_kernels if function in OPS else brandla
+        return partial(getattr(owner, function), *(made(maker, N, batch) for maker in makers), **own)
     if not hasattr(grouped, function):
         return None
     sizes = [N + 100 * index for index in range(LISTED)]
@@ -315,7 +375,9 @@ def rows(target: str, *, quick: bool) -> Iterator[dict[str, Any]]:
                 counts = counts_of(call, target)
                 within = limit is None or (counts.triton <= limit[0] and counts.torch <= limit[1])
                 budget = "" if limit is None else "{} + {}".format(*limit)
-                yield {"call": name, "form": form, **asdict(counts), "budget": budget, "within": within}
+                host = host_times(call, target) if name in HOST_BUDGETS else {}
+                own = {"call": name, "form": form, **asdict(counts), "budget": budget, "within": within}
+                yield own | {part: round(time, 1) for part, time in host.items()}
     for strategy_name, strategy in {} if quick else STRATEGIES.items():
         for form, make in NETWORKS.items():
             network = make()
@@ -344,6 +406,11 @@ def main(
     cells = pd.DataFrame(found)[["call", "form", "triton", "torch", "budget", "uploads", "waits"]]
     cells, console = cells.rename(columns={"triton": "Triton"}), Console(width=None if sys.stdout.isatty() else 120)
     console.print(on_terminal(cells, f"Kernels of a call on {target}", [not row["within"] for row in found]))
+    timed = [row for row in found if "host µs" in row]
+    parts = ["call", "form", "host µs", "checks", "dispatch", "tables", "launching"]
+    over = [row["form"] == "single" and row["host µs"] > HOST_BUDGETS[row["call"]] for row in timed]
+    hosts = pd.DataFrame(timed)[parts].assign(budget=[f"{HOST_BUDGETS[row['call']]} µs" for row in timed])
+    console.print(on_terminal(hosts, "Time of the host, launches recorded", over))
     content = {"target": target, "rows": [{key: row[key] for key in row if key != "within"} for row in found]}
     path = results.write("launches", facts(quick), content, out)
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)

@@ -17,7 +17,16 @@ from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
 from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, over, parts_of, stack_numbers
 from brandla.orthonormal import times
-from brandla_kernels import Tall, damped_apply, project, reads_are_free, tall
+from brandla_kernels import (
+    Tall,
+    damped_apply,
+    damped_cholesky,
+    damped_gram_inverse,
+    damped_inverse,
+    project,
+    reads_are_free,
+    tall,
+)
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
@@ -53,6 +62,26 @@ class Shifted(NamedTuple):
             return self
         middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
         return Shifted(expand(self.basis, batch), middle, self.scale.expand(batch))
+
+
+class Inverse(NamedTuple):
+    """β (I + U Z Uᵀ) for p = −1, of one factor, a batch or a list; Z and β are left to the op, which takes d or S."""
+
+    basis: Tall
+    small: Tall
+    damping: Tensor  # of batch shape, as the tail
+    tail: Tensor
+
+    def __matmul__(self, rhs: Tall) -> Tall:
+        batch = batch_of(self.basis, rhs)
+        return damped_inverse(*self.expand(batch), expand(rhs, batch))
+
+    def expand(self, batch: tuple[int, ...] | None) -> Inverse:
+        """Repeat the operator over a batch shape, as a view."""
+        if batch is None:
+            return self
+        small = self.small.expand(*batch, *self.small.shape[self.damping.ndim :])
+        return Inverse(expand(self.basis, batch), small, self.damping.expand(batch), self.tail.expand(batch))
 
 
 def batch_of(*matrices: Tall) -> tuple[int, ...] | None:
@@ -118,7 +147,7 @@ class Side(NamedTuple):
         small, basis = parts_of(self.factor)
         damping = self.damping
         if exponent == -1 and self._is_bare_root():
-            return Shifted(basis, -_inverse_of(small, damping), self._filled(1 / damping))
+            return Shifted(basis, -damped_gram_inverse(small, damping), self._filled(1 / damping))
         levels, tail = self._levels()
         middle = levels.of(lambda values: self._middle(values, tail, exponent))
         shift = tail + damping
@@ -129,7 +158,7 @@ class Side(NamedTuple):
         """Return log det(M̂ + τ(I − P) + λI), the same in every process."""
         damping = self.damping
         if self._is_bare_root():
-            held = 2 * _cholesky_of(parts_of(self.factor)[0], damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            held = 2 * damped_cholesky(parts_of(self.factor)[0], damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
             tail: Number = 0.0
         else:
             values, tail = self.counted(rows)
@@ -149,7 +178,7 @@ class Side(NamedTuple):
         levels, tail = self._levels()
         if self.is_root:
             return _at_least(levels.values, tail), tail
-        if isinstance(tail, float) and tail == 0:
+        if _is_zero(tail):
             return levels.values, tail
         lengths = tall.each(lambda basis: basis.detach().square().sum(-2), parts_of(self.factor)[1])
         missing = rows.total(tall.stacked(lengths)) == 0
@@ -203,8 +232,7 @@ class Side(NamedTuple):
 
     def _is_bare_root(self) -> bool:
         """Say whether no decomposition of S is needed: of a root with τ = 0 whose S is not seen to be diagonal."""
-        is_zero = isinstance(self.tail, float) and self.tail == 0
-        return is_zero and self.is_root and not _is_diagonal(parts_of(self.factor)[0])
+        return _is_zero(self.tail) and self.is_root and not _is_diagonal(parts_of(self.factor)[0])
 
     def _levels(self) -> tuple[Spectrum, Number]:
         """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
@@ -226,6 +254,36 @@ class Side(NamedTuple):
         return torch.full(batch, value, dtype=small.dtype, device=small.device)
 
 
+def inverse_of(sides: Sequence[Side], *, listed: bool = False) -> Inverse | None:
+    """Return the inverse with its coefficients left to the op, of one side, or of a list of one kind.
+
+    None where a look at values is free, which saves work, or where Z takes eigenvalues of S.
+    """
+    smalls, bases = zip(*(parts_of(side.factor) for side in sides), strict=True)
+    like = smalls[0]
+    tails: list[Any] = [side.tail for side in sides]
+    if reads_are_free(like) or (sides[0].is_root and not all(map(_is_zero, tails))):
+        return None
+    if listed:
+        damping = stack_numbers([side.damping for side in sides], like)
+        tail = _smallest(torch.stack(smalls)) if tails[0] is None else stack_numbers(tails, like)
+        return Inverse(list(bases), list(smalls), *_numbers(damping, tail, like, (len(sides),)))
+    tail = _smallest(like) if tails[0] is None else tails[0]
+    return Inverse(bases[0], like, *_numbers(sides[0].damping, tail, like, bases[0].shape[:-2]))
+
+
+def _numbers(damping: Number, tail: Number, like: Tensor, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return λ and τ as tensors of batch shape: two numbers by one kernel."""
+    if isinstance(damping, Tensor) or isinstance(tail, Tensor):
+        pair = [
+            one if isinstance(one, Tensor) else torch.full((), one, dtype=like.dtype, device=like.device)
+            for one in (damping, tail)
+        ]
+    else:
+        pair = list(torch.linspace(damping, tail, 2, dtype=like.dtype, device=like.device).unbind())
+    return pair[0].expand(batch), pair[1].expand(batch)
+
+
 def stack(sides: Sequence[Side]) -> Side:
     """Join sides whose factors are of one kind and rank."""
     factors, dampings, tails = zip(*sides, strict=True)
@@ -240,6 +298,11 @@ def _at_least(values: Tensor, tail: Number) -> Tensor:
     return torch.where(values <= over(tail), over(tail), values)
 
 
+def _is_zero(tail: Number | None) -> bool:
+    """Say whether τ is the number 0, which takes no look at a device."""
+    return isinstance(tail, float) and tail == 0
+
+
 def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
@@ -249,17 +312,6 @@ def _is_diagonal(gram: Tensor) -> bool:
     if not reads_are_free(gram) or gram.requires_grad:
         return False
     return torch.equal(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
-
-
-def _inverse_of(gram: Tensor, damping: Number) -> Tensor:
-    """(S + λI)⁻¹; where rounding left S + λI not positive definite, NaN and never a wrong number."""
-    return torch.cholesky_inverse(_cholesky_of(gram, damping))
-
-
-def _cholesky_of(gram: Tensor, damping: Number) -> Tensor:
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lower, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2 + over(damping, 2) * identity)
-    return torch.where((info == 0)[..., None, None], lower, float("nan"))
 
 
 def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:

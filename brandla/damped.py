@@ -13,7 +13,18 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows
-from brandla._shifted import LowRank, Number, Side, Tail, check_batch, check_exponent, check_factor, check_side, stack
+from brandla._shifted import (
+    LowRank,
+    Number,
+    Side,
+    Tail,
+    check_batch,
+    check_exponent,
+    check_factor,
+    check_side,
+    inverse_of,
+    stack,
+)
 from brandla.lowrank import parts_of
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
@@ -176,6 +187,9 @@ class Solve(NamedTuple):
         """Apply the operator."""
         if self.diagonal is not None:
             return self.shaped(self.side.beside(self.diagonal).solve(self.block))
+        inverse = inverse_of([self.side]) if self.exponent == -1 and self.rows is WHOLE else None
+        if inverse is not None:
+            return self.shaped(inverse @ self.block)
         return self.shaped(self.side.operator(self.exponent).on(self.block, self.rows))
 
     def shaped(self, block: Tensor) -> Tensor:
@@ -204,8 +218,9 @@ def logdets_together(problems: Sequence[Logdet]) -> Sequence[Tensor]:
 
 def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
     """Apply operators of one kind, rank and exponent, each to its block."""
-    operator = stack([problem.side for problem in problems]).operator(problems[0].exponent)
-    blocks = operator @ [problem.block for problem in problems]
+    sides = [problem.side for problem in problems]
+    inverse = inverse_of(sides, listed=True) if problems[0].exponent == -1 else None
+    blocks = (inverse or stack(sides).operator(problems[0].exponent)) @ [problem.block for problem in problems]
     return [problem.shaped(block) for problem, block in zip(problems, blocks, strict=True)]
 
 

@@ -16,6 +16,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows
 from brandla._shifted import (
+    Inverse,
     LowRank,
     Number,
     Shifted,
@@ -27,11 +28,20 @@ from brandla._shifted import (
     check_factor,
     check_side,
     expand,
+    inverse_of,
     stack,
 )
 from brandla.lowrank import over, parts_of, stack_numbers
 from brandla.orthonormal import times
-from brandla_kernels import Tall, damped_apply, kron_damped_apply, project, rotate
+from brandla_kernels import (
+    Tall,
+    damped_apply,
+    kron_damped_apply,
+    kron_damped_inverse,
+    pair_damped_inverse,
+    project,
+    rotate,
+)
 from brandla_kernels.damped_apply import scaled_sum
 
 Data = TypeVar("Data", Tensor, tuple[Tensor, Tensor])
@@ -203,6 +213,8 @@ class Kron(NamedTuple):
 
     def solution(self) -> Any:
         """Apply both operators to W, or each to its side of a pair."""
+        if self.rows == (WHOLE, WHOLE) and (inverses := inverses_of([self])) is not None:
+            return apply_inverses(*inverses, self.data)
         (left_rows, right_rows), left, right = self.rows, self.left.operator(), self.right.operator()
         if isinstance(self.data, tuple):
             first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
@@ -216,13 +228,38 @@ class Kron(NamedTuple):
 
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
+    data: Any = [problem.data for problem in problems]
+    if (inverses := inverses_of(problems, listed=True)) is not None:
+        if isinstance(data[0], Tensor):
+            return list(apply_inverses(*inverses, data))
+        return list(zip(*apply_inverses(*inverses, tuple(map(list, zip(*data, strict=True)))), strict=True))
     left = stack([problem.left for problem in problems]).operator()
     right = stack([problem.right for problem in problems]).operator()
-    data: Any = [problem.data for problem in problems]
     if isinstance(data[0], Tensor):
         return list(kron_damped_apply(*left, *right, data))
     first, second = zip(*data, strict=True)
     return list(zip(left @ list(first), right @ list(second), strict=True))
+
+
+def inverses_of(problems: Sequence[Kron], *, listed: bool = False) -> tuple[Inverse, Inverse] | None:
+    """Return both inverses with their coefficients left to the op, where those of both sides can be."""
+    left = inverse_of([problem.left for problem in problems], listed=listed)
+    right = inverse_of([problem.right for problem in problems], listed=listed)
+    return None if left is None or right is None else (left, right)
+
+
+def apply_inverses(left: Inverse, right: Inverse, data: Any) -> Any:
+    """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
+    if not isinstance(data, tuple):
+        batch = batch_of(left.basis, right.basis, data)
+        return kron_damped_inverse(*left.expand(batch), *right.expand(batch), expand(data, batch))
+    batches = [batch_of(side.basis, own) for side, own in zip((left, right), data, strict=True)]
+    left, right = (side.expand(batch) for side, batch in zip((left, right), batches, strict=True))
+    first, second = (expand(own, batch) for own, batch in zip(data, batches, strict=True))
+    if left.damping.shape != right.damping.shape:
+        # Sides of different batch shapes.
+        return left @ first, right @ second
+    return pair_damped_inverse(*left, *right, first, second)
 
 
 class Joint(NamedTuple):

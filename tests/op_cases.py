@@ -82,6 +82,12 @@ def symmetric(square: Tensor) -> Tensor:
     return square + square.mT
 
 
+def definite(square: Tensor) -> Tensor:
+    """Return a well-conditioned positive definite matrix, M Mᵀ/m + I."""
+    order = square.shape[-1]
+    return square @ square.mT / max(order, 1) + torch.eye(order, dtype=square.dtype, device=square.device)
+
+
 def op_of(case: str) -> str:
     """Return the name of the op that a case calls."""
     return case.partition(",")[0]
@@ -97,6 +103,12 @@ def operands(
 
     def number(seed: int) -> Tensor:
         return new(1, 1, seed)[..., 0, 0]
+
+    def values(rank: int, seed: int) -> Tensor:
+        return new(rank, 1, seed)[..., 0].square()
+
+    def shift(seed: int) -> tuple[Tensor, Tensor]:
+        return number(seed).square() + 0.5, number(seed + 20).square()
 
     basis, columns = new(n, r, 0), new(n, k, 1)
     table: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -118,6 +130,18 @@ def operands(
             *(basis, new(r, 1, 6)[..., 0], number(7)),
             *(new(k, min(2, k), 8), new(min(2, k), 1, 9)[..., 0], number(10)),
             new(n, k, 11),
+        ),
+        "damped_inverse": lambda: (basis, values(r, 6), *shift(7), columns),
+        "damped_inverse, matrix": lambda: (basis, definite(new(r, r, 6)), *shift(7), columns),
+        "kron_damped_inverse": lambda: (
+            *(basis, definite(new(r, r, 6)), *shift(7)),
+            *(new(k, min(2, k), 8), values(min(2, k), 9), *shift(10)),
+            new(n, k, 11),
+        ),
+        "pair_damped_inverse": lambda: (
+            *(basis, values(r, 6), *shift(7)),
+            *(new(k, min(2, k), 8), definite(new(min(2, k), min(2, k), 9)), *shift(10)),
+            *(new(n, r + 1, 11), new(k, r + 1, 12)),
         ),
         "cholesky_inverse_core": lambda: _core_operands(columns),
         "root_core": lambda: root_core_operands(basis, columns),
@@ -182,6 +206,23 @@ def shifted(basis: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
     return scale[..., None, None] * (identity + basis @ inner @ basis.mT)
 
 
+def inverse_coefficients(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, Z and β of a damped inverse in float64, for eigenvalues or for S."""
+    small, damping, tail = small.double(), damping.double()[..., None], tail.double()[..., None]
+    scale = 1 / (tail + damping)[..., 0]
+    if small.ndim < basis.ndim:
+        return basis, (tail - small) / (small + damping), scale
+    identity = torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
+    return basis, -torch.linalg.inv(small + damping[..., None] * identity), scale
+
+
+def with_coefficients(case: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with Z and β, in float64, in place of what they are computed from."""
+    sides = {"damped_inverse": 1, "pair_damped_inverse": 2, "kron_damped_inverse": 2}.get(op_of(case), 0)
+    given = [part for side in range(sides) for part in inverse_coefficients(*arguments[4 * side : 4 * side + 4])]
+    return (*given, *arguments[4 * sides :])
+
+
 def random_signs(matrix: Tensor, seed: Tensor | None, width: int, problem: int = 0) -> Tensor:
     """Return Ω in float64, or without a seed the absolute values of its entries."""
     batch_shape, n = matrix.shape[:-2], matrix.shape[-1]
@@ -200,24 +241,25 @@ FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gram_ema_": lambda M, A, decay, weight: (decay * M + weight * A @ A.mT,),
     "damped_apply": lambda U, H, b, V: (shifted(U, H, b) @ V,),
     "kron_damped_apply": lambda U, H, b, V, K, c, W: (shifted(U, H, b) @ W @ shifted(V, K, c),),
+    "damped_inverse": lambda U, H, b, V: (shifted(U, H, b) @ V,),
+    "kron_damped_inverse": lambda U, H, b, V, K, c, W: (shifted(U, H, b) @ W @ shifted(V, K, c),),
+    "pair_damped_inverse": lambda U, H, b, V, K, c, P, Q: (shifted(U, H, b) @ P, shifted(V, K, c) @ Q),
     "sketch": lambda X, *drawn: (X @ random_signs(X, *drawn),),
 }
-CASES = tuple(
-    case
-    for name in FORMULAS
-    for case in (name, f"{name}, matrix", f"{name}, diagonals")
-    if case in (name, "damped_apply, matrix", "kron_damped_apply, diagonals")
-)
+VARIANTS = ("damped_apply, matrix", "kron_damped_apply, diagonals", "damped_inverse, matrix")
+CASES = tuple(case for name in FORMULAS for case in (name, *(one for one in VARIANTS if op_of(one) == name)))
 
 
 def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the results of the op by its formula, in float64."""
+    arguments = with_coefficients(case, arguments)
     return FORMULAS[op_of(case)](*(part.double() if isinstance(part, Tensor) else part for part in arguments))
 
 
 def magnitude(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the formula with every term of every sum made positive: what rounding errors are relative to."""
-    positive = [part.double().abs() if isinstance(part, Tensor) else part for part in arguments]
+    given = with_coefficients(case, arguments)
+    positive = [part.double().abs() if isinstance(part, Tensor) else part for part in given]
     if op_of(case) == "sketch":
         positive[1] = None
     return FORMULAS[op_of(case)](*positive)

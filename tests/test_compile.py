@@ -59,8 +59,10 @@ def test_function_compiles_to_one_graph(name: str) -> None:
     [
         ("root_update, tracked", {"cross_gram", "root_core", "rotate"}),
         ("orthonormalize", {"gram", "cholesky_inverse_core", "rounded_gram"}),
-        ("damped_solve, eigh", {"damped_apply"}),
-        ("kron_damped_solve", {"kron_damped_apply"}),
+        ("damped_solve, eigh", {"damped_inverse"}),
+        ("damped_power", {"damped_apply"}),
+        ("kron_damped_solve", {"kron_damped_inverse"}),
+        ("kron_damped_solve, pair", {"pair_damped_inverse"}),
     ],
 )
 def test_ops_stay_whole_in_the_graph(name: str, ops: set[str]) -> None:

@@ -20,6 +20,7 @@ from op_cases import (
     CASES,
     LAYOUTS,
     SIZES,
+    VARIANTS,
     assert_computes,
     exact,
     grouped,
@@ -35,7 +36,7 @@ from op_cases import (
 GROUPED = [name for name, op in OPS.items() if op.signature.lists]
 IN_PLACE = [name for name, op in OPS.items() if op.signature.writes]
 DIFFERENTIABLE = [name for name in OPS if name not in IN_PLACE]
-VARIED = (*DIFFERENTIABLE, "damped_apply, matrix", "kron_damped_apply, diagonals")
+VARIED = (*DIFFERENTIABLE, *VARIANTS)
 BOTH_FORMS = [(name, False) for name in OPS] + [(name, True) for name in GROUPED]
 # n, r, k of the problems of a list.
 PROBLEMS = [(13, 4, 3), (9, 2, 5), (6, 0, 2), (7, 3, 0)]

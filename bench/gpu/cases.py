@@ -146,6 +146,12 @@ def _operator(normal: Normal, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return _basis(normal, n, r), normal(r) * (n / r) ** 0.5, normal(1)[0]
 
 
+def _inverse(normal: Normal, n: int, r: int) -> tuple[Tensor, ...]:
+    """Return U, d, λ and τ, where M̂ is about as large as λ."""
+    basis, _, number = _operator(normal, n, r)
+    return basis, normal(r).square_(), number.square() + 0.5, number.square()
+
+
 def _basis(normal: Normal, n: int, r: int) -> Tensor:
     """Return columns of length about 1."""
     return normal(n, r) / n**0.5
@@ -162,6 +168,13 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "damped_apply": lambda normal, data, s: (*_operator(normal, s.n, s.r), normal(s.n, s.k)),
     "kron_damped_apply": lambda normal, data, s: (
         *_operator(normal, s.n, s.r), *_operator(normal, s.wide, s.r), normal(s.n, s.wide),
+    ),
+    "damped_inverse": lambda normal, data, s: (*_inverse(normal, s.n, s.r), normal(s.n, s.k)),
+    "pair_damped_inverse": lambda normal, data, s: (
+        *_inverse(normal, s.n, s.r), *_inverse(normal, s.wide, s.r), normal(s.n, s.k), normal(s.wide, s.k),
+    ),
+    "kron_damped_inverse": lambda normal, data, s: (
+        *_inverse(normal, s.n, s.r), *_inverse(normal, s.wide, s.r), normal(s.n, s.wide),
     ),
     "cholesky_inverse_core": _core,
     "root_core": _root_core,
@@ -201,6 +214,9 @@ COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
     "rotate_": lambda s: {"s": s.r},
     "root_core": lambda s: {"s": s.r},
     "damped_apply": lambda s: {"m": s.k},
+    "damped_inverse": lambda s: {"m": s.k},
+    "pair_damped_inverse": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
+    "kron_damped_inverse": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
     "kron_damped_apply": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
     "sketch": lambda s: {"m": s.n, "n": s.wide, "width": s.k},
 }

@@ -6,6 +6,13 @@ from brandla_kernels._signature import overlaps_itself
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
 from brandla_kernels.cross_gram import cross_gram
 from brandla_kernels.damped_apply import damped_apply
+from brandla_kernels.damped_inverse import (
+    damped_cholesky,
+    damped_gram_inverse,
+    damped_inverse,
+    kron_damped_inverse,
+    pair_damped_inverse,
+)
 from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
@@ -25,13 +32,18 @@ __all__ = [
     "cholesky_inverse_core",
     "cross_gram",
     "damped_apply",
+    "damped_cholesky",
+    "damped_gram_inverse",
+    "damped_inverse",
     "gram",
     "gram_ema_",
     "has_values",
     "is_mapped",
     "kron_damped_apply",
+    "kron_damped_inverse",
     "live_columns",
     "overlaps_itself",
+    "pair_damped_inverse",
     "project",
     "reads_are_free",
     "root_core",

@@ -60,8 +60,12 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
 
 @kron_damped_apply.gradient
 def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    left, right = (inputs[0], inputs[1], inputs[2]), (inputs[3], inputs[4], inputs[5])
-    matrix, gradient = inputs[6], gradients[0]
+    return kron_damped_apply_gradient(inputs, gradients[0])
+
+
+def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+    """Gradients with respect to all arguments, from that with respect to Y."""
+    left, right, matrix = (inputs[0], inputs[1], inputs[2]), (inputs[3], inputs[4], inputs[5]), inputs[6]
     apply = damped_apply.torch_form
     from_right = apply(*right, matrix.mT).mT
     *of_left, of_matrix = damped_apply_gradient(*left, from_right, gradient)

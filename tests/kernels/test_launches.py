@@ -22,12 +22,6 @@ AT_PRESENT: dict[str, tuple[int, int]] = {
     "root_update_, cholesky": (4, 3),
     "root_update, cholesky, tracked": (4, 6),
     "eigh_update": (7, 76),
-    "damped_solve, root": (3, 14),
-    "damped_solve, eigh": (3, 5),
-    "kron_damped_solve, W": (8, 30),
-    "kron_damped_solve, W, eigh": (8, 16),
-    "kron_damped_solve, pair": (6, 28),
-    "kron_damped_solve, pair, eigh": (6, 10),
 }
 # The same for functions of which a list takes turns, for one factor.
 ALONE: dict[str, tuple[int, int]] = {

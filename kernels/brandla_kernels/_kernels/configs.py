@@ -7,7 +7,6 @@ first step. Sizes enter through buckets, so that a kernel is compiled for few of
 from __future__ import annotations
 
 import torch
-import triton
 
 from brandla_kernels._kernels.launch import Config, Target
 
@@ -17,9 +16,20 @@ _PROGRAMS = 264
 STRETCH = 4096
 
 
+def tiles(size: int, block: int) -> int:
+    """Return how many blocks cover a size."""
+    # triton.cdiv takes some microseconds on the host.
+    return -(-size // block)
+
+
+def _power_of_two(size: int) -> int:
+    """Round up to a power of two, at least 1."""
+    return 1 << (max(size, 1) - 1).bit_length()
+
+
 def bucket(size: int, smallest: int, largest: int) -> int:
     """Round ``size`` up to a power of two between the two limits: a tile dimension."""
-    return int(min(max(triton.next_power_of_2(max(size, 1)), smallest), largest))
+    return min(max(_power_of_two(size), smallest), largest)
 
 
 def splits(target: Target, steps: int, programs: int) -> int:
@@ -27,13 +37,13 @@ def splits(target: Target, steps: int, programs: int) -> int:
     if target.backend == "interpreter":
         return max(1, min(3, steps))
     wanted = max(1, _PROGRAMS // max(programs, 1))
-    return int(min(triton.next_power_of_2(wanted), triton.next_power_of_2(max(steps // 4, 1)), 64))
+    return min(_power_of_two(wanted), _power_of_two(steps // 4), 64)
 
 
 def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: torch.dtype) -> int:
     """Do the same for a sum in float64 of sums in ``dtype``, of which those in float32 are short."""
-    least = triton.cdiv(rows, STRETCH) if dtype == torch.float32 else 1
-    return max(splits(target, triton.cdiv(rows, block_n), programs), int(triton.next_power_of_2(max(least, 1))))
+    least = tiles(rows, STRETCH) if dtype == torch.float32 else 1
+    return max(splits(target, tiles(rows, block_n), programs), _power_of_two(least))
 
 
 def _registers(target: Target, *spilling: str) -> int | None:
@@ -71,6 +81,23 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
     registers = _registers(target) if aligned else _registers(target, "sm_80", "sm_90")
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
+
+
+def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool, of_one: bool) -> Config:
+    """Tiles of `damped_project_kernel`; those of one W are multiplied once more, in the program that has them."""
+    most = max(r, k)
+    if of_one:
+        # The tile passes through the shared memory, of which gfx942 has 64 KiB.
+        most = 32 if target.backend == "hip" and dtype == torch.float64 else 64
+    config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
+    # The programs that invert a small matrix take more than the assembler's own limit.
+    return config._replace(registers=_registers(target, "sm_80", "sm_90"))
+
+
+def damped_middle(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
+    """Tiles of `damped_middle_kernel`."""
+    blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
+    return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))
 
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:

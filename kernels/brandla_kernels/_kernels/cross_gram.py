@@ -128,7 +128,7 @@ def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     r, k, n, dtype = columns(root), columns(data), rows(root), dtype_of(root)
     operands, target = arrange({"root": root, "data": data}), target_of(root)
     config = configs.cross_gram(target, dtype, r, k, operands.aligned)
-    tiles_r, tiles_k = triton.cdiv(r, config.blocks["BLOCK_R"]), triton.cdiv(k, config.blocks["BLOCK_K"])
+    tiles_r, tiles_k = configs.tiles(r, config.blocks["BLOCK_R"]), configs.tiles(k, config.blocks["BLOCK_K"])
     busy = (tiles_r * tiles_k + tiles_k * (tiles_k + 1) // 2) * operands.problems
     splits = configs.long_splits(target, n, config.blocks["BLOCK_N"], busy, dtype)
     parts = torch.empty(operands.problems, splits, r + k, k, dtype=torch.float64, device=device_of(root))
@@ -137,7 +137,7 @@ def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     start(cross_gram_kernel, (operands.problems * splits * (tiles_r + tiles_k) * tiles_k,), arguments, config)
     cross, gram = (stacked_like(root, data, shape, torch.float64) for shape in ((r, k), (k, k)))
     adding = configs.sum_parts()
-    tiles = triton.cdiv(r + k, adding.blocks["BLOCK_R"]) * triton.cdiv(k, adding.blocks["BLOCK_K"])
+    tiles = configs.tiles(r + k, adding.blocks["BLOCK_R"]) * configs.tiles(k, adding.blocks["BLOCK_K"])
     summed = {"parts_ptr": parts, "cross_ptr": cross, "gram_ptr": gram, "r": r, "k": k, "SPLITS": splits}
     start(sum_cross_gram_kernel, (operands.problems * tiles,), summed, adding)
     return cross, gram

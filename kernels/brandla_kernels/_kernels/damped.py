@@ -1,51 +1,79 @@
-"""``damped_apply`` by an inner and a tall product, and ``kron_damped_apply`` by two inner and four tall products.
+"""The damped applications: projections with their coefficients, a product with Z, and the last sum.
 
-W is read three times: for U_LᵀW, for W U_R, and for the sum. One pass for both projections would have to write a part
-of U_LᵀW for every block of BLOCK_N rows of W and read it again, 2·r_L/BLOCK_N times the size of W: more than the pass
-it saves from r_L = BLOCK_N/2 on, and at the ranks this is for the products take longer than either.
+One side, or both sides of a pair: two launches for the projections (`damped_projection`), and one tall product a side.
+Of one W, with T = Z_R U_Rᵀ, X = W U_R and Y = Z_L U_LᵀW,
+
+    OUT = β_L β_R (W + U_L (Y + (Z_L U_LᵀX) T) + X T),
+
+two launches for Y, X, Z_L U_LᵀX and T, one for the sum in the inner brackets, and one for the outer. W is read three
+times: for U_LᵀW, for W U_R, and for the sum. One pass for both projections would have to write a part of U_LᵀW for
+every block of BLOCK_N rows of W and read it again, 2·r_L/BLOCK_N times the size of W: more than the pass it saves from
+r_L = BLOCK_N/2 on, and at the ranks this is for the products take longer than either.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from brandla_kernels._kernels.inner_product import inner_product
+from brandla_kernels._kernels.damped_projection import Half, project, project_both
 from brandla_kernels._kernels.tall_product import Term, tall_product
 from brandla_kernels._signature import Matrices
 
 
 def damped_apply(basis: Matrices, middle: Tensor, scale: Tensor, rhs: Matrices) -> Matrices:
     """Return β (V + U Z UᵀV)."""
-    if _is_diagonal(basis, middle):
-        inner = inner_product(basis, rhs, row_scale=middle)
-    else:
-        inner = middle @ inner_product(basis, rhs)
-    return tall_product([Term(basis, inner)], add=rhs, scale=scale)
+    return _apply(Half(basis, rhs, middle, (scale,)))[0]
+
+
+def damped_inverse(basis: Matrices, small: Matrices, damping: Tensor, tail: Tensor, rhs: Matrices) -> Matrices:
+    """Return the same with the Z and β of an inverse."""
+    return _apply(Half(basis, rhs, small, (damping, tail)))[0]
+
+
+def pair_damped_inverse(
+    left_basis: Matrices, left_small: Matrices, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Matrices, right_small: Matrices, right_damping: Tensor, right_tail: Tensor,
+    left_rhs: Matrices, right_rhs: Matrices,
+) -> tuple[Matrices, Matrices]:  # fmt: skip
+    """Return two of them."""
+    left = Half(left_basis, left_rhs, left_small, (left_damping, left_tail))
+    first, second = _apply(left, Half(right_basis, right_rhs, right_small, (right_damping, right_tail)))
+    return first, second
 
 
 def kron_damped_apply(
-    left_basis: Matrices,
-    left_middle: Tensor,
-    left_scale: Tensor,
-    right_basis: Matrices,
-    right_middle: Tensor,
-    right_scale: Tensor,
+    left_basis: Matrices, left_middle: Tensor, left_scale: Tensor,
+    right_basis: Matrices, right_middle: Tensor, right_scale: Tensor,
     matrix: Matrices,
-) -> Matrices:
+) -> Matrices:  # fmt: skip
     """Return the left operator times W times the right operator."""
-    right_rows = right_basis.mT if isinstance(right_basis, Tensor) else [basis.mT for basis in right_basis]
-    left_middle = torch.diag_embed(left_middle) if _is_diagonal(left_basis, left_middle) else left_middle
-    right_middle = torch.diag_embed(right_middle) if _is_diagonal(right_basis, right_middle) else right_middle
-    right_projection = tall_product([Term(matrix, right_basis)], as_wide_as=right_basis)
-    both = left_middle @ inner_product(left_basis, right_projection) @ right_middle
-    left_projection = left_middle @ inner_product(left_basis, matrix)
-    left_inner = tall_product([Term(both, right_rows)], add=left_projection, as_wide_as=left_projection)
-    right_inner = tall_product([Term(right_projection, right_middle)], as_wide_as=right_basis)
-    terms = [Term(left_basis, left_inner), Term(right_inner, right_rows)]
-    return tall_product(terms, add=matrix, scale=left_scale * right_scale)
+    left = Half(left_basis, matrix, left_middle, (left_scale,))
+    return _apply_both(left, Half(right_basis, _transposed(matrix), right_middle, (right_scale,)))
 
 
-def _is_diagonal(basis: Matrices, middle: Tensor) -> bool:
-    """Say whether Z is given as one number a column of U."""
-    return middle.ndim == (2 if isinstance(basis, list) else basis.ndim - 1)
+def kron_damped_inverse(
+    left_basis: Matrices, left_small: Matrices, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Matrices, right_small: Matrices, right_damping: Tensor, right_tail: Tensor,
+    matrix: Matrices,
+) -> Matrices:  # fmt: skip
+    """Return the same with the Z and β of inverses."""
+    left = Half(left_basis, matrix, left_small, (left_damping, left_tail))
+    return _apply_both(left, Half(right_basis, _transposed(matrix), right_small, (right_damping, right_tail)))
+
+
+def _apply(*halves: Half) -> list[Matrices]:
+    return [
+        tall_product([Term(half.basis, inner)], add=half.rhs, scales=(scale,))
+        for half, (inner, scale) in zip(halves, project(halves), strict=True)
+    ]
+
+
+def _apply_both(left: Half, right: Half) -> Matrices:
+    (rows, left_scale), (columns, right_scale), both, turned = project_both(left, right)
+    inner = tall_product([Term(both, turned)], add=rows, as_wide_as=rows)
+    terms = [Term(left.basis, inner), Term(columns, turned)]
+    return tall_product(terms, add=left.rhs, scales=(left_scale, right_scale))
+
+
+def _transposed(matrix: Matrices) -> Matrices:
+    return matrix.mT if isinstance(matrix, Tensor) else [one.mT for one in matrix]

@@ -1,9 +1,8 @@
 """C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
 
-X is (n, r), Y is (n, k), C is (r, k). `project`, the Gram matrices and the first half of `damped_apply` and
-`kron_damped_apply` are calls of this kernel. C has few tiles and n is long, so the rows are split: a program sums
-one tile of C over one stretch of rows into a workspace, and a second kernel adds the stretches in their order. No
-atomic addition takes part, so two runs are equal to the bit.
+X is (n, r), Y is (n, k), C is (r, k). `project` and the Gram matrices are calls of this kernel. C has few tiles and n
+is long, so the rows are split: a program sums one tile of C over one stretch of rows into a workspace, and a second
+kernel adds the stretches in their order. No atomic addition takes part, so two runs are equal to the bit.
 
 A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and both triangles are written.
 """
@@ -68,12 +67,12 @@ def inner_product_kernel(
 @counted("rows columns SPLITS")
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, out_ptr, row_scale_ptr,
+    parts_ptr, out_ptr,
     rows, columns, parts_columns, parts_size, out_strides,
     SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of C. C = Σ parts, each row times its scale; a C in float64 is summed in it."""
+    """Grid: problems × tiles of C. C = Σ parts; a C in float64 is summed in it."""
     problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
     row, column = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -86,50 +85,42 @@ def sum_parts_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_K), total_dtype)
     for split in range(SPLITS):
         total += tl.load(source + split * parts_size, mask=inside, other=0.0).to(total.dtype)
-    if row_scale_ptr is not None:
-        scale = tl.load(row_scale_ptr + problem * rows + row, mask=row < rows, other=0.0)
-        total = total * scale.to(total.dtype)[:, None]
     out = (out_ptr + problem * out_strides[0], out_strides[1], out_strides[2], rows, columns)
     store_tile(out, row, column, total)
 
 
-def inner_product(x: Matrices, y: Matrices, *, row_scale: Tensor | None = None) -> Tensor:
-    """Return diag(``row_scale``) XᵀY in the dtype of X, stacked, with zeros where a problem of a list is smaller."""
-    return _inner_product(x, y, dtype_of(x), dtype_of(x), row_scale, symmetric=False)
-
-
-project = inner_product
+def project(x: Matrices, y: Matrices) -> Tensor:
+    """Return XᵀY in the dtype of X, stacked, with zeros where a problem of a list is smaller."""
+    return _inner_product(x, y, dtype_of(x), dtype_of(x), symmetric=False)
 
 
 def gram(panel: Matrices) -> Tensor:
     """Return PᵀP in float64, stacked."""
-    return _inner_product(panel, panel, torch.float64, torch.float64, None, symmetric=True)
+    return _inner_product(panel, panel, torch.float64, torch.float64, symmetric=True)
 
 
 def rounded_gram(panel: Matrices) -> Tensor:
     """Return PᵀP in float64, stacked, of products rounded to the panel's dtype."""
-    return _inner_product(panel, panel, dtype_of(panel), torch.float64, None, symmetric=True)
+    return _inner_product(panel, panel, dtype_of(panel), torch.float64, symmetric=True)
 
 
-def _inner_product(
-    x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torch.dtype, row_scale: Tensor | None, symmetric: bool
-) -> Tensor:
+def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torch.dtype, *, symmetric: bool) -> Tensor:
     r, k, n = columns(x), columns(y), rows(x)
     operands = arrange({"x": x, "y": y})
     target = target_of(x)
     config = configs.inner_product(target, dtype, r, k, operands.aligned)
-    tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
+    tiles = configs.tiles(r, config.blocks["BLOCK_R"]) * configs.tiles(k, config.blocks["BLOCK_K"])
     busy, block_n = tiles * operands.problems, config.blocks["BLOCK_N"]
     if out_dtype == torch.float64:
         splits = configs.long_splits(target, n, block_n, busy, dtype)
     else:
-        splits = configs.splits(target, triton.cdiv(n, block_n), busy)
+        splits = configs.splits(target, configs.tiles(n, block_n), busy)
     parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
     sizes = {"n": n, "r": r, "k": k, "SYMMETRIC": symmetric, "SPLITS": splits}
     arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(inner_product_kernel, (splits * busy,), arguments, config)
     out = stacked_like(x, y, (r, k), out_dtype)
-    sum_parts(parts, out, row_scale, config if symmetric else None)
+    sum_parts(parts, out, config if symmetric else None)
     return out
 
 
@@ -139,19 +130,18 @@ def stacked_like(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.
     return torch.empty(*batch, *shape, dtype=dtype, device=device_of(x))
 
 
-def sum_parts(parts: Tensor, out: Tensor, row_scale: Tensor | None = None, triangle: Config | None = None) -> None:
+def sum_parts(parts: Tensor, out: Tensor, triangle: Config | None = None) -> None:
     """Add up parts (problems, splits, a, b) of C in order, and write the leading rows and columns that ``out`` has.
 
-    Each row is multiplied by its scale. Only tiles of ``triangle`` on and above the diagonal are read, if it is given.
+    Only tiles of ``triangle`` on and above the diagonal are read, if it is given.
     """
     count, splits, parts_rows, parts_columns = parts.shape
     r, k = out.shape[-2:]
     config = configs.sum_parts()
-    tiles = triton.cdiv(r, config.blocks["BLOCK_R"]) * triton.cdiv(k, config.blocks["BLOCK_K"])
+    tiles = configs.tiles(r, config.blocks["BLOCK_R"]) * configs.tiles(k, config.blocks["BLOCK_K"])
     arguments = {
-        # r numbers of the scale a problem, next to each other.
-        "parts_ptr": parts, "out_ptr": out, "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
-        "rows": r, "columns": k, "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,
+        "parts_ptr": parts, "out_ptr": out, "rows": r, "columns": k,
+        "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,
         "out_strides": out.view(count, r, k).stride(), "SYMMETRIC": triangle is not None, "SPLITS": splits,
         "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
         "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,

@@ -80,7 +80,7 @@ def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
     matrices = [arguments[name] for name in _pointer_names(arguments)]
     whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
     if arguments["table_ptr"] is None:
-        return [whole] * max(math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None)
+        return [whole] * max((math.prod(matrix.shape[:-2]) for matrix in matrices if matrix is not None), default=1)
     # A matrix that is no list has a blank entry: it is stacked, and as large for all problems.
     return [
         tuple((entry[3], entry[4]) if any(entry) else own for entry, own in zip(problem, whole, strict=False))
@@ -242,9 +242,12 @@ def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr):
-    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours."""
-    program, tiles = tl.program_id(0), tiles_down * tiles_across
+def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr, first=0):
+    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours.
+
+    The first of them is program ``first`` of the grid.
+    """
+    program, tiles = tl.program_id(0) - first, tiles_down * tiles_across
     problem = (program // (tiles * SPLITS)).to(tl.int64)
     return problem, (program // tiles) % SPLITS, (program % tiles) // tiles_across, program % tiles_across
 

@@ -96,7 +96,7 @@ def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
     """
     extra = _RAGGED if layout.ragged else 0
     operands = op.signature.operands
-    long = {operand.shapes[0][0] for operand in operands if operand.listed}
+    long = {operand.shapes[0][0] for operand in operands if operand.listed and len(operand.shapes[0]) == 2}
     narrow = sorted({letter for operand in operands for letter in operand.shapes[-1]} - long)
     rows = dict.fromkeys(long, _ROWS + extra)
     for others in WIDTHS[: WIDTHS.index(width) + 1] if layout == LAYOUTS[0] else (width,):
@@ -127,7 +127,7 @@ def _arguments(
         if layout.listed and not operand.listed:
             shape = [2, *shape]
         # Unwritten matrices: pages that nothing touches take no memory.
-        transposed = layout.transposed and operand.listed
+        transposed = layout.transposed and operand.listed and len(shape) == 2
         two = [torch.empty(shape[::-1] if transposed else shape, dtype=kind) for _ in range(2)]
         two = [one.mT if transposed else one for one in two]
         arguments.append(two if layout.listed and operand.listed else two[0])

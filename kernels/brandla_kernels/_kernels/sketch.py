@@ -115,7 +115,7 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
     dtype = torch.promote_types(dtype_of(matrix), torch.float32)
     target = target_of(matrix)
     config = configs.sketch(target, dtype_of(matrix), width, aligned(matrix))
-    tiles = triton.cdiv(rows(matrix), config.blocks["BLOCK_M"]) * triton.cdiv(width, config.blocks["BLOCK_W"])
+    tiles = configs.tiles(rows(matrix), config.blocks["BLOCK_M"]) * configs.tiles(width, config.blocks["BLOCK_W"])
 
     def launch(out: Matrices, splits: int) -> None:
         operands = arrange({"out": out, "x": matrix})
@@ -133,7 +133,7 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
         return listed
     out = matrix.new_empty(*matrix.shape[:-1], width, dtype=dtype)
     problems = math.prod(matrix.shape[:-2])
-    splits = configs.splits(target, triton.cdiv(columns(matrix), config.blocks["BLOCK_N"]), tiles * problems)
+    splits = configs.splits(target, configs.tiles(columns(matrix), config.blocks["BLOCK_N"]), tiles * problems)
     if splits == 1:
         launch(out, 1)
     else:

@@ -154,9 +154,9 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     compute = _product_dtype(target, total, dtype_of(added))
     config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))
     block = config.blocks["BLOCK_N"]
-    across = triton.cdiv(n, block)
+    across = configs.tiles(n, block)
     tiles = across * (across + 1) // 2
-    splits = configs.splits(target, triton.cdiv(k, config.blocks["BLOCK_K"]), tiles * operands.problems)
+    splits = configs.splits(target, configs.tiles(k, config.blocks["BLOCK_K"]), tiles * operands.problems)
     parts: Tensor | None = None
     if splits > 1:
         parts = torch.empty(operands.problems, splits, tiles, block, block, dtype=total, device=device_of(matrix))

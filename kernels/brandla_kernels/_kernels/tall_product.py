@@ -41,7 +41,7 @@ def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
 @counted("n s r1 r2", _flops)
 @triton.jit
 def tall_product_kernel(
-    out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, table_ptr,
+    out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, other_scale_ptr, table_ptr,
     n, s, r1, r2,
     out_strides, add_strides, x1_strides, y1_strides, x2_strides, y2_strides,
     OUT_LAYOUT: tl.constexpr, ADD_LAYOUT: tl.constexpr, X1_LAYOUT: tl.constexpr,
@@ -70,7 +70,10 @@ def tall_product_kernel(
             add = matrix_of(table_ptr, problem, add_ptr, add_strides, n, s, ADD_LAYOUT, 1, 6)
             total += load_tile(add, row, column, total.dtype)
         if scale_ptr is not None:
-            total *= tl.load(scale_ptr + problem).to(total.dtype)
+            scale = tl.load(scale_ptr + problem)
+            if other_scale_ptr is not None:
+                scale *= tl.load(other_scale_ptr + problem)
+            total *= scale.to(total.dtype)
         store_tile(out, row, column, total)
 
 
@@ -78,10 +81,12 @@ def tall_product(
     terms: list[Term],
     *,
     add: Matrices | None = None,
-    scale: Tensor | None = None,
+    scales: tuple[Tensor, ...] = (),
     as_wide_as: Matrices | None = None,
 ) -> Matrices:
-    """Return β (A + Σ X Y), in the dtype of the first X; β is 1 or ``scale``, one number a problem.
+    """Return β (A + Σ X Y), in the dtype of the first X.
+
+    β is the product of ``scales``, at most two, each one number a problem.
 
     For lists, each OUT has as many columns as its A, or its matrix of ``as_wide_as``, or the stack of Y.
     """
@@ -90,10 +95,10 @@ def tall_product(
     operands = arrange({"out": out, "add": add, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
     n, s, dtype, target = rows(out), columns(out), dtype_of(out), target_of(out)
     config = configs.tall_product(target, dtype, s, operands.aligned)
-    tiles = triton.cdiv(n, config.blocks["BLOCK_N"]) * triton.cdiv(s, config.blocks["BLOCK_S"])
+    tiles = configs.tiles(n, config.blocks["BLOCK_N"]) * configs.tiles(s, config.blocks["BLOCK_S"])
     arguments = operands.arguments | products_in(target, dtype) | {
         # One number a problem, next to each other.
-        "scale_ptr": None if scale is None else scale.contiguous(),
+        "scale_ptr": scales[0] if scales else None, "other_scale_ptr": scales[1] if len(scales) == 2 else None,
         "n": n, "s": s, "r1": columns(x1), "r2": 0 if x2 is None else columns(x2), "TERMS": len(terms),
     }  # fmt: skip
     start(tall_product_kernel, (operands.problems * tiles,), arguments, config)
@@ -124,7 +129,7 @@ def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rota
         torch._foreach_copy_(basis, list(rotated))
         return
     assert isinstance(panel, Tensor)
-    slab = max(ROWS_AT_A_TIME, triton.cdiv(basis.shape[-2], _SLABS))
+    slab = max(ROWS_AT_A_TIME, configs.tiles(basis.shape[-2], _SLABS))
     for old, new in zip(basis.split(slab, dim=-2), panel.split(slab, dim=-2), strict=True):
         rotated = rotate(old, new, basis_rotation, panel_rotation)
         assert isinstance(rotated, Tensor)

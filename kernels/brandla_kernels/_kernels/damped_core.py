@@ -1,0 +1,102 @@
+"""Coefficients of a damped inverse, by one program a factor: β = 1/(τ + λ), and Z from eigenvalues or from S.
+
+Of eigenvalues d, Z is (τ − d)/(d + λ), entry by entry. Of S, Z is −(S + λI)⁻¹, by block sweeps in float64: with P the
+pivot block of the columns k, and P⁻¹ = W Wᵀ, a sweep takes A to
+
+    A₀ − H Hᵀ,    H = A[:, k] W with −W in the rows k,
+
+where A₀ is A with rows and columns k set to 0. The blocks that are still to come are then what a Cholesky factorisation
+leaves of them, and after all sweeps A is −(S + λI)⁻¹. It stays symmetric, and an H takes one step of refinement, as in
+`small_spd`. Where a pivot is not positive, S + λI is not positive definite, and all of Z becomes NaN.
+
+The program works on a matrix of its own in the second-level cache, 8r² bytes, beside which the projections of the same
+launch run: the two need nothing of one another.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from brandla_kernels._kernels.matrices import load_tile, store_tile
+from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
+
+# Columns of a sweep, and rows and columns of the tiles that it updates.
+BLOCK = tl.constexpr(16)
+_ROWS = tl.constexpr(64)
+_COLUMNS = tl.constexpr(32)
+
+
+def workspace(r: int) -> int:
+    """Return how many float64 numbers a program takes for Z of order r: A, H and a block."""
+    block = int(BLOCK.value)
+    return r * r + r * block + block**2
+
+
+@triton.jit
+def store_coefficients(small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr):
+    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros."""
+    damping, tail = tl.load(damping_ptr).to(tl.float64), tl.load(tail_ptr).to(tl.float64)
+    tl.store(scale_ptr, 1.0 / (tail + damping))
+    if work_ptr is None:
+        for start in range(0, r, _ROWS):
+            index = start + tl.arange(0, _ROWS)
+            values = tl.load(small[0] + index * small[1], mask=index < small[3], other=0.0).to(tl.float64)
+            tl.store(middle_ptr + index, (tail - values) / (values + damping), mask=index < r)
+    else:
+        _store_negative_inverse(small, r, damping, (middle_ptr, r, 1, r, r), work_ptr)
+
+
+@triton.jit
+def _store_negative_inverse(small, r, damping, result, work_ptr):
+    matrix = (work_ptr, r, 1, r, r)
+    swept = (work_ptr + r * r, BLOCK, 1, r, BLOCK)
+    scratch = (swept[0] + r * BLOCK, BLOCK, 1, BLOCK, BLOCK)
+    mirrored = (small[0], small[2], small[1], small[4], small[3])
+    for start_row in range(0, r, _ROWS):
+        row = start_row + tl.arange(0, _ROWS)
+        for start_column in range(0, r, _COLUMNS):
+            column = start_column + tl.arange(0, _COLUMNS)
+            tile = (load_tile(small, row, column, tl.float64) + load_tile(mirrored, row, column, tl.float64)) * 0.5
+            store_tile(matrix, row, column, tile + tl.where(row[:, None] == column[None, :], damping, 0.0))
+    tl.debug_barrier()
+    index = tl.arange(0, BLOCK)
+    sound = True
+    for first in range(0, r, BLOCK):
+        inner = first + index
+        block = symmetric(scratch, index, load_tile(matrix, inner, inner, tl.float64))
+        # What sticks out of the last block is the identity.
+        block += tl.where((index[:, None] == index[None, :]) & (inner >= r)[None, :], 1.0, 0.0)
+        factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
+        # No comparison with NaN holds.
+        sound = sound & (tl.min((pivots > 0).to(tl.int32)) == 1)
+        for start_row in range(0, r, _ROWS):
+            row = start_row + tl.arange(0, _ROWS)
+            tile = load_tile(matrix, row, inner, tl.float64)
+            unit = tl.where(row[:, None] == inner[None, :], -1.0, 0.0).to(tl.float64)
+            tile = tl.where(_among(row, first)[:, None], unit, tile)
+            store_tile(swept, row, index, solved_by(inverse, factor, tile))
+        tl.debug_barrier()
+        for start_row in range(0, r, _ROWS):
+            row = start_row + tl.arange(0, _ROWS)
+            left = load_tile(swept, row, index, tl.float64)
+            for start_column in range(0, r, _COLUMNS):
+                column = start_column + tl.arange(0, _COLUMNS)
+                right = load_tile(swept, column, index, tl.float64)
+                tile = load_tile(matrix, row, column, tl.float64)
+                tile = tl.where(_among(row, first)[:, None] | _among(column, first)[None, :], 0.0, tile)
+                tile -= tl.dot(left, tl.trans(right), input_precision="ieee", out_dtype=tl.float64)
+                store_tile(matrix, row, column, tile)
+        tl.debug_barrier()
+    for start_row in range(0, r, _ROWS):
+        row = start_row + tl.arange(0, _ROWS)
+        for start_column in range(0, r, _COLUMNS):
+            column = start_column + tl.arange(0, _COLUMNS)
+            tile = load_tile(matrix, row, column, tl.float64)
+            store_tile(result, row, column, tl.where(sound, tile, float("nan")))
+
+
+@triton.jit
+def _among(index, first):
+    """Say which indices belong to the block of columns that begins at ``first``."""
+    return (index >= first) & (index < first + BLOCK)

@@ -1,0 +1,394 @@
+"""What a damped application needs before its last sum: C = UᵀV of one side or of two, their Z and β, and Z C.
+
+Two launches. In the first, programs sum tiles of C over stretches of rows, as in `inner_product`; where Z and β are not
+given, its first programs compute them meanwhile (`damped_core`), one a factor. The second adds up the stretches in
+their order, and multiplies by Z. No atomic addition takes part, so two runs are equal to the bit.
+
+Two sides are either independent, (U_L, P) and (U_R, Q), or those of one W, (U_L, W) and (U_R, Wᵀ). Of one W
+
+    U_LᵀW U_R = Σ U_LᵀX,    X = W U_R,
+
+is computed too: the program that has a tile of X multiplies it before it lets go of it. Its parts are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brandla_kernels._kernels import configs
+from brandla_kernels._kernels.damped_core import store_coefficients, workspace
+from brandla_kernels._kernels.inner_product import sum_over_rows
+from brandla_kernels._kernels.launch import counted, product_precision, products_in, start, target_of
+from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
+from brandla_kernels._signature import Matrices
+from brandla_kernels.tall import columns, device_of, dtype_of, rows
+
+# What the second launch multiplies a sum by.
+_NOTHING = tl.constexpr(0)
+_DIAGONAL = tl.constexpr(1)
+_MATRIX = tl.constexpr(2)
+# Rows of U_LᵀX at a time.
+_BLOCK_L = tl.constexpr(32)
+# Arguments of the launches that a side has or not.
+_OF_COEFFICIENTS = (
+    *(("damping", "_ptr"), ("tail", "_ptr"), ("middle", "_ptr"), ("scale", "_ptr"), ("work", "_ptr")),
+    *(("damping", "_stride"), ("tail", "_stride"), ("work", "_size")),
+)
+_NO_SECOND = dict.fromkeys(("parts2_ptr", "middle2_ptr")) | {"splits2": 1, "r2": 0, "k2": 0, "KIND2": 0}
+_NO_BASIS: dict[str, Any] = {"basis_ptr": None, "table_ptr": None, "basis_strides": (0, 0, 0), "BASIS_LAYOUT": 0}
+
+
+class Half(NamedTuple):
+    """β (I + U Z Uᵀ) and V: ``small`` is Z for ``numbers`` (β,), and eigenvalues or S for (λ, τ)."""
+
+    basis: Matrices
+    rhs: Matrices
+    small: Matrices
+    numbers: tuple[Tensor, ...]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return (len(self.basis),) if isinstance(self.basis, list) else tuple(self.basis.shape[:-2])
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether Z is one number a column of U."""
+        if isinstance(self.small, list):
+            return self.small[0].ndim == 1
+        return self.small.ndim == len(self.batch) + 1
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of U, the largest of a list."""
+        return columns(self.basis)
+
+    @property
+    def unknown(self) -> Matrices | None:
+        """Eigenvalues, as matrices of one column, or S; None where Z is given."""
+        if len(self.numbers) == 1:
+            return None
+        if not self.is_diagonal:
+            return self.small
+        if isinstance(self.small, list):
+            return [values[:, None] for values in self.small]
+        return self.small[..., None]
+
+    def coefficients(self, side: int, like: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return Z and β, contiguous, and what the first launch takes to compute them."""
+        if len(self.numbers) == 1:
+            assert isinstance(self.small, Tensor)
+            return self.small.contiguous(), self.numbers[0].contiguous(), {}
+        problems, r = like.shape[0], self.rank
+        middle = like.new_empty(problems, *([r] if self.is_diagonal else [r, r]))
+        work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=torch.float64)
+        # Views, unless a batch of numbers has irregular strides.
+        damping, tail = (number.reshape(-1) for number in self.numbers)
+        scale = like.new_empty(problems)
+        return middle, scale, {
+            f"damping{side}_ptr": damping, f"damping{side}_stride": damping.stride(0),
+            f"tail{side}_ptr": tail, f"tail{side}_stride": tail.stride(0),
+            f"middle{side}_ptr": middle, f"scale{side}_ptr": scale,
+            f"work{side}_ptr": work, f"work{side}_size": 0 if work is None else work.shape[1],
+        }  # fmt: skip
+
+
+class Projection(NamedTuple):
+    """Z C, or C of one W from the right, transposed; and β of each problem."""
+
+    inner: Tensor
+    scale: Tensor
+
+
+@triton.jit
+def _projection(
+    x, y, split, tile_r, tile_k, SPLITS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return rows and columns of a tile of XᵀY, and its sum over a stretch."""
+    index_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    first, last = stretch_of(x[3], split, SPLITS, BLOCK_N)
+    total = sum_over_rows(x, index_r, y, index_k, first, last, None, None, COMPUTE, PRECISION, BLOCK_N)
+    return index_r, index_k, total
+
+
+@triton.jit
+def _store_both(
+    both_ptr, x, index_k, index_r, total, r1, r2,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the part of U_LᵀX of a tile of Xᵀ."""
+    right = tl.trans(total.to(COMPUTE))
+    for start_l in range(0, r1, _BLOCK_L):
+        index_l = start_l + tl.arange(0, _BLOCK_L)
+        left = load_tile(x, index_k, index_l, COMPUTE)
+        part = tl.dot(tl.trans(left), right, input_precision=PRECISION, out_dtype=total.dtype)
+        store_tile((both_ptr, r2, 1, r1, r2), index_l, index_r, part)
+
+
+def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
+    (n1, r1), (_, k1), (n2, r2), (_, k2), *_ = matrices
+    both = 0 if given["both_ptr"] is None else 2 * n1 * r1 * r2
+    return 2 * n1 * r1 * k1 + 2 * n2 * r2 * k2 + both
+
+
+@counted("n1 r1 k1 n2 r2 k2", _flops)
+@triton.jit
+def damped_project_kernel(
+    x1_ptr, y1_ptr, x2_ptr, y2_ptr, small1_ptr, small2_ptr, table_ptr,
+    parts1_ptr, damping1_ptr, tail1_ptr, middle1_ptr, scale1_ptr, work1_ptr,
+    parts2_ptr, damping2_ptr, tail2_ptr, middle2_ptr, scale2_ptr, work2_ptr, both_ptr,
+    problems, n1, r1, k1, n2, r2, k2,
+    damping1_stride, tail1_stride, work1_size, damping2_stride, tail2_stride, work2_size,
+    x1_strides, y1_strides, x2_strides, y2_strides, small1_strides, small2_strides,
+    X1_LAYOUT: tl.constexpr, Y1_LAYOUT: tl.constexpr, X2_LAYOUT: tl.constexpr, Y2_LAYOUT: tl.constexpr,
+    SMALL1_LAYOUT: tl.constexpr, SMALL2_LAYOUT: tl.constexpr,
+    SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: problems of each side whose Z is to be computed; problems × SPLITS × tiles of C of each side.
+
+    Parts are (problems, SPLITS, r, k), and of both (problems, SPLITS2 × tiles of columns of Xᵀ, r1, r2).
+    """
+    program = tl.program_id(0)
+    cores = 0
+    if damping1_ptr is not None:
+        cores = problems
+        if program < problems:
+            core = program.to(tl.int64)
+            small = matrix_of(table_ptr, core, small1_ptr, small1_strides, r1, r1, SMALL1_LAYOUT, 4, 6)
+            damping, tail = damping1_ptr + core * damping1_stride, tail1_ptr + core * tail1_stride
+            if work1_ptr is None:
+                store_coefficients(small, r1, damping, tail, middle1_ptr + core * r1, scale1_ptr + core, None)
+            else:
+                work = work1_ptr + core * work1_size
+                store_coefficients(small, r1, damping, tail, middle1_ptr + core * r1 * r1, scale1_ptr + core, work)
+    if damping2_ptr is not None:
+        cores = 2 * problems
+        if (program >= problems) & (program < 2 * problems):
+            core = (program - problems).to(tl.int64)
+            small = matrix_of(table_ptr, core, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
+            damping, tail = damping2_ptr + core * damping2_stride, tail2_ptr + core * tail2_stride
+            if work2_ptr is None:
+                store_coefficients(small, r2, damping, tail, middle2_ptr + core * r2, scale2_ptr + core, None)
+            else:
+                work = work2_ptr + core * work2_size
+                store_coefficients(small, r2, damping, tail, middle2_ptr + core * r2 * r2, scale2_ptr + core, work)
+
+    tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
+    second = cores + problems * SPLITS1 * tiles_r * tiles_k
+    if (program >= cores) & (program < second):
+        problem, split, tile_r, tile_k = place_of(tiles_r, tiles_k, SPLITS1, cores)
+        x = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
+        y = matrix_of(table_ptr, problem, y1_ptr, y1_strides, n1, k1, Y1_LAYOUT, 1, 6)
+        index_r, index_k, total = _projection(
+            x, y, split, tile_r, tile_k, SPLITS1, COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N
+        )
+        store_tile((parts1_ptr + (problem * SPLITS1 + split) * r1 * k1, k1, 1, r1, k1), index_r, index_k, total)
+    if x2_ptr is not None:
+        if program >= second:
+            down, across = tl.cdiv(r2, BLOCK_R), tl.cdiv(k2, BLOCK_K)
+            problem, split, tile_r, tile_k = place_of(down, across, SPLITS2, second)
+            x = matrix_of(table_ptr, problem, x2_ptr, x2_strides, n2, r2, X2_LAYOUT, 2, 6)
+            y = matrix_of(table_ptr, problem, y2_ptr, y2_strides, n2, k2, Y2_LAYOUT, 3, 6)
+            index_r, index_k, total = _projection(
+                x, y, split, tile_r, tile_k, SPLITS2, COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N
+            )
+            store_tile((parts2_ptr + (problem * SPLITS2 + split) * r2 * k2, k2, 1, r2, k2), index_r, index_k, total)
+            if both_ptr is not None:
+                left = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
+                both = both_ptr + ((problem * SPLITS2 + split) * across + tile_k) * r1 * r2
+                _store_both(both, left, index_k, index_r, total, r1, r2, COMPUTE, PRECISION)
+
+
+@triton.jit
+def _sum(source, row, column, parts, part_size):
+    """Add up a tile of the parts in order, in their dtype."""
+    total = tl.zeros((row.shape[0], column.shape[0]), source[0].dtype.element_ty)
+    place = source[0]
+    for _ in range(parts):
+        total += load_tile((place, source[1], source[2], source[3], source[4]), row, column, total.dtype)
+        place += part_size
+    return total
+
+
+@triton.jit
+def _store_middle(
+    out, source, parts, part_size, middle_ptr, tile,
+    KIND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of Z Σ parts; Z is contiguous."""
+    r, across = out[3], tl.cdiv(out[4], BLOCK_K)
+    row = (tile // across) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = (tile % across) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if KIND == _MATRIX:
+        total = tl.zeros((BLOCK_R, BLOCK_K), source[0].dtype.element_ty)
+        for start in range(0, r, BLOCK_P):
+            inner = start + tl.arange(0, BLOCK_P)
+            left = load_tile((middle_ptr, r, 1, r, r), row, inner, total.dtype)
+            right = _sum(source, inner, column, parts, part_size)
+            total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    else:
+        total = _sum(source, row, column, parts, part_size)
+        if KIND == _DIAGONAL:
+            total *= tl.load(middle_ptr + row, mask=row < r, other=0.0)[:, None]
+    store_tile(out, row, column, total)
+
+
+@counted("r1 k1 r2 k2")
+@triton.jit
+def damped_middle_kernel(
+    basis_ptr, table_ptr,
+    parts1_ptr, middle1_ptr, out1_ptr, parts2_ptr, middle2_ptr, out2_ptr, both_ptr, out_both_ptr, turned_ptr,
+    r1, k1, splits1, r2, k2, splits2, n2, splits_both,
+    basis_strides, BASIS_LAYOUT: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Grid: problems × tiles of Z₁C₁, of Z₂C₂ or C₂ᵀ, and of one W also of Z₁ (U_LᵀW U_R) and of Z₂ U_Rᵀ."""
+    down1, down2 = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
+    end1 = down1 * tl.cdiv(k1, BLOCK_K)
+    end2 = end1 + down2 * tl.cdiv(k2, BLOCK_K)
+    end_both, end = end2, end2
+    if both_ptr is not None:
+        end_both = end2 + down1 * tl.cdiv(r2, BLOCK_K)
+        end = end_both + down2 * tl.cdiv(n2, BLOCK_K)
+    problem, tile = (tl.program_id(0) // end).to(tl.int64), tl.program_id(0) % end
+    size1, size2 = r1, r2
+    if KIND1 == _MATRIX:
+        size1 = r1 * r1
+    if KIND2 == _MATRIX:
+        size2 = r2 * r2
+    middle1 = middle1_ptr + problem * size1
+    if tile < end1:
+        out = (out1_ptr + problem * r1 * k1, k1, 1, r1, k1)
+        source = (parts1_ptr + problem * splits1 * r1 * k1, k1, 1, r1, k1)
+        _store_middle(out, source, splits1, r1 * k1, middle1, tile, KIND1, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
+    if parts2_ptr is not None:
+        middle2 = middle2_ptr + problem * size2
+        if (tile >= end1) & (tile < end2):
+            source = (parts2_ptr + problem * splits2 * r2 * k2, k2, 1, r2, k2)
+            own = tile - end1
+            if both_ptr is None:
+                out = (out2_ptr + problem * r2 * k2, k2, 1, r2, k2)
+                _store_middle(out, source, splits2, r2 * k2, middle2, own, KIND2, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
+            else:
+                out = (out2_ptr + problem * r2 * k2, 1, r2, r2, k2)
+                _store_middle(
+                    out, source, splits2, r2 * k2, middle2, own, _NOTHING, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P
+                )
+        if both_ptr is not None:
+            if (tile >= end2) & (tile < end_both):
+                out = (out_both_ptr + problem * r1 * r2, r2, 1, r1, r2)
+                source = (both_ptr + problem * splits_both * r1 * r2, r2, 1, r1, r2)
+                own = tile - end2
+                _store_middle(
+                    out, source, splits_both, r1 * r2, middle1, own, KIND1, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P
+                )
+            if tile >= end_both:
+                basis = matrix_of(table_ptr, problem, basis_ptr, basis_strides, n2, r2, BASIS_LAYOUT, 0, 1)
+                out = (turned_ptr + problem * r2 * n2, n2, 1, r2, n2)
+                source = (basis[0], basis[2], basis[1], basis[4], basis[3])
+                own = tile - end_both
+                _store_middle(out, source, 1, 0, middle2, own, KIND2, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
+
+
+class _Sums(NamedTuple):
+    """What the first launch leaves of a side."""
+
+    half: Half
+    parts: Tensor  # (problems, splits, r, k)
+    middle: Tensor
+    scale: Tensor
+
+    def arguments(self, side: int) -> dict[str, Any]:
+        """Return what the second launch takes of it."""
+        _, splits, r, k = self.parts.shape
+        kind = _DIAGONAL if self.half.is_diagonal else _MATRIX
+        return {
+            f"parts{side}_ptr": self.parts, f"middle{side}_ptr": self.middle, f"splits{side}": splits,
+            f"r{side}": r, f"k{side}": k, f"KIND{side}": kind.value,
+        }  # fmt: skip
+
+
+def project(halves: Sequence[Half]) -> list[Projection]:
+    """Return Z UᵀV and β of one application, or of two independent ones."""
+    sums, _ = _project(halves, of_one=False)
+    inner = [each.parts.new_empty(*each.half.batch, *each.parts.shape[-2:]) for each in sums]
+    _multiply(sums, inner)
+    return [Projection(own, each.scale) for own, each in zip(inner, sums, strict=True)]
+
+
+def project_both(left: Half, right: Half) -> tuple[Projection, Projection, Tensor, Tensor]:
+    """Return Z_L U_LᵀW and W U_R with their β, Z_L U_LᵀW U_R, and Z_R U_Rᵀ, for ``right.rhs`` = Wᵀ."""
+    (of_left, of_right), both = _project((left, right), of_one=True)
+    r1, k1, r2, k2, q = *of_left.parts.shape[-2:], *of_right.parts.shape[-2:], rows(right.basis)
+    shapes = ((r1, k1), (k2, r2), (r1, r2), (r2, q))
+    first, second, inner, turned = (of_left.parts.new_empty(*left.batch, *shape) for shape in shapes)
+    _multiply((of_left, of_right), (first, second), (both, inner, turned))
+    return Projection(first, of_left.scale), Projection(second, of_right.scale), inner, turned
+
+
+def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tensor | None]:
+    """Start the first launch."""
+    given: dict[str, Matrices | None] = dict.fromkeys(("x1", "y1", "x2", "y2", "small1", "small2"))
+    for side, half in enumerate(halves, 1):
+        given |= {f"x{side}": half.basis, f"y{side}": half.rhs, f"small{side}": half.unknown}
+    operands, basis = arrange(given), halves[0].basis
+    problems, dtype, target, device = operands.problems, dtype_of(basis), target_of(basis), device_of(basis)
+    in_lines = all(aligned(matrix) for half in halves for matrix in (half.basis, half.rhs))
+    widest = max(columns(half.rhs) for half in halves)
+    config = configs.damped_project(target, dtype, max(half.rank for half in halves), widest, in_lines, of_one)
+    block_r, block_k, block_n = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_K", "BLOCK_N"))
+    tiles = [
+        problems * configs.tiles(half.rank, block_r) * configs.tiles(columns(half.rhs), block_k) for half in halves
+    ]
+    arguments: dict[str, Any] = operands.arguments | products_in(target, dtype) | {"problems": problems}
+    sums, programs = [], 0
+    for side in (1, 2):
+        arguments |= dict.fromkeys((f"{name}{side}{kind}" for name, kind in _OF_COEFFICIENTS))
+        if side > len(halves):
+            arguments |= {"parts2_ptr": None, "n2": 0, "r2": 0, "k2": 0, "SPLITS2": 1}
+            continue
+        half, n = halves[side - 1], rows(halves[side - 1].basis)
+        r, k = half.rank, columns(half.rhs)
+        splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
+        parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
+        arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
+        middle, scale, own = half.coefficients(side, parts)
+        arguments |= own
+        sums.append(_Sums(half, parts, middle, scale))
+        programs += splits * tiles[side - 1] + (problems if own else 0)
+    both = None
+    if of_one:
+        (_, splits, r2, k2), r1 = sums[1].parts.shape, halves[0].rank
+        both = torch.empty(problems, splits * configs.tiles(k2, block_k), r1, r2, dtype=dtype, device=device)
+    start(damped_project_kernel, (programs,), arguments | {"both_ptr": both}, config)
+    return sums, both
+
+
+def _multiply(
+    sums: Sequence[_Sums], inner: Sequence[Tensor], of_one: tuple[Tensor | None, Tensor, Tensor] | None = None
+) -> None:
+    """Start the second launch."""
+    both, of_both, turned = of_one or (None, None, None)
+    basis = None if of_one is None else sums[1].half.basis
+    dtype, target = inner[0].dtype, target_of(inner[0])
+    arguments = arrange({"basis": basis}).arguments if basis is not None else _NO_BASIS
+    arguments = arguments | sums[0].arguments(1) | (sums[1].arguments(2) if len(sums) == 2 else _NO_SECOND) | {
+        "out1_ptr": inner[0], "out2_ptr": inner[1] if len(inner) == 2 else None, "both_ptr": both,
+        "out_both_ptr": of_both, "turned_ptr": turned, "n2": 0 if turned is None else turned.shape[-1],
+        "splits_both": 1 if both is None else both.shape[1], "PRECISION": product_precision(target, dtype),
+    }  # fmt: skip
+    r1, k1, r2, k2 = (arguments[name] for name in ("r1", "k1", "r2", "k2"))
+    config = configs.damped_middle(target, dtype, max(r1, r2), max(k1, k2))
+    shapes = [(r1, k1), (r2, k2)] if both is None else [(r1, k1), (r2, k2), (r1, r2), (r2, arguments["n2"])]
+    block_r, block_k = config.blocks["BLOCK_R"], config.blocks["BLOCK_K"]
+    tiles = sum(configs.tiles(r, block_r) * configs.tiles(k, block_k) for r, k in shapes)
+    start(damped_middle_kernel, (sums[0].parts.shape[0] * tiles,), arguments, config)

@@ -1,0 +1,122 @@
+"""Damped inverses on the kernels: the small problem beside the projection, hard spectra, and what must not spread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import brandla
+import oracles
+from brandla_kernels import OPS
+from builders import dense_operator, make_columns, make_eigh, make_root
+
+N, M = 50, 3
+EPS = torch.finfo(torch.float64).eps
+
+
+def numbers(*values: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=dtype) for value in values)
+
+
+def negative_inverse(gram: Tensor, damping: float, device: torch.device) -> Tensor:
+    """Return Z for S, as Y − V of U = V = I and β = 1."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=device).expand_as(gram)
+    shift = (torch.full(gram.shape[:-2], number, dtype=gram.dtype, device=device) for number in (damping, 1 - damping))
+    return (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu()
+
+
+# Around the blocks of 16 columns, and the tiles of 64 rows.
+@pytest.mark.parametrize("order", [1, 15, 17, 65])
+def test_sweeps_invert_as_well_as_a_factorisation(order: int, device: torch.device) -> None:
+    """Eigenvalues from 1 to 10⁻⁹, then the damping: the error of an inverse is κ ε of its own size."""
+    damping, generator = 1e-7, torch.Generator().manual_seed(order)
+    turn = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
+    gram = (turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT
+    damped = gram + damping * torch.eye(order, dtype=torch.float64)
+    expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    found = negative_inverse(gram, damping, device)
+    allowed = 8 * order * EPS * float(torch.linalg.cond(damped)) * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+    # The residual is that of a backward stable method, not κ times it.
+    residual = torch.linalg.matrix_norm(damped @ found + torch.eye(order, dtype=torch.float64), 2)
+    sizes = torch.linalg.matrix_norm(damped, 2) * torch.linalg.matrix_norm(found, 2)
+    assert residual <= 8 * order * EPS * sizes
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+@pytest.mark.parametrize("make", [make_eigh, make_root])
+def test_solve_on_kernels_is_as_exact_as_on_a_cpu(make: Any, spectrum: str, dtype: torch.dtype, device: Any) -> None:
+    """Also of a rank that is no power of two, and of data in half precision beside it."""
+    damping = 1e-3
+    factor, rhs = make(N, 13, spectrum, dtype=dtype), make_columns(N, M, dtype=dtype)
+    rhs = rhs if dtype == torch.float64 else rhs.bfloat16()
+    solution = brandla.damped_solve(type(factor)(*(part.to(device) for part in factor)), rhs.to(device), damping).cpu()
+    assert solution.dtype == dtype
+    coupling = 1 if make is make_eigh else damping**-0.5
+    operator = dense_operator(factor, damping, 0.0)
+    assert oracles.solve_ratio(operator, solution, rhs.to(dtype), dtype) <= oracles.THRESHOLD * coupling
+
+
+@pytest.mark.parametrize("form", ["eigh", "root"])
+def test_nothing_held_yet_leaves_the_shift_alone(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A stream starts at 0, and one of rank 0 stays there."""
+    kind = brandla.LowRankEigh if form == "eigh" else brandla.LowRankRoot
+    matrix = torch.ones(9, 7, dtype=dtype, device=device)
+    for rank in (3, 0):
+        left, right = (kind.zeros(n, rank, dtype=dtype, device=device) for n in (9, 7))
+        torch.testing.assert_close(brandla.damped_solve(left, matrix, 0.5), 2 * matrix)
+        torch.testing.assert_close(brandla.kron_damped_solve(left, right, matrix, 0.5, 0.25), 8 * matrix)
+
+
+def test_a_problem_that_is_not_definite_is_nan_and_alone(device: torch.device) -> None:
+    basis, rhs = (torch.ones(3, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
+    gram = torch.eye(17, dtype=torch.float64, device=device).repeat(3, 1, 1)
+    damping, tail = (number.to(device).expand(3) for number in numbers(0.5, 0.0))
+    sound = OPS["damped_inverse"](basis, gram, damping, tail, rhs)
+    for spoilt in (-0.5, -3.0, float("nan")):
+        gram[1, 16, 16] = spoilt
+        found = OPS["damped_inverse"](basis, gram, damping, tail, rhs)
+        assert found[1].isnan().all()
+        assert torch.equal(found[[0, 2]], sound[[0, 2]])
+    values = torch.ones(3, 17, dtype=torch.float64, device=device)
+    values[1, 2] = torch.nan
+    found = OPS["damped_inverse"](basis, values, damping, tail, rhs)
+    assert found.isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+def test_strides_of_what_is_small_change_no_bit(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis, rhs, wide = (
+        torch.randn(2, 3, *shape, generator=generator).to(device) for shape in ((30, 5), (30, 4), (9, 5))
+    )
+    gram = wide.mT @ wide
+    numbers_of_each = torch.rand(3, 2, generator=generator).add(0.5).to(device)
+    for small in (gram, gram.diagonal(dim1=-2, dim2=-1).contiguous()):
+        plain = OPS["damped_inverse"](basis, small, numbers_of_each.mT.contiguous(), basis.new_ones(2, 3), rhs)
+        gaps = small.repeat_interleave(2, -1)[..., ::2]
+        one = basis.new_ones(()).expand(2, 3)
+        assert torch.equal(plain, OPS["damped_inverse"](basis, gaps, numbers_of_each.mT, one, rhs))
+        turned = small.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(plain, OPS["damped_inverse"](basis, turned, numbers_of_each.mT, one, rhs))
+
+
+@pytest.mark.parametrize("forms", [("eigh", "root"), ("root", "eigh")], ids=" and ".join)
+def test_two_sides_of_two_kinds_and_tails(forms: tuple[str, str], device: torch.device) -> None:
+    """Beside an inverse of S one of eigenvalues with a tail, of W and of a pair."""
+    makers = {"eigh": make_eigh, "root": make_root}
+    left, right = (makers[form](n, r, dtype=torch.float64) for form, n, r in zip(forms, (30, 70), (4, 19), strict=True))
+    tails = [0.3 if form == "eigh" else 0.0 for form in forms]
+    matrix = make_columns(30, 70, dtype=torch.float64)
+    first, second = (dense_operator(*side) for side in ((left, 0.1, tails[0]), (right, 0.2, tails[1])))
+    expected = torch.linalg.solve(first, torch.linalg.solve(second, matrix.mT).mT)
+    on_device = [type(side)(*(part.to(device) for part in side)) for side in (left, right)]
+    options = {"left_tail": tails[0], "right_tail": tails[1]}
+    found = brandla.kron_damped_solve(*on_device, matrix.to(device), 0.1, 0.2, **options)
+    allowed = 100 * EPS * float(expected.abs().max()) / 0.02
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=allowed)
+    pair = (matrix.to(device), torch.eye(70, dtype=torch.float64, device=device))
+    p, q = brandla.kron_damped_solve(*on_device, pair, 0.1, 0.2, **options)
+    torch.testing.assert_close((p @ q.mT).cpu(), expected, rtol=0, atol=allowed)
