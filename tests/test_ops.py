@@ -258,7 +258,7 @@ def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[An
         if name == "cholesky_inverse_core":
             own[0] = own[0].mT @ own[0]
             own[1] = own[1].detach()
-        if name == "root_core":
+        if name in ("root_core", "eigh_core"):
             own[1] = own[0].mT @ own[2] + 0 * own[1]
             own[0], own[2] = own[0].mT @ own[0], own[2].mT @ own[2]
         results = call(*tree_unflatten(own, structure))
@@ -275,7 +275,7 @@ def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if _is_varied(leaf)]
     if name == "cholesky_inverse_core":
         leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
-    if name == "root_core":
+    if name in ("root_core", "eigh_core"):
         for place in (0, 2):
             leaves[place] = matrix(8, leaves[place].shape[-1], "plain", torch.float64, place).requires_grad_()
     return tuple(leaves)

@@ -6,6 +6,8 @@ from brandla_kernels._signature import overlaps_itself
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
 from brandla_kernels.cross_gram import cross_gram
 from brandla_kernels.damped_apply import damped_apply
+from brandla_kernels.eigh_core import eigh_core
+from brandla_kernels.eigh_rotation import eigh_rotation
 from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
@@ -25,6 +27,8 @@ __all__ = [
     "cholesky_inverse_core",
     "cross_gram",
     "damped_apply",
+    "eigh_core",
+    "eigh_rotation",
     "gram",
     "gram_ema_",
     "has_values",
