@@ -112,7 +112,8 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, un
     """
     own = core.double()
     one = own.new_ones(own.shape[:-2])
-    scaled = eigh_core(own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype), own[..., :0, :], own, one, one)
+    nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
+    scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
     return leading_of(*scaled, rank, dtype, tol, unit)
 
 

@@ -124,7 +124,8 @@ def eigh_step(update: Update) -> Updated:
     m = update.small.shape[-1] + tall.columns(update.columns)
     update = update._replace(tol=max(update.tol, unresolved(update.dtype, m)))
     values, of_old, of_columns, left_out, added = update.truncated(unit=True)
-    vectors = polish(update.rotated(of_old, of_columns), update.rows, in_place=update.in_place)
+    rotated = update.rotated(of_old, of_columns)
+    vectors, values = polish(rotated, values, update.rows, in_place=update.in_place)
     return update.result(values, vectors, left_out, added)
 
 
@@ -177,6 +178,6 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     lost = values <= unresolved(given.dtype, values.shape[-1]) * (given.small[..., :1] + shift)
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    vectors = polish(given.tall @ rotation.to(given.dtype), given.rows)
+    vectors, values = polish(given.tall @ rotation.to(given.dtype), values, given.rows)
     updated: LowRankEigh = given.result(values, vectors, values, None).as_new()
     return updated

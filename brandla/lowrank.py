@@ -226,7 +226,7 @@ class LowRankRoot(NamedTuple):
         inner = rows.total(rounded_gram(root))
         r = root.shape[-1]
         values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True)
-        vectors = polish(root @ rotation, rows)
+        vectors, values = polish(root @ rotation, values, rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
     @without_autocast

@@ -192,7 +192,7 @@ class Update(NamedTuple):
         small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
             return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
-        core, rows, scale = eigh_core(small, cross, own, decay, weight)
+        core, rows, scale = eigh_core(cross, own, small, decay, weight)
         values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit)
         added = None
         if measure:

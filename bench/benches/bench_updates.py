@@ -111,21 +111,21 @@ def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
     update = check_eigh_update(*taken) if name == EIGH else check_root_update(*taken, "eigh")
     form = lambda: cross_gram(update.tall, update.columns)
     cross, own = form()
-    decay, weight = (torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT))
-    products = (update.small, cross, own, decay, weight)
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
     tol = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0
     if name == CHOLESKY:
-        compress = lambda: root_core(*products, update.rank, tol, False)
+        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
         of_old, of_columns = compress()[1:3]
     else:
-        compress = lambda: leading_of(*eigh_core(*products), update.rank, update.dtype, tol, name == EIGH)
+        core = lambda: eigh_core(cross, own, update.small, *numbers)
+        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH)
         of_old, of_columns = compress().vectors.split(list(cross.shape))
     rotate = lambda: update.rotated(of_old, of_columns)
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
     if name != EIGH:
         return stages
     vectors = rotate()
-    return stages | {"polish, or the probes that spare it": lambda: polish(vectors)}
+    return stages | {"polish, or the probes that spare it": lambda: polish(vectors, update.small)}
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)

@@ -136,6 +136,11 @@ def _root_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
 
 
+def _eigh_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+    gram, cross, own, *numbers = _root_core(normal, data, size)[:5]
+    return cross, own, gram, *numbers
+
+
 def _eigh_rotation(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     """Return ascending levels and any vectors: an eigendecomposition would take longer than the op."""
     m = size.r + size.k
@@ -178,7 +183,7 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     ),
     "cholesky_inverse_core": _core,
     "root_core": _root_core,
-    "eigh_core": lambda normal, data, s: _root_core(normal, data, s)[:5],
+    "eigh_core": _eigh_core,
     "eigh_rotation": _eigh_rotation,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }  # fmt: skip

@@ -14,9 +14,9 @@ from torch import Tensor
 from brandla_kernels._kernels import configs, launch
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile
 from brandla_kernels._kernels.root_core import core_tile, tile_at, tiles_of, total_of
-from brandla_kernels.eigh_core import EMPTY
+from brandla_kernels.eigh_core import EMPTY, LARGE, SMALL
 
-_EMPTY = tl.constexpr(EMPTY)
+_EMPTY, _SMALL, _LARGE = tl.constexpr(EMPTY), tl.constexpr(SMALL), tl.constexpr(LARGE)
 
 
 @launch.counted("r k")
@@ -50,7 +50,7 @@ def eigh_core_kernel(
     # No comparison with NaN holds.
     finite = (total_of(nothing) == 0) & (trace <= most)
     holds = finite & (trace >= tiny)
-    scale = tl.where(holds, trace, 1.0)
+    scale = tl.where(holds & ((trace < _SMALL) | (trace > _LARGE)), trace, 1.0)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
@@ -117,7 +117,7 @@ def eigh_rotation_kernel(
             tl.store(left_out_ptr + problem, tl.max(most, 0) * scale)
 
 
-def eigh_core(gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return K/σ, the factors of its rows, and σ."""
     batch, (r, k), limits = own.shape[:-2], cross.shape[-2:], torch.finfo(gram.dtype)
     core, rows, scale = own.new_empty(*batch, r + k, r + k), own.new_empty(*batch, r + k), own.new_empty(batch)
