@@ -85,8 +85,10 @@ def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor) -> bool:
     """Say, if a look is free, whether a core is finite, has no empty coordinate and needs no scaling."""
     if not reads_are_free(core) or not core.numel():
         return False
-    smallest, least, most = diagonal.detach().amin().item(), trace.amin().item(), trace.amax().item()
-    return smallest > 1e-30 and least >= SMALL and most <= LARGE and math.isfinite(core.detach().sum().item())
+    if diagonal.amin().item() <= 1e-30 or not math.isfinite(core.sum().item()):
+        return False
+    least, most = trace.aminmax()
+    return least.item() >= SMALL and most.item() <= LARGE
 
 
 eigh_core.gradient(recomputed(eigh_core, 5))

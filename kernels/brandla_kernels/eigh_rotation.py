@@ -69,8 +69,8 @@ def _all_above(levels: Tensor, start: int, tol: float, unit: bool) -> bool:
     """Say, if a look is free, whether no value of those kept is to go."""
     if not reads_are_free(levels) or not levels.numel():
         return False
-    smallest = levels.detach()[..., start].amin().item()
-    return smallest > (tol * levels.detach()[..., -1].amax().item() if tol or unit else EMPTY / 2)
+    smallest = levels[..., start].amin().item()
+    return smallest > (tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2)
 
 
 eigh_rotation.gradient(recomputed(eigh_rotation, 4))

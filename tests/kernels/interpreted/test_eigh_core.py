@@ -52,7 +52,6 @@ def test_core_is_that_of_the_torch_form(
     for arguments in (several[0], batched(several)):
         results = kernels.eigh_core(*(part.to(device) for part in arguments))
         assert_same(results, CORE(*arguments), torch.float64)
-        assert torch.equal(results[0], results[0].mT)
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
