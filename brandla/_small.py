@@ -15,6 +15,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from brandla_kernels import cholesky_inverse_core, eigh_core, eigh_rotation, has_values, reads_are_free, tall
 
+# Order of a core up to which an eigendecomposition in float64 costs less than the polish that one in float32 calls for.
+_WIDE = 256
+
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
@@ -122,10 +125,9 @@ def leading_of(
 ) -> Leading:
     """Return the same of a core by `eigh_core`, with the rotation of tall matrices as vectors.
 
-    On a CPU the one that makes unit columns comes from float64: what float32 rounds would cost a polish, which costs
-    more.
+    On a CPU the one that makes unit columns comes from float64, unless the core is large.
     """
-    wide = torch.float64 if unit and reads_are_free(core) else dtype
+    wide = torch.float64 if unit and core.shape[-1] <= _WIDE and reads_are_free(core) else dtype
     found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
     return Leading(*(part.to(dtype) for part in found))
 
