@@ -49,7 +49,7 @@ class Request:
     """An op of `brandla_kernels` or a public function, and its sizes.
 
     n rows, rank r, k columns, m columns of what is neither tall nor small (W, the matrix of a sketch), and the number
-    of ``cores`` of cholesky_inverse_core or root_core. A half-precision ``dtype`` is that of the data columns beside
+    of ``cores`` of an op on small ones. A half-precision ``dtype`` is that of the data columns beside
     float32.
     """
 
@@ -231,7 +231,7 @@ def main(
     r: Annotated[int, typer.Option(help="rank")] = Request.r,
     k: Annotated[int, typer.Option(help="columns")] = Request.k,
     m: Annotated[int, typer.Option(help="columns of W, or of the matrix of a sketch")] = Request.m,
-    cores: Annotated[int, typer.Option(help="matrices of cholesky_inverse_core and root_core")] = Request.cores,
+    cores: Annotated[int, typer.Option(help="matrices of an op on small ones")] = Request.cores,
     dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16, float16 for data columns")] = Request.dtype,
     bare: Annotated[bool, typer.Option("--bare", help="only call it: for ncu and nsys")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to a file, print nothing")] = None,

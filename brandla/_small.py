@@ -13,58 +13,16 @@ from torch.autograd.function import once_differentiable
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla_kernels import cholesky_inverse_core, has_values, reads_are_free, tall, without_denormals
+from brandla_kernels import cholesky_inverse_core, eigh_core, eigh_rotation, has_values, reads_are_free, tall
 
-# Value given to coordinates that no data occupies, relative to the largest eigenvalue: far from every real one,
-# so that no rounding mixes an empty coordinate into an eigenvector.
-_EMPTY = -1.0
+# Order of a core up to which an eigendecomposition in float64 costs less than the polish that one in float32 calls for.
+_WIDE = 256
 
 
-def safe_eigh(core: Tensor, dtype: torch.dtype | None = None, keep: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eigendecomposition of a small symmetric positive semi-definite matrix, descending, that survives hard cores.
-
-    The core is scaled by its largest diagonal entry. A coordinate whose diagonal entry is 0 is empty: it gets a zero
-    eigenvector and the value 0, after all others. A core with a non-finite entry gives NaN throughout. Where LAPACK
-    fails to converge or returns non-finite values, the decomposition is repeated in float64 (``docs/updates.md``).
-
-    Parameters
-    ----------
-    core
-        (..., m, m).
-    dtype
-        Precision of the decomposition and of the result; that of ``core`` by default.
-    keep
-        Number of leading eigenvectors to return; all by default.
-
-    Returns
-    -------
-    tuple
-        Eigenvalues (..., m) and eigenvectors (..., m, keep).
-
-    Raises
-    ------
-    RuntimeError
-        If the decomposition fails in float64 as well.
-    """
-    dtype = dtype or core.dtype
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    if core.shape[-1] == 0:
-        return diagonal.to(dtype), core[..., :keep].to(dtype)
-    if _is_plain(core, diagonal):
-        values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors.flip(-1)[..., :keep]
-    finite = _is_finite(core)
-    largest = diagonal.amax(-1)
-    scale = torch.where(finite & (largest > 0), largest, 1)
-    normalized = (core / scale[..., None, None]).masked_fill_(~finite[..., None, None], 0).to(dtype)
-    normalized.diagonal(dim1=-2, dim2=-1).add_(torch.where(diagonal > 0, 0.0, _EMPTY))
-    values, vectors = _eigh_with_retry(normalized)
-    values, vectors = values.flip(-1), vectors.flip(-1)[..., :keep]
-    vectors = vectors * (values[..., :keep] > _EMPTY / 2)[..., None, :]
-    values = without_denormals((values.clamp_min(0) * scale[..., None]).to(dtype))
-    # Eigenvalues that the dtype does not hold are not finite either.
-    finite = finite & torch.isfinite(values[..., 0])
-    return _poison(values, finite[..., None]), _poison(vectors, finite[..., None, None])
+def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
+    values, vectors, _ = leading(core, core.shape[-1], dtype or core.dtype)
+    return values, vectors
 
 
 class Spectrum(NamedTuple):
@@ -126,14 +84,6 @@ class _Once(torch.autograd.Function):
         return gradient
 
 
-def _is_plain(core: Tensor, diagonal: Tensor) -> bool:
-    """Say, if a look is free, whether a core is finite, has no empty coordinate and fits float32 without scaling."""
-    if not reads_are_free(core) or not core.numel():
-        return False
-    smallest, largest = diagonal.detach().aminmax()
-    return smallest.item() > 1e-30 and largest.item() < 1e30 and math.isfinite(core.detach().sum().item())
-
-
 def unresolved(dtype: torch.dtype, order: int) -> float:
     """Return what eigenvalues of a core may be its rounding, relative to the largest: 8 ε, or √m ε of a large order m.
 
@@ -150,50 +100,46 @@ class Leading(NamedTuple):
     left_out: Tensor  # (...,)
 
 
-def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0) -> Leading:
+def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, unit: bool = False) -> Leading:
     """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, in ``dtype``.
 
-    Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out.
+    Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
+    are those of `unit_scaled`. A coordinate whose diagonal entry is 0 has a zero eigenvector. A matrix that is not
+    finite, or beyond ``dtype``, gives NaN throughout. Where LAPACK fails to converge or returns non-finite values, the
+    decomposition is repeated in float64 (``docs/updates.md``).
+
+    Raises
+    ------
+    RuntimeError
+        If the decomposition fails in float64 as well.
     """
-    values, vectors = safe_eigh(core, dtype, keep=rank)
-    kept, dropped = values[..., :rank], values[..., rank:]
-    if tol and rank and not _all_above(kept, tol):
-        alive = above(kept, tol)
-        dropped = torch.cat([torch.where(alive, 0 * kept, kept).amax(-1, keepdim=True), dropped], dim=-1)
-        dropped = dropped.amax(-1, keepdim=True)
-        kept, vectors = kept * alive, vectors * alive[..., None, :]
-    return Leading(kept, vectors, dropped[..., 0] if dropped.shape[-1] else (0 * values).sum(-1))
+    own = core.double()
+    one = own.new_ones(own.shape[:-2])
+    nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
+    scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
+    return leading_of(*scaled, rank, dtype, tol, unit)
+
+
+def leading_of(
+    core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool
+) -> Leading:
+    """Return the same of a core by `eigh_core`, with the rotation of tall matrices as vectors.
+
+    On a CPU the one that makes unit columns comes from float64, unless the core is large.
+    """
+    wide = torch.float64 if unit and core.shape[-1] <= _WIDE and reads_are_free(core) else dtype
+    found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
+    return Leading(*(part.to(dtype) for part in found))
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
     """Return V Σ⁻¹ for Σ² = ``values``: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. 0 where a value is."""
-    if _all_above(values, 0.0):
-        return vectors * values.rsqrt()[..., None, :]
     return vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :]
 
 
 def signs_of(agreement: Tensor) -> Tensor:
     """Return ±1 (..., s), by which new vectors are multiplied to agree with old ones: the signs of their products."""
     return torch.ones_like(agreement).copysign(agreement.detach())
-
-
-def orthonormal_in(core: Tensor, vectors: Tensor) -> Tensor:
-    """Return V L⁻ᵀ for VᵀK V = L Lᵀ in float64: with BᵀB = K, B V is made orthonormal whatever rounding left in V.
-
-    What float32 `eigh` rounds goes so at no pass over a tall matrix. Zero columns stay zero.
-    """
-    wide = vectors.double()
-    inner = wide.mT @ (core @ wide)
-    transform, _ = cholesky_inverse_core(inner, (inner.diagonal(dim1=-2, dim2=-1) > 0).to(inner.dtype), 0.25)
-    return (wide @ transform).to(vectors.dtype)
-
-
-def _all_above(values: Tensor, tol: float) -> bool:
-    """Say whether each of descending values exceeds ``tol`` times the largest, if a look is free."""
-    if not reads_are_free(values) or not values.numel():
-        return False
-    seen = values.detach()
-    return seen[..., -1].amin().item() > tol * seen[..., 0].amax().item()
 
 
 def above(values: Tensor, tol: float) -> Tensor:

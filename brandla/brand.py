@@ -9,11 +9,11 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._small import leading, orthonormal_in, safe_eigh, signs_of, unit_scaled, unresolved
+from brandla._small import safe_eigh, signs_of, unresolved
 from brandla.lowrank import LowRankEigh, Rank, Tracked, over
 from brandla.orthonormal import polish
 from brandla.root import Update, Updated, check_update
-from brandla_kernels import reads_are_free
+from brandla_kernels import tall
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 
@@ -121,19 +121,12 @@ def check_eigh_update(
 
 def eigh_step(update: Update) -> Updated:
     """Compute `eigh_update` from checked arguments: the root's step from F = U √d, to unit columns and polished."""
-    lengths = update.small.sqrt()
-    core = update.core(torch.diag_embed(update.small), lengths)
-    tol = max(update.tol, unresolved(update.dtype, core.shape[-1]))
-    values, rotation, left_out = leading(core, update.rank, update.dtype, tol)
-    # B = [√ρ U √d, √w A] is rotated by V Σ⁻¹, so that the product of an old vector with the new one in its place is a
-    # positive multiple of an entry on the diagonal of V.
-    rotation = unit_scaled(rotation, values) * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    if reads_are_free(core):
-        # It spares most polishes; where they cannot be spared it would be work for nothing.
-        rotation = orthonormal_in(core, rotation)
-    vectors = update.rotated(*update.scaled(rotation, lengths))
-    vectors = polish(vectors, update.rows, in_place=update.in_place)
-    return update.result(values, vectors, left_out, update.added(core, left_out))
+    m = update.small.shape[-1] + tall.columns(update.columns)
+    update = update._replace(tol=max(update.tol, unresolved(update.dtype, m)))
+    values, of_old, of_columns, left_out, added = update.truncated(unit=True)
+    rotated = update.rotated(of_old, of_columns)
+    vectors, values = polish(rotated, values, update.rows, in_place=update.in_place)
+    return update.result(values, vectors, left_out, added)
 
 
 @ranged("n,r", "n,k")
@@ -185,6 +178,6 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     lost = values <= unresolved(given.dtype, values.shape[-1]) * (given.small[..., :1] + shift)
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    vectors = polish(given.tall @ rotation.to(given.dtype), given.rows)
+    vectors, values = polish(given.tall @ rotation.to(given.dtype), values, given.rows)
     updated: LowRankEigh = given.result(values, vectors, values, None).as_new()
     return updated

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
-from brandla._small import largest_of_gram, leading, unit_scaled, unresolved
+from brandla._small import largest_of_gram, leading, unresolved
 from brandla._value import extremes, facts, moved, number, value
 from brandla.orthonormal import polish
 from brandla_kernels import project, rounded_gram, without_autocast
@@ -225,8 +225,8 @@ class LowRankRoot(NamedTuple):
         root = rows.local(function, "root", self.root)
         inner = rows.total(rounded_gram(root))
         r = root.shape[-1]
-        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r))
-        vectors = polish(root @ unit_scaled(rotation, values), rows)
+        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True)
+        vectors, values = polish(root @ rotation, values, rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
     @without_autocast

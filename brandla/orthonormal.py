@@ -103,7 +103,7 @@ def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     first, dtype = _first_pass(panel), tall.dtype_of(panel)
     nearly = times(first.panel, first.transform.to(dtype))
     nearly_gram = rounded_gram(nearly)
-    second, _ = cholesky_inverse_core(nearly_gram, _unit_scale(nearly_gram), SECOND_PASS)
+    second, _ = _second_pass(nearly_gram)
     triangle = second.mT @ nearly_gram @ first.triangle
     return nearly, second.to(dtype), triangle.to(dtype)
 
@@ -124,20 +124,31 @@ def spanning(panel: Tensor) -> Tensor:
     return first.panel @ first.transform.to(panel.dtype)
 
 
-def polish(panel: Tall, rows: Rows = WHOLE, *, in_place: bool = False) -> Tall:
+def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = False) -> tuple[Tall, Tensor]:
     """Return Y L⁻ᵀ for H = YᵀY = L Lᵀ: nearly orthonormal columns made orthonormal to a few ε. Zero columns stay zero.
 
-    On a CPU columns that are clean already, as a few probes show, are returned as they are.
+    A column that was rounding noise inside the span of others becomes zero, and so does its value. On a CPU columns
+    that are clean already, as a few probes show, are returned as they are.
     """
     if _is_clean(panel, rows):
-        return panel
+        return panel, values
     inner = rows.total(rounded_gram(panel))
-    transform = cholesky_inverse_core(inner, _unit_scale(inner), SECOND_PASS)[0].to(tall.dtype_of(panel))
-    nothing = tall.each(lambda matrix: matrix[..., :0], panel)
-    if not in_place:
-        return rotate(panel, nothing, transform, transform[..., :0, :])
-    rotate_(panel, nothing, transform, transform[..., :0, :])
-    return panel
+    transform, live = _second_pass(inner)
+    transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
+    if in_place:
+        rotate_(panel, nothing, transform, transform[..., :0, :])
+    else:
+        panel = rotate(panel, nothing, transform, transform[..., :0, :])
+    # NaN stays NaN.
+    return panel, values * live
+
+
+def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the transform and the live columns of a Gram matrix H near I, but for zero columns.
+
+    The squared lengths of its columns, near 1 or 0, serve as their lengths.
+    """
+    return cholesky_inverse_core(inner, inner.diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 
 def _is_clean(panel: Tall, rows: Rows) -> bool:
@@ -219,11 +230,6 @@ def _shortest(dtype: torch.dtype) -> float:
     """Length up to which a column counts as zero: its inverse must be finite, and its square in float64 normal."""
     finfo, finest = torch.finfo(dtype), torch.finfo(torch.float64)
     return float(max(finfo.tiny / finfo.eps, (finest.tiny / finest.eps) ** 0.5))
-
-
-def _unit_scale(matrix: Tensor) -> Tensor:
-    """Scale 1 for columns that hold something, 0 for the ones already cleared."""
-    return (matrix.diagonal(dim1=-2, dim2=-1) > 0).to(matrix.dtype)
 
 
 def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

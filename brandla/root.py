@@ -15,7 +15,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
-from brandla._small import leading, unit_scaled
+from brandla._small import leading_of
 from brandla.lowrank import (
     NAMES,
     LowRankRoot,
@@ -23,13 +23,11 @@ from brandla.lowrank import (
     Tracked,
     most_of,
     of_parts,
-    over,
     parts_of,
     stack_numbers,
     tolerance_of,
 )
-from brandla_kernels import Tall, cross_gram, project, root_core, rotate, rotate_, tall
-from brandla_kernels.root_core import assembled
+from brandla_kernels import Tall, cross_gram, eigh_core, project, root_core, rotate, rotate_, tall
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
 Target = TypeVar("Target")
@@ -150,18 +148,14 @@ def check_root_update(
 
 def root_step(update: Update) -> Updated:
     """Compute `root_update` from checked arguments."""
-    if update.compress == "cholesky":
-        gram, of_root, of_columns, left_out, added = update.compressed()
-        return update.result(gram, update.rotated(of_root, of_columns), left_out, added)
-    core = update.core(update.small)
-    values, rotation, left_out = leading(core, update.rank, update.dtype, update.tol)
+    small, of_root, of_columns, left_out, added = update.truncated(unit=update.shrink)
     if update.shrink:
-        kept = (values - left_out[..., None]).clamp_min(0)
-        values, rotation = kept, unit_scaled(rotation, values) * kept.sqrt()[..., None, :]
-    basis = update.rotated(*update.scaled(rotation))
-    # What poisons a core reaches what is left out of it.
-    gram = torch.diag_embed(values) + 0 * left_out[..., None, None]
-    return update.result(gram, basis, left_out, update.added(core, left_out))
+        small = (small - left_out[..., None]).clamp_min(0)
+        of_root, of_columns = (part * small.sqrt()[..., None, :] for part in (of_root, of_columns))
+    if update.compress == "eigh":
+        # What poisons a core reaches what is left out of it.
+        small = torch.diag_embed(small) + 0 * left_out[..., None, None]
+    return update.result(small, update.rotated(of_root, of_columns), left_out, added)
 
 
 class Update(NamedTuple):
@@ -187,22 +181,24 @@ class Update(NamedTuple):
         """Precision of the factor."""
         return self.small.dtype
 
-    def core(self, gram: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return K = BᵀB in float64 for B = [√ρ F, √w A]: one pass over F and A.
+    def truncated(self, *, unit: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return S⁺ or its eigenvalues, √ρ W₁, √w W₂, what is left out, and the trace that the columns add.
 
-        F is the tall matrix or, where ``lengths`` (..., r) are given, that matrix times them; ``gram`` is FᵀF.
+        That takes one pass over F and A. By ``"eigh"`` the rotated columns are, with ``unit``, of unit length, and
+        have the signs of the old ones.
         """
         cross, own = self.rows.totals(*self._inner_products())
-        if lengths is not None:
-            cross = cross * lengths[..., :, None]
-        return assembled(self.poisoned(gram), cross, own, over(self.decay, 2), over(self.weight, 2))
-
-    def compressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return S⁺, √ρ W₁, √w W₂, the norm left out and the trace added by `root_core`: one pass over F and A."""
-        cross, own = self.rows.totals(*self._inner_products())
-        decay, weight = _numbers(self.decay, self.weight, self.small)
-        measure = self.tracked is not None
-        return root_core(self.poisoned(self.small), cross, own, decay, weight, self.rank, self.tol, measure)
+        decay, weight = _numbers(self.decay, self.weight, own)
+        small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
+        if self.compress == "cholesky":
+            return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
+        core, rows, scale = eigh_core(cross, own, small, decay, weight)
+        values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit)
+        added = None
+        if measure:
+            # An empty coordinate has no positive entry, and σ is NaN where the core is not finite.
+            added = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
+        return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
         """Return C = FᵀA and G = AᵀA in float64."""
@@ -225,15 +221,6 @@ class Update(NamedTuple):
         nothing = self._nothing()
         return small + nothing.view(*nothing.shape, *[1] * (small.ndim - nothing.ndim))
 
-    def scaled(self, rotation: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return √ρ W₁, of rows times ``lengths``, and √w W₂ in the dtype of the factor for W (..., r + k, s)."""
-        r = tall.columns(self.tall)
-        of_old = rotation[..., :r, :] * over(self.decay**0.5, 2)
-        if lengths is not None:
-            of_old = of_old * lengths[..., :, None]
-        of_columns = rotation[..., r:, :] * over(self.weight**0.5, 2)
-        return of_old.to(self.dtype), of_columns.to(self.dtype)
-
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
         """Return F W₁ + A W₂, or write it over the tall matrix: one more pass."""
         if is_sparse(self.columns):
@@ -243,12 +230,6 @@ class Update(NamedTuple):
             return rotate(self.tall, self.columns, of_old, of_columns)
         rotate_(self.tall, self.columns, of_old, of_columns)
         return self.tall
-
-    def added(self, core: Tensor, left_out: Tensor) -> Tensor | None:
-        """Return the trace that the columns add to a tracked factor; NaN with what is left out of the core."""
-        if self.tracked is None:
-            return None
-        return core.diagonal(dim1=-2, dim2=-1)[..., tall.columns(self.tall) :].sum(-1) + 0 * left_out
 
     def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Updated:
         """Return the updated factor, with the numbers of a tracked one carried along."""
@@ -373,13 +354,13 @@ def stack(updates: Sequence[Update]) -> Update:
     )
 
 
-def _numbers(decay: float | Tensor, weight: float | Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ρ and w as float64 tensors of the batch shape of S."""
+def _numbers(decay: float | Tensor, weight: float | Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ρ and w as float64 tensors of the batch shape of G."""
     if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
         # One kernel for both: a line of two points is exact at its ends.
-        decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=gram.device).unbind()
-    batch = gram.shape[:-2]
-    return _number(decay, gram).expand(batch), _number(weight, gram).expand(batch)
+        decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=own.device).unbind()
+    batch = own.shape[:-2]
+    return _number(decay, own).expand(batch), _number(weight, own).expand(batch)
 
 
 def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    left = polish(panel @ unit_scaled(right, squares).to(dtype), append.rows)
+    left, squares = polish(panel @ unit_scaled(right, squares).to(dtype), squares, append.rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
@@ -235,7 +235,7 @@ class _Factored(NamedTuple):
         if self.transform is None:
             return self.panel @ rotation
         panel: Tensor = self.panel @ (self.transform @ rotation.double()).to(self.panel.dtype)
-        polished: Tensor = polish(panel, self.rows)
+        polished: Tensor = polish(panel, panel.new_ones(()), self.rows)[0]
         return polished
 
 

@@ -145,6 +145,8 @@ def operands(
         ),
         "cholesky_inverse_core": lambda: _core_operands(columns),
         "root_core": lambda: root_core_operands(basis, columns),
+        "eigh_core": lambda: eigh_core_operands(basis, columns),
+        "eigh_rotation": lambda: _rotation_operands(columns),
         "sketch": lambda: (columns, torch.tensor(7, device=device), r + 1),
     }
     return table[case]()
@@ -153,6 +155,20 @@ def operands(
 def _core_operands(columns: Tensor) -> tuple[Tensor, Tensor, float]:
     panel = columns.double()
     return panel.mT @ panel, panel.square().sum(-2).sqrt(), 1e-10
+
+
+def eigh_core_operands(root: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+    """Return what `eigh_core` takes of F and A, for ρ = .9 and w = .25."""
+    gram, cross, own, decay, weight, *_ = root_core_operands(root, columns)
+    return cross, own, gram, decay, weight
+
+
+def _rotation_operands(columns: Tensor) -> tuple[Any, ...]:
+    """Return what `eigh_rotation` takes of a definite core, for all columns but one, of unit length."""
+    k = columns.shape[-1]
+    core = columns.mT @ columns + torch.eye(k, dtype=columns.dtype, device=columns.device)
+    levels, vectors = torch.linalg.eigh(core)
+    return levels, vectors, 1 + levels.double(), 2 + levels.double().sum(-1), max(k - 1, 0), 0.0, True
 
 
 def root_core_operands(root: Tensor, columns: Tensor) -> tuple[Any, ...]:

@@ -246,6 +246,10 @@ def test_an_op_follows_the_dispatcher_on_every_device() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Places of S, G and C, which are varied through F and A.
+PANELS = {"root_core": (0, 2, 1), "eigh_core": (2, 1, 0)}
+
+
 def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
     """Return ``call`` as a function of its floating-point tensors, whose results are in float64.
 
@@ -259,9 +263,10 @@ def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[An
         if name == "cholesky_inverse_core":
             own[0] = own[0].mT @ own[0]
             own[1] = own[1].detach()
-        if name == "root_core":
-            own[1] = own[0].mT @ own[2] + 0 * own[1]
-            own[0], own[2] = own[0].mT @ own[0], own[2].mT @ own[2]
+        if name in PANELS:
+            root, columns, cross = PANELS[name]
+            own[cross] = own[root].mT @ own[columns] + 0 * own[cross]
+            own[root], own[columns] = own[root].mT @ own[root], own[columns].mT @ own[columns]
         results = call(*tree_unflatten(own, structure))
         return tuple(part for part in tree_leaves(results) if part.is_floating_point())
 
@@ -276,8 +281,8 @@ def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if _is_varied(leaf)]
     if name == "cholesky_inverse_core":
         leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
-    if name == "root_core":
-        for place in (0, 2):
+    if name in PANELS:
+        for place in PANELS[name][:2]:
             leaves[place] = matrix(8, leaves[place].shape[-1], "plain", torch.float64, place).requires_grad_()
     return tuple(leaves)
 

@@ -27,11 +27,11 @@ from bench.benches.written_out import solve_floor, update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
 from bench.studies.scaling import DAMPING, Call, Size, tall_call
-from brandla._small import leading, orthonormal_in, unit_scaled, unresolved
+from brandla._small import leading_of, unresolved
 from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
 from brandla.root import check_root_update
-from brandla_kernels.root_core import compressed
+from brandla_kernels import cross_gram, eigh_core, root_core
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
@@ -108,30 +108,24 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
 def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
     """Return an update in the parts that it is made of, each on the results of the ones before it."""
     taken = (name, *case, DECAY, WEIGHT, None)
-    if name == EIGH:
-        update = check_eigh_update(*taken)
-        lengths = update.small.sqrt()
-        form = lambda: update.core(torch.diag_embed(update.small), lengths)
-        compress = lambda: leading(core, update.rank, update.dtype, unresolved(update.dtype, core.shape[-1]))
+    update = check_eigh_update(*taken) if name == EIGH else check_root_update(*taken, "eigh")
+    form = lambda: cross_gram(update.tall, update.columns)
+    cross, own = form()
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
+    tol = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0
+    if name == CHOLESKY:
+        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
+        of_old, of_columns = compress()[1:3]
     else:
-        update, lengths = check_root_update(*taken, "eigh"), None
-        form = lambda: update.core(update.small)
-        compress = {
-            ROOT: lambda: leading(core, update.rank, update.dtype),
-            CHOLESKY: lambda: compressed(core, update.rank, update.dtype, 0.0, measure=False),
-        }[name]
-    core = form()
-    values, rotation, _ = compress()
-    if name == EIGH:
-        unit = unit_scaled(rotation, values)
-        rotation = orthonormal_in(core, unit)
-    rotate = lambda: update.rotated(*update.scaled(rotation, lengths))
+        core = lambda: eigh_core(cross, own, update.small, *numbers)
+        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH)
+        of_old, of_columns = compress().vectors.split(list(cross.shape))
+    rotate = lambda: update.rotated(of_old, of_columns)
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
     if name != EIGH:
         return stages
     vectors = rotate()
-    of_core = {"orthonormal in the core": lambda: orthonormal_in(core, unit)}
-    return stages | of_core | {"polish, or the probes that spare it": lambda: polish(vectors)}
+    return stages | {"polish, or the probes that spare it": lambda: polish(vectors, update.small)}
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)

@@ -52,7 +52,7 @@ def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, w
 def root_update(root: LowRankRoot, columns: Tensor, decay: float, weight: float) -> LowRankRoot:
     """`brandla.root_update` at the old rank."""
     factor, gram = root
-    values, rotation = _leading(_core(factor, gram, columns, decay, weight), gram.shape[0])
+    values, rotation = _leading(_core(factor, gram, columns, decay, weight), gram.shape[0], gram.dtype)
     return LowRankRoot(_rotated(factor, columns, rotation, decay, weight), torch.diag(values))
 
 
@@ -61,14 +61,11 @@ def eigh_update(eigh: LowRankEigh, columns: Tensor, decay: float, weight: float)
     values, vectors = eigh
     lengths = values.sqrt()[:, None]
     core = _core(vectors, torch.diag(values), columns, decay, weight, lengths)
-    values, rotation = _leading(core, len(values))
-    wide = (rotation * values.rsqrt()).double()
-    triangle, _ = torch.linalg.cholesky_ex(wide.mT @ (core @ wide), upper=True)
-    rotation = torch.linalg.solve_triangular(triangle, wide, upper=True, left=False).to(vectors.dtype)
-    new = _rotated(vectors, columns, rotation, decay, weight, lengths)
+    found, rotation = _leading(core, len(values), torch.float64)
+    new = _rotated(vectors, columns, rotation * found.rsqrt(), decay, weight, lengths)
     signs = torch.ones(len(values), 4, dtype=new.dtype)
     bool((new.mT @ (new @ signs) - signs).square().sum() < 1)
-    return LowRankEigh(values, new)
+    return LowRankEigh(found.to(vectors.dtype), new)
 
 
 def damped_solve(eigh: LowRankEigh, rhs: Tensor, damping: float) -> Tensor:
@@ -87,11 +84,11 @@ def _core(
     return torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, own], dim=1)])
 
 
-def _leading(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading(core: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = core.diagonal().amax()
-    values, vectors = torch.linalg.eigh((core / scale).float())
+    values, vectors = torch.linalg.eigh((core / scale).to(dtype))
     bool(torch.isfinite(values.sum() + vectors.sum()))
-    return values.flip(0)[:rank].clamp_min(0) * scale.float(), vectors.flip(1)[:, :rank]
+    return values.flip(0)[:rank].clamp_min(0) * scale.to(dtype), vectors.flip(1)[:, :rank]
 
 
 def _rotated(

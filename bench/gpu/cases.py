@@ -20,7 +20,7 @@ from brandla_kernels import OPS, Cost
 ROUNDINGS = 4
 THRESHOLD = 1e-10
 # Ops on small matrices alone, which are taken in batches of ``cores``.
-SMALL = ("cholesky_inverse_core", "root_core")
+SMALL = ("cholesky_inverse_core", "root_core", "eigh_core", "eigh_rotation")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sizes:
     other_dtypes: tuple[int, int]  # n and r = k in other dtypes
     most_square: int  # n above which an n × n matrix is left out
     width: int  # most columns of the W of kron_damped_apply
-    cores: int  # matrices in a batch of cholesky_inverse_core and root_core
+    cores: int  # matrices in a batch of an op on small ones
     seconds: float  # time spent on one timing
 
 
@@ -94,8 +94,13 @@ class Case(NamedTuple):
         kinds = own if own == columns else f"{own}, {columns} columns"
         n, r, k, _, cores = self.size
         if self.op in SMALL:
-            return f"{cores} cores of order {k + (r if self.op == 'root_core' else 0)}"
+            return f"{cores} cores of order {order_of(self)}"
         return f"n {n}, " + (f"r = k {r}" if r == k else f"r {r}, k {k}") + f", {kinds}"
+
+
+def order_of(case: Case) -> int:
+    """Return the order of the small matrices of a case."""
+    return case.size.k + (0 if case.op == "cholesky_inverse_core" else case.size.r)
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -129,6 +134,19 @@ def _root_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
     wide = root.double()
     decay, weight = (torch.full((size.cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
     return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
+
+
+def _eigh_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+    gram, cross, own, *numbers = _root_core(normal, data, size)[:5]
+    return cross, own, gram, *numbers
+
+
+def _eigh_rotation(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
+    """Return ascending levels and any vectors: an eigendecomposition would take longer than the op."""
+    m = size.r + size.k
+    rows, scale, vectors = normal(size.cores, m), normal(size.cores), normal(size.cores, m, m)
+    levels = (1 + rows.square()).sort(-1).values
+    return levels, vectors, rows.double(), scale.double().abs(), size.r, 0.0, True
 
 
 def _rotate(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
@@ -178,6 +196,8 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     ),
     "cholesky_inverse_core": _core,
     "root_core": _root_core,
+    "eigh_core": _eigh_core,
+    "eigh_rotation": _eigh_rotation,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }  # fmt: skip
 OPERANDS = {name: OPERANDS[name] for name in OPS if name in OPERANDS}
@@ -213,6 +233,7 @@ COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
     "rotate": lambda s: {"s": s.r},
     "rotate_": lambda s: {"s": s.r},
     "root_core": lambda s: {"s": s.r},
+    "eigh_rotation": lambda s: {"m": s.r + s.k, "s": s.r},
     "damped_apply": lambda s: {"m": s.k},
     "damped_inverse": lambda s: {"m": s.k},
     "pair_damped_inverse": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},

@@ -77,7 +77,7 @@ def _core(found: Findings, case: Case) -> None:
     error, _ = cases.check(case, found.device)
     op, inputs = OPS[case.op], [cases.operands(case, found.device)]
     times = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
-    order = case.size.k + case.size.r * (case.op == "root_core")
     own, torch = (times.microseconds(name).value for name in ("op", "torch"))
     columns: dict[str, Any] = {"µs": own, "torch form µs": torch, "× torch": torch / own, "error": error}
-    found.row("small core", op=case.op, order=order, r=case.size.r, factors=case.size.cores, **columns, how=times.how)
+    sizes = {"order": cases.order_of(case), "r": case.size.r, "factors": case.size.cores}
+    found.row("small core", op=case.op, **sizes, **columns, how=times.how)

@@ -13,6 +13,8 @@ from brandla_kernels.damped_inverse import (
     kron_damped_inverse,
     pair_damped_inverse,
 )
+from brandla_kernels.eigh_core import eigh_core
+from brandla_kernels.eigh_rotation import eigh_rotation
 from brandla_kernels.gram import gram, rounded_gram
 from brandla_kernels.gram_ema import gram_ema_
 from brandla_kernels.kron_damped_apply import kron_damped_apply
@@ -35,6 +37,8 @@ __all__ = [
     "damped_cholesky",
     "damped_gram_inverse",
     "damped_inverse",
+    "eigh_core",
+    "eigh_rotation",
     "gram",
     "gram_ema_",
     "has_values",

@@ -138,6 +138,25 @@ def op(
     return lambda torch_form: Op(parse(line), torch_form, cost, launch)
 
 
+def recomputed(own: AnyOp, tensors: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Return the gradient of an op on small matrices, by its torch form: computing it again costs nothing that counts.
+
+    Its first arguments, so many ``tensors``, are differentiable.
+    """
+
+    def backward(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [part.detach().requires_grad_() for part in inputs[:tensors]]
+            results = own.torch_form(*leaves, *inputs[tensors:])
+            # What is not measured, or taken for a constant, has no gradient.
+            pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
+            results, gradients = zip(*pairs, strict=True)
+            found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
+        return (*found, *[None] * (len(inputs) - tensors))
+
+    return backward
+
+
 def _launch(module: str, function: str, *args: Any) -> Any:
     return getattr(importlib.import_module(f"brandla_kernels._kernels.{module}"), function)(*args)
 

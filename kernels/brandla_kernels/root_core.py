@@ -16,14 +16,15 @@ W = orth(RᵀLΠR₂ᵀZ). A K that is not finite makes all results NaN but the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from brandla_kernels import tall
-from brandla_kernels._op import Cost, op
+from brandla_kernels._op import Cost, op, recomputed
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
+from brandla_kernels.eigh_core import assembled
 
 
 def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
@@ -60,19 +61,12 @@ def root_core(
         Whether to measure what is left out; 0 otherwise.
     """
     r, dtype = gram.shape[-1], gram.dtype
-    core = assembled(gram, cross, own, decay[..., None, None], weight[..., None, None])
+    core, _ = assembled(gram, cross, own, decay, weight)
     small, rotation, left_out = compressed(core, rank, dtype, tol, measure)
     of_root = (rotation[..., :r, :] * decay.sqrt()[..., None, None]).to(dtype)
     of_columns = (rotation[..., r:, :] * weight.sqrt()[..., None, None]).to(dtype)
     added = core.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) + 0 * core.sum((-2, -1))
     return small, of_root, of_columns, left_out.to(dtype), added.to(dtype)
-
-
-def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: float | Tensor, weight: float | Tensor) -> Tensor:
-    """Return K in float64 for ρ and w, numbers or tensors (..., 1, 1)."""
-    cross = cross * (decay * weight) ** 0.5
-    upper = torch.cat([gram * decay, cross], dim=-1)
-    return torch.cat([upper, torch.cat([cross.mT, own * weight], dim=-1)], dim=-2)
 
 
 class Compressed(NamedTuple):
@@ -155,14 +149,4 @@ def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
     return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
-@root_core.gradient
-def _gradient(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
-    """Differentiate the torch form: what is small is computed again at no cost that counts."""
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in inputs[:5]]
-        results = root_core.torch_form(*leaves, *inputs[5:])
-        # What is left out has no gradient where it is not measured.
-        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
-        results, gradients = zip(*pairs, strict=True)
-        found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
-    return (*found, None, None, None)
+root_core.gradient(recomputed(root_core, 5))

@@ -165,3 +165,8 @@ def root_core(target: Target, m: int) -> Config:
     warps = 4 if m <= 64 else 8
     registers = _registers(target, "sm_80", "sm_90") if warps == 4 else None
     return Config({"BLOCK": 16, "BLOCK_ROWS": 8 * warps, "BLOCK_COLS": 32, "BLOCK_INNER": 16}, warps, 1, registers)
+
+
+def eigh_core() -> Config:
+    """Tiles of `eigh_core_kernel` and `eigh_rotation_kernel`."""
+    return Config({"BLOCK": 32}, 4, 1)

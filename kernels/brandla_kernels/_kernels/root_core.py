@@ -41,18 +41,18 @@ from brandla_kernels.root_core import cost
 
 
 @triton.jit
-def _transposed(matrix):
+def transposed(matrix):
     return matrix[0], matrix[2], matrix[1], matrix[4], matrix[3]
 
 
 @triton.jit
-def _tiles(matrix, blocks: tl.constexpr):
+def tiles_of(matrix, blocks: tl.constexpr):
     """Return how many tiles a matrix has."""
     return tl.cdiv(matrix[3], blocks[1]) * tl.cdiv(matrix[4], blocks[2])
 
 
 @triton.jit
-def _tile_at(step, matrix, blocks: tl.constexpr):
+def tile_at(step, matrix, blocks: tl.constexpr):
     """Return rows and columns of a tile on a walk over a matrix, column by column."""
     # At least 1: Triton's AMD backend fails to compile a division by what is 0 in the first turn of a loop.
     down = tl.maximum(tl.cdiv(matrix[3], blocks[1]), 1)
@@ -60,7 +60,7 @@ def _tile_at(step, matrix, blocks: tl.constexpr):
 
 
 @triton.jit
-def _total(tile):
+def total_of(tile):
     return tl.sum(tl.sum(tile, 1), 0)
 
 
@@ -86,12 +86,12 @@ def _store_product(
     Rows of X, columns of Y and what they are multiplied over are taken in an order, where there is one.
     """
     down = tl.cdiv(out[3], blocks[1])
-    for step in range(_tiles(out, blocks)):
+    for step in range(tiles_of(out, blocks)):
         needed = True
         if LOWER:
             needed = (step % down + 1) * blocks[1] > (step // down) * blocks[2]
         if needed:
-            row, column = _tile_at(step, out, blocks)
+            row, column = tile_at(step, out, blocks)
             from_row, from_column = row, column
             if row_order is not None:
                 from_row = tl.load(row_order + row, mask=row < out[3], other=x[3])
@@ -107,26 +107,41 @@ def _store_product(
 
 
 @triton.jit
+def core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL: tl.constexpr):
+    """Return a tile of K in float64; of a root U √d, with UᵀA as C, where S is the column d."""
+    r, k = cross[3], cross[4]
+    # Old rows lie outside what the new columns have.
+    new_row, new_column = tl.where(row < r, k, row - r), tl.where(column < r, k, column - r)
+    part = load_tile(cross, row, new_column, tl.float64)
+    part += load_tile(transposed(cross), new_row, column, tl.float64)
+    if DIAGONAL:
+        first = tl.zeros((1,), tl.int32)
+        down, across = load_tile(gram, row, first, tl.float64), load_tile(transposed(gram), first, column, tl.float64)
+        old = tl.where(row[:, None] == column[None, :], down, 0.0)
+        # Of the two lengths one is that of a new column, for which d has no entry.
+        part = part * tl.sqrt(down + across)
+    else:
+        old = load_tile(gram, row, column, tl.float64)
+    tile = old * decay + part * tl.sqrt(decay * weight)
+    return tile + load_tile(own, new_row, new_column, tl.float64) * weight
+
+
+@triton.jit
 def _store_core(core, gram, cross, own, decay, weight, blocks: tl.constexpr):
     """Store K; return 0, or NaN where it is not finite, its largest diagonal entry, and the trace of its last rows."""
-    r = gram[3]
+    r = cross[3]
     nothing = tl.zeros((blocks[1], blocks[2]), tl.float64)
     largest, trace = nothing, nothing
-    for step in range(_tiles(core, blocks)):
-        row, column = _tile_at(step, core, blocks)
-        # Old rows lie outside what the new columns have.
-        new_row, new_column = tl.where(row < r, core[3], row - r), tl.where(column < r, core[3], column - r)
-        part = load_tile(cross, row, new_column, tl.float64)
-        part += load_tile(_transposed(cross), new_row, column, tl.float64)
-        tile = load_tile(gram, row, column, tl.float64) * decay + part * tl.sqrt(decay * weight)
-        tile += load_tile(own, new_row, new_column, tl.float64) * weight
+    for step in range(tiles_of(core, blocks)):
+        row, column = tile_at(step, core, blocks)
+        tile = core_tile(gram, cross, own, decay, weight, row, column, False)
         store_tile(core, row, column, tile)
         nothing += 0 * tile
         diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
         largest = tl.maximum(largest, diagonal)
         trace += tl.where((row >= r)[:, None], diagonal, 0.0)
     tl.debug_barrier()
-    return _total(nothing), _largest(largest), _total(trace)
+    return total_of(nothing), _largest(largest), total_of(trace)
 
 
 @triton.jit
@@ -142,13 +157,13 @@ def _normalize(core, scale, finite, blocks: tl.constexpr):
             tl.debug_barrier()
             store_tile(core, row, column, tile)
     tl.debug_barrier()
-    return tl.sqrt(_total(norm_tile))
+    return tl.sqrt(total_of(norm_tile))
 
 
 @triton.jit
 def _store_identity(basis, blocks: tl.constexpr):
-    for step in range(_tiles(basis, blocks)):
-        row, column = _tile_at(step, basis, blocks)
+    for step in range(tiles_of(basis, blocks)):
+        row, column = tile_at(step, basis, blocks)
         store_tile(basis, row, column, tl.where(row[:, None] == column[None, :], 1.0, 0.0))
     tl.debug_barrier()
 
@@ -161,14 +176,14 @@ def _cholesky(source, factor, scratch, shift, blocks: tl.constexpr):
     for start in range(0, m, blocks[0]):
         column = start + index
         block = load_tile(source, column, column, tl.float64)
-        block -= _product(factor, column, _transposed(factor), column, start, blocks[3])
+        block -= _product(factor, column, transposed(factor), column, start, blocks[3])
         block += tl.where(index[:, None] == index[None, :], tl.where(column < m, shift, 1.0)[None, :], 0.0)
         lower, inverse, _ = factor_block(symmetric(scratch, index, block), 0.0, blocks[0])
         store_tile(factor, column, column, lower)
         for start_row in range(start + blocks[0], m, blocks[1]):
             row = start_row + tl.arange(0, blocks[1])
             tile = load_tile(source, row, column, tl.float64)
-            tile -= _product(factor, row, _transposed(factor), column, start, blocks[3])
+            tile -= _product(factor, row, transposed(factor), column, start, blocks[3])
             solved = solved_by(inverse, lower, tile)
             # Source and factor may be one: all threads have read the tile before any writes it, here and below.
             tl.debug_barrier()
@@ -217,8 +232,8 @@ def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.con
     """Make the columns of a matrix (m, s) orthonormal or zero, in place: first of unit length, then block by block."""
     m, s = basis[3], basis[4]
     _column_squares(basis, squares, blocks)
-    for step in range(_tiles(basis, blocks)):
-        row, column = _tile_at(step, basis, blocks)
+    for step in range(tiles_of(basis, blocks)):
+        row, column = tile_at(step, basis, blocks)
         square = tl.load(squares + column, mask=column < s, other=1.0)
         inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
         tile = load_tile(basis, row, column, tl.float64) * inverse_length[None, :]
@@ -232,7 +247,7 @@ def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.con
         block = (basis[0] + start, s, 1, m, tl.minimum(s - start, blocks[0]))
         projection = (coefficients, blocks[0], 1, start, blocks[0])
         for turn in range(3):
-            _store_product(projection, _transposed(before), block, narrow)
+            _store_product(projection, transposed(before), block, narrow)
             _store_product(block, before, projection, narrow, block, 1.0, -1.0)
             inner = tl.zeros((blocks[0], blocks[0]), tl.float64)
             for start_row in range(0, m, blocks[1]):
@@ -269,8 +284,8 @@ def _alive(small, column, least):
 @triton.jit
 def _clear_weak(matrix, small, least, blocks: tl.constexpr):
     """Clear the columns of W or X whose entry on the diagonal of S⁺ is at most ``least``."""
-    for step in range(_tiles(matrix, blocks)):
-        row, column = _tile_at(step, matrix, blocks)
+    for step in range(tiles_of(matrix, blocks)):
+        row, column = tile_at(step, matrix, blocks)
         tile = tl.where(_alive(small, column, least)[None, :], load_tile(matrix, row, column, tl.float64), 0.0)
         tl.debug_barrier()
         store_tile(matrix, row, column, tile)
@@ -282,13 +297,13 @@ def _norm_left_out(core, basis, image, small, rest, blocks: tl.constexpr):
     """Return ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F."""
     _store_product(rest, basis, small, blocks, image, 1.0, -1.0)
     norm_tile = tl.zeros((blocks[1], blocks[2]), tl.float64)
-    for step in range(_tiles(core, blocks)):
-        row, column = _tile_at(step, core, blocks)
+    for step in range(tiles_of(core, blocks)):
+        row, column = tile_at(step, core, blocks)
         tile = load_tile(core, row, column, tl.float64)
-        tile -= _product(image, row, _transposed(basis), column, basis[4], blocks[3])
-        tile -= _product(basis, row, _transposed(rest), column, basis[4], blocks[3])
+        tile -= _product(image, row, transposed(basis), column, basis[4], blocks[3])
+        tile -= _product(basis, row, transposed(rest), column, basis[4], blocks[3])
         norm_tile += tile * tile
-    return tl.sqrt(_total(norm_tile))
+    return tl.sqrt(total_of(norm_tile))
 
 
 @triton.jit
@@ -298,11 +313,11 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
     largest = nothing
     for last in range(2):
         # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
-        beyond = _total(nothing) + poison
+        beyond = total_of(nothing) + poison
         vanished = _largest(largest) < tiny
-        for step in range(_tiles(small, blocks)):
-            row, column = _tile_at(step, small, blocks)
-            tile = load_tile(small, row, column, tl.float64) + load_tile(_transposed(small), row, column, tl.float64)
+        for step in range(tiles_of(small, blocks)):
+            row, column = tile_at(step, small, blocks)
+            tile = load_tile(small, row, column, tl.float64) + load_tile(transposed(small), row, column, tl.float64)
             tile = tile * 0.5 * scale
             if TOLERANCE:
                 lives = _alive(small, row, least)[:, None] & _alive(small, column, least)[None, :]
@@ -313,14 +328,14 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
                 largest = tl.maximum(largest, tl.abs(rounded))
             else:
                 store_tile(result, row, column, tl.where(vanished, 0.0, rounded) + beyond)
-    return _total(nothing) + poison
+    return total_of(nothing) + poison
 
 
 @triton.jit
 def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
     """Store rows of W times ``scale``."""
-    for step in range(_tiles(out, blocks)):
-        row, column = _tile_at(step, out, blocks)
+    for step in range(tiles_of(out, blocks)):
+        row, column = tile_at(step, out, blocks)
         store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
 
 
@@ -365,7 +380,7 @@ def root_core_kernel(
         shift = tl.maximum(32 * eps * norm, eps)
         _cholesky(core, factor, scratch, shift, blocks)
         _longest_first(factor, squares, order, blocks)
-        _store_product(second, _transposed(factor), factor, blocks, row_order=order, column_order=order, LOWER=True)
+        _store_product(second, transposed(factor), factor, blocks, row_order=order, column_order=order, LOWER=True)
         _cholesky(second, second, scratch, 0.0, blocks)
         _longest_first(second, squares, chosen, blocks)
         _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
@@ -374,7 +389,7 @@ def root_core_kernel(
     # 5: S⁺, what is left out, and the results
     small = (factor[0], s, 1, s, s)
     _store_product(image, core, basis, blocks)
-    _store_product(small, _transposed(basis), image, blocks)
+    _store_product(small, transposed(basis), image, blocks)
     least = tol * _largest_on_diagonal(small, blocks)
     if TOLERANCE:
         _clear_weak(image, small, least, blocks)

@@ -14,7 +14,7 @@ from torch import Tensor
 import oracles
 from brandla_kernels import OPS
 from brandla_kernels._kernels import root_core as kernel
-from brandla_kernels.root_core import assembled
+from brandla_kernels.eigh_core import assembled
 from op_cases import root_core_operands
 
 TORCH_FORM = OPS["root_core"].torch_form
@@ -72,7 +72,7 @@ def launched(arguments: tuple[Any, ...], device: torch.device) -> tuple[Tensor, 
 
 def core_of(arguments: tuple[Any, ...]) -> Tensor:
     gram, cross, own, decay, weight = (part.double() for part in arguments[:5])
-    return assembled(gram, cross, own, decay[..., None, None], weight[..., None, None])
+    return assembled(gram, cross, own, decay, weight)[0]
 
 
 def rotation_of(results: tuple[Tensor, ...], arguments: tuple[Any, ...]) -> Tensor:

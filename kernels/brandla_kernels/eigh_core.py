@@ -1,0 +1,94 @@
+"""``eigh_core``: the core of a symmetric update, ready for an eigendecomposition.
+
+From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the Gram matrix of B = [√ρ F, √w A] is
+
+    K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
+
+The op returns K/σ, where σ is the trace of K if that is far from 1, and 1 else; what the rows of eigenvectors V are
+multiplied by to give V₁ and V₂ of B V/√σ = F V₁ + A V₂; and σ, which counts as a constant in derivatives. S may be the
+diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
+
+A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, far from every value of the others, so that
+no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is decomposed as 0: σ
+and the rows are NaN then. One that vanishes in that dtype is 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from brandla_kernels._op import Cost, op, reads_are_free, recomputed
+
+EMPTY = -1.0
+# Traces that need no scaling: products of four entries are in the range of float32.
+SMALL, LARGE = 1e-9, 1e9
+
+
+def cost(r: int, k: int, itemsize: int = 4) -> Cost:
+    """Work of one call."""
+    m = r + k
+    return Cost(2 * m * m, itemsize * r * r + 8 * (r * k + k * k + m * m + m))
+
+
+@op(
+    "eigh_core(Sum[r,k] cross, Sum[k,k] own, Small[r|r,r] gram, Sum[] decay, Sum[] weight)"
+    " -> (Sum[m,m], Sum[m], Sum[])",
+    cost,
+    "eigh_core.eigh_core",
+)
+def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return K/σ (..., m, m), the factors of its rows (..., m), and σ (...,), in float64.
+
+    Parameters
+    ----------
+    cross, own
+        C (..., r, k), with a d that of U, and G (..., k, k), float64.
+    gram
+        S (..., r, r), or d (..., r), float32 or float64.
+    decay, weight
+        ρ and w of each problem, >= 0, float64.
+    """
+    core, rows = assembled(gram, cross, own, decay, weight)
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    trace, limits = diagonal.detach().sum(-1), torch.finfo(gram.dtype)
+    if _is_plain(core, diagonal, trace):
+        return core, rows, torch.ones_like(trace)
+    # No comparison with NaN holds.
+    finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
+    holds = finite & (trace >= limits.tiny)
+    empty = ~(holds[..., None] & (diagonal > 0))
+    scale = torch.where(holds & ((trace < SMALL) | (trace > LARGE)), trace, 1)
+    core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
+    scale = torch.where(finite, scale, math.nan)
+    return core, rows / scale.sqrt()[..., None], scale
+
+
+def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return K and the factors of rows of its eigenvectors, in float64."""
+    r = cross.shape[-2]
+    of_new = weight.sqrt()[..., None].expand(own.shape[:-1])
+    if gram.ndim < own.ndim:
+        old = gram * decay[..., None]
+        of_old, old = old.sqrt(), torch.diag_embed(old)
+    else:
+        old, of_old = gram * decay[..., None, None], decay.sqrt()[..., None].expand(gram.shape[:-1])
+    rows = torch.cat([of_old, of_new], -1)
+    right = torch.cat([cross, own], -2) * rows[..., :, None] * of_new[..., None, :]
+    left = torch.cat([old, right[..., :r, :].mT], -2)
+    return torch.cat([left, right], -1), rows
+
+
+def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor) -> bool:
+    """Say, if a look is free, whether a core is finite, has no empty coordinate and needs no scaling."""
+    if not reads_are_free(core) or not core.numel():
+        return False
+    if diagonal.amin().item() <= 1e-30 or not math.isfinite(core.sum().item()):
+        return False
+    least, most = trace.aminmax()
+    return least.item() >= SMALL and most.item() <= LARGE
+
+
+eigh_core.gradient(recomputed(eigh_core, 5))

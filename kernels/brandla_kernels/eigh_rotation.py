@@ -1,0 +1,76 @@
+"""``eigh_rotation``: from the eigenpairs of a core to the values of an update and the rotation of its tall matrices.
+
+`eigh_core` has the core K/σ and the factors of its rows, ``torch.linalg.eigh`` the eigenpairs (λ, V), ascending. The
+values are the ``rank`` largest σλ, descending; those up to ``tol`` times the first become 0, with zero columns. With V
+of the others the rotation makes columns of B V, the root of the truncated matrix, or unit ones, B V (σλ)^(−½), of the
+signs that make the diagonal of V positive: an entry there tells whether a new vector agrees with the old one in its
+place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from brandla_kernels._op import Cost, op, reads_are_free, recomputed
+from brandla_kernels.eigh_core import EMPTY
+
+
+def cost(m: int, s: int, itemsize: int = 4) -> Cost:
+    """Work of one call."""
+    return Cost(2 * m * s, itemsize * (m + 2 * m * s + s) + 8 * m)
+
+
+@op(
+    "eigh_rotation(Small[m] levels, Small[m,m] vectors, Sum[m] rows, Sum[] scale, int rank, float tol, bool unit)"
+    " -> (Small[s], Small[m,s], Small[])",
+    cost,
+    "eigh_core.eigh_rotation",
+)
+def eigh_rotation(
+    levels: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor, rank: int, tol: float, unit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values (..., s), the rotation (..., m, s), and the largest value that is left out (...,).
+
+    Parameters
+    ----------
+    levels, vectors
+        λ (..., m), ascending, and V (..., m, m), float32 or float64.
+    rows, scale
+        Factors of rows (..., m) and σ (...,), float64; NaN makes all results NaN.
+    rank
+        s, at most m.
+    tol
+        Values up to ``tol`` times the largest become 0, and count as left out. At 0 only empty coordinates do.
+    unit
+        Whether the rotated columns have unit length, and the signs of the old ones.
+    """
+    dtype, start = levels.dtype, levels.shape[-1] - rank
+    kept, turn = levels[..., start:].flip(-1), vectors[..., start:].flip(-1)
+    left_out = levels[..., start - 1] if start else 0 * levels.sum(-1)
+    if rank and not _all_above(levels, start, tol, unit):
+        least = tol * kept[..., :1] if tol or unit else EMPTY / 2
+        alive = ~(kept <= least)
+        left_out = torch.maximum(left_out, torch.where(alive, 0, kept).amax(-1))
+        kept, turn = torch.where(alive, kept, 0), turn * alive[..., None, :]
+    if unit:
+        # An infinite value has no column.
+        signed = torch.where(kept > 0, kept, math.inf).rsqrt().copysign(turn.diagonal(dim1=-2, dim2=-1).detach())
+        turn = turn * signed[..., None, :]
+    else:
+        rows = rows * scale.sqrt()[..., None]
+    values = kept.clamp_min(0) * scale[..., None]
+    return values.to(dtype), (turn * rows[..., :, None]).to(dtype), (left_out.clamp_min(0) * scale).to(dtype)
+
+
+def _all_above(levels: Tensor, start: int, tol: float, unit: bool) -> bool:
+    """Say, if a look is free, whether no value of those kept is to go."""
+    if not reads_are_free(levels) or not levels.numel():
+        return False
+    smallest = levels[..., start].amin().item()
+    return smallest > (tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2)
+
+
+eigh_rotation.gradient(recomputed(eigh_rotation, 4))
