@@ -64,13 +64,12 @@ def estimates(sizes: Sizes) -> pd.DataFrame:
     """Return a row for each kernel of an op at a size; kernels that an op starts again are added up."""
     rows = pd.DataFrame(_launches(sizes))
     keys = ["op", "case", "kernel"]
-    first = rows[rows["gpu"] == next(iter(GPUS))].groupby(keys, sort=False)
-    cells = first.agg(launches=("bytes", "size"), MB=("bytes", lambda moved: spelled(moved.sum() / 1e6)))
-    cells["Gflop"] = first["flops"].agg(_by_bits)
-    for name in GPUS:
-        parts = rows[rows["gpu"] == name].groupby(keys, sort=False)["seconds"]
-        cells[f"{name}, µs"] = parts.agg(_in_words)
-    return cells.reset_index()
+    own = {name: rows[rows["gpu"] == name].groupby(keys, sort=False) for name in GPUS}
+    first = next(iter(own.values()))
+    work = first.agg(launches=("bytes", "size"), MB=("bytes", lambda moved: spelled(moved.sum() / 1e6)))
+    work["Gflop"] = first["flops"].agg(_by_bits)
+    times = [groups["seconds"].agg(_in_words).rename(f"{name}, µs") for name, groups in own.items()]
+    return pd.concat([work, *times], axis=1).reset_index()
 
 
 def _launches(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -88,7 +87,7 @@ def _launches(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 def _by_bits(flops: pd.Series) -> str:
     totals = pd.DataFrame(list(flops)).sum()
-    return ", ".join(f"{spelled(total / 1e9)} float{bits}" for bits, total in totals.items()) or "–"
+    return ", ".join(f"{spelled(total / 1e9)} of {bits} bits" for bits, total in totals.items()) or "–"
 
 
 def _in_words(launches: pd.Series) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import brandla
 from brandla.demo import info, machine
@@ -56,7 +58,7 @@ def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
 ) -> None:
     pytest.importorskip("triton")
     on(arch)
-    project, launched = OPS["project"], []
+    project, launched = OPS["project"], list[Any]()
     basis, columns = torch.randn(9, 3), torch.randn(9, 2)
     expected = project.torch_form(basis, columns)
     monkeypatch.setattr(project, "launch", lambda *args: launched.append(args) or expected.clone())
@@ -105,3 +107,32 @@ def test_an_architecture_is_named_as_its_makers_do(monkeypatch: pytest.MonkeyPat
     assert named(0) == "sm_103"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert named(0) == "gfx90a"
+
+
+WITHOUT_FLOAT64 = (
+    *("damped_solve, root", "damped_solve, eigh", "damped_solve, root, diagonal", "damped_logdet, root"),
+    *("damped_logdet, eigh", "damped_power, eigh", "kron_damped_solve, W", "kron_damped_solve, pair"),
+    *("kron_damped_solve, W, eigh", "kron_damped_solve, pair, eigh", "kron_damped_power, eigh"),
+    "kron_damped_logdet, eigh",
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_FLOAT64)
+def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name: str) -> None:
+    pytest.importorskip("triton")
+    from bench.launches import Counter, call_of
+    from brandla_kernels._kernels.ahead import target_named
+    from brandla_kernels._kernels.launch import recording
+
+    class Watcher(Counter):
+        """Takes the way of a GPU, as its base does."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            for part in tree_leaves(result):
+                assert not isinstance(part, Tensor) or part.dtype != torch.float64, func
+            return result
+
+    call = call_of(name, "single")
+    with recording(target_named("sm_90")), brandla.backend("triton"), torch.no_grad(), Watcher("sm_90"):
+        call()

@@ -16,7 +16,7 @@ _PROGRAMS = 264
 # Matrix units that read registers alone: beside a sum, its operands take registers too.
 _OF_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_120")
 # Products of float64 that are fused multiply-adds: small tiles of many threads.
-_UNROLLED = ("sm_100", "sm_120")
+_UNROLLED = ("sm_86", "sm_89", "sm_100", "sm_120")
 # Most rows whose products are summed in float32 where the sum is then one in float64.
 STRETCH = 4096
 
@@ -73,6 +73,9 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     warps = 8 if block_r * block_k > largest_of_four else 4
     long = not wide and (warps == 4 or (aligned and target.arch not in _OF_REGISTERS))
     registers = _registers(target) if aligned else _registers(target, *_OF_REGISTERS, "sm_90")
+    if target.arch == "sm_120" and aligned and not wide:
+        # The assembler's own limit, of 138 registers here, spills nothing, and 255 does.
+        registers = None
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
@@ -94,9 +97,9 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
     """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
     stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64 or not aligned:
-        # Unrolled products of float64 spill least within the assembler's own limit.
-        unrolled = dtype == torch.float64 and target.arch in _UNROLLED
-        registers = None if unrolled else _registers(target, *_OF_REGISTERS, "sm_90")
+        # Unrolled products of float64 on sm_100 spill least within the assembler's own limit.
+        own = dtype == torch.float64 and target.arch == "sm_100"
+        registers = None if own else _registers(target, *_OF_REGISTERS, "sm_90")
         return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages, registers)
     # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
     most = 64 if dtype == torch.float32 and target.arch in _OF_REGISTERS else 128
@@ -104,9 +107,9 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
     return Config({"BLOCK_N": block_n, "BLOCK_K": 32}, 8 if block_n > 64 else 4, stages)
 
 
-def symmetric_update(block_n: int) -> Config:
+def symmetric_update(target: Target, block_n: int) -> Config:
     """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
-    return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1)
+    return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, _registers(target))
 
 
 def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Config:
