@@ -66,8 +66,8 @@ _MULTIPLIES = {
     "bf16": re.compile(r"bf16|kind::f16"),
     "f16": re.compile(r"\.f16\.|kind::f16|[x_]\d*_?f16$"),
 }
-# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90 alone, and the tcgen05 of sm_100 has no float64
-# either: elsewhere it is fused multiply-adds, at the rate of the float64 units.
+# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90 alone of NVIDIA's, and the tcgen05 of sm_100
+# has no float64 either: elsewhere it is fused multiply-adds, at the rate of the float64 units.
 _WITHOUT_MATRIX_INSTRUCTIONS = {(name, "f64") for name in ("sm_86", "sm_89", "sm_100", "sm_120")}
 
 
