@@ -16,8 +16,8 @@ _SAME = {"gfx940": "gfx942", "gfx941": "gfx942"}
 def nearest(arch: str) -> str | None:
     """Return the architecture whose tiles ``arch`` takes; None if there are no kernels for it.
 
-    Of NVIDIA's that is the newest listed one that is not newer. AMD's other architectures are not like those listed:
-    gfx11 and gfx12 have no matrix units for float32 and float64, and the kernels would spill there.
+    Of NVIDIA's that is the newest listed one that is not newer. AMD's others are not like those listed: gfx11 and gfx12
+    have no matrix units for float32 and float64, and the kernels would spill kilobytes a thread there.
     """
     if arch.startswith("sm_"):
         older = [listed for listed in NVIDIA if _number(listed) <= _number(arch)]
