@@ -1,7 +1,8 @@
 """What every kernel compiles to on every target, as a table: ``python -m bench.kernels_table``. No GPU is needed.
 
 Registers, spills and shared memory are those of the worst of the layouts that a row stands for; occupancy is the share
-of warps that are resident where nothing but these three limits it. Exits with 1 if any specialisation has a fault.
+of warps that are resident where nothing but these three limits it. A second table estimates times at the sizes of the
+roofline study. Exits with 1 if any specialisation has a fault.
 """
 
 import json
@@ -18,7 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.estimates import CAPTION, estimates
 from bench.frame.pages import on_terminal
+from bench.studies.roofline import USUAL
 from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults
 from brandla_kernels._kernels.shipped import Specialization, specializations
 
@@ -102,6 +105,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 200)
     for table in tables(found):
         console.print(table)
+    console.print(on_terminal(estimates(USUAL), CAPTION))
     if json_file:
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     faulty = sum(bool(facts["faults"]) for facts in found)

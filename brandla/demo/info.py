@@ -12,6 +12,7 @@ import torch
 import brandla
 from brandla.demo import machine
 from brandla_kernels import OPS
+from brandla_kernels._targets import AMD, NVIDIA, architecture, in_words
 
 
 def as_json() -> str:
@@ -38,7 +39,9 @@ def as_text() -> str:
 
 def _facts() -> dict[str, Any]:
     blas, lapack = machine.linear_algebra()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    gpus = range(torch.cuda.device_count())
     return {
         "brandla": brandla.__version__,
         "Python": platform.python_version(),
@@ -46,6 +49,7 @@ def _facts() -> dict[str, Any]:
         "triton": machine.versions()["triton"] or "not installed",
         "CPU": f"{machine.cpu_name()}, {os.cpu_count()} cores",
         "GPU": machine.gpu_names() or "none that torch sees",
+        "kernels": [in_words(architecture(gpu)) for gpu in gpus] or f"for {', '.join(NVIDIA + AMD)}",
         "ops": {name: {device: _served(name, device) for device in devices} for name in sorted(OPS)},
     }
 

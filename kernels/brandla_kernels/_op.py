@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from brandla_kernels import _grouped
 from brandla_kernels._signature import Signature, parse
+from brandla_kernels._targets import architecture, nearest
+from brandla_kernels.tall import device_of
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -92,8 +94,8 @@ class Op(Generic[Parameters, Result]):
             return "torch", "CPU tensors run on torch's own BLAS and LAPACK"
         if self.launch is None:
             return "torch", "no Triton kernel is registered for this op"
-        if not _HAS_TRITON:
-            return "torch", "Triton is not installed"
+        if (reason := _why_no_kernels(device_type)) is not None:
+            return "torch", reason
         return "triton", "GPU tensors run on the Triton kernels"
 
     def _mapped(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -113,6 +115,9 @@ class Op(Generic[Parameters, Result]):
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
 
+        def run_on_gpu(*args: Any) -> Any:
+            return run("torch" if nearest(architecture(device_of(args[0]).index)) is None else "triton", *args)
+
         def run(default: Backend | None, *args: Any) -> Any:
             check(args)
             chosen = default and (_forced.get() or default)
@@ -121,7 +126,7 @@ class Op(Generic[Parameters, Result]):
         _library.define(schema)
         _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
         if self.launch is not None and _HAS_TRITON:
-            _library.impl(name, partial(run, "triton"), "CUDA")
+            _library.impl(name, run_on_gpu, "CUDA")
         # Of tensors without data only the torch form can tell the shapes.
         torch.library.register_fake(f"brandla::{name}", partial(run, None), lib=_library)
         return getattr(torch.ops.brandla, name).default
@@ -257,8 +262,8 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def _why_no_triton() -> str | None:
-    if not _HAS_TRITON:
-        return "Triton is not installed"
+    if (reason := _why_no_kernels("cuda")) is not None:
+        return reason
     if torch.cuda.is_available():
         return None
     from brandla_kernels._kernels.launch import interpreted, recorded
@@ -266,3 +271,13 @@ def _why_no_triton() -> str | None:
     if interpreted() or recorded():
         return None
     return "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+
+
+def _why_no_kernels(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "the Triton kernels are for CUDA and ROCm"
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if torch.cuda.is_available() and nearest(arch := architecture(torch.cuda.current_device())) is None:
+        return f"there are no kernels for {arch}"
+    return None

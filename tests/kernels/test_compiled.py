@@ -78,7 +78,7 @@ def test_kernels_compile_without_fault(target: str, layout: Layout, dtypes: tupl
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx950"])
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in ("sm_90", "gfx942")])
 def test_widest_product_compiles_without_fault_on_the_other_targets(target: str) -> None:
     (launch,) = launches(target, "rotate", tall(128), tall(128), torch.zeros(128, 128), torch.zeros(128, 128))
     compiled = compile_for(target, launch)
@@ -165,15 +165,22 @@ def test_spills_are_seen(target: str, rows: int, warps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "memory"), [("gfx942", {"shared_bytes": 65 << 10}), ("sm_100", {"tensor_memory": 513})], ids=str
+    ("target", "memory"),
+    [
+        ("gfx942", {"shared_bytes": 65 << 10}),
+        ("sm_89", {"shared_bytes": 100 << 10}),
+        ("sm_100", {"tensor_memory": 513}),
+    ],
+    ids=str,
 )
 def test_too_much_memory_is_seen(target: str, memory: dict[str, int]) -> None:
     (fault,) = faults(replace(compile_for(target, product(target)), **memory))
     assert "does not fit" in fault
 
 
-def test_float64_products_of_sm_100_are_the_one_exception() -> None:
-    compiled = compile_for("sm_100", launches("sm_100", "gram", tall(64, torch.float64))[0])
+@pytest.mark.parametrize("target", ["sm_86", "sm_100", "sm_120"])
+def test_float64_products_without_matrix_instructions_are_the_one_exception(target: str) -> None:
+    compiled = compile_for(target, launches(target, "gram", tall(64, torch.float64))[0])
     assert faults(compiled) == []
     elsewhere = replace(compiled, target="sm_90", matrix_instructions=())
     assert faults(elsewhere) == ["no matrix instruction for f64 products"]
@@ -232,6 +239,7 @@ def test_update_of_float32_holds_no_tile_in_float64() -> None:
         ("sm_90", 128, 8, 0, 2),  # 65536 registers / (128 registers · 32 lanes · 8 warps)
         ("sm_90", 32, 4, 98 << 10, 2),  # 228 KB / (98 KB + 1 KB that the driver takes)
         ("sm_80", 32, 4, 0, 16),  # 64 warps / 4 warps
+        ("sm_120", 32, 4, 0, 12),  # 48 warps / 4 warps
         # Each of 4 SIMDs has 512 registers a lane: 4 waves of 128, and a program of 4 waves has one on each.
         ("gfx942", 128, 4, 0, 4),
         ("gfx942", 128, 4, 33 << 10, 1),
@@ -244,7 +252,7 @@ def test_occupancy_is_what_the_scarcest_resource_leaves(
     launch = replace(compiled.launch, config=compiled.launch.config._replace(num_warps=warps))
     compiled = replace(compiled, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0)
     assert compiled.programs == programs
-    assert compiled.occupancy == programs * warps / (64 if target.startswith("sm") else 32)
+    assert compiled.occupancy == programs * warps / {"sm_80": 64, "sm_90": 64, "sm_120": 48, "gfx942": 32}[target]
 
 
 def test_recording_starts_nothing() -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from typer.testing import CliRunner
 
-from bench import kernels_table
+from bench import estimates, kernels_table
+from bench.gpu.cases import TOY
+from brandla_kernels import OPS
 from brandla_kernels._kernels import configs, shipped
-from brandla_kernels._kernels.launch import Config
+from brandla_kernels._kernels.ahead import target_named
+from brandla_kernels._kernels.launch import Config, recording
 
 
 class InThisProcess:
@@ -44,6 +48,7 @@ def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
     monkeypatch.setattr(
         kernels_table,
@@ -69,6 +74,9 @@ def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
     assert "fused multiply-add" in printed
     assert "v_mfma_f64_16x16x4_f64" in printed
     assert "4 specialisations compiled, 0 with a fault" in printed
+    assert "Estimated, not measured" in printed
+    for words in (*estimates.GPUS, "root_core_kernel", "symmetric_product_kernel"):
+        assert words in printed
 
 
 def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +95,32 @@ def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypat
     status, found, _ = facts("--targets", "sm_90")
     assert status == 1
     assert all(entry["faults"] == ["does not compile: PassManager::run failed"] for entry in found)
+
+
+@pytest.mark.parametrize("name", estimates.GPUS)
+def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name: str) -> None:
+    gpu, n, r = estimates.GPUS[name], 65536, 256
+    cost = OPS["rotate"].cost(n, r, r, r)
+    with recording(target_named(gpu.target)) as launches:
+        OPS["rotate"].launch(torch.empty(n, r), torch.empty(n, r), torch.empty(r, r), torch.empty(r, r))
+    (parts,) = (estimates.seconds(launch, gpu) for launch in launches)
+    assert parts["bytes"] == cost.bytes / gpu.bytes
+    assert parts["flops"] == cost.flops / gpu.flops[32]
+    assert parts["launch"] == estimates.LAUNCH
+
+
+def test_few_programs_have_their_multiprocessors_share_of_the_flops() -> None:
+    gpu, (r, k) = estimates.GPUS["H200"], (32, 16)
+    gram, cross, own = (torch.empty(2, *shape, dtype=torch.float64) for shape in ((r, r), (r, k), (k, k)))
+    with recording(target_named(gpu.target)) as launches:
+        OPS["root_core"].launch(gram.float(), cross, own, gram[:, 0, 0], gram[:, 0, 0], r, 0.0, False)
+    flops = 2 * OPS["root_core"].cost(r, k, r).flops
+    assert estimates.seconds(launches[0], gpu)["flops"] == pytest.approx(flops / (gpu.flops[64] * 2 / 132))
+
+
+def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel() -> None:
+    rows = estimates.estimates(TOY).set_index(["op", "kernel"])
+    assert set(rows.index.get_level_values("op")) == set(OPS)
+    launches = rows["launches"]["kron_damped_apply"]
+    assert launches.to_dict() == {"tall_product_kernel": 4, "inner_product_kernel": 2, "sum_parts_kernel": 2}
+    assert (rows["H200, µs"].str.split().str[1] == "launch").all()

@@ -21,13 +21,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from brandla_kernels._kernels.launch import Launch, Target, product_precision
+from brandla_kernels._targets import AMD, NVIDIA
 
 TARGETS: dict[str, GPUTarget] = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
+    **{name: GPUTarget("cuda", int(name.removeprefix("sm_")), 32) for name in NVIDIA},
+    **{name: GPUTarget("hip", name, 64) for name in AMD},
 }
 
 
@@ -44,13 +42,17 @@ class Limits(NamedTuple):
     tensor_memory: int  # columns
 
 
-# CUDA C++ programming guide, "Technical specifications per compute capability" and "Occupancy calculator"; AMD CDNA 3
-# and CDNA 4 instruction set references, on registers and LDS. A compute unit has 4 SIMDs with 512 registers of 64 lanes
-# each for up to 8 waves, vector and accumulation registers together.
+# CUDA C++ programming guide, "Technical specifications per compute capability" and "Occupancy calculator"; AMD CDNA 2,
+# CDNA 3 and CDNA 4 instruction set references, on registers and LDS. A compute unit has 4 SIMDs with 512 registers of
+# 64 lanes each for up to 8 waves, vector and accumulation registers together.
 LIMITS = {
     "sm_80": Limits(64, 32, 65536, 256, 164 << 10, 163 << 10, 1 << 10, 0),
+    "sm_86": Limits(48, 16, 65536, 256, 100 << 10, 99 << 10, 1 << 10, 0),
+    "sm_89": Limits(48, 24, 65536, 256, 100 << 10, 99 << 10, 1 << 10, 0),
     "sm_90": Limits(64, 32, 65536, 256, 228 << 10, 227 << 10, 1 << 10, 0),
     "sm_100": Limits(64, 32, 65536, 256, 228 << 10, 227 << 10, 1 << 10, 512),
+    "sm_120": Limits(48, 24, 65536, 256, 100 << 10, 99 << 10, 1 << 10, 0),
+    "gfx90a": Limits(32, 32, 4 * 512 * 64, 8 * 64, 64 << 10, 64 << 10, 0, 0),
     "gfx942": Limits(32, 32, 4 * 512 * 64, 8 * 64, 64 << 10, 64 << 10, 0, 0),
     "gfx950": Limits(32, 32, 4 * 512 * 64, 8 * 64, 160 << 10, 160 << 10, 0, 0),
 }
@@ -64,9 +66,9 @@ _MULTIPLIES = {
     "bf16": re.compile(r"bf16|kind::f16"),
     "f16": re.compile(r"\.f16\.|kind::f16|[x_]\d*_?f16$"),
 }
-# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90, but none on Blackwell, whose tcgen05 has
-# no float64 either: on sm_100 it is fused multiply-adds, at the rate of the float64 units.
-_WITHOUT_MATRIX_INSTRUCTIONS = {("sm_100", "f64")}
+# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90 alone of NVIDIA's, and the tcgen05 of sm_100
+# has no float64 either: elsewhere it is fused multiply-adds, at the rate of the float64 units.
+_WITHOUT_MATRIX_INSTRUCTIONS = {(name, "f64") for name in ("sm_86", "sm_89", "sm_100", "sm_120")}
 
 
 class Product(NamedTuple):

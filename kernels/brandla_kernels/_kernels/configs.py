@@ -12,6 +12,10 @@ from brandla_kernels._kernels.launch import Config, Target
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
+# Matrix units that read registers alone: beside a sum, its operands take registers too.
+_OF_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_120")
+# Products of float64 that are fused multiply-adds: small tiles of many threads.
+_UNROLLED = ("sm_86", "sm_89", "sm_100", "sm_120")
 # Most rows whose products are summed in float32 where the sum is then one in float64.
 STRETCH = 4096
 
@@ -48,24 +52,23 @@ def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: t
 
 def _registers(target: Target, *spilling: str) -> int | None:
     """Where the assembler's own limit on registers makes products spill, the most that a thread can have."""
-    return 255 if target.arch in ("sm_100", *spilling) else None
+    return 255 if target.arch in (*_UNROLLED, *spilling) else None
 
 
 def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool) -> Config:
     """Tiles of `tall_product_kernel`."""
-    # Products of float64 on sm_100 are fused multiply-adds, unrolled: small tiles of many threads.
-    unrolled = dtype == torch.float64 and target.arch == "sm_100"
+    unrolled = dtype == torch.float64 and target.arch in _UNROLLED
     if dtype == torch.float64:
         block_n, most, block_r, stages = 32 if unrolled else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
-    elif target.arch == "sm_80":
+    elif target.arch in _OF_REGISTERS:
         block_n, most, block_r, stages = 128, 64, 16, 2
     else:
         block_n, most, block_r, stages = 128, 128, 32, 3
     block_s = bucket(columns, 16, most)
     warps = 8 if block_s > (16 if unrolled else 32) else 4
-    registers = _registers(target, "sm_80", "sm_90") if dtype == torch.float64 else _registers(target, "sm_80")
+    registers = _registers(target, *_OF_REGISTERS, *(["sm_90"] if dtype == torch.float64 else []))
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 
 
@@ -78,8 +81,11 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     most, largest_of_four = (128, 4096) if roomy and not wide else (64, 2048)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
-    long = not wide and (warps == 4 or (aligned and target.arch != "sm_80"))
-    registers = _registers(target) if aligned else _registers(target, "sm_80", "sm_90")
+    long = not wide and (warps == 4 or (aligned and target.arch not in _OF_REGISTERS))
+    registers = _registers(target) if aligned else _registers(target, *_OF_REGISTERS, "sm_90")
+    if target.arch == "sm_120" and aligned and not wide:
+        # The assembler's own limit, of 138 registers here, spills nothing, and 255 does.
+        registers = None
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
@@ -102,8 +108,9 @@ def damped_middle(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    # On sm_80 and sm_100 the second look at a tile spills beside the widest.
-    config = inner_product(target, dtype, max(r, k), k, aligned and target.arch not in ("sm_80", "sm_100"))
+    # On these the second look at a tile spills beside the widest.
+    narrow = target.arch in (*_OF_REGISTERS, "sm_100")
+    config = inner_product(target, dtype, max(r, k), k, aligned and not narrow)
     blocks = dict(config.blocks)
     return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
 
@@ -118,18 +125,18 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
     stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64 or not aligned:
         # Unrolled products of float64 on sm_100 spill least within the assembler's own limit.
-        unrolled = dtype == torch.float64 and target.arch == "sm_100"
-        registers = None if unrolled else _registers(target, "sm_80", "sm_90")
+        own = dtype == torch.float64 and target.arch == "sm_100"
+        registers = None if own else _registers(target, *_OF_REGISTERS, "sm_90")
         return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages, registers)
     # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
-    most = 64 if dtype == torch.float32 and target.arch == "sm_80" else 128
+    most = 64 if dtype == torch.float32 and target.arch in _OF_REGISTERS else 128
     block_n = bucket(n, 16, most)
     return Config({"BLOCK_N": block_n, "BLOCK_K": 32}, 8 if block_n > 64 else 4, stages)
 
 
-def symmetric_update(block_n: int) -> Config:
+def symmetric_update(target: Target, block_n: int) -> Config:
     """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
-    return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1)
+    return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, _registers(target))
 
 
 def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Config:
@@ -137,12 +144,12 @@ def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Con
     stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64:
         # Without a limit of our own the assembler stops at 80 or 96 registers, and spills two.
-        registers = 255 if target.arch == "sm_90" or (target.arch == "sm_100" and aligned) else None
+        registers = 255 if target.arch == "sm_90" or (target.arch in _UNROLLED and aligned) else None
         return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages, registers)
     if not aligned:
         block_w = bucket(width, 16, 32 if target.arch == "sm_100" else 64)
         return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
-    block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch == "sm_80" else 128)
+    block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch in _OF_REGISTERS else 128)
     if dtype == torch.float32:
         # Three programs on a multiprocessor: one cuts its X and draws its Ω while another multiplies.
         return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
@@ -163,7 +170,7 @@ def small_spd(target: Target, k: int) -> Config:
 def root_core(target: Target, m: int) -> Config:
     """Tiles of `root_core_kernel`: the column loop waits for all warps, and larger tiles spill on sm_80 or sm_90."""
     warps = 4 if m <= 64 else 8
-    registers = _registers(target, "sm_80", "sm_90") if warps == 4 else None
+    registers = _registers(target, *_OF_REGISTERS, "sm_90") if warps == 4 else None
     return Config({"BLOCK": 16, "BLOCK_ROWS": 8 * warps, "BLOCK_COLS": 32, "BLOCK_INNER": 16}, warps, 1, registers)
 
 

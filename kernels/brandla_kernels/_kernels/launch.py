@@ -20,6 +20,7 @@ from torch import Tensor
 
 from brandla_kernels._kernels.matrices import bytes_of, shapes
 from brandla_kernels._signature import Matrices
+from brandla_kernels._targets import architecture, nearest
 from brandla_kernels.tall import device_of
 
 
@@ -43,7 +44,7 @@ class Config(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the choice of precision and of tiles depends on: the backend ("cuda", "hip") and its architecture."""
+    """What the choice of precision and of tiles depends on: the backend ("cuda", "hip") and an architecture listed."""
 
     backend: str
     arch: str
@@ -171,10 +172,8 @@ def target_of(matrices: Matrices) -> Target:
     device = device_of(matrices)
     if device.type == "cpu":
         return Target("interpreter", "cpu")
-    if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return Target("cuda", f"sm_{major}{minor}")
+    arch = architecture(device.index)
+    return Target("hip" if torch.version.hip else "cuda", nearest(arch) or arch)
 
 
 def recorded() -> bool:

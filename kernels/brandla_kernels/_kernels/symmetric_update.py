@@ -165,7 +165,7 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     start(symmetric_product_kernel, (operands.problems * splits * tiles,), product, config)
     if splits > 1:
         update = {name: common[name] for name in symmetric_update_kernel.arg_names if name in common}
-        start(symmetric_update_kernel, (operands.problems * tiles,), update, configs.symmetric_update(block))
+        start(symmetric_update_kernel, (operands.problems * tiles,), update, configs.symmetric_update(target, block))
 
 
 def _product_dtype(target: Target, total: torch.dtype, data: torch.dtype) -> torch.dtype:

@@ -1,0 +1,47 @@
+"""The GPU architectures that the kernels are tiled and compiled for, and which of them another one follows."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx90a", "gfx942", "gfx950")
+# Early steppings of one chip.
+_SAME = {"gfx940": "gfx942", "gfx941": "gfx942"}
+
+
+@cache
+def nearest(arch: str) -> str | None:
+    """Return the architecture whose tiles ``arch`` takes; None if there are no kernels for it.
+
+    Of NVIDIA's that is the newest listed one that is not newer. AMD's others are not like those listed: gfx11 and gfx12
+    have no matrix units for float32 and float64, and the kernels would spill kilobytes a thread there.
+    """
+    if arch.startswith("sm_"):
+        older = [listed for listed in NVIDIA if _number(listed) <= _number(arch)]
+        return older[-1] if older else None
+    arch = _SAME.get(arch, arch)
+    return arch if arch in AMD else None
+
+
+@cache
+def architecture(index: int) -> str:
+    """Return the architecture of a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def in_words(arch: str) -> str:
+    """Say what runs on an architecture."""
+    tiles = nearest(arch)
+    if tiles is None:
+        return f"{arch}: no kernels, torch forms"
+    return f"{arch}: compiled for it" if tiles == arch else f"{arch}: tiles of {tiles}, the nearest compiled for"
+
+
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))

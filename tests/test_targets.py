@@ -1,0 +1,138 @@
+"""Which GPU architecture takes whose tiles, and what runs where there are no kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import brandla
+from brandla.demo import info, machine
+from brandla_kernels import OPS, _op, _targets
+from brandla_kernels._targets import AMD, NVIDIA, nearest
+
+NEAREST = {
+    "sm_75": None,
+    "sm_87": "sm_86",
+    "sm_88": "sm_86",
+    "sm_103": "sm_100",
+    "sm_110": "sm_100",
+    "sm_121": "sm_120",
+    "gfx908": None,
+    "gfx940": "gfx942",
+    "gfx941": "gfx942",
+    "gfx1100": None,
+    "gfx1201": None,
+}
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that makes every GPU of this process one of an architecture."""
+
+    def be(arch: str) -> None:
+        for module in (_op, info):
+            monkeypatch.setattr(module, "architecture", lambda index: arch)
+        monkeypatch.setattr(machine, "gpu_names", lambda: ["a GPU"])
+        monkeypatch.setattr(_op, "_HAS_TRITON", True)
+        for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+    return be
+
+
+@pytest.mark.parametrize(("arch", "tiles"), [*NEAREST.items(), *zip(NVIDIA + AMD, NVIDIA + AMD, strict=True)])
+def test_an_architecture_takes_the_nearest_tiles(arch: str, tiles: str | None) -> None:
+    assert nearest(arch) == tiles
+
+
+@pytest.mark.parametrize(("arch", "kernels"), [("sm_103", 1), ("gfx90a", 1), ("gfx1100", 0), ("gfx1201", 0)])
+def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
+    on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, arch: str, kernels: int
+) -> None:
+    pytest.importorskip("triton")
+    on(arch)
+    project, launched = OPS["project"], list[Any]()
+    basis, columns = torch.randn(9, 3), torch.randn(9, 2)
+    expected = project.torch_form(basis, columns)
+    monkeypatch.setattr(project, "launch", lambda *args: launched.append(args) or expected.clone())
+    # What the dispatcher calls for tensors of a GPU.
+    gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    assert torch.equal(project.registered.redispatch(gpu, basis, columns), expected)
+    assert len(launched) == kernels
+
+
+def test_kernels_cannot_be_forced_where_there_are_none(on: Callable[[str], None]) -> None:
+    on("gfx1201")
+    assert OPS["project"].implementation("cuda") == ("torch", "there are no kernels for gfx1201")
+    with pytest.raises(RuntimeError, match="'triton' cannot run: there are no kernels for gfx1201"):
+        brandla.backend("triton").__enter__()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_run_torch_forms(device: str) -> None:
+    assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("sm_90", "sm_90: compiled for it"),
+        ("sm_103", "sm_103: tiles of sm_100, the nearest compiled for"),
+        ("gfx1100", "gfx1100: no kernels, torch forms"),
+    ],
+)
+def test_info_says_whose_tiles_a_gpu_takes(on: Callable[[str], None], arch: str, words: str) -> None:
+    on(arch)
+    assert json.loads(info.as_json())["kernels"] == [words]
+    assert f"kernels {words}" in info.as_text()
+
+
+def test_info_names_what_the_kernels_are_for_without_a_gpu() -> None:
+    if not torch.cuda.device_count():
+        assert json.loads(info.as_json())["kernels"] == "for " + ", ".join(NVIDIA + AMD)
+
+
+def test_an_architecture_is_named_as_its_makers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(major=10, minor=3, gcnArchName="gfx90a:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    named: Any = _targets.architecture.__wrapped__
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert named(0) == "sm_103"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert named(0) == "gfx90a"
+
+
+WITHOUT_FLOAT64 = (
+    *("damped_solve, root", "damped_solve, eigh", "damped_solve, root, diagonal", "damped_logdet, root"),
+    *("damped_logdet, eigh", "damped_power, eigh", "kron_damped_solve, W", "kron_damped_solve, pair"),
+    *("kron_damped_solve, W, eigh", "kron_damped_solve, pair, eigh", "kron_damped_power, eigh"),
+    "kron_damped_logdet, eigh",
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_FLOAT64)
+def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name: str) -> None:
+    pytest.importorskip("triton")
+    from bench.launches import Counter, call_of
+    from brandla_kernels._kernels.ahead import target_named
+    from brandla_kernels._kernels.launch import recording
+
+    class Watcher(Counter):
+        """Takes the way of a GPU, as its base does."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            for part in tree_leaves(result):
+                assert not isinstance(part, Tensor) or part.dtype != torch.float64, func
+            return result
+
+    call = call_of(name, "single")
+    with recording(target_named("sm_90")), brandla.backend("triton"), torch.no_grad(), Watcher("sm_90"):
+        call()
