@@ -146,9 +146,9 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
 def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
     """Return the transform and the live columns of a Gram matrix H near I, but for zero columns.
 
-    The squared lengths of its columns, near 1 or 0, serve as their lengths.
+    The squared lengths of its columns, near 1 or 0, serve as their lengths, on which the result does not depend.
     """
-    return cholesky_inverse_core(inner, inner.diagonal(dim1=-2, dim2=-1), SECOND_PASS)
+    return cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 
 def _is_clean(panel: Tall, rows: Rows) -> bool:

@@ -71,8 +71,8 @@ def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: T
     r = cross.shape[-2]
     of_new = weight.sqrt()[..., None].expand(own.shape[:-1])
     if gram.ndim < own.ndim:
-        old = gram * decay[..., None]
-        of_old, old = old.sqrt(), torch.diag_embed(old)
+        # Roots one by one: that of a product has no derivative by ρ where d is 0.
+        old, of_old = torch.diag_embed(gram * decay[..., None]), gram.double().sqrt() * decay.sqrt()[..., None]
     else:
         old, of_old = gram * decay[..., None, None], decay.sqrt()[..., None].expand(gram.shape[:-1])
     rows = torch.cat([of_old, of_new], -1)
