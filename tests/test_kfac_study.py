@@ -274,12 +274,32 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
 
 def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
     count = iter(range(100))
-    # Odd steps are dear: they renew. The first two are left out.
-    monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 1000, 60, 10][min(next(count), 3)]))
-    monkeypatch.setattr(kfac_images, "PAIRS", 2)
+    # The first step is left out; then every second one is dear.
+    monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
     by_name = {method.name: method for method in METHODS}
-    (row,) = kfac_images.cost_of(by_name["SOAP"], 16, replace(TINY, cost_seconds=10.0), "cpu")
-    assert row == {"milliseconds": (60 + 9 * 10) / 10, "renewing": 60}
+    expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
+    for name, row in expected.items():
+        assert list(kfac_images.cost_of(by_name[name], 16, replace(TINY, cost_seconds=1.0), "cpu")) == [row]
+
+
+def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `cost_of` takes for granted: the eigendecompositions of a step stand for its milliseconds."""
+    counts, real = [0], torch.linalg.eigh
+
+    def counted(*given: Any, **options: Any) -> Any:
+        counts[-1] += 1
+        return real(*given, **options)
+
+    def timed(call: Any, _: str) -> Any:
+        counts.append(0)
+        return call(), counts[-1]
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    monkeypatch.setattr(kfac_images, "timed", timed)
+    by_name = {method.name: method for method in METHODS}
+    (row,) = kfac_images.cost_of(by_name["K-FAC"], 16, TINY, "cpu")
+    assert row["renewing"] > 0
+    assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 
 
 def looked(step: int | None, method: str = "AdamW", seed: int = 0, failure: str | None = None) -> Row:

@@ -29,8 +29,8 @@ from brandla.demo.frame import Tables, Tick
 from brandla.demo.training import Trainer, timed
 
 PIXELS = 784
-# Pairs of steps whose cost is measured.
-PAIRS = 4
+# Steps whose cost is measured, at least and at most. The first is left out; of the next two one renews, if any does.
+LEAST, MOST = 3, 9
 
 
 def pieces(settings: Settings, device: Device, folder: Path = FOLDER) -> list[Piece]:
@@ -195,12 +195,11 @@ def cost_of(method: Method, width: int, settings: Settings, where: str) -> Itera
     draws = torch.Generator().manual_seed(0)
     images, labels = torch.randn(task.batch, PIXELS, generator=draws), torch.arange(task.batch) % 10
     batch, times = Split(images.to(where), labels.to(where)), []
-    while len(times) < 2 or (len(times) < 2 * PAIRS and sum(times) < 1e3 * settings.cost_seconds):
-        times += [timed(partial(trainer.step, batch), where)[1] for _ in range(2)]
-    # What is done for the first time takes longer.
-    kept = times[2:] or times
-    dear, plain = (float(np.median(kept[first::2])) for first in range(2))
-    typical = (dear + (period - 1) * plain) / period if method.renews else float(np.median(kept))
+    while len(times) < LEAST or (len(times) < MOST and sum(times) < 1e3 * settings.cost_seconds):
+        times.append(timed(partial(trainer.step, batch), where)[1])
+    # Which of two steps renews depends on the method.
+    plain, dear = sorted(float(np.median(times[first::2])) for first in (1, 2))
+    typical = (dear + (period - 1) * plain) / period if method.renews else float(np.median(times[1:]))
     yield {"milliseconds": typical, "renewing": dear if method.renews else None}
 
 
