@@ -63,6 +63,8 @@ def of_ops(title: str, *studies: str) -> Question:
     return Question(title, roofline.answer, draw, roofline.table, studies)
 
 
+# What further studies have to show on the page of K-FAC.
+SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {"defaults": defaults.section}
 # By page.
 QUESTIONS = {
     "updates": Question(
@@ -75,7 +77,7 @@ QUESTIONS = {
         bench_kfac.answer,
         partial(bars, bench_kfac.chart, "kfac.json"),
         bench_kfac.table,
-        ("kfac", "demo", "defaults"),
+        ("kfac", "demo", *SECTIONS),
     ),
     "ops": of_ops("How near do the ops come to the machine's ceilings?", "roofline", "ops", "launches"),
     "gpu": of_ops("How near do the kernels come to a GPU's ceilings?", "gpu"),
@@ -94,10 +96,8 @@ QUESTIONS = {
         ("accuracy",),
     ),
 }
-# What other studies have to show on the page of a question on which they are.
-SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {"defaults": defaults.section}
 PAGES_OF_THEIR_OWN = {"kfac-study": kfac_images.page}
-# Pictures, with their study.
+# Pictures, with their study: those of studies, and of questions.
 DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images,)}
 DRAWN |= {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()}
 

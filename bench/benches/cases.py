@@ -119,9 +119,10 @@ def beside(names: str | tuple[str, ...], content: Row) -> pd.DataFrame:
     rows = rows.assign(time=rows["seconds"].str[0], shared=shared, other=rows["by"] != BRANDLA)
     largest = rows.sort_values(["shared", "n"], kind="stable").groupby("function")["shape"].transform("last")
     rows = rows[rows["shape"] == largest.reindex(rows.index)]
-    rows["order"] = rows["function"].map({name: at for at, name in enumerate(rows["function"].unique())})
+    order = {name: at for at, name in enumerate(rows["function"].unique())}
     ours = rows["time"].where(~rows["other"]).groupby(rows["function"]).transform("first")
-    rows = rows.assign(over=rows["time"] / ours).dropna(subset="over").sort_values(["order", "other", "time"])
+    rows = rows.assign(over=rows["time"] / ours, order=rows["function"].map(order)).dropna(subset="over")
+    rows = rows.sort_values(["order", "other", "time"], kind="stable")
     return rows.groupby("function", sort=False).head(max(2, ROWS // max(1, rows["function"].nunique())))
 
 

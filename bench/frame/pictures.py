@@ -162,9 +162,10 @@ class Bars(NamedTuple):
 def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> Figure:
     """Draw a bar below each label, with its value at its end."""
     title, below, values, others, unit = chart(study)
+    values = values.dropna()
     figure, (axis,) = panels([1.2 + 0.42 * len(values)], study, file, theme, NARROW)
     titled(axis, title, below, theme)
-    largest, smallest = values.max(), values.min()
+    largest, smallest = (values.max(), values.min()) if len(values) else (1.0, 0.0)
     spread = smallest > 0 and largest > WIDE * smallest
     # Room for the value at the end of the longest bar.
     first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))

@@ -116,7 +116,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     for width in means.index.unique("width"):
         cells = (100 * means.loc[width]).map("{:.2g} %".format).rename(columns=MEASURES)
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
-        own = about[about["width"] == width].set_index("name")
+        own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
         cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
@@ -146,7 +146,7 @@ def answer(content: Row) -> str:
     return (
         f"At width {width} and equal cost the step of {QUESTION[0]} has {spread} times the error of {QUESTION[1]}, and"
         f" less error in {100 * (own < 1).mean():.0f} % of the steps. Over the error of the best factor of that rank"
-        f" it is {pages.listed(list(of_best.values()))}."
+        f" it is {pages.listed(list(of_best.values())) or 'not known'}."
     )
 
 

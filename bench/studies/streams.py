@@ -359,7 +359,7 @@ def answer(content: Row) -> str:
     if rows.empty:
         return ""
     worst = rows.loc[rows["lost_over_exact"].where(rows["resolved"].astype(bool), 0).idxmax()]
-    bounded = rows.dropna(subset="bound")["bound_holds"].astype(bool)
+    bounded = rows.get("bound_holds", pd.Series(dtype=bool)).dropna().astype(bool)
     drifts = [row["largest"] for row in content.get("drifts", []) if row["dtype"] == "float32"]
     drifted = f", and in {content['drifts'][0]['updates']} updates no factor drifts more than {max(drifts):.0f} ε"
     return (
