@@ -17,7 +17,6 @@ from bench.benches.timing import Interval, ratio
 from bench.benches.training import BATCH, Candidate, Setting, Step, sgd
 from bench.frame.figures import read, spelled
 from bench.frame.images import Images, mnist, standardised
-from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from brandla.demo import data
 from brandla.kfac import KBFGS, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Woodbury
@@ -179,11 +178,12 @@ def answer(content: dict[str, Any]) -> str:
     goal = goal.join(goal["case"].str.extract("^(?P<method>[^/]*), (?P<part>steps|seconds)$")).dropna(subset="method")
     words = goal["value"].map(spelled) + goal["part"].map({"steps": " steps", "seconds": " s"})
     took = words.groupby(goal["method"]).agg(" and ".join)
-    training = f"{listed([f'{method} takes {found}' for method, found in took.items()])}"
+    training = ", ".join(f"{method} takes {found}" for method, found in took.items())
+    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if training else ""
     return (
         f"A step with K-FAC takes {spelled(least['value'])} ({least.name}) to {spelled(most['value'])} times"
         f" ({most.name}) as long as SGD's. "
-        + (f"{training} {goal['group'].iloc[0].partition(' / ')[0]}." if training else "Training was not measured.")
+        + (f"{where}, {training}." if training else "Training to an accuracy was not measured.")
     )
 
 

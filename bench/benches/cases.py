@@ -133,12 +133,11 @@ def answer(names: str | tuple[str, ...], content: Row) -> str:
         return ""
     first, rest = quickest.iloc[0], quickest.iloc[1:]
     took = duration(rows[~rows["other"]].set_index("function").loc[first.name, "time"])
-    beyond = (
-        f"For {listed(['`' + name + '`' for name in rest.index])} that is {listed(rest['over'].map(spelled).tolist())}"
-    )
+    others = listed([f"`{name}`" for name in rest.index])
+    beyond = f"For {others} it takes {listed(rest['over'].map(spelled).tolist())} times as long."
     return (
-        f"`{first.name}` takes {took} at {first['shape']}, where the quickest other, {first['by']}, takes"
-        f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared'}."
+        f"`{first.name}` takes {took} at {first['shape']}, and the quickest other ({first['by']})"
+        f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
     )
 
 

@@ -28,7 +28,6 @@ WIDTH, DOTS = 6.2, 170
 # Inches of a picture that a phone shows whole, with letters that can be read there.
 NARROW = 4.2
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
 class Theme(NamedTuple):
@@ -163,7 +162,7 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     """Draw a bar below each label, with its value at its end."""
     title, below, values, others, unit = chart(study)
     values = values.dropna()
-    figure, (axis,) = panels([1.2 + 0.42 * len(values)], study, file, theme, NARROW)
+    figure, (axis,) = panels([1.2 + 0.46 * len(values)], study, file, theme, NARROW)
     titled(axis, title, below, theme)
     largest, smallest = (values.max(), values.min()) if len(values) else (1.0, 0.0)
     spread = smallest > 0 and largest > WIDE * smallest
@@ -175,7 +174,9 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
         colour = theme.colour(*(OTHER if label in others else OWN))
         axis.barh(place, value - first, left=first, height=0.3, color=colour)
         axis.annotate(str(label), (first, place - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
-        axis.annotate(f"{spelled(value)}{unit}", (value, place), (4, 0), textcoords="offset points", va="center")
+        axis.annotate(
+            f"{spelled(value)}{unit}", (value, place), (4, 0), textcoords="offset points", fontsize=9, va="center"
+        )
     axis.set(xlim=(first, last), ylim=(len(values) - 0.4, -0.75))
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)

@@ -100,7 +100,7 @@ def parts(content: Row) -> pd.DataFrame:
         "GB/s": (rows["bytes"] / seconds / 1e9).map(spelled),
         "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
         "bound by": rows["bound_by"],
-        "error": rows["error"].map("{:.0e}".format),
+        "error": rows["error"].map(lambda error: f"{error:.0e}" if error else "0"),
     }
     return pd.DataFrame(columns)
 

@@ -351,7 +351,7 @@ COLOURS = {
 def draw(content: Row, theme: Theme) -> Picture:
     """Draw the time of every method against n."""
     rows = amounts(content["rows"]).query("axis == 'n' and method in @COLOURS")
-    figure, (panel,) = pictures.panels([5.2], content, "scaling.json", theme, pictures.NARROW)
+    figure, (panel,) = pictures.panels([6.6], content, "scaling.json", theme, pictures.NARROW)
     fixed = rows[rows["method"].isin(UPDATES)].iloc[0]
     pictures.titled(panel, "Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", theme)
     for method, line in rows.groupby("method", sort=False):
@@ -364,7 +364,6 @@ def draw(content: Row, theme: Theme) -> Picture:
     ticks = ([size for size in sizes if size & (size - 1) == 0] or sizes)[::2]
     panel.set_xticks(ticks, list(map(str, ticks)))
     pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES))
-    panel.set_xlabel("n")
     pictures.legend(panel, 1)
     return figure
 
