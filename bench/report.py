@@ -121,12 +121,14 @@ def of_question(name: str, machines: Machines) -> Iterator[str]:
         study = question.studies[0]
         if len(measured) > 1:
             yield f"## {place(found[study]['facts'])}\n"
-        yield answered(name, found)
-        if question.answer(found[study]):
+        said = answered(name, found)
+        yield said
+        if TOO_LITTLE not in said:
             yield pages.picture(name, machine, f"{question.title} ({study}.json)")
         cells = question.table(found[study])
         if len(cells):
-            yield f"{markdown(cells.head(MOST))}\n{min(MOST, len(cells))} of {len(cells)} rows, from `{study}.json`.\n"
+            of = f"{MOST} of {len(cells)} rows of" if len(cells) > MOST else "From"
+            yield f"{markdown(cells.head(MOST))}\n{of} `{study}.json`.\n"
         present = [other for other in question.studies if other in found]
         for other in filter(SECTIONS.__contains__, present):
             yield from SECTIONS[other](found[other], machine)
@@ -161,7 +163,7 @@ def machine_of(content: Row) -> str:
 
 def demo(machines: Machines) -> Iterator[str]:
     """Yield the figures of README: B-KFAC beside what people use."""
-    for content in contents("demo", machines):
+    for content in (content for content in contents("demo", machines) if content.get("runs")):
         trained = summary.training(content).set_index("method")
         trained = trained.loc[trained.index.intersection(["AdamW", "K-FAC", "B-KFAC"])].reset_index()
         settings, target = content["settings"], f"{100 * content['settings']['target']:g} %"
@@ -221,7 +223,7 @@ def quoted(match: re.Match[str], machines: Machines) -> str:
     rows = [row for content in contents(study, machines) for row in content.get(table, [])]
     values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
-    return mark + (spelled(max(values)) if values else "–")
+    return mark + (f"{max(values):.3g}" if values else "–")
 
 
 # --- CSV files
@@ -230,7 +232,8 @@ def quoted(match: re.Match[str], machines: Machines) -> str:
 def tables(study: str, content: Row) -> dict[str, pd.DataFrame]:
     """Return the tables of a result file."""
     if study == "demo":
-        return {"tracking": summary.tracking(content), "training": summary.training(content)}
+        summaries = {"tracking": summary.tracking, "runs": summary.training}
+        return {name: summarize(content) for name, summarize in summaries.items() if content.get(name)}
     return {name: flat(rows) for name, rows in content.items() if isinstance(rows, list) and rows}
 
 

@@ -190,7 +190,7 @@ def answer(content: dict[str, Any]) -> str:
 def table(content: dict[str, Any]) -> pd.DataFrame:
     steps, late = systems(content), of_group(content, "99th percentile").set_index("case")["measured"]
     cells = pd.DataFrame({"a step / SGD's": steps["measured"], "99th percentile / median": late}, index=steps.index)
-    return cells.fillna("–").reset_index(names="system")
+    return cells.astype(object).fillna("–").reset_index(names="system")
 
 
 def chart(content: dict[str, Any]) -> Bars:

@@ -145,11 +145,11 @@ def table(names: str | tuple[str, ...], content: Row) -> pd.DataFrame:
     rows = beside(names, content)
     columns = {
         "function": "`" + rows["function"] + "`",
-        "case": rows["shape"],
         "by": rows["by"],
         "ms": [spelled(1e3 * time) for time in rows["time"]],
         "× brandla": [spelled(over) for over in rows["over"]],
         "error": [f"{error:.2g}" for error in rows["error"]],
+        "case": rows["shape"],
     }
     return pd.DataFrame(columns)
 

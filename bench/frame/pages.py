@@ -1,5 +1,6 @@
 """What is shown of result files: tables in Markdown and on a terminal, and pages with pictures for light and dark."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
 PICTURES = "measured"
+EXPONENT = re.compile(r"(?<=\d)e-(?=\d)")
 # Columns of a terminal table, so that nothing is cut on a narrow one.
 WIDTH = 150
 
 
 def markdown(cells: pd.DataFrame) -> str:
-    """Return a table in Markdown, without its index."""
-    return table(list(cells.columns), cells.to_numpy().tolist())
+    """Return a table in Markdown, without its index; no line breaks within the exponent of a number."""
+    return EXPONENT.sub("e−", table(list(cells.columns), cells.to_numpy().tolist()))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -120,7 +120,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
-        ordered = cells.reindex([BEST, *own.index]).fillna("").reset_index(names="tracker")
+        ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
         yield f"Width {width}", ordered
 
 

@@ -93,15 +93,17 @@ def parts(content: Row) -> pd.DataFrame:
     seconds = rows["seconds"].str[0]
     columns = {
         "op": "`" + rows["op"] + "`",
-        "case": rows["case"],
-        "by": rows["by"],
+        "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
+        "bound by": rows["bound_by"],
         "µs": (1e6 * seconds).map(spelled),
         "GFLOP/s": (rows["flops"] / seconds / 1e9).map(spelled),
         "GB/s": (rows["bytes"] / seconds / 1e9).map(spelled),
-        "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
-        "bound by": rows["bound_by"],
+        "by": rows["by"],
+        "case": rows["case"],
         "error": rows["error"].map(lambda error: f"{error:.0e}" if error else "0"),
     }
+    if "× torch" in rows:
+        columns["× torch"] = rows["× torch"].map(spelled)
     return pd.DataFrame(columns)
 
 

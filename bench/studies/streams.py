@@ -372,11 +372,12 @@ def answer(content: Row) -> str:
 
 def table(content: Row) -> pd.DataFrame:
     """Return the float32 streams in which most is lost beside the best of the rank."""
-    rows = dict(shown(content)).get(LOSSES, pd.DataFrame(columns=["dtype"]))
+    rows = dict(shown(content)).get(LOSSES, pd.DataFrame(columns=["stream", "dtype"]))
     rows = rows[rows["dtype"] == "float32"].drop(columns="dtype")
     updates = [update for update in UPDATES if update in rows]
     worst = rows[updates].apply(pd.to_numeric, errors="coerce").max(axis=1)
     ordered = rows.assign(worst=worst).sort_values("worst", ascending=False, kind="stable").drop(columns="worst")
+    ordered = ordered[["stream", *updates, *ordered.columns.difference(["stream", *updates], sort=False)]]
     return ordered.rename(columns={update: f"`{update}`" for update in (*UPDATES, "svd_append")})
 
 
