@@ -132,7 +132,7 @@ sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $
 profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R=256 K=256 DTYPE=float32), and the ncu line
 	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
 
-docs-figures: .venv/.extra-bench ## write docs/measurements.md, docs/accuracy.md, docs/kfac-study.* and pictures from the result files
+docs-figures: .venv/.extra-bench ## write the figures of the documentation from the result files: pages, pictures, CSV files, quotes
 	$(python) -m bench.report
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/

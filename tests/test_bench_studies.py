@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
 from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
-from bench.gpu.device import Ceilings, Work
 from bench.studies import accuracy, defaults, forms, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
 LAYOUT = pictures.ConstrainedLayoutEngine
-STUDIES_THAT_DRAW = (scaling, roofline, accuracy, kfac_images)
-FACTS = {
-    "cpu": "toy",
-    "cores": 2,
-    "threads": 2,
-    "blas": "mkl",
-    "versions": {"torch": "2"},
-    "commit": "0" * 40,
-    "modified": False,
-    "date": "2026-01-01 00:00 UTC",
-    "quick": False,
-}
+STUDIES = (scaling, roofline, accuracy, kfac_images)
 
 
 def run(module: Any, *options: str) -> Result:
@@ -53,9 +44,9 @@ def _coarse_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the studies that draw at toy sizes, and return the folder of their files."""
+    """Run studies at toy sizes, and return the folder of their files."""
     folder = tmp_path_factory.mktemp("results")
-    for module in STUDIES_THAT_DRAW:
+    for module in STUDIES:
         options = ["--only", "regression"] if module is kfac_images else []
         answer = run(module, "--out", str(folder / "toy"), *options)
         assert answer.exit_code == 0, answer.output
@@ -66,10 +57,10 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_short_run_measures_everything_and_draws_it(short_runs: Path) -> None:
     found = results.read(short_runs / "toy")
     assert set(found) == {"scaling", "roofline", "accuracy", "kfac-study"}
-    for name, each in found.items():
+    for each in found.values():
         assert each["facts"]["quick"]
         assert each["facts"]["interrupted"] is False
-        assert {f"{name}-{theme.name}.png" for theme in pictures.THEMES} <= set(os.listdir(short_runs / "toy"))
+    assert {f"kfac-study-{theme.name}.png" for theme in pictures.THEMES} <= set(os.listdir(short_runs / "toy"))
     assert {row["method"] for row in found["scaling"]["rows"] if row["axis"] == "n"} == set(scaling.METHODS)
     assert {row["op"] for row in found["roofline"]["rows"]} == set(OPS)
     assert all(row["of_ceiling"][0] > 0 for row in found["roofline"]["rows"])
@@ -88,40 +79,87 @@ def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs: Path) -> Non
         assert (own.set_index(["width", "seed", "step"])[measures] >= best * (1 - 1e-4)).all(axis=None), tracker
 
 
-def test_pages_and_pictures_are_made_of_the_files_and_checked(short_runs: Path, tmp_path: Path) -> None:
-    page, invoke = tmp_path / "measurements.md", CliRunner().invoke
-    # Pictures of these figures are there already, but for the one of README.
-    shutil.copytree(short_runs / "toy", tmp_path / "measured" / "toy")
-    options = ["--results", str(short_runs), "--output", str(page)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "ConstrainedLayoutEngine", LAYOUT)
-        assert invoke(report.app, options).exit_code == 0
-    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.md")}
-    assert set(texts) == {"measurements.md", "accuracy.md", "kfac-study.md"}
-    assert all((tmp_path / "measured" / "toy" / f"time-{theme.name}.png").exists() for theme in pictures.THEMES)
-    for module, text in zip(STUDIES_THAT_DRAW, ("measurements", "measurements", "accuracy", "kfac-study"), strict=True):
-        for theme in pictures.THEMES:
-            assert f"measured/toy/{module.STUDY.name}-{theme.name}.png" in texts[f"{text}.md"]
-    for text in texts.values():
-        assert "its figures mean nothing" in text
-        assert ".json`" in text
-    assert all(f"### Width {width}" in texts["accuracy.md"] for width in accuracy.QUICK.widths)
-    assert all(f"| {method.name} |" in texts["kfac-study.md"] for method in kfac_images.METHODS)
-    assert invoke(report.app, [*options, "--check"]).exit_code == 0
+def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(short_runs: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    shutil.copytree(report.ROOT / "docs", docs, ignore=shutil.ignore_patterns("measured", "*.csv"))
+    # The picture that its study drew is there already.
+    shutil.copytree(short_runs / "toy", docs / "measured" / "toy")
+
+    def invoke(*more: str) -> Result:
+        return CliRunner().invoke(report.app, ["--results", str(short_runs), "--docs", str(docs), *more])
+
+    answer = invoke()
+    assert answer.exit_code == 0, answer.output
+    drawn = {path.name.removesuffix("-light.png") for path in (docs / "measured" / "toy").glob("*-light.png")}
+    assert drawn == {"updates", "ops", "accuracy", "kfac-study"}
+    for name, question in report.QUESTIONS.items():
+        text = (docs / "measurements" / f"{name}.md").read_text(encoding="utf-8")
+        assert ("Nothing has been measured yet." not in text) == (name in drawn)
+        assert all(f"`{study}.json`" in text and "its figures mean nothing" in text for study in question.studies[:1])\
+            or name not in drawn  # fmt: skip
+    cells = pd.read_csv(docs / "measurements" / "toy-scaling-rows.csv")
+    rows = results.read(short_runs / "toy")["scaling"]["rows"]
+    assert cells["seconds"].tolist() == [row["seconds"][0] for row in rows]
+    assert "## [What does an update cost?](../measurements/updates.md)" in (docs / "measurements/index.md").read_text()
+    assert all(f"| {method.name} |" in (docs / "kfac-study.md").read_text("utf-8") for method in kfac_images.METHODS)
+    # What a file lacks leaves a dash.
+    assert "; best_over_trace -->– |" in (docs / "choose.md").read_text(encoding="utf-8")
+    assert invoke("--check").exit_code == 0
     # A picture of other figures does not pass, nor does a page that was edited.
     other = results.read(short_runs / "toy")["scaling"]
     other["rows"][0]["seconds"][0] *= 2
-    pictures.write("scaling", other, tmp_path / "measured" / "toy", scaling.draw)
-    answer = invoke(report.app, [*options, "--check"])
-    assert (answer.exit_code, "scaling-light.png is not what" in answer.stderr) == (1, True)
-    (tmp_path / "accuracy.md").write_text("0.3", encoding="utf-8")
-    answer = invoke(report.app, [*options, "--check"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "ConstrainedLayoutEngine", LAYOUT)
+        pictures.write("updates", other, docs / "measured" / "toy", scaling.draw)
+    assert "updates-light.png is not what" in invoke("--check").stderr
+    page = docs / "measurements" / "accuracy.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("At width", "In width"), encoding="utf-8")
+    answer = invoke("--check")
     assert (answer.exit_code, "accuracy.md is not what" in answer.stderr) == (1, True)
 
 
-def test_without_a_result_the_pages_say_so(tmp_path: Path) -> None:
-    for text in (report.page(tmp_path), accuracy.page({}), kfac_page.page({})):
+def test_without_a_result_the_pages_say_so() -> None:
+    texts = ["\n".join(report.of_question(name, {})) for name in report.QUESTIONS]
+    for text in (*texts, "\n".join(report.overview({})), kfac_page.page({})):
         assert "Nothing has been measured yet." in text
+
+
+@pytest.mark.parametrize("part", [slice(0, 0), slice(0, 1), slice(0, None, 3), slice(1, None, 2)])
+@pytest.mark.parametrize("name", [name for name in report.QUESTIONS if name != "gpu"])
+def test_a_question_is_answered_by_what_a_file_has(name: str, part: slice) -> None:
+    (found,) = report.machines_of(results.FOLDER).values()
+    cut = {
+        study: {key: rows[part] if isinstance(rows, list) else rows for key, rows in content.items()}
+        | {"facts": content["facts"] | {"interrupted": "rows"}}
+        for study, content in found.items()
+    }
+    text, question = "\n".join(report.of_question(name, {"some-machine": cut})), report.QUESTIONS[name]
+    assert "**Interrupted**" in text
+    assert f"some-machine-{question.studies[0]}-" in text or part == slice(0, 0)
+    answer = question.answer(cut[question.studies[0]])
+    assert (report.TOO_LITTLE in text) == (answer == "")
+    assert not re.search(r"\bnan\b|\binf\b", text)
+    if answer:
+        assert question.draw(cut[question.studies[0]], pictures.THEMES[0]).axes
+
+
+@pytest.mark.parametrize("name", report.QUESTIONS)
+def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> None:
+    for found in report.machines_of(results.FOLDER).values():
+        if report.QUESTIONS[name].studies[0] in found:
+            answer = report.QUESTIONS[name].answer(found[report.QUESTIONS[name].studies[0]])
+            assert len(re.findall(r"\.(?= [A-Z`]|$)", answer)) == 2
+            text = "\n".join(report.of_question(name, {"some-machine": found}))
+            assert 3 <= text.split("All figures")[0].partition("\n### ")[0].count("\n| ") <= 12
+
+
+def test_a_quote_is_the_entry_of_the_file() -> None:
+    machines = {"toy": {"some-study": {"rows": [{"case": "a, n=1", "time": [1.5, 1, 2]}, {"case": "b", "time": None}]}}}
+    quote = "<!-- some-study.json rows: case={}; time -->"
+    made = partial(report.QUOTE.sub, partial(report.quoted, machines=machines))
+    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1.5 times."
+    assert made(f"{quote.format('c')}1.0e-08.") == f"{quote.format('c')}–."
+    assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
 
 
 def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_path: Path) -> None:
@@ -132,7 +170,7 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     content["runs"] = [*whole, *started]
     content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert "**Interrupted**" in accuracy.page({"toy": content})
+    assert "**Interrupted**" in report.answered("accuracy", {"accuracy": content})
     answer = run(accuracy, "--resume", "--out", str(tmp_path))
     assert answer.exit_code == 0, answer.output
     taken_up = results.read(tmp_path)["accuracy"]
@@ -187,8 +225,9 @@ def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, 
     pieces = module.pieces(True, None)
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
     rows = {piece.table: [{**piece.key, **row} for row in piece.measure({}, lambda share: None)] for piece in chosen}
-    text = "\n".join(module.section({"facts": FACTS, **rows}, "toy"))
-    assert text.count("####") == len(tables)
+    shown = dict(module.shown(rows))
+    assert len(shown) == len(tables)
+    text = "".join(cells.to_string() for cells in shown.values())
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 
 
@@ -206,12 +245,6 @@ def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
         ("memory", "larger half", 4096),
     ]
     assert [fit["exponent"].value for fit in fits] == pytest.approx([3, 2, 3, 2])
-
-
-def test_balance_is_one_where_products_and_bytes_bind_alike() -> None:
-    ceilings = Ceilings(copy=1e10, float32=1e11, tf32=1e11, bf16=1e11, float64=5e10, samples={})
-    assert roofline.balance(Work(float32=10**9, bytes=10**8), ceilings) == pytest.approx(1)
-    assert roofline.balance(Work(float64=10**9, bytes=10**8), ceilings) == pytest.approx(2)
 
 
 def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,17 @@ def test_pages_that_the_code_refers_to_exist() -> None:
     assert {page for page in named if not (ROOT / page).exists()} == set()
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
+def test_pictures_exist_and_those_of_measurements_name_their_file(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"!\[([^\]]*)\]\(([^)#\s]+)", text) + re.findall(r'<img alt="([^"]*)" src="([^"]*)"', text)
+    assert [target for _, target in found if not (page.parent / target).exists()] == []
+    measured = [words for words, target in found if "measured/" in target]
+    assert all(".json" in words for words in measured) or page.stem in text.partition(".json")[0]
+
+
 def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
-    """The page and README's tables are generated: an edit by hand, or a new result file alone, shows here."""
+    """Blocks, quotes, pictures and CSV files are generated: an edit by hand, or a new result file alone, shows here."""
     command = [sys.executable, "-m", "bench.report", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -258,14 +259,14 @@ def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():
     assert device.recorded(launch, *arguments)[0].config == shipped[0].config
 
 
-def test_a_result_file_becomes_a_section_of_the_measurements(tmp_path: Path):
+def test_a_result_file_answers_on_the_page_of_a_gpu(tmp_path: Path):
     folder = tmp_path / "some-gpu"
     dry(folder, "ceilings,ops")
     study = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
     name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
     study["facts"]["gpu"] = name
     (folder / "gpu.json").write_text(json.dumps(study), encoding="utf-8")
-    page = report.page(tmp_path)
-    assert "## Some GPU" in page
-    assert "part of the ceiling that binds" in page
-    assert "| project | n 48, r 8, k 5, float32 |" in page
+    page = "\n".join(report.of_question("gpu", report.machines_of(tmp_path)))
+    assert "ops reach at least half of the ceiling that binds them" in page
+    assert "`gpu.json`: Some GPU" in page
+    assert re.search(r"\| `project` \| .*\| n 48, r 8, k 5, float32 \|", page)

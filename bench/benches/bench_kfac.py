@@ -7,6 +7,7 @@ float32, two threads. A short run takes scikit-learn's digits.
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean, median
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,7 +15,9 @@ import pytest
 from bench.benches import training
 from bench.benches.timing import Interval, ratio
 from bench.benches.training import BATCH, Candidate, Setting, Step, sgd
+from bench.frame.figures import read, spelled
 from bench.frame.images import Images, mnist, standardised
+from bench.frame.pictures import Bars
 from brandla.demo import data
 from brandla.kfac import KBFGS, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Woodbury
 
@@ -144,8 +147,51 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # In turn, so that a change of the machine's speed meets both. The median is infinite where half did not arrive.
     run = lambda name, seed: training.train(chosen[name], setting, most, TARGET, seed)[part]
     middles = pd.DataFrame([{name: run(name, seed) for name in chosen} for seed in seeds]).median()
-    spelled = "; ".join(f"{name}: {candidate}" for name, candidate in chosen.items())
-    note = f"{len(trials['AdamW'][0])} trials each, chosen: {spelled}"
+    numbers = "; ".join(f"{name}: {candidate}" for name, candidate in chosen.items())
+    note = f"{len(trials['AdamW'][0])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
     for name, middle in middles.items():
         figures(f"{name}, {part}", middle, unit="" if part == "steps" else "s")
+
+
+# --- The page
+
+
+def of_group(content: dict[str, Any], begins: str) -> pd.DataFrame:
+    """Return the figures of the groups whose names begin so, with their words."""
+    rows = [row for row in content.get("figures", []) if row["group"].startswith(begins) and row["value"] is not None]
+    found = pd.DataFrame(rows, columns=None if rows else ["group", "case", "value"])
+    return found.assign(measured=[read(row).measured() for row in rows])
+
+
+def systems(content: dict[str, Any]) -> pd.DataFrame:
+    """Return the time of a step over SGD's, by system, the quickest first."""
+    rows = of_group(content, OVER_SGD).set_index("case")
+    return rows[~rows.index.str.startswith("only")].sort_values("value", kind="stable")
+
+
+def answer(content: dict[str, Any]) -> str:
+    steps, goal = systems(content), of_group(content, "to ")
+    if steps.empty:
+        return ""
+    least, most = steps.iloc[0], steps.iloc[-1]
+    goal = goal.join(goal["case"].str.extract("^(?P<method>[^/]*), (?P<part>steps|seconds)$")).dropna(subset="method")
+    words = goal["value"].map(spelled) + goal["part"].map({"steps": " steps", "seconds": " s"})
+    took = words.groupby(goal["method"]).agg(" and ".join)
+    training = ", ".join(f"{method} takes {found}" for method, found in took.items())
+    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if training else ""
+    return (
+        f"A step with K-FAC takes {spelled(least['value'])} ({least.name}) to {spelled(most['value'])} times"
+        f" ({most.name}) as long as SGD's. "
+        + (f"{where}, {training}." if training else "Training to an accuracy was not measured.")
+    )
+
+
+def table(content: dict[str, Any]) -> pd.DataFrame:
+    steps, late = systems(content), of_group(content, "99th percentile").set_index("case")["measured"]
+    cells = pd.DataFrame({"a step / SGD's": steps["measured"], "99th percentile / median": late}, index=steps.index)
+    return cells.astype(object).fillna("–").reset_index(names="system")
+
+
+def chart(content: dict[str, Any]) -> Bars:
+    return Bars("A training step over SGD's", "renewals counted as often as they happen", systems(content)["value"])

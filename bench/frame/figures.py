@@ -69,6 +69,10 @@ def spelled(value: float) -> str:
     return f"{value:.2g}" if size >= 0.01 or size == 0 else f"{value:.1e}"
 
 
+def duration(seconds: float) -> str:
+    return f"{spelled(seconds)} s" if seconds >= 1 else f"{spelled(1e3 * seconds)} ms"
+
+
 @dataclass
 class Study:
     """What one file of benchmarks found: figures with the plain times of their calls, or the rows of its cases.

@@ -1,5 +1,6 @@
 """What is shown of result files: tables in Markdown and on a terminal, and pages with pictures for light and dark."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,19 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.frame.facts import commit_of, versions_of
+from bench.frame.facts import commit_of, place, versions_of
 from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
 PICTURES = "measured"
-END = "<!-- end of figures -->"
+EXPONENT = re.compile(r"(?<=\d)e-(?=\d)")
 # Columns of a terminal table, so that nothing is cut on a narrow one.
 WIDTH = 150
 
 
 def markdown(cells: pd.DataFrame) -> str:
-    """Return a table in Markdown, without its index."""
-    return table(list(cells.columns), cells.to_numpy().tolist())
+    """Return a table in Markdown, without its index; no line breaks within the exponent of a number."""
+    return EXPONENT.sub("e−", table(list(cells.columns), cells.to_numpy().tolist()))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -48,6 +49,11 @@ def in_words(value: Any) -> str:
     return str(value)
 
 
+def listed(words: Sequence[str]) -> str:
+    """Return "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def show(shown: Table, console: Console) -> None:
     Console(file=console.file, highlight=False, width=max(console.width, WIDTH)).print(shown)
 
@@ -58,20 +64,12 @@ def picture(name: str, machine: str, words: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def marked(page: str, about: str, text: str) -> str:
-    """Return a page with the lines between ``<!-- figures: about -->`` and the next end of figures made anew."""
-    begin = f"<!-- figures: {about} -->"
-    before, found, rest = page.partition(begin)
-    if not found:
-        message = f"the page has no line {begin}"
-        raise ValueError(message)
-    return f"{before}{begin}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}"
-
-
 def provenance(found: dict[str, Any], file: str) -> str:
     """Say from which file figures come, and on what they were measured."""
     seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
-    words = f"`{file}`: {found['threads']} threads; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
+    where, gpu = f"{place(found)}, {found['threads']} threads", found.get("gpu")
+    where += f", driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}" if gpu else ""
+    words = f"`{file}`: {where}; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
     return words + caveats(found)
 
 

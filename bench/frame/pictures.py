@@ -5,10 +5,12 @@ Each file carries a digest of what it shows, so that a check can tell a picture 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,12 +20,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from bench.frame.facts import commit_of
+from bench.frame.figures import spelled
 
 Row = dict[str, Any]
 DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
+# Inches of a picture that a phone shows whole, with letters that can be read there.
+NARROW = 4.2
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
 class Theme(NamedTuple):
@@ -83,19 +87,23 @@ def digest(study: Row) -> str:
 # --- Panels
 
 
-def panels(heights: Sequence[float], study: Row, words: str, theme: Theme) -> tuple[Figure, list[Axes]]:
+def panels(
+    heights: Sequence[float], study: Row, words: str, theme: Theme, width: float = WIDTH
+) -> tuple[Figure, list[Axes]]:
     """Return a column of panels of these heights in inches, signed with what was measured on what."""
-    layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, 0.5 / sum(heights), 1, 1 - 0.5 / sum(heights)))
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout=layout)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     facts = study["facts"]
     gpu = facts.get("gpu")
     place = gpu["name"] if gpu else f"{facts['cpu']}, {facts['threads']} threads"
     state = "; short run: means nothing" if facts["quick"] else ""
     state += "; interrupted" if facts.get("interrupted") else ""
-    text = f"{words}\n{place}, torch {facts['versions']['torch']}, {commit_of(facts)}{state}"
-    figure.text(0.01, 0.05 / sum(heights), text, fontsize=8, color=theme.faint, va="bottom")
+    about = f"{place}, torch {facts['versions']['torch']}, {commit_of(facts)}{state}"
+    lines = [line for text in (words, about) for line in textwrap.wrap(text, int(15 * width))]
+    foot = (0.16 + 0.17 * len(lines)) / sum(heights)
+    layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, foot, 1, 1 - foot))
+    figure = Figure(figsize=(width, sum(heights)), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure.text(0.01, 0.05 / sum(heights), "\n".join(lines), fontsize=8, color=theme.faint, va="bottom")
     for axis in axes:
         axis.grid(visible=True, linewidth=0.7)
         axis.set_axisbelow(True)
@@ -130,3 +138,46 @@ def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
         return f"{value / scale:g} {unit}"
 
     return spell
+
+
+# --- Bars
+
+# Okabe and Ito's blue, and a grey, for light pages and for dark ones.
+OWN, OTHER = ("#0072b2", "#4db2ee"), ("#9a9a9a", "#8a8f99")
+# From such a quotient of the largest value over the smallest, bars have a logarithmic axis.
+WIDE = 30
+
+
+class Bars(NamedTuple):
+    """Values by their labels; some, which are other people's, are grey."""
+
+    title: str
+    below: str
+    values: pd.Series
+    others: Collection[str] = ()
+    unit: str = ""
+
+
+def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> Figure:
+    """Draw a bar below each label, with its value at its end."""
+    title, below, values, others, unit = chart(study)
+    values = values.dropna()
+    figure, (axis,) = panels([1.2 + 0.46 * len(values)], study, file, theme, NARROW)
+    titled(axis, title, below, theme)
+    largest, smallest = (values.max(), values.min()) if len(values) else (1.0, 0.0)
+    spread = smallest > 0 and largest > WIDE * smallest
+    # Room for the value at the end of the longest bar.
+    first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))
+    if spread:
+        logarithmic(axis.xaxis)
+    for place, (label, value) in enumerate(values.items()):
+        colour = theme.colour(*(OTHER if label in others else OWN))
+        axis.barh(place, value - first, left=first, height=0.3, color=colour)
+        axis.annotate(str(label), (first, place - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
+        axis.annotate(
+            f"{spelled(value)}{unit}", (value, place), (4, 0), textcoords="offset points", fontsize=9, va="center"
+        )
+    axis.set(xlim=(first, last), ylim=(len(values) - 0.4, -0.75))
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    return figure

@@ -269,21 +269,23 @@ def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
     return Group(*parts)
 
 
-INTRODUCTION = """`make gpu`. Every op was checked against float64 before it was timed: by events around replays of a
-CUDA graph, on inputs that outlast the cache. Ceilings are of the same run. Products at float32 accuracy are held to the
-larger of torch's own float32 product and a third of its TF32 product, and a symmetric result to one triangle.
-"""
-COLUMNS = ["op", "case", "by", "µs", "of ceiling", "bound by", "× torch", "error", "torch's error"]
-
-
-def page(study: Row) -> Iterator[str]:
-    machine, found = study["facts"], study["sections"]
-    yield f"## {machine['gpu']['name']}\n"
-    yield f"{INTRODUCTION}\n{in_words(machine)}\n"
-    failures = {name: f"{len(record['failures'])} failures" for name, record in found.items() if record["failures"]}
-    rows = ([name, each["status"], failures.get(name, ""), len(each["skipped"])] for name, each in found.items())
-    yield pages.table(["stage", "ended", "failures", "left out"], rows)
-    if len(judged := targets(found)):
-        yield pages.markdown(judged)
-    if ops := found.get("ops", {}).get("tables", {}).get("ops", []):
-        yield pages.markdown(pd.DataFrame(ops)[COLUMNS].map(pages.in_words))
+def roofline(study: Row) -> Row:
+    """Return the ops and ceilings of a result file as the study of ceilings keeps them, for the page."""
+    found = study["sections"]
+    rows = []
+    for row in found.get("ops", {}).get("tables", {}).get("ops", []):
+        micros = [row[name] for name in ("µs", "low µs", "high µs")]
+        work = {"flops": 1e6 * row["TFLOP/s"] * micros[0], "bytes": 1e3 * row["GB/s"] * micros[0]}
+        about = {name: row[name] for name in ("op", "case", "by", "error", "× torch")} | work
+        part = [row["of ceiling"] * micros[0] / micros[at] for at in (0, 2, 1)]
+        rows.append(
+            {**about, "seconds": [1e-6 * time for time in micros], "of_ceiling": part, "bound_by": row["bound by"]}
+        )
+    rates = [
+        {"ceiling": name, "per_second": [rate]}
+        for row in found.get("ceilings", {}).get("tables", {}).get("rates", [])
+        for name, rate in row.items()
+    ]
+    unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
+    facts = study["facts"] | {"interrupted": unfinished or False}
+    return {"facts": facts, "rows": rows, "ceilings": rates}

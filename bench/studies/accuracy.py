@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.frame import pages, pictures
-from bench.frame.facts import place
+from bench.frame.figures import spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
@@ -117,112 +116,43 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     for width in means.index.unique("width"):
         cells = (100 * means.loc[width]).map("{:.2g} %".format).rename(columns=MEASURES)
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
-        own = about[about["width"] == width].set_index("name")
+        own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
         cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
-        ordered = cells.reindex([BEST, *own.index]).fillna("").reset_index(names="tracker")
+        ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
         yield f"Width {width}", ordered
 
 
-def verdict(content: Row) -> Iterator[str]:
-    """Yield the answer, width by width: error of B-R over that of RS at equal cost."""
-    found = quotients(content, *QUESTION)
-    spread = found.groupby(["width", "seed"]).median().groupby("width").agg(["mean", "min", "max"])
-    below = (found < 1).groupby("width").mean()
-    for width in spread.index:
-        said = (
-            "{} {:.2f} ({:.2f} to {:.2f}), below in {:.0f} % of the steps".format(
-                words, *spread.loc[width, measure], 100 * below.loc[width, measure]
-            )
-            for measure, words in list(MEASURES.items())[:4]
-        )
-        yield f"- width {width}: error of {QUESTION[0]} over that of {QUESTION[1]} at equal cost: {'; '.join(said)}."
+# --- The page
+
+COLUMNS = ["tracker", "renewed every", "ms a step", "inverse of A", "inverse of G", "step", "angle of the step"]
 
 
-# --- Page and picture
-
-INTRODUCTION = """---
-description: How far low-rank factors are from the exact ones while a network learns, tracker by tracker, at equal cost.
----
-# Accuracy over a training run
-
-How far is a factor that is kept at low rank from the factor it stands for, while a network learns, and what does that
-cost? `make study-accuracy` measures it, and this page is made from its result file by `make docs-figures`. Do not edit
-it.
-"""
-
-METHOD = """## What is measured
-
-AdamW trains the MLP 64-w-w-10 on scikit-learn's digits, {steps} steps of {batch} samples. The factors are those of
-K-FAC for the middle layer: the running mean M ← ρM + (1 − ρ)AAᵀ, ρ = {decay}, of its inputs (A, with a row of ones for
-the bias) and of the gradients of its outputs (G). Each tracker keeps rank r = {rank}, in float32:
-
-| tracker | at every step | now and then |
-|---|---|---|
-| B | `eigh_update` | |
-| B, root | `root_update` | |
-| B, no eigh | `root_update`, `compress="cholesky"` | |
-| B-R | `eigh_update`, dense average | overwritten by `randomized_svd` of the average, every {overwrite_every} steps |
-| B-C | `eigh_update`, dense average | `ritz_correct` of {part} of its columns, at random |
-| RS | dense average | `randomized_svd` of the average |
-| SRE | dense average | `randomized_eigh` of the average |
-
-Oversampling {oversample}, {power_iterations} power iterations. **Equal cost** is equal time: each piece is timed in
-turn with the others on the machine and width of the study (medians of {repeats} calls), and B-C, RS and SRE are renewed
-as often as the time of a step of B-R pays for. The three B cost less than that: they need no dense average.
-RS and SRE come once more with the period of B-R.
-
-The truth is M in float64 with a dense eigendecomposition, looked at every {measure_every} steps, at every age of a
-renewal. "Best rank r" is its own truncation, which nothing of that rank can beat in ‖M̂ − M‖. λ is {damping} times the
-largest eigenvalue of M, for all. Errors are relative: of (M̂ + λI)⁻¹ and of the step (G + λI)⁻¹ ∂W (A + λI)⁻¹ in
-the Frobenius norm, ‖M̂ − M‖₂, and the part of the trace that lies outside the basis. Tables show medians over the steps
-after the first {warmup}, as means over the seeds.
-"""
+def answer(content: Row) -> str:
+    """Return the step's error of B-R over that of RS at equal cost, and over the best one, at the largest width."""
+    found = quotients(content, *QUESTION)["step error"]
+    if found.empty:
+        return ""
+    width = found.index.unique("width").max()
+    own, of_best = found.loc[width], {}
+    for row in content["trackers"]:
+        over = quotients(content, row["name"], BEST)["step error"]
+        if row["width"] == width and row["name"] in ("B", *QUESTION) and len(over):
+            median = over.loc[width].groupby("seed").median().mean()
+            of_best[row["name"]] = f"{spelled(median)} for {row['name']} ({row['milliseconds']:.3g} ms a step)"
+    seeds = own.groupby("seed").median()
+    spread = f"{seeds.mean():.2f} ({seeds.min():.2f} to {seeds.max():.2f})"
+    return (
+        f"At width {width} and equal cost the step of {QUESTION[0]} has {spread} times the error of {QUESTION[1]}, and"
+        f" less error in {100 * (own < 1).mean():.0f} % of the steps. Over the error of the best factor of that rank"
+        f" it is {pages.listed(list(of_best.values())) or 'not known'}."
+    )
 
 
-def page(found: dict[str, Row]) -> str:
-    """Return ``docs/accuracy.md``, from the content of the files by the names of the machines' folders."""
-    sections = [section for machine, content in found.items() for section in _of_machine(content, machine)]
-    return "\n".join([INTRODUCTION, *(sections or ["Nothing has been measured yet.\n", _method(vars(USUAL))])])
-
-
-def _of_machine(content: Row, machine: str) -> Iterator[str]:
-    facts = content["facts"]
-    seeds = settled(content).groupby("width")["seed"].nunique()
-    count = ", ".join(f"{number} seed{'s' if number > 1 else ''} at width {width}" for width, number in seeds.items())
-    yield f"## {place(facts)}\n"
-    yield f"{count}; {pages.provenance(facts, 'accuracy.json')}\n"
-    yield "\n".join([*verdict(content), ""])
-    yield "The step's error over that of the best rank r, at the steps that renew RS and at the others (medians):\n"
-    yield pages.markdown(_at_renewals(content))
-    yield pages.picture(STUDY.name, machine, "Errors over the steps, and errors over cost")
-    for title, cells in shown(content):
-        yield f"### {title}\n"
-        yield pages.markdown(cells)
-    yield _method(content["settings"])
-
-
-def _at_renewals(content: Row) -> pd.DataFrame:
-    """Return the step's error over the best one where RS has just been renewed, and where not, by width."""
-    rows = []
-    periods = pd.DataFrame(content["trackers"]).query("name == 'RS'").set_index("width")["period"]
-    found = {name: quotients(content, name, BEST)["step error"] for name in QUESTION}
-    for width in found["RS"].index.unique("width"):
-        row = {"width": width, "RS renewed every": f"{periods[width]} steps"}
-        for when, renewed in (("at renewals", True), ("between them", False)):
-            for name in reversed(QUESTION):
-                own = found[name].loc[width]
-                due = own.index.get_level_values("step") % periods[width] == 1
-                median = own[due == renewed].median()
-                row[f"{name}, {when}"] = "–" if pd.isna(median) else f"{median:.2f}"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _method(settings: Row) -> str:
-    part = {0.5: "half"}.get(settings["fraction"], f"{100 * settings['fraction']:g} %")
-    return METHOD.format(part=part, **settings)
+def table(content: Row) -> pd.DataFrame:
+    """Return the errors of every tracker at the largest width."""
+    return ([cells for _, cells in shown(content)] or [pd.DataFrame(columns=COLUMNS)])[-1][COLUMNS]
 
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -238,62 +168,27 @@ COLOURS = {
 
 
 def draw(content: Row, theme: Theme) -> Figure:
-    """Draw the step's error at each width, those of the inverses at the largest, and what the step's error costs."""
-    runs, settings = settled(content), content["settings"]
-    widths = sorted(runs["width"].unique())
-    courses = [(width, "step error", "Error of the step") for width in widths]
-    courses += [(widths[-1], f"{name} inverse", f"Error of the {MEASURES[f'{name} inverse']}") for name in FACTORS]
-    seeds = runs["seed"].nunique()
-    words = f"Mean and range of {seeds} seed{'s' if seeds > 1 else ''}; λ = {settings['damping']:g} of the largest"
-    heights = (3.6, *[2.6] * (len(courses) - 1), 3.2)
-    figure, axes = pictures.panels(heights, content, f"{words} eigenvalue", theme)
-    for axis, (width, measure, title) in zip(axes, courses, strict=False):
-        below = f"relative; width {width}, rank {settings['rank']}, {settings['batch']} new columns a step"
-        pictures.titled(axis, title, below, theme)
-        _draw_course(axis, pd.DataFrame(content["runs"]).query("width == @width"), measure, theme)
-    axes[len(courses) - 1].set_xlabel("training step")
-    pictures.legend(axes[0], 4)
-    pictures.titled(axes[-1], "What the step's error costs", f"width {widths[-1]}; dashed: the best of the rank", theme)
-    _draw_costs(axes[-1], content, widths[-1], theme)
-    return figure
-
-
-def _draw_course(axis: Axes, runs: pd.DataFrame, measure: str, theme: Theme) -> None:
+    """Draw the step's error at the largest width."""
+    settings, width = content["settings"], settled(content)["width"].max()
+    runs = pd.DataFrame(content["runs"]).query("width == @width")
+    words = f"accuracy.json; mean and range, seeds: {runs['seed'].nunique()}"
+    figure, (axis,) = pictures.panels([4.6], content, words, theme, pictures.NARROW)
+    below = f"width {width}, rank {settings['rank']}, {settings['batch']} columns a step"
+    pictures.titled(axis, "Relative error of the step", below, theme)
     for name in (BEST, *COLOURS):
-        over = runs[runs["tracker"] == name].groupby("step")[measure].agg(["mean", "min", "max"])
+        over = runs[runs["tracker"] == name].groupby("step")["step error"].agg(["mean", "min", "max"])
         colour = theme.faint if name == BEST else theme.colour(*COLOURS[name])
         style: Row = {"linestyle": "--", "linewidth": 2} if name == BEST else {"linewidth": 1.6}
         if len(over):
             axis.plot(over.index, over["mean"], color=colour, label=name, **style)
             axis.fill_between(over.index, over["min"], over["max"], color=colour, alpha=0.13, linewidth=0)
-    pictures.logarithmic(
-        axis.yaxis, lambda value: f"{100 * value:g} %", subs=(1, 2, 5) if "inverse" in measure else (1, 3)
-    )
-
-
-def _draw_costs(axis: Axes, content: Row, width: int, theme: Theme) -> None:
-    medians = settled(content).query("width == @width").groupby(["tracker", "seed"])["step error"].median()
-    over = medians.groupby("tracker").agg(["mean", "min", "max"])
-    axis.axhline(over.loc[BEST, "mean"], color=theme.faint, linestyle="--")
-    for row in content["trackers"]:
-        if row["width"] == width and row["name"] in over.index:
-            family = max((name for name in COLOURS if row["name"].startswith(name)), key=len)
-            mean, low, high = over.loc[row["name"]]
-            colour = theme.colour(*COLOURS[family])
-            face = colour if row["name"] == family else theme.background
-            range_ = [[mean - low], [high - mean]]
-            style = {"marker": "o", "color": colour, "markerfacecolor": face, "capsize": 2}
-            axis.errorbar(row["milliseconds"], mean, yerr=range_, **style)
-            place = (row["milliseconds"], mean)
-            # Two that cost nearly the same are told apart by one name above and one below.
-            offset = (6, 5) if row["update"] == "brand" or row["name"].startswith("SRE") else (6, -11)
-            axis.annotate(row["name"], place, offset, textcoords="offset points", fontsize=8.5, color=colour)
     pictures.logarithmic(axis.yaxis, lambda value: f"{100 * value:g} %", subs=(1, 3))
-    axis.set_xlim(0, 1.25 * axis.get_xlim()[1])
-    axis.set_xlabel("ms a step and factor")
+    axis.set_xlabel("training step")
+    pictures.legend(axis, 3)
+    return figure
 
 
-STUDY = Study("accuracy", {"quick": QUICK, "usual": USUAL}, pieces, shown, draw=draw)
+STUDY = Study("accuracy", {"quick": QUICK, "usual": USUAL}, pieces, shown)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()

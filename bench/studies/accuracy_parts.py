@@ -1,7 +1,7 @@
 """What the accuracy study compares: the ways of keeping a factor with their costs, and the factor itself in float64.
 
 A factor is M ← ρM + wAAᵀ. The dense average, which all but the three B keep, is the same for all and kept once.
-``docs/accuracy.md`` lists the trackers.
+``docs/measurements/accuracy.md`` lists the trackers.
 """
 
 import math

@@ -13,7 +13,6 @@ import torch
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, defect, orthonormality
-from bench.frame import pages
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
 from bench.studies import streams
@@ -163,14 +162,6 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     for table, (title, _, _) in TABLES.items():
         if rows := content.get(table):
             yield title, pd.DataFrame(rows).map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
-
-
-def section(content: Row, machine: str) -> Iterator[str]:
-    yield "### The two forms of the update\n\n`forms.json`, of `python -m bench.studies.forms`: what"
-    yield "[The update, in two forms](updates.md) states, one thread, float32." + pages.caveats(content["facts"]) + "\n"
-    for title, cells in shown(content):
-        yield f"#### {title}\n"
-        yield pages.markdown(cells)
 
 
 STUDY = Study("forms", {"quick": True, "usual": False}, pieces, shown, threads=1)

@@ -21,7 +21,7 @@ from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
 from bench.benches.resources import peak_extra_bytes
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
-from bench.frame.figures import spelled
+from bench.frame.figures import duration, spelled
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import cases
@@ -239,11 +239,10 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
     steady.cache_clear()
 
 
-# --- Exponents, tables, page and picture
+# --- Exponents and tables
 
 FEWEST_SIZES = 3
 LARGER = "larger half"
-WINDOWS = {"all": "all sizes", LARGER: "the larger half of the sizes"}
 
 
 def amounts(rows: Sequence[Row]) -> pd.DataFrame:
@@ -285,43 +284,53 @@ def in_words(interval: Sequence[float | None]) -> str:
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-ABOUT = """### Growth with n, r and k
+# --- The page
 
-`make study-scaling`. float32; updates at the steady state of an i^−½ stream; dense methods on a matrix with eigenvalues
-1/i, handed to them for nothing; solves have k right-hand sides. Every result was checked against float64 before it was
-timed. Memory is what is held between calls and the peak of a call on top. An exponent is the slope of log time, or
-log memory, in log size by least squares, with Student's 95 % interval, misfit included: over all sizes, and over the
-larger half of them, where what does not grow (calls, the core of order r + k) weighs less.
-"""
+DECOMPOSITIONS = ("torch.svd_lowrank", "torch.linalg.eigh")
 
 
-def section(content: Row, machine: str) -> Iterator[str]:
-    yield ABOUT + pages.caveats(content["facts"])
-    yield pages.picture(STUDY.name, machine, "Time and memory against n, r and k")
-    yield "\n".join([*verdict(content["exponents"]), ""])
-    yield from (pages.markdown(cells) for _, cells in shown(content))
-    rows = pd.DataFrame(content["rows"])
-    ratio = lambda interval: "{} ({} to {})".format(*map(spelled, interval))
-    columns = {
-        "n, r, k": rows[["n", "r", "k"]].astype(str).agg(", ".join, axis=1),
-        "method": rows["method"],
-        "ms": (1e3 * rows["seconds"].str[0]).map(spelled),
-        "× the GEMMs of an update": rows["over_reference"].map(ratio),
-        "held, MB": (rows["held_bytes"] / 1e6).map(spelled),
-        "peak on top, MB": (rows["peak_bytes"] / 1e6).map(spelled),
-    }
-    yield "#### Times and memory\n"
-    yield pages.markdown(pd.DataFrame(columns))
+def by_n(content: Row, quantity: str = "time") -> pd.DataFrame:
+    """Return the seconds, or the bytes, of each method by n."""
+    rows = amounts(content.get("rows", []))
+    return rows[rows["axis"] == "n"].pivot(index="n", columns="method", values=quantity).astype(float)
 
 
-def verdict(fits: Sequence[Row]) -> Iterator[str]:
-    """Yield how the time of each method grew with n, by the power that it is said to grow with."""
-    yield "Exponents of time in n:\n"
-    of_time = [fit for fit in fits if (fit["axis"], fit["quantity"]) == ("n", "time") and fit["method"] in METHODS]
-    for power, window in ((1, "all"), (1, LARGER), (2, LARGER), (3, LARGER)):
-        own = [fit for fit in of_time if (METHODS[fit["method"]].time, fit["window"]) == (power, window)]
-        if found := "; ".join(f"`{fit['method']}` {in_words(fit['exponent'])}" for fit in own):
-            yield f"- said to be {power}, over {WINDOWS[window]}: {found}."
+def milliseconds(content: Row, methods: Sequence[str]) -> pd.DataFrame:
+    """Return the times of some methods in words, a row for each n at which one of them was measured."""
+    times = 1e3 * by_n(content).reindex(columns=methods).dropna(how="all")
+    return times.map(lambda time: "–" if np.isnan(time) else spelled(time))
+
+
+def power(content: Row, method: str, window: str = LARGER) -> float:
+    """Return the exponent of a method's time in n, NaN where it was not fitted."""
+    wanted = ("n", "time", method, window)
+    of = lambda fit: tuple(fit[name] for name in ("axis", "quantity", "method", "window"))
+    return next((fit["exponent"][0] for fit in content.get("exponents", []) if of(fit) == wanted), np.nan)
+
+
+def answer(content: Row) -> str:
+    times = by_n(content).reindex(columns=[*UPDATES, *DECOMPOSITIONS])
+    if times[list(UPDATES)].isna().all(axis=None):
+        return ""
+    # The largest n of those at which most methods were measured.
+    at = times.loc[times.notna().sum(axis=1)[::-1].idxmax()].dropna()
+    size = next(row for row in content["rows"] if row["axis"] == "n" and row["n"] == at.name)
+    said = pages.listed([f"{duration(time)} for `{method}`" for method, time in at.items()])
+    powers = {method: power(content, method) for method in times}
+    grown = pages.listed([f"n^{value:.2f} for `{name}`" for name, value in powers.items() if not np.isnan(value)])
+    growth = f"Over the larger half of the sizes, times grow as {grown}." if grown else "How times grow is not fitted."
+    return f"At n = {at.name}, r = {size['r']} and k = {size['k']} in float32 the times are {said}. {growth}"
+
+
+def table(content: Row) -> pd.DataFrame:
+    """Return times and memory by n, at no more than ten sizes."""
+    cells = milliseconds(content, list(UPDATES)).join(milliseconds(content, DECOMPOSITIONS)).fillna("–")
+    cells = cells.rename(columns="`{}`, ms".format)
+    memory = by_n(content, "memory").reindex(index=cells.index) / 1e6
+    for method, words in (("root_update", "`root_update`, MB"), ("torch.linalg.eigh", "dense, MB")):
+        if method in memory:
+            cells[words] = memory[method].map(lambda size: "–" if np.isnan(size) else spelled(size))
+    return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
@@ -339,46 +348,27 @@ COLOURS = {
 }
 
 
-PANELS = (
-    ("n", "time", "Time against n", 4.6),
-    ("n", "memory", "Memory against n", 4.6),
-    ("r", "time", "Time against the rank", 3.9),
-    ("k", "time", "Time against the new columns", 3.9),
-)
-
-
-def draw(content: Row, theme: Theme, most: int = 4) -> Picture:
-    """Draw time and memory against n, and time against r and k; the first ``most`` of these."""
-    rows = amounts(content["rows"]).query("method in @COLOURS")
-    found = [panel for panel in PANELS if panel[0] in set(rows["axis"])][:most]
-    words = f"Powers are fitted over {WINDOWS[LARGER]}"
-    figure, axes = pictures.panels([height for *_, height in found], content, words, theme)
-    fits = [fit for fit in content["exponents"] if fit["window"] == LARGER]
-    powers = {(fit["axis"], fit["quantity"], fit["method"]): fit["exponent"][0] for fit in fits}
-    for panel, (axis, quantity, title, _) in zip(axes, found, strict=True):
-        own = rows[rows["axis"] == axis]
-        eigh = own[own["method"] == "eigh_update"]
-        fixed = [f"{other} = {eigh[other].iloc[0]}" for other in "nrk" if other != axis and len(eigh)]
-        pictures.titled(panel, title, ", ".join(fixed), theme)
-        for method, line in own.groupby("method", sort=False):
-            power = powers.get((axis, quantity, str(method)))
-            others = set() if axis == "n" else set(line["n"]) - set(eigh["n"])
-            at = "".join(f", n = {n}" for n in others)
-            label = f"{method}{at}" + ("" if power is None else f"  ${axis}^{{{power:.2f}}}$")
-            style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
-            panel.plot(line[axis], line[quantity], color=theme.colour(*COLOURS[str(method)]), **style)
-        panel.set_xscale("log", base=2)
-        sizes = sorted(own[axis].unique())
-        sizes = [size for size in sizes if size & (size - 1) == 0] or sizes
-        ticks = sizes[:: 2 if len(sizes) > 7 else 1]
-        panel.set_xticks(ticks, list(map(str, ticks)))
-        pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES if quantity == "time" else pictures.BYTES))
-        panel.set_xlabel(axis)
-        pictures.legend(panel, 2)
+def draw(content: Row, theme: Theme) -> Picture:
+    """Draw the time of every method against n."""
+    rows = amounts(content["rows"]).query("axis == 'n' and method in @COLOURS")
+    figure, (panel,) = pictures.panels([6.6], content, "scaling.json", theme, pictures.NARROW)
+    fixed = rows[rows["method"].isin(UPDATES)].iloc[0]
+    pictures.titled(panel, "Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", theme)
+    for method, line in rows.groupby("method", sort=False):
+        fitted = power(content, str(method))
+        label = str(method) if np.isnan(fitted) else f"{method}  $n^{{{fitted:.2f}}}$"
+        style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
+        panel.plot(line["n"], line["time"], color=theme.colour(*COLOURS[str(method)]), **style)
+    panel.set_xscale("log", base=2)
+    sizes = sorted(rows["n"].unique())
+    ticks = ([size for size in sizes if size & (size - 1) == 0] or sizes)[::2]
+    panel.set_xticks(ticks, list(map(str, ticks)))
+    pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES))
+    pictures.legend(panel, 1)
     return figure
 
 
-STUDY = Study("scaling", {"quick": TOY, "usual": USUAL, "full": FULL}, pieces, shown, exponents, draw)
+STUDY = Study("scaling", {"quick": TOY, "usual": USUAL, "full": FULL}, pieces, shown, exponents)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()

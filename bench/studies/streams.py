@@ -18,7 +18,7 @@ from torch import Tensor
 
 import brandla
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
-from bench.frame import pages
+from bench.frame import pictures
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
 from tests import oracles
@@ -73,8 +73,8 @@ FAMILIES = {
     "rank-16-wide": Family("rank 16, more columns than that", STREAMS["rank-16"], k=32),
     "repeated": Family("every column eight times", spectral_stream(power_law(0.5), copies=8)),
     "switch": Family("switches to an orthogonal subspace", switching_stream(1.0)),
-    "switch-20": Family("the same, 20 times smaller", switching_stream(1 / 20)),
-    "switch-1000": Family("the same, 1000 times smaller", switching_stream(1 / 1000)),
+    "switch-20": Family("switches to a subspace 20 times smaller", switching_stream(1 / 20)),
+    "switch-1000": Family("switches to a subspace 1000 times smaller", switching_stream(1 / 1000)),
     "growing": Family("grows by 2 % a step", growing, steps=1000),
     "one-column": Family("one column at a time", STREAMS["slow"], k=1, steps=400),
     "many-columns": Family("many more columns than the rank", STREAMS["slow"], r=8, k=96),
@@ -280,7 +280,7 @@ def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]
     }
 
 
-# --- The run, the tables and the page
+# --- The run and its tables
 
 
 def pieces(quick: bool, device: Device) -> list[Piece]:
@@ -302,28 +302,11 @@ def pieces(quick: bool, device: Device) -> list[Piece]:
     ]
 
 
-ABOUT = {
-    "What the updates lose": """Trace of M − M̂ at the end of a stream, over the trace beyond the r largest eigenvalues
-of M: 1 is the best that rank r can do. ρ 0.95, w 0.05. "exact" is the truncated update in float64 with a dense
-eigendecomposition. i^−s names the deviations of normal columns in a random basis. A dash stands where the best error is
-below rounding, 20·ε of the trace.""",
-    "Form": """How far a factor is from its form at most, over all updates and in units of ε: ‖UᵀU − I‖₂ of an
-orthonormal one, ‖S − FᵀF‖₂/‖FᵀF‖₂ of a root.""",
-    "The error bound": """The running bound of a tracked factor over the true ‖M − M̂‖₂ at the end. The bound leaves
-rounding out, taken as 8·ε‖M‖₂ an update, which decays with what is added. A dash stands where the error is below
-that.""",
-    "Many updates": """How far a factor is from its form in units of ε, as above, looked at every 20 updates. Batches
-come from a pool of 300.""",
-    "Right vectors of `svd_append`": "‖Vh Vhᵀ − I‖₂ in units of ε at the end, float32.",
-    "Damped solves": """Relative error of (M̂ + λI)⁻¹V in float32 beside the truncated update in float64, by λ over the
-largest eigenvalue d₁ of M; and what truncation costs by itself: the error of that update beside M.""",
-    "A stream that dies out": """A factor that decays with no data: how long a late update takes beside an early one,
-and what is left.""",
-}
+LOSSES = "What the updates lose"
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables of what has been measured, by the titles of `ABOUT`."""
+    """Yield the tables of what has been measured."""
     tables = ("losses", "drifts", "right_vectors", "solves", "dying_out")
     found = {name: pd.DataFrame(content.get(name, [])) for name in tables}
     if len(rows := found["losses"]):
@@ -333,7 +316,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         about["exact"] = exact.map("{:.3f}".format).where(rows["resolved"], "–")
         best = rows["lost_over_best"].map("{:.3f}".format).where(rows["resolved"], "–")
         columns = ["stream", "n, r, k", "updates", "dtype", "best / tr M", "exact"]
-        yield "What the updates lose", wide(about[columns], rows["update"], best)
+        yield LOSSES, wide(about[columns], rows["update"], best)
         rows = rows[rows["update"] != "svd_append"]
         about = about.loc[rows.index, ["stream", "dtype"]]
         yield "Form", wide(about, rows["update"], rows["defect_over_eps"].map("{:.1f}".format))
@@ -368,40 +351,45 @@ def wide(about: pd.DataFrame, update: pd.Series, cells: pd.Series) -> pd.DataFra
     return found.reset_index().rename_axis(columns=None)
 
 
-def section(content: Row, machine: str) -> Iterator[str]:
-    yield "### Streams\n\n`make study-streams`." + pages.caveats(content["facts"]) + "\n"
-    for title, cells in shown(content):
-        yield f"#### {title}\n\n{ABOUT[title]}\n"
-        if title in VERDICTS:
-            yield VERDICTS[title](pd.DataFrame(content["losses"]))
-        yield pages.markdown(cells)
+# --- The page
 
 
-def losses_verdict(rows: pd.DataFrame) -> str:
-    """Name the runs in which more was lost than by the exact update."""
-    missed = rows[~rows["within"]]
-    rule = "at most 1.05 times what the exact truncated update loses, plus 20·ε of the trace"
-    lines = [f"- `{r.update}`, {r.dtype}, {r.words}: {r.lost_over_exact:.3f} times" for r in missed.itertuples()]
-    return "\n".join([f"{len(rows) - len(missed)} of {len(rows)} runs lose {rule}.\n", *lines, ""])
-
-
-def bounds_verdict(rows: pd.DataFrame) -> str:
-    """Say whether the bound held, and how far above the error it was."""
-    rows = rows.dropna(subset="bound")
-    broken = rows[~rows["bound_holds"].astype(bool)]
-    loosest = rows.loc[rows["family"] == "medium", "bound_over_error"].max()
-    within = len(rows) - len(broken)
-    words = (
-        f"On the i^−3/2 stream the bound was at most {loosest:.1f} times the error. Looked at ten times a run, bound"
-        f" and rounding were never below the error in {within} of {len(rows)} runs.\n"
+def answer(content: Row) -> str:
+    rows = pd.DataFrame(content.get("losses", []))
+    if rows.empty:
+        return ""
+    worst = rows.loc[rows["lost_over_exact"].where(rows["resolved"].astype(bool), 0).idxmax()]
+    bounded = rows.get("bound_holds", pd.Series(dtype=bool)).dropna().astype(bool)
+    drifts = [row["largest"] for row in content.get("drifts", []) if row["dtype"] == "float32"]
+    drifted = f", and in {content['drifts'][0]['updates']} updates no factor drifts more than {max(drifts):.0f} ε"
+    return (
+        f"In {rows['within'].sum()} of {len(rows)} runs an update loses no more than 1.05 times what the exact"
+        f" truncated update does, and {worst['lost_over_exact']:.2f} times at most (`{worst['update']}`,"
+        f" {worst['words']}). The running bound holds in {bounded.sum()} of {len(bounded)} runs"
+        f"{drifted + ' from its form' if drifts else ''}."
     )
-    lines = [
-        f"- `{r.update}`, {r.dtype}, {r.words}: {r.above_bound_over_eps:.0f}·ε‖M‖₂ above" for r in broken.itertuples()
-    ]
-    return "\n".join([words, *lines, ""])
 
 
-VERDICTS = {"What the updates lose": losses_verdict, "The error bound": bounds_verdict}
+def table(content: Row) -> pd.DataFrame:
+    """Return the float32 streams in which most is lost beside the best of the rank."""
+    rows = dict(shown(content)).get(LOSSES, pd.DataFrame(columns=["stream", "dtype"]))
+    rows = rows[rows["dtype"] == "float32"].drop(columns="dtype")
+    updates = [update for update in UPDATES if update in rows]
+    worst = rows[updates].apply(pd.to_numeric, errors="coerce").max(axis=1)
+    ordered = rows.assign(worst=worst).sort_values("worst", ascending=False, kind="stable").drop(columns="worst")
+    ordered = ordered[["stream", *updates, *ordered.columns.difference(["stream", *updates], sort=False)]]
+    return ordered.rename(columns={update: f"`{update}`" for update in (*UPDATES, "svd_append")})
+
+
+def chart(content: Row) -> pictures.Bars:
+    """Return the trace that `root_update` leaves out beyond what the best of its rank does, in percent."""
+    rows = pd.DataFrame(content["losses"])
+    rows = rows[(rows["update"] == "root_update") & (rows["dtype"] == "float32") & rows["resolved"].astype(bool)]
+    values = (100 * (rows.set_index("words")["lost_over_best"] - 1)).sort_values(ascending=False).head(10)
+    title = "Trace left out beyond the best possible"
+    return pictures.Bars(title, "root_update, float32, at the end of a stream", values, unit=" %")
+
+
 STUDY = Study("streams", {"quick": True, "usual": False}, pieces, shown, threads=1)
 
 if __name__ == "__main__":

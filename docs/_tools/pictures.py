@@ -1,4 +1,4 @@
-"""A hook of mkdocs: a picture scrolls where the page is narrower, and opens by itself at full size."""
+"""A hook of mkdocs: a picture has a box that scrolls where it must, and opens by itself at full size."""
 
 from __future__ import annotations
 
