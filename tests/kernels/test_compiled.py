@@ -86,6 +86,24 @@ def test_widest_product_compiles_without_fault_on_the_other_targets(target: str)
     assert compiled.matrix_instructions
 
 
+WIDE = tall(128)
+
+
+@pytest.mark.parametrize(
+    ("target", "op", "arguments"),
+    [
+        ("sm_86", "gram_ema_", (torch.zeros(128, 128).double(), torch.zeros(128, 1024).double(), 0.5, 0.5)),
+        ("sm_86", "damped_apply", (WIDE.double(), torch.ones(128).double(), torch.ones(()).double(), WIDE.double())),
+        ("sm_120", "project", (WIDE, WIDE.bfloat16())),
+    ],
+    ids=["float64 update, sm_86", "float64 product, sm_86", "bfloat16 columns, sm_120"],
+)
+def test_what_spills_with_the_tiles_of_other_targets_does_not(target: str, op: str, arguments: tuple[Any, ...]) -> None:
+    found = [faults(compile_for(target, launch)) for launch in launches(target, op, *arguments)]
+    assert found
+    assert not any(found)
+
+
 def test_every_op_with_a_kernel_is_among_what_ships() -> None:
     shipped = specializations("sm_90", layouts=(ROWS, LIST))
     assert {op for case in shipped for op in case.ops} == {name for name, op in OPS.items() if op.launch is not None}
