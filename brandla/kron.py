@@ -334,8 +334,11 @@ class Power(NamedTuple):
         inner = in_both * project(left, columns)
         columns = rotate(left, columns, inner, torch.diag_embed(in_right))
         beside = times(columns, scale[:, None, None] * turned.mT)
-        applied = damped_apply(left, in_left, scale, self.matrix)
-        return torch._foreach_add(applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)])
+        applied: Any = damped_apply(left, in_left, scale, self.matrix)
+        summed: Sequence[Tensor] = torch._foreach_add(
+            applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
+        )
+        return summed
 
     def _coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""

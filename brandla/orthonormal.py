@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def times(panel: Tall, small: Tensor) -> Tall:
     """Return P W; of a list of P and a stack of W in one launch."""
     if isinstance(panel, Tensor):
         return panel @ small
-    return rotate(panel, [one[..., :0] for one in panel], small, small[..., :0, :])
+    nothing: Any = [one[..., :0] for one in panel]
+    return rotate(panel, nothing, small, small[..., :0, :])
 
 
 def spanning(panel: Tensor) -> Tensor:
@@ -121,7 +122,8 @@ def spanning(panel: Tensor) -> Tensor:
     One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
     """
     first = _first_pass(panel)
-    return first.panel @ first.transform.to(panel.dtype)
+    spanned: Tensor = first.panel @ first.transform.to(panel.dtype)
+    return spanned
 
 
 def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = False) -> tuple[Tall, Tensor]:
@@ -223,7 +225,8 @@ def _first_pass(panel: Tall) -> _FirstPass:
 
 def _divided(panel: Tensor, triangle: Tensor) -> Tensor:
     """Return P R⁻¹."""
-    return torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
+    divided: Tensor = torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
+    return divided
 
 
 def _shortest(dtype: torch.dtype) -> float:

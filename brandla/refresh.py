@@ -162,18 +162,18 @@ class _Average(NamedTuple):
 
     def _coefficients(self, block: Tall) -> tuple[Tensor, Tensor]:
         """Return UᵀX and GᵀX."""
-        if isinstance(block, list):
-            return project(self.vectors, block), project(self.matrix, block)
-        return project(self.vectors, block), adjoint_product("eigh_refresh", self.matrix, block)
+        listed = isinstance(block, list)
+        image = project(self.matrix, block) if listed else adjoint_product("eigh_refresh", self.matrix, block)
+        return project(self.vectors, block), image
 
 
 def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, Tensor]]:
     """Refresh factors of one rank, each by its dense matrix."""
     values, vectors, matrices, decays, weights, (iterations, *_) = zip(*problems, strict=True)
     stacked = torch.stack(values)
-    matrices = [matrix.to(stacked.dtype) for matrix in matrices]
+    wide = [matrix.to(stacked.dtype) for matrix in matrices]
     numbers = stack_numbers(decays, stacked), stack_numbers(weights, stacked)
-    return Refresh(stacked, list(vectors), matrices, *numbers, iterations).each()
+    return Refresh(stacked, list(vectors), wide, *numbers, iterations).each()
 
 
 def _begun(vectors: Tall) -> Tall:
@@ -192,11 +192,11 @@ def _begun(vectors: Tall) -> Tall:
         empty = (vectors == 0).all(-2, keepdim=True)
         return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)
     table = table.to(dtype)
-    fresh = [table[: len(own)] for own in vectors]
-    coefficients = project(vectors, fresh)
+    begun: Any = [table[: len(own)] for own in vectors]
+    coefficients = project(vectors, begun)
     # No vector is orthogonal to all of them but 0.
     empty = (coefficients == 0).all(-1).to(dtype)
     lengths = empty * over(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
     return rotate(
-        vectors, fresh, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
+        vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
     )

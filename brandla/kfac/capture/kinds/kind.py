@@ -165,7 +165,7 @@ class Kind(ABC):
         """Return the kind that makes rows of the call that is going on."""
         return self
 
-    def padded(self, valid: Tensor) -> Kind:
+    def with_padding(self, valid: Tensor) -> Kind:
         """Return the kind of a call with padding in it."""
         own = copy(self)
         own.valid = valid

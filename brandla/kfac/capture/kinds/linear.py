@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -11,7 +13,7 @@ from brandla.kfac.capture.kinds.kind import Kind, Uses, by_sample, wrong_shape
 class LinearKind(Kind):
     """A Linear: rows are samples and the positions between the first and the last dimension."""
 
-    types = (nn.Linear,)
+    types: ClassVar[tuple[type[Any], ...]] = (nn.Linear,)
     leaves_out = True
     may_lead = True
 

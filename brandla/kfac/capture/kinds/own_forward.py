@@ -54,7 +54,7 @@ class OwnForward(ABC):
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
         for kind, record in self._records.get(part, ()):
-            output = record(kind if valid is None else kind.padded(valid), inputs, output)
+            output = record(kind if valid is None else kind.with_padding(valid), inputs, output)
         return output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 class CellKind(LinearKind):
     """One weight of a cell: each call of the cell is a use of it."""
 
-    types = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    types: ClassVar[tuple[type[Any], ...]] = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     leaves_out = False
     may_lead = False
     # A step that takes nothing in runs the cell as it is.
@@ -65,7 +65,7 @@ class CellForward(OwnForward):
             self.recorded(f"weight_{of}", own, linear(own, getattr(cell, f"weight_{of}"), getattr(cell, f"bias_{of}")))
             for of, own in (("ih", inputs), ("hh", h))
         ]
-        h, c = _cell(cell)(*products, h, c)
+        h, c = _cell(cell)(products[0], products[1], h, c)
         return (h, c) if isinstance(cell, nn.LSTMCell) else h
 
 
