@@ -131,15 +131,15 @@ COLUMNS = ["tracker", "renewed every", "ms a step", "inverse of A", "inverse of 
 
 def answer(content: Row) -> str:
     """Return the step's error of B-R over that of RS at equal cost, and over the best one, at the largest width."""
-    found = quotients(content, *QUESTION)["step error"]
+    found = quotients(content, *QUESTION)["step error"].dropna()
     if found.empty:
         return ""
     width = found.index.unique("width").max()
     own, of_best = found.loc[width], {}
     for row in content["trackers"]:
-        over = quotients(content, row["name"], BEST)["step error"]
+        over = quotients(content, row["name"], BEST).query("width == @width")["step error"].dropna()
         if row["width"] == width and row["name"] in ("B", *QUESTION) and len(over):
-            median = over.loc[width].groupby("seed").median().mean()
+            median = over.groupby("seed").median().mean()
             of_best[row["name"]] = f"{spelled(median)} for {row['name']} ({row['milliseconds']:.3g} ms a step)"
     seeds = own.groupby("seed").median()
     spread = f"{seeds.mean():.2f} ({seeds.min():.2f} to {seeds.max():.2f})"
