@@ -19,7 +19,7 @@ from bench.frame.figures import spelled
 from bench.frame.pages import markdown, marked, table
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, defaults, forms, kfac_images, roofline, scaling, streams
+from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
@@ -27,7 +27,10 @@ Machines = dict[str, dict[str, Row]]
 
 PAGE = ROOT / "docs" / "measurements.md"
 # Pictures, with their study. README shows the first panel of one.
-DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (scaling, roofline, accuracy, kfac_images)}
+DRAWN = {
+    each.STUDY.name: (each.STUDY.name, each.STUDY.draw)
+    for each in (scaling, roofline, accuracy, kfac_images, expand_reduce)
+}
 DRAWN["time"] = ("scaling", partial(scaling.draw, most=1))
 PAGES_OF_THEIR_OWN = {"accuracy": accuracy.page, "kfac-study": kfac_images.page}
 
@@ -232,6 +235,7 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
     "streams": streams.section,
     "forms": forms.section,
     "defaults": defaults.section,
+    "expand-reduce": expand_reduce.section,
     "demo": demo,
 }
 # Pages with figures between two marks: the study, and what makes them.

@@ -28,7 +28,7 @@ FIFTH = 5
 # What an idx file of bytes starts with, before the number of its dimensions.
 BYTES = b"\0\0\x08"
 CLASSES = 10
-# Units of the convolutional network's hidden layer, and images that are judged at once.
+# Units of the convolutional network's hidden layer, and images that are judged at once unless another number is asked.
 HIDDEN, CHUNK = 128, 2500
 
 
@@ -141,10 +141,10 @@ def conv(pixels: int, channels: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def judge(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the share of the images that are classified rightly, and the mean loss."""
+def judge(model: nn.Module, split: Split, chunk: int = CHUNK) -> tuple[float, float]:
+    """Return the share of the images that are classified rightly, and the mean loss; ``chunk`` are judged at once."""
     right, loss = 0.0, 0.0
-    for images, labels in zip(split.images.split(CHUNK), split.labels.split(CHUNK), strict=True):
+    for images, labels in zip(split.images.split(chunk), split.labels.split(chunk), strict=True):
         outputs = model(images)
         right += float((outputs.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(outputs, labels, reduction="sum"))

@@ -108,10 +108,7 @@ class Method:
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
-        return {
-            name: float(f"{low * (high / low) ** part:.3g}")
-            for part, (name, (low, high)) in zip(point, self.ranges.items(), strict=True)
-        }
+        return spread(self.ranges, point)
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
         """Return a model with what trains it."""
@@ -129,6 +126,14 @@ class Method:
             return Trainer(model, torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=shrink))
         momentum = 1 - numbers["1 − momentum"]
         return Trainer(model, torch.optim.SGD(model.parameters(), rate, momentum=momentum, weight_decay=shrink))
+
+
+def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Numbers:
+    """Return the numbers at a point of the unit cube, each evenly in the logarithm between the ends of its range."""
+    return {
+        name: float(f"{low * (high / low) ** part:.3g}")
+        for part, (name, (low, high)) in zip(point, ranges.items(), strict=True)
+    }
 
 
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
