@@ -239,7 +239,11 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
     "demo": demo,
 }
 # Pages with figures between two marks: the study, and what makes them.
-MARKED = {ROOT / "README.md": ("demo", readme), ROOT / "docs" / "switch-on.md": ("kfac", guide)}
+MARKED = {
+    ROOT / "README.md": ("demo", readme),
+    ROOT / "docs" / "switch-on.md": ("kfac", guide),
+    ROOT / "docs" / "kfac.md": ("defaults", defaults.guide),
+}
 
 
 # --- The command

@@ -213,6 +213,13 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     yield "Validation loss, untuned / best rate", cells.reset_index()
 
 
+def guide(content: Row) -> str:
+    """Return the table of ``docs/kfac.md``: on how many tasks each clip was enough, at one rate for all."""
+    title, cells = next(iter(shown(content)))
+    told = f"{content['settings']['steps']} steps, {len(content['settings']['seeds'])} seeds"
+    return f"{title}, {told} (`make study-defaults`):\n\n{pages.markdown(cells)}"
+
+
 def section(content: Row, machine: str) -> Iterator[str]:
     """Yield the section of ``docs/measurements.md``."""
     yield "### What bounds a step of K-FAC\n\n`defaults.json`, of `make study-defaults`: the least validation loss in"

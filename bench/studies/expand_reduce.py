@@ -94,18 +94,21 @@ class Graphs(nn.Module):
 
 
 class Nodes(nn.Module):
-    """A network for nodes: images are the nodes of one graph, each with an edge from the nearest others."""
+    """A network for nodes: images, at half their resolution, are those of one graph with edges from the nearest."""
 
     def __init__(self, pixels: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Sage(pixels, width), Sage(width, width)])
+        side = round(pixels**0.5)
+        self.half = nn.Sequential(nn.Unflatten(1, (1, side, side)), nn.AvgPool2d(2), nn.Flatten())
+        self.layers = nn.ModuleList([Sage(pixels // 4, width), Sage(width, width)])
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         near = torch.cdist(images, images).topk(min(NEIGHBOURS + 1, len(images)), largest=False).indices[:, 1:]
+        nodes = self.half(images)
         for layer in self.layers:
-            images = layer(images, lambda features: features[near].mean(1))
-        return self.head(images)
+            nodes = layer(nodes, lambda features: features[near].mean(1))
+        return self.head(nodes)
 
 
 def mean_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -145,14 +148,14 @@ class Settings:
     renew_every: int = 5
     weight_decay: float = 0.01
     # Of the images of each part, the first so many judge.
-    most_judged: int = 2000
+    most_judged: int = 1000
 
 
 USUAL = Settings(
     (
         Task("ViT, digits", "16 patches of 2 × 2 pixels", DIGITS, "vit", 64, 128, 200, 60, 5),
         Task("graphs, digits", "a graph of bright pixels for each image", DIGITS, "graphs", 64, 128, 120, 40, 5),
-        Task("nodes, Fashion-MNIST", "each image a node", FASHION, "nodes", 64, 512, 60, 24, 3),
+        Task("nodes, Fashion-MNIST", "each image of 14 × 14 pixels a node", FASHION, "nodes", 64, 512, 60, 24, 3),
         Task("ViT, Fashion-MNIST", "16 patches of 7 × 7 pixels", FASHION, "vit", 64, 128, 150, 50, 10),
     )
 )
