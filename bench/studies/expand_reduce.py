@@ -99,13 +99,13 @@ class Nodes(nn.Module):
     def __init__(self, pixels: int, width: int) -> None:
         super().__init__()
         side = round(pixels**0.5)
-        self.half = nn.Sequential(nn.Unflatten(1, (1, side, side)), nn.AvgPool2d(2), nn.Flatten())
+        self.smaller = nn.Sequential(nn.Unflatten(1, (1, side, side)), nn.AvgPool2d(2), nn.Flatten())
         self.layers = nn.ModuleList([Sage(pixels // 4, width), Sage(width, width)])
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         near = torch.cdist(images, images).topk(min(NEIGHBOURS + 1, len(images)), largest=False).indices[:, 1:]
-        nodes = self.half(images)
+        nodes = self.smaller(images)
         for layer in self.layers:
             nodes = layer(nodes, lambda features: features[near].mean(1))
         return self.head(nodes)
