@@ -39,7 +39,7 @@ endif
 # All targets share one environment, and the checks of `test` run in their order.
 .NOTPARALLEL:
 .PHONY: help setup demo test lint format typecheck imports pytest interpret kernels launches bench bench-cpu bench-functions bench-kfac \
-    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms study-defaults gpu profile \
+    bench-compare study-accuracy study-kfac study-scaling study-roofline study-streams study-forms study-defaults study-expand-reduce gpu profile \
     examples docs-figures docs docs-check clean distclean
 
 help: ## list the targets
@@ -121,6 +121,9 @@ study-forms: .venv/.extra-bench ## accuracy of the two forms of Brand's update (
 
 study-defaults: .venv/.extra-bench ## what bounds a step of K-FAC, on ten small tasks (STUDY_ARGS as above, "--resume")
 	$(python) -m bench.studies.defaults $(STUDY_ARGS)
+
+study-expand-reduce: .venv/.extra-bench ## steps to a target with expand and reduce, on transformers and graphs (STUDY_ARGS as above)
+	$(python) -m bench.studies.expand_reduce $(STUDY_ARGS)
 
 # GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
 GPU_PYTHON ?= $(python)

@@ -22,7 +22,7 @@ from bench.frame.pages import markdown
 from bench.frame.pictures import bars
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, defaults, kfac_images, kfac_page, roofline, scaling, streams
+from bench.studies import accuracy, defaults, expand_reduce, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
@@ -64,7 +64,10 @@ def of_ops(title: str, *studies: str) -> Question:
 
 
 # What further studies have to show on the page of K-FAC.
-SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {"defaults": defaults.section}
+SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
+    "defaults": defaults.section,
+    "expand-reduce": expand_reduce.section,
+}
 # By page.
 QUESTIONS = {
     "updates": Question(
@@ -98,7 +101,7 @@ QUESTIONS = {
 }
 PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
 # Pictures, with their study: those of studies, and of questions.
-DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images,)}
+DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images, expand_reduce)}
 DRAWN |= {"kfac-cost": ("kfac-study", kfac_page.draw_costs), "kfac-width": ("kfac-study", kfac_page.draw_widths)}
 DRAWN |= {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()}
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
-from bench.studies import accuracy, defaults, forms, kfac_images, kfac_page, roofline, scaling, streams
+from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
@@ -258,3 +259,36 @@ def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: py
     assert len(content["runs"]) == len(tasks) * len(defaults.METHODS)
     assert all(row["loss"] is not None for row in content["runs"])
     assert "| letters transformer |" in "".join(defaults.section(content, "toy"))
+
+
+def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
+    answer = run(expand_reduce, "--out", str(tmp_path / "toy"))
+    assert answer.exit_code == 0, answer.output
+    content = results.read(tmp_path / "toy")["expand-reduce"]
+    assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
+    text = "".join(expand_reduce.section(content, "toy"))
+    for task in content["settings"]["tasks"]:
+        assert f"#### {task['name']}, to " in text
+        found = expand_reduce.summary(content, task)
+        assert set(found.index) == set(expand_reduce.METHODS) - (
+            {"K-FAC, reduce"} if task["network"] == "nodes" else set()
+        )
+    assert (tmp_path / "toy" / "expand-reduce-light.png").exists()
+
+
+def test_a_graph_of_pixels_is_that_of_the_dense_adjacency() -> None:
+    """Features of the neighbours of every bright pixel, averaged."""
+    torch.manual_seed(0)
+    model, images = expand_reduce.Graphs(16, 8), torch.randn(3, 16)
+    place = torch.arange(16)
+    rows, columns = place // 4, place % 4
+    near = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1) & ~torch.eye(16, dtype=bool)
+    for image, found in zip(images, model(images), strict=True):
+        bright = image > 0
+        edges = near[bright][:, bright].float()
+        one_hot = torch.nn.functional.one_hot
+        nodes = torch.cat([image[:, None], one_hot(rows, 4), one_hot(columns, 4)], 1)[bright]
+        for layer in model.layers:
+            means = edges @ nodes / edges.sum(1, keepdim=True).clamp_min(1)
+            nodes = layer.linear(torch.cat([nodes, means], 1)).relu()
+        torch.testing.assert_close(model.head(nodes.mean(0)), found)

@@ -126,10 +126,7 @@ class Method:
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
-        return {
-            name: float(f"{low * (high / low) ** part:.3g}")
-            for part, (name, (low, high)) in zip(point, self.ranges.items(), strict=True)
-        }
+        return spread(self.ranges, point)
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         """Return a model with what trains it."""
@@ -143,6 +140,14 @@ class Method:
         strategy, sharing = self.strategy(settings, numbers), task.network.sharing
         options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
         return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
+
+
+def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Numbers:
+    """Return the numbers at a point of the unit cube, each evenly in the logarithm between the ends of its range."""
+    return {
+        name: float(f"{low * (high / low) ** part:.3g}")
+        for part, (name, (low, high)) in zip(point, ranges.items(), strict=True)
+    }
 
 
 def sgd(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
