@@ -163,7 +163,7 @@ OF_FASHION = Task("ViT, Fashion-MNIST", "16 patches of 7 × 7 pixels", FASHION, 
 FULL = replace(USUAL, tasks=(*USUAL.tasks, OF_FASHION))
 QUICK = Settings(
     tuple(
-        replace(task, images=DIGITS, width=8, batch=16, steps=4, search_steps=2, evaluate_every=2)
+        replace(task, images=DIGITS, width=8, batch=16, steps=2, search_steps=1, evaluate_every=1)
         for task in USUAL.tasks
     ),
     seeds=(0,),
