@@ -217,6 +217,7 @@ BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
     "among optimizers": among_optimizers,
     "by width": by_width,
     "times": times,
+    "clips": lambda machines: map(defaults.guide, contents("defaults", machines)),
 }
 BLOCKS |= {name: partial(of_question, name) for name in QUESTIONS}
 
