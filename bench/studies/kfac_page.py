@@ -278,10 +278,10 @@ def readme(content: Row, machine: str) -> str:
         said.append(f"An MLP of width {task.width} on Fashion-MNIST, to {task.goal}: {each}.")
     return (
         f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}-dark.png">\n'
-        f'  <img alt="Steps and seconds to a target against the width of the network (kfac-study.json)"'
-        f' src="{folder}-light.png" width="560">\n</picture>\n\n{" ".join(said)} Every method is tuned by the same budget at width {searched},'
-        f" and its rate scaled from there; {NOTHING}: not every run arrived in time. `make study-kfac`:"
-        " [other networks, and other winners](docs/kfac-study.md)."
+        '  <img alt="Steps and seconds to a target against the width of the network (kfac-study.json)"'
+        f' src="{folder}-light.png" width="560">\n</picture>\n\n{" ".join(said)} Every method is tuned by the same'
+        f" budget at width {searched}, and its rate scaled from there; {NOTHING}: not every run arrived in time."
+        " `make study-kfac`: [other networks, and other winners](docs/kfac-study.md)."
     )
 
 
