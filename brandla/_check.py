@@ -42,8 +42,8 @@ def checked(enabled: bool = True) -> Iterator[None]:
     """Verify inside the ``with`` block that the values of all inputs are usable, at the cost of a device sync a call.
 
     Every public function then raises ``ValueError`` if a tensor holds NaN or infinity, or if a damping given as a
-    tensor is not positive, before anything is computed. Outside, such values are not looked at: non-finite data makes
-    every value of the result NaN, and ``is_finite()`` of the result says so without a sync.
+    tensor is not positive, before anything is computed. Outside, values are not read: non-finite data makes every value
+    of the result NaN, and its ``is_finite()`` shows this without a sync.
 
     Examples
     --------

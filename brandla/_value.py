@@ -92,9 +92,9 @@ def number(name: str, value: Tensor) -> list[str]:
 def keep_dtype(optimizer: torch.optim.Optimizer) -> None:
     """Let ``optimizer.load_state_dict`` leave the dtype of the values in its state as it is.
 
-    It casts all state of a parameter to the dtype of the parameter. A basis in bfloat16 is none, and a float64 one
-    loses half its digits in float32. Call this once, in the constructor of the optimizer: the values in its state, and
-    those in lists and dicts there, are then moved to the device of the parameter alone.
+    By default, it casts all state of a parameter to the parameter's dtype. A basis in bfloat16 is no basis any more,
+    and a float64 basis loses half its digits in float32. Call this once, in the constructor of the optimizer. The
+    values in its state, and in lists and dicts there, are then only moved to the parameter's device.
 
     Examples
     --------

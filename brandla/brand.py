@@ -35,13 +35,13 @@ def eigh_update(
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r), or a `Tracked` one, whose error bound and trace are then carried along.
+        d (..., r) and U (..., n, r), or a `Tracked` factor: its error bound and trace are then updated too.
     columns
         A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Or a sparse
-        tensor (n, k), COO or CSR, which is only multiplied with.
+        tensor (n, k), COO or CSR, with no dense copy.
     decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average ρ and 1 − ρ, with the
-        normalisation of the data (such as 1/√k) inside A.
+        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average take ρ and 1 − ρ, and put the
+        normalisation of the data (such as 1/√k) into A.
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
@@ -59,13 +59,13 @@ def eigh_update(
 
     Notes
     -----
-    The update of `brandla.root_update` with F = U √d, scaled to unit columns and polished: U is made orthonormal anew,
-    so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of that
-    norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε where that is more, are rounding: they
-    become 0, with zero columns. The result never exceeds the matrix it stands for (0 ⪯ M̂ ⪯ M, to rounding). The
+    This is the update of `brandla.root_update` with F = U √d, scaled to unit columns. A polish makes U orthonormal
+    again, so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of
+    that norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they
+    become 0, with zero columns. The result never exceeds the true matrix: 0 ⪯ M̂ ⪯ M up to rounding. The
     eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``. The derivative by A is right from zeros too, and of columns
-    that depend on one another; by eigenvalues that are 0 it is NaN.
+    DTensors sharded on their rows: ``docs/sharded.md``. The derivative by A is right from zeros too, and for columns
+    that depend on one another. The derivative by eigenvalues that are 0 is NaN.
 
     References
     ----------
@@ -90,9 +90,9 @@ def eigh_update_(
 ) -> Eigh:
     """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
-    Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is that of a `brandla.Rank`. Raises
-    as `eigh_update` does, and for tensors of ``eigh`` that are expanded and arguments that require grad, before
-    anything is overwritten.
+    Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is the tolerance of a
+    `brandla.Rank`. Raises as `eigh_update` does and, before anything is overwritten, for expanded tensors of ``eigh``
+    and arguments that require grad.
 
     Examples
     --------
@@ -133,15 +133,15 @@ def eigh_step(update: Update) -> Updated:
 def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
-    The inverse of `eigh_update` where that truncated nothing; with it, a sliding window. 2nrk + 2nr² flops and O(r³).
-    Raises as `eigh_update` does.
+    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and
+    O(r³). Raises as `eigh_update` does.
 
     Parameters
     ----------
     eigh
         d (..., r) and U (..., n, r).
     columns
-        A, shape (..., n, k): usually columns that were added before, times what ``decay`` has left of them.
+        A, shape (..., n, k): usually columns that were added before, times the share that ``decay`` has left.
     weight
         w >= 0: a number, or a tensor of batch shape.
 
@@ -152,9 +152,9 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
 
     Notes
     -----
-    The part of A outside the span of U was truncated before, so there is nothing to take it from: it is left out, and
-    U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was truncated
-    does not come back either (``docs/updates.md``). Rounding is relative to what was there and to what is taken: values
+    An earlier update truncated the part of A outside the span of U, so there is nothing to take it from. It is left
+    out, and U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was
+    truncated does not come back either (``docs/updates.md``). Rounding is relative to the old factor and to A: values
     up to 8 ε·(d₁ + w‖UᵀA‖_F²) become 0, with zero columns. The eigendecomposition waits for the device. U and A may be
     DTensors sharded on their rows, and A a sparse tensor (n, k).
 

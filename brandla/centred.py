@@ -58,15 +58,15 @@ class Centred(NamedTuple):
         return self.svd.device
 
     def to(self, *args: Any, **kwargs: Any) -> Centred:
-        """Return the value on another device, or its decomposition in another dtype: arguments as of `Tensor.to`."""
+        """Return the value on another device, or its decomposition in another dtype: arguments as in `Tensor.to`."""
         svd = self.svd.to(*args, **kwargs)
         return Centred(svd, *(part.to(svd.device) for part in self[1:]))
 
     def explained_variance(self, correction: float = 1) -> Tensor:
         """Return the variances S²/(N − correction) along the axes, shape (..., r), descending.
 
-        The default divides by N − 1, the unbiased estimate of a sample, as ``torch.var`` and scikit-learn do;
-        ``correction=0`` by N. With a decay below 1, N is the sum of the weights, and the estimate is biased.
+        The default divides by N − 1, as ``torch.var`` and scikit-learn do: the unbiased estimate of a sample.
+        ``correction=0`` divides by N. With a decay below 1, N is the sum of the weights, and the estimate is biased.
         """
         return (self.svd.S.double().square() / (self.weight - correction)[..., None]).to(self.dtype)
 

@@ -42,19 +42,19 @@ def damped_solve(
     Parameters
     ----------
     lowrank
-        LowRankEigh, LowRankRoot (then a Cholesky factorisation of S + λI of order r is added), or a Tracked one.
+        LowRankEigh, LowRankRoot or Tracked. A root adds a Cholesky factorisation of S + λI of order r.
     rhs
         V, shape (..., n, m), or a vector: (n,), or exactly the batch shape of the factor and n, as in
         ``torch.linalg.solve``.
     damping
         λ > 0: a number, or a tensor of batch shape, which stays on its device.
     tail
-        τ >= 0: the value taken for the eigenvalues that the factor does not hold: a number, a tensor of batch shape,
-        ``"mean"``, their mean, from the trace that a Tracked factor carries, or ``"smallest"``, the smallest eigenvalue
-        it holds (spectrum continuation).
+        τ >= 0, the value for the eigenvalues that the factor does not hold: a number, or a tensor of batch shape.
+        ``"mean"`` takes their mean, from the trace of a Tracked factor. ``"smallest"`` takes the smallest eigenvalue
+        that the factor holds (spectrum continuation).
     diagonal
         δ >= 0, shape (n,) or the batch shape of the factor and n: diag(δ) is added to the operator, and 2nr² + O(r³) to
-        the work. A factor that is sharded takes none.
+        the work. Not for a sharded factor.
 
     Returns
     -------
@@ -68,15 +68,14 @@ def damped_solve(
 
     Notes
     -----
-    The part of V inside the range is divided by d + λ after a subtraction, so the relative error there is about
-    ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis enters multiplied in the same way. A LowRankRoot has no
-    direction of a value 0: in it, every value under τ counts as τ. A τ other than 0 then needs the eigenvalues of S and
-    waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    The part of V inside the range is divided by d + λ after a subtraction. So the relative error there is about ε (d +
+    λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is multiplied in the same way. A LowRankRoot has no direction of value
+    0, so every value under τ counts as τ. For a root, a τ other than 0 needs the eigenvalues of S and waits for a GPU,
+    unless S is diagonal as `root_update` leaves it. U and V may be DTensors sharded on their rows: ``docs/sharded.md``.
 
-    The derivative counts U, d, F and S as variables of their own, and of F as S = FᵀF where S is computed from F. It is
-    finite where eigenvalues coincide or are 0, as of ``zeros``. Of a root with τ > 0 it does not exist where a value is
-    τ, and is then that of a value under τ; it can be taken once.
+    The derivative treats U, d, F and S as separate variables. If S = FᵀF is computed from F, the derivative by F
+    includes S. It is finite if eigenvalues coincide or are 0, as in ``zeros``. For a root with τ > 0 it can be taken
+    once. It does not exist at a value τ: the derivative of a value under τ is taken there.
 
     References
     ----------
@@ -104,8 +103,8 @@ def damped_power(
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
-    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. Differentiable in every tensor argument, and
-    raises, as `damped_solve` does; of a LowRankRoot S is first diagonalised (order r), which waits for the device.
+    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. For a LowRankRoot, S is diagonalised first
+    (order r), and this waits for the device. Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
@@ -155,9 +154,9 @@ def damped_logdet(
 
     Notes
     -----
-    No determinant is formed that could leave the range of the dtype. Orthonormal U do not change the determinant, so
-    without a diagonal there is no derivative by U, and that of a root is by S: compute S = FᵀF from F where F is what
-    varies. Derivatives are as those of `damped_solve`.
+    No determinant is formed that could leave the range of the dtype. Orthonormal U do not change the determinant:
+    without a diagonal there is no derivative by U, and for a root the derivative is by S. If F varies, compute S = FᵀF
+    from F. Otherwise derivatives are as in `damped_solve`.
 
     References
     ----------

@@ -124,11 +124,11 @@ def kron_damped_power(
     Parameters
     ----------
     left, right
-        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination. Of a LowRankRoot
-        eigenvectors are first formed, which waits for the device; in it every value up to τ, or not resolved, counts as
-        τ.
+        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination. For a LowRankRoot,
+        eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or not resolved,
+        counts as τ.
     matrix
-        W, shape (..., p, q). A pair (P, Q) is refused: a power of the sum leaves no matrix of its rank.
+        W, shape (..., p, q). A pair (P, Q) raises an error, because the result does not keep the pair's rank.
     damping
         δ > 0: a number, or a tensor of batch shape.
     exponent
@@ -136,8 +136,8 @@ def kron_damped_power(
     left_tail, right_tail
         τ of each factor, as in `damped_solve`.
     values
-        Shape (..., r_G, r_A): what is taken for the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
-        such as second moments measured in that basis (EK-FAC, SOAP), >= 0. Outside, products and tails stay.
+        Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
+        such as second moments measured in that basis (EK-FAC, SOAP). Elsewhere, products and tails stay.
 
     Returns
     -------
@@ -179,8 +179,8 @@ def kron_damped_logdet(
 ) -> Tensor:
     """Log-determinant of A ⊗ G + δI, the operator of `kron_damped_power`: for the evidence of a Laplace approximation.
 
-    Equivalent to the sum of logarithms of all pq eigenvalues, of which those outside the spans are counted, not formed.
-    Differentiable in what it depends on, and raises, as `damped_logdet` does.
+    Equivalent to the sum of logarithms of all pq eigenvalues. Eigenvalues outside the spans are counted, not formed.
+    Differentiable in what it depends on. Raises as `damped_logdet` does.
 
     Parameters
     ----------

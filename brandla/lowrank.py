@@ -29,8 +29,8 @@ class LowRankEigh(NamedTuple):
     eigenvalues
         d, shape (..., r), descending and >= 0.
     eigenvectors
-        U, shape (..., n, r), orthonormal columns. Where the rank of the data runs out, a column whose value is 0 may be
-        a zero column instead, so that shapes never depend on the data.
+        U, shape (..., n, r), orthonormal columns. If the rank of the data runs out, a column whose value is 0 may be a
+        zero column, so shapes never depend on the data.
 
     Examples
     --------
@@ -89,7 +89,7 @@ class LowRankEigh(NamedTuple):
         return self.eigenvectors.device
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankEigh:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
         return moved(self, *args, **kwargs)
 
     @without_autocast
@@ -124,7 +124,7 @@ class LowRankRoot(NamedTuple):
     """M ≈ F Fᵀ, with S = FᵀF beside it: the form that is cheapest to update.
 
     Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
-    eigenvalue): take it where damping is at least 10⁻⁴ d₁ in float32, and `to_eigh` where eigenvectors are wanted.
+    eigenvalue): take it if damping is at least 10⁻⁴ d₁ in float32. `to_eigh` gives eigenvectors.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ class LowRankRoot(NamedTuple):
         return self.root.device
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankRoot:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
         return moved(self, *args, **kwargs)
 
     @without_autocast
@@ -210,12 +210,12 @@ class LowRankRoot(NamedTuple):
         return _applied("LowRankRoot @", self.root, None, self.root, block)
 
     def trace(self) -> Tensor:
-        """Return the trace of S, which is that of the matrix, of batch shape."""
+        """Return the trace of S, which is the trace of the matrix, of batch shape."""
         return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @without_autocast
     def to_eigh(self) -> LowRankEigh:
-        """Return the LowRankEigh of the same matrix and rank, from the Gram matrix of F measured anew.
+        """Return the LowRankEigh of the same matrix and rank, from a new Gram matrix of F.
 
         Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁
         (√r ε·d₁ above rank 64) are not resolved: they become 0, with zero vectors.
@@ -321,7 +321,7 @@ class LowRankSVD(NamedTuple):
         return self.U.device
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankSVD:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
         return moved(self, *args, **kwargs)
 
     @property
@@ -440,7 +440,7 @@ class Tracked(NamedTuple, Generic[Factor]):
 
     # With a type of its own, self has one that mypy does not see through, as for each kind of factor.
     def to(self: Any, *args: Any, **kwargs: Any) -> Tracked[Factor]:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as of `Tensor.to`."""
+        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
         tracked: Tracked[Factor] = moved(self, *args, **kwargs)
         return tracked
 
@@ -472,9 +472,9 @@ def track(lowrank: Factor) -> Tracked[Factor]:
 class Rank:
     """Keep at most ``max`` values, and of those only the ones above ``tol`` times the largest.
 
-    The shapes of the result are those of rank ``max``; what falls under the tolerance becomes the value 0 with a zero
-    vector, on the device and with no sync, and enters the error bound of a tracked factor. Zero columns are filled
-    again when the data calls for them. ``(values > 0).sum(-1)`` is the number of values kept.
+    The result has the shapes of rank ``max``. A value under the tolerance becomes 0 with a zero vector, on the device
+    and with no sync, and enters the error bound of a tracked factor. Later data fills zero columns again.
+    ``(values > 0).sum(-1)`` is the number of values kept.
 
     Parameters
     ----------

@@ -15,8 +15,8 @@ from brandla.svd import svd_append
 def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) -> Centred:
     """Join two centred streams: the decomposition of the columns of both about their common mean.
 
-    Equivalent, where nothing was truncated, to one stream of the columns of ``first`` and then of ``second``, in
-    O(m (r₁ + r₂)²) operations. Raises as `svd_append` does.
+    If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in O(m (r₁ +
+    r₂)²) operations. Raises as `svd_append` does.
 
     Parameters
     ----------

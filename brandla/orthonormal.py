@@ -57,9 +57,9 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple
-        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P; float32 for half precision. R is upper
-        triangular where every column of P stands out clearly of the ones before it, and square in any case. A panel
-        with a non-finite entry gives NaN throughout. Column j of Q comes from column j of P.
+        Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P; float32 for half precision. R is square, and
+        upper triangular if every column of P stands out clearly from the columns before it. A panel with a non-finite
+        entry gives NaN throughout. Column j of Q comes from column j of P.
 
     Raises
     ------
@@ -68,11 +68,11 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
 
     Notes
     -----
-    ‖QᵀQ − I‖₂ is a few ε whatever the condition of P, but for zero columns. So is the backward error ‖P − Q R‖/‖P‖,
-    column by column, where no direction of P is near its rounding. Such a direction is dropped: at most 8 √k ε of a
-    column in float32 and 32 k ε in float64, and some hundred times that on a GPU, which takes no eigenvectors.
-    Lengths of columns: from tiny/ε on in float32, from √(tiny/ε) to √max in float64; shorter columns count as zero.
-    The derivative is right where no column of P depends on the others.
+    ‖QᵀQ − I‖₂ is a few ε whatever the condition of P, except for zero columns. The backward error ‖P − Q R‖/‖P‖ of each
+    column is a few ε too if no direction of P is near its rounding. Such a direction is dropped: at most 8 √k ε of a
+    column in float32 and 32 k ε in float64, and some hundred times that on a GPU, which takes no eigenvectors. Lengths
+    of columns: from tiny/ε on in float32, from √(tiny/ε) to √max in float64; shorter columns count as zero. The
+    derivative is right where no column of P depends on the others.
 
     References
     ----------

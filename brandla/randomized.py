@@ -73,9 +73,9 @@ def randomized_eigh(
     generator
         Source of the seed of the random signs; the default generator of the device otherwise.
     start
-        A basis (..., n, s) to begin from in place of the first s ≤ rank + oversample columns of random signs:
-        typically the eigenvectors of the last result, of a matrix that has moved little. Then ``power_iterations`` of
-        0 or 1 do. A zero column stands for random signs.
+        A basis (..., n, s) that replaces the first s ≤ rank + oversample columns of random signs: typically the
+        eigenvectors of the last result, if the matrix has moved little. ``power_iterations`` of 0 or 1 is then enough.
+        A zero column stands for random signs.
 
     Returns
     -------

@@ -29,14 +29,14 @@ def eigh_refresh(
     """Take a wide G into an eigenbasis: one step of subspace iteration with ``decay * U diag(d) Uᵀ + weight * G Gᵀ``.
 
     For G (n, m) with m near n or above, where `brandla.eigh_update` would save nothing. G Gᵀ is never formed: G
-    meets blocks of r columns, 4nmr flops an iteration and 2nmr for the values. Nothing waits for the device, and a
-    CUDA graph can capture it. Raises as `eigh_update` does.
+    multiplies blocks of r columns, with 4nmr flops an iteration and 2nmr for the values. Nothing waits for the device,
+    and a CUDA graph can capture it. Raises as `eigh_update` does.
 
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r). A zero column is begun anew. From ``LowRankEigh.zeros(n, r)`` a GPU and a CPU may
-        find other bases of one span.
+        d (..., r) and U (..., n, r). A zero column starts again. From ``LowRankEigh.zeros(n, r)``, a GPU and a CPU may
+        find different bases of one span.
     matrix
         G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
         a transpose.
@@ -50,16 +50,16 @@ def eigh_refresh(
     LowRankEigh
         Values diag(QᵀMQ), descending, and the vectors Q that they belong to; of the same rank.
     Tensor
-        The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. What is kept for
-        each old vector moves along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
+        The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. If you keep data
+        for each old vector, move it along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
         ``v[p]``. Vectors with equal values keep their order.
 
     Notes
     -----
-    On a stationary stream U converges to the leading eigenspace of M: by the factor d_{r+1}/d_r a step. The vectors
-    themselves do so more slowly where their values are close, and Q is not turned within its span to diagonalise
-    QᵀMQ, which would take an eigendecomposition and would mix what belongs to single vectors. The values are the
-    diagonal of QᵀMQ all the same, and their sum is tr(QᵀMQ). Squares of the entries of G must be in range.
+    On a stationary stream U converges to the leading eigenspace of M: by the factor d_{r+1}/d_r a step. Single vectors
+    converge more slowly if their values are close. Q is not turned within its span to diagonalise QᵀMQ: this would take
+    an eigendecomposition and mix what belongs to single vectors. So the values are only the diagonal of QᵀMQ, and their
+    sum is tr(QᵀMQ). Squares of the entries of G must be in range.
 
     References
     ----------

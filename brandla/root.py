@@ -56,7 +56,7 @@ def root_update(
     Parameters
     ----------
     root
-        F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` one, whose error bound and trace are then carried along.
+        F (..., n, r) and S = FᵀF (..., r, r), or a `Tracked` factor: its error bound and trace are then updated too.
     columns, decay, weight, rank
         A (..., n, k), ρ and w, and the rank of the result, as in `eigh_update`.
     compress
@@ -64,9 +64,9 @@ def root_update(
         ``"cholesky"``: products and Cholesky factorisations alone. Nothing waits for the device, and a CUDA graph can
         capture it. It leaves out up to 4 per cent more of the trace, in the mean over a stream.
     shrink
-        Frequent Directions: the largest eigenvalue left out, λ, is subtracted from those kept too. Then ‖M − M̂‖₂ is
-        bounded by the best approximations of M at lower ranks, whatever the stream, which a truncation cannot promise;
-        `error_bound` of a tracked factor, Σ ρ^(t−i) λᵢ, is that bound, and M̂ ⪯ M ⪯ M̂ + error_bound·I. Needs ``"eigh"``.
+        Frequent Directions: the largest eigenvalue left out, λ, is subtracted from the kept ones too. For every stream,
+        the best approximations of M at lower ranks then bound ‖M − M̂‖₂. A truncation cannot promise this.
+        `error_bound` of a tracked factor is Σ ρ^(t−i) λᵢ, and M̂ ⪯ M ⪯ M̂ + error_bound·I. Needs ``"eigh"``.
 
     Returns
     -------
@@ -75,8 +75,8 @@ def root_update(
 
     Notes
     -----
-    The result never exceeds the matrix it stands for: 0 ⪯ M̂ ⪯ M, to rounding, which is relative to the largest
-    eigenvalue d₁: a damped solve is right to about ε·d₁/(λ (1 − ρ)). F and A may be DTensors sharded on their rows:
+    The result never exceeds the true matrix: 0 ⪯ M̂ ⪯ M up to rounding. Rounding is relative to the largest eigenvalue
+    d₁, so a damped solve is right to about ε·d₁/(λ (1 − ρ)). F and A may be DTensors sharded on their rows:
     ``docs/sharded.md``.
 
     References
@@ -111,9 +111,9 @@ def root_update_(
 ) -> Root:
     """`root_update` at the old rank, written over the tensors of ``root``, which it returns.
 
-    Needs no second F. ``columns`` must not share memory with ``root``. ``tol`` is that of a `brandla.Rank`. Raises as
-    `root_update` does, and for tensors of ``root`` that are expanded and arguments that require grad, before anything
-    is overwritten.
+    Needs no second F. ``columns`` must not share memory with ``root``. ``tol`` is the tolerance of a `brandla.Rank`.
+    Raises as `root_update` does and, before anything is overwritten, for expanded tensors of ``root`` and arguments
+    that require grad.
 
     Examples
     --------

@@ -47,10 +47,10 @@ def svd_update(
 
     Notes
     -----
-    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors.
-    In float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
-    dtype give NaN. The derivative is right where the values kept are distinct and [U diag(S), left] and [V, right] have
-    full rank: elsewhere, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
+    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. In
+    float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
+    dtype give NaN. The derivative is right if the kept values are distinct and [U diag(S), left] and [V, right] have
+    full rank. Otherwise, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
     their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
 
     References
@@ -137,11 +137,11 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
 
     Notes
     -----
-    Vh grows by k columns a call. Where only U and S are wanted, `brandla.eigh_update` on the same columns keeps
-    U and S² in constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero
-    triplets. Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The
-    derivative is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and
-    A may be DTensors sharded on their rows: ``docs/sharded.md``.
+    Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
+    constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero triplets.
+    Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The derivative
+    is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and A may be
+    DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------

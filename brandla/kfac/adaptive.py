@@ -17,10 +17,10 @@ from brandla.kfac.values import Gradient, dense, inner_of_each
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Damping by the ratio of the loss's reduction to what the curvature predicts, at every so many steps.
+    """Damping that follows the ratio of the loss's reduction to the one that the curvature predicts.
 
-    Above 3/4 the damping is multiplied by ``factor ** every``, below 1/4 it is divided by that. `KFAC.adapt` looks at
-    the ratio, with one more forward pass and one read-back.
+    Above 3/4 the damping is multiplied by ``factor ** every``, and below 1/4 it is divided by that. `KFAC.adapt`
+    measures the ratio every ``every`` steps, with one more forward pass and one read-back.
 
     Parameters
     ----------

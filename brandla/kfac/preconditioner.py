@@ -54,28 +54,28 @@ class KFAC:
         preconditioned are left to the optimizer, at once or when training shows it: `report` says why.
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
-        `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, or a mapping from module names, which
-        holds for all that they contain (``""`` names the model), or a function of a module's name and the module. None
-        leaves a layer to the optimizer.
+        `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, a function of a module's name and the
+        module, or a mapping from module names. A name holds for all that the module contains (``""`` names the model).
+        None leaves a layer to the optimizer.
     damping
-        λ > 0, relative to the largest eigenvalue of each factor, or absolute by ``damping_scale``; or `Adaptive`, which
-        takes a call of `adapt` after every step of the optimizer.
+        λ > 0, relative to the largest eigenvalue of each factor, or absolute, as ``damping_scale`` says. Or `Adaptive`:
+        then call `adapt` after every step of the optimizer.
     clip
         Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
         ρ of the factors' exponential average, in [0, 1); normalised so that the first batches count fully.
     factor_every
-        Take data into the factors at every so many steps. ``damping``, ``clip``, ``decay`` and ``factor_every`` are
+        Steps between batches that the factors take in. ``damping``, ``clip``, ``decay`` and ``factor_every`` are
         numbers, or functions of the step's number (from 0).
     sharing
         For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
         ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, a mapping or a function,
         as ``inverse``.
     batch_first
-        Whether inputs are (samples, positions, ...), or the other way. One for all layers, a mapping or a function, as
-        ``inverse``; None takes it from the module, or the nearest one around it, that says so by its own
-        ``batch_first``, and else takes samples to come first. `report` says what was taken. Convolutions and other
-        modules of a fixed order are not asked.
+        Whether inputs are (samples, positions, ...), or the other way round. One for all layers, a mapping or a
+        function, as ``inverse``. None asks the ``batch_first`` of the module, or of the nearest module around it that
+        has one. If there is none, samples come first. `report` shows the order taken. Convolutions and other modules
+        with a fixed order ignore this.
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
@@ -83,29 +83,28 @@ class KFAC:
         spectral norm as a matrix with the bias as a column, estimated from below; 0.3 at the rate 1 is a start.
         ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
     application
-        ``"auto"`` applies the factors to the pair of inputs and output gradients, whose cost is linear in the layer's
-        size, wherever the gradient is exactly that pair and the pair is thin; ``"two-sided"`` always applies them to
-        the gradient.
+        ``"auto"`` applies the factors to the pair of inputs and output gradients, at a cost linear in the layer's size,
+        if the gradient is exactly that pair and the pair is thin. ``"two-sided"`` always applies them to the gradient.
     curvature
-        What G is made of. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: those of labels drawn from
-        the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, at one backward
-        pass for each of them. For the last two call `curvature` in every step.
+        What G is made of. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: the gradients for labels drawn
+        from the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, with one
+        backward pass for each output. For the last two call `curvature` in every step.
     gradient
         ``"pair"``: autograd does not form the gradients of the weights of ``nn.Linear`` modules with a trained bias.
-        `step` makes them, or steps in their place, from the inputs and output gradients. Until then ``weight.grad`` is
-        None: for an optimizer that runs without `step`, for code that clips or reads gradients before it, and for
-        ``torch.autograd.grad``. Gradients from elsewhere in the loss, such as a penalty on the weight, are added.
-        Weights with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one
-        process, and with gradients set to None after each step.
+        `step` makes them, or the steps directly, from the inputs and output gradients. Until then ``weight.grad`` is
+        None: do not clip or read it before `step`, and run no optimizer without `step`. ``torch.autograd.grad`` does
+        not see it either. Gradients from elsewhere in the loss, such as a penalty on the weight, are added. Weights
+        with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one process,
+        and with gradients set to None after each step.
     scaler
         The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
         Fixes the random starts of randomized decompositions, and the draws of labels.
     distributed
-        For several processes that each hold the model and a batch of their own, and average their losses, as under
+        For several processes that each hold the model and their own batch, and average their losses, as under
         DistributedDataParallel and FSDP2. ``"gather"``: every process takes in the rows of all. ``"split"``: each
         factor belongs to one process, which broadcasts what solving needs (``docs/many-machines.md``). The application
-        is two-sided then.
+        is then two-sided.
     process_group
         The processes; None for all.
     columns
@@ -119,9 +118,9 @@ class KFAC:
 
     Notes
     -----
-    The loss is taken to be a mean over samples (and positions, for ``"expand"``) unless `curvature` tells the number of
-    its terms; a sum scales G only. Whether the pair is the whole gradient is known from the gradient's history, and
-    compared once for each layer, with one read-back. A batch with a non-finite value anywhere is skipped: factors stay
+    The loss counts as a mean over samples (and positions, for ``"expand"``) unless `curvature` tells the number of its
+    terms. A sum only scales G. The gradient's history shows whether the pair is the whole gradient, and one comparison
+    for each layer, with one read-back, confirms it. A batch with a non-finite value anywhere is skipped: factors stay
     as they are and all gradients of the model become 0, on the device.
 
     Examples
@@ -201,16 +200,16 @@ class KFAC:
     def curvature(self, outputs: Tensor, loss: Loss = "cross_entropy", weights: Tensor | None = None) -> None:
         """Send the curvature of a loss back through the model, where factors are not made of the loss's own gradients.
 
-        Call it after the forward pass and before the loss's backward pass, in every step; it does nothing where no
-        factor takes data in. With ``curvature="empirical"`` nothing is sent: it tells how many terms the loss is a mean
-        of, which gives G the scale that it has with the others. Gradients of parameters are left as they are.
+        Call it in every step, after the forward pass and before the loss's backward pass. It does nothing if no factor
+        takes data in. With ``curvature="empirical"`` nothing is sent: the call tells how many terms the loss is a mean
+        of, and G gets the same scale as with the others. It changes no gradient of a parameter.
 
         Parameters
         ----------
         outputs
-            What the loss is given: logits or predictions, shape (N, C) or (N, C, positions...).
+            The first argument of the loss: logits or predictions, shape (N, C) or (N, C, positions...).
         loss
-            As ``torch.nn.functional`` has it, with ``reduction="mean"``: ``"cross_entropy"`` or ``"mse"``.
+            ``"cross_entropy"`` or ``"mse"``, as in ``torch.nn.functional`` with ``reduction="mean"``.
         weights
             Weight of each term, shape (N,) or (N, positions...): 0 for what the loss ignores, or the weight of its
             class. None for 1. Label smoothing makes no difference.
@@ -230,9 +229,10 @@ class KFAC:
     def mask(self, valid: Tensor | None) -> None:
         """Say which positions of the coming batch are data, so that padding counts in no factor.
 
-        Call it before the forward pass: it holds for all calls until the next `step` or `mask`, so that each batch of
-        several that are accumulated may have its own. It holds for calls with inputs (samples, positions, ...), or the
-        other way where `batch_first` says so, and with all of them in one dimension. ``"reduce"`` averages over them.
+        Call it before the forward pass. It holds for all calls until the next `step` or `mask`, so each of several
+        accumulated batches may have its own. It holds for calls with inputs (samples, positions, ...), or the other way
+        round if `batch_first` says so, and for calls with all positions in one dimension. ``"reduce"`` averages over
+        the positions with data.
 
         Parameters
         ----------
@@ -257,15 +257,15 @@ class KFAC:
 
         A gradient that nobody has written to since the last step is left as it is.
 
-        With several processes all of them must call this, each after a backward pass. Where one does not, the others
-        raise an error of torch.distributed when the group's timeout is over.
+        With several processes, all of them must call this, each after a backward pass. If one does not, the others
+        raise an error of torch.distributed after the group's timeout.
 
         Raises
         ------
         RuntimeError
-            If `curvature` has not been called where it has to be, or gradients are still multiplied by the scale of
-            the ``scaler``; with ``gradient="pair"``, if there are several processes, or a gradient was not None when
-            the first backward pass came, or was changed since the last one.
+            If `curvature` is needed and was not called, or gradients are still multiplied by the scale of the
+            ``scaler``. With ``gradient="pair"``, if there are several processes, or a gradient was not None before the
+            first backward pass or has changed since the last one.
         """
         if self._removed:
             return
@@ -292,22 +292,23 @@ class KFAC:
         self._mistakes.tell_what_came()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
-        """Look at what the last step did to the loss of its batch, and let the damping follow, where that is due.
+        """Measure what the last step did to the loss of its batch, and adapt the damping, if that is due.
 
-        Call it after ``optimizer.step()`` and before ``zero_grad()``, in every step, where ``damping`` is `Adaptive`.
-        It is right for an optimizer that moves the weights along the step, as SGD without momentum.
+        If ``damping`` is `Adaptive`, call this in every step, after ``optimizer.step()`` and before ``zero_grad()``. It
+        is right for an optimizer that moves the weights along the step, such as SGD without momentum.
 
         Parameters
         ----------
         loss
             The loss that the step was taken for.
         again
-            Computes the same loss of the same batch anew: one more forward pass, without gradients, when a look is due.
+            Computes the same loss of the same batch again: one more forward pass, without gradients, when a look is
+            due.
 
         Returns
         -------
         float or None
-            The reduction of the loss over what the curvature predicts; None where no look was due.
+            The reduction of the loss over what the curvature predicts. None if no look was due.
 
         Raises
         ------
@@ -382,14 +383,14 @@ class KFAC:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `step` overwrites: weights and biases of layers, each once.
 
-        Those of frozen layers are among them; those of layers that turned out not to work are not.
+        They include parameters of frozen layers, but not of layers that turned out not to work.
         """
         kinds = [layer.kind for layer in self._layers if not layer.refusal]
         own = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
         return list({id(part): part for part in own}.values())
 
     def others(self) -> list[nn.Parameter]:
-        """Return all other parameters of the model, for an optimizer of their own."""
+        """Return all other parameters of the model, for a separate optimizer."""
         known = {id(part) for part in self.parameters()}
         return [part for part in self._model.parameters() if id(part) not in known]
 
@@ -397,8 +398,9 @@ class KFAC:
     def graphs(self, index: Tensor, count: int | None = None) -> Iterator[None]:
         """Tell, around the forward pass, which sample each row of a batch belongs to: for batches of graphs.
 
-        A call whose input has as many rows as ``index`` counts as one row a graph in layers whose sharing is
-        ``"reduce"``: inputs are averaged and output gradients summed over its nodes, less those that `mask` leaves out.
+        In layers whose sharing is ``"reduce"``, a call whose input has as many rows as ``index`` counts as one row per
+        graph: inputs are averaged, and output gradients summed, over the graph's nodes, without those that `mask`
+        leaves out.
 
         Parameters
         ----------
@@ -431,8 +433,8 @@ class KFAC:
         """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
 
         Data captured since the last step is not in it: save between a step and the next backward pass. It is the same
-        in every process, and any number of processes can continue from it. Where factors are split among processes,
-        all of them must call this.
+        in every process, and any number of processes can continue from it. If factors are split among processes, all
+        processes must call this.
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}

@@ -22,8 +22,8 @@ Side = Literal["input", "output", "beside"]
 class FactorReport:
     """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
 
-    ``relative_error_bound`` is that bound divided by d₁, the largest eigenvalue of M̂: 0 where the bound is 0, else
-    infinite where d₁ is 0. For a batch of matrices both are the largest of theirs.
+    ``relative_error_bound`` is that bound divided by d₁, the largest eigenvalue of M̂: 0 if the bound is 0, otherwise
+    infinite if d₁ is 0. For a batch of matrices, both are the largest in the batch.
 
     A curvature that keeps more than its factors has one more row, whose ``side`` is ``"beside"``. There n is the
     layer's number of parameters, and ``dense_bytes`` is 0.
@@ -54,8 +54,8 @@ class Report:
     """All factors of a preconditioner, and the number of batches skipped.
 
     ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
-    that inputs and output gradients took until the last step was done with them. ``layouts`` says which of samples and
-    positions come first in the inputs of each layer that takes both, and what says so.
+    that inputs and output gradients took until the last step was done with them. ``layouts`` says, for each layer that
+    takes samples and positions, which of them come first, and why.
 
     Examples
     --------

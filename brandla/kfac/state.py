@@ -54,8 +54,8 @@ def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvat
 def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str, Any]:
     """Read the state of a preconditioner from a checkpoint of ``torch.distributed.checkpoint``.
 
-    ``torch.distributed.checkpoint.load`` fills what the object to be loaded has by itself, and a preconditioner that
-    has seen no data has no factors. This reads all that was saved.
+    ``torch.distributed.checkpoint.load`` fills only what the object already has, and a preconditioner that has seen no
+    data has no factors. This function reads everything that was saved.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     Returns
     -------
     dict
-        For `KFAC.load_state_dict`. The values are those that were saved, but not their order in memory, so that
-        training goes on equal to rounding where a decomposition was stored by columns.
+        For `KFAC.load_state_dict`. The values are as saved, but not their order in memory. If a decomposition was
+        stored by columns, training continues equal up to rounding.
 
     Raises
     ------

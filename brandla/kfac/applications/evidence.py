@@ -25,9 +25,9 @@ def evidence(
     """Log marginal likelihood of the layers' weights W under a prior N(0, I/δ), by Laplace's approximation.
 
     log p ≈ log-likelihood − ½ Σ (log det(N A ⊗ G + δI) − p log δ) − ½ Σ δ ‖W‖², the sums over layers of p parameters.
-    Differentiable in δ and in the log-likelihood; N A ⊗ G is constant. Its determinant is that of
-    `brandla.kron_damped_logdet` in float64, with the values that `EKFAC` fits. What a low-rank factor leaves out counts
-    as the tail of its strategy: as 0, unless ``tail="mean"`` or another one was asked for.
+    Differentiable in δ and in the log-likelihood; N A ⊗ G is constant. `brandla.kron_damped_logdet` computes its
+    determinant in float64, with the values that `EKFAC` fits. The part that a low-rank factor leaves out counts as the
+    strategy's tail: 0, unless you asked for ``tail="mean"`` or another one.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ def evidence(
         With factors of the whole data set at W: `decay` near 1 and a pass over the data, ``curvature="type-2"`` or
         ``"monte-carlo"``, and no step of the optimizer on the way.
     log_likelihood
-        Σ log p(y | x, W) over the data set, a number or a scalar tensor. The loss has to be its −1/N: cross-entropy is,
-        and the mean square is for noise of variance ½ (then − N/2 log π is to be added, for one output).
+        Σ log p(y | x, W) over the data set, a number or a scalar tensor. The loss must be −1/N times this.
+        Cross-entropy is. The mean square is for noise of variance ½ (then add − N/2 log π, for one output).
     prior_precision
         δ > 0: one for all layers, shape (), or one a layer in the order of `KFAC.report`, shape (L,).
     terms
@@ -54,7 +54,7 @@ def evidence(
 
     Notes
     -----
-    Parameters of the model that are not preconditioned have no part in it. Reads no value back.
+    Parameters that are not preconditioned do not count. Nothing is read back.
 
     References
     ----------

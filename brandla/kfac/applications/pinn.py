@@ -42,15 +42,15 @@ class PINN:
     model
         ``nn.Sequential`` of ``nn.Linear`` and activations that `forward_laplacian` knows.
     inverse
-        None for the inverse of the sum, by two Cholesky factorisations and two eigendecompositions a layer and step in
-        float64: for widths of some hundred. Or a system of factors such as ``Brand(rank=32)``, for
-        ½ (A_Ω + A_∂) ⊗ (B_Ω + B_∂), which is that sum where the A are alike or the B.
+        None for the inverse of the sum, by two Cholesky factorisations and two eigendecompositions per layer and step
+        in float64: for widths of some hundred. Or a system of factors such as ``Brand(rank=32)``, for ½ (A_Ω + A_∂) ⊗
+        (B_Ω + B_∂). This is the same sum if the two A, or the two B, are equal.
     damping
         λ > 0, absolute.
     decay
         ρ of the averages, in [0, 1).
     weights
-        Those of the Laplacian, as `forward_laplacian` has them.
+        The Laplacian's, as in `forward_laplacian`.
 
     Notes
     -----
@@ -103,7 +103,7 @@ class PINN:
 
     @torch.no_grad()
     def loss(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
-        """Return the loss alone; parameters are those of `backward`."""
+        """Return the loss alone, with the parameters of `backward`."""
         inside = residual(forward_laplacian(self._model, interior, self._weights), interior)
         return _loss(inside, at_boundary(self._model(boundary), boundary))
 
@@ -115,9 +115,9 @@ class PINN:
         interior, boundary
             Points (N, d) and (M, d).
         residual
-            A function of `Columns` at the points, and the points, that returns r (N,), each of its own point alone.
+            A function of the `Columns` and the points that returns r (N,). Each r depends on its own point only.
         at_boundary
-            The same of values (M, m) and points: r (M,).
+            The same for values (M, m) and points: r (M,).
 
         Raises
         ------
@@ -153,7 +153,7 @@ class PINN:
     def report(self) -> Report:
         """Return what each layer keeps, as `KFAC.report` does, its memory, and the number of batches skipped.
 
-        Waits for the device. A layer of the sum has one row a side, with the memory of both of its matrices.
+        Waits for the device. A layer of the sum has one row per side, with the memory of both matrices.
         """
         system = "SumOfTwo" if self._system == "None" else self._system
         parts = zip(self._linears, [system] * len(self._shapes), self._shapes, self.curvatures, strict=True)

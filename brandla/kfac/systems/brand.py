@@ -120,14 +120,14 @@ class Brand(FactorStrategy):
         r: a number, a function of the step that returns one, a `brandla.Rank` rule (also as a function's value), or
         `ErrorBound`, a rank that follows the error bound.
     form
-        ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper one; right where λ >= 10⁻⁴ d₁ in float32.
+        ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper form; right if λ >= 10⁻⁴ d₁ in float32.
         ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
     compress
-        As `brandla.root_update` has it: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
+        As in `brandla.root_update`: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
     sketch
-        Columns that a batch of more, A, is first brought down to: A Ω for random signs Ω, with A Aᵀ as its expectation.
-        The average over batches smooths what the signs add, and ``error_bound`` is that of the average of what was
-        taken in. A number; ``"auto"``: max(r, 32) where there are at least twice as many, else all; or None, which
+        A batch A with more columns is first brought down to this many: A Ω for random signs Ω, with A Aᵀ as its
+        expectation. The average over batches smooths what the signs add, and ``error_bound`` is for the average of what
+        was taken in. A number; ``"auto"``, max(r, 32) for batches of at least twice as many columns; or None, which
         takes every batch as it is.
 
     References

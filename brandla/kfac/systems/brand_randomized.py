@@ -26,7 +26,7 @@ class BrandRandomized(DenseBrand):
     overwrite_every
         Steps between the decompositions that overwrite: a number, or a function of the step.
     oversample, power_iterations
-        Of these decompositions, as `brandla.randomized_eigh` takes them.
+        For these decompositions, as in `brandla.randomized_eigh`.
 
     References
     ----------

@@ -21,9 +21,9 @@ class ConjugateGradient(Strategy):
     """CG-FAC: ``iterations`` steps of conjugate gradients for (A ⊗ G + λI) x = ∂W, by products G X A with rows alone.
 
     O(k (d_G + d_A)) memory for the k rows kept, and 4k d_G d_A + 2k²(d_G + d_A) operations an iteration. λ is relative
-    to the largest eigenvalue of A ⊗ G, the product of the factors', and is added to A ⊗ G as a whole: factors that are
-    damped each on its own have a direct solve from k rows, and leave nothing to iterate for. No read-back: the number
-    of iterations is fixed. At relative damping μ each takes the error down by about (1 − √μ)/(1 + √μ).
+    to the largest eigenvalue of A ⊗ G and is added to A ⊗ G as a whole. (Factors damped separately have a direct solve
+    from k rows, with nothing to iterate for.) The number of iterations is fixed, so nothing is read back. At relative
+    damping μ each takes the error down by about (1 − √μ)/(1 + √μ).
 
     Layers with one-hot inputs, and those with one factor, are left to `Exact`.
 
@@ -32,10 +32,10 @@ class ConjugateGradient(Strategy):
     iterations
         Steps, each of one product with the curvature; the start takes one more.
     batches
-        Room for the rows of so many batches, of the largest seen. A and G are the exponential averages of the latest
-        rows that it holds.
+        Room for the rows of this many batches of the largest size seen. A and G are the exponential averages of the
+        latest rows in it.
     warm_start
-        Start from the last step in place of zero: d_G d_A numbers more.
+        Start from the last step instead of zero. This takes d_G d_A more numbers.
 
     References
     ----------

@@ -49,13 +49,13 @@ class Eigenbasis(Exact):
 class EKFAC(Strategy):
     """EK-FAC: step U_G [(U_Gᵀ ∂W U_A) / D] U_Aᵀ, with the second moments S of U_Gᵀ v U_A where K-FAC has d_G d_Aᵀ.
 
-    v is the gradient of one sample, summed over its positions. Of all curvatures with these eigenvectors, that of S is
-    the nearest to F in the Frobenius norm. D = S + λ_G 1 d_Aᵀ + λ_A d_G 1ᵀ + λ_G λ_A, so that with S = d_G d_Aᵀ the
-    step is that of `Exact` at the same damping. Where the eigenvectors are renewed, what S stood for is carried over to
-    the new ones: S ← (R_G ∘ R_G) S (R_A ∘ R_A)ᵀ with R = U⁺ᵀU.
+    v is the gradient of one sample, summed over its positions. Of all curvatures with these eigenvectors, the one with
+    S is nearest to F in the Frobenius norm. D = S + λ_G 1 d_Aᵀ + λ_A d_G 1ᵀ + λ_G λ_A, so with S = d_G d_Aᵀ the step
+    equals the step of `Exact` at the same damping. A renewal of the eigenvectors carries S over to the new ones: S ←
+    (R_G ∘ R_G) S (R_A ∘ R_A)ᵀ with R = U⁺ᵀU.
 
-    Beside what `Exact` takes, d_G d_A numbers, and at a step with k columns of data 2k(d_G² + d_A² + d_G d_A)
-    operations. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    It takes d_G d_A numbers more than `Exact`, and 2k(d_G² + d_A² + d_G d_A) more operations at a step with k columns
+    of data. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
 
     Parameters
     ----------

@@ -27,9 +27,8 @@ class Exact(DenseForm, FactorStrategy):
         Steps between renewals: a number, or a function of the step.
     method
         ``"eigh"``: M = U diag(d) Uᵀ, about 9n³ operations, waits for the device. ``"cholesky"``: M + λI = L Lᵀ, n³/3
-        operations, never waits; λ is that of the last renewal, relative to an estimate of the largest eigenvalue from
-        below by power iteration, and at least n·ε times it. Where the factorisation fails all the same, the last
-        one stays.
+        operations, never waits; λ is fixed at the renewal: relative to an estimate of the largest eigenvalue, from
+        below by power iteration, and at least n·ε times it. If the factorisation fails, the last one stays.
 
     References
     ----------

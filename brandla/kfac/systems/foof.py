@@ -19,7 +19,7 @@ class Foof(KroneckerStrategy):
     Parameters
     ----------
     inner
-        The system that keeps A: any of those that keep each factor by itself.
+        The system that keeps A: any system that keeps each factor by itself.
 
     References
     ----------

@@ -38,8 +38,8 @@ class InverseFree(Strategy):
     variant
         ``"singd"`` or ``"ikfac"``.
     rate
-        β > 0. It takes the place of 1 − ``decay``: in IKFAC, a step of K Kᵀ is that of the damped inverse of an
-        exponential average with weight β, to O(β²).
+        β > 0. It replaces 1 − ``decay``: in IKFAC, to O(β²), K Kᵀ moves as the damped inverse of an exponential average
+        with weight β.
     momentum
         α of ``"singd"``, in [0, 1); IKFAC has none.
     preconditioner_every
@@ -47,13 +47,13 @@ class InverseFree(Strategy):
 
     Notes
     -----
-    Relative damping is λ_A = damping · d₁(A) and λ_G = damping · d₁(G), d₁ being largest eigenvalues, and λ = λ_A λ_G
-    in SINGD: what (A + λ_A I) ⊗ (G + λ_G I) is where there is no curvature. d₁ is estimated from below by one power
-    iteration an update, along the stream, whose average has the ``decay`` of `KFAC`.
+    Relative damping is λ_A = damping · d₁(A) and λ_G = damping · d₁(G), with the largest eigenvalues d₁. SINGD takes λ
+    = λ_A λ_G: the value of (A + λ_A I) ⊗ (G + λ_G I) where there is no curvature. One power iteration per update
+    estimates d₁ from below, along the stream, whose average has the ``decay`` of `KFAC`.
 
-    K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero (in SINGD that determines
-    the product of the two, which is all that matters), so that a factor's scale plays no part. β is cut where
-    ‖β m‖_F > 1, beyond which I − β m no longer stands for exp(−β m).
+    K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero, so a factor's scale
+    plays no part. (In SINGD this determines the product of the two, and only the product matters.) β is cut if ‖β m‖_F
+    > 1: beyond this, I − β m no longer approximates exp(−β m).
 
     References
     ----------

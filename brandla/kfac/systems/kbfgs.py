@@ -32,22 +32,22 @@ class KBFGS(Strategy):
     >>> loss_of(model, batch).backward()  # doctest: +SKIP
     >>> preconditioner.second_pass()  # doctest: +SKIP
 
-    Without those calls H_G stays I. 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a step, and no
-    read-back. H_G is in float64: flat directions may be 10⁷ times steep ones in it, and float32 leaves an indefinite
-    matrix then. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    Without those calls H_G stays I. It takes 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a
+    step, with no read-back. H_G is in float64: flat directions may be 10⁷ times steep ones in it, and float32 leaves an
+    indefinite matrix then. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
 
     Parameters
     ----------
     average
         Decay of the running means of s and y of the outputs, in [0, 1).
     curved
-        μ in (0, 1): where sᵀy < μ yᵀH y, s goes towards H y until they are equal.
+        μ in (0, 1): if sᵀy < μ yᵀH y, s moves towards H y until they are equal.
 
     Notes
     -----
-    Where then sᵀy < λ κ sᵀs, y goes towards κ s until they are equal. Absolute damping: κ = 1 and λ on both sides, the
-    papers' √λ. Relative: κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window; the papers' factors √τ of
-    the damping for τ positions are left out. They were not read in full (``docs/kfac.md``).
+    If then sᵀy < λ κ sᵀs, y moves towards κ s until they are equal. Absolute damping has κ = 1 and λ on both sides, the
+    papers' √λ. Relative damping has κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window. The papers'
+    factors √τ of the damping for τ positions are left out. The papers were not read in full (``docs/kfac.md``).
 
     References
     ----------

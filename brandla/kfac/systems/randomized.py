@@ -29,7 +29,7 @@ class Randomized(DenseForm, FactorStrategy):
     method
         ``"eigh"``: `brandla.randomized_eigh` of the dense average; ``"svd"``: `brandla.randomized_svd`.
     oversample, power_iterations
-        As those functions take them.
+        As in those functions.
     inverse_every
         Steps between renewals: a number, or a function of the step.
 

@@ -17,10 +17,10 @@ from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, most_of
 class ErrorBound:
     """Grow or shrink the rank of a factor so that its error bound stays near ``target`` times its largest eigenvalue.
 
-    Every so many steps the bound is read, once for a factor (of a batch of factors the largest): the only time that the
-    device is waited for. Above the target the rank grows by half; under a quarter of it, it shrinks by a quarter. The
-    bound forgets what was cut off as the factor forgets its data, so it says most where ``every`` is 1/(1 − decay) or
-    more. What shrinking cuts off enters the bound like all else.
+    Every ``every`` steps the bound is read, once for each factor (for a batch of factors, the largest). Only this waits
+    for the device. Above the target the rank grows by half; under a quarter of it, it shrinks by a quarter. The bound
+    forgets what was cut off as the factor forgets its data, so it says most if ``every`` is 1/(1 − decay) or more. The
+    bound includes what shrinking cuts off.
 
     Parameters
     ----------

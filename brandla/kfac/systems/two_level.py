@@ -23,13 +23,13 @@ class TwoLevel(Strategy):
     """v = v₁ + R₀ᵀ F_c⁻¹ R₀ (∇ − F v₁): any system's step v₁, corrected by the whole curvature.
 
     F = Σ v vᵀ over the samples of this step, the blocks between layers included; R₀ holds one unit vector a layer, and
-    F_c = R₀ F R₀ᵀ. With λ in F_c and in F v₁ alike, v is the point of v₁ + range R₀ᵀ next to (F + λI)⁻¹∇ in the norm of
-    F + λI; λ is relative to the largest eigenvalue of F_c. Nothing but products with the rows of the step is formed.
+    F_c = R₀ F R₀ᵀ. With λ both in F_c and in F v₁, v is the point of v₁ + range R₀ᵀ nearest to (F + λI)⁻¹∇ in the norm
+    of F + λI. λ is relative to the largest eigenvalue of F_c. Only products with the rows of the step are formed.
 
     Parameters
     ----------
     inner
-        The system that v₁ is of.
+        The system of v₁.
     space
         ``"nicolaides"``: the vector of ones of each layer. ``"residual"``: the inner system's step for the layer's
         part of ∇ − F v₁.
@@ -38,8 +38,8 @@ class TwoLevel(Strategy):
     -----
     Layers with no rows in a step, or with another number of samples than most, keep the inner step.
 
-    Unlike v₁, v is not a positive definite matrix times ∇: in single layers, and after a clip of each layer by itself
-    also as a whole, it may go uphill, and ⟨v, ∇⟩, which the clip by KL takes for its length, does not bound it.
+    Unlike v₁, v is not a positive definite matrix times ∇. It may go uphill in single layers and, after a clip of each
+    layer by itself, also as a whole. The clip by KL takes ⟨v, ∇⟩ for the length of v, but ⟨v, ∇⟩ does not bound it.
 
     References
     ----------

@@ -23,29 +23,29 @@ from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, plus, scaled
 class Woodbury(Strategy):
     """The exact natural gradient of the batch: (F + λI)⁻¹ ∂W with F = N Σ v vᵀ, v the gradients of N samples.
 
-    With K = N VᵀV (N × N) the step is (∂W − N V (λI + K)⁻¹ Vᵀ ∂W) / λ, and where ∂W is V 1, the pair that the rows
-    of this step make, V (λI + K)⁻¹ 1: the γ scaled sample by sample. λ is relative to the largest eigenvalue of F. K
-    takes 2 (N T)² (d_out + d_in) operations for T positions, or 2N (N + T) d_out d_in where that is less. The rows of
-    a batch are kept and N² numbers, no factor. Layers of every kind take part.
+    With K = N VᵀV (N × N) the step is (∂W − N V (λI + K)⁻¹ Vᵀ ∂W) / λ. If ∂W is V 1, the pair of this step's rows, the
+    step is V (λI + K)⁻¹ 1: the γ scaled sample by sample. λ is relative to the largest eigenvalue of F. K takes 2 (N
+    T)² (d_out + d_in) operations for T positions, or 2N (N + T) d_out d_in if that is less. It keeps the rows of a
+    batch and N² numbers, but no factor. Layers of every kind take part.
 
     Parameters
     ----------
     every
-        Steps from one batch whose rows and inverse are kept to the next: a number, or a function of the step. SENG: 50
-        to 200.
+        Steps between batches whose rows and inverse are kept: a number, or a function of the step. SENG: 50 to 200.
     features
-        K from so many inputs and outputs, drawn anew for each batch, in place of all; None for all. SENG: 256.
+        Make K from this many inputs and outputs, drawn for each batch. None for all. SENG: 256.
     positions
-        Cut each sample's γ to so many positions, the leading singular vectors over its own; None for all. SENG: 16.
+        Cut each sample's γ to this many positions: the leading singular vectors over its positions. None for all. SENG:
+        16.
     fixed_after
-        FNGD: after so many batches take their mean coefficients, (λI + K)⁻¹ 1, and form no K. A coefficient belongs
-        to a place in the order of ‖v‖, relative to the number of samples. None for never.
+        FNGD: after this many batches, take their mean coefficients (λI + K)⁻¹ 1 and form no K. A coefficient belongs to
+        a place in the order of ‖v‖, relative to the number of samples. None for never.
 
     Notes
     -----
-    A batch that is not finite leaves what is kept as it is, unless its size is another: then zeros are kept, for which
-    the step is ∂W / λ. SENG and FNGD were not read in full: that K alone is sketched, that the rows of the kept batch
-    and its inverse are of the same batch, and the places of coefficients, were chosen here (``docs/kfac.md``).
+    A batch that is not finite does not change what is kept, unless its size differs: then zeros are kept, and the step
+    is ∂W / λ. SENG and FNGD were not read in full. Three things were chosen here: only K is sketched, the kept rows and
+    inverse are of one batch, and the places of coefficients (``docs/kfac.md``).
 
     References
     ----------

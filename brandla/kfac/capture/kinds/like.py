@@ -18,10 +18,10 @@ _REGISTERED: dict[type[nn.Module], Registered] = {}
 
 
 def register(module: type[nn.Module], *, like: Registered) -> None:
-    """Tell K-FAC what modules of a type compute, where it does not find that by itself.
+    """Tell K-FAC what modules of a type compute, if it cannot find out by itself.
 
-    Modules with one weight, and at most a ``bias`` beside it, are tried with random numbers when `KFAC` is made, so
-    most need no word: this is for those that cannot be called with one tensor alone.
+    `KFAC` tries modules with one weight, and at most a ``bias`` beside it, with random numbers. So most modules need no
+    registration: it is for modules that cannot be called with one tensor alone.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def register(module: type[nn.Module], *, like: Registered) -> None:
     like
         What a call makes of its first argument x, in its last dimension: ``"linear"``: x weightᵀ + bias.
         ``"transposed"``: x weight + bias.
-        ``"unrolled"``, for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: run the layer step by step, in place of one fused
+        ``"unrolled"``, for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: run the layer step by step instead of one fused
         call, in passes that are captured.
 
     Raises
