@@ -129,20 +129,23 @@ def spanning(panel: Tensor) -> Tensor:
 def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = False) -> tuple[Tall, Tensor]:
     """Return Y L⁻ᵀ for H = YᵀY = L Lᵀ: nearly orthonormal columns made orthonormal to a few ε. Zero columns stay zero.
 
-    A column that was rounding noise inside the span of others becomes zero, and so does its value. On a CPU columns
-    that are clean already, as a few probes show, are returned as they are.
+    A column that was rounding noise inside the span of others becomes zero. Its value becomes 0, with those after it,
+    since values descend. On a CPU columns that are clean already, as a few probes show, are returned as they are, and
+    those that are not clean after one pass take another.
     """
-    if _is_clean(panel, rows):
-        return panel, values
-    inner = rows.total(rounded_gram(panel))
-    transform, live = _second_pass(inner)
-    transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
-    if in_place:
-        rotate_(panel, nothing, transform, transform[..., :0, :])
-    else:
-        panel = rotate(panel, nothing, transform, transform[..., :0, :])
-    # NaN stays NaN.
-    return panel, values * live
+    for _ in range(2 if _may_look(panel, rows) else 1):
+        if _may_look(panel, rows) and _is_clean(panel):
+            break
+        inner = rows.total(rounded_gram(panel))
+        transform, live = _second_pass(inner)
+        transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
+        if in_place:
+            rotate_(panel, nothing, transform, transform[..., :0, :])
+        else:
+            panel = rotate(panel, nothing, transform, transform[..., :0, :])
+        # NaN stays NaN.
+        values = values * live.cumprod(-1)
+    return panel, values
 
 
 def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,11 +156,15 @@ def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
     return cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 
-def _is_clean(panel: Tall, rows: Rows) -> bool:
-    """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors; False where a look is not free."""
+def _may_look(panel: Tall, rows: Rows) -> bool:
+    """Say whether a look at columns is free, and shows all of them."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    if rows is not WHOLE or not reads_are_free(first) or first.requires_grad or not first.numel():
-        return False
+    return rows is WHOLE and reads_are_free(first) and not first.requires_grad and first.numel() > 0
+
+
+def _is_clean(panel: Tall) -> bool:
+    """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors."""
+    first = panel if isinstance(panel, Tensor) else panel[0]
     limit = _CLEAN * torch.finfo(first.dtype).eps
     probes = _signs(tall.columns(panel), first.dtype)
     if isinstance(panel, list):

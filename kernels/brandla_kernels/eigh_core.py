@@ -4,13 +4,13 @@ From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op returns K/σ, where σ is the trace of K if that is far from 1, and 1 else; what the rows of eigenvectors V are
-multiplied by to give V₁ and V₂ of B V/√σ = F V₁ + A V₂; and σ, which counts as a constant in derivatives. S may be the
-diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
+The op returns K/σ, where σ is a power of two near the trace of K; what the rows of eigenvectors V are multiplied by to
+give V₁ and V₂ of B V/√σ = F V₁ + A V₂; and σ, which counts as a constant in derivatives. S may be the diagonal d of a
+root F = U √d; then C is UᵀA, and V₁ is for U.
 
-A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, far from every value of the others, so that
-no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is decomposed as 0: σ
-and the rows are NaN then. One that vanishes in that dtype is 0.
+A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
+are from 0, so that no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is
+decomposed as 0: σ and the rows are NaN then. One that vanishes in that dtype is 0, and its σ is 1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor
 from brandla_kernels._op import Cost, op, reads_are_free, recomputed
 
 EMPTY = -1.0
-# Traces that need no scaling: products of four entries are in the range of float32.
-SMALL, LARGE = 1e-9, 1e9
 
 
 def cost(r: int, k: int, itemsize: int = 4) -> Cost:
@@ -54,13 +52,14 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
     core, rows = assembled(gram, cross, own, decay, weight)
     diagonal = core.diagonal(dim1=-2, dim2=-1)
     trace, limits = diagonal.detach().sum(-1), torch.finfo(gram.dtype)
-    if _is_plain(core, diagonal, trace):
-        return core, rows, torch.ones_like(trace)
+    if _is_plain(core, diagonal, trace, limits):
+        scale = _power_of_two(trace)
+        return core / scale[..., None, None], rows / scale.sqrt()[..., None], scale
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
     holds = finite & (trace >= limits.tiny)
     empty = ~(holds[..., None] & (diagonal > 0))
-    scale = torch.where(holds & ((trace < SMALL) | (trace > LARGE)), trace, 1)
+    scale = torch.where(holds, _power_of_two(trace), 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
     scale = torch.where(finite, scale, math.nan)
     return core, rows / scale.sqrt()[..., None], scale
@@ -81,14 +80,18 @@ def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: T
     return torch.cat([left, right], -1), rows
 
 
-def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor) -> bool:
-    """Say, if a look is free, whether a core is finite, has no empty coordinate and needs no scaling."""
+def _power_of_two(numbers: Tensor) -> Tensor:
+    """Return the least power of two above each."""
+    return numbers / torch.frexp(numbers).mantissa
+
+
+def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor, limits: torch.finfo) -> bool:
+    """Say, if a look is free, whether a core is finite and in range, and has no empty coordinate."""
     if not reads_are_free(core) or not core.numel():
         return False
-    if diagonal.amin().item() <= 1e-30 or not math.isfinite(core.sum().item()):
-        return False
     least, most = trace.aminmax()
-    return least.item() >= SMALL and most.item() <= LARGE
+    in_range = limits.tiny <= least.item() and most.item() <= limits.max
+    return in_range and diagonal.amin().item() > 0 and math.isfinite(core.sum().item())
 
 
 eigh_core.gradient(recomputed(eigh_core, 5))

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="th
 AT_PRESENT: dict[str, tuple[int, int]] = {
     "root_update_, cholesky": (4, 3),
     "root_update, cholesky, tracked": (4, 6),
-    # One more of Triton's and fewer of torch's: 14 in all, and the eigendecomposition, as the budget says.
-    "eigh_update": (9, 7),
+    # The eigendecomposition is one of torch's. Of the two others over the budget, one keeps the values in order.
+    "eigh_update": (9, 8),
 }
 # The same for functions of which a list takes turns, for one factor.
 ALONE: dict[str, tuple[int, int]] = {
@@ -33,14 +33,14 @@ ALONE: dict[str, tuple[int, int]] = {
     "kron_damped_logdet, eigh": (0, 19),
     "eigh_refresh": (15, 87),
     "eigh_downdate": (8, 27),
-    "eigh_update_": (9, 9),
+    "eigh_update_": (9, 10),
     "root_update": (5, 7),
 }
 # The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
 LISTS: dict[str, tuple[int, int]] = {
     "eigh_refresh": (24, 91),
     "kron_damped_power, eigh": (8, 33),
-    "kron_damped_power, root": (10, 143),
+    "kron_damped_power, root": (14, 71),
 }
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
 STEPS_AT_PRESENT: dict[str, dict[str, int]] = {

@@ -14,12 +14,20 @@ from torch import Tensor
 from brandla_kernels._kernels import configs, launch
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile
 from brandla_kernels._kernels.root_core import core_tile, tile_at, tiles_of, total_of
-from brandla_kernels.eigh_core import EMPTY, LARGE, SMALL
+from brandla_kernels.eigh_core import EMPTY
+from brandla_kernels.eigh_core import cost as core_cost
+from brandla_kernels.eigh_rotation import cost as rotation_cost
 
-_EMPTY, _SMALL, _LARGE = tl.constexpr(EMPTY), tl.constexpr(SMALL), tl.constexpr(LARGE)
+_EMPTY = tl.constexpr(EMPTY)
 
 
-@launch.counted("r k")
+@triton.jit
+def _power_of_two(number):
+    """Return the least power of two above a float64."""
+    return 2 * (number.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+
+
+@launch.counted("r k", lambda _, gram, cross, *others: core_cost(*cross).flops)
 @triton.jit
 def eigh_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
@@ -50,7 +58,7 @@ def eigh_core_kernel(
     # No comparison with NaN holds.
     finite = (total_of(nothing) == 0) & (trace <= most)
     holds = finite & (trace >= tiny)
-    scale = tl.where(holds & ((trace < _SMALL) | (trace > _LARGE)), trace, 1.0)
+    scale = tl.where(holds, _power_of_two(trace), 1.0)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
@@ -69,7 +77,7 @@ def eigh_core_kernel(
         tl.store(rows_ptr + problem * m + row, tl.sqrt(factor) / tl.sqrt(scale), mask=row < m)
 
 
-@launch.counted("m s")
+@launch.counted("m s", lambda given, *_: rotation_cost(given["m"], given["s"]).flops)
 @triton.jit
 def eigh_rotation_kernel(
     levels_ptr, vectors_ptr, rows_ptr, scale_ptr, table_ptr,
@@ -100,7 +108,8 @@ def eigh_rotation_kernel(
     if UNIT:
         own = tl.load(vectors[0] + column.to(tl.int64) * vectors[1] + place.to(tl.int64) * vectors[2], mask=inside)
         factor = tl.where(value > 0, 1 / tl.sqrt(tl.where(value > 0, value, 1.0)), 0.0)
-        factor = tl.where(own < 0, -factor, factor)
+        # By the sign bit, as `copysign`: of −0 too.
+        factor = tl.where(own.to(tl.float64).to(tl.int64, bitcast=True) < 0, -factor, factor)
     else:
         factor = tl.where(alive, tl.sqrt(scale), 0.0)
     of_row = tl.load(rows[0] + row.to(tl.int64) * rows[1], mask=row < m, other=0.0)
