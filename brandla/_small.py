@@ -13,7 +13,15 @@ from torch.autograd.function import once_differentiable
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla_kernels import cholesky_inverse_core, eigh_core, eigh_rotation, has_values, reads_are_free, tall
+from brandla_kernels import (
+    cholesky_inverse_core,
+    eigh_core,
+    eigh_rotation,
+    has_values,
+    reads_are_free,
+    tall,
+    without_denormals,
+)
 
 # Order of a core up to which an eigendecomposition in float64 costs less than the polish that one in float32 calls for.
 _WIDE = 256
@@ -129,7 +137,10 @@ def leading_of(
     """
     wide = torch.float64 if unit and core.shape[-1] <= _WIDE and reads_are_free(core) else dtype
     found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
-    return Leading(*(part.to(dtype) for part in found))
+    values, vectors, left_out = (part.to(dtype) for part in found)
+    if reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
+        values = without_denormals(values)
+    return Leading(values, vectors, left_out)
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
     answer = invoke()
     assert answer.exit_code == 0, answer.output
     drawn = {path.name.removesuffix("-light.png") for path in (docs / "measured" / "toy").glob("*-light.png")}
-    assert drawn == {"updates", "ops", "accuracy", "kfac-study"}
+    assert drawn == {"updates", "ops", "accuracy", "kfac-study", "kfac-cost", "kfac-width"}
     for name, question in report.QUESTIONS.items():
         text = (docs / "measurements" / f"{name}.md").read_text(encoding="utf-8")
         assert ("Nothing has been measured yet." not in text) == (name in drawn)

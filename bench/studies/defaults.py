@@ -209,8 +209,12 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     cells = pd.DataFrame(index=means(content).index)
     for method, own in means(content).T.groupby("method", sort=False):
         first = own.loc[method, METHODS[method][0][0]]
-        cells[method] = first.map("{:.3f}".format) + " / " + own.min().map("{:.3f}".format)
+        cells[method] = first.map(_loss) + " / " + own.min().map(_loss)
     yield "Validation loss, untuned / best rate", cells.reset_index()
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def guide(content: Row) -> str:
@@ -222,12 +226,14 @@ def guide(content: Row) -> str:
 
 def seeds(content: Row) -> str:
     """Say how many seeds each case has."""
+    if not content.get("runs"):
+        return "no run was made"
     counts = pd.DataFrame(content["runs"]).groupby(["task", "method", "rate"]).size()
     return f"seeds: {counts.min()}" + (f" to {counts.max()}" if counts.max() > counts.min() else "")
 
 
 def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements.md``."""
+    """Yield the section of ``docs/measurements/kfac.md``."""
     yield "### What bounds a step of K-FAC\n\n`defaults.json`, of `make study-defaults`: the least validation loss in"
     yield f"{content['settings']['steps']} steps, the mean of all seeds ({seeds(content)}), with a rate"
     yield "that falls to 0 along a cosine. The share is that of what the best method at its best rate takes off the"

@@ -10,7 +10,7 @@ root F = U √d; then C is UᵀA, and V₁ is for U.
 
 A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
 are from 0, so that no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is
-decomposed as 0: σ and the rows are NaN then. One that vanishes in that dtype is 0, and its σ is 1.
+decomposed as 0: σ and the rows are NaN then. One that vanishes in float64 is 0, and its σ is 1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor
 from brandla_kernels._op import Cost, op, reads_are_free, recomputed
 
 EMPTY = -1.0
+# The least trace of a core that is no zero.
+TINY = torch.finfo(torch.float64).tiny
 
 
 def cost(r: int, k: int, itemsize: int = 4) -> Cost:
@@ -57,7 +59,7 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
         return core / scale[..., None, None], rows / scale.sqrt()[..., None], scale
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
-    holds = finite & (trace >= limits.tiny)
+    holds = finite & (trace >= TINY)
     empty = ~(holds[..., None] & (diagonal > 0))
     scale = torch.where(holds, _power_of_two(trace), 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
@@ -90,7 +92,7 @@ def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor, limits: torch.finfo
     if not reads_are_free(core) or not core.numel():
         return False
     least, most = trace.aminmax()
-    in_range = limits.tiny <= least.item() and most.item() <= limits.max
+    in_range = least.item() >= TINY and most.item() <= limits.max
     return in_range and diagonal.amin().item() > 0 and math.isfinite(core.sum().item())
 
 

@@ -56,7 +56,7 @@ def _registers(target: Target, *spilling: str) -> int | None:
     return 255 if target.arch in (*_UNROLLED, *spilling) else None
 
 
-def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool) -> Config:
+def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool, scales: int) -> Config:
     """Tiles of `tall_product_kernel`."""
     unrolled = dtype == torch.float64 and target.arch in _UNROLLED
     if dtype == torch.float64:
@@ -66,7 +66,8 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool
     elif target.arch in _OF_REGISTERS:
         block_n, most, block_r, stages = 128, 64, 16, 2
     else:
-        block_n, most, block_r, stages = 128, 128, 32, 3
+        # A second scale takes the registers of a third stage.
+        block_n, most, block_r, stages = 128, 128, 32, 3 if scales < 2 else 2
     block_s = bucket(columns, 16, most)
     warps = 8 if block_s > (16 if unrolled else 32) else 4
     registers = _registers(target, *_OF_REGISTERS, *(["sm_90"] if dtype == torch.float64 else []))

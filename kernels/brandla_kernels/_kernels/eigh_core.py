@@ -14,11 +14,11 @@ from torch import Tensor
 from brandla_kernels._kernels import configs, launch
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile
 from brandla_kernels._kernels.root_core import core_tile, tile_at, tiles_of, total_of
-from brandla_kernels.eigh_core import EMPTY
+from brandla_kernels.eigh_core import EMPTY, TINY
 from brandla_kernels.eigh_core import cost as core_cost
 from brandla_kernels.eigh_rotation import cost as rotation_cost
 
-_EMPTY = tl.constexpr(EMPTY)
+_EMPTY, _TINY = tl.constexpr(EMPTY), tl.constexpr(TINY)
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _power_of_two(number):
 def eigh_core_kernel(
     gram_ptr, cross_ptr, own_ptr, decay_ptr, weight_ptr, table_ptr,
     core_ptr, rows_ptr, scale_ptr,
-    r, k, tiny: tl.float64, most: tl.float64,
+    r, k, most: tl.float64,
     gram_strides, cross_strides, own_strides, decay_strides, weight_strides,
     GRAM_LAYOUT: tl.constexpr, CROSS_LAYOUT: tl.constexpr, OWN_LAYOUT: tl.constexpr, DECAY_LAYOUT: tl.constexpr,
     WEIGHT_LAYOUT: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -57,7 +57,7 @@ def eigh_core_kernel(
     trace = total_of(diagonal)
     # No comparison with NaN holds.
     finite = (total_of(nothing) == 0) & (trace <= most)
-    holds = finite & (trace >= tiny)
+    holds = finite & (trace >= _TINY)
     scale = tl.where(holds, _power_of_two(trace), 1.0)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
@@ -139,7 +139,7 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
     )  # fmt: skip
     arguments = operands.arguments | {
         "core_ptr": core, "rows_ptr": rows, "scale_ptr": scale, "r": r, "k": k,
-        "tiny": limits.tiny, "most": limits.max, "DIAGONAL": diagonal,
+        "most": limits.max, "DIAGONAL": diagonal,
     }  # fmt: skip
     launch.start(eigh_core_kernel, (scale.numel(),), arguments, configs.eigh_core())
     return core, rows, scale

@@ -94,7 +94,7 @@ def tall_product(
     out = _new_out(terms, add if as_wide_as is None else as_wide_as)
     operands = arrange({"out": out, "add": add, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
     n, s, dtype, target = rows(out), columns(out), dtype_of(out), target_of(out)
-    config = configs.tall_product(target, dtype, s, operands.aligned)
+    config = configs.tall_product(target, dtype, s, operands.aligned, len(scales))
     tiles = configs.tiles(n, config.blocks["BLOCK_N"]) * configs.tiles(s, config.blocks["BLOCK_S"])
     arguments = operands.arguments | products_in(target, dtype) | {
         # One number a problem, next to each other.
