@@ -334,7 +334,8 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield a table a task: steps to the target, whoever wins, and what all steps lead to."""
     for task in content["settings"]["tasks"]:
-        found, target = summary(content, task), f"{target_of(content, task):.0%}"
+        found, share = summary(content, task), target_of(content, task)
+        target = "the target" if math.isnan(share) else f"{share:.0%}"
         if len(found):
             columns = {
                 "method": found.index,
