@@ -59,7 +59,10 @@ def test_grouped_call_equals_the_torch_backend(name: str, device: torch.device) 
 
 
 @pytest.mark.parametrize("name", ["root_update, cholesky", "eigh_update", "damped_solve, root", "kron_damped_solve"])
-def test_launches_do_not_grow_with_the_number_of_factors(name: str) -> None:
+def test_launches_do_not_grow_with_the_number_of_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing runs: what would be decomposed is whatever the memory held.
+    monkeypatch.setattr(torch.linalg, "eigh", lambda core: (core.diagonal(dim1=-2, dim2=-1), core))
+
     def launches(count: int) -> int:
         several = {key: values[:2] * count for key, values in LISTS.items()}
         # W between the first two of the left factors and the last two of the right ones, which are reversed.
