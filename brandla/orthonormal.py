@@ -133,8 +133,9 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     since values descend. On a CPU columns that are clean already, as a few probes show, are returned as they are, and
     those that are not clean after one pass take another.
     """
-    for _ in range(2 if _may_look(panel, rows) else 1):
-        if _may_look(panel, rows) and _is_clean(panel):
+    may_look = _may_look(panel, rows)
+    for _ in range(2 if may_look else 1):
+        if may_look and _is_clean(panel):
             break
         inner = rows.total(rounded_gram(panel))
         transform, live = _second_pass(inner)
