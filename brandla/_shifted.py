@@ -145,10 +145,10 @@ class Side(NamedTuple):
         to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
         """
         small, basis = parts_of(self.factor)
-        damping = self.damping
-        if exponent == -1 and self._is_bare_root():
+        damping, levels = self.damping, self._plain_levels()
+        if exponent == -1 and levels is None and _is_zero(self.tail):
             return Shifted(basis, -damped_gram_inverse(small, damping), self._filled(1 / damping))
-        levels, tail = self._levels()
+        levels, tail = self._with_tail(levels)
         middle = levels.of(lambda values: self._middle(values, tail, exponent))
         shift = tail + damping
         scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
@@ -156,12 +156,12 @@ class Side(NamedTuple):
 
     def logdet(self, rows: Rows) -> Tensor:
         """Return log det(M̂ + τ(I − P) + λI), the same in every process."""
-        damping = self.damping
-        if self._is_bare_root():
+        damping, levels = self.damping, self._plain_levels()
+        if levels is None and _is_zero(self.tail):
             held = 2 * damped_cholesky(parts_of(self.factor)[0], damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
             tail: Number = 0.0
         else:
-            values, tail = self.counted(rows)
+            values, tail = self._counted(rows, levels)
             held = (values + over(damping)).log().sum(-1)
         return held + self.unheld(rows) * self._filled(tail + damping).log()
 
@@ -175,7 +175,10 @@ class Side(NamedTuple):
 
     def counted(self, rows: Rows) -> tuple[Tensor, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
-        levels, tail = self._levels()
+        return self._counted(rows, self._plain_levels())
+
+    def _counted(self, rows: Rows, levels: Spectrum | None) -> tuple[Tensor, Number]:
+        levels, tail = self._with_tail(levels)
         if self.is_root:
             return _at_least(levels.values, tail), tail
         if _is_zero(tail):
@@ -200,11 +203,12 @@ class Side(NamedTuple):
     def beside(self, diagonal: Tensor) -> Woodbury:
         """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""
         small, basis = parts_of(self.factor)
-        if self._is_bare_root():
+        levels = self._plain_levels()
+        if levels is None and _is_zero(self.tail):
             tail: Number = 0.0
             weights = torch.ones_like(small[..., 0])
         else:
-            levels, tail = self._levels()
+            levels, tail = self._with_tail(levels)
             weights = -levels.of(lambda values: self._missing(values, tail))
         weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
         whole = over(tail + self.damping) + diagonal
@@ -230,18 +234,18 @@ class Side(NamedTuple):
             return over(tail) - values
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
-    def _is_bare_root(self) -> bool:
-        """Say whether no decomposition of S is needed: of a root with τ = 0 whose S is not seen to be diagonal."""
-        return _is_zero(self.tail) and self.is_root and not _is_diagonal(parts_of(self.factor)[0])
-
-    def _levels(self) -> tuple[Spectrum, Number]:
-        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
+    def _plain_levels(self) -> Spectrum | None:
+        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
         small = parts_of(self.factor)[0]
         if not self.is_root:
-            levels = Spectrum(small)
-        elif _is_diagonal(small):
-            levels = Spectrum(small.diagonal(dim1=-2, dim2=-1))
-        else:
+            return Spectrum(small)
+        diagonal = _diagonal_of(small)
+        return None if diagonal is None else Spectrum(diagonal)
+
+    def _with_tail(self, levels: Spectrum | None) -> tuple[Spectrum, Number]:
+        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
+        if levels is None:
+            small = parts_of(self.factor)[0]
             levels = spectrum((small + small.mT) / 2)
         return levels, _smallest(levels.values) if self.tail is None else self.tail
 
@@ -307,11 +311,15 @@ def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
-def _is_diagonal(gram: Tensor) -> bool:
-    """Say whether S is diagonal, as `root_update` leaves it; not where looking at it would wait for a device."""
+def _diagonal_of(gram: Tensor) -> Tensor | None:
+    """Return the diagonal of an S that has nothing beside it, as `root_update` leaves it.
+
+    None of any other, and where looking at it would wait for a device.
+    """
     if not reads_are_free(gram) or gram.requires_grad:
-        return False
-    return torch.equal(gram, torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
+        return None
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    return diagonal if torch.equal(gram, torch.diag_embed(diagonal)) else None
 
 
 def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:

@@ -122,7 +122,7 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, un
         If the decomposition fails in float64 as well.
     """
     own = core.double()
-    one = own.new_ones(own.shape[:-2])
+    one = 1.0 if reads_are_free(own) else own.new_ones(own.shape[:-2])
     nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
     scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
     return leading_of(*scaled, rank, dtype, tol, unit)
@@ -137,7 +137,7 @@ def leading_of(
     """
     wide = torch.float64 if unit and core.shape[-1] <= _WIDE and reads_are_free(core) else dtype
     found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
-    values, vectors, left_out = (part.to(dtype) for part in found)
+    values, vectors, left_out = found if wide == dtype else (part.to(dtype) for part in found)
     if reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
         values = without_denormals(values)
     return Leading(values, vectors, left_out)

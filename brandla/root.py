@@ -27,7 +27,7 @@ from brandla.lowrank import (
     stack_numbers,
     tolerance_of,
 )
-from brandla_kernels import Tall, cross_gram, eigh_core, project, root_core, rotate, rotate_, tall
+from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free, root_core, rotate, rotate_, tall
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
 Target = TypeVar("Target")
@@ -188,7 +188,7 @@ class Update(NamedTuple):
         have the signs of the old ones.
         """
         cross, own = self.rows.totals(*self._inner_products())
-        decay, weight = _numbers(self.decay, self.weight, own)
+        decay, weight = self._numbers(cross)
         small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
             return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
@@ -199,6 +199,20 @@ class Update(NamedTuple):
             # An empty coordinate has no positive entry, and σ is NaN where the core is not finite.
             added = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
         return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added
+
+    def _numbers(self, cross: Tensor) -> tuple[Any, Any]:
+        """Return ρ and w as float64 tensors of the batch shape of C, or as numbers where nothing is launched."""
+        pair: Any = self.decay, self.weight
+        given = [isinstance(number, Tensor) for number in pair]
+        if not any(given):
+            if self.compress == "eigh" and reads_are_free(cross):
+                return self.decay, self.weight
+            # One kernel for both: a line of two points is exact at its ends.
+            pair = torch.linspace(*pair, 2, dtype=torch.float64, device=cross.device).unbind()
+        elif not all(given):
+            pair = [torch.as_tensor(number, dtype=torch.float64, device=cross.device) for number in pair]
+        decay, weight = (number.double().expand(cross.shape[:-2]) for number in pair)
+        return decay, weight
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
         """Return C = FᵀA and G = AᵀA in float64."""
@@ -354,22 +368,7 @@ def stack(updates: Sequence[Update]) -> Update:
     )
 
 
-def _numbers(decay: float | Tensor, weight: float | Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ρ and w as float64 tensors of the batch shape of G."""
-    if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
-        # One kernel for both: a line of two points is exact at its ends.
-        decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=own.device).unbind()
-    batch = own.shape[:-2]
-    return _number(decay, own).expand(batch), _number(weight, own).expand(batch)
-
-
 def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:
     """Return ρ times a number and what is new, in one kernel."""
     new = new.to(number.dtype)
     return torch.addcmul(new, decay, number) if isinstance(decay, Tensor) else torch.add(new, number, alpha=decay)
-
-
-def _number(number: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.double()
-    return torch.full((), number, dtype=torch.float64, device=like.device)

@@ -27,7 +27,10 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
                 gathered.append(list(parts))
             else:
                 shape = [largest[letter] for letter in result.shapes[0]]
-                gathered.append(_stacked(parts[0].new_zeros(len(parts), *shape), parts))
+                alike = len({part.shape for part in parts}) == 1
+                gathered.append(
+                    torch.stack(parts) if alike else _stacked(parts[0].new_zeros(len(parts), *shape), parts)
+                )
         return tuple(gathered) if len(gathered) > 1 else gathered[0]
 
     return call
@@ -62,7 +65,8 @@ def _own(matrix: Tensor, operand: Operand, sizes: dict[str, int]) -> Tensor:
     if operand.listed:
         return matrix
     shape = next(shape for shape in operand.shapes if len(shape) == matrix.ndim)
-    return matrix[tuple(slice(sizes[letter]) for letter in shape)]
+    own = tuple(sizes[letter] for letter in shape)
+    return matrix if matrix.shape == own else matrix[tuple(map(slice, own))]
 
 
 def _gathered_like(value: Any, parts: Sequence[Any]) -> Any:

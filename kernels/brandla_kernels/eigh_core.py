@@ -4,9 +4,9 @@ From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op returns K/σ, where σ is a power of two near the trace of K; what the rows of eigenvectors V are multiplied by to
-give V₁ and V₂ of B V/√σ = F V₁ + A V₂; and σ, which counts as a constant in derivatives. S may be the diagonal d of a
-root F = U √d; then C is UᵀA, and V₁ is for U.
+The op returns K/σ, where σ is a power of two near the trace of K; the factors D of rows in K = D [S, C; Cᵀ, G] D, by
+which rows of eigenvectors V are multiplied to give V₁ and V₂ of B V = F V₁ + A V₂; and σ, which counts as a constant in
+derivatives. S may be the diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
 
 A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
 are from 0, so that no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is
@@ -39,7 +39,9 @@ def cost(r: int, k: int, itemsize: int = 4) -> Cost:
     cost,
     "eigh_core.eigh_core",
 )
-def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eigh_core(
+    cross: Tensor, own: Tensor, gram: Tensor, decay: float | Tensor, weight: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return K/σ (..., m, m), the factors of its rows (..., m), and σ (...,), in float64.
 
     Parameters
@@ -49,14 +51,14 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
     gram
         S (..., r, r), or d (..., r), float32 or float64.
     decay, weight
-        ρ and w of each problem, >= 0, float64.
+        ρ and w of each problem, >= 0, float64. The torch form also takes numbers.
     """
     core, rows = assembled(gram, cross, own, decay, weight)
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    trace, limits = diagonal.detach().sum(-1), torch.finfo(gram.dtype)
-    if _is_plain(core, diagonal, trace, limits):
+    diagonal, limits = core.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
+    trace = diagonal.detach().sum(-1)
+    if _is_plain(core, diagonal, limits):
         scale = _power_of_two(trace)
-        return core / scale[..., None, None], rows / scale.sqrt()[..., None], scale
+        return core / scale[..., None, None], rows, scale
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
     holds = finite & (trace >= TINY)
@@ -64,22 +66,30 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
     scale = torch.where(holds, _power_of_two(trace), 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
     scale = torch.where(finite, scale, math.nan)
-    return core, rows / scale.sqrt()[..., None], scale
+    return core, rows + 0 * scale[..., None], scale
 
 
-def assembled(gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return K and the factors of rows of its eigenvectors, in float64."""
-    r = cross.shape[-2]
-    of_new = weight.sqrt()[..., None].expand(own.shape[:-1])
+def assembled(
+    gram: Tensor, cross: Tensor, own: Tensor, decay: float | Tensor, weight: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return K and the factors of its rows, in float64."""
+    of_new = _filled(weight, own.shape[:-1], own)
+    of_old = _filled(decay, cross.shape[:-1], own)
+    old = gram
     if gram.ndim < own.ndim:
         # Roots one by one: that of a product has no derivative by ρ where d is 0.
-        old, of_old = torch.diag_embed(gram * decay[..., None]), gram.double().sqrt() * decay.sqrt()[..., None]
-    else:
-        old, of_old = gram * decay[..., None, None], decay.sqrt()[..., None].expand(gram.shape[:-1])
+        old, of_old = torch.diag_embed(torch.ones_like(gram)), gram.double().sqrt() * of_old
     rows = torch.cat([of_old, of_new], -1)
-    right = torch.cat([cross, own], -2) * rows[..., :, None] * of_new[..., None, :]
-    left = torch.cat([old, right[..., :r, :].mT], -2)
-    return torch.cat([left, right], -1), rows
+    # Of both dtypes the wider one comes out.
+    above, below = torch.cat([old, cross], -1), torch.cat([cross.mT, own], -1)
+    return torch.cat([above, below], -2) * rows[..., :, None] * rows[..., None, :], rows
+
+
+def _filled(number: float | Tensor, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return the root of each problem's number in every place."""
+    if isinstance(number, Tensor):
+        return number.sqrt()[..., None].expand(shape)
+    return like.new_full(shape, math.sqrt(number))
 
 
 def _power_of_two(numbers: Tensor) -> Tensor:
@@ -87,13 +97,12 @@ def _power_of_two(numbers: Tensor) -> Tensor:
     return numbers / torch.frexp(numbers).mantissa
 
 
-def _is_plain(core: Tensor, diagonal: Tensor, trace: Tensor, limits: torch.finfo) -> bool:
-    """Say, if a look is free, whether a core is finite and in range, and has no empty coordinate."""
+def _is_plain(core: Tensor, diagonal: Tensor, limits: torch.finfo) -> bool:
+    """Say, if a look is free, whether a core is finite and well in range, and has no empty coordinate."""
     if not reads_are_free(core) or not core.numel():
         return False
-    least, most = trace.aminmax()
-    in_range = least.item() >= TINY and most.item() <= limits.max
-    return in_range and diagonal.amin().item() > 0 and math.isfinite(core.sum().item())
+    least, most = (extreme.item() for extreme in diagonal.aminmax())
+    return least >= TINY and most <= limits.max / core.shape[-1] and math.isfinite(core.sum().item())
 
 
 eigh_core.gradient(recomputed(eigh_core, 5))

@@ -50,18 +50,17 @@ def eigh_rotation(
     dtype, start = levels.dtype, levels.shape[-1] - rank
     kept, turn = levels[..., start:].flip(-1), vectors[..., start:].flip(-1)
     left_out = levels[..., start - 1] if start else 0 * levels.sum(-1)
-    if rank and not _all_above(levels, start, tol, unit):
+    all_above = rank == 0 or _all_above(levels, start, tol, unit)
+    if not all_above:
         least = tol * kept[..., :1] if tol or unit else EMPTY / 2
         alive = ~(kept <= least)
         left_out = torch.maximum(left_out, torch.where(alive, 0, kept).amax(-1))
         kept, turn = torch.where(alive, kept, 0), turn * alive[..., None, :]
+    values = kept.clamp_min(0) * scale[..., None]
     if unit:
         # An infinite value has no column.
-        signed = torch.where(kept > 0, kept, math.inf).rsqrt().copysign(turn.diagonal(dim1=-2, dim2=-1).detach())
-        turn = turn * signed[..., None, :]
-    else:
-        rows = rows * scale.sqrt()[..., None]
-    values = kept.clamp_min(0) * scale[..., None]
+        squares = values if all_above else torch.where(values > 0, values, math.inf)
+        turn = turn * squares.rsqrt().copysign(turn.diagonal(dim1=-2, dim2=-1).detach())[..., None, :]
     return values.to(dtype), (turn * rows[..., :, None]).to(dtype), (left_out.clamp_min(0) * scale).to(dtype)
 
 

@@ -44,7 +44,9 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rows = _SLAB if min(left.shape[-1], right.shape[-1]) >= _FEW else _SLAB_OF_FEW
     if left.dtype == right.dtype == torch.float64:
-        rows = max(left.shape[-2], 1)
+        rows = left.shape[-2]
+    if left.shape[-2] <= rows:
+        return (left.to(dtype).mT @ right.to(dtype)).double()
     slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
     products = (x.to(dtype).mT @ y.to(dtype) for x, y in slabs)
     total: Tensor = next(products).double()

@@ -61,10 +61,10 @@ def root_core(
         Whether to measure what is left out; 0 otherwise.
     """
     r, dtype = gram.shape[-1], gram.dtype
-    core, _ = assembled(gram, cross, own, decay, weight)
+    core, rows = assembled(gram, cross, own, decay, weight)
     small, rotation, left_out = compressed(core, rank, dtype, tol, measure)
-    of_root = (rotation[..., :r, :] * decay.sqrt()[..., None, None]).to(dtype)
-    of_columns = (rotation[..., r:, :] * weight.sqrt()[..., None, None]).to(dtype)
+    rotation = (rotation * rows[..., :, None]).to(dtype)
+    of_root, of_columns = rotation[..., :r, :], rotation[..., r:, :]
     added = core.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) + 0 * core.sum((-2, -1))
     return small, of_root, of_columns, left_out.to(dtype), added.to(dtype)
 

@@ -70,9 +70,11 @@ def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
     extremes = [extreme for part, _ in parts for extreme in torch.aminmax(part)]
     # What is not finite gives NaN where the bound is infinite.
-    relative = torch._foreach_div(extremes, [bound for _, bound in parts for _ in range(2)])
-    widest = reduce(torch.promote_types, {extreme.dtype for extreme in relative})
-    within: Tensor = torch.stack([extreme.to(relative[0].device, widest) for extreme in relative]).abs() < 1
+    relative = list(torch._foreach_div(extremes, [bound for _, bound in parts for _ in range(2)]))
+    if len({(extreme.dtype, extreme.device) for extreme in relative}) > 1:
+        widest = reduce(torch.promote_types, {extreme.dtype for extreme in relative})
+        relative = [extreme.to(relative[0].device, widest) for extreme in relative]
+    within: Tensor = torch.stack(relative).abs() < 1
     return within.all()
 
 

@@ -74,7 +74,7 @@ def eigh_core_kernel(
         if DIAGONAL:
             old = tl.load(gram[0] + row.to(tl.int64) * gram[1], mask=row < r, other=1.0)
             factor = factor * old.to(tl.float64)
-        tl.store(rows_ptr + problem * m + row, tl.sqrt(factor) / tl.sqrt(scale), mask=row < m)
+        tl.store(rows_ptr + problem * m + row, tl.sqrt(factor) + 0 * scale, mask=row < m)
 
 
 @launch.counted("m s", lambda given, *_: rotation_cost(given["m"], given["s"]).flops)
@@ -107,11 +107,11 @@ def eigh_rotation_kernel(
     value = tl.where(alive & (level > 0), level, 0.0)
     if UNIT:
         own = tl.load(vectors[0] + column.to(tl.int64) * vectors[1] + place.to(tl.int64) * vectors[2], mask=inside)
-        factor = tl.where(value > 0, 1 / tl.sqrt(tl.where(value > 0, value, 1.0)), 0.0)
+        factor = tl.where(value > 0, 1 / tl.sqrt(tl.where(value > 0, value * scale, 1.0)), 0.0)
         # By the sign bit, as `copysign`: of −0 too.
         factor = tl.where(own.to(tl.float64).to(tl.int64, bitcast=True) < 0, -factor, factor)
     else:
-        factor = tl.where(alive, tl.sqrt(scale), 0.0)
+        factor = tl.where(alive, 1.0, 0.0)
     of_row = tl.load(rows[0] + row.to(tl.int64) * rows[1], mask=row < m, other=0.0)
     tile = load_tile(vectors, row, place, tl.float64) * factor[None, :] * of_row[:, None]
     store_tile((rotation_ptr + problem * m * s, s, 1, m, s), row, column, tile)
