@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from brandla.kfac.capture.kinds.own_forward import OwnForward
-
-Projection: TypeAlias = Literal["in_proj", "q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AttentionForward(OwnForward):

@@ -145,8 +145,10 @@ class Kind(ABC):
         """Return the uses of the weight in one call, from its input and the gradient of its output."""
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return one use a sample: inputs averaged and gradients summed over its positions."""
+        """Return one use a sample: inputs averaged and gradients summed over its positions, where that can be."""
         uses = self.uses(inputs, gradient)
+        if self.one_hot or self.single or self.turned:
+            return uses
         return Uses(
             uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
@@ -156,10 +158,14 @@ class Kind(ABC):
         """Have ``record`` called at each use, and return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            first = next(iter((*args, *kwargs.values())), None)
-            return record(self.of_call(), first if args else kwargs.get("input", first), output)
+            return record(*self.of_arguments(args, kwargs), output)
 
         return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
+
+    def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
+        """Return the kind that makes rows of a call of the module, and the input."""
+        first = next(iter((*args, *kwargs.values())), None)
+        return self.of_call(), first if args else kwargs.get("input", first)
 
     def of_call(self) -> Kind:
         """Return the kind that makes rows of the call that is going on."""

@@ -102,9 +102,7 @@ class ScaleKind(NormKind):
     """
 
     def __init__(self, module: nn.Module, weight: str, bias: str) -> None:
-        super().__init__(module)
-        self._weight = weight
-        self._bias = bias
+        super().__init__(module, weight, bias)
         self.may_lead = True
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
