@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype
 
 _BATCH: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE: tuple[Any, ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -22,6 +22,7 @@ class NormKind(Kind):
     mean of its gradients' outer products, with nothing approximated.
     """
 
+    types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
     single = True
     # Running mean and variance, in a call that goes by them.
     _fixed: tuple[Tensor, Tensor] | None = None
@@ -36,15 +37,9 @@ class NormKind(Kind):
         """Return scale and shift, where there are any."""
         if isinstance(module, nn.SyncBatchNorm):
             return "its statistics are of several processes"
-        types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
-        if not isinstance(module, types):
-            return None
-        if module.weight is None:
+        if isinstance(module, cls.types) and module.weight is None:
             return []
-        # Batch and instance normalisations inherit their forward pass.
-        if not is_called_as(module, *types):
-            return own_forward(module)
-        return why_left(module, "weight") or [cls(module)]
+        return super().of(module)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
