@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue, safe_eigh
+from brandla._small import safe_eigh
 from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
@@ -109,10 +109,7 @@ class Exact(DenseForm, FactorStrategy):
 
 def _factorize(state: State, average: Tensor, damping: Damping) -> None:
     """Write L with L Lᵀ = M + λI, λ and d₁, or leave what is there where M + λI is not positive definite."""
-    largest = largest_eigenvalue(average)
-    # M itself carries a rounding error of about n·ε·d₁, which a smaller λ would leave to make M + λI indefinite.
-    rounding = average.shape[-1] * torch.finfo(average.dtype).eps * largest
-    shift = torch.maximum(damping.of(largest), rounding)
+    shift, largest = damping.of_matrix(average)
     shifted = average.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     factor, info = torch.linalg.cholesky_ex(shifted)

@@ -199,14 +199,11 @@ def share_totals(factors: Iterable[Factor]) -> None:
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
     """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
-    solved = {
-        index: own.damped_solve(block, damping)
-        for index, (own, block) in enumerate(zip(factors, blocks, strict=True))
-        if index not in lowranks
-    }
+    others = [index for index in range(len(factors)) if index not in lowranks]
+    solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
     if lowranks:
-        shifts = damping.of_each([factors[index].largest() for index in lowranks])
-        tails = [factors[index].strategy.tail for index in lowranks]
+        own = [factors[index] for index in lowranks]
+        shifts, tails = damping.of_each([one.largest() for one in own]), [one.strategy.tail for one in own]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))

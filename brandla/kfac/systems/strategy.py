@@ -14,7 +14,7 @@ from brandla import _check
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import State, copied
 from brandla.kfac.systems.schedule import spelled
-from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each, scaled, sizes
 
 
 class Problem(NamedTuple):
@@ -181,9 +181,8 @@ def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
     cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
     """
     length = inner_of_each(step, gradient).abs() * (1 - now.decay)
-    sides = gradient.shape[-2:] if isinstance(gradient, Tensor) else [part.shape[-2] for part in gradient]
-    factor = (min(sides) / length).clamp(max=1)[..., None, None]
-    return step * factor if isinstance(step, Tensor) else (step[0] * factor, step[1])
+    factor = (min(sizes(gradient)) / length).clamp(max=1)[..., None, None]
+    return scaled(step, factor)
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

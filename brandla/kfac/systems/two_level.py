@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy, check_inner
-from brandla.kfac.values import Gradient, Now, Rows, Shape, length, plus, scaled
+from brandla.kfac.values import Gradient, Now, Rows, Shape, length, plus, scaled, sizes
 from brandla.kfac.values import inner as product
 
 
@@ -99,7 +98,7 @@ class TwoLevel(Strategy):
         else:
             seen = _seen(samples, first)
             residuals = [
-                problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, _d_in(problem.gradient))))
+                problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, sizes(problem.gradient)[1])))
                 for problem, own in zip(problems, samples, strict=True)
             ]
             directions = self.inner.steps(residuals, now)
@@ -131,9 +130,7 @@ def _coarse_solution(
     """(F_c + λI)⁻¹ R₀ (∇ − (F + λI) v₁), one number a layer."""
     coarse_rows = torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
     coarse = coarse_rows @ coarse_rows.mT
-    largest = largest_eigenvalue(coarse)
-    # A Gram matrix of L rows is semi-definite up to about L·ε of its largest eigenvalue.
-    shift = torch.maximum(now.damping.of(largest), len(vectors) * torch.finfo(coarse.dtype).eps * largest)
+    shift, _ = now.damping.of_matrix(coarse)
     along = [
         torch.stack([product(part, vector) for part, vector in zip(parts, vectors, strict=True)])
         for parts in ([problem.gradient for problem in problems], first)
@@ -150,10 +147,6 @@ def _ones(gradient: Gradient) -> Gradient:
     if isinstance(gradient, Tensor):
         return torch.ones_like(gradient[..., :, :1]), torch.ones_like(gradient[..., :1, :]).mT
     return torch.ones_like(gradient[0][..., :1]), torch.ones_like(gradient[1][..., :1])
-
-
-def _d_in(gradient: Gradient) -> int:
-    return gradient.shape[-1] if isinstance(gradient, Tensor) else gradient[1].shape[-2]
 
 
 def _unit(vector: Gradient) -> Gradient:

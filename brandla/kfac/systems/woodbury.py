@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.form import due, tensor
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
@@ -100,9 +99,7 @@ class OfSamples(StateCurvature):
         if not self._is_fixed:
             most = self.strategy.features
             gram = (samples if most is None else samples.some_features(most, now.seed)).gram()
-            largest = largest_eigenvalue(gram)
-            # A Gram matrix of S rows is semi-definite up to about S ε of its largest eigenvalue.
-            shift = torch.maximum(now.damping.of(largest), len(gram) * torch.finfo(gram.dtype).eps * largest)
+            shift, _ = now.damping.of_matrix(gram)
             gram.diagonal().add_(shift)
             new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
         for name, part in new.items():
@@ -146,17 +143,14 @@ class OfSamples(StateCurvature):
 
     @property
     def _samples(self) -> Samples:
-        uses, positions = self.state["uses"], self.state["positions"]
-        assert isinstance(uses, int)
-        assert isinstance(positions, int)
+        positions, uses = (cast(int, self.state[name]) for name in ("positions", "uses"))
         return Samples(tensor(self.state, "inputs"), tensor(self.state, "gradients"), positions, uses)
 
     @property
     def _is_fixed(self) -> bool:
         """Whether the coefficients are those of the batches before."""
-        most, batches = self.strategy.fixed_after, self.state.get("batches", 0)
-        assert isinstance(batches, int)
-        return most is not None and batches >= most
+        most = self.strategy.fixed_after
+        return most is not None and cast(int, self.state.get("batches", 0)) >= most
 
     def _is_source(self, columns: Tensor) -> bool:
         source = None if self._source is None else self._source()
@@ -178,8 +172,7 @@ class OfSamples(StateCurvature):
         """Take the coefficients of this batch into their mean."""
         samples = self._samples
         own = self._coefficients(samples)[samples.squares().argsort()]
-        batches = self.state.setdefault("batches", 0)
-        assert isinstance(batches, int)
+        batches = cast(int, self.state.setdefault("batches", 0))
         table = tensor(self.state, "table") if "table" in self.state else torch.zeros_like(own)
         rate = tensor(self.state, "rate") if "rate" in self.state else torch.zeros_like(own[0])
         weight = now.finite.to(own.dtype) / (batches + 1)
