@@ -72,7 +72,6 @@ class Alone(Replicas):
     def exchange(
         self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
     ) -> tuple[Mask, dict[Layer, Rows]]:
-        """Return the rows, or zeros."""
         return mask, {layer: _of_terms(layer, mask.rows(rows), told) for layer, rows in own.items()}
 
 
@@ -121,7 +120,6 @@ class _Many(Replicas):
         return mask, rows
 
     def mean(self, number: Tensor) -> Tensor:
-        """Ask all processes."""
         return self._ranks.mean(number)
 
     def _census(self, own: Mapping[Layer, Rows], finite: Tensor, told: Tensor | float) -> _Census:

@@ -163,7 +163,6 @@ class Brand(FactorStrategy):
             _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with nothing known."""
         rank = self._first_rank
         state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
         if isinstance(self.rank, ErrorBound):
@@ -173,7 +172,6 @@ class Brand(FactorStrategy):
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Update the low-rank forms with the columns."""
         ranks = [self._rank(absorption.state, step) for absorption in absorptions]
         update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
@@ -187,7 +185,6 @@ class Brand(FactorStrategy):
             state["rank"] = self.rank.next(cast(int, state["rank"]), error)
 
     def lowrank(self, state: State) -> LowRank:
-        """``rank`` columns, or eigenpairs."""
         return kept(state)
 
     def largest(self, state: State) -> Tensor:
@@ -198,11 +195,9 @@ class Brand(FactorStrategy):
         return lowrank.largest_eigenvalue()
 
     def error_bound(self, state: State) -> Tensor:
-        """Return the running bound that travels with the factor."""
         return tensor(state, "error_bound")
 
     def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
-        """Give way where the low-rank form is no smaller than the matrix."""
         return substitute_for_brand(self, n, self._first_rank)
 
     @property
@@ -234,7 +229,6 @@ class DenseBrand(DenseForm, FactorStrategy):
         check_rank(self, self.rank)
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix and nothing known of it."""
         state = super().start(n, groups, dtype, device)
         store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
         return state
@@ -245,9 +239,7 @@ class DenseBrand(DenseForm, FactorStrategy):
         update(sketched(absorptions, "auto", step), [at(self.rank, step)] * len(absorptions))
 
     def lowrank(self, state: State) -> LowRank:
-        """``rank`` columns, or eigenpairs."""
         return kept(state)
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        """Give way where the low-rank form is no smaller than the matrix."""
         return substitute_for_brand(self, n, first_rank(self.rank))

@@ -55,7 +55,6 @@ class BrandCorrected(DenseBrand):
             _check.fail_value("BrandCorrected", f"fraction must be in (0, 1]; got {self.fraction}")
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Correct a random part of the columns when it is due."""
         if due(state, step, self.correct_every):
             eigh, average = stored(state), self.average(state)
             generator = torch.Generator(average.device).manual_seed(seed)

@@ -55,7 +55,6 @@ class BrandRandomized(DenseBrand):
         _check.count("BrandRandomized", "power_iterations", self.power_iterations, 0)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Overwrite the decomposition when it is due."""
         if due(state, step, self.overwrite_every):
             rank = kept(state).rank
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)

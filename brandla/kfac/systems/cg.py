@@ -60,7 +60,6 @@ class ConjugateGradient(Strategy):
         _check.count("ConjugateGradient", "batches", self.batches, 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return a curvature that keeps rows."""
         if shape.one_hot or shape.single:
             return Kronecker.of(shape, Exact())
         return RowsOfBatches(shape, self)
@@ -106,7 +105,6 @@ class RowsOfBatches(StateCurvature):
             self.state[f"{name} rows"], self.state[f"{name} weights"] = side.taken(own, now, most)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return the iterate after the fixed number of steps."""
         matrix = dense(gradient)
         operator = _Operator.of(self._side("output").root(), self._side("input").root(), now)
         start = tensor(self.state, "last") if "last" in self.state else torch.zeros_like(matrix)
@@ -116,7 +114,6 @@ class RowsOfBatches(StateCurvature):
         return step
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of the rows, as many as there are weights."""
         groups, d_out, d_in = self.shape[:3]
         sides = {"output": d_out, "input": d_in}
         return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}

@@ -59,7 +59,6 @@ class Exact(DenseForm, FactorStrategy):
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix."""
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
             store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
@@ -70,7 +69,6 @@ class Exact(DenseForm, FactorStrategy):
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Decompose or factorise the dense average when it is due."""
         if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
         if self.method == "eigh":
@@ -84,7 +82,6 @@ class Exact(DenseForm, FactorStrategy):
         return LowRankEigh(*safe_eigh(average))
 
     def lowrank(self, state: State) -> LowRankEigh | None:
-        """All n eigenpairs; None from a Cholesky factorisation."""
         return stored(state) if self.method == "eigh" else None
 
     def largest(self, state: State) -> Tensor:

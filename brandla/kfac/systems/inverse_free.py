@@ -96,7 +96,6 @@ class InverseFree(Strategy):
         return _check.count("InverseFree", "preconditioner_every", every, 1)
 
     def curvature(self, shape: Shape) -> InverseFreeCurvature:
-        """Return K and C of a layer before any data."""
         chosen = STRUCTURES[self.structure] if isinstance(self.structure, str) else self.structure
         singd = self.variant == "singd"
         input = InverseRoot.start(shape.d_in, Diagonal() if shape.one_hot else chosen, shape, with_momentum=singd)
@@ -115,11 +114,9 @@ class InverseFreeCurvature(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return self.renewed is not None
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Move K and C, where that is due."""
         if self.renewed is not None and now.step - self.renewed < self.strategy.period(now.step):
             return
         self.renewed = now.step
@@ -145,25 +142,21 @@ class InverseFreeCurvature(Curvature):
         return (d_out * by_row + d_in * by_column) // (by_row + by_column + 2 * entries)
 
     def kept(self) -> Iterator[Kept]:
-        """Go through the sides."""
         yield Kept("input", self.input.n, repr(self.input.structure), self.input.tensors())
         if self.output is not None:
             yield Kept("output", self.output.n, repr(self.output.structure), self.output.tensors())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         sides = {"input": self.input, "output": self.output}
         states = {name: side.state_dict() for name, side in sides.items() if side is not None}
         return {**states, "renewed": self.renewed}
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseFreeCurvature:
-        """Return a new curvature that continues from ``state``, or raise ValueError naming ``where``."""
         input = self.input.loaded(state["input"], f"{where} (input)")
         output = None if self.output is None else self.output.loaded(state["output"], f"{where} (output)")
         return replace(self, input=input, output=output, renewed=state["renewed"])
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         for kept in self.kept():
             yield from kept.tensors
 

@@ -51,11 +51,9 @@ class CountBatch(NamedTuple):
         return cls(shares.new_zeros(n).index_add_(0, indices.clamp(min=0), shares))
 
     def start(self) -> Tensor:
-        """Return f."""
         return self.frequencies
 
     def times(self, vector: Tensor) -> Tensor:
-        """Return f ∘ v."""
         return self.frequencies * vector
 
     def mean_eigenvalue(self) -> Tensor:

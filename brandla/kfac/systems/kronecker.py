@@ -44,11 +44,9 @@ class Kronecker(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return all(side.started for _, side in self.factors())
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take rows into both factors."""
         absorb_columns(self.intakes(rows), now)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
@@ -65,7 +63,6 @@ class Kronecker(Curvature):
         return 4 * entries * sum(rank for _, rank in known) // of_column
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        """Go through the factors there are."""
         if self.input is not None:
             yield "input", self.input
         if self.output is not None:
@@ -80,16 +77,13 @@ class Kronecker(Curvature):
             yield Intake(self.output, rows.gradients.mT, rows.uses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {side: own.state_dict() for side, own in self.factors()}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
         sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
         return replace(self, **sides)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         for _, own in self.factors():
             yield from own.tensors()
 
@@ -172,7 +166,6 @@ class KroneckerStrategy(Strategy):
         absorb_columns((intake for curvature, own in both for intake in curvature.intakes(own)), now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Solve for all layers together."""
         return solve_together(problems, now.damping)
 
 

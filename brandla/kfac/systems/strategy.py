@@ -98,11 +98,9 @@ class StateCurvature(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return bool(self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return copied(self.state)
 
     @abstractmethod
@@ -110,7 +108,6 @@ class StateCurvature(Curvature):
         """Return the shapes that tensors of a saved state have to have."""
 
     def loaded(self, state: dict[str, Any], where: str) -> Self:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
         for name, wanted in self.sizes(state).items():
             if state[name].shape != wanted:
                 rule = f"{where}: {name} must have shape {tuple(wanted)}; got {tuple(state[name].shape)}"
@@ -123,7 +120,6 @@ class StateCurvature(Curvature):
         return replace(self, state=own)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         return (part for part in self.state.values() if isinstance(part, Tensor))
 
 

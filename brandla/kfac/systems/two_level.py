@@ -66,15 +66,12 @@ class TwoLevel(Strategy):
         _check.choice("TwoLevel", "space", self.space, ("nicolaides", "residual"))
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return the inner system's curvature."""
         return self.inner.curvature(shape)
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
-        """Leave the rows to the inner system."""
         self.inner.absorb(curvatures, rows, now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
-        """Correct the inner system's steps."""
         steps = self.inner.steps(problems, now)
         samples = _of_the_same_samples(problems)
         if not samples:

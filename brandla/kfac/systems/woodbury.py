@@ -74,7 +74,6 @@ class Woodbury(Strategy):
                 _check.count("Woodbury", name, getattr(self, name), 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return a curvature that keeps the rows of a batch."""
         return OfSamples(shape, self)
 
 
@@ -135,7 +134,6 @@ class OfSamples(StateCurvature):
         return sys.maxsize
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of the samples, as many as there are."""
         groups, d_out, d_in = self.shape[:3]
         count = state["gradients"].shape[-2]
         inputs = (count,) if self.shape.one_hot else (*groups, count, d_in)

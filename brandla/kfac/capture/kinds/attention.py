@@ -17,7 +17,6 @@ class AttentionKind(ForwardKind):
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weights of an attention."""
         if not isinstance(module, nn.MultiheadAttention):
             return None
         forward = AttentionForward.of(module)
@@ -43,7 +42,6 @@ class SliceKind(AttentionKind):
         self._index = index
 
     def bias_part(self, bias: Tensor) -> Tensor:
-        """Return its third."""
         return bias.chunk(3)[self._index]
 
 
@@ -63,12 +61,10 @@ class PackedKind(AttentionKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """3 groups of d × d."""
         d = self.weight.shape[1]
         return (3,), d, d
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return 3, samples, positions and features."""
         parts, gradients = _parts(inputs, gradient)
         longest = max(map(len, parts))
         scales = [(longest / len(part)) ** 0.5 for part in parts]

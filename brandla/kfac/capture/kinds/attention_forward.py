@@ -33,7 +33,6 @@ class AttentionForward(OwnForward):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``."""
         module = self.module
         masks = _Masks(attn_mask, key_padding_mask, is_causal)
         if not torch.is_grad_enabled() or not _is_regular(module, query, key, value, masks):

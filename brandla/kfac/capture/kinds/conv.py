@@ -45,7 +45,6 @@ class ConvKind(Kind):
         return list(zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True))
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the dimensions are neither those of a batch nor those of a sample."""
         batched = self.weight.ndim
         if inputs.ndim not in (batched - 1, batched) or output.ndim != inputs.ndim:
             return f"its input has {inputs.ndim} dimensions and its output {output.ndim}; a batch has {batched}"
@@ -114,7 +113,6 @@ class ConvTransposeKind(ConvKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """Groups where there are several, output channels of a group, and the size of its windows."""
         d_in, d_out, *kernel = self.weight.shape
         groups = self.conv.groups
         return (groups,) if groups > 1 else (), d_out, d_in // groups * math.prod(kernel)
@@ -143,7 +141,6 @@ class ConvTransposeKind(ConvKind):
         return mirrored.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
 
     def tensor(self, matrix: Tensor) -> Tensor:
-        """Return from the convolution's weight."""
         d_in, d_out, *kernel = self.weight.shape
         groups = self.conv.groups
         by_group: Tensor = matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2)

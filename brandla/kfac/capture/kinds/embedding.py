@@ -24,7 +24,6 @@ class EmbeddingKind(Kind):
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
-        """Say so where its gradient is not the sum over its calls, or sparse."""
         embedding: Any = module
         if embedding.sparse:
             return "its gradient is sparse"
@@ -32,12 +31,10 @@ class EmbeddingKind(Kind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """Size of an entry, and number of entries."""
         entries, size = self.weight.shape
         return (), size, entries
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the output is not an entry for each index."""
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
@@ -66,7 +63,6 @@ class TurnedEmbeddingKind(EmbeddingKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """Number of entries, and size of an entry."""
         entries, size = self.weight.shape
         return (), entries, size
 
@@ -88,7 +84,6 @@ class BagKind(EmbeddingKind):
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
-        """Say so of a maximum too."""
         bag: Any = module
         return super().left(module) or ("its gradient is that of a maximum" if bag.mode == "max" else "")
 

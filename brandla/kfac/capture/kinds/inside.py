@@ -36,22 +36,18 @@ class InsideKind(ForwardKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         first, last = self.weight.shape[-2:]
         return ((), last, first) if self.transposed else ((), first, last)
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Its place in the parameter is part of it."""
         return super().key if self._index is None else (*super().key, self._index)
 
     def weight_part(self, weight: Tensor) -> Tensor:
-        """Return the one of several weights."""
         return weight if self._index is None else weight[self._index]
 
     @property
     def was_seen(self) -> bool:
-        """Whether any part of the parameter was used."""
         return self._weight in self._forward.seen
 
 
@@ -86,7 +82,6 @@ class InsideForward(OwnForward):
         self.seen: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's."""
         own = type(self.module).forward
         if torch.compiler.is_compiling() or not self.is_watched():
             return own(self.module, *args, **kwargs)

@@ -90,7 +90,6 @@ class TransposedKind(LinearKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         d_in, d_out = self.weight.shape
         return (), d_out, d_in
 
@@ -106,7 +105,6 @@ class ScaleKind(NormKind):
         self.may_lead = True
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the last dimension is not that of the weight."""
         if output.shape != inputs.shape or inputs.shape[-1:] != self.weight.shape:
             return f"its input has shape {tuple(inputs.shape)} and its output {tuple(output.shape)}"
         return ""

@@ -20,22 +20,18 @@ class LinearKind(Kind):
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
-        """Say so of the Linear inside of an attention."""
         of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
         return "the attention that holds it never calls it" if of_attention else ""
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         d_out, d_in = self.weight.shape
         return (), d_out, d_in
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the last dimensions are not those of the weight."""
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, positions and features."""
         return Uses(by_sample(inputs), by_sample(gradient))
 
 
@@ -47,16 +43,13 @@ class BilinearKind(Kind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         d_out, first, second = self.weight.shape
         return (), d_out, first * second
 
     def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
-        """Return both inputs in one tensor."""
         pair = [*args, *(kwargs[name] for name in ("input1", "input2")[len(args) :])]
         return self, torch.cat([part.detach() for part in pair], -1)
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, positions and products."""
         first, second = by_sample(inputs).split(self.weight.shape[1:], -1)
         return Uses((first[..., :, None] * second[..., None, :]).flatten(-2), by_sample(gradient))

@@ -34,7 +34,6 @@ class NormKind(Kind):
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return scale and shift, where there are any."""
         if isinstance(module, nn.SyncBatchNorm):
             return "its statistics are of several processes"
         if isinstance(module, cls.types) and module.weight is None:

@@ -73,7 +73,6 @@ class ForwardKind(LinearKind):
         return ""
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, positions and features."""
         if self.positions_first:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         return super().uses(inputs, gradient)

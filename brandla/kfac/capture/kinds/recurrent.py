@@ -27,7 +27,6 @@ class CellKind(ForwardKind):
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return both weights of a cell; None for other modules."""
         if not isinstance(module, cls.types):
             return None
         forward = CellForward.of(module)
@@ -41,7 +40,6 @@ class CellForward(OwnForward):
     """Computes what a cell does, with its products in sight, while they are to be captured."""
 
     def forward(self, inputs: Tensor, hx: Any = None) -> Any:
-        """As the module's."""
         cell = self.module
         shape = (*inputs.shape[:-1], cell.hidden_size)
         states = (inputs.new_zeros(shape),) * 2 if hx is None else hx if isinstance(cell, nn.LSTMCell) else (hx, hx)
@@ -85,7 +83,6 @@ class RecurrentForward(OwnForward):
     """
 
     def forward(self, inputs: Any, hx: Any = None) -> Any:
-        """As the module's."""
         layer = self.module
         is_wanted = not torch.compiler.is_compiling() and self.is_watched()
         if is_wanted and isinstance(inputs, PackedSequence):

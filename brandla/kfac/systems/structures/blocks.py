@@ -20,7 +20,6 @@ class Dense(Structure):
     dimensions: ClassVar[tuple[int, ...]] = (2,)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        """Return I."""
         return (torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
@@ -28,27 +27,21 @@ class Dense(Structure):
         return rows @ member[0]
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X Kᵀ."""
         return rows @ member[0].mT
 
     def product(self, first: Member, second: Member) -> Member:
-        """Return K M."""
         return (first[0] @ second[0],)
 
     def gram(self, rows: Tensor) -> Member:
-        """Return XᵀX."""
         return (rows.mT @ rows,)
 
     def own_gram(self, member: Member) -> Member:
-        """Return KᵀK."""
         return self.gram(member[0])
 
     def trace(self, member: Member) -> Tensor:
-        """Sum the diagonal."""
         return member[0].diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def flops(self, n: int) -> int:
-        """2n²."""
         return 2 * n * n
 
 
@@ -61,7 +54,6 @@ class Triangular(Dense):
     """
 
     def gram(self, rows: Tensor) -> Member:
-        """Return Π(XᵀX)."""
         (full,) = super().gram(rows)
         return (full.tril() + full.tril(-1),)
 
@@ -82,7 +74,6 @@ class BlockDiagonal(Structure):
         _check.count("BlockDiagonal", "block", self.block, 1)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        """Return I."""
         order = min(self.block, n)
         diagonal = torch.ones(n, dtype=dtype, device=device)
         blocks = torch.diag_embed(_cut(diagonal, order))
@@ -93,28 +84,22 @@ class BlockDiagonal(Structure):
         return self._joined(self._cut_rows(rows, member[0].shape[-1]) @ member[0], rows.shape[-1])
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X Kᵀ."""
         return self._joined(self._cut_rows(rows, member[0].shape[-1]) @ member[0].mT, rows.shape[-1])
 
     def product(self, first: Member, second: Member) -> Member:
-        """Return K M, block by block."""
         return (first[0] @ second[0],)
 
     def gram(self, rows: Tensor) -> Member:
-        """Return the blocks of XᵀX."""
         parts = self._cut_rows(rows, min(self.block, rows.shape[-1]))
         return (parts.mT @ parts,)
 
     def own_gram(self, member: Member) -> Member:
-        """Return KᵀK, block by block."""
         return (member[0].mT @ member[0],)
 
     def trace(self, member: Member) -> Tensor:
-        """Sum the diagonals of the blocks."""
         return member[0].diagonal(dim1=-2, dim2=-1).sum((-2, -1))
 
     def flops(self, n: int) -> int:
-        """2nb."""
         return 2 * n * min(self.block, n)
 
     def _cut_rows(self, rows: Tensor, order: int) -> Tensor:
@@ -132,7 +117,6 @@ class Diagonal(Structure):
     dimensions: ClassVar[tuple[int, ...]] = (1,)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        """Return I."""
         return (torch.ones(*groups, n, dtype=dtype, device=device),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
@@ -140,27 +124,21 @@ class Diagonal(Structure):
         return rows * member[0][..., None, :]
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X Kᵀ = X K."""
         return self.times(rows, member)
 
     def product(self, first: Member, second: Member) -> Member:
-        """Return K M."""
         return (first[0] * second[0],)
 
     def gram(self, rows: Tensor) -> Member:
-        """Return the sums of squares of the columns."""
         return (rows.square().sum(-2),)
 
     def own_gram(self, member: Member) -> Member:
-        """Return K²."""
         return (member[0].square(),)
 
     def trace(self, member: Member) -> Tensor:
-        """Sum the diagonal."""
         return member[0].sum(-1)
 
     def flops(self, n: int) -> int:
-        """Return n."""
         return n
 
 
