@@ -138,10 +138,7 @@ class Brand(FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Brand
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Brand(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Brand(rank=4))
     """
 
     unread: ClassVar[tuple[str, ...]] = ("error_bound",)

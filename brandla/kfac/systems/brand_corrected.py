@@ -37,10 +37,7 @@ class BrandCorrected(DenseBrand):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, BrandCorrected
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, BrandCorrected(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), BrandCorrected(rank=4))
     """
 
     kind = LowRankEigh

@@ -36,10 +36,7 @@ class BrandRandomized(DenseBrand):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, BrandRandomized
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, BrandRandomized(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), BrandRandomized(rank=4))
     """
 
     kind = LowRankRoot

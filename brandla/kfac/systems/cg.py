@@ -45,10 +45,7 @@ class ConjugateGradient(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, ConjugateGradient
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, ConjugateGradient())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), ConjugateGradient())
     """
 
     iterations: int = 10

@@ -71,10 +71,7 @@ class EKFAC(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, EKFAC
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, EKFAC())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), EKFAC())
     """
 
     inverse_every: Schedule[int] = 10

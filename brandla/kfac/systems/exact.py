@@ -38,10 +38,7 @@ class Exact(DenseForm, FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Exact
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Exact(inverse_every=10))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Exact(inverse_every=10))
     """
 
     # Whether young factors are renewed more often.

@@ -63,10 +63,7 @@ class InverseFree(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, InverseFree
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, InverseFree("diagonal"))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), InverseFree("diagonal"))
     """
 
     structure: str | Structure = "dense"

@@ -41,10 +41,7 @@ class Randomized(DenseForm, FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Randomized
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Randomized(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Randomized(rank=4))
     """
 
     rank: Schedule[int]

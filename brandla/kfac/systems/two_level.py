@@ -50,10 +50,7 @@ class TwoLevel(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, TwoLevel, Brand
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, TwoLevel(Brand(rank=4)))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), TwoLevel(Brand(rank=4)))
     """
 
     reads_rows: ClassVar[bool] = True

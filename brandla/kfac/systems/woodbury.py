@@ -56,10 +56,7 @@ class Woodbury(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Woodbury
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Woodbury())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Woodbury())
     """
 
     every: Schedule[int] = 1
