@@ -35,7 +35,8 @@ def vectors(
     root = _checked(weights, rows).sqrt()[..., None]
     make: Callable[[Tensor, torch.Generator], Iterator[Tensor]] = _VECTORS[loss, of]
     for vector in make(rows, generator):
-        yield _as_outputs(root * vector, outputs).to(outputs.dtype)
+        own = root * vector
+        yield (own.reshape(outputs.shape) if outputs.ndim < 2 else own.movedim(-1, 1)).to(outputs.dtype)
 
 
 def by_term(outputs: Tensor, loss: Loss) -> Tensor:
@@ -66,10 +67,6 @@ def _checked(weights: Tensor | None, rows: Tensor) -> Tensor:
         shapes = f"one for each term, {tuple(rows.shape[:-1])}; got shape {tuple(weights.shape)}"
         _check.fail_value("KFAC.curvature", f"weights must be {shapes}")
     return weights.to(rows.dtype)
-
-
-def _as_outputs(rows: Tensor, outputs: Tensor) -> Tensor:
-    return rows.reshape(outputs.shape) if outputs.ndim < 2 else rows.movedim(-1, 1)
 
 
 def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -265,7 +265,12 @@ class Split(_Many):
         return {
             name: part
             for name, part in factor.strategy.solving(factor.state).items()
-            if not (isinstance(part, Tensor) and name in known and _is_same(part, *known[name]))
+            if not (
+                isinstance(part, Tensor)
+                and name in known
+                and known[name][0] is part
+                and known[name][1] == part._version
+            )
         }
 
     def _note(self, unit: Unit, factor: Factor) -> None:
@@ -323,7 +328,3 @@ def _work(tensor: Tensor, factor: Factor, k: int) -> int:
     """Return the flops, to a constant, of keeping a matrix up to date; of a vector, its length."""
     is_matrix = tensor.ndim > len(factor.groups) + 1
     return tensor.numel() * (tensor.shape[-1] + k if is_matrix else 1)
-
-
-def _is_same(part: Tensor, known: Tensor, version: int) -> bool:
-    return part is known and part._version == version

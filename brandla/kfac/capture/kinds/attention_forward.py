@@ -168,7 +168,9 @@ def _positions_first(
 def _is_regular(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, masks: _Masks) -> bool:
     """Say whether shapes and types are those that the module takes."""
     parts: tuple[Any, Any, Any] = (query, key, value)
-    if not all(isinstance(part, Tensor) and _is_dense(part) and part.ndim == query.ndim for part in parts):
+    if not all(isinstance(part, Tensor) and part.ndim == query.ndim for part in parts):
+        return False
+    if any(part.is_nested or part.layout is not torch.strided for part in parts):
         return False
     if query.ndim not in (2, 3) or (query.shape[-1], key.shape[-1], value.shape[-1]) != (
         module.embed_dim,
@@ -185,10 +187,6 @@ def _is_regular(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value
     shapes = ((queries, keys), (samples * module.num_heads, queries, keys))
     of_padding = ((samples, keys),) if parts[0].ndim == 3 else ((keys,),)
     return _is_mask(masks.attention, shapes) and _is_mask(masks.padding, of_padding)
-
-
-def _is_dense(part: Tensor) -> bool:
-    return part.layout is torch.strided and not part.is_nested
 
 
 def _is_mask(mask: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> bool:

@@ -177,7 +177,8 @@ def _cell(layer: Any) -> Cell:
         return _lstm
     if isinstance(layer, nn.GRU | nn.GRUCell):
         return _gru
-    return _relu if layer.nonlinearity == "relu" else _tanh
+    activation = torch.relu if layer.nonlinearity == "relu" else torch.tanh
+    return lambda made, hidden, h, c: (activation(made + hidden), c)
 
 
 def _lstm(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,11 +192,3 @@ def _gru(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     new = (new + (reset + of_reset).sigmoid() * of_new).tanh()
     kept = (kept + of_kept).sigmoid()
     return (1 - kept) * new + kept * h, c
-
-
-def _tanh(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (made + hidden).tanh(), c
-
-
-def _relu(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (made + hidden).relu(), c
