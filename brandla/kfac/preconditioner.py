@@ -523,7 +523,6 @@ class KFAC:
         return number
 
     def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
-        """Return the rows of gradients that autograd has left out."""
         found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
         return {layer: rows for layer, rows in found if rows is not None}
 
@@ -584,7 +583,6 @@ class KFAC:
         return self._applies_to_pairs and not self._takes_curvature and layer.checked_by_rows
 
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
-        """Say whether a layer takes data in at this step."""
         return self._steps % options.factor_every == 0 or not layer.curvature.started
 
     def _damping(self, options: AtStep) -> Damping:

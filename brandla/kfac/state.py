@@ -98,7 +98,6 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
 
 
 def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
-    """Build the curvature of a layer from what was saved of it."""
     if saved["strategy"] != str(layer.strategy):
         rule = f"{layer.name}: the strategy must be {layer.strategy}, as in this preconditioner"
         _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")

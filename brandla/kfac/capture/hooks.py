@@ -213,7 +213,6 @@ class Capture:
 
     @property
     def _is_leaving(self) -> bool:
-        """Whether the weight's gradient is left out of the call that is going on."""
         return self._switch is not None and self._switch.is_off
 
     @property

@@ -282,13 +282,11 @@ class Layer:
         return self.sharing == "expand" and rows.share is None
 
     def _left_out(self) -> list[Call]:
-        """Return the calls whose weight's gradient autograd has not formed."""
         if not self.capture.left_out or self.kind.bias_gradient is None:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
     def _product(self, rows: Rows) -> Tensor:
-        """Return the weight's gradient from its rows."""
         return rows.gradients.mT @ rows.inputs[..., : self.kind.shape[2]]
 
     def _calls(self, of: Pass) -> list[Call]:

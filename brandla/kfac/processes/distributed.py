@@ -265,12 +265,7 @@ class Split(_Many):
         return {
             name: part
             for name, part in factor.strategy.solving(factor.state).items()
-            if not (
-                isinstance(part, Tensor)
-                and name in known
-                and known[name][0] is part
-                and known[name][1] == part._version
-            )
+            if not (isinstance(part, Tensor) and name in known and _is_same(part, *known[name]))
         }
 
     def _note(self, unit: Unit, factor: Factor) -> None:
@@ -290,7 +285,6 @@ class Split(_Many):
         return self._index[layer], ""
 
     def _factor(self, unit: Unit) -> Factor | None:
-        """Return the factor that a unit is, if it is one."""
         index, side = unit
         # mypy does not see that a side that is named is one of the two.
         return dict(self._layers[index].curvature.factors())[side] if side else None  # type: ignore[index]
@@ -328,3 +322,7 @@ def _work(tensor: Tensor, factor: Factor, k: int) -> int:
     """Return the flops, to a constant, of keeping a matrix up to date; of a vector, its length."""
     is_matrix = tensor.ndim > len(factor.groups) + 1
     return tensor.numel() * (tensor.shape[-1] + k if is_matrix else 1)
+
+
+def _is_same(part: Tensor, known: Tensor, version: int) -> bool:
+    return part is known and part._version == version

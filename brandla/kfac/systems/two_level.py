@@ -86,7 +86,6 @@ class TwoLevel(Strategy):
     def _vectors(
         self, problems: Sequence[Problem], first: Sequence[Gradient], samples: Sequence[Samples], now: Now
     ) -> list[Gradient]:
-        """Return the unit vectors of the coarse space."""
         if self.space == "nicolaides":
             directions = [_ones(problem.gradient) for problem in problems]
         else:
@@ -137,7 +136,6 @@ def _coarse_solution(
 
 
 def _ones(gradient: Gradient) -> Gradient:
-    """Return the matrix of ones, as a pair."""
     if isinstance(gradient, Tensor):
         return torch.ones_like(gradient[..., :, :1]), torch.ones_like(gradient[..., :1, :]).mT
     return torch.ones_like(gradient[0][..., :1]), torch.ones_like(gradient[1][..., :1])

@@ -164,7 +164,6 @@ class OfSamples(StateCurvature):
         return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
 
     def _average(self, now: Now) -> None:
-        """Take the coefficients of this batch into their mean."""
         samples = self._samples
         own = self._coefficients(samples)[samples.squares().argsort()]
         batches = cast(int, self.state.setdefault("batches", 0))

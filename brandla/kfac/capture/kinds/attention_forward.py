@@ -85,7 +85,6 @@ class AttentionForward(OwnForward):
         return query, key, value
 
     def _project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project by a weight for each."""
         weights = [getattr(self.module, f"{part}_proj_weight") for part in "qkv"]
         parts = zip("qkv", (query, key, value), weights, _thirds(self.module.in_proj_bias), strict=True)
         query, key, value = (

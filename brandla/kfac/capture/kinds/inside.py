@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from brandla.kfac.capture.kinds.kind import Kind, is_leaf, why_left
+from brandla.kfac.capture.kinds.like import random, random_parts, run
 from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
-from brandla.kfac.capture.kinds.probe import random, random_parts, run
 
 # mypy takes the properties for what they give.
 _PROPERTIES: tuple[Any, ...] = (Tensor.T, Tensor.mT)
@@ -163,7 +163,6 @@ class _Products(TorchFunctionMode):
         return None
 
     def _use(self, func: Any, args: Any, kwargs: Any) -> _Use | None:
-        """Return the use that an operation makes of a parameter."""
         if func is nn.functional.linear:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             inputs, weight, bias = given["input"], given["weight"], given.get("bias")

@@ -72,7 +72,6 @@ class NormKind(Kind):
         return Uses(rows, rows)
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        """Return x̂."""
         norm: Any = self.module
         if self._fixed is not None:
             return nn.functional.batch_norm(inputs, *self._fixed, eps=norm.eps)

@@ -99,7 +99,6 @@ class RecurrentForward(OwnForward):
         return output, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
 
     def _of_packed(self, inputs: PackedSequence, hx: Any) -> Any:
-        """As the module's, of a packed sequence."""
         layer = self.module
         steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
         valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
@@ -168,7 +167,6 @@ class RecurrentForward(OwnForward):
 
 
 def _ways(layer: Any) -> list[str]:
-    """Name the directions."""
     return ["", "_reverse"] if layer.bidirectional else [""]
 
 
