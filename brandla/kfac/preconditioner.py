@@ -354,9 +354,7 @@ class KFAC:
         found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
         own = {layer: rows for layer, rows in found if rows is not None}
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
-        options = self.options.at(max(self._steps - 1, 0))
-        damping = self._damping(options)
-        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows).items():
             known = [(layer, rows[layer]) for layer in members]
             problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
@@ -483,9 +481,8 @@ class KFAC:
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        damping = self._damping(options)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
-        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
         self._precondition(ready, absorbing, now, options.clip, scale)
@@ -585,9 +582,10 @@ class KFAC:
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
         return self._steps % options.factor_every == 0 or not layer.curvature.started
 
-    def _damping(self, options: AtStep) -> Damping:
-        """Return what is added to the factors, which an `Adaptive` damping has found by now."""
-        return Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
+    def _now(self, options: AtStep, mask: Mask) -> Now:
+        """Return what this step has besides data; an `Adaptive` damping has been found by now."""
+        damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
+        return Now(self._steps, self._seed, options.decay, damping, mask.finite)
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""

@@ -142,18 +142,24 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     """Take columns into factors, those of one strategy together, and refresh each.
 
     A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike. A factor that gets
-    no columns belongs to another process, and is left as it is.
+    no columns belongs to another process, and is left as it is. Factors that began together have one tensor for the sum
+    of their weights, which is computed once.
     """
     members: dict[FactorForm, list[Absorption]] = {}
     factors = {}
-    totals = _Totals(now)
+    first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    # By the identity of the old sum, which is kept here so that no other tensor can get it.
+    renewed: dict[int, tuple[Tensor, Tensor]] = {}
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
         if not factor.started:
             factor.begin()
-            totals.begin(factor)
-        totals.renew(factor)
+            factor.state["total"] = first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
+        total = tensor(factor.state, "total")
+        if id(total) not in renewed:
+            renewed[id(total)] = total, _renewed(total, now)
+        factor.state["total"] = renewed[id(total)][1]
         # In the weight, the normalisation costs no scaled copy of the columns.
         weight = (1 - now.decay) * scale
         members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, now.decay, weight, now.finite))
@@ -164,27 +170,10 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
-class _Totals:
-    """The sums of weights of a step: factors that began together have one tensor, which is computed once."""
-
-    def __init__(self, now: Now) -> None:
-        self._now = now
-        self._first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        # By the identity of the old one, which is kept here so that no other tensor can get it.
-        self._renewed: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def begin(self, factor: Factor) -> None:
-        """Give a new factor the sum that others begin with."""
-        factor.state["total"] = self._first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
-
-    def renew(self, factor: Factor) -> None:
-        """Decay the sum of a factor and add this step's weight, which is 0 unless the step is finite."""
-        old = tensor(factor.state, "total")
-        if id(old) not in self._renewed:
-            decay, finite = self._now.decay, self._now.finite.to(old.dtype)
-            new = torch.add(decay * old, finite, alpha=1 - decay).clamp_min(torch.finfo(old.dtype).tiny)
-            self._renewed[id(old)] = old, new
-        factor.state["total"] = self._renewed[id(old)][1]
+def _renewed(total: Tensor, now: Now) -> Tensor:
+    """Decay the sum of weights and add this step's, which is 0 unless the step is finite."""
+    new = torch.add(now.decay * total, now.finite.to(total.dtype), alpha=1 - now.decay)
+    return new.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def share_totals(factors: Iterable[Factor]) -> None:

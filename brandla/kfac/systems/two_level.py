@@ -89,7 +89,7 @@ class TwoLevel(Strategy):
         if self.space == "nicolaides":
             directions = [_ones(problem.gradient) for problem in problems]
         else:
-            seen = _seen(samples, first)
+            seen = _products(samples, first).sum(0)
             residuals = [
                 problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, sizes(problem.gradient)[1])))
                 for problem, own in zip(problems, samples, strict=True)
@@ -107,10 +107,9 @@ def _of_the_same_samples(problems: Sequence[Problem]) -> dict[int, Samples]:
     return {index: own for index, own in found.items() if own.number == usual}
 
 
-def _seen(samples: Sequence[Samples], vectors: Sequence[Gradient]) -> Tensor:
-    """Return the product of each sample's gradient with a vector over all layers, shape (S,)."""
-    products = [own.products(vector) for own, vector in zip(samples, vectors, strict=True)]
-    return torch.stack(products).sum(0)
+def _products(samples: Sequence[Samples], vectors: Sequence[Gradient]) -> Tensor:
+    """Return the product of each sample's gradient with each layer's vector, shape (L, S)."""
+    return torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
 
 
 def _coarse_solution(
@@ -121,14 +120,14 @@ def _coarse_solution(
     now: Now,
 ) -> Tensor:
     """(F_c + λI)⁻¹ R₀ (∇ − (F + λI) v₁), one number a layer."""
-    coarse_rows = torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
+    coarse_rows = _products(samples, vectors)
     coarse = coarse_rows @ coarse_rows.mT
     shift, _ = now.damping.of_matrix(coarse)
     along = [
         torch.stack([product(part, vector) for part, vector in zip(parts, vectors, strict=True)])
         for parts in ([problem.gradient for problem in problems], first)
     ]
-    right = along[0] - coarse_rows @ _seen(samples, first) - shift * along[1]
+    right = along[0] - coarse_rows @ _products(samples, first).sum(0) - shift * along[1]
     coarse.diagonal().add_(shift)
     # Of a batch that is not finite nothing comes of the result; it must not raise, nor wait for the device.
     factor, _ = torch.linalg.cholesky_ex(coarse)

@@ -177,7 +177,7 @@ class Kind(ABC):
         own.valid = valid
         return own
 
-    def refusal(self, inputs: object, output: object) -> str:
+    def refusal(self, inputs: Any, output: Any) -> str:
         """Say why a call cannot be made into rows; an empty string if it can."""
         for name, part in (("input", inputs), ("output", output)):
             if not isinstance(part, Tensor):
@@ -186,8 +186,6 @@ class Kind(ABC):
                 return f"its {name} is not a dense tensor"
         if not isinstance(self.weight, nn.Parameter):
             return COMPUTED
-        assert isinstance(inputs, Tensor)
-        assert isinstance(output, Tensor)
         return self.misfit(inputs, output)
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
