@@ -549,24 +549,21 @@ class KFAC:
 
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
         """Overwrite the gradients of layers with their steps, clipped."""
-        by = self.options.clip_by if clip is not None and steps else None
-        # Before anything is written: a gradient, or a step, may be the weight's own.
-        length = by_kl(steps, list(gradients.values()), clip) if clip is not None and by == "kl" else None
-        norms = spectral(steps, [layer.direction for layer in gradients], self._seed) if by == "spectral" else []
-        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        by, clip = self.options.clip_by, clip if steps else None
         factors: Sequence[Tensor] | None = None
-        if length is not None:
-            factors = [length] * len(written)
-        elif clip is not None and by == "rms":
-            factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        # Before anything is written: a gradient, or a step, may be the weight's own.
+        if clip is not None and by == "kl":
+            weights = sum(layer.kind.weights for layer in gradients)
+            factors = [by_kl(steps, list(gradients.values()), clip)] * weights
         elif clip is not None and by == "spectral":
-            factors = [
-                factor
-                for layer, own in zip(gradients, norms, strict=True)
-                for factor in own.factors(clip, layer.kind.weights)
-            ]
+            factors = []
+            norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
+                factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        if clip is not None and by == "rms":
+            factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)
 
     def _check_alone(self) -> None:

@@ -69,7 +69,7 @@ class CountBatch(NamedTuple):
 Batch: TypeAlias = RowBatch | CountBatch
 
 
-class Gradient(NamedTuple):
+class Move(NamedTuple):
     """The direction of K's step: m = ½ (``curvature`` · ``seen`` + ``damping`` · ``own`` − I), numbers (*groups,)."""
 
     seen: Member  # Π(KᵀMK)
@@ -128,14 +128,14 @@ class InverseRoot:
         """Return Π(KᵀMK) and Π(KᵀK)."""
         return batch.seen_by(self.structure, self.root), self.structure.own_gram(self.root)
 
-    def move(self, gradient: Gradient, rate: float, decay: float, finite: Tensor) -> None:
+    def move(self, towards: Move, rate: float, decay: float, finite: Tensor) -> None:
         """m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, β at most ``rate`` and 1 / ‖m̄‖_F; nothing unless finite."""
         structure = self.structure
         finite = finite.to(self.total.dtype)
         half = 0.5 * finite
         terms = [
-            (half * gradient.curvature, gradient.seen),
-            (half * gradient.damping, gradient.own),
+            (half * towards.curvature, towards.seen),
+            (half * towards.damping, towards.own),
             (-half, structure.identity(self.n, (), self.total.dtype, self.total.device)),
         ]
         if self.momentum:
