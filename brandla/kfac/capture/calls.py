@@ -35,7 +35,6 @@ class Saved:
         return cls(kept=kept)
 
     def fetch(self) -> Tensor:
-        """Return the tensor."""
         if self._tensor is not None:
             return self._tensor
         assert self._kept is not None
@@ -151,13 +150,11 @@ class Call:
         return self._saved is None and self._inputs is None
 
     def release(self) -> None:
-        """Forget the data."""
         self._saved = self._inputs = None
         self._tasks = []
         self.gradients = {"loss": [], "curvature": []}
 
     def bytes(self) -> int:
-        """Return the memory of inputs and gradients."""
         gradients = [gradient for of in self.gradients.values() for gradient in of]
         return sum(part.numel() * part.element_size() for part in (self.inputs, *gradients))
 

@@ -100,11 +100,9 @@ class Capture:
         return weight is self._kind.weight and weight._version != version
 
     def bytes(self) -> int:
-        """Return the memory of the calls."""
         return sum(call.bytes() for call in self.calls)
 
     def clear(self) -> None:
-        """Forget the calls."""
         for call in self.calls:
             call.release()
         self.calls = []

@@ -30,7 +30,6 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows | None, *, refused: bool) -> Share:
-        """Count rows."""
         if rows is None:
             return cls(0, 0, 0, 0, int(refused))
         inputs = rows.inputs.shape[-2] if rows.inputs.is_floating_point() else len(rows.inputs)
@@ -54,7 +53,6 @@ class Part(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Length of a row."""
         return self.shape.d_out if self.name == "gradients" else self.shape.d_in
 
     @property

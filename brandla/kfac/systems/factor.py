@@ -36,11 +36,9 @@ class Factor:
 
     @property
     def started(self) -> bool:
-        """Whether the factor holds data."""
         return bool(self.state)
 
     def choose(self) -> None:
-        """Choose the strategy."""
         replacement = self.asked.substitute(self.n)
         if replacement is not None:
             self.strategy, self.reason = replacement
@@ -81,11 +79,9 @@ class Factor:
         return self.strategy.damped_solve(self.state, block, self.shift(damping))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {"strategy": str(self.strategy), "reason": self.reason, "state": copied(self.state)}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
-        """Return a new factor that continues from ``saved``, or raise ValueError."""
         fresh = replace(self, reason=saved["reason"], state={})
         if saved["state"]:
             fresh.strategy = self._strategy_named(saved["strategy"], where)

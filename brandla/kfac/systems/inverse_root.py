@@ -57,7 +57,6 @@ class CountBatch(NamedTuple):
         return self.frequencies * vector
 
     def mean_eigenvalue(self) -> Tensor:
-        """Return tr M / n."""
         return self.frequencies.mean(-1)
 
     def seen_by(self, structure: Structure, root: Member) -> Member:
@@ -152,11 +151,9 @@ class InverseRoot:
         return self.structure.times_transposed(self.structure.times(rows, self.root), self.root)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all that is kept."""
         return *self.root, *self.momentum, self.direction, self.total
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {
             "structure": repr(self.structure),
             "root": _saved(self.root),
@@ -166,7 +163,6 @@ class InverseRoot:
         }
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseRoot:
-        """Return a new side that continues from ``state``, or raise ValueError."""
         if state["structure"] != repr(self.structure):
             rule = f"{where}: the structure must be {self.structure!r}; the state has {state['structure']}"
             _check.fail_value("KFAC.load_state_dict", rule)

@@ -29,7 +29,6 @@ class ConvKind(Kind):
 
     @property
     def conv(self) -> Any:
-        """The module."""
         return self.module
 
     @property
