@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting
 from brandla.kfac.systems.schedule import Schedule, at
@@ -211,32 +211,3 @@ def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[F
         return None
     reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
     return Exact(inverse_every=1, tail=strategy.tail), reason
-
-
-@dataclass(frozen=True)
-class DenseBrand(DenseForm, FactorStrategy):
-    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
-
-    kind: ClassVar[type[LowRankRoot | LowRankEigh]]
-
-    rank: Schedule[int | Rank]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self, self.rank)
-
-    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        state = super().start(n, groups, dtype, device)
-        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
-        return state
-
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
-        super().take(absorptions, step)
-        update(sketched(absorptions, "auto", step), [at(self.rank, step)] * len(absorptions))
-
-    def lowrank(self, state: State) -> LowRank:
-        return kept(state)
-
-    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        return substitute_for_brand(self, n, first_rank(self.rank))
