@@ -474,10 +474,12 @@ class KFAC:
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
         told = self._told(own)
         pairs = self._taken(layers, own, scale)
+        # Rows take the place of a gradient that is their product, which is finite where they are.
+        reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
             for layer in {*own, *pairs}
-            if layer.is_unformed or (layer in own and self._reads_rows_alone(layer))
+            if layer.is_unformed or (reads_rows_alone and layer in own and layer.checked_by_rows)
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
@@ -571,10 +573,6 @@ class KFAC:
         if self._replicas.several:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
-
-    def _reads_rows_alone(self, layer: Layer) -> bool:
-        """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
-        return self._applies_to_pairs and not self._takes_curvature and layer.checked_by_rows
 
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
         return self._steps % options.factor_every == 0 or not layer.curvature.started
