@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -179,7 +178,7 @@ class KFAC:
         self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
-        self._skipped: Tensor | None = None
+        self._skipped: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
@@ -368,10 +367,9 @@ class KFAC:
 
         With several processes and factors split among them, all of them must call this.
         """
-        skipped = 0 if self._skipped is None else int(self._skipped)
+        orders = {name: str(layout) for name, layout in self._layouts.items()}
         with self._replicas.complete():
-            orders = {name: str(layout) for name, layout in self._layouts.items()}
-            return replace(describe(self._layers, self._unsupported, skipped, self._captured), layouts=orders)
+            return describe(self._layers, self._unsupported, int(self._skipped), self._captured, orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -494,7 +492,7 @@ class KFAC:
         for layer in ready:
             layer.seal()
         if not mask.known_finite:
-            self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+            self._skipped = ~mask.finite + self._skipped
             # With a scaler some batches overflow, and are left out by it too.
             if scale is None:
                 self._mistakes.look_at_skipped(self._skipped, self._steps)

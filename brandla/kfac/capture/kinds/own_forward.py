@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -38,7 +39,9 @@ class OwnForward(ABC):
 
     def is_watched(self, part: str | None = None) -> bool:
         """Say whether anybody wants the calls of a weight now, or those of any."""
-        entries = chain(*self.records.values()) if part is None else self.records.get(part, ())
+        entries: Iterable[tuple[Kind, Record]] = (
+            chain(*self.records.values()) if part is None else self.records.get(part, ())
+        )
         return any(record.is_wanted for _, record in entries)
 
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
