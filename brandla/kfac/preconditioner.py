@@ -444,12 +444,8 @@ class KFAC:
         ValueError
             If it does not; nothing is changed then.
         """
-        curvatures = state.curvatures(self._layers, state_dict)
-        for layer, curvature in zip(self._layers, curvatures, strict=True):
-            layer.curvature = curvature
-            layer.linear = state_dict["layers"][layer.name]["linear"]
-            layer.refusal = state_dict["layers"][layer.name]["refusal"]
-            layer.direction = state.direction(layer, state_dict["layers"][layer.name])
+        state.load(self._layers, state_dict)
+        for layer in self._layers:
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.forget_terms()
