@@ -103,7 +103,9 @@ class RowsOfBatches(StateCurvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         matrix = dense(gradient)
-        operator = _Operator.of(self._side("output").root(), self._side("input").root(), now)
+        left, right = self._side("output").root(), self._side("input").root()
+        shift = now.damping.of(_largest(left) * _largest(right))
+        operator = _Operator(left, right, shift[..., None, None])
         start = tensor(self.state, "last") if "last" in self.state else torch.zeros_like(matrix)
         step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
         if self.strategy.warm_start:
@@ -125,10 +127,6 @@ class _Operator(NamedTuple):
     left: Tensor
     right: Tensor
     shift: Tensor
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor, now: Now) -> _Operator:
-        return cls(left, right, now.damping.of(_largest(left) * _largest(right))[..., None, None])
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
         inner = self.left @ matrix @ self.right.mT
