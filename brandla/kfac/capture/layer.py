@@ -139,12 +139,7 @@ class Layer:
         """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
 
         The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
-        product is added at once.
-
-        Raises
-        ------
-        RuntimeError
-            If the gradient may be made of more than the captured calls.
+        product is added at once. Where it may be made of more than the captured calls, this raises.
         """
         self._unformed = None
         calls = self._left_out()
