@@ -25,11 +25,6 @@ class Layout(NamedTuple):
         """Return the layout that a copy of the tensor has."""
         return cls(tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride(), tensor.dtype)
 
-    @classmethod
-    def contiguous(cls, shape: Sequence[int], dtype: torch.dtype) -> Layout:
-        """Return the layout of a new tensor."""
-        return cls.of(torch.empty(*shape, dtype=dtype, device="meta"))
-
     @property
     def bytes(self) -> int:
         """Bytes up to where the next tensor starts."""
