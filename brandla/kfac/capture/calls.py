@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import torch
@@ -15,32 +15,15 @@ Pass = Literal["loss", "curvature"]
 _LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
-class Saved:
-    """A tensor to be fetched in a backward pass, once.
+def kept(tensor: Tensor) -> Callable[[], Tensor]:
+    """Let autograd keep a tensor, and return a function that fetches it in a backward pass, once.
 
-    `Saved.of` hands it to autograd, outside the model's graph: an activation checkpoint drops it and computes it
-    again, and ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
+    It is outside the model's graph: an activation checkpoint drops it and computes it again, and
+    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
     """
-
-    def __init__(self, tensor: Tensor | None = None, kept: Tensor | None = None) -> None:
-        self._tensor = tensor
-        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
-        self._kept = kept
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Saved:
-        """Let autograd keep a tensor."""
-        # torch leaves Function.apply without annotations.
-        kept: Tensor = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
-        return cls(kept=kept)
-
-    def fetch(self) -> Tensor:
-        if self._tensor is not None:
-            return self._tensor
-        assert self._kept is not None
-        node: Any = self._kept.grad_fn
-        tensor: Tensor = node.saved_tensors[0]
-        return tensor
+    # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+    result: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
+    return lambda: result.grad_fn.saved_tensors[0]
 
 
 class _Keep(torch.autograd.Function):
@@ -96,7 +79,7 @@ class Call:
     def __init__(
         self,
         kind: Kind,
-        saved: Saved,
+        fetch: Callable[[], Tensor],
         *,
         left_out: bool = False,
         groups: Groups | None = None,
@@ -114,7 +97,8 @@ class Call:
         self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
         # The backward pass, by autograd's number for it, of each of the loss's gradients.
         self._tasks: list[int] = []
-        self._saved: Saved | None = saved
+        # Where the input is to be had from, until it has been fetched.
+        self._fetch: Callable[[], Tensor] | None = fetch
         self._inputs: Tensor | None = None
 
     @property
@@ -125,8 +109,8 @@ class Call:
 
     def add(self, gradient: Tensor, recorder: Recorder) -> None:
         """Take in a gradient; the first one fetches the input from where autograd has kept it."""
-        if self._saved is not None:
-            self._inputs, self._saved = self._saved.fetch(), None
+        if self._fetch is not None:
+            self._inputs, self._fetch = self._fetch(), None
         self.terms[recorder.running] = recorder.terms[recorder.running]
         if recorder.running == "loss":
             self._tasks.append(torch._C._current_graph_task_id())
@@ -147,10 +131,10 @@ class Call:
     @property
     def released(self) -> bool:
         """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
-        return self._saved is None and self._inputs is None
+        return self._fetch is None and self._inputs is None
 
     def release(self) -> None:
-        self._saved = self._inputs = None
+        self._fetch = self._inputs = None
         self._tasks = []
         self.gradients = {"loss": [], "curvature": []}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
-from brandla.kfac.capture.calls import Call, Pass, Recorder, Saved, Terms
+from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
 from brandla.kfac.capture.kinds import Kind
 from brandla.kfac.capture.switch import Switch, is_functional
 from brandla.kfac.capture.tap import Ticket, tap
@@ -147,7 +147,7 @@ class Capture:
                 return tap(output, inputs, ticket.number)
             groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
-            call = Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
+            call = Call(kind, kept(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
             self._watch(call, output)
         return output
 
@@ -178,14 +178,18 @@ class Capture:
         task = (torch._C._current_graph_task_id(), self._recorder.draw)
         if task != self._task:
             self._task, self._index = task, 0
+
+        def new() -> Call:
+            copy = inputs.clone()
+            return Call(kind.of_call(), lambda: copy, valid=self._recorder.valid)
+
         if self._recorder.running == "loss":
-            call = Call(kind.of_call(), Saved(inputs.clone()), valid=self._recorder.valid)
+            call = new()
         else:
             if self._recorder.draw == 0:
                 if self._index == 0:
                     self._of_first_draw = []
-                valid = self._recorder.valid
-                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone()), valid=valid))
+                self._of_first_draw.append(new())
             call = self._of_first_draw[self._index]
             self._index += 1
         self.collect(call, gradient.clone())
