@@ -58,7 +58,12 @@ class Capture:
 
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        self._handles += kind.attach(_Watch(self, kind))
+        ticket = Ticket(kind, self.collect_compiled)
+
+        def record(kind: Kind, inputs: Any, output: Any) -> Any:
+            return self.record(kind, inputs, output, ticket)
+
+        self._handles += kind.attach(record, lambda: self.enabled and torch.is_grad_enabled())
 
     def leave_out(self) -> None:
         """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
@@ -294,18 +299,3 @@ def _own_value(output: Tensor) -> Tensor:
     if base is None or not base.requires_grad or base.numel() != output.numel():
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
-
-
-class _Watch:
-    """One module that uses the weight of a capture."""
-
-    def __init__(self, capture: Capture, kind: Kind) -> None:
-        self._capture = capture
-        self._ticket = Ticket(kind, capture.collect_compiled)
-
-    @property
-    def is_wanted(self) -> bool:
-        return self._capture.enabled and torch.is_grad_enabled()
-
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
-        return self._capture.record(kind, inputs, output, self._ticket)

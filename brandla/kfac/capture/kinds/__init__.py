@@ -8,7 +8,7 @@ from brandla.kfac.capture.kinds.attention import AttentionKind
 from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
 from brandla.kfac.capture.kinds.embedding import BagKind, EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_leaf, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Uses, is_leaf, own_forward
 from brandla.kfac.capture.kinds.like import register, registered, tried
 from brandla.kfac.capture.kinds.linear import BilinearKind, LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
@@ -18,7 +18,6 @@ __all__ = [
     "EmbeddingKind",
     "Kind",
     "LinearKind",
-    "Record",
     "TurnedEmbeddingKind",
     "Uses",
     "is_leaf",

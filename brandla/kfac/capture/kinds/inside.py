@@ -106,8 +106,8 @@ class InsideForward(OwnForward):
         return join([self._told(f"{name}.{index}", use, *piece) for index, piece in pieces])
 
     def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
-        for kind, _ in self.records.get(part, ()):
-            kind.transposed = use.view.is_transposed
+        for own in self.attached.get(part, ()):
+            own.kind.transposed = use.view.is_transposed
         return self.recorded(part, inputs, output) if output.numel() else output
 
 

@@ -5,24 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-
-class Record(Protocol):
-    """Called at each use of a weight with the kind that makes rows of this call, its input and its output.
-
-    What it returns takes the place of the output.
-    """
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anything is collected now."""
-
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
-        """Take note of a use, and return its output to go on with."""
+# Called at each use of a weight with the kind that makes rows of this call, its input and its output. What it returns
+# takes the place of the output.
+Record: TypeAlias = "Callable[[Kind, Any, Any], Any]"
 
 
 class Uses(NamedTuple):
@@ -154,8 +144,8 @@ class Kind(ABC):
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
         )
 
-    def attach(self, record: Record) -> list[Any]:
-        """Have ``record`` called at each use, and return handles with ``remove()``."""
+    def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
+        """Have ``record`` called at each use, or where it ``is_wanted`` alone; return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return record(*self.of_arguments(args, kwargs), output)

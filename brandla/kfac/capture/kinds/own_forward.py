@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ class OwnForward(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.records: dict[str, list[tuple[Kind, Record]]] = {}
+        self.attached: dict[str, list[Attachment]] = {}
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -39,15 +40,13 @@ class OwnForward(ABC):
 
     def is_watched(self, part: str | None = None) -> bool:
         """Say whether anybody wants the calls of a weight now, or those of any."""
-        entries: Iterable[tuple[Kind, Record]] = (
-            chain(*self.records.values()) if part is None else self.records.get(part, ())
-        )
-        return any(record.is_wanted for _, record in entries)
+        attached: Iterable[Attachment] = chain(*self.attached.values()) if part is None else self.attached.get(part, ())
+        return any(own.is_wanted() for own in attached)
 
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
-        for kind, record in self.records.get(part, ()):
-            output = record(kind if valid is None else kind.with_padding(valid), inputs, output)
+        for own in self.attached.get(part, ()):
+            output = own.record(own.kind if valid is None else own.kind.with_padding(valid), inputs, output)
         return output
 
 
@@ -64,12 +63,12 @@ class ForwardKind(LinearKind):
         self.part = part or weight
         self._forward: Any = forward
 
-    def attach(self, record: Record) -> list[Any]:
+    def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
         """Have the forward pass call ``record``; the module's own attribute shadows that of its class."""
-        entry = self, record
-        self._forward.records.setdefault(self.part, []).append(entry)
+        attachment = Attachment(self._forward, self, record, is_wanted)
+        self._forward.attached.setdefault(self.part, []).append(attachment)
         self._forward.module.forward = self._forward.forward
-        return [_Attachment(self._forward, self.part, entry)]
+        return [attachment]
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Nothing can be wrong: the product itself was seen."""
@@ -81,15 +80,19 @@ class ForwardKind(LinearKind):
         return super().uses(inputs, gradient)
 
 
-class _Attachment(NamedTuple):
+@dataclass(eq=False)
+class Attachment:
+    """A weight whose uses are reported, and what takes that off again."""
+
     forward: OwnForward
-    part: str
-    entry: tuple[Kind, Record]
+    kind: Kind
+    record: Record
+    is_wanted: Callable[[], bool]
 
     def remove(self) -> None:
-        """Take a record off; the last one gives the module its forward pass back. A second time does nothing."""
-        records = self.forward.records
-        if self.entry in records[self.part]:
-            records[self.part].remove(self.entry)
-            if not any(records.values()):
+        """Report no more; the last one gives the module its forward pass back. A second time does nothing."""
+        attached = self.forward.attached
+        if self in attached[self.kind.part]:
+            attached[self.kind.part].remove(self)
+            if not any(attached.values()):
                 vars(self.forward.module).pop("forward", None)
