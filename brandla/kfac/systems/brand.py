@@ -14,8 +14,8 @@ from brandla import _check, grouped
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import Absorption, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
-from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting
-from brandla.kfac.systems.schedule import Schedule, at
+from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
+from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress
@@ -202,7 +202,7 @@ class Brand(FactorStrategy):
         return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
 
     def _rank(self, state: State, step: int) -> int | Rank:
-        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else at(self.rank, step)
+        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
 
 
 def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:
