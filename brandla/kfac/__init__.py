@@ -10,8 +10,7 @@ from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state
 from brandla.kfac.systems import structures as structures
 from brandla.kfac.systems.brand import Brand
-from brandla.kfac.systems.brand_corrected import BrandCorrected
-from brandla.kfac.systems.brand_randomized import BrandRandomized
+from brandla.kfac.systems.brand_dense import BrandCorrected, BrandRandomized
 from brandla.kfac.systems.cg import ConjugateGradient
 from brandla.kfac.systems.ekfac import EKFAC
 from brandla.kfac.systems.exact import Exact

@@ -92,12 +92,7 @@ class Trial:
         """Return the reduction −⟨∂W, δ⟩ − ½ ⟨δ, F δ⟩ that the damped curvature F predicts of the weights' change δ.
 
         With s = F⁻¹ ∂W and δ = −β s that is β (1 − β/2) ⟨s, ∂W⟩. β is the optimizer's rate times the clip: what has
-        come of the step that is in the gradient.
-
-        Raises
-        ------
-        RuntimeError
-            If the gradients are gone.
+        come of the step that is in the gradient. If the gradients are gone, this raises.
         """
         total: list[Tensor] = []
         for layer, before, slope, squared in zip(self._layers, self._before, self._slopes, self._lengths, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import Written
-from brandla.kfac.values import Gradient, alike, inner
+from brandla.kfac.values import Gradient, alike, inner, sizes
 from brandla_kernels import signs
 
 # Products with S and with Sᵀ from the direction of the last step, and from none.
@@ -61,7 +61,7 @@ def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: in
 
     The better of the two is kept: the old direction may have no part in what a step has come to be.
     """
-    widths = [_d_in(step) for step in steps]
+    widths = [sizes(step)[1] for step in steps]
     drawn: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     found = []
     for step, width, old in zip(steps, widths, known, strict=True):
@@ -95,10 +95,6 @@ def _iterated(step: Gradient, fresh: Tensor, old: Tensor | None) -> Spectral:
 def _times(step: Gradient, vectors: Tensor) -> Tensor:
     product: Tensor = step @ vectors if isinstance(step, Tensor) else step[0] @ (step[1].mT @ vectors)
     return product
-
-
-def _d_in(step: Gradient) -> int:
-    return step.shape[-1] if isinstance(step, Tensor) else step[1].shape[-2]
 
 
 def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:

@@ -51,13 +51,7 @@ class Options:
         return ", ".join(f"{own.name}={spelled(getattr(self, own.name))}" for own in fields(self))
 
     def at(self, step: int) -> AtStep:
-        """Return the values of a step.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Where a schedule gives a value out of range.
-        """
+        """Return the values of a step, or raise where a schedule gives one out of range."""
         clip = at(self.clip, step)
         damping = self.damping.initial if isinstance(self.damping, Adaptive) else at(self.damping, step)
         decay, factor_every = at(self.decay, step), at(self.factor_every, step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -179,7 +178,7 @@ class KFAC:
         self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
-        self._skipped: Tensor | None = None
+        self._skipped: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
@@ -354,9 +353,7 @@ class KFAC:
         found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
         own = {layer: rows for layer, rows in found if rows is not None}
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
-        options = self.options.at(max(self._steps - 1, 0))
-        damping = self._damping(options)
-        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows).items():
             known = [(layer, rows[layer]) for layer in members]
             problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
@@ -370,10 +367,9 @@ class KFAC:
 
         With several processes and factors split among them, all of them must call this.
         """
-        skipped = 0 if self._skipped is None else int(self._skipped)
+        orders = {name: str(layout) for name, layout in self._layouts.items()}
         with self._replicas.complete():
-            orders = {name: str(layout) for name, layout in self._layouts.items()}
-            return replace(describe(self._layers, self._unsupported, skipped, self._captured), layouts=orders)
+            return describe(self._layers, self._unsupported, int(self._skipped), self._captured, orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -448,12 +444,8 @@ class KFAC:
         ValueError
             If it does not; nothing is changed then.
         """
-        curvatures = state.curvatures(self._layers, state_dict)
-        for layer, curvature in zip(self._layers, curvatures, strict=True):
-            layer.curvature = curvature
-            layer.linear = state_dict["layers"][layer.name]["linear"]
-            layer.refusal = state_dict["layers"][layer.name]["refusal"]
-            layer.direction = state.direction(layer, state_dict["layers"][layer.name])
+        state.load(self._layers, state_dict)
+        for layer in self._layers:
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.forget_terms()
@@ -476,16 +468,17 @@ class KFAC:
         own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
         told = self._told(own)
         pairs = self._taken(layers, own, scale)
+        # Rows take the place of a gradient that is their product, which is finite where they are.
+        reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
             for layer in {*own, *pairs}
-            if layer.is_unformed or (layer in own and self._reads_rows_alone(layer))
+            if layer.is_unformed or (reads_rows_alone and layer in own and layer.checked_by_rows)
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        damping = self._damping(options)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
-        now = Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
         self._precondition(ready, absorbing, now, options.clip, scale)
@@ -495,7 +488,7 @@ class KFAC:
         for layer in ready:
             layer.seal()
         if not mask.known_finite:
-            self._skipped = ~mask.finite + (0 if self._skipped is None else self._skipped)
+            self._skipped = ~mask.finite + self._skipped
             # With a scaler some batches overflow, and are left out by it too.
             if scale is None:
                 self._mistakes.look_at_skipped(self._skipped, self._steps)
@@ -523,7 +516,6 @@ class KFAC:
         return number
 
     def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
-        """Return the rows of gradients that autograd has left out."""
         found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
         return {layer: rows for layer, rows in found if rows is not None}
 
@@ -553,24 +545,21 @@ class KFAC:
 
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
         """Overwrite the gradients of layers with their steps, clipped."""
-        by = self.options.clip_by if clip is not None and steps else None
-        # Before anything is written: a gradient, or a step, may be the weight's own.
-        length = by_kl(steps, list(gradients.values()), clip) if clip is not None and by == "kl" else None
-        norms = spectral(steps, [layer.direction for layer in gradients], self._seed) if by == "spectral" else []
-        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        by, clip = self.options.clip_by, clip if steps else None
         factors: Sequence[Tensor] | None = None
-        if length is not None:
-            factors = [length] * len(written)
-        elif clip is not None and by == "rms":
-            factors = by_rms([[part.step for part in parts] for parts in written], clip)
+        # Before anything is written: a gradient, or a step, may be the weight's own.
+        if clip is not None and by == "kl":
+            weights = sum(layer.kind.weights for layer in gradients)
+            factors = [by_kl(steps, list(gradients.values()), clip)] * weights
         elif clip is not None and by == "spectral":
-            factors = [
-                factor
-                for layer, own in zip(gradients, norms, strict=True)
-                for factor in own.factors(clip, layer.kind.weights)
-            ]
+            factors = []
+            norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
+                factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        if clip is not None and by == "rms":
+            factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)
 
     def _check_alone(self) -> None:
@@ -579,17 +568,13 @@ class KFAC:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
 
-    def _reads_rows_alone(self, layer: Layer) -> bool:
-        """Say whether a layer's rows take its gradient's place, which makes that finite where they are."""
-        return self._applies_to_pairs and not self._takes_curvature and layer.checked_by_rows
-
     def _is_due(self, layer: Layer, options: AtStep) -> bool:
-        """Say whether a layer takes data in at this step."""
         return self._steps % options.factor_every == 0 or not layer.curvature.started
 
-    def _damping(self, options: AtStep) -> Damping:
-        """Return what is added to the factors, which an `Adaptive` damping has found by now."""
-        return Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
+    def _now(self, options: AtStep, mask: Mask) -> Now:
+        """Return what this step has besides data; an `Adaptive` damping has been found by now."""
+        damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
+        return Now(self._steps, self._seed, options.decay, damping, mask.finite)
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""

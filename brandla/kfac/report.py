@@ -102,16 +102,16 @@ class Report:
         return "\n".join(lines)
 
 
-def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int) -> Report:
+def describe(
+    layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int, layouts: dict[str, str]
+) -> Report:
     """Read every factor; waits for the device."""
-    refused = {layer.name: layer.refusal or "frozen" for layer in layers if layer.refusal or _is_frozen(layer)}
+    frozen = [layer for layer in layers if layer.is_frozen and not layer.curvature.started]
+    refused = {layer.name: layer.refusal or "frozen" for layer in layers if layer.refusal or layer in frozen}
     active = [layer for layer in layers if layer.name not in refused]
     parts = [(layer.name, str(layer.strategy), layer.shape, layer.curvature) for layer in active]
-    return Report([row for own in parts for row in rows_of(*own)], unsupported | refused, skipped, captured_bytes)
-
-
-def _is_frozen(layer: Layer) -> bool:
-    return layer.is_frozen and not layer.curvature.started
+    rows = [row for own in parts for row in rows_of(*own)]
+    return Report(rows, unsupported | refused, skipped, captured_bytes, layouts)
 
 
 def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> Iterator[FactorReport]:

@@ -30,15 +30,8 @@ def of_layer(layer: Layer) -> dict[str, Any]:
     }
 
 
-def direction(layer: Layer, saved: Mapping[str, Any]) -> Tensor | None:
-    """Return the direction that the spectral clip of a layer goes on from."""
-    found: Tensor | None = saved["direction"]
-    shape = layer.shape
-    return None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
-
-
-def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvature]:
-    """Build the curvatures that ``state`` describes, or raise before anything is changed."""
+def load(layers: Sequence[Layer], state: Mapping[str, Any]) -> None:
+    """Continue layers from what ``state`` describes, or raise before anything is changed."""
     if state.get("format") != FORMAT:
         rule = f"the state must have format {FORMAT}; got {state.get('format')!r}"
         remedy = "one of another version cannot be read: train on with new factors, or with the version that wrote it"
@@ -48,7 +41,12 @@ def curvatures(layers: Sequence[Layer], state: Mapping[str, Any]) -> list[Curvat
     if sorted(saved) != sorted(names):
         missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
         _check.fail_value(_FUNCTION, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
-    return [_continued(layer, saved[layer.name]) for layer in layers]
+    curvatures = [_continued(layer, saved[layer.name]) for layer in layers]
+    for layer, curvature in zip(layers, curvatures, strict=True):
+        own, shape = saved[layer.name], layer.shape
+        layer.curvature, layer.linear, layer.refusal = curvature, own["linear"], own["refusal"]
+        found: Tensor | None = own["direction"]
+        layer.direction = None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
 
 
 def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str, Any]:
@@ -98,7 +96,6 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
 
 
 def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
-    """Build the curvature of a layer from what was saved of it."""
     if saved["strategy"] != str(layer.strategy):
         rule = f"{layer.name}: the strategy must be {layer.strategy}, as in this preconditioner"
         _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")

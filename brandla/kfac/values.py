@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from brandla._small import largest_eigenvalue
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Scale = Literal["relative", "absolute"]
@@ -82,6 +84,14 @@ class Damping(NamedTuple):
         shift = self.value * largest
         return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
 
+    def of_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return λ for matrices (*groups, n, n), and their largest eigenvalues d₁, estimated from below with no sync.
+
+        λ is no less than n ε d₁: a matrix that was summed up is semi-definite up to about that.
+        """
+        largest = largest_eigenvalue(matrix)
+        return torch.maximum(self.of(largest), matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest), largest
+
     def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
         """Return λ for each of a list of factors."""
         return alike(
@@ -136,6 +146,11 @@ def length(part: Gradient) -> Tensor:
 def dense(part: Gradient) -> Tensor:
     """Return the matrix."""
     return part if isinstance(part, Tensor) else part[0] @ part[1].mT
+
+
+def sizes(part: Gradient) -> tuple[int, int]:
+    """Return d_out and d_in."""
+    return (part.shape[-2], part.shape[-1]) if isinstance(part, Tensor) else (part[0].shape[-2], part[1].shape[-2])
 
 
 def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:

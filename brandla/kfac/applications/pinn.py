@@ -199,7 +199,6 @@ class Term(NamedTuple):
 
 
 def _terms(residuals: Tensor, points: Tensor, uses: list[Use]) -> list[Term]:
-    """Return the term of each layer."""
     if residuals.shape != points.shape[:1]:
         rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
         _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,33 +16,15 @@ Pass = Literal["loss", "curvature"]
 _LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
-class Saved:
-    """A tensor to be fetched in a backward pass, once.
+def kept(tensor: Tensor) -> Callable[[], Tensor]:
+    """Let autograd keep a tensor, and return a function that fetches it in a backward pass, once.
 
-    `Saved.of` hands it to autograd, outside the model's graph: an activation checkpoint drops it and computes it
-    again, and ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
+    It is outside the model's graph: an activation checkpoint drops it and computes it again, and
+    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
     """
-
-    def __init__(self, tensor: Tensor | None = None, kept: Tensor | None = None) -> None:
-        self._tensor = tensor
-        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
-        self._kept = kept
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Saved:
-        """Let autograd keep a tensor."""
-        # torch leaves Function.apply without annotations.
-        kept: Tensor = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
-        return cls(kept=kept)
-
-    def fetch(self) -> Tensor:
-        """Return the tensor."""
-        if self._tensor is not None:
-            return self._tensor
-        assert self._kept is not None
-        node: Any = self._kept.grad_fn
-        tensor: Tensor = node.saved_tensors[0]
-        return tensor
+    # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+    result: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
+    return lambda: result.grad_fn.saved_tensors[0]
 
 
 class _Keep(torch.autograd.Function):
@@ -91,32 +74,26 @@ class Groups:
         return sums.index_add_(0, self.index.to(like.device), rows.to(like.dtype).sum(-2))[:, None]
 
 
+@dataclass(eq=False)
 class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
-    def __init__(
-        self,
-        kind: Kind,
-        saved: Saved,
-        *,
-        left_out: bool = False,
-        groups: Groups | None = None,
-        valid: Tensor | None = None,
-    ) -> None:
-        self.kind = kind
-        # Where several rows of the inputs are one sample.
-        self.groups = groups
-        # Positions (samples, positions) that are no padding, of the batch that the call is of.
-        self.valid = valid
-        # Whether autograd does not form the weight's gradient in this call.
-        self.left_out = left_out
-        # What the last gradients of each kind are about.
-        self.terms: dict[Pass, Terms | None] = {"loss": None, "curvature": None}
-        self.gradients: dict[Pass, list[Tensor]] = {"loss": [], "curvature": []}
-        # The backward pass, by autograd's number for it, of each of the loss's gradients.
-        self._tasks: list[int] = []
-        self._saved: Saved | None = saved
-        self._inputs: Tensor | None = None
+    kind: Kind
+    # What gives the input, until it has been fetched.
+    fetch: Callable[[], Tensor] | None
+    _: KW_ONLY
+    # Whether autograd does not form the weight's gradient in this call.
+    left_out: bool = False
+    # Where several rows of the inputs are one sample.
+    groups: Groups | None = None
+    # Positions (samples, positions) that are no padding, of the batch that the call is of.
+    valid: Tensor | None = None
+    # What the last gradients of each kind are about.
+    terms: dict[Pass, Terms | None] = field(default_factory=lambda: {"loss": None, "curvature": None})
+    gradients: dict[Pass, list[Tensor]] = field(default_factory=lambda: {"loss": [], "curvature": []})
+    # The backward pass, by autograd's number for it, of each of the loss's gradients.
+    _tasks: list[int] = field(default_factory=list)
+    _inputs: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -126,8 +103,8 @@ class Call:
 
     def add(self, gradient: Tensor, recorder: Recorder) -> None:
         """Take in a gradient; the first one fetches the input from where autograd has kept it."""
-        if self._saved is not None:
-            self._inputs, self._saved = self._saved.fetch(), None
+        if self.fetch is not None:
+            self._inputs, self.fetch = self.fetch(), None
         self.terms[recorder.running] = recorder.terms[recorder.running]
         if recorder.running == "loss":
             self._tasks.append(torch._C._current_graph_task_id())
@@ -148,20 +125,19 @@ class Call:
     @property
     def released(self) -> bool:
         """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
-        return self._saved is None and self._inputs is None
+        return self.fetch is None and self._inputs is None
 
     def release(self) -> None:
-        """Forget the data."""
-        self._saved = self._inputs = None
+        self.fetch = self._inputs = None
         self._tasks = []
         self.gradients = {"loss": [], "curvature": []}
 
     def bytes(self) -> int:
-        """Return the memory of inputs and gradients."""
         gradients = [gradient for of in self.gradients.values() for gradient in of]
         return sum(part.numel() * part.element_size() for part in (self.inputs, *gradients))
 
 
+@dataclass(eq=False)
 class Recorder:
     """Shared by all captures of a model: which backward pass is running.
 
@@ -169,17 +145,16 @@ class Recorder:
     ``terms`` are those that the next gradients of each kind are about, where `KFAC.curvature` has told.
     """
 
-    def __init__(self, *, edges: bool = False) -> None:
-        self.running: Pass = "loss"
-        self.draw = 0
-        self.terms: dict[Pass, Terms | None] = {"loss": None, "curvature": None}
-        self.has_run = False
-        # Whose rows the calls are made of that come now.
-        self.groups: Groups | None = None
-        # The positions of the coming calls that are no padding.
-        self.valid: Tensor | None = None
-        # Whether captures note the place of their outputs in the graph, for backward passes that end there.
-        self.edges = edges
+    running: Pass = "loss"
+    draw: int = 0
+    terms: dict[Pass, Terms | None] = field(default_factory=lambda: {"loss": None, "curvature": None})
+    has_run: bool = False
+    # Whose rows the calls are made of that come now.
+    groups: Groups | None = None
+    # The positions of the coming calls that are no padding.
+    valid: Tensor | None = None
+    # Whether captures note the place of their outputs in the graph, for backward passes that end there.
+    edges: bool = False
 
     def forget_terms(self) -> None:
         """Know of no terms, until `KFAC.curvature` tells."""

@@ -6,7 +6,7 @@ the layer's G is the mean of Jᵀ H J. So g = Jᵀ s for vectors s with Σ s s�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -33,9 +33,10 @@ def vectors(
     rows = by_term(outputs.detach(), loss)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     root = _checked(weights, rows).sqrt()[..., None]
-    make: Callable[[Tensor, torch.Generator], Iterator[Tensor]] = _VECTORS[loss, of]
-    for vector in make(rows, generator):
-        yield _as_outputs(root * vector, outputs).to(outputs.dtype)
+    make = _of_cross_entropy if loss == "cross_entropy" else _of_squares
+    for vector in make(rows, generator, drawn=of == "monte-carlo"):
+        own = root * vector
+        yield (own.reshape(outputs.shape) if outputs.ndim < 2 else own.movedim(-1, 1)).to(outputs.dtype)
 
 
 def by_term(outputs: Tensor, loss: Loss) -> Tensor:
@@ -68,21 +69,17 @@ def _checked(weights: Tensor | None, rows: Tensor) -> Tensor:
     return weights.to(rows.dtype)
 
 
-def _as_outputs(rows: Tensor, outputs: Tensor) -> Tensor:
-    return rows.reshape(outputs.shape) if outputs.ndim < 2 else rows.movedim(-1, 1)
+def _of_cross_entropy(logits: Tensor, generator: torch.Generator, *, drawn: bool) -> Iterator[Tensor]:
+    """√p_c (e_c − p) for each class c, p = softmax(logits): Σ s sᵀ = diag(p) − p pᵀ.
 
-
-def _drawn_cross_entropy(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """One column p − e_y, y drawn from p = softmax(logits): E s sᵀ = diag(p) − p pᵀ."""
+    Or one column p − e_y, y ``drawn`` from p: E s sᵀ is the same.
+    """
     p = logits.softmax(-1)
-    # As torch.multinomial draws one: with exponential variables E, P(argmax p / E = y) is p_y. No sync.
-    labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
-    yield p.scatter_add(-1, labels, -torch.ones_like(p))
-
-
-def _exact_cross_entropy(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """√p_c (e_c − p) for each class c: Σ s sᵀ = diag(p) − p pᵀ."""
-    p = logits.softmax(-1)
+    if drawn:
+        # As torch.multinomial draws one: with exponential variables E, P(argmax p / E = y) is p_y. No sync.
+        labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+        yield p.scatter_add(-1, labels, -torch.ones_like(p))
+        return
     for label in range(p.shape[-1]):
         root = _signed_ones(p, generator) * p[..., label : label + 1].sqrt()
         vector = -root * p
@@ -90,17 +87,18 @@ def _exact_cross_entropy(logits: Tensor, generator: torch.Generator) -> Iterator
         yield vector
 
 
-def _drawn_squares(outputs: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """√(2/C) ε with normal ε: E s sᵀ = (2/C) I, the Hessian of the mean of C squares."""
-    noise = torch.empty_like(outputs).normal_(generator=generator)
-    yield noise * (2 / outputs.shape[-1]) ** 0.5
+def _of_squares(outputs: Tensor, generator: torch.Generator, *, drawn: bool) -> Iterator[Tensor]:
+    """√(2/C) e_c for each component c: Σ s sᵀ = (2/C) I, the Hessian of the mean of C squares.
 
-
-def _exact_squares(outputs: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """√(2/C) e_c for each component c: Σ s sᵀ = (2/C) I."""
+    Or √(2/C) ε with normal ε ``drawn``: E s sᵀ is the same.
+    """
+    scale = (2 / outputs.shape[-1]) ** 0.5
+    if drawn:
+        yield torch.empty_like(outputs).normal_(generator=generator) * scale
+        return
     for component in range(outputs.shape[-1]):
         vector = torch.zeros_like(outputs)
-        vector[..., component] = _signed_ones(outputs, generator)[..., 0] * (2 / outputs.shape[-1]) ** 0.5
+        vector[..., component] = _signed_ones(outputs, generator)[..., 0] * scale
         yield vector
 
 
@@ -108,11 +106,3 @@ def _signed_ones(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Return ±1 for each term."""
     ones = torch.empty(*rows.shape[:-1], 1, dtype=rows.dtype, device=rows.device)
     return ones.bernoulli_(0.5, generator=generator) * 2 - 1
-
-
-_VECTORS: dict[tuple[Loss, CurvatureType], Callable[[Tensor, torch.Generator], Iterator[Tensor]]] = {
-    ("cross_entropy", "monte-carlo"): _drawn_cross_entropy,
-    ("cross_entropy", "type-2"): _exact_cross_entropy,
-    ("mse", "monte-carlo"): _drawn_squares,
-    ("mse", "type-2"): _exact_squares,
-}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
-from brandla.kfac.capture.calls import Call, Pass, Recorder, Saved, Terms
+from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
 from brandla.kfac.capture.kinds import Kind
 from brandla.kfac.capture.switch import Switch, is_functional
 from brandla.kfac.capture.tap import Ticket, tap
@@ -58,7 +58,12 @@ class Capture:
 
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        self._handles += kind.attach(_Watch(self, kind))
+        ticket = Ticket(kind, self.collect_compiled)
+
+        def record(kind: Kind, inputs: Any, output: Any) -> Any:
+            return self.record(kind, inputs, output, ticket)
+
+        self._handles += kind.attach(record, lambda: self.enabled and torch.is_grad_enabled())
 
     def leave_out(self) -> None:
         """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
@@ -100,11 +105,9 @@ class Capture:
         return weight is self._kind.weight and weight._version != version
 
     def bytes(self) -> int:
-        """Return the memory of the calls."""
         return sum(call.bytes() for call in self.calls)
 
     def clear(self) -> None:
-        """Forget the calls."""
         for call in self.calls:
             call.release()
         self.calls = []
@@ -149,7 +152,7 @@ class Capture:
                 return tap(output, inputs, ticket.number)
             groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
-            call = Call(kind, Saved.of(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
+            call = Call(kind, kept(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
             self._watch(call, output)
         return output
 
@@ -180,14 +183,18 @@ class Capture:
         task = (torch._C._current_graph_task_id(), self._recorder.draw)
         if task != self._task:
             self._task, self._index = task, 0
+
+        def new() -> Call:
+            copy = inputs.clone()
+            return Call(kind.of_call(), lambda: copy, valid=self._recorder.valid)
+
         if self._recorder.running == "loss":
-            call = Call(kind.of_call(), Saved(inputs.clone()), valid=self._recorder.valid)
+            call = new()
         else:
             if self._recorder.draw == 0:
                 if self._index == 0:
                     self._of_first_draw = []
-                valid = self._recorder.valid
-                self._of_first_draw.append(Call(kind.of_call(), Saved(inputs.clone()), valid=valid))
+                self._of_first_draw.append(new())
             call = self._of_first_draw[self._index]
             self._index += 1
         self.collect(call, gradient.clone())
@@ -213,7 +220,6 @@ class Capture:
 
     @property
     def _is_leaving(self) -> bool:
-        """Whether the weight's gradient is left out of the call that is going on."""
         return self._switch is not None and self._switch.is_off
 
     @property
@@ -293,18 +299,3 @@ def _own_value(output: Tensor) -> Tensor:
     if base is None or not base.requires_grad or base.numel() != output.numel():
         return output
     return base if base.is_contiguous() and output.is_contiguous() else output
-
-
-class _Watch:
-    """One module that uses the weight of a capture."""
-
-    def __init__(self, capture: Capture, kind: Kind) -> None:
-        self._capture = capture
-        self._ticket = Ticket(kind, capture.collect_compiled)
-
-    @property
-    def is_wanted(self) -> bool:
-        return self._capture.enabled and torch.is_grad_enabled()
-
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
-        return self._capture.record(kind, inputs, output, self._ticket)

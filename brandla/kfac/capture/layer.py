@@ -139,12 +139,7 @@ class Layer:
         """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
 
         The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
-        product is added at once.
-
-        Raises
-        ------
-        RuntimeError
-            If the gradient may be made of more than the captured calls.
+        product is added at once. Where it may be made of more than the captured calls, this raises.
         """
         self._unformed = None
         calls = self._left_out()
@@ -236,7 +231,9 @@ class Layer:
         matrix = self.kind.matrix(weight.to(self.dtype))
         if not self.has_bias:
             return matrix
-        return torch.cat([matrix, self._bias_column(matrix)], dim=-1)
+        bias, size = self.kind.bias_gradient, (*matrix.shape[:-1], 1)
+        column = matrix.new_zeros(size) if bias is None else bias.to(self.dtype).reshape(size)
+        return torch.cat([matrix, column], dim=-1)
 
     def parameters(self) -> Tensor:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
@@ -275,24 +272,16 @@ class Layer:
         torch.matmul(first, second, out=out)
         return Written(gradient, gradient)
 
-    def _bias_column(self, matrix: Tensor) -> Tensor:
-        bias = self.kind.bias_gradient
-        if bias is None:
-            return matrix.new_zeros(*matrix.shape[:-1], 1)
-        return bias.to(self.dtype).reshape(*matrix.shape[:-1], 1)
-
     def _holds_gradient(self, rows: Rows) -> bool:
         """Say whether the product of rows that a factor takes in is the gradient, whatever padding holds."""
         return self.sharing == "expand" and rows.share is None
 
     def _left_out(self) -> list[Call]:
-        """Return the calls whose weight's gradient autograd has not formed."""
         if not self.capture.left_out or self.kind.bias_gradient is None:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
     def _product(self, rows: Rows) -> Tensor:
-        """Return the weight's gradient from its rows."""
         return rows.gradients.mT @ rows.inputs[..., : self.kind.shape[2]]
 
     def _calls(self, of: Pass) -> list[Call]:
@@ -303,13 +292,9 @@ class Layer:
         """Say whether a pair of these calls is cheaper to apply than the gradient."""
         shape = self.shape
         widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-        return widest is not None and self._count(calls) <= widest
-
-    def _count(self, calls: list[Call]) -> int:
-        """Return how many rows the calls make with no reduction."""
         groups, d_out, _ = self.kind.shape
         numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
-        return numbers // math.prod((*groups, d_out))
+        return widest is not None and numbers // math.prod((*groups, d_out)) <= widest
 
     def _stacked(
         self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
@@ -323,7 +308,9 @@ class Layer:
         counts = [0, 0]
         valid: list[list[Tensor]] = [[], []]
         for index, call, gradient in _in_order(calls, of):
-            uses, own = self._uses(call, self._unscaled(gradient.to(self.dtype), scale), reduce=reduce, padded=padded)
+            full = gradient.to(self.dtype)
+            unscaled = full if scale is None else full / scale
+            uses, own = self._uses(call, unscaled, reduce=reduce, padded=padded)
             if own is not None and (of == "loss" or index == 0):
                 valid[call.kind.turned].append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
@@ -345,7 +332,9 @@ class Layer:
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
         inputs = call.inputs
-        if not self.batch_first and gradient.ndim > 1 + self._own_dimensions:
+        # The dimensions of a use's output.
+        own = self.kind.weight.ndim if self.kind.single else 1
+        if not self.batch_first and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and call.kind.is_averaged else None
         by_sample = reduce and groups is None
@@ -357,11 +346,6 @@ class Layer:
         else:
             uses = (call.kind.reduced if by_sample else call.kind.uses)(inputs, gradient)
         return (uses, valid) if groups is None else groups.reduced(uses, valid)
-
-    @property
-    def _own_dimensions(self) -> int:
-        """The dimensions of a use's output."""
-        return self.kind.weight.ndim if self.kind.single else 1
 
     def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
         """Scale rows so that means over their number are those over the rows that are no padding.
@@ -392,9 +376,6 @@ class Layer:
             else:
                 inputs = torch.cat([inputs, uses.ones.to(self.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
-
-    def _unscaled(self, gradients: Tensor, scale: Tensor | None) -> Tensor:
-        return gradients if scale is None else gradients / scale
 
     def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""

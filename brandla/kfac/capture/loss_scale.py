@@ -9,10 +9,7 @@ from torch import Tensor
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
     """Return the scale, without reading it back; None where there is no scaler that is in use.
 
-    Raises
-    ------
-    RuntimeError
-        If the gradients of no optimizer have been unscaled since the last update of the scale.
+    Or raise, if the gradients of no optimizer have been unscaled since the last update of the scale.
     """
     if scaler is None or not scaler.is_enabled():
         return None

@@ -24,7 +24,12 @@ class Mask(NamedTuple):
     def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
         """Look once at all rows, and at all gradients of the model ``but`` those that are products of rows."""
         left_out = {id(gradient) for gradient in but}
-        bounds = [(part, _bound(part, own.uses)) for own in rows for part in _parts(own)]
+        bounds = [
+            (part, _bound(part, own.uses))
+            for own in rows
+            for part in (own.inputs, own.gradients)
+            if part.is_floating_point()
+        ]
         bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]
         found = [(_real(part), bound) for part, bound in bounds if part.numel()]
         if not found:
@@ -52,12 +57,6 @@ class Mask(NamedTuple):
 
     def _or_zero(self, part: Tensor) -> Tensor:
         return torch.where(self.finite.to(part.device), part, 0)
-
-
-def _parts(rows: Rows) -> Iterable[Tensor]:
-    if rows.inputs.is_floating_point():
-        yield rows.inputs
-    yield rows.gradients
 
 
 def _bound(part: Tensor, uses: int) -> float:

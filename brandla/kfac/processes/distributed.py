@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,23 +31,25 @@ Mode: TypeAlias = Literal["gather", "split"]
 Unit: TypeAlias = tuple[int, str]
 
 
-class Replicas(ABC):
-    """The processes that hold the model, and who of them takes in which rows."""
+class Replicas:
+    """The processes that hold the model, and who of them takes in which rows: here one process, which takes in its own.
 
-    # Whether every process has a batch of its own, so that a gradient is not that of the rows captured here.
-    several = True
-    # This process among them, and their number.
+    ``several`` says whether every process has a batch of its own, so that a gradient is not that of the rows captured
+    here. ``rank`` is this process among them, and ``world`` their number.
+    """
+
+    several = False
     rank = 0
     world = 1
 
-    @abstractmethod
     def exchange(
         self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
     ) -> tuple[Mask, dict[Layer, Rows]]:
-        """Return whether everything is finite everywhere, and the rows that this process is to take in.
+        """Return whether everything is finite everywhere, and the rows, or zeros, that this process is to take in.
 
         ``told`` is how many terms this process's loss is a mean of, where rows are its gradients; 0 if that is unknown.
         """
+        return mask, {layer: _of_terms(layer, mask.rows(rows), told) for layer, rows in own.items()}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
@@ -64,31 +66,10 @@ class Replicas(ABC):
         yield
 
 
-class Alone(Replicas):
-    """One process."""
-
-    several = False
-
-    def exchange(
-        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
-    ) -> tuple[Mask, dict[Layer, Rows]]:
-        """Return the rows, or zeros."""
-        return mask, {layer: _of_terms(layer, mask.rows(rows), told) for layer, rows in own.items()}
-
-
-class _Census(NamedTuple):
-    """The rows of each layer that all processes have for a step, counted, and whether they are finite.
-
-    And the number of terms that all their losses are means of, 0 if none was told.
-    """
-
-    finite: bool
-    told: float
-    shares: dict[Layer, list[Share]]
-
-
-class _Many(Replicas):
+class _Many(Replicas, ABC):
     """More than one process."""
+
+    several = True
 
     def __init__(self, layers: Sequence[Layer], ranks: Ranks, most: int | None, *, of_terms: bool) -> None:
         self.rank, self.world = ranks.rank, ranks.world
@@ -101,31 +82,35 @@ class _Many(Replicas):
         self, own: Mapping[Layer, Rows], mask: Mask, seed: int, told: Tensor | float
     ) -> tuple[Mask, dict[Layer, Rows]]:
         """Count the rows and terms of all processes, then send the rows to where they are taken in."""
-        census = self._census(own, mask.finite, told)
-        mask = mask.agreed(census.finite)
+        finite, of_all, shares = self._census(own, mask.finite, told)
+        mask = mask.agreed(finite)
         clean = {
-            layer: _of_terms(layer, mask.rows(rows), census.told * rows.uses / _uses(census.shares[layer]))
+            layer: _of_terms(layer, mask.rows(rows), of_all * rows.uses / _uses(shares[layer]))
             for layer, rows in own.items()
-            if layer in census.shares
+            if layer in shares
         }
         parts = [
             part
-            for layer, shares in census.shares.items()
-            for part in parts_of(layer, shares, self._most, of_terms=self._of_terms)
+            for layer, of_ranks in shares.items()
+            for part in parts_of(layer, of_ranks, self._most, of_terms=self._of_terms)
         ]
         if not parts:
             return mask, {}
-        rows = assembled(census.shares, parts, self._sent(parts, clean, seed), seed)
-        if self._of_terms or census.told:
+        rows = assembled(shares, parts, self._sent(parts, clean, seed), seed)
+        if self._of_terms or of_all:
             rows = {layer: found._replace(counted=True) for layer, found in rows.items()}
         return mask, rows
 
     def mean(self, number: Tensor) -> Tensor:
-        """Ask all processes."""
         return self._ranks.mean(number)
 
-    def _census(self, own: Mapping[Layer, Rows], finite: Tensor, told: Tensor | float) -> _Census:
-        """Count the rows of all processes. A layer that one process cannot precondition is left alone by all."""
+    def _census(
+        self, own: Mapping[Layer, Rows], finite: Tensor, told: Tensor | float
+    ) -> tuple[bool, float, dict[Layer, list[Share]]]:
+        """Say whether all rows are finite, how many terms all losses are means of, and how many rows each process has.
+
+        A layer that one process cannot precondition is left alone by all.
+        """
         shares = [Share.of(own.get(layer), refused=bool(layer.refusal)) for layer in self._layers]
         everyone = self._ranks.numbers((finite, told), [number for share in shares for number in share])
         width = len(Share._fields)
@@ -137,7 +122,7 @@ class _Many(Replicas):
                 layer.refusal = layer.refusal or "another process cannot precondition it"
             elif any(share.uses for share in of_ranks):
                 found[layer] = of_ranks
-        return _Census(all(numbers[0] for numbers in everyone), sum(numbers[1] for numbers in everyone), found)
+        return all(numbers[0] for numbers in everyone), sum(numbers[1] for numbers in everyone), found
 
     @abstractmethod
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
@@ -148,9 +133,8 @@ class Gather(_Many):
     """Every process takes in the rows of all: their factors are equal without ever being compared."""
 
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
-        here, world = self._ranks.rank, self._ranks.world
-        sent = [outgoing(part, own.get(part.layer), here, seed) for part in parts]
-        by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(world)])
+        sent = [outgoing(part, own.get(part.layer), self.rank, seed) for part in parts]
+        by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(self.world)])
         return [list(pieces) for pieces in zip(*by_rank, strict=True)]
 
 
@@ -199,16 +183,16 @@ class Split(_Many):
 
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
         owners = self._owners_of(parts)
-        here, world = self._ranks.rank, self._ranks.world
         wanted = [
-            [part for part, owner in zip(parts, owners, strict=True) if owner in (rank, None)] for rank in range(world)
+            [part for part, owner in zip(parts, owners, strict=True) if owner in (rank, None)]
+            for rank in range(self.world)
         ]
-        sent = {id(part): outgoing(part, own.get(part.layer), here, seed) for part in parts}
+        sent = {id(part): outgoing(part, own.get(part.layer), self.rank, seed) for part in parts}
         by_rank = self._ranks.to_each(
             [[sent[id(part)] for part in those] for those in wanted],
-            [[part.layout(rank) for part in wanted[here]] for rank in range(world)],
+            [[part.layout(rank) for part in wanted[self.rank]] for rank in range(self.world)],
         )
-        received = dict(zip(map(id, wanted[here]), map(list, zip(*by_rank, strict=True)), strict=True))
+        received = dict(zip(map(id, wanted[self.rank]), map(list, zip(*by_rank, strict=True)), strict=True))
         return [received.get(id(part)) for part in parts]
 
     def _owners_of(self, parts: Sequence[Part]) -> list[int | None]:
@@ -245,9 +229,7 @@ class Split(_Many):
         """Send the changes of this process's units to all, and store those that come in."""
         due = {self._index[layer] for layer in rows}
         own = {
-            unit: self._changed(unit)
-            for unit, owner in self._owners.items()
-            if unit[0] in due and owner == self._ranks.rank
+            unit: self._changed(unit) for unit, owner in self._owners.items() if unit[0] in due and owner == self.rank
         }
         for published in self._ranks.publish(own):
             for unit, state in published.items():
@@ -287,13 +269,12 @@ class Split(_Many):
         return self._index[layer], ""
 
     def _factor(self, unit: Unit) -> Factor | None:
-        """Return the factor that a unit is, if it is one."""
         index, side = unit
         # mypy does not see that a side that is named is one of the two.
         return dict(self._layers[index].curvature.factors())[side] if side else None  # type: ignore[index]
 
     def _is_here(self, unit: Unit) -> bool:
-        return self._owners.get(unit) == self._ranks.rank
+        return self._owners.get(unit) == self.rank
 
 
 def replicas(
@@ -305,7 +286,7 @@ def replicas(
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
-        return Alone()
+        return Replicas()
     ranks = Ranks(group, layers[0].kind.weight.device)
     kind = Gather if mode == "gather" else Split
     return kind(layers, ranks, most, of_terms=of_terms)

@@ -30,7 +30,6 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows | None, *, refused: bool) -> Share:
-        """Count rows."""
         if rows is None:
             return cls(0, 0, 0, 0, int(refused))
         inputs = rows.inputs.shape[-2] if rows.inputs.is_floating_point() else len(rows.inputs)
@@ -54,7 +53,6 @@ class Part(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Length of a row."""
         return self.shape.d_out if self.name == "gradients" else self.shape.d_in
 
     @property
@@ -62,11 +60,15 @@ class Part(NamedTuple):
         """Whether the rows are given by the places of their ones."""
         return self.shape.one_hot and self.name == "inputs"
 
+    def empty(self, count: int, device: torch.device) -> Tensor:
+        """Return memory for so many rows."""
+        if self.is_index:
+            return torch.empty(count, dtype=torch.int64, device=device)
+        return torch.empty(*self.shape.groups, count, self.width, dtype=self.shape.dtype, device=device)
+
     def layout(self, rank: int) -> Layout:
         """Return the layout of the rows that a process sends."""
-        if self.is_index:
-            return Layout.contiguous((self.sent[rank],), torch.int64)
-        return Layout.contiguous((*self.shape.groups, self.sent[rank], self.width), self.shape.dtype)
+        return Layout.of(self.empty(self.sent[rank], torch.device("meta")))
 
 
 def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
@@ -118,8 +120,7 @@ def _draws(shares: Sequence[Share], shape: Shape) -> int:
 def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
     """Return the rows that this process sends: its own, or fewer with the same sum of outer products."""
     if rows is None:
-        layout = part.layout(rank)
-        return torch.empty(layout.shape, dtype=layout.dtype, device=part.shape.device)
+        return part.empty(part.sent[rank], part.shape.device)
     own: Tensor = getattr(rows, part.name)
     if part.is_index:
         return own.long()
@@ -160,9 +161,7 @@ def fewer(rows: Tensor, count: int, seed: int) -> Tensor:
 
 def _joined(part: Part, pieces: list[Tensor] | None, seed: int) -> Tensor:
     if pieces is None:
-        shape = (0,) if part.is_index else (*part.shape.groups, 0, part.width)
-        dtype = torch.int64 if part.is_index else part.shape.dtype
-        return torch.empty(shape, dtype=dtype, device=part.shape.device)
+        return part.empty(0, part.shape.device)
     if part.is_index:
         return torch.cat(pieces)
     by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in pieces]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # Tensors start at multiples of this in a buffer, so that each can be read there.
 _ALIGNMENT = 8
@@ -23,11 +24,6 @@ class Layout(NamedTuple):
     def of(cls, tensor: Tensor) -> Layout:
         """Return the layout that a copy of the tensor has."""
         return cls(tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride(), tensor.dtype)
-
-    @classmethod
-    def contiguous(cls, shape: Sequence[int], dtype: torch.dtype) -> Layout:
-        """Return the layout of a new tensor."""
-        return cls.of(torch.empty(*shape, dtype=dtype, device="meta"))
 
     @property
     def bytes(self) -> int:
@@ -81,11 +77,10 @@ class Ranks:
 
     def publish(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """Return the dicts of all processes: nested, of tensors, numbers and strings, with strides kept."""
-        tensors: list[Tensor] = []
-        outline = _outline(own, tensors)
+        tensors = [part for part in tree_leaves(own) if isinstance(part, Tensor)]
         outlines: list[Any] = [None] * self.world
-        distributed.all_gather_object(outlines, outline, group=self._group)
-        layouts = [list(_layouts(each)) for each in outlines]
+        distributed.all_gather_object(outlines, tree_map_only(Tensor, Layout.of, own), group=self._group)
+        layouts = [[part for part in tree_leaves(each, _is_layout) if _is_layout(part)] for each in outlines]
         buffers = [
             self._packed(tensors) if rank == self.rank else self._buffer(_bytes(those))
             for rank, those in enumerate(layouts)
@@ -98,7 +93,7 @@ class Ranks:
         for work in pending:
             work.wait()
         return [
-            _filled(each, iter(_unpacked(buffer, those)))
+            _filled(each, _unpacked(buffer, those))
             for each, buffer, those in zip(outlines, buffers, layouts, strict=True)
         ]
 
@@ -138,27 +133,11 @@ def _unpacked(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
     return tensors
 
 
-def _outline(nested: Any, tensors: list[Tensor]) -> Any:
-    """Take the tensors out of nested dicts, and leave their layouts."""
-    if isinstance(nested, Tensor):
-        tensors.append(nested)
-        return Layout.of(nested)
-    if isinstance(nested, dict):
-        return {key: _outline(value, tensors) for key, value in nested.items()}
-    return nested
+def _is_layout(part: object) -> bool:
+    return isinstance(part, Layout)
 
 
-def _layouts(outline: Any) -> Iterator[Layout]:
-    if isinstance(outline, Layout):
-        yield outline
-    elif isinstance(outline, dict):
-        for value in outline.values():
-            yield from _layouts(value)
-
-
-def _filled(outline: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(outline, Layout):
-        return next(tensors)
-    if isinstance(outline, dict):
-        return {key: _filled(value, tensors) for key, value in outline.items()}
-    return outline
+def _filled(outline: Any, tensors: Sequence[Tensor]) -> Any:
+    """Put tensors in the place of their layouts in nested dicts."""
+    waiting = iter(tensors)
+    return tree_map(lambda part: next(waiting) if _is_layout(part) else part, outline, is_leaf=_is_layout)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, State, due, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
 from brandla.kfac.systems.schedule import Schedule
@@ -138,10 +138,7 @@ class Brand(FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Brand
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Brand(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Brand(rank=4))
     """
 
     unread: ClassVar[tuple[str, ...]] = ("error_bound",)
@@ -163,7 +160,6 @@ class Brand(FactorStrategy):
             _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with nothing known."""
         rank = self._first_rank
         state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
         if isinstance(self.rank, ErrorBound):
@@ -173,7 +169,6 @@ class Brand(FactorStrategy):
         return state
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Update the low-rank forms with the columns."""
         ranks = [self._rank(absorption.state, step) for absorption in absorptions]
         update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
@@ -187,7 +182,6 @@ class Brand(FactorStrategy):
             state["rank"] = self.rank.next(cast(int, state["rank"]), error)
 
     def lowrank(self, state: State) -> LowRank:
-        """``rank`` columns, or eigenpairs."""
         return kept(state)
 
     def largest(self, state: State) -> Tensor:
@@ -198,11 +192,9 @@ class Brand(FactorStrategy):
         return lowrank.largest_eigenvalue()
 
     def error_bound(self, state: State) -> Tensor:
-        """Return the running bound that travels with the factor."""
         return tensor(state, "error_bound")
 
     def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
-        """Give way where the low-rank form is no smaller than the matrix."""
         return substitute_for_brand(self, n, self._first_rank)
 
     @property
@@ -219,35 +211,3 @@ def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[F
         return None
     reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
     return Exact(inverse_every=1, tail=strategy.tail), reason
-
-
-@dataclass(frozen=True)
-class DenseBrand(DenseForm, FactorStrategy):
-    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
-
-    kind: ClassVar[type[LowRankRoot | LowRankEigh]]
-
-    rank: Schedule[int | Rank]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self, self.rank)
-
-    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix and nothing known of it."""
-        state = super().start(n, groups, dtype, device)
-        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
-        return state
-
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
-        super().take(absorptions, step)
-        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
-
-    def lowrank(self, state: State) -> LowRank:
-        """``rank`` columns, or eigenpairs."""
-        return kept(state)
-
-    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        """Give way where the low-rank form is no smaller than the matrix."""
-        return substitute_for_brand(self, n, first_rank(self.rank))

@@ -45,10 +45,7 @@ class ConjugateGradient(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, ConjugateGradient
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, ConjugateGradient())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), ConjugateGradient())
     """
 
     iterations: int = 10
@@ -60,7 +57,6 @@ class ConjugateGradient(Strategy):
         _check.count("ConjugateGradient", "batches", self.batches, 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return a curvature that keeps rows."""
         if shape.one_hot or shape.single:
             return Kronecker.of(shape, Exact())
         return RowsOfBatches(shape, self)
@@ -106,9 +102,10 @@ class RowsOfBatches(StateCurvature):
             self.state[f"{name} rows"], self.state[f"{name} weights"] = side.taken(own, now, most)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return the iterate after the fixed number of steps."""
         matrix = dense(gradient)
-        operator = _Operator.of(self._side("output").root(), self._side("input").root(), now)
+        left, right = self._side("output").root(), self._side("input").root()
+        shift = now.damping.of(_largest(left) * _largest(right))
+        operator = _Operator(left, right, shift[..., None, None])
         start = tensor(self.state, "last") if "last" in self.state else torch.zeros_like(matrix)
         step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
         if self.strategy.warm_start:
@@ -116,7 +113,6 @@ class RowsOfBatches(StateCurvature):
         return step
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of the rows, as many as there are weights."""
         groups, d_out, d_in = self.shape[:3]
         sides = {"output": d_out, "input": d_in}
         return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}
@@ -131,10 +127,6 @@ class _Operator(NamedTuple):
     left: Tensor
     right: Tensor
     shift: Tensor
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor, now: Now) -> _Operator:
-        return cls(left, right, now.damping.of(_largest(left) * _largest(right))[..., None, None])
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
         inner = self.left @ matrix @ self.right.mT

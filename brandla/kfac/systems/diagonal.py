@@ -36,22 +36,18 @@ class Diagonal(_Whole):
     """
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with zeros."""
         return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Count the indices."""
         for state, indices, decay, weight, finite in absorptions:
             diagonal = tensor(state, "diagonal")
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
 
     def largest(self, state: State) -> Tensor:
-        """Return the largest frequency."""
         return normalised(state, tensor(state, "diagonal")).amax(-1)
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        """Divide the rows of the block by the frequencies and λ."""
         return block / (normalised(state, tensor(state, "diagonal")) + shift[..., None])[..., None]
 
 

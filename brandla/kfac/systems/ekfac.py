@@ -71,10 +71,7 @@ class EKFAC(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, EKFAC
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, EKFAC())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), EKFAC())
     """
 
     inverse_every: Schedule[int] = 10
@@ -83,7 +80,6 @@ class EKFAC(Strategy):
         _check.count("EKFAC", "inverse_every", at(self.inverse_every, 0), 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return eigenbases and second moments before any data."""
         if shape.one_hot or shape.single:
             return Kronecker.of(shape, Exact(self.inverse_every))
         size = (*shape.groups, shape.d_out, shape.d_in)
@@ -100,11 +96,9 @@ class EigenvalueCorrected(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return self.bases.started
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take rows into the factors, then into the second moments."""
         known = self._eigenvectors() if self.started else None
         self.bases.absorb(rows, now)
         output, input_ = self._eigenvectors()
@@ -124,15 +118,12 @@ class EigenvalueCorrected(Curvature):
         return left @ (rotated / divisor) @ right.mT
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        """Go through both factors."""
         return self.bases.factors()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {"bases": self.bases.state_dict(), "sums": self.sums.clone()}
 
     def loaded(self, state: dict[str, Any], where: str) -> EigenvalueCorrected:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
         wanted, got = tuple(self.sums.shape), tuple(state["sums"].shape)
         if got != wanted:
             _check.fail_value("KFAC.load_state_dict", f"{where}: sums must have shape {wanted}; got {got}")
@@ -140,7 +131,6 @@ class EigenvalueCorrected(Curvature):
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         yield from self.bases.tensors()
         yield self.sums
 

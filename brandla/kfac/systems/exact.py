@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue, safe_eigh
+from brandla._small import safe_eigh
 from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored, tensor
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
@@ -38,10 +38,7 @@ class Exact(DenseForm, FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Exact
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Exact(inverse_every=10))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Exact(inverse_every=10))
     """
 
     # Whether young factors are renewed more often.
@@ -59,7 +56,6 @@ class Exact(DenseForm, FactorStrategy):
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix."""
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
             store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
@@ -70,7 +66,6 @@ class Exact(DenseForm, FactorStrategy):
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Decompose or factorise the dense average when it is due."""
         if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
         if self.method == "eigh":
@@ -84,7 +79,6 @@ class Exact(DenseForm, FactorStrategy):
         return LowRankEigh(*safe_eigh(average))
 
     def lowrank(self, state: State) -> LowRankEigh | None:
-        """All n eigenpairs; None from a Cholesky factorisation."""
         return stored(state) if self.method == "eigh" else None
 
     def largest(self, state: State) -> Tensor:
@@ -109,10 +103,7 @@ class Exact(DenseForm, FactorStrategy):
 
 def _factorize(state: State, average: Tensor, damping: Damping) -> None:
     """Write L with L Lᵀ = M + λI, λ and d₁, or leave what is there where M + λI is not positive definite."""
-    largest = largest_eigenvalue(average)
-    # M itself carries a rounding error of about n·ε·d₁, which a smaller λ would leave to make M + λI indefinite.
-    rounding = average.shape[-1] * torch.finfo(average.dtype).eps * largest
-    shift = torch.maximum(damping.of(largest), rounding)
+    shift, largest = damping.of_matrix(average)
     shifted = average.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     factor, info = torch.linalg.cholesky_ex(shifted)

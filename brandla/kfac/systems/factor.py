@@ -36,11 +36,9 @@ class Factor:
 
     @property
     def started(self) -> bool:
-        """Whether the factor holds data."""
         return bool(self.state)
 
     def choose(self) -> None:
-        """Choose the strategy."""
         replacement = self.asked.substitute(self.n)
         if replacement is not None:
             self.strategy, self.reason = replacement
@@ -81,11 +79,9 @@ class Factor:
         return self.strategy.damped_solve(self.state, block, self.shift(damping))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {"strategy": str(self.strategy), "reason": self.reason, "state": copied(self.state)}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
-        """Return a new factor that continues from ``saved``, or raise ValueError."""
         fresh = replace(self, reason=saved["reason"], state={})
         if saved["state"]:
             fresh.strategy = self._strategy_named(saved["strategy"], where)
@@ -142,18 +138,24 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     """Take columns into factors, those of one strategy together, and refresh each.
 
     A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike. A factor that gets
-    no columns belongs to another process, and is left as it is.
+    no columns belongs to another process, and is left as it is. Factors that began together have one tensor for the sum
+    of their weights, which is computed once.
     """
     members: dict[FactorForm, list[Absorption]] = {}
     factors = {}
-    totals = _Totals(now)
+    first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    # By the identity of the old sum, which is kept here so that no other tensor can get it.
+    renewed: dict[int, tuple[Tensor, Tensor]] = {}
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
         if not factor.started:
             factor.begin()
-            totals.begin(factor)
-        totals.renew(factor)
+            factor.state["total"] = first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
+        total = tensor(factor.state, "total")
+        if id(total) not in renewed:
+            renewed[id(total)] = total, _renewed(total, now)
+        factor.state["total"] = renewed[id(total)][1]
         # In the weight, the normalisation costs no scaled copy of the columns.
         weight = (1 - now.decay) * scale
         members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, now.decay, weight, now.finite))
@@ -164,27 +166,10 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
-class _Totals:
-    """The sums of weights of a step: factors that began together have one tensor, which is computed once."""
-
-    def __init__(self, now: Now) -> None:
-        self._now = now
-        self._first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        # By the identity of the old one, which is kept here so that no other tensor can get it.
-        self._renewed: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def begin(self, factor: Factor) -> None:
-        """Give a new factor the sum that others begin with."""
-        factor.state["total"] = self._first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
-
-    def renew(self, factor: Factor) -> None:
-        """Decay the sum of a factor and add this step's weight, which is 0 unless the step is finite."""
-        old = tensor(factor.state, "total")
-        if id(old) not in self._renewed:
-            decay, finite = self._now.decay, self._now.finite.to(old.dtype)
-            new = torch.add(decay * old, finite, alpha=1 - decay).clamp_min(torch.finfo(old.dtype).tiny)
-            self._renewed[id(old)] = old, new
-        factor.state["total"] = self._renewed[id(old)][1]
+def _renewed(total: Tensor, now: Now) -> Tensor:
+    """Decay the sum of weights and add this step's, which is 0 unless the step is finite."""
+    new = torch.add(now.decay * total, now.finite.to(total.dtype), alpha=1 - now.decay)
+    return new.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def share_totals(factors: Iterable[Factor]) -> None:
@@ -199,14 +184,11 @@ def share_totals(factors: Iterable[Factor]) -> None:
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
     """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
-    solved = {
-        index: own.damped_solve(block, damping)
-        for index, (own, block) in enumerate(zip(factors, blocks, strict=True))
-        if index not in lowranks
-    }
+    others = [index for index in range(len(factors)) if index not in lowranks]
+    solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
     if lowranks:
-        shifts = damping.of_each([factors[index].largest() for index in lowranks])
-        tails = [factors[index].strategy.tail for index in lowranks]
+        own = [factors[index] for index in lowranks]
+        shifts, tails = damping.of_each([one.largest() for one in own]), [one.strategy.tail for one in own]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))

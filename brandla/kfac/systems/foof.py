@@ -30,10 +30,7 @@ class Foof(KroneckerStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Foof, Brand
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Foof(Brand(rank=4)))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Foof(Brand(rank=4)))
     """
 
     measures_length: ClassVar[bool] = False
@@ -44,6 +41,5 @@ class Foof(KroneckerStrategy):
         check_inner(self, self.inner, FactorStrategy, "a strategy of factors such as Brand(rank=128)")
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return A alone."""
         both = Kronecker.of(shape, self.inner)
         return Kronecker(None if shape.single else both.input, None, shape.single)

@@ -117,11 +117,9 @@ class DenseForm(FactorForm):
     unread: ClassVar[tuple[str, ...]] = ("dense",)
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix."""
         return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        """Add the columns to the dense sums."""
         for state, columns, decay, weight, _ in absorptions:
             gram_ema_(tensor(state, "dense"), columns, decay, weight)
 

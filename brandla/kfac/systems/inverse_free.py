@@ -9,8 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.systems import inverse_root
-from brandla.kfac.systems.inverse_root import Batch, CountBatch, InverseRoot, RowBatch
+from brandla.kfac.systems.inverse_root import Batch, CountBatch, InverseRoot, Move, RowBatch
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, Kept, Strategy
 from brandla.kfac.systems.structures import STRUCTURES, Diagonal, Structure
@@ -63,10 +62,7 @@ class InverseFree(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, InverseFree
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, InverseFree("diagonal"))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), InverseFree("diagonal"))
     """
 
     structure: str | Structure = "dense"
@@ -96,7 +92,6 @@ class InverseFree(Strategy):
         return _check.count("InverseFree", "preconditioner_every", every, 1)
 
     def curvature(self, shape: Shape) -> InverseFreeCurvature:
-        """Return K and C of a layer before any data."""
         chosen = STRUCTURES[self.structure] if isinstance(self.structure, str) else self.structure
         singd = self.variant == "singd"
         input = InverseRoot.start(shape.d_in, Diagonal() if shape.one_hot else chosen, shape, with_momentum=singd)
@@ -115,19 +110,19 @@ class InverseFreeCurvature(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return self.renewed is not None
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Move K and C, where that is due."""
         if self.renewed is not None and now.step - self.renewed < self.strategy.period(now.step):
             return
         self.renewed = now.step
-        if self.strategy.variant == "singd" and self.output is not None:
-            self._move_together(self.output, rows, now)
+        sides, batches = self._sides(), self._batches(rows)
+        if self.strategy.variant == "singd" and len(sides) == 2:
+            moves = _together(sides, batches, now)
         else:
-            for side, batch in zip(self._sides(), self._batches(rows), strict=True):
-                self._move_alone(side, batch, now)
+            moves = [_alone(side, batch, now) for side, batch in zip(sides, batches, strict=True)]
+        for side, move in zip(sides, moves, strict=True):
+            side.move(move, self.strategy.rate, self.strategy.momentum, now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
@@ -145,25 +140,21 @@ class InverseFreeCurvature(Curvature):
         return (d_out * by_row + d_in * by_column) // (by_row + by_column + 2 * entries)
 
     def kept(self) -> Iterator[Kept]:
-        """Go through the sides."""
         yield Kept("input", self.input.n, repr(self.input.structure), self.input.tensors())
         if self.output is not None:
             yield Kept("output", self.output.n, repr(self.output.structure), self.output.tensors())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         sides = {"input": self.input, "output": self.output}
         states = {name: side.state_dict() for name, side in sides.items() if side is not None}
         return {**states, "renewed": self.renewed}
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseFreeCurvature:
-        """Return a new curvature that continues from ``state``, or raise ValueError naming ``where``."""
         input = self.input.loaded(state["input"], f"{where} (input)")
         output = None if self.output is None else self.output.loaded(state["output"], f"{where} (output)")
         return replace(self, input=input, output=output, renewed=state["renewed"])
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         for kept in self.kept():
             yield from kept.tensors
 
@@ -180,32 +171,31 @@ class InverseFreeCurvature(Curvature):
             return [CountBatch.of(rows.inputs, 1 / rows.uses, self.input.n, dtype), G]
         return [RowBatch(rows.inputs.to(dtype), 1 / rows.uses), G]
 
-    def _move_alone(self, side: InverseRoot, batch: Batch, now: Now) -> None:
-        """IKFAC, and SINGD where the other factor is 1."""
-        unknown = side.largest() == 0
-        side.observe(batch, now)
-        damping = now.damping.of(side.largest())
-        side.restart(unknown & now.finite, (batch.mean_eigenvalue() + damping).rsqrt())
-        seen, own = side.look(batch)
-        self._move(side, inverse_root.Gradient(seen, own, 1, damping), now)
-
-    def _move_together(self, output: InverseRoot, rows: Rows, now: Now) -> None:
-        """SINGD: each side's curvature and damping are scaled by traces of the other."""
-        sides, batches = (self.input, output), self._batches(rows)
-        unknown = sides[0].largest() * sides[1].largest() == 0
-        for side, batch in zip(sides, batches, strict=True):
-            side.observe(batch, now)
-        damping = now.damping.of(sides[0].largest()) * now.damping.of(sides[1].largest())
-        mean = batches[0].mean_eigenvalue() * batches[1].mean_eigenvalue()
-        for side in sides:
-            side.restart(unknown & now.finite, (mean + damping).pow(-0.25))
-        looks = [side.look(batch) for side, batch in zip(sides, batches, strict=True)]
-        for side, look, other, (seen, own) in zip(sides, looks, sides[::-1], looks[::-1], strict=True):
-            curvature, tail = (other.structure.trace(part) / other.n for part in (seen, own))
-            self._move(side, inverse_root.Gradient(*look, curvature, damping * tail), now)
-
-    def _move(self, side: InverseRoot, gradient: inverse_root.Gradient, now: Now) -> None:
-        side.move(gradient, self.strategy.rate, self.strategy.momentum, now.finite)
-
     def _from_output(self, columns: Tensor) -> Tensor:
         return columns if self.output is None else self.output.apply(columns.mT).mT
+
+
+def _alone(side: InverseRoot, batch: Batch, now: Now) -> Move:
+    """IKFAC, and SINGD where the other factor is 1."""
+    unknown = side.largest() == 0
+    side.observe(batch, now)
+    damping = now.damping.of(side.largest())
+    side.restart(unknown & now.finite, (batch.mean_eigenvalue() + damping).rsqrt())
+    return Move(*side.look(batch), 1, damping)
+
+
+def _together(sides: list[InverseRoot], batches: list[Batch], now: Now) -> list[Move]:
+    """SINGD: each side's curvature and damping are scaled by traces of the other."""
+    unknown = sides[0].largest() * sides[1].largest() == 0
+    for side, batch in zip(sides, batches, strict=True):
+        side.observe(batch, now)
+    damping = now.damping.of(sides[0].largest()) * now.damping.of(sides[1].largest())
+    mean = batches[0].mean_eigenvalue() * batches[1].mean_eigenvalue()
+    for side in sides:
+        side.restart(unknown & now.finite, (mean + damping).pow(-0.25))
+    looks = [side.look(batch) for side, batch in zip(sides, batches, strict=True)]
+    moves = []
+    for look, other, seen_and_own in zip(looks, sides[::-1], looks[::-1], strict=True):
+        curvature, tail = (other.structure.trace(part) / other.n for part in seen_and_own)
+        moves.append(Move(*look, curvature, damping * tail))
+    return moves

@@ -51,15 +51,12 @@ class CountBatch(NamedTuple):
         return cls(shares.new_zeros(n).index_add_(0, indices.clamp(min=0), shares))
 
     def start(self) -> Tensor:
-        """Return f."""
         return self.frequencies
 
     def times(self, vector: Tensor) -> Tensor:
-        """Return f ∘ v."""
         return self.frequencies * vector
 
     def mean_eigenvalue(self) -> Tensor:
-        """Return tr M / n."""
         return self.frequencies.mean(-1)
 
     def seen_by(self, structure: Structure, root: Member) -> Member:
@@ -71,7 +68,7 @@ class CountBatch(NamedTuple):
 Batch: TypeAlias = RowBatch | CountBatch
 
 
-class Gradient(NamedTuple):
+class Move(NamedTuple):
     """The direction of K's step: m = ½ (``curvature`` · ``seen`` + ``damping`` · ``own`` − I), numbers (*groups,)."""
 
     seen: Member  # Π(KᵀMK)
@@ -130,14 +127,14 @@ class InverseRoot:
         """Return Π(KᵀMK) and Π(KᵀK)."""
         return batch.seen_by(self.structure, self.root), self.structure.own_gram(self.root)
 
-    def move(self, gradient: Gradient, rate: float, decay: float, finite: Tensor) -> None:
+    def move(self, towards: Move, rate: float, decay: float, finite: Tensor) -> None:
         """m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, β at most ``rate`` and 1 / ‖m̄‖_F; nothing unless finite."""
         structure = self.structure
         finite = finite.to(self.total.dtype)
         half = 0.5 * finite
         terms = [
-            (half * gradient.curvature, gradient.seen),
-            (half * gradient.damping, gradient.own),
+            (half * towards.curvature, towards.seen),
+            (half * towards.damping, towards.own),
             (-half, structure.identity(self.n, (), self.total.dtype, self.total.device)),
         ]
         if self.momentum:
@@ -154,11 +151,9 @@ class InverseRoot:
         return self.structure.times_transposed(self.structure.times(rows, self.root), self.root)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all that is kept."""
         return *self.root, *self.momentum, self.direction, self.total
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {
             "structure": repr(self.structure),
             "root": _saved(self.root),
@@ -168,7 +163,6 @@ class InverseRoot:
         }
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseRoot:
-        """Return a new side that continues from ``state``, or raise ValueError."""
         if state["structure"] != repr(self.structure):
             rule = f"{where}: the structure must be {self.structure!r}; the state has {state['structure']}"
             _check.fail_value("KFAC.load_state_dict", rule)

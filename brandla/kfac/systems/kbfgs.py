@@ -70,7 +70,6 @@ class KBFGS(Strategy):
             _check.fail_value("KBFGS", f"curved must be in (0, 1); got {self.curved}")
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return inverse factors before any data."""
         if shape.one_hot or shape.single:
             return Kronecker.of(shape, Exact())
         return QuasiNewton(shape, self)
@@ -141,14 +140,12 @@ class QuasiNewton(StateCurvature):
         self.state["output"] = updated(inverse, s, y, finite & known)
 
     def kept(self) -> Iterator[Kept]:
-        """Go through both sides."""
         names = {"input": ("dense", "total", "input"), "output": ("output", "s", "y", "outputs", "gradients", "noted")}
         for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
             parts = [tensor(self.state, name) for name in names[side] if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of a fresh state."""
         fresh = self._start()
         return {name: tensor(fresh, name).shape for name in fresh}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -44,12 +44,10 @@ class Kronecker(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return all(side.started for _, side in self.factors())
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take rows into both factors."""
-        absorb_rows([self], [rows], now)
+        absorb_columns(self.intakes(rows), now)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹."""
@@ -65,7 +63,6 @@ class Kronecker(Curvature):
         return 4 * entries * sum(rank for _, rank in known) // of_column
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        """Go through the factors there are."""
         if self.input is not None:
             yield "input", self.input
         if self.output is not None:
@@ -80,16 +77,13 @@ class Kronecker(Curvature):
             yield Intake(self.output, rows.gradients.mT, rows.uses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return {side: own.state_dict() for side, own in self.factors()}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
         sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
         return replace(self, **sides)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         for _, own in self.factors():
             yield from own.tensors()
 
@@ -101,74 +95,47 @@ def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:
     return Blocks(tail=0.0) if shape.single else strategy
 
 
-def absorb_rows(curvatures: Sequence[Kronecker], rows: Sequence[Rows], now: Now) -> None:
-    """Take rows into the factors of all layers, those of one strategy together."""
-    intakes = (intake for curvature, own in zip(curvatures, rows, strict=True) for intake in curvature.intakes(own))
-    absorb_columns(intakes, now)
-
-
-class _Product(NamedTuple):
-    """A gradient that is a matrix, between two low-rank factors."""
-
-    left: LowRank
-    right: LowRank
-    gradient: Gradient
-    left_largest: Tensor
-    right_largest: Tensor
-    left_tail: Any
-    right_tail: Any
-
-
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
     products = {index: product for index, problem in enumerate(problems) if (product := _product(problem))}
     others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
-        left, right, gradients, left_largest, right_largest, left_tail, right_tail = (
-            list(part) for part in zip(*products.values(), strict=True)
-        )
-        shifts = damping.of_each(left_largest + right_largest)
-        left_damping, right_damping = shifts[: len(left)], shifts[len(left) :]
+        left, right, of_left, of_right = (list(part) for part in zip(*products.values(), strict=True))
+        shifts = damping.of_each([own.largest() for own in left + right])
         steps = grouped.kron_damped_solve(
-            left, right, gradients, left_damping, right_damping, left_tail=left_tail, right_tail=right_tail
+            of_left,
+            of_right,
+            [problems[index].gradient for index in products],
+            shifts[: len(left)],
+            shifts[len(left) :],
+            left_tail=[own.strategy.tail for own in left],
+            right_tail=[own.strategy.tail for own in right],
         )
         solved |= dict(zip(products, steps, strict=True))
     return [solved[index] for index in range(len(problems))]
 
 
-def _product(problem: Problem) -> _Product | None:
-    """Return the operands of a gradient that is a matrix between two low-rank factors; None for any other."""
+def _product(problem: Problem) -> tuple[Factor, Factor, LowRank, LowRank] | None:
+    """Return both factors of a gradient that is a matrix, and their low-rank forms; None if one has none."""
     curvature = _of(problem)
     if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
         return None
-    left, right = curvature.output, curvature.input
-    of_left, of_right = left.operand(), right.operand()
-    if of_left is None or of_right is None:
-        return None
-    largest, tails = (left.largest(), right.largest()), (left.strategy.tail, right.strategy.tail)
-    return _Product(of_left, of_right, problem.gradient, *largest, *tails)
-
-
-class _Side(NamedTuple):
-    """One factor to solve with, and the problem it belongs to."""
-
-    problem: int
-    name: Side
-    factor: Factor
+    left, right = curvature.output.operand(), curvature.input.operand()
+    return None if left is None or right is None else (curvature.output, curvature.input, left, right)
 
 
 def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
     steps = [problem.gradient for problem in problems]
-    sides = [_Side(index, *own) for index, problem in enumerate(problems) for own in _of(problem).factors()]
-    waiting = [side.name == "input" and isinstance(steps[side.problem], Tensor) for side in sides]
+    sides = [(index, *own) for index, problem in enumerate(problems) for own in _of(problem).factors()]
+    waiting = [name == "input" and isinstance(steps[index], Tensor) for index, name, _ in sides]
     for turn in (False, True):
         taken = [side for side, waits in zip(sides, waiting, strict=True) if waits is turn]
-        blocks = [_block(steps[side.problem], side.name) for side in taken]
-        solved = damped_solves([side.factor for side in taken], blocks, damping)
-        for side, block in zip(taken, solved, strict=True):
-            steps[side.problem] = _with_block(steps[side.problem], side.name, block)
+        blocks = [_block(steps[index], name) for index, name, _ in taken]
+        solved = damped_solves([factor for *_, factor in taken], blocks, damping)
+        for (index, name, _), block in zip(taken, solved, strict=True):
+            steps[index] = _with_block(steps[index], name, block)
     return steps
 
 
@@ -180,7 +147,7 @@ def _block(step: Gradient, side: Side) -> Tensor:
     """Return the block for a factor: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
     if isinstance(step, Tensor):
         return step if side == "output" else step.mT
-    return step[0] if side == "output" else step[1]
+    return step[side == "input"]
 
 
 def _with_block(step: Gradient, side: Side, block: Tensor) -> Gradient:
@@ -195,10 +162,10 @@ class KroneckerStrategy(Strategy):
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
         """Take the rows of all layers into their factors, so that a GPU is asked once for all of a size."""
-        absorb_rows(cast(Sequence[Kronecker], curvatures), rows, now)
+        both = zip(cast(Sequence[Kronecker], curvatures), rows, strict=True)
+        absorb_columns((intake for curvature, own in both for intake in curvature.intakes(own)), now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Solve for all layers together."""
         return solve_together(problems, now.damping)
 
 

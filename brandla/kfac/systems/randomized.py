@@ -41,10 +41,7 @@ class Randomized(DenseForm, FactorStrategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Randomized
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Randomized(rank=4))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Randomized(rank=4))
     """
 
     rank: Schedule[int]
@@ -62,13 +59,11 @@ class Randomized(DenseForm, FactorStrategy):
         _check.choice("Randomized", "method", self.method, ("svd", "eigh"))
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        """Begin with a zero matrix."""
         state = super().start(n, groups, dtype, device)
         store(state, LowRankEigh.zeros(n, at(self.rank, 0), batch_shape=groups, dtype=dtype, device=device))
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Decompose the dense average when it is due."""
         if due_early(state, step, self.inverse_every):
             average = self.average(state)
             store(state, self.decompose(average, min(at(self.rank, step), average.shape[-1]), seed))
@@ -87,7 +82,6 @@ class Randomized(DenseForm, FactorStrategy):
         return LowRankEigh(svd.S, svd.U)
 
     def lowrank(self, state: State) -> LowRankEigh:
-        """``rank`` eigenpairs."""
         return stored(state)
 
     def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:

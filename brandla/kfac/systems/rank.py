@@ -67,7 +67,7 @@ def check_rank(strategy: object, rank: Schedule[int | Rank]) -> None:
 
 def first_rank(rank: Schedule[int | Rank]) -> int:
     """Return the number of columns that a factor begins with."""
-    return _number(rank_at(rank, 0))
+    return cast(int, most_of(rank_at(rank, 0)))
 
 
 def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
@@ -78,9 +78,5 @@ def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
 def fitting(rank: int | Rank, lowrank: LowRankEigh | LowRankRoot, columns: Tensor) -> int | Rank:
     """Return the rank, or the largest one that an update by k columns can have."""
     n, r = lowrank.n, lowrank.rank
-    most = min(_number(rank), n, r + columns.shape[-1])
+    most = min(cast(int, most_of(rank)), n, r + columns.shape[-1])
     return replace(rank, max=most) if isinstance(rank, Rank) else most
-
-
-def _number(rank: int | Rank) -> int:
-    return cast(int, most_of(rank))

@@ -14,7 +14,7 @@ from brandla import _check
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import State, copied
 from brandla.kfac.systems.schedule import spelled
-from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each, scaled, sizes
 
 
 class Problem(NamedTuple):
@@ -98,11 +98,9 @@ class StateCurvature(Curvature):
 
     @property
     def started(self) -> bool:
-        """Whether data came in."""
         return bool(self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bit-equal continuation needs."""
         return copied(self.state)
 
     @abstractmethod
@@ -110,7 +108,6 @@ class StateCurvature(Curvature):
         """Return the shapes that tensors of a saved state have to have."""
 
     def loaded(self, state: dict[str, Any], where: str) -> Self:
-        """Return a new curvature that continues from ``state``, or raise ValueError."""
         for name, wanted in self.sizes(state).items():
             if state[name].shape != wanted:
                 rule = f"{where}: {name} must have shape {tuple(wanted)}; got {tuple(state[name].shape)}"
@@ -123,7 +120,6 @@ class StateCurvature(Curvature):
         return replace(self, state=own)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Go through all that is kept."""
         return (part for part in self.state.values() if isinstance(part, Tensor))
 
 
@@ -181,9 +177,8 @@ def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
     cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
     """
     length = inner_of_each(step, gradient).abs() * (1 - now.decay)
-    sides = gradient.shape[-2:] if isinstance(gradient, Tensor) else [part.shape[-2] for part in gradient]
-    factor = (min(sides) / length).clamp(max=1)[..., None, None]
-    return step * factor if isinstance(step, Tensor) else (step[0] * factor, step[1])
+    factor = (min(sizes(gradient)) / length).clamp(max=1)[..., None, None]
+    return scaled(step, factor)
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

@@ -38,14 +38,12 @@ class SumOfTwo(StateCurvature):
         return left @ (rotated / (1 + s_out[:, None] * s_in)) @ right.mT
 
     def kept(self) -> Iterator[Kept]:
-        """Go through both sides, each with two sums."""
         for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
             names = [f"interior {side}", f"boundary {side}", *(["total"] if side == "input" else [])]
             parts = [tensor(self.state, name) for name in names if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "inside and at the boundary", parts)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of the sums."""
         sides = {name: self.shape.d_in if name.endswith("input") else self.shape.d_out for name in state}
         return {name: (n, n) for name, n in sides.items() if name != "total"}
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy, check_inner
-from brandla.kfac.values import Gradient, Now, Rows, Shape, length, plus, scaled
+from brandla.kfac.values import Gradient, Now, Rows, Shape, length, plus, scaled, sizes
 from brandla.kfac.values import inner as product
 
 
@@ -51,10 +50,7 @@ class TwoLevel(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, TwoLevel, Brand
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, TwoLevel(Brand(rank=4)))
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), TwoLevel(Brand(rank=4)))
     """
 
     reads_rows: ClassVar[bool] = True
@@ -67,15 +63,12 @@ class TwoLevel(Strategy):
         _check.choice("TwoLevel", "space", self.space, ("nicolaides", "residual"))
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return the inner system's curvature."""
         return self.inner.curvature(shape)
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
-        """Leave the rows to the inner system."""
         self.inner.absorb(curvatures, rows, now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
-        """Correct the inner system's steps."""
         steps = self.inner.steps(problems, now)
         samples = _of_the_same_samples(problems)
         if not samples:
@@ -93,13 +86,12 @@ class TwoLevel(Strategy):
     def _vectors(
         self, problems: Sequence[Problem], first: Sequence[Gradient], samples: Sequence[Samples], now: Now
     ) -> list[Gradient]:
-        """Return the unit vectors of the coarse space."""
         if self.space == "nicolaides":
             directions = [_ones(problem.gradient) for problem in problems]
         else:
-            seen = _seen(samples, first)
+            seen = _products(samples, first).sum(0)
             residuals = [
-                problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, _d_in(problem.gradient))))
+                problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, sizes(problem.gradient)[1])))
                 for problem, own in zip(problems, samples, strict=True)
             ]
             directions = self.inner.steps(residuals, now)
@@ -115,10 +107,9 @@ def _of_the_same_samples(problems: Sequence[Problem]) -> dict[int, Samples]:
     return {index: own for index, own in found.items() if own.number == usual}
 
 
-def _seen(samples: Sequence[Samples], vectors: Sequence[Gradient]) -> Tensor:
-    """Return the product of each sample's gradient with a vector over all layers, shape (S,)."""
-    products = [own.products(vector) for own, vector in zip(samples, vectors, strict=True)]
-    return torch.stack(products).sum(0)
+def _products(samples: Sequence[Samples], vectors: Sequence[Gradient]) -> Tensor:
+    """Return the product of each sample's gradient with each layer's vector, shape (L, S)."""
+    return torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
 
 
 def _coarse_solution(
@@ -129,16 +120,14 @@ def _coarse_solution(
     now: Now,
 ) -> Tensor:
     """(F_c + λI)⁻¹ R₀ (∇ − (F + λI) v₁), one number a layer."""
-    coarse_rows = torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
+    coarse_rows = _products(samples, vectors)
     coarse = coarse_rows @ coarse_rows.mT
-    largest = largest_eigenvalue(coarse)
-    # A Gram matrix of L rows is semi-definite up to about L·ε of its largest eigenvalue.
-    shift = torch.maximum(now.damping.of(largest), len(vectors) * torch.finfo(coarse.dtype).eps * largest)
+    shift, _ = now.damping.of_matrix(coarse)
     along = [
         torch.stack([product(part, vector) for part, vector in zip(parts, vectors, strict=True)])
         for parts in ([problem.gradient for problem in problems], first)
     ]
-    right = along[0] - coarse_rows @ _seen(samples, first) - shift * along[1]
+    right = along[0] - coarse_rows @ _products(samples, first).sum(0) - shift * along[1]
     coarse.diagonal().add_(shift)
     # Of a batch that is not finite nothing comes of the result; it must not raise, nor wait for the device.
     factor, _ = torch.linalg.cholesky_ex(coarse)
@@ -146,14 +135,9 @@ def _coarse_solution(
 
 
 def _ones(gradient: Gradient) -> Gradient:
-    """Return the matrix of ones, as a pair."""
     if isinstance(gradient, Tensor):
         return torch.ones_like(gradient[..., :, :1]), torch.ones_like(gradient[..., :1, :]).mT
     return torch.ones_like(gradient[0][..., :1]), torch.ones_like(gradient[1][..., :1])
-
-
-def _d_in(gradient: Gradient) -> int:
-    return gradient.shape[-1] if isinstance(gradient, Tensor) else gradient[1].shape[-2]
 
 
 def _unit(vector: Gradient) -> Gradient:

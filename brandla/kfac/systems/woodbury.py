@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.form import due, tensor
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
@@ -57,10 +56,7 @@ class Woodbury(Strategy):
     --------
     >>> import torch
     >>> from brandla.kfac import KFAC, Woodbury
-    >>> model = torch.nn.Linear(20, 10)
-    >>> preconditioner = KFAC(model, Woodbury())
-    >>> model(torch.randn(8, 20)).square().mean().backward()
-    >>> preconditioner.step()
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Woodbury())
     """
 
     every: Schedule[int] = 1
@@ -75,7 +71,6 @@ class Woodbury(Strategy):
                 _check.count("Woodbury", name, getattr(self, name), 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        """Return a curvature that keeps the rows of a batch."""
         return OfSamples(shape, self)
 
 
@@ -100,9 +95,7 @@ class OfSamples(StateCurvature):
         if not self._is_fixed:
             most = self.strategy.features
             gram = (samples if most is None else samples.some_features(most, now.seed)).gram()
-            largest = largest_eigenvalue(gram)
-            # A Gram matrix of S rows is semi-definite up to about S ε of its largest eigenvalue.
-            shift = torch.maximum(now.damping.of(largest), len(gram) * torch.finfo(gram.dtype).eps * largest)
+            shift, _ = now.damping.of_matrix(gram)
             gram.diagonal().add_(shift)
             new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
         for name, part in new.items():
@@ -138,7 +131,6 @@ class OfSamples(StateCurvature):
         return sys.maxsize
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return those of the samples, as many as there are."""
         groups, d_out, d_in = self.shape[:3]
         count = state["gradients"].shape[-2]
         inputs = (count,) if self.shape.one_hot else (*groups, count, d_in)
@@ -146,17 +138,14 @@ class OfSamples(StateCurvature):
 
     @property
     def _samples(self) -> Samples:
-        uses, positions = self.state["uses"], self.state["positions"]
-        assert isinstance(uses, int)
-        assert isinstance(positions, int)
+        positions, uses = (cast(int, self.state[name]) for name in ("positions", "uses"))
         return Samples(tensor(self.state, "inputs"), tensor(self.state, "gradients"), positions, uses)
 
     @property
     def _is_fixed(self) -> bool:
         """Whether the coefficients are those of the batches before."""
-        most, batches = self.strategy.fixed_after, self.state.get("batches", 0)
-        assert isinstance(batches, int)
-        return most is not None and batches >= most
+        most = self.strategy.fixed_after
+        return most is not None and cast(int, self.state.get("batches", 0)) >= most
 
     def _is_source(self, columns: Tensor) -> bool:
         source = None if self._source is None else self._source()
@@ -175,11 +164,9 @@ class OfSamples(StateCurvature):
         return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
 
     def _average(self, now: Now) -> None:
-        """Take the coefficients of this batch into their mean."""
         samples = self._samples
         own = self._coefficients(samples)[samples.squares().argsort()]
-        batches = self.state.setdefault("batches", 0)
-        assert isinstance(batches, int)
+        batches = cast(int, self.state.setdefault("batches", 0))
         table = tensor(self.state, "table") if "table" in self.state else torch.zeros_like(own)
         rate = tensor(self.state, "rate") if "rate" in self.state else torch.zeros_like(own[0])
         weight = now.finite.to(own.dtype) / (batches + 1)

@@ -1,19 +1,16 @@
-"""Kinds of modules: how calls become rows and gradients a matrix, one type of module a file."""
+"""Kinds of modules: how calls become rows and gradients a matrix, one family of modules a file."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from brandla.kfac.capture.kinds.attention import AttentionKind
-from brandla.kfac.capture.kinds.bag import BagKind
-from brandla.kfac.capture.kinds.bilinear import BilinearKind
-from brandla.kfac.capture.kinds.conv import ConvKind
-from brandla.kfac.capture.kinds.conv_transpose import ConvTransposeKind
-from brandla.kfac.capture.kinds.embedding import EmbeddingKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
+from brandla.kfac.capture.kinds.embedding import BagKind, EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_leaf, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Uses, is_leaf, own_forward
 from brandla.kfac.capture.kinds.like import register, registered, tried
-from brandla.kfac.capture.kinds.linear import LinearKind
+from brandla.kfac.capture.kinds.linear import BilinearKind, LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 from brandla.kfac.capture.kinds.recurrent import CellKind
 
@@ -21,7 +18,6 @@ __all__ = [
     "EmbeddingKind",
     "Kind",
     "LinearKind",
-    "Record",
     "TurnedEmbeddingKind",
     "Uses",
     "is_leaf",

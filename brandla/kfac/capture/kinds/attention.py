@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.attention_forward import AttentionForward, Projection
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, full_dtype, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.attention_forward import AttentionForward
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.own_forward import ForwardKind
 
 
-class AttentionKind(Kind):
+class AttentionKind(ForwardKind):
     """One projection of an attention: inputs and gradients are (positions, samples, d), as they are inside of it."""
 
     positions_first = True
 
-    def __init__(self, forward: AttentionForward, part: Projection, module: nn.Module, weight: str, bias: str) -> None:
-        super().__init__(module, weight, bias)
-        self.part = part
-        self._forward = forward
-
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weights of an attention."""
         if not isinstance(module, nn.MultiheadAttention):
             return None
         forward = AttentionForward.of(module)
@@ -35,34 +28,20 @@ class AttentionKind(Kind):
         names = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in "qkv"]
         if reason := why_left(module, *names) or why_left(module.out_proj, "weight"):
             return reason
-        inner: list[Kind] = [PackedKind(forward)] if packed else [SliceKind(forward, index) for index in range(3)]
-        return [*inner, cls(forward, "out_proj", module.out_proj, "weight", "bias")]
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
-        d_out, d_in = self.weight.shape
-        return (), d_out, d_in
-
-    def attach(self, record: Record) -> list[Any]:
-        """Have the attention's forward pass call ``record``."""
-        return [self._forward.attach(self, record)]
-
-    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, positions and features."""
-        return Uses(inputs.transpose(0, 1), gradient.transpose(0, 1))
+        inner: list[Kind] = [SliceKind(forward, f"{part}_proj", index) for index, part in enumerate("qkv")]
+        if packed:
+            inner = [PackedKind(forward, "in_proj_weight", "in_proj_bias", "in_proj")]
+        return [*inner, cls(forward, "weight", "bias", "out_proj", module.out_proj)]
 
 
 class SliceKind(AttentionKind):
     """The projection of queries, keys or values by a weight of its own, with a third of the common bias."""
 
-    def __init__(self, forward: AttentionForward, index: int) -> None:
-        part: Projection = ("q_proj", "k_proj", "v_proj")[index]
-        super().__init__(forward, part, forward.module, f"{part}_weight", "in_proj_bias")
+    def __init__(self, forward: AttentionForward, part: str, index: int) -> None:
+        super().__init__(forward, f"{part}_weight", "in_proj_bias", part)
         self._index = index
 
     def bias_part(self, bias: Tensor) -> Tensor:
-        """Return its third."""
         return bias.chunk(3)[self._index]
 
 
@@ -80,17 +59,12 @@ class PackedKind(AttentionKind):
 
     weights = 3
 
-    def __init__(self, forward: AttentionForward) -> None:
-        super().__init__(forward, "in_proj", forward.module, "in_proj_weight", "in_proj_bias")
-
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """3 groups of d × d."""
         d = self.weight.shape[1]
         return (3,), d, d
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return 3, samples, positions and features."""
         parts, gradients = _parts(inputs, gradient)
         longest = max(map(len, parts))
         scales = [(longest / len(part)) ** 0.5 for part in parts]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from brandla.kfac.capture.kinds.own_forward import OwnForward
-
-Projection: TypeAlias = Literal["in_proj", "q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AttentionForward(OwnForward):
@@ -35,7 +33,6 @@ class AttentionForward(OwnForward):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``."""
         module = self.module
         masks = _Masks(attn_mask, key_padding_mask, is_causal)
         if not torch.is_grad_enabled() or not _is_regular(module, query, key, value, masks):
@@ -88,7 +85,6 @@ class AttentionForward(OwnForward):
         return query, key, value
 
     def _project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project by a weight for each."""
         weights = [getattr(self.module, f"{part}_proj_weight") for part in "qkv"]
         parts = zip("qkv", (query, key, value), weights, _thirds(self.module.in_proj_bias), strict=True)
         query, key, value = (
@@ -171,7 +167,9 @@ def _positions_first(
 def _is_regular(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, masks: _Masks) -> bool:
     """Say whether shapes and types are those that the module takes."""
     parts: tuple[Any, Any, Any] = (query, key, value)
-    if not all(isinstance(part, Tensor) and _is_dense(part) and part.ndim == query.ndim for part in parts):
+    if not all(isinstance(part, Tensor) and part.ndim == query.ndim for part in parts):
+        return False
+    if any(part.is_nested or part.layout is not torch.strided for part in parts):
         return False
     if query.ndim not in (2, 3) or (query.shape[-1], key.shape[-1], value.shape[-1]) != (
         module.embed_dim,
@@ -188,10 +186,6 @@ def _is_regular(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value
     shapes = ((queries, keys), (samples * module.num_heads, queries, keys))
     of_padding = ((samples, keys),) if parts[0].ndim == 3 else ((keys,),)
     return _is_mask(masks.attention, shapes) and _is_mask(masks.padding, of_padding)
-
-
-def _is_dense(part: Tensor) -> bool:
-    return part.layout is torch.strided and not part.is_nested
 
 
 def _is_mask(mask: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> bool:

@@ -1,4 +1,4 @@
-"""``nn.Conv1d``, ``Conv2d`` and ``Conv3d``: positions are the output's, inputs the windows they are made from."""
+"""Convolutions, ``nn.Conv1d`` to ``nn.ConvTranspose3d``: positions are the output's, inputs the windows for each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ class ConvKind(Kind):
 
     @property
     def conv(self) -> Any:
-        """The module."""
         return self.module
 
     @property
@@ -45,7 +44,6 @@ class ConvKind(Kind):
         return list(zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True))
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the dimensions are neither those of a batch nor those of a sample."""
         batched = self.weight.ndim
         if inputs.ndim not in (batched - 1, batched) or output.ndim != inputs.ndim:
             return f"its input has {inputs.ndim} dimensions and its output {output.ndim}; a batch has {batched}"
@@ -97,6 +95,59 @@ class ConvKind(Kind):
 
     def _in_groups(self, rows: Tensor) -> Tensor:
         return rows if self.conv.groups > 1 else rows[0]
+
+
+class ConvTransposeKind(ConvKind):
+    """A convolution by the mirrored kernel: windows are those of the input with stride − 1 zeros between its values.
+
+    So positions are those of the output, as for a convolution, and the bias is added to each.
+    """
+
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        """Its forward pass calls nothing that a subclass could have changed."""
+        return ""
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        d_in, d_out, *kernel = self.weight.shape
+        groups = self.conv.groups
+        return (groups,) if groups > 1 else (), d_out, d_in // groups * math.prod(kernel)
+
+    @property
+    def steps(self) -> list[tuple[int, int, int]]:
+        """Size, stride 1 and dilation of the kernel in each dimension."""
+        return [(size, 1, dilation) for size, dilation in zip(self.conv.kernel_size, self.conv.dilation, strict=True)]
+
+    def padded(self, batch: Tensor, positions: torch.Size) -> Tensor:
+        """Spread the input, and pad it so that the windows are as many as the output has positions."""
+        conv = self.conv
+        sizes = [(length - 1) * stride + 1 for length, stride in zip(batch.shape[2:], conv.stride, strict=True)]
+        spread = batch.new_zeros(*batch.shape[:2], *sizes)
+        every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
+        spread[every] = batch
+        pads: list[int] = []
+        for (size, _, dilation), padding, length, count in zip(self.steps, conv.padding, sizes, positions, strict=True):
+            before = dilation * (size - 1) - padding
+            pads = [before, count + dilation * (size - 1) - before - length, *pads]
+        return nn.functional.pad(spread, pads)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(C_in, C_out of a group, *kernel) as the convolution's (*groups, C_out of a group, window), mirrored."""
+        mirrored: Tensor = weight.flip(self._kernel_dims).unflatten(0, (self.conv.groups, -1))
+        return mirrored.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        d_in, d_out, *kernel = self.weight.shape
+        groups = self.conv.groups
+        by_group: Tensor = matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2)
+        return by_group.flatten(0, 1).flip(self._kernel_dims)
+
+    @property
+    def _kernel_dims(self) -> list[int]:
+        return list(range(2, self.weight.ndim))
 
 
 def _windows(part: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:

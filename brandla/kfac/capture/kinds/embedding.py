@@ -1,7 +1,8 @@
-"""``nn.Embedding``: a Linear of one-hot inputs, whose input factor is diagonal."""
+"""``nn.Embedding`` and ``nn.EmbeddingBag``: Linears of one-hot inputs, whose input factor is diagonal."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,6 @@ class EmbeddingKind(Kind):
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
-        """Say so where its gradient is not the sum over its calls, or sparse."""
         embedding: Any = module
         if embedding.sparse:
             return "its gradient is sparse"
@@ -31,12 +31,10 @@ class EmbeddingKind(Kind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """Size of an entry, and number of entries."""
         entries, size = self.weight.shape
         return (), size, entries
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the output is not an entry for each index."""
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
@@ -50,10 +48,6 @@ class EmbeddingKind(Kind):
             indices = torch.where(padding, -1, indices)
             gradients = torch.where(padding[..., None], 0, gradients)
         return Uses(indices[..., None], gradients)
-
-    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return the same as without sharing over positions."""
-        return self.uses(inputs, gradient)
 
 
 class TurnedEmbeddingKind(EmbeddingKind):
@@ -69,7 +63,6 @@ class TurnedEmbeddingKind(EmbeddingKind):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """Number of entries, and size of an entry."""
         entries, size = self.weight.shape
         return (), entries, size
 
@@ -79,3 +72,46 @@ class TurnedEmbeddingKind(EmbeddingKind):
         one_hot = gradients.new_zeros(*gradients.shape[:-1], self.shape[1])
         one_hot.scatter_(-1, indices.clamp_min(0), (indices >= 0).to(one_hot.dtype))
         return Uses(gradients, one_hot, gradients.new_zeros(*gradients.shape[:-1], 1))
+
+
+class BagKind(EmbeddingKind):
+    """An embedding whose entries are added up: the gradient of each is that of its bag, over the length in a mean."""
+
+    types: ClassVar[tuple[type[Any], ...]] = (nn.EmbeddingBag,)
+    # What its inputs hold are entries of bags, and no positions.
+    may_lead = False
+    _offsets: Tensor | None = None
+
+    @classmethod
+    def left(cls, module: nn.Module) -> str:
+        bag: Any = module
+        return super().left(module) or ("its gradient is that of a maximum" if bag.mode == "max" else "")
+
+    def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
+        """Return a kind that knows where the bags begin; no input where entries are weighted."""
+        given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
+        kind = copy.copy(self)
+        kind._offsets = given.get("offsets")
+        return kind, given["input"] if given.get("per_sample_weights") is None else "weighted indices"
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Nothing can be wrong with indices that the module has taken."""
+        return ""
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        """Return one sample for each index; padding has −1 and 0."""
+        bag: Any = self.module
+        indices = inputs.flatten()
+        if self._offsets is None:
+            of_index = torch.arange(len(inputs), device=inputs.device).repeat_interleave(inputs.shape[1])
+        else:
+            places = torch.arange(len(indices), device=inputs.device, dtype=self._offsets.dtype)
+            of_index = torch.searchsorted(self._offsets, places, right=True) - 1
+        is_entry = torch.ones_like(indices, dtype=torch.bool)
+        if bag.padding_idx is not None:
+            is_entry = indices != bag.padding_idx
+        gradients = gradient[of_index] * is_entry[:, None]
+        if bag.mode == "mean":
+            lengths = gradient.new_zeros(len(gradient)).index_add_(0, of_index, is_entry.to(gradient.dtype))
+            gradients = gradients / lengths.clamp_min(1)[of_index, None]
+        return Uses(torch.where(is_entry, indices, -1)[:, None, None], gradients[:, None])

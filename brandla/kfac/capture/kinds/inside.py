@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from brandla.kfac.capture.kinds.kind import Kind, Record, is_leaf, why_left
-from brandla.kfac.capture.kinds.linear import LinearKind
-from brandla.kfac.capture.kinds.own_forward import OwnForward
-from brandla.kfac.capture.kinds.probe import random, random_parts, run
+from brandla.kfac.capture.kinds.kind import Kind, is_leaf, why_left
+from brandla.kfac.capture.kinds.like import random, random_parts, run
+from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
 
 # mypy takes the properties for what they give.
 _PROPERTIES: tuple[Any, ...] = (Tensor.T, Tensor.mT)
@@ -21,49 +20,35 @@ _GROUPED: Any = {getattr(nn.functional, "grouped_mm", None), getattr(torch, "_gr
 _PRODUCTS: Any = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm} | _GROUPED
 
 
-class InsideKind(LinearKind):
+class InsideKind(ForwardKind):
     """A weight of a module that uses it inside; of a parameter with several weights, the one at ``index``."""
 
-    leaves_out = False
+    may_lead = True
 
     def __init__(
         self, forward: InsideForward, weight: str, bias: str = "", index: int | None = None, *, transposed: bool
     ) -> None:
-        super().__init__(forward.module, weight, bias)
-        self.part = weight if index is None else f"{weight}.{index}"
+        super().__init__(forward, weight, bias, "" if index is None else f"{weight}.{index}")
         self.pairs = index is None
         # Of experts a guess before the first call, which tells.
         self.transposed = transposed
         self._index = index
-        self._forward = forward
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         first, last = self.weight.shape[-2:]
         return ((), last, first) if self.transposed else ((), first, last)
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Its place in the parameter is part of it."""
         return super().key if self._index is None else (*super().key, self._index)
 
     def weight_part(self, weight: Tensor) -> Tensor:
-        """Return the one of several weights."""
         return weight if self._index is None else weight[self._index]
 
     @property
     def was_seen(self) -> bool:
-        """Whether any part of the parameter was used."""
         return self._weight in self._forward.seen
-
-    def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Nothing can be wrong: the product itself was seen."""
-        return ""
-
-    def attach(self, record: Record) -> list[Any]:
-        """Have the products inside of the module call ``record``."""
-        return [self._forward.attach(self, record)]
 
 
 def used_inside(module: nn.Module) -> list[Kind] | str | None:
@@ -97,9 +82,8 @@ class InsideForward(OwnForward):
         self.seen: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's."""
         own = type(self.module).forward
-        if torch.compiler.is_compiling() or not any(map(self.is_watched, self._records)):
+        if torch.compiler.is_compiling() or not self.is_watched():
             return own(self.module, *args, **kwargs)
         with _Products({name: part for name, part in self.module._parameters.items() if part is not None}, self._used):
             return own(self.module, *args, **kwargs)
@@ -122,8 +106,8 @@ class InsideForward(OwnForward):
         return join([self._told(f"{name}.{index}", use, *piece) for index, piece in pieces])
 
     def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
-        for kind, _ in self._records.get(part, ()):
-            kind.transposed = use.view.is_transposed
+        for own in self.attached.get(part, ()):
+            own.kind.transposed = use.view.is_transposed
         return self.recorded(part, inputs, output) if output.numel() else output
 
 
@@ -179,7 +163,6 @@ class _Products(TorchFunctionMode):
         return None
 
     def _use(self, func: Any, args: Any, kwargs: Any) -> _Use | None:
-        """Return the use that an operation makes of a parameter."""
         if func is nn.functional.linear:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             inputs, weight, bias = given["input"], given["weight"], given.get("bias")

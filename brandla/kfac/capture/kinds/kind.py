@@ -5,24 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-
-class Record(Protocol):
-    """Called at each use of a weight with the kind that makes rows of this call, its input and its output.
-
-    What it returns takes the place of the output.
-    """
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anything is collected now."""
-
-    def __call__(self, kind: Kind, inputs: Any, output: Any, /) -> Any:
-        """Take note of a use, and return its output to go on with."""
+# Called at each use of a weight with the kind that makes rows of this call, its input and its output. What it returns
+# takes the place of the output.
+Record: TypeAlias = "Callable[[Kind, Any, Any], Any]"
 
 
 class Uses(NamedTuple):
@@ -145,21 +135,27 @@ class Kind(ABC):
         """Return the uses of the weight in one call, from its input and the gradient of its output."""
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return one use a sample: inputs averaged and gradients summed over its positions."""
+        """Return one use a sample: inputs averaged and gradients summed over its positions, where that can be."""
         uses = self.uses(inputs, gradient)
+        if self.one_hot or self.single or self.turned:
+            return uses
         return Uses(
             uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
         )
 
-    def attach(self, record: Record) -> list[Any]:
-        """Have ``record`` called at each use, and return handles with ``remove()``."""
+    def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
+        """Have ``record`` called at each use, or where it ``is_wanted`` alone; return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            first = next(iter((*args, *kwargs.values())), None)
-            return record(self.of_call(), first if args else kwargs.get("input", first), output)
+            return record(*self.of_arguments(args, kwargs), output)
 
         return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
+
+    def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
+        """Return the kind that makes rows of a call of the module, and the input."""
+        first = next(iter((*args, *kwargs.values())), None)
+        return self.of_call(), first if args else kwargs.get("input", first)
 
     def of_call(self) -> Kind:
         """Return the kind that makes rows of the call that is going on."""
@@ -171,7 +167,7 @@ class Kind(ABC):
         own.valid = valid
         return own
 
-    def refusal(self, inputs: object, output: object) -> str:
+    def refusal(self, inputs: Any, output: Any) -> str:
         """Say why a call cannot be made into rows; an empty string if it can."""
         for name, part in (("input", inputs), ("output", output)):
             if not isinstance(part, Tensor):
@@ -180,8 +176,6 @@ class Kind(ABC):
                 return f"its {name} is not a dense tensor"
         if not isinstance(self.weight, nn.Parameter):
             return COMPUTED
-        assert isinstance(inputs, Tensor)
-        assert isinstance(output, Tensor)
         return self.misfit(inputs, output)
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:

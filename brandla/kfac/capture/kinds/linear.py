@@ -1,9 +1,10 @@
-"""``nn.Linear``, with any dimensions between samples and features."""
+"""``nn.Linear``, with any dimensions between samples and features, and ``nn.Bilinear``."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -19,20 +20,36 @@ class LinearKind(Kind):
 
     @classmethod
     def left(cls, module: nn.Module) -> str:
-        """Say so of the Linear inside of an attention."""
         of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
         return "the attention that holds it never calls it" if of_attention else ""
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """d_out and d_in."""
         d_out, d_in = self.weight.shape
         return (), d_out, d_in
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say so where the last dimensions are not those of the weight."""
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, positions and features."""
         return Uses(by_sample(inputs), by_sample(gradient))
+
+
+class BilinearKind(Kind):
+    """A Linear of x yᵀ as a vector: d_in is the product of both inputs' sizes."""
+
+    types = (nn.Bilinear,)
+    may_lead = True
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        d_out, first, second = self.weight.shape
+        return (), d_out, first * second
+
+    def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
+        pair = [*args, *(kwargs[name] for name in ("input1", "input2")[len(args) :])]
+        return self, torch.cat([part.detach() for part in pair], -1)
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        first, second = by_sample(inputs).split(self.weight.shape[1:], -1)
+        return Uses((first[..., :, None] * second[..., None, :]).flatten(-2), by_sample(gradient))

@@ -8,19 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype
 
 _BATCH: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE: tuple[Any, ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LAST: tuple[Any, ...] = (nn.LayerNorm, nn.RMSNorm)
-
-
-class Statistics:
-    """Means and variances that a normalisation in evaluation mode goes by, as they were in a call."""
-
-    def __init__(self, mean: Tensor, variance: Tensor) -> None:
-        self.mean = mean.clone()
-        self.variance = variance.clone()
 
 
 class NormKind(Kind):
@@ -30,28 +22,23 @@ class NormKind(Kind):
     mean of its gradients' outer products, with nothing approximated.
     """
 
+    types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
     single = True
+    # Running mean and variance, in a call that goes by them.
+    _fixed: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
+        super().__init__(module, weight, bias)
         # Whether the channels are the last dimensions.
         self.may_lead = isinstance(module, _LAST)
-        self._fixed: Statistics | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return scale and shift, where there are any."""
         if isinstance(module, nn.SyncBatchNorm):
             return "its statistics are of several processes"
-        types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
-        if not isinstance(module, types):
-            return None
-        if module.weight is None:
+        if isinstance(module, cls.types) and module.weight is None:
             return []
-        # Batch and instance normalisations inherit their forward pass.
-        if not is_called_as(module, *types):
-            return own_forward(module)
-        return why_left(module, "weight") or [cls(module)]
+        return super().of(module)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -73,7 +60,7 @@ class NormKind(Kind):
             return self
         norm: Any = self.module
         kind = copy.copy(self)
-        kind._fixed = Statistics(mean, norm.running_var)
+        kind._fixed = mean.clone(), norm.running_var.clone()
         return kind
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
@@ -84,15 +71,10 @@ class NormKind(Kind):
         rows = torch.stack([part.sum(-1).mT for part in parts], dim=-1)[:, :, None]
         return Uses(rows, rows)
 
-    def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return the same as without sharing over positions."""
-        return self.uses(inputs, gradient)
-
     def _normalised(self, inputs: Tensor) -> Tensor:
-        """Return x̂."""
         norm: Any = self.module
         if self._fixed is not None:
-            return nn.functional.batch_norm(inputs, self._fixed.mean, self._fixed.variance, eps=norm.eps)
+            return nn.functional.batch_norm(inputs, *self._fixed, eps=norm.eps)
         if isinstance(norm, nn.LayerNorm):
             return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
         if isinstance(norm, nn.RMSNorm):

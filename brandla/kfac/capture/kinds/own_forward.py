@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Record
+from brandla.kfac.capture.kinds.kind import Kind, Record, Uses
+from brandla.kfac.capture.kinds.linear import LinearKind
 
 
 class OwnForward(ABC):
@@ -15,7 +19,7 @@ class OwnForward(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self._records: dict[str, list[tuple[Any, Record]]] = {}
+        self.attached: dict[str, list[Attachment]] = {}
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -34,39 +38,61 @@ class OwnForward(ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's."""
 
-    def attach(self, kind: Kind, record: Record) -> Attachment:
-        """Have ``record`` called at each use of the kind's weight."""
-        self._records.setdefault(kind.part, []).append((kind, record))
-        # The module's own attribute shadows that of its class.
-        self.module.forward = self.forward
-        return Attachment(self, kind.part, (kind, record))
-
-    def detach(self, part: str, entry: tuple[Kind, Record]) -> None:
-        """Undo one attachment; the last one gives the module its forward pass back."""
-        self._records[part].remove(entry)
-        if not any(self._records.values()):
-            vars(self.module).pop("forward", None)
-
-    def is_watched(self, part: str) -> bool:
-        """Say whether anybody wants the calls of a weight now."""
-        return any(record.is_wanted for _, record in self._records.get(part, ()))
+    def is_watched(self, part: str | None = None) -> bool:
+        """Say whether anybody wants the calls of a weight now, or those of any."""
+        attached: Iterable[Attachment] = chain(*self.attached.values()) if part is None else self.attached.get(part, ())
+        return any(own.is_wanted() for own in attached)
 
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
-        for kind, record in self._records.get(part, ()):
-            output = record(kind if valid is None else kind.with_padding(valid), inputs, output)
+        for own in self.attached.get(part, ()):
+            output = own.record(own.kind if valid is None else own.kind.with_padding(valid), inputs, output)
         return output
 
 
-class Attachment:
-    """What takes a record off again."""
+class ForwardKind(LinearKind):
+    """A weight whose uses are products that an `OwnForward` reports."""
 
-    def __init__(self, forward: OwnForward, part: str, entry: tuple[Kind, Record]) -> None:
-        self._undo: tuple[OwnForward, str, tuple[Kind, Record]] | None = (forward, part, entry)
+    leaves_out = False
+    may_lead = False
+
+    def __init__(
+        self, forward: OwnForward, weight: str, bias: str, part: str = "", module: nn.Module | None = None
+    ) -> None:
+        super().__init__(forward.module if module is None else module, weight, bias)
+        self.part = part or weight
+        self._forward: Any = forward
+
+    def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
+        """Have the forward pass call ``record``; the module's own attribute shadows that of its class."""
+        attachment = Attachment(self._forward, self, record, is_wanted)
+        self._forward.attached.setdefault(self.part, []).append(attachment)
+        self._forward.module.forward = self._forward.forward
+        return [attachment]
+
+    def misfit(self, inputs: Tensor, output: Tensor) -> str:
+        """Nothing can be wrong: the product itself was seen."""
+        return ""
+
+    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
+        if self.positions_first:
+            inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
+        return super().uses(inputs, gradient)
+
+
+@dataclass(eq=False)
+class Attachment:
+    """A weight whose uses are reported, and what takes that off again."""
+
+    forward: OwnForward
+    kind: Kind
+    record: Record
+    is_wanted: Callable[[], bool]
 
     def remove(self) -> None:
-        """Take it off; a second time does nothing."""
-        if self._undo is not None:
-            forward, part, entry = self._undo
-            forward.detach(part, entry)
-            self._undo = None
+        """Report no more; the last one gives the module its forward pass back. A second time does nothing."""
+        attached = self.forward.attached
+        if self in attached[self.kind.part]:
+            attached[self.kind.part].remove(self)
+            if not any(attached.values()):
+                vars(self.forward.module).pop("forward", None)

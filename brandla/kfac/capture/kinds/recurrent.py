@@ -10,32 +10,23 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses, is_called_as, own_forward, why_left
-from brandla.kfac.capture.kinds.linear import LinearKind
-from brandla.kfac.capture.kinds.own_forward import OwnForward
+from brandla.kfac.capture.kinds.kind import Kind, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
 
 # From a layer's products with the input and with h, its h and its c, to the next h and c.
 Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
-class CellKind(LinearKind):
+class CellKind(ForwardKind):
     """One weight of a cell: each call of the cell is a use of it."""
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-    leaves_out = False
-    may_lead = False
     # A step that takes nothing in runs the cell as it is.
     pairs = False
 
-    def __init__(self, forward: OwnForward, weight: str, bias: str) -> None:
-        super().__init__(forward.module, weight, bias)
-        self.part = weight
-        self._forward = forward
-
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return both weights of a cell; None for other modules."""
         if not isinstance(module, cls.types):
             return None
         forward = CellForward.of(module)
@@ -44,21 +35,16 @@ class CellKind(LinearKind):
         reason = why_left(module, "weight_ih", "weight_hh")
         return reason or [cls(forward, f"weight_{name}", f"bias_{name}") for name in ("ih", "hh")]
 
-    def attach(self, record: Record) -> list[Any]:
-        """Have the module's products call ``record``."""
-        return [self._forward.attach(self, record)]
-
 
 class CellForward(OwnForward):
     """Computes what a cell does, with its products in sight, while they are to be captured."""
 
     def forward(self, inputs: Tensor, hx: Any = None) -> Any:
-        """As the module's."""
         cell = self.module
         shape = (*inputs.shape[:-1], cell.hidden_size)
         states = (inputs.new_zeros(shape),) * 2 if hx is None else hx if isinstance(cell, nn.LSTMCell) else (hx, hx)
         fits = inputs.ndim in (1, 2) and all(state.shape == shape for state in states)
-        if torch.compiler.is_compiling() or not fits or not any(map(self.is_watched, self._records)):
+        if torch.compiler.is_compiling() or not fits or not self.is_watched():
             return type(cell).forward(cell, inputs, hx)
         h, c = states
         products = [
@@ -74,10 +60,6 @@ class RecurrentKind(CellKind):
 
     types = ()
     positions_first = True
-
-    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return samples, time steps and features."""
-        return Uses(inputs.transpose(0, 1), gradient.transpose(0, 1))
 
 
 def unrolled(module: nn.Module) -> list[Kind] | str:
@@ -101,9 +83,8 @@ class RecurrentForward(OwnForward):
     """
 
     def forward(self, inputs: Any, hx: Any = None) -> Any:
-        """As the module's."""
         layer = self.module
-        is_wanted = any(map(self.is_watched, self._records)) and not torch.compiler.is_compiling()
+        is_wanted = not torch.compiler.is_compiling() and self.is_watched()
         if is_wanted and isinstance(inputs, PackedSequence):
             return self._of_packed(inputs, hx)
         if not is_wanted or not isinstance(inputs, Tensor) or inputs.ndim not in (2, 3):
@@ -118,7 +99,6 @@ class RecurrentForward(OwnForward):
         return output, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
 
     def _of_packed(self, inputs: PackedSequence, hx: Any) -> Any:
-        """As the module's, of a packed sequence."""
         layer = self.module
         steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
         valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
@@ -187,7 +167,6 @@ class RecurrentForward(OwnForward):
 
 
 def _ways(layer: Any) -> list[str]:
-    """Name the directions."""
     return ["", "_reverse"] if layer.bidirectional else [""]
 
 
@@ -196,7 +175,8 @@ def _cell(layer: Any) -> Cell:
         return _lstm
     if isinstance(layer, nn.GRU | nn.GRUCell):
         return _gru
-    return _relu if layer.nonlinearity == "relu" else _tanh
+    activation = torch.relu if layer.nonlinearity == "relu" else torch.tanh
+    return lambda made, hidden, h, c: (activation(made + hidden), c)
 
 
 def _lstm(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,11 +190,3 @@ def _gru(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     new = (new + (reset + of_reset).sigmoid() * of_new).tanh()
     kept = (kept + of_kept).sigmoid()
     return (1 - kept) * new + kept * h, c
-
-
-def _tanh(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (made + hidden).tanh(), c
-
-
-def _relu(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return (made + hidden).relu(), c

@@ -32,7 +32,6 @@ class Hierarchical(Structure):
         _check.count("Hierarchical", "last", self.last, 0)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        """Return I."""
         first, middle, _ = self._sizes(n)
         eye = torch.eye(n, dtype=dtype, device=device)
         parts = eye[:first], eye.new_ones(middle), eye[first + middle :, first:]
@@ -49,7 +48,6 @@ class Hierarchical(Structure):
         return above + pad(below, (top.shape[-2], 0))
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X Kᵀ."""
         top, diagonal, bottom = member
         first, count, _ = self._sizes(rows.shape[-1])
         middle = rows[..., first : first + count] * diagonal[..., None, :]
@@ -66,7 +64,6 @@ class Hierarchical(Structure):
         )
 
     def gram(self, rows: Tensor) -> Member:
-        """Return Π(XᵀX)."""
         first, count, last = self._sizes(rows.shape[-1])
         head, middle, tail = rows.split((first, count, last), dim=-1)
         twice = rows.new_full((rows.shape[-1],), 2)
@@ -83,13 +80,11 @@ class Hierarchical(Structure):
         return self.combine((1, self.gram(top)), (1, self.gram(below)), (1, alone))
 
     def trace(self, member: Member) -> Tensor:
-        """Sum the diagonals of the parts."""
         top, diagonal, bottom = member
         corners = top.diagonal(dim1=-2, dim2=-1), bottom.diagonal(diagonal.shape[-1], dim1=-2, dim2=-1)
         return sum((corner.sum(-1) for corner in corners), start=diagonal.sum(-1))
 
     def flops(self, n: int) -> int:
-        """2n (first + last), about."""
         first, count, last = self._sizes(n)
         return 2 * (first * n + last * (n - first)) + count
 

@@ -23,7 +23,6 @@ class Toeplitz(Structure):
     dimensions: ClassVar[tuple[int, ...]] = (1,)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        """Return I."""
         return (torch.eye(1, n, dtype=dtype, device=device)[0].expand(*groups, n).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
@@ -35,7 +34,6 @@ class Toeplitz(Structure):
         return _correlated(rows, member[0][..., None, :])
 
     def product(self, first: Member, second: Member) -> Member:
-        """Return K M."""
         return (_convolved(first[0], second[0]),)
 
     def gram(self, rows: Tensor) -> Member:
@@ -50,7 +48,6 @@ class Toeplitz(Structure):
         return (_correlated(values * _lengths(values), values) * _weights(values),)
 
     def trace(self, member: Member) -> Tensor:
-        """Return n b_0."""
         return member[0][..., 0] * member[0].shape[-1]
 
     def squared_norm(self, member: Member) -> Tensor:

@@ -1,0 +1,144 @@
+"""B-KFAC-C and B-R-KFAC: Brand updates, mended now and then by the dense factor that is kept beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from brandla import _check
+from brandla.correction import ritz_correct
+from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_brand, update
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, normalised, store, stored, tensor
+from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.randomized import Randomized
+from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
+from brandla.kfac.systems.schedule import Schedule, at
+from brandla.kfac.values import Damping
+from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
+
+
+@dataclass(frozen=True)
+class DenseBrand(DenseForm, FactorStrategy):
+    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
+
+    kind: ClassVar[type[LowRankRoot | LowRankEigh]]
+
+    rank: Schedule[int | Rank]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self, self.rank)
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        state = super().start(n, groups, dtype, device)
+        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
+        return state
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
+        super().take(absorptions, step)
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
+
+    def lowrank(self, state: State) -> LowRank:
+        return kept(state)
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        return substitute_for_brand(self, n, first_rank(self.rank))
+
+
+@dataclass(frozen=True)
+class BrandCorrected(DenseBrand):
+    """B-KFAC-C: every ``correct_every`` steps, Rayleigh–Ritz on a random ``fraction`` of the columns. O(n²) memory.
+
+    Parameters
+    ----------
+    rank
+        r: a number, a `brandla.Rank` rule, or a function of the step that returns one of them.
+    correct_every
+        Steps between corrections: a number, or a function of the step.
+    fraction
+        Part of the columns of U that a correction takes, in (0, 1].
+
+    References
+    ----------
+    C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the corrected variant.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, BrandCorrected
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), BrandCorrected(rank=4))
+    """
+
+    kind = LowRankEigh
+
+    correct_every: Schedule[int] = 10
+    fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check.count("BrandCorrected", "correct_every", at(self.correct_every, 0), 1)
+        if not 0 < self.fraction <= 1:
+            _check.fail_value("BrandCorrected", f"fraction must be in (0, 1]; got {self.fraction}")
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        if due(state, step, self.correct_every):
+            eigh, average = stored(state), self.average(state)
+            generator = torch.Generator(average.device).manual_seed(seed)
+            shuffled = torch.randperm(eigh.rank, generator=generator, device=average.device)
+            store(state, ritz_correct(eigh, average, shuffled[: math.ceil(self.fraction * eigh.rank)]))
+        self.keep_trace(state)
+
+
+@dataclass(frozen=True)
+class BrandRandomized(DenseBrand):
+    """B-R-KFAC: fresh at every update, and rid of truncation error every ``overwrite_every`` steps. O(n²) memory.
+
+    Parameters
+    ----------
+    rank
+        r: a number, a `brandla.Rank` rule, or a function of the step that returns one of them.
+    overwrite_every
+        Steps between the decompositions that overwrite: a number, or a function of the step.
+    oversample, power_iterations
+        For these decompositions, as in `brandla.randomized_eigh`.
+
+    References
+    ----------
+    C. O. Puiu, "Brand New K-FACs", arXiv 2210.08494, the variant with overwriting.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, BrandRandomized
+    >>> preconditioner = KFAC(torch.nn.Linear(20, 10), BrandRandomized(rank=4))
+    """
+
+    kind = LowRankRoot
+
+    overwrite_every: Schedule[int] = 50
+    oversample: int = 10
+    power_iterations: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check.count("BrandRandomized", "overwrite_every", at(self.overwrite_every, 0), 1)
+        _check.count("BrandRandomized", "oversample", self.oversample, 0)
+        _check.count("BrandRandomized", "power_iterations", self.power_iterations, 0)
+
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+        if due(state, step, self.overwrite_every):
+            rank = kept(state).rank
+            randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
+            values, vectors = randomized.decompose(tensor(state, "dense"), rank, seed)
+            store(state, LowRankRoot.from_eigh(LowRankEigh(normalised(state, values), vectors)))
+        self.keep_trace(state)
+
+    def largest(self, state: State) -> Tensor:
+        """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
+        return tensor(state, "gram")[..., 0, 0]
