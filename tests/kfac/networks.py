@@ -130,7 +130,7 @@ def _step_of_rows(layer: Layer) -> Tensor:
     return solved(G) @ gradient @ solved(A)
 
 
-def assert_all_near(ones: Iterable[Tensor], others: Iterable[Tensor], tolerance: float = 1e-7) -> None:
+def assert_all_near(ones: Iterable[Tensor], others: Iterable[Tensor], tolerance: float = 1e-6) -> None:
     """Compare each relative to its largest entry."""
     for one, other in zip(ones, others, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
