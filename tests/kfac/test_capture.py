@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Brand, Exact
-from kfac.networks import EXACT, batch, dense_step, gradients, layer_gradient, loss_of, mlp, stepped, with_one
+from kfac.networks import (
+    DENSE,
+    EXACT,
+    assert_dense_step,
+    batch,
+    gradients,
+    layer_gradient,
+    loss_of,
+    mlp,
+    stepped,
+    weighted,
+)
 
 # Small networks have factors too small for Brand; that they say so is tested with the report.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -327,19 +338,11 @@ def test_inputs_are_dropped_where_a_checkpoint_drops_them_and_graphs_with_the_st
 
 
 def test_shared_module_uses_the_data_of_every_call():
-    torch.manual_seed(0)
     shared = nn.Linear(6, 6, dtype=torch.float64)
-    inputs = torch.randn(5, 6, dtype=torch.float64)
-    preconditioner = KFAC(shared, EXACT, clip=None, damping=0.03)
-    first = shared(inputs)
-    second = shared(torch.tanh(first))
-    first.retain_grad()
-    second.retain_grad()
-    rows = with_one(torch.cat([inputs, torch.tanh(first.detach())]))
-    second.square().sum(1).mean().backward()
-    expected = dense_step(rows, torch.cat([first.grad, second.grad]), layer_gradient(shared), 0.03)
-    preconditioner.step()
-    torch.testing.assert_close(layer_gradient(shared), expected)
+    preconditioner = KFAC(shared, EXACT, **DENSE)
+    weighted(shared(torch.tanh(shared(batch(5, 6, 3)[0])))).backward()
+    assert preconditioner._layers[0].rows("loss", None).uses == 10
+    assert_dense_step(preconditioner)
 
 
 @pytest.mark.parametrize("change", ["penalty", "scaled", "replaced", "not-empty", "zeroed"])

@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 
 from brandla.kfac import KFAC
-from brandla.kfac.capture.fisher import vectors
 from kfac.networks import EXACT, Batch, batch, gradients, loss_of, mlp, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def targets(loss: str, outputs: Tensor) -> Tensor:
@@ -35,18 +30,6 @@ def hessian_of_one(loss: str, output: Tensor) -> Tensor:
     """Of one term, C outputs."""
     row = output[None]
     return hessian(lambda own: LOSSES[loss](own[None], targets(loss, row)), output)
-
-
-@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5), (2, 4, 3, 2)], ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_outer_products_of_all_vectors_are_the_hessian(loss: str, shape: tuple[int, ...]):
-    outputs = torch.randn(shape, dtype=torch.float64, generator=generator())
-    weights = torch.rand(shape[:1] + shape[2:], dtype=torch.float64, generator=generator(1))
-    found = torch.stack(list(vectors(outputs, loss, "type-2", weights, generator())))
-    by_term = found.movedim(2, -1).flatten(1, -2)
-    for term, (logits, weight) in enumerate(zip(outputs.movedim(1, -1).flatten(0, -2), weights.flatten(), strict=True)):
-        own = by_term[:, term]
-        torch.testing.assert_close(own.T @ own, weight * hessian_of_one(loss, logits))
 
 
 def curved_step(model: nn.Module, preconditioner: KFAC, data: Batch, loss: str = "cross_entropy") -> list[Tensor]:
@@ -86,17 +69,10 @@ def jacobians(model: nn.Sequential, layer: int, inputs: Tensor) -> Tensor:
     return torch.stack([jacobian(lambda own: rest(own[None])[0], one) for one in given])
 
 
-def plain(*widths: int) -> nn.Sequential:
-    model = mlp(*widths)
-    for module in model:
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    return model
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exact_factor_is_the_mean_of_transported_hessians(loss: str):
-    model = plain(5, 6, 4, 3)
+    model = mlp(5, 6, 4, 3)
+    model[1].inplace = model[3].inplace = False
     inputs, _ = batch(7, 5, 3)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
     outputs = model(inputs)
@@ -159,21 +135,24 @@ def test_pairs_are_those_of_the_loss_and_factors_those_of_the_curvature(kind: st
     torch.testing.assert_close(steps[0], steps[1])
 
 
-@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-def test_positions_are_terms_of_their_own_and_those_of_weight_zero_none(flat: bool, some: bool):
-    """Outputs (N, C, T) of a Linear on (N, T, d): G is the mean over all N T terms."""
+def test_positions_are_terms_of_their_own_with_weights(flat: bool, weighted: bool, loss: str):
+    """Outputs (N, C, T) of a Linear on (N, T, d): G is the mean over all N T terms, without those of weight 0."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4, dtype=torch.float64)
     inputs = torch.randn(3, 6, 5, dtype=torch.float64)
-    weights = torch.arange(18).reshape(3, 6) % 3 % 2 if some else torch.ones(3, 6)
+    weights = torch.arange(18).reshape(3, 6) % 3 / 2 if weighted else torch.ones(3, 6)
     preconditioner = KFAC(layer, EXACT, curvature="type-2")
     outputs = layer(inputs).flatten(0, 1) if flat else layer(inputs).mT
-    preconditioner.curvature(outputs, weights=(weights.flatten() if flat else weights).double() if some else None)
+    own = weights.flatten() if flat else weights
+    preconditioner.curvature(outputs, loss=loss, weights=own if weighted else None)
     outputs.square().mean().backward()
     preconditioner.step()
-    expected = [hessian_of_one("cross_entropy", own) for own in layer(inputs)[weights > 0].detach()]
-    torch.testing.assert_close(factor(preconditioner, 0, "output"), torch.stack(expected).mean(0))
+    terms = zip(weights.flatten(), layer(inputs).flatten(0, 1).detach(), strict=True)
+    expected = sum(weight * hessian_of_one(loss, own) for weight, own in terms) / weights.sum()
+    torch.testing.assert_close(factor(preconditioner, 0, "output"), expected)
 
 
 def test_no_passes_where_no_factor_takes_data():

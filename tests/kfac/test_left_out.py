@@ -137,14 +137,11 @@ def curved(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
         yield
 
 
-def compiled(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+@by_seed
+def compiled(model: nn.Module, seed: int) -> None:
     """Autograd forms the gradients of a compiled graph."""
-    run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for seed in range(3):
-        model.zero_grad()
-        loss(run, seed).backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-        yield
+    loss(torch.compile(model, backend="aot_eager", fullgraph=True), seed).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 OPTIONS: list[dict[str, Any]] = [

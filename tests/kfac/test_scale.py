@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KBFGS, KFAC, Exact, Strategy, Woodbury
-from kfac.networks import stepped
+from brandla.kfac import KBFGS, KFAC, Strategy, Woodbury
+from kfac.networks import EXACT, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 DOUBLE = torch.float64
-EXACT = Exact(inverse_every=1)
 
 
 class Mean(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
 ]
+
+
+WHOLE = partial(torch.compile, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +71,7 @@ def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
             inputs = checkpoint(block, inputs, use_reentrant=False)
         return inputs
 
-    return torch.compile(forward, backend="aot_eager")
-
-
-def inductor(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(model)
-
-
-def whole(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(model, backend="aot_eager")
+    return WHOLE(forward)
 
 
 # Inductor builds with the system's C++ compiler, whose link line takes no path with a space in it.
@@ -88,11 +84,11 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("compiled", "options"),
     [
-        (whole, {}),
-        pytest.param(inductor, {}, marks=needs_compiler),
+        (WHOLE, {}),
+        pytest.param(torch.compile, {}, marks=needs_compiler),
         (checkpointed, {}),
-        (whole, {"curvature": "type-2"}),
-        (whole, {"curvature": "monte-carlo"}),
+        (WHOLE, {"curvature": "type-2"}),
+        (WHOLE, {"curvature": "monte-carlo"}),
     ],
 )
 def test_compiled_steps_are_those_of_the_model_as_it_is(compiled: Callable[..., Any], options: dict[str, str]):
@@ -142,7 +138,7 @@ def test_compiled_blocks_keep_the_names_of_their_layers():
 
 def test_steps_with_no_capture_do_not_compile_again():
     model = blocks()
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     train(model, run, KFAC(model, EXACT, factor_every=3, application="two-sided"), steps=7)
     # With and without the tap.
     assert counters["stats"]["unique_graphs"] <= 2
@@ -152,7 +148,7 @@ def test_micro_batches_through_one_graph():
     """With an evaluation between."""
     model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
     inputs, labels = batch(12, 6, 4)
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     for forward, preconditioner in ((run, KFAC(model, EXACT)), (reference, KFAC(reference, EXACT))):
         for rows in (slice(0, 6), slice(6, 12)):
             (loss_of(forward, (inputs[rows], labels[rows])) / 2).backward()
@@ -164,7 +160,7 @@ def test_micro_batches_through_one_graph():
 
 def test_a_model_that_ran_before_says_that_it_is_not_seen():
     model = mlp(6, 8, 4)
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     data = batch(12, 6, 4)
     loss_of(run, data).backward()
     model.zero_grad()
@@ -182,7 +178,7 @@ def test_a_model_that_ran_before_says_that_it_is_not_seen():
 
 def test_removed_hooks_leave_compiled_graphs_alone():
     model = mlp(6, 8, 4)
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     preconditioner = KFAC(model, EXACT)
     data = batch(12, 6, 4)
     loss_of(run, data).backward()

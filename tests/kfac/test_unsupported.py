@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from brandla.kfac import KFAC, Brand, Strategy
 from kfac.networks import EXACT, stepped
@@ -121,10 +123,6 @@ def test_a_weight_that_two_convolutions_use_differently_gives_the_rows_of_each()
     torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient())
 
 
-def nested() -> Tensor:
-    return torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
-
-
 class Pair(nn.Module):
     """Give its Linear what no hook can read."""
 
@@ -169,64 +167,47 @@ def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
     assert resumed.report().unsupported == report.unsupported
 
 
-def through(module: nn.Module, hook: Callable[..., Any]) -> nn.Module:
-    """A module whose output a hook of the user turns into something else, before it is captured."""
-    module.register_forward_hook(hook)
-    return module
-
-
-ODD_CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], str]] = {
-    "tuple": (
-        lambda: through(nn.Linear(4, 4), lambda module, args, output: (output, 1)),
-        lambda module: module(torch.randn(3, 4))[0],
-        "its output is of type tuple, not a tensor",
-    ),
+# A module, what a hook of the user makes of its output before it is captured, what it is given, and the reason.
+ODD_CALLS: dict[str, tuple[nn.Module, Callable[[Tensor], Any], Tensor, str]] = {
+    "tuple": (nn.Linear(4, 4), lambda own: (own, 1), torch.randn(3, 4), "its output is of type tuple, not a tensor"),
     "dict": (
-        lambda: through(nn.Conv1d(2, 2, 1), lambda module, args, output: {"output": output}),
-        lambda module: module(torch.randn(3, 2, 4))["output"],
+        *(nn.Conv1d(2, 2, 1), lambda own: {"output": own}, torch.randn(3, 2, 4)),
         "its output is of type dict, not a tensor",
     ),
     "other-shape": (
-        lambda: through(nn.Linear(4, 4), lambda module, args, output: output.sum(-1)),
-        lambda module: module(torch.randn(3, 4)),
+        *(nn.Linear(4, 4), lambda own: own.sum(-1), torch.randn(3, 4)),
         "its output has shape (3,), where the input makes (3, 4)",
     ),
     "nested": (
-        lambda: nn.Linear(4, 4),
-        lambda module: torch.cat(module(nested()).unbind()),
+        *(nn.Linear(4, 4), lambda own: own, torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)),
         "its input is not a dense tensor",
     ),
-    "sparse": (
-        lambda: nn.Linear(4, 4),
-        lambda module: module(torch.randn(3, 4).to_sparse()),
-        "its input is not a dense tensor",
-    ),
+    "sparse": (nn.Linear(4, 4), lambda own: own, torch.eye(4).to_sparse(), "its input is not a dense tensor"),
     "flattened": (
-        lambda: through(nn.Conv2d(2, 2, 1), lambda module, args, output: output.flatten(1)),
-        lambda module: module(torch.randn(3, 2, 2, 2)),
+        *(nn.Conv2d(2, 2, 1), lambda own: own.flatten(1), torch.randn(3, 2, 2, 2)),
         "its input has 4 dimensions and its output 2; a batch has 4",
     ),
     "one-sample-norm": (
-        lambda: nn.InstanceNorm1d(2, affine=True),
-        lambda module: module(torch.randn(2, 2)),
+        *(nn.InstanceNorm1d(2, affine=True), lambda own: own, torch.randn(2, 2)),
         "its input of shape (2, 2) is not a batch",
     ),
     "embedding-shape": (
-        lambda: through(nn.Embedding(4, 4), lambda module, args, output: output.sum(1)),
-        lambda module: module(torch.ones(3, 2, dtype=torch.long)),
+        *(nn.Embedding(4, 4), lambda own: own.sum(1), torch.ones(3, 2, dtype=torch.long)),
         "its output has shape (3, 4), where the input makes (3, 2, 4)",
     ),
 }
 
 
 @FACTORS
-@pytest.mark.parametrize(("make", "call", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
-def test_no_call_makes_training_fail(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], reason: str):
-    torch.manual_seed(0)
-    module = make()
+@pytest.mark.parametrize(("module", "change", "inputs", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
+def test_no_call_makes_training_fail(module: nn.Module, change: Callable[[Tensor], Any], inputs: Tensor, reason: str):
+    module = copy.deepcopy(module)
+    module.register_forward_hook(lambda module, args, output: change(output))
     preconditioner = KFAC(module, EXACT)
+    output = tree_leaves(module(inputs))[0]
+    loss = (torch.cat(output.unbind()) if output.is_nested else output).square().sum()
     with pytest.warns(UserWarning, match="left to the optimizer from now on"):
-        parts = step_and_gradient(module, preconditioner, call(module).square().sum())
+        parts = step_and_gradient(module, preconditioner, loss)
     assert all(torch.equal(*part) for part in parts)
     assert preconditioner.report().unsupported == {"(model)": reason}
 
