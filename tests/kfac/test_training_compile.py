@@ -144,20 +144,6 @@ def test_steps_with_no_capture_do_not_compile_again():
     assert counters["stats"]["unique_graphs"] <= 2
 
 
-def test_micro_batches_through_one_graph():
-    """With an evaluation between."""
-    model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
-    inputs, labels = batch(12, 6, 4)
-    run = WHOLE(model)
-    for forward, preconditioner in ((run, KFAC(model, EXACT)), (reference, KFAC(reference, EXACT))):
-        for rows in (slice(0, 6), slice(6, 12)):
-            (loss_of(forward, (inputs[rows], labels[rows])) / 2).backward()
-            with torch.no_grad():
-                forward(inputs[rows] * 3)
-        preconditioner.step()
-    torch.testing.assert_close(gradients(model), gradients(reference))
-
-
 def test_a_model_that_ran_before_says_that_it_is_not_seen():
     model = mlp(6, 8, 4)
     run = WHOLE(model)
