@@ -85,26 +85,6 @@ def test_exact_factor_is_the_mean_of_transported_hessians(loss: str):
         torch.testing.assert_close(factor(preconditioner, index, "output"), expected.mean(0))
 
 
-def test_kronecker_product_is_the_gauss_newton_matrix_of_a_deep_linear_network():
-    """The Hessian of the squared error is the same for all data, and so is the derivative by a layer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(3)))
-    inputs, _ = batch(6, 4, 4)
-    preconditioner = KFAC(model, EXACT, curvature="type-2")
-    curved_step(model, preconditioner, (inputs, torch.zeros(6, 4, dtype=torch.float64)), "mse")
-    for index, layer in enumerate(model):
-        weights = [own.weight.detach() for own in model]
-
-        def of_weight(weight: Tensor, index: int = index, weights: list[Tensor] = weights) -> Tensor:
-            changed = [*weights[:index], weight, *weights[index + 1 :]]
-            return inputs @ changed[0].T @ changed[1].T @ changed[2].T
-
-        J = jacobian(of_weight, layer.weight.detach()).reshape(-1, 16)
-        gauss_newton = J.T @ J * 2 / 24
-        kronecker = torch.kron(factor(preconditioner, index, "output"), factor(preconditioner, index, "input"))
-        torch.testing.assert_close(kronecker, gauss_newton)
-
-
 def test_nothing_but_the_captures_sees_these_passes():
     model = mlp(5, 6, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
