@@ -179,26 +179,6 @@ def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
     torch.testing.assert_close(gradients(model), gradients(resumed._model), rtol=0, atol=0)
 
 
-def test_half_precision_outputs_are_taken():
-    model = mlp(5, 6, 4, dtype=torch.float32)
-    inputs, labels = batch(8, 5, 4, dtype=torch.float32)
-    preconditioner = KFAC(model, EXACT, curvature="type-2")
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(inputs)
-        preconditioner.curvature(outputs)
-        loss = LOSSES["cross_entropy"](outputs, labels)
-    assert outputs.dtype == torch.bfloat16
-    loss.backward()
-    preconditioner.step()
-    full = mlp(5, 6, 4, dtype=torch.float32)
-    reference = KFAC(full, EXACT, curvature="type-2")
-    curved_step(full, reference, (inputs, labels))
-    # bfloat16 keeps 2^-8 of a value; logits, vectors and two products are rounded.
-    scale = float(factor(reference, 0, "output").abs().max())
-    difference = (factor(preconditioner, 0, "output") - factor(reference, 0, "output")).abs().max()
-    assert difference < 8 * 2**-8 * scale
-
-
 def test_a_number_of_terms_that_is_that_of_the_uses_changes_nothing():
     one, other, data = mlp(5, 6, 4), mlp(5, 6, 4), batch(8, 5, 4)
     called = curved_step(one, KFAC(one, EXACT), data)

@@ -64,15 +64,18 @@ def test_every_kind_of_layer_trains(strategy: Strategy):
     assert str(report)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_autocast_gives_nearly_the_same_factors(sharing: str):
+@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"curvature": "type-2"}], ids=str)
+def test_autocast_gives_nearly_the_same_factors(options: dict):
     """Inputs and gradients in bfloat16, ε = 2⁻⁸, through the layers; factors in float32."""
     states = []
     for enabled in (False, True):
         model = Words()
-        preconditioner = KFAC(model, EXACT, sharing=sharing)
+        preconditioner = KFAC(model, EXACT, **options)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = nn.functional.cross_entropy(model(INDICES), LABELS)
+            outputs = model(INDICES)
+            if "curvature" in options:
+                preconditioner.curvature(outputs)
+            loss = nn.functional.cross_entropy(outputs, LABELS)
         loss.backward()
         preconditioner.step()
         states.append({layer.name: layer.curvature for layer in preconditioner._layers})
