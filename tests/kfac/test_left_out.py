@@ -17,7 +17,11 @@ from brandla.kfac.processes.distributed import Replicas
 from kfac.networks import assert_all_near, batch, gradients, mlp
 from kfac.systems import SYSTEMS
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KFAC. some factors are too small"),
+    # The compiler instantiates autograd functions.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 WIDTHS = (40, 30, 30, 3)
 # Of conjugate gradients few iterations: rounding grows from one to the next until they have converged.
