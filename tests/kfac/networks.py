@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC
+from brandla.kfac import KFAC, Exact
+from brandla.kfac.capture.layer import Layer
 
 Batch = tuple[Tensor, Tensor]
+EXACT = Exact(inverse_every=1)
+# What `assert_dense_step` takes a preconditioner to have.
+DENSE: dict[str, Any] = {"damping": 0.03, "damping_scale": "absolute", "clip": None}
 
 
 def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
@@ -84,3 +89,87 @@ def dense_step(inputs: Tensor, output_gradients: Tensor, gradient: Tensor, dampi
     A = inputs.T @ inputs / count
     G = output_gradients.T @ output_gradients * count
     return damped_inverse(G, damping) @ gradient @ damped_inverse(A, damping)
+
+
+def weighted(output: Tensor, seed: int = 5) -> Tensor:
+    """A loss with a random weight for each output, of which a tuple's first entry is meant."""
+    output = output[0] if isinstance(output, tuple) else output
+    generator = torch.Generator().manual_seed(seed)
+    return (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum()
+
+
+def one_hot(indices: Tensor, count: int) -> Tensor:
+    """A row with a 1 for each index, and of zeros for −1."""
+    return nn.functional.one_hot(indices + 1, count + 1)[:, 1:].double()
+
+
+def assert_dense_step(preconditioner: KFAC) -> None:
+    """A step is (G + λI)⁻¹ ∂W (A + λI)⁻¹ of each layer and group, by dense inverses of the captured rows' products.
+
+    The rows make up the gradient, where positions are not summed over first.
+    """
+    expected = [_step_of_rows(layer) for layer in preconditioner._layers]
+    preconditioner.step()
+    # Two orders of summation, magnified by the condition of the damped factors, at most 1e5 on either side.
+    assert_all_near([layer.gradient() for layer in preconditioner._layers], expected, 1e-8)
+
+
+def _step_of_rows(layer: Layer) -> Tensor:
+    rows, gradient = layer.rows("loss", None), layer.gradient()
+    assert rows is not None
+
+    def solved(factor: Tensor) -> Tensor:
+        return torch.linalg.inv(factor + DENSE["damping"] * torch.eye(factor.shape[-1], dtype=factor.dtype))
+
+    if layer.kind.single:
+        return gradient @ solved(rows.uses * rows.inputs.mT @ rows.inputs)
+    inputs = one_hot(rows.inputs, layer.shape.d_in) if layer.kind.one_hot else rows.inputs
+    if layer.sharing == "expand":
+        torch.testing.assert_close(rows.gradients.mT @ inputs, gradient)
+    A, G = inputs.mT @ inputs / rows.uses, rows.uses * rows.gradients.mT @ rows.gradients
+    return solved(G) @ gradient @ solved(A)
+
+
+def assert_all_near(ones: Iterable[Tensor], others: Iterable[Tensor], tolerance: float = 1e-6) -> None:
+    """Compare each relative to its largest entry."""
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+
+
+class OwnLinear(nn.Module):
+    """A Linear of somebody's own."""
+
+    def __init__(self, d_in: int = 6, d_out: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(d_out, dtype=torch.float64)) if bias else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.weight, self.bias)
+
+
+class Conv1D(nn.Module):
+    """A Linear whose weight is transposed, as transformers has it."""
+
+    def __init__(self, d_in: int = 6, d_out: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_in, d_out, dtype=torch.float64) / d_in**0.5)
+        self.bias = nn.Parameter(torch.randn(d_out, dtype=torch.float64)) if bias else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        output = flat @ self.weight if self.bias is None else torch.addmm(self.bias, flat, self.weight)
+        return output.view(*inputs.shape[:-1], self.weight.shape[1])
+
+
+class RMSNorm(nn.Module):
+    """As Llama and T5 have it; with ``offset`` 1 as Gemma does."""
+
+    def __init__(self, width: int = 6, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, dtype=torch.float64))
+        self.offset = offset
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        normal = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
+        return normal * (self.offset + self.weight)

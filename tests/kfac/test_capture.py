@@ -1,150 +1,379 @@
-"""What the hooks see: in-place activations, evaluation, accumulation, shared and unused modules, foreign gradients."""
+"""What is captured between two steps: the passes that made the gradient, whatever else the model is used for."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Brand, Exact
-from kfac.networks import Batch, batch, dense_step, gradients, layer_gradient, loss_of, mlp, stepped, with_one
+from kfac.networks import (
+    DENSE,
+    EXACT,
+    assert_dense_step,
+    batch,
+    gradients,
+    layer_gradient,
+    loss_of,
+    mlp,
+    stepped,
+    weighted,
+)
 
 # Small networks have factors too small for Brand; that they say so is tested with the report.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
-DAMPING = 0.03
 CROSS_ENTROPY = nn.functional.cross_entropy
+Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
 
-def one_step(model: nn.Module, data: Batch, **options: object) -> list[torch.Tensor]:
-    return stepped(model, KFAC(model, Exact(inverse_every=1), clip=None, **options), loss_of(model, data))
+def plainly(model: nn.Sequential, inputs: Tensor) -> Tensor:
+    return model(inputs)
 
 
-def test_in_place_activations_do_not_disturb_the_capture():
-    in_place, plain = mlp(10, 20, 20, 4), mlp(10, 20, 20, 4)
-    for module in plain.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    data = batch(12, 10, 4)
-    torch.testing.assert_close(one_step(in_place, data), one_step(plain, data))
+def checkpointed(model: nn.Sequential, inputs: Tensor) -> Tensor:
+    middle = checkpoint(model[:2], inputs, use_reentrant=False)
+    return checkpoint(model[2:], middle, use_reentrant=False)
 
 
-def test_linear_and_two_sided_application_agree():
-    data = batch(12, 10, 4)
-    linear, two_sided = mlp(10, 20, 20, 4), mlp(10, 20, 20, 4)
-    torch.testing.assert_close(one_step(linear, data), one_step(two_sided, data, application="two-sided"))
+def reentrant(model: nn.Sequential, inputs: Tensor) -> Tensor:
+    middle = checkpoint(model[:2], inputs.clone().requires_grad_(), use_reentrant=True)
+    return checkpoint(model[2:], middle, use_reentrant=True)
 
 
-def test_evaluation_without_grad_leaves_no_trace():
-    model = mlp(10, 20, 4)
-    inputs, labels = batch(12, 10, 4)
-    expected = one_step(mlp(10, 20, 4), (inputs, labels))
-    preconditioner = KFAC(model, Exact(inverse_every=1), clip=None)
-    with torch.no_grad():
-        model(inputs * 3)
-    with torch.inference_mode():
-        model(inputs * 2)
-    CROSS_ENTROPY(model(inputs), labels).backward()
-    with torch.no_grad():
-        model(inputs * 5)
+def offloaded(model: nn.Sequential, inputs: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return model(inputs)
+
+
+def steps(forward: Forward, parts: list[slice], **options: Any) -> list[Tensor]:
+    """Gradients after steps of 12 samples in some parts."""
+    model = mlp(6, 8, 8, 4)
+    preconditioner = KFAC(model, EXACT, clip=None, **options)
+    for seed in range(3):
+        inputs, labels = batch(12, 6, 4, seed)
+        model.zero_grad()
+        for part in parts:
+            outputs = forward(model, inputs[part])
+            if "curvature" in options:
+                preconditioner.curvature(outputs)
+            (CROSS_ENTROPY(outputs, labels[part], reduction="sum") / 12).backward()
+        preconditioner.step()
+        assert not any(layer.capture.calls or layer.capture.edges for layer in preconditioner._layers)
+    return gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("forward", "options"),
+    [
+        (plainly, {}),
+        (plainly, {"application": "two-sided"}),
+        (plainly, {"factor_every": 2}),
+        (plainly, {"curvature": "type-2"}),
+        (checkpointed, {}),
+        (checkpointed, {"curvature": "type-2"}),
+        (reentrant, {}),
+        (offloaded, {}),
+    ],
+    ids=lambda own: getattr(own, "__name__", str(own)),
+)
+def test_neither_parts_of_a_batch_nor_where_activations_are_kept_make_a_difference(forward: Forward, options: dict):
+    whole = steps(plainly, [slice(0, 12)], **options)
+    torch.testing.assert_close(steps(forward, [slice(0, 2), slice(2, 9), slice(9, 12)], **options), whole)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        message = "out of memory"
+        raise RuntimeError(message)
+
+
+class Training:
+    """A model in training, with what a loop may do with it, right or not, between two steps."""
+
+    def __init__(self, kind: str | None, *, disturbed: bool, compiled: bool = False) -> None:
+        self.model = mlp(6, 8, 8, 4)
+        self.run = torch.compile(self.model, backend="aot_eager") if compiled else self.model
+        self.preconditioner = KFAC(self.model, EXACT, curvature=kind or "empirical")
+        self.is_told, self.disturbed = kind is not None, disturbed
+        self.seed, self.labels = 0, batch(10, 6, 4)[1]
+
+    def zero(self) -> None:
+        self.model.zero_grad()
+
+    def fill_with_zeros(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def forward(self, forward: Forward | None = None, **options: Any) -> None:
+        self.seed += 1
+        self.inputs, self.labels = batch(10, 6, 4, self.seed)
+        self.inputs.requires_grad_(**options)
+        self.loss = self.loss_of(self.inputs, forward)
+
+    def forward_without_input_gradient(self) -> None:
+        self.forward(requires_grad=False)
+
+    def checkpointed_forward(self) -> None:
+        self.forward(reentrant)
+
+    def loss_of(self, inputs: Tensor, forward: Forward | None = None) -> Tensor:
+        outputs = self.run(inputs) if forward is None else forward(self.model, inputs)
+        if self.is_told:
+            self.preconditioner.curvature(outputs)
+        return CROSS_ENTROPY(outputs, self.labels)
+
+    def backward(self) -> None:
+        self.loss.backward()
+
+    def attack(self) -> None:
+        """Train on inputs moved in a direction that the graph gave; undisturbed, that of a copy of the model."""
+        loss = self.loss if self.disturbed else CROSS_ENTROPY(mlp(6, 8, 8, 4)(self.inputs), self.labels)
+        (direction,) = torch.autograd.grad(loss, self.inputs, retain_graph=True)
+        self.loss = self.loss + self.loss_of((self.inputs + 0.1 * direction.sign()).detach())
+
+    # What leaves no trace. It comes with another batch, and a larger loss.
+
+    def give_up(self) -> None:
+        self.labels = batch(10, 6, 4, 100)[1]
+        (50 * self.loss_of(batch(10, 6, 4, 100)[0])).backward()
+
+    def give_up_the_graph(self) -> None:
+        (50 * self.loss).backward(retain_graph=True)
+
+    def ask_for_inputs(self) -> None:
+        inputs, labels = batch(10, 6, 4, 100)
+        inputs.requires_grad_()
+        torch.autograd.grad(50 * CROSS_ENTROPY(self.run(inputs), labels), inputs)
+
+    def ask_the_graph_for_inputs(self) -> None:
+        torch.autograd.grad(50 * self.loss, self.inputs, retain_graph=True)
+
+    def fail_forward(self) -> None:
+        hidden = self.model[:3](batch(10, 6, 4, 100)[0])
+        with pytest.raises(RuntimeError, match="shapes"):
+            self.model[3:](hidden[:, :3])
+
+    def fail_backward(self) -> None:
+        """With a kind of its own, in the passes for the curvature."""
+        with pytest.raises(RuntimeError, match="out of memory"):
+            self.loss_of(
+                batch(10, 6, 4, 100)[0], lambda model, inputs: model[2:](Failing.apply(model[:2](inputs)))
+            ).backward()
+
+    def evaluate(self) -> None:
+        with torch.no_grad():
+            self.run(batch(10, 6, 4, 100)[0])
+        with torch.inference_mode():
+            self.run(batch(10, 6, 4, 100)[0])
+
+    def freeze(self) -> None:
+        """No gradient comes to frozen weights, and no hook of ours asks for one."""
+        loss = CROSS_ENTROPY(self.run(batch(10, 6, 4, 100)[0]), batch(10, 6, 4, 100)[1])
+        self.model.requires_grad_(False)
+        loss.backward()
+        self.model.requires_grad_(True)
+
+    def call_with_other_parameters(self) -> None:
+        other = {name: parameter.detach() * 2 for name, parameter in self.model.named_parameters()}
+        functional = torch.func.functional_call
+        torch.func.grad(lambda own: functional(self.model, own, batch(10, 6, 4)[0]).square().mean())(other)
+
+    def derive(self) -> None:
+        torch.testing.assert_close(derivatives(self.model), derivatives(mlp(6, 8, 8, 4)))
+
+
+def derivatives(model: nn.Module) -> list[Any]:
+    """In the inputs, by torch.func."""
+    inputs = batch(10, 6, 4)[0]
+    return [
+        torch.func.grad(lambda inputs: model(inputs).square().sum())(inputs),
+        torch.func.jacrev(model)(inputs[0]),
+        torch.func.vjp(model, inputs)[1](torch.ones(10, 4, dtype=torch.float64)),
+    ]
+
+
+T = Training
+DISTURBING = {
+    *(T.give_up, T.give_up_the_graph, T.ask_for_inputs, T.ask_the_graph_for_inputs, T.fail_forward, T.fail_backward),
+    *(T.evaluate, T.freeze, T.call_with_other_parameters, T.derive),
+}
+LOOPS: dict[str, list[Callable[[Training], None]]] = {
+    "gradient-of-inputs-first": [T.zero, T.ask_for_inputs, T.forward_without_input_gradient, T.backward],
+    "gradient-of-inputs-into-zeros": [T.fill_with_zeros, T.ask_for_inputs, T.forward, T.backward],
+    "gradient-of-inputs-of-the-graph": [T.zero, T.forward, T.ask_the_graph_for_inputs, T.backward],
+    "gradient-of-inputs-in-every-part": [T.zero, *(T.ask_for_inputs, T.forward, T.backward) * 2],
+    "adversarial": [T.zero, T.forward, T.attack, T.backward],
+    "given-up-then-zeroed-after-forward": [T.give_up, T.forward_without_input_gradient, T.zero, T.backward],
+    "given-up-between-forward-and-backward": [T.forward, T.give_up, T.zero, T.backward],
+    "given-up-through-the-graph": [T.forward, T.give_up_the_graph, T.zero, T.backward],
+    "given-up-before-checkpoints": [T.give_up, T.checkpointed_forward, T.zero, T.backward],
+    "failed-forward": [T.fail_forward, T.zero, T.forward, T.backward],
+    "failed-backward": [T.fail_backward, T.zero, T.forward, T.backward],
+    "evaluated": [T.zero, T.evaluate, T.forward, T.evaluate, T.backward, T.evaluate],
+    "frozen": [T.zero, T.freeze, T.forward, T.backward],
+    "functional": [T.zero, T.derive, T.forward, T.call_with_other_parameters, T.derive, T.backward],
+}
+COMPILED = [
+    *("gradient-of-inputs-of-the-graph", "gradient-of-inputs-in-every-part"),
+    *("given-up-between-forward-and-backward", "evaluated"),
+]
+# Passes for the curvature do not go through a reentrant checkpoint, and the last batch that is told of counts.
+TOLD = [name for name in LOOPS if name not in ("given-up-before-checkpoints", "given-up-between-forward-and-backward")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "compiled"),
+    [
+        *((name, None, False) for name in LOOPS),
+        *((name, kind, False) for name in TOLD for kind in ("empirical", "type-2")),
+        *((name, None, True) for name in COMPILED),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# The compiler's own condition for a graph that is to be gone through more than once.
+@torch._functorch.config.patch(donated_buffer=False)
+def test_what_has_not_come_to_the_gradient_is_not_in_the_factors(name: str, kind: str | None, compiled: bool):
+    if compiled:
+        torch.compiler.reset()
+    own, reference = Training(kind, disturbed=True, compiled=compiled), Training(kind, disturbed=False)
+    for _ in range(3):
+        for training in (own, reference):
+            for act in LOOPS[name]:
+                if training.disturbed or act not in DISTURBING:
+                    act(training)
+            training.preconditioner.step()
+        tolerance = {"rtol": 1e-7, "atol": 1e-7} if compiled else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(gradients(own.model), gradients(reference.model), **tolerance)
+
+
+def test_a_compiled_functional_derivative_is_that_of_the_model():
+    torch.compiler.reset()
+    model = mlp(6, 8, 8, 4)
+    preconditioner = KFAC(model, EXACT)
+    derivative = torch.func.grad(lambda inputs: model(inputs).square().sum())
+    found = torch.compile(derivative, backend="aot_eager")(batch(10, 6, 4)[0])
+    torch.testing.assert_close(found, derivatives(mlp(6, 8, 8, 4))[0])
+    assert all(layer.capture.calls == [] for layer in preconditioner._layers)
+
+
+def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor, plain: bool) -> None:
+    loss = CROSS_ENTROPY(model(inputs), labels)
+    if plain:
+        loss.backward()
+        return
+    for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True):
+        parameter.grad = gradient
+
+
+def in_reentrant_checkpoints_of_one_weight(model: nn.Sequential, inputs: Tensor, labels: Tensor, plain: bool) -> None:
+    """Backward passes inside of one another add to the gradient of the middle layer, which is used twice."""
+    hidden = model[:2](inputs)
+    again = [model[2](hidden) if plain else checkpoint(model[2], hidden, use_reentrant=True) for _ in range(2)]
+    CROSS_ENTROPY(model[3:](again[0] + again[1].tanh()), labels).backward()
+
+
+@pytest.mark.parametrize("backward", [by_hand, in_reentrant_checkpoints_of_one_weight])
+def test_what_has_come_to_the_gradient_otherwise_is_in_the_factors(backward: Callable[..., None]):
+    found = []
+    for plain in (True, False):
+        model = mlp(6, 8, 8, 4)
+        preconditioner = KFAC(model, EXACT, application="two-sided")
+        backward(model, *batch(10, 6, 4), plain)
+        preconditioner.step()
+        assert all(layer.curvature.started for layer in preconditioner._layers)
+        found.append(gradients(model))
+    # Sums over the rows in another order, and the factors' inverses: condition 1/damping = 33 each.
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_one_graph_gone_through_twice_has_its_rows_twice():
+    """N and the rows γ are those of two passes at half the gradient: A is the same, G is half."""
+    model = mlp(6, 8, 4)
+    preconditioner = KFAC(model, EXACT, application="two-sided")
+    loss = loss_of(model, batch(10, 6, 4)) / 2
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert [len(layer.capture.calls[0].gradients["loss"]) for layer in preconditioner._layers] == [2, 2]
     preconditioner.step()
-    torch.testing.assert_close(gradients(model), expected)
+    assert preconditioner._layers[0].curvature.input.state["total"] == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("application", ["auto", "two-sided"])
-def test_accumulation_over_backward_passes_equals_one_pass_over_all(application: str):
-    whole, parts = mlp(10, 20, 4), mlp(10, 20, 4)
-    inputs, labels = batch(12, 10, 4)
-    expected = one_step(whole, (inputs, labels), application=application)
-    preconditioner = KFAC(parts, Exact(inverse_every=1), clip=None, application=application)
-    for rows in (slice(0, 4), slice(4, 6), slice(6, 12)):
-        (CROSS_ENTROPY(parts(inputs[rows]), labels[rows], reduction="sum") / 12).backward()
+@pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6)], ids=str)
+def test_activations_that_overwrite_their_input_do_not_disturb_the_capture(shape: tuple[int, ...]):
+    """A Linear's output of three dimensions is a view, to which autograd gives another history there."""
+    found = []
+    for inplace in (True, False):
+        model = mlp(6, 8, 8, 4)
+        for module in model[1::2]:
+            module.inplace = inplace
+        preconditioner = KFAC(model, EXACT)
+        model(torch.ones(shape, dtype=torch.float64)).square().mean().backward()
+        assert [len(layer.capture.calls) for layer in preconditioner._layers] == [1, 1, 1]
+        preconditioner.step()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found)
+
+
+def test_inputs_are_dropped_where_a_checkpoint_drops_them():
+    """Between forward and backward nothing holds the input of the second layer but what a checkpoint keeps."""
+    model = mlp(6, 8, 4)
+    preconditioner = KFAC(model, EXACT)
+    seen: list[weakref.ref[Tensor]] = []
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0].untyped_storage())))
+    inputs, labels = batch(10, 6, 4)
+    loss = CROSS_ENTROPY(checkpoint(model, inputs, use_reentrant=False), labels)
+    gc.collect()
+    assert seen[0]() is None
+    loss.backward()
+    assert len(seen) == 2
     preconditioner.step()
-    torch.testing.assert_close(gradients(parts), expected)
+    # The loss, and with it the graph, is still there.
+    assert loss.grad_fn is not None
+    assert preconditioner.report().captured_bytes == 8 * 10 * (6 + 8 + 8 + 4)
+    assert all(layer.capture.bytes() == 0 for layer in preconditioner._layers)
 
 
 def test_shared_module_uses_the_data_of_every_call():
-    torch.manual_seed(0)
     shared = nn.Linear(6, 6, dtype=torch.float64)
-    inputs = torch.randn(5, 6, dtype=torch.float64)
-    preconditioner = KFAC(shared, Exact(inverse_every=1), clip=None, damping=DAMPING)
-    first = shared(inputs)
-    second = shared(torch.tanh(first))
-    first.retain_grad()
-    second.retain_grad()
-    hidden = torch.tanh(first.detach())
-    second.square().sum(1).mean().backward()
-    expected = dense_step(
-        with_one(torch.cat([inputs, hidden])), torch.cat([first.grad, second.grad]), layer_gradient(shared), DAMPING
-    )
-    preconditioner.step()
-    torch.testing.assert_close(layer_gradient(shared), expected)
+    preconditioner = KFAC(shared, EXACT, **DENSE)
+    weighted(shared(torch.tanh(shared(batch(5, 6, 3)[0])))).backward()
+    assert preconditioner._layers[0].rows("loss", None).uses == 10
+    assert_dense_step(preconditioner)
 
 
-def test_modules_with_a_common_weight_are_one_layer():
-    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
-    model[2].weight = model[0].weight
-    preconditioner = KFAC(model, Exact())
-    model(torch.randn(4, 6)).square().mean().backward()
-    preconditioner.step()
-    report = preconditioner.report()
-    assert {row.layer for row in report.factors} == {"0"}
-    assert report.unsupported == {"2.bias": "its weight is that of 0, which has another bias"}
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.used = nn.Linear(6, 3, dtype=torch.float64)
-        self.unused = nn.Linear(6, 3, dtype=torch.float64)
-        self.unread = nn.Linear(6, 3, dtype=torch.float64)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.unread(inputs)
-        return self.used(inputs)
-
-
-def test_modules_without_a_gradient_are_left_alone():
-    model = Branches()
-    preconditioner = KFAC(model, Exact())
-    inputs, labels = batch(8, 6, 3)
-    CROSS_ENTROPY(model(inputs), labels).backward()
-    before = model.used.weight.grad.clone()
-    preconditioner.step()
-    assert model.unused.weight.grad is None
-    assert model.unread.weight.grad is None
-    assert not torch.equal(model.used.weight.grad, before)
-    assert [row.reason for row in preconditioner.report().factors if row.layer != "used"] == ["no data yet"] * 4
-
-
-def test_a_module_that_gets_its_first_gradient_late_starts_then():
-    model = Branches()
-    preconditioner = KFAC(model, Exact(inverse_every=3), factor_every=5)
-    inputs, labels = batch(8, 6, 3)
-    for forward in (model, model, model.unused):
-        model.zero_grad()
-        CROSS_ENTROPY(forward(inputs), labels).backward()
-        before = gradients(model)
-        preconditioner.step()
-        assert not torch.equal(gradients(model)[0], before[0])
-
-
-@pytest.mark.parametrize("change", ["penalty", "scaled", "replaced", "not-empty"])
-def test_a_gradient_that_is_more_than_the_pair_is_applied_two_sided(change: str):
+@pytest.mark.parametrize("change", ["penalty", "scaled", "replaced", "not-empty", "zeroed"])
+def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(change: str):
     """Whatever else is in the gradient reaches the step; the linear application would drop it."""
     results = []
     for application in ("auto", "two-sided"):
-        model = mlp(10, 20, 4)
-        preconditioner = KFAC(model, Exact(inverse_every=1), clip=None, application=application)
-        inputs, labels = batch(12, 10, 4)
+        model, data = mlp(10, 20, 4), batch(3, 10, 4)
+        preconditioner = KFAC(model, EXACT, clip=None, application=application)
         if change == "not-empty":
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
-        loss = CROSS_ENTROPY(model(inputs), labels)
+        loss = loss_of(model, data)
         if change == "penalty":
             loss = loss + 1e-3 * sum(parameter.square().sum() for parameter in model.parameters())
         loss.backward()
+        if change == "zeroed":
+            # The first pass's rows stay, as the gradient was never None.
+            model.zero_grad(set_to_none=False)
+            loss_of(model, batch(3, 10, 4, 2)).backward()
+            for layer in preconditioner._layers:
+                layer.linear = True
         for parameter in model.parameters():
             if change == "scaled":
                 parameter.grad.mul_(0.25)
@@ -152,7 +381,32 @@ def test_a_gradient_that_is_more_than_the_pair_is_applied_two_sided(change: str)
                 parameter.grad = parameter.grad * 3
         preconditioner.step()
         results.append(gradients(model))
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(*results)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused, self.unread = (nn.Linear(6, 3, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.unread(inputs)
+        return self.used(inputs)
+
+
+def test_modules_without_a_gradient_are_left_alone_until_they_have_one():
+    model, data = Branches(), batch(8, 6, 3)
+    preconditioner = KFAC(model, Exact(inverse_every=3), factor_every=5)
+    for forward in (model, model, model.unused):
+        model.zero_grad()
+        loss_of(forward, data).backward()
+        before = gradients(model)
+        preconditioner.step()
+        assert not torch.equal(gradients(model)[0], before[0])
+        assert len(gradients(model)) == 2
+        idle = {row.layer for row in preconditioner.report().factors if row.reason == "no data yet"}
+        assert idle == ({"unused", "unread"} if forward is model else {"unread"})
 
 
 def test_factors_are_updated_every_so_many_steps_only():
@@ -164,14 +418,6 @@ def test_factors_are_updated_every_so_many_steps_only():
         totals.append(preconditioner._layers[0].curvature.input.state["total"].item())
     once, twice, thrice = (1 - 0.95**count for count in (1, 2, 3))
     assert totals == pytest.approx([once] * 3 + [twice] * 3 + [thrice])
-
-
-def test_keyword_and_single_vector_inputs():
-    layer = nn.Linear(6, 3)
-    preconditioner = KFAC(layer, Exact())
-    layer(input=torch.randn(6)).square().mean().backward()
-    preconditioner.step()
-    assert torch.isfinite(layer.weight.grad).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -186,9 +432,22 @@ def test_half_precision_models_keep_float32_factors(dtype: torch.dtype):
     assert torch.isfinite(layer.weight.grad).all()
 
 
-def test_a_zero_gradient_stays_zero_and_finite():
+@pytest.mark.parametrize("clip_by", ["rms", "kl", "spectral"])
+def test_a_zero_gradient_stays_zero_and_finite(clip_by: str):
     model = mlp(10, 20, 4)
-    preconditioner = KFAC(model, Brand(3))
-    (model(torch.randn(5, 10, dtype=torch.float64)) * 0).sum().backward()
-    preconditioner.step()
-    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(model))
+    preconditioner = KFAC(model, Brand(3), clip_by=clip_by)
+    after = stepped(model, preconditioner, (model(batch(5, 10, 4)[0]) * 0).sum())
+    assert not any(gradient.any() for gradient in after)
+
+
+def test_weights_read_by_a_functional_call_are_said_not_to_be_seen():
+    model = mlp(6, 8, 4)
+    preconditioner = KFAC(model, EXACT)
+    inputs, labels = batch(10, 6, 4)
+    hidden = nn.functional.linear(inputs, model[0].weight, model[0].bias)
+    CROSS_ENTROPY(model[1:](hidden), labels).backward()
+    before = layer_gradient(model[0])
+    with pytest.warns(UserWarning, match="none of the calls that made it was seen.*: 0$") as caught:
+        preconditioner.step()
+    assert caught[0].filename == __file__
+    assert torch.equal(layer_gradient(model[0]), before)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Exact
-from brandla.kfac.capture.layer import Layer
+from brandla.kfac import KFAC
+from kfac.networks import DENSE, EXACT, assert_dense_step, weighted, with_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -99,17 +97,13 @@ def of_module(module: nn.MultiheadAttention, options: dict, of: str) -> tuple[Te
     torch.manual_seed(7)
     output, weights = module(*inputs, **call_options(options, inputs[1].shape[1 if module.batch_first else 0]))
     module.zero_grad()
-    generator = torch.Generator().manual_seed(3)
-    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
-    if weights is not None:
-        loss = loss + weights.square().sum()
-    loss.backward()
+    (weighted(output) + (0 if weights is None else weights.square().sum())).backward()
     return output, weights, [part.grad for part in (*module.parameters(), *distinct)]
 
 
-# Every module with every kind of input, and every call with each of a packed module's kinds of input.
-WAYS = [(module, call, of) for module in MODULES for call in CALLS for of in INPUTS]
-WAYS = [way for way in WAYS if way[0] == "batch-first" or way[1] in ("weights", "no-weights")]
+# Every module with every kind of input, and every call with queries that are keys and that are not.
+WAYS = [(module, call, of) for module in MODULES for call in ("weights", "no-weights") for of in INPUTS]
+WAYS += [("batch-first", call, of) for call in CALLS for of in INPUTS[:2] if call not in ("weights", "no-weights")]
 
 
 @pytest.mark.parametrize(("module_name", "call_name", "of"), WAYS)
@@ -117,18 +111,19 @@ def test_outputs_and_gradients_are_those_of_the_module(module_name: str, call_na
     options, call = fitting(MODULES[module_name], of), CALLS[call_name]
     expected = of_module(attention(**options), call, of)
     module = attention(**options)
-    preconditioner = KFAC(module, Exact())
+    preconditioner = KFAC(module, EXACT)
     assert "forward" in vars(module)
     actual = of_module(module, call, of)
     # The same operations in the same order; where queries and keys are apart, gradients of one input are added up in
     # another one.
-    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
-    if expected[1] is None:
-        assert actual[1] is None
-    else:
-        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0)
-    for mine, theirs in zip(actual[2], expected[2], strict=True):
-        torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    torch.testing.assert_close(actual[2], expected[2], **TOLERANCE)
+    names = ["q_proj", "k_proj", "v_proj"] if "kdim" in options else ["in_proj"]
+    assert [layer.name for layer in preconditioner._layers] == [*names, "out_proj"]
+    for layer in preconditioner._layers:
+        rows = layer.rows("loss", None)
+        torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient(), **TOLERANCE)
+    assert preconditioner.report().unsupported == {}
     preconditioner.remove()
     assert "forward" not in vars(module)
 
@@ -136,7 +131,7 @@ def test_outputs_and_gradients_are_those_of_the_module(module_name: str, call_na
 def test_one_sample_without_a_batch_dimension():
     expected = attention()
     module = attention()
-    preconditioner = KFAC(module, Exact())
+    preconditioner = KFAC(module, EXACT)
     query, key = torch.randn(QUERIES, D, dtype=torch.float64), torch.randn(KEYS, D, dtype=torch.float64)
     padding = torch.tensor([False, True, False, False, True])
     for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}):
@@ -148,7 +143,7 @@ def test_one_sample_without_a_batch_dimension():
 
 def test_what_the_module_refuses_it_refuses_still():
     module = attention()
-    preconditioner = KFAC(module, Exact())
+    preconditioner = KFAC(module, EXACT)
     query = torch.randn(QUERIES, SAMPLES, D, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="is_causal"):
         module(query, query, query, is_causal=True)
@@ -159,42 +154,18 @@ def test_what_the_module_refuses_it_refuses_still():
     preconditioner.remove()
 
 
-def rows_of(layer: Layer) -> tuple[Tensor, Tensor]:
-    rows = layer.rows("loss", None)
-    assert rows is not None
-    return rows.inputs, rows.gradients
-
-
-@pytest.mark.parametrize("of", INPUTS)
-@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
-def test_rows_make_up_the_gradients(options: dict, of: str):
-    options = fitting(options, of)
-    module = attention(**options)
-    preconditioner = KFAC(module, Exact())
-    of_module(module, {}, of)
-    names = ["q_proj", "k_proj", "v_proj"] if "kdim" in options else ["in_proj"]
-    assert [layer.name for layer in preconditioner._layers] == [*names, "out_proj"]
-    for layer in preconditioner._layers:
-        inputs, gradients = rows_of(layer)
-        torch.testing.assert_close(gradients.mT @ inputs, layer.gradient(), **TOLERANCE)
-    assert preconditioner.report().unsupported == {}
-
-
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("of", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_projections_have_the_factors_of_three_linears(sharing: str, of: str, bias: bool):
     """Also where queries and keys are not equally many: each group is normalised by the number of its own rows."""
     module = attention(bias=bias)
-    preconditioner = KFAC(module, Exact(), sharing=sharing, clip=None)
+    preconditioner = KFAC(module, EXACT, sharing=sharing, clip=None)
     inputs = inputs_of(module, of)
-    linears = [nn.Linear(D, D, bias=bias, dtype=torch.float64) for _ in range(3)]
+    biases = module.in_proj_bias.chunk(3) if bias else (None,) * 3
     outputs = []
-    for index, (linear, part) in enumerate(zip(linears, inputs, strict=True)):
-        linear.weight.data.copy_(module.in_proj_weight.data.chunk(3)[index])
-        if bias:
-            linear.bias.data.copy_(module.in_proj_bias.data.chunk(3)[index])
-        outputs.append(linear(part.transpose(0, 1)))
+    for part, weight, own in zip(inputs, module.in_proj_weight.chunk(3), biases, strict=True):
+        outputs.append(nn.functional.linear(part.transpose(0, 1), weight, own))
         outputs[-1].retain_grad()
     query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in outputs)
     mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -217,59 +188,27 @@ def test_packed_projections_have_the_factors_of_three_linears(sharing: str, of: 
 
 def linear_factors(inputs: Tensor, gradients: Tensor, sharing: str, *, bias: bool) -> tuple[Tensor, Tensor]:
     """A and G of a Linear by their definition; inputs (samples, positions, d)."""
-    if bias:
-        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], dim=-1)
     if sharing == "reduce":
         inputs, gradients = inputs.mean(1, keepdim=True), gradients.sum(1, keepdim=True)
     inputs, gradients = inputs.detach().flatten(0, 1), gradients.flatten(0, 1)
+    inputs = with_one(inputs) if bias else inputs
     return inputs.T @ inputs / len(inputs), len(inputs) * gradients.T @ gradients
 
 
 def test_weights_of_their_own_take_their_third_of_the_bias():
     """A step of the module with kdim and vdim is that of three Linears."""
     module = attention(kdim=6, vdim=7)
-    preconditioner = KFAC(module, Exact(inverse_every=1), clip=None)
+    preconditioner = KFAC(module, EXACT, **DENSE)
     of_module(module, {}, "all")
-    layers = preconditioner._layers[:3]
-    expected = []
-    for layer, gradient in zip(layers, module.in_proj_bias.grad.chunk(3), strict=True):
+    for layer, gradient in zip(preconditioner._layers, module.in_proj_bias.grad.chunk(3), strict=False):
         assert torch.equal(layer.gradient()[:, -1], gradient)
-        inputs, gradients = rows_of(layer)
-        A, G = inputs.T @ inputs / len(inputs), len(inputs) * gradients.T @ gradients
-        shifted = [part + 0.03 * torch.linalg.eigvalsh(part)[-1] * torch.eye(len(part)) for part in (G, A)]
-        expected.append(torch.linalg.solve(shifted[0], layer.gradient()) @ torch.linalg.inv(shifted[1]))
-    preconditioner.step()
-    for layer, step in zip(layers, expected, strict=True):
-        torch.testing.assert_close(layer.gradient(), step, rtol=1e-7, atol=1e-9)
-
-
-def test_a_transformer_layer_gives_all_its_weights():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    plain = copy.deepcopy(layer)
-    preconditioner = KFAC(layer, Brand(2), sharing="reduce")
-    inputs = torch.randn(4, 5, 16)
-    assert torch.equal(layer(inputs), plain(inputs))
-    layer(inputs).square().mean().backward()
-    before = [part.grad.clone() for part in layer.parameters()]
-    preconditioner.step()
-    report = preconditioner.report()
-    assert report.unsupported == {}
-    assert {row.layer for row in report.factors} == {
-        "self_attn.in_proj",
-        "self_attn.out_proj",
-        "linear1",
-        "linear2",
-        "norm1",
-        "norm2",
-    }
-    assert not any(torch.equal(part.grad, old) for part, old in zip(layer.parameters(), before, strict=True))
+    assert_dense_step(preconditioner)
 
 
 def test_evaluation_takes_the_path_of_the_module():
     """Without gradients the module is called as it is, with its fast path."""
     module = attention(batch_first=True).eval()
-    preconditioner = KFAC(module, Exact())
+    preconditioner = KFAC(module, EXACT)
     query = torch.randn(SAMPLES, QUERIES, D, dtype=torch.float64)
     with torch.no_grad():
         expected = nn.MultiheadAttention.forward(module, query, query, query)
@@ -278,19 +217,22 @@ def test_evaluation_takes_the_path_of_the_module():
     preconditioner.remove()
 
 
-@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
-def test_added_positions_are_left_to_the_optimizer(options: dict):
-    model = nn.Sequential(nn.Linear(D, D), nn.MultiheadAttention(D, HEADS, **options))
-    report = KFAC(model, Exact()).report()
+class Own(nn.MultiheadAttention):
+    def forward(self, query: Tensor) -> Tensor:
+        return query
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.MultiheadAttention(D, HEADS, add_bias_kv=True), "add_bias_kv"),
+        (nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "add_zero_attn"),
+        (Own(D, HEADS), "Own has a forward pass of its own"),
+    ],
+    ids=["bias", "zero", "forward"],
+)
+def test_what_is_no_plain_attention_is_left_to_the_optimizer(module: nn.Module, reason: str):
+    report = KFAC(nn.Sequential(nn.Linear(D, D), module), EXACT).report()
     assert {row.layer for row in report.factors} == {"0"}
-    assert "add_bias_kv" in report.unsupported["1"]
+    assert reason in report.unsupported["1"]
     assert "1.out_proj" in report.unsupported
-
-
-def test_an_attention_with_a_forward_pass_of_its_own_is_left_to_the_optimizer():
-    class Own(nn.MultiheadAttention):
-        def forward(self, query: Tensor) -> Tensor:
-            return query
-
-    model = nn.Sequential(nn.Linear(D, D), Own(D, HEADS))
-    assert KFAC(model, Exact()).report().unsupported["1"] == "Own has a forward pass of its own"

@@ -1,4 +1,4 @@
-"""The rows that every kind of module gives, against the gradient that they must make up and against unfolding."""
+"""The rows that every kind of module gives, against the gradient and the output that they must make up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brandla.kfac import KFAC, Exact
+from brandla.kfac import KFAC
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows
+from kfac.networks import EXACT, one_hot, weighted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC"),
@@ -24,24 +25,17 @@ pytestmark = [
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def captured(module: nn.Module, *inputs: Tensor, sharing: str = "expand", **options: object) -> list[Layer]:
-    """The layers of a copy of a module after one backward pass of a loss with a random weight for each output."""
+def captured(module: nn.Module, inputs: Tensor, sharing: str = "expand") -> tuple[Layer, Rows]:
+    """The layer of a copy of a module after one backward pass of a loss with a random weight for each output."""
     module = copy.deepcopy(module)
-    preconditioner = KFAC(module, Exact(), sharing=sharing)
-    output = module(*inputs, **options)
-    output = output[0] if isinstance(output, tuple) else output
-    generator = torch.Generator().manual_seed(5)
-    (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum().backward()
-    for layer in preconditioner._layers:
-        # It takes its hooks and what they caught along when it goes.
-        layer.owner = preconditioner
-    return preconditioner._layers
-
-
-def rows_of(layer: Layer) -> Rows:
+    preconditioner = KFAC(module, EXACT, sharing=sharing)
+    weighted(module(inputs)).backward()
+    (layer,) = preconditioner._layers
+    # It takes its hooks and what they caught along when it goes.
+    layer.owner = preconditioner
     rows = layer.rows("loss", None)
     assert rows is not None
-    return rows
+    return layer, rows
 
 
 CONVOLUTIONS = {
@@ -70,66 +64,38 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_rows_of_a_convolution_make_up_its_gradient(module: nn.Module, shape: tuple[int, ...]):
-    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives."""
+def test_rows_of_a_convolution_make_up_its_gradient_and_its_output(module: nn.Module, shape: tuple[int, ...]):
+    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives; reduced, they are means and sums."""
     module = module.double()
     torch.manual_seed(1)
-    (layer,) = captured(module, torch.randn(shape, dtype=torch.float64))
-    rows = rows_of(layer)
+    inputs = torch.randn(shape, dtype=torch.float64)
+    layer, rows = captured(module, inputs)
     torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient(), **TOLERANCE)
     assert rows.inputs.shape[-2] == rows.gradients.shape[-2] == rows.uses
     samples = shape[0] if len(shape) == module.weight.ndim else 1
     assert rows.uses == samples * rows.positions
 
+    matrix = layer.kind.matrix(module.weight)
+    assert torch.equal(layer.kind.tensor(matrix), module.weight)
+    # (groups, samples · positions, channels) to (samples, channels, positions)
+    made = (rows.inputs[..., : matrix.shape[-1]] @ matrix.mT).reshape(module.groups, samples, rows.positions, -1)
+    made = made.permute(1, 0, 3, 2).flatten(1, 2)
+    output = module(inputs).reshape(samples, module.out_channels, -1)
+    if module.bias is not None:
+        output = output - module.bias[:, None]
+    torch.testing.assert_close(made, output, **TOLERANCE)
 
-@pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_reduced_rows_of_a_convolution_are_means_and_sums_of_its_rows(module: nn.Module, shape: tuple[int, ...]):
-    module = module.double()
-    inputs = torch.randn(shape, dtype=torch.float64)
-    (layer,) = captured(module, inputs)
-    (reducing,) = captured(module, inputs, sharing="reduce")
-    rows, reduced = rows_of(layer), rows_of(reducing)
+    _, reduced = captured(module, inputs, sharing="reduce")
     by_sample = [part.unflatten(-2, (-1, rows.positions)) for part in rows[:2]]
     torch.testing.assert_close(reduced.inputs, by_sample[0].mean(-2), **TOLERANCE)
     torch.testing.assert_close(reduced.gradients, by_sample[1].sum(-2), **TOLERANCE)
-    assert reduced.uses == rows.uses // rows.positions
-
-
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": (2, 1), "padding": (0, 2)}], ids=str)
-def test_rows_of_a_convolution_are_those_of_unfold(options: dict):
-    conv = nn.Conv2d(3, 5, 3, bias=False, dtype=torch.float64, **options)
-    inputs = torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    (layer,) = captured(conv, inputs)
-    unfolded = nn.functional.unfold(inputs, 3, **options).mT.flatten(0, 1)
-    assert torch.equal(rows_of(layer).inputs, unfolded)
-
-
-@pytest.mark.parametrize("name", ["2d-mixed", "2d-groups", "transposed-2d", "transposed-2d-groups", "3d"])
-def test_rows_times_the_weight_are_the_output(name: str):
-    """The matrix form of the weight is what the rows are multiplied with."""
-    module, shape = CONVOLUTIONS[name]
-    module = module.double()
-    inputs = torch.randn(shape, dtype=torch.float64)
-    (layer,) = captured(module, inputs)
-    rows, kind = rows_of(layer), layer.kind
-    matrix = kind.matrix(module.weight)
-    made = (rows.inputs[..., : matrix.shape[-1]] @ matrix.mT).detach()
-    made = made if made.ndim == 3 else made[None]
-    # (groups, samples · positions, channels) to (samples, channels, positions)
-    made = made.unflatten(1, (shape[0], -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    output = module(inputs).detach().flatten(2)
-    if module.bias is not None:
-        output = output - module.bias.detach()[:, None]
-    torch.testing.assert_close(made, output, **TOLERANCE)
-    assert torch.equal(kind.tensor(matrix), module.weight)
+    assert reduced.uses == samples
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (5, 3, 6), (2, 3, 4, 6)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_of_a_linear_make_up_its_gradient(shape: tuple[int, ...], bias: bool):
-    layer_of = nn.Linear(6, 4, bias=bias, dtype=torch.float64)
-    (layer,) = captured(layer_of, torch.randn(shape, dtype=torch.float64))
-    rows = rows_of(layer)
+    layer, rows = captured(nn.Linear(6, 4, bias=bias).double(), torch.randn(shape, dtype=torch.float64))
     torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient(), **TOLERANCE)
     assert rows.positions == (1 if len(shape) < 3 else torch.Size(shape[1:-1]).numel())
 
@@ -138,12 +104,9 @@ def test_rows_of_a_linear_make_up_its_gradient(shape: tuple[int, ...], bias: boo
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_rows_of_an_embedding_are_one_hot(shape: tuple[int, ...], padding_idx: int | None, sharing: str):
-    module = nn.Embedding(9, 4, padding_idx=padding_idx, dtype=torch.float64)
     indices = torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
-    (layer,) = captured(module, indices, sharing=sharing)
-    rows = rows_of(layer)
-    one_hot = nn.functional.one_hot(rows.inputs.clamp(min=0), 9).double() * (rows.inputs >= 0)[:, None]
-    torch.testing.assert_close(rows.gradients.mT @ one_hot, layer.gradient(), **TOLERANCE)
+    layer, rows = captured(nn.Embedding(9, 4, padding_idx=padding_idx).double(), indices, sharing)
+    torch.testing.assert_close(rows.gradients.mT @ one_hot(rows.inputs, 9), layer.gradient(), **TOLERANCE)
     assert torch.equal(rows.inputs < 0, indices.flatten() == (-1 if padding_idx is None else padding_idx))
     assert torch.equal(layer.kind.tensor(layer.gradient()), layer.kind.weight.grad)
 
@@ -192,8 +155,7 @@ def test_rows_of_a_normalisation_are_gradients_of_samples(make: Callable[[], nn.
     """Each against a scale and shift for every sample of its own, differentiated by autograd."""
     module = random_norm(make)
     inputs = torch.randn(shape, dtype=torch.float64)
-    (layer,) = captured(module, inputs)
-    rows = rows_of(layer)
+    layer, rows = captured(module, inputs)
     torch.testing.assert_close(rows.inputs.sum(-2), layer.gradient()[:, 0], **TOLERANCE)
 
     # The same network by hand, from the output with scale 1 and shift 0.
@@ -210,10 +172,7 @@ def test_rows_of_a_normalisation_are_gradients_of_samples(make: Callable[[], nn.
     view = (len(inputs), *([1] * (inputs.ndim - 1 - module.weight.ndim)), *module.weight.shape)
     if not last:
         view = (len(inputs), CHANNELS, *([1] * (inputs.ndim - 2)))
-    output = plain * scale.view(view) + shift.view(view)
-    (
-        output * torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=output.dtype)
-    ).sum().backward()
+    weighted(plain * scale.view(view) + shift.view(view)).backward()
     parts = [scale.grad] if offset is None else [scale.grad, shift.grad]
     torch.testing.assert_close(rows.inputs, torch.stack(parts, -1).transpose(0, 1), **TOLERANCE)
 
@@ -241,7 +200,7 @@ def test_reduce_never_stores_the_windows(name: str):
         "transposed-2d": nn.ConvTranspose2d(4, 2, 5),
     }[name]
     inputs = torch.randn(2, 4, *[12] * (module.weight.ndim - 2))
-    (layer,) = captured(module, inputs, sharing="reduce")
+    layer, _ = captured(module, inputs, sharing="reduce")
     (call,) = layer.capture.calls
     with LargestStorage() as largest:
         layer.rows("loss", None)

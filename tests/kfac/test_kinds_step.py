@@ -10,17 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from brandla.kfac import KFAC, Exact, Strategy
+from brandla.kfac import KFAC, Strategy
 from brandla.kfac.capture.layer import Layer
+from kfac.networks import DENSE, EXACT, Conv1D, OwnLinear, assert_dense_step, weighted
 from kfac.systems import full_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
-DAMPING = 0.03
 SMALL_DAMPING = 1e-5
-# Of two orders of summation, magnified by the condition of the damped factors, at most 1e5 on either side.
-TOLERANCE = 1e-8
 STRATEGIES = full_rank(12)
+
+
+class Doubled(nn.Linear):
+    """Its product is not one with its input, but is seen."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(2 * inputs).relu()
+
+
+class Router(OwnLinear):
+    """Returns more than the product."""
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(inputs)
+        return logits.softmax(-1), logits.argmax(-1)
+
+
+class Adapter(nn.Module):
+    """Two matrices of one module, by functions and operators, with transposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 4))
+        self.up_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs @ self.down.transpose(0, 1)
+        return torch.addmm(self.up_bias, hidden.tanh().flatten(0, -2), self.up).unflatten(0, inputs.shape[:-1])
+
+
 MODULES = {
     "linear": (nn.Linear(40, 35), (6, 2, 40)),
     "conv": (nn.Conv2d(5, 30, 3, stride=3), (3, 5, 6, 6)),
@@ -33,41 +61,19 @@ MODULES = {
     "rms-norm": (nn.RMSNorm(6), (5, 6)),
     "embedding": (nn.Embedding(20, 40), (3, 4)),
 }
-
-
-def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
-    return module(inputs, inputs, inputs)[0] if isinstance(module, nn.MultiheadAttention) else module(inputs)
-
-
-def gradients_of(preconditioner: KFAC) -> list[Tensor]:
-    return [layer.gradient() for layer in preconditioner._layers]
-
-
-def dense_step(layer: Layer, damping: float) -> Tensor:
-    """(G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ by float64 inverses of all groups, from the rows."""
-    rows = layer.rows("loss", None)
-    assert rows is not None
-    inputs, gradients, gradient = rows.inputs, rows.gradients, layer.gradient()
-    if layer.kind.single:
-        return gradient @ damped_inverse(rows.uses * inputs.mT @ inputs, damping)
-    if layer.kind.one_hot:
-        inputs = nn.functional.one_hot(inputs, layer.shape.d_in).double()
-    A, G = inputs.mT @ inputs / rows.uses, rows.uses * gradients.mT @ gradients
-    return damped_inverse(G, damping) @ gradient @ damped_inverse(A, damping)
-
-
-def damped_inverse(factor: Tensor, damping: float) -> Tensor:
-    """(M + damping · I)⁻¹."""
-    return torch.linalg.inv(factor + damping * torch.eye(factor.shape[-1], dtype=factor.dtype))
-
-
-def backward(model: nn.Module, inputs: Tensor, seed: int = 3) -> None:
-    output = output_of(model, inputs)
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randn(output.shape, generator=generator, dtype=output.dtype)
-    (output - targets).square().flatten(1).sum(1).mean().backward()
-
-
+# Kinds that are found by what they compute, at least in part.
+FOUND = {
+    "transposed": Conv1D(),
+    "transposed-square": Conv1D(6, 6, bias=False),
+    "own-type": OwnLinear(),
+    "own-type-no-bias": OwnLinear(bias=False),
+    "own-type-square": OwnLinear(6, 6),
+    "own-forward": Doubled(6, 4),
+    "router": Router(bias=False),
+    "two-matrices": Adapter(),
+    "bilinear": nn.Bilinear(6, 6, 4),
+}
+MODULES |= {name: (module, (5, 2, 6)) for name, module in FOUND.items()}
 # Every kind of layer with a dense and a low-rank system, and every system with groups on both sides.
 PAIRS = [
     (kind, system) for kind in MODULES for system in STRATEGIES if kind == "conv-groups" or system in ("exact", "brand")
@@ -82,21 +88,18 @@ def test_one_batch_equals_the_dense_formula(kind: str, system: str, application:
     module, shape = MODULES[kind]
     module = copy.deepcopy(module).double()
     torch.manual_seed(1)
-    preconditioner = KFAC(
-        module,
-        STRATEGIES[system],
-        damping=DAMPING,
-        clip=None,
-        application=application,
-        sharing=sharing,
-        damping_scale="absolute",
-    )
-    indices = torch.randint(20, shape, generator=torch.Generator().manual_seed(0))
-    backward(module, indices if kind == "embedding" else torch.randn(shape, dtype=torch.float64))
-    expected = [dense_step(layer, DAMPING) for layer in preconditioner._layers]
-    preconditioner.step()
-    for actual, wanted in zip(gradients_of(preconditioner), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+    inputs = torch.randint(20, shape) if kind == "embedding" else torch.randn(shape, dtype=torch.float64)
+    arguments = {"attention": (inputs,) * 3, "bilinear": (inputs, inputs.flip(0))}.get(kind, (inputs,))
+    plain = module(*arguments)
+    preconditioner = KFAC(module, STRATEGIES[system], application=application, sharing=sharing, **DENSE)
+    output = module(*arguments)
+    torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    (weighted(output) / len(inputs)).backward()
+    assert_dense_step(preconditioner)
+    assert preconditioner.report().unsupported == {}
+    assert len(preconditioner.parameters()) == len(list(module.parameters()))
+    preconditioner.remove()
+    assert "forward" not in vars(module)
 
 
 def per_sample_gradients(model: nn.Module, inputs: Tensor, targets: Tensor, name: str) -> Tensor:
@@ -128,22 +131,20 @@ def factorial(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def step_against_fisher(model: nn.Module, name: str, sharing: str, points: Tensor, scale: float) -> None:
-    """The step of one layer against ``scale`` times the Fisher matrix, from gradients of samples by torch.func."""
-    inputs, targets = factorial(model, points)
-    rows = per_sample_gradients(model, inputs, targets, name)
-    fisher = scale * rows.T @ rows / len(rows)
+def step_against_fisher(
+    model: nn.Module, name: str, inputs: Tensor, targets: Tensor, terms: tuple[Tensor, Tensor], sharing: str
+) -> None:
+    """The step of one layer against the mean over gradients of terms, by torch.func."""
+    rows = per_sample_gradients(model, *terms, name)
     model.zero_grad()
-    preconditioner = KFAC(
-        model, Exact(inverse_every=1), sharing=sharing, damping=SMALL_DAMPING, damping_scale="absolute", clip=None
-    )
-    (0.5 * (model(inputs) - targets).square().flatten(1).sum(1).mean()).backward()
+    preconditioner = KFAC(model, EXACT, sharing=sharing, damping=SMALL_DAMPING, damping_scale="absolute", clip=None)
+    (0.5 * (model(inputs) - targets).square().sum(1).mean()).backward()
     weight = model.get_parameter(name)
     gradient = weight.grad.clone()
     preconditioner.step()
     preconditioner.remove()
     layer = next(layer for layer in preconditioner._layers if layer.kind.weight is weight)
-    assert_solves(fisher, weight.grad, gradient, layer)
+    assert_solves(rows.T @ rows / len(rows), weight.grad, gradient, layer)
 
 
 def assert_solves(fisher: Tensor, step: Tensor, gradient: Tensor, layer: Layer) -> None:
@@ -162,86 +163,21 @@ def test_reduce_is_the_fisher_matrix_of_a_deep_linear_convolutional_network():
     model = nn.Sequential(
         nn.Conv2d(2, 3, 2, bias=False), nn.Conv2d(3, 4, 1, bias=False), MeanOverPositions(), nn.Linear(4, 3, bias=False)
     ).double()
-    points = torch.randn(30, 2, 4, 4, dtype=torch.float64)
+    inputs, targets = factorial(model, torch.randn(30, 2, 4, 4, dtype=torch.float64))
     for name in ("0.weight", "1.weight", "3.weight"):
-        step_against_fisher(model, name, "reduce", points, 1.0)
+        step_against_fisher(model, name, inputs, targets, (inputs, targets), "reduce")
 
 
 def test_expand_is_the_fisher_matrix_of_a_linear_network_with_a_term_for_each_position():
-    """1 × 1 convolutions: position is a sample of its own; the mean over samples and positions divides by both."""
+    """1 × 1 convolutions: a position is a sample of its own; the mean over samples and positions divides by both."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 3, 1, bias=False), nn.Conv1d(3, 3, 1, bias=False)).double()
-    points = torch.randn(12, 3, 5, dtype=torch.float64)
-    residuals = torch.eye(3, dtype=torch.float64) * 3**0.5
-    inputs = points.repeat_interleave(3, 0)
-    targets = model(inputs).detach() - residuals.repeat(12, 1)[:, :, None]
-    # Terms are positions: a sample for each, of the same network on one position.
-    single_inputs = inputs.movedim(1, 2).flatten(0, 1)[:, :, None]
-    single_targets = targets.movedim(1, 2).flatten(0, 1)[:, :, None]
+    points = torch.randn(60, 3, 1, dtype=torch.float64)
+    # Each position as a sample, and five of them as the positions of one.
+    terms = factorial(model, points)
+    inputs, targets = (part.unflatten(0, (-1, 5)).squeeze(-1).mT for part in terms)
     for name in ("0.weight", "1.weight"):
-        rows = per_sample_gradients(model, single_inputs, single_targets, name)
-        fisher = rows.T @ rows / len(rows)
-        model.zero_grad()
-        preconditioner = KFAC(model, Exact(inverse_every=1), damping=SMALL_DAMPING, damping_scale="absolute", clip=None)
-        (0.5 * (model(inputs) - targets).square().sum(1).mean()).backward()
-        weight = model.get_parameter(name)
-        gradient = weight.grad.clone()
-        preconditioner.step()
-        preconditioner.remove()
-        layer = next(layer for layer in preconditioner._layers if layer.kind.weight is weight)
-        assert_solves(fisher, weight.grad, gradient, layer)
-
-
-@pytest.mark.parametrize("name", ["1", "3"])
-def test_blocks_of_scale_and_shift_are_those_of_the_fisher_matrix(name: str):
-    """The 2 × 2 blocks of the mean of gradients' outer products; those between channels are left out."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.GroupNorm(2, 4), nn.Tanh(), nn.Linear(4, 3)
-    ).double()
-    inputs, targets = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
-    parts = [per_sample_gradients(model, inputs, targets, f"{name}.{part}") for part in ("weight", "bias")]
-    rows = torch.stack(parts, -1)
-    blocks = torch.einsum("nci,ncj->cij", rows, rows) / len(rows)
-    preconditioner = KFAC(model, Exact(inverse_every=1), damping=0.1, damping_scale="absolute", clip=None)
-    (0.5 * (model(inputs) - targets).square().sum(1).mean()).backward()
-    layer = next(layer for layer in preconditioner._layers if layer.name == name)
-    expected = torch.linalg.solve(blocks + 0.1 * torch.eye(2), layer.gradient().mT).mT
-    preconditioner.step()
-    torch.testing.assert_close(layer.gradient(), expected)
-    assert {row.strategy.partition("(")[0] for row in preconditioner.report().factors if row.layer == name} == {
-        "Blocks"
-    }
-
-
-class Graph(nn.Module):
-    """Two graph convolutions: features are averaged over neighbours, then given to a Linear."""
-
-    def __init__(self, neighbours: Tensor) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.neighbours = neighbours
-        self.first = nn.Linear(6, 5, dtype=torch.float64)
-        self.second = nn.Linear(5, 3, dtype=torch.float64)
-
-    def forward(self, features: Tensor) -> Tensor:
-        hidden = torch.tanh(self.first(self.neighbours @ features))
-        return self.second(self.neighbours @ hidden)
-
-
-def test_a_graph_layer_is_a_linear_of_aggregated_features():
-    torch.manual_seed(1)
-    adjacency = (torch.rand(12, 12) < 0.3).double() + torch.eye(12, dtype=torch.float64)
-    neighbours = (adjacency / adjacency.sum(1, keepdim=True)).to_sparse()
-    model, features = Graph(neighbours), torch.randn(12, 6, dtype=torch.float64)
-    labels = torch.randint(3, (12,))
-    preconditioner = KFAC(model, Exact(inverse_every=1), damping=DAMPING, damping_scale="absolute", clip=None)
-    nn.functional.cross_entropy(model(features), labels).backward()
-    first, second = preconditioner._layers
-    torch.testing.assert_close(first.rows("loss", None).inputs[:, :6], neighbours @ features)
-    expected = [dense_step(layer, DAMPING) for layer in (first, second)]
-    preconditioner.step()
-    torch.testing.assert_close(gradients_of(preconditioner), expected)
+        step_against_fisher(model, name, inputs, targets, terms, "expand")
 
 
 @pytest.mark.parametrize("strategy", [STRATEGIES["brand"], STRATEGIES["brand-cholesky"]], ids=["eigh", "cholesky"])

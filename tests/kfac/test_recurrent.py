@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
-from brandla.kfac import EKFAC, KFAC, Exact, register
+from brandla.kfac import EKFAC, KFAC, register
 from brandla.kfac.capture.kinds import like
-from kfac.networks import with_one
+from kfac.networks import DENSE, EXACT, assert_all_near, assert_dense_step, gradients, weighted, with_one
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -63,7 +64,7 @@ def test_a_cell_is_two_linears(make: Any, bias: bool, sharing: str):
     cell = make(6, 5, bias=bias, dtype=DOUBLE)
     plain, found = through(cell), {}
     for model in (cell, Products(cell)):
-        preconditioner = KFAC(model, Exact(inverse_every=1), sharing=sharing, clip=None)
+        preconditioner = KFAC(model, EXACT, sharing=sharing, clip=None)
         output = through(model)
         torch.testing.assert_close(output, plain)
         output.square().mean().backward()
@@ -74,14 +75,13 @@ def test_a_cell_is_two_linears(make: Any, bias: bool, sharing: str):
         if model is cell:
             assert {row.layer for row in report.factors} == {"weight_ih", "weight_hh"}
             assert [layer.kind.weight is cell.weight_ih for layer in preconditioner._layers] == [True, False]
-    for name, expected in found[Products].items():
-        side, part = name.split(".")
-        torch.testing.assert_close(found[make][f"{part}_{side}"], expected, rtol=1e-6, atol=1e-9)
+    own = [found[make]["_".join(reversed(name.split(".")))] for name in found[Products]]
+    assert_all_near(own, found[Products].values())
 
 
 def test_a_cell_takes_single_samples_and_leaves_other_arguments_to_the_module():
     cell = nn.GRUCell(6, 5, dtype=DOUBLE)
-    preconditioner = KFAC(cell, Exact())
+    preconditioner = KFAC(cell, EXACT)
     cell(torch.randn(6, dtype=DOUBLE)).sum().backward()
     assert [layer.rows("loss", None).uses for layer in preconditioner._layers] == [1, 1]
     with pytest.raises(RuntimeError, match="hidden"):
@@ -93,6 +93,30 @@ def _unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(like, "_REGISTERED", {})
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
         register(kind, like="unrolled")
+
+
+@pytest.mark.usefixtures("_unrolled")
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True, "bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str
+)
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")])
+def test_a_recurrent_layer_is_unrolled_where_a_user_asks(make: Callable[..., nn.RNNBase], options: dict):
+    torch.manual_seed(0)
+    module = make(4, 5, dtype=DOUBLE, **options)
+    inputs = torch.randn(3, 6, 4, dtype=DOUBLE)
+    plain = module(inputs)
+    weighted(plain).backward()
+    expected = gradients(module)
+    module.zero_grad()
+    preconditioner = KFAC(module, EXACT, **DENSE)
+    found = module(inputs)
+    torch.testing.assert_close(found, plain)
+    weighted(found).backward()
+    torch.testing.assert_close(gradients(module), expected)
+    positions = {layer.rows("loss", None).positions for layer in preconditioner._layers}
+    assert positions == {6 if "batch_first" in options else 3}
+    assert_dense_step(preconditioner)
+    assert preconditioner.report().unsupported == {}
 
 
 def sequences() -> list[Tensor]:
@@ -129,7 +153,7 @@ def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make: Any, s
     found = []
     for together in (True, False):
         module.zero_grad()
-        preconditioner = KFAC(module, Exact(inverse_every=1), sharing=sharing, clip=None)
+        preconditioner = KFAC(module, EXACT, sharing=sharing, clip=None)
         if together:
             output = module(packed, h)
             torch.testing.assert_close(output[0].data, plain[0].data)
@@ -141,14 +165,13 @@ def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make: Any, s
                 pair = (part[:, index : index + 1] for part in states(module))
                 loss_of(module(own[:, None], started(module, pair))).backward()
         preconditioner.step()
-        found.append([part.grad.clone() for part in module.parameters()])
+        found.append(gradients(module))
         if sharing == "expand":
             first = preconditioner._layers[0].curvature.input
             rows = with_one(torch.cat(sequences()))
             torch.testing.assert_close(first.strategy.average(first.state), rows.T @ rows / 13)
         preconditioner.remove()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7 * float(other.abs().max()))
+    assert_all_near(*found)
 
 
 @pytest.mark.usefixtures("_unrolled")
@@ -168,7 +191,6 @@ def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
             output = module(pad_sequence(sequences(), batch_first=True))[0][valid]
         output.square().mean().backward()
         preconditioner.step()
-        found.append([part.grad.clone() for part in module.parameters()])
+        found.append(gradients(module))
         preconditioner.remove()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7 * float(other.abs().max()))
+    assert_all_near(*found)

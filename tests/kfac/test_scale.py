@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KBFGS, KFAC, Exact, Strategy, Woodbury
-from kfac.networks import stepped
+from brandla.kfac import KBFGS, KFAC, Strategy, Woodbury
+from kfac.networks import EXACT, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 DOUBLE = torch.float64
-EXACT = Exact(inverse_every=1)
 
 
 class Mean(nn.Module):
@@ -89,16 +88,15 @@ def test_the_mean_over_the_models_own_labels_is_the_exact_factor(
     inputs = drawn(shape, indices=isinstance(model[0], nn.Embedding))
     outputs = model(inputs).detach()
     p = outputs.softmax(1).movedim(1, -1).reshape(2, 3)
-    found = {}
+    found: dict[str, list[Tensor]] = {}
     for kind in ("type-2", "empirical"):
         preconditioner = KFAC(model, EXACT, curvature=kind, sharing=sharing, decay=0.0)
-        sums = [torch.zeros(())] * len(preconditioner._layers)
+        weighted = []
         for labels in product(range(3), repeat=2):
-            weight = p[0, labels[0]] * p[1, labels[1]]
             target = torch.tensor(labels).reshape(outputs.movedim(1, -1).shape[:-1])
-            factors = told_step(preconditioner, inputs, target)
-            sums = [known + weight * own for known, own in zip(sums, factors, strict=True)]
-        found[kind] = sums
+            weight = p[0, labels[0]] * p[1, labels[1]]
+            weighted.append([weight * own for own in told_step(preconditioner, inputs, target)])
+        found[kind] = [sum(parts) for parts in zip(*weighted, strict=True)]
         preconditioner.remove()
     torch.testing.assert_close(found["empirical"], found["type-2"])
 

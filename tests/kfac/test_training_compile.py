@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from brandla.kfac import KFAC, Exact
+from brandla.kfac import KFAC
 from brandla.kfac.capture.tap import Ticket, collect
-from kfac.networks import batch, gradients, loss_of, mlp
+from kfac.networks import EXACT, batch, gradients, loss_of, mlp
 
 # The compiler instantiates autograd functions, uses torch.jit, and looks at .grad of what is no leaf.
 pytestmark = [
@@ -21,7 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
 ]
 
-EXACT = Exact(inverse_every=1)
+
+WHOLE = partial(torch.compile, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -61,31 +65,45 @@ def train(model: nn.Module, run: Callable[[Tensor], Tensor], preconditioner: KFA
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def eager(**options: object) -> list[Tensor]:
-    model = blocks()
-    return train(model, model, KFAC(model, EXACT, **options))
+def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(inputs: Tensor) -> Tensor:
+        for block in model:
+            inputs = checkpoint(block, inputs, use_reentrant=False)
+        return inputs
+
+    return WHOLE(forward)
 
 
 # Inductor builds with the system's C++ compiler, whose link line takes no path with a space in it.
-INDUCTOR = pytest.param(
-    "inductor",
-    marks=pytest.mark.skipif(
-        shutil.which("g++") is None or " " in torch.__file__,
-        reason="needs g++, and an environment whose path has no space",
-    ),
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in torch.__file__,
+    reason="needs g++, and an environment whose path has no space",
 )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_compiled_steps_are_those_of_the_model_as_it_is(backend: str):
+@pytest.mark.parametrize(
+    ("compiled", "options"),
+    [
+        (WHOLE, {}),
+        pytest.param(torch.compile, {}, marks=needs_compiler),
+        (checkpointed, {}),
+        (WHOLE, {"curvature": "type-2"}),
+        (WHOLE, {"curvature": "monte-carlo"}),
+    ],
+)
+def test_compiled_steps_are_those_of_the_model_as_it_is(compiled: Callable[..., Any], options: dict[str, str]):
     """Also where the preconditioner is given the compiled model."""
     model = blocks()
-    run = torch.compile(model, backend=backend)
-    preconditioner = KFAC(run if backend == "aot_eager" else model, EXACT)
-    found = train(model, run, preconditioner)
+    run = compiled(model)
+    preconditioner = KFAC(run if isinstance(run, nn.Module) else model, EXACT, **options)
+    # The compiler's own condition for a graph that is to be gone through more than once.
+    with torch._functorch.config.patch(donated_buffer=not options):
+        found = train(model, run, preconditioner)
     assert dict(counters["graph_break"]) == {}
-    assert counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(found, eager())
+    if compiled is not checkpointed:
+        assert counters["stats"]["unique_graphs"] == 1
+    reference = blocks()
+    torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT, **options)))
 
 
 def test_blocks_that_are_compiled_alike_share_their_graph():
@@ -120,52 +138,15 @@ def test_compiled_blocks_keep_the_names_of_their_layers():
 
 def test_steps_with_no_capture_do_not_compile_again():
     model = blocks()
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     train(model, run, KFAC(model, EXACT, factor_every=3, application="two-sided"), steps=7)
     # With and without the tap.
     assert counters["stats"]["unique_graphs"] <= 2
 
 
-def test_activation_checkpoints_inside():
-    model = blocks()
-
-    def forward(inputs: Tensor) -> Tensor:
-        for block in model:
-            inputs = checkpoint(block, inputs, use_reentrant=False)
-        return inputs
-
-    found = train(model, torch.compile(forward, backend="aot_eager"), KFAC(model, EXACT))
-    assert dict(counters["graph_break"]) == {}
-    torch.testing.assert_close(found, eager())
-
-
-@pytest.mark.parametrize("kind", ["type-2", "monte-carlo"])
-def test_passes_for_the_curvature(kind: str):
-    model = blocks()
-    run = torch.compile(model, backend="aot_eager")
-    # The compiler's own condition for a graph that is to be gone through more than once.
-    with torch._functorch.config.patch(donated_buffer=False):
-        found = train(model, run, KFAC(model, EXACT, curvature=kind))
-    torch.testing.assert_close(found, eager(curvature=kind))
-
-
-def test_micro_batches_through_one_graph():
-    """With an evaluation between."""
-    model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
-    inputs, labels = batch(12, 6, 4)
-    run = torch.compile(model, backend="aot_eager")
-    for forward, preconditioner in ((run, KFAC(model, EXACT)), (reference, KFAC(reference, EXACT))):
-        for rows in (slice(0, 6), slice(6, 12)):
-            (loss_of(forward, (inputs[rows], labels[rows])) / 2).backward()
-            with torch.no_grad():
-                forward(inputs[rows] * 3)
-        preconditioner.step()
-    torch.testing.assert_close(gradients(model), gradients(reference))
-
-
 def test_a_model_that_ran_before_says_that_it_is_not_seen():
     model = mlp(6, 8, 4)
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     data = batch(12, 6, 4)
     loss_of(run, data).backward()
     model.zero_grad()
@@ -183,7 +164,7 @@ def test_a_model_that_ran_before_says_that_it_is_not_seen():
 
 def test_removed_hooks_leave_compiled_graphs_alone():
     model = mlp(6, 8, 4)
-    run = torch.compile(model, backend="aot_eager")
+    run = WHOLE(model)
     preconditioner = KFAC(model, EXACT)
     data = batch(12, 6, 4)
     loss_of(run, data).backward()

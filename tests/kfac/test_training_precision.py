@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Exact
-from kfac.networks import batch, gradients, mlp
+from brandla.kfac import KFAC, Brand, Strategy
+from kfac.networks import EXACT, batch, gradients, loss_of, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
-CROSS_ENTROPY = nn.functional.cross_entropy
 # Well-conditioned, so that what rounding does to the gradients is not made larger.
 OPTIONS = {"damping": 1.0, "clip": None}
 
@@ -32,14 +31,14 @@ def one_step(
 ) -> tuple[KFAC, list[Tensor]]:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    preconditioner = KFAC(model, Exact(inverse_every=1), scaler=scaler, **{**OPTIONS, **options})
+    preconditioner = KFAC(model, EXACT, scaler=scaler, **{**OPTIONS, **options})
     # Narrow enough that the pair is cheaper in every layer.
     inputs, labels = batch(4, 10, 4, dtype=torch.float32)
     for rows in torch.arange(4).chunk(parts):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             outputs = model(inputs[rows])
             preconditioner.curvature(outputs)
-            loss = CROSS_ENTROPY(outputs, labels[rows]) / parts
+            loss = nn.functional.cross_entropy(outputs, labels[rows]) / parts
         (loss if scaler is None else scaler.scale(loss)).backward()
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -50,21 +49,19 @@ def one_step(
 @pytest.mark.parametrize("curvature", ["empirical", "type-2"])
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: str):
-    """A power of two as scale rounds nothing."""
+def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: str, monkeypatch: pytest.MonkeyPatch):
+    """A power of two as scale rounds nothing, and is never read back."""
     options = {"application": application, "parts": parts, "curvature": curvature}
-    preconditioner, found = one_step(scaled(2.0**12), **options)
-    _, expected = one_step(None, **options)
+    scaler = scaled(2.0**12)
+    monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
+    preconditioner, found = one_step(scaler, **options)
+    expected = one_step(None, **options)[1]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    disabled = one_step(torch.amp.GradScaler("cpu", enabled=False), **options)[1]
+    torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
     # Unscaling is known to be all that happened to the gradient.
     linear = [layer.linear for layer in preconditioner._layers]
     assert linear == ([True] * 3 if application == "auto" else [None] * 3)
-
-
-def test_a_disabled_scaler_is_none():
-    _, found = one_step(torch.amp.GradScaler("cpu", enabled=False))
-    _, expected = one_step(None)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,12 +71,11 @@ def test_autocast_agrees_with_full_precision(dtype: torch.dtype):
     With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
     and errors of the factors, 2 e each for A and G as products of two such rows, 2 times each: 12 e.
     """
-    inputs, labels = batch(16, 10, 4, dtype=torch.float32)
     raw = []
     for enabled in (True, False):
         model = model_of()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            loss = CROSS_ENTROPY(model(inputs), labels)
+            loss = loss_of(model, batch(16, 10, 4, dtype=torch.float32))
         (loss * 1024).backward()
         raw.append(gradients(model))
     own_error = max(relative_error(one, other) for one, other in zip(*raw, strict=True))
@@ -95,15 +91,14 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 def test_gradients_that_are_still_scaled_are_refused():
     model = model_of()
     scaler = scaled(2.0**10)
-    preconditioner = KFAC(model, Exact(), scaler=scaler)
-    inputs, labels = batch(16, 10, 4, dtype=torch.float32)
-    scaler.scale(CROSS_ENTROPY(model(inputs), labels)).backward()
+    preconditioner = KFAC(model, EXACT, scaler=scaler)
+    scaler.scale(loss_of(model, batch(16, 10, 4, dtype=torch.float32))).backward()
     with pytest.raises(RuntimeError, match=r"KFAC.step: .*call scaler.unscale_\(optimizer\) between"):
         preconditioner.step()
 
 
-@pytest.mark.parametrize("strategy", [Brand(4), Exact(inverse_every=1)], ids=["brand", "exact"])
-def test_a_batch_that_overflows_is_skipped_by_all(strategy: object):
+@pytest.mark.parametrize("strategy", [Brand(4), EXACT], ids=["brand", "exact"])
+def test_a_batch_that_overflows_is_skipped_by_all(strategy: Strategy):
     """At a scale of 2^30 a float16 gradient is infinite: weights and factors stay, and the scale is halved."""
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -111,10 +106,9 @@ def test_a_batch_that_overflows_is_skipped_by_all(strategy: object):
     preconditioner = KFAC(model, strategy, scaler=scaler)
 
     def train(seed: int) -> None:
-        inputs, labels = batch(16, 10, 4, seed, dtype=torch.float32)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
-            loss = CROSS_ENTROPY(model(inputs), labels)
+            loss = loss_of(model, batch(16, 10, 4, seed, dtype=torch.float32))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         preconditioner.step()
@@ -139,9 +133,3 @@ def test_a_batch_that_overflows_is_skipped_by_all(strategy: object):
     train(2)
     assert preconditioner.report().skipped == 1
     assert not torch.equal(model[0].weight, weights[0])
-
-
-def test_the_scale_is_never_read(monkeypatch: pytest.MonkeyPatch):
-    scaler = scaled(2.0**12)
-    monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
-    one_step(scaler)

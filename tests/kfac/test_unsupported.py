@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from brandla.kfac import KFAC, Brand, Exact, Strategy
-from kfac.networks import stepped
+from brandla.kfac import KFAC, Brand, Strategy
+from kfac.networks import EXACT, stepped
 
 FACTORS = pytest.mark.filterwarnings("ignore:KFAC. some factors")
 
@@ -31,45 +33,31 @@ class OwnConvolution(nn.Conv2d):
         return super()._conv_forward(inputs, weight - weight.mean(), bias)
 
 
-LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    "unknown": (nn.PReLU, {"1": "PReLU is not known"}),
-    "maximum": (lambda: nn.EmbeddingBag(4, 3, mode="max"), {"1": "its gradient is that of a maximum"}),
+COMPUTED = "its weight is computed from other parameters"
+PARAMETRIZED = {"1": COMPUTED, "1.parametrizations.weight": "ParametrizationList is not known"}
+# Modules, and why each is left, or parts of it.
+LEFT: dict[str, tuple[Callable[[], nn.Module], str | dict[str, str]]] = {
+    "unknown": (nn.PReLU, "PReLU is not known"),
+    "maximum": (lambda: nn.EmbeddingBag(4, 3, mode="max"), "its gradient is that of a maximum"),
     "no-parameters": (nn.ReLU, {}),
     "no-scale": (lambda: nn.LayerNorm(4, elementwise_affine=False), {}),
-    "own-forward": (lambda: OwnForward(4, 4), {"1": "OwnForward has a forward pass of its own"}),
-    "own-convolution": (lambda: OwnConvolution(4, 4, 1), {"1": "OwnConvolution has a forward pass of its own"}),
-    "lazy": (lambda: nn.LazyLinear(4), {"1": "it has no shape yet: run it once before it is preconditioned"}),
-    "sparse-embedding": (lambda: nn.Embedding(4, 3, sparse=True), {"1": "its gradient is sparse"}),
-    "scaled-embedding": (
-        lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
-        {"1": "its gradient is scaled by frequency"},
-    ),
-    "synchronised": (lambda: nn.SyncBatchNorm(4), {"1": "its statistics are of several processes"}),
-    "parametrized": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-        {
-            "1": "its weight is computed from other parameters",
-            "1.parametrizations.weight": "ParametrizationList is not known",
-        },
-    ),
+    "own-forward": (lambda: OwnForward(4, 4), "OwnForward has a forward pass of its own"),
+    "own-convolution": (lambda: OwnConvolution(4, 4, 1), "OwnConvolution has a forward pass of its own"),
+    "lazy": (lambda: nn.LazyLinear(4), "it has no shape yet: run it once before it is preconditioned"),
+    "sparse-embedding": (lambda: nn.Embedding(4, 3, sparse=True), "its gradient is sparse"),
+    "scaled-embedding": (lambda: nn.Embedding(4, 3, scale_grad_by_freq=True), "its gradient is scaled by frequency"),
+    "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics are of several processes"),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), PARAMETRIZED),
     "spectral": (
         lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)),
-        {
-            "1": "its weight is computed from other parameters",
-            "1.parametrizations.weight": "ParametrizationList is not known",
-        },
+        PARAMETRIZED,
     ),
-    "spectral-norm-by-hooks": (
-        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
-        {"1": "its weight is computed from other parameters"},
-    ),
-    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), {"1": "its weight is not real"}),
+    "spectral-norm-by-hooks": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), COMPUTED),
+    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "its weight is not real"),
     "recurrent": (
         lambda: nn.LSTM(4, 4),
-        {
-            "1": "LSTM is not known: its time steps are one fused call; brandla.kfac.register(torch.nn.LSTM,"
-            " like='unrolled') has them in sight"
-        },
+        "LSTM is not known: its time steps are one fused call; brandla.kfac.register(torch.nn.LSTM,"
+        " like='unrolled') has them in sight",
     ),
     "loose-parameter": (
         lambda: Loose(nn.ReLU(), nn.PReLU()),
@@ -80,26 +68,38 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 
 @pytest.mark.parametrize(("make", "left"), LEFT.values(), ids=LEFT)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make: Callable[[], nn.Module], left: dict[str, str]):
-    preconditioner = KFAC(nn.Sequential(nn.Linear(4, 4), make()), Exact())
-    report = preconditioner.report()
+def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make: Callable[[], nn.Module], left: Any):
+    report = KFAC(nn.Sequential(nn.Linear(4, 4), make()), EXACT).report()
+    left = {"1": left} if isinstance(left, str) else left
     assert report.unsupported == left
     assert {row.layer for row in report.factors} == {"0"}
     for name, reason in left.items():
         assert f"{name}: {reason}" in str(report)
 
 
-def test_a_weight_of_two_kinds_is_left_and_both_are_listed():
+@pytest.mark.parametrize(
+    ("one", "other", "left"),
+    [
+        (
+            nn.Conv1d(3, 4, 5, bias=False),
+            nn.Bilinear(3, 5, 4, bias=False),
+            {
+                "one": "its weight is also that of other, used differently",
+                "other": "its weight is also that of one, used differently",
+            },
+        ),
+        (nn.Linear(6, 6), nn.Linear(6, 6), {"other.bias": "its weight is that of one, which has another bias"}),
+    ],
+    ids=["kinds", "bias"],
+)
+def test_a_weight_of_two_modules_is_one_layer_if_they_use_it_alike(
+    one: nn.Module, other: nn.Module, left: dict[str, str]
+):
     """A convolution's of one position, and a bilinear form's: the same numbers, used in other ways."""
-    model = nn.ModuleDict({"conv": nn.Conv1d(3, 4, 5, bias=False), "form": nn.Bilinear(3, 5, 4, bias=False)})
-    model["form"].weight = model["conv"].weight
-    model["last"] = nn.Linear(2, 2)
-    report = KFAC(model, Exact()).report()
-    assert report.unsupported == {
-        "conv": "its weight is also that of form, used differently",
-        "form": "its weight is also that of conv, used differently",
-    }
-    assert {row.layer for row in report.factors} == {"last"}
+    other.weight = one.weight
+    report = KFAC(nn.ModuleDict({"one": one, "other": other, "last": nn.Linear(2, 2)}), EXACT).report()
+    assert report.unsupported == left
+    assert {row.layer for row in report.factors} == {"one", "last"} - left.keys()
 
 
 def test_a_weight_that_two_convolutions_use_differently_gives_the_rows_of_each():
@@ -110,15 +110,11 @@ def test_a_weight_that_two_convolutions_use_differently_gives_the_rows_of_each()
         nn.Conv1d(2, 2, 3, bias=False, dilation=2, padding=2, dtype=torch.float64),
     )
     model[1].weight = model[0].weight
-    preconditioner = KFAC(model, Exact())
+    preconditioner = KFAC(model, EXACT)
     model(torch.randn(3, 2, 8, dtype=torch.float64)).square().sum().backward()
     (layer,) = preconditioner._layers
     rows = layer.rows("loss", None)
     torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient())
-
-
-def nested() -> Tensor:
-    return torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
 
 
 class Pair(nn.Module):
@@ -127,126 +123,93 @@ class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 3)
-        self.odd: Callable[[Tensor], Any] | None = None
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.odd: Callable[[Tensor], Any] = lambda hidden: hidden
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs)
-        if self.odd is None:
-            return self.second(hidden)
-        return self.second(self.odd(hidden))
+        return self.second(self.odd(self.first(inputs)))
 
 
-@FACTORS
-@pytest.mark.parametrize("when", [0, 2])
-def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
-    """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
-    model = Pair()
-    preconditioner = KFAC(model, Exact(inverse_every=1))
-    inputs = torch.randn(5, 4)
-    for _ in range(when):
-        stepped(model, preconditioner, model(inputs).square().mean())
-    model.odd = lambda hidden: hidden.to_sparse()
-    loss = model(inputs).square().mean()
+def step_and_gradient(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each parameter, what a step makes of its gradient."""
     expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    with pytest.warns(UserWarning, match="left to the optimizer from now on: second: its input is not a dense tensor"):
-        actual = stepped(model, preconditioner, loss)
-    assert all(torch.equal(one, other) for one, other in zip(actual[2:], expected[2:], strict=True))
-    assert not torch.equal(actual[0], expected[0])
-    report = preconditioner.report()
-    assert report.unsupported == {"second": "its input is not a dense tensor"}
-    assert {row.layer for row in report.factors} == {"first"}
-    # Said once: a second warning would be an error. The layer stays where it is, with whatever input.
-    model.odd = None
-    loss = model(inputs).square().mean()
-    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    actual = stepped(model, preconditioner, loss)
-    assert torch.equal(actual[2], expected[2])
+    return zip(stepped(model, preconditioner, loss), expected, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
 @FACTORS
-def test_a_dropped_layer_is_dropped_after_a_checkpoint_too():
-    model = Pair()
-    preconditioner = KFAC(model, Exact())
-    stepped(model, preconditioner, model(torch.randn(5, 4)).square().mean())
-    model.odd = lambda hidden: hidden.to_sparse()
-    with pytest.warns(UserWarning, match="second: its input"):
-        stepped(model, preconditioner, model(torch.randn(5, 4)).square().mean())
-    resumed = KFAC(model, Exact())
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
+    """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
+    model, inputs = Pair(), torch.randn(5, 4)
+    preconditioner = KFAC(model, EXACT)
+    for _ in range(when):
+        stepped(model, preconditioner, model(inputs).square().mean())
+    model.odd = Tensor.to_sparse
+    with pytest.warns(UserWarning, match="left to the optimizer from now on: second: its input is not a dense tensor"):
+        parts = step_and_gradient(model, preconditioner, model(inputs).square().mean())
+    assert [torch.equal(*part) for part in parts] == [False, False, True, True]
+    report = preconditioner.report()
+    assert report.unsupported == {"second": "its input is not a dense tensor"}
+    assert {row.layer for row in report.factors} == {"first"}
+    # Said once: a second warning would be an error. The layer stays where it is, with whatever input.
+    model.odd = torch.relu
+    parts = step_and_gradient(model, preconditioner, model(inputs).square().mean())
+    assert [torch.equal(*part) for part in parts] == [False, False, True, True]
+    resumed = KFAC(model, EXACT)
     resumed.load_state_dict(preconditioner.state_dict())
-    assert resumed.report().unsupported == {"second": "its input is not a dense tensor"}
+    assert resumed.report().unsupported == report.unsupported
 
 
-def through(module: nn.Module, hook: Callable[..., Any]) -> nn.Module:
-    """A module whose output a hook of the user turns into something else, before it is captured."""
-    module.register_forward_hook(hook)
-    return module
-
-
-ODD_CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], str]] = {
-    "tuple": (
-        lambda: through(nn.Linear(4, 4), lambda module, args, output: (output, 1)),
-        lambda module: module(torch.randn(3, 4))[0],
-        "its output is of type tuple, not a tensor",
-    ),
+# A module, what a hook of the user makes of its output before it is captured, what it is given, and the reason.
+ODD_CALLS: dict[str, tuple[nn.Module, Callable[[Tensor], Any], Tensor, str]] = {
+    "tuple": (nn.Linear(4, 4), lambda own: (own, 1), torch.randn(3, 4), "its output is of type tuple, not a tensor"),
     "dict": (
-        lambda: through(nn.Conv1d(2, 2, 1), lambda module, args, output: {"output": output}),
-        lambda module: module(torch.randn(3, 2, 4))["output"],
+        *(nn.Conv1d(2, 2, 1), lambda own: {"output": own}, torch.randn(3, 2, 4)),
         "its output is of type dict, not a tensor",
     ),
     "other-shape": (
-        lambda: through(nn.Linear(4, 4), lambda module, args, output: output.sum(-1)),
-        lambda module: module(torch.randn(3, 4)),
+        *(nn.Linear(4, 4), lambda own: own.sum(-1), torch.randn(3, 4)),
         "its output has shape (3,), where the input makes (3, 4)",
     ),
     "nested": (
-        lambda: nn.Linear(4, 4),
-        lambda module: torch.cat(module(nested()).unbind()),
+        *(nn.Linear(4, 4), lambda own: own, torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)),
         "its input is not a dense tensor",
     ),
-    "sparse": (
-        lambda: nn.Linear(4, 4),
-        lambda module: module(torch.randn(3, 4).to_sparse()),
-        "its input is not a dense tensor",
-    ),
+    "sparse": (nn.Linear(4, 4), lambda own: own, torch.eye(4).to_sparse(), "its input is not a dense tensor"),
     "flattened": (
-        lambda: through(nn.Conv2d(2, 2, 1), lambda module, args, output: output.flatten(1)),
-        lambda module: module(torch.randn(3, 2, 2, 2)),
+        *(nn.Conv2d(2, 2, 1), lambda own: own.flatten(1), torch.randn(3, 2, 2, 2)),
         "its input has 4 dimensions and its output 2; a batch has 4",
     ),
     "one-sample-norm": (
-        lambda: nn.InstanceNorm1d(2, affine=True),
-        lambda module: module(torch.randn(2, 2)),
+        *(nn.InstanceNorm1d(2, affine=True), lambda own: own, torch.randn(2, 2)),
         "its input of shape (2, 2) is not a batch",
     ),
     "embedding-shape": (
-        lambda: through(nn.Embedding(4, 4), lambda module, args, output: output.sum(1)),
-        lambda module: module(torch.ones(3, 2, dtype=torch.long)),
+        *(nn.Embedding(4, 4), lambda own: own.sum(1), torch.ones(3, 2, dtype=torch.long)),
         "its output has shape (3, 4), where the input makes (3, 2, 4)",
     ),
 }
 
 
 @FACTORS
-@pytest.mark.parametrize(("make", "call", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
-def test_no_call_makes_training_fail(make: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], reason: str):
-    torch.manual_seed(0)
-    module = make()
-    preconditioner = KFAC(module, Exact())
-    loss = call(module).square().sum()
-    expected = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+@pytest.mark.parametrize(("module", "change", "inputs", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
+def test_no_call_makes_training_fail(module: nn.Module, change: Callable[[Tensor], Any], inputs: Tensor, reason: str):
+    module = copy.deepcopy(module)
+    module.register_forward_hook(lambda module, args, output: change(output))
+    preconditioner = KFAC(module, EXACT)
+    output = tree_leaves(module(inputs))[0]
+    loss = (torch.cat(output.unbind()) if output.is_nested else output).square().sum()
     with pytest.warns(UserWarning, match="left to the optimizer from now on"):
-        actual = stepped(module, preconditioner, loss)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+        parts = step_and_gradient(module, preconditioner, loss)
+    assert all(torch.equal(*part) for part in parts)
     assert preconditioner.report().unsupported == {"(model)": reason}
 
 
 @FACTORS
 def test_a_weight_that_is_parametrized_later_is_dropped():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    preconditioner = KFAC(model, Exact())
+    preconditioner = KFAC(model, EXACT)
     nn.utils.parametrizations.weight_norm(model[1])
     with pytest.warns(UserWarning, match="1: its weight is computed from other parameters"):
         stepped(model, preconditioner, model(torch.randn(5, 4)).square().sum())
@@ -258,7 +221,7 @@ def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
     """Neither where all is finite nor where it is not: then they become 0 like the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3))
-    preconditioner = KFAC(model, Exact())
+    preconditioner = KFAC(model, EXACT)
     stepped(model, preconditioner, model(torch.tensor([1, 2, 1])).square().sum())
     assert model[0].weight.grad.is_sparse
     assert model[0].weight.grad.to_dense()[1].abs().sum() > 0
@@ -267,41 +230,32 @@ def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
     assert preconditioner.report().skipped == 1
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    block = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    return nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-
-
 def by_kind(name: str, module: nn.Module) -> Strategy | None:
-    return {"Conv2d": Brand(2), "Linear": Exact()}.get(type(module).__name__)
+    return {"Conv2d": Brand(2), "Linear": EXACT}.get(type(module).__name__)
 
 
 @pytest.mark.parametrize(
     ("inverse", "expected"),
     [
         ({"": Brand(2), "0.1": None}, {"0.0": Brand(2), "3": Brand(2)}),
-        ({"": None, "3": Brand(2)}, {"3": Brand(2)}),
-        (by_kind, {"0.0": Brand(2), "3": Exact()}),
+        ({"": None, "0": Brand(2)}, {"0.0": Brand(2), "0.1": Brand(2)}),
+        (by_kind, {"0.0": Brand(2), "3": EXACT}),
     ],
-    ids=["all-but-one", "one", "rule"],
+    ids=["all-but-one", "container", "rule"],
 )
-def test_none_leaves_a_layer_to_the_optimizer(inverse: Any, expected: dict[str, Strategy]):
-    preconditioner = KFAC(network(), inverse)
-    assert {layer.name: layer.strategy for layer in preconditioner._layers} == expected
-    assert set(preconditioner.report().unsupported.values()) == {"inverse is None"}
-
-
 @pytest.mark.parametrize(
-    ("sharing", "expected"),
-    [
-        ({"0": "reduce", "0.1": "expand"}, ["reduce", "expand", "expand"]),
-        (lambda name, module: "reduce" if name.startswith("0.") else "expand", ["reduce", "reduce", "expand"]),
-    ],
+    "sharing",
+    [{"0": "reduce", "0.1": "expand"}, lambda name, module: "reduce" if name.startswith("0.0") else "expand"],
     ids=["mapping", "rule"],
 )
-def test_sharing_holds_for_all_that_a_container_has(sharing: Any, expected: list[str]):
-    assert [layer.sharing for layer in KFAC(network(), Exact(), sharing=sharing)._layers] == expected
+def test_options_hold_for_all_that_a_container_has(inverse: Any, sharing: Any, expected: dict[str, Strategy]):
+    """None leaves a layer to the optimizer."""
+    block = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    preconditioner = KFAC(model, inverse, sharing=sharing)
+    assert {layer.name: layer.strategy for layer in preconditioner._layers} == expected
+    assert {layer.name for layer in preconditioner._layers if layer.sharing == "reduce"} == {"0.0"}
+    assert set(preconditioner.report().unsupported.values()) == {"inverse is None"}
 
 
 def test_running_statistics_are_those_of_the_call():
@@ -310,7 +264,7 @@ def test_running_statistics_are_those_of_the_call():
     norm = nn.BatchNorm1d(3, dtype=torch.float64)
     inputs = torch.randn(5, 3, dtype=torch.float64)
     norm(3 * inputs)
-    preconditioner = KFAC(norm, Exact())
+    preconditioner = KFAC(norm, EXACT)
     norm.eval()
     norm(inputs).square().sum().backward()
     norm.train()
@@ -338,7 +292,7 @@ def test_an_empty_batch_counts_for_nothing(
     """As an expert gets that no token was sent to; before any other, and after one."""
     torch.manual_seed(0)
     module = make()
-    preconditioner = KFAC(module, Exact(), sharing=sharing)
+    preconditioner = KFAC(module, EXACT, sharing=sharing)
     for count in (0, 3, 0):
         after = stepped(module, preconditioner, module(inputs(count)).square().sum())
         assert all(torch.isfinite(part).all() for part in after)
