@@ -129,6 +129,12 @@ class Training:
         """Take a step as one process of the group."""
         self._twice(self._pass, step)
 
+    def run(self, first: int = 0) -> list[Tensor]:
+        """Take steps as one process of the group; return the weights."""
+        for step in range(first, first + STEPS):
+            self.step(step)
+        return self.parameters()
+
     def step_alone(self, step: int) -> None:
         """Take a step with the batches of all ranks."""
         with warnings.catch_warnings():
@@ -277,10 +283,8 @@ def checkpoints(cases: list[Case]) -> list[tuple[dict[str, Any], list[Tensor]]]:
     """Return, of each case, the state after some steps, and the parameters after one more."""
     warnings.simplefilter("ignore")
     found = []
-    for case in cases:
-        training = replica(case)
-        for step in range(STEPS):
-            training.step(step)
+    for training in map(replica, cases):
+        training.run()
         state = training.state()
         training.step(STEPS)
         found.append((state, training.parameters()))
@@ -296,13 +300,7 @@ def train_in_pairs(cases: list[Case], firsts: tuple[int, int]) -> list[list[Tens
     """Train in two groups of two that know nothing of each other, on the batches from each one's first step on."""
     groups = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     own = distributed.get_rank() // 2
-    results = []
-    for case in cases:
-        training = replica(case, groups[own])
-        for step in range(firsts[own], firsts[own] + STEPS):
-            training.step(step)
-        results.append(training.parameters())
-    return results
+    return [replica(case, groups[own]).run(firsts[own]) for case in cases]
 
 
 def draws(calls: int, steps: int) -> Tensor:
@@ -360,8 +358,7 @@ def train_sharded(before: list[Case], after: list[Case]) -> list[list[Tensor]]:
                 fully_shard(module)
         fully_shard(model)
         training = training or Training(case, model)
-        for step in range(STEPS):
-            training.step(step)
+        training.run()
         results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
     return results
 

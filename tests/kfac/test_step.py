@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Exact, Foof, Strategy
+from brandla.kfac import KFAC, Exact, Foof, Strategy
 from brandla.kfac.systems.kronecker import FactorStrategy
-from kfac.networks import batch, damped_inverse, dense_step, layer_gradient, layer_step, loss_of, mlp, stepped
+from kfac.networks import batch, damped_inverse, layer_gradient, layer_step, loss_of, mlp, stepped
 from kfac.systems import assert_near, damped_solve, full_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -73,18 +73,6 @@ def test_step_is_the_damped_gauss_newton_step_where_kfac_is_exact():
     assert_near(middle.grad, damped_solve(gauss_newton, gradient), 2e-4)
 
 
-def test_average_weights_all_batches_of_the_past():
-    """M is Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i)."""
-    layer = mlp(6, 3)[0]
-    preconditioner = KFAC(layer, Exact(inverse_every=1), decay=0.7)
-    expected = torch.zeros(7, 7, dtype=torch.float64)
-    for seed in range(4):
-        expected = 0.7 * expected + 0.3 * layer_step(layer, preconditioner, batch(5, 6, 3, seed)).factors[0]
-    state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]["input"]["state"]
-    torch.testing.assert_close(state["dense"], expected)
-    torch.testing.assert_close(state["total"].item(), 1 - 0.7**4)
-
-
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction(application: str):
     """One above the length changes nothing."""
@@ -97,40 +85,3 @@ def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction(application: 
     for long, short in zip(*steps[:2], strict=True):
         assert short.square().mean().sqrt().item() == pytest.approx(1e-3)
         torch.testing.assert_close(short / short.norm(), long / long.norm())
-
-
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_sharing_is_exact_in_its_own_setting(sharing: str):
-    """expand: every position has a loss term of its own. reduce: the outputs are averaged over positions first."""
-    layer = mlp(5, 4, bias=False)[0]
-    points = torch.randn(6, 3, 5, dtype=torch.float64)
-    preconditioner = KFAC(layer, Exact(inverse_every=1), sharing=sharing, clip=None, damping=0.1)
-    outputs = layer(points)
-    outputs = outputs if sharing == "expand" else outputs.mean(1)
-    weights = torch.randn(outputs.shape, dtype=torch.float64)
-    terms = outputs.numel() // 4
-    ((outputs * weights).sum() / terms).backward()
-    gradient = layer.weight.grad.clone()
-    preconditioner.step()
-    rows = points.reshape(-1, 5) if sharing == "expand" else points.mean(1)
-    expected = dense_step(rows, weights.reshape(-1, 4) / terms, gradient, 0.1)
-    torch.testing.assert_close(layer.weight.grad, expected)
-
-
-@pytest.mark.parametrize("tail", ["smallest", 0.5])
-def test_tail_is_what_unseen_directions_are_taken_for(tail: float | str):
-    """A gradient orthogonal to all data seen is divided by τ + λ on both sides."""
-    layer = mlp(40, 30, bias=False)[0]
-    preconditioner = KFAC(
-        layer, Brand(4, tail=tail), damping=1.0, damping_scale="absolute", clip=None, application="two-sided"
-    )
-    inputs = torch.zeros(6, 40, dtype=torch.float64)
-    inputs[:, :6] = torch.diag(torch.arange(6.0, 0, -1, dtype=torch.float64))
-    layer(inputs)[:, :6].diagonal().sum().backward()
-    layer.weight.grad.zero_()
-    layer.weight.grad[-1, -1] = 1.0
-    preconditioner.step()
-    state = preconditioner.state_dict()["layers"]["(model)"]["curvature"]
-    smallest = [state[side]["state"]["gram"].diagonal()[-1] for side in ("output", "input")]
-    left, right = smallest if tail == "smallest" else (tail, tail)
-    assert layer.weight.grad[-1, -1].item() == pytest.approx(float(1 / ((left + 1) * (right + 1))))

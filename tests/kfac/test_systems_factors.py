@@ -60,24 +60,26 @@ def test_root_and_eigh_give_the_same_step(dtype: torch.dtype):
 
 
 STRATEGIES = {
-    "exact": Exact(inverse_every=1, tail="mean"),
-    "randomized": Randomized(16, inverse_every=1, tail="mean"),
-    "root": Brand(16, tail="mean"),
-    "cholesky": Brand(16, compress="cholesky", tail="mean"),
-    "eigh": Brand(16, form="eigh", tail="mean"),
-    "brand-randomized": BrandRandomized(16, overwrite_every=3, tail="mean"),
-    "brand-corrected": BrandCorrected(16, correct_every=2, tail="mean"),
+    "exact": Exact(inverse_every=1),
+    "randomized": Randomized(16, inverse_every=1),
+    "root": Brand(16),
+    "cholesky": Brand(16, compress="cholesky"),
+    "eigh": Brand(16, form="eigh"),
+    "brand-randomized": BrandRandomized(16, overwrite_every=3),
+    "brand-corrected": BrandCorrected(16, correct_every=2),
 }
 
 
+@pytest.mark.parametrize("tail", ["mean", "smallest", 0.5])
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_mean_tail_is_the_mean_of_what_is_left_out(strategy: FactorStrategy):
-    """τ = (tr M − tr M̂)/(n − r), against inverses of the dense average; in a root every value under τ counts as τ."""
+def test_tail_is_what_unseen_directions_are_taken_for(strategy: FactorStrategy, tail: float | str):
+    """τ = (tr M − tr M̂)/(n − r) for "mean", by dense inverses; in a root every value under τ counts as τ."""
+    strategy = replace(strategy, tail=tail)
     _, preconditioner, _, dense = trained(Foof(strategy), 6)
     (factor,) = factors_of(preconditioner)
     kept = strategy.lowrank(factor.state)
     assert kept.rank == 60 or (dense - kept.dense()).trace() > 1e-4 * DAMPING * (60 - kept.rank)
-    damped = dense_operator(brandla.Tracked(kept, dense.trace(), dense.trace()), DAMPING, "mean")
+    damped = dense_operator(brandla.Tracked(kept, dense.trace(), dense.trace()), DAMPING, tail)
     block = torch.randn(60, 50, dtype=torch.float64)
     torch.testing.assert_close(
         factor.damped_solve(block, Damping(DAMPING, "absolute")), torch.linalg.solve(damped, block)
@@ -112,11 +114,21 @@ def test_the_width_of_a_sketch(rank: int, k: int, expected: int):
     assert sketch_width(rank, k) == expected
 
 
-@pytest.mark.parametrize("strategy", [BrandRandomized(6), BrandCorrected(6)], ids=["randomized", "corrected"])
-def test_the_dense_average_beside_a_sketch_is_that_of_all_columns(strategy: Strategy):
-    found = trained(strategy, 1, count=96)
+@pytest.mark.parametrize(
+    "strategy", [Exact(), BrandRandomized(6), BrandCorrected(6)], ids=["exact", "randomized", "corrected"]
+)
+def test_the_dense_average_is_that_of_all_columns_of_all_batches(strategy: Strategy):
+    """Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i), also beside a sketch."""
+    found = trained(strategy, 4, count=96, decay=0.7)
     state = found.preconditioner._layers[0].curvature.input.state
     torch.testing.assert_close(state["dense"] / state["total"], found.average)
+    torch.testing.assert_close(state["total"].item(), 1 - 0.7**4)
+
+
+def test_the_error_bound_of_a_root_holds():
+    found = trained(Brand(6), 12, decay=0.9)
+    error = torch.linalg.matrix_norm(found.average - found.factor, 2).item()
+    assert error <= found.preconditioner.report().factors[0].error_bound <= 25 * error
 
 
 def test_a_failed_factorisation_leaves_the_last_one():

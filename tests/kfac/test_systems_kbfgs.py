@@ -135,18 +135,15 @@ def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     def passed(factor: float, call: Callable[[], None]) -> list[Tensor]:
         backward(model, loss_of(model, (factor * inputs, labels)))
         call()
-        parts = [layer.curvature.state for layer in preconditioner._layers]
-        return [part[name].clone() for part in parts for name in ("dense", "input", "output", "s", "y")]
+        states = [layer.curvature.state for layer in preconditioner._layers]
+        return [state[name].clone() for state in states for name in ("input", "output", "s", "y")]
 
     passed(1.0, preconditioner.step)
     known = passed(1.1, preconditioner.second_pass)
     passed(float("nan"), preconditioner.step)
-    for one, other in zip(passed(1.2, preconditioner.second_pass), known, strict=True):
-        # The sum of a aᵀ decays as the total of the weights does.
-        assert one.shape[-1] != other.shape[-1] or torch.equal(one, other) or torch.allclose(one, 0.95 * other)
+    assert all(map(torch.equal, passed(1.2, preconditioner.second_pass), known))
     passed(1.0, preconditioner.step)
-    known = passed(float("nan"), preconditioner.second_pass)
-    assert all(part.isfinite().all() for part in known)
+    assert all(part.isfinite().all() for part in passed(float("nan"), preconditioner.second_pass))
 
 
 @pytest.mark.parametrize("kdim", [8, 6])

@@ -111,35 +111,6 @@ def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(sp
     assert_near(result, dense_correction(own, F, space, shift, now)[0], 1e-3)
 
 
-@both_spaces
-def test_no_other_correction_in_the_coarse_space_is_nearer_to_the_damped_natural_gradient(space: str):
-    """The error against (F + λI)⁻¹∇ is orthogonal to the coarse space in the metric of F + λI."""
-    result, own = steps_of(small, DATA, EXACT, space, **ABSOLUTE)
-    F, gradient = fisher_of(small(), DATA), flat(own.gradient)
-    damped = F + DAMPING * torch.eye(len(F), dtype=F.dtype)
-    _, R = dense_correction(own, F, space)
-    target = damped_solve(damped, gradient)
-
-    def error(point: Tensor) -> float:
-        return ((point - target) @ damped @ (point - target)).sqrt().item()
-
-    assert error(result) < 0.99 * error(flat(own.first))
-    assert (R @ (damped @ result - gradient)).norm() <= 1e-10 * gradient.norm()
-    for direction in R:
-        assert error(result + 0.01 * direction) > error(result)
-
-
-def test_one_layer_of_one_weight_gets_the_damped_newton_step():
-    """R₀ is the whole space: whatever v₁ is, v = (F + λI)⁻¹∇."""
-    layer = mlp(1, 1, bias=False)[0]
-    inputs, targets = torch.randn(2, 7, 1, dtype=torch.float64)
-    preconditioner = KFAC(layer, TwoLevel(Foof(Exact())), **ABSOLUTE)
-    residuals = (layer(inputs) - targets).detach()
-    (step,) = layer_steps(layer, preconditioner, (0.5 * (layer(inputs) - targets).square()).mean())
-    F, gradient = (residuals * inputs).square().mean(), (residuals * inputs).mean()
-    torch.testing.assert_close(step.squeeze(), gradient / (F + DAMPING))
-
-
 class Pooled(nn.Module):
     """A layer over positions, and one behind their mean."""
 
