@@ -52,6 +52,9 @@ SYSTEMS: dict[str, Strategy] = {
     "seng": Woodbury(every=3, features=6, positions=2),
     "fngd": Woodbury(fixed_after=3),
 }
+# Options of Brand.
+FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "cholesky"}, "eigh": {"form": "eigh"}}
+
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 
 

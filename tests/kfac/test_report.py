@@ -54,7 +54,7 @@ def test_it_says_what_each_factor_got_and_why():
 
 
 @pytest.mark.parametrize(
-    "strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC(inverse_every=7)], ids=repr
+    "strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr
 )
 def test_it_names_the_strategy_that_was_asked_for(strategy: Strategy):
     """Also where a batch is larger than a factor."""

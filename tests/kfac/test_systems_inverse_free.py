@@ -66,35 +66,34 @@ def roots(curvature: InverseFreeCurvature) -> list[Tensor]:
     return [side.structure.dense(side.root, side.n) for side in (curvature.input, curvature.output)]
 
 
+def mean(M: Tensor) -> Tensor:
+    return M.trace() / len(M)
+
+
 class DenseReference:
     """The formulas with dense matrices: m is projected, nothing else is structured."""
 
     def __init__(self, structure: Structure, variant: str, rate: float, alpha: float) -> None:
-        self.structure, self.variant, self.rate = structure, variant, rate
-        self.alpha = alpha if variant == "singd" else 0.0
+        self.structure, self.is_singd, self.rate = structure, variant == "singd", rate
+        self.alpha = alpha if self.is_singd else 0.0
         self.momenta = [torch.zeros(n, n, dtype=DOUBLE) for n in (D_IN, D_OUT)]
         self.roots: list[Tensor] = []
 
-    def step(self, A: Tensor, G: Tensor) -> None:
-        eyes = torch.eye(D_IN, dtype=DOUBLE), torch.eye(D_OUT, dtype=DOUBLE)
-        means = A.trace() / D_IN, G.trace() / D_OUT
-        if not self.roots and self.variant == "ikfac":
-            self.roots = [eye / (mean + DAMPING).sqrt() for eye, mean in zip(eyes, means, strict=True)]
-        elif not self.roots:
-            self.roots = [eye / (means[0] * means[1] + DAMPING**2) ** 0.25 for eye in eyes]
-        (K, C), (eye_in, eye_out) = self.roots, eyes
-        H_K, H_C = K.T @ A @ K, C.T @ G @ C
-        if self.variant == "ikfac":
-            sums = H_K + DAMPING * K.T @ K - eye_in, H_C + DAMPING * C.T @ C - eye_out
-        else:
-            sums = (
-                H_C.trace() / D_OUT * H_K + DAMPING**2 * (C.T @ C).trace() / D_OUT * K.T @ K - eye_in,
-                H_K.trace() / D_IN * H_C + DAMPING**2 * (K.T @ K).trace() / D_IN * C.T @ C - eye_out,
-            )
-        self.momenta = [
-            self.alpha * old + projected(self.structure, 0.5 * new) for old, new in zip(self.momenta, sums, strict=True)
-        ]
-        self.roots = [root - self.rate * root @ m for root, m in zip(self.roots, self.momenta, strict=True)]
+    def step(self, *factors: Tensor) -> None:
+        """With A and G of a batch."""
+        eyes = [torch.eye(len(M), dtype=DOUBLE) for M in factors]
+        if not self.roots:
+            scales = [(mean(M) + DAMPING) ** -0.5 for M in factors]
+            if self.is_singd:
+                scales = [(mean(factors[0]) * mean(factors[1]) + DAMPING**2) ** -0.25] * 2
+            self.roots = [scale * eye for scale, eye in zip(scales, eyes, strict=True)]
+        seen = [K.T @ M @ K for K, M in zip(self.roots, factors, strict=True)]
+        own = [K.T @ K for K in self.roots]
+        for side, other in ((0, 1), (1, 0)):
+            curvature, damping = (mean(seen[other]), DAMPING**2 * mean(own[other])) if self.is_singd else (1, DAMPING)
+            m = projected(self.structure, 0.5 * (curvature * seen[side] + damping * own[side] - eyes[side]))
+            self.momenta[side] = self.alpha * self.momenta[side] + m
+            self.roots[side] = self.roots[side] - self.rate * self.roots[side] @ self.momenta[side]
 
 
 @EACH

@@ -22,9 +22,7 @@ from brandla.kfac import (
     Strategy,
 )
 from kfac.networks import batch, layer_step, mlp, stepped
-from kfac.systems import factors_of, falling, growing, rule, seldom
-
-FORMS = {"root": {}, "cholesky": {"compress": "cholesky"}, "eigh": {"form": "eigh"}}
+from kfac.systems import FORMS, factors_of, falling, growing, rule, seldom
 
 
 def steps_of(strategy: Strategy, steps: int) -> Iterator[KFAC]:
