@@ -70,7 +70,7 @@ def test_step_is_the_damped_gauss_newton_step_where_kfac_is_exact():
         lambda weight: (inputs @ model[0].weight.T @ weight.T) @ model[2].weight.T, middle
     ).reshape(len(inputs), 5, 25)
     gauss_newton = torch.einsum("nci,ncj->ij", jacobian, jacobian) / len(inputs)
-    assert_near(middle.grad, damped_solve(gauss_newton, gradient), 2e-4)
+    assert_near(middle.grad, damped_solve(gauss_newton, gradient), 4e-4)
 
 
 @pytest.mark.parametrize("application", ["auto", "two-sided"])

@@ -16,7 +16,7 @@ from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from builders import dense_operator
 from kfac.networks import batch, gradients, layer_step, loss_of, mlp, stepped
-from kfac.systems import FORMS, assert_near, factors_of, full_rank, some_systems
+from kfac.systems import assert_near, factors_of, full_rank, some_systems
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -43,8 +43,9 @@ def trained(
         inputs, labels = batch(count, 60, 50, seed, dtype)
         step = layer_step(layer, preconditioner, (inputs / torch.arange(1, 61, dtype=dtype), labels))
         dense, total = decay * dense + step.factors[0], decay * total + 1
-    factor = preconditioner._layers[0].curvature.input.operand().dense()
-    return Trained(step.result, preconditioner, factor, dense / total)
+    factor = preconditioner._layers[0].curvature.input
+    lowrank = factor.strategy.lowrank(factor.state)
+    return Trained(step.result, preconditioner, lowrank.dense(), dense / total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -54,7 +55,7 @@ def test_root_and_eigh_give_the_same_step(dtype: torch.dtype):
     A flat one, such as that of the output gradients here, has no gap where it is cut: which of two directions is kept
     is then left to rounding.
     """
-    one, other = (trained(Foof(Brand(16, form=form)), 60, dtype=dtype).step.double() for form in ("root", "eigh"))
+    one, other = (trained(Foof(Brand(16, form=form)), 30, dtype=dtype).step.double() for form in ("root", "eigh"))
     bound = 2 * torch.finfo(dtype).eps / (DAMPING * 0.05)
     assert torch.linalg.matrix_norm(one - other) <= bound * torch.linalg.matrix_norm(other)
 
@@ -78,12 +79,11 @@ def test_tail_is_what_unseen_directions_are_taken_for(strategy: FactorStrategy, 
     torch.testing.assert_close(found, torch.linalg.solve(damped, block))
 
 
-@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
-def test_the_average_of_sketches_tends_to_that_of_the_batches(options: dict[str, str]):
+def test_the_average_of_sketches_tends_to_that_of_the_batches():
     """E AΩΩᵀAᵀ = AAᵀ: the error of the mean of t batches falls as 1/√t."""
     errors = []
     for steps in (4, 64):
-        found = trained(Brand(24, sketch=5, **options), steps, count=24, decay=1 - 1e-9)
+        found = trained(Brand(24, sketch=5), steps, count=24, decay=1 - 1e-9)
         errors.append(torch.linalg.matrix_norm(found.factor - found.average) / torch.linalg.matrix_norm(found.average))
     # Sixteen times the batches: a fourth of the error, give or take half for one draw of each.
     assert errors[1] < 0.375 * errors[0]

