@@ -171,9 +171,9 @@ def test_complex_gradients_of_other_layers_are_looked_at():
 @pytest.mark.parametrize("of_loss", [True, False])
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e12, 1e15])
 def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
-    model = mlp(10, 40, 40, 4, dtype=torch.float32)
+    model = mlp(10, 40, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
-    for seed in range(3):
+    for seed in range(2):
         inputs, labels = batch(4, 10, 4, seed, torch.float32)
         loss = loss_of(model, (inputs if of_loss else inputs * scale, labels))
         after = stepped(model, preconditioner, loss * scale if of_loss else loss)
