@@ -14,6 +14,7 @@ from brandla.kfac import (
     EKFAC,
     KBFGS,
     KFAC,
+    Adaptive,
     Brand,
     BrandCorrected,
     BrandRandomized,
@@ -26,6 +27,7 @@ from brandla.kfac import (
     TwoLevel,
     Woodbury,
 )
+from brandla.kfac.systems.structures import BlockDiagonal, Hierarchical
 from kfac.networks import batch, layer_step, mlp
 
 MODEL = mlp(10, 20, 4)
@@ -98,6 +100,12 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
         (lambda: Woodbury(every=0), "Woodbury: every must be at least 1; got 0"),
         (lambda: Woodbury(features=0), "Woodbury: features must be at least 1; got 0"),
         (lambda: TwoLevel(Exact(), "krylov"), "TwoLevel: space must be 'nicolaides' or 'residual'; got 'krylov'"),
+        (lambda: BlockDiagonal(0), "BlockDiagonal: block must be at least 1"),
+        (lambda: Hierarchical(-1), "Hierarchical: first must be at least 0"),
+        (lambda: Hierarchical(1, -2), "Hierarchical: last must be at least 0"),
+        (lambda: Adaptive(every=0), "Adaptive: every must be at least 1; got 0"),
+        (lambda: Adaptive(factor=1.0), "Adaptive: factor must be in (0, 1); got 1.0"),
+        (lambda: Adaptive(0.0), "Adaptive: 0 < least <= initial <= most < inf must hold; got 1e-08, 0.0 and"),
         (lambda: KFAC(nn.DataParallel(mlp(10, 20, 4))), "KFAC: the model must not be in nn.DataParallel; use"),
         (
             lambda: KFAC(TWICE, {"b": Exact()}),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -92,16 +90,3 @@ def test_flops_of_small_structures_grow_slower_than_dense_ones(structure: Struct
     growth = structure.flops(8192) / structure.flops(1024)
     # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
     assert growth == 64 if isinstance(structure, Dense) else growth < 11
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: BlockDiagonal(0), "BlockDiagonal: block must be at least 1"),
-        (lambda: Hierarchical(-1), "Hierarchical: first must be at least 0"),
-        (lambda: Hierarchical(1, -2), "Hierarchical: last must be at least 0"),
-    ],
-)
-def test_bad_sizes_are_refused(make: Callable[[], Structure], message: str):
-    with pytest.raises(ValueError, match=message):
-        make()
