@@ -199,7 +199,7 @@ def test_largest_eigenvalue_is_approached_from_below():
     assert estimates[0] > 1 / D_IN
     assert all(estimate <= 1 + 1e-12 for estimate in estimates)
     # With decay ρ a second eigenvalue d₂ fades by ρ + (1 − ρ) d₂/d₁ an update.
-    assert estimates[-1] > 0.95
+    assert estimates[-1] > 0.9
 
 
 @NAMED
