@@ -40,24 +40,11 @@ class RanksFailedError(RuntimeError):
 def run(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, group_timeout: float = 20.0
 ) -> list[Any]:
-    """Return what ``function(*args)`` returns on each rank.
+    """Return what ``function(*args)`` returns on each rank, a process with one thread and a group around it.
 
-    Parameters
-    ----------
-    function
-        A function that can be pickled: of a module under ``tests``, such as this one's neighbours. A group is
-        initialised around it, so `torch.distributed.get_rank` tells it who it is.
-    world_size
-        Number of processes, each with one thread.
-    args, results
-        Anything that pickles; a DTensor does not.
-    timeout, group_timeout
-        Seconds for all of it, and for one collective.
-
-    Raises
-    ------
-    RanksFailedError
-        If a rank raised, died, or was still running after ``timeout`` seconds.
+    The function is one of a module under ``tests``; it, its arguments and results have to pickle, which a DTensor does
+    not. ``timeout`` seconds are for all of it, ``group_timeout`` for one collective. Raises `RanksFailedError` if a
+    rank raised, died, or was still running at the end.
     """
     outcomes = launch(function, world_size, *args, timeout=timeout, group_timeout=group_timeout)
     failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]

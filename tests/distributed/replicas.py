@@ -16,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from brandla.kfac import KFAC, Brand, Exact, Strategy
-from kfac.networks import batch, mlp
+from distributed.behaviours import is_last, refusal
+from kfac.networks import Words, batch, mlp
+from kfac.networks import train as train_on
 
 STEPS = 4
 RATE = 0.3
@@ -56,20 +58,14 @@ class Case(NamedTuple):
     told: bool = False
 
 
-class Mixed(nn.Module):
-    """An embedding, a normalisation, a grouped convolution and a projection of it."""
+class Mixed(Words):
+    """Every kind of layer, of words that the inputs are read as."""
 
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.embedding, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
-        self.convolution, self.projection = nn.Conv1d(8, 6, 3, groups=2), nn.Linear(6, 4)
-        self.double()
+        super().__init__(12, 8, WIDTHS[-1])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Read the inputs as words."""
-        words = self.norm(self.embedding((3 * inputs.abs()).long().clamp(max=11)))
-        return self.projection(self.convolution(words.mT).tanh().mean(-1))
+        return super().forward((3 * inputs.abs()).long().clamp(max=11))
 
 
 class Branches(nn.Module):
@@ -131,10 +127,25 @@ class Training:
 
     def step(self, step: int) -> None:
         """Take a step as one process of the group."""
-        self._pass(step)
+        self._twice(self._pass, step)
+
+    def run(self, first: int = 0) -> list[Tensor]:
+        """Take steps as one process of the group; return the weights."""
+        for step in range(first, first + STEPS):
+            self.step(step)
+        return self.parameters()
+
+    def step_alone(self, step: int) -> None:
+        """Take a step with the batches of all ranks."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "KFAC")
+            self._twice(self._pass_alone, step)
+
+    def _twice(self, backward: Callable[[int], None], step: int) -> None:
+        backward(step)
         self.finish()
         if self.case.strategy.takes_second_pass:
-            self._pass(step)
+            backward(step)
             self.preconditioner.second_pass()
 
     def _pass(self, step: int) -> None:
@@ -144,16 +155,6 @@ class Training:
             for part in range(case.accumulate - 1):
                 self.backward(rank, step, part)
         self.backward(rank, step, case.accumulate - 1)
-
-    def step_alone(self, step: int) -> None:
-        """Take a step with the batches of all ranks."""
-        self._pass_alone(step)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "KFAC")
-            self.finish()
-        if self.case.strategy.takes_second_pass:
-            self._pass_alone(step)
-            self.preconditioner.second_pass()
 
     def _pass_alone(self, step: int) -> None:
         self.model.zero_grad()
@@ -282,10 +283,8 @@ def checkpoints(cases: list[Case]) -> list[tuple[dict[str, Any], list[Tensor]]]:
     """Return, of each case, the state after some steps, and the parameters after one more."""
     warnings.simplefilter("ignore")
     found = []
-    for case in cases:
-        training = replica(case)
-        for step in range(STEPS):
-            training.step(step)
+    for training in map(replica, cases):
+        training.run()
         state = training.state()
         training.step(STEPS)
         found.append((state, training.parameters()))
@@ -301,13 +300,7 @@ def train_in_pairs(cases: list[Case], firsts: tuple[int, int]) -> list[list[Tens
     """Train in two groups of two that know nothing of each other, on the batches from each one's first step on."""
     groups = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     own = distributed.get_rank() // 2
-    results = []
-    for case in cases:
-        training = replica(case, groups[own])
-        for step in range(firsts[own], firsts[own] + STEPS):
-            training.step(step)
-        results.append(training.parameters())
-    return results
+    return [replica(case, groups[own]).run(firsts[own]) for case in cases]
 
 
 def draws(calls: int, steps: int) -> Tensor:
@@ -345,17 +338,10 @@ def first_rank_brings_all(mode: str) -> tuple[list[bool], bool]:
 
 def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], list[Tensor]]:
     """Train on the same batches on every rank, or in one process; return what the factors got, and the parameters."""
-    torch.manual_seed(0)
-    model = nn.Linear(40, 44, dtype=torch.float64)
+    model = mlp(40, 44)
     wrapped = DistributedDataParallel(model) if mode else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     preconditioner = KFAC(wrapped, Brand(12), distributed=mode or "gather", damping=0.1, **options)
-    for step in range(STEPS):
-        inputs, labels = batch(8, 40, 44, seed=step)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(wrapped(inputs), labels).backward()
-        preconditioner.step()
-        optimizer.step()
+    train_on(wrapped, preconditioner, (batch(8, 40, 44, seed=step) for step in range(STEPS)), RATE)
     strategies = [row.strategy.partition("(")[0] for row in preconditioner.report().factors]
     return strategies, [parameter.detach() for parameter in model.parameters()]
 
@@ -372,8 +358,7 @@ def train_sharded(before: list[Case], after: list[Case]) -> list[list[Tensor]]:
                 fully_shard(module)
         fully_shard(model)
         training = training or Training(case, model)
-        for step in range(STEPS):
-            training.step(step)
+        training.run()
         results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
     return results
 
@@ -388,7 +373,7 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
     model, preconditioner = training.model, training.preconditioner
     rank = distributed.get_rank()
     training.backward(rank, 0, 0)
-    if rank == distributed.get_world_size() - 1:
+    if is_last():
         preconditioner._layers[1].refusal = "its output is a secret"
     before = model[2].weight.grad.clone()
     preconditioner.step()
@@ -399,13 +384,9 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
 
 def leaves_gradients_out() -> list[str]:
     """Ask for gradients that autograd does not form; return what a wrapped model and one on its own are told."""
-    told = []
-    for wrap in (DistributedDataParallel, nn.Sequential):
-        try:
-            KFAC(wrap(nn.Linear(20, 10)), Exact(), gradient="pair")
-        except (ValueError, RuntimeError) as error:
-            told.append(str(error))
-    return told
+    wrapped = (wrap(nn.Linear(20, 10)) for wrap in (DistributedDataParallel, nn.Sequential))
+    told = (refusal(lambda model=model: KFAC(model, Exact(), gradient="pair")) for model in wrapped)
+    return list(filter(None, told))
 
 
 def last_rank_leaves(mode: str) -> str:
@@ -413,24 +394,16 @@ def last_rank_leaves(mode: str) -> str:
     training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
     rank = distributed.get_rank()
     training.backward(rank, 0, 0)
-    if rank == distributed.get_world_size() - 1:
+    if is_last():
         os._exit(3)
-    try:
-        training.preconditioner.step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return refusal(training.preconditioner.step)
 
 
 def last_rank_is_late(seconds: float) -> str:
     """Step in the first rank alone; return what it is told when the group's timeout is over."""
     training = Training(Case(Brand(4)), network())
     training.backward(0, 0, 0)
-    if distributed.get_rank() == distributed.get_world_size() - 1:
+    if is_last():
         time.sleep(seconds)
         return ""
-    try:
-        training.preconditioner.step()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    return refusal(training.preconditioner.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 import builders
@@ -33,33 +35,37 @@ class Messages(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented
         if "c10d" in func.namespace:
-            leaves = torch.utils._pytree.tree_leaves(args)
-            sizes = [leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)]
+            sizes = [leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             self.seen.append((func.overloadpacket.__name__, max(sizes, default=0)))
         return func(*args, **(kwargs or {}))
 
 
+@cache
 def mesh_of_all() -> DeviceMesh:
     return init_device_mesh("cpu", (distributed.get_world_size(),))
 
 
-def on_rows(mesh: DeviceMesh, matrix: Tensor, dim: int = -2) -> Tensor:
+def spread(matrix: Tensor, *placement: Shard | Replicate, mesh: DeviceMesh | None = None) -> Tensor:
     # Every rank has the whole, so none is sent. A shard may lie in its memory.
-    return distribute_tensor(matrix.detach().clone(), mesh, [Shard(dim % matrix.ndim)], src_data_rank=None)
+    return distribute_tensor(matrix.detach().clone(), mesh or mesh_of_all(), placement, src_data_rank=None)
 
 
-def on_all(mesh: DeviceMesh, small: Tensor) -> Tensor:
-    return distribute_tensor(small.detach().clone(), mesh, [Replicate()], src_data_rank=None)
+def on_rows(matrix: Tensor, dim: int = -2) -> Tensor:
+    return spread(matrix, Shard(dim % matrix.ndim))
 
 
-def sharded(mesh: DeviceMesh, factor: Any, *, replicate: bool = False) -> Any:
+def on_all(small: Tensor) -> Tensor:
+    return spread(small, Replicate())
+
+
+def sharded(factor: Any, *, replicate: bool = False) -> Any:
     """Return a factor with its tall matrix sharded, and small ones as plain tensors or as replicated DTensors."""
-    small = (lambda part: on_all(mesh, part)) if replicate else (lambda part: part.clone())
-    if isinstance(factor, brandla.LowRankSVD):
-        return brandla.LowRankSVD(on_rows(mesh, factor.U), small(factor.S), small(factor.Vh))
-    if isinstance(factor, brandla.LowRankRoot):
-        return brandla.LowRankRoot(on_rows(mesh, factor.root), small(factor.gram))
-    return brandla.LowRankEigh(small(factor.eigenvalues), on_rows(mesh, factor.eigenvectors))
+    if isinstance(factor, brandla.Tracked):
+        return brandla.track(sharded(factor.lowrank, replicate=replicate))
+    small = on_all if replicate else Tensor.clone
+    tall = {brandla.LowRankSVD: "U", brandla.LowRankRoot: "root", brandla.LowRankEigh: "eigenvectors"}[type(factor)]
+    parts = factor._asdict()
+    return factor._replace(**{name: (on_rows if name == tall else small)(part) for name, part in parts.items()})
 
 
 def small_of(factor: Any) -> Tensor:
@@ -69,14 +75,14 @@ def small_of(factor: Any) -> Tensor:
 
 def whole(tree: Any) -> Any:
     """Return the same with every DTensor gathered."""
-    return torch.utils._pytree.tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
+    return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
 
 
 def pointers_of(factor: Any) -> list[int]:
     return [(part.to_local() if isinstance(part, DTensor) else part).data_ptr() for part in factor]
 
 
-def agree(actual: Tensor, expected: Tensor, dtype: torch.dtype, label: object, scale: float | None = None) -> None:
+def agree(actual: Tensor, expected: Tensor, label: object, scale: float | None = None) -> None:
     """Compare by what rounding explains of n·ε·‖·‖, `oracles.THRESHOLD` times."""
     actual = whole(actual)
     assert actual.dtype == expected.dtype
@@ -85,8 +91,34 @@ def agree(actual: Tensor, expected: Tensor, dtype: torch.dtype, label: object, s
         return
     matrices = (1, -1, 1) if expected.ndim < 2 else (-1, *expected.shape[-2:])
     for one, other in zip(actual.reshape(matrices), expected.reshape(matrices), strict=True):
-        ratio = oracles.difference_ratio(one, other, dtype, scale)
+        ratio = oracles.difference_ratio(one, other, expected.dtype, scale)
         assert ratio < oracles.THRESHOLD, (label, ratio)
+
+
+def compare(many: Any, one: Any, label: object) -> None:
+    """Compare what sharded arguments gave with what whole ones gave: the matrices, and what their form promises."""
+    if isinstance(one, Tensor):
+        agree(many, one, label)
+    elif isinstance(one, brandla.Tracked):
+        scale = one.lowrank.n * max(float(one.trace), float(one.error_bound))
+        agree(many.error_bound, one.error_bound, label, scale)
+        agree(many.trace, one.trace, label, scale)
+        compare(many.lowrank, one.lowrank, label)
+    elif isinstance(one, brandla.LowRankSVD):
+        agree(many.dense(), one.dense(), label)
+    elif isinstance(one, brandla.LowRankEigh | brandla.LowRankRoot):
+        agree(many.dense(), one.dense(), label)
+        assert builders.defect(whole(many)) < oracles.ORTHONORMAL * oracles.epsilon(one.dtype), label
+    else:
+        for parts in zip(many, one, strict=True):
+            compare(*parts, label)
+
+
+def check(call: Callable[..., Any], *arguments: Any, label: object = None) -> Any:
+    """Return what a call gives for sharded arguments, once it is what the whole ones give."""
+    result = call(*arguments)
+    compare(result, call(*whole(arguments)), label or call)
+    return result
 
 
 def same_kind(result: Any, argument: Any, label: object) -> None:
@@ -103,116 +135,89 @@ def batches(stream: str, n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
     return [columns[:n].contiguous() for columns in oracles.batches(stream, max(n, 32), k, 5, dtype=dtype)]
 
 
-def assert_factor(many: Any, one: Any, dtype: torch.dtype, label: object) -> None:
-    """Compare a sharded factor, tracked or not, with a whole one: the matrix, and what its form promises."""
-    if isinstance(one, brandla.Tracked):
-        scale = one.lowrank.n * max(float(one.trace), float(one.error_bound))
-        agree(many.error_bound, one.error_bound, dtype, label, scale=scale)
-        agree(many.trace, one.trace, dtype, label, scale=scale)
-        many, one = many.lowrank, one.lowrank
-    agree(many.dense(), one.dense(), dtype, label)
-    tall = whole(builders.tall_of(many))
-    if isinstance(one, brandla.LowRankEigh):
-        assert oracles.orthonormality_ratio(tall, whole(many.eigenvalues)) < oracles.THRESHOLD, label
-    else:
-        agree(many.gram, (tall.double().mT @ tall.double()).to(dtype), dtype, label)
-
-
 def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
     """Update sharded and whole factors side by side, on every stream and size; return all small parts."""
-    mesh, update, small_parts = mesh_of_all(), UPDATES[name], []
+    update, small_parts = partial(UPDATES[name], decay=0.9, weight=0.1), []
     for index in range(2 * len(SIZES)):
         # Each size with two streams, each stream with three or four sizes; and small parts of both kinds.
         (n, r, k), stream = SIZES[index // 2], STREAMS[index % 4]
-        replicate = index // 4 % 2 == 1
         label = (name, dtype, n, r, k, stream)
-        one = brandla.track(update.factor.zeros(n, r, dtype=dtype))
-        many = brandla.track(sharded(mesh, one.lowrank, replicate=replicate))
+        one = brandla.track(UPDATES[name].factor.zeros(n, r, dtype=dtype))
+        many = sharded(one, replicate=index // 4 % 2 == 1)
         data = batches(stream, n, k, dtype)
         for step in range(len(data) + 1):
             inside_the_span = builders.tall_of(one.lowrank) @ torch.ones(r, k, dtype=dtype) / k
             columns = data[step] if step < len(data) else inside_the_span
-            before = many
-            one = update(one, columns, decay=0.9, weight=0.1)
-            many = update(many, on_rows(mesh, columns), decay=0.9, weight=0.1)
+            before, one, many = many, update(one, columns), update(many, on_rows(columns))
             same_kind(many.lowrank, before.lowrank, label)
-            agree(many.lowrank.dense(), one.lowrank.dense(), dtype, label)
-        assert_factor(many, one, dtype, label)
+            agree(many.lowrank.dense(), one.lowrank.dense(), label)
+        compare(many, one, label)
         small_parts += [small_of(many.lowrank), *map(whole, many[1:])]
         if isinstance(one.lowrank, brandla.LowRankRoot):
             eigh = many.lowrank.to_eigh()
             same_kind(eigh[::-1], many.lowrank, label)
-            assert_factor(eigh, one.lowrank.to_eigh(), dtype, label)
+            compare(eigh, one.lowrank.to_eigh(), label)
             small_parts.append(small_of(eigh))
     return small_parts
 
 
 def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
     """In place, grouped, of a batch, with a rank, with tensors for numbers, with nothing to add."""
-    mesh, n, r, k = mesh_of_all(), 37, 6, 5
+    n, r, k = 37, 6, 5
     small_parts = []
+    columns, second, data = (
+        builders.make_columns(size, k, dtype=dtype, batch_shape=shape) for size, shape in ((n, ()), (20, ()), (n, (2,)))
+    )
     for name, update in UPDATES.items():
-        factor, columns = update.make(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
-        expected = update(factor, columns, decay=0.9, weight=0.1)
-        spread = on_rows(mesh, columns)
-
+        factor, other = update.make(n, r, dtype=dtype), update.make(20, r, dtype=dtype, seed=9)
+        faded = partial(update, decay=0.9, weight=0.1)
         for replicate in (False, True):
-            target = sharded(mesh, factor, replicate=replicate)
+            target = sharded(factor, replicate=replicate)
             pointers = pointers_of(target)
-            result = update.in_place(brandla.track(target), spread, decay=0.9, weight=0.1)
+            result = update.in_place(brandla.track(target), on_rows(columns), decay=0.9, weight=0.1)
             assert result.lowrank is target
             assert pointers_of(target) == pointers
-            assert_factor(target, expected, dtype, (name, "in place"))
+            compare(target, faded(factor, columns), (name, "in place"))
             small_parts.append(small_of(target))
 
-        half = update(factor, columns.bfloat16().to(dtype), decay=0.9, weight=0.1)
         if dtype == torch.float32:
-            result = update(sharded(mesh, factor), on_rows(mesh, columns.bfloat16()), decay=0.9, weight=0.1)
-            assert_factor(result, half, dtype, (name, "half-precision columns"))
+            half = columns.bfloat16()
+            result = faded(sharded(factor), on_rows(half))
+            compare(result, faded(factor, half.float()), (name, "half-precision columns"))
 
-        other = update.make(20, r, dtype=dtype, seed=9)
-        factors = [sharded(mesh, factor), other, sharded(mesh, other, replicate=True)]
-        second = builders.make_columns(20, k, dtype=dtype)
-        results = update.grouped(factors, [spread, second, on_rows(mesh, second)], decay=0.9, weight=[0.1, 1.0, 1.0])
-        plain = update(other, second, decay=0.9)
-        for result, reference in zip(results, [expected, plain, plain], strict=True):
-            assert_factor(result, reference, dtype, (name, "grouped"))
+        factors, blocks = [sharded(factor), other, sharded(other, replicate=True)], [columns, second, second]
+        spread_blocks = [on_rows(columns), second, on_rows(second)]
+        results = update.grouped(factors, spread_blocks, decay=0.9, weight=[0.1, 1.0, 1.0])
+        for result, own, block, weight in zip(results, whole(factors), blocks, (0.1, 1.0, 1.0), strict=True):
+            compare(result, update(own, block, decay=0.9, weight=weight), (name, "grouped"))
 
         for size in (1, k + r):
             rank = brandla.Rank(size, tol=1e-3)
-            result = update(sharded(mesh, factor), spread, rank=rank)
-            assert_factor(result, update(factor, columns, rank=rank), dtype, (name, "rank", size))
-        result = update(sharded(mesh, factor), on_rows(mesh, columns[:, :0]), decay=0.5)
-        agree(result.dense(), 0.5 * factor.dense(), dtype, (name, "no columns"))
+            check(partial(update, rank=rank), sharded(factor), on_rows(columns), label=(name, "rank", size))
+        result = update(sharded(factor), on_rows(columns[:, :0]), decay=0.5)
+        agree(result.dense(), 0.5 * factor.dense(), (name, "no columns"))
 
         poisoned = columns.clone()
         poisoned[n - 1, 0] = torch.nan
-        result = update(sharded(mesh, factor), on_rows(mesh, poisoned))
-        assert builders.values_of(whole(result)).isnan().all()
-        assert builders.tall_of(whole(result)).isnan().all()
+        result = whole(update(sharded(factor), on_rows(poisoned)))
+        assert builders.values_of(result).isnan().all()
+        assert builders.tall_of(result).isnan().all()
 
-        batch = update.make(n, r, dtype=dtype, batch_shape=(2,))
-        data = builders.make_columns(n, k, dtype=dtype, batch_shape=(2,))
-        decay = torch.tensor([0.5, 0.9], dtype=dtype)
-        expected = update(batch, data, decay=decay)
-        for numbers in (decay, on_all(mesh, decay)):
-            result = update(sharded(mesh, batch), on_rows(mesh, data), decay=numbers)
-            agree(result.dense(), expected.dense(), dtype, (name, "batch"))
-    factor, data = builders.make_eigh(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype, scale=0.1)
-    many = sharded(mesh, factor, replicate=True)
-    result = brandla.eigh_downdate(many, on_rows(mesh, data))
-    same_kind(result, many, "eigh_downdate")
-    agree(result.dense(), brandla.eigh_downdate(factor, data).dense(), dtype, "eigh_downdate")
-    options = {"decay": 0.9, "shrink": True}
-    root, columns = builders.make_root(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
-    result = brandla.root_update(sharded(mesh, root), on_rows(mesh, columns), **options)
-    assert_factor(result, brandla.root_update(root, columns, **options), dtype, "shrink")
+        batch, decay = update.make(n, r, dtype=dtype, batch_shape=(2,)), torch.tensor([0.5, 0.9], dtype=dtype)
+        for numbers in (decay, on_all(decay)):
+            result = update(sharded(batch), on_rows(data), decay=numbers)
+            compare(result, update(batch, data, decay=decay), (name, "batch"))
+    many = sharded(builders.make_eigh(n, r, dtype=dtype), replicate=True)
+    few = on_rows(builders.make_columns(n, k, dtype=dtype, scale=0.1))
+    same_kind(check(brandla.eigh_downdate, many, few), many, "eigh_downdate")
+    root = sharded(builders.make_root(n, r, dtype=dtype))
+    check(partial(brandla.root_update, decay=0.9, shrink=True), root, on_rows(columns))
     return small_parts
 
 
 def grouped_updates(dtype: torch.dtype) -> list[Tensor]:
     """Classes of factors that are updated together: their small matrices travel in the messages of one factor."""
-    mesh, r, k = mesh_of_all(), 6, 5
+    r, k = 6, 5
     small_parts = []
     for name, update in UPDATES.items():
         # Of the last, r + k is above n.
@@ -221,145 +226,124 @@ def grouped_updates(dtype: torch.dtype) -> list[Tensor]:
         columns = [builders.make_columns(n, k, dtype=dtype, seed=n) for n in sizes]
         expected = [update(*pair, decay=0.9) for pair in zip(factors, columns, strict=True)]
         for replicate in (False, True):
-            own = [brandla.track(sharded(mesh, factor.lowrank, replicate=replicate)) for factor in factors]
-            spread = [on_rows(mesh, part) for part in columns]
+            own = [sharded(factor, replicate=replicate) for factor in factors]
+            spread_columns = [on_rows(part) for part in columns]
             with Messages() as recorder:
-                results = update.grouped(own, spread, decay=0.9)
+                results = update.grouped(own, spread_columns, decay=0.9)
             # C and G; and what the polish of an orthonormal form needs.
             assert len(recorder.seen) == 1 + update.is_orthonormal, recorder.seen
-            for result, before, reference in zip(results, own, expected, strict=True):
+            compare(results, expected, name)
+            for result, before in zip(results, own, strict=True):
                 same_kind(result.lowrank, before.lowrank, name)
-                assert_factor(result, reference, dtype, name)
-                small_parts += [small_of(result.lowrank)]
+                small_parts.append(small_of(result.lowrank))
     return small_parts
 
 
 def svd_streams(dtype: torch.dtype) -> list[Tensor]:
     """Append to and update sharded decompositions and whole ones side by side."""
-    mesh, small_parts = mesh_of_all(), []
+    small_parts = []
     for n, r, k in SIZES:
         for centred in (False, True):
+            label = ("svd_append", dtype, n, r, k, centred)
             one: Any = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype)
-            many: Any = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype, mesh=mesh)
+            many: Any = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype, mesh=mesh_of_all())
             if centred:
                 one, many = brandla.centre(one), brandla.centre(many)
             for columns in batches("slow", n, k, dtype):
                 one = brandla.svd_append(one, columns, decay=0.9)
-                many = brandla.svd_append(many, on_rows(mesh, columns), decay=0.9)
-            label = ("svd_append", dtype, n, r, k, centred)
+                many = brandla.svd_append(many, on_rows(columns), decay=0.9)
+            compare(many, one, label)
             if centred:
-                agree(many.mean, one.mean, dtype, label)
-                agree(many.weight, one.weight, dtype, label)
                 small_parts.append(many.weight)
                 one, many = one.svd, many.svd
             assert isinstance(many.U, DTensor), label
-            gram = (one.U * one.S.square()) @ one.U.mT
-            spread = whole(many.U)
-            agree((spread * many.S.square()) @ spread.mT, gram, dtype, label)
-            agree(many.dense(), one.dense(), dtype, label)
+            U = whole(many.U)
+            agree((U * many.S.square()) @ U.mT, (one.U * one.S.square()) @ one.U.mT, label)
             small_parts += [many.S, many.Vh]
-    small_parts += nearly_dependent_columns(mesh, dtype)
+    small_parts += nearly_dependent_columns(dtype)
+    append, update = (partial(function, decay=0.9) for function in (brandla.svd_append, brandla.svd_update))
     batch = builders.make_svd(37, 21, 6, dtype=dtype, batch_shape=(2,))
-    columns = builders.make_columns(37, 4, dtype=dtype, batch_shape=(2,))
-    result = brandla.svd_append(sharded(mesh, batch), on_rows(mesh, columns), decay=0.9)
-    agree(result.dense(), brandla.svd_append(batch, columns, decay=0.9).dense(), dtype, "batch")
+    check(append, sharded(batch), on_rows(builders.make_columns(37, 4, dtype=dtype, batch_shape=(2,))))
     svd = builders.make_svd(37, 21, 6, dtype=dtype)
     left, right = builders.make_columns(37, 4, dtype=dtype), builders.make_columns(21, 4, dtype=dtype, seed=3)
-    expected = brandla.svd_update(svd, left, right, decay=0.9).dense()
-    on_left = brandla.LowRankSVD(on_rows(mesh, svd.U), svd.S, svd.Vh)
-    on_right = brandla.LowRankSVD(svd.U, svd.S, on_rows(mesh, svd.Vh, -1))
-    on_both = brandla.LowRankSVD(on_left.U, on_all(mesh, svd.S), on_right.Vh)
-    cases = [(on_left, on_rows(mesh, left), right), (on_right, left, on_rows(mesh, right))]
-    for factor, *sides in [*cases, (on_both, on_rows(mesh, left), on_rows(mesh, right))]:
-        result = brandla.svd_update(factor, *sides, decay=0.9)
-        same_kind(result, factor, "svd_update")
-        agree(result.dense(), expected, dtype, "svd_update")
+    on_left, on_right = svd._replace(U=on_rows(svd.U)), svd._replace(Vh=on_rows(svd.Vh, -1))
+    on_both = brandla.LowRankSVD(on_left.U, on_all(svd.S), on_right.Vh)
+    for factor, *sides in (
+        (on_left, on_rows(left), right),
+        (on_right, left, on_rows(right)),
+        (on_both, on_rows(left), on_rows(right)),
+    ):
+        same_kind(check(update, factor, *sides), factor, "svd_update")
     return small_parts
 
 
-def nearly_dependent_columns(mesh: DeviceMesh, dtype: torch.dtype) -> list[Tensor]:
+def nearly_dependent_columns(dtype: torch.dtype) -> list[Tensor]:
     """Append columns whose last directions are weak where a process holds fewer rows than the panel has columns."""
     small_parts = []
     for n, r, k, weak in ((12, 4, 4, 8.0), (12, 6, 10, 64.0), (7, 4, 4, 4e3), (3, 0, 8, 16.0), (64, 6, 10, 64.0)):
         svd = builders.make_svd(n, 20, r, "slow", dtype=dtype)
         few = oracles.gaussian(n, 2, seed=1) @ oracles.gaussian(2, k, seed=2)
         columns = (few + weak * torch.finfo(dtype).eps * oracles.gaussian(n, k, seed=3)).to(dtype)
-        result = brandla.svd_append(sharded(mesh, svd), on_rows(mesh, columns), rank=min(n, r + k))
+        result = brandla.svd_append(sharded(svd), on_rows(columns), rank=min(n, r + k))
         label = ("dependent columns", dtype, n, r, k)
         assert oracles.orthonormality_ratio(whole(result.U), result.S) < oracles.THRESHOLD, label
         assert oracles.orthonormality_ratio(result.Vh.mT, result.S) < oracles.THRESHOLD, label
-        agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), dtype, label)
+        agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), label)
         small_parts.append(result.S)
     return small_parts
 
 
 def damped_applications(dtype: torch.dtype) -> list[Tensor]:
     """Every damped function, on blocks and vectors, with every tail, for both kinds of factor."""
-    mesh = mesh_of_all()
+    damping = torch.tensor(0.1, dtype=dtype)
     for n, r, k in SIZES:
         for make in (builders.make_eigh, builders.make_root):
             factor, rhs = make(n, r, dtype=dtype), builders.make_columns(n, k, dtype=dtype)
             for tail in (0.0, 0.01, torch.tensor(0.01, dtype=dtype), "smallest", "mean"):
-                for data, dim in ((rhs, -2), (rhs[:, 0], -1)):
-                    label = (dtype, n, r, k, make.__name__, tail, dim)
-                    spread = on_rows(mesh, data, dim)
-                    many = sharded(mesh, factor)
-                    if tail == "mean":
-                        trace = brandla.track(factor).trace + 0.5
-                        one, many = (brandla.Tracked(each, 0 * trace, trace) for each in (factor, many))
-                    else:
-                        one = factor
-                    solved = brandla.damped_solve(many, spread, 0.1, tail=tail)
-                    same_kind([solved], [spread], label)
-                    agree(solved, brandla.damped_solve(one, data, 0.1, tail=tail), dtype, label)
-                    damping = torch.tensor(0.1, dtype=dtype)
-                    powered = brandla.damped_power(many, spread, damping, -0.5, tail=tail)
-                    agree(powered, brandla.damped_power(one, data, damping, -0.5, tail=tail), dtype, label)
+                many = sharded(factor)
+                if tail == "mean":
+                    trace = brandla.track(factor).trace + 0.5
+                    many = brandla.Tracked(many, 0 * trace, trace)
+                for data in (on_rows(rhs), on_rows(rhs[:, 0], -1)):
+                    label = (dtype, n, r, k, make.__name__, tail, data.ndim)
+                    solve = partial(brandla.damped_solve, damping=0.1, tail=tail)
+                    same_kind([check(solve, many, data, label=label)], [data], label)
+                    check(partial(brandla.damped_power, tail=tail), many, data, damping, -0.5, label=label)
     eighs = [builders.make_eigh(n, 6, dtype=dtype) for n in (37, 20)]
     blocks = [builders.make_columns(n, 3, dtype=dtype) for n in (37, 20)]
-    mixed = [sharded(mesh, eighs[0], replicate=True), eighs[1]]
-    for function, options in ((brandla.grouped.damped_solve, (0.1,)), (brandla.grouped.damped_power, (0.1, -0.25))):
-        expected = function(eighs, blocks, *options)
-        for one, other in zip(function(mixed, [on_rows(mesh, blocks[0]), blocks[1]], *options), expected, strict=True):
-            agree(one, other, dtype, "grouped")
+    mixed, on_first = [sharded(eighs[0], replicate=True), eighs[1]], [on_rows(blocks[0]), blocks[1]]
+    check(brandla.grouped.damped_solve, mixed, on_first, 0.1)
+    check(brandla.grouped.damped_power, mixed, on_first, 0.1, -0.25)
     batch = builders.make_eigh(37, 6, dtype=dtype, batch_shape=(2,))
-    expected = brandla.damped_solve(batch, blocks[0], 0.1)
-    agree(brandla.damped_solve(sharded(mesh, batch), on_rows(mesh, blocks[0]), 0.1), expected, dtype, "broadcast")
+    check(brandla.damped_solve, sharded(batch), on_first[0], 0.1, label="broadcast")
     return []
 
 
 def kron_applications(dtype: torch.dtype) -> list[Tensor]:
     """Pairs with either side sharded, and one matrix sharded on its rows."""
-    mesh, p, q, k = mesh_of_all(), 37, 22, 3
+    p, q, k = 37, 22, 3
     left, right = builders.make_eigh(p, 6, dtype=dtype), builders.make_root(q, 4, dtype=dtype)
-    pair = builders.make_columns(p, k, dtype=dtype), builders.make_columns(q, k, dtype=dtype, seed=4)
-    matrix = pair[0] @ pair[1].mT
+    P, Q = builders.make_columns(p, k, dtype=dtype), builders.make_columns(q, k, dtype=dtype, seed=4)
     options = {"left_tail": 0.01, "right_tail": "smallest"}
-    expected_pair = brandla.kron_damped_solve(left, right, pair, 0.1, 0.2, **options)
-    expected = brandla.kron_damped_solve(left, right, matrix, 0.1, 0.2, **options)
-    on_left, on_right = sharded(mesh, left), sharded(mesh, right, replicate=True)
-    spread = on_rows(mesh, pair[0]), on_rows(mesh, pair[1])
-    for sides, data in (
-        ((on_left, on_right), spread),
-        ((on_left, right), (spread[0], pair[1])),
-        ((left, on_right), (pair[0], spread[1])),
+    solve = partial(brandla.kron_damped_solve, **options)
+    on_left, on_right = sharded(left), sharded(right, replicate=True)
+    for first, second, data in (
+        (on_left, on_right, (on_rows(P), on_rows(Q))),
+        (on_left, right, (on_rows(P), Q)),
+        (left, on_right, (P, on_rows(Q))),
     ):
-        result = brandla.kron_damped_solve(*sides, data, 0.1, 0.2, **options)
+        result = check(solve, first, second, data, 0.1, 0.2)
         same_kind(result, data, "pair")
-        for one, other in zip(result, expected_pair, strict=True):
-            agree(one, other, dtype, "pair")
-        (again,) = brandla.grouped.kron_damped_solve([sides[0]], [sides[1]], [data], 0.1, 0.2, **options)
-        for one, other in zip(again, expected_pair, strict=True):
-            agree(one, other, dtype, "grouped pair")
-    result = brandla.kron_damped_solve(on_left, right, on_rows(mesh, matrix), 0.1, 0.2, **options)
-    same_kind([result], [spread[0]], "matrix")
-    agree(result, expected, dtype, "matrix")
+        (again,) = brandla.grouped.kron_damped_solve([first], [second], [data], 0.1, 0.2, **options)
+        compare(again, whole(result), "grouped pair")
+    matrix = on_rows(P @ Q.mT)
+    same_kind([check(solve, on_left, right, matrix, 0.1, 0.2)], [matrix], "matrix")
     return []
 
 
 def gradients() -> list[Tensor]:
     """Gradients of damped applications, which every process has of its own rows, and whole of what is small."""
-    mesh, dtype, n = mesh_of_all(), torch.float64, 37
+    n = 37
     weights = builders.make_columns(n, 3, seed=8)
     right, other = builders.make_eigh(3, 2, seed=5), builders.make_columns(n, 3, seed=6)
     small_parts = []
@@ -368,30 +352,27 @@ def gradients() -> list[Tensor]:
             lambda factor, rhs, damping: brandla.damped_solve(factor, rhs, damping, tail=0.01),
             lambda factor, rhs, damping: brandla.kron_damped_solve(factor, right, rhs, damping, 0.2),
         ):
-            factor, damping = make(n, 6), torch.tensor(0.1, dtype=dtype)
+            factor, damping = make(n, 6), torch.tensor(0.1, dtype=torch.float64)
             leaves = [part.clone().requires_grad_() for part in (*factor, other, damping)]
             loss = (call(type(factor)(*leaves[:2]), leaves[2], leaves[3]) * weights).sum()
             # Of a solve with a root and no tail S is all that counts beside F.
             expected = torch.autograd.grad(loss, leaves)
-            own = [*sharded(mesh, factor), on_rows(mesh, other), damping.clone()]
-            own = [part.requires_grad_() for part in own]
+            own = [part.requires_grad_() for part in (*sharded(factor), on_rows(other), damping.clone())]
             result = call(type(factor)(*own[:2]), own[2], own[3])
-            (result.to_local() * on_rows(mesh, weights).to_local()).sum().backward()
-            for part, gradient in zip(own, expected, strict=True):
-                agree(part.grad, gradient, dtype, call)
+            (result.to_local() * on_rows(weights).to_local()).sum().backward()
+            compare([part.grad for part in own], expected, call)
             small_parts += [part.grad for part in own if not isinstance(part, DTensor)]
     return small_parts
 
 
 def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple[str, int]]]:
     """Return every collective of each function on tall matrices of n rows."""
-    mesh = mesh_of_all()
     eigh, root = builders.make_eigh(n, r, dtype=dtype), builders.make_root(n, r, dtype=dtype)
     svd = builders.make_svd(n, 2 * r, r, dtype=dtype)
-    columns = on_rows(mesh, builders.make_columns(n, k, dtype=dtype))
+    columns = on_rows(builders.make_columns(n, k, dtype=dtype))
     # Columns almost inside the span of U.
-    hard = on_rows(mesh, eigh.eigenvectors[:, :k] + 1e-5 * builders.make_columns(n, k, dtype=dtype))
-    eigh, root, svd = (sharded(mesh, factor) for factor in (eigh, root, svd))
+    hard = on_rows(eigh.eigenvectors[:, :k] + 1e-5 * builders.make_columns(n, k, dtype=dtype))
+    eigh, root, svd = map(sharded, (eigh, root, svd))
     calls: dict[str, Callable[[], Any]] = {
         "eigh_update": lambda: brandla.eigh_update(eigh, columns),
         "eigh_update, inside the span": lambda: brandla.eigh_update(eigh, hard),
@@ -418,13 +399,13 @@ def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple
 
 def zeros() -> list[str]:
     """Start streams over a mesh."""
-    mesh, n = mesh_of_all(), 37
+    n = 37
     for make in (
-        lambda **where: brandla.LowRankEigh.zeros(n, 4, batch_shape=(2,), **where),
-        lambda **where: brandla.LowRankRoot.zeros(n, 4, dtype=torch.float64, **where),
-        lambda **where: brandla.LowRankSVD.zeros(n, 5, 4, **where),
+        partial(brandla.LowRankEigh.zeros, n, 4, batch_shape=(2,)),
+        partial(brandla.LowRankRoot.zeros, n, 4, dtype=torch.float64),
+        partial(brandla.LowRankSVD.zeros, n, 5, 4),
     ):
-        factor = make(mesh=mesh)
+        factor = make(mesh=mesh_of_all())
         for one, other in zip(factor, make(), strict=True):
             assert torch.equal(whole(one), other)
             assert one.dtype == other.dtype
@@ -432,14 +413,13 @@ def zeros() -> list[str]:
         assert not factor.dense().any()
         assert factor.is_finite().all()
     for replicate in (False, True):
-        root = sharded(mesh, builders.make_root(n, 4), replicate=replicate)
-        agree(root.largest_eigenvalue(), whole(root).largest_eigenvalue(), torch.float64, "largest")
-        agree(brandla.track(root).trace, whole(root).gram.trace(), torch.float64, "trace")
-        eigh = sharded(mesh, builders.make_eigh(n, 4), replicate=replicate)
-        agree(eigh.largest_eigenvalue(), torch.tensor(1.0, dtype=torch.float64), torch.float64, "largest")
+        root = sharded(builders.make_root(n, 4), replicate=replicate)
+        eigh = sharded(builders.make_eigh(n, 4), replicate=replicate)
+        check(lambda factor: [factor.largest_eigenvalue(), brandla.track(factor).trace], root)
+        check(lambda factor: factor.largest_eigenvalue(), eigh)
         back = brandla.LowRankRoot.from_eigh(eigh)
         same_kind(back, root, "from_eigh")
-        agree(back.dense(), eigh.dense(), torch.float64, "from_eigh")
+        agree(back.dense(), whole(eigh).dense(), "from_eigh")
     return []
 
 
@@ -448,28 +428,28 @@ def refusals() -> dict[str, str]:
     mesh = mesh_of_all()
     n, r, k = 37, 4, 3
     plain, data = builders.make_eigh(n, r), builders.make_columns(n, k)
-    factor, columns = sharded(mesh, plain), on_rows(mesh, data)
+    factor, columns = sharded(plain), on_rows(data)
     square = init_device_mesh("cpu", (1, distributed.get_world_size()), mesh_dim_names=("outer", "inner"))
-    vectors = plain.eigenvectors
-    copied = brandla.LowRankEigh(plain.eigenvalues, on_all(mesh, vectors))
-    two = brandla.LowRankEigh(plain.eigenvalues, distribute_tensor(vectors, square, [Replicate(), Shard(0)]))
-    split_values = brandla.LowRankEigh(distribute_tensor(plain.eigenvalues, mesh, [Shard(0)]), factor.eigenvectors)
-    root = sharded(mesh, builders.make_root(n, r))
-    sharded_gram = brandla.LowRankRoot(root.root, distribute_tensor(root.gram, mesh, [Shard(0)]))
+    copied = plain._replace(eigenvectors=on_all(plain.eigenvectors))
+    two = plain._replace(eigenvectors=spread(plain.eigenvectors, Replicate(), Shard(0), mesh=square))
+    split_values = factor._replace(eigenvalues=spread(plain.eigenvalues, Shard(0)))
+    root = sharded(builders.make_root(n, r))
+    sharded_gram = root._replace(gram=spread(root.gram, Shard(0)))
     backwards = DeviceMesh("cpu", list(reversed(range(distributed.get_world_size()))))
     # All rows on rank 0: a DTensor can be told so, but distribute_tensor lays none out like that.
     rows = n if distributed.get_rank() == 0 else 0
     piled = DTensor.from_local(data[:rows], mesh, [Shard(0)], run_check=False, shape=data.shape, stride=(k, 1))
     poisoned = data.clone()
     poisoned[n - 1, 0] = torch.nan
-    svd, square_matrix = builders.make_svd(n, 8, r), on_rows(mesh, data @ data.mT)
+    svd, square_matrix = sharded(builders.make_svd(n, 8, r)), on_rows(data @ data.mT)
+    half = on_all(torch.tensor(0.5, dtype=torch.float64))
     calls: dict[str, Callable[[], Any]] = {
         "replicated basis": lambda: brandla.eigh_update(copied, columns),
-        "columns on all": lambda: brandla.eigh_update(factor, on_all(mesh, data)),
-        "columns on columns": lambda: brandla.eigh_update(factor, distribute_tensor(data, mesh, [Shard(1)])),
+        "columns on all": lambda: brandla.eigh_update(factor, on_all(data)),
+        "columns on columns": lambda: brandla.eigh_update(factor, on_rows(data, 1)),
         "two dimensions": lambda: brandla.eigh_update_(two, columns),
         "plain columns": lambda: brandla.root_update(brandla.LowRankRoot.from_eigh(factor), data),
-        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(mesh, root.root.full_tensor())), columns),
+        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(whole(root.root))), columns),
         "replicated U": lambda: brandla.LowRankRoot.from_eigh(copied),
         "sharded S": lambda: brandla.root_update(sharded_gram, columns),
         "plain local columns": lambda: brandla.eigh_update(factor, columns.to_local()),
@@ -477,22 +457,18 @@ def refusals() -> dict[str, str]:
         "plain rhs": lambda: brandla.damped_solve(factor, data, 0.1),
         "plain P": lambda: brandla.kron_damped_solve(factor, factor, (data, columns), 0.1, 0.1),
         "sharded values": lambda: brandla.eigh_update(split_values, columns),
-        "another mesh": lambda: brandla.eigh_update(factor, on_rows(backwards, data)),
+        "another mesh": lambda: brandla.eigh_update(factor, spread(data, Shard(0), mesh=backwards)),
         "another layout": lambda: brandla.eigh_update(factor, piled),
         "sharded right of a matrix": lambda: brandla.kron_damped_solve(factor, factor, square_matrix, 1, 1),
-        "sharded Vh": lambda: brandla.svd_append(
-            brandla.LowRankSVD(on_rows(mesh, svd.U), svd.S, on_rows(mesh, svd.Vh, -1)), columns
-        ),
-        "replicated number for a plain factor": lambda: brandla.eigh_update(
-            plain, data, decay=on_all(mesh, torch.tensor(0.5, dtype=torch.float64))
-        ),
+        "sharded Vh": lambda: brandla.svd_append(svd._replace(Vh=on_rows(svd.Vh, -1)), columns),
+        "replicated number for a plain factor": lambda: brandla.eigh_update(plain, data, decay=half),
         "rank": lambda: brandla.eigh_update(factor, columns, rank=r + k + 1),
         "device and mesh": lambda: brandla.LowRankEigh.zeros(n, r, device="cpu", mesh=mesh),
         "zeros over two dimensions": lambda: brandla.LowRankEigh.zeros(n, r, mesh=square),
         "a panel": lambda: brandla.orthonormalize(columns),
         "a basis to refresh": lambda: brandla.eigh_refresh(factor, data),
         "a matrix to sketch": lambda: brandla.randomized_eigh(square_matrix, r),
-        "not finite": lambda: brandla.eigh_update(factor, on_rows(mesh, poisoned)),
+        "not finite": lambda: brandla.eigh_update(factor, on_rows(poisoned)),
     }
     errors = {}
     for name, call in calls.items():

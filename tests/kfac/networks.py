@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,22 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: b
     for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+class Words(nn.Module):
+    """Every kind of rows: indices with padding, whole gradients, channels in groups, positions."""
+
+    def __init__(self, words: int, width: int, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(words, width, padding_idx=0)
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, 6, 2, groups=2)
+        self.out = nn.Linear(6, classes)
+        self.double()
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.conv(self.norm(self.words(indices)).mT)).mean(-1))
 
 
 def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:
@@ -65,11 +81,37 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
     assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
-def layer_gradient(layer: nn.Linear) -> Tensor:
-    """Gradient of weight and bias as one matrix."""
-    if layer.bias is None:
-        return layer.weight.grad.clone()
-    return torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
+def layer_gradient(layer: nn.Module) -> Tensor:
+    """A copy of the gradients of a layer's own parameters as one matrix: a row for each output, the bias last."""
+    parts = (parameter.grad for parameter in layer.parameters(recurse=False))
+    return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+
+
+class Step(NamedTuple):
+    """A step of a Linear layer: its rows with the 1 of the bias, their gradients, and ∂W before and after."""
+
+    inputs: Tensor
+    outputs: Tensor
+    gradient: Tensor
+    result: Tensor
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and G of a loss that is a mean."""
+        count = len(self.inputs)
+        return self.inputs.T @ self.inputs / count, count * self.outputs.T @ self.outputs
+
+
+def layer_step(layer: nn.Linear, preconditioner: KFAC, data: Batch) -> Step:
+    """A step on the cross-entropy of what one layer makes of a batch."""
+    layer.zero_grad()
+    outputs = layer(data[0])
+    outputs.retain_grad()
+    nn.functional.cross_entropy(outputs, data[1]).backward()
+    gradient = layer_gradient(layer)
+    preconditioner.step()
+    inputs = data[0] if layer.bias is None else with_one(data[0])
+    return Step(inputs, outputs.grad, gradient, layer_gradient(layer))
 
 
 def with_one(inputs: Tensor) -> Tensor:

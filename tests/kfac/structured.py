@@ -15,6 +15,7 @@ from brandla.kfac.systems.structures import (
     Toeplitz,
     Triangular,
 )
+from oracles import gaussian, tolerance
 
 
 def pattern(structure: Structure, n: int) -> Tensor:
@@ -59,8 +60,13 @@ def projected(structure: Structure, matrix: Tensor) -> Tensor:
 def random_dense(structure: Structure, n: int, seed: int = 0) -> Tensor:
     """Return a random matrix of the structure, in float64."""
     members = basis(structure, n)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.einsum("c,cij->ij", torch.randn(len(members), generator=generator, dtype=torch.float64), members)
+    return torch.einsum("c,cij->ij", gaussian(len(members), seed=seed), members)
+
+
+def close(actual: Tensor, expected: Tensor, updates: int = 1) -> None:
+    """Compare to rounding of as many updates, of sums of n products of each entry by whatever algorithm."""
+    bound = updates * tolerance(max(expected.shape), actual.dtype, expected.norm())
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
 
 
 def stored(structure: Structure, matrix: Tensor) -> Member:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brandla import Rank
 from brandla.kfac import (
     EKFAC,
     KBFGS,
@@ -24,7 +25,9 @@ from brandla.kfac import (
     TwoLevel,
     Woodbury,
 )
-from kfac.networks import layer_gradient, stepped
+from brandla.kfac.systems.factor import Factor
+from brandla.kfac.systems.kronecker import FactorStrategy
+from kfac.networks import Batch, layer_gradient, loss_of, stepped
 
 SYSTEMS: dict[str, Strategy] = {
     "exact": Exact(inverse_every=3),
@@ -49,6 +52,9 @@ SYSTEMS: dict[str, Strategy] = {
     "seng": Woodbury(every=3, features=6, positions=2),
     "fngd": Woodbury(fixed_after=3),
 }
+# Options of Brand.
+FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "cholesky"}, "eigh": {"form": "eigh"}}
+
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 
 
@@ -57,10 +63,31 @@ def some_systems(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("strategy", [SYSTEMS[name] for name in names], ids=names)
 
 
-def full_rank(rank: int) -> dict[str, Strategy]:
+def growing(step: int) -> int:
+    """4, 6, 8, ... 12."""
+    return min(4 + 2 * step, 12)
+
+
+def falling(step: int) -> int:
+    """12 for three steps, then 5."""
+    return 12 if step < 3 else 5
+
+
+def rule(step: int) -> Rank:
+    """A rule that grows."""
+    return Rank(growing(step), 1e-3)
+
+
+def seldom(step: int) -> int:
+    """1 for two steps, then every three."""
+    return 1 if step < 2 else 3
+
+
+def full_rank(rank: int) -> dict[str, FactorStrategy]:
     """Systems of factors that lose nothing of a few batches: their steps are those of dense matrices."""
     return {
         "exact": Exact(inverse_every=1),
+        "cholesky": Exact(inverse_every=1, method="cholesky"),
         "randomized-svd": Randomized(60, method="svd", inverse_every=1),
         "randomized-eigh": Randomized(60, inverse_every=1),
         "brand": Brand(rank),
@@ -76,15 +103,26 @@ def tensors(preconditioner: KFAC) -> list[Tensor]:
     return [part.clone() for layer in preconditioner._layers for part in layer.curvature.tensors()]
 
 
-def sample_gradients(
-    layers: Sequence[nn.Module], loss_of_sample: Callable[[int], Tensor], samples: int
-) -> list[list[Tensor]]:
+def factors_of(preconditioner: KFAC) -> list[Factor]:
+    """The factors of the first layer."""
+    return [factor for _, factor in preconditioner._layers[0].curvature.factors()]
+
+
+Loss = Callable[[slice], Tensor]
+
+
+def loss_on(model: nn.Module, data: Batch) -> Loss:
+    """The loss of a part of a batch."""
+    return lambda part: loss_of(model, (data[0][part], data[1][part]))
+
+
+def sample_gradients(layers: Sequence[nn.Module], loss: Loss, samples: int) -> list[list[Tensor]]:
     """Gradients, by sample and layer, of each sample's own part of a mean loss, as matrices with the bias's column."""
     parts = []
     for index in range(samples):
         for layer in layers:
             layer.zero_grad()
-        (loss_of_sample(index) / samples).backward()
+        (loss(slice(index, index + 1)) / samples).backward()
         parts.append([layer_gradient(layer) for layer in layers])
     for layer in layers:
         layer.zero_grad()
@@ -93,8 +131,14 @@ def sample_gradients(
 
 def fisher(parts: Sequence[Sequence[Tensor]], uses: int) -> Tensor:
     """N Σ v vᵀ, v the gradient of a sample over all layers, one behind the other."""
-    rows = torch.stack([torch.cat([part.reshape(-1) for part in of_sample]) for of_sample in parts])
+    rows = torch.stack([flat(of_sample) for of_sample in parts])
     return uses * rows.T @ rows
+
+
+def damped_solve(F: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
+    """(F + λI)⁻¹ times a gradient, as a vector."""
+    eye = torch.eye(len(F), dtype=F.dtype)
+    return torch.linalg.solve(F + damping * eye, gradient.reshape(-1)).reshape(gradient.shape)
 
 
 def flat(matrices: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla import LowRankRoot, checked
+from brandla import Tracked, checked
 from brandla.kfac import (
     EKFAC,
     KFAC,
@@ -24,42 +24,30 @@ from brandla.kfac import (
     Strategy,
     evidence,
 )
-from brandla.kfac.systems.factor import Factor
-from kfac.networks import batch, loss_of, mlp
-from kfac.systems import linears
+from builders import dense_operator
+from kfac.networks import Words, batch, loss_of, mlp, stepped
 
 TERMS = 40
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 
-def filled(model: nn.Module, strategy: Strategy, **options: object) -> KFAC:
-    preconditioner = KFAC(model, strategy, decay=0.0, **options)
-    model.zero_grad()
-    loss_of(model, batch(TERMS, 10, 4)).backward()
-    preconditioner.step()
+def filled(model: nn.Module, strategy: Strategy, terms: int = TERMS) -> KFAC:
+    preconditioner = KFAC(model, strategy, decay=0.0)
+    stepped(model, preconditioner, loss_of(model, batch(terms, 10, 4)))
     return preconditioner
-
-
-def dense_factor(factor: Factor, trace: Tensor) -> Tensor:
-    """M̂ + τ(I − P); of a root, no value is below τ."""
-    known, tail = factor.strategy.lowrank(factor.state), factor.strategy.tail
-    values, vectors = torch.linalg.eigh(known.dense())
-    if tail == "mean":
-        tail = (trace - values.sum()) / max(factor.n - known.rank, 1)
-    if isinstance(known, LowRankRoot):
-        return (vectors * values.clamp_min(tail)) @ vectors.T
-    basis = known.eigenvectors
-    return known.dense() + tail * (torch.eye(factor.n).double() - basis @ basis.T)
 
 
 def dense_evidence(model: nn.Module, preconditioner: KFAC, traces: KFAC, precisions: list[float]) -> float:
     """By log det of N A ⊗ G + δI with every matrix formed; traces are those of the dense factors."""
     total = -3.0
     for layer, whole, precision in zip(preconditioner._layers, traces._layers, precisions, strict=True):
-        known = {side: own.strategy.average(own.state).trace() for side, own in whole.curvature.factors()}
-        factors = {side: dense_factor(factor, known[side]) for side, factor in layer.curvature.factors()}
-        F = TERMS * torch.kron(factors["output"], factors["input"])
+        trace = {side: own.strategy.average(own.state).trace() for side, own in whole.curvature.factors()}
+        A, G = (
+            dense_operator(Tracked(own.strategy.lowrank(own.state), trace[side], trace[side]), 0.0, own.strategy.tail)
+            for side, own in sorted(layer.curvature.factors())
+        )
+        F = TERMS * torch.kron(G, A)
         damped = F + precision * torch.eye(len(F), dtype=F.dtype)
         squares = sum(part.square().sum().item() for part in layer.kind.module.parameters())
         total -= 0.5 * (torch.logdet(damped).item() - len(F) * math.log(precision)) + 0.5 * precision * squares
@@ -104,13 +92,8 @@ def test_the_gradient_is_that_of_finite_differences():
 
 def test_the_cholesky_factorisation_and_ekfac_have_eigenvalues_too():
     """One sample a batch: EK-FAC's values are the products."""
-    results = []
-    for strategy in (Exact(inverse_every=1), Exact(method="cholesky"), EKFAC(inverse_every=1)):
-        model = mlp(10, 20, 4)
-        preconditioner = KFAC(model, strategy)
-        loss_of(model, batch(1, 10, 4)).backward()
-        preconditioner.step()
-        results.append(evidence(preconditioner, -3.0, 0.5, TERMS).item())
+    strategies = Exact(inverse_every=1), Exact(method="cholesky"), EKFAC(inverse_every=1)
+    results = [evidence(filled(mlp(10, 20, 4), own, 1), -3.0, 0.5, TERMS).item() for own in strategies]
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-9)
 
 
@@ -120,8 +103,7 @@ def test_half_the_digits_leave_the_value_to_their_rounding():
     for dtype in (torch.float64, torch.float32):
         own = deepcopy(model).to(dtype)
         preconditioner = KFAC(own, Brand(3, tail="mean"))
-        loss_of(own, (inputs.to(dtype), labels)).backward()
-        preconditioner.step()
+        stepped(own, preconditioner, loss_of(own, (inputs.to(dtype), labels)))
         of_prior = 0.5e4 * sum(weight.double().square().sum().item() for weight in own.parameters())
         with checked():
             values.append(evidence(preconditioner, of_prior, 1e4, TERMS).item())
@@ -129,13 +111,9 @@ def test_half_the_digits_leave_the_value_to_their_rounding():
 
 
 def test_layers_of_every_kind_take_part():
-    model = nn.Sequential(
-        nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 1, groups=3), nn.Flatten(), nn.Linear(36, 4)
-    )
-    model = model.double()
+    model = Words(9, 6, 4)
     preconditioner = KFAC(model, Exact())
-    loss_of(model, (torch.randint(9, (8, 6)), torch.randint(4, (8,)))).backward()
-    preconditioner.step()
+    stepped(model, preconditioner, loss_of(model, (torch.randint(9, (8, 6)), torch.randint(4, (8,)))))
     values = [evidence(preconditioner, -3.0, precision, 8).item() for precision in (0.1, 1.0)]
     assert all(math.isfinite(value) for value in values)
     assert len(set(values)) == 2
@@ -143,18 +121,16 @@ def test_layers_of_every_kind_take_part():
 
 def test_it_is_exact_for_a_linear_model_with_normal_noise():
     """The square is −log p for noise of variance ½. The posterior is normal: Laplace's approximation is no other."""
-    torch.manual_seed(0)
+    layer = mlp(5, 1, bias=False)[0]
     inputs, targets = torch.randn(TERMS, 5, dtype=torch.float64), torch.randn(TERMS, dtype=torch.float64)
     precision, eye = 0.7, torch.eye(TERMS, dtype=torch.float64)
-    layer = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     mode = torch.linalg.solve(2 * inputs.T @ inputs + precision * eye[:5, :5], 2 * inputs.T @ targets)
     layer.weight.data.copy_(mode[None])
     preconditioner = KFAC(layer, Exact(), curvature="type-2")
     outputs = layer(inputs)
     preconditioner.curvature(outputs, loss="mse")
     loss = nn.functional.mse_loss(outputs[:, 0], targets)
-    loss.backward()
-    preconditioner.step()
+    stepped(layer, preconditioner, loss)
     log_likelihood = -TERMS * (loss.detach() + 0.5 * math.log(math.pi))
     exact = torch.distributions.MultivariateNormal(torch.zeros_like(targets), eye / 2 + inputs @ inputs.T / precision)
     result = evidence(preconditioner, log_likelihood, precision, TERMS)
@@ -168,14 +144,12 @@ def test_other_curvatures_are_refused(strategy: Strategy):
 
 
 def test_bad_input_is_refused():
-    model = mlp(10, 20, 4)
-    preconditioner = filled(model, Exact())
-    with pytest.raises(ValueError, match=r"prior_precision must be .* batch shape \(2,\) of the layers; got \(3,\)"):
-        evidence(preconditioner, -3.0, torch.ones(3), TERMS)
-    with pytest.raises(ValueError, match="evidence: prior_precision must be finite and > 0; got 0"):
-        evidence(preconditioner, -3.0, 0, TERMS)
-    with pytest.raises(ValueError, match="evidence: terms must be at least 1; got 0"):
-        evidence(preconditioner, -3.0, 1.0, 0)
-    with pytest.raises(ValueError, match="evidence: 0 must have data; take steps of KFAC"):
-        evidence(KFAC(model, Exact()), -3.0, 1.0, TERMS)
-    assert len(linears(model)) == 2
+    full, empty = filled(mlp(10, 20, 4), Exact()), KFAC(mlp(10, 20, 4), Exact())
+    for preconditioner, precision, terms, message in (
+        (full, torch.ones(3), TERMS, r"prior_precision must be .* batch shape \(2,\) of the layers; got \(3,\)"),
+        (full, 0, TERMS, "evidence: prior_precision must be finite and > 0; got 0"),
+        (full, 1.0, 0, "evidence: terms must be at least 1; got 0"),
+        (empty, 1.0, TERMS, "evidence: 0 must have data; take steps of KFAC"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evidence(preconditioner, -3.0, precision, terms)

@@ -14,6 +14,7 @@ from brandla.kfac import (
     EKFAC,
     KBFGS,
     KFAC,
+    Adaptive,
     Brand,
     BrandCorrected,
     BrandRandomized,
@@ -26,14 +27,17 @@ from brandla.kfac import (
     TwoLevel,
     Woodbury,
 )
-from kfac.networks import batch, loss_of, mlp
+from brandla.kfac.systems.structures import BlockDiagonal, Hierarchical
+from kfac.networks import batch, layer_step, mlp
+
+MODEL = mlp(10, 20, 4)
+TWICE = nn.ModuleDict(dict.fromkeys("ab", MODEL[0]))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"damping": 0.0}, ValueError, "KFAC: damping must be finite and > 0; got 0.0"),
-        ({"damping": -1.0}, ValueError, "damping must be finite and > 0; got -1.0"),
         ({"clip": 0.0}, ValueError, "clip must be finite and > 0, or None; got 0.0"),
         ({"decay": 1.0}, ValueError, "decay must be in [0, 1); got 1.0"),
         ({"factor_every": 0}, ValueError, "factor_every must be at least 1; got 0"),
@@ -58,7 +62,7 @@ from kfac.networks import batch, loss_of, mlp
 )
 def test_bad_options_are_refused(options: dict, error: type[Exception], message: str):
     with pytest.raises(error, match=re.escape(message)):
-        KFAC(mlp(10, 20, 4), **options)
+        KFAC(MODEL, **options)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +100,20 @@ def test_bad_options_are_refused(options: dict, error: type[Exception], message:
         (lambda: Woodbury(every=0), "Woodbury: every must be at least 1; got 0"),
         (lambda: Woodbury(features=0), "Woodbury: features must be at least 1; got 0"),
         (lambda: TwoLevel(Exact(), "krylov"), "TwoLevel: space must be 'nicolaides' or 'residual'; got 'krylov'"),
+        (lambda: BlockDiagonal(0), "BlockDiagonal: block must be at least 1"),
+        (lambda: Hierarchical(-1), "Hierarchical: first must be at least 0"),
+        (lambda: Hierarchical(1, -2), "Hierarchical: last must be at least 0"),
+        (lambda: Adaptive(every=0), "Adaptive: every must be at least 1; got 0"),
+        (lambda: Adaptive(factor=1.0), "Adaptive: factor must be in (0, 1); got 1.0"),
+        (lambda: Adaptive(0.0), "Adaptive: 0 < least <= initial <= most < inf must hold; got 1e-08, 0.0 and"),
+        (lambda: KFAC(nn.DataParallel(mlp(10, 20, 4))), "KFAC: the model must not be in nn.DataParallel; use"),
+        (
+            lambda: KFAC(TWICE, {"b": Exact()}),
+            "inverse must name modules of the model; 'b' is 'a': use that name",
+        ),
     ],
 )
-def test_bad_values_of_strategies_are_refused(make: Callable[[], object], message: str):
+def test_bad_values_are_refused(make: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
@@ -114,9 +129,11 @@ def test_bad_values_of_strategies_are_refused(make: Callable[[], object], messag
         (lambda: Foof(Exact), "Foof: inner must be a strategy of factors such as Brand(rank=128); got Exact"),
         (lambda: Foof(EKFAC()), "got EKFAC"),
         (lambda: Foof(InverseFree()), "got InverseFree"),
+        (lambda: KFAC(MODEL.parameters()), "KFAC: model must be an nn.Module; got generator; pass the model itself"),
+        (lambda: KFAC(torch.optim.SGD(MODEL.parameters())), "KFAC: model must be an nn.Module; got SGD; pass the"),
     ],
 )
-def test_bad_kinds_of_strategies_are_refused(make: Callable[[], object], message: str):
+def test_bad_kinds_are_refused(make: Callable[[], object], message: str):
     with pytest.raises(TypeError, match=re.escape(message)):
         make()
 
@@ -126,29 +143,8 @@ def test_a_model_without_a_known_layer_is_refused():
         KFAC(nn.Sequential(nn.PReLU(), nn.ReLU()), Exact())
 
 
-@pytest.mark.parametrize("make", [lambda model: model.parameters(), lambda model: torch.optim.SGD(model.parameters())])
-def test_what_is_no_model_is_refused(make: Callable[[nn.Module], object]):
-    with pytest.raises(
-        TypeError, match=r"KFAC: model must be an nn.Module; got (generator|SGD); pass the model itself"
-    ):
-        KFAC(make(mlp(4, 4)))
-
-
-def test_data_parallel_is_refused():
-    with pytest.raises(ValueError, match=r"KFAC: the model must not be in nn\.DataParallel; use"):
-        KFAC(nn.DataParallel(mlp(10, 20, 4)))
-
-
-def test_the_other_name_of_a_shared_module_is_told():
-    shared = nn.Linear(4, 4)
-    message = "KFAC: inverse must name modules of the model; 'b' is 'a': use that name"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        KFAC(nn.ModuleDict({"a": shared, "b": shared}), {"b": Exact()})
-
-
 def test_a_schedule_that_leaves_its_range_says_so():
-    model = mlp(10, 20, 4)
-    preconditioner = KFAC(model, Exact(), damping=lambda step: 1.0 - step)
-    loss_of(model, batch(8, 10, 4)).backward()
+    layer = mlp(10, 4)[0]
+    preconditioner = KFAC(layer, Exact(), damping=lambda step: 1.0 - step)
     with pytest.raises(ValueError, match=re.escape("KFAC: damping must be finite and > 0; got 0.0")):
-        preconditioner.step()
+        layer_step(layer, preconditioner, batch(8, 10, 4))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import EKFAC, PINN, Brand, Columns, Exact, forward_laplacian
-from kfac.systems import assert_near
+from kfac.networks import assert_equal, gradients, layer_gradient
+from kfac.systems import assert_near, damped_solve
 
 DAMPING = 1e-3
 
@@ -51,20 +52,19 @@ def test_columns_are_those_of_autograd(kind: type[nn.Module], weights: Tensor | 
     torch.testing.assert_close(found.laplacian[:, 0], diagonal.sum(1) if weights is None else diagonal @ weights)
 
 
+def loss_of(model: nn.Sequential) -> Tensor:
+    x, _, y, _ = PROBLEM
+    return (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
+
+
 def test_gradients_before_preconditioning_are_those_of_the_loss():
     """λ so large that the step is the gradient over (1 + 1) λ²."""
     model = network(nn.Tanh(), nn.Tanh())
-    large = 1e6
-    loss = PINN(model, damping=large).backward(*PROBLEM)
-    steps = [parameter.grad for parameter in model.parameters()]
-    x, _, y, _ = PROBLEM
-    expected = (
-        residual(forward_laplacian(model, x), x).square().mean() / 2 + at_boundary(model(y), y).square().mean() / 2
-    )
-    torch.testing.assert_close(loss, expected.detach())
+    large, expected = 1e6, loss_of(model)
+    torch.testing.assert_close(PINN(model, damping=large).backward(*PROBLEM), expected.detach())
     torch.testing.assert_close(PINN(model).loss(*PROBLEM), expected.detach())
-    for step, own in zip(steps, torch.autograd.grad(expected, model.parameters()), strict=True):
-        torch.testing.assert_close(2 * large**2 * step, own, rtol=1e-4, atol=1e-8)
+    steps = [2 * large**2 * part for part in gradients(model)]
+    torch.testing.assert_close(steps, list(torch.autograd.grad(expected, model.parameters())), rtol=1e-4, atol=1e-8)
 
 
 def dense_factors(model: nn.Sequential, index: int) -> list[list[Tensor]]:
@@ -109,21 +109,15 @@ def after_columns(model: nn.Sequential, z: Tensor) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize("index", [0, 2])
 def test_the_step_solves_with_the_sum_of_the_dense_products(index: int):
     model = network(nn.Tanh(), nn.Tanh())
-    gradients = torch.autograd.grad(loss_of(model), model[index].parameters())
-    gradient = torch.cat([gradients[0], gradients[1][:, None]], dim=1)
+    loss_of(model).backward()
+    gradient = layer_gradient(model[index])
+    model.zero_grad()
     total = 0
     for A, B in dense_factors(model, index):
         damped = (part + DAMPING * torch.eye(len(part), dtype=part.dtype) for part in (B, A))
         total = total + torch.kron(*damped)
-    expected = torch.linalg.solve(total, gradient.reshape(-1)).reshape(gradient.shape)
     PINN(model, damping=DAMPING).backward(*PROBLEM)
-    result = torch.cat([model[index].weight.grad, model[index].bias.grad[:, None]], dim=1)
-    assert_near(result, expected, 1e-7)
-
-
-def loss_of(model: nn.Sequential) -> Tensor:
-    x, _, y, _ = PROBLEM
-    return (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
+    assert_near(layer_gradient(model[index]), damped_solve(total, gradient), 1e-7)
 
 
 def test_averaged_factors_are_the_means():
@@ -142,19 +136,20 @@ def test_averaged_factors_are_the_means():
 def test_training_goes_on_bit_equal(inverse: object):
     model = network(nn.Tanh(), nn.Tanh())
     preconditioner = PINN(model, inverse, damping=DAMPING)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    for step in range(4):
-        if step == 2:
-            state, other = copy.deepcopy(preconditioner.state_dict()), copy.deepcopy(model)
-        preconditioner.backward(points(7, step), *PROBLEM[1:])
-        optimizer.step()
+
+    def step(own: nn.Module, preconditioned: PINN, seed: int) -> None:
+        preconditioned.backward(points(7, seed), *PROBLEM[1:])
+        torch.optim.SGD(own.parameters(), 1e-4).step()
+
+    for seed in range(2):
+        step(model, preconditioner, seed)
+    other = copy.deepcopy(model)
     resumed = PINN(other, inverse, damping=DAMPING)
-    resumed.load_state_dict(state)
-    optimizer = torch.optim.SGD(other.parameters(), 1e-4)
-    for step in (2, 3):
-        resumed.backward(points(7, step), *PROBLEM[1:])
-        optimizer.step()
-    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    resumed.load_state_dict(copy.deepcopy(preconditioner.state_dict()))
+    for seed in (2, 3):
+        step(model, preconditioner, seed)
+        step(other, resumed, seed)
+    assert_equal(model, other)
 
 
 def test_a_state_of_another_system_is_refused():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,11 +13,12 @@ from brandla.kfac import KBFGS, KFAC, Exact
 from brandla.kfac.systems.kbfgs import curved, updated
 from brandla.kfac.values import Damping, Now, Rows, Shape
 from kfac.networks import batch, gradients, layer_gradient, loss_of, mlp, with_one
-from kfac.systems import assert_near, linears
+from kfac.systems import assert_near
 
 DAMPING = 0.3
 OPTIONS = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
 TRUE = torch.tensor(True)
+DOUBLE = torch.float64
 
 
 def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -34,6 +38,20 @@ def powell(H: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return s, y
 
 
+def backward(model: nn.Module, loss: Tensor) -> None:
+    model.zero_grad()
+    loss.backward()
+
+
+def iterate(model: nn.Module, preconditioner: KFAC, loss: Callable[[], Tensor], rate: float = 0.3) -> None:
+    """A step of SGD, and a second pass after it."""
+    backward(model, loss())
+    preconditioner.step()
+    torch.optim.SGD(model.parameters(), rate).step()
+    backward(model, loss())
+    preconditioner.second_pass()
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_steps_are_those_of_the_definition(kind: str, sharing: str):
@@ -41,41 +59,35 @@ def test_steps_are_those_of_the_definition(kind: str, sharing: str):
     torch.manual_seed(0)
     first = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
     model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
-    inputs = torch.randn(9, 6) if kind == "linear" else torch.randn(9, 2, 6)
-    inputs, labels = inputs.double(), torch.randint(3, (9,))
+    inputs = torch.randn(*((9, 6) if kind == "linear" else (9, 2, 6)), dtype=DOUBLE)
+    data = inputs, torch.randint(3, (9,))
     model(inputs)
     preconditioner = KFAC(model, {"": None, "0": KBFGS()}, sharing=sharing, decay=0.9, **OPTIONS)
-    optimizer = torch.optim.SGD(model.parameters(), 0.3)
 
     windows = inputs if kind == "linear" else inputs.unfold(2, 3, 1).movedim(2, 1).flatten(2)
     rows = with_one(windows.reshape(-1, windows.shape[-1]))
     averaged = rows if sharing == "expand" or kind == "linear" else rows.reshape(9, 4, -1).mean(1)
     mean = averaged.mean(0)
-    A = averaged.T @ averaged / len(averaged)
-    A = A + DAMPING * torch.eye(len(A), dtype=A.dtype)
-    H_A, H_G = torch.linalg.inv(A), torch.eye(4, dtype=A.dtype)
-    s, y = torch.zeros(4, dtype=A.dtype), torch.zeros(4, dtype=A.dtype)
+    A = averaged.T @ averaged / len(averaged) + DAMPING * torch.eye(7, dtype=DOUBLE)
+    H_A, H_G = torch.linalg.inv(A), torch.eye(4, dtype=DOUBLE)
+    s, y = torch.zeros(2, 4, dtype=DOUBLE)
 
     def means() -> tuple[Tensor, Tensor]:
-        output = first(inputs).detach().movedim(1, -1).reshape(-1, 4).mean(0)
-        shift = torch.zeros(4, dtype=A.dtype, requires_grad=True)
-        moved = first(inputs).detach() + (shift if kind == "linear" else shift[:, None])
-        return output, torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), labels), shift)[0]
+        output = first(inputs).detach()
+        shift = torch.zeros(4, dtype=DOUBLE, requires_grad=True)
+        moved = output + (shift if kind == "linear" else shift[:, None])
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), data[1]), shift)
+        return output.movedim(1, -1).reshape(-1, 4).mean(0), slope
 
     for _ in range(4):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), labels).backward()
-        gradient = torch.cat([first.weight.grad.flatten(1), first.bias.grad[:, None]], dim=1)
-        before = means()
+        backward(model, loss_of(model, data))
+        gradient, before = layer_gradient(first), means()
         preconditioner.step()
-        result = torch.cat([first.weight.grad.flatten(1), first.bias.grad[:, None]], dim=1)
         H_A = bfgs(H_A, H_A @ mean, A @ (H_A @ mean))
-        assert_near(result, H_G @ gradient @ H_A, 1e-10)
-        optimizer.step()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), labels).backward()
-        after = means()
-        left = [part.clone() for part in gradients(model)]
+        assert_near(layer_gradient(first), H_G @ gradient @ H_A, 1e-10)
+        torch.optim.SGD(model.parameters(), 0.3).step()
+        backward(model, loss_of(model, data))
+        left, after = gradients(model), means()
         preconditioner.second_pass()
         assert all(map(torch.equal, left, gradients(model)))
         s, y = (0.9 * old + 0.1 * (new - known) for old, new, known in zip((s, y), after, before, strict=True))
@@ -88,9 +100,9 @@ def test_steps_are_those_of_the_definition(kind: str, sharing: str):
 def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale: str, groups: tuple[int, ...]):
     """Also for s and y that curve the wrong way; the two conditions hold as equations where they were not met."""
     torch.manual_seed(0)
-    H = torch.eye(5, dtype=torch.float64).expand(*groups, 5, 5).clone()
+    H = torch.eye(5, dtype=DOUBLE).expand(*groups, 5, 5).clone()
     for _ in range(30):
-        s, y = torch.randn(2, *groups, 5, dtype=torch.float64)
+        s, y = torch.randn(2, *groups, 5, dtype=DOUBLE)
         before, image = H, torch.einsum("...ij,...j->...i", H, y)
         s, y = curved(H, s, y, 0.2, Damping(DAMPING, scale))
         assert ((s * y).sum(-1) >= 0.2 * (1 - 1e-12) * (y * image).sum(-1).clamp_max(0)).all()
@@ -106,19 +118,11 @@ def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale: str,
 def test_relative_damping_makes_a_step_independent_of_the_scale_of_the_inputs():
     results = []
     for scale in (1.0, 2.0**10):
-        layer = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+        layer = mlp(6, 4, bias=False)[0]
         nn.init.zeros_(layer.weight)
-        preconditioner = KFAC(layer, KBFGS(), damping=DAMPING, clip=None)
-        inputs, labels = batch(9, 6, 4)
+        preconditioner, (inputs, labels) = KFAC(layer, KBFGS(), damping=DAMPING, clip=None), batch(9, 6, 4)
         for _ in range(3):
-            layer.zero_grad()
-            loss_of(layer, (scale * inputs, labels)).backward()
-            preconditioner.step()
-            with torch.no_grad():
-                layer.weight -= 0.3 * layer.weight.grad
-            layer.zero_grad()
-            loss_of(layer, (scale * inputs, labels)).backward()
-            preconditioner.second_pass()
+            iterate(layer, preconditioner, partial(loss_of, layer, (scale * inputs, labels)))
         results.append(layer.weight.detach() * scale)
     assert_near(results[1], results[0], 1e-9)
 
@@ -126,25 +130,20 @@ def test_relative_damping_makes_a_step_independent_of_the_scale_of_the_inputs():
 @pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     model = mlp(6, 8, 4)
-    preconditioner = KFAC(model, KBFGS(), **OPTIONS)
-    inputs, labels = batch(9, 6, 4)
+    preconditioner, (inputs, labels) = KFAC(model, KBFGS(), **OPTIONS), batch(9, 6, 4)
 
-    def passed(factor: float, call: object) -> list[Tensor]:
-        model.zero_grad()
-        loss_of(model, (factor * inputs, labels)).backward()
+    def passed(factor: float, call: Callable[[], None]) -> list[Tensor]:
+        backward(model, loss_of(model, (factor * inputs, labels)))
         call()
-        parts = [layer.curvature.state for layer in preconditioner._layers]
-        return [part[name].clone() for part in parts for name in ("dense", "input", "output", "s", "y")]
+        states = [layer.curvature.state for layer in preconditioner._layers]
+        return [state[name].clone() for state in states for name in ("input", "output", "s", "y")]
 
     passed(1.0, preconditioner.step)
     known = passed(1.1, preconditioner.second_pass)
     passed(float("nan"), preconditioner.step)
-    for one, other in zip(passed(1.2, preconditioner.second_pass), known, strict=True):
-        # The sum of a aᵀ decays as the total of the weights does.
-        assert one.shape[-1] != other.shape[-1] or torch.equal(one, other) or torch.allclose(one, 0.95 * other)
+    assert all(map(torch.equal, passed(1.2, preconditioner.second_pass), known))
     passed(1.0, preconditioner.step)
-    known = passed(float("nan"), preconditioner.second_pass)
-    assert all(part.isfinite().all() for part in known)
+    assert all(part.isfinite().all() for part in passed(float("nan"), preconditioner.second_pass))
 
 
 @pytest.mark.parametrize("kdim", [8, 6])
@@ -168,14 +167,13 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
     """A common shift of all keys changes no loss."""
     torch.manual_seed(0)
     attention, inputs, targets = nn.MultiheadAttention(8, 2), torch.randn(5, 4, 8), torch.randn(5, 4, 8)
-    preconditioner, optimizer = KFAC(attention, KBFGS()), torch.optim.SGD(attention.parameters(), 0.1)
+    preconditioner = KFAC(attention, KBFGS())
+
+    def loss() -> Tensor:
+        return (attention(inputs, inputs, inputs)[0] - targets).square().mean()
+
     for _ in range(15):
-        for call in (preconditioner.step, preconditioner.second_pass):
-            optimizer.zero_grad()
-            (attention(inputs, inputs, inputs)[0] - targets).square().mean().backward()
-            call()
-            if call == preconditioner.step:
-                optimizer.step()
+        iterate(attention, preconditioner, loss, 0.1)
     of_queries, of_keys, of_values = preconditioner._layers[0].curvature.state["output"]
     assert torch.equal(of_keys, torch.eye(8).double())
     assert not torch.equal(of_queries, of_keys)
@@ -200,26 +198,18 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
     assert torch.equal(resumed.state["output"], curvature.state["output"])
 
 
-def test_second_pass_is_refused_where_nothing_takes_it():
-    for options in ({"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}):
-        with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
-            KFAC(mlp(6, 8, 4), **options).second_pass()
+@pytest.mark.parametrize("options", [{"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}], ids=str)
+def test_second_pass_is_refused_where_nothing_takes_it(options: dict):
+    with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
+        KFAC(mlp(6, 8, 4), **options).second_pass()
 
 
 def test_it_trains_and_reports_both_sides():
-    model = mlp(10, 20, 4, dtype=torch.float32)
-    inputs, labels = batch(40, 10, 4, dtype=torch.float32)
-    preconditioner, optimizer = KFAC(model, KBFGS()), torch.optim.SGD(model.parameters(), 0.3)
-    before = loss_of(model, (inputs, labels)).item()
+    model, data = mlp(10, 20, 4, dtype=torch.float32), batch(40, 10, 4, dtype=torch.float32)
+    preconditioner, before = KFAC(model, KBFGS()), loss_of(model, data).item()
     for _ in range(30):
-        for call in (preconditioner.step, preconditioner.second_pass):
-            optimizer.zero_grad()
-            loss_of(model, (inputs, labels)).backward()
-            call()
-            if call == preconditioner.step:
-                optimizer.step()
-    assert loss_of(model, (inputs, labels)).item() < 0.5 * before
+        iterate(model, preconditioner, partial(loss_of, model, data))
+    assert loss_of(model, data).item() < 0.5 * before
     rows = [(row.side, row.n, row.bytes) for row in preconditioner.report().factors]
     assert rows[:2] == [("input", 11, 4 * (2 * 11**2 + 1)), ("output", 20, 8 * 20**2 + 4 * 2 * 20)]
-    assert len(linears(model)) * 2 == len(rows)
-    assert layer_gradient(model[0]).isfinite().all()
+    assert len(rows) == 4

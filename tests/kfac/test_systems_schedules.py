@@ -2,105 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import nn
 
 from brandla import Rank
-from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, ErrorBound, Exact, Foof, Randomized, Strategy
-from kfac.networks import batch, loss_of, stepped
+from brandla.kfac import (
+    KFAC,
+    Brand,
+    BrandCorrected,
+    BrandRandomized,
+    ErrorBound,
+    Exact,
+    Foof,
+    InverseFree,
+    Randomized,
+    Strategy,
+)
+from kfac.networks import batch, layer_step, mlp, stepped
+from kfac.systems import FORMS, factors_of, falling, growing, rule, seldom
 
 
-def growing(step: int) -> int:
-    """4, 6, 8, ... 12."""
-    return min(4 + 2 * step, 12)
-
-
-def falling(step: int) -> int:
-    """12 for three steps, then 5."""
-    return 12 if step < 3 else 5
-
-
-def rule(step: int) -> Rank:
-    """A rule that grows."""
-    return Rank(growing(step), 1e-3)
-
-
-def seldom(step: int) -> int:
-    """1 for two steps, then every three."""
-    return 1 if step < 2 else 3
-
-
-def layer_and(strategy: Strategy, **options: object) -> tuple[nn.Linear, KFAC]:
-    torch.manual_seed(0)
-    layer = nn.Linear(60, 50, bias=False, dtype=torch.float64)
-    return layer, KFAC(layer, strategy, **options)
-
-
-def train(layer: nn.Linear, preconditioner: KFAC, seeds: range) -> None:
-    for seed in seeds:
-        stepped(layer, preconditioner, loss_of(layer, batch(8, 60, 50, seed)))
+def steps_of(strategy: Strategy, steps: int) -> Iterator[KFAC]:
+    layer = mlp(60, 50, bias=False)[0]
+    preconditioner = KFAC(layer, strategy)
+    for seed in range(steps):
+        assert layer_step(layer, preconditioner, batch(8, 60, 50, seed)).result.isfinite().all()
+        yield preconditioner
 
 
 def ranks(preconditioner: KFAC) -> list[int | None]:
     return [row.rank for row in preconditioner.report().factors]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        Brand,
-        lambda rank: Brand(rank, compress="cholesky"),
-        lambda rank: Brand(rank, form="eigh"),
-        lambda rank: BrandRandomized(rank, overwrite_every=3),
-        lambda rank: BrandCorrected(rank, correct_every=2),
-        lambda rank: Randomized(rank, inverse_every=1),
-        lambda rank: Foof(Brand(rank)),
-    ],
-    ids=["brand", "brand-cholesky", "brand-eigh", "brand-randomized", "brand-corrected", "randomized", "foof"],
-)
+MAKERS: dict[str, Callable[..., Strategy]] = {
+    **{name: lambda rank, form=form: Brand(rank, **form) for name, form in FORMS.items()},
+    "brand-randomized": lambda rank: BrandRandomized(rank, overwrite_every=3),
+    "brand-corrected": lambda rank: BrandCorrected(rank, correct_every=2),
+    "randomized": lambda rank: Randomized(rank, inverse_every=1),
+    "foof": lambda rank: Foof(Brand(rank)),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize(
     ("schedule", "expected"), [(growing, [4, 6, 8, 10, 12, 12]), (falling, [12, 12, 12, 5, 5, 5])], ids=["up", "down"]
 )
-def test_rank_is_that_of_the_step(make: object, schedule: object, expected: list[int]):
-    layer, preconditioner = layer_and(make(schedule))
-    seen = []
-    for seed in range(6):
-        train(layer, preconditioner, range(seed, seed + 1))
-        seen.append(set(ranks(preconditioner)))
-        assert torch.isfinite(layer.weight.grad).all()
-    assert seen == [{rank} for rank in expected]
+def test_rank_is_that_of_the_step(make: Callable[..., Strategy], schedule: object, expected: list[int]):
+    assert [set(ranks(own)) for own in steps_of(make(schedule), 6)] == [{rank} for rank in expected]
 
 
 def test_a_rank_grows_no_faster_than_there_are_columns():
-    layer, preconditioner = layer_and(Brand(lambda step: 2 if step == 0 else 40))
-    seen = []
-    for seed in range(6):
-        train(layer, preconditioner, range(seed, seed + 1))
-        seen.append(ranks(preconditioner)[0])
-    assert seen == [2, 10, 18, 26, 34, 40]
+    found = [ranks(own)[0] for own in steps_of(Brand(lambda step: 2 if step == 0 else 40), 6)]
+    assert found == [2, 10, 18, 26, 34, 40]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Brand(Rank(12, 1e-2)),
-        Brand(Rank(12, 1e-2), form="eigh"),
-        Brand(Rank(12, 1e-2), compress="cholesky"),
-        Brand(rule),
-    ],
-)
-def test_rank_rules_keep_values_above_their_tolerance(strategy: Brand):
-    layer, preconditioner = layer_and(strategy)
-    train(layer, preconditioner, range(5))
-    for _, factor in preconditioner._layers[0].curvature.factors():
+@pytest.mark.parametrize("options", [*FORMS.values(), {"rank": rule}], ids=[*FORMS, "schedule"])
+def test_rank_rules_keep_values_above_their_tolerance(options: dict):
+    strategy = Brand(**({"rank": Rank(12, 1e-2)} | options))
+    *_, preconditioner = steps_of(strategy, 5)
+    for factor in factors_of(preconditioner):
         lowrank = factor.operand()
         # What the tolerance of compress="cholesky" is relative to is the diagonal of S.
         values = lowrank.eigenvalues if strategy.form == "eigh" else lowrank.gram.diagonal()
-        tol = 1e-3 if strategy.rank is rule else 1e-2
-        kept = values[values > 0]
         assert lowrank.rank == 12
-        assert (kept > tol * values.max()).all()
+        assert (values[values > 0] > (1e-3 if strategy.rank is rule else 1e-2) * values.max()).all()
 
 
 @pytest.mark.parametrize(
@@ -112,17 +80,17 @@ def test_rank_rules_keep_values_above_their_tolerance(strategy: Brand):
         BrandRandomized(6, overwrite_every=seldom),
         BrandCorrected(6, correct_every=seldom),
         Brand(ErrorBound(0.1, 6, 8, every=seldom)),
+        InverseFree(preconditioner_every=seldom),
     ],
-    ids=["exact", "cholesky", "randomized", "brand-randomized", "brand-corrected", "error-bound"],
+    ids=["exact", "cholesky", "randomized", "brand-randomized", "brand-corrected", "error-bound", "inverse-free"],
 )
 def test_periods_are_those_of_the_step(strategy: Strategy):
-    layer, preconditioner = layer_and(strategy)
     seen = []
-    for seed in range(9):
-        train(layer, preconditioner, range(seed, seed + 1))
-        (_, factor), _ = preconditioner._layers[0].curvature.factors()
-        if factor.state["renewed"] == seed:
-            seen.append(seed)
+    for step, preconditioner in enumerate(steps_of(strategy, 9)):
+        curvature = preconditioner._layers[0].curvature
+        is_root = isinstance(strategy, InverseFree)
+        if (curvature.renewed if is_root else curvature.input.state["renewed"]) == step:
+            seen.append(step)
     assert seen == ([0, 1, 3, 6] if isinstance(strategy, Exact | Randomized) else [0, 1, 4, 7])
 
 
@@ -131,54 +99,38 @@ def test_schedules_are_named_by_their_functions_and_nothing_else():
     spelled = str(Foof(BrandRandomized(growing, overwrite_every=seldom)))
     assert spelled.startswith("Foof(inner=BrandRandomized(tail=0.0, rank=")
     assert f"rank={module}.growing, overwrite_every={module}.seldom, " in spelled
-    assert f"ErrorBound(target=0.1, least=4, most=8, every={module}.seldom)" in str(
-        Brand(ErrorBound(0.1, 4, 8, seldom))
-    )
+    bound = str(Brand(ErrorBound(0.1, 4, 8, seldom)))
+    assert f"ErrorBound(target=0.1, least=4, most=8, every={module}.seldom)" in bound
     assert hash(Brand(growing)) == hash(Brand(growing))
     assert str(Brand(8)) == repr(Brand(8))
-
-
-FORMS = {"root": {}, "cholesky": {"compress": "cholesky"}, "eigh": {"form": "eigh"}}
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_rank_grows_until_the_error_bound_is_met(options: dict[str, str]):
     """Columns of a slowly falling spectrum: rank 2 leaves far more than the target, and what is reached keeps to it."""
-    torch.manual_seed(0)
-    layer = nn.Linear(80, 3, bias=False, dtype=torch.float64)
+    layer = mlp(80, 3, bias=False)[0]
     spectrum = torch.arange(1.0, 81, dtype=torch.float64) ** -1.0
     target, path = 0.02, []
     preconditioner = KFAC(layer, Foof(Brand(ErrorBound(target, 2, 60, every=10), **options)), decay=0.8)
-    for _ in range(150):
-        layer.zero_grad()
-        layer(torch.randn(12, 80, dtype=torch.float64) * spectrum).square().mean().backward()
-        preconditioner.step()
-        path.append(preconditioner.report().factors[0])
-    (factor,) = [factor for _, factor in preconditioner._layers[0].curvature.factors()]
-    error = factor.strategy.error_bound(factor.state) / factor.largest()
-    assert path[0].rank == 2
-    assert 8 <= path[-1].rank < 60
-    assert error <= target
+    for _ in range(100):
+        inputs = torch.randn(12, 80, dtype=torch.float64) * spectrum
+        stepped(layer, preconditioner, layer(inputs).square().mean())
+        path.append(factors_of(preconditioner)[0].rank)
+    (factor,) = factors_of(preconditioner)
+    assert 8 <= path[-1] < 60
+    assert factor.strategy.error_bound(factor.state) <= target * factor.largest()
     # Grows by half from reading to reading, from step 0 on, the rank of a step being that of the reading before it.
-    assert [path[step].rank for step in (0, 1, 10, 11, 21)] == [2, 3, 3, 5, 8]
+    assert [path[step] for step in (0, 1, 10, 11, 21)] == [2, 3, 3, 5, 8]
 
 
 def test_rank_shrinks_where_the_data_has_less():
-    torch.manual_seed(0)
-    layer = nn.Linear(80, 3, bias=False, dtype=torch.float64)
-    basis = torch.randn(3, 80, dtype=torch.float64)
-    bound = ErrorBound(0.02, 3, 40, every=5)
-    preconditioner = KFAC(layer, Foof(Brand(bound)), decay=0.5)
-    wide, narrow = (
-        (lambda: torch.randn(12, 80, dtype=torch.float64)),
-        (lambda: torch.randn(12, 3, dtype=torch.float64) @ basis),
-    )
-    seen = []
-    for data in [wide] * 40 + [narrow] * 90:
-        layer.zero_grad()
-        layer(data()).square().mean().backward()
-        preconditioner.step()
-        seen.append(preconditioner.report().factors[0].rank)
+    layer = mlp(80, 3, bias=False)[0]
+    basis, seen = torch.randn(3, 80, dtype=torch.float64), []
+    preconditioner = KFAC(layer, Foof(Brand(ErrorBound(0.02, 3, 40, every=5))), decay=0.5)
+    for step in range(130):
+        rows = torch.randn(12, 80, dtype=torch.float64)
+        stepped(layer, preconditioner, layer(rows if step < 40 else rows[:, :3] @ basis).square().mean())
+        seen.append(factors_of(preconditioner)[0].rank)
     assert max(seen) == 40
     assert seen[-1] == 3
 
@@ -191,9 +143,8 @@ def test_a_batch_of_factors_has_one_rank_and_goes_by_its_worst():
     inputs[:, :12] *= 0.0
     seen = []
     for _ in range(4):
-        conv.zero_grad()
-        conv(inputs + 0.1 * torch.randn_like(inputs) * (inputs != 0)).square().mean().backward()
-        preconditioner.step()
-        seen.append(ranks(preconditioner)[0])
+        noise = 0.1 * torch.randn_like(inputs) * (inputs != 0)
+        (gradient,) = stepped(conv, preconditioner, conv(inputs + noise).square().mean())
+        assert gradient.isfinite().all()
+        seen.append(factors_of(preconditioner)[0].rank)
     assert seen == [2, 3, 5, 8]
-    assert torch.isfinite(conv.weight.grad).all()

@@ -5,37 +5,50 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brandla.kfac import KBFGS, Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel, Woodbury
+from brandla.kfac import Brand, Exact, Foof, InverseFree, Strategy, TwoLevel, Woodbury
 from brandla.kfac.systems.strategy import Problem
+from brandla.kfac.systems.structures import STRUCTURES
 from brandla.kfac.values import Damping, Now, Rows, Shape
+from kfac.systems import SYSTEMS
 
-SYSTEMS = {
-    "cholesky": Exact(inverse_every=1, method="cholesky"),
-    "foof": Foof(Brand(6, compress="cholesky")),
-    "foof-cholesky": Foof(Exact(inverse_every=1, method="cholesky")),
-    "conjugate-gradient": ConjugateGradient(batches=2, warm_start=True),
-    "k-bfgs": KBFGS(),
-    "woodbury": Woodbury(),
-    "woodbury-fixed": Woodbury(fixed_after=1),
-    "two-level": TwoLevel(Brand(6, compress="cholesky")),
-    "two-level-residual": TwoLevel(Exact(inverse_every=1, method="cholesky"), "residual"),
+META = torch.device("meta")
+CHOLESKY, ROOT = Exact(inverse_every=1, method="cholesky"), Brand(6, compress="cholesky")
+STRATEGIES = {
+    "cholesky": CHOLESKY,
+    **{f"foof-{name}": Foof(inner) for name, inner in {"brand": ROOT, "cholesky": CHOLESKY}.items()},
+    "two-level": TwoLevel(ROOT),
+    "fngd": Woodbury(fixed_after=1),
+    **{name: SYSTEMS[name] for name in ("conjugate-gradient", "residual", "k-bfgs", "woodbury")},
+    **{name: InverseFree(name, preconditioner_every=1) for name in STRUCTURES},
+    "ikfac": InverseFree(variant="ikfac", preconditioner_every=1),
 }
 
 
-@pytest.mark.parametrize("groups", [(), (2,)], ids=["single", "grouped"])
-@pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
-def test_steps_read_nothing_back_from_the_device(strategy: Strategy, groups: tuple[int, ...]):
-    meta = torch.device("meta")
-    sizes = [(20, 30), (25, 20)]
-    curvatures = [strategy.curvature(Shape(groups, *size, torch.float32, meta)) for size in sizes]
-    now = Now(0, 0, 0.95, Damping(0.03, "relative"), torch.ones((), dtype=torch.bool, device=meta))
-    for step in range(3):
-        rows = [
-            Rows(torch.empty(*groups, 8, d_in, device=meta), torch.empty(*groups, 8, d_out, device=meta), 8, 2)
-            for d_out, d_in in sizes
-        ]
-        strategy.absorb(curvatures, rows, now._replace(step=step))
-        gradients = [torch.empty(*groups, *size, device=meta) for size in sizes]
-        problems = [Problem(*parts) for parts in zip(curvatures, gradients, rows, strict=True)]
+CASES = [(name, "plain") for name in STRATEGIES]
+CASES += [(name, "grouped") for name in STRATEGIES if name not in STRUCTURES]
+CASES += [(name, kind) for name in ("dense", "ikfac") for kind in ("one_hot", "single")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_steps_read_nothing_back_from_the_device(name: str, kind: str):
+    strategy: Strategy = STRATEGIES[name]
+    groups = {"grouped": (2,), "single": (5,)}.get(kind, ())
+    flags = {kind: True} if kind in ("one_hot", "single") else {}
+    sizes = [(1, 2)] * 2 if kind == "single" else [(20, 30), (25, 20)]
+    curvatures = [strategy.curvature(Shape(groups, *size, torch.float32, META, **flags)) for size in sizes]
+    now = Now(0, 0, 0.95, Damping(0.03, "relative"), torch.ones((), dtype=torch.bool, device=META))
+
+    def rows(d_out: int, d_in: int) -> Rows:
+        inputs, gradients = (torch.empty(*groups, 8, n, device=META) for n in (d_in, d_out))
+        if kind == "single":
+            return Rows(inputs, inputs, 8, single=True)
+        indices = torch.empty(8, dtype=torch.int64, device=META)
+        return Rows(indices if kind == "one_hot" else inputs, gradients, 8, 2)
+
+    for step in range(2):
+        taken = [rows(*size) for size in sizes]
+        strategy.absorb(curvatures, taken, now._replace(step=step))
+        gradients = [torch.empty(*groups, *size, device=META) for size in sizes]
+        problems = [Problem(*parts) for parts in zip(curvatures, gradients, taken, strict=True)]
         steps = strategy.solve(problems, now._replace(step=step))
-        assert [part.shape for part in steps] == [gradient.shape for gradient in gradients]
+        assert [(part.shape, part.device) for part in steps] == [(gradient.shape, META) for gradient in gradients]

@@ -1,0 +1,255 @@
+"""IKFAC and SINGD against their dense formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import InverseFree
+from brandla.kfac.systems.inverse_free import InverseFreeCurvature
+from brandla.kfac.systems.structures import (
+    STRUCTURES,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Hierarchical,
+    Structure,
+    Toeplitz,
+    Triangular,
+)
+from brandla.kfac.values import Damping, Now, Rows, Scale, Shape
+from kfac.structured import close, projected
+from oracles import gaussian, tolerance
+
+D_IN, D_OUT = 13, 7
+DAMPING = 0.1
+DOUBLE = torch.float64
+SHAPE = Shape((), D_OUT, D_IN, DOUBLE, torch.device("cpu"))
+SMALL = [Dense(), Diagonal(), Triangular(), Toeplitz(), BlockDiagonal(5), Hierarchical(3, 2)]
+EACH = pytest.mark.parametrize("structure", SMALL, ids=repr)
+NAMED = pytest.mark.parametrize("structure", STRUCTURES)
+VARIANT = pytest.mark.parametrize("variant", ["singd", "ikfac"])
+
+
+def fresh(
+    variant: str, structure: str | Structure = "dense", shape: Shape = SHAPE, **options: float
+) -> InverseFreeCurvature:
+    return InverseFree(structure, variant=variant, preconditioner_every=1, **options).curvature(shape)
+
+
+def now(step: int = 0, *, finite: bool = True, scale: Scale = "absolute") -> Now:
+    return Now(step, step, 0.95, Damping(DAMPING, scale), torch.tensor(finite))
+
+
+def rows(seed: int = 0, groups: tuple[int, ...] = (), count: int = 20, dtype: torch.dtype = DOUBLE) -> Rows:
+    inputs, gradients = (gaussian(*groups, count, n, seed=100 * seed + n).to(dtype) for n in (D_IN, D_OUT))
+    return Rows(inputs, gradients / count, count)
+
+
+def absorbed(curvature: InverseFreeCurvature, data: Iterable[Rows], scale: Scale = "absolute") -> InverseFreeCurvature:
+    for step, own in enumerate(data):
+        curvature.absorb(own, now(step, scale=scale))
+    return curvature
+
+
+def factors(data: Rows) -> tuple[Tensor, Tensor]:
+    """A, and G of a loss that is a mean."""
+    a, g = data.inputs, data.gradients
+    return a.mT @ a / data.uses, data.uses * g.mT @ g
+
+
+def roots(curvature: InverseFreeCurvature) -> list[Tensor]:
+    """K and C as dense matrices."""
+    return [side.structure.dense(side.root, side.n) for side in (curvature.input, curvature.output)]
+
+
+def mean(M: Tensor) -> Tensor:
+    return M.trace() / len(M)
+
+
+class DenseReference:
+    """The formulas with dense matrices: m is projected, nothing else is structured."""
+
+    def __init__(self, structure: Structure, variant: str, rate: float, alpha: float) -> None:
+        self.structure, self.is_singd, self.rate = structure, variant == "singd", rate
+        self.alpha = alpha if self.is_singd else 0.0
+        self.momenta = [torch.zeros(n, n, dtype=DOUBLE) for n in (D_IN, D_OUT)]
+        self.roots: list[Tensor] = []
+
+    def step(self, *factors: Tensor) -> None:
+        """With A and G of a batch."""
+        eyes = [torch.eye(len(M), dtype=DOUBLE) for M in factors]
+        if not self.roots:
+            scales = [(mean(M) + DAMPING) ** -0.5 for M in factors]
+            if self.is_singd:
+                scales = [(mean(factors[0]) * mean(factors[1]) + DAMPING**2) ** -0.25] * 2
+            self.roots = [scale * eye for scale, eye in zip(scales, eyes, strict=True)]
+        seen = [K.T @ M @ K for K, M in zip(self.roots, factors, strict=True)]
+        own = [K.T @ K for K in self.roots]
+        for side, other in ((0, 1), (1, 0)):
+            curvature, damping = (mean(seen[other]), DAMPING**2 * mean(own[other])) if self.is_singd else (1, DAMPING)
+            m = projected(self.structure, 0.5 * (curvature * seen[side] + damping * own[side] - eyes[side]))
+            self.momenta[side] = self.alpha * self.momenta[side] + m
+            self.roots[side] = self.roots[side] - self.rate * self.roots[side] @ self.momenta[side]
+
+
+@EACH
+@VARIANT
+def test_updates_are_the_projected_dense_formula_and_steps_its_products(structure: Structure, variant: str):
+    """C Cᵀ ∂W K Kᵀ, for a matrix and for a pair."""
+    data, reference = [rows(step) for step in range(8)], DenseReference(structure, variant, 0.02, 0.4)
+    curvature = absorbed(fresh(variant, structure, rate=0.02, momentum=0.4), data)
+    for own in data:
+        reference.step(*factors(own))
+    K, C = reference.roots
+    for root, expected in zip(roots(curvature), reference.roots, strict=True):
+        close(root, expected, 8)
+    pair = gaussian(D_OUT, 4, seed=1), gaussian(D_IN, 4, seed=2)
+    gradient = pair[0] @ pair[1].T
+    P, Q = curvature.solve(pair, now())
+    for step in (curvature.solve(gradient, now()), P @ Q.T):
+        close(step, C @ C.T @ gradient @ K @ K.T, 8)
+
+
+# With a structure that holds a root of every positive definite matrix, or of the part of it that it keeps.
+FIXED_POINTS = {
+    Dense(): lambda M: M.inverse(),
+    Triangular(): lambda M: M.inverse(),
+    Diagonal(): lambda M: (1 / M.diagonal()).diag(),
+    BlockDiagonal(5): lambda M: torch.block_diag(*(M[k : k + 5, k : k + 5].inverse() for k in range(0, len(M), 5))),
+}
+
+
+@pytest.mark.parametrize("structure", FIXED_POINTS, ids=repr)
+def test_ikfac_converges_to_the_damped_inverse_of_a_fixed_factor(structure: Structure):
+    """K ← K (I − β m) stands still only where KᵀAK + λKᵀK = I, seen through the structure; each step shrinks the
+    distance by about 1 − β, so that 0.8^150 leaves less than rounding."""
+    data = rows(count=200)
+    curvature = absorbed(fresh("ikfac", structure, rate=0.2), [data] * 150)
+    for root, factor in zip(roots(curvature), factors(data), strict=True):
+        damped = factor + DAMPING * torch.eye(len(factor), dtype=DOUBLE)
+        close(root @ root.T, FIXED_POINTS[structure](damped), 10)
+
+
+@NAMED
+@VARIANT
+def test_groups_are_layers_of_their_own(structure: str, variant: str):
+    data = [rows(seed, (2, 3)) for seed in range(3)]
+    gradient = gaussian(2, 3, D_OUT, D_IN, seed=5)
+    together = absorbed(fresh(variant, structure, SHAPE._replace(groups=(2, 3))), data, "relative")
+    found = together.solve(gradient, now())
+    for group in ((0, 0), (0, 2), (1, 1)):
+        own = (part._replace(inputs=part.inputs[group], gradients=part.gradients[group]) for part in data)
+        alone = absorbed(fresh(variant, structure), own, "relative")
+        close(found[group], alone.solve(gradient[group], now()), 3)
+
+
+@NAMED
+@VARIANT
+@pytest.mark.parametrize(("scale", "skipped"), [("relative", 0), ("absolute", 2)], ids=["first", "later"])
+def test_a_batch_that_is_not_finite_changes_nothing(structure: str, variant: str, scale: Scale, skipped: int):
+    """The loop hands over zeros with ``finite`` False; what follows is as if that batch had never been."""
+    skipping, never = (fresh(variant, structure, momentum=0.4) for _ in range(2))
+    empty = Rows(torch.zeros(20, D_IN, dtype=DOUBLE), torch.zeros(20, D_OUT, dtype=DOUBLE), 20)
+    for step in range(4):
+        if step == skipped:
+            before = roots(skipping)
+            skipping.absorb(empty, now(step, finite=False, scale=scale))
+            assert all(map(torch.equal, before, roots(skipping)))
+        else:
+            skipping.absorb(rows(step), now(step, scale=scale))
+            never.absorb(rows(step), now(step, scale=scale))
+    assert all(map(torch.equal, skipping.tensors(), never.tensors()))
+
+
+@VARIANT
+def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant: str):
+    """A last layer that starts at zero sends none back: C has no scale to start at, nor, in SINGD, has K."""
+    data = rows()
+    silent = data._replace(gradients=torch.zeros_like(data.gradients))
+    waiting = absorbed(fresh(variant), [silent] * 2, "relative")
+    assert waiting.solve(torch.zeros(D_OUT, D_IN, dtype=DOUBLE), now()).count_nonzero() == 0
+    waiting.absorb(data, now(2, scale="relative"))
+    scale = roots(waiting)[1][0, 0].abs() / roots(absorbed(fresh(variant), [data], "relative"))[1][0, 0].abs()
+    # The average of one batch and two zeros is a third of it, and with it the estimate that damping is relative to.
+    assert 1 <= scale < 3
+
+
+@VARIANT
+def test_relative_damping_leaves_the_scale_of_data_without_effect(variant: str):
+    data, gradient = [rows(step) for step in range(4)], gaussian(D_OUT, D_IN, seed=1)
+    scaled = [Rows(own.inputs * 2**-20, own.gradients * 2**10, own.uses) for own in data]
+    expected, found = (absorbed(fresh(variant), own, "relative").solve(gradient, now()) for own in (data, scaled))
+    # Powers of 2: the same digits but for roots, whose exponents may be odd.
+    close(found, expected * 2.0 ** (40 - 20))
+
+
+def test_largest_eigenvalue_is_approached_from_below():
+    """Also where the first row of a batch is zero."""
+    curvature, data = fresh("singd"), rows(count=40)
+    data.inputs[0] = 0
+    largest = torch.linalg.eigvalsh(factors(data)[0])[-1]
+    estimates = []
+    for step in range(200):
+        curvature.absorb(data, now(step))
+        estimates.append(curvature.input.largest() / largest)
+    assert estimates[0] > 1 / D_IN
+    assert all(estimate <= 1 + 1e-12 for estimate in estimates)
+    # With decay ρ a second eigenvalue d₂ fades by ρ + (1 − ρ) d₂/d₁ an update.
+    assert estimates[-1] > 0.9
+
+
+@NAMED
+@VARIANT
+def test_a_batch_of_another_scale_does_not_blow_up_the_roots(structure: str, variant: str):
+    """β is cut to 1/‖m‖: I − βm keeps every direction, and the largest value of K grows by 2 at most."""
+    shape = SHAPE._replace(dtype=torch.float32)
+    curvature = absorbed(fresh(variant, structure, shape, rate=0.1), [rows(0, dtype=torch.float32)])
+    before = [torch.linalg.matrix_norm(root, 2) for root in roots(curvature)]
+    loud = rows(1, dtype=torch.float32)
+    curvature.absorb(loud._replace(inputs=1e6 * loud.inputs), now(1))
+    for root, norm in zip(roots(curvature), before, strict=True):
+        assert root.isfinite().all()
+        assert torch.linalg.matrix_norm(root, 2) <= 2 * norm * (1 + tolerance(D_IN, torch.float32))
+
+
+@VARIANT
+def test_one_hot_inputs_are_a_diagonal_factor(variant: str):
+    """Indices give what their one-hot rows give to the diagonal structure; −1 is a row of zeros."""
+    indices = [torch.randint(-1, D_IN, (20,), generator=torch.Generator().manual_seed(step)) for step in range(5)]
+    of_indices = [rows(step)._replace(inputs=own) for step, own in enumerate(indices)]
+    one_hot = [nn.functional.one_hot(own + 1, D_IN + 1)[:, 1:].double() for own in indices]
+    of_rows = [own._replace(inputs=inputs) for own, inputs in zip(of_indices, one_hot, strict=True)]
+    by_index = absorbed(fresh(variant, Diagonal(), SHAPE._replace(one_hot=True)), of_indices)
+    by_row = absorbed(fresh(variant, Diagonal()), of_rows)
+    for one, other in zip(roots(by_index), roots(by_row), strict=True):
+        close(one, other, 5)
+
+
+@VARIANT
+def test_a_single_layer_has_one_side(variant: str):
+    """Rows are whole gradients; SINGD with the other factor 1 is IKFAC with momentum."""
+    data = rows(groups=(3,))
+    shape = SHAPE._replace(groups=(3,), single=True, d_out=1)
+    curvature = fresh(variant, "dense", shape, rate=0.2, momentum=0.0)
+    absorbed(curvature, [data._replace(inputs=data.inputs / 20)] * 150)
+    gradient = gaussian(3, 1, D_IN, seed=1)
+    damped = data.inputs.mT @ data.inputs / 20 + DAMPING * torch.eye(D_IN, dtype=DOUBLE)
+    expected = torch.linalg.solve(damped, gradient, left=False)
+    close(curvature.solve(gradient, now()).flatten(0, 1), expected.flatten(0, 1), 10)
+    assert curvature.widest_pair(D_IN) is None
+
+
+@NAMED
+def test_pairs_are_used_where_they_are_cheaper(structure: str):
+    """A pair of k columns costs 2k (c_in + c_out + d_in d_out), the matrix d_out c_in + d_in c_out twice."""
+    curvature = fresh("singd", structure, Shape((), 600, 500, torch.float32, torch.device("cpu")))
+    own = STRUCTURES[structure]
+    k = curvature.widest_pair(500 * 600)
+    pair = 2 * (own.flops(500) + own.flops(600) + 500 * 600)
+    matrix = 2 * (600 * own.flops(500) + 500 * own.flops(600))
+    assert k * pair <= matrix < (k + 1) * pair
+    assert (k <= 1) == (structure == "diagonal")
