@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd import gradcheck
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import brandla
 import oracles
@@ -122,6 +123,37 @@ def unbound(value: Any) -> list[Any]:
     """Return the members of a batch, along its first dimension."""
     leaves, tree = tree_flatten(value)
     return [tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True)]
+
+
+def in_full(result: Any) -> list[Tensor]:
+    """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [dense(result)] if hasattr(result, "dense") else [part for each in result for part in in_full(each)]
+
+
+def assert_agree(result: Any, expected: Any, relative: float) -> None:
+    """Check that two results stand for the same matrices and numbers, relative to the largest entry of all."""
+    assert [part.dtype for part in tree_leaves(result)] == [part.dtype for part in tree_leaves(expected)]
+    wanted = in_full(expected)
+    largest = max((float(part.double().abs().max()) for part in wanted if part.numel()), default=0.0)
+    for one, other in zip(in_full(result), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=relative * largest)
+
+
+def assert_differentiable(function: Callable[..., Any], *arguments: Any) -> None:
+    """Check the derivatives of what a function returns by every tensor among its arguments."""
+    leaves, tree = tree_flatten(arguments)
+
+    def symmetric(part: Any) -> Any:
+        # S may only be moved to another symmetric matrix.
+        return part._replace(gram=oracles.symmetrised(part.gram)) if isinstance(part, brandla.LowRankRoot) else part
+
+    def call(*parts: Tensor) -> tuple[Tensor, ...]:
+        given = tree_map(symmetric, tree_unflatten(parts, tree), is_leaf=lambda part: isinstance(part, Symmetric))
+        return tuple(in_full(function(*given)))
+
+    assert gradcheck(call, [leaf.detach().clone().requires_grad_() for leaf in leaves], fast_mode=True)
 
 
 class SymmetricUpdate(NamedTuple):
