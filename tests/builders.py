@@ -99,8 +99,10 @@ def padded(factor: Symmetric, count: int) -> Symmetric:
     return type(factor)(*(torch.nn.functional.pad(part, pad) for part, pad in zip(factor, pads, strict=True)))
 
 
-def values_of(value: Symmetric) -> Tensor:
-    """Return what belongs to each column: its eigenvalue, or its squared length."""
+def values_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
+    """Return what belongs to each column: its eigenvalue, its singular value, or its squared length."""
+    if isinstance(value, brandla.LowRankSVD):
+        return value.S
     return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)
 
 
@@ -117,6 +119,16 @@ def defect(value: Symmetric) -> float:
         return oracles.orthonormality_defect(value.eigenvectors, value.eigenvalues)
     root, gram = (part.double() for part in value)
     return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
+
+
+def assert_decomposition(value: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
+    """Check orthonormality, and that the values are descending and non-negative."""
+    values = values_of(value)
+    assert values.shape == (rank,)
+    assert (values >= 0).all()
+    assert (values.diff() <= 0).all()
+    for side in (value.U, value.Vh.mT) if isinstance(value, brandla.LowRankSVD) else (value.eigenvectors,):
+        assert oracles.orthonormality_ratio(side, values) <= oracles.THRESHOLD
 
 
 def unbound(value: Any) -> list[Any]:
@@ -154,6 +166,38 @@ def assert_differentiable(function: Callable[..., Any], *arguments: Any) -> None
         return tuple(in_full(function(*given)))
 
     assert gradcheck(call, [leaf.detach().clone().requires_grad_() for leaf in leaves], fast_mode=True)
+
+
+class Operator:
+    """A matrix that can only be multiplied with, and counts how often."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Take over what a matrix says of itself."""
+        self.matrix, self.products = matrix, 0
+        self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        assert block.dtype == self.dtype
+        self.products += 1
+        return self.matrix @ block
+
+
+class OperatorWithTranspose(Operator):
+    """An operator that knows its transpose."""
+
+    @property
+    def mT(self) -> Operator:  # noqa: N802
+        """The transpose."""
+        return Operator(self.matrix.mT)
+
+
+class OperatorFromTheRight(Operator):
+    """An operator that also multiplies from the right of a tensor."""
+
+    def __rmatmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        return block @ self.matrix
 
 
 class SymmetricUpdate(NamedTuple):

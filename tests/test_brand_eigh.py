@@ -201,12 +201,3 @@ def test_a_sliding_window_follows_its_own_decomposition(
         # A rank of (width + 1) k holds all; each step rounds twice.
         assert error <= most + 2 * len(batches) * oracles.rounding(n, dtype, 1.0)
     assert defect(window) <= ORTHONORMAL * oracles.epsilon(dtype)
-
-
-@pytest.mark.parametrize(("k", "where"), [(4, "small"), (4, "tall"), (4, "columns"), (0, "small"), (0, "tall")])
-def test_a_downdate_of_what_is_not_finite_is_nan_alone(k: int, where: str) -> None:
-    old, columns = make_eigh(30, 6, batch_shape=(2,)), make_columns(30, k, batch_shape=(2,))
-    {"small": old.eigenvalues, "tall": old.eigenvectors, "columns": columns}[where][1].flatten()[-1:].fill_(torch.nan)
-    new = brandla.eigh_downdate(old, columns)
-    assert new.is_finite().tolist() == [True, False]
-    assert all(part[1].isnan().all() and part[0].isfinite().all() for part in new)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import brandla
 import oracles
-from builders import SymmetricUpdate, dense, make_columns, tall_of, values_of
+from builders import SymmetricUpdate, dense, make_columns
 from oracles import THRESHOLD
 
 
@@ -97,13 +97,3 @@ def test_a_tolerance_at_rank_zero_changes_nothing(update: SymmetricUpdate, k: in
     value = update.make(64, 0)
     assert update.in_place(value, make_columns(64, k), tol=0.1) is value
     assert not dense(value).any()
-
-
-@pytest.mark.parametrize("k", [0, 8])
-def test_non_finite_data_makes_all_nan_of_its_own_factor(update: SymmetricUpdate, k: int) -> None:
-    value, columns = brandla.track(update.make(64, 12, batch_shape=(2,))), make_columns(64, k, batch_shape=(2,))
-    tall_of(value.lowrank)[1, 5, 2] = math.nan
-    update.in_place(value, columns, decay=0.9)
-    assert value.lowrank.is_finite().tolist() == [True, False]
-    parts = values_of(value.lowrank), tall_of(value.lowrank), value.error_bound, value.trace
-    assert all(part[1].isnan().all() and part[0].isfinite().all() for part in parts)
