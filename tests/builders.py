@@ -137,6 +137,15 @@ def unbound(value: Any) -> list[Any]:
     return [tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True)]
 
 
+def assert_same(result: Any, expected: Any) -> None:
+    """Check that two trees of values have one structure, and tensors of the same bits."""
+    (parts, structure), (expected_parts, expected_structure) = tree_flatten(result), tree_flatten(expected)
+    assert structure == expected_structure
+    for part, other in zip(parts, expected_parts, strict=True):
+        assert (part.dtype, part.device) == (other.dtype, other.device)
+        assert torch.equal(part, other)
+
+
 def in_full(result: Any) -> list[Tensor]:
     """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
     if isinstance(result, Tensor):

@@ -123,18 +123,3 @@ def test_merged_streams_are_the_stream_of_both(batch_shape: tuple[int, ...], off
     torch.testing.assert_close(same.svd.S, parts[0].svd.S)
     assert torch.equal(same.mean, parts[0].mean)
     assert not brandla.merge(start, start).weight.any()
-
-
-def test_merge_refuses_what_is_no_stream() -> None:
-    start = brandla.centre(brandla.LowRankSVD.zeros(12, 0, 2))
-    with pytest.raises(TypeError, match=r"^merge: second must be a Centred; got LowRankSVD; .* brandla.centre"):
-        brandla.merge(start, start.svd)
-    with pytest.raises(ValueError, match=r"^merge: second.svd.U must have n = 12 rows"):
-        brandla.merge(start, brandla.centre(brandla.LowRankSVD.zeros(10, 0, 2)))
-    with pytest.raises(TypeError, match=r"^merge: first.mean must be float64, whatever .*; got float32"):
-        brandla.merge(start._replace(mean=start.mean.float()), start)
-
-
-def test_a_decomposition_that_has_seen_columns_cannot_be_centred() -> None:
-    with pytest.raises(ValueError, match=r"^centre: .*4.*LowRankSVD.zeros\(m, 0, rank\)"):
-        brandla.centre(brandla.LowRankSVD.zeros(10, 4, 3))

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_map
 import brandla
 from brandla.kfac import KFAC, Brand
 from brandla.orthonormal import _signs
-from builders import CHOLESKY_UPDATE, make_columns, make_root
+from builders import CHOLESKY_UPDATE, assert_same, make_columns, make_root
 from calls import ALL, doubled, given
-from test_values import assert_same
 
 # Multiplies the result of a call itself.
 CALLS = ALL | {"orthonormalize, dependent": lambda x: brandla.orthonormalize(doubled(x.columns))}

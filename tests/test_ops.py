@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import brandla
 import brandla_kernels
@@ -21,15 +21,14 @@ from op_cases import (
     LAYOUTS,
     SIZES,
     VARIANTS,
-    assert_computes,
+    assert_grouped,
+    assert_op,
     exact,
-    grouped,
+    grouped_operands,
     half_precision_data,
     matrix,
-    of_problem,
     op_of,
     operands,
-    problems_of,
     run,
 )
 
@@ -53,18 +52,15 @@ def several(name: str) -> Any:
 
 
 def listed(case: str, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-    return grouped(case, [operands(case, *size, "plain", dtype) for size in PROBLEMS])
+    return grouped_operands(case, PROBLEMS, ["plain"], dtype)
+
+
+def is_varied(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    leaves, structure = tree_flatten(list(arguments))
-    return tuple(tree_unflatten([_requiring_grad(leaf) for leaf in leaves], structure))
-
-
-def _requiring_grad(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().clone().requires_grad_()
-    return leaf
+    return tuple(tree_map(lambda leaf: leaf.clone().requires_grad_() if is_varied(leaf) else leaf, list(arguments)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,34 +70,31 @@ def _requiring_grad(leaf: Any) -> Any:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_at_every_size(case: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_op_computes_its_formula_at_every_size(
+    case: str, size: tuple[int, int, int], dtype: torch.dtype, unchanged: Callable[..., Any]
+) -> None:
     for layout in ("plain", "batched"):
-        arguments = operands(case, *size, layout, dtype)
-        assert_computes(case, run(OPS[op_of(case)], arguments), operands(case, *size, layout, dtype))
+        assert_op(case, lambda layout=layout: operands(case, *size, layout, dtype), unchanged)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_in_every_layout(case: str, layout: str) -> None:
-    arguments = operands(case, *SIZES["usual"], layout, torch.float32)
-    assert_computes(case, run(OPS[op_of(case)], arguments), operands(case, *SIZES["usual"], layout, torch.float32))
+def test_op_computes_its_formula_in_every_layout(case: str, layout: str, unchanged: Callable[..., Any]) -> None:
+    assert_op(case, lambda: operands(case, *SIZES["usual"], layout, torch.float32), unchanged)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])
-def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
-    results = run(OPS[op_of(case)], listed(case))
-    for problem, own in enumerate(problems_of(case, listed(case))):
-        expected = exact(case, own)
-        assert_computes(case, of_problem(results, problem, expected), own, expected)
+def test_grouped_op_computes_the_formula_of_each_problem(case: str, unchanged: Callable[..., Any]) -> None:
+    assert_grouped(case, lambda: listed(case), unchanged)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_"])
-def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
+def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype, unchanged: Callable[..., Any]) -> None:
     def new() -> tuple[Any, ...]:
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
 
-    assert_computes(case, run(single(case), new()), new())
+    assert_op(case, new, unchanged)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
@@ -259,7 +252,7 @@ def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[An
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = iter(inputs)
-        own = [next(given) if _is_varied(leaf) else leaf for leaf in leaves]
+        own = [next(given) if is_varied(leaf) else leaf for leaf in leaves]
         if name == "cholesky_inverse_core":
             own[0] = own[0].mT @ own[0]
             own[1] = own[1].detach()
@@ -273,12 +266,8 @@ def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[An
     return function
 
 
-def _is_varied(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
 def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if _is_varied(leaf)]
+    leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if is_varied(leaf)]
     if name == "cholesky_inverse_core":
         leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
     if name in PANELS:

@@ -229,11 +229,6 @@ def test_a_factor_that_is_not_finite_shows_where_sparse_columns_hold_nothing(upd
     assert not update(old, columns).is_finite()
 
 
-def test_sparse_columns_of_a_batch_are_refused(update: SymmetricUpdate) -> None:
-    with pytest.raises(ValueError, match=r"sparse columns must have shape \(n, k\); got \(3, 30, 2\); pass a list"):
-        update(update.make(30, 6, batch_shape=(3,)), make_columns(30, 2, batch_shape=(3,)).to_sparse())
-
-
 def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
     columns = make_columns(30, 4)
     poisoned = update(update.make(30, 6), columns * math.nan)

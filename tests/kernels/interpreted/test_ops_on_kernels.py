@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,14 +14,14 @@ from brandla_kernels import OPS
 from op_cases import (
     CASES,
     LAYOUTS,
-    assert_computes,
+    assert_grouped,
+    assert_op,
     exact,
     grouped,
+    grouped_operands,
     half_precision_data,
-    of_problem,
     op_of,
     operands,
-    problems_of,
     run,
 )
 
@@ -58,13 +57,8 @@ class NoCopies(TorchDispatchMode):
 
 def assert_kernel(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any]) -> None:
     """Check an op against its formula, that it leaves its inputs alone, and that it copies none of them."""
-    arguments = new()
-    overwrites = op_of(case).endswith("_")
-    inputs = arguments[1:] if overwrites else arguments
-    tall = max(part.shape[-2:].numel() for part in arguments if isinstance(part, Tensor))
-    with unchanged(inputs), nullcontext() if overwrites else NoCopies(max(tall, 2)):
-        results = run(OPS[op_of(case)], arguments)
-    assert_computes(case, results, new() if overwrites else arguments)
+    tall = max(part.shape[-2:].numel() for part in new() if isinstance(part, Tensor))
+    assert_op(case, new, unchanged, None if op_of(case).endswith("_") else NoCopies(max(tall, 2)))
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -134,28 +128,6 @@ def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 # Lists
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def grouped_operands(case: str, sizes: Any, layouts: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """Return arguments of the grouped op, for problems of these sizes in these layouts, taken in turn."""
-    problems = [operands(case, *size, layouts[index % len(layouts)], dtype, device) for index, size in enumerate(sizes)]
-    return grouped(case, problems)
-
-
-def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any]) -> None:
-    """Check a grouped op problem by problem, and the zeros that stacks are padded with."""
-    arguments = new()
-    overwrites = op_of(case).endswith("_")
-    with unchanged(arguments[1:] if overwrites else arguments):
-        results = run(OPS[op_of(case)], arguments)
-    for problem, own in enumerate(problems_of(case, new() if overwrites else arguments)):
-        expected = exact(case, own)
-        assert_computes(case, of_problem(results, problem, expected), own, expected)
-        for result, part in zip(results, expected, strict=True):
-            assert isinstance(result, Tensor) or result[problem].shape == part.shape
-            padding = result[problem].clone()
-            padding[tuple(map(slice, part.shape))] = 0
-            assert not padding.any()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from brandla_kernels import OPS
 from brandla_kernels._kernels import root_core as kernel
 from brandla_kernels.eigh_core import assembled
 from op_cases import root_core_operands
+
+pytestmark = pytest.mark.usefixtures("_overflow_is_meant")
 
 TORCH_FORM = OPS["root_core"].torch_form
 EPS = torch.finfo(torch.float64).eps
@@ -34,13 +34,6 @@ FAMILIES = (
     "columns in the span",
     "zero",
 )
-
-
-@pytest.fixture(autouse=True)
-def _overflow_is_meant() -> Iterator[None]:
-    """The interpreter computes with NumPy, which warns of what the kernel then looks for."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        yield
 
 
 class Problem(NamedTuple):

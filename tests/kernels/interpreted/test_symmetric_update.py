@@ -15,6 +15,7 @@ from brandla_kernels._kernels.symmetric_update import (
     symmetric_update_kernel,
     tile_in_triangle,
 )
+from op_cases import assert_computes
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -49,15 +50,8 @@ def data(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def assert_updated(result: Tensor, matrix: Tensor, columns: Tensor, decay: float, weight: float) -> None:
-    """Check ρ M + w A Aᵀ entry by entry.
-
-    A sum of k products in any order is within k·ε of the exact one, relative to the sum of the absolute values; the
-    rounding of ρ and w, the two products with them, their sum and the rounding of three TF32 terms add at most 8ε.
-    """
-    matrix, columns, own = matrix.double(), columns.double(), torch.finfo(result.dtype).eps
-    exact = decay * matrix + weight * columns @ columns.mT
-    terms = abs(decay) * matrix.abs() + abs(weight) * columns.abs() @ columns.abs().mT
-    assert ((result.double() - exact).abs() <= (columns.shape[-1] + 8) * own * terms).all()
+    """Check ρ M + w A Aᵀ entry by entry, and its symmetry."""
+    assert_computes("gram_ema_", (result,), (matrix, columns, decay, weight))
     assert torch.equal(result, result.mT)
 
 
