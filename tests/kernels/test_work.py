@@ -1,4 +1,4 @@
-"""What a launch does beside running a kernel: it takes the device of its tensors, and tells a profiler flops and bytes."""
+"""What a launch does beside running its kernel: it goes to the device of its tensors, and tells flops and bytes."""
 
 from __future__ import annotations
 
