@@ -103,7 +103,7 @@ WITHOUT_WAITING: dict[str, Call] = {
         x.eigh, x.small, x.block, x.number, -0.5, left_tail="smallest"
     ),
     "kron_damped_logdet": lambda x: brandla.kron_damped_logdet(x.eigh, x.small, x.number, right_tail=0.2),
-    "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number),
+    "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number, right_tail=0.3),
     "kron_damped_solve, one for all": lambda x: brandla.kron_damped_solve(x.one_eigh, x.small, x.block, 0.1, 0.2),
     "kron_damped_solve, pair": lambda x: brandla.kron_damped_solve(
         x.root, x.small, (x.columns, x.small_columns), 0.1, x.number

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 import brandla
 from brandla_kernels import OPS, reads_are_free
 from builders import assert_agree, make_columns, make_eigh, make_root
-from calls import WAITING, WITHOUT_WAITING, K, N, R, given
+from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, given
 from oracles import tolerance
 
 # These differ from others in what stays on the host, or take the interpreter long.
@@ -25,7 +25,9 @@ LEFT_OUT = {
     "eigh_refresh, begun",
 }
 UPDATE = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
-CALLS = {name: call for name, call in (WITHOUT_WAITING | WAITING).items() if name not in LEFT_OUT}
+CALLS = {
+    name: ALL[name] for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_solve, root right") if name not in LEFT_OUT
+}
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,12 @@ class Problem(NamedTuple):
 
 def problem_of(family: str, r: int, k: int, seed: int = 0) -> Problem:
     """Return F and A of 3 (r + k) rows."""
-    both = oracles.panel(family, 3 * (r + k) + 1, r + k, seed)
-    if family == "graded":
-        # By columns, so that none that may be chosen is rounding.
-        both = oracles.gaussian(*both.shape, seed=seed) * torch.logspace(0, -9, r + k, dtype=torch.float64)
-    if family == "columns in the span":
-        both[:, r:] = both[:, :r] @ oracles.gaussian(r, k, seed=seed + 1)
+    families = oracles.panels(3 * (r + k) + 1, r + k, seed)
+    # By columns, so that none that may be chosen is rounding.
+    families["graded"] = families["gaussian"] * torch.logspace(0, -9, r + k, dtype=torch.float64)
+    spanning = families["gaussian"][:, :r]
+    families["columns in the span"] = torch.cat([spanning, spanning @ oracles.gaussian(r, k, seed=seed + 1)], dim=1)
+    both = families[family]
     return Problem(both[:, :r], both[:, r:])
 
 
