@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -144,6 +145,32 @@ def assert_same(result: Any, expected: Any) -> None:
     for part, other in zip(parts, expected_parts, strict=True):
         assert (part.dtype, part.device) == (other.dtype, other.device)
         assert torch.equal(part, other)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors of nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def unchanged(*arguments: Any) -> Iterator[None]:
+    """Check that nothing is written to a tensor among the arguments."""
+    tensors = tensors_in(arguments)
+    before = [(tensor.clone(), tensor._version, tensor.stride()) for tensor in tensors]
+    yield
+    for tensor, (values, version, stride) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert tensor.stride() == stride
+        assert torch.equal(tensor.nan_to_num(), values.nan_to_num())
+        assert torch.equal(tensor.isnan(), values.isnan())
+
+
+def shares_memory(one: Any, other: Any) -> bool:
+    """Return whether any tensor of one tree lies in the memory of one of the other."""
+    ones, others = (
+        {part.untyped_storage().data_ptr() for part in tensors_in(tree) if part.numel()} for tree in (one, other)
+    )
+    return not ones.isdisjoint(others)
 
 
 def in_full(result: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brandla_kernels import OPS, signs
 from brandla_kernels._grouped import _own_arguments
+from builders import unchanged
 
 # n, r, k.
 SIZES = {
@@ -310,7 +311,7 @@ def assert_computes(case: str, results: Any, arguments: Any, expected: Any | Non
         assert ((got.double() - wanted).abs() <= 3 * lengths * precision * terms).all()
 
 
-def assert_op(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any], around: Any = None) -> None:
+def assert_op(case: str, new: Callable[[], tuple[Any, ...]], around: Any = None) -> None:
     """Check an op against its formula, and that it leaves its inputs alone."""
     arguments = new()
     overwrites = op_of(case).endswith("_")
@@ -327,7 +328,7 @@ def grouped_operands(
     return grouped(case, problems)
 
 
-def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]], unchanged: Callable[..., Any]) -> None:
+def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]]) -> None:
     """Check a grouped op problem by problem, and the zeros that stacks are padded with."""
     arguments = new()
     overwrites = op_of(case).endswith("_")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from builders import assert_agree, in_full
+from builders import assert_agree, in_full, shares_memory, unchanged
 from calls import ALL, NEW, NOT_COMPARABLE, Given, N, given, one_of
 from oracles import tolerance
 
@@ -69,7 +68,7 @@ def laid_out() -> dict[str, Given]:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != NOT_COMPARABLE])
-def test_layout_of_the_arguments_does_not_matter(name: str, unchanged: Any) -> None:
+def test_layout_of_the_arguments_does_not_matter(name: str) -> None:
     for view in laid_out().values():
         plain = tree_map(lambda part: part.clone(memory_format=torch.contiguous_format), view)
         with unchanged(view) if name in NEW else nullcontext():
@@ -78,7 +77,7 @@ def test_layout_of_the_arguments_does_not_matter(name: str, unchanged: Any) -> N
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_inputs_are_neither_changed_nor_shared(name: str, unchanged: Any, shares_memory: Any) -> None:
+def test_inputs_are_neither_changed_nor_shared(name: str) -> None:
     x = given(torch.float64)
     with unchanged(x):
         result = ALL[name](x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from inspect import signature
 from operator import attrgetter
@@ -15,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import brandla
-from builders import make_columns, make_eigh, make_root, make_svd
+from builders import make_columns, make_eigh, make_root, make_svd, unchanged
 
 Error = type[Exception]
 Case = Any
@@ -294,7 +293,7 @@ def assert_refused(function: str, arguments: Any, options: dict[str, Any], error
 
 @pytest.mark.parametrize(WITH_CASES, CASES)
 def test_wrong_input_is_refused_in_words(
-    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str, unchanged: Callable[..., Any]
+    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str
 ) -> None:
     parts = (part for part in tree_leaves((arguments, options)) if isinstance(part, torch.Tensor))
     with unchanged([part for part in parts if not (part.is_meta or part.is_sparse)]):
@@ -379,7 +378,7 @@ VALUE_CASES = [
 
 @pytest.mark.parametrize(WITH_CASES, VALUE_CASES)
 def test_checked_mode_refuses_bad_values_and_the_default_lets_them_pass(
-    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str, unchanged: Callable[..., Any]
+    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str
 ) -> None:
     with unchanged(arguments, options), brandla.checked():
         assert_refused(function, arguments, options, error, words)

@@ -13,7 +13,17 @@ from torch.utils._pytree import tree_leaves
 import brandla
 import oracles
 from brandla import grouped
-from builders import SymmetricUpdate, assert_agree, assert_same, defect, make_columns, make_eigh, make_root, make_svd
+from builders import (
+    SymmetricUpdate,
+    assert_agree,
+    assert_same,
+    defect,
+    make_columns,
+    make_eigh,
+    make_root,
+    make_svd,
+    unchanged,
+)
 from oracles import generator, power_law, psd_matrix
 
 SIZES = [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)]
@@ -92,7 +102,7 @@ def both(function: str, lists: list[Any], options: dict[str, Any]) -> tuple[list
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_grouped_call_equals_a_loop(name: str, unchanged: Callable[..., Any]) -> None:
+def test_grouped_call_equals_a_loop(name: str) -> None:
     function, lists, options = CASES[name]
     with unchanged(lists, options):
         results, expected = both(function, lists, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import brandla
 import oracles
-from builders import SymmetricUpdate, dense, make_columns
+from builders import SymmetricUpdate, dense, make_columns, unchanged
 from oracles import THRESHOLD
 
 
@@ -20,7 +19,7 @@ from oracles import THRESHOLD
     ("batch_shape", "is_tracked"), [((), False), ((), True), ((2,), True)], ids=["plain", "tracked", "batch"]
 )
 def test_in_place_form_equals_the_other_and_keeps_its_tensors(
-    update: SymmetricUpdate, k: int, batch_shape: Any, is_tracked: bool, dtype: torch.dtype, unchanged: Any
+    update: SymmetricUpdate, k: int, batch_shape: Any, is_tracked: bool, dtype: torch.dtype
 ) -> None:
     old = update.make(64, 12, dtype=dtype, batch_shape=batch_shape)
     value = brandla.track(old) if is_tracked else old
@@ -46,9 +45,7 @@ def test_in_place_form_takes_a_tolerance(update: SymmetricUpdate) -> None:
 
 
 @pytest.mark.parametrize("spoilt", range(4), ids=["first part", "second part", "error_bound", "trace"])
-def test_expanded_tensors_are_refused_before_anything_is_overwritten(
-    update: SymmetricUpdate, spoilt: int, unchanged: Callable[..., Any]
-) -> None:
+def test_expanded_tensors_are_refused_before_anything_is_overwritten(update: SymmetricUpdate, spoilt: int) -> None:
     columns = make_columns(64, 8, batch_shape=(2,))
     parts, tree = tree_flatten(brandla.track(update.make(64, 12, batch_shape=(2,))))
     parts[spoilt] = parts[spoilt][:1].expand_as(parts[spoilt])
@@ -60,9 +57,7 @@ def test_expanded_tensors_are_refused_before_anything_is_overwritten(
 @pytest.mark.parametrize(
     "spoilt", range(7), ids=["first part", "second part", "error_bound", "trace", "columns", "decay", "weight"]
 )
-def test_gradients_are_refused_before_anything_is_overwritten(
-    update: SymmetricUpdate, spoilt: int, unchanged: Callable[..., Any]
-) -> None:
+def test_gradients_are_refused_before_anything_is_overwritten(update: SymmetricUpdate, spoilt: int) -> None:
     value, columns = brandla.track(update.make(64, 12)), make_columns(64, 8)
     decay, weight = torch.tensor(0.9), torch.tensor(0.1)
     (*tree_leaves(value), columns, decay, weight)[spoilt].requires_grad_()

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 import brandla
 import brandla_kernels
 from brandla_kernels import OPS
+from builders import unchanged
 from op_cases import (
     CASES,
     LAYOUTS,
@@ -70,31 +71,29 @@ def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_at_every_size(
-    case: str, size: tuple[int, int, int], dtype: torch.dtype, unchanged: Callable[..., Any]
-) -> None:
+def test_op_computes_its_formula_at_every_size(case: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     for layout in ("plain", "batched"):
-        assert_op(case, lambda layout=layout: operands(case, *size, layout, dtype), unchanged)
+        assert_op(case, lambda layout=layout: operands(case, *size, layout, dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_in_every_layout(case: str, layout: str, unchanged: Callable[..., Any]) -> None:
-    assert_op(case, lambda: operands(case, *SIZES["usual"], layout, torch.float32), unchanged)
+def test_op_computes_its_formula_in_every_layout(case: str, layout: str) -> None:
+    assert_op(case, lambda: operands(case, *SIZES["usual"], layout, torch.float32))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])
-def test_grouped_op_computes_the_formula_of_each_problem(case: str, unchanged: Callable[..., Any]) -> None:
-    assert_grouped(case, lambda: listed(case), unchanged)
+def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
+    assert_grouped(case, lambda: listed(case))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_"])
-def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype, unchanged: Callable[..., Any]) -> None:
+def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
     def new() -> tuple[Any, ...]:
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
 
-    assert_op(case, new, unchanged)
+    assert_op(case, new)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
@@ -312,7 +311,7 @@ def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_overwrites_refuses_to_lose_a_gradient(name: str, unchanged: Callable[..., Any]) -> None:
+def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
     arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))
     for call in (single(name), OPS[name]):
         with unchanged(arguments), pytest.raises(RuntimeError, match=rf"brandla::{name}: .*no_grad"):
@@ -387,7 +386,7 @@ def on_cpu(op: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("is_list", "bad"), [(False, bad) for bad in BAD_CALLS] + [(True, bad) for bad in BAD_LISTS], ids=str
 )
-def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str, unchanged: Any) -> None:
+def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str) -> None:
     name, spoil, kind, words = (BAD_LISTS if is_list else BAD_CALLS)[bad]
     arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
     op = (several if is_list else single)(name)

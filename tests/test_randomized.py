@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -42,12 +43,22 @@ def assert_equals(result: brandla.LowRankEigh | brandla.LowRankSVD, matrix: Tens
     assert oracles.difference_ratio(dense(result) / scale, matrix.double() / scale, matrix.dtype) <= THRESHOLD
 
 
+# Values, and ranks that hold them all.
+RECOVERED: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+    "rank 5": (RANK_5, (5, 8, 16)),
+    **{f"whole, {n}": (oracles.SPECTRA["slow"](n), (n,)) for n in (1, 5, 30)},
+    "zero": (torch.zeros(20).double(), (4,)),
+}
+
+
 @BOTH
-@pytest.mark.parametrize("power_iterations", [0, 1, 4])
-@pytest.mark.parametrize("rank", [5, 8, 16])
-def test_a_matrix_of_lower_rank_is_recovered(kind: str, rank: int, power_iterations: int, dtype: torch.dtype) -> None:
-    matrix = matrix_for(kind, RANK_5).to(dtype)
-    assert_equals(decomposed(kind, matrix, rank, power_iterations=power_iterations), matrix)
+@pytest.mark.parametrize("case", RECOVERED)
+def test_what_the_rank_holds_is_recovered(kind: str, case: str, dtype: torch.dtype) -> None:
+    values, ranks = RECOVERED[case]
+    matrix = matrix_for(kind, values).to(dtype)
+    for one in (matrix, matrix.mT):
+        for rank, power_iterations in product(ranks, (0, 1, 4)):
+            assert_equals(decomposed(kind, one, rank, power_iterations=power_iterations), one)
 
 
 @BOTH
@@ -73,26 +84,6 @@ def test_values_are_near_the_leading_ones_and_never_above(kind: str, spectrum: s
     assert_decomposition(result, 10)
     assert (values_of(result).double() <= values[:10] + slack).all()
     assert (values_of(result).double() >= 0.98 * values[:10] - slack).all()
-
-
-@BOTH
-@pytest.mark.parametrize("n", [1, 5, 30])
-def test_rank_of_the_whole_matrix_gives_the_whole_decomposition(kind: str, n: int, dtype: torch.dtype) -> None:
-    matrix = matrix_for(kind, oracles.SPECTRA["slow"](n)).to(dtype)
-    assert_equals(decomposed(kind, matrix, n), matrix)
-
-
-@BOTH
-def test_zero_matrix_gives_zero_values(kind: str, dtype: torch.dtype) -> None:
-    matrix = torch.zeros(20, 20 if kind == "eigh" else 15, dtype=dtype)
-    result = decomposed(kind, matrix, 4)
-    assert_decomposition(result, 4)
-    assert not values_of(result).any()
-
-
-def test_svd_of_tall_matrices(dtype: torch.dtype) -> None:
-    matrix = oracles.rectangular_matrix(oracles.SPECTRA["slow"](20), 70, 20, seed=4).to(dtype)
-    assert_equals(decomposed("svd", matrix, 20), matrix)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
