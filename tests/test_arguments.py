@@ -103,7 +103,17 @@ def test_numbers_and_tensors_mean_the_same(name: str, dtype: torch.dtype) -> Non
         assert_agree(ALL[name](given(dtype)._replace(number=number)), expected, ROUNDING[dtype])
 
 
-FUNCTIONS = ("eigh_", "root_update", "svd_", "orthonormalize", "randomized_", "damped_", "kron_damped_", "centred")
+FUNCTIONS = (
+    "eigh_",
+    "root_update",
+    "svd_",
+    "orthonormalize",
+    "randomized_",
+    "damped_",
+    "kron_damped_",
+    "centred",
+    "to_eigh",
+)
 # What has several results, or takes little of its arguments.
 LEFT_OUT = ("one for all", "one diagonal", "held", "exponents", "pair", "right", "half", "begun", "of a value")
 SPOILT = [name for name in ALL if name.startswith(FUNCTIONS) and not any(words in name for words in LEFT_OUT)]

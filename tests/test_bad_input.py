@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from functools import partial
 from inspect import signature
 from operator import attrgetter
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import brandla
-from builders import make_columns, make_eigh, make_root, make_svd, unchanged
+from builders import assert_same, make_columns, make_eigh, make_root, make_svd, unchanged
 
 Error = type[Exception]
 Case = Any
@@ -303,7 +304,7 @@ def test_wrong_input_is_refused_in_words(
 def test_numpy_numbers_are_numbers() -> None:
     plain = brandla.eigh_update(EIGH, COLUMNS, decay=0.5, weight=2.0, rank=3)
     result = brandla.eigh_update(EIGH, COLUMNS, decay=np.float32(0.5), weight=np.float64(2), rank=np.int64(3))
-    assert all(torch.equal(a, b) for a, b in zip(plain, result, strict=True))
+    assert_same(result, plain)
     assert brandla.LowRankRoot.zeros(5, np.int64(2)).rank == brandla.randomized_svd(MATRIX, np.int64(2)).rank == 2
     assert brandla.Rank(np.int32(3), np.float32(0.5)).max == 3
     assert torch.equal(brandla.damped_solve(EIGH, RHS, np.float32(0.5)), brandla.damped_solve(EIGH, RHS, 0.5))
@@ -330,49 +331,46 @@ def value_case(function: str, name: str, words: str, *arguments: Any, **options:
     return case(function, name, ValueError, words, *arguments, **options)
 
 
-below = -MATRIX.diagonal().abs()
+NEW = [function for function in GOOD if not function.endswith("_")]
+LONG_EIGH, RISING = EIGH._replace(eigenvectors=2 * EIGH.eigenvectors), EIGH.eigenvalues.flip(-1)
+NEGATIVE_EIGH, SECOND_GRAM = EIGH._replace(eigenvalues=-RISING), ROOT._replace(gram=2 * ROOT.gram)
 bad_bound, bad_trace = brandla.Tracked(EIGH, ZERO * math.nan, ZERO), brandla.Tracked(ROOT, ZERO, ZERO * math.nan)
-LONG_EIGH = EIGH._replace(eigenvectors=2 * EIGH.eigenvectors)
-RISING = EIGH.eigenvalues.flip(-1)
 INDEFINITE, LARGE_INDEFINITE = (torch.diag(torch.linspace(-1, 1, n).double()) for n in (N, 200))
 VALUE_CASES = [
-    value_case("damped_logdet", "diagonal", "diagonal … >= 0 … -", EIGH, 10.0, diagonal=below),
-    value_case("kron_damped_logdet", "values", "values … finite", EIGH, SMALL, 0.1, values=spoiled(MATRIX[:4, :4])),
-    value_case("eigh_update", "columns", "columns … finite … 1 … (12, 3)", EIGH, spoiled(COLUMNS)),
-    value_case("eigh_update", "factor", "eigenvectors … finite", spoiled(EIGH, math.inf), COLUMNS),
-    value_case("eigh_update", "decay", "decay … >= 0 … -1", EIGH, COLUMNS, decay=ZERO - 1),
+    *(
+        value_case(
+            function, f"{argument} of {bad}", f"{argument} … finite … 1", **good | {argument: spoiled(value, bad)}
+        )
+        for function, good in GOOD.items()
+        for argument, value in good.items()
+        for bad in (math.nan, -math.inf)
+        if function in NEW and not isinstance(value, (int, float))
+    ),
+    *(
+        value_case(function, f"{argument} {bad}", f"{argument} … {words}", **GOOD[function] | {argument: ZERO + bad})
+        for patterns, bad, words in (
+            ("*.decay *.weight *tail", -1, ">= 0 … -1"),
+            ("*damping", 0, "> 0 … 0"),
+            ("*.decay *.weight *tail *damping", math.nan, "finite"),
+        )
+        for function, argument in places(patterns)
+        if function in NEW
+    ),
     value_case("eigh_update", "bound", "error_bound … finite", bad_bound, COLUMNS),
-    value_case("root_update", "columns", "columns … finite", ROOT, spoiled(COLUMNS, -math.inf)),
-    value_case("root_update", "S", "root.gram … finite", spoiled(ROOT), COLUMNS),
-    value_case("root_update", "F", "root.root … finite", ROOT._replace(root=spoiled(ROOT.root)), COLUMNS),
-    value_case("root_update", "weight", "weight … >= 0 … -1", ROOT, COLUMNS, weight=ZERO - 1),
     value_case("root_update", "trace", "trace … finite", bad_trace, COLUMNS, compress="cholesky"),
-    value_case("eigh_refresh", "matrix", "matrix … finite … 1", EIGH, spoiled(COLUMNS)),
-    value_case("eigh_downdate", "columns", "columns … finite … 1", EIGH, spoiled(COLUMNS)),
-    value_case("orthonormalize", "panel", "panel … finite … 1 … (12, 3)", spoiled(COLUMNS)),
-    value_case("damped_solve", "S", "gram … finite", spoiled(ROOT), RHS, 0.1),
-    value_case("svd_update", "right", "right … finite", SVD, COLUMNS, spoiled(RIGHT)),
-    value_case("svd_update", "factor", "Vh … finite", spoiled(SVD), COLUMNS, RIGHT),
-    value_case("svd_append", "columns", "columns … finite", SVD, spoiled(COLUMNS)),
-    value_case("randomized_eigh", "matrix", "matrix … finite", spoiled(MATRIX), 2),
-    value_case("randomized_svd", "matrix", "matrix … finite", spoiled(MATRIX), 2),
-    value_case("damped_solve", "rhs", "rhs … finite", EIGH, spoiled(RHS), 0.1),
-    value_case("damped_solve", "factor", "finite", spoiled(EIGH), RHS, 0.1),
-    value_case("damped_solve", "damping", "damping … > 0 … 0", EIGH, RHS, ZERO),
-    value_case("damped_solve", "tail", "tail … >= 0 … -1", EIGH, RHS, 0.1, tail=ZERO - 1),
-    value_case("damped_power", "NaN damping", "damping … finite", EIGH, RHS, ZERO * math.nan, -0.5),
-    value_case("kron_damped_solve", "matrix", "matrix … finite", EIGH, SMALL, spoiled(BLOCK), 0.1, 0.1),
+    value_case("root_update", "F", "root.root … finite", ROOT._replace(root=spoiled(ROOT.root)), COLUMNS),
     value_case("kron_damped_solve", "Q", "Q … finite", EIGH, SMALL, (COLUMNS, spoiled(RIGHT)), 0.1, 0.1),
+    value_case("kron_damped_logdet", "values", "values … finite", EIGH, SMALL, 0.1, values=spoiled(MATRIX[:4, :4])),
+    value_case("damped_logdet", "diagonal", "diagonal … >= 0 … -", EIGH, 10.0, diagonal=-MATRIX.diagonal().abs()),
     value_case("eigh_update", "a long basis", "eigenvectors … orthonormal … orthonormalize", LONG_EIGH, COLUMNS),
     value_case("eigh_update", "ascending", "eigenvalues … descending", EIGH._replace(eigenvalues=RISING), COLUMNS),
-    value_case("damped_solve", "negative values", "eigenvalues … >= 0", EIGH._replace(eigenvalues=-RISING), RHS, 0.1),
-    value_case("damped_solve", "another S", "gram … FᵀF … root.mT @ root", ROOT._replace(gram=2 * ROOT.gram), RHS, 0.1),
+    value_case("damped_solve", "negative values", "eigenvalues … >= 0", NEGATIVE_EIGH, RHS, 0.1),
+    value_case("damped_solve", "another S", "gram … FᵀF … root.mT @ root", SECOND_GRAM, RHS, 0.1),
     value_case("svd_append", "a long basis", "svd.U … orthonormal", SVD._replace(U=2 * SVD.U), COLUMNS),
     value_case("randomized_eigh", "indefinite", "matrix … semi-definite … randomized_svd", INDEFINITE, 2),
     value_case("randomized_eigh", "indefinite, sketched", "semi-definite", LARGE_INDEFINITE, 2),
     value_case("randomized_eigh", "indefinite, no power", "semi-definite", LARGE_INDEFINITE, 2, power_iterations=0),
     value_case("randomized_eigh", "not symmetric", "matrix … symmetric … randomized_svd", MATRIX + MATRIX.triu(), 2),
-    value_case("kron_damped_solve", "damping", "right_damping … > 0", EIGH, SMALL, BLOCK, 0.1, ZERO),
 ]
 
 
@@ -385,15 +383,16 @@ def test_checked_mode_refuses_bad_values_and_the_default_lets_them_pass(
     getattr(brandla, function)(*arguments, **options)
 
 
-def test_checked_mode_lets_good_values_pass_and_changes_none() -> None:
-    plain = brandla.eigh_update(EIGH, COLUMNS, decay=torch.tensor(0.9).double())
-    with brandla.checked():
-        checked = brandla.eigh_update(EIGH, COLUMNS, decay=torch.tensor(0.9).double())
-        brandla.damped_solve(EIGH, RHS, torch.tensor(0.1).double(), tail="smallest")
-        brandla.damped_solve(brandla.track(ROOT), RHS, torch.tensor(0.1).double(), tail="mean")
-        brandla.root_update(brandla.track(ROOT), COLUMNS, compress="cholesky")
-        brandla.orthonormalize(COLUMNS)
-    assert all(torch.equal(a, b) for a, b in zip(plain, checked, strict=True))
+@pytest.mark.parametrize("function", NEW)
+def test_checked_mode_lets_good_values_pass_and_changes_none(function: str) -> None:
+    call = partial(getattr(brandla, function), **GOOD[function])
+    numbers = {name: ZERO + 0.9 for name in signature(call).parameters if name in ("decay", "weight", "damping")}
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with brandla.checked(enabled=enabled):
+            results.append(call(**numbers))
+    assert_same(*results)
 
 
 def test_checked_mode_nests_and_ends_with_its_block() -> None:
@@ -417,7 +416,7 @@ def test_checked_mode_nests_and_ends_with_its_block() -> None:
 def test_torch_backend_gives_the_same_and_ends_with_its_block() -> None:
     with brandla.backend("torch"):
         forced = brandla.eigh_update(EIGH, COLUMNS)
-    assert all(torch.equal(a, b) for a, b in zip(forced, brandla.eigh_update(EIGH, COLUMNS), strict=True))
+    assert_same(forced, brandla.eigh_update(EIGH, COLUMNS))
 
 
 def test_unknown_backend_is_refused() -> None:
