@@ -133,7 +133,7 @@ WAITING: dict[str, Call] = {
 OTHERS: dict[str, Call] = {
     "randomized_eigh": lambda x: brandla.randomized_eigh(x.square, 3, oversample=4, generator=seeded(x)),
     "randomized_svd": lambda x: brandla.randomized_svd(x.block, 3, oversample=1, generator=seeded(x)),
-    "randomized_svd, of a value": lambda x: brandla.randomized_svd(x.svd, 3, oversample=1, generator=seeded(x)),
+    "randomized_svd, of a value": lambda x: brandla.randomized_svd(x.svd, 3, oversample=3, generator=seeded(x)),
     "svd_append, again": lambda x: brandla.svd_append(brandla.svd_append(x.svd, x.columns), x.columns),
     "svd_append, no columns": lambda x: brandla.svd_append(x.svd, x.columns[..., :0]),
     "svd_update, wide": lambda x: brandla.svd_update(x.svd, x.square, x.block.mT, decay=x.number, rank=9),
