@@ -117,11 +117,6 @@ def test_nothing_around_the_matrix_is_touched(n: int, device: torch.device) -> N
     assert (around == 5).all()
 
 
-def test_decay_and_weight_are_not_rounded_to_float32(device: torch.device) -> None:
-    matrix, columns = symmetric(10, torch.float64, device), data(10, 4, torch.float64, device)
-    assert_updates(matrix, columns, 1 / 3, 1 / 7)
-
-
 @pytest.mark.parametrize("kernel", [symmetric_product_kernel, symmetric_update_kernel])
 def test_decay_and_weight_are_passed_in_float64(kernel: object) -> None:
     """Triton passes a float as float32 unless the parameter says otherwise, which its interpreter does not show."""
