@@ -111,7 +111,7 @@ def test_numbers_and_tensors_mean_the_same(name: str, dtype: torch.dtype) -> Non
 # What calls do not look at: of a factor, a part.
 UNSEEN = {
     *(("svd_append", "svd", 2), ("to_eigh", "root", 1), ("damped_logdet", "root", 0), ("damped_logdet", "eigh", 1)),
-    *(("kron_damped_logdet", "eigh", 1), ("kron_damped_logdet", "small", 1)),
+    *(("kron_damped_logdet", "eigh", 1), ("kron_damped_logdet", "small", 1), ("damped_solve, diagonal", "root", 1)),
 }
 FACTORS_AND_DATA = ("eigh_", "root_", "svd_", "orthonormalize", "randomized_", "damped_", "kron_", "centred", "to_eigh")
 # What has several results, or takes little of its arguments.
@@ -130,7 +130,7 @@ def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name: str
         fields -= {*DATA}
     for field in fields:
         for place, _ in enumerate(tree_leaves(getattr(given(), field))):
-            if (name.partition(",")[0], field, place) in UNSEEN:
+            if any(name.startswith(call) and [field, place] == seen for call, *seen in UNSEEN):
                 continue
             x = given(torch.float64, (3,))
             tree_leaves(getattr(x, field))[place][1].view(-1)[-1] = bad
