@@ -306,7 +306,9 @@ def test_a_stream_that_cuts_nothing_loses_nothing(update: SymmetricUpdate, strea
     n, k = 48, 8
     tracked = brandla.track(update.factor.zeros(n, 0, dtype=dtype))
     matrix = torch.zeros(n, n, dtype=torch.float64)
-    for step, columns in enumerate(oracles.batches(stream, n, k, 8, dtype=dtype), start=1):
+    # Once all n directions are held, Cholesky chooses columns, and leaves out some of what is small.
+    count = 12 if update.is_exact else n // k
+    for step, columns in enumerate(oracles.batches(stream, n, k, count, dtype=dtype), start=1):
         tracked, matrix = update(tracked, columns, rank=min(n, k * step)), oracles.updated(matrix, columns)
     slack = 2 * oracles.rounding(n, dtype, oracles.spectral_norm(matrix))
     assert tracked.error_bound <= slack
