@@ -45,7 +45,7 @@ def test_a_batch_and_vmap_are_the_calls_one_by_one(name: str) -> None:
     each = x._replace(one_eigh=tree_map(lambda part: part.expand(4, *part.shape), x.one_eigh))
     expected = [in_full(call(one_of(each, index))) for index in range(4)]
     results = [in_full(torch.vmap(call, (tree_map(lambda part: 0, each),), randomness="different")(each))]
-    if not name.startswith(("grouped", "zeros")):
+    if not name.startswith(("grouped", "zeros", "randomized_svd, of a value")):
         batch = tree_map(lambda part: part.unflatten(0, (2, 2)), x._replace(one_eigh=x.number))
         results.append([part.flatten(0, 1) for part in in_full(call(batch._replace(one_eigh=x.one_eigh)))])
         for part in in_full(call(tree_map(lambda part: part[:0], x)._replace(one_eigh=x.one_eigh))):
