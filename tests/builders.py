@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd import gradcheck
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import brandla
 import oracles
@@ -98,8 +100,10 @@ def padded(factor: Symmetric, count: int) -> Symmetric:
     return type(factor)(*(torch.nn.functional.pad(part, pad) for part, pad in zip(factor, pads, strict=True)))
 
 
-def values_of(value: Symmetric) -> Tensor:
-    """Return what belongs to each column: its eigenvalue, or its squared length."""
+def values_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
+    """Return what belongs to each column: its eigenvalue, its singular value, or its squared length."""
+    if isinstance(value, brandla.LowRankSVD):
+        return value.S
     return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)
 
 
@@ -118,10 +122,118 @@ def defect(value: Symmetric) -> float:
     return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
 
 
+def assert_decomposition(value: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
+    """Check orthonormality, and that the values are descending and non-negative."""
+    values = values_of(value)
+    assert values.shape == (rank,)
+    assert (values >= 0).all()
+    assert (values.diff() <= 0).all()
+    for side in (value.U, value.Vh.mT) if isinstance(value, brandla.LowRankSVD) else (value.eigenvectors,):
+        assert oracles.orthonormality_ratio(side, values) <= oracles.THRESHOLD
+
+
 def unbound(value: Any) -> list[Any]:
     """Return the members of a batch, along its first dimension."""
     leaves, tree = tree_flatten(value)
     return [tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True)]
+
+
+def assert_same(result: Any, expected: Any) -> None:
+    """Check that two trees of values have one structure, and tensors of the same bits."""
+    (parts, structure), (expected_parts, expected_structure) = tree_flatten(result), tree_flatten(expected)
+    assert structure == expected_structure
+    for part, other in zip(parts, expected_parts, strict=True):
+        assert (part.dtype, part.device) == (other.dtype, other.device)
+        assert torch.equal(part, other)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors of nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def unchanged(*arguments: Any) -> Iterator[None]:
+    """Check that nothing is written to a tensor among the arguments."""
+    tensors = tensors_in(arguments)
+    before = [(tensor.clone(), tensor._version, tensor.stride()) for tensor in tensors]
+    yield
+    for tensor, (values, version, stride) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert tensor.stride() == stride
+        assert torch.equal(tensor.nan_to_num(), values.nan_to_num())
+        assert torch.equal(tensor.isnan(), values.isnan())
+
+
+def shares_memory(one: Any, other: Any) -> bool:
+    """Return whether any tensor of one tree lies in the memory of one of the other."""
+    ones, others = (
+        {part.untyped_storage().data_ptr() for part in tensors_in(tree) if part.numel()} for tree in (one, other)
+    )
+    return not ones.isdisjoint(others)
+
+
+def in_full(result: Any) -> list[Tensor]:
+    """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [dense(result)] if hasattr(result, "dense") else [part for each in result for part in in_full(each)]
+
+
+def assert_agree(result: Any, expected: Any, relative: float) -> None:
+    """Check that two results stand for the same matrices and numbers, relative to the largest entry of all."""
+    assert [part.dtype for part in tree_leaves(result)] == [part.dtype for part in tree_leaves(expected)]
+    wanted = in_full(expected)
+    largest = max((float(part.double().abs().max()) for part in wanted if part.numel()), default=0.0)
+    for one, other in zip(in_full(result), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=relative * largest)
+
+
+def assert_differentiable(function: Callable[..., Any], *arguments: Any) -> None:
+    """Check the derivatives of what a function returns by every tensor among its arguments."""
+    leaves, tree = tree_flatten(arguments)
+
+    def symmetric(part: Any) -> Any:
+        # S may only be moved to another symmetric matrix.
+        return part._replace(gram=oracles.symmetrised(part.gram)) if isinstance(part, brandla.LowRankRoot) else part
+
+    def call(*parts: Tensor) -> tuple[Tensor, ...]:
+        given = tree_map(symmetric, tree_unflatten(parts, tree), is_leaf=lambda part: isinstance(part, Symmetric))
+        return tuple(in_full(function(*given)))
+
+    assert gradcheck(call, [leaf.detach().clone().requires_grad_() for leaf in leaves], fast_mode=True)
+
+
+class Operator:
+    """A matrix that can only be multiplied with, and counts how often."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Take over what a matrix says of itself."""
+        self.matrix, self.products = matrix, 0
+        self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
+
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        assert block.dtype == self.dtype
+        self.products += 1
+        return self.matrix @ block
+
+
+class OperatorWithTranspose(Operator):
+    """An operator that knows its transpose."""
+
+    @property
+    def mT(self) -> Operator:  # noqa: N802
+        """The transpose."""
+        return Operator(self.matrix.mT)
+
+
+class OperatorFromTheRight(Operator):
+    """An operator that also multiplies from the right of a tensor."""
+
+    def __rmatmul__(self, block: Tensor) -> Tensor:
+        """Return the product."""
+        return block @ self.matrix
 
 
 class SymmetricUpdate(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,15 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
-from brandla_kernels import gram_ema_
-from builders import CHOLESKY_UPDATE, dense, make_columns, make_eigh, make_root, make_svd
+import brandla_kernels
+from builders import CHOLESKY_UPDATE, make_columns, make_eigh, make_root, make_svd, padded
 from oracles import symmetrised
 
 N, R, K = 40, 6, 4
 
 
 class Given(NamedTuple):
-    """Arguments: factors of order N, of order 9, new columns, and a positive number."""
+    """Arguments: factors of order N, of order 9, new columns, and positive numbers."""
 
     eigh: brandla.LowRankEigh
     root: brandla.LowRankRoot
@@ -29,7 +30,7 @@ class Given(NamedTuple):
     small_columns: Tensor  # 9 × K
     block: Tensor  # N × 9
     square: Tensor  # N × N, semi-definite
-    number: Tensor
+    number: Tensor  # 1/8, 2/8, … in a batch
 
     def moved(self, to: torch.device | str) -> Given:
         """Return copies on a device."""
@@ -39,17 +40,34 @@ class Given(NamedTuple):
 def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = ()) -> Given:
     """Return new arguments."""
     options: dict[str, Any] = {"dtype": dtype, "batch_shape": batch_shape}
+    numbers = torch.arange(1, math.prod(batch_shape) + 1, dtype=dtype) / 8
     return Given(
         *(make_eigh(N, R, **options), make_root(N, R, **options), make_svd(N, 9, R, **options)),
         *(make_eigh(N, R, dtype=dtype), make_eigh(9, 3, **options)),
         *(make_columns(n, k, **options) for n, k in ((N, K), (9, K), (N, 9))),
-        *(symmetrised(make_root(N, R, **options).dense()), torch.tensor(0.1, dtype=dtype)),
+        *(symmetrised(make_root(N, R, **options).dense()), numbers.reshape(batch_shape)),
     )
+
+
+def one_of(value: Any, index: int) -> Any:
+    """Return a problem of a batch."""
+    return tree_map(lambda part: part[index], value)
 
 
 def doubled(columns: Tensor) -> Tensor:
     """Return each column twice."""
     return torch.cat([columns, columns], -1)
+
+
+def seeded(x: Given) -> torch.Generator | None:
+    """Return a generator, where there are numbers to draw."""
+    return None if x.columns.is_meta else torch.Generator("cpu").manual_seed(0)
+
+
+def stream(x: Given) -> brandla.Centred:
+    """Return what a centred stream makes of two batches."""
+    start = brandla.centre(x.svd._replace(U=0 * x.svd.U, S=0 * x.svd.S, Vh=x.svd.Vh[..., :0]))
+    return brandla.svd_append(brandla.svd_append(start, x.columns), x.block, decay=0.9)
 
 
 update = CHOLESKY_UPDATE
@@ -81,16 +99,18 @@ WITHOUT_WAITING: dict[str, Call] = {
     "damped_logdet": lambda x: brandla.damped_logdet(x.eigh, x.number, tail="smallest"),
     "damped_logdet, root": lambda x: brandla.damped_logdet(x.root, x.number),
     "damped_logdet, diagonal": lambda x: brandla.damped_logdet(x.eigh, 0.1, tail=0.2, diagonal=x.columns[..., 0] ** 2),
-    "kron_damped_power": lambda x: brandla.kron_damped_power(x.eigh, x.small, x.block, 0.1, -0.5, left_tail="smallest"),
-    "kron_damped_logdet": lambda x: brandla.kron_damped_logdet(x.eigh, x.small, 0.1, right_tail=0.2),
-    "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number),
+    "kron_damped_power": lambda x: brandla.kron_damped_power(
+        x.eigh, x.small, x.block, x.number, -0.5, left_tail="smallest"
+    ),
+    "kron_damped_logdet": lambda x: brandla.kron_damped_logdet(x.eigh, x.small, x.number, right_tail=0.2),
+    "kron_damped_solve": lambda x: brandla.kron_damped_solve(x.root, x.small, x.block, 0.1, x.number, right_tail=0.3),
     "kron_damped_solve, one for all": lambda x: brandla.kron_damped_solve(x.one_eigh, x.small, x.block, 0.1, 0.2),
     "kron_damped_solve, pair": lambda x: brandla.kron_damped_solve(
         x.root, x.small, (x.columns, x.small_columns), 0.1, x.number
     ),
     "is_finite": lambda x: [value.is_finite() for value in (x.eigh, x.root, x.svd)],
     "largest_eigenvalue": lambda x: x.root.largest_eigenvalue(),
-    "gram_ema_": lambda x: (gram_ema_(x.square, x.columns, 0.9, 0.1), x.square)[1],
+    "gram_ema_": lambda x: (brandla_kernels.gram_ema_(x.square, x.columns, 0.9, 0.1), x.square)[1],
     "grouped.root_update": lambda x: update.grouped([x.root] * 2, [x.columns] * 2),
 }
 # What may call an eigendecomposition, which waits.
@@ -107,14 +127,67 @@ WAITING: dict[str, Call] = {
     "root_update, shrink": lambda x: brandla.root_update(x.root, x.columns, shrink=True),
     "eigh_update_": lambda x: brandla.eigh_update_(x.eigh, x.columns, decay=0.5),
     "svd_append": lambda x: brandla.svd_append(x.svd, x.columns, decay=0.9),
-    "svd_update": lambda x: brandla.svd_update(x.svd, x.columns, x.small_columns),
+    "svd_update": lambda x: brandla.svd_update(x.svd, x.columns, x.small_columns, decay=x.number),
 }
-
-
-def in_full(result: Any) -> list[Tensor]:
-    """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
-    if isinstance(result, brandla.Tracked):
-        return in_full(result.lowrank)
-    if isinstance(result, Tensor):
-        return [result]
-    return [dense(result)] if hasattr(result, "dense") else [part for each in result for part in in_full(each)]
+# What goes through no compiler and no interpreter.
+OTHERS: dict[str, Call] = {
+    "randomized_eigh": lambda x: brandla.randomized_eigh(x.square, 3, oversample=4, generator=seeded(x)),
+    "randomized_svd": lambda x: brandla.randomized_svd(x.block, 3, oversample=1, generator=seeded(x)),
+    "randomized_svd, of a value": lambda x: brandla.randomized_svd(x.svd, 3, oversample=3, generator=seeded(x)),
+    "svd_append, again": lambda x: brandla.svd_append(brandla.svd_append(x.svd, x.columns), x.columns),
+    "svd_append, no columns": lambda x: brandla.svd_append(x.svd, x.columns[..., :0]),
+    "svd_update, wide": lambda x: brandla.svd_update(x.svd, x.square, x.block.mT, decay=x.number, rank=9),
+    "eigh_update, again": lambda x: brandla.eigh_update(brandla.eigh_update(x.eigh, x.columns), x.columns),
+    "eigh_update, tensors": lambda x: brandla.eigh_update(
+        brandla.track(x.eigh), x.columns, decay=x.number, weight=x.number, rank=8
+    ),
+    "eigh_update, wide": lambda x: brandla.eigh_update(brandla.track(x.eigh), x.square),
+    "root_update, tensors": lambda x: brandla.root_update(
+        brandla.track(x.root), x.columns, decay=x.number, weight=x.number, rank=8
+    ),
+    "root_update, no columns, rank 4": lambda x: brandla.root_update(x.root, x.columns[..., :0], rank=4),
+    "eigh_update, no columns": lambda x: brandla.eigh_update(brandla.track(x.eigh), x.columns[..., :0], decay=0.5),
+    "eigh_downdate, no columns": lambda x: brandla.eigh_downdate(x.eigh, x.columns[..., :0]),
+    "centred": lambda x: (c := stream(x), c.transform(x.columns), c.explained_variance(), c.explained_variance_ratio()),
+    "inverse_transform": lambda x: stream(x).inverse_transform(stream(x).transform(x.columns)),
+    "merge": lambda x: brandla.merge(stream(x), stream(x), rank=5),
+    "damped_solve, tensor tail": lambda x: brandla.damped_solve(x.eigh, x.columns, x.number, tail=x.number / 4),
+    "damped_solve, vector": lambda x: brandla.damped_solve(x.eigh, x.columns[..., 0], x.number),
+    "damped_solve, no columns": lambda x: [
+        brandla.damped_solve(factor, x.columns[..., :0], x.number) for factor in (x.eigh, x.root)
+    ],
+    "damped_solve, one diagonal": lambda x: brandla.damped_solve(
+        x.eigh, x.columns, 0.1, tail=0.2, diagonal=x.one_eigh.eigenvectors[..., 0] ** 2
+    ),
+    "damped_power, root": lambda x: brandla.damped_power(x.root, x.columns, 0.1, -0.5, tail=0.2),
+    "damped_power, exponents 0 and 1": lambda x: [
+        brandla.damped_power(x.eigh, x.columns, 0.1, power) for power in (0, 1)
+    ],
+    "damped_power, nothing held": lambda x: [
+        brandla.damped_power(padded(x.root, -R), x.columns, 1.0, power) for power in (-1, -0.5, 0, 1)
+    ],
+    "kron_damped_solve, nothing held": lambda x: [
+        brandla.kron_damped_solve(padded(x.eigh, -R), padded(x.small, -3), data, 1.0, 1.0)
+        for data in (x.block, (x.columns, x.small_columns))
+    ],
+    "kron_damped_solve, root right": lambda x: [
+        brandla.kron_damped_solve(x.eigh, brandla.LowRankRoot.from_eigh(x.small), data, x.number, 0.2, left_tail=0.1)
+        for data in (x.block, (x.columns, x.small_columns))
+    ],
+    "kron_damped_power, one for all": lambda x: [
+        brandla.kron_damped_power(x.one_eigh, x.small, x.block, x.number, -1),
+        brandla.kron_damped_logdet(x.one_eigh, x.small, x.number),
+    ],
+    "dense": lambda x: [value.dense() for value in (x.eigh, x.root, x.svd)],
+    "products": lambda x: [x.eigh @ x.columns, x.root @ x.columns, x.svd.mT @ x.columns],
+    "traces": lambda x: [x.eigh.trace(), x.root.trace(), x.eigh.largest_eigenvalue()],
+    "from_eigh": lambda x: brandla.LowRankRoot.from_eigh(x.eigh),
+    "zeros": lambda x: brandla.LowRankEigh.zeros(3, 2, device=x.columns.device),
+    "gram": lambda x: [brandla_kernels.gram(x.columns), brandla_kernels.project(x.block, x.columns)],
+    "kernels": lambda x: [torch.ops.brandla.gram(x.columns), torch.ops.brandla.project(x.block, x.columns)],
+}
+ALL = WITHOUT_WAITING | WAITING | OTHERS
+# Where a look is free it decides which of nearly dependent columns come first, so that only their span is comparable.
+NOT_COMPARABLE = "eigh_refresh, begun"
+# Calls that overwrite nothing.
+NEW = [name for name in ALL if "_," not in name and not name.endswith("_") and name != NOT_COMPARABLE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from brandla_kernels import OPS, signs
 from brandla_kernels._grouped import _own_arguments
+from builders import unchanged
 
 # n, r, k.
 SIZES = {
@@ -307,3 +309,36 @@ def assert_computes(case: str, results: Any, arguments: Any, expected: Any | Non
         assert got.shape == wanted.shape
         # A NaN is no small error.
         assert ((got.double() - wanted).abs() <= 3 * lengths * precision * terms).all()
+
+
+def assert_op(case: str, new: Callable[[], tuple[Any, ...]], around: Any = None) -> None:
+    """Check an op against its formula, and that it leaves its inputs alone."""
+    arguments = new()
+    overwrites = op_of(case).endswith("_")
+    with unchanged(arguments[1:] if overwrites else arguments), around or nullcontext():
+        results = run(OPS[op_of(case)], arguments)
+    assert_computes(case, results, new() if overwrites else arguments)
+
+
+def grouped_operands(
+    case: str, sizes: Any, layouts: Any, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """Return arguments of the grouped op, for problems of these sizes in these layouts, taken in turn."""
+    problems = [operands(case, *size, layouts[index % len(layouts)], dtype, device) for index, size in enumerate(sizes)]
+    return grouped(case, problems)
+
+
+def assert_grouped(case: str, new: Callable[[], tuple[Any, ...]]) -> None:
+    """Check a grouped op problem by problem, and the zeros that stacks are padded with."""
+    arguments = new()
+    overwrites = op_of(case).endswith("_")
+    with unchanged(arguments[1:] if overwrites else arguments):
+        results = run(OPS[op_of(case)], arguments)
+    for problem, own in enumerate(problems_of(case, new() if overwrites else arguments)):
+        expected = exact(case, own)
+        assert_computes(case, of_problem(results, problem, expected), own, expected)
+        for result, part in zip(results, expected, strict=True):
+            assert isinstance(result, Tensor) or result[problem].shape == part.shape
+            padding = result[problem].clone()
+            padding[tuple(map(slice, part.shape))] = 0
+            assert not padding.any()

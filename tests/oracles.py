@@ -93,67 +93,44 @@ def rectangular_matrix(spectrum: Tensor, m: int, n: int, seed: int) -> Tensor:
     return (orthonormal(m, r, seed) * spectrum) @ orthonormal(n, r, seed + 1).mT
 
 
-PANELS = (
-    *("gaussian", "condition 1e3", "condition 1e6", "graded", "columns of very different length", "half the rank"),
-    *("two directions", "two directions and noise near rounding", "p, p + 1e-5 z, 0.9 z", "a weak column first"),
-    *(
-        "every column repeated",
-        "nearly repeated",
-        "nearly cancelling",
-        "zero columns",
-        "every third column zero",
-        "zero",
-        "tiny",
-        "huge",
-    ),
-    *("growing under elimination", "growing under elimination, one repeated", "noise, then its direction"),
-)
-
-
-def panel(family: str, n: int, k: int, seed: int = 5) -> Tensor:
-    """Return n × k columns of one of PANELS, which Gram–Schmidt or Cholesky QR has trouble with."""
+def panels(n: int, k: int, seed: int = 5) -> dict[str, Tensor]:
+    """Return n × k columns of every family that Gram–Schmidt or Cholesky QR has trouble with."""
     z, two = gaussian(n, k, seed=seed), gaussian(n, 2, seed=seed + 1)
-    p = two[:, :1]
-    match family:
-        case "condition 1e3" | "condition 1e6":
-            return rectangular_matrix(torch.logspace(0, -int(family[-1]), k, dtype=torch.float64), n, k, seed)
-        case "graded":
-            return rectangular_matrix(graded(k), n, k, seed)
-        case "columns of very different length":
-            return z * torch.logspace(-12, 12, k, dtype=torch.float64)
-        case "half the rank":
-            return z[:, : k // 2] @ gaussian(k // 2, k, seed=seed + 2)
-        case "two directions":
-            return two @ gaussian(2, k, seed=seed + 2)
-        case "two directions and noise near rounding":
-            return panel("two directions", n, k, seed) + 1e-13 * z
-        case "p, p + 1e-5 z, 0.9 z":
-            return torch.cat([p, p + 1e-5 * z[:, :1], z[:, 2 : k // 2], 0.9 * z[:, : k - k // 2]], dim=1)
-        case "a weak column first":
-            return torch.cat([1e-7 * p, p + z[:, 1:]], dim=1)
-        case "every column repeated":
-            return z.repeat_interleave(2, dim=1)[:, :k]
-        case "nearly repeated":
-            return p + 1e-5 * z
-        case "nearly cancelling":
-            # Each third column is minus the sum of the two before it, and a little.
-            for j in range(2, k, 3):
-                z[:, j] = 1e-5 * z[:, j] - z[:, j - 1] - z[:, j - 2]
-        case "zero columns":
-            z[:, [0, -1][:k]] = 0
-        case "every third column zero":
-            z[:, ::3] = 0
-        case "growing under elimination":
-            # The inverse of this triangle has entries up to 2.2^(k − 2).
-            triangle = torch.eye(k, dtype=torch.float64) - 1.2 * torch.ones(k, k, dtype=torch.float64).triu(1)
-            return orthonormal(n, k, seed) @ triangle
-        case "growing under elimination, one repeated":
-            return torch.cat([panel("growing under elimination", n, k, seed)[:, 1:-1], p, p], dim=1)
-        case "noise, then its direction":
-            # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
-            u = two[:, 1:]
-            return torch.cat([p, p + 3e-7 * u, u, two @ gaussian(2, k, seed=seed + 2)], dim=1)[:, :k]
-    return {"zero": 0.0, "tiny": 1e-18, "huge": 1e17}.get(family, 1.0) * z
+    p, u, one = two[:, :1], two[:, 1:], torch.ones(k, k, dtype=torch.float64)
+    of_two = two @ gaussian(2, k, seed=seed + 2)
+    # The inverse of this triangle has entries up to 2.2^(k − 2).
+    growing = orthonormal(n, k, seed) @ (torch.eye(k, dtype=torch.float64) - 1.2 * one.triu(1))
+    cancelling, first_and_last = z.clone(), torch.arange(k) % max(k - 1, 1) == 0
+    for j in range(2, k, 3):
+        # Each third column is minus the sum of the two before it, and a little.
+        cancelling[:, j] = 1e-5 * z[:, j] - cancelling[:, j - 1] - cancelling[:, j - 2]
+    return {
+        "gaussian": z,
+        "condition 1e3": rectangular_matrix(torch.logspace(0, -3, k, dtype=torch.float64), n, k, seed),
+        "condition 1e6": rectangular_matrix(torch.logspace(0, -6, k, dtype=torch.float64), n, k, seed),
+        "graded": rectangular_matrix(graded(k), n, k, seed),
+        "columns of very different length": z * torch.logspace(-12, 12, k, dtype=torch.float64),
+        "half the rank": z[:, : k // 2] @ gaussian(k // 2, k, seed=seed + 2),
+        "two directions": of_two,
+        "two directions and noise near rounding": of_two + 1e-13 * z,
+        "p, p + 1e-5 z, 0.9 z": torch.cat([p, p + 1e-5 * z[:, :1], z[:, 2 : k // 2], 0.9 * z[:, : k - k // 2]], dim=1),
+        "a weak column first": torch.cat([1e-7 * p, p + z[:, 1:]], dim=1),
+        "every column repeated": z.repeat_interleave(2, dim=1)[:, :k],
+        "nearly repeated": p + 1e-5 * z,
+        "nearly cancelling": cancelling,
+        "zero columns": z.masked_fill(first_and_last, 0),
+        "every third column zero": z.masked_fill(torch.arange(k) % 3 == 0, 0),
+        "zero": 0 * z,
+        "tiny": 1e-18 * z,
+        "huge": 1e17 * z,
+        "growing under elimination": growing,
+        "growing under elimination, one repeated": torch.cat([growing[:, 1:-1], p, p], dim=1),
+        # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
+        "noise, then its direction": torch.cat([p, p + 3e-7 * u, u, of_two], dim=1)[:, :k],
+    }
+
+
+PANELS = tuple(panels(4, 4))
 
 
 def symmetrised(matrix: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""eigh_update: the best truncation, and the eigendecompositions that LAPACK fails on."""
+"""eigh_update where LAPACK fails, and the signs of its vectors; eigh_downdate."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,36 +12,6 @@ import brandla
 import oracles
 from builders import defect, dense, make_columns, make_eigh, make_root
 from oracles import ORTHONORMAL, THRESHOLD
-
-
-@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-@pytest.mark.parametrize("rank", [1, 8, 12])
-def test_one_truncated_update_is_the_best_approximation(spectrum: str, rank: int, dtype: torch.dtype) -> None:
-    n, r, k = 50, 12, 8
-    old, columns = make_eigh(n, r, spectrum, dtype=dtype), make_columns(n, k, dtype=dtype)
-    new = brandla.eigh_update(old, columns, decay=0.9, weight=0.1, rank=rank)
-    matrix = oracles.updated(dense(old), columns, 0.9, 0.1)
-    reference = oracles.eigh(matrix)
-    scale = float(reference.eigenvalues[0])
-    best = oracles.spectral_norm(matrix - reference.truncation(rank))
-    assert (new.eigenvalues - reference.eigenvalues[:rank]).abs().max() <= oracles.tolerance(n, dtype, scale)
-    assert oracles.spectral_norm(matrix - dense(new)) <= best + oracles.tolerance(n, dtype, scale)
-    # A truncation moves under a perturbation by as much as the values that it parts are near (Davis and Kahan).
-    gap = float(reference.eigenvalues[rank - 1] - reference.eigenvalues[rank]) / scale
-    if gap > 1e-2:
-        assert oracles.difference_ratio(dense(new), reference.truncation(rank), dtype, scale / gap) <= THRESHOLD
-
-
-@pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_small_eigenvalues_are_right_to_the_working_precision(stream: str, dtype: torch.dtype) -> None:
-    n, r, k = 48, 48, 8
-    value = brandla.LowRankEigh.zeros(n, r, dtype=dtype)
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    for columns in oracles.batches(stream, n, k, 12, dtype=dtype):
-        value = brandla.eigh_update(value, columns)
-        matrix = oracles.updated(matrix, columns)
-    reference = oracles.eigh(matrix).eigenvalues
-    assert (value.eigenvalues - reference).abs().max() <= oracles.tolerance(n, dtype, reference[0])
 
 
 class FailingEigh:
@@ -108,7 +77,7 @@ def test_eigendecomposition_survives_repeated_columns_of_a_large_stream(copies: 
     stream = oracles.spectral_stream(oracles.power_law(0.5), copies=copies)(n, k, 0)
     value = brandla.LowRankEigh.zeros(n, r, dtype=torch.float32)
     matrix = torch.zeros(n, n, dtype=torch.float64)
-    for _ in range(25):
+    for _ in range(10):
         columns = next(stream).float()
         value = brandla.eigh_update(value, columns, decay=0.95, weight=0.05)
         matrix = oracles.updated(matrix, columns, 0.95, 0.05)
@@ -140,23 +109,15 @@ def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_shape", [(), (2, 2)], ids=str)
-def test_downdate_takes_back_what_an_update_added(batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    n, r, k, weight = (
-        50,
-        12,
-        8,
-        torch.linspace(0.5, 2, max(1, math.prod(batch_shape)), dtype=dtype).reshape(batch_shape),
-    )
-    old = make_eigh(n, r, "slow", dtype=dtype, batch_shape=batch_shape)
-    columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
+def test_downdate_takes_back_what_an_update_added(dtype: torch.dtype) -> None:
+    n, r, k, weight = 50, 12, 8, 0.7
+    old, columns = make_eigh(n, r, "slow", dtype=dtype), make_columns(n, k, dtype=dtype)
     there = brandla.eigh_update(old, columns, weight=weight, rank=r + k)
     back = brandla.eigh_downdate(there, columns, weight=weight)
-    assert (back.eigenvalues[..., r:] == 0).all()
-    for one, wanted, before in zip(*(part.reshape(-1, n, n) for part in map(dense, (back, old, there))), strict=True):
-        assert oracles.difference_ratio(one, wanted, dtype, oracles.spectral_norm(before)) <= THRESHOLD
+    assert (back.eigenvalues[r:] == 0).all()
+    assert (back.eigenvalues.diff() <= 0).all()
+    assert oracles.difference_ratio(dense(back), dense(old), dtype, oracles.spectral_norm(dense(there))) <= THRESHOLD
     assert defect(back) <= ORTHONORMAL * oracles.epsilon(dtype)
-    assert (back.eigenvalues.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
@@ -201,12 +162,3 @@ def test_a_sliding_window_follows_its_own_decomposition(
         # A rank of (width + 1) k holds all; each step rounds twice.
         assert error <= most + 2 * len(batches) * oracles.rounding(n, dtype, 1.0)
     assert defect(window) <= ORTHONORMAL * oracles.epsilon(dtype)
-
-
-@pytest.mark.parametrize(("k", "where"), [(4, "small"), (4, "tall"), (4, "columns"), (0, "small"), (0, "tall")])
-def test_a_downdate_of_what_is_not_finite_is_nan_alone(k: int, where: str) -> None:
-    old, columns = make_eigh(30, 6, batch_shape=(2,)), make_columns(30, k, batch_shape=(2,))
-    {"small": old.eigenvalues, "tall": old.eigenvectors, "columns": columns}[where][1].flatten()[-1:].fill_(torch.nan)
-    new = brandla.eigh_downdate(old, columns)
-    assert new.is_finite().tolist() == [True, False]
-    assert all(part[1].isnan().all() and part[0].isfinite().all() for part in new)

@@ -123,29 +123,3 @@ def test_merged_streams_are_the_stream_of_both(batch_shape: tuple[int, ...], off
     torch.testing.assert_close(same.svd.S, parts[0].svd.S)
     assert torch.equal(same.mean, parts[0].mean)
     assert not brandla.merge(start, start).weight.any()
-
-
-def test_merge_refuses_what_is_no_stream() -> None:
-    start = brandla.centre(brandla.LowRankSVD.zeros(12, 0, 2))
-    with pytest.raises(TypeError, match=r"^merge: second must be a Centred; got LowRankSVD; .* brandla.centre"):
-        brandla.merge(start, start.svd)
-    with pytest.raises(ValueError, match=r"^merge: second.svd.U must have n = 12 rows"):
-        brandla.merge(start, brandla.centre(brandla.LowRankSVD.zeros(10, 0, 2)))
-    with pytest.raises(TypeError, match=r"^merge: first.mean must be float64, whatever .*; got float32"):
-        brandla.merge(start._replace(mean=start.mean.float()), start)
-
-
-def test_a_bad_entry_reaches_all_of_a_centred_value(dtype: torch.dtype) -> None:
-    value = brandla.centre(brandla.LowRankSVD.zeros(12, 0, 3, dtype=dtype, batch_shape=(2,)))
-    columns = shifted_columns(12, 8, 0.0).to(dtype).expand(2, 12, 8).clone()
-    columns[1, 4, 2] = torch.nan
-    value = brandla.svd_append(value, columns)
-    assert value.is_finite().tolist() == [True, False]
-    for part in (value.svd.U, value.svd.S, value.mean, value.weight, value.scatter):
-        assert part[0].isfinite().all()
-        assert part[1].isnan().all()
-
-
-def test_a_decomposition_that_has_seen_columns_cannot_be_centred() -> None:
-    with pytest.raises(ValueError, match=r"^centre: .*4.*LowRankSVD.zeros\(m, 0, rank\)"):
-        brandla.centre(brandla.LowRankSVD.zeros(10, 4, 3))

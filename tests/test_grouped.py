@@ -13,8 +13,18 @@ from torch.utils._pytree import tree_leaves
 import brandla
 import oracles
 from brandla import grouped
-from builders import SymmetricUpdate, dense, make_columns, make_eigh, make_root, make_svd
-from oracles import THRESHOLD, generator, power_law, psd_matrix
+from builders import (
+    SymmetricUpdate,
+    assert_agree,
+    assert_same,
+    defect,
+    make_columns,
+    make_eigh,
+    make_root,
+    make_svd,
+    unchanged,
+)
+from oracles import generator, power_law, psd_matrix
 
 SIZES = [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)]
 
@@ -79,33 +89,34 @@ def own_of(values: Any, index: int) -> Any:
     return values[index] if isinstance(values, (list, tuple)) else values
 
 
-def assert_same(actual: Any, expected: Any) -> None:
-    """Check that two results are of one kind and equal bit for bit."""
-    assert type(actual) is type(expected)
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True))
+def both(function: str, lists: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Return the results of a grouped call, and those of the calls one by one."""
+    alone = [
+        getattr(brandla, function)(
+            *(own_of(values, index) for values in lists),
+            **{key: own_of(value, index) for key, value in options.items()},
+        )
+        for index in range(len(lists[0]))
+    ]
+    return getattr(grouped, function)(*lists, **options), alone
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_grouped_call_equals_a_loop(name: str, unchanged: Callable[..., Any]) -> None:
+def test_grouped_call_equals_a_loop(name: str) -> None:
     function, lists, options = CASES[name]
     with unchanged(lists, options):
-        results = getattr(grouped, function)(*lists, **options)
-    assert isinstance(results, list)
-    assert len(results) == len(SIZES)
-    for i, result in enumerate(results):
-        arguments = [own_of(values, i) for values in lists]
-        own = {key: own_of(value, i) for key, value in options.items()}
-        assert_same(result, getattr(brandla, function)(*arguments, **own))
+        results, expected = both(function, lists, options)
+    assert_same(results, expected)
 
 
 @pytest.mark.parametrize("function", ["randomized_eigh", "randomized_svd"])
 @pytest.mark.parametrize("rank", [4, [4, 8, 2, 1]], ids=str)
 def test_grouped_randomized_call_equals_a_loop_from_one_generator(function: str, rank: Any) -> None:
     results = getattr(grouped, function)(MATRICES, rank, power_iterations=1, generator=generator(3))
-    source = generator(3)
-    for i, matrix in enumerate(MATRICES):
-        alone = getattr(brandla, function)(matrix, own_of(rank, i), power_iterations=1, generator=source)
-        assert_same(results[i], alone)
+    options = {"power_iterations": 1, "generator": generator(3)}
+    assert_same(
+        results, [getattr(brandla, function)(each, own_of(rank, i), **options) for i, each in enumerate(MATRICES)]
+    )
 
 
 ORDERS = (40, 64, 90)
@@ -113,22 +124,19 @@ ORDERS = (40, 64, 90)
 INSIDE = {"none": (), "one": (64,), "all": ORDERS}
 
 
-def assert_equal_factors(result: Any, expected: Any, dtype: torch.dtype) -> None:
-    """Check that two factors stand for one matrix, to the rounding of two backward stable ways to it."""
-    tracked = isinstance(expected, brandla.Tracked)
-    if tracked:
-        scale = oracles.tolerance(expected.lowrank.n, dtype, expected.trace)
-        assert abs(result.trace - expected.trace) <= scale
-        assert abs(result.error_bound - expected.error_bound) <= scale
-        result, expected = result.lowrank, expected.lowrank
-    assert type(result) is type(expected)
-    assert [(part.shape, part.dtype) for part in result] == [(part.shape, part.dtype) for part in expected]
-    assert oracles.difference_ratio(dense(result), dense(expected), dtype) <= THRESHOLD
-    if isinstance(result, brandla.LowRankEigh):
-        assert oracles.orthonormality_ratio(result.eigenvectors, result.eigenvalues) <= THRESHOLD
-    else:
-        gram = result.root.double().mT @ result.root.double()
-        assert oracles.difference_ratio(result.gram, gram, dtype) <= THRESHOLD
+def assert_equal_factors(results: list[Any], expected: list[Any], dtype: torch.dtype) -> None:
+    """Check that the factors stand for the same matrices, to the rounding of two backward stable ways to them."""
+    for result, wanted in zip(results, expected, strict=True):
+        assert_agree(result, wanted, oracles.tolerance(90, dtype))
+        assert [part.shape for part in tree_leaves(result)] == [part.shape for part in tree_leaves(wanted)]
+        factor = result.lowrank if isinstance(result, brandla.Tracked) else result
+        assert defect(factor) <= oracles.ORTHONORMAL * oracles.epsilon(dtype)
+
+
+def factors_and_columns(update: SymmetricUpdate, k: int, orders: Any = ORDERS, **options: Any) -> tuple[Any, Any]:
+    """Return factors of rank 8 and columns for them."""
+    factors = [update.make(n, 8, seed=n, **options) for n in orders]
+    return factors, [make_columns(n, k, seed=n, **options) for n in orders]
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["plain", "tracked"])
@@ -136,51 +144,40 @@ def assert_equal_factors(result: Any, expected: Any, dtype: torch.dtype) -> None
 def test_factors_of_one_rank_are_updated_as_each_by_itself(
     update: SymmetricUpdate, inside: str, tracked: bool, dtype: torch.dtype
 ) -> None:
-    r, k = 8, 5
-    factors = [update.make(n, r, dtype=dtype, seed=n) for n in ORDERS]
-    columns = [make_columns(n, k, dtype=dtype, seed=n) for n in ORDERS]
+    factors, columns = factors_and_columns(update, 5, dtype=dtype)
     for index, n in enumerate(ORDERS):
         if n in INSIDE[inside]:
-            matrix = factors[index].dense()
-            columns[index] = matrix @ columns[index] / n**0.5
+            columns[index] = factors[index].dense() @ columns[index] / n**0.5
     factors = [brandla.track(factor) for factor in factors] if tracked else factors
-    for options in ({"rank": brandla.Rank(r + k, tol=1e-2)}, {"rank": 3}):
-        results = update.grouped(factors, columns, decay=0.9, weight=[0.5, 1.0, 2.0], **options)
-        for result, factor, own, weight in zip(results, factors, columns, [0.5, 1.0, 2.0], strict=True):
-            assert_equal_factors(result, update(factor, own, decay=0.9, weight=weight, **options), dtype)
+    for options in ({"rank": brandla.Rank(13, tol=1e-2)}, {"rank": 3}):
+        given = update.options | options | {"decay": 0.9, "weight": [0.5, 1.0, 2.0]}
+        results, alone = both(update.name, [factors, columns], given)
+        assert_equal_factors(results, alone, dtype)
 
 
 @pytest.mark.parametrize("k", [3, 30], ids=["one among them", "all"])
 def test_lists_may_hold_factors_that_the_update_fills_whole(update: SymmetricUpdate, k: int) -> None:
     """With r + k ≥ n: of the first factor, or of all."""
-    orders, dtype = (10, 20, 33), torch.float64
-    factors = [update.make(n, 8, dtype=dtype, seed=n) for n in orders]
-    columns = [make_columns(n, k, dtype=dtype, seed=n) for n in orders]
-    results = update.grouped(factors, columns, decay=0.9, rank=8 + min(k, 2))
-    for result, factor, own in zip(results, factors, columns, strict=True):
-        assert_equal_factors(result, update(factor, own, decay=0.9, rank=8 + min(k, 2)), dtype)
+    given = factors_and_columns(update, k, (10, 20, 33))
+    results, alone = both(update.name, [*given], update.options | {"decay": 0.9, "rank": 8 + min(k, 2)})
+    assert_equal_factors(results, alone, torch.float64)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_lists_of_half_precision_columns_equal_their_float32_values(update: SymmetricUpdate, half: torch.dtype) -> None:
-    factors = [update.make(n, 8, dtype=torch.float32, seed=n) for n in ORDERS]
-    columns = [make_columns(n, 5, dtype=half, seed=n) for n in ORDERS]
-    from_half = update.grouped(factors, columns, decay=0.9)
-    mixed = update.grouped(factors, [columns[0], columns[1].float(), columns[2]], decay=0.9)
-    from_float = update.grouped(factors, [own.float() for own in columns], decay=0.9)
-    for one, two, other in zip(from_half, mixed, from_float, strict=True):
-        assert_same(one, other)
-        assert_same(two, other)
+    factors, columns = factors_and_columns(update, 5, dtype=torch.float32)
+    columns = [own.to(half) for own in columns]
+    expected = update.grouped(factors, [own.float() for own in columns], decay=0.9)
+    for given in (columns, [columns[0], columns[1].float(), columns[2]]):
+        assert_same(update.grouped(factors, given, decay=0.9), expected)
 
 
 def test_a_factor_that_is_not_finite_spoils_no_other(update: SymmetricUpdate) -> None:
-    factors = [update.make(n, 8, seed=n) for n in ORDERS]
-    columns = [make_columns(n, 5, seed=n) for n in ORDERS]
+    factors, columns = factors_and_columns(update, 5)
     columns[1][3, 2] = float("nan")
-    results = update.grouped(factors, columns, decay=0.9)
+    results, alone = both(update.name, [factors, columns], update.options | {"decay": 0.9})
     assert [bool(result.is_finite()) for result in results] == [True, False, True]
-    for index in (0, 2):
-        assert_equal_factors(results[index], update(factors[index], columns[index], decay=0.9), torch.float64)
+    assert_equal_factors(results[::2], alone[::2], torch.float64)
 
 
 @pytest.mark.parametrize("make", [make_eigh, make_root])
@@ -188,25 +185,17 @@ def test_applications_of_one_rank_are_those_of_each_by_itself(make: Callable[...
     factors = [make(n, 8, dtype=dtype, seed=n) for n in ORDERS]
     rhs = [make_columns(n, 3, dtype=dtype, seed=n) for n in ORDERS]
     blocks = [make_columns(n, n, dtype=dtype, seed=n) for n in ORDERS]
-    for result, *arguments in zip(grouped.damped_solve(factors, rhs, 0.1), factors, rhs, strict=True):
-        torch.testing.assert_close(result, brandla.damped_solve(*arguments, 0.1))
+    calls: list[Any] = [
+        ("damped_solve", [factors, rhs, 0.1], {}),
+        ("kron_damped_solve", [factors, factors, blocks, 0.1, 0.2], {}),
+        ("kron_damped_solve", [factors, factors, list(zip(rhs, rhs, strict=True)), 0.1, 0.2], {}),
+    ]
     for tail, damping in ((0.0, 0.1), (0.3, [0.1, 0.2, 0.4]), ("smallest", 0.1)):
-        options = {"damping": damping, "tail": tail}
-        sides = {"damping": damping, "left_tail": tail, "right_tail": 0.2}
-        one, two = (
-            grouped.damped_logdet(factors, **options),
-            grouped.kron_damped_logdet(factors, factors[::-1], **sides),
-        )
-        for index, factor in enumerate(factors):
-            own = {"damping": own_of(damping, index)}
-            torch.testing.assert_close(one[index], brandla.damped_logdet(factor, **options | own))
-            alone = brandla.kron_damped_logdet(factor, factors[-1 - index], **sides | own)
-            torch.testing.assert_close(two[index], alone)
-    pairs = list(zip(rhs, rhs, strict=True))
-    for data in (blocks, pairs):
-        results = grouped.kron_damped_solve(factors, factors, data, 0.1, 0.2)
-        for result, factor, own in zip(results, factors, data, strict=True):
-            torch.testing.assert_close(result, brandla.kron_damped_solve(factor, factor, own, 0.1, 0.2))
+        calls.append(("damped_logdet", [factors, damping], {"tail": tail}))
+        sides = {"left_tail": tail, "right_tail": 0.2}
+        calls.append(("kron_damped_logdet", [factors, factors[::-1], damping], sides))
+    for call in calls:
+        assert_agree(*both(*call), oracles.tolerance(90, dtype))
 
 
 def wide_problems(
@@ -224,22 +213,19 @@ def wide_problems(
 def test_factors_of_one_rank_are_refreshed_as_each_by_itself(
     iterations: int, orders: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    eighs, matrices = wide_problems(dtype, orders)
     decays = [0.5, torch.tensor(0.9, dtype=dtype), 0.9]
-    results = grouped.eigh_refresh(eighs, matrices, decay=decays, weight=0.1, iterations=iterations)
-    for (new, order), eigh, matrix, decay in zip(results, eighs, matrices, decays, strict=True):
-        alone, expected = brandla.eigh_refresh(eigh, matrix, decay=decay, weight=0.1, iterations=iterations)
-        assert torch.equal(order, expected)
-        assert_equal_factors(new, alone, dtype)
+    options = {"decay": decays, "weight": 0.1, "iterations": iterations}
+    results, alone = both("eigh_refresh", [*wide_problems(dtype, orders)], options)
+    assert_same([order for _, order in results], [order for _, order in alone])
+    assert_equal_factors([new for new, _ in results], [new for new, _ in alone], dtype)
 
 
 def test_a_wide_matrix_that_is_not_finite_spoils_no_other() -> None:
     eighs, matrices = wide_problems(torch.float64)
     matrices[1][3, 2] = float("nan")
-    results = grouped.eigh_refresh(eighs, matrices)
-    assert [bool(new.is_finite()) for new, _ in results] == [True, False, True]
-    for index in (0, 2):
-        assert_equal_factors(results[index][0], brandla.eigh_refresh(eighs[index], matrices[index])[0], torch.float64)
+    results, alone = ([new for new, _ in each] for each in both("eigh_refresh", [eighs, matrices], {}))
+    assert [bool(new.is_finite()) for new in results] == [True, False, True]
+    assert_equal_factors(results[::2], alone[::2], torch.float64)
 
 
 @pytest.mark.parametrize("orders", [ORDERS, (40, 40, 40)], ids=["different", "equal"])
@@ -250,14 +236,10 @@ def test_powers_of_products_are_those_of_each_by_itself(
 ) -> None:
     lefts, matrices = wide_problems(dtype, orders)
     rights = [make(matrix.shape[1], 5, dtype=dtype, seed=1) for matrix in matrices]
-    tails: dict[str, Any] = {"left_tail": 0.2, "right_tail": "smallest"}
-    dampings = [0.1, torch.tensor(0.3, dtype=dtype), 0.2]
+    lists = [lefts, rights, matrices, [0.1, torch.tensor(0.3, dtype=dtype), 0.2], exponent]
     for values in (None, torch.rand(8, 5, dtype=dtype)):
-        options = {"exponent": exponent, "values": values, **tails}
-        results = grouped.kron_damped_power(lefts, rights, matrices, dampings, **options)
-        for result, left, right, matrix, damping in zip(results, lefts, rights, matrices, dampings, strict=True):
-            alone = brandla.kron_damped_power(left, right, matrix, damping, **options)
-            torch.testing.assert_close(result, alone, rtol=1e-3, atol=oracles.tolerance(90, dtype, alone.abs().max()))
+        options = {"left_tail": 0.2, "right_tail": "smallest", "values": values}
+        assert_agree(*both("kron_damped_power", lists, options), oracles.tolerance(90, dtype))
 
 
 def test_the_gradient_of_listed_powers_is_that_of_single_ones() -> None:
@@ -265,10 +247,9 @@ def test_the_gradient_of_listed_powers_is_that_of_single_ones() -> None:
     given = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]
     factors = [left._replace(eigenvalues=own) for left, own in zip(lefts, given[3:], strict=True)]
     rights = [make_eigh(matrix.shape[1], 5, seed=1) for matrix in matrices]
-    listed = grouped.kron_damped_power(factors, rights, given[:3], 0.1, -0.5)
-    single = [brandla.kron_damped_power(*own, 0.1, -0.5) for own in zip(factors, rights, given[:3], strict=True)]
     of_listed, of_single = (
-        torch.autograd.grad(sum(x.square().sum() for x in found), given) for found in (listed, single)
+        torch.autograd.grad(sum(x.square().sum() for x in found), given)
+        for found in both("kron_damped_power", [factors, rights, given[:3], 0.1, -0.5], {})
     )
     torch.testing.assert_close(of_listed, of_single)
 

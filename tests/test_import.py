@@ -8,30 +8,28 @@ import sys
 
 import pytest
 
-HEAVY = ["triton", "scipy", "sklearn", "pandas", "matplotlib", "rich", "typer", "torch._inductor", "torch._dynamo"]
+HEAVY = (
+    *("triton", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "rich", "typer", "torch._inductor"),
+    *("torch._dynamo", "torch.distributed.tensor", "brandla.kfac", "brandla.cli"),
+)
+STATEMENTS = (
+    "import brandla_kernels",
+    "import brandla",
+    "brandla.eigh_update(brandla.LowRankEigh.zeros(9, 2), torch.ones(9, 1))",
+)
 
 
-def modules_added(statement: str) -> set[str]:
-    """Return the modules a statement adds in a fresh interpreter that has imported torch."""
-    program = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+def test_imports_and_a_call_add_no_heavy_module_to_torch() -> None:
+    """The kernels stand alone; and plain tensors import no DTensor."""
+    look = "print(*(set(sys.modules) - before)); before = set(sys.modules)"
+    program = "; ".join(["import sys, torch; before = set(sys.modules)", *(f"{one}; {look}" for one in STATEMENTS)])
     answer = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(answer.stdout.split())
-
-
-@pytest.fixture(scope="module")
-def added_by_import() -> set[str]:
-    return modules_added("import brandla")
-
-
-@pytest.mark.parametrize("module", [*HEAVY, "numpy", "brandla.kfac", "brandla.cli"])
-def test_import_adds_no_heavy_module_to_torch(added_by_import: set[str], module: str) -> None:
-    assert not {name for name in added_by_import if name == module or name.startswith(f"{module}.")}
-
-
-def test_kernels_import_alone() -> None:
-    added = modules_added("import brandla_kernels")
-    assert "brandla_kernels" in added
-    assert not {name for name in added if name.split(".")[0] == "brandla"}
+    kernels, library, call = (set(line.split()) for line in answer.stdout.splitlines())
+    assert "brandla_kernels" in kernels
+    assert not {name for name in kernels if name.split(".")[0] == "brandla"}
+    assert "brandla" in library
+    for module in HEAVY:
+        assert not {name for name in kernels | library | call if f"{name}.".startswith(f"{module}.")}
 
 
 def test_every_public_name_exists() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import brandla
 import oracles
-from builders import dense
+from builders import Operator, OperatorFromTheRight, OperatorWithTranspose, assert_decomposition, dense, values_of
 from oracles import THRESHOLD, rank_16
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
@@ -37,39 +37,28 @@ def decomposed(kind: str, matrix: Any, rank: int, seed: int = 0, **options: Any)
     return FUNCTIONS[kind](matrix, rank, generator=oracles.generator(seed), **options)
 
 
-def values_of(result: brandla.LowRankEigh | brandla.LowRankSVD) -> Tensor:
-    """Return the eigenvalues or the singular values."""
-    return result.S if isinstance(result, brandla.LowRankSVD) else result.eigenvalues
-
-
-def assert_decomposition(result: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
-    """Check orthonormality, and that the values are descending and non-negative."""
-    values = values_of(result)
-    assert values.shape == (rank,)
-    assert (values >= 0).all()
-    assert (values.diff() <= 0).all()
-    sides = (result.U, result.Vh.mT) if isinstance(result, brandla.LowRankSVD) else (result.eigenvectors,)
-    for side in sides:
-        assert oracles.orthonormality_ratio(side, values) <= THRESHOLD
-
-
 def assert_equals(result: brandla.LowRankEigh | brandla.LowRankSVD, matrix: Tensor, scale: float = 1.0) -> None:
     """Check that nothing of a matrix, which is of about this size, is lost."""
     assert_decomposition(result, values_of(result).shape[-1])
     assert oracles.difference_ratio(dense(result) / scale, matrix.double() / scale, matrix.dtype) <= THRESHOLD
 
 
-def frobenius(matrix: Tensor) -> float:
-    """Return ‖M‖_F in float64."""
-    return float(torch.linalg.matrix_norm(matrix.double()))
+# Values, and ranks that hold them all.
+RECOVERED: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+    "rank 5": (RANK_5, (5, 8, 16)),
+    **{f"whole, {n}": (oracles.SPECTRA["slow"](n), (n,)) for n in (1, 5, 30)},
+    "zero": (torch.zeros(20).double(), (4,)),
+}
 
 
 @BOTH
-@pytest.mark.parametrize("power_iterations", [0, 1, 4])
-@pytest.mark.parametrize("rank", [5, 8, 16])
-def test_a_matrix_of_lower_rank_is_recovered(kind: str, rank: int, power_iterations: int, dtype: torch.dtype) -> None:
-    matrix = matrix_for(kind, RANK_5).to(dtype)
-    assert_equals(decomposed(kind, matrix, rank, power_iterations=power_iterations), matrix)
+@pytest.mark.parametrize("case", RECOVERED)
+def test_what_the_rank_holds_is_recovered(kind: str, case: str, dtype: torch.dtype) -> None:
+    values, ranks = RECOVERED[case]
+    matrix = matrix_for(kind, values).to(dtype)
+    for one in (matrix, matrix.mT):
+        for rank, power_iterations in product(ranks, (0, 1, 4)):
+            assert_equals(decomposed(kind, one, rank, power_iterations=power_iterations), one)
 
 
 @BOTH
@@ -97,26 +86,6 @@ def test_values_are_near_the_leading_ones_and_never_above(kind: str, spectrum: s
     assert (values_of(result).double() >= 0.98 * values[:10] - slack).all()
 
 
-@BOTH
-@pytest.mark.parametrize("n", [1, 5, 30])
-def test_rank_of_the_whole_matrix_gives_the_whole_decomposition(kind: str, n: int, dtype: torch.dtype) -> None:
-    matrix = matrix_for(kind, oracles.SPECTRA["slow"](n)).to(dtype)
-    assert_equals(decomposed(kind, matrix, n), matrix)
-
-
-@BOTH
-def test_zero_matrix_gives_zero_values(kind: str, dtype: torch.dtype) -> None:
-    matrix = torch.zeros(20, 20 if kind == "eigh" else 15, dtype=dtype)
-    result = decomposed(kind, matrix, 4)
-    assert_decomposition(result, 4)
-    assert not values_of(result).any()
-
-
-def test_svd_of_tall_matrices(dtype: torch.dtype) -> None:
-    matrix = oracles.rectangular_matrix(oracles.SPECTRA["slow"](20), 70, 20, seed=4).to(dtype)
-    assert_equals(decomposed("svd", matrix, 20), matrix)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Error bounds
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +101,7 @@ def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum: s
     matrix = matrix_for("svd", values)
     tail = float(values[rank:].square().sum())
     results = [decomposed("svd", matrix, rank, seed, oversample=oversample, power_iterations=0) for seed in range(20)]
-    squares = [frobenius(matrix - dense(result)) ** 2 for result in results]
+    squares = [float((matrix - dense(result)).square().sum()) for result in results]
     assert sum(squares) / len(squares) <= (2 + rank / (oversample - 1)) * tail
 
 
@@ -190,14 +159,10 @@ def test_long_sums_lose_no_digits(shape: tuple[int, int]) -> None:
     lengths = torch.logspace(0, -2, min(shape)).unsqueeze(-1 if shape[0] < shape[1] else 0)
     matrix = (torch.randn(*shape, generator=oracles.generator(0)) + 0.5) * lengths
     # One float32 product of such a matrix is wrong by some thousand ε.
-    exact = torch.linalg.eigvalsh(matrix.double() @ matrix.double().mT if shape[0] < shape[1] else gram(matrix)).flip(0)
+    tall = (matrix if shape[0] > shape[1] else matrix.mT).double()
+    exact = torch.linalg.eigvalsh(tall.mT @ tall).flip(0)
     values = decomposed("svd", matrix, 4).S.double()
     assert ((values - exact[:4].sqrt()) / exact[:4].sqrt()).abs().max() <= 20 * oracles.epsilon(torch.float32)
-
-
-def gram(matrix: Tensor) -> Tensor:
-    """Return XᵀX in float64."""
-    return matrix.double().mT @ matrix.double()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,42 +198,9 @@ def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations: int, d
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Operator:
-    """A matrix that can only be multiplied with, and counts how often."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        """Take over what a matrix says of itself."""
-        self.matrix, self.products = matrix, 0
-        self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
-
-    def __matmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
-        assert block.dtype == self.dtype
-        self.products += 1
-        return self.matrix @ block
-
-
-class WithTranspose(Operator):
-    """An operator that knows its transpose."""
-
-    @property
-    # The name is torch.Tensor's.
-    def mT(self) -> Operator:  # noqa: N802
-        """The transpose."""
-        return Operator(self.matrix.mT)
-
-
-class FromTheRight(Operator):
-    """An operator that also multiplies from the right of a tensor."""
-
-    def __rmatmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
-        return block @ self.matrix
-
-
 @pytest.mark.parametrize(
     ("kind", "operator"),
-    [("eigh", Operator), ("svd", WithTranspose), ("svd", FromTheRight)],
+    [("eigh", Operator), ("svd", OperatorWithTranspose), ("svd", OperatorFromTheRight)],
     ids=["eigh", "svd by mT", "svd by tensor @ operator"],
 )
 def test_a_linear_operator_gives_what_its_matrix_gives(kind: str, operator: type[Operator], dtype: torch.dtype) -> None:
@@ -300,46 +232,6 @@ def test_generator_or_the_default_one_makes_the_result_repeat(kind: str) -> None
     with torch.random.fork_rng(devices=[]):
         once, again = (FUNCTIONS[kind](matrix, 8) for _ in range(2) if torch.manual_seed(5))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-
-
-@BOTH
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_matrices_give_float32_factors_of_their_values(kind: str, half: torch.dtype) -> None:
-    matrix = matrix_for(kind, oracles.SPECTRA["slow"](40)).to(half)
-    from_half, from_float = (decomposed(kind, source, 8) for source in (matrix, matrix.float()))
-    assert {part.dtype for part in from_half} == {torch.float32}
-    assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
-
-
-@BOTH
-@pytest.mark.parametrize("batch_shape", [(1,), (2, 2)], ids=str)
-def test_every_matrix_of_a_batch_is_decomposed(kind: str, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    matrices = torch.stack([matrix_for(kind, RANK_5[:30] * (i + 1), i) for i in range(math.prod(batch_shape))])
-    result = decomposed(kind, matrices.unflatten(0, batch_shape).to(dtype), 6)
-    assert values_of(result).shape == (*batch_shape, 6)
-    for matrix, *parts in zip(matrices, *(part.flatten(0, len(batch_shape) - 1) for part in result), strict=True):
-        assert_equals(type(result)(*parts), matrix.to(dtype))
-
-
-@BOTH
-def test_inputs_are_neither_changed_nor_shared(kind: str, unchanged: Any, shares_memory: Any) -> None:
-    matrix = matrix_for(kind, oracles.SPECTRA["slow"](12)).mT.contiguous().mT
-    with unchanged(matrix):
-        results = FUNCTIONS[kind](matrix, 12), FUNCTIONS[kind](matrix, 3, oversample=20)
-    assert not shares_memory(matrix, results)
-    # Nor does a result hold more memory than it shows.
-    for part in results[1]:
-        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
-
-
-@BOTH
-@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-def test_non_finite_data_makes_all_values_nan(kind: str, bad: float) -> None:
-    matrix = matrix_for(kind, oracles.SPECTRA["slow"](20))
-    matrix[3, 4] = matrix[4, 3] = bad
-    result = decomposed(kind, matrix, 4)
-    assert values_of(result).isnan().all()
-    assert not result.is_finite()
 
 
 # Nearly all of the range of the dtype: sums of 60 entries must not overflow, nor 25 bits of an entry underflow.

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import brandla
 from brandla import grouped
-from brandla._ranges import ranged
 from brandla.kfac import KFAC, Brand
 from calls import given
 
@@ -140,19 +139,3 @@ def test_a_profiler_does_not_enter_a_compiled_graph():
     with profiled():
         torch.testing.assert_close(compiled(COLUMNS), expected)
     assert counter.frame_count == 1
-
-
-class Stepper:
-    @ranged()
-    def step(self) -> None:
-        pass
-
-
-@ranged("n", "a,b")
-def doubled(number: int, other: Any = None) -> int:
-    return 2 * number
-
-
-def test_methods_and_functions_of_numbers_are_named():
-    assert names_of(Stepper().step) == ["brandla::Stepper.step"]
-    assert names_of(doubled, 4) == ["brandla::doubled n=4"]

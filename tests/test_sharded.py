@@ -121,10 +121,3 @@ def test_what_does_not_fit_is_refused_on_every_rank(case, refusals) -> None:
         assert errors.keys() == REFUSALS.keys()
         with pytest.raises(RuntimeError, match=REFUSALS[case]):
             raise RuntimeError(errors[case])
-
-
-def test_plain_tensors_import_no_dtensor() -> None:
-    from test_import import modules_added
-
-    program = "import brandla; brandla.eigh_update(brandla.LowRankEigh.zeros(9, 2), torch.ones(9, 1))"
-    assert "torch.distributed.tensor" not in modules_added(program)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,15 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import brandla
 import oracles
-from builders import SYMMETRIC_UPDATES, SymmetricUpdate, defect, dense, make_columns, tall_of, unbound, values_of
+from builders import (
+    EIGH_UPDATE,
+    ROOT_UPDATE,
+    SYMMETRIC_UPDATES,
+    SymmetricUpdate,
+    assert_differentiable,
+    defect,
+    dense,
+    make_columns,
+    tall_of,
+    unbound,
+    values_of,
+)
 from oracles import ORTHONORMAL, THRESHOLD
-
-# Streams whose first batch is special in itself.
-ONCE = ("flat", "repeated-8", "rank-16", "graded")
 
 
 def assert_factor(value: Any, n: int, rank: int) -> None:
@@ -49,19 +57,13 @@ def assert_underestimates(value: Any, matrix: Tensor, largest: float | None = No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("spectrum", "stream"),
-    [*((spectrum, "medium") for spectrum in oracles.SPECTRA), *(("slow", stream) for stream in ONCE)],
-)
-def test_update_without_truncation_equals_batch_decomposition(
-    update: SymmetricUpdate, spectrum: str, stream: str, dtype: torch.dtype
+def assert_whole(
+    update: SymmetricUpdate, old: Any, columns: Tensor, rank: int, decay: float = 1.0, weight: float = 1.0
 ) -> None:
-    n, r, k = 61, 20, 16
-    old = update.make(n, r, spectrum, dtype=dtype)
-    (columns,) = oracles.batches(stream, n, k, 1, dtype=dtype)
-    new = update(old, columns, decay=0.9, weight=0.3, rank=r + k)
-    expected = oracles.updated(dense(old), columns, 0.9, 0.3)
-    assert_factor(new, n, r + k)
+    """Check an update that cuts nothing against the dense sum."""
+    new, dtype = update(old, columns, decay=decay, weight=weight, rank=rank), tall_of(old).dtype
+    assert_factor(new, old.n, rank)
+    expected = oracles.updated(dense(old), columns, decay, weight)
     assert oracles.difference_ratio(dense(new), expected, dtype) <= THRESHOLD
 
 
@@ -79,23 +81,44 @@ def test_every_shape_gives_the_whole_update_at_full_rank(
     update: SymmetricUpdate, n: int, r: int, k: int, dtype: torch.dtype
 ) -> None:
     old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype)
-    rank = min(n, r + k)
-    new = update(old, columns, decay=0.5, weight=0.3, rank=rank)
-    assert_factor(new, n, rank)
-    assert oracles.difference_ratio(dense(new), oracles.updated(dense(old), columns, 0.5, 0.3), dtype) <= THRESHOLD
+    assert_whole(update, old, columns, min(n, r + k), 0.5, 0.3)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3, 8, 9, 14], ids=lambda rank: f"to-{rank}")
-def test_rank_shrinks_and_grows(update: SymmetricUpdate, rank: int, dtype: torch.dtype) -> None:
+def test_zeros_only_decay_and_stay_zero(update: SymmetricUpdate, dtype: torch.dtype) -> None:
+    """As columns, as the factor, as ρ and as w."""
+    old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
+    for rank in (6, 10):
+        assert_whole(update, old, 0 * columns, rank, decay=0.25)
+        assert_whole(update, update.factor.zeros(30, 6, dtype=dtype), 0 * columns, rank)
+    assert_whole(update, old, columns, 10, decay=0.0)
+    assert_whole(update, old, columns, 10, weight=0.0)
+
+
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+@pytest.mark.parametrize("rank", [0, 1, 8, 9, 14], ids=lambda rank: f"to-{rank}")
+def test_truncation_is_the_best_approximation(
+    update: SymmetricUpdate, rank: int, spectrum: str, dtype: torch.dtype
+) -> None:
     n, r, k = 40, 8, 6
-    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype)
-    new = update(old, columns, rank=rank)
-    whole = oracles.updated(dense(old), columns)
+    old, columns = update.make(n, r, spectrum, dtype=dtype), make_columns(n, k, dtype=dtype)
+    new = update(old, columns, decay=0.9, weight=0.1, rank=rank)
+    whole = oracles.updated(dense(old), columns, 0.9, 0.1)
+    reference = oracles.eigh(whole)
+    values, truncation = reference.eigenvalues, reference.truncation(rank)
+    scale, slack = float(values[0]), oracles.tolerance(n, dtype, values[0])
     assert_factor(new, n, rank)
     assert_underestimates(new, whole)
-    values = oracles.eigh(whole).eigenvalues
     excess = 1.0 if update.is_exact else 1.25
-    assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + n * oracles.rounding(n, dtype, values[0])
+    assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + n * oracles.rounding(n, dtype, scale)
+    if update.is_exact or rank == r + k:
+        best = oracles.spectral_norm(whole - truncation)
+        assert oracles.spectral_norm(whole - dense(new)) <= best + slack
+    if update.is_exact and rank:
+        assert (values_of(new) - values[:rank]).abs().max() <= slack
+        # A truncation moves under a perturbation by as much as the values that it parts are near (Davis and Kahan).
+        gap = float(values[rank - 1] - values[rank]) / scale
+        if gap > 1e-2:
+            assert oracles.difference_ratio(dense(new), truncation, dtype, scale / gap) <= THRESHOLD
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 1e-7, 1e-3])
@@ -137,28 +160,6 @@ def test_nearly_dependent_columns_lose_nothing(
             assert oracles.spectral_norm(dense(new) - whole) <= slack
 
 
-@pytest.mark.parametrize("rank", [6, 10])
-def test_zero_columns_only_decay_and_zero_stays_zero(update: SymmetricUpdate, rank: int, dtype: torch.dtype) -> None:
-    old, none = update.make(30, 6, dtype=dtype), torch.zeros(30, 4, dtype=dtype)
-    new, still = (
-        update(value, none, decay=0.25, rank=rank) for value in (old, update.factor.zeros(30, 6, dtype=dtype))
-    )
-    assert_factor(new, 30, rank)
-    assert_factor(still, 30, rank)
-    assert oracles.difference_ratio(dense(new), 0.25 * dense(old), dtype) <= THRESHOLD
-    assert not dense(still).any()
-
-
-def test_decay_zero_forgets_and_weight_zero_ignores(update: SymmetricUpdate, dtype: torch.dtype) -> None:
-    old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
-    forgotten = update(old, columns, decay=0.0, rank=10)
-    ignored = update(old, columns, weight=0.0, rank=10)
-    assert_factor(forgotten, 30, 10)
-    assert_factor(ignored, 30, 10)
-    assert oracles.difference_ratio(dense(forgotten), oracles.updated(dense(old), columns, 0.0), dtype) <= THRESHOLD
-    assert oracles.difference_ratio(dense(ignored), dense(old), dtype) <= THRESHOLD
-
-
 @pytest.mark.parametrize("exponent", [-38, -30, -18, -9, 9, 18, 30, 37])
 # Weights that undo the lengths, and weights that bring them into range.
 @pytest.mark.parametrize("stretch", [2.0, 1.6])
@@ -188,83 +189,8 @@ def test_a_million_rows_lose_no_digits(update: SymmetricUpdate) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments: layouts, dtypes, batches, kinds of scalars
+# Sparse columns, and what is not finite
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "every other": lambda part: part.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)[..., ::2, ::2],
-    "transposed": lambda part: part.mT.contiguous().mT,
-    "inside a larger one": lambda part: torch.nn.functional.pad(part, (3, 2, 1, 4), value=math.nan)[..., 1:-4, 3:-2],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_of_the_arguments_does_not_matter(update: SymmetricUpdate, layout: Any, unchanged: Any) -> None:
-    dtype = torch.float32
-    old, columns = update.make(30, 6, dtype=dtype), make_columns(30, 4, dtype=dtype)
-    parts = [layout(part) if part.ndim > 1 else part.repeat_interleave(2)[::2] for part in old]
-    view, viewed_columns = update.factor(*parts), layout(columns)
-    assert not viewed_columns.is_contiguous()
-    with unchanged(view, viewed_columns):
-        from_views = update(view, viewed_columns, rank=10)
-    assert oracles.difference_ratio(dense(from_views), dense(update(old, columns, rank=10)), dtype) <= THRESHOLD
-    expanded = columns[:, :1].expand(30, 5)
-    expected = oracles.updated(dense(old), expanded)
-    assert oracles.difference_ratio(dense(update(view, expanded, rank=11)), expected, dtype) <= THRESHOLD
-
-
-# Usual, grown, no columns, these with decay and shrunk, and k above n − r.
-@pytest.mark.parametrize(
-    ("k", "rank", "decay"), [(4, None, 0.9), (4, 10, 1.0), (0, None, 1.0), (0, None, 0.5), (0, 4, 1.0), (28, None, 1.0)]
-)
-def test_inputs_are_neither_changed_nor_shared(
-    update: SymmetricUpdate, k: int, rank: int | None, decay: float, unchanged: Any, shares_memory: Any
-) -> None:
-    old, columns = brandla.track(update.make(30, 6)), make_columns(30, k)
-    with unchanged(old, columns):
-        new = update(old, columns, decay=decay, rank=rank)
-    assert not shares_memory((old, columns), new)
-    assert tall_of(new.lowrank).shape == (30, rank or 6)
-
-
-@pytest.mark.parametrize("batch_shape", [(2, 3), (0,), (1,)], ids=str)
-def test_batch_equals_a_loop(update: SymmetricUpdate, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    count = math.prod(batch_shape)
-    n, r, k = 25, 6, 4
-    empty = update.factor.zeros(n, r, batch_shape=batch_shape, dtype=dtype)
-    old = update.make(n, r, dtype=dtype, batch_shape=batch_shape) if count else empty
-    columns = make_columns(n, k, dtype=dtype, batch_shape=batch_shape)
-    decay = torch.linspace(0.5, 1, count, dtype=dtype).reshape(batch_shape)
-    batched = update(brandla.track(old), columns, decay=decay, weight=1 - decay / 2, rank=8)
-    assert tall_of(batched.lowrank).shape == (*batch_shape, n, 8)
-    assert batched.error_bound.shape == batched.trace.shape == batch_shape
-    flat = tree_map(lambda part: part.flatten(0, len(batch_shape) - 1), (old, columns, decay, batched))
-    for factor, one_columns, one_decay, actual in unbound(flat):
-        rho = float(one_decay)
-        alone = update(brandla.track(factor), one_columns, decay=rho, weight=1 - rho / 2, rank=8)
-        assert oracles.difference_ratio(dense(actual.lowrank), dense(alone.lowrank), dtype) <= THRESHOLD
-        torch.testing.assert_close(actual[1:], alone[1:])
-
-
-@pytest.mark.parametrize("scalar_dtype", [torch.float32, torch.float64], ids=str)
-def test_numbers_and_tensors_mean_the_same(
-    update: SymmetricUpdate, scalar_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
-    old, columns = update.make(25, 6, dtype=dtype), make_columns(25, 4, dtype=dtype)
-    options = {"decay": 0.75, "weight": 0.25}
-    from_tensors = update(old, columns, **{name: torch.tensor(x, dtype=scalar_dtype) for name, x in options.items()})
-    assert tall_of(from_tensors).dtype == dtype
-    expected = dense(update(old, columns, **options))
-    assert oracles.difference_ratio(dense(from_tensors), expected, dtype) <= THRESHOLD
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_columns_equal_their_float32_values(update: SymmetricUpdate, half: torch.dtype) -> None:
-    old, columns = update.make(25, 6, dtype=torch.float32), make_columns(25, 4).to(half)
-    from_half, from_float = (update(old, data, decay=0.9, weight=0.1) for data in (columns, columns.float()))
-    assert tall_of(from_half).dtype == torch.float32
-    assert oracles.difference_ratio(dense(from_half), dense(from_float), torch.float32) <= THRESHOLD
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
@@ -303,45 +229,6 @@ def test_a_factor_that_is_not_finite_shows_where_sparse_columns_hold_nothing(upd
     assert not update(old, columns).is_finite()
 
 
-def test_sparse_columns_of_a_batch_are_refused(update: SymmetricUpdate) -> None:
-    with pytest.raises(ValueError, match=r"sparse columns must have shape \(n, k\); got \(3, 30, 2\); pass a list"):
-        update(update.make(30, 6, batch_shape=(3,)), make_columns(30, 2, batch_shape=(3,)).to_sparse())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Non-finite data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-ARGUMENTS = ["small", "tall", "decay", "columns", "weight"]
-
-
-@pytest.mark.parametrize(
-    ("bad", "k", "rank", "where"),
-    [(math.nan, k, rank, where) for k, rank in [(28, 6), (4, 10)] for where in ARGUMENTS]
-    + [(math.nan, 0, rank, where) for rank in (6, 4) for where in ARGUMENTS[:3]]
-    + [(-math.inf, k, 6, where) for k in (0, 4) for where in (ARGUMENTS if k else ARGUMENTS[:3])],
-    ids=str,
-)
-def test_a_non_finite_number_makes_all_of_its_factor_nan_and_touches_no_other(
-    update: SymmetricUpdate, bad: float, k: int, rank: int, where: str
-) -> None:
-    old, columns = update.make(30, 6, batch_shape=(3,)), make_columns(30, k, batch_shape=(3,))
-    decay, weight = torch.full((3,), 0.9).double(), torch.full((3,), 0.1).double()
-    clean = update(brandla.track(old), columns, decay=decay, weight=weight, rank=rank)
-    small, tall = (old[0], old[1]) if update.is_orthonormal else (old[1], old[0])
-    spoilt = {"columns": columns, "small": small, "tall": tall, "decay": decay, "weight": weight}[where]
-    (spoilt[1] if spoilt.ndim == 1 else spoilt[1].flatten()[-1:]).fill_(bad)
-    new = update(brandla.track(old), columns, decay=decay, weight=weight, rank=rank)
-    assert new.lowrank.is_finite().tolist() == [True, False, True]
-    one, poisoned, other = unbound(new)
-    parts = values_of(poisoned.lowrank), tall_of(poisoned.lowrank), poisoned.error_bound, poisoned.trace
-    assert all(part.isnan().all() for part in parts)
-    for actual, expected in ((one, unbound(clean)[0]), (other, unbound(clean)[2])):
-        assert all(part.isfinite().all() for part in tree_leaves(actual))
-        assert oracles.difference_ratio(dense(actual.lowrank), dense(expected.lowrank), torch.float64) <= THRESHOLD
-
-
 def test_non_finite_data_stays_poisonous(update: SymmetricUpdate) -> None:
     columns = make_columns(30, 4)
     poisoned = update(update.make(30, 6), columns * math.nan)
@@ -363,12 +250,14 @@ def test_error_is_what_was_discarded_and_stays_within_its_bound(
     tracked = brandla.track(update.factor.zeros(n, r, dtype=dtype))
     matrix = discarded = torch.zeros(n, n, dtype=torch.float64)
     peak = heaviest = 0.0
-    for columns in oracles.batches(stream, n, k, 30, dtype=dtype):
+    for step, columns in enumerate(oracles.batches(stream, n, k, 30, dtype=dtype), start=1):
         target = oracles.updated(dense(tracked.lowrank), columns, decay, 1 - decay)
         tracked = update(tracked, columns, decay=decay, weight=1 - decay)
         discarded = decay * discarded + target - dense(tracked.lowrank)
         matrix = oracles.updated(matrix, columns, decay, 1 - decay)
         peak, heaviest = max(peak, oracles.spectral_norm(matrix)), max(heaviest, float(matrix.trace()))
+        if step % 3:
+            continue
         error = matrix - dense(tracked.lowrank)
         assert oracles.spectral_norm(error) <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, decay)
         assert abs(float(tracked.trace) - float(matrix.trace())) <= oracles.rounding(n, dtype, heaviest, decay)
@@ -399,20 +288,21 @@ def test_tracking_does_not_change_the_factor(update: SymmetricUpdate) -> None:
     assert all(torch.equal(a, b) for a, b in zip(update(plain, columns, decay=0.9), tracked.lowrank, strict=True))
 
 
-@pytest.mark.parametrize(("stream", "n", "k"), [("slow", 30, 4), ("fast", 128, 16)])
-def test_a_stream_that_cuts_nothing_loses_nothing(
-    update: SymmetricUpdate, stream: str, n: int, k: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("stream", oracles.STREAMS)
+def test_a_stream_that_cuts_nothing_loses_nothing(update: SymmetricUpdate, stream: str, dtype: torch.dtype) -> None:
+    n, k = 48, 8
     tracked = brandla.track(update.factor.zeros(n, 0, dtype=dtype))
     matrix = torch.zeros(n, n, dtype=torch.float64)
-    for step, columns in enumerate(oracles.batches(stream, n, k, 5, dtype=dtype), start=1):
-        tracked, matrix = update(tracked, columns, rank=k * step), oracles.updated(matrix, columns)
-    slack = oracles.rounding(n, dtype, oracles.spectral_norm(matrix))
+    # Once all n directions are held, Cholesky chooses columns, and leaves out some of what is small.
+    count = 12 if update.is_exact else n // k
+    for step, columns in enumerate(oracles.batches(stream, n, k, count, dtype=dtype), start=1):
+        tracked, matrix = update(tracked, columns, rank=min(n, k * step)), oracles.updated(matrix, columns)
+    slack = 2 * oracles.rounding(n, dtype, oracles.spectral_norm(matrix))
     assert tracked.error_bound <= slack
     assert oracles.spectral_norm(dense(tracked.lowrank) - matrix) <= slack
 
 
-PERIOD = 100
+PERIOD = 50
 
 
 def repeating(orders: list[int], k: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
@@ -431,7 +321,7 @@ def drifted(values: list[Any], dtype: torch.dtype = torch.float32) -> dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "r", "k", "count", "dtype"),
-    [(64, 12, 8, 300, torch.float32), (64, 12, 8, 300, torch.float64), (24, 6, 2, 1500, torch.float32)],
+    [(64, 12, 8, 200, torch.float32), (64, 12, 8, 200, torch.float64), (24, 6, 2, 1000, torch.float32)],
     ids=["hundreds", "hundreds in float64", "a thousand"],
 )
 def test_many_updates_do_not_drift(
@@ -442,7 +332,7 @@ def test_many_updates_do_not_drift(
     value = update.factor.zeros(n, r, batch_shape=(len(streams),), dtype=dtype)
     for step in range(count):
         value = update(value, steps[step % PERIOD], decay=0.95, weight=0.05)
-        if step % (count // 15) == count // 15 - 1:
+        if step % (count // 10) == count // 10 - 1:
             assert drifted(unbound(value), dtype) == {}
 
 
@@ -450,7 +340,7 @@ def test_updates_of_lists_do_not_drift(update: SymmetricUpdate) -> None:
     orders = [64 + index for index in range(len(oracles.STREAMS))]
     streams = repeating(orders, 4)
     values = [update.factor.zeros(n, 12, dtype=torch.float32) for n in orders]
-    for step in range(100):
+    for step in range(40):
         values = update.grouped(values, [stream[step % PERIOD] for stream in streams], decay=0.95, weight=0.05)
     assert drifted(values) == {}
 
@@ -491,3 +381,27 @@ def test_any_sequence_stays_between_zero_and_the_truth(
         assert_underestimates(tracked.lowrank, matrix, peak, step / (step + 1))
         error = oracles.spectral_norm(matrix - dense(tracked.lowrank))
         assert error <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, step / (step + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives where eigenvalues of the core coincide: from zeros, of dependent columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
+@pytest.mark.parametrize("rank", [6, 4, 2, None], ids=["more rank than columns", "as much", "less", "a factor"])
+def test_derivatives_by_columns_are_right(update: SymmetricUpdate, rank: int | None) -> None:
+    start = update.make(9, 3, "slow") if rank is None else update.factor.zeros(9, rank, dtype=torch.float64)
+    two = make_columns(9, 2)
+    for columns in [torch.cat([two, two], dim=1)] * (rank in (4, None)) + [make_columns(9, 4)] * (rank is not None):
+        assert_differentiable(lambda columns: update(start, columns), columns)
+
+
+def test_a_damped_likelihood_of_a_stream_from_zeros_has_a_derivative() -> None:
+    """Through an update, and then through the spectrum of S, which has zeros."""
+
+    def loss(columns: Tensor) -> Any:
+        root = brandla.root_update(brandla.LowRankRoot.zeros(9, 6, dtype=torch.float64), columns)
+        return brandla.damped_power(root, make_columns(9, 4), 0.3, -0.5), brandla.damped_logdet(root, 0.3)
+
+    assert_differentiable(loss, make_columns(9, 4))

@@ -1,7 +1,9 @@
-"""What kernels tell a profiler of their launches: the flops and bytes of the ops' own cost."""
+"""What a launch does beside running its kernel: it goes to the device of its tensors, and tells flops and bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ from brandla_kernels import OPS  # noqa: E402
 from brandla_kernels._kernels import launch as launching  # noqa: E402
 from brandla_kernels._kernels.ahead import target_named  # noqa: E402
 from brandla_kernels._kernels.inner_product import sum_parts_kernel  # noqa: E402
-from brandla_kernels._kernels.launch import Launch, metadata, recording  # noqa: E402
+from brandla_kernels._kernels.launch import Config, Launch, metadata, recording  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
 
@@ -138,20 +140,39 @@ def test_proton_is_told_name_flops_and_bytes():
     }
 
 
-class _Kernel:
-    """Stands in for a compiled kernel."""
+class Kernel:
+    """Stands in for a compiled kernel, and notes when it is launched."""
 
     launch_metadata = None
     count = staticmethod(sum_parts_kernel.count)
 
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda **arguments: None
+        return lambda **arguments: self.log.append(("launch", grid))
+
+
+def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
+    """Triton takes the current device."""
+    kernel = Kernel()
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        kernel.log.append(("enter", tensor.device))
+        yield
+        kernel.log.append(("exit", tensor.device))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    panel = torch.empty(3, device="meta")
+    launching.start(kernel, (2,), {"absent_ptr": None, "panel_ptr": panel, "n": 3}, Config({}, 4, 1))
+    assert kernel.log == [("enter", panel.device), ("launch", (2,)), ("exit", panel.device)]
 
 
 def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
     """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
     (_, launch) = recorded("project", cases.operands(Case("project", SIZES[0], FLOAT32, FLOAT32), Stub()))
-    kernel = _Kernel()
+    kernel = Kernel()
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     assert kernel.launch_metadata is None
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,3 +73,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
+
+
+@pytest.fixture
+def _overflow_is_meant() -> Iterator[None]:
+    """The interpreter computes with NumPy, which warns of what a kernel then looks for."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        yield

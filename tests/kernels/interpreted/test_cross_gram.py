@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,15 +13,10 @@ from brandla_kernels._kernels.ahead import target_named
 from brandla_kernels._kernels.launch import recording
 from op_cases import assert_computes, exact, grouped, operands
 
+pytestmark = pytest.mark.usefixtures("_overflow_is_meant")
+
 # Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
 RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36)]
-
-
-@pytest.fixture(autouse=True)
-def _overflow_is_meant() -> Iterator[None]:
-    """The interpreter multiplies with NumPy, which warns of what the kernel then looks for."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        yield
 
 
 @pytest.mark.parametrize("powers", RANGES, ids=str)

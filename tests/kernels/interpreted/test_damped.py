@@ -101,22 +101,3 @@ def test_strides_of_what_is_small_change_no_bit(device: torch.device) -> None:
         assert torch.equal(plain, OPS["damped_inverse"](basis, gaps, numbers_of_each.mT, one, rhs))
         turned = small.transpose(0, 1).contiguous().transpose(0, 1)
         assert torch.equal(plain, OPS["damped_inverse"](basis, turned, numbers_of_each.mT, one, rhs))
-
-
-@pytest.mark.parametrize("forms", [("eigh", "root"), ("root", "eigh")], ids=" and ".join)
-def test_two_sides_of_two_kinds_and_tails(forms: tuple[str, str], device: torch.device) -> None:
-    """Beside an inverse of S one of eigenvalues with a tail, of W and of a pair."""
-    makers = {"eigh": make_eigh, "root": make_root}
-    left, right = (makers[form](n, r, dtype=torch.float64) for form, n, r in zip(forms, (30, 70), (4, 19), strict=True))
-    tails = [0.3 if form == "eigh" else 0.0 for form in forms]
-    matrix = make_columns(30, 70, dtype=torch.float64)
-    first, second = (dense_operator(*side) for side in ((left, 0.1, tails[0]), (right, 0.2, tails[1])))
-    expected = torch.linalg.solve(first, torch.linalg.solve(second, matrix.mT).mT)
-    on_device = [type(side)(*(part.to(device) for part in side)) for side in (left, right)]
-    options = {"left_tail": tails[0], "right_tail": tails[1]}
-    found = brandla.kron_damped_solve(*on_device, matrix.to(device), 0.1, 0.2, **options)
-    allowed = 100 * EPS * float(expected.abs().max()) / 0.02
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=allowed)
-    pair = (matrix.to(device), torch.eye(70, dtype=torch.float64, device=device))
-    p, q = brandla.kron_damped_solve(*on_device, pair, 0.1, 0.2, **options)
-    torch.testing.assert_close((p @ q.mT).cpu(), expected, rtol=0, atol=allowed)

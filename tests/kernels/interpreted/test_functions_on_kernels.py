@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 import brandla
 from brandla_kernels import OPS, reads_are_free
-from builders import make_columns, make_eigh, make_root
-from calls import WAITING, WITHOUT_WAITING, K, N, R, given, in_full
+from builders import assert_agree, make_columns, make_eigh, make_root
+from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, given
 from oracles import tolerance
 
 # These differ from others in what stays on the host, or take the interpreter long.
@@ -25,7 +25,9 @@ LEFT_OUT = {
     "eigh_refresh, begun",
 }
 UPDATE = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
-CALLS = {name: call for name, call in (WITHOUT_WAITING | WAITING).items() if name not in LEFT_OUT}
+CALLS = {
+    name: ALL[name] for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_solve, root right") if name not in LEFT_OUT
+}
 
 
 @pytest.mark.parametrize(
@@ -37,13 +39,11 @@ def test_function_gives_on_kernels_what_it_gives_on_torch_forms(
 ) -> None:
     if batch and "grouped" in name:
         pytest.skip("lists hold no batches")
-    results = in_full(CALLS[name](given(dtype, batch).moved(device)))
+    results = CALLS[name](given(dtype, batch).moved(device))
     with brandla.backend("torch"):
-        expected = in_full(CALLS[name](given(dtype, batch).moved(device)))
-    precision = torch.float32 if "half" in name else dtype
-    for got, wanted in zip(results, expected, strict=True):
-        # A damped solve divides by the damping, which is 0.1.
-        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance(N, precision, 10 * wanted.abs().max()))
+        expected = CALLS[name](given(dtype, batch).moved(device))
+    # A damped solve divides by the damping, which is 0.1.
+    assert_agree(results, expected, tolerance(N, torch.float32 if "half" in name else dtype, 10))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from brandla_kernels import OPS
 from brandla_kernels._kernels import root_core as kernel
 from brandla_kernels.eigh_core import assembled
 from op_cases import root_core_operands
+
+pytestmark = pytest.mark.usefixtures("_overflow_is_meant")
 
 TORCH_FORM = OPS["root_core"].torch_form
 EPS = torch.finfo(torch.float64).eps
@@ -36,13 +36,6 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _overflow_is_meant() -> Iterator[None]:
-    """The interpreter computes with NumPy, which warns of what the kernel then looks for."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        yield
-
-
 class Problem(NamedTuple):
     """F and A in float64."""
 
@@ -52,12 +45,12 @@ class Problem(NamedTuple):
 
 def problem_of(family: str, r: int, k: int, seed: int = 0) -> Problem:
     """Return F and A of 3 (r + k) rows."""
-    both = oracles.panel(family, 3 * (r + k) + 1, r + k, seed)
-    if family == "graded":
-        # By columns, so that none that may be chosen is rounding.
-        both = oracles.gaussian(*both.shape, seed=seed) * torch.logspace(0, -9, r + k, dtype=torch.float64)
-    if family == "columns in the span":
-        both[:, r:] = both[:, :r] @ oracles.gaussian(r, k, seed=seed + 1)
+    families = oracles.panels(3 * (r + k) + 1, r + k, seed)
+    # By columns, so that none that may be chosen is rounding.
+    families["graded"] = families["gaussian"] * torch.logspace(0, -9, r + k, dtype=torch.float64)
+    spanning = families["gaussian"][:, :r]
+    families["columns in the span"] = torch.cat([spanning, spanning @ oracles.gaussian(r, k, seed=seed + 1)], dim=1)
+    both = families[family]
     return Problem(both[:, :r], both[:, r:])
 
 

@@ -68,8 +68,7 @@ def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> N
         assert torch.equal(sketch(matrix, seed, 8).double(), exact)
 
 
-# NumPy's word on ∞ − ∞, which is computed and not taken.
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.usefixtures("_overflow_is_meant")
 def test_what_is_not_finite_stays_so(seed: Tensor, device: torch.device) -> None:
     matrix = torch.ones(4, 5, device=device)
     matrix[1, 2], matrix[2, 3], matrix[3, 0] = torch.inf, -torch.inf, torch.nan

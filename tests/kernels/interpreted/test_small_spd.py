@@ -25,7 +25,7 @@ OF_LARGE_ORDER = ("graded", "half the rank", "nearly cancelling")
 
 def panel_of(family: str, k: int, seed: int = 0) -> Tensor:
     """Return a (2k + 5) × k panel."""
-    return oracles.panel(family, 2 * k + 5, k, seed)
+    return oracles.panels(2 * k + 5, k, seed)[family]
 
 
 def problem_of(panel: Tensor) -> tuple[Tensor, Tensor]:
