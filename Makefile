@@ -80,13 +80,13 @@ launches: .venv/.extra-bench ## kernels that each public function and a K-FAC st
 	$(python) -m bench.launches $(LAUNCHES_ARGS)
 
 bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
-	$(benches) $(addprefix bench/benches/bench_,updates.py functions.py ops.py) $(PYTEST_ARGS)
+	$(benches) $(addprefix bench/benches/bench_,updates.py functions.py) $(PYTEST_ARGS)
 
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
 	$(benches) bench/benches/bench_updates.py $(PYTEST_ARGS)
 
 bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
-	$(benches) $(addprefix bench/benches/bench_,functions.py ops.py) $(PYTEST_ARGS)
+	$(benches) bench/benches/bench_functions.py $(PYTEST_ARGS)
 
 bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
 	$(benches) bench/benches/bench_kfac.py $(PYTEST_ARGS)

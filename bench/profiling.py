@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity
 import brandla
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
 from bench.frame import pages
+from bench.frame.facts import in_words
 from bench.gpu import cases, frame
 from bench.gpu.cases import FULL, SMALL
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
@@ -251,7 +252,7 @@ def main(
         return None
     console = Console(highlight=False)
     console.print(request.words)
-    console.print(frame.in_words(frame.facts_of(device)), style="dim")
+    console.print(in_words(frame.facts_of(device)), style="dim")
     console.print(
         f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
         f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"

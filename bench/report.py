@@ -52,15 +52,16 @@ class Question(NamedTuple):
     studies: tuple[str, ...]
 
 
+def asked(title: str, module: Any, *studies: str) -> Question:
+    """Return the question that a module answers from the first of the studies."""
+    draw = getattr(module, "draw", None) or partial(bars, module.chart, f"{studies[0]}.json")
+    return Question(title, module.answer, draw, module.table, studies)
+
+
 def of_functions(title: str, names: str | tuple[str, ...], *others: str) -> Question:
     """Return the question about functions whose names begin so."""
     answer, table, chart = (partial(each, names) for each in (cases.answer, cases.table, cases.chart))
     return Question(title, answer, partial(bars, chart, "functions.json"), table, ("functions", *others))
-
-
-def of_ops(title: str, *studies: str) -> Question:
-    draw = partial(bars, roofline.chart, f"{studies[0]}.json")
-    return Question(title, roofline.answer, draw, roofline.table, studies)
 
 
 # What further studies have to show on the page of K-FAC.
@@ -70,34 +71,14 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
 }
 # By page.
 QUESTIONS = {
-    "updates": Question(
-        "What does an update cost?", scaling.answer, scaling.draw, scaling.table, ("scaling", "updates", "functions")
-    ),
+    "updates": asked("What does an update cost?", scaling, "scaling", "updates", "functions"),
     "randomized": of_functions("How quick is a randomized decomposition?", "randomized", "updates"),
     "applications": of_functions("What does a damped application cost?", ("damped", "kron_damped"), "scaling"),
-    "kfac": Question(
-        "What does a step of K-FAC cost?",
-        bench_kfac.answer,
-        partial(bars, bench_kfac.chart, "kfac.json"),
-        bench_kfac.table,
-        ("kfac", "demo", *SECTIONS),
-    ),
-    "ops": of_ops("How near do the ops come to the machine's ceilings?", "roofline", "ops", "launches"),
-    "gpu": of_ops("How near do the kernels come to a GPU's ceilings?", "gpu"),
-    "streams": Question(
-        "How right do the updates stay?",
-        streams.answer,
-        partial(bars, streams.chart, "streams.json"),
-        streams.table,
-        ("streams", "forms"),
-    ),
-    "accuracy": Question(
-        "How near are low-rank factors while a network learns?",
-        accuracy.answer,
-        accuracy.draw,
-        accuracy.table,
-        ("accuracy",),
-    ),
+    "kfac": asked("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo", *SECTIONS),
+    "ops": asked("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
+    "gpu": asked("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
+    "streams": asked("How right do the updates stay?", streams, "streams", "forms"),
+    "accuracy": asked("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
 }
 PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
 # Pictures, with their study: those of studies, and of questions.

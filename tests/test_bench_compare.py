@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,37 +20,22 @@ from bench import compare
 from bench.benches import timing
 from bench.benches.cases import row_of
 from bench.benches.peers import at_best
-from bench.benches.resources import peak_extra_bytes, torch_calls
 from bench.gpu.device import Cpu, Floor
 
 
-class FakeBenchmark:
-    """What `in_turn` needs of pytest-benchmark's fixture; a call says how long it took."""
+def test_calls_take_turns_and_the_record_is_the_first_ones() -> None:
+    seconds, order, data = {"a": 1.0, "b": 2.0}, [], []
 
-    def __init__(self) -> None:
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
-        self.order: list[str] = []
-
-    def call(self, name: str, seconds: float) -> Any:
-        def run() -> None:
-            self.order.append(name)
-            self.seconds = seconds
-
-        return run
-
-    def pedantic(self, target: Any, setup: Any, warmup_rounds: int, rounds: int) -> None:
+    def pedantic(target: Any, setup: Any, warmup_rounds: int, rounds: int) -> None:
         for number in range(warmup_rounds + rounds):
             target(*setup()[0])
-            if number >= warmup_rounds:
-                self.stats.stats.data.append(self.seconds)
+            data.extend([seconds[order[-1]]] if number >= warmup_rounds else [])
 
-
-def test_calls_take_turns_and_the_record_is_the_first_ones() -> None:
-    benchmark = FakeBenchmark()
-    calls = {"a": benchmark.call("a", 1.0), "b": benchmark.call("b", 2.0)}
+    benchmark = SimpleNamespace(pedantic=pedantic, stats=SimpleNamespace(stats=SimpleNamespace(data=data)))
+    calls = {name: partial(order.append, name) for name in seconds}
     assert timing.in_turn(benchmark, calls, 3, warm_up=1) == {"a": [1.0] * 3, "b": [2.0] * 3}
-    assert "".join(benchmark.order) == "ab" + "abbaab"
-    assert benchmark.stats.stats.data == [1.0] * 3
+    assert "".join(order) == "ab" + "abbaab"
+    assert data == [1.0] * 3
 
 
 def test_the_fit_recovers_a_known_exponent_within_its_interval() -> None:
@@ -92,8 +78,8 @@ def test_memory_and_calls_are_counted() -> None:
     def double() -> torch.Tensor:
         return torch.ones(1000) + torch.ones(1000)
 
-    assert peak_extra_bytes(double) == 3 * 4000
-    assert torch_calls(double) == 3
+    assert timing.peak_extra_bytes(double) == 3 * 4000
+    assert timing.torch_calls(double) == 3
     assert Cpu().sets(1) > 1
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from bench import report
 from bench.gpu import __main__ as command
-from bench.gpu import cases, frame, graph, profile, smoke, tests, tune
+from bench.gpu import cases, frame, graph, ops, smoke, tests, tune
 from bench.gpu.__main__ import STAGES, Stage, app
 from bench.gpu.cases import FULL, TOY
 from bench.gpu.device import Ceilings, Stub, Work
@@ -47,9 +47,7 @@ def dry(folder: Path, only: str, *options: str) -> tuple[int, dict[str, dict[str
     return done.exit_code, json.loads((folder / "gpu.json").read_text(encoding="utf-8"))["sections"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Stages
 
 
 def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
@@ -64,7 +62,7 @@ def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "stage", "case", "table"),
     [
-        ("profile", profile.run, profile.CHOLESKY, "updates"),
+        ("profile", ops.profile, ops.CHOLESKY, "updates"),
         ("graph", graph.run, None, "no wait for the device"),
         ("tune", tune.run, None, "tiles"),
     ],
@@ -99,9 +97,7 @@ def test_outcomes_of_tests_are_counted_as_far_as_they_came():
     assert tests.counts("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Faults
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Faults
 
 
 class Faulty(Stub):
@@ -193,9 +189,7 @@ def test_a_case_for_which_no_time_is_left_is_named(tmp_path: Path, monkeypatch: 
     assert frame.sections(found.path)["ops"]["skipped"] == ["long: 1 s left, 5 s wanted"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command, the checks and the page
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The command, the checks and the page
 
 
 def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,8 @@
-"""Every public function over sizes and dtypes, beside other libraries that give the same result.
+"""Every public function and every op over sizes and dtypes, beside what else gives the same result.
 
-Each case checks its result against float64 first and does not time a wrong one: where that is a peer's, the run goes on
-and the result file says so. ``--full`` takes larger sizes, and lets what is slow there take part in all of them.
+Of a function these are other libraries; of an op, on a GPU, its torch form. Each case checks its result against float64
+first and does not time a wrong one: where that is a peer's, or what ``torch.compile`` made, the run goes on and the
+result file says so. ``--full`` takes larger sizes, and lets what is slow there take part in all of them.
 """
 
 from contextlib import nullcontext
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from bench.benches.peers import at_best
-from bench.benches.tasks import GROUPED, ONE_BY_ONE, OWN, TASKS, Shape, Task, check, together
+from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OWN, TASKS, TORCH_FORM, Shape, Task, check, together
 from bench.benches.timing import TIMER
-from bench.gpu.cases import fresh
+from bench.gpu import cases
+from bench.gpu.cases import Case, fresh
 from bench.gpu.device import Device, size_of
+from bench.studies import roofline
+from brandla_kernels import OPS
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 
@@ -32,25 +36,34 @@ TOY = (Shape(96, 8, 4), Shape(96, 8, 4, FLOAT64), Shape(96, 8, 4, data=BFLOAT16)
 MOST_SLOW = 1024
 # Factors of a group, by their part of the largest n.
 PARTS = (1, 2, 4, 4)
+COMPILED = "torch.compile of the torch form"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick, full = (metafunc.config.getoption(name) for name in ("quick", "full"))
     kind = "cuda" if torch.cuda.is_available() and not quick else "cpu"
+    if metafunc.function is test_op:
+        by = [BRANDLA, TORCH_FORM, COMPILED] if kind == "cuda" else [BRANDLA]
+        sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
+        ops = [(case, one) for case in cases.cases(sizes) for one in by]
+        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{shape_of(op)}" for op, one in ops])
     grouped = metafunc.function is test_grouped
-    cases = []
+    found = []
     for name in filter(GROUPED.__contains__, TASKS) if grouped else TASKS:
         for shape in TOY if quick else FULL if full else USUAL:
             if shape.data is None or TASKS[name].takes_half:
-                found = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
-                own = [one for one in found if one in OWN]
-                cases.extend((name, by, shape) for by in ([*own, ONE_BY_ONE] if grouped else found))
-    metafunc.parametrize(("name", "by", "shape"), cases, ids=str)
+                those = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
+                own = [one for one in those if one in OWN]
+                found.extend((name, by, shape) for by in ([*own, ONE_BY_ONE] if grouped else those))
+    return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
+
+
+# --- Functions
 
 
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
-    return TASKS[name].make(shape, device)
+    return TASKS[name].task(shape, device)
 
 
 @lru_cache(maxsize=1)
@@ -61,9 +74,13 @@ def group_of(name: str, shape: Shape, device: Device) -> Task:
     return together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
 
 
+def about(shape: Shape) -> dict[str, Any]:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return {"shape": str(shape), "n": shape.n, "r": shape.r, "k": shape.k, "dtype": dtype}
+
+
 def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: Any) -> None:
-    sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
-    with case(f"{name} {shape}", by, function=name, shape=str(shape), **sizes) as timed:
+    with case(f"{name} {shape}", by, function=name, **about(shape)) as timed:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
@@ -79,3 +96,21 @@ def test_function(name, by, shape, device, case) -> None:
 
 def test_grouped(name, by, shape, device, case) -> None:
     measure(group_of(name, shape, device), f"grouped.{name}", by, shape, device, case)
+
+
+# --- Ops
+
+
+def shape_of(case: Case) -> Shape:
+    return Shape(*case.size[:3], case.dtype, None if case.data == case.dtype else case.data)
+
+
+@pytest.mark.study("ops")
+def test_op(op_case, by, device, case) -> None:
+    op, shape = OPS[op_case.op], shape_of(op_case)
+    with case(f"{op_case.op} {shape}", by, function=op_case.op, **about(shape)) as timed:
+        call = {BRANDLA: op, TORCH_FORM: cases.forced(op)}.get(by) or device.compiled(op.torch_form)
+        error, _ = cases.check(op_case, device, call)
+        on_gpu = device.tensors.type == "cuda"
+        inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
+        timed([partial(call, *one) for one in inputs], cases.work(op_case), error=error, orthogonality=None)

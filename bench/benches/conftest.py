@@ -51,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A collection in one call of many would be its outlier.
     config.option.benchmark_disable_gc = True
     # What is refused before it is timed is told by its own words; figures of whole runs time no call.
+    config.addinivalue_line("markers", "study(name): the result file of a case, where it is not that of its file")
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
@@ -69,8 +70,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def name_of(node: Any) -> str:
-    """Return the name of the study that a case belongs to, which is that of its file."""
-    return node.module.__name__.rpartition("bench_")[2]
+    """Return the name of the study that a case belongs to: that of its mark, or of its file."""
+    mark = node.get_closest_marker("study")
+    return mark.args[0] if mark else node.module.__name__.rpartition("bench_")[2]
 
 
 def _threads(config: pytest.Config) -> int:
@@ -99,7 +101,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def study(request: pytest.FixtureRequest) -> Study:
-    return request.config.stash[FOUND].studies.setdefault(name_of(request), Study())
+    return request.config.stash[FOUND].studies.setdefault(name_of(request.node), Study())
 
 
 @pytest.fixture
@@ -113,10 +115,9 @@ def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]
 def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
 
-    def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
-        figure = Figure.of(group or benchmark.group or "", case, value, **about)
-        study.figures.append(figure)
-        benchmark.extra_info[case if group is None else f"{group}: {case}"] = figure.record()
+    def keep(case: str, value: Any, **about: Any) -> None:
+        study.figures.append(Figure.of(benchmark.group or "", case, value, **about))
+        benchmark.extra_info[case] = study.figures[-1].record()
 
     yield keep
     if benchmark.stats:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches import problems
@@ -48,48 +50,55 @@ class Shape(NamedTuple):
         return Work(bytes=moved, **{"float64" if self.dtype == torch.float64 else "float32": flops})
 
 
+Judge = Callable[[Any], Judgement]
+
+
 class Call(NamedTuple):
     """A function, its arguments, the check of what it returns, and whether NumPy computes it."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    judge: Callable[[Any], Judgement]
+    judge: Judge
     on_numpy: bool = False
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """What a public function is asked, the same asked of others, and the least work that the function's method has."""
 
-    own: Call
-    options: dict[str, Any]
-    others: dict[str, Call]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    judge: Judge
     work: Work
+    options: dict[str, Any] = field(default_factory=dict)
+    given: Callable[[], tuple[Any, ...]] = tuple  # what others are given
+    judge_of: Callable[[Peer], Judge] | None = None  # the check of another's result, where it is another one
+    others: Mapping[str, Peer] = field(default_factory=dict)
 
     def call(self, implementation: str) -> Call:
-        if implementation not in OWN:
-            return self.others[implementation]
-        function = partial(self.own.function, **self.options)
-        return self.own._replace(function=forced(function) if implementation == TORCH_FORM else function)
+        if implementation in OWN:
+            function = partial(self.function, **self.options)
+            return Call(forced(function) if implementation == TORCH_FORM else function, self.arguments, self.judge)
+        peer = self.others[implementation]
+        given = tuple(tree_map_only(Tensor, peer.takes, list(self.given())))
+        return Call(peer.call, given, self.judge_of(peer) if self.judge_of else self.judge, peer.on_numpy)
 
 
 def check(name: str, call: Call) -> Judgement:
     return call.judge(on_cpu(call.function(*call.arguments))).accept(name)
 
 
-def approximating(function, arguments, options, target, slack, kinds, shape, device, work) -> Task:
+def approximating(function, arguments, options, target, slack, shape, device, work) -> Task:
     """Return a task whose result is the best approximation of a target; peers get the dense matrix for nothing."""
-    others = {}
-    if shape.data is None:
+    allowed = partial(problems.approximation, target, shape.r, shape.eps)
+
+    @cache
+    def given() -> tuple[Tensor, int]:
         dense = target if isinstance(target, Tensor) else target[0] @ target[1].mT
-        matrix = dense.to(device.tensors, shape.dtype)
-        judge = lambda slack: problems.approximation(target, shape.r, shape.eps, slack, PEER_DEFECT_ALLOWED)
-        others = {
-            name: Call(peer.call, (peer.takes(matrix), shape.r), judge(peer.slack), peer.on_numpy)
-            for name, peer in kinds.items()
-            if peer.runs_on(device.tensors.type)
-        }
-    own = Call(function, arguments, problems.approximation(target, shape.r, shape.eps, slack))
-    return Task(own, options, others, work)
+        return dense.to(device.tensors, shape.dtype), shape.r
+
+    judge_of = lambda peer: allowed(peer.slack, PEER_DEFECT_ALLOWED)
+    return Task(function, arguments, allowed(slack), work, options, given, judge_of)
 
 
 def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
@@ -114,8 +123,7 @@ def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
     chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
     options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
-    arguments = (factor, columns.to(device.tensors))
-    return approximating(function, arguments, options, target, slack, SYMMETRIC, shape, device, work)
+    return approximating(function, (factor, columns.to(device.tensors)), options, target, slack, shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
@@ -128,8 +136,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     added = [side.double().cpu() for side in sides]
     target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
     work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
-    arguments, options = (svd, *sides), {"decay": DECAY}
-    return approximating(brandla.svd_update, arguments, options, target, EXACT, GENERAL, shape, device, work)
+    return approximating(brandla.svd_update, (svd, *sides), {"decay": DECAY}, target, EXACT, shape, device, work)
 
 
 def svd_append(shape: Shape, device: Device) -> Task:
@@ -142,8 +149,8 @@ def svd_append(shape: Shape, device: Device) -> Task:
     unit = torch.eye(k, dtype=torch.float64)
     target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
     work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
-    arguments, options = (svd, columns.to(device.tensors)), {"decay": DECAY}
-    return approximating(brandla.svd_append, arguments, options, target, EXACT, GENERAL, shape, device, work)
+    arguments = (svd, columns.to(device.tensors))
+    return approximating(brandla.svd_append, arguments, {"decay": DECAY}, target, EXACT, shape, device, work)
 
 
 def downdate(shape: Shape, device: Device) -> Task:
@@ -157,7 +164,7 @@ def downdate(shape: Shape, device: Device) -> Task:
     target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
-    return approximating(brandla.eigh_downdate, arguments, {}, target, EXACT, {}, shape, device, work)
+    return approximating(brandla.eigh_downdate, arguments, {}, target, EXACT, shape, device, work)
 
 
 def refresh(shape: Shape, device: Device) -> Task:
@@ -167,10 +174,9 @@ def refresh(shape: Shape, device: Device) -> Task:
     right = eigh(device, 2 * n, r, shape.dtype).eigenvectors
     matrix = (vectors * values.sqrt()) @ right.mT
     exact = on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
-    arguments = (LowRankEigh(values, vectors), matrix)
     judge = problems.approximation(problems.halves(exact), r, shape.eps, EXACT)
-    own = Call(brandla.eigh_refresh, arguments, lambda found: judge(found[0]))
-    return Task(own, {"decay": DECAY, "weight": WEIGHT}, {}, shape.work(12 * n * n * r, 3 * 2 * n * n))
+    work, options = shape.work(12 * n * n * r, 3 * 2 * n * n), {"decay": DECAY, "weight": WEIGHT}
+    return Task(brandla.eigh_refresh, (LowRankEigh(values, vectors), matrix), lambda it: judge(it[0]), work, options)
 
 
 BATCHES = 5
@@ -188,22 +194,18 @@ def centred_append(shape: Shape, device: Device) -> Task:
         state = brandla.svd_append(state, columns.to(device.tensors, shape.dtype))
         exact.partial_fit(columns.mT.numpy())
         peer.partial_fit(columns.mT.to(shape.dtype).numpy())
-    rows = last.mT.to(shape.dtype).contiguous().numpy()
     exact.partial_fit(last.mT.numpy())
     truth = torch.from_numpy(exact.singular_values_)
     # Rounding of every batch adds up; a truncation differs by the order in which it is taken.
     allowed = 8 * (BATCHES + 1) * (r + k) ** 0.5 * shape.eps * float(truth[0] / truth[-1])
 
-    def judge(found: Tensor) -> Judgement:
-        return Judgement(float(((found.double() - truth).abs() / truth).max()), allowed)
+    def judge(found: Any) -> Judgement:
+        own = found.svd.S if hasattr(found, "svd") else torch.from_numpy(found.singular_values_)
+        return Judgement(float(((own.double() - truth).abs() / truth).max()), allowed)
 
-    fitted = Call(peer.partial_fit, (rows,), lambda it: judge(torch.from_numpy(it.singular_values_)), True)
-    return Task(
-        Call(brandla.svd_append, (state, last.to(device.tensors, shape.dtype)), lambda it: judge(it.svd.S)),
-        {},
-        {INCREMENTAL: fitted} if device.tensors.type == "cpu" else {},
-        shape.work(n * a_row(r, k), n * (2 * r + k)),
-    )
+    arguments, work = (state, last.to(device.tensors, shape.dtype)), shape.work(n * a_row(r, k), n * (2 * r + k))
+    given = lambda: (peer, last.mT.to(shape.dtype).contiguous())
+    return Task(brandla.svd_append, arguments, judge, work, given=given)
 
 
 def randomized(name: str, shape: Shape, device: Device) -> Task:
@@ -218,9 +220,9 @@ def randomized(name: str, shape: Shape, device: Device) -> Task:
         truth = torch.cat([truth, truth.new_zeros(n - m, m)]) - 2 * torch.outer(normal, normal[:m] @ truth)
     products = POWERS + 1 if symmetric else 2 * POWERS + 2
     arguments = (truth.to(device.tensors, shape.dtype), r)
-    options, kinds = {"oversample": OVERSAMPLE, "power_iterations": POWERS}, SYMMETRIC if symmetric else GENERAL
+    options = {"oversample": OVERSAMPLE, "power_iterations": POWERS}
     work = shape.work(products * 2 * n * m * min(r + OVERSAMPLE, m), products * n * m)
-    return approximating(getattr(brandla, name), arguments, options, truth, SKETCHED, kinds, shape, device, work)
+    return approximating(getattr(brandla, name), arguments, options, truth, SKETCHED, shape, device, work)
 
 
 PANELS = 4
@@ -240,32 +242,8 @@ def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
         off = max(map(problems.orthonormality, q.reshape(-1, n, r)))
         return Judgement(float(error.max()), DEFECT_ALLOWED * shape.eps, off / shape.eps)
 
-    others = {QR: Call(torch.linalg.qr, (panel,), judge)}
-    if panels is not None:
-        each = lambda several: [list(parts) for parts in zip(*map(torch.linalg.qr, several), strict=True)]
-        others[QR_EACH] = Call(each, (panel,), judge)
-    count = panels or 1
-    work = shape.work(count * 8 * n * r**2, count * 2 * n * r)
-    return Task(Call(brandla.orthonormalize, (panel,), judge), {}, others, work)
-
-
-def dense_of(factor: LowRankEigh) -> Tensor:
-    """Return U diag(d) Uᵀ + λI."""
-    shift = DAMPING * torch.eye(factor.n, dtype=factor.eigenvalues.dtype, device=factor.eigenvalues.device)
-    return factor.dense() + shift
-
-
-def _dense_power(matrix: Tensor, rhs: Tensor) -> Tensor:
-    levels, directions = torch.linalg.eigh(matrix)
-    return directions @ (levels[:, None] ** EXPONENT * (directions.mT @ rhs))
-
-
-def _both_sides(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
-    return torch.linalg.solve(right, torch.linalg.solve(left, matrix).mT).mT
-
-
-def _solve_both(left: Tensor, right: Tensor, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.linalg.solve(left, one), torch.linalg.solve(right, other)
+    work = shape.work((panels or 1) * 8 * n * r**2, (panels or 1) * 2 * n * r)
+    return Task(brandla.orthonormalize, (panel,), judge, work, given=lambda: (panel,))
 
 
 def damped(name: str, shape: Shape, device: Device) -> Task:
@@ -274,13 +252,14 @@ def damped(name: str, shape: Shape, device: Device) -> Task:
     factor, rhs = eigh(device, n, r, shape.dtype), device.normal(n, k, dtype=shape.dtype)
     exponent = (EXPONENT,) if name == "damped_power" else ()
     judge = undone(rhs.cpu(), [on_cpu(factor)], DAMPING, *exponent)
-    peer, call = (DENSE_EIGH, _dense_power) if exponent else (SOLVE, torch.linalg.solve)
-    return Task(
-        Call(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge),
-        {},
-        {peer: Call(call, (dense_of(factor), rhs), judge)},
-        shape.work(4 * n * r * k, n * (r + 2 * k)),
-    )
+    work, given = shape.work(4 * n * r * k, n * (r + 2 * k)), lambda: (dense_of(factor), rhs)
+    return Task(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge, work, given=given)
+
+
+def dense_of(factor: LowRankEigh) -> Tensor:
+    """Return U diag(d) Uᵀ + λI."""
+    shift = DAMPING * torch.eye(factor.n, dtype=factor.eigenvalues.dtype, device=factor.eigenvalues.device)
+    return factor.dense() + shift
 
 
 def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
@@ -293,16 +272,15 @@ def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
         data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
         judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]
         judge = lambda both: max(one(part) for one, part in zip(judges, both, strict=True))
-        dense, work = (_solve_both, data), shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
+        work = shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
     else:
         data = device.normal(n, m, dtype=shape.dtype)
-        judge = undone(data.cpu(), exact, DAMPING)
-        dense, work = (_both_sides, (data,)), shape.work(8 * n * m * r, 3 * n * m)
-    own = Call(brandla.kron_damped_solve, (*sides, data, DAMPING, DAMPING), judge)
-    return Task(own, {}, {SOLVE: Call(dense[0], (*map(dense_of, sides), *dense[1]), judge)}, work)
+        judge, work = undone(data.cpu(), exact, DAMPING), shape.work(8 * n * m * r, 3 * n * m)
+    given = lambda: (*map(dense_of, sides), data)
+    return Task(brandla.kron_damped_solve, (*sides, data, DAMPING, DAMPING), judge, work, given=given)
 
 
-def equal_to(expected: Tensor, shape: Shape) -> Callable[[Tensor], Judgement]:
+def equal_to(expected: Tensor, shape: Shape) -> Judge:
     """Return the check of a result against the float64 one."""
 
     def judge(found: Tensor) -> Judgement:
@@ -317,9 +295,40 @@ def determinant(shape: Shape, device: Device) -> Task:
     factor = eigh(device, shape.n, shape.r, shape.dtype)
     levels = on_cpu(factor).eigenvalues.double()
     judge = equal_to((levels + DAMPING).log().sum() + (shape.n - shape.r) * math.log(DAMPING), shape)
-    dense = Call(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, (dense_of(factor),), judge)
-    own = Call(brandla.damped_logdet, (factor, DAMPING), judge)
-    return Task(own, {}, {SLOGDET: dense}, shape.work(0, shape.r))
+    given = lambda: (dense_of(factor),)
+    return Task(brandla.damped_logdet, (factor, DAMPING), judge, shape.work(0, shape.r), given=given)
+
+
+def joint(name: str, shape: Shape, device: Device) -> Task:
+    """Return a power or the determinant of a Kronecker product with one damping, for an n × n / 2 matrix."""
+    n, r, _ = shape[:3]
+    m = n // 2
+    sides = [eigh(device, rows, shape.r, shape.dtype) for rows in (n, m)]
+    dense = lambda: tuple(side.dense() for side in sides)
+    (g, u), (a, v) = ([part.double() for part in on_cpu(side)] for side in sides)
+    levels = _joint_levels(g, a)
+    if name == "kron_damped_logdet":
+        judge = equal_to(levels.log().sum() + (n * m - r**2) * math.log(DAMPING), shape)
+        return Task(brandla.kron_damped_logdet, (*sides, DAMPING), judge, shape.work(0, 2 * r), given=dense)
+    data = device.normal(n, m, dtype=shape.dtype)
+    exact, outside = on_cpu(data).double(), DAMPING**EXPONENT
+    judge = equal_to(outside * exact + u @ ((levels**EXPONENT - outside) * (u.mT @ exact @ v)) @ v.mT, shape)
+    arguments, work = (*sides, data, DAMPING, EXPONENT), shape.work(8 * n * m * r, 3 * n * m)
+    return Task(brandla.kron_damped_power, arguments, judge, work, given=lambda: (*dense(), data))
+
+
+# --- Others' ways, of dense matrices
+
+
+def _power(matrix: Tensor, rhs: Tensor) -> Tensor:
+    levels, directions = torch.linalg.eigh(matrix)
+    return directions @ (levels[:, None] ** EXPONENT * (directions.mT @ rhs))
+
+
+def _solve_both(left: Tensor, right: Tensor, data: Tensor | tuple[Tensor, Tensor]) -> Any:
+    if isinstance(data, Tensor):
+        return torch.linalg.solve(right, torch.linalg.solve(left, data).mT).mT
+    return torch.linalg.solve(left, data[0]), torch.linalg.solve(right, data[1])
 
 
 def _joint_levels(left: Tensor, right: Tensor) -> Tensor:
@@ -335,24 +344,11 @@ def _joint_logdet(left: Tensor, right: Tensor) -> Tensor:
     return _joint_levels(torch.linalg.eigvalsh(left), torch.linalg.eigvalsh(right)).log().sum()
 
 
-def joint(name: str, shape: Shape, device: Device) -> Task:
-    """Return a power or the determinant of a Kronecker product with one damping, for an n × n / 2 matrix."""
-    n, r, _ = shape[:3]
-    m = n // 2
-    sides = [eigh(device, rows, shape.r, shape.dtype) for rows in (n, m)]
-    dense = tuple(side.dense() for side in sides)
-    (g, u), (a, v) = ([part.double() for part in on_cpu(side)] for side in sides)
-    levels = _joint_levels(g, a)
-    if name == "kron_damped_logdet":
-        judge = equal_to(levels.log().sum() + (n * m - r**2) * math.log(DAMPING), shape)
-        own = Call(brandla.kron_damped_logdet, (*sides, DAMPING), judge)
-        return Task(own, {}, {DENSE_EIGH: Call(_joint_logdet, dense, judge)}, shape.work(0, 2 * r))
-    data = device.normal(n, m, dtype=shape.dtype)
-    exact, outside = on_cpu(data).double(), DAMPING**EXPONENT
-    inside = u @ ((levels**EXPONENT - outside) * (u.mT @ exact @ v)) @ v.mT
-    judge = equal_to(outside * exact + inside, shape)
-    own = Call(brandla.kron_damped_power, (*sides, data, DAMPING, EXPONENT), judge)
-    return Task(own, {}, {DENSE_EIGH: Call(_joint_power, (*dense, data), judge)}, shape.work(8 * n * m * r, 3 * n * m))
+def _qr_each(panels: Tensor) -> list[list[Tensor]]:
+    return [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)]
+
+
+# --- All functions
 
 
 class Entry(NamedTuple):
@@ -362,6 +358,9 @@ class Entry(NamedTuple):
     peers: Mapping[str, Peer]
     takes_half: bool = False  # data in half precision beside a float32 factor
 
+    def task(self, shape: Shape, device: Device) -> Task:
+        return replace(self.make(shape, device), others=self.peers)
+
     def implementations(self, shape: Shape, device_type: str, most: int) -> list[str]:
         """Return who is timed; what is slow, up to n = ``most`` only, and nobody else at data in half precision."""
         own = list(OWN) if device_type == "cuda" else [BRANDLA]
@@ -370,33 +369,30 @@ class Entry(NamedTuple):
 
 
 SOLVE, DENSE_EIGH = "torch.linalg.solve, dense", "torch.linalg.eigh, dense"
-QR, QR_EACH = "torch.linalg.qr", "torch.linalg.qr, one call each"
-SLOGDET = "torch.linalg.slogdet, dense"
-_SOLVED = {SOLVE: Peer(torch.linalg.solve, slow=True)}
+_QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
+_SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
+_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)
+_BOTH = {SOLVE: Peer(_solve_both, slow=True)}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
     "eigh_downdate": Entry(downdate, {}),
     "eigh_refresh": Entry(refresh, {}),
     "svd_update": Entry(svd_update, GENERAL),
     "svd_append": Entry(svd_append, GENERAL, takes_half=True),
-    "svd_append, centred": Entry(
-        centred_append, {INCREMENTAL: Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)}
-    ),
+    "svd_append, centred": Entry(centred_append, {INCREMENTAL: _PCA}),
     "randomized_eigh": Entry(partial(randomized, "randomized_eigh"), SYMMETRIC),
     "randomized_svd": Entry(partial(randomized, "randomized_svd"), GENERAL),
-    "orthonormalize": Entry(partial(orthonormal, panels=None), {QR: Peer(torch.linalg.qr)}),
+    "orthonormalize": Entry(partial(orthonormal, panels=None), _QR),
     "orthonormalize, batched": Entry(
-        partial(orthonormal, panels=PANELS), dict.fromkeys((QR, QR_EACH), Peer(torch.linalg.qr))
+        partial(orthonormal, panels=PANELS), _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)}
     ),
-    "damped_solve": Entry(partial(damped, "damped_solve"), _SOLVED),
-    "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_dense_power, slow=True)}),
-    "damped_logdet": Entry(determinant, {SLOGDET: Peer(torch.linalg.slogdet, slow=True)}),
-    **{
-        name: Entry(partial(joint, name), {DENSE_EIGH: Peer(call, slow=True)})
-        for name, call in (("kron_damped_power", _joint_power), ("kron_damped_logdet", _joint_logdet))
-    },
-    "kron_damped_solve": Entry(partial(kron, pair=False), _SOLVED),
-    "kron_damped_solve, pair": Entry(partial(kron, pair=True), _SOLVED),
+    "damped_solve": Entry(partial(damped, "damped_solve"), {SOLVE: Peer(torch.linalg.solve, slow=True)}),
+    "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_power, slow=True)}),
+    "damped_logdet": Entry(determinant, {"torch.linalg.slogdet, dense": _SLOGDET}),
+    "kron_damped_power": Entry(partial(joint, "kron_damped_power"), {DENSE_EIGH: Peer(_joint_power, slow=True)}),
+    "kron_damped_logdet": Entry(partial(joint, "kron_damped_logdet"), {DENSE_EIGH: Peer(_joint_logdet, slow=True)}),
+    "kron_damped_solve": Entry(partial(kron, pair=False), _BOTH),
+    "kron_damped_solve, pair": Entry(partial(kron, pair=True), _BOTH),
 }
 # The tasks that `brandla.grouped` has too.
 GROUPED = [name for name in TASKS if name.partition(",")[0] in brandla.grouped.__all__ and "centred" not in name]
@@ -405,11 +401,11 @@ GROUPED = [name for name in TASKS if name.partition(",")[0] in brandla.grouped._
 def together(name: str, shapes: Sequence[Shape], device: Device) -> Task:
     """Return the grouped function over factors of several shapes, beside one call for each."""
     tasks = [TASKS[name].make(shape, device) for shape in shapes]
-    lists = tuple(map(list, zip(*(task.own.arguments for task in tasks), strict=True)))
-    judged = lambda results: [task.own.judge(one) for task, one in zip(tasks, results, strict=True)]
+    lists = tuple(map(list, zip(*(task.arguments for task in tasks), strict=True)))
+    judged = lambda results: [task.judge(one) for task, one in zip(tasks, results, strict=True)]
     judge = lambda results: max(judged(results), key=lambda one: one.used)
-    single = partial(tasks[0].own.function, **tasks[0].options)
-    each = Call(lambda *parts: [single(*own) for own in zip(*parts, strict=True)], lists, judge)
+    single = partial(tasks[0].function, **tasks[0].options)
+    each = Peer(lambda *parts: [single(*own) for own in zip(*parts, strict=True)])
     work = Work(*(sum(amounts) for amounts in zip(*(task.work for task in tasks), strict=True)))
-    own = Call(getattr(brandla.grouped, name.partition(",")[0]), lists, judge)
-    return Task(own, tasks[0].options, {ONE_BY_ONE: each}, work)
+    function, options = getattr(brandla.grouped, name.partition(",")[0]), tasks[0].options
+    return Task(function, lists, judge, work, options, lambda: lists, others={ONE_BY_ONE: each})

@@ -57,8 +57,14 @@ def place(found: dict[str, Any]) -> str:
 
 
 def in_words(found: dict[str, Any]) -> str:
+    gpu = found.get("gpu")
+    name = [f"{gpu['name']} ({gpu['architecture']}), {driver_of(gpu)}"] if gpu else []
     about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
-    return f"{about}; {versions_of(found)}; {commit_of(found)}"
+    return "; ".join([*name, about, versions_of(found), commit_of(found), found["date"]])
+
+
+def driver_of(gpu: dict[str, Any]) -> str:
+    return f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
 
 
 def versions_of(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.frame.facts import commit_of, place, versions_of
+from bench.frame.facts import commit_of, driver_of, place, versions_of
 from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
@@ -68,7 +68,7 @@ def provenance(found: dict[str, Any], file: str) -> str:
     """Say from which file figures come, and on what they were measured."""
     seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
     where, gpu = f"{place(found)}, {found['threads']} threads", found.get("gpu")
-    where += f", driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}" if gpu else ""
+    where += f", {driver_of(gpu)}" if gpu else ""
     words = f"`{file}`: {where}; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
     return words + caveats(found)
 

@@ -130,6 +130,13 @@ def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: 
     axis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
 
 
+def course(axis: Axes, values: pd.Series, name: str, colour: str, **style: Any) -> None:
+    """Draw the mean of what runs had at each step, which is the index, and its range."""
+    found = values.groupby(level=0).agg(["mean", "min", "max"])
+    axis.plot(found.index, found["mean"], color=colour, label=name, **style)
+    axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
+
+
 def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
     """Return what spells a value in the largest of the units that it reaches."""
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from bench.frame import results
-from bench.gpu import frame, graph, ops, profile, smoke, tests, tune
+from bench.gpu import frame, graph, ops, smoke, tests, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
 
@@ -29,7 +29,7 @@ POLL = 0.5
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 # A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "profile", "graph", "tests", "tune"))]
+PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "graph", "tests", "tune"))]
 
 
 class Stage(NamedTuple):
@@ -44,8 +44,8 @@ class Stage(NamedTuple):
 STAGES = {
     "smoke": Stage(smoke.run, 90, smoke.cases, together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "profile": Stage(profile.run, 80, profile.profiled),
-    "core": Stage(profile.core, 40),
+    "profile": Stage(ops.profile, 80, ops.profiled),
+    "core": Stage(ops.core, 40),
     "graph": Stage(graph.run, 90),
     "ops": Stage(ops.run, 110),
     "tests": Stage(tests.run, 130, tests.cases, together=5),

@@ -228,18 +228,10 @@ def launches(case: Case, device: Device) -> list[Any]:
 
 # --- Cost
 
-# Arguments of an op's ``cost``, where they are not n, r and k.
+# Arguments of an op's ``cost``, where they are not those of the others.
 COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
-    "rotate": lambda s: {"s": s.r},
-    "rotate_": lambda s: {"s": s.r},
-    "root_core": lambda s: {"s": s.r},
-    "eigh_rotation": lambda s: {"m": s.r + s.k, "s": s.r},
-    "damped_apply": lambda s: {"m": s.k},
-    "damped_inverse": lambda s: {"m": s.k},
-    "pair_damped_inverse": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
-    "kron_damped_inverse": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
-    "kron_damped_apply": lambda s: {"p": s.n, "q": s.wide, "left_rank": s.r, "right_rank": s.r},
-    "sketch": lambda s: {"m": s.n, "n": s.wide, "width": s.k},
+    "eigh_rotation": lambda s: {"m": s.r + s.k},
+    "sketch": lambda s: {"m": s.n, "n": s.wide},
 }
 # Flops that float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
 NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
@@ -254,7 +246,8 @@ NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
 
 def cost(case: Case) -> Cost:
     function, size = OPS[case.op].cost, case.size
-    known = {"n": size.n, "r": size.r, "k": size.k, "itemsize": case.dtype.itemsize}
+    known = {"n": size.n, "r": size.r, "k": size.k, "m": size.k, "s": size.r, "width": size.k}
+    known |= {"p": size.n, "q": size.wide, "left_rank": size.r, "right_rank": size.r, "itemsize": case.dtype.itemsize}
     known |= COSTS.get(case.op, lambda size: {})(size)
     total = function(**{name: known[name] for name in inspect.signature(function).parameters})
     if case.op in SMALL:

@@ -270,10 +270,7 @@ def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Seq
     """
     functions, how = {}, {}
     for name, call in calls.items():
-
-        def all_sets(call: Callable[..., Any] = call) -> list[Any]:
-            return [call(*one) for one in inputs]
-
+        all_sets = lambda call=call: [call(*one) for one in inputs]
         try:
             functions[name], how[name] = device.capture(all_sets).replay, "graph replay"
         except RuntimeError as error:

@@ -22,7 +22,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from bench.frame import figures, pages
-from bench.frame.facts import ROOT, commit_of, versions_of
+from bench.frame.facts import ROOT, in_words
 from bench.frame.figures import Figure
 from bench.frame.study import machine_of
 from bench.gpu.cases import FULL, TOY, Sizes
@@ -208,15 +208,6 @@ def facts_of(device: Device, commit: str | None = None) -> Row:
     """Return machine, GPU, versions, date and commit; ``commit`` serves where the checkout has no history."""
     found = machine_of(device)
     return found | {"commit": found["commit"] or commit, "gpu": found.get("gpu")}
-
-
-def in_words(machine: Row) -> str:
-    name, gpu = "no GPU", machine["gpu"]
-    if gpu is not None:
-        versions = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
-        name = f"{gpu['name']} ({gpu['architecture']}), {versions}"
-    about = f"{machine['cpu']}, {machine['cores']} cores; {versions_of(machine)}"
-    return f"{name}; {about}; {commit_of(machine)}; {machine['date']}"
 
 
 def text(machine: Row, found: Mapping[str, Row]) -> str:

@@ -1,19 +1,34 @@
-"""Each op: checked against float64, then its time against the ceiling that binds it, measured here, and eager torch."""
+"""The ceilings, and what is held to them: each op beside eager torch, each update kernel by kernel, and the small core.
+
+Each is checked against float64 first. An update has a process of its own: two profilers cannot both listen to one.
+"""
 
 from time import monotonic
+from typing import Any
 
 import torch
 
+import brandla
+from bench.benches import written_out
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError, check_update, steady
 from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.device import measure
+from bench.gpu.cases import SMALL, Case, Size, forced
+from bench.gpu.device import called, measure, replayed
 from bench.gpu.frame import Findings
+from bench.profiling import Request, prepare, table_of
+from brandla_kernels import OPS
 
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
 CASE, COMPILATION = 3.0, 30.0
 GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
+CHOLESKY = "root_update, cholesky"
+KERNELS, CALLS, STEPS = 15, 100, 30
+# n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
+SIZE, TOY = (4096, 256, 256), (64, 8, 8)
+ORDERS, TOY_ORDERS = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256)), ((4, 4), (8, 5))
+FACTORS = (1, 64)
 
 
 def ceilings(found: Findings) -> None:
@@ -63,3 +78,69 @@ def _measure(found: Findings, case: Case) -> None:
     large = case.size.n >= n and case.size.r == case.size.k == r
     if large and case.dtype == case.data == torch.float32 and case.op not in cases.SMALL:
         found.figure(GROUP, f"{case.op}, {case.name}", part, at_least=0.6, unit="", note=note)
+
+
+# --- Updates
+
+
+def profile(found: Findings) -> None:
+    for name in profiled(found.device.dry):
+        found.attempt(name, 25, _profile, found, name)
+
+
+def profiled(dry: bool) -> list[str]:
+    """Return the updates, that without an eigendecomposition first."""
+    return [CHOLESKY, *(name for name in UPDATES if name != CHOLESKY)]
+
+
+def _profile(found: Findings, name: str) -> None:
+    device, size = found.device, TOY if found.device.dry else SIZE
+    case, function = steady(name, *size, steps=10 if device.dry else STEPS, device=device.tensors), UPDATES[name][0]
+    update = lambda: function(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
+    right = lambda result: check_update(name, cases.on_cpu(case), cases.on_cpu(result))
+    right(update())
+    eigh = case.factor.to_eigh() if isinstance(case.factor, brandla.LowRankRoot) else case.factor
+    brand = lambda: written_out.brand_update(*eigh, case.columns, DECAY, WEIGHT)
+    calls: dict[str, Any] = {"eager": update, "torch": brand}
+    if name == CHOLESKY:
+        captured = device.capture(update)
+        captured.replay()
+        right(captured.result)
+        calls["graph"] = captured.replay
+    times = called(device, calls, 3 * found.sizes.seconds)
+    words = "n {}, r {}, k {}".format(*size)
+    host = 1e6 * device.host_seconds(update, 3 if device.dry else CALLS)
+    found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in calls}, host=host)
+    if name == CHOLESKY:
+        found.figure(name, f"{words}, in a graph", times.microseconds("graph"), unit="µs", at_most=300)
+        ratio = times.ratio("torch", "graph")
+        found.figure(name, f"{words}, in a graph: eager torch Brand update / it", ratio, at_least=10)
+    found.figure(name, f"{words}: eager torch Brand update / it", times.ratio("torch", "eager"))
+    try:
+        check_update("eigh_update", cases.on_cpu(case), brandla.LowRankEigh(*cases.on_cpu(brand())))
+    except WrongResultError as error:
+        found.note(f"the eager torch update would not pass the check of eigh_update: {error}")
+    for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
+        found.row(f"kernels of {name}, {words}", **row)
+
+
+# --- The small core
+
+
+def core(found: Findings) -> None:
+    """Time the small core by its order, for one factor and for many."""
+    for r, k in TOY_ORDERS if found.device.dry else ORDERS:
+        for count in FACTORS:
+            for op in SMALL:
+                case = Case(op, Size(4 * r, r, k, r, count))
+                found.attempt(f"{op}, {case.name}, r {r}", 4, _core, found, case)
+
+
+def _core(found: Findings, case: Case) -> None:
+    error, _ = cases.check(case, found.device)
+    op, inputs = OPS[case.op], [cases.operands(case, found.device)]
+    times = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
+    own, others = (times.microseconds(name).value for name in ("op", "torch"))
+    columns: dict[str, Any] = {"µs": own, "torch form µs": others, "× torch": others / own, "error": error}
+    sizes = {"order": cases.order_of(case), "r": case.size.r, "factors": case.size.cores}
+    found.row("small core", op=case.op, **sizes, **columns, how=times.how)

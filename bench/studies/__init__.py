@@ -1,1 +1,1 @@
-"""The studies, a file each: what it varies, what it measures, and what it draws."""
+"""The studies, a file each: what it varies, measures and draws; beside them networks and other people's optimizers."""

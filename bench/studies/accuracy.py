@@ -84,11 +84,9 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Ti
 
 def errors(exact: dict[str, parts.Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
     """Return the errors of both factors, and of the step taken by them."""
-    of_each = {name: exact[name].errors(factors[name])._asdict() for name in FACTORS}
-    found = {f"{name} {measure}": value for name, own in of_each.items() for measure, value in own.items()}
-    both = ("gradients", "inputs")
-    step = parts.step_errors(gradient, tuple(exact[name] for name in both), tuple(factors[name] for name in both))
-    return found | {"step error": step.error, "step angle": step.angle}
+    found = {f"{name} {of}": value for name in FACTORS for of, value in exact[name].errors(factors[name]).items()}
+    both = ([part[name] for name in ("gradients", "inputs")] for part in (exact, factors))
+    return found | parts.step_errors(gradient, *both)
 
 
 # --- Summaries: medians over the steps after the warm-up, and their mean and range over the seeds
@@ -176,12 +174,11 @@ def draw(content: Row, theme: Theme) -> Figure:
     below = f"width {width}, rank {settings['rank']}, {settings['batch']} columns a step"
     pictures.titled(axis, "Relative error of the step", below, theme)
     for name in (BEST, *COLOURS):
-        over = runs[runs["tracker"] == name].groupby("step")["step error"].agg(["mean", "min", "max"])
+        errors = runs[runs["tracker"] == name].set_index("step")["step error"]
         colour = theme.faint if name == BEST else theme.colour(*COLOURS[name])
         style: Row = {"linestyle": "--", "linewidth": 2} if name == BEST else {"linewidth": 1.6}
-        if len(over):
-            axis.plot(over.index, over["mean"], color=colour, label=name, **style)
-            axis.fill_between(over.index, over["min"], over["max"], color=colour, alpha=0.13, linewidth=0)
+        if len(errors):
+            pictures.course(axis, errors, name, colour, **style)
     pictures.logarithmic(axis.yaxis, lambda value: f"{100 * value:g} %", subs=(1, 3))
     axis.set_xlabel("training step")
     pictures.legend(axis, 3)

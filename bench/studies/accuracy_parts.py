@@ -5,7 +5,7 @@ A factor is M ← ρM + wAAᵀ. The dense average, which all but the three B kee
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,14 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import brandla
-from bench.benches import timing
+from bench.benches import problems, timing
 from brandla.correction import ritz_correct
 from brandla.demo import data
 from brandla_kernels import gram_ema_
 
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
 FACTORS = ("inputs", "gradients")
-ROOTS = ("root", "cholesky")
+# Each with the kind of factor that it keeps.
+UPDATES = {
+    "brand": problems.UPDATES["eigh_update"],
+    "root": problems.UPDATES["root_update"],
+    "cholesky": problems.UPDATES["root_update, cholesky"],
+}
 BEST = "best rank r"
 # ‖M − M̂‖₂ comes from Lanczos' iteration, whose eigenvalue is right to the square of this.
 LANCZOS = 1e-3
@@ -56,16 +61,8 @@ class Settings:
         return list(range(self.measure_every, self.steps + 1, self.measure_every))
 
 
-class Costs(NamedTuple):
-    """Milliseconds of each piece, for one factor."""
-
-    average: float
-    brand: float
-    root: float
-    cholesky: float
-    svd: float
-    eigh: float
-    correction: float
+# Milliseconds of each piece, for one factor: "average", the updates and the renewals.
+Costs = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ class Tracker:
 
     def cost(self, costs: Costs) -> float:
         """Milliseconds of a step, the dense average included where it is needed."""
-        renewed = (costs.average + getattr(costs, self.renewal) / self.period) if self.renewal else 0.0
-        return renewed + (getattr(costs, self.update) if self.update else 0.0)
+        renewed = (costs["average"] + costs[self.renewal] / self.period) if self.renewal else 0.0
+        return renewed + (costs[self.update] if self.update else 0.0)
 
     def due(self, step: int) -> bool:
         """Say whether this step, of those counted from 1, ends with a renewal."""
@@ -94,16 +91,16 @@ def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
     """
     every = settings.overwrite_every
     b_r = Tracker("B-R", "brand", "svd", every)
-    to_spend = b_r.cost(costs) - costs.average
-    beside_brand = to_spend - costs.brand
+    to_spend = b_r.cost(costs) - costs["average"]
+    beside_brand = to_spend - costs["brand"]
     return [
         Tracker("B", "brand", None, 0),
         Tracker("B, root", "root", None, 0),
         Tracker("B, no eigh", "cholesky", None, 0),
         b_r,
-        Tracker("B-C", "brand", "correction", _period(costs.correction, beside_brand)),
-        Tracker("RS", None, "svd", _period(costs.svd, to_spend)),
-        Tracker("SRE", None, "eigh", _period(costs.eigh, to_spend)),
+        Tracker("B-C", "brand", "correction", _period(costs["correction"], beside_brand)),
+        Tracker("RS", None, "svd", _period(costs["svd"], to_spend)),
+        Tracker("SRE", None, "eigh", _period(costs["eigh"], to_spend)),
         Tracker(f"RS every {every}", None, "svd", every),
         Tracker(f"SRE every {every}", None, "eigh", every),
     ]
@@ -123,8 +120,7 @@ class Kept:
         self._dense = torch.zeros(n, n)
         self._average = {"decay": settings.decay, "weight": 1 - settings.decay}
         self.factors: dict[str, Factor] = {
-            one.name: (brandla.LowRankRoot if one.update in ROOTS else brandla.LowRankEigh).zeros(n, settings.rank)
-            for one in chosen
+            one.name: UPDATES[one.update or "brand"][1].zeros(n, settings.rank) for one in chosen
         }
 
     def absorb(self, step: int, columns: Tensor) -> None:
@@ -140,10 +136,7 @@ class Kept:
 
     def updated(self, update: str, factor: Any, columns: Tensor) -> Factor:
         """Return a factor after the update of this name."""
-        if update == "brand":
-            return brandla.eigh_update(factor, columns, **self._average)
-        compress = "cholesky" if update == "cholesky" else "eigh"
-        return brandla.root_update(factor, columns, compress=compress, **self._average)
+        return UPDATES[update][0](factor, columns, **self._average)
 
     def renewed(self, renewal: str, factor: Any) -> Factor:
         """Return the average decomposed as RS or SRE does, or a factor with a random part of its columns corrected."""
@@ -170,7 +163,7 @@ def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
     for renewal in ("svd", "eigh", "correction"):
         pieces[renewal] = partial(kept.renewed, renewal, eigh)
     seconds = timing.alternating(pieces, settings.repeats)
-    return Costs(**{name: 1e3 * timing.of_median(times).value for name, times in seconds.items()})
+    return {name: 1e3 * timing.of_median(times).value for name, times in seconds.items()}
 
 
 class Observation(NamedTuple):
@@ -200,21 +193,6 @@ def observations(settings: Settings, width: int, seed: int) -> Iterator[Observat
         yield Observation(step, columns, (columns["gradients"] @ columns["inputs"].mT))
 
 
-class Errors(NamedTuple):
-    """Relative errors of one factor."""
-
-    inverse: float  # ‖(M̂ + λI)⁻¹ − (M + λI)⁻¹‖_F / ‖(M + λI)⁻¹‖_F
-    spectral: float  # ‖M̂ − M‖₂ / ‖M‖₂
-    trace: float  # tr((I − UUᵀ) M) / tr M: what the basis does not hold
-
-
-class Step(NamedTuple):
-    """How far a step is from that of the true factors."""
-
-    error: float  # Frobenius, relative
-    angle: float  # degrees
-
-
 class Decomposed:
     """M with its eigenpairs, and its damped inverse; λ is relative to its largest eigenvalue, whatever the tracker."""
 
@@ -228,8 +206,12 @@ class Decomposed:
         """Return the best approximation of this rank, in float64."""
         return brandla.LowRankEigh(self.values[:rank], self.vectors[:, :rank])
 
-    def errors(self, factor: Factor) -> Errors:
-        """Measure a tracker's factor."""
+    def errors(self, factor: Factor) -> dict[str, float]:
+        """Return the relative errors of a tracker's factor.
+
+        Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
+        its basis does not hold.
+        """
         values, vectors = eigenpairs(factor)
         # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
         inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
@@ -240,11 +222,12 @@ class Decomposed:
         start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
         outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
-        return Errors(
-            float(torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)),
-            abs(float(largest)) / float(self.values[0]),
-            float(outside / self.values.sum()),
-        )
+        error = torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)
+        return {
+            "inverse": float(error),
+            "spectral": abs(float(largest)) / float(self.values[0]),
+            "trace": float(outside / self.values.sum()),
+        }
 
 
 def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
@@ -253,12 +236,16 @@ def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
     return wide.to_eigh() if isinstance(wide, brandla.LowRankRoot) else wide
 
 
-def step_errors(gradient: Tensor, exact: tuple[Decomposed, Decomposed], factors: tuple[Factor, Factor]) -> Step:
-    """Compare (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ with the step of the true factors; both in float64."""
+def step_errors(gradient: Tensor, exact: Sequence[Decomposed], factors: Sequence[Factor]) -> dict[str, float]:
+    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the step of the true factors, relative, and the degrees between.
+
+    Both are in float64.
+    """
     of_gradients, of_inputs = exact
     wide, dampings = gradient.double(), (of_gradients.damping, of_inputs.damping)
     right = of_gradients.inverse @ wide @ of_inputs.inverse
     taken = brandla.kron_damped_solve(*map(eigenpairs, factors), wide, *dampings)
     size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
     cosine = ((right * taken).sum() / (size * own)).clamp(-1, 1)
-    return Step(float(torch.linalg.matrix_norm(taken - right) / size), float(torch.rad2deg(torch.acos(cosine))))
+    error, angle = torch.linalg.matrix_norm(taken - right) / size, torch.rad2deg(torch.acos(cosine))
+    return {"step error": float(error), "step angle": float(angle)}

@@ -3,26 +3,26 @@
 Figures are losses after so many steps: how busy the machine is makes no difference.
 """
 
-import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from pydoc_data import topics
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from sklearn import datasets
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as F
 
 from bench.frame import pages
+from bench.frame.samples import shuffled, table, text
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
+from bench.studies.networks import Graph, Transformer, letters_mlp, mlp, strided, two_hidden
+from brandla.demo.data import Split
+from brandla.demo.training import Trainer
 from brandla.kfac import KFAC
 
-CONTEXT, LETTERS, NEIGHBOURS = 32, 96, 8
 # Of the samples that validate, the first so many do.
 JUDGED = 300
 
@@ -49,118 +49,49 @@ METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
 }
 
 
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
+def after_letters() -> tuple[Split, Split]:
+    """Return windows of letters, and the one letter after each."""
+    windows = text()[0]
+    return shuffled(windows.images, windows.labels[:, -1])
 
 
-def split(inputs: Tensor, targets: Tensor) -> Data:
-    """Return what is trained on, then the fifth that validates."""
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    kept, left = order.tensor_split([len(inputs) * 4 // 5])
-    return inputs[kept], targets[kept], inputs[left], targets[left]
-
-
-@cache
-def table(name: str) -> Data:
-    """Return a data set of scikit-learn's, standardised; the targets of a regression too."""
-    inputs, targets = map(torch.as_tensor, getattr(datasets, f"load_{name}")(return_X_y=True))
-    columns = [inputs.float(), targets[:, None].float()]
-    inputs, values = ((part - part.mean(0)) / part.std(0).clamp_min(1e-6) for part in columns)
-    return split(inputs, values if name == "diabetes" else targets)
-
-
-@cache
-def text() -> Data:
-    """Windows of the documentation that comes with the interpreter, and the letter after each place."""
-    letters = "".join(topics.topics.values()).encode("ascii", "ignore")[: 4000 * (CONTEXT + 1)]
-    codes = torch.tensor(list(letters)).sub(31).clamp(0, LETTERS - 1)
-    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    return split(windows[:, :-1], windows[:, 1:])
-
-
-class Transformer(nn.Module):
-    """Two causal layers over letters."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.letters, self.places = nn.Embedding(LETTERS, width), nn.Parameter(0.02 * torch.randn(CONTEXT, width))
-        layers = [nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True) for _ in range(2)]
-        self.layers, self.head = nn.ModuleList(layers), nn.Linear(width, LETTERS)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT, device=codes.device)
-        hidden = self.letters(codes) + self.places
-        for layer in self.layers:
-            hidden = layer(hidden, src_mask=mask, is_causal=True)
-        return self.head(hidden).mT
-
-
-class Graph(nn.Module):
-    """Two graph convolutions over the nearest neighbours in a batch of digits."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(64, width), nn.Linear(width, 10)
-
-    def forward(self, nodes: Tensor) -> Tensor:
-        near = torch.cdist(nodes, nodes).topk(min(NEIGHBOURS, len(nodes)), largest=False).indices
-        hidden = self.first(nodes[near].mean(1)).relu()
-        return self.second(hidden[near].mean(1))
-
-
-def mlp(*widths: int) -> nn.Module:
-    pairs = itertools.pairwise(widths)
-    return nn.Sequential(*[part for pair in pairs for part in (nn.Linear(*pair), nn.ReLU())][:-1])
-
-
-def cnn(width: int) -> nn.Module:
-    layers = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, width), nn.ReLU(), nn.Linear(width, 10))
-
-
-def letters_mlp(width: int) -> nn.Module:
-    return nn.Sequential(nn.Embedding(LETTERS, 16), nn.Flatten(), mlp(16 * CONTEXT, width, LETTERS))
-
-
+digits = partial(table, "digits")
 # Data, network, its width, and the batch.
-TASKS: dict[str, tuple[Callable[[], Data], Callable[[int], nn.Module], int, int]] = {
-    "digits MLP 256": (partial(table, "digits"), lambda width: mlp(64, width, width, 10), 256, 128),
-    "digits MLP 1024": (partial(table, "digits"), lambda width: mlp(64, width, width, 10), 1024, 128),
-    "digits MLP 2048": (partial(table, "digits"), lambda width: mlp(64, width, 10), 2048, 128),
-    "digits CNN": (partial(table, "digits"), cnn, 256, 64),
-    "digits graph": (partial(table, "digits"), Graph, 512, 128),
-    "breast cancer MLP": (partial(table, "breast_cancer"), lambda width: mlp(30, width, width, 2), 256, 128),
-    "wine MLP": (partial(table, "wine"), lambda width: mlp(13, width, width, 3), 512, 128),
-    "diabetes MLP": (partial(table, "diabetes"), lambda width: mlp(10, width, width, 1), 256, 128),
+TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], nn.Module], int, int]] = {
+    "digits MLP 256": (digits, two_hidden, 256, 128),
+    "digits MLP 1024": (digits, two_hidden, 1024, 128),
+    "digits MLP 2048": (digits, lambda inputs, width: mlp(inputs, width, 10), 2048, 128),
+    "digits CNN": (digits, strided, 256, 64),
+    "digits graph": (digits, Graph, 512, 128),
+    "breast cancer MLP": (partial(table, "breast_cancer"), lambda n, width: mlp(n, width, width, 2), 256, 128),
+    "wine MLP": (partial(table, "wine"), lambda n, width: mlp(n, width, width, 3), 512, 128),
+    "diabetes MLP": (partial(table, "diabetes"), lambda n, width: mlp(n, width, width, 1), 256, 128),
     "letters transformer": (text, Transformer, 128, 32),
-    "letters MLP": (lambda: split(text()[0], text()[1][:, -1]), letters_mlp, 512, 128),
+    "letters MLP": (after_letters, letters_mlp, 512, 128),
 }
 
 
 def run(task: str, method: str, rate: float, seed: int, settings: Settings, device: str) -> Iterator[Row]:
     """Yield the validation loss before a run and the least in it (None if it diverged); rates fall along a cosine."""
     data, make, width, batch = TASKS[task]
+    training, judged = (Split(*(part.to(device) for part in split)) for split in data())
     torch.manual_seed(seed)
-    model = make(width // settings.narrower).to(device)
-    inputs, targets, *validation = (part.to(device) for part in data())
+    model = make(training.images.shape[1], width // settings.narrower).to(device)
     options = METHODS[method][1]
-    preconditioner = None if options is None else KFAC(model, **options, seed=seed)
+    kfac = None if options is None else KFAC(model, **options, seed=seed)
     optimizer = (torch.optim.AdamW if options is None else torch.optim.SGD)(model.parameters(), rate)
+    loss = F.cross_entropy if training.labels.dtype == torch.int64 else F.mse_loss
+    trainer = Trainer(model, optimizer, kfac, loss)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    loss = nn.functional.cross_entropy if targets.dtype == torch.int64 else nn.functional.mse_loss
 
     def validated() -> float:
         with torch.no_grad():
-            return float(loss(model(validation[0][:JUDGED]), validation[1][:JUDGED]))
+            return float(loss(model(judged.images[:JUDGED]), judged.labels[:JUDGED]))
 
     before, best = validated(), math.inf
-    warnings.filterwarnings("ignore", message="KFAC: some factors are too small")
     for step in range(1, settings.steps + 1):
-        chosen = torch.randint(len(inputs), (min(batch, settings.batch),)).to(device)
-        optimizer.zero_grad()
-        loss(model(inputs[chosen]), targets[chosen]).backward()
-        if preconditioner is not None:
-            preconditioner.step()
-        optimizer.step()
+        chosen = torch.randint(len(training.labels), (min(batch, settings.batch),)).to(device)
+        trainer.step(Split(training.images[chosen], training.labels[chosen]))
         schedule.step()
         if step % max(settings.steps // 10, 1) == 0:
             # Beside NaN the least so far stays.

@@ -4,27 +4,27 @@ Run by ``make study-expand-reduce``. Figures are steps and losses: how busy the 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from bench.frame import pages, pictures
-from bench.frame.images import CLASSES, FOLDER, Images, fashion, seeded, standardised
 from bench.frame.pictures import Theme
+from bench.frame.samples import FOLDER, fashion, standardised
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
-from bench.studies.kfac_methods import Numbers, points, spread
-from bench.studies.kfac_page import BASE, NOTHING, over_base, ranged
-from bench.studies.peers import SOAP, Muon
+from bench.studies import kfac_page
+from bench.studies.kfac_methods import OPTIMIZERS, Numbers, points, spread
+from bench.studies.kfac_page import BASE, NOTHING, by_method, over_base, ranged
+from bench.studies.networks import Graphs, Nodes, ViT, seeded
 from brandla.demo import data
-from brandla.demo.data import Split
+from brandla.demo.data import Parts, Split
 from brandla.demo.frame import Tables, Tick
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Exact
@@ -32,90 +32,6 @@ from brandla.kfac import KFAC, Exact
 DIGITS, FASHION = "digits", "fashion-mnist"
 # A target is what every run of AdamW has reached in this share of its steps, in whole per cent.
 SHARE = 0.75
-PATCHES, HEADS, LAYERS = 4, 4, 2  # patches along a side
-NEIGHBOURS = 8
-
-
-class ViT(nn.Module):
-    """A vision transformer over 4 × 4 patches, each with its place as one-hot entries, whose outputs are averaged."""
-
-    def __init__(self, pixels: int, width: int) -> None:
-        super().__init__()
-        self.side = round(pixels**0.5) // PATCHES
-        layer = partial(nn.TransformerEncoderLayer, width, HEADS, 2 * width, 0.0, batch_first=True, norm_first=True)
-        self.first = nn.Linear(self.side**2 + PATCHES**2, width)
-        self.layers = nn.Sequential(*(layer() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        parts = images.unflatten(1, (PATCHES, self.side, PATCHES, self.side)).transpose(2, 3).flatten(3).flatten(1, 2)
-        places = torch.eye(PATCHES**2, device=images.device).expand(len(images), -1, -1)
-        hidden = self.first(torch.cat([parts, places], 2))
-        return self.head(self.norm(self.layers(hidden)).mean(1))
-
-
-class Sage(nn.Module):
-    """A graph convolution: a Linear layer of each node's features beside the mean of its neighbours'."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * inputs, outputs)
-
-    def forward(self, nodes: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.linear(torch.cat([nodes, mean(nodes)], 1)).relu()
-
-
-class Graphs(nn.Module):
-    """A network for graphs: an image is the graph of its bright pixels, and a class is told by the mean over them."""
-
-    # Says which graph each node is of; K-FAC has one of its own for "reduce".
-    around: Callable[[Tensor, int], AbstractContextManager[None]] = staticmethod(lambda index, count: nullcontext())
-
-    def __init__(self, pixels: int, width: int) -> None:
-        super().__init__()
-        side = round(pixels**0.5)
-        rows, columns = torch.arange(pixels) // side, torch.arange(pixels) % side
-        near = torch.maximum((rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()) == 1
-        self.register_buffer("near", near.nonzero().mT)
-        self.register_buffer("places", nn.functional.one_hot(torch.stack([rows, columns], 1), side).flatten(1).float())
-        self.layers = nn.ModuleList([Sage(1 + 2 * side, width), *(Sage(width, width) for _ in range(LAYERS))])
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        bright = images > 0
-        graph, place = bright.nonzero(as_tuple=True)
-        number = bright.flatten().cumsum(0).sub(1).view_as(bright)
-        of, edge = (bright[:, self.near[0]] & bright[:, self.near[1]]).nonzero(as_tuple=True)
-        source, target = (number[of, ends[edge]] for ends in self.near)
-        nodes = torch.cat([images[bright][:, None], self.places[place]], 1)
-        with self.around(graph, len(images)):
-            for layer in self.layers:
-                nodes = layer(nodes, lambda features: mean_by(target, features[source], len(graph)))
-        return self.head(mean_by(graph, nodes, len(images)))
-
-
-class Nodes(nn.Module):
-    """A network for nodes: images, at half their resolution, are those of one graph with edges from the nearest."""
-
-    def __init__(self, pixels: int, width: int) -> None:
-        super().__init__()
-        side = round(pixels**0.5)
-        self.smaller = nn.Sequential(nn.Unflatten(1, (1, side, side)), nn.AvgPool2d(2), nn.Flatten())
-        self.layers = nn.ModuleList([Sage(pixels // 4, width), Sage(width, width)])
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        near = torch.cdist(images, images).topk(min(NEIGHBOURS + 1, len(images)), largest=False).indices[:, 1:]
-        nodes = self.smaller(images)
-        for layer in self.layers:
-            nodes = layer(nodes, lambda features: features[near].mean(1))
-        return self.head(nodes)
-
-
-def mean_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of the rows of each index below ``count``; 0 where there is none."""
-    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, index, rows)
-    return sums / rows.new_zeros(count).index_add(0, index, rows.new_ones(len(rows))).clamp_min(1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -174,58 +90,37 @@ QUICK = Settings(
 
 # --- Methods
 
-
-Make = Callable[[nn.Module, Numbers, Settings, int], Trainer]
-
-
-def first_order(kind: str, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
-    """Return a model with AdamW, Muon or SOAP."""
-    rate, beta, decay = numbers["rate"], 1 - numbers["1 − β₁"], settings.weight_decay
-    optimizers: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
-        "AdamW": lambda weights: torch.optim.AdamW(weights, rate, betas=(beta, 0.999), weight_decay=decay),
-        "Muon": lambda weights: Muon(weights, rate, beta, decay),
-        "SOAP": lambda weights: SOAP(weights, rate, (beta, 0.99), decay, settings.renew_every),
-    }
-    return Trainer(model, optimizers[kind](model.parameters()))
-
-
-def kfac(
-    sharing: Literal["expand", "reduce"], model: nn.Module, numbers: Numbers, settings: Settings, seed: int
-) -> Trainer:
-    """Return a model with K-FAC before SGD without momentum."""
-    preconditioner = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
-    if isinstance(model, Graphs):
-        model.around = preconditioner.graphs
-    return Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), preconditioner)
-
-
-FIRST_ORDER = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
-OF_KFAC = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
-# The two numbers that are searched, each evenly in the logarithm, and what makes a trainer of them.
-METHODS: dict[str, tuple[dict[str, tuple[float, float]], Make]] = {
-    **{kind: (FIRST_ORDER, partial(first_order, kind)) for kind in ("AdamW", "Muon", "SOAP")},
-    "K-FAC, expand": (OF_KFAC, partial(kfac, "expand")),
-    "K-FAC, reduce": (OF_KFAC, partial(kfac, "reduce")),
-}
-COLOURS = {
-    "AdamW": ("#5c5c5c", "#b4b8c2"),
-    "Muon": ("#7f6000", "#ffd966"),
-    "SOAP": ("#274e13", "#b6d7a8"),
-    "K-FAC, expand": ("#e69f00", "#f0b840"),
-    "K-FAC, reduce": ("#0072b2", "#56b4e9"),
-}
+FIRST_ORDER = ("AdamW", "Muon", "SOAP")
+EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
+# Ranges of the two numbers that are searched, each evenly in the logarithm.
+ADAM_RANGES = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
+KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
+METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUCE), KFAC_RANGES)
+COLOURS = kfac_page.COLOURS | {EXPAND: ("#e69f00", "#f0b840"), REDUCE: ("#0072b2", "#56b4e9")}
 
 
 def methods(task: Task) -> list[str]:
     """Return the methods of a task: where each node has a term of the loss, there is nothing to reduce."""
-    return [method for method in METHODS if not (task.network == "nodes" and method == "K-FAC, reduce")]
+    return [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
+
+
+def trainer_of(method: str, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
+    """Return a model with what trains it; K-FAC stands before SGD without momentum."""
+    if method in FIRST_ORDER:
+        given = numbers | {"weight decay": settings.weight_decay}
+        return Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
+    sharing = method.removeprefix("K-FAC, ")
+    kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
+    if isinstance(model, Graphs):
+        model.around = kfac.graphs
+    return Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
 
 
 # --- Runs
 
 
-def load(name: str, device: str) -> Images:
-    return standardised(Images(*data.load("cpu")) if name == DIGITS else fashion(FOLDER), device)
+def load(name: str, device: str) -> Parts:
+    return standardised(data.load("cpu") if name == DIGITS else fashion(FOLDER), device)
 
 
 @torch.no_grad()
@@ -241,57 +136,48 @@ def judge(model: nn.Module, split: Split, chunk: int) -> tuple[float, float]:
 
 def pieces(settings: Settings, device: Device) -> list[Piece]:
     """Return the search of each task, and its runs."""
-    where = str(device.tensors)
-    images = cache(partial(load, device=where))
-    cube = [point[:2] for point in points(settings)]
-    found = []
+    samples = cache(lambda images: load(images, str(device.tensors)))
+    cube, found = [point[:2] for point in points(settings)], []
+
+    def piece(table: str, steps: int, task: Task, method: str, name: str, value: int, measure: Any) -> Piece:
+        key = {"task": task.name, "method": method, name: value}
+        call = lambda tables, tick: measure(task, method, value, settings, samples(task.images), tables, tick)
+        return Piece(table, key, steps, call)
+
+    def trial(task, method, point, *about) -> Iterator[Row]:
+        return tried(task, method, spread(METHODS[method], cube[point]), *about)
+
     for task in settings.tasks:
         for method in methods(task):
-            for at, point in enumerate(cube):
-                numbers = spread(METHODS[method][0], point)
-                key = {"task": task.name, "method": method, "point": at}
-                trial = partial(tried, task, method, numbers, settings, images)
-                found.append(Piece("trials", key, task.search_steps, trial))
+            for point in range(settings.trials):
+                found.append(piece("trials", task.search_steps, task, method, "point", point, trial))
         for seed in settings.seeds:
             for method in methods(task):
-                key = {"task": task.name, "method": method, "seed": seed}
-                run = partial(measured, task, method, seed, settings, images)
-                found.append(Piece("runs", key, task.steps, run))
+                found.append(piece("runs", task.steps, task, method, "seed", seed, measured))
     return found
 
 
-def tried(task: Task, method: str, numbers: Numbers, settings: Settings, images: Any, _: Tables, tick: Tick) -> Any:
+def tried(task, method, numbers, settings, samples, _: Tables, tick: Tick) -> Iterator[Row]:
     """Yield the score of a trial: its mean accuracy on the images that validate, 0 if it diverged."""
-    parts = images(task.images)[2:]
-    looks = list(looked(task, method, numbers, settings, parts, task.search_steps, settings.search_seed, tick))
+    looks = list(looked(task, method, numbers, settings, samples[2:], task.search_steps, settings.search_seed, tick))
     whole = all(look["loss"] is not None for look in looks)
     yield {"numbers": numbers, "score": sum(look["accuracy"] for look in looks) / len(looks) if whole else 0.0}
 
 
-def measured(task: Task, method: str, seed: int, settings: Settings, images: Any, tables: Tables, tick: Tick) -> Any:
+def measured(task, method, seed, settings, samples, tables: Tables, tick: Tick) -> Iterator[Row]:
     """Yield a run with the numbers of the best trial."""
     own = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method)]
     numbers = max(own, key=lambda row: row["score"])["numbers"]
-    parts = images(task.images)[:2]
-    looks = looked(task, method, numbers, settings, parts, task.steps, seed, tick)
+    looks = looked(task, method, numbers, settings, samples[:2], task.steps, seed, tick)
     yield {"numbers": numbers, "looks": list(looks)}
 
 
-def looked(
-    task: Task,
-    method: str,
-    numbers: Numbers,
-    settings: Settings,
-    parts: tuple[Split, Split],
-    steps: int,
-    seed: int,
-    tick: Tick,
-) -> Iterator[Row]:
+def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed, tick: Tick) -> Iterator[Row]:
     """Train on the first part at a constant rate, and yield accuracy and loss on the second at every few steps."""
-    model = seeded(seed, NETWORKS[task.network], parts[0].images.shape[1], task.width).to(parts[0].images.device)
-    trainer = METHODS[method][1](model, numbers, settings, seed)
-    judging = Split(*(part[: settings.most_judged] for part in parts[1]))
-    for step, batch in enumerate(data.batches(parts[0], task.batch, steps, seed), start=1):
+    training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
+    model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
+    trainer = trainer_of(method, model, numbers, settings, seed)
+    for step, batch in enumerate(data.batches(training, task.batch, steps, seed), start=1):
         trainer.step(batch)
         tick(1 / steps)
         if step % task.evaluate_every == 0 or step == steps:
@@ -315,18 +201,12 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     target = target_of(content, task)
-    arrived = [[at["step"] for at in row["looks"] if at["accuracy"] >= target] for row in rows]
-    runs = pd.DataFrame(
-        {
-            "method": [row["method"] for row in rows],
-            "step": [min(steps, default=math.nan) for steps in arrived],
-            "accuracy": [row["looks"][-1]["accuracy"] for row in rows],
-            "loss": [math.nan if row["looks"][-1]["loss"] is None else row["looks"][-1]["loss"] for row in rows],
-        }
-    )
-    by = runs.groupby("method", sort=False)
-    parts = (by[part].agg(["mean", "min", "max"]).add_prefix(f"{part} ") for part in ("step", "accuracy", "loss"))
-    found = pd.concat(parts, axis=1).assign(runs=by.size(), reached=by["step"].count())
+
+    def ended(run: Row) -> Row:
+        first = min((at["step"] for at in run["looks"] if at["accuracy"] >= target), default=math.nan)
+        return {"method": run["method"], **run["looks"][-1], "step": first}
+
+    found = by_method(pd.DataFrame(map(ended, rows)), ("step", "accuracy", "loss"))
     numbers = {row["method"]: "; ".join(f"{name} {value:g}" for name, value in row["numbers"].items()) for row in rows}
     return found.assign(numbers=pd.Series(numbers))
 
@@ -381,12 +261,9 @@ def draw(content: Row, theme: Theme) -> Figure:
         pictures.titled(axis, f"{task['name']}: test accuracy", task["words"], theme)
         runs = pd.DataFrame([row for row in content["runs"] if row["task"] == task["name"]])
         for method, own in runs.groupby("method", sort=False):
-            looks = pd.DataFrame(own["looks"].explode().tolist())
-            course = looks.groupby("step")["accuracy"].agg(["mean", "min", "max"]) * 100
-            colour = theme.colour(*COLOURS[str(method)])
-            style = "-" if "K-FAC" in str(method) else (0, (4, 1.5))
-            axis.plot(course.index, course["mean"], color=colour, linewidth=1.7, linestyle=style, label=method)
-            axis.fill_between(course.index, course["min"], course["max"], color=colour, alpha=0.13, linewidth=0)
+            looks = pd.DataFrame(own["looks"].explode().tolist()).set_index("step")
+            colour, style = theme.colour(*COLOURS[str(method)]), "-" if "K-FAC" in str(method) else (0, (4, 1.5))
+            pictures.course(axis, 100 * looks["accuracy"], str(method), colour, linewidth=1.7, linestyle=style)
         target = 100 * target_of(content, task)
         axis.axhline(target, color=theme.text, linewidth=1, linestyle=":")
         axis.set(ylim=(3 * target - 200 if target > 75 else 0, 100), ylabel="%")

@@ -17,15 +17,14 @@ import typer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.frame.images import FOLDER, Images, UnusableError, check
+from bench.frame.samples import FOLDER, UnusableError, check, garments
 from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, application, conduct, settings_of
 from bench.gpu.device import Device
-from bench.studies.kfac_methods import EXPONENTS, FULL, METHODS, QUICK, USUAL, Method, Settings, points
+from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import draw, shown
-from bench.studies.tasks import KINDS, Task, garments
 from brandla.demo import data
-from brandla.demo.data import Split
-from brandla.demo.frame import Tables, Tick
+from brandla.demo.data import Parts, Split
+from brandla.demo.frame import Tables
 from brandla.demo.training import Trainer, timed
 
 PIXELS = 784
@@ -117,7 +116,7 @@ def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Ro
 # --- The runs
 
 
-def trainer_of(task: Task, method: Method, numbers: Row, samples: Images, settings: Settings, seed: int) -> Any:
+def trainer_of(task: Task, method: Method, numbers: Row, samples: Parts, settings: Settings, seed: int) -> Any:
     """Return the network of a seed with what trains it by these numbers."""
     inputs = samples.training.images
     return method.trainer(task.model(inputs.shape[1], str(inputs.device), seed), numbers, settings, task, seed)
@@ -131,16 +130,7 @@ def measured(task, method, seed, settings, samples, tables, tick) -> Iterator[Ro
     yield {"numbers": numbers} | run | kept_bytes(trainer)
 
 
-def train(
-    trainer: Any,
-    task: Task,
-    parts: tuple[Split, Split],
-    most: int,
-    seconds: float,
-    seed: int,
-    settings: Settings,
-    tick: Tick,
-) -> Row:
+def train(trainer, task, parts, most, seconds, seed, settings, tick) -> Row:
     """Train on the first part until the second one finds the target reached, or steps or seconds are spent.
 
     Only the steps are timed. ``step`` and ``seconds`` are those that the target took, None where it was not reached.

@@ -1,17 +1,20 @@
-"""The methods of the study of K-FAC, each with the three numbers that are searched for it, and the study's settings."""
+"""What the study of K-FAC trains and how: tasks with a target, methods with three numbers to be searched, settings."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import util
-from typing import Any
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from scipy.stats.qmc import LatinHypercube
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bench.benches.training import maker
-from bench.studies.peers import SOAP, Maker, Muon, Shampoo
-from bench.studies.tasks import Task
+from bench.frame.samples import CONTEXT, ROWS, friedman, garments, letters
+from bench.studies.networks import NEIGHBOURS, Graph, Transformer, conv, mlp, seeded, two_hidden
+from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
+from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
@@ -20,6 +23,98 @@ Numbers = dict[str, float]
 DECAY = 0.95
 # A task that follows another of width w₀ tries its rate times (w₀ / width) to these powers.
 EXPONENTS = (0.0, 0.5, 1.0)
+
+
+class Kind(NamedTuple):
+    """A network, and what it learns."""
+
+    words: str
+    make: Callable[[int, int], nn.Module]  # from the numbers of a sample, and the width
+    load: Callable[[Path], Parts] = garments
+    judged: int = 1000  # of the samples that judge, the first so many do
+    by_loss: bool = False  # the target is a loss that is not exceeded; else an accuracy
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    sharing: Literal["expand", "reduce"] = "reduce"  # of K-FAC: "expand" where each place has a loss of its own
+
+
+KINDS = {
+    "mlp": Kind("an MLP with two hidden layers of {width} on Fashion-MNIST", two_hidden),
+    "conv": Kind(
+        "two convolutions of {width} channels and twice as many, and two Linear layers, on Fashion-MNIST", conv
+    ),
+    "graph": Kind(
+        f"two graph convolutions of width {{width}} over {NEIGHBOURS} nearest neighbours in a batch of Fashion-MNIST",
+        Graph,
+    ),
+    "transformer": Kind(
+        f"two causal layers of width {{width}} over {CONTEXT} letters of Python's own documentation",
+        Transformer,
+        letters,
+        100,
+        by_loss=True,
+        sharing="expand",
+    ),
+    "regression": Kind(
+        f"an MLP with two hidden layers of {{width}} on Friedman's first function with noise, {ROWS} rows",
+        lambda inputs, width: mlp(inputs, width, width, 1),
+        friedman,
+        2000,
+        by_loss=True,
+        loss=F.mse_loss,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its target, and how long it may take to get there."""
+
+    name: str  # as in the result file
+    kind: str  # of ``KINDS``, as in ``--only``
+    width: int
+    batch: int
+    steps: int  # of a run, and of a trial of the search, at most
+    seconds: float  # of a run, at most; a trial has half of them
+    target: float  # on the test samples; on those that validate, in the search
+    follows: str = ""  # task whose numbers are taken; "" searches them
+    rates: bool = False  # of a task that follows: whether rates are tried
+    everyone: bool = False  # whether the methods that are elsewhere left out take part
+    seeds: int = 3  # of the runs, the first so many
+    cost: float = 1.0  # of a step, beside those of other tasks, for the progress bar
+
+    @property
+    def network(self) -> Kind:
+        """What is trained."""
+        return KINDS[self.kind]
+
+    def data(self, folder: Path, device: str, most: int | None) -> Parts:
+        """Return the samples; of each part that is trained on the first ``most``."""
+        judged = self.network.judged
+        whole = zip(self.network.load(folder), (most, judged, most, judged), strict=True)
+        return Parts(*(Split(*(tensor[:limit].to(device) for tensor in part)) for part, limit in whole))
+
+    def model(self, inputs: int, device: str, seed: int) -> nn.Module:
+        """Return the network for samples of so many numbers, initialised from a seed."""
+        return seeded(seed, self.network.make, inputs, self.width).to(device)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Split) -> float:
+        """Return the loss or the accuracy that the target is set for."""
+        outputs = model(split.images)
+        loss = self.network.loss(outputs, split.labels)
+        if not loss.isfinite():
+            message = "diverged: the loss is not finite"
+            raise RuntimeError(message)
+        return float(loss) if self.network.by_loss else float((outputs.argmax(1) == split.labels).float().mean())
+
+    def reached(self, score: float) -> bool:
+        """Say whether a score is as good as the target."""
+        return score <= self.target if self.network.by_loss else score >= self.target
+
+    @property
+    def goal(self) -> str:
+        """The target in words."""
+        return f"a loss of {self.target:g}" if self.network.by_loss else f"{100 * self.target:g} %"
 
 
 @dataclass(frozen=True)
@@ -99,6 +194,9 @@ QUICK = Settings(
 Optimizer = Callable[[Iterable[nn.Parameter], Numbers, Settings], torch.optim.Optimizer]
 
 
+# --- Methods
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train."""
@@ -108,8 +206,6 @@ class Method:
     cost: float  # milliseconds of a step, roughly, for the progress bar
     # Of each number that is searched, by its name: ends of a range that is covered evenly in the logarithm.
     ranges: dict[str, tuple[float, float]]
-    optimizer: Optimizer | None = None  # from the weights
-    strategy: Callable[[Settings, Numbers], Strategy] | None = None  # of K-FAC, before SGD
     renews: str = ""  # the setting that says after how many steps a dear one comes
     usual: bool = True  # in every task; else in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
@@ -131,13 +227,13 @@ class Method:
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         """Return a model with what trains it."""
         loss = task.network.loss
-        if self.optimizer is not None:
-            return Trainer(model, self.optimizer(model.parameters(), numbers, settings), None, loss)
+        if self.name in OPTIMIZERS:
+            return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
         plain = torch.optim.SGD(model.parameters(), numbers["rate"])
         damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
-        if self.strategy is None:
+        if self.name not in STRATEGIES:
             return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
-        strategy, sharing = self.strategy(settings, numbers), task.network.sharing
+        strategy, sharing = STRATEGIES[self.name](settings, numbers), task.network.sharing
         options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
         return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
 
@@ -150,16 +246,20 @@ def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Number
     }
 
 
+def points(settings: Settings) -> list[list[float]]:
+    """Return the points of the unit cube at which every method is tried: a Latin hypercube.
+
+    The coordinates of each one number fall one into each of as many equal parts as there are points.
+    """
+    return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
+
+
 def sgd(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
     return torch.optim.SGD(of, by["rate"], momentum=1 - by["1 − momentum"], weight_decay=by["weight decay"])
 
 
 def adamw(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(of, by["rate"], betas=(1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"])
-
-
-def muon(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
-    return Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"])
 
 
 def of_sides(kind: type[Shampoo] | type[SOAP], every: int | None = None) -> Optimizer:
@@ -169,84 +269,49 @@ def of_sides(kind: type[Shampoo] | type[SOAP], every: int | None = None) -> Opti
     )
 
 
+OPTIMIZERS: dict[str, Optimizer] = {
+    "SGD": sgd,
+    "AdamW": adamw,
+    "Muon": lambda of, by, _: Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"]),
+    "Shampoo": of_sides(Shampoo),
+    "SOAP": of_sides(SOAP),
+    "SOAP, every step": of_sides(SOAP, 1),
+}
+# Of K-FAC, before SGD without momentum.
+STRATEGIES: dict[str, Callable[[Settings, Numbers], Strategy]] = {
+    "K-FAC": lambda of, _: Exact(of.renew_every),
+    "RS-KFAC": lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every),
+    "SRE-KFAC": lambda of, _: Randomized(of.rank, inverse_every=of.renew_every),
+    "B-KFAC": lambda of, _: Brand(of.rank),
+    "B-KFAC, sketched": lambda of, _: Brand(of.rank, sketch=of.rank // 2),
+    "B-R-KFAC": lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every),
+    "B-KFAC-C": lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every),
+    "SINGD": lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every),
+}
 SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
 ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
-
-
-def kfac(name: str, words: str, cost: float, strategy: Callable[[Settings, Numbers], Strategy], **about: Any) -> Method:
-    """Return a method of ``brandla.kfac``."""
-    return Method(name, words, cost, **{"ranges": KFAC_RANGES, "strategy": strategy} | about)
-
-
 METHODS = (
-    Method("SGD", "with momentum", 4, SGD_RANGES, sgd),
-    Method("AdamW", "β₂ 0.999", 5, ADAM_RANGES, adamw),
-    Method("Muon", "five steps of Newton and Schulz, as long as AdamW's", 80, ADAM_RANGES, muon, priced=False),
-    Method("Shampoo", "roots every {renew_every} steps", 20, ADAM_RANGES, of_sides(Shampoo), renews=PACE, priced=False),
-    Method("SOAP", "QR every {renew_every} steps", 20, ADAM_RANGES, of_sides(SOAP), renews=PACE),
-    Method("SOAP, every step", "QR at every step", 60, ADAM_RANGES, of_sides(SOAP, 1), priced=False),
-    kfac("K-FAC", "`Exact`, every {renew_every} steps", 26, lambda of, _: Exact(of.renew_every), renews=PACE),
-    kfac(
-        "RS-KFAC",
-        '`Randomized`, `"svd"`, every {renew_every} steps',
-        19,
-        lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every),
-        renews=PACE,
-    ),
-    kfac("B-KFAC", "`Brand`", 30, lambda of, _: Brand(of.rank)),
-    kfac(
-        "B-KFAC, sketched",
-        "`Brand`, batches brought down to half the rank by random signs",
-        18,
-        lambda of, _: Brand(of.rank, sketch=of.rank // 2),
-    ),
-    kfac(
-        "SINGD",
-        "`InverseFree`, dense, moved every {singd_every} steps",
-        20,
-        lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every),
-        ranges=SINGD_RANGES,
-        renews="singd_every",
-    ),
-    kfac(
-        "SRE-KFAC",
-        '`Randomized`, `"eigh"`, every {renew_every} steps',
-        17,
-        lambda of, _: Randomized(of.rank, inverse_every=of.renew_every),
-        **EXTRA,
-    ),
-    kfac(
-        "B-R-KFAC",
-        "`BrandRandomized`, overwritten every {overwrite_every} steps",
-        34,
-        lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every),
-        **EXTRA,
-    ),
-    kfac(
-        "B-KFAC-C",
-        "`BrandCorrected`, corrected every {renew_every} steps",
-        41,
-        lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every),
-        **EXTRA,
-    ),
+    Method("SGD", "with momentum", 4, SGD_RANGES),
+    Method("AdamW", "β₂ 0.999", 5, ADAM_RANGES),
+    Method("Muon", "five steps of Newton and Schulz, as long as AdamW's", 80, ADAM_RANGES, priced=False),
+    Method("Shampoo", "roots every {renew_every} steps", 20, ADAM_RANGES, PACE, priced=False),
+    Method("SOAP", "QR every {renew_every} steps", 20, ADAM_RANGES, PACE),
+    Method("SOAP, every step", "QR at every step", 60, ADAM_RANGES, priced=False),
+    Method("K-FAC", "`Exact`, every {renew_every} steps", 26, KFAC_RANGES, PACE),
+    Method("RS-KFAC", '`Randomized`, `"svd"`, every {renew_every} steps', 19, KFAC_RANGES, PACE),
+    Method("B-KFAC", "`Brand`", 30, KFAC_RANGES),
+    Method("B-KFAC, sketched", "`Brand`, batches brought down to half the rank by random signs", 18, KFAC_RANGES),
+    Method("SINGD", "`InverseFree`, dense, moved every {singd_every} steps", 20, SINGD_RANGES, "singd_every"),
+    Method("SRE-KFAC", '`Randomized`, `"eigh"`, every {renew_every} steps', 17, KFAC_RANGES, **EXTRA),
+    Method("B-R-KFAC", "`BrandRandomized`, overwritten every {overwrite_every} steps", 34, KFAC_RANGES, **EXTRA),
+    Method("B-KFAC-C", "`BrandCorrected`, corrected every {renew_every} steps", 41, KFAC_RANGES, **EXTRA),
     Method(
-        "asdfghjkl",
-        "K-FAC of that package, inverses every {renew_every} steps, without a clip",
-        30,
-        ASDL_RANGES,
-        package="asdl",
+        *("asdfghjkl", "K-FAC of that package, inverses every {renew_every} steps, without a clip", 30, ASDL_RANGES),
         **EXTRA,
+        package="asdl",
     ),
 )
-
-
-def points(settings: Settings) -> list[list[float]]:
-    """Return the points of the unit cube at which every method is tried: a Latin hypercube.
-
-    The coordinates of each one number fall one into each of as many equal parts as there are points.
-    """
-    return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()

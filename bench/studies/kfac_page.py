@@ -1,7 +1,7 @@
 """What the study of K-FAC shows of its result file: tables, the page, and pictures."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -13,16 +13,15 @@ from matplotlib.ticker import FixedLocator
 from bench.frame import pages, pictures
 from bench.frame.facts import place
 from bench.frame.figures import spelled
-from bench.frame.images import PACKAGE
 from bench.frame.pictures import Theme
+from bench.frame.samples import PACKAGE
 from bench.frame.study import Row
-from bench.studies.kfac_methods import DECAY, METHODS, USUAL
-from bench.studies.tasks import Task
+from bench.studies.kfac_methods import DECAY, METHODS, STRATEGIES, USUAL, Task
 
 # What the others are compared with.
 BASE, SKETCHED = "AdamW", "B-KFAC, sketched"
 NOTHING = "–"
-OWN = [method.name for method in METHODS if method.strategy]
+OWN = list(STRATEGIES)
 MOST_ROWS = 10
 
 
@@ -30,16 +29,25 @@ def tasks_of(content: Row) -> list[Task]:
     return [Task(**row) for row in content["settings"]["tasks"]]
 
 
+def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
+    """Return a row a method: mean, least and largest of each figure, the runs, and those that reached the target."""
+    by = runs.astype(dict.fromkeys(parts, float)).groupby("method", sort=False)
+    found = pd.concat([by[part].agg(["mean", "min", "max"]).add_prefix(f"{part} ") for part in parts], axis=1)
+    return found.assign(runs=by.size(), reached=by["step"].count())
+
+
 def summary(content: Row, task: Task) -> pd.DataFrame:
-    """Return a row a method: runs, those that reached the target, and mean, least and largest of each figure."""
+    """Return a row a method, with what it keeps besides weights and gradients."""
     runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
     if runs.empty:
         return runs
-    by = runs.astype({"step": float, "seconds": float, "milliseconds": float}).groupby("method", sort=False)
-    parts = {part: by[part].agg(["mean", "min", "max"]) for part in ("step", "seconds", "milliseconds")}
-    found = pd.concat([part.add_prefix(f"{name} ") for name, part in parts.items()], axis=1)
-    found["runs"], found["reached"] = by.size(), by["step"].count()
-    found["bytes"] = (by["factor_bytes"].first() + by["optimizer_bytes"].first()).astype(float)
+    found = by_method(runs, ("step", "seconds", "milliseconds"))
+    found["bytes"] = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
+    return in_order(found)
+
+
+def in_order(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows in the order of the methods."""
     return found.reindex([method.name for method in METHODS if method.name in found.index])
 
 
@@ -68,8 +76,7 @@ def means(content: Row) -> pd.DataFrame:
     """Return geometric means of the ratios over the tasks, a row a method, with the number of tasks."""
     by = ratios(content).groupby("method")
     found = np.exp(by[["step", "seconds"]].agg(lambda column: np.log(column.astype(float)).mean()))
-    found = found.assign(tasks=by.size())
-    return found.reindex([method.name for method in METHODS if method.name in found.index])
+    return in_order(found.assign(tasks=by.size()))
 
 
 # --- Tables
@@ -129,7 +136,7 @@ def costs(content: Row) -> pd.DataFrame:
     if rows.empty:
         return rows
     found = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
-    return (found / found.loc["SGD"]).reindex([method.name for method in METHODS if method.name in found.index])
+    return in_order(found / found.loc["SGD"])
 
 
 def costs_in_words(content: Row) -> pd.DataFrame:

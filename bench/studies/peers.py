@@ -3,14 +3,16 @@
 A weight is a matrix, of convolutions with its windows as columns; vectors are trained by Adam.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.benches.training import unsaid
 from brandla.demo.data import Split
 
 EPS = 1e-8
@@ -98,6 +100,28 @@ class Muon(Matrices):
             gram = step @ step.mT
             step = torch.addmm(step, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), step, beta=3.4445)
         return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
+
+
+@contextmanager
+def unsaid(kind: type[Warning]) -> Iterator[None]:
+    """Let warnings of a kind be silent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kind)
+        yield
+
+
+def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:
+    """Return what takes gradients, preconditioned by K-FAC with the empirical Fisher, of the package ``asdfghjkl``."""
+    with unsaid(DeprecationWarning):
+        import asdl
+        from asdl.precondition import natural_gradient
+
+    if not torch.backends.cuda.is_built():
+        # Its named ranges ask for a CUDA build of torch.
+        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
+    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
+    return asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
 
 
 class Maker(NamedTuple):

@@ -18,7 +18,6 @@ from torch import Tensor
 import brandla
 from bench.benches import problems, timing
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
-from bench.benches.resources import peak_extra_bytes
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, spelled
@@ -41,23 +40,13 @@ class Size(NamedTuple):
     k: int
 
 
-class Method(NamedTuple):
-    """Whether a dense matrix is worked on, and the power of n that the time is said to grow with."""
-
-    dense: bool
-    time: int
-
-
+# The power of n that the time is said to grow with; from 2 on a dense matrix is worked on.
 METHODS = {
-    **{name: Method(dense=False, time=1) for name in UPDATES},
-    "damped_solve": Method(dense=False, time=1),
-    "kron_damped_solve, pair": Method(dense=False, time=1),
-    "gram_ema_": Method(dense=True, time=2),
-    "randomized_eigh": Method(dense=True, time=2),
-    "torch.svd_lowrank": Method(dense=True, time=2),
-    "Cholesky solve": Method(dense=True, time=3),
-    "torch.linalg.eigh": Method(dense=True, time=3),
+    **dict.fromkeys((*UPDATES, "damped_solve", "kron_damped_solve, pair"), 1),
+    **dict.fromkeys(("gram_ema_", "randomized_eigh", "torch.svd_lowrank"), 2),
+    **dict.fromkeys(("Cholesky solve", "torch.linalg.eigh"), 3),
 }
+TALL = [name for name, power in METHODS.items() if power == 1]
 
 
 @dataclass(frozen=True)
@@ -140,11 +129,11 @@ def spectral_matrix(n: int) -> Tensor:
     return problems.matrix_of_spectrum(1 / np.arange(1, n + 1), seed=0)
 
 
-def tall_call(name: str, size: Size, device: Device) -> Call:
+def tall_call(name: str, size: Size, device: Device, exponent: float = 0.5) -> Call:
     """Return an update of a factor in its steady state, or a damped solve with it."""
     n, r, k = size
     if name in UPDATES:
-        case, update = steady(name, n, r, k, device=device.tensors), UPDATES[name][0]
+        case, update = steady(name, n, r, k, exponent, device=device.tensors), UPDATES[name][0]
         check = lambda updated: problems.check_update(name, *cases.on_cpu((case, updated)))
         return Call(lambda: update(*case, decay=DECAY, weight=WEIGHT), check, case)
     factor, (left, right) = steady("eigh_update", n, r, k, device=device.tensors).factor, device.normal(2, n, k)
@@ -200,30 +189,29 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
     """Return the study in pieces, one for each size."""
 
     def piece(axis: str, size: Size, names: Sequence[str]) -> Piece:
-        flops = sum(size.n ** METHODS[name].time for name in names if METHODS[name].dense)
+        flops = sum(size.n ** METHODS[name] for name in names if name not in TALL)
         seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size.n / 2e4
         key = {"axis": axis, **size._asdict()}
         return Piece("rows", key, seconds, lambda *_: measured(size, names, sizes.seconds, device))
 
-    tall = [name for name, method in METHODS.items() if not method.dense]
     found = []
     for n in sorted({n for each in sizes.n.values() for n in each}):
-        names = [name for name, method in METHODS.items() if n in sizes.n[method.time]]
+        names = [name for name, power in METHODS.items() if n in sizes.n[power]]
         found.append(piece("n", sizes.with_n._replace(n=n), names))
     for r in sizes.r:
         size = sizes.with_r._replace(r=r)
-        found += [piece("r", size, tall), piece("r", size._replace(n=sizes.dense), ["randomized_eigh"])]
-    return found + [piece("k", sizes.with_k._replace(k=k), tall) for k in sizes.k]
+        found += [piece("r", size, TALL), piece("r", size._replace(n=sizes.dense), ["randomized_eigh"])]
+    return found + [piece("k", sizes.with_k._replace(k=k), TALL) for k in sizes.k]
 
 
 def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     floor = update_floor(steady("eigh_update", *size, device=device.tensors))
-    made = {name: (dense_call if METHODS[name].dense else tall_call)(name, size, device) for name in names}
+    made = {name: (tall_call if name in TALL else dense_call)(name, size, device) for name in names}
     for call in made.values():
         call.check(call.function())
-    tall = [name for name in names if not METHODS[name].dense]
-    for together in filter(None, (tall, *([name] for name in names if METHODS[name].dense))):
+    tall = [name for name in names if name in TALL]
+    for together in filter(None, (tall, *([name] for name in names if name not in TALL))):
         functions = {REFERENCE: floor} | {name: made[name].function for name in together}
         times = device.alternating(functions, seconds * len(together))
         for name in together:
@@ -232,7 +220,7 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
                 "seconds": timing.of_median(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
                 "held_bytes": size_of(made[name].operands),
-                "peak_bytes": peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
+                "peak_bytes": timing.peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
     spectral_matrix.cache_clear()

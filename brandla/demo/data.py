@@ -19,8 +19,8 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-class Digits(NamedTuple):
-    """1,797 digits of 8 × 8 pixels: a fifth is for testing; a fifth of the rest validates in the searches."""
+class Parts(NamedTuple):
+    """What is trained on and judged by, in the runs that are measured and in the searches before them."""
 
     training: Split
     test: Split
@@ -28,12 +28,12 @@ class Digits(NamedTuple):
     search_validation: Split
 
 
-def load(device: str) -> Digits:
-    """Load the digits, which come with scikit-learn, split by class in fixed proportions."""
+def load(device: str) -> Parts:
+    """Load the 1,797 digits of scikit-learn: a fifth of each class tests, a fifth of the rest validates in searches."""
     images, labels = load_digits(return_X_y=True)
     training, test = _divide(images / 16, labels)
     search_training, search_validation = _divide(*training)
-    return Digits(*(_on_device(part, device) for part in (training, test, search_training, search_validation)))
+    return Parts(*(_on_device(part, device) for part in (training, test, search_training, search_validation)))
 
 
 def batches(split: Split, size: int, steps: int, seed: int) -> Iterator[Split]:

@@ -27,22 +27,13 @@ _FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 class Piece(NamedTuple):
     """A part of a study.
 
-    Parameters
-    ----------
-    table
-        The table that gets its rows.
-    key
-        What tells this piece from the others of its table; every row begins with it.
-    cost
-        Beside the costs of the others, for the progress bar.
-    measure
-        Takes the tables so far and a function to call with the share of the piece that was just done; yields rows.
-        Ctrl-C is raised by that function, and what a ``finally`` yields then is kept as well.
+    ``measure`` takes the tables so far and a function to call with the share of the piece that was just done. It yields
+    rows. Ctrl-C is raised by that function, and what a ``finally`` yields then is kept as well.
     """
 
-    table: str
-    key: Row
-    cost: float
+    table: str  # that gets its rows
+    key: Row  # what tells it from the others of its table; every row begins with it
+    cost: float  # beside the costs of the others, for the progress bar
     measure: Callable[[Tables, Tick], Iterable[Row]]
 
     @property

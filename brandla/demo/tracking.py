@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import brandla
 from brandla.demo import data
-from brandla.demo.data import Digits, Split
+from brandla.demo.data import Parts, Split
 from brandla.demo.frame import Piece, Row, Tick
 from brandla.demo.settings import Settings
 from brandla.demo.training import timed
@@ -26,13 +26,13 @@ UPDATES: dict[str, tuple[Any, Update]] = {
 STEP_COST = 100.0
 
 
-def piece(settings: Settings, digits: Digits) -> Piece:
+def piece(settings: Settings, digits: Parts) -> Piece:
     """Return the study: AdamW trains the network, and every batch updates every tracked factor."""
     key = {"seed": settings.tracking_seed}
     return Piece("tracking", key, STEP_COST * settings.tracking_steps, lambda _, tick: track(settings, digits, tick))
 
 
-def track(settings: Settings, digits: Digits, tick: Tick) -> Iterator[Row]:
+def track(settings: Settings, digits: Parts, tick: Tick) -> Iterator[Row]:
     """Yield a row for each step and factor, and one for each time of a decomposition to compare with.
 
     ``trace``, ``frobenius`` and ``spectral`` are norms of M − M̂, trace norm first; those of ``best`` are of the best

