@@ -216,7 +216,7 @@ def quoted(match: re.Match[str], machines: Machines) -> str:
     rows = [row for content in contents(study, machines) for row in content.get(table, [])]
     values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
-    return mark + (f"{max(values):.3g}" if values else "–")
+    return mark + (f"{float(f'{max(values):.3g}'):g}" if values else "–")
 
 
 # --- CSV files

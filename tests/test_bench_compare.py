@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import ThreadpoolController
 from typer.testing import CliRunner
 
 from bench import compare
-from bench.benches import timing
+from bench.benches import peers, timing
 from bench.benches.cases import row_of
-from bench.benches.peers import at_best
 from bench.gpu.device import Cpu, Floor
 
 
@@ -87,17 +86,25 @@ def test_memory_and_calls_are_counted() -> None:
 def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(
     quicker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a clock and a pool of the test's own: one that is real may be slow, or set by something else."""
+    pool, clock = [8], [0.0]
+
+    @contextmanager
+    def limited(threads: int, user_api: str) -> Iterator[None]:
+        assert user_api == "blas"
+        pool.append(threads)
+        yield
+        pool.pop()
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    controller = ThreadpoolController()
-
-    def threads() -> set[int]:
-        return {pool["num_threads"] for pool in controller.info() if pool["user_api"] == "blas"}
-
-    before = threads()
-    with at_best(lambda: time.sleep(0.001 if threads() == {quicker} else 0.1)) as chosen:
-        assert chosen == quicker
-        assert threads() == {quicker}
-    assert threads() == before
+    monkeypatch.setattr(peers, "threadpool_limits", limited)
+    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=wait))
+    with peers.at_best(lambda: wait(0.001 if pool[-1] == quicker else 0.1)) as chosen:
+        assert chosen == pool[-1] == quicker
+    assert pool == [8]
 
 
 # One figure of each study, where it is kept, and the factor that makes it half as good.

@@ -155,10 +155,11 @@ def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> 
 
 
 def test_a_quote_is_the_entry_of_the_file() -> None:
-    machines = {"toy": {"some-study": {"rows": [{"case": "a, n=1", "time": [1.5, 1, 2]}, {"case": "b", "time": None}]}}}
+    rows = [{"case": "a, n=1", "time": [1538.2, 1, 2]}, {"case": "b", "time": None}]
+    machines = {"toy": {"some-study": {"rows": rows}}}
     quote = "<!-- some-study.json rows: case={}; time -->"
     made = partial(report.QUOTE.sub, partial(report.quoted, machines=machines))
-    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1.5 times."
+    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1540 times."
     assert made(f"{quote.format('c')}1.0e-08.") == f"{quote.format('c')}–."
     assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
 

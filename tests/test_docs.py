@@ -114,8 +114,14 @@ def test_an_output_block_follows_the_code_that_prints_it(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_line_begins_with_a_quoted_figure(page: Path) -> None:
+    """Markdown takes such a line for a block of its own, and ends the paragraph before it."""
+    assert not re.search(r"^\s*<!-- [\w-]+\.json ", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_describes_itself_and_is_in_the_navigation(page: Path) -> None:
-    assert re.match(r"---\ndescription: .{30,160}\n", page.read_text(encoding="utf-8"))
+    assert re.match(r"---\ndescription: (\"|(?!.*: )).{30,160}\n", page.read_text(encoding="utf-8"))
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 

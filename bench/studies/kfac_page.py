@@ -164,7 +164,7 @@ def raw(found: dict[str, Row]) -> str:
 # --- Page
 
 INTRODUCTION = """---
-description: Steps and seconds to a target on eight usual networks: K-FAC beside SGD, AdamW, Muon, Shampoo and SOAP.
+description: Steps and seconds to a target on eight usual networks, for K-FAC beside SGD, AdamW, Muon, Shampoo and SOAP.
 ---
 # K-FAC among other optimizers
 """

@@ -69,7 +69,10 @@ class Capture:
         """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
         if len(self._handles) == 1 and self._kind.leaves_out:
             self._switch = Switch(self._kind, self._may_leave_out)
+            # Registered again after them: the compiler of torch 2.11 mixes up hooks that have changed places.
+            self._handles.pop().remove()
             self._handles += self._switch.attach()
+            self.attach(self._kind)
 
     def detach(self) -> None:
         """Remove every hook, and ignore graphs that are still alive."""
