@@ -102,7 +102,7 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
-def damped_middle(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
+def damped_middle(target: Target, r: int, k: int) -> Config:
     """Tiles of `damped_middle_kernel`."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
     return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))

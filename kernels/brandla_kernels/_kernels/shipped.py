@@ -2,13 +2,14 @@
 
 Calls of each op are recorded, not run, over its dtypes, over widths that reach each bucket of `configs`, and over ways
 for the matrices to lie in memory. Those other than the first are taken at fewer widths: the narrowest tiles, and the
-widest, with the Gram matrix and without. What differs in nothing that Triton specialises on is listed once.
+widest, with the Gram matrix and without. What differs in nothing that Triton specialises on is listed once, and so is
+what differs in the number of stretches alone where it is more than one: kernels count them, and unroll nothing by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -40,7 +41,7 @@ class Layout:
     listed: bool = False
     transposed: bool = False
     ragged: bool = False
-    widths: tuple[int, ...] = (16, 64, 128)
+    widths: tuple[int, ...] = (16, 128)
 
 
 LAYOUTS = (
@@ -77,16 +78,23 @@ def specializations(
         takes_data = any(operand.kind == "Data" for operand in op.signature.operands)
         if op.launch is None or (data != dtype and not takes_data) or (layout.listed and not op.signature.lists):
             continue
+        if data == torch.float16 and layout.name != LAYOUTS[0].name:
+            continue
         with recording(target_named(target)) as launches:
             for width in layout.widths:
                 for sizes, alternative in product(_sizes(op, width, layout), range(2)):
                     op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
         for launch in launches:
-            key = repr((launch.name, launch.config, specialization(target, launch)))
+            key = repr((launch.name, launch.config, specialization(target, _in_two_stretches(launch))))
             entry = found.setdefault(key, Specialization(launch, data, layout))
             if name not in entry.ops:
                 entry.ops.append(name)
     return list(found.values())
+
+
+def _in_two_stretches(launch: Launch) -> Launch:
+    stretches = {name: min(value, 2) for name, value in launch.arguments.items() if name.startswith("SPLITS")}
+    return replace(launch, arguments=dict(launch.arguments) | stretches)
 
 
 def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
