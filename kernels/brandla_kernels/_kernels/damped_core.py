@@ -35,8 +35,12 @@ def workspace(r: int) -> int:
 
 
 @triton.jit
-def store_coefficients(problem, small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr):
-    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros."""
+def store_coefficients(problem, side):
+    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros.
+
+    A side is d or S, r, and pointers: λ, τ, and of all problems Z, β and workspaces.
+    """
+    small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr = side
     damping, tail = tl.load(damping_ptr).to(tl.float64), tl.load(tail_ptr).to(tl.float64)
     tl.store(scale_ptr + problem, 1.0 / (tail + damping))
     if work_ptr is None:

@@ -127,6 +127,28 @@ def _store_both(
         store_tile((both_ptr, r2, 1, r1, r2), index_l, index_r, part)
 
 
+@triton.jit
+def _store_either(problem, is_second, side, other):
+    """Store Z and β of one of two sides: those of one kind share the code, whose compilation takes seconds."""
+    if (side[6] is None) == (other[6] is None):
+        small = (
+            tl.where(is_second, other[0][0], side[0][0]), tl.where(is_second, other[0][1], side[0][1]),
+            tl.where(is_second, other[0][2], side[0][2]), tl.where(is_second, other[0][3], side[0][3]),
+            tl.where(is_second, other[0][4], side[0][4]),
+        )  # fmt: skip
+        chosen = (
+            small, tl.where(is_second, other[1], side[1]),
+            tl.where(is_second, other[2], side[2]), tl.where(is_second, other[3], side[3]),
+            tl.where(is_second, other[4], side[4]), tl.where(is_second, other[5], side[5]),
+            None if side[6] is None else tl.where(is_second, other[6], side[6]),
+        )  # fmt: skip
+        store_coefficients(problem, chosen)
+    elif is_second:
+        store_coefficients(problem, other)
+    else:
+        store_coefficients(problem, side)
+
+
 def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
     (n1, r1), (_, k1), (n2, r2), (_, k2), *_ = matrices
     both = 0 if given["both_ptr"] is None else 2 * n1 * r1 * r2
@@ -155,19 +177,19 @@ def damped_project_kernel(
     program = tl.program_id(0)
     first = 0
     if damping1_ptr is not None:
-        if program < problems:
-            problem = program.to(tl.int64)
+        first = problems if damping2_ptr is None else 2 * problems
+        if program < first:
+            problem = (program % problems).to(tl.int64)
             small = matrix_of(table_ptr, problem, small1_ptr, small1_strides, r1, r1, SMALL1_LAYOUT, 4, 6)
             damping, tail = damping1_ptr + problem * damping1_stride, tail1_ptr + problem * tail1_stride
-            store_coefficients(problem, small, r1, damping, tail, middle1_ptr, scale1_ptr, work1_ptr)
-        first = problems
-    if damping2_ptr is not None:
-        if (program >= first) & (program < first + problems):
-            problem = (program - first).to(tl.int64)
-            small = matrix_of(table_ptr, problem, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
-            damping, tail = damping2_ptr + problem * damping2_stride, tail2_ptr + problem * tail2_stride
-            store_coefficients(problem, small, r2, damping, tail, middle2_ptr, scale2_ptr, work2_ptr)
-        first += problems
+            side = (small, r1, damping, tail, middle1_ptr, scale1_ptr, work1_ptr)
+            if damping2_ptr is None:
+                store_coefficients(problem, side)
+            else:
+                small = matrix_of(table_ptr, problem, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
+                damping, tail = damping2_ptr + problem * damping2_stride, tail2_ptr + problem * tail2_stride
+                other = (small, r2, damping, tail, middle2_ptr, scale2_ptr, work2_ptr)
+                _store_either(problem, program >= problems, side, other)
 
     tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
     second = first + problems * SPLITS1 * tiles_r * tiles_k
