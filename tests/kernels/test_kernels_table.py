@@ -80,9 +80,9 @@ def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
 
 
 def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_registers = Config({"BLOCK_R": 32, "BLOCK_K": 32, "BLOCK_N": 16}, 4, 1, registers=32)
+    wide = Config({"BLOCK_R": 128, "BLOCK_K": 128, "BLOCK_N": 16}, 2, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(configs, "inner_product", lambda *arguments: few_registers)
+        patch.setattr(configs, "inner_product", lambda *arguments: wide)
         status, found, _ = facts("--targets", "sm_90")
     assert status == 1
     assert any("spilled" in fault for entry in found for fault in entry["faults"])
