@@ -95,14 +95,15 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
     """Tiles of `damped_project_kernel`; those of one W are multiplied once more, in the program that has them."""
     most = max(r, k)
     if of_one:
-        # The tile passes through the shared memory, of which gfx942 has 64 KiB.
-        most = 32 if target.backend == "hip" and dtype == torch.float64 else 64
+        # The tile passes through the shared memory, of which gfx942 has 64 KiB; unrolled, a wider product spills.
+        small = target.backend == "hip" or target.arch in _UNROLLED
+        most = 32 if small and dtype == torch.float64 else 64
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
     # The programs that invert a small matrix take more than the assembler's own limit.
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
-def damped_middle(target: Target, dtype: torch.dtype, r: int, k: int) -> Config:
+def damped_middle(target: Target, r: int, k: int) -> Config:
     """Tiles of `damped_middle_kernel`."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
     return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from brandla_kernels._kernels.matrices import load_tile, store_tile
+from brandla_kernels._kernels.root_core import transposed
 from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
 
 # Columns of a sweep, and rows and columns of the tiles that it updates.
@@ -30,21 +31,26 @@ _COLUMNS = tl.constexpr(32)
 def workspace(r: int) -> int:
     """Return how many float64 numbers a program takes for Z of order r: A, H and a block."""
     block = int(BLOCK.value)
-    return r * r + r * block + block**2
+    return r * r + (r + block) * block
 
 
 @triton.jit
-def store_coefficients(small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr):
-    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros."""
+def store_coefficients(problem, side):
+    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros.
+
+    A side is d or S, r, and pointers: λ, τ, and of all problems Z, β and workspaces.
+    """
+    small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr = side
     damping, tail = tl.load(damping_ptr).to(tl.float64), tl.load(tail_ptr).to(tl.float64)
-    tl.store(scale_ptr, 1.0 / (tail + damping))
+    tl.store(scale_ptr + problem, 1.0 / (tail + damping))
     if work_ptr is None:
         for start in range(0, r, _ROWS):
             index = start + tl.arange(0, _ROWS)
             values = tl.load(small[0] + index * small[1], mask=index < small[3], other=0.0).to(tl.float64)
-            tl.store(middle_ptr + index, (tail - values) / (values + damping), mask=index < r)
+            tl.store(middle_ptr + problem * r + index, (tail - values) / (values + damping), mask=index < r)
     else:
-        _store_negative_inverse(small, r, damping, (middle_ptr, r, 1, r, r), work_ptr)
+        work = work_ptr + problem * (r * r + (r + BLOCK) * BLOCK)
+        _store_negative_inverse(small, r, damping, (middle_ptr + problem * r * r, r, 1, r, r), work)
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def _store_negative_inverse(small, r, damping, result, work_ptr):
     matrix = (work_ptr, r, 1, r, r)
     swept = (work_ptr + r * r, BLOCK, 1, r, BLOCK)
     scratch = (swept[0] + r * BLOCK, BLOCK, 1, BLOCK, BLOCK)
-    mirrored = (small[0], small[2], small[1], small[4], small[3])
+    mirrored = transposed(small)
     for start_row in range(0, r, _ROWS):
         row = start_row + tl.arange(0, _ROWS)
         for start_column in range(0, r, _COLUMNS):

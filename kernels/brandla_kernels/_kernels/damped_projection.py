@@ -26,6 +26,7 @@ from brandla_kernels._kernels.damped_core import store_coefficients, workspace
 from brandla_kernels._kernels.inner_product import sum_over_rows
 from brandla_kernels._kernels.launch import counted, product_precision, products_in, start, target_of
 from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
+from brandla_kernels._kernels.root_core import transposed
 from brandla_kernels._signature import Matrices
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
@@ -35,13 +36,6 @@ _DIAGONAL = tl.constexpr(1)
 _MATRIX = tl.constexpr(2)
 # Rows of U_LᵀX at a time.
 _BLOCK_L = tl.constexpr(32)
-# Arguments of the launches that a side has or not.
-_OF_COEFFICIENTS = (
-    *(("damping", "_ptr"), ("tail", "_ptr"), ("middle", "_ptr"), ("scale", "_ptr"), ("work", "_ptr")),
-    *(("damping", "_stride"), ("tail", "_stride"), ("work", "_size")),
-)
-_NO_SECOND = dict.fromkeys(("parts2_ptr", "middle2_ptr")) | {"splits2": 1, "r2": 0, "k2": 0, "KIND2": 0}
-_NO_BASIS: dict[str, Any] = {"basis_ptr": None, "table_ptr": None, "basis_strides": (0, 0, 0), "BASIS_LAYOUT": 0}
 
 
 class Half(NamedTuple):
@@ -93,8 +87,7 @@ class Half(NamedTuple):
         return middle, scale, {
             f"damping{side}_ptr": damping, f"damping{side}_stride": damping.stride(0),
             f"tail{side}_ptr": tail, f"tail{side}_stride": tail.stride(0),
-            f"middle{side}_ptr": middle, f"scale{side}_ptr": scale,
-            f"work{side}_ptr": work, f"work{side}_size": 0 if work is None else work.shape[1],
+            f"middle{side}_ptr": middle, f"scale{side}_ptr": scale, f"work{side}_ptr": work,
         }  # fmt: skip
 
 
@@ -106,16 +99,17 @@ class Projection(NamedTuple):
 
 
 @triton.jit
-def _projection(
-    x, y, split, tile_r, tile_k, SPLITS: tl.constexpr,
+def _store_projection(
+    parts_ptr, problem, split, tile_r, tile_k, x, y, r, k, SPLITS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return rows and columns of a tile of XᵀY, and its sum over a stretch."""
+    """Store a tile of XᵀY, summed over a stretch; return its rows and columns, and the tile."""
     index_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     first, last = stretch_of(x[3], split, SPLITS, BLOCK_N)
     total = sum_over_rows(x, index_r, y, index_k, first, last, None, None, COMPUTE, PRECISION, BLOCK_N)
+    store_tile((parts_ptr + (problem * SPLITS + split) * r * k, k, 1, r, k), index_r, index_k, total)
     return index_r, index_k, total
 
 
@@ -133,6 +127,28 @@ def _store_both(
         store_tile((both_ptr, r2, 1, r1, r2), index_l, index_r, part)
 
 
+@triton.jit
+def _store_either(problem, is_second, side, other):
+    """Store Z and β of one of two sides: those of one kind share the code, whose compilation takes seconds."""
+    if (side[6] is None) == (other[6] is None):
+        small = (
+            tl.where(is_second, other[0][0], side[0][0]), tl.where(is_second, other[0][1], side[0][1]),
+            tl.where(is_second, other[0][2], side[0][2]), tl.where(is_second, other[0][3], side[0][3]),
+            tl.where(is_second, other[0][4], side[0][4]),
+        )  # fmt: skip
+        chosen = (
+            small, tl.where(is_second, other[1], side[1]),
+            tl.where(is_second, other[2], side[2]), tl.where(is_second, other[3], side[3]),
+            tl.where(is_second, other[4], side[4]), tl.where(is_second, other[5], side[5]),
+            None if side[6] is None else tl.where(is_second, other[6], side[6]),
+        )  # fmt: skip
+        store_coefficients(problem, chosen)
+    elif is_second:
+        store_coefficients(problem, other)
+    else:
+        store_coefficients(problem, side)
+
+
 def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
     (n1, r1), (_, k1), (n2, r2), (_, k2), *_ = matrices
     both = 0 if given["both_ptr"] is None else 2 * n1 * r1 * r2
@@ -142,66 +158,59 @@ def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
 @counted("n1 r1 k1 n2 r2 k2", _flops)
 @triton.jit
 def damped_project_kernel(
-    x1_ptr, y1_ptr, x2_ptr, y2_ptr, small1_ptr, small2_ptr, table_ptr,
-    parts1_ptr, damping1_ptr, tail1_ptr, middle1_ptr, scale1_ptr, work1_ptr,
-    parts2_ptr, damping2_ptr, tail2_ptr, middle2_ptr, scale2_ptr, work2_ptr, both_ptr,
+    x1_ptr, y1_ptr, x2_ptr, y2_ptr, small1_ptr, small2_ptr, table_ptr, parts1_ptr,
     problems, n1, r1, k1, n2, r2, k2,
-    damping1_stride, tail1_stride, work1_size, damping2_stride, tail2_stride, work2_size,
     x1_strides, y1_strides, x2_strides, y2_strides, small1_strides, small2_strides,
     X1_LAYOUT: tl.constexpr, Y1_LAYOUT: tl.constexpr, X2_LAYOUT: tl.constexpr, Y2_LAYOUT: tl.constexpr,
-    SMALL1_LAYOUT: tl.constexpr, SMALL2_LAYOUT: tl.constexpr,
-    SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SMALL1_LAYOUT: tl.constexpr, SMALL2_LAYOUT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS1: tl.constexpr,
+    damping1_ptr=None, tail1_ptr=None, middle1_ptr=None, scale1_ptr=None, work1_ptr=None,
+    damping1_stride=0, tail1_stride=0,
+    damping2_ptr=None, tail2_ptr=None, middle2_ptr=None, scale2_ptr=None, work2_ptr=None,
+    damping2_stride=0, tail2_stride=0,
+    parts2_ptr=None, both_ptr=None, SPLITS2: tl.constexpr = 1,
 ):  # fmt: skip
     """Grid: problems of each side whose Z is to be computed; problems × SPLITS × tiles of C of each side.
 
     Parts are (problems, SPLITS, r, k), and of both (problems, SPLITS2 × tiles of columns of Xᵀ, r1, r2).
     """
     program = tl.program_id(0)
-    cores = 0
+    first = 0
     if damping1_ptr is not None:
-        cores = problems
-        if program < problems:
-            core = program.to(tl.int64)
-            small = matrix_of(table_ptr, core, small1_ptr, small1_strides, r1, r1, SMALL1_LAYOUT, 4, 6)
-            damping, tail = damping1_ptr + core * damping1_stride, tail1_ptr + core * tail1_stride
-            if work1_ptr is None:
-                store_coefficients(small, r1, damping, tail, middle1_ptr + core * r1, scale1_ptr + core, None)
+        first = problems if damping2_ptr is None else 2 * problems
+        if program < first:
+            problem = (program % problems).to(tl.int64)
+            small = matrix_of(table_ptr, problem, small1_ptr, small1_strides, r1, r1, SMALL1_LAYOUT, 4, 6)
+            damping, tail = damping1_ptr + problem * damping1_stride, tail1_ptr + problem * tail1_stride
+            side = (small, r1, damping, tail, middle1_ptr, scale1_ptr, work1_ptr)
+            if damping2_ptr is None:
+                store_coefficients(problem, side)
             else:
-                work = work1_ptr + core * work1_size
-                store_coefficients(small, r1, damping, tail, middle1_ptr + core * r1 * r1, scale1_ptr + core, work)
-    if damping2_ptr is not None:
-        cores = 2 * problems
-        if (program >= problems) & (program < 2 * problems):
-            core = (program - problems).to(tl.int64)
-            small = matrix_of(table_ptr, core, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
-            damping, tail = damping2_ptr + core * damping2_stride, tail2_ptr + core * tail2_stride
-            if work2_ptr is None:
-                store_coefficients(small, r2, damping, tail, middle2_ptr + core * r2, scale2_ptr + core, None)
-            else:
-                work = work2_ptr + core * work2_size
-                store_coefficients(small, r2, damping, tail, middle2_ptr + core * r2 * r2, scale2_ptr + core, work)
+                small = matrix_of(table_ptr, problem, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
+                damping, tail = damping2_ptr + problem * damping2_stride, tail2_ptr + problem * tail2_stride
+                other = (small, r2, damping, tail, middle2_ptr, scale2_ptr, work2_ptr)
+                _store_either(problem, program >= problems, side, other)
 
     tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
-    second = cores + problems * SPLITS1 * tiles_r * tiles_k
-    if (program >= cores) & (program < second):
-        problem, split, tile_r, tile_k = place_of(tiles_r, tiles_k, SPLITS1, cores)
+    second = first + problems * SPLITS1 * tiles_r * tiles_k
+    if (program >= first) & (program < second):
+        problem, split, tile_r, tile_k = place_of(tiles_r, tiles_k, SPLITS1, first)
         x = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
         y = matrix_of(table_ptr, problem, y1_ptr, y1_strides, n1, k1, Y1_LAYOUT, 1, 6)
-        index_r, index_k, total = _projection(
-            x, y, split, tile_r, tile_k, SPLITS1, COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N
-        )
-        store_tile((parts1_ptr + (problem * SPLITS1 + split) * r1 * k1, k1, 1, r1, k1), index_r, index_k, total)
+        _store_projection(
+            parts1_ptr, problem, split, tile_r, tile_k, x, y, r1, k1, SPLITS1,
+            COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
     if x2_ptr is not None:
         if program >= second:
             down, across = tl.cdiv(r2, BLOCK_R), tl.cdiv(k2, BLOCK_K)
             problem, split, tile_r, tile_k = place_of(down, across, SPLITS2, second)
             x = matrix_of(table_ptr, problem, x2_ptr, x2_strides, n2, r2, X2_LAYOUT, 2, 6)
             y = matrix_of(table_ptr, problem, y2_ptr, y2_strides, n2, k2, Y2_LAYOUT, 3, 6)
-            index_r, index_k, total = _projection(
-                x, y, split, tile_r, tile_k, SPLITS2, COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N
-            )
-            store_tile((parts2_ptr + (problem * SPLITS2 + split) * r2 * k2, k2, 1, r2, k2), index_r, index_k, total)
+            index_r, index_k, total = _store_projection(
+                parts2_ptr, problem, split, tile_r, tile_k, x, y, r2, k2, SPLITS2,
+                COMPUTE, PRECISION, BLOCK_R, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
             if both_ptr is not None:
                 left = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
                 both = both_ptr + ((problem * SPLITS2 + split) * across + tile_k) * r1 * r2
@@ -221,82 +230,65 @@ def _sum(source, row, column, parts, part_size):
 
 @triton.jit
 def _store_middle(
-    out, source, parts, part_size, middle_ptr, tile,
-    KIND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of Z Σ parts; Z is contiguous."""
-    r, across = out[3], tl.cdiv(out[4], BLOCK_K)
-    row = (tile // across) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = (tile % across) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if KIND == _MATRIX:
-        total = tl.zeros((BLOCK_R, BLOCK_K), source[0].dtype.element_ty)
-        for start in range(0, r, BLOCK_P):
-            inner = start + tl.arange(0, BLOCK_P)
-            left = load_tile((middle_ptr, r, 1, r, r), row, inner, total.dtype)
-            right = _sum(source, inner, column, parts, part_size)
-            total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
-    else:
-        total = _sum(source, row, column, parts, part_size)
-        if KIND == _DIAGONAL:
-            total *= tl.load(middle_ptr + row, mask=row < r, other=0.0)[:, None]
-    store_tile(out, row, column, total)
+    problem, tile, out, source, parts, middle_ptr, KIND: tl.constexpr, PRECISION: tl.constexpr, blocks: tl.constexpr
+):
+    """Store a tile of Z Σ parts, if the product has so many, and return its number among those of the next product.
+
+    Z and the parts are contiguous.
+    """
+    r, part_size, across = out[3], out[3] * out[4], tl.cdiv(out[4], blocks[1])
+    tiles = tl.cdiv(r, blocks[0]) * across
+    if (tile >= 0) & (tile < tiles):
+        row = (tile // across) * blocks[0] + tl.arange(0, blocks[0])
+        column = (tile % across) * blocks[1] + tl.arange(0, blocks[1])
+        if KIND == _MATRIX:
+            middle = (middle_ptr + problem * r * r, r, 1, r, r)
+            total = tl.zeros((blocks[0], blocks[1]), source[0].dtype.element_ty)
+            for start in range(0, r, blocks[2]):
+                inner = start + tl.arange(0, blocks[2])
+                left = load_tile(middle, row, inner, total.dtype)
+                right = _sum(source, inner, column, parts, part_size)
+                total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+        else:
+            total = _sum(source, row, column, parts, part_size)
+            if KIND == _DIAGONAL:
+                total *= tl.load(middle_ptr + problem * r + row, mask=row < r, other=0.0)[:, None]
+        store_tile(out, row, column, total)
+    return tile - tiles
 
 
 @counted("r1 k1 r2 k2")
-@triton.jit
+# For what divides these no kernel is better.
+@triton.jit(do_not_specialize=["tiles", "splits1", "splits2", "splits_both"])
 def damped_middle_kernel(
-    basis_ptr, table_ptr,
-    parts1_ptr, middle1_ptr, out1_ptr, parts2_ptr, middle2_ptr, out2_ptr, both_ptr, out_both_ptr, turned_ptr,
-    r1, k1, splits1, r2, k2, splits2, n2, splits_both,
-    basis_strides, BASIS_LAYOUT: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, PRECISION: tl.constexpr,
+    parts1_ptr, middle1_ptr, out1_ptr, tiles, r1, k1, splits1, r2, k2,
+    KIND1: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    parts2_ptr=None, middle2_ptr=None, out2_ptr=None, splits2=1, KIND2: tl.constexpr = 0,
+    both_ptr=None, out_both_ptr=None, splits_both=1, turned_ptr=None, n2=0,
+    basis_ptr=None, table_ptr=None, basis_strides=(0, 0, 0), BASIS_LAYOUT: tl.constexpr = 0,
 ):  # fmt: skip
     """Grid: problems × tiles of Z₁C₁, of Z₂C₂ or C₂ᵀ, and of one W also of Z₁ (U_LᵀW U_R) and of Z₂ U_Rᵀ."""
-    down1, down2 = tl.cdiv(r1, BLOCK_R), tl.cdiv(r2, BLOCK_R)
-    end1 = down1 * tl.cdiv(k1, BLOCK_K)
-    end2 = end1 + down2 * tl.cdiv(k2, BLOCK_K)
-    end_both, end = end2, end2
-    if both_ptr is not None:
-        end_both = end2 + down1 * tl.cdiv(r2, BLOCK_K)
-        end = end_both + down2 * tl.cdiv(n2, BLOCK_K)
-    problem, tile = (tl.program_id(0) // end).to(tl.int64), tl.program_id(0) % end
-    size1, size2 = r1, r2
-    if KIND1 == _MATRIX:
-        size1 = r1 * r1
-    if KIND2 == _MATRIX:
-        size2 = r2 * r2
-    middle1 = middle1_ptr + problem * size1
-    if tile < end1:
-        out = (out1_ptr + problem * r1 * k1, k1, 1, r1, k1)
-        source = (parts1_ptr + problem * splits1 * r1 * k1, k1, 1, r1, k1)
-        _store_middle(out, source, splits1, r1 * k1, middle1, tile, KIND1, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
+    blocks: tl.constexpr = (BLOCK_R, BLOCK_K, BLOCK_P)
+    problem, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    out = (out1_ptr + problem * r1 * k1, k1, 1, r1, k1)
+    parts = (parts1_ptr + problem * splits1 * r1 * k1, k1, 1, r1, k1)
+    tile = _store_middle(problem, tile, out, parts, splits1, middle1_ptr, KIND1, PRECISION, blocks)
     if parts2_ptr is not None:
-        middle2 = middle2_ptr + problem * size2
-        if (tile >= end1) & (tile < end2):
-            source = (parts2_ptr + problem * splits2 * r2 * k2, k2, 1, r2, k2)
-            own = tile - end1
-            if both_ptr is None:
-                out = (out2_ptr + problem * r2 * k2, k2, 1, r2, k2)
-                _store_middle(out, source, splits2, r2 * k2, middle2, own, KIND2, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
-            else:
-                out = (out2_ptr + problem * r2 * k2, 1, r2, r2, k2)
-                _store_middle(
-                    out, source, splits2, r2 * k2, middle2, own, _NOTHING, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P
-                )
-        if both_ptr is not None:
-            if (tile >= end2) & (tile < end_both):
-                out = (out_both_ptr + problem * r1 * r2, r2, 1, r1, r2)
-                source = (both_ptr + problem * splits_both * r1 * r2, r2, 1, r1, r2)
-                own = tile - end2
-                _store_middle(
-                    out, source, splits_both, r1 * r2, middle1, own, KIND1, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P
-                )
-            if tile >= end_both:
-                basis = matrix_of(table_ptr, problem, basis_ptr, basis_strides, n2, r2, BASIS_LAYOUT, 0, 1)
-                out = (turned_ptr + problem * r2 * n2, n2, 1, r2, n2)
-                source = (basis[0], basis[2], basis[1], basis[4], basis[3])
-                own = tile - end_both
-                _store_middle(out, source, 1, 0, middle2, own, KIND2, PRECISION, BLOCK_R, BLOCK_K, BLOCK_P)
+        place = out2_ptr + problem * r2 * k2
+        parts = (parts2_ptr + problem * splits2 * r2 * k2, k2, 1, r2, k2)
+        if both_ptr is None:
+            out = (place, k2, 1, r2, k2)
+            _store_middle(problem, tile, out, parts, splits2, middle2_ptr, KIND2, PRECISION, blocks)
+        else:
+            out = (place, 1, r2, r2, k2)
+            tile = _store_middle(problem, tile, out, parts, splits2, middle2_ptr, _NOTHING, PRECISION, blocks)
+            out = (out_both_ptr + problem * r1 * r2, r2, 1, r1, r2)
+            parts = (both_ptr + problem * splits_both * r1 * r2, r2, 1, r1, r2)
+            tile = _store_middle(problem, tile, out, parts, splits_both, middle1_ptr, KIND1, PRECISION, blocks)
+            basis = transposed(matrix_of(table_ptr, problem, basis_ptr, basis_strides, n2, r2, BASIS_LAYOUT, 0, 1))
+            out = (turned_ptr + problem * r2 * n2, n2, 1, r2, n2)
+            _store_middle(problem, tile, out, basis, 1, middle2_ptr, KIND2, PRECISION, blocks)
 
 
 class _Sums(NamedTuple):
@@ -306,15 +298,6 @@ class _Sums(NamedTuple):
     parts: Tensor  # (problems, splits, r, k)
     middle: Tensor
     scale: Tensor
-
-    def arguments(self, side: int) -> dict[str, Any]:
-        """Return what the second launch takes of it."""
-        _, splits, r, k = self.parts.shape
-        kind = _DIAGONAL if self.half.is_diagonal else _MATRIX
-        return {
-            f"parts{side}_ptr": self.parts, f"middle{side}_ptr": self.middle, f"splits{side}": splits,
-            f"r{side}": r, f"k{side}": k, f"KIND{side}": kind.value,
-        }  # fmt: skip
 
 
 def project(halves: Sequence[Half]) -> list[Projection]:
@@ -349,22 +332,18 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
     tiles = [
         problems * configs.tiles(half.rank, block_r) * configs.tiles(columns(half.rhs), block_k) for half in halves
     ]
-    arguments: dict[str, Any] = operands.arguments | products_in(target, dtype) | {"problems": problems}
+    arguments: dict[str, Any] = operands.arguments | products_in(target, dtype)
+    arguments |= {"problems": problems, "n2": 0, "r2": 0, "k2": 0}
     sums, programs = [], 0
-    for side in (1, 2):
-        arguments |= dict.fromkeys((f"{name}{side}{kind}" for name, kind in _OF_COEFFICIENTS))
-        if side > len(halves):
-            arguments |= {"parts2_ptr": None, "n2": 0, "r2": 0, "k2": 0, "SPLITS2": 1}
-            continue
-        half, n = halves[side - 1], rows(halves[side - 1].basis)
-        r, k = half.rank, columns(half.rhs)
+    for side, (half, own_tiles) in enumerate(zip(halves, tiles, strict=True), 1):
+        n, r, k = rows(half.basis), half.rank, columns(half.rhs)
         splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
         parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
-        arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
         middle, scale, own = half.coefficients(side, parts)
+        arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
         arguments |= own
         sums.append(_Sums(half, parts, middle, scale))
-        programs += splits * tiles[side - 1] + (problems if own else 0)
+        programs += splits * own_tiles + (problems if own else 0)
     both = None
     if of_one:
         (_, splits, r2, k2), r1 = sums[1].parts.shape, halves[0].rank
@@ -377,18 +356,25 @@ def _multiply(
     sums: Sequence[_Sums], inner: Sequence[Tensor], of_one: tuple[Tensor | None, Tensor, Tensor] | None = None
 ) -> None:
     """Start the second launch."""
-    both, of_both, turned = of_one or (None, None, None)
-    basis = None if of_one is None else sums[1].half.basis
     dtype, target = inner[0].dtype, target_of(inner[0])
-    arguments = arrange({"basis": basis}).arguments if basis is not None else _NO_BASIS
-    arguments = arguments | sums[0].arguments(1) | (sums[1].arguments(2) if len(sums) == 2 else _NO_SECOND) | {
-        "out1_ptr": inner[0], "out2_ptr": inner[1] if len(inner) == 2 else None, "both_ptr": both,
-        "out_both_ptr": of_both, "turned_ptr": turned, "n2": 0 if turned is None else turned.shape[-1],
-        "splits_both": 1 if both is None else both.shape[1], "PRECISION": product_precision(target, dtype),
-    }  # fmt: skip
-    r1, k1, r2, k2 = (arguments[name] for name in ("r1", "k1", "r2", "k2"))
-    config = configs.damped_middle(target, dtype, max(r1, r2), max(k1, k2))
-    shapes = [(r1, k1), (r2, k2)] if both is None else [(r1, k1), (r2, k2), (r1, r2), (r2, arguments["n2"])]
+    arguments: dict[str, Any] = {"PRECISION": product_precision(target, dtype), "r2": 0, "k2": 0}
+    for side, (own, out) in enumerate(zip(sums, inner, strict=True), 1):
+        problems, splits, r, k = own.parts.shape
+        kind = _DIAGONAL if own.half.is_diagonal else _MATRIX
+        arguments |= {
+            f"parts{side}_ptr": own.parts, f"middle{side}_ptr": own.middle, f"out{side}_ptr": out,
+            f"splits{side}": splits, f"r{side}": r, f"k{side}": k, f"KIND{side}": kind.value,
+        }  # fmt: skip
+    shapes = [each.parts.shape[-2:] for each in sums]
+    config = configs.damped_middle(target, *map(max, zip(*shapes, strict=True)))
+    if of_one is not None:
+        both, of_both, turned = of_one
+        assert both is not None
+        arguments |= arrange({"basis": sums[1].half.basis}).arguments | {
+            "both_ptr": both, "out_both_ptr": of_both, "turned_ptr": turned,
+            "splits_both": both.shape[1], "n2": turned.shape[-1],
+        }  # fmt: skip
+        shapes += [of_both.shape[-2:], turned.shape[-2:]]
     block_r, block_k = config.blocks["BLOCK_R"], config.blocks["BLOCK_K"]
     tiles = sum(configs.tiles(r, block_r) * configs.tiles(k, block_k) for r, k in shapes)
-    start(damped_middle_kernel, (sums[0].parts.shape[0] * tiles,), arguments, config)
+    start(damped_middle_kernel, (problems * tiles,), arguments | {"tiles": tiles}, config)

@@ -1,15 +1,19 @@
-"""Every specialisation of every kernel that the ops start: what has to compile well before it ships.
+"""The specialisations of every kernel that the ops start: what has to compile well before it ships.
 
 Calls of each op are recorded, not run, over its dtypes, over widths that reach each bucket of `configs`, and over ways
-for the matrices to lie in memory. Those other than the first are taken at fewer widths: the narrowest tiles, and the
-widest, with the Gram matrix and without. What differs in nothing that Triton specialises on is listed once.
+for the matrices to lie in memory. What costs registers is listed in full, and the rest once:
+
+- at full width and in rows, all that Triton tells apart, but not the number of stretches where it is more than one;
+- at full width, where the matrices lie otherwise, each tile and each way through a kernel, with the most operands that
+  any op gives it; float16, which takes the registers of bfloat16, in rows alone;
+- at other widths, each tile that is not listed yet, for each type of products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -40,7 +44,7 @@ class Layout:
     listed: bool = False
     transposed: bool = False
     ragged: bool = False
-    widths: tuple[int, ...] = (16, 64, 128)
+    widths: tuple[int, ...] = (16, 128)
 
 
 LAYOUTS = (
@@ -72,41 +76,68 @@ def specializations(
 ) -> list[Specialization]:
     """List what the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
     found: dict[str, Specialization] = {}
-    for name, layout, (dtype, data) in product(ops or OPS, list(layouts), list(dtypes)):
-        op = OPS[name]
+    tiles: set[str] = set()
+    for full, name, layout, (dtype, data) in product((True, False), ops or OPS, list(layouts), list(dtypes)):
+        op, in_rows = OPS[name], layout.name == LAYOUTS[0].name
         takes_data = any(operand.kind == "Data" for operand in op.signature.operands)
         if op.launch is None or (data != dtype and not takes_data) or (layout.listed and not op.signature.lists):
             continue
+        if data == torch.float16 and not in_rows:
+            continue
         with recording(target_named(target)) as launches:
-            for width in layout.widths:
-                for sizes, alternative in product(_sizes(op, width, layout), range(2)):
-                    op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
+            for sizes, alternative in product(_sizes(op, layout, full=full), range(2 if full else 1)):
+                op.launch(*_arguments(op, sizes, layout, alternative, dtype, data))
         for launch in launches:
-            key = repr((launch.name, launch.config, specialization(target, launch)))
+            tile = repr((launch.name, launch.config, launch.arguments.get("COMPUTE", data)))
+            if tile in tiles and not full:
+                continue
+            tiles.add(tile)
+            key = repr((launch.name, launch.config, specialization(target, _in_two_stretches(launch))))
+            if not in_rows and key not in found:
+                key = repr((tile, layout.name, data, _way(launch)))
             entry = found.setdefault(key, Specialization(launch, data, layout))
+            if _operands(launch) > _operands(entry.launch):
+                entry.launch = launch
             if name not in entry.ops:
                 entry.ops.append(name)
     return list(found.values())
 
 
-def _sizes(op: AnyOp, width: int, layout: Layout) -> Iterator[dict[str, int]]:
-    """Sizes by letter: what counts rows of a tall matrix is long, and one of the others has the width.
+def _in_two_stretches(launch: Launch) -> Launch:
+    return replace(launch, arguments=dict(launch.arguments) | _way(launch))
 
-    The others have each width in turn, up to it.
+
+def _way(launch: Launch) -> dict[str, Any]:
+    """Return the constants that choose a way through the kernel: it counts stretches, and unrolls nothing by them."""
+    given = launch.arguments.items()
+    constants = {name: value for name, value in given if name.isupper() and not name.endswith("_LAYOUT")}
+    return {name: min(value, 2) if name.startswith("SPLITS") else value for name, value in constants.items()}
+
+
+def _operands(launch: Launch) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in launch.arguments.values())
+
+
+def _sizes(op: AnyOp, layout: Layout, *, full: bool) -> Iterator[dict[str, int]]:
+    """Sizes by letter: what counts rows of a tall matrix is long, and the others are as wide as the layout is taken.
+
+    If not ``full``, they are narrower, and in rows one is wider than the others.
     """
     extra = _RAGGED if layout.ragged else 0
     operands = op.signature.operands
     long = {operand.shapes[0][0] for operand in operands if operand.listed and len(operand.shapes[0]) == 2}
     narrow = sorted({letter for operand in operands for letter in operand.shapes[-1]} - long)
-    rows = dict.fromkeys(long, _ROWS + extra)
-    for others in WIDTHS[: WIDTHS.index(width) + 1] if layout == LAYOUTS[0] else (width,):
-        for widest in narrow[: 1 if others == width else None]:
-            yield rows | dict.fromkeys(narrow, others + extra) | {widest: width + extra}
-    if not narrow:
-        yield rows
-    if all(each.listed for each in (*operands, *op.signature.results)) and width == WIDTHS[-1]:
+    rows, widest = dict.fromkeys(long, _ROWS + extra), layout.widths[-1] + extra
+    if not full:
+        for width in layout.widths[:-1]:
+            yield rows | dict.fromkeys(narrow, width + extra)
+        for (others, width), letter in product(combinations(WIDTHS, 2), narrow if layout == LAYOUTS[0] else ()):
+            yield rows | dict.fromkeys(narrow, others) | {letter: width}
+        return
+    yield rows | dict.fromkeys(narrow, widest)
+    if all(each.listed for each in (*operands, *op.signature.results)) and layout.widths[-1] == WIDTHS[-1]:
         # The sum is not over what is long: few tiles and a long sum, which is then split.
-        yield dict.fromkeys(long, width + extra) | dict.fromkeys(narrow, _LONG_SUM + extra)
+        yield dict.fromkeys(long, widest) | dict.fromkeys(narrow, _LONG_SUM + extra)
 
 
 def _arguments(
