@@ -37,6 +37,8 @@ from brandla_kernels import (
 SECOND_PASS = 0.25
 # Multiple of ε that an estimate of ‖UᵀU − I‖₂ from a few probes may reach before a polish.
 _CLEAN = 20
+# Estimate of ‖UᵀU − I‖₂ up to which one polish is enough: it amplifies rounding by the condition of UᵀU.
+_NEAR = 0.5
 _PROBES = 4
 # Factor by which a product with T and R may multiply rounding before the columns are taken in another order.
 _AMPLIFIED = 256
@@ -131,11 +133,12 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
 
     A column that was rounding noise inside the span of others becomes zero. Its value becomes 0, with those after it,
     since values descend. On a CPU columns that are clean already, as a few probes show, are returned as they are, and
-    those that are not clean after one pass take another.
+    those far from orthonormal that are not clean after one pass take another.
     """
     may_look = _may_look(panel, rows)
-    for _ in range(2 if may_look else 1):
-        if may_look and _is_clean(panel):
+    for _ in range(2):
+        error = _deviation(panel) if may_look else 0.0
+        if may_look and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
             break
         inner = rows.total(rounded_gram(panel))
         transform, live = _second_pass(inner)
@@ -146,6 +149,8 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
             panel = rotate(panel, nothing, transform, transform[..., :0, :])
         # NaN stays NaN.
         values = values * live.cumprod(-1)
+        if error <= _NEAR:
+            break
     return panel, values
 
 
@@ -163,20 +168,19 @@ def _may_look(panel: Tall, rows: Rows) -> bool:
     return rows is WHOLE and reads_are_free(first) and not first.requires_grad and first.numel() > 0
 
 
-def _is_clean(panel: Tall) -> bool:
-    """Say whether ‖YᵀY − I‖₂ is small, by a power iteration on a few sign vectors."""
+def _deviation(panel: Tall) -> float:
+    """Estimate ‖YᵀY − I‖₂ by a power iteration on a few sign vectors, of which the second step is left out if clean."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    limit = _CLEAN * torch.finfo(first.dtype).eps
     probes = _signs(tall.columns(panel), first.dtype)
     if isinstance(panel, list):
         probes = probes.expand(len(panel), *probes.shape)
-    error = _error_of(panel, probes)
+    error, info = _error_of(panel, probes), torch.finfo(first.dtype)
     lengths = torch.linalg.vector_norm(error, dim=-2, keepdim=True)
     # The mean square of the lengths is ‖YᵀY − I‖_F².
-    if lengths.amax().item() <= limit:
-        return True
-    error = _error_of(panel, error / lengths.clamp_min(torch.finfo(first.dtype).tiny))
-    return bool(torch.linalg.vector_norm(error, dim=-2).amax().item() <= limit)
+    if (most := lengths.amax().item()) > _CLEAN * info.eps:
+        error = _error_of(panel, error / lengths.clamp_min(info.tiny))
+        most = torch.linalg.vector_norm(error, dim=-2).amax().item()
+    return float(most)
 
 
 def _error_of(panel: Tall, block: Tensor) -> Tensor:
