@@ -63,8 +63,9 @@ def root_core(
     r, dtype = gram.shape[-1], gram.dtype
     core, rows = assembled(gram, cross, own, decay, weight)
     small, rotation, left_out = compressed(core, rank, dtype, tol, measure)
-    rotation = (rotation * rows[..., :, None]).to(dtype)
-    of_root, of_columns = rotation[..., :r, :], rotation[..., r:, :]
+    rotation = rotation * rows[..., :, None]
+    # Results of an op must not share memory.
+    of_root, of_columns = (part.to(dtype, copy=True) for part in (rotation[..., :r, :], rotation[..., r:, :]))
     added = core.diagonal(dim1=-2, dim2=-1)[..., r:].sum(-1) + 0 * core.sum((-2, -1))
     return small, of_root, of_columns, left_out.to(dtype), added.to(dtype)
 
