@@ -41,7 +41,7 @@ STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for stru
 
 @pytest.mark.parametrize("strategy", (SYSTEMS | STRUCTURED).values(), ids=SYSTEMS | STRUCTURED)
 def test_every_kind_of_layer_trains(strategy: Strategy):
-    """Structured roots in ``"reduce"``, and under autocast."""
+    """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
     half = strategy in STRUCTURED.values()
     # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
     model = Words(attention=not isinstance(strategy, TwoLevel))
@@ -56,6 +56,8 @@ def test_every_kind_of_layer_trains(strategy: Strategy):
         after = stepped(model, preconditioner, loss)
         optimizer.step()
         losses.append(loss.item())
+        if len(losses) >= 7 and losses[-1] < 0.8 * losses[0]:
+            break
     assert all(torch.isfinite(part).all() for part in after)
     assert losses[-1] < 0.8 * losses[0]
     report = preconditioner.report()
