@@ -50,17 +50,10 @@ def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, 
     "damped.pair_damped_inverse",
 )
 def pair_damped_inverse(
-    left_basis: Tensor,
-    left_small: Tensor,
-    left_damping: Tensor,
-    left_tail: Tensor,
-    right_basis: Tensor,
-    right_small: Tensor,
-    right_damping: Tensor,
-    right_tail: Tensor,
-    left_rhs: Tensor,
-    right_rhs: Tensor,
-) -> tuple[Tensor, Tensor]:
+    left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Tensor, right_small: Tensor, right_damping: Tensor, right_tail: Tensor,
+    left_rhs: Tensor, right_rhs: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return two damped inverses, each applied to its block."""
     first = damped_inverse.torch_form(left_basis, left_small, left_damping, left_tail, left_rhs)
     return first, damped_inverse.torch_form(right_basis, right_small, right_damping, right_tail, right_rhs)
@@ -68,16 +61,10 @@ def pair_damped_inverse(
 
 @op(f"kron_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,q] matrix) -> Tall[p,q]", kron_cost, "damped.kron_damped_inverse")
 def kron_damped_inverse(
-    left_basis: Tensor,
-    left_small: Tensor,
-    left_damping: Tensor,
-    left_tail: Tensor,
-    right_basis: Tensor,
-    right_small: Tensor,
-    right_damping: Tensor,
-    right_tail: Tensor,
+    left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Tensor, right_small: Tensor, right_damping: Tensor, right_tail: Tensor,
     matrix: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the left inverse times ``matrix`` times the right inverse."""
     left = coefficients(left_basis, left_small, left_damping, left_tail)
     right = coefficients(right_basis, right_small, right_damping, right_tail)
