@@ -21,7 +21,7 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 @op(
     "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] scale, Tall[n,m] rhs) -> Tall[n,m]",
     cost,
-    "damped.damped_apply",
+    "damped.damped",
 )
 def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> Tensor:
     """Return ``scale * (rhs + basis @ (middle · (basis.mT @ rhs)))``."""

@@ -37,7 +37,7 @@ def pair_cost(p: int, q: int, left_rank: int, right_rank: int, k: int, itemsize:
 @op(
     "damped_inverse(Tall[n,r] basis, Tall[r|r,r] small, Small[] damping, Small[] tail, Tall[n,m] rhs) -> Tall[n,m]",
     apply_cost,
-    "damped.damped_inverse",
+    "damped.damped",
 )
 def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, rhs: Tensor) -> Tensor:
     """Return the damped inverse, applied; ``small`` is d or S."""
@@ -47,7 +47,7 @@ def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, 
 @op(
     f"pair_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,k] left_rhs, Tall[q,k] right_rhs) -> (Tall[p,k], Tall[q,k])",
     pair_cost,
-    "damped.pair_damped_inverse",
+    "damped.pair_damped",
 )
 def pair_damped_inverse(
     left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
@@ -59,7 +59,7 @@ def pair_damped_inverse(
     return first, damped_inverse.torch_form(right_basis, right_small, right_damping, right_tail, right_rhs)
 
 
-@op(f"kron_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,q] matrix) -> Tall[p,q]", kron_cost, "damped.kron_damped_inverse")
+@op(f"kron_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,q] matrix) -> Tall[p,q]", kron_cost, "damped.kron_damped")
 def kron_damped_inverse(
     left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
     right_basis: Tensor, right_small: Tensor, right_damping: Tensor, right_tail: Tensor,

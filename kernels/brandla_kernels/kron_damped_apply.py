@@ -31,7 +31,7 @@ def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> 
     "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_scale,"
     " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_scale, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
-    "damped.kron_damped_apply",
+    "damped.kron_damped",
 )
 def kron_damped_apply(
     left_basis: Tensor, left_middle: Tensor, left_scale: Tensor,

@@ -126,8 +126,9 @@ def aligned(matrices: Matrices) -> bool:
     """Whether all the matrices lie in aligned rows, or all in aligned columns: a thread can load 16 bytes at once."""
     if isinstance(matrices, list):
         return _layout(_entries(matrices)) != "list"
-    apart = all(stride % _ALIGNED == 0 for stride in matrices.stride()[:-2])
-    return apart and _layout(_entries([matrices])) != "list"
+    *apart, row, column = matrices.stride()
+    entry = (matrices.data_ptr(), row, column, *matrices.shape[-2:])
+    return math.gcd(_ALIGNED, *apart) == _ALIGNED and _layout([entry]) != "list"
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:
@@ -153,8 +154,8 @@ def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | N
 
 
 def _entries(matrices: list[Tensor]) -> list[Entry]:
-    """Return what a table says of matrices, the last two dimensions of tensors."""
-    return [(one.data_ptr(), *one.stride()[-2:], *one.shape[-2:]) for one in matrices]
+    """Return what a table says of the matrices of a list."""
+    return [(one.data_ptr(), *one.stride(), *one.shape) for one in matrices]
 
 
 def _table(columns: list[list[Entry] | None], device: torch.device) -> Tensor:
