@@ -7,7 +7,8 @@ would too. A dispatch mode counts what torch is asked for. A view, an allocation
 free. One function of ``torch.linalg``, and one ``torch._foreach_`` over a list, counts as one kernel; cuSOLVER, or a
 long list, takes several.
 
-The host's own time is shown for some calls: launches replaced by their record, one thread.
+The host's own time is shown for some calls: launches replaced by their record, one thread. Triton's own part of a
+launch comes on top on a GPU. Times depend on what else the machine does, and the number of Python's calls does not.
 """
 
 import sys
@@ -73,7 +74,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.target = target_named(target)
         self.counts = Counts()
-        self.ops: list[tuple[Any, Any, tuple[Any, ...]]] = []  # each with its launch and its arguments
+        self.ops: list[tuple[Any, tuple[Any, ...]]] = []  # each with its arguments
 
     def _add(self, **numbers: int) -> None:
         self.counts = Counts(**{name: count + numbers.get(name, 0) for name, count in asdict(self.counts).items()})
@@ -95,7 +96,7 @@ class Counter(TorchDispatchMode):
         if op.launch is None:
             with self:
                 return form(*args)
-        self.ops.append((func, op.launch, args))
+        self.ops.append((op, args))
         # What a launch leaves unwritten must not reach what the op overwrites.
         spared = tree_map_only(Tensor, Tensor.clone, args)
         with self, recording(self.target) as launches:
@@ -138,7 +139,7 @@ HOST_BUDGETS = {
 
 
 def host_times(call: Callable[[], Any], target: str = "sm_90") -> dict[str, float]:
-    """Return microseconds of a call whose launches are recorded, in all and of its parts.
+    """Return microseconds of a call whose launches are recorded, in all and of its parts, and Python's calls in it.
 
     Its parts are what the function does before and between its ops, checks above all; the dispatcher and the checks of
     the ops; the tables of lists; and the rest of the launches.
@@ -157,17 +158,36 @@ def host_times(call: Callable[[], Any], target: str = "sm_90") -> dict[str, floa
     own_table = matrices._table
     with recording(target_named(target)), brandla.backend("triton"), torch.no_grad():
         whole = _microseconds(call)
-        dispatched = sum(_microseconds(partial(func, *args)) for func, _, args in counter.ops)
-        launched = sum(_microseconds(partial(launch, *args)) for _, launch, args in counter.ops)
+        dispatched = sum(_microseconds(partial(op, *args)) for op, args in counter.ops)
+        launched = sum(_microseconds(partial(op.launch, *args)) for op, args in counter.ops)
         matrices._table = table
         try:
-            for _, launch, args in counter.ops:
-                launch(*args)
+            for op, args in counter.ops:
+                op.launch(*args)
         finally:
             matrices._table = own_table
     tables = 1e6 * spent
     parts = {"checks": whole - dispatched, "dispatch": dispatched - launched, "tables": tables}
-    return {"host µs": whole, **parts, "launching": launched - tables}
+    return {"host µs": whole, **parts, "launching": launched - tables, "Python calls": python_calls(call, target)}
+
+
+def python_calls(call: Callable[[], Any], target: str = "sm_90") -> int:
+    """Count the calls of Python functions in a call whose launches are recorded, once it has been made before."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    with recording(target_named(target)), brandla.backend("triton"), torch.no_grad():
+        call()
+        other = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(other)
+    return calls
 
 
 def _microseconds(call: Callable[[], Any]) -> float:
@@ -407,7 +427,7 @@ def main(
     cells, console = cells.rename(columns={"triton": "Triton"}), Console(width=None if sys.stdout.isatty() else 120)
     console.print(on_terminal(cells, f"Kernels of a call on {target}", [not row["within"] for row in found]))
     timed = [row for row in found if "host µs" in row]
-    parts = ["call", "form", "host µs", "checks", "dispatch", "tables", "launching"]
+    parts = ["call", "form", "host µs", "checks", "dispatch", "tables", "launching", "Python calls"]
     over = [row["form"] == "single" and row["host µs"] > HOST_BUDGETS[row["call"]] for row in timed]
     hosts = pd.DataFrame(timed)[parts].assign(budget=[f"{HOST_BUDGETS[row['call']]} µs" for row in timed])
     console.print(on_terminal(hosts, "Time of the host, launches recorded", over))

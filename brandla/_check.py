@@ -35,6 +35,8 @@ _CONVERSIONS = {
 ONE_DIMENSION = "must lie on a device mesh of one dimension"
 
 _checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
+# Blocks of checked mode that are open in any thread: where there are none, no value is to be read.
+_open: list[bool] = []
 
 
 @contextmanager
@@ -56,15 +58,24 @@ def checked(enabled: bool = True) -> Iterator[None]:
     root_update: columns must be finite
     """
     token = _checked.set(enabled)
+    _open.append(enabled)
     try:
         yield
     finally:
+        _open.pop()
         _checked.reset(token)
 
 
 def _is_checked(tensor: Tensor) -> bool:
     # A compiled graph cannot raise on values.
-    return not torch.compiler.is_compiling() and _checked.get() and has_values(tensor)
+    return bool(_open) and not torch.compiler.is_compiling() and _checked.get() and has_values(tensor)
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Say at one look, for what every call asks, that two plain tensors share device and dtype, float32 or float64."""
+    if _open or not (type(one) is type(other) is Tensor):
+        return False
+    return one.dtype == other.dtype and one.dtype in _FULL and one.device == other.device
 
 
 def fail_value(function: str, rule: str) -> NoReturn:
@@ -164,6 +175,8 @@ def same_device(function: str, name: str, tensor: Tensor, of_name: str, of: Tens
 
 def matching_data(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
     """Check data that meets a factor, and return it in the factor's dtype (only half-precision data is converted)."""
+    if _agree(tensor, of):
+        return tensor
     data(function, name, tensor)
     same_device(function, name, tensor, of_name, of)
     if tensor.dtype == of.dtype:
@@ -259,6 +272,10 @@ def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Te
 def eigh(function: str, name: str, factor: object) -> None:
     """Check a LowRankEigh-shaped pair (eigenvalues, eigenvectors)."""
     values, vectors = _fields(function, name, factor, "LowRankEigh")
+    if _agree(values, vectors) and vectors.ndim > 1:
+        *batch, n, r = vectors.shape
+        if r <= n and values.shape == (*batch, r):
+            return
     basis(function, f"{name}.eigenvectors", vectors)
     part(function, f"{name}.eigenvalues", values)
     expected = (*vectors.shape[:-2], vectors.shape[-1])
@@ -271,6 +288,8 @@ def eigh(function: str, name: str, factor: object) -> None:
 def root(function: str, name: str, factor: object) -> None:
     """Check a LowRankRoot-shaped pair (root, gram)."""
     tall, gram = _fields(function, name, factor, "LowRankRoot")
+    if _agree(tall, gram) and tall.ndim > 1 and gram.shape == (*tall.shape[:-2], tall.shape[-1], tall.shape[-1]):
+        return
     part(function, f"{name}.root", tall)
     if tall.ndim < 2:
         fail_value(function, f"{name}.root must have shape (..., n, r); got {tuple(tall.shape)}")
@@ -311,13 +330,15 @@ def symmetric(function: str, name: str, factor: object) -> None:
         fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
 
 
-def _fields(function: str, name: str, factor: object, kind: str) -> tuple[Any, ...]:
-    found = tuple(getattr(factor, field, None) for field in _FIELDS[kind])
-    if any(part is None for part in found):
-        got = type(factor).__name__
-        start = "brandla.centre" if kind == "Centred" else f"{kind}.zeros(...)"
-        remedy = _CONVERSIONS.get((kind, got), f"start one with {start}")
-        fail_type(function, f"{name} must be a {kind}; got {got}; {remedy}")
+def _fields(function: str, name: str, factor: object, kind: str) -> list[Any]:
+    found: list[Any] = []
+    for field in _FIELDS[kind]:
+        found.append(getattr(factor, field, None))
+        if found[-1] is None:
+            got = type(factor).__name__
+            start = "brandla.centre" if kind == "Centred" else f"{kind}.zeros(...)"
+            remedy = _CONVERSIONS.get((kind, got), f"start one with {start}")
+            fail_type(function, f"{name} must be a {kind}; got {got}; {remedy}")
     return found
 
 
@@ -369,6 +390,8 @@ def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) ->
 
 def tracked(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
     """Check the error bound or the trace of a tracked factor."""
+    if _agree(tensor, of) and tensor.shape == of.shape[:-2]:
+        return
     part(function, name, tensor)
     shape(function, name, tensor, tuple(of.shape[:-2]), f"the batch shape of {of_name}")
     together(function, name, tensor, of_name, of)

@@ -30,7 +30,7 @@ class Rows:
 
     def admit(self, function: str, name: str, tensor: Tensor) -> None:
         """Check that a tall argument is of the kind of the factor's tall matrix."""
-        if is_dtensor(tensor):
+        if type(tensor) is not Tensor and is_dtensor(tensor):
             _check.mixture(function, name, tensor)
 
     def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
@@ -39,7 +39,7 @@ class Rows:
 
     def small(self, function: str, name: str, value: Small) -> Small:
         """Return a small argument as what it is in this process."""
-        if isinstance(value, Tensor) and is_dtensor(value):
+        if type(value) is not Tensor and isinstance(value, Tensor) and is_dtensor(value):
             _check.mixture(function, name, value)
         return value
 
@@ -223,7 +223,7 @@ def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
 
 def rows_of(function: str, name: str, tall: Tensor, small: Tensor) -> Rows:
     """Return how the rows of a factor's tall matrix are laid out; ``small`` shows what its small parts are."""
-    if not is_dtensor(tall):
+    if type(tall) is Tensor or not is_dtensor(tall):
         return WHOLE
     _check.sharded(function, name, tall, -2)
     return Shards(_as_dtensor(tall).device_mesh, tall.shape[-2], is_dtensor(small))

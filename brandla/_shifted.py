@@ -263,10 +263,11 @@ def inverse_of(sides: Sequence[Side], *, listed: bool = False) -> Inverse | None
 
     None where a look at values is free, which saves work, or where Z takes eigenvalues of S.
     """
-    smalls, bases = zip(*(parts_of(side.factor) for side in sides), strict=True)
+    smalls, bases = zip(*[parts_of(side.factor) for side in sides], strict=True)
     like = smalls[0]
     tails: list[Any] = [side.tail for side in sides]
-    if reads_are_free(like) or (sides[0].is_root and not all(map(_is_zero, tails))):
+    counted = [tail for tail in tails if not isinstance(tail, float) or tail != 0]
+    if reads_are_free(like) or (sides[0].is_root and counted):
         return None
     if listed:
         damping = stack_numbers([side.damping for side in sides], like)
@@ -285,7 +286,8 @@ def _numbers(damping: Number, tail: Number, like: Tensor, batch: Sequence[int]) 
         ]
     else:
         pair = list(torch.linspace(damping, tail, 2, dtype=like.dtype, device=like.device).unbind())
-    return pair[0].expand(batch), pair[1].expand(batch)
+    first, second = pair
+    return (first.expand(batch), second.expand(batch)) if batch else (first, second)
 
 
 def stack(sides: Sequence[Side]) -> Side:
@@ -359,9 +361,10 @@ def check_side(
     else:
         _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
-    small = rows.small(function, f"{name}.{small_name}", small)
-    basis = rows.local(function, f"{name}.{basis_name}", basis)
-    return Side(factor if rows is WHOLE else of_parts(type(factor), small, basis), damping, given)
+    if rows is not WHOLE or type(small) is not Tensor:
+        small = rows.small(function, f"{name}.{small_name}", small)
+        factor = of_parts(type(factor), small, rows.local(function, f"{name}.{basis_name}", basis))
+    return Side(factor, damping, given)
 
 
 def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
@@ -377,7 +380,7 @@ def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: s
 
 def check_exponent(function: str, exponent: float) -> float:
     """Check p."""
-    if isinstance(exponent, bool) or not isinstance(exponent, Real):
+    if isinstance(exponent, bool) or not isinstance(exponent, (float, Real)):
         _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
     if not abs(exponent) < float("inf"):
         _check.fail_value(function, f"exponent must be finite; got {exponent}")

@@ -240,7 +240,7 @@ def check_solve(
     block = _check.matching_data(function, "rhs", rhs, "lowrank", basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
     block = block[..., None] if vector else block
-    if rhs.ndim == 0 or block.shape[-2] != factor.n:
+    if rhs.ndim == 0 or block.shape[-2] != basis.shape[-2]:
         rule = f"rhs must have n = {factor.n} rows, as lowrank does"
         _check.fail_value(function, f"{rule}; got shape {tuple(rhs.shape)}")
     check_batch(function, "rhs", block, basis)

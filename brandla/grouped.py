@@ -289,11 +289,9 @@ def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[
     lengths = [len(items) for items in lists]
     if len(set(lengths)) != 1:
         _check.fail_value(f"grouped.{name}", f"all lists must have one length; got {lengths}")
-    spread = {option: _spread(name, option, value, lengths[0]) for option, value in options.items()}
-    return [
-        (arguments, {option: values[index] for option, values in spread.items()})
-        for index, arguments in enumerate(zip(*lists, strict=True))
-    ]
+    spread = [_spread(name, option, value, lengths[0]) for option, value in options.items()]
+    chosen = [dict(zip(options, values, strict=True)) for values in zip(*spread, strict=True)]
+    return list(zip(zip(*lists, strict=True), chosen, strict=True))
 
 
 def _computed(

@@ -387,8 +387,8 @@ def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
 
 def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     """Return the one number that all are, or a tensor of them."""
-    if not any(isinstance(number, Tensor) for number in numbers):
-        one = all(number == numbers[0] for number in numbers)
+    if not [number for number in numbers if isinstance(number, Tensor)]:
+        one = min(numbers) == max(numbers)
         return numbers[0] if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
     return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 

@@ -17,7 +17,7 @@ from brandla._ranges import ranged
 from brandla._sharded import Rows, here, join, rows_of
 from brandla._small import leading_of
 from brandla.lowrank import (
-    NAMES,
+    LowRankEigh,
     LowRankRoot,
     Rank,
     Tracked,
@@ -32,6 +32,8 @@ from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
 Target = TypeVar("Target")
 Compress = Literal["eigh", "cholesky"]
+# The small part of a factor and the tall one, as they are called in messages.
+_NAMES = {LowRankRoot: ("root.gram", "root.root"), LowRankEigh: ("eigh.eigenvalues", "eigh.eigenvectors")}
 # What a tracked factor carries along.
 _CARRIED = ("error_bound", "trace")
 
@@ -142,8 +144,7 @@ def check_root_update(
     _check.choice(function, "compress", compress, ("eigh", "cholesky"))
     if shrink and compress != "eigh":
         _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
-    update = check_update(function, LowRankRoot, root, columns, decay, weight, rank)
-    return update._replace(compress=compress, shrink=shrink)
+    return check_update(function, LowRankRoot, root, columns, decay, weight, rank, compress, shrink)
 
 
 def root_step(update: Update) -> Updated:
@@ -211,8 +212,8 @@ class Update(NamedTuple):
             pair = torch.linspace(*pair, 2, dtype=torch.float64, device=cross.device).unbind()
         elif not all(given):
             pair = [torch.as_tensor(number, dtype=torch.float64, device=cross.device) for number in pair]
-        decay, weight = (number.double().expand(cross.shape[:-2]) for number in pair)
-        return decay, weight
+        (decay, weight), batch = [number.double() for number in pair], cross.shape[:-2]
+        return (decay.expand(batch), weight.expand(batch)) if batch else (decay, weight)
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
         """Return C = FᵀA and G = AᵀA in float64."""
@@ -256,7 +257,7 @@ class Update(NamedTuple):
     def overwriting(self, tol: float) -> Update:
         """Check what overwriting the factor needs besides, and return the update with that tolerance."""
         _check.tolerance(self.function, tol)
-        small_name, name = _names(self.kind)
+        small_name, name = _NAMES[self.kind]
         written = {name: self.tall, small_name: self.small}
         written |= dict(zip(_CARRIED, self.tracked or (), strict=False))
         read = {"columns": self.columns, "decay": self.decay, "weight": self.weight}
@@ -311,9 +312,11 @@ def check_update(
     decay: float | Tensor,
     weight: float | Tensor,
     rank: int | Rank | None,
+    compress: Compress = "eigh",
+    shrink: bool = False,
 ) -> Update:
     """Check what every symmetric update takes besides its factor of this kind, tracked or not."""
-    small_name, name = _names(kind)
+    small_name, name = _NAMES[kind]
     small, basis = parts_of(factor)
     rows, tracked = rows_of(function, name, basis, small), None
     if isinstance(factor, Tracked):
@@ -339,13 +342,9 @@ def check_update(
         tolerance_of(rank),
         tracked,
         rows,
+        compress,
+        shrink,
     )
-
-
-def _names(kind: type[Any]) -> list[str]:
-    """Return the names of the small part and of the tall one of a factor given as ``eigh`` or as ``root``."""
-    argument = "root" if kind is LowRankRoot else "eigh"
-    return [f"{argument}.{part}" for part in NAMES[kind]]
 
 
 def is_sparse(columns: Any) -> bool:

@@ -313,6 +313,15 @@ def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None
     assert [part.grad.dtype for part in inputs] == [part.dtype for part in inputs]
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad: bool) -> None:
+    """A parameter comes by the dispatcher on a CPU too."""
+    basis, columns = torch.nn.Parameter(torch.randn(9, 3), requires_grad), torch.randn(9, 2)
+    assert brandla_kernels.project(basis, columns).requires_grad == requires_grad
+    with torch.no_grad():
+        assert not brandla_kernels.project(basis, columns).requires_grad
+
+
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
     arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))

@@ -148,14 +148,15 @@ def choosing(instead: Mapping[Choice, Any]) -> Iterator[dict[Choice, Any]]:
 
     def chooses(function: Any) -> bool:
         """Say whether a function answers with tiles or, for a target, with a number of stretches."""
-        if not inspect.isfunction(function) or function.__module__ != configs.__name__:
+        if not callable(function) or getattr(function, "__module__", None) != configs.__name__:
             return False
         answer = function.__annotations__.get("return")
         return answer == "Config" or (answer == "int" and "target" in function.__annotations__)
 
     with ExitStack() as stack:
         for name, choose in inspect.getmembers(configs, chooses):
-            stack.enter_context(mock.patch.object(configs, name, noting(name, choose)))
+            # What a choice itself asks for is noted too, so nothing is taken from memory.
+            stack.enter_context(mock.patch.object(configs, name, noting(name, inspect.unwrap(choose))))
         yield made
 
 

@@ -12,7 +12,8 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import cache, partial, wraps
+from itertools import chain
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -33,9 +34,11 @@ OPS: dict[str, AnyOp] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
+# Layouts of calls that an op remembers to have checked.
+_MOST_LAYOUTS = 1024
 
 _library = torch.library.Library("brandla", "DEF")
+_imported = cache(importlib.import_module)
 _forced: ContextVar[Backend | None] = ContextVar("brandla_backend", default=None)
 
 
@@ -70,13 +73,20 @@ class Op(Generic[Parameters, Result]):
         first: Any = args[0] if args else next(iter(kwargs.values()))
         listed = isinstance(first, (list, tuple))
         leader = first[0] if listed and first else first
-        forced = None if torch.compiler.is_compiling() else _forced.get()
+        traced = torch.compiler.is_compiling()
+        forced = None if traced else _forced.get()
         direct = forced == "torch" or (forced is None and reads_are_free(leader)) or (listed and is_mapped(leader))
         if direct and not self.signature.writes:
             # The dispatcher would come to the same, some microseconds later. Torch's own errors do here, since nothing
             # is overwritten; `torch.ops.brandla` checks.
-            return cast(Result, (self.grouped_form if listed else self.torch_form)(*args, **kwargs))
-        return cast(Result, (self.registered_grouped if listed else self.registered)(*args, **kwargs))
+            form: Callable[..., Result] = self.grouped_form if listed else self.torch_form
+            return form(*args, **kwargs)
+        registered: Callable[..., Result] = self.registered_grouped if listed else self.registered
+        if traced or self.signature.writes or _is_differentiated((*args, *kwargs.values())):
+            return registered(*args, **kwargs)
+        # Torch's layer for gradients is written in Python, and would find out the same, many microseconds later.
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered(*args, **kwargs)
 
     def gradient(self, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
         """Register the decorated function (inputs, gradients of the results) -> gradients of the inputs."""
@@ -114,12 +124,13 @@ class Op(Generic[Parameters, Result]):
 
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
+        check_once = check if self.signature.writes else _once(check)
 
         def run_on_gpu(*args: Any) -> Any:
             return run("torch" if nearest(architecture(device_of(args[0]).index)) is None else "triton", *args)
 
         def run(default: Backend | None, *args: Any) -> Any:
-            check(args)
+            (check_once if default else check)(args)
             chosen = default and (_forced.get() or default)
             return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
 
@@ -163,7 +174,32 @@ def recomputed(own: AnyOp, tensors: int) -> Callable[..., tuple[Tensor | None, .
 
 
 def _launch(module: str, function: str, *args: Any) -> Any:
-    return getattr(importlib.import_module(f"brandla_kernels._kernels.{module}"), function)(*args)
+    return getattr(_imported(f"brandla_kernels._kernels.{module}"), function)(*args)
+
+
+def _once(check: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+    """Return a check that asks nothing again of shapes, dtypes and devices that have passed it."""
+    passed: set[tuple[Any, ...]] = set()
+
+    def check_once(arguments: Sequence[Any]) -> None:
+        lists = [one if isinstance(one, list) else [one] for one in arguments if isinstance(one, (Tensor, list))]
+        layout = tuple([tuple([(one.shape, one.dtype, one.device) for one in each]) for each in lists])
+        if layout not in passed:
+            check(arguments)
+            if len(passed) == _MOST_LAYOUTS:
+                passed.clear()
+            passed.add(layout)
+
+    return check_once
+
+
+def _is_differentiated(arguments: Sequence[Any]) -> bool:
+    """Say whether a call has to come by autograd or torch.func."""
+    # torch.func has no public question for this.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    tensors = chain.from_iterable(one if isinstance(one, (list, tuple)) else (one,) for one in arguments)
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors)
 
 
 def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> None:
@@ -194,9 +230,9 @@ def reads_are_free(tensor: Any) -> bool:
 
     Where the Triton backend is forced nothing is looked at, so that what runs is what a GPU would run.
     """
-    if torch.compiler.is_compiling() or _forced.get() == "triton":
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_mapped(tensor)
+    return _forced.get() != "triton" and not is_mapped(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -215,7 +251,7 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        for device in _AUTOCAST_DEVICES:
+        for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return call(*args, **kwargs)

@@ -29,7 +29,6 @@ Shape: TypeAlias = tuple[str, ...]
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _DATA = (*_FULL, *_HALF)
-_NO_BATCH = torch.Size()
 _OPERAND = re.compile(r"(Tall|Data|Small|Sum)\[([\w,|]*)\](!?)")
 
 
@@ -110,7 +109,7 @@ class Signature:
                 if matrix.dtype != matrices[0].dtype:
                     rule = f"{name} must have the dtype of {operand.name}[0], {matrices[0].dtype}"
                     self._fail(TypeError, f"{rule}; got {matrix.dtype}")
-                sizes[problem] = self._matched(operand, name, matrix, _NO_BATCH, sizes[problem])
+                sizes[problem] = self._matched(operand, name, matrix, (), sizes[problem])
         largest = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
         for operand in self.operands:
             if not operand.listed:
@@ -124,9 +123,7 @@ class Signature:
         for own_name, own in ((name, tensor), (self.leader.name, leader)):
             if not isinstance(own, Tensor):
                 self._fail(TypeError, f"{own_name} must be a tensor; got {type(own).__name__}")
-        dtype = tensor.dtype
-        if operand.kind == "Sum" or dtype != leader.dtype or dtype not in _FULL:
-            self._check_dtype(operand, name, dtype, leader.dtype)
+        self._check_dtype(operand, name, tensor.dtype, leader.dtype)
         if tensor.device != leader.device:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
             self._fail(ValueError, f"{rule}; got {tensor.device}")

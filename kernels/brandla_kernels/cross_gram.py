@@ -25,7 +25,8 @@ def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * r * k + 2 * n * k * k, bytes=itemsize * (n * r + n * k) + 8 * (r * k + k * k))
 
 
-def cross_gram_torch(root: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+@op("cross_gram(Tall[n,r] root, Data[n,k] columns) -> (Small[r,k], Small[k,k])", cost, "cross_gram.cross_gram")
+def cross_gram(root: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``root.mT @ columns`` and ``columns.mT @ columns`` in float64, a slab of rows at a time."""
     dtype = root.dtype
     if dtype == torch.float32 and reads_are_free(columns):
@@ -46,11 +47,6 @@ def _keeps_precision(inner: Tensor, n: int) -> bool:
     smallest, largest = longest.aminmax() if longest.ndim else (longest, longest)
     info = torch.finfo(torch.float32)
     return n * info.tiny / info.eps <= smallest.item() and largest.item() < math.inf
-
-
-cross_gram = op(
-    "cross_gram(Tall[n,r] root, Data[n,k] columns) -> (Small[r,k], Small[k,k])", cost, "cross_gram.cross_gram"
-)(cross_gram_torch)
 
 
 @cross_gram.gradient

@@ -21,7 +21,7 @@ def cost(n: int, r: int, m: int, itemsize: int = 4) -> Cost:
 @op(
     "damped_apply(Tall[n,r] basis, Small[r|r,r] middle, Small[] scale, Tall[n,m] rhs) -> Tall[n,m]",
     cost,
-    "damped.damped_apply",
+    "damped.damped",
 )
 def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> Tensor:
     """Return ``scale * (rhs + basis @ (middle · (basis.mT @ rhs)))``."""
@@ -50,11 +50,6 @@ def transposed_middle(basis: Tensor, middle: Tensor) -> Tensor:
     return middle if middle.ndim < basis.ndim else middle.mT
 
 
-@damped_apply.gradient
-def _gradient(inputs: tuple[Tensor, Tensor, Tensor, Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    return damped_apply_gradient(*inputs, gradients[0])
-
-
 def damped_apply_gradient(
     basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,3 +62,6 @@ def damped_apply_gradient(
     inner = apply_middle(basis, transposed_middle(basis, middle), pulled)
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
     return scaled @ turned.mT + rhs @ inner.mT, of_middle, of_scale, scaled + basis @ inner
+
+
+damped_apply.gradient(lambda inputs, gradients: damped_apply_gradient(*inputs, *gradients))

@@ -37,7 +37,7 @@ def pair_cost(p: int, q: int, left_rank: int, right_rank: int, k: int, itemsize:
 @op(
     "damped_inverse(Tall[n,r] basis, Tall[r|r,r] small, Small[] damping, Small[] tail, Tall[n,m] rhs) -> Tall[n,m]",
     apply_cost,
-    "damped.damped_inverse",
+    "damped.damped",
 )
 def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, rhs: Tensor) -> Tensor:
     """Return the damped inverse, applied; ``small`` is d or S."""
@@ -47,37 +47,24 @@ def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, 
 @op(
     f"pair_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,k] left_rhs, Tall[q,k] right_rhs) -> (Tall[p,k], Tall[q,k])",
     pair_cost,
-    "damped.pair_damped_inverse",
+    "damped.pair_damped",
 )
 def pair_damped_inverse(
-    left_basis: Tensor,
-    left_small: Tensor,
-    left_damping: Tensor,
-    left_tail: Tensor,
-    right_basis: Tensor,
-    right_small: Tensor,
-    right_damping: Tensor,
-    right_tail: Tensor,
-    left_rhs: Tensor,
-    right_rhs: Tensor,
-) -> tuple[Tensor, Tensor]:
+    left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Tensor, right_small: Tensor, right_damping: Tensor, right_tail: Tensor,
+    left_rhs: Tensor, right_rhs: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return two damped inverses, each applied to its block."""
     first = damped_inverse.torch_form(left_basis, left_small, left_damping, left_tail, left_rhs)
     return first, damped_inverse.torch_form(right_basis, right_small, right_damping, right_tail, right_rhs)
 
 
-@op(f"kron_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,q] matrix) -> Tall[p,q]", kron_cost, "damped.kron_damped_inverse")
+@op(f"kron_damped_inverse({_LEFT}, {_RIGHT}, Tall[p,q] matrix) -> Tall[p,q]", kron_cost, "damped.kron_damped")
 def kron_damped_inverse(
-    left_basis: Tensor,
-    left_small: Tensor,
-    left_damping: Tensor,
-    left_tail: Tensor,
-    right_basis: Tensor,
-    right_small: Tensor,
-    right_damping: Tensor,
-    right_tail: Tensor,
+    left_basis: Tensor, left_small: Tensor, left_damping: Tensor, left_tail: Tensor,
+    right_basis: Tensor, right_small: Tensor, right_damping: Tensor, right_tail: Tensor,
     matrix: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the left inverse times ``matrix`` times the right inverse."""
     left = coefficients(left_basis, left_small, left_damping, left_tail)
     right = coefficients(right_basis, right_small, right_damping, right_tail)

@@ -28,7 +28,8 @@ def cost(n: int, k: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * k * k, bytes=itemsize * n * k + 8 * k * k)
 
 
-def gram_torch(panel: Tensor) -> Tensor:
+@op("gram(Tall[n,k] panel) -> Small[k,k]", cost, "inner_product.gram")
+def gram(panel: Tensor) -> Tensor:
     """Return ``panel.mT @ panel`` in float64, a slab of rows at a time."""
     k = panel.shape[-1]
     total = panel.new_zeros(*panel.shape[:-2], k, k, dtype=torch.float64)
@@ -75,9 +76,6 @@ def _gram_of_slab(slab: Tensor) -> Tensor:
         gram[..., rows, rest] = product
         gram[..., rest, rows] = product.mT
     return gram
-
-
-gram = op("gram(Tall[n,k] panel) -> Small[k,k]", cost, "inner_product.gram")(gram_torch)
 
 
 @gram.gradient

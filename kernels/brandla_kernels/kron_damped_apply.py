@@ -31,17 +31,13 @@ def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> 
     "kron_damped_apply(Tall[p,a] left_basis, Small[a|a,a] left_middle, Small[] left_scale,"
     " Tall[q,b] right_basis, Small[b|b,b] right_middle, Small[] right_scale, Tall[p,q] matrix) -> Tall[p,q]",
     cost,
-    "damped.kron_damped_apply",
+    "damped.kron_damped",
 )
 def kron_damped_apply(
-    left_basis: Tensor,
-    left_middle: Tensor,
-    left_scale: Tensor,
-    right_basis: Tensor,
-    right_middle: Tensor,
-    right_scale: Tensor,
+    left_basis: Tensor, left_middle: Tensor, left_scale: Tensor,
+    right_basis: Tensor, right_middle: Tensor, right_scale: Tensor,
     matrix: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the left operator times ``matrix`` times the right operator."""
     left_projection = left_basis.mT @ matrix
     right_projection = matrix @ right_basis
@@ -58,11 +54,6 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
     return apply_middle(basis, middle, rows.mT).mT
 
 
-@kron_damped_apply.gradient
-def _gradient(inputs: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    return kron_damped_apply_gradient(inputs, gradients[0])
-
-
 def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
     """Gradients with respect to all arguments, from that with respect to Y."""
     left, right, matrix = (inputs[0], inputs[1], inputs[2]), (inputs[3], inputs[4], inputs[5]), inputs[6]
@@ -72,3 +63,6 @@ def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradient: Tensor) -> 
     *of_right, _ = damped_apply_gradient(*right, apply(*left, matrix).mT, gradient.mT)
     basis, middle, scale = right
     return *of_left, *of_right, apply(basis, transposed_middle(basis, middle), scale, of_matrix.mT).mT
+
+
+kron_damped_apply.gradient(lambda inputs, gradients: kron_damped_apply_gradient(inputs, *gradients))

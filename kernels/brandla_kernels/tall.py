@@ -16,12 +16,12 @@ Tall: TypeAlias = Any
 
 def rows(matrices: Matrices) -> int:
     """Return the number of rows; the largest of a list."""
-    return matrices.shape[-2] if isinstance(matrices, Tensor) else max([0, *(one.shape[-2] for one in matrices)])
+    return matrices.shape[-2] if isinstance(matrices, Tensor) else max([one.shape[-2] for one in matrices], default=0)
 
 
 def columns(matrices: Matrices) -> int:
     """Return the number of columns; the largest of a list."""
-    return matrices.shape[-1] if isinstance(matrices, Tensor) else max([0, *(one.shape[-1] for one in matrices)])
+    return matrices.shape[-1] if isinstance(matrices, Tensor) else max([one.shape[-1] for one in matrices], default=0)
 
 
 def dtype_of(matrices: Matrices) -> torch.dtype:

@@ -50,6 +50,12 @@ STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
     "Brand, eigh": {"MLP, 1 layer": 150, "MLP, 3 layers": 176, "MLP, 12 layers": 293, "transformer": 651},
 }
 
+# The most calls of Python's functions in a call, launches recorded: the host's time without what else the machine does.
+# A few are torch's own, whose number differs among its versions.
+PYTHON_CALLS = {"project": 45, "damped_solve, root": 200, "damped_solve, eigh": 195, "root_update, cholesky": 180}
+# The same of each further factor of a list, which is to come down to 20.
+FOR_EACH_FACTOR = {"damped_solve, root": 28, "damped_solve, eigh": 28, "root_update, cholesky": 36}
+
 
 @pytest.mark.parametrize("form", launches.FORMS)
 @pytest.mark.parametrize("name", BUDGETS)
@@ -78,6 +84,20 @@ def test_a_list_with_wide_matrices_asks_for_no_more_kernels_than_its_limit(name:
     counts = counts_of(launches.call_of(name, "grouped"))
     assert counts.triton <= LISTS[name][0]
     assert counts.torch <= LISTS[name][1]
+
+
+@pytest.mark.parametrize("name", PYTHON_CALLS)
+def test_a_call_takes_no_more_calls_of_python_than_its_limit(name: str):
+    assert launches.python_calls(launches.call_of(name, "single")) <= PYTHON_CALLS[name]
+
+
+@pytest.mark.parametrize("name", FOR_EACH_FACTOR)
+def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name: str, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    for listed in (2, 10):
+        monkeypatch.setattr(launches, "LISTED", listed)
+        calls.append(launches.python_calls(launches.call_of(name, "grouped")))
+    assert calls[1] - calls[0] <= 8 * FOR_EACH_FACTOR[name]
 
 
 @pytest.mark.parametrize("network", launches.NETWORKS)

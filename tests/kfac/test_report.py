@@ -53,9 +53,7 @@ def test_it_says_what_each_factor_got_and_why():
     assert "Brand" in str(report)
 
 
-@pytest.mark.parametrize(
-    "strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr
-)
+@pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr)
 def test_it_names_the_strategy_that_was_asked_for(strategy: Strategy):
     """Also where a batch is larger than a factor."""
     layer = nn.Linear(100, 90, bias=False)

@@ -13,6 +13,9 @@ r_L = BLOCK_N/2 on, and at the ranks this is for the products take longer than e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from brandla_kernels._kernels.damped_projection import Half, project, project_both
@@ -20,45 +23,31 @@ from brandla_kernels._kernels.tall_product import Term, tall_product
 from brandla_kernels._signature import Matrices
 
 
-def damped_apply(basis: Matrices, middle: Tensor, scale: Tensor, rhs: Matrices) -> Matrices:
-    """Return β (V + U Z UᵀV)."""
-    return _apply(Half(basis, rhs, middle, (scale,)))[0]
+def damped(*given: Any) -> Matrices:
+    """Return β (V + U Z UᵀV) of U, Z, β and V; of U, d or S, λ, τ and V with the Z and β of an inverse."""
+    *side, rhs = given
+    return _apply(_half(side, rhs))[0]
 
 
-def damped_inverse(basis: Matrices, small: Matrices, damping: Tensor, tail: Tensor, rhs: Matrices) -> Matrices:
-    """Return the same with the Z and β of an inverse."""
-    return _apply(Half(basis, rhs, small, (damping, tail)))[0]
-
-
-def pair_damped_inverse(
-    left_basis: Matrices, left_small: Matrices, left_damping: Tensor, left_tail: Tensor,
-    right_basis: Matrices, right_small: Matrices, right_damping: Tensor, right_tail: Tensor,
-    left_rhs: Matrices, right_rhs: Matrices,
-) -> tuple[Matrices, Matrices]:  # fmt: skip
-    """Return two of them."""
-    left = Half(left_basis, left_rhs, left_small, (left_damping, left_tail))
-    first, second = _apply(left, Half(right_basis, right_rhs, right_small, (right_damping, right_tail)))
+def pair_damped(*given: Any) -> tuple[Matrices, Matrices]:
+    """Return two of them: of what belongs to the left side, to the right side, and the two V."""
+    *sides, left_rhs, right_rhs = given
+    left, right = sides[: len(sides) // 2], sides[len(sides) // 2 :]
+    first, second = _apply(_half(left, left_rhs), _half(right, right_rhs))
     return first, second
 
 
-def kron_damped_apply(
-    left_basis: Matrices, left_middle: Tensor, left_scale: Tensor,
-    right_basis: Matrices, right_middle: Tensor, right_scale: Tensor,
-    matrix: Matrices,
-) -> Matrices:  # fmt: skip
+def kron_damped(*given: Any) -> Matrices:
     """Return the left operator times W times the right operator."""
-    left = Half(left_basis, matrix, left_middle, (left_scale,))
-    return _apply_both(left, Half(right_basis, _transposed(matrix), right_middle, (right_scale,)))
+    *sides, matrix = given
+    left, right = sides[: len(sides) // 2], sides[len(sides) // 2 :]
+    transposed = matrix.mT if isinstance(matrix, Tensor) else [one.mT for one in matrix]
+    return _apply_both(_half(left, matrix), _half(right, transposed))
 
 
-def kron_damped_inverse(
-    left_basis: Matrices, left_small: Matrices, left_damping: Tensor, left_tail: Tensor,
-    right_basis: Matrices, right_small: Matrices, right_damping: Tensor, right_tail: Tensor,
-    matrix: Matrices,
-) -> Matrices:  # fmt: skip
-    """Return the same with the Z and β of inverses."""
-    left = Half(left_basis, matrix, left_small, (left_damping, left_tail))
-    return _apply_both(left, Half(right_basis, _transposed(matrix), right_small, (right_damping, right_tail)))
+def _half(side: Sequence[Any], rhs: Matrices) -> Half:
+    basis, small, *numbers = side
+    return Half(basis, rhs, small, tuple(numbers))
 
 
 def _apply(*halves: Half) -> list[Matrices]:
@@ -73,7 +62,3 @@ def _apply_both(left: Half, right: Half) -> Matrices:
     inner = tall_product([Term(both, turned)], add=rows, as_wide_as=rows)
     terms = [Term(left.basis, inner), Term(columns, turned)]
     return tall_product(terms, add=left.rhs, scales=(left_scale, right_scale))
-
-
-def _transposed(matrix: Matrices) -> Matrices:
-    return matrix.mT if isinstance(matrix, Tensor) else [one.mT for one in matrix]

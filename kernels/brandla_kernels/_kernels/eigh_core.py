@@ -134,7 +134,7 @@ def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: T
     operands = arrange(
         {
             "gram": gram[..., None] if diagonal else gram, "cross": cross, "own": own,
-            "decay": decay[..., None, None], "weight": weight[..., None, None],
+            "decay": decay.view(*decay.shape, 1, 1), "weight": weight.view(*weight.shape, 1, 1),
         }
     )  # fmt: skip
     arguments = operands.arguments | {
@@ -158,6 +158,6 @@ def eigh_rotation(
         "values_ptr": values, "rotation_ptr": rotation, "left_out_ptr": left_out, "m": m, "s": rank,
         "tol": float(tol), "UNIT": bool(unit), "TOLERANCE": tol > 0,
     }  # fmt: skip
-    down, across = (max(triton.cdiv(size, config.blocks["BLOCK"]), 1) for size in (m, rank))
+    down, across = (max(configs.tiles(size, config.blocks["BLOCK"]), 1) for size in (m, rank))
     launch.start(eigh_rotation_kernel, (left_out.numel() * down * across,), arguments, config)
     return values, rotation, left_out

@@ -67,12 +67,11 @@ def inner_product_kernel(
 @counted("rows columns SPLITS")
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, out_ptr,
-    rows, columns, parts_columns, parts_size, out_strides,
+    parts_ptr, out_ptr, rows, columns,
     SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of C. C = Σ parts; a C in float64 is summed in it."""
+    """Grid: problems × tiles of C. C = Σ parts, which are all contiguous; a C in float64 is summed in it."""
     problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
     row, column = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -80,12 +79,12 @@ def sum_parts_kernel(
     below = (row // TILE_R)[:, None] > (column // TILE_K)[None, :]
     from_row = tl.where(below & SYMMETRIC, column[None, :], row[:, None])
     from_column = tl.where(below & SYMMETRIC, row[:, None], column[None, :])
-    source = parts_ptr + problem * SPLITS * parts_size + from_row * parts_columns + from_column
+    source = parts_ptr + problem * SPLITS * rows * columns + from_row * columns + from_column
     total_dtype = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else parts_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_R, BLOCK_K), total_dtype)
     for split in range(SPLITS):
-        total += tl.load(source + split * parts_size, mask=inside, other=0.0).to(total.dtype)
-    out = (out_ptr + problem * out_strides[0], out_strides[1], out_strides[2], rows, columns)
+        total += tl.load(source + split * rows * columns, mask=inside, other=0.0).to(total.dtype)
+    out = (out_ptr + problem * rows * columns, columns, 1, rows, columns)
     store_tile(out, row, column, total)
 
 
@@ -126,23 +125,21 @@ def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torc
 
 def stacked_like(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return an unwritten stack of small matrices, one for each problem; X or Y may be one for all of a batch."""
-    batch = (len(x),) if isinstance(x, list) else max((each.shape[:-2] for each in (x, y)), key=len)  # type: ignore[union-attr]
+    batch = (len(x),) if isinstance(x, list) else max(x.shape[:-2], y.shape[:-2], key=len)  # type: ignore[union-attr]
     return torch.empty(*batch, *shape, dtype=dtype, device=device_of(x))
 
 
 def sum_parts(parts: Tensor, out: Tensor, triangle: Config | None = None) -> None:
-    """Add up parts (problems, splits, a, b) of C in order, and write the leading rows and columns that ``out`` has.
+    """Add up parts (problems, splits, r, k) of C in order, and write them to ``out``, contiguous.
 
     Only tiles of ``triangle`` on and above the diagonal are read, if it is given.
     """
-    count, splits, parts_rows, parts_columns = parts.shape
-    r, k = out.shape[-2:]
+    count, splits, r, k = parts.shape
     config = configs.sum_parts()
     tiles = configs.tiles(r, config.blocks["BLOCK_R"]) * configs.tiles(k, config.blocks["BLOCK_K"])
     arguments = {
         "parts_ptr": parts, "out_ptr": out, "rows": r, "columns": k,
-        "parts_columns": parts_columns, "parts_size": parts_rows * parts_columns,
-        "out_strides": out.view(count, r, k).stride(), "SYMMETRIC": triangle is not None, "SPLITS": splits,
+        "SYMMETRIC": triangle is not None, "SPLITS": splits,
         "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
         "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,
     }  # fmt: skip

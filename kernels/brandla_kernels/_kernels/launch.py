@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -97,7 +97,7 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
         return
     record = _record.get()
     if record is not None:
-        record[1].append(Launch(kernel, grid, dict(arguments), config))
+        record[1].append(Launch(kernel, grid, arguments, config))
         return
     # A chain of hooks, which is never None and has no truth value of its own.
     hook = triton.knobs.runtime.launch_enter_hook
@@ -167,9 +167,11 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 def target_of(matrices: Matrices) -> Target:
     """Name the target that kernels on a tensor, or on a list of them, run on."""
     record = _record.get()
-    if record is not None:
-        return record[0]
-    device = device_of(matrices)
+    return _target(device_of(matrices)) if record is None else record[0]
+
+
+@cache
+def _target(device: torch.device) -> Target:
     if device.type == "cpu":
         return Target("interpreter", "cpu")
     arch = architecture(device.index)
@@ -194,6 +196,7 @@ def product_precision(target: Target, dtype: torch.dtype) -> str:
     return "tf32x3" if target.backend == "cuda" and dtype == torch.float32 else "ieee"
 
 
+@cache
 def products_in(target: Target, dtype: torch.dtype) -> dict[str, Any]:
     """Return a kernel's constants for products in ``dtype``."""
     return {"COMPUTE": triton_dtype(dtype), "PRECISION": product_precision(target, dtype)}

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from itertools import chain, product
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -21,16 +23,13 @@ from torch import Tensor
 from brandla_kernels._signature import Matrices
 
 # How a kernel finds a matrix. The last two promise what lets a thread load 16 bytes at once: pointer and outer stride
-# aligned, inner stride 1, and an inner size that no such load crosses.
-BATCH = tl.constexpr(0)
-LISTED = tl.constexpr(1)
-LISTED_ROWS = tl.constexpr(2)
-LISTED_COLUMNS = tl.constexpr(3)
-
-# Fields of a table entry.
-FIELDS = tl.constexpr(5)
-
+# aligned, inner stride 1, and an inner size that no such load crosses. These are words, and no constants for kernels:
+# Triton compares each of those at every launch, for a microsecond.
+Layout: TypeAlias = Literal["batch", "list", "list_rows", "list_columns"]
 _ALIGNED = 16
+
+# What a table says of a matrix: pointer, row stride, column stride, rows, columns.
+Entry: TypeAlias = tuple[int, ...]
 
 # Host copies of tables that captured graphs read again at every replay.
 _captured: list[Tensor] = []
@@ -52,24 +51,38 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     Without a list the tensors (..., a, b) are problems of one batch shape; one that is the same for all may have no
     batch dimensions. Where the strides of a batch are irregular, it is addressed as a list: nothing is copied.
     """
-    lists = [matrix for matrix in matrices.values() if isinstance(matrix, list)]
-    flat = {name: _flat(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
-    if not lists and None in flat.values():
-        return arrange(_as_lists(matrices))
-    count = len(lists[0]) if lists else max((len(batch) for batch in flat.values() if batch is not None), default=1)
-    arguments: dict[str, Any] = {"table_ptr": _table(list(matrices.values()), lists[0]) if lists else None}
-    in_rows = True
+    lists: dict[str, list[Entry]] = {}
+    strides: dict[str, tuple[int, ...] | None] = {}
+    counts: dict[str, int] = {}
     for name, matrix in matrices.items():
-        first, batch, layout = matrix, flat.get(name), BATCH.value
         if isinstance(matrix, list):
-            first, layout = matrix[0], _layout(matrix)
-        stride = 0 if batch is None or len(batch) != count else batch.stride(0)
-        arguments[f"{name}_ptr"] = first
-        arguments[f"{name}_strides"] = (stride, *batch.stride()[1:]) if batch is not None else (0, 0, 0)
-        arguments[f"{name.upper()}_LAYOUT"] = layout
-        if isinstance(first, Tensor):
-            in_rows &= layout == LISTED_ROWS.value or (layout == BATCH.value and _in_aligned_rows(first))
+            lists[name], counts[name] = _entries(matrix), len(matrix)
+        elif matrix is not None:
+            strides[name], counts[name] = _strides(matrix), math.prod(matrix.shape[:-2])
+    if not lists and None in strides.values():
+        return arrange(_as_lists(matrices))
+    count, in_rows = max(counts.values(), default=1), True
+    arguments: dict[str, Any] = {"table_ptr": None}
+    if lists:
+        device = next(matrix[0].device for matrix in matrices.values() if isinstance(matrix, list))
+        arguments["table_ptr"] = _table([lists.get(name) for name in matrices], device)
+    for name, matrix in matrices.items():
+        pointer, strided, layout = _names(name)
+        arguments[pointer], arguments[strided], arguments[layout] = matrix, (0, 0, 0), "batch"
+        if isinstance(matrix, list):
+            arguments[pointer], arguments[layout] = matrix[0], _layout(lists[name])
+            in_rows &= arguments[layout] == "list_rows"
+        elif matrix is not None:
+            apart, *inner = strides[name] or (0, 0, 0)
+            arguments[strided] = (apart if counts[name] == count else 0, *inner)
+            in_rows &= _layout([(matrix.data_ptr(), *inner, *matrix.shape[-2:])]) == "list_rows"
     return Operands(count, arguments, in_rows)
+
+
+@cache
+def _names(matrix: str) -> tuple[str, str, str]:
+    """Return the names of a kernel's arguments for a matrix."""
+    return f"{matrix}_ptr", f"{matrix}_strides", f"{matrix.upper()}_LAYOUT"
 
 
 def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
@@ -94,7 +107,7 @@ def bytes_of(arguments: Mapping[str, Any], problems: Sequence[Any], times: Mappi
     found: dict[int, int] = {}
     for name, tensor in arguments.items():
         if name.endswith("_ptr") and name != "table_ptr" and tensor is not None:
-            if arguments.get(f"{name.removesuffix('_ptr').upper()}_LAYOUT", BATCH.value) == BATCH.value:
+            if arguments.get(f"{name.removesuffix('_ptr').upper()}_LAYOUT", "batch") == "batch":
                 # What is expanded is there once.
                 strided = zip(tensor.shape, tensor.stride(), strict=True)
                 count = math.prod(size for size, stride in strided if stride)
@@ -112,64 +125,60 @@ def _pointer_names(arguments: Mapping[str, Any]) -> list[str]:
 def aligned(matrices: Matrices) -> bool:
     """Whether all the matrices lie in aligned rows, or all in aligned columns: a thread can load 16 bytes at once."""
     if isinstance(matrices, list):
-        return bool(_layout(matrices) != LISTED.value)
-    apart = all(stride % _ALIGNED == 0 for stride in matrices.stride()[:-2])
-    return apart and (_in_aligned_rows(matrices) or _in_aligned_rows(matrices.mT))
+        return _layout(_entries(matrices)) != "list"
+    *apart, row, column = matrices.stride()
+    entry = (matrices.data_ptr(), row, column, *matrices.shape[-2:])
+    return math.gcd(_ALIGNED, *apart) == _ALIGNED and _layout([entry]) != "list"
 
 
-def _flat(tensor: Tensor) -> Tensor | None:
-    """View (..., a, b) as (B, a, b), or return None where that would need a copy."""
-    if tensor.ndim <= 3:
-        return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of (..., a, b) seen as (B, a, b), or None where that would need a copy."""
+    if tensor.ndim == 2:
+        row, column = tensor.stride()
+        return tensor.shape[0] * row, row, column
     try:
-        return tensor.view(-1, *tensor.shape[-2:])
+        return tensor.stride() if tensor.ndim == 3 else tensor.view(-1, *tensor.shape[-2:]).stride()
     except RuntimeError:
         return None
 
 
 def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | None]:
     """Take batches apart into lists of matrices; a matrix that is one for all is repeated."""
-    lists = {name: _entries(matrix) for name, matrix in matrices.items() if isinstance(matrix, Tensor)}
-    count = max(len(entries) for entries in lists.values())
+    lists = {
+        name: [batch[index] for index in product(*map(range, batch.shape[:-2]))]
+        for name, batch in matrices.items()
+        if isinstance(batch, Tensor)
+    }
+    count = max(map(len, lists.values()))
     return {name: lists[name] * (count // len(lists[name])) if name in lists else None for name in matrices}
 
 
-def _entries(tensor: Tensor) -> list[Tensor]:
-    """Return views of the matrices of a batch, in order."""
-    if tensor.ndim == 2:
-        return [tensor]
-    return [entry for part in tensor.unbind(0) for entry in _entries(part)]
+def _entries(matrices: list[Tensor]) -> list[Entry]:
+    """Return what a table says of the matrices of a list."""
+    return [(one.data_ptr(), *one.stride(), *one.shape) for one in matrices]
 
 
-def _table(matrices: list[Matrices | None], like: list[Tensor]) -> Tensor:
+def _table(columns: list[list[Entry] | None], device: torch.device) -> Tensor:
     """Return the table on the device; what is no list has a blank entry."""
-    entries = [
-        [
-            [one.data_ptr(), *one.stride(), *one.shape] if one is not None else [0] * FIELDS.value
-            for one in (matrix[problem] if isinstance(matrix, list) else None for matrix in matrices)
-        ]
-        for problem in range(len(like))
-    ]
-    table = torch.tensor(entries, dtype=torch.int64, device="cpu")
-    if like[0].device.type == "cpu":
+    count = max(len(column) for column in columns if column)
+    problems = zip(*(column or [(0,) * 5] * count for column in columns), strict=True)
+    numbers = list(chain.from_iterable(chain.from_iterable(problems)))
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(count, len(columns), 5)
+    if device.type == "cpu":
         return table
     pinned = table.pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(pinned)
-    return pinned.to(like[0].device, non_blocking=True)
+    return pinned.to(device, non_blocking=True)
 
 
-def _layout(matrices: list[Tensor]) -> int:
-    if all(map(_in_aligned_rows, matrices)):
-        return int(LISTED_ROWS.value)
-    return int(LISTED_COLUMNS.value if all(_in_aligned_rows(matrix.mT) for matrix in matrices) else LISTED.value)
-
-
-def _in_aligned_rows(matrix: Tensor) -> bool:
-    row_stride, column_stride = matrix.stride()[-2:]
-    return column_stride == 1 and not any(
-        number % _ALIGNED for number in (matrix.data_ptr(), row_stride, matrix.shape[-1])
-    )
+def _layout(entries: list[Entry]) -> Layout:
+    """Return how matrices of a list lie: all in aligned rows, all in aligned columns, or anyhow."""
+    in_rows = in_columns = True
+    for pointer, row_stride, column_stride, rows, columns in entries:
+        in_rows = in_rows and column_stride == 1 and not (pointer | row_stride | columns) % _ALIGNED
+        in_columns = in_columns and row_stride == 1 and not (pointer | column_stride | rows) % _ALIGNED
+    return "list_rows" if in_rows else "list_columns" if in_columns else "list"
 
 
 # A matrix of a problem is, in a kernel, the tuple (pointer, row stride, column stride, rows, columns).
@@ -181,29 +190,19 @@ def matrix_of(
     LAYOUT: tl.constexpr, PLACE: tl.constexpr, MATRICES: tl.constexpr,
 ):  # fmt: skip
     """Return a matrix of this problem: of a list it is the one at this place in the table, or rows and columns say."""
-    if LAYOUT == BATCH:
+    if LAYOUT == "batch":
         return ptr + problem * strides[0], strides[1], strides[2], rows, columns
     else:
-        entry = table_ptr + (problem * MATRICES + PLACE) * FIELDS
+        entry = table_ptr + (problem * MATRICES + PLACE) * 5
         address = tl.load(entry).to(ptr.dtype)
         own_row, own_column = tl.load(entry + 1), tl.load(entry + 2)
         own_rows, own_columns = tl.load(entry + 3).to(tl.int32), tl.load(entry + 4).to(tl.int32)
-        if LAYOUT == LISTED_ROWS:
-            return (
-                tl.multiple_of(address, 16),
-                tl.multiple_of(own_row, 16),
-                1,
-                own_rows,
-                tl.multiple_of(own_columns, 16),
-            )
-        elif LAYOUT == LISTED_COLUMNS:
-            return (
-                tl.multiple_of(address, 16),
-                1,
-                tl.multiple_of(own_column, 16),
-                tl.multiple_of(own_rows, 16),
-                own_columns,
-            )
+        if LAYOUT == "list_rows":
+            whole = tl.multiple_of(own_columns, 16)
+            return tl.multiple_of(address, 16), tl.multiple_of(own_row, 16), 1, own_rows, whole
+        elif LAYOUT == "list_columns":
+            whole = tl.multiple_of(own_rows, 16)
+            return tl.multiple_of(address, 16), 1, tl.multiple_of(own_column, 16), whole, own_columns
         else:
             return address, own_row, own_column, own_rows, own_columns
 

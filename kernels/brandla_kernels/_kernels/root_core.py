@@ -418,7 +418,7 @@ def root_core(
     operands = arrange(
         {
             "gram": gram, "cross": cross, "own": own,
-            "decay": decay[..., None, None], "weight": weight[..., None, None],
+            "decay": decay.view(*decay.shape, 1, 1), "weight": weight.view(*weight.shape, 1, 1),
         }
     )  # fmt: skip
     config = configs.root_core(launch.target_of(gram), m)

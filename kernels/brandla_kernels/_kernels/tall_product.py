@@ -8,6 +8,7 @@ columns of OUT.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +113,7 @@ def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
         like = like if isinstance(like, list) else small
         widths = [matrix.shape[-1] for matrix in like] if isinstance(like, list) else [columns(small)] * len(tall)
         return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(tall, widths, strict=True)]
-    others = [like, *(term.small for term in terms), *(term.tall for term in terms)]
-    batch = max((tuple(other.shape[:-2]) for other in others if isinstance(other, Tensor)), key=len)
+    batch = max([one.shape[:-2] for one in chain((like,), *terms) if isinstance(one, Tensor)], key=len)
     return tall.new_empty(*batch, tall.shape[-2], columns(small))
 
 
