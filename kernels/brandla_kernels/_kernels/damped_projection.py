@@ -14,7 +14,7 @@ is computed too: the program that has a tile of X multiplies it before it lets g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -91,13 +91,6 @@ class Half(NamedTuple):
         }  # fmt: skip
 
 
-class Projection(NamedTuple):
-    """Z C, or C of one W from the right, transposed; and β of each problem."""
-
-    inner: Tensor
-    scale: Tensor
-
-
 @triton.jit
 def _store_projection(
     parts_ptr, problem, split, tile_r, tile_k, x, y, r, k, SPLITS: tl.constexpr,
@@ -114,10 +107,7 @@ def _store_projection(
 
 
 @triton.jit
-def _store_both(
-    both_ptr, x, index_k, index_r, total, r1, r2,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _store_both(both_ptr, x, index_k, index_r, total, r1, r2, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Store the part of U_LᵀX of a tile of Xᵀ."""
     right = tl.trans(total.to(COMPUTE))
     for start_l in range(0, r1, _BLOCK_L):
@@ -136,13 +126,12 @@ def _store_either(problem, is_second, side, other):
             tl.where(is_second, other[0][2], side[0][2]), tl.where(is_second, other[0][3], side[0][3]),
             tl.where(is_second, other[0][4], side[0][4]),
         )  # fmt: skip
-        chosen = (
+        store_coefficients(problem, (
             small, tl.where(is_second, other[1], side[1]),
             tl.where(is_second, other[2], side[2]), tl.where(is_second, other[3], side[3]),
             tl.where(is_second, other[4], side[4]), tl.where(is_second, other[5], side[5]),
             None if side[6] is None else tl.where(is_second, other[6], side[6]),
-        )  # fmt: skip
-        store_coefficients(problem, chosen)
+        ))  # fmt: skip
     elif is_second:
         store_coefficients(problem, other)
     else:
@@ -300,12 +289,16 @@ class _Sums(NamedTuple):
     scale: Tensor
 
 
+# Z C, or C of one W from the right, transposed; and β of each problem.
+Projection: TypeAlias = tuple[Tensor, Tensor]
+
+
 def project(halves: Sequence[Half]) -> list[Projection]:
     """Return Z UᵀV and β of one application, or of two independent ones."""
     sums, _ = _project(halves, of_one=False)
     inner = [each.parts.new_empty(*each.half.batch, *each.parts.shape[-2:]) for each in sums]
     _multiply(sums, inner)
-    return [Projection(own, each.scale) for own, each in zip(inner, sums, strict=True)]
+    return [(own, each.scale) for own, each in zip(inner, sums, strict=True)]
 
 
 def project_both(left: Half, right: Half) -> tuple[Projection, Projection, Tensor, Tensor]:
@@ -315,7 +308,7 @@ def project_both(left: Half, right: Half) -> tuple[Projection, Projection, Tenso
     shapes = ((r1, k1), (k2, r2), (r1, r2), (r2, q))
     first, second, inner, turned = (of_left.parts.new_empty(*left.batch, *shape) for shape in shapes)
     _multiply((of_left, of_right), (first, second), (both, inner, turned))
-    return Projection(first, of_left.scale), Projection(second, of_right.scale), inner, turned
+    return (first, of_left.scale), (second, of_right.scale), inner, turned
 
 
 def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tensor | None]:

@@ -92,7 +92,8 @@ def specializations(
             if tile in tiles and not full:
                 continue
             tiles.add(tile)
-            key = repr((launch.name, launch.config, specialization(target, _in_two_stretches(launch))))
+            alike = replace(launch, arguments=dict(launch.arguments) | _way(launch))
+            key = repr((launch.name, launch.config, specialization(target, alike)))
             if not in_rows and key not in found:
                 key = repr((tile, layout.name, data, _way(launch)))
             entry = found.setdefault(key, Specialization(launch, data, layout))
@@ -101,10 +102,6 @@ def specializations(
             if name not in entry.ops:
                 entry.ops.append(name)
     return list(found.values())
-
-
-def _in_two_stretches(launch: Launch) -> Launch:
-    return replace(launch, arguments=dict(launch.arguments) | _way(launch))
 
 
 def _way(launch: Launch) -> dict[str, Any]:
