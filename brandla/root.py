@@ -203,16 +203,13 @@ class Update(NamedTuple):
 
     def _numbers(self, cross: Tensor) -> tuple[Any, Any]:
         """Return ρ and w as float64 tensors of the batch shape of C, or as numbers where nothing is launched."""
-        pair: Any = self.decay, self.weight
-        given = [isinstance(number, Tensor) for number in pair]
-        if not any(given):
+        decay, weight = self.decay, self.weight
+        if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
             if self.compress == "eigh" and reads_are_free(cross):
-                return self.decay, self.weight
+                return decay, weight
             # One kernel for both: a line of two points is exact at its ends.
-            pair = torch.linspace(*pair, 2, dtype=torch.float64, device=cross.device).unbind()
-        elif not all(given):
-            pair = [torch.as_tensor(number, dtype=torch.float64, device=cross.device) for number in pair]
-        (decay, weight), batch = [number.double() for number in pair], cross.shape[:-2]
+            decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=cross.device).unbind()
+        decay, weight, batch = _number(decay, cross), _number(weight, cross), cross.shape[:-2]
         return (decay.expand(batch), weight.expand(batch)) if batch else (decay, weight)
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
@@ -371,3 +368,9 @@ def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:
     """Return ρ times a number and what is new, in one kernel."""
     new = new.to(number.dtype)
     return torch.addcmul(new, decay, number) if isinstance(decay, Tensor) else torch.add(new, number, alpha=decay)
+
+
+def _number(number: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.double()
+    return torch.full((), number, dtype=torch.float64, device=like.device)
