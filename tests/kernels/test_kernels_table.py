@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,33 @@ from brandla_kernels._kernels.ahead import target_named
 from brandla_kernels._kernels.launch import Config, recording
 
 
+class InThisProcess:
+    """A pool that runs what it is given at once."""
+
+    def __init__(self, processes: int, **options: Any) -> None:
+        self.processes = processes
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Any, *arguments: Any) -> Any:
+        found = function(*arguments)
+
+        class Done:
+            def result(self) -> Any:
+                return found
+
+        return Done()
+
+
 @pytest.fixture
 def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    # In this process, which has the patches.
-    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from brandla.kfac import KFAC, Exact, Foof, Strategy
 from brandla.kfac.systems.kronecker import FactorStrategy
-from kfac.networks import batch, damped_inverse, layer_gradient, layer_step, loss_of, mlp, stepped
+from kfac.networks import batch, damped_inverse, dense_step, layer_gradient, layer_step, loss_of, mlp, stepped
 from kfac.systems import assert_near, damped_solve, full_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -85,3 +85,21 @@ def test_clip_bounds_the_rms_of_each_layer_and_keeps_its_direction(application: 
     for long, short in zip(*steps[:2], strict=True):
         assert short.square().mean().sqrt().item() == pytest.approx(1e-3)
         torch.testing.assert_close(short / short.norm(), long / long.norm())
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_sharing_is_exact_in_its_own_setting(sharing: str):
+    """expand: every position has a loss term of its own. reduce: the outputs are averaged over positions first."""
+    layer = mlp(5, 4, bias=False)[0]
+    points = torch.randn(6, 3, 5, dtype=torch.float64)
+    preconditioner = KFAC(layer, Exact(inverse_every=1), sharing=sharing, clip=None, damping=0.1)
+    outputs = layer(points)
+    outputs = outputs if sharing == "expand" else outputs.mean(1)
+    weights = torch.randn(outputs.shape, dtype=torch.float64)
+    terms = outputs.numel() // 4
+    ((outputs * weights).sum() / terms).backward()
+    gradient = layer.weight.grad.clone()
+    preconditioner.step()
+    rows = points.reshape(-1, 5) if sharing == "expand" else points.mean(1)
+    expected = dense_step(rows, weights.reshape(-1, 4) / terms, gradient, 0.1)
+    torch.testing.assert_close(layer.weight.grad, expected)
