@@ -27,7 +27,7 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
                 gathered.append(list(parts))
             else:
                 shape = [largest[letter] for letter in result.shapes[0]]
-                alike = len({part.shape for part in parts}) == 1
+                alike = all(part.shape == parts[0].shape for part in parts)
                 gathered.append(
                     torch.stack(parts) if alike else _stacked(parts[0].new_zeros(len(parts), *shape), parts)
                 )
