@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.benches.timing import Interval, ratio
+from bench.benches.timing import Interval, ratio, torch_calls
 from bench.frame.figures import read, spelled
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
@@ -196,6 +196,19 @@ def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
     of_sgd = seconds.pop("SGD")
     for name, own in seconds.items():
         figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
+
+
+@pytest.mark.benchmark(group="calls of torch in KFAC.step")
+@pytest.mark.parametrize("name", HELD_TO)
+def test_calls_of_a_step(name, setting, figures) -> None:
+    model, counts = setting.network(), []
+    kfac = KFAC(model, STRATEGIES[name])
+    for inputs, labels in itertools.islice(setting.batches(), 4):
+        model.zero_grad()
+        cross_entropy(model(inputs), labels).backward()
+        with unsaid(UserWarning):
+            counts.append(torch_calls(kfac.step))
+    figures(name, counts[-1], at_most=350, unit="calls")
 
 
 @pytest.mark.benchmark(group="99th percentile of the step time / its median")

@@ -115,9 +115,9 @@ def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]
 def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
 
-    def keep(case: str, value: Any, **about: Any) -> None:
-        study.figures.append(Figure.of(benchmark.group or "", case, value, **about))
-        benchmark.extra_info[case] = study.figures[-1].record()
+    def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
+        study.figures.append(Figure.of(group or benchmark.group or "", case, value, **about))
+        benchmark.extra_info[case if group is None else f"{group}: {case}"] = study.figures[-1].record()
 
     yield keep
     if benchmark.stats:
