@@ -23,8 +23,10 @@ from brandla_kernels import (
     without_denormals,
 )
 
-# Order of a core up to which an eigendecomposition in float64 costs less than the polish that one in float32 calls for.
-_WIDE = 256
+# An eigendecomposition in float64 takes as much longer as so many products of n r² for each m³ of its core's order m.
+_FLOAT64_COSTS = 16
+# Order up to which it takes no longer that matters.
+_SMALL = 64
 
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,9 @@ class Leading(NamedTuple):
     left_out: Tensor  # (...,)
 
 
-def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, unit: bool = False) -> Leading:
+def leading(
+    core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, unit: bool = False, n: int = 0
+) -> Leading:
     """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, in ``dtype``.
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
@@ -125,17 +129,19 @@ def leading(core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, un
     one = 1.0 if reads_are_free(own) else own.new_ones(own.shape[:-2])
     nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
     scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
-    return leading_of(*scaled, rank, dtype, tol, unit)
+    return leading_of(*scaled, rank, dtype, tol, unit, n)
 
 
 def leading_of(
-    core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool
+    core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
 ) -> Leading:
-    """Return the same of a core by `eigh_core`, with the rotation of tall matrices as vectors.
+    """Return the same of a core by `eigh_core`, with the rotation of tall matrices (..., n, m) as vectors.
 
-    On a CPU the one that makes unit columns comes from float64, unless the core is large.
+    On a CPU the one that makes unit columns comes from float64 where that takes less than the polish that it spares.
     """
-    wide = torch.float64 if unit and core.shape[-1] <= _WIDE and reads_are_free(core) else dtype
+    m = core.shape[-1]
+    spares = m <= _SMALL or n * rank**2 > _FLOAT64_COSTS * m**3
+    wide = torch.float64 if unit and spares and reads_are_free(core) else dtype
     found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
     values, vectors, left_out = found if wide == dtype else (part.to(dtype) for part in found)
     if reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:

@@ -24,7 +24,6 @@ from brandla_kernels import (
     cholesky_inverse_core,
     gram,
     live_columns,
-    project,
     reads_are_free,
     rotate,
     rotate_,
@@ -35,7 +34,7 @@ from brandla_kernels import (
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
 SECOND_PASS = 0.25
-# Multiple of ε that an estimate of ‖UᵀU − I‖₂ from a few probes may reach before a polish.
+# Multiple of ε that an estimate of ‖UᵀU − I‖₂ may reach before a polish.
 _CLEAN = 20
 # Estimate of ‖UᵀU − I‖₂ up to which one polish is enough: it amplifies rounding by the condition of UᵀU.
 _NEAR = 0.5
@@ -132,15 +131,15 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     """Return Y L⁻ᵀ for H = YᵀY = L Lᵀ: nearly orthonormal columns made orthonormal to a few ε. Zero columns stay zero.
 
     A column that was rounding noise inside the span of others becomes zero. Its value becomes 0, with those after it,
-    since values descend. On a CPU columns that are clean already, as a few probes show, are returned as they are, and
-    those far from orthonormal that are not clean after one pass take another.
+    since values descend. On a CPU columns that are clean already, as H shows, are returned as they are, and those far
+    from orthonormal that are not clean after one pass take another.
     """
     may_look = _may_look(panel, rows)
     for _ in range(2):
-        error = _deviation(panel) if may_look else 0.0
+        inner = rows.total(rounded_gram(panel))
+        error = _deviation(inner) if may_look else 0.0
         if may_look and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
             break
-        inner = rows.total(rounded_gram(panel))
         transform, live = _second_pass(inner)
         transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
         if in_place:
@@ -168,31 +167,23 @@ def _may_look(panel: Tall, rows: Rows) -> bool:
     return rows is WHOLE and reads_are_free(first) and not first.requires_grad and first.numel() > 0
 
 
-def _deviation(panel: Tall) -> float:
-    """Estimate ‖YᵀY − I‖₂ by a power iteration on a few sign vectors, of which the second step is left out if clean."""
-    first = panel if isinstance(panel, Tensor) else panel[0]
-    probes = _signs(tall.columns(panel), first.dtype)
-    if isinstance(panel, list):
-        probes = probes.expand(len(panel), *probes.shape)
-    error, info = _error_of(panel, probes), torch.finfo(first.dtype)
+def _deviation(inner: Tensor) -> float:
+    """Estimate ‖H − I‖₂ for H = YᵀY, zero columns apart, by a power iteration on a few sign vectors."""
+
+    def error_of(block: Tensor) -> Tensor:
+        image = inner @ block
+        return torch.where(image == 0, 0, image - block)
+
+    error = error_of(_signs(inner.shape[-1]))
     lengths = torch.linalg.vector_norm(error, dim=-2, keepdim=True)
-    # The mean square of the lengths is ‖YᵀY − I‖_F².
-    if (most := lengths.amax().item()) > _CLEAN * info.eps:
-        error = _error_of(panel, error / lengths.clamp_min(info.tiny))
-        most = torch.linalg.vector_norm(error, dim=-2).amax().item()
-    return float(most)
-
-
-def _error_of(panel: Tall, block: Tensor) -> Tensor:
-    """Return (YᵀY − I) Z, and 0 where a column of Y is."""
-    back = project(panel, tall.each(torch.matmul, panel, block))
-    return torch.where(back == 0, 0, back - block)
+    error = error_of(error / lengths.clamp_min(torch.finfo(inner.dtype).tiny))
+    return float(torch.linalg.vector_norm(error, dim=-2).amax().item())
 
 
 @cache
-def _signs(k: int, dtype: torch.dtype) -> Tensor:
+def _signs(k: int) -> Tensor:
     generator = torch.Generator().manual_seed(k)
-    return torch.randint(0, 2, (k, _PROBES), generator=generator, device="cpu").mul_(2).sub_(1).to(dtype)
+    return torch.randint(0, 2, (k, _PROBES), generator=generator, device="cpu").mul_(2).sub_(1).double()
 
 
 class _FirstPass(NamedTuple):

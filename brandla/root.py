@@ -194,7 +194,8 @@ class Update(NamedTuple):
         if self.compress == "cholesky":
             return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
         core, rows, scale = eigh_core(cross, own, small, decay, weight)
-        values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit)
+        n = tall.rows(self.tall)
+        values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit, n)
         added = None
         if measure:
             # An empty coordinate has no positive entry, and σ is NaN where the core is not finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def test_root_and_eigenvectors_hold_the_same_matrix(stream: str, dtype: torch.dt
 def test_without_the_polish_orthogonality_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, limit = run("graded"), ORTHONORMAL * torch.finfo(torch.float32).eps
     # The eigendecomposition is in float32, as on a GPU.
-    monkeypatch.setattr("brandla._small._WIDE", 0)
+    monkeypatch.setattr("brandla._small._SMALL", 0)
+    monkeypatch.setattr("brandla._small._FLOAT64_COSTS", math.inf)
     assert defect(reference.follow(EIGH_UPDATE, torch.float32)) <= limit
     monkeypatch.setattr("brandla.brand.polish", lambda panel, values, *_, **__: (panel, values))
     assert not defect(reference.follow(EIGH_UPDATE, torch.float32)) <= limit

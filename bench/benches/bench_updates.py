@@ -105,13 +105,13 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
     form = lambda: cross_gram(update.tall, update.columns)
     cross, own = form()
     numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
-    tol = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0
+    tol, n = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0, len(update.tall)
     if name == CHOLESKY:
         compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
         of_old, of_columns = compress()[1:3]
     else:
         core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
-        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH)
+        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
         of_old, of_columns = compress().vectors.split(list(cross.shape))
     rotate = lambda: update.rotated(of_old, of_columns)
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
