@@ -118,7 +118,7 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
     if name != EIGH:
         return stages
     vectors = rotate()
-    return stages | {"polish, or the probes that spare it": lambda: polish(vectors, update.small)}
+    return stages | {"polish, or the look that spares it": lambda: polish(vectors, update.small)}
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
