@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from brandla.kfac import KFAC
 from brandla.kfac.capture.layer import Layer
-from kfac.networks import DENSE, EXACT, Conv1D, OwnLinear, assert_dense_step, weighted
+from kfac.networks import DENSE, EXACT, Conv1D, OwnLinear, Router, assert_dense_step, weighted
 from kfac.systems import full_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -26,14 +26,6 @@ class Doubled(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(2 * inputs).relu()
-
-
-class Router(OwnLinear):
-    """Returns more than the product."""
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        logits = super().forward(inputs)
-        return logits.softmax(-1), logits.argmax(-1)
 
 
 class Adapter(nn.Module):
