@@ -151,18 +151,6 @@ def test_factors_follow_a_model_that_gets_another_dtype(strategy: Strategy):
     assert all(torch.isfinite(gradient).all() for gradient in gradients_after)
 
 
-def test_parameter_groups_keep_their_rates():
-    model, reference = mlp(10, 20, 4), mlp(10, 20, 4)
-    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": 0.25}]
-    optimizer = torch.optim.SGD(groups)
-    preconditioner = KFAC(model, EXACT)
-    after(model, preconditioner, 1)
-    optimizer.step()
-    for index, rate in ((0, 0.5), (2, 0.25)):
-        expected = reference[index].weight - rate * model[index].weight.grad
-        torch.testing.assert_close(model[index].weight, expected)
-
-
 def test_modules_that_are_added_later_are_left_alone():
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
