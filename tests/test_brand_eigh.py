@@ -145,9 +145,7 @@ def test_nothing_is_taken_for_columns_outside_the_span(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
-def test_a_sliding_window_follows_its_own_decomposition(
-    stream: str, rank: int, most: float, dtype: torch.dtype
-) -> None:
+def test_a_sliding_window_follows_its_own_decomposition(stream: str, rank: int, most: float, dtype: torch.dtype):
     n, k, width = 96, 8, 5
     batches = oracles.batches(stream, n, k, 20, dtype=dtype)
     window, largest = brandla.LowRankEigh.zeros(n, rank, dtype=dtype), 0.0

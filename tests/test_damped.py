@@ -124,9 +124,7 @@ def test_zero_columns_of_the_basis_count_as_unseen_directions(make: Callable[...
 
 @pytest.mark.parametrize("exponent", [-1, -0.5, -0.25])
 @pytest.mark.parametrize("damping", [1e-7, 1e-9, 1e-20], ids=lambda damping: f"{damping:g}")
-def test_power_far_below_the_tail_is_as_accurate_as_the_solve(
-    exponent: float, damping: float, dtype: torch.dtype
-) -> None:
+def test_power_far_below_the_tail_is_as_accurate_as_the_solve(exponent: float, damping: float, dtype: torch.dtype):
     # Columns of the identity: every entry of the result is the power of one number.
     basis = torch.eye(7, 5, dtype=dtype)
     basis[4, 4] = 0

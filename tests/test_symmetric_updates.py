@@ -96,9 +96,7 @@ def test_zeros_only_decay_and_stay_zero(update: SymmetricUpdate, dtype: torch.dt
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("rank", [0, 1, 8, 9, 14], ids=lambda rank: f"to-{rank}")
-def test_truncation_is_the_best_approximation(
-    update: SymmetricUpdate, rank: int, spectrum: str, dtype: torch.dtype
-) -> None:
+def test_truncation_is_the_best_approximation(update: SymmetricUpdate, rank: int, spectrum: str, dtype: torch.dtype):
     n, r, k = 40, 8, 6
     old, columns = update.make(n, r, spectrum, dtype=dtype), make_columns(n, k, dtype=dtype)
     new = update(old, columns, decay=0.9, weight=0.1, rank=rank)
@@ -122,9 +120,7 @@ def test_truncation_is_the_best_approximation(
 
 
 @pytest.mark.parametrize("perturbation", [0.0, 1e-7, 1e-3])
-def test_columns_inside_the_span_add_no_direction(
-    update: SymmetricUpdate, perturbation: float, dtype: torch.dtype
-) -> None:
+def test_columns_inside_the_span_add_no_direction(update: SymmetricUpdate, perturbation: float, dtype: torch.dtype):
     n, r, k = 64, 12, 8
     old = update.make(n, r, dtype=dtype)
     inside = tall_of(old).double() @ oracles.gaussian(r, k, seed=3)
@@ -144,9 +140,7 @@ DEPENDENT = {
 
 @pytest.mark.parametrize("start", ["zero", "some"])
 @pytest.mark.parametrize("case", DEPENDENT)
-def test_nearly_dependent_columns_lose_nothing(
-    update: SymmetricUpdate, case: str, start: str, dtype: torch.dtype
-) -> None:
+def test_nearly_dependent_columns_lose_nothing(update: SymmetricUpdate, case: str, start: str, dtype: torch.dtype):
     n = 50
     old = update.make(n, 4, dtype=dtype) if start == "some" else update.factor.zeros(n, 4, dtype=dtype)
     columns = DEPENDENT[case].to(dtype)
