@@ -8,18 +8,18 @@ import importlib
 import io
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import brandla
 import brandla.kfac
 import brandla_kernels
+from bench import report
 from brandla.kfac.capture.kinds import like
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,5 @@ def test_pages_that_the_code_refers_to_exist() -> None:
 
 def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
     """Blocks, quotes, pictures and CSV files are generated: an edit by hand, or a new result file alone, shows here."""
-    command = [sys.executable, "-m", "bench.report", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(report.app, ["--check"])
+    assert done.exit_code == 0, done.stderr
