@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from brandla.kfac import KFAC, InverseFree, Strategy, TwoLevel
 from brandla.kfac.systems.structures import STRUCTURES
-from kfac.networks import EXACT, Words, stepped
+from kfac.networks import EXACT, stepped
 from kfac.systems import SYSTEMS
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -17,8 +17,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 INDICES, LABELS = torch.arange(21).reshape(3, 7), torch.arange(3)
 
 
-def words(*, attention: bool = True) -> Words:
-    return Words(30, 8, 3, attention=attention).float()
+class Words(nn.Module):
+    """Indices with padding, attention, whole gradients, channels in groups, positions."""
+
+    def __init__(self, attention: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(30, 8, padding_idx=0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True) if attention else None
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 12, 3, groups=2)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        vectors = self.words(indices)
+        if self.attention is not None:
+            vectors = vectors + self.attention(vectors, vectors, vectors, need_weights=False)[0]
+        return self.out(torch.relu(self.conv(self.norm(vectors).mT)).mean(-1))
 
 
 STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for structure in STRUCTURES}
@@ -29,7 +44,7 @@ def test_every_kind_of_layer_trains(strategy: Strategy):
     """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
     half = strategy in STRUCTURED.values()
     # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
-    model = words(attention=not isinstance(strategy, TwoLevel))
+    model = Words(attention=not isinstance(strategy, TwoLevel))
     preconditioner = KFAC(model, strategy, sharing="reduce" if half else "expand", clip=0.02)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     inputs = torch.randint(30, (64, 9), generator=torch.Generator().manual_seed(0))
@@ -56,7 +71,7 @@ def test_autocast_gives_nearly_the_same_factors(options: dict):
     """Inputs and gradients in bfloat16, ε = 2⁻⁸, through the layers; factors in float32."""
     states = []
     for enabled in (False, True):
-        model = words()
+        model = Words()
         preconditioner = KFAC(model, EXACT, **options)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             outputs = model(INDICES)
@@ -80,7 +95,7 @@ def test_autocast_gives_nearly_the_same_factors(options: dict):
 def test_a_compiled_model_gets_the_same_step():
     steps = []
     for compiled in (False, True):
-        model = words()
+        model = Words()
         preconditioner = KFAC(model, EXACT)
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         nn.functional.cross_entropy(forward(INDICES), LABELS).backward()
