@@ -83,9 +83,7 @@ def test_memory_and_calls_are_counted() -> None:
 
 
 @pytest.mark.parametrize("quicker", [1, 2])
-def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(
-    quicker: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(quicker: int, monkeypatch: pytest.MonkeyPatch):
     """By a clock and a pool of the test's own: one that is real may be slow, or set by something else."""
     pool, clock = [8], [0.0]
 

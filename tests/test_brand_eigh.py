@@ -71,10 +71,9 @@ def test_non_finite_data_does_not_reach_the_eigendecomposition(monkeypatch: pyte
     assert brandla.eigh_update(old, columns).is_finite().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("copies", [8, 64])
-def test_eigendecomposition_survives_repeated_columns_of_a_large_stream(copies: int) -> None:
+def test_eigendecomposition_survives_repeated_columns_of_a_large_stream() -> None:
     n, r, k = 512, 96, 64
-    stream = oracles.spectral_stream(oracles.power_law(0.5), copies=copies)(n, k, 0)
+    stream = oracles.spectral_stream(oracles.power_law(0.5), copies=64)(n, k, 0)
     value = brandla.LowRankEigh.zeros(n, r, dtype=torch.float32)
     matrix = torch.zeros(n, n, dtype=torch.float64)
     for _ in range(10):
@@ -145,9 +144,7 @@ def test_nothing_is_taken_for_columns_outside_the_span(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
-def test_a_sliding_window_follows_its_own_decomposition(
-    stream: str, rank: int, most: float, dtype: torch.dtype
-) -> None:
+def test_a_sliding_window_follows_its_own_decomposition(stream: str, rank: int, most: float, dtype: torch.dtype):
     n, k, width = 96, 8, 5
     batches = oracles.batches(stream, n, k, 20, dtype=dtype)
     window, largest = brandla.LowRankEigh.zeros(n, rank, dtype=dtype), 0.0

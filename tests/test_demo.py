@@ -226,12 +226,10 @@ def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) 
     assert all(method.name in text for method in METHODS)
 
 
-# In the tracking study, in the search, and in the first and the last run of the training study. A piece ends with a
+# In the tracking study and at its end, in the search, and in the first run of the training study. A piece ends with a
 # tick of its own.
-@pytest.mark.parametrize("advances", [0, 9, 11, 82, 104, 200])
-def test_interrupted_study_keeps_what_was_measured(
-    advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("advances", [0, 11, 82, 104])
+def test_interrupted_study_keeps_what_was_measured(advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     advance, count = meter.Meter.advance, 0
 
     def counting(self: meter.Meter, cost: float = 1.0) -> None:
@@ -253,9 +251,7 @@ def test_interrupted_study_keeps_what_was_measured(
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])
-def test_busy_machine_is_pointed_out(
-    load: float | None, said: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_busy_machine_is_pointed_out(load: float | None, said: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(machine, "load", lambda: load)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(study, "run", lambda *_: "tracking: seed 0")

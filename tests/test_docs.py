@@ -8,18 +8,18 @@ import importlib
 import io
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import brandla
 import brandla.kfac
 import brandla_kernels
+from bench import report
 from brandla.kfac.capture.kinds import like
 
 ROOT = Path(__file__).parents[1]
@@ -108,21 +108,16 @@ def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page: Pat
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_an_output_block_follows_the_code_that_prints_it(page: Path) -> None:
+def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
+    """It describes itself, is in the navigation, and shows an output behind the code that prints it.
+
+    Markdown takes a line that begins with a quoted figure for a block of its own, and ends the paragraph before it.
+    """
     text = page.read_text(encoding="utf-8")
-    assert text.count("```output\n") == sum(bool(shown) for _, shown in blocks(page))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_line_begins_with_a_quoted_figure(page: Path) -> None:
-    """Markdown takes such a line for a block of its own, and ends the paragraph before it."""
-    assert not re.search(r"^\s*<!-- [\w-]+\.json ", page.read_text(encoding="utf-8"), re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_describes_itself_and_is_in_the_navigation(page: Path) -> None:
-    assert re.match(r"---\ndescription: (\"|(?!.*: )).{30,160}\n", page.read_text(encoding="utf-8"))
+    assert re.match(r"---\ndescription: (\"|(?!.*: )).{30,160}\n", text)
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert text.count("```output\n") == sum(bool(shown) for _, shown in blocks(page))
+    assert not re.search(r"^\s*<!-- [\w-]+\.json ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", modules())
@@ -132,9 +127,14 @@ def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
-def test_linked_pages_exist(page: Path) -> None:
-    targets = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+def test_links_and_pictures_exist_and_those_of_measurements_name_their_file(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)#\s]+)", text) + re.findall(r'<img alt="([^"]*)" src="([^"]*)"', text)
+    targets = links + [target for _, target in pictures]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+    measured = [words for words, target in pictures if "measured/" in target]
+    assert all(".json" in words for words in measured) or page.stem in text.partition(".json")[0]
 
 
 @pytest.mark.parametrize("package", [brandla, brandla.kfac], ids=["brandla", "brandla.kfac"])
@@ -151,17 +151,7 @@ def test_pages_that_the_code_refers_to_exist() -> None:
     assert {page for page in named if not (ROOT / page).exists()} == set()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
-def test_pictures_exist_and_those_of_measurements_name_their_file(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    found = re.findall(r"!\[([^\]]*)\]\(([^)#\s]+)", text) + re.findall(r'<img alt="([^"]*)" src="([^"]*)"', text)
-    assert [target for _, target in found if not (page.parent / target).exists()] == []
-    measured = [words for words, target in found if "measured/" in target]
-    assert all(".json" in words for words in measured) or page.stem in text.partition(".json")[0]
-
-
 def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
     """Blocks, quotes, pictures and CSV files are generated: an edit by hand, or a new result file alone, shows here."""
-    command = [sys.executable, "-m", "bench.report", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(report.app, ["--check"])
+    assert done.exit_code == 0, done.stderr

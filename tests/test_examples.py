@@ -1,4 +1,4 @@
-"""The examples of other optimizers and of equations train: a few steps of each, and the loss falls."""
+"""The examples train: a few steps of each, and the loss falls; the likelihood of the Gaussian process is SciPy's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from copy import deepcopy
 
 import pytest
 import torch
+from scipy.stats import multivariate_normal
+from torch import Tensor
 
 from examples import evidence, influence, pinn
 from examples.cosmos import Cosmos
 from examples.digits import digits, network, trained
+from examples.gaussian_process import Process
 from examples.kl_shampoo import KLShampoo
 from examples.projection import ProjectedAdam
 from examples.shampoo import Shampoo
 from examples.soap import LowRankSOAP
+from oracles import gaussian
 
 OPTIMIZERS = [(Shampoo, 1.0), (ProjectedAdam, 0.01), (LowRankSOAP, 0.01), (Cosmos, 0.01), (KLShampoo, 0.01)]
 
@@ -56,3 +60,32 @@ def test_evidence_is_against_too_strong_a_prior():
 def test_equations_are_solved_better_after_more_steps(name: str):
     errors = [pinn.train(pinn.PROBLEMS[name], "K-FAC", steps)[0] for steps in (1, 8)]
     assert errors[1] < 0.5 * errors[0]
+
+
+INPUTS, TARGETS = gaussian(30, 2, seed=1), gaussian(30, seed=2)
+
+
+def scipy_likelihood(process: Process) -> float:
+    """Return the density of the dense covariance F Fᵀ + diag(δ) + σ²I, which has the kernel's own diagonal."""
+    root = process.root(INPUTS).detach()
+    dense = root @ root.mT
+    dense.diagonal().copy_((process.log_signal.exp() + process.log_noise.exp()).detach().expand(30))
+    return float(multivariate_normal.logpdf(TARGETS.numpy(), cov=dense.numpy()))
+
+
+def test_likelihood_and_gradient_are_those_of_the_dense_covariance() -> None:
+    process = Process(INPUTS, 6)
+    likelihood = process.log_likelihood(INPUTS, TARGETS)
+    likelihood.backward()
+    assert abs(likelihood.item() - scipy_likelihood(process)) <= 1e-9
+    step = 1e-5
+    for parameter in process.parameters():
+        flat, gradient = parameter.data.view(-1), parameter.grad
+        assert isinstance(gradient, Tensor)
+        for index, slope in enumerate(gradient.view(-1).tolist()):
+            ends = []
+            for sign in (1, -1):
+                flat[index] += sign * step
+                ends.append(scipy_likelihood(process))
+                flat[index] -= sign * step
+            assert abs((ends[0] - ends[1]) / (2 * step) - slope) <= 1e-6 * max(1, abs(slope))

@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -69,17 +70,16 @@ def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_at_every_size(case: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    for layout in ("plain", "batched"):
-        assert_op(case, lambda layout=layout: operands(case, *size, layout, dtype))
+def test_op_computes_its_formula_at_every_size(case: str, dtype: torch.dtype) -> None:
+    for size, layout in product(SIZES.values(), ("plain", "batched")):
+        assert_op(case, lambda size=size, layout=layout: operands(case, *size, layout, dtype))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_in_every_layout(case: str, layout: str) -> None:
-    assert_op(case, lambda: operands(case, *SIZES["usual"], layout, torch.float32))
+def test_op_computes_its_formula_in_every_layout(case: str) -> None:
+    for layout in LAYOUTS:
+        assert_op(case, lambda layout=layout: operands(case, *SIZES["usual"], layout, torch.float32))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])

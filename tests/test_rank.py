@@ -19,9 +19,7 @@ def kept(value: Any) -> int:
 
 
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
-def test_values_under_the_tolerance_leave_with_their_vectors(
-    update: SymmetricUpdate, tol: float, dtype: torch.dtype
-) -> None:
+def test_values_under_the_tolerance_leave_with_their_vectors(update: SymmetricUpdate, tol: float, dtype: torch.dtype):
     n, r, k = 50, 12, 8
     old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype, scale=0.1)
     new = update(brandla.track(old), columns, rank=brandla.Rank(max=12, tol=tol))

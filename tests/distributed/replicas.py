@@ -20,7 +20,7 @@ from distributed.behaviours import is_last, refusal
 from kfac.networks import Words, batch, mlp
 from kfac.networks import train as train_on
 
-STEPS = 4
+STEPS = 3
 RATE = 0.3
 WIDTHS = (10, 30, 24, 4)
 # Times a scale of 2³⁰ this is more than the largest float64, 2¹⁰²⁴.

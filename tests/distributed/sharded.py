@@ -136,14 +136,14 @@ def batches(stream: str, n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
-    """Update sharded and whole factors side by side, on every stream and size; return all small parts."""
+    """Update sharded and whole factors side by side, at every size; return all small parts."""
     update, small_parts = partial(UPDATES[name], decay=0.9, weight=0.1), []
-    for index in range(2 * len(SIZES)):
-        # Each size with two streams, each stream with three or four sizes; and small parts of both kinds.
-        (n, r, k), stream = SIZES[index // 2], STREAMS[index % 4]
+    for index, (n, r, k) in enumerate(SIZES):
+        # Of two and of four processes, each size has another stream; small parts are of both kinds.
+        stream = STREAMS[(index + distributed.get_world_size()) % 4]
         label = (name, dtype, n, r, k, stream)
         one = brandla.track(UPDATES[name].factor.zeros(n, r, dtype=dtype))
-        many = sharded(one, replicate=index // 4 % 2 == 1)
+        many = sharded(one, replicate=(index + distributed.get_world_size() // 2) % 2 == 1)
         data = batches(stream, n, k, dtype)
         for step in range(len(data) + 1):
             inside_the_span = builders.tall_of(one.lowrank) @ torch.ones(r, k, dtype=dtype) / k
@@ -304,7 +304,8 @@ def damped_applications(dtype: torch.dtype) -> list[Tensor]:
                 if tail == "mean":
                     trace = brandla.track(factor).trace + 0.5
                     many = brandla.Tracked(many, 0 * trace, trace)
-                for data in (on_rows(rhs), on_rows(rhs[:, 0], -1)):
+                vectors = [on_rows(rhs[:, 0], -1)] if tail == 0.0 else []
+                for data in (on_rows(rhs), *vectors):
                     label = (dtype, n, r, k, make.__name__, tail, data.ndim)
                     solve = partial(brandla.damped_solve, damping=0.1, tail=tail)
                     same_kind([check(solve, many, data, label=label)], [data], label)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +22,7 @@ SINGD = InverseFree(preconditioner_every=2)
 # Eigenvectors of directions without data are what rounding makes them: EKFAC is only determined with those of now.
 CORRECTED = EKFAC(inverse_every=1)
 BOTH = ("gather", "split")
-SCALED = {"scale": 2.0**30, "overflows": ((1, 0), (0, 2))}
+SCALED = {"scale": 2.0**30, "overflows": ((1, 0), (0, 1))}
 
 
 def ways(strategy: Strategy, *modes: str, **changes: Any) -> dict[str, Case]:
@@ -51,7 +47,7 @@ OF_TWO = {name: ways(strategy, BOTH[index % 2]) for index, (name, strategy) in e
     "clipped by spectral norm": ways(Brand(6), "gather", options={"clip_by": "spectral", "clip": 1e-2}),
     "clipped by KL": ways(Brand(6), "gather", options={"clip_by": "kl", "clip": 1e-2}),
     "layers unused on a rank": ways(Brand(6), *BOTH, model=Branches),
-    "broken on one rank": ways(Brand(6), *BOTH, broken=(1, 2)),
+    "broken on one rank": ways(Brand(6), *BOTH, broken=(1, 1)),
     "told": ways(Exact(inverse_every=1), *BOTH, sizes=(4, 2), accumulate=2, options=FREE, model=Mixed, told=True),
     "told, layers unused": ways(Woodbury(), "gather", sizes=(4, 2), options=FREE, model=Branches, told=True),
     "type-2, no clipping": ways(Exact(inverse_every=1), "split", sizes=(4, 2), options=UNCLIPPED),
@@ -192,18 +188,6 @@ def test_death_of_a_rank_is_an_error_of_the_others(mode: str):
 
 
 def test_a_rank_that_never_comes_is_an_error_after_the_timeout():
-    first, last = launch(replicas.last_rank_is_late, 2, 4.0, group_timeout=1.0, timeout=40.0)
+    first, last = launch(replicas.last_rank_is_late, 2, 2.5, group_timeout=1.0, timeout=40.0)
     assert last.failure is None
     assert "imed out" in first.result
-
-
-def test_torchrun():
-    """A program as users start it, on the loopback interface and at a free port."""
-    program = Path(__file__).with_name("program.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(program)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    # The two write to one pipe, also at the same moment.
-    assert done.stdout.count("equal") == 2, done.stdout

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Exact, Strategy
+from brandla.kfac import KFAC, Exact, Strategy
 from brandla.kfac.clip import spectral
 from kfac.networks import batch, layer_gradient, loss_of, mlp, stepped
 from kfac.systems import every_system, some_systems
@@ -18,24 +20,44 @@ def norm_of(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, 2))
 
 
+def in_metric(preconditioner: KFAC, steps: list[Tensor]) -> list[float]:
+    """The square root of sᵀ F s of all layers together, F block-diagonal with damped blocks."""
+    squared = 0.0
+    for layer, step in zip(preconditioner._layers, steps, strict=True):
+        G, A = (factor.strategy.average(factor.state) for factor in (layer.curvature.output, layer.curvature.input))
+        damped = [M + 0.1 * torch.linalg.eigvalsh(M)[-1] * torch.eye(len(M), dtype=M.dtype) for M in (G, A)]
+        squared += float((step * (damped[0] @ step @ damped[1])).sum())
+    return [squared**0.5]
+
+
+# What each clip bounds, the bound, and how exactly it is met.
+CLIPS: dict[str, tuple[Callable[[KFAC, list[Tensor]], list[float]], float, float]] = {
+    "rms": (lambda _, steps: [float(step.square().mean().sqrt()) for step in steps], 1e-3, 1e-6),
+    "kl": (in_metric, 1e-3**0.5, 1e-6),
+    "spectral": (lambda _, steps: [norm_of(step) for step in steps], 0.05, 0.08),
+}
+
+
 @pytest.mark.parametrize("gradient", ["autograd", "pair"])
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
-def test_the_spectral_norm_of_each_step_is_at_most_the_clip(application: str, gradient: str):
-    """A step that is longer has that norm and the same direction; a shorter one stays as it is."""
-    found = {}
-    for clip in (None, 0.05, 1e9):
+@pytest.mark.parametrize("clip_by", CLIPS)
+def test_the_length_of_a_step_is_at_most_the_clip(clip_by: str, application: str, gradient: str):
+    """A step that is longer has that length and the same direction; a shorter one stays as it is."""
+    length, bound, error = CLIPS[clip_by]
+    options = {"clip_by": clip_by, "application": application, "gradient": gradient, "damping": 0.1}
+    found, lengths = [], []
+    for clip in (None, bound**2 if clip_by == "kl" else bound, 1e9):
         model = mlp(10, 40, 40, 4)
-        preconditioner = KFAC(
-            model, Brand(6), clip=clip, clip_by="spectral", application=application, gradient=gradient
-        )
+        preconditioner = KFAC(model, Exact(inverse_every=1), clip=clip, **options)
         for seed in (0, 1, 1):
             stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
-        found[clip] = [layer_gradient(layer) for layer in model[::2]]
-    for free, clipped, loose in zip(*found.values(), strict=True):
+        found.append([layer_gradient(layer) for layer in model[::2]])
+        lengths.append(length(preconditioner, found[-1]))
+    assert min(lengths[0]) > 1.2 * bound
+    assert lengths[1] == pytest.approx([bound] * len(lengths[1]), rel=error)
+    for free, clipped, loose in zip(*found, strict=True):
         assert torch.equal(free, loose)
-        assert norm_of(free) > 0.06
-        assert norm_of(clipped) == pytest.approx(0.05, rel=0.08)
-        torch.testing.assert_close(clipped / norm_of(clipped), free / norm_of(free))
+        torch.testing.assert_close(clipped / clipped.norm(), free / free.norm())
 
 
 def test_a_norm_is_found_at_once_where_the_old_direction_has_no_part_in_it():

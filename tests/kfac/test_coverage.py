@@ -380,17 +380,3 @@ def test_a_warning_about_many_layers_is_short():
     with pytest.warns(UserWarning, match=r"and 76 more, see report\(\)$") as told:
         preconditioner.step()
     assert len(str(told[0].message)) < 300
-
-
-def test_a_tied_weight_trains_with_a_low_rank():
-    model = Tied().float()
-    preconditioner = KFAC(model, {"": EXACT, "head": Brand(2)}, sharing="reduce")
-    optimizer = torch.optim.SGD(model.parameters(), 0.3)
-    indices = torch.arange(1, 9).reshape(2, 4)
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.cross_entropy(model(indices).flatten(0, 1), indices.flatten())
-        stepped(model, preconditioner, loss)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import EKFAC, KFAC, InverseFree, Strategy
-from kfac.networks import EXACT, Batch, batch, gradients, loss_of, mlp, stepped, weighted
+from kfac.networks import EXACT, Batch, Router, batch, gradients, loss_of, mlp, stepped, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -71,22 +71,10 @@ def test_attention_takes_another_preconditioner(other: str):
         assert "forward" not in vars(model[0].self_attn)
 
 
-class Router(nn.Module):
-    """Its forward pass is its own, and is watched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 3))
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        logits = inputs @ self.weight.T
-        return logits.softmax(-1), logits.argmax(-1)
-
-
 def test_a_preconditioner_that_is_dropped_takes_its_hooks_along_and_a_model_goes_with_it():
     gc.disable()
     try:
-        model = nn.Sequential(*mlp(4, 3, 3), Router(), nn.MultiheadAttention(4, 2))
+        model = nn.Sequential(*mlp(4, 3, 3), Router(4, 3), nn.MultiheadAttention(4, 2))
         preconditioner = KFAC(model, EXACT)
         model[:3](torch.randn(5, 4, dtype=torch.float64)).sum().backward()
         gone = [ref(preconditioner), ref(preconditioner._layers[0].capture.calls[0].inputs)]

@@ -11,7 +11,7 @@ from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl
 from brandla.kfac.systems.two_level import _unit
 from kfac.networks import Batch, batch, gradients, loss_of, mlp, stepped, train
-from kfac.systems import every_system, factors_of, some_systems, tensors
+from kfac.systems import every_system
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")
 
@@ -169,7 +169,7 @@ def test_complex_gradients_of_other_layers_are_looked_at():
 
 @every_system
 @pytest.mark.parametrize("of_loss", [True, False])
-@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e12, 1e15])
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
 def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
     model = mlp(10, 40, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
@@ -180,44 +180,6 @@ def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_lo
     assert preconditioner.report().skipped == 0
     assert all_finite(after)
     assert any(bool(gradient.any()) for gradient in after)
-
-
-@every_system
-@pytest.mark.parametrize("of_loss", [True, False])
-def test_a_batch_whose_squares_overflow_is_skipped(strategy: Strategy, of_loss: bool):
-    model = mlp(10, 20, 4, dtype=torch.float32)
-    preconditioner = KFAC(model, strategy)
-    train(model, preconditioner, [data(0)])
-    model.zero_grad()
-    inputs, labels = data(1)
-    loss = nn.functional.cross_entropy(model(inputs * (1 if of_loss else 1e20)), labels)
-    (loss * (1e20 if of_loss else 1)).backward()
-    assert all_finite(gradients(model))
-    preconditioner.step()
-    assert preconditioner.report().skipped == 1
-    assert not any(gradient.any() for gradient in gradients(model))
-
-
-@some_systems("brand", "brand-cholesky", "brand-eigh", "conjugate-gradient", "woodbury", "seng", "fngd")
-def test_a_batch_that_is_skipped_leaves_what_is_kept(strategy: Strategy):
-    """Rows to the bit. Columns of Brand are turned, or polished once more: a few ε of the largest entry of M."""
-    model = mlp(60, 50, dtype=torch.float32)
-    preconditioner = KFAC(model, strategy)
-
-    def kept() -> list[Tensor]:
-        return [factor.operand().dense() for factor in factors_of(preconditioner)] or tensors(preconditioner)
-
-    def step(seed: int, scale: float) -> list[Tensor]:
-        inputs, labels = batch(8, 60, 50, seed, torch.float32)
-        return stepped(model, preconditioner, loss_of(model, (scale * inputs, labels)))
-
-    for seed in range(3):
-        step(seed, 1.0)
-    before = kept()
-    assert not any(part.any() for part in step(3, float("nan")))
-    factor = 16 * torch.finfo(torch.float32).eps if isinstance(strategy, Brand) else 0
-    for one, other in zip(kept(), before, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=factor * float(other.abs().max()))
 
 
 def test_a_mask_of_nothing_is_finite():

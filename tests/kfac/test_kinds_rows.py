@@ -38,6 +38,15 @@ def captured(module: nn.Module, inputs: Tensor, sharing: str = "expand") -> tupl
     return layer, rows
 
 
+def assert_reduced(module: nn.Module, inputs: Tensor, rows: Rows) -> None:
+    """In "reduce" the rows are means and sums over the positions of a sample."""
+    _, reduced = captured(module, inputs, sharing="reduce")
+    by_sample = [part.unflatten(-2, (-1, rows.positions)) for part in rows[:2]]
+    torch.testing.assert_close(reduced.inputs, by_sample[0].mean(-2), **TOLERANCE)
+    torch.testing.assert_close(reduced.gradients, by_sample[1].sum(-2), **TOLERANCE)
+    assert reduced.uses * rows.positions == rows.uses
+
+
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(4, 6, 3), (2, 4, 11)),
     "1d-stride-dilation": (nn.Conv1d(4, 6, 3, stride=2, dilation=3, padding=2), (2, 4, 11)),
@@ -65,7 +74,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_rows_of_a_convolution_make_up_its_gradient_and_its_output(module: nn.Module, shape: tuple[int, ...]):
-    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives; reduced, they are means and sums."""
+    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives."""
     module = module.double()
     torch.manual_seed(1)
     inputs = torch.randn(shape, dtype=torch.float64)
@@ -85,19 +94,17 @@ def test_rows_of_a_convolution_make_up_its_gradient_and_its_output(module: nn.Mo
         output = output - module.bias[:, None]
     torch.testing.assert_close(made, output, **TOLERANCE)
 
-    _, reduced = captured(module, inputs, sharing="reduce")
-    by_sample = [part.unflatten(-2, (-1, rows.positions)) for part in rows[:2]]
-    torch.testing.assert_close(reduced.inputs, by_sample[0].mean(-2), **TOLERANCE)
-    torch.testing.assert_close(reduced.gradients, by_sample[1].sum(-2), **TOLERANCE)
-    assert reduced.uses == samples
+    assert_reduced(module, inputs, rows)
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (5, 3, 6), (2, 3, 4, 6)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_of_a_linear_make_up_its_gradient(shape: tuple[int, ...], bias: bool):
-    layer, rows = captured(nn.Linear(6, 4, bias=bias).double(), torch.randn(shape, dtype=torch.float64))
+    module, inputs = nn.Linear(6, 4, bias=bias).double(), torch.randn(shape, dtype=torch.float64)
+    layer, rows = captured(module, inputs)
     torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient(), **TOLERANCE)
     assert rows.positions == (1 if len(shape) < 3 else torch.Size(shape[1:-1]).numel())
+    assert_reduced(module, inputs, rows)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 2)], ids=str)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact
-from brandla.kfac.processes.distributed import Replicas
 from kfac.networks import assert_all_near, batch, gradients, mlp
 from kfac.systems import SYSTEMS
 
@@ -294,9 +293,3 @@ def test_a_call_that_cannot_be_captured_raises_where_its_gradient_is_left_out():
     with pytest.raises(RuntimeError, match="gradient must be 'autograd' for this Linear: its output has shape"):
         model(torch.randn(3, 20))
     preconditioner.remove()
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KFAC, "_replicas", type("Several", (), {"several": True, "complete": Replicas.complete})())
-    with pytest.raises(RuntimeError, match="gradient must be 'autograd' where gradients are reduced over processes"):
-        KFAC(mlp(20, 10), Exact(), gradient="pair")

@@ -54,7 +54,7 @@ def test_step_divides_by_second_moments_and_damping():
 
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
 def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(damping: float):
-    """A full factorial of inputs and residuals, as in test_step: S = d_G d_Aᵀ, and damping acts alike."""
+    """A full factorial of inputs and residuals, as in test_kinds_step: S = d_G d_Aᵀ, and damping acts alike."""
     steps = []
     for system in (Exact(inverse_every=1), EKFAC(inverse_every=1)):
         layer = mlp(5, 4, bias=False)[0]

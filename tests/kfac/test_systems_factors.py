@@ -1,4 +1,4 @@
-"""Systems of Kronecker factors: forms of Brand beside each other, mean tails, sketches, Cholesky's failures, FOOF."""
+"""Systems of Kronecker factors: the dense step, mean tails, sketches, Cholesky's failures, FOOF."""
 
 from __future__ import annotations
 
@@ -15,49 +15,72 @@ from brandla.kfac.systems.brand import sketch_width
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from builders import dense_operator
-from kfac.networks import batch, gradients, layer_step, loss_of, mlp, stepped
+from kfac.networks import batch, damped_inverse, gradients, layer_step, loss_of, mlp, stepped
 from kfac.systems import assert_near, factors_of, full_rank, some_systems
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 DAMPING = 0.03
+FULL_RANK = full_rank(24)
+
+
+def estimates(strategy: Strategy) -> bool:
+    """Whether d₁ is estimated, from below, and with it the damping."""
+    return "cholesky" in (getattr(strategy, "compress", ""), getattr(strategy, "method", ""))
+
+
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize("foof", [False, True], ids=["both", "foof"])
+@pytest.mark.parametrize("strategy", FULL_RANK.values(), ids=FULL_RANK)
+def test_one_batch_equals_the_dense_formula(strategy: FactorStrategy, application: str, foof: bool):
+    """(G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹; FOOF leaves out the first."""
+    layer = mlp(60, 50)[0]
+    system = Foof(strategy) if foof else strategy
+    preconditioner = KFAC(layer, system, damping=DAMPING, clip=None, application=application)
+    step = layer_step(layer, preconditioner, batch(8, 60, 50))
+    averages = dict(zip(("input", "output"), step.factors, strict=True))
+    inverses = {}
+    for side, factor in preconditioner._layers[0].curvature.factors():
+        true, found = torch.linalg.eigvalsh(averages[side])[-1], factor.largest()
+        assert (0.8 if estimates(strategy) else 1 - 1e-12) <= found / true <= 1 + 1e-12
+        inverses[side] = damped_inverse(averages[side], DAMPING, found)
+    left = torch.eye(50, dtype=torch.float64) if foof else inverses["output"]
+    assert_near(step.result, left @ step.gradient @ inverses["input"], 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in FULL_RANK if name.startswith("brand")])
+def test_brand_equals_exact_while_its_rank_holds_all_data(name: str):
+    """Three batches of 8 have rank 24: nothing is truncated."""
+    steps = []
+    for strategy in (FULL_RANK["exact"], FULL_RANK[name]):
+        layer = mlp(60, 50)[0]
+        preconditioner = KFAC(layer, strategy, damping=DAMPING, clip=None)
+        for seed in range(3):
+            step = layer_step(layer, preconditioner, batch(8, 60, 50, seed))
+        steps.append(step.result)
+    assert_near(steps[1], steps[0], 2e-2 if estimates(strategy) else 1e-8)
 
 
 class Trained(NamedTuple):
-    """The last step of a layer, the preconditioner, its input factor, and the dense average of the same batches."""
+    """The preconditioner of a layer, its input factor, and the dense average of the same batches."""
 
-    step: Tensor
     preconditioner: KFAC
     factor: Tensor
     average: Tensor
 
 
-def trained(
-    strategy: Strategy, steps: int, *, count: int = 8, decay: float = 0.95, dtype: torch.dtype = torch.float64
-) -> Trained:
+def trained(strategy: Strategy, steps: int, *, count: int = 8, decay: float = 0.95) -> Trained:
     """Train a layer whose inputs have a spectrum that falls by i⁻¹."""
-    layer = mlp(60, 50, bias=False, dtype=dtype)[0]
+    layer = mlp(60, 50, bias=False)[0]
     preconditioner = KFAC(layer, strategy, damping=DAMPING, clip=None, decay=decay)
-    dense, total = torch.zeros(60, 60, dtype=dtype), 0.0
+    dense, total = torch.zeros(60, 60, dtype=torch.float64), 0.0
     for seed in range(steps):
-        inputs, labels = batch(count, 60, 50, seed, dtype)
-        step = layer_step(layer, preconditioner, (inputs / torch.arange(1, 61, dtype=dtype), labels))
+        inputs, labels = batch(count, 60, 50, seed)
+        step = layer_step(layer, preconditioner, (inputs / torch.arange(1.0, 61), labels))
         dense, total = decay * dense + step.factors[0], decay * total + 1
     factor = preconditioner._layers[0].curvature.input
     lowrank = factor.strategy.lowrank(factor.state)
-    return Trained(step.result, preconditioner, lowrank.dense(), dense / total)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_root_and_eigh_give_the_same_step(dtype: torch.dtype):
-    """To ε d₁/(λ (1 − ρ)) of either form, where the spectrum falls.
-
-    A flat one, such as that of the output gradients here, has no gap where it is cut: which of two directions is kept
-    is then left to rounding.
-    """
-    one, other = (trained(Foof(Brand(16, form=form)), 30, dtype=dtype).step.double() for form in ("root", "eigh"))
-    bound = 2 * torch.finfo(dtype).eps / (DAMPING * 0.05)
-    assert torch.linalg.matrix_norm(one - other) <= bound * torch.linalg.matrix_norm(other)
+    return Trained(preconditioner, lowrank.dense(), dense / total)
 
 
 TRUNCATED = {name: own for name, own in full_rank(16).items() if name == "exact" or name.startswith("brand")}
@@ -69,7 +92,7 @@ TRUNCATED["randomized"] = Randomized(16, inverse_every=1)
 def test_tail_is_what_unseen_directions_are_taken_for(strategy: FactorStrategy, tail: float | str):
     """τ = (tr M − tr M̂)/(n − r) for "mean", by dense inverses; in a root every value under τ counts as τ."""
     strategy = replace(strategy, tail=tail)
-    _, preconditioner, _, dense = trained(Foof(strategy), 6)
+    preconditioner, _, dense = trained(Foof(strategy), 6)
     (factor,) = factors_of(preconditioner)
     kept = strategy.lowrank(factor.state)
     assert kept.rank == 60 or (dense - kept.dense()).trace() > 1e-4 * DAMPING * (60 - kept.rank)

@@ -114,26 +114,6 @@ def test_updates_are_the_projected_dense_formula_and_steps_its_products(structur
         close(step, C @ C.T @ gradient @ K @ K.T, 8)
 
 
-# With a structure that holds a root of every positive definite matrix, or of the part of it that it keeps.
-FIXED_POINTS = {
-    Dense(): lambda M: M.inverse(),
-    Triangular(): lambda M: M.inverse(),
-    Diagonal(): lambda M: (1 / M.diagonal()).diag(),
-    BlockDiagonal(5): lambda M: torch.block_diag(*(M[k : k + 5, k : k + 5].inverse() for k in range(0, len(M), 5))),
-}
-
-
-@pytest.mark.parametrize("structure", FIXED_POINTS, ids=repr)
-def test_ikfac_converges_to_the_damped_inverse_of_a_fixed_factor(structure: Structure):
-    """K ← K (I − β m) stands still only where KᵀAK + λKᵀK = I, seen through the structure; each step shrinks the
-    distance by about 1 − β, so that 0.8^150 leaves less than rounding."""
-    data = rows(count=200)
-    curvature = absorbed(fresh("ikfac", structure, rate=0.2), [data] * 150)
-    for root, factor in zip(roots(curvature), factors(data), strict=True):
-        damped = factor + DAMPING * torch.eye(len(factor), dtype=DOUBLE)
-        close(root @ root.T, FIXED_POINTS[structure](damped), 10)
-
-
 @NAMED
 @VARIANT
 def test_groups_are_layers_of_their_own(structure: str, variant: str):

@@ -12,6 +12,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC
@@ -74,7 +75,14 @@ def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return WHOLE(forward)
 
 
-# Inductor builds with the system's C++ compiler, whose link line takes no path with a space in it.
+# Inductor builds with the system's C++ compiler, whose link line takes no path with a space in it. Scalar code that is
+# not optimised, with no header compiled ahead of it, is built soonest.
+BUILT_SOON = {
+    "cpp.vec_isa_ok": False,
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.debug_compile": True,
+    "compile_threads": 1,
+}
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__file__,
     reason="needs g++, and an environment whose path has no space",
@@ -97,7 +105,7 @@ def test_compiled_steps_are_those_of_the_model_as_it_is(compiled: Callable[..., 
     run = compiled(model)
     preconditioner = KFAC(run if isinstance(run, nn.Module) else model, EXACT, **options)
     # The compiler's own condition for a graph that is to be gone through more than once.
-    with torch._functorch.config.patch(donated_buffer=not options):
+    with torch._functorch.config.patch(donated_buffer=not options), inductor.patch(BUILT_SOON):
         found = train(model, run, preconditioner)
     assert dict(counters["graph_break"]) == {}
     if compiled is not checkpointed:

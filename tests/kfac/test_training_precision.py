@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, Strategy
+from brandla.kfac import KFAC
 from kfac.networks import EXACT, batch, gradients, loss_of, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -97,13 +97,12 @@ def test_gradients_that_are_still_scaled_are_refused():
         preconditioner.step()
 
 
-@pytest.mark.parametrize("strategy", [Brand(4), EXACT], ids=["brand", "exact"])
-def test_a_batch_that_overflows_is_skipped_by_all(strategy: Strategy):
-    """At a scale of 2^30 a float16 gradient is infinite: weights and factors stay, and the scale is halved."""
+def test_a_batch_that_overflows_is_skipped_by_all():
+    """At a scale of 2^30 a float16 gradient is infinite: weights stay, and the scale is halved."""
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = scaled(2.0**10)
-    preconditioner = KFAC(model, strategy, scaler=scaler)
+    preconditioner = KFAC(model, EXACT, scaler=scaler)
 
     def train(seed: int) -> None:
         optimizer.zero_grad()
@@ -115,20 +114,13 @@ def test_a_batch_that_overflows_is_skipped_by_all(strategy: Strategy):
         scaler.step(optimizer)
         scaler.update()
 
-    def factors() -> list[Tensor]:
-        kept = [own.state for layer in preconditioner._layers for _, own in layer.curvature.factors()]
-        return [state["dense"] / state["total"] if "dense" in state else state["gram"] for state in kept]
-
     train(0)
-    weights, before = [parameter.detach().clone() for parameter in model.parameters()], factors()
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     scaler.update(2.0**30)
     train(1)
     assert scaler.get_scale() == 2.0**29
     assert preconditioner.report().skipped == 1
-    for parameter, weight in zip(model.parameters(), weights, strict=True):
-        assert torch.equal(parameter, weight)
-    # Sums and their weights were multiplied by the same decay, with a rounding each.
-    torch.testing.assert_close(factors(), before, rtol=1e-5, atol=1e-7)
+    assert all(map(torch.equal, model.parameters(), weights))
     scaler.update(2.0**10)
     train(2)
     assert preconditioner.report().skipped == 1

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Strategy
+from brandla.kfac import KBFGS, KFAC, Strategy
 from brandla.kfac.clip import by_rms
 from kfac.networks import EXACT, batch, gradients, layer_gradient, loss_of, mlp, stepped
-from kfac.systems import every_system, some_systems, tensors
+from kfac.systems import every_system, factors_of, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 
-def backward(model: nn.Module, seed: int, poison: str = "") -> None:
-    inputs, labels = batch(8, 10, 4, seed)
-    if poison == "input":
-        inputs[3, 2] = float("nan")
-    loss = loss_of(model, (inputs, labels))
-    if poison == "loss":
-        loss = loss * float("inf")
-    loss.backward()
-    if poison == "gradient":
-        model[-1].weight.grad[0, 0] = float("inf")
-
-
 def after(model: nn.Module, preconditioner: KFAC, seed: int) -> list[Tensor]:
     return stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
+
+
+# What is beyond the range of float32, or is only once it is squared.
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "input": lambda inputs: inputs.masked_fill(torch.arange(60) == 2, math.nan),
+    "inputs squared": lambda inputs: 1e20 * inputs,
+}
+LARGE = {"loss": math.inf, "loss squared": 1e22}
+
+
+def broken_backward(model: nn.Module, seed: int, what: str) -> None:
+    inputs, labels = batch(8, 60, 4, seed, torch.float32)
+    loss = loss_of(model, (BROKEN.get(what, torch.clone)(inputs), labels))
+    (LARGE.get(what, 1) * loss).backward()
+    if what == "gradient":
+        model[-1].weight.grad[0, 0] = math.inf
+
+
+def kept(preconditioner: KFAC) -> list[Tensor]:
+    """M of the factors, whose sums decay as their weights do, and whose columns may be turned; or all there is."""
+    states = [factor.state for factor in factors_of(preconditioner)]
+    operands = [factor.operand() for factor in factors_of(preconditioner)]
+    found = [
+        state["dense"] / state["total"] if "dense" in state else operand.dense()
+        for state, operand in zip(states, operands, strict=True)
+    ]
+    return found or tensors(preconditioner)
 
 
 @pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
@@ -37,34 +53,23 @@ def after(model: nn.Module, preconditioner: KFAC, seed: int) -> list[Tensor]:
 def test_batches_that_are_not_finite_count_for_nothing(strategy: Strategy, free: bool, monkeypatch: pytest.MonkeyPatch):
     """Also where it is the very first one. As on a device, where nobody knows, nothing is read back to find out."""
     monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
-    model = mlp(10, 40, 4)
+    model = mlp(60, 50, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
-    for seed, poison in enumerate(["input", "", "loss", "", "gradient", "input", ""]):
+    batches = ["input", "", "loss", "", "gradient", "loss squared", "", "inputs squared", "input", ""]
+    for seed, what in enumerate(batches):
+        before = kept(preconditioner) if seed else []
         model.zero_grad()
-        backward(model, seed, poison)
+        broken_backward(model, seed, what)
         preconditioner.step()
         assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
-        assert all(bool(gradient.any()) == (not poison) for gradient in gradients(model))
-    assert preconditioner.report().skipped == 4
+        assert all(bool(gradient.any()) == (not what) for gradient in gradients(model))
+        if what and seed > 6 and not isinstance(strategy, KBFGS):
+            # Columns of Brand are turned, or polished once more; rows stay to the bit. K-BFGS keeps sums, which decay.
+            rounding = 16 * torch.finfo(torch.float32).eps if factors_of(preconditioner) else 0
+            for one, other in zip(kept(preconditioner), before, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=rounding * float(other.abs().max()))
+    assert preconditioner.report().skipped == 6
     assert all(torch.isfinite(part).all() for part in tensors(preconditioner))
-
-
-@pytest.mark.parametrize("application", ["auto", "two-sided"])
-@some_systems("exact", "brand")
-def test_skipped_batches_leave_the_factors_where_they_were(strategy: Strategy, application: str):
-    """S and its weight decay alike, so that M is the same but for rounding; what comes next is weighted by its age."""
-    options = {"decay": 0.5, "application": application, "clip": None}
-    found = []
-    # One batch, whatever its weights.
-    for seeds in ([0], [0, None, 0]):
-        model = mlp(10, 40, 4)
-        preconditioner = KFAC(model, strategy, **options)
-        for seed in seeds:
-            model.zero_grad()
-            backward(model, 0, "input" if seed is None else "")
-            preconditioner.step()
-        found.append(gradients(model))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-10)
 
 
 def test_a_layer_takes_part_while_it_is_trained():
@@ -76,7 +81,7 @@ def test_a_layer_takes_part_while_it_is_trained():
     assert not first.curvature.started
     model[0].requires_grad_(True)
     model.zero_grad()
-    backward(model, 1)
+    loss_of(model, batch(8, 10, 4, 1)).backward()
     before = model[0].weight.grad.clone()
     preconditioner.step()
     assert first.curvature.started
@@ -119,44 +124,7 @@ def test_schedules_are_functions_of_the_step():
     assert set(asked["damping"]) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("application", ["auto", "two-sided"])
-def test_kl_clip_bounds_the_length_in_the_metric_of_the_factors(application: str):
-    """Step s = F⁻¹ g of all layers, F block-diagonal with damped blocks: ν² sᵀ F s = min(sᵀ F s, clip)."""
-    lengths = {}
-    for clip in (None, 1e-3, 1e9):
-        model = mlp(10, 20, 4)
-        preconditioner = KFAC(model, EXACT, clip=clip, clip_by="kl", damping=0.1, application=application)
-        after(model, preconditioner, 0)
-        lengths[clip] = 0.0
-        for layer, module in zip(preconditioner._layers, (model[0], model[2]), strict=True):
-            damped = []
-            for factor in (layer.curvature.output, layer.curvature.input):
-                M = factor.state["dense"] / factor.state["total"]
-                damped.append(M + 0.1 * torch.linalg.eigvalsh(M)[-1] * torch.eye(len(M), dtype=M.dtype))
-            own = layer_gradient(module)
-            lengths[clip] += float((own * (damped[0] @ own @ damped[1])).sum())
-    assert lengths[None] > 1e-3
-    assert lengths[1e-3] == pytest.approx(1e-3)
-    assert lengths[1e9] == pytest.approx(lengths[None])
-
-
-def test_the_clip_by_rms_is_that_of_all_entries_of_a_layer():
-    """Layers of other dtypes and numbers of parts; a length that is not finite gives no step at all."""
-    generator = torch.Generator().manual_seed(0)
-    steps = [
-        [torch.randn(size, generator=generator, dtype=dtype) * scale for size in sizes]
-        for sizes, dtype, scale in [
-            (((6, 5), (6,)), torch.float32, 3.0),
-            (((7, 3),), torch.float64, 2.0),
-            (((6, 5), (6,)), torch.float64, 1.0),
-            (((6, 5), (6,)), torch.float32, 1e-3),
-        ]
-    ]
-    for factor, own in zip(by_rms(steps, 0.07), steps, strict=True):
-        rms = float(torch.cat([part.double().flatten() for part in own]).square().mean().sqrt())
-        # Sums of up to 36 squares: a relative error of a few ε.
-        assert float(factor) == pytest.approx(min(1.0, 0.07 / rms), rel=1e-6)
-        assert factor.dtype == own[0].dtype
+def test_a_step_whose_length_is_not_finite_is_none():
     assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == 0
 
 
@@ -183,23 +151,11 @@ def test_factors_follow_a_model_that_gets_another_dtype(strategy: Strategy):
     assert all(torch.isfinite(gradient).all() for gradient in gradients_after)
 
 
-def test_parameter_groups_keep_their_rates():
-    model, reference = mlp(10, 20, 4), mlp(10, 20, 4)
-    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": 0.25}]
-    optimizer = torch.optim.SGD(groups)
-    preconditioner = KFAC(model, EXACT)
-    after(model, preconditioner, 1)
-    optimizer.step()
-    for index, rate in ((0, 0.5), (2, 0.25)):
-        expected = reference[index].weight - rate * model[index].weight.grad
-        torch.testing.assert_close(model[index].weight, expected)
-
-
 def test_modules_that_are_added_later_are_left_alone():
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
     model.append(nn.Linear(4, 4, dtype=torch.float64))
-    backward(model, 0)
+    loss_of(model, batch(8, 10, 4)).backward()
     before = layer_gradient(model[-1])
     preconditioner.step()
     assert torch.equal(layer_gradient(model[-1]), before)
