@@ -11,14 +11,14 @@ from functools import lru_cache
 import torch
 
 from brandla_kernels._kernels.launch import Config, Target
+from brandla_kernels._targets import WEAK_FLOAT64
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
-_WEAK_FLOAT64 = ("sm_86", "sm_89", "sm_120")
 # Matrix units that read registers alone: beside a sum, its operands take registers too.
-_OF_REGISTERS = ("sm_80", *_WEAK_FLOAT64)
+_OF_REGISTERS = ("sm_80", *WEAK_FLOAT64)
 # Products of float64 that are fused multiply-adds: small tiles of many threads.
-_UNROLLED = ("sm_100", *_WEAK_FLOAT64)
+_UNROLLED = ("sm_100", *WEAK_FLOAT64)
 # Most rows whose products are summed in float32 where the sum is then one in float64.
 STRETCH = 4096
 
@@ -153,7 +153,7 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
 def symmetric_update(target: Target, block_n: int) -> Config:
     """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
     # Elsewhere the assembler's own limit spills least.
-    registers = 255 if target.arch in _WEAK_FLOAT64 else None
+    registers = 255 if target.arch in WEAK_FLOAT64 else None
     return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, registers)
 
 

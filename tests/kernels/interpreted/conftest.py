@@ -76,6 +76,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the device for one whose float64 is slow: small cores of float32 factors are in float32 there."""
+    from brandla_kernels._kernels import launch
+
+    monkeypatch.setattr(launch, "WEAK_FLOAT64", (launch.target_of(torch.empty(0, device=device)).arch,))
+
+
+@pytest.fixture
 def _overflow_is_meant() -> Iterator[None]:
     """The interpreter computes with NumPy, which warns of what a kernel then looks for."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
