@@ -65,8 +65,8 @@ def _store_negative_inverse(small, r, damping, result, work_ptr, PRECISION: tl.c
         row = start_row + tl.arange(0, _ROWS)
         for start_column in range(0, r, _COLUMNS):
             column = start_column + tl.arange(0, _COLUMNS)
-            tile = (load_tile(small, row, column, damping.dtype) + load_tile(mirrored, row, column, damping.dtype)) * 0.5
-            store_tile(matrix, row, column, tile + tl.where(row[:, None] == column[None, :], damping, 0.0))
+            tile = load_tile(small, row, column, damping.dtype) + load_tile(mirrored, row, column, damping.dtype)
+            store_tile(matrix, row, column, tile * 0.5 + tl.where(row[:, None] == column[None, :], damping, 0.0))
     tl.debug_barrier()
     index = tl.arange(0, BLOCK)
     sound = True

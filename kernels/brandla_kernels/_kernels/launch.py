@@ -197,9 +197,9 @@ def product_precision(target: Target, dtype: torch.dtype) -> str:
 
 
 def core_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
-    """Return what the small core of factors in ``dtype`` is computed in: float64, or their own dtype where that is slow.
+    """Return what `root_core` and a damped inverse of factors in ``dtype`` compute in: that, where float64 is slow.
 
-    Which cores, and why these: "Weak float64" in ``docs/kernels.md``.
+    Why these two: "Weak float64" in ``docs/kernels.md``.
     """
     return dtype if target.arch in WEAK_FLOAT64 else torch.float64
 

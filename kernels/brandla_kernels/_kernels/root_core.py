@@ -391,7 +391,7 @@ def root_core_kernel(
         _longest_first(second, squares, chosen, blocks)
         _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
         _store_product(basis, core, image, blocks, image, shift)
-        _orthonormalize(basis, squares, coefficients, scratch, noise.to(COMPUTE), blocks)
+        _orthonormalize(basis, squares, coefficients, scratch, tl.cast(noise, COMPUTE), blocks)
     # 5: S⁺, what is left out, and the results
     small = (factor[0], s, 1, s, s)
     _store_product(image, core, basis, blocks)
@@ -441,7 +441,7 @@ def root_core(
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
         # The rounding of inner products, which tells weak columns from dependent ones.
-        "noise": 64 * (s if dtype == torch.float64 else 1) * torch.finfo(dtype).eps,
+        "noise": 64 * torch.finfo(dtype).eps,
         "WHOLE": rank == m and not (m and tol), "TOLERANCE": tol > 0, "MEASURE": bool(measure),
     }  # fmt: skip
     launch.start(root_core_kernel, (problems,), arguments, config)

@@ -28,8 +28,10 @@ def negative_inverse(gram: Tensor, damping: float, device: torch.device) -> Tens
 
 
 # Around the blocks of 16 columns, and the tiles of 64 rows.
-@pytest.mark.parametrize("order", [1, 15, 17, 65])
-@pytest.mark.parametrize(("damping", "dtype"), [(1e-7, torch.float64), (3e-2, torch.float32), (1e-4, torch.float32)])
+@pytest.mark.parametrize(
+    ("order", "damping", "dtype"),
+    [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, each, torch.float32) for each in (3e-2, 1e-4)],
+)
 @pytest.mark.usefixtures("_weak_float64")
 def test_sweeps_invert_as_well_as_a_factorisation(
     order: int, damping: float, dtype: torch.dtype, device: torch.device
