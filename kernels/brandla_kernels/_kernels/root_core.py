@@ -379,6 +379,7 @@ def root_core_kernel(
     # 1: K
     scale, trace = _diagonal_of_core(gram, own, decay, weight, blocks)
     poison, norm = _store_core(core, gram, cross, own, decay, weight, scale, blocks)
+    scale = tl.where(poison == 0, scale, 1.0)
     if WHOLE:
         _store_identity(basis, blocks)
     else:
