@@ -138,8 +138,11 @@ def _diagonal_of_core(gram, own, decay, weight, blocks: tl.constexpr):
         place = index.to(tl.int64)
         old = tl.load(gram[0] + place * (gram[1] + gram[2]), mask=index < gram[3], other=0.0).to(tl.float64)
         new = tl.load(own[0] + place * (own[1] + own[2]), mask=index < own[3], other=0.0)
-        largest = tl.maximum(largest, tl.maximum(old * decay, new * weight))
-        trace += new * weight
+        old, new = old * decay, new * weight
+        # No comparison with NaN holds.
+        largest = tl.where(old > largest, old, largest)
+        largest = tl.where(new > largest, new, largest)
+        trace += new
     most = tl.max(largest, 0)
     # The inverse of a normal number is finite.
     return tl.where(most > 0, tl.maximum(most, _TINY), 1.0), tl.sum(trace, 0)
