@@ -53,8 +53,9 @@ def _language_is_patched_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def on_kernels() -> Iterator[None]:
-    """Run every op that has a kernel on it."""
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
+    monkeypatch.setattr("brandla_kernels._kernels.launch.WEAK_FLOAT64", ())
     with brandla.backend("triton"):
         yield
 
