@@ -73,15 +73,14 @@ class Half(NamedTuple):
             return [values[:, None] for values in self.small]
         return self.small[..., None]
 
-    def coefficients(self, side: int, like: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return Z and β, contiguous, and what the first launch takes to compute them."""
+    def coefficients(self, side: int, like: Tensor, core: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return Z and β, contiguous, and what the first launch takes to compute them, Z of an S in ``core``."""
         if len(self.numbers) == 1:
             assert isinstance(self.small, Tensor)
             return self.small.contiguous(), self.numbers[0].contiguous(), {}
         problems, r = like.shape[0], self.rank
         middle = like.new_empty(problems, *([r] if self.is_diagonal else [r, r]))
-        dtype = core_dtype(target_of(like), like.dtype)
-        work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=dtype)
+        work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=core)
         # Views, unless a batch of numbers has irregular strides.
         damping, tail = (number.reshape(-1) for number in self.numbers)
         scale = like.new_empty(problems)
@@ -328,12 +327,12 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
     ]
     arguments: dict[str, Any] = operands.arguments | products_in(target, dtype)
     arguments |= {"problems": problems, "n2": 0, "r2": 0, "k2": 0}
-    sums, programs = [], 0
+    sums, programs, core = [], 0, core_dtype(target, dtype)
     for side, (half, own_tiles) in enumerate(zip(halves, tiles, strict=True), 1):
         n, r, k = rows(half.basis), half.rank, columns(half.rhs)
         splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
         parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
-        middle, scale, own = half.coefficients(side, parts)
+        middle, scale, own = half.coefficients(side, parts, core)
         arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
         arguments |= own
         sums.append(_Sums(half, parts, middle, scale))
