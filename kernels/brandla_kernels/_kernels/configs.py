@@ -108,6 +108,9 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
         # The tile passes through the shared memory, of which gfx942 has 64 KiB; unrolled, a wider product spills.
         small = target.backend == "hip" or target.arch in _UNROLLED
         most = 32 if small and dtype == torch.float64 else 64
+    if target.arch in WEAK_FLOAT64:
+        # Of matrices in columns, tiles of 128 × 128 spill 8 bytes on sm_86.
+        k = min(k, 64)
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
     # The programs that invert a small matrix take more than the assembler's own limit.
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
