@@ -8,6 +8,8 @@ import torch
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
+# Those whose float64 has a sixty-fourth of the rate of float32.
+WEAK_FLOAT64 = ("sm_86", "sm_89", "sm_120")
 # Early steppings of one chip.
 _SAME = {"gfx940": "gfx942", "gfx941": "gfx942"}
 

@@ -28,7 +28,7 @@ from brandla_kernels.eigh_core import assembled
 
 
 def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
-    """Work of one call: two factorisations of order m = r + k, and products with m × s matrices, in float64."""
+    """Work of one call: two factorisations of order m = r + k, and products with m × s matrices."""
     m = r + k
     flops = 2 * m**3 // 3 + m**3 + 6 * m * m * s + 8 * m * s * s
     return Cost(flops, itemsize * (r * r + s * s + m * s) + 8 * (r * k + k * k))

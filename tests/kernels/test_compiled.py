@@ -16,6 +16,7 @@ from brandla_kernels import OPS  # noqa: E402
 from brandla_kernels._kernels.ahead import TARGETS, Product, compile_for, faults, target_named  # noqa: E402
 from brandla_kernels._kernels.launch import Config, Launch, recording, target_of  # noqa: E402
 from brandla_kernels._kernels.shipped import DTYPES, LAYOUTS, Layout, Specialization, specializations  # noqa: E402
+from brandla_kernels._targets import WEAK_FLOAT64  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
 
@@ -132,22 +133,37 @@ def root_core(r: int, k: int, rank: int, tol: float) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    ("target", "op", "arguments"),
+    ("target", "op", "arguments", "dtype"),
     [
-        ("sm_80", "root_core", root_core(20, 12, 32, 0.0)),
-        ("sm_90", "root_core", root_core(128, 64, 128, 0.1)),
-        ("gfx942", "root_core", root_core(128, 64, 128, 0.1)),
-        ("sm_90", "cholesky_inverse_core", (empty(31, 31), empty(31), 1e-12)),
-        ("gfx942", "cholesky_inverse_core", (empty(256, 256), empty(256), 1e-12)),
+        ("sm_86", "root_core", root_core(20, 12, 32, 0.0), "f32"),
+        ("sm_90", "root_core", root_core(128, 64, 128, 0.1), "f64"),
+        ("gfx942", "root_core", root_core(128, 64, 128, 0.1), "f64"),
+        ("sm_90", "cholesky_inverse_core", (empty(31, 31), empty(31), 1e-12), "f64"),
+        ("gfx942", "cholesky_inverse_core", (empty(256, 256), empty(256), 1e-12), "f64"),
     ],
-    ids=["root of 32, sm_80", "root of 192, sm_90", "root of 192, gfx942", "core of 31, sm_90", "core of 256, gfx942"],
+    ids=lambda value: value if isinstance(value, str) else f"of {value[0].shape[-1] + value[1].shape[-1]}",
 )
-def test_small_problems_are_one_launch_in_float64(target: str, op: str, arguments: tuple[Any, ...]) -> None:
+def test_small_problems_are_one_launch_in_the_dtype_that_the_target_takes(
+    target: str, op: str, arguments: tuple[Any, ...], dtype: str
+) -> None:
     (launch,) = launches(target, op, *arguments)
     compiled = compile_for(target, launch)
     assert faults(compiled) == []
-    assert compiled.matrix_instructions
-    assert all("f64" in name for name in compiled.matrix_instructions)
+    assert {product.dtype for product in compiled.products} == {dtype}
+    assert all(dtype in name for name in compiled.matrix_instructions)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cores_of_float32_are_in_float32_where_float64_is_slow(target: str) -> None:
+    (launch,) = launches(target, "root_core", *root_core(20, 12, 32, 0.0))
+    project, *_ = launches(target, "damped_inverse", WIDE, WIDE[:128], torch.zeros(()), torch.zeros(()), WIDE)
+    weak = target in WEAK_FLOAT64
+    assert launch.work.flops.keys() == {32 if weak else 64}
+    assert project.arguments["work1_ptr"].dtype == (torch.float32 if weak else torch.float64)
+    if weak:
+        compiled = compile_for(target, project)
+        assert faults(compiled) == []
+        assert {product.dtype for product in compiled.products} == {"f32"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

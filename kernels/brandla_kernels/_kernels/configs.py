@@ -11,14 +11,14 @@ from functools import lru_cache
 import torch
 
 from brandla_kernels._kernels.launch import Config, Target
+from brandla_kernels._targets import WEAK_FLOAT64
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
-_WEAK_FLOAT64 = ("sm_86", "sm_89", "sm_120")
 # Matrix units that read registers alone: beside a sum, its operands take registers too.
-_OF_REGISTERS = ("sm_80", *_WEAK_FLOAT64)
+_OF_REGISTERS = ("sm_80", *WEAK_FLOAT64)
 # Products of float64 that are fused multiply-adds: small tiles of many threads.
-_UNROLLED = ("sm_100", *_WEAK_FLOAT64)
+_UNROLLED = ("sm_100", *WEAK_FLOAT64)
 # Most rows whose products are summed in float32 where the sum is then one in float64.
 STRETCH = 4096
 
@@ -108,6 +108,9 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
         # The tile passes through the shared memory, of which gfx942 has 64 KiB; unrolled, a wider product spills.
         small = target.backend == "hip" or target.arch in _UNROLLED
         most = 32 if small and dtype == torch.float64 else 64
+    if target.arch in WEAK_FLOAT64:
+        # Of matrices in columns, tiles of 128 × 128 spill 8 bytes on sm_86.
+        k = min(k, 64)
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
     # The programs that invert a small matrix take more than the assembler's own limit.
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
@@ -153,7 +156,7 @@ def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool)
 def symmetric_update(target: Target, block_n: int) -> Config:
     """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
     # Elsewhere the assembler's own limit spills least.
-    registers = 255 if target.arch in _WEAK_FLOAT64 else None
+    registers = 255 if target.arch in WEAK_FLOAT64 else None
     return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, registers)
 
 

@@ -1,7 +1,7 @@
 """Coefficients of a damped inverse, by one program a factor: β = 1/(τ + λ), and Z from eigenvalues or from S.
 
-Of eigenvalues d, Z is (τ − d)/(d + λ), entry by entry. Of S, Z is −(S + λI)⁻¹, by block sweeps in float64: with P the
-pivot block of the columns k, and P⁻¹ = W Wᵀ, a sweep takes A to
+Of eigenvalues d, Z is (τ − d)/(d + λ), entry by entry. Of S, Z is −(S + λI)⁻¹, by block sweeps in the dtype of the
+workspace: with P the pivot block of the columns k, and P⁻¹ = W Wᵀ, a sweep takes A to
 
     A₀ − H Hᵀ,    H = A[:, k] W with −W in the rows k,
 
@@ -9,7 +9,7 @@ where A₀ is A with rows and columns k set to 0. The blocks that are still to c
 leaves of them, and after all sweeps A is −(S + λI)⁻¹. It stays symmetric, and an H takes one step of refinement, as in
 `small_spd`. Where a pivot is not positive, S + λI is not positive definite, and all of Z becomes NaN.
 
-The program works on a matrix of its own in the second-level cache, 8r² bytes, beside which the projections of the same
+The program works on a matrix of its own in the second-level cache, beside which the projections of the same
 launch run: the two need nothing of one another.
 """
 
@@ -29,13 +29,13 @@ _COLUMNS = tl.constexpr(32)
 
 
 def workspace(r: int) -> int:
-    """Return how many float64 numbers a program takes for Z of order r: A, H and a block."""
+    """Return how many numbers a program takes for Z of order r: A, H and a block."""
     block = int(BLOCK.value)
     return r * r + (r + block) * block
 
 
 @triton.jit
-def store_coefficients(problem, side):
+def store_coefficients(problem, side, PRECISION: tl.constexpr):
     """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros.
 
     A side is d or S, r, and pointers: λ, τ, and of all problems Z, β and workspaces.
@@ -50,11 +50,13 @@ def store_coefficients(problem, side):
             tl.store(middle_ptr + problem * r + index, (tail - values) / (values + damping), mask=index < r)
     else:
         work = work_ptr + problem * (r * r + (r + BLOCK) * BLOCK)
-        _store_negative_inverse(small, r, damping, (middle_ptr + problem * r * r, r, 1, r, r), work)
+        result = (middle_ptr + problem * r * r, r, 1, r, r)
+        precision: tl.constexpr = "ieee" if work.dtype.element_ty == tl.float64 else PRECISION
+        _store_negative_inverse(small, r, damping.to(work.dtype.element_ty), result, work, precision)
 
 
 @triton.jit
-def _store_negative_inverse(small, r, damping, result, work_ptr):
+def _store_negative_inverse(small, r, damping, result, work_ptr, PRECISION: tl.constexpr):
     matrix = (work_ptr, r, 1, r, r)
     swept = (work_ptr + r * r, BLOCK, 1, r, BLOCK)
     scratch = (swept[0] + r * BLOCK, BLOCK, 1, BLOCK, BLOCK)
@@ -63,14 +65,14 @@ def _store_negative_inverse(small, r, damping, result, work_ptr):
         row = start_row + tl.arange(0, _ROWS)
         for start_column in range(0, r, _COLUMNS):
             column = start_column + tl.arange(0, _COLUMNS)
-            tile = (load_tile(small, row, column, tl.float64) + load_tile(mirrored, row, column, tl.float64)) * 0.5
-            store_tile(matrix, row, column, tile + tl.where(row[:, None] == column[None, :], damping, 0.0))
+            tile = load_tile(small, row, column, damping.dtype) + load_tile(mirrored, row, column, damping.dtype)
+            store_tile(matrix, row, column, tile * 0.5 + tl.where(row[:, None] == column[None, :], damping, 0.0))
     tl.debug_barrier()
     index = tl.arange(0, BLOCK)
     sound = True
     for first in range(0, r, BLOCK):
         inner = first + index
-        block = symmetric(scratch, index, load_tile(matrix, inner, inner, tl.float64))
+        block = symmetric(scratch, index, load_tile(matrix, inner, inner))
         # What sticks out of the last block is the identity.
         block += tl.where((index[:, None] == index[None, :]) & (inner >= r)[None, :], 1.0, 0.0)
         factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
@@ -78,28 +80,26 @@ def _store_negative_inverse(small, r, damping, result, work_ptr):
         sound = sound & (tl.min((pivots > 0).to(tl.int32)) == 1)
         for start_row in range(0, r, _ROWS):
             row = start_row + tl.arange(0, _ROWS)
-            tile = load_tile(matrix, row, inner, tl.float64)
-            unit = tl.where(row[:, None] == inner[None, :], -1.0, 0.0).to(tl.float64)
-            tile = tl.where(_among(row, first)[:, None], unit, tile)
-            store_tile(swept, row, index, solved_by(inverse, factor, tile))
+            unit = tl.where(row[:, None] == inner[None, :], -1.0, 0.0).to(damping.dtype)
+            tile = tl.where(_among(row, first)[:, None], unit, load_tile(matrix, row, inner))
+            store_tile(swept, row, index, solved_by(inverse, factor, tile, PRECISION))
         tl.debug_barrier()
         for start_row in range(0, r, _ROWS):
             row = start_row + tl.arange(0, _ROWS)
-            left = load_tile(swept, row, index, tl.float64)
+            left = load_tile(swept, row, index)
             for start_column in range(0, r, _COLUMNS):
                 column = start_column + tl.arange(0, _COLUMNS)
-                right = load_tile(swept, column, index, tl.float64)
-                tile = load_tile(matrix, row, column, tl.float64)
+                right = load_tile(swept, column, index)
+                tile = load_tile(matrix, row, column)
                 tile = tl.where(_among(row, first)[:, None] | _among(column, first)[None, :], 0.0, tile)
-                tile -= tl.dot(left, tl.trans(right), input_precision="ieee", out_dtype=tl.float64)
+                tile -= tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=tile.dtype)
                 store_tile(matrix, row, column, tile)
         tl.debug_barrier()
     for start_row in range(0, r, _ROWS):
         row = start_row + tl.arange(0, _ROWS)
         for start_column in range(0, r, _COLUMNS):
             column = start_column + tl.arange(0, _COLUMNS)
-            tile = load_tile(matrix, row, column, tl.float64)
-            store_tile(result, row, column, tl.where(sound, tile, float("nan")))
+            store_tile(result, row, column, tl.where(sound, load_tile(matrix, row, column), float("nan")))
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from torch import Tensor
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.damped_core import store_coefficients, workspace
 from brandla_kernels._kernels.inner_product import sum_over_rows
-from brandla_kernels._kernels.launch import counted, product_precision, products_in, start, target_of
+from brandla_kernels._kernels.launch import core_dtype, counted, product_precision, products_in, start, target_of
 from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._kernels.root_core import transposed
 from brandla_kernels._signature import Matrices
@@ -73,14 +73,14 @@ class Half(NamedTuple):
             return [values[:, None] for values in self.small]
         return self.small[..., None]
 
-    def coefficients(self, side: int, like: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return Z and β, contiguous, and what the first launch takes to compute them."""
+    def coefficients(self, side: int, like: Tensor, core: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return Z and β, contiguous, and what the first launch takes to compute them, Z of an S in ``core``."""
         if len(self.numbers) == 1:
             assert isinstance(self.small, Tensor)
             return self.small.contiguous(), self.numbers[0].contiguous(), {}
         problems, r = like.shape[0], self.rank
         middle = like.new_empty(problems, *([r] if self.is_diagonal else [r, r]))
-        work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=torch.float64)
+        work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=core)
         # Views, unless a batch of numbers has irregular strides.
         damping, tail = (number.reshape(-1) for number in self.numbers)
         scale = like.new_empty(problems)
@@ -118,7 +118,7 @@ def _store_both(both_ptr, x, index_k, index_r, total, r1, r2, COMPUTE: tl.conste
 
 
 @triton.jit
-def _store_either(problem, is_second, side, other):
+def _store_either(problem, is_second, side, other, PRECISION: tl.constexpr):
     """Store Z and β of one of two sides: those of one kind share the code, whose compilation takes seconds."""
     if (side[6] is None) == (other[6] is None):
         small = (
@@ -131,11 +131,11 @@ def _store_either(problem, is_second, side, other):
             tl.where(is_second, other[2], side[2]), tl.where(is_second, other[3], side[3]),
             tl.where(is_second, other[4], side[4]), tl.where(is_second, other[5], side[5]),
             None if side[6] is None else tl.where(is_second, other[6], side[6]),
-        ))  # fmt: skip
+        ), PRECISION)  # fmt: skip
     elif is_second:
-        store_coefficients(problem, other)
+        store_coefficients(problem, other, PRECISION)
     else:
-        store_coefficients(problem, side)
+        store_coefficients(problem, side, PRECISION)
 
 
 def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
@@ -173,12 +173,12 @@ def damped_project_kernel(
             damping, tail = damping1_ptr + problem * damping1_stride, tail1_ptr + problem * tail1_stride
             side = (small, r1, damping, tail, middle1_ptr, scale1_ptr, work1_ptr)
             if damping2_ptr is None:
-                store_coefficients(problem, side)
+                store_coefficients(problem, side, PRECISION)
             else:
                 small = matrix_of(table_ptr, problem, small2_ptr, small2_strides, r2, r2, SMALL2_LAYOUT, 5, 6)
                 damping, tail = damping2_ptr + problem * damping2_stride, tail2_ptr + problem * tail2_stride
                 other = (small, r2, damping, tail, middle2_ptr, scale2_ptr, work2_ptr)
-                _store_either(problem, program >= problems, side, other)
+                _store_either(problem, program >= problems, side, other, PRECISION)
 
     tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
     second = first + problems * SPLITS1 * tiles_r * tiles_k
@@ -327,12 +327,12 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
     ]
     arguments: dict[str, Any] = operands.arguments | products_in(target, dtype)
     arguments |= {"problems": problems, "n2": 0, "r2": 0, "k2": 0}
-    sums, programs = [], 0
+    sums, programs, core = [], 0, core_dtype(target, dtype)
     for side, (half, own_tiles) in enumerate(zip(halves, tiles, strict=True), 1):
         n, r, k = rows(half.basis), half.rank, columns(half.rhs)
         splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
         parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
-        middle, scale, own = half.coefficients(side, parts)
+        middle, scale, own = half.coefficients(side, parts, core)
         arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
         arguments |= own
         sums.append(_Sums(half, parts, middle, scale))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brandla_kernels._kernels.matrices import bytes_of, shapes
 from brandla_kernels._signature import Matrices
-from brandla_kernels._targets import architecture, nearest
+from brandla_kernels._targets import WEAK_FLOAT64, architecture, nearest
 from brandla_kernels.tall import device_of
 
 
@@ -194,6 +194,14 @@ def product_precision(target: Target, dtype: torch.dtype) -> str:
     On NVIDIA's matrix units float32 takes three products in TF32. The default of tl.dot would be one.
     """
     return "tf32x3" if target.backend == "cuda" and dtype == torch.float32 else "ieee"
+
+
+def core_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
+    """Return what `root_core` and a damped inverse of factors in ``dtype`` compute in: that, where float64 is slow.
+
+    Why these two: "Weak float64" in ``docs/kernels.md``.
+    """
+    return dtype if target.arch in WEAK_FLOAT64 else torch.float64
 
 
 @cache

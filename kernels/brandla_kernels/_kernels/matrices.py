@@ -208,12 +208,13 @@ def matrix_of(
 
 
 @triton.jit
-def load_tile(matrix, row, column, DTYPE: tl.constexpr):
-    """Load a tile [rows of ``row``, columns of ``column``] in DTYPE, with 0 outside the matrix."""
+def load_tile(matrix, row, column, DTYPE: tl.constexpr = None):
+    """Load a tile [rows of ``row``, columns of ``column``], in DTYPE if one is named, with 0 outside the matrix."""
     # int64 before the product: n · r may exceed 2³¹.
     offsets = row.to(tl.int64)[:, None] * matrix[1] + column.to(tl.int64)[None, :] * matrix[2]
     inside = (row < matrix[3])[:, None] & (column < matrix[4])[None, :]
-    return tl.load(matrix[0] + offsets, mask=inside, other=0.0).to(DTYPE)
+    tile = tl.load(matrix[0] + offsets, mask=inside, other=0.0)
+    return tile if DTYPE is None else tile.to(DTYPE)
 
 
 @triton.jit

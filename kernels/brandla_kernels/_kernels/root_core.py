@@ -1,9 +1,9 @@
 """The small core of a root's update in one launch, one program a factor; ``root_core`` has the mathematics.
 
 All lies in a workspace of 3m² + 2ms numbers a factor, m = r + k, which the second-level cache holds, and is computed in
-float64. One phase follows another, with a barrier between them:
+the dtype of that workspace; K is put together in float64. One phase follows another, with a barrier between them:
 
-1. K, its largest diagonal entry, whether it is finite, the trace that A adds; then K over that entry, and its norm.
+1. The largest diagonal entry of K, and the trace that A adds; K over that entry, whether it is finite, and its norm.
 2. K + σI = ΛΛᵀ, Λ = Rᵀ; the squared lengths of the columns of Λ are the diagonal of L = ΛᵀΛ; their descending order.
 3. ΠᵀLΠ, its factor Λ₂, and the order of the lengths of the columns of that.
 4. Y = RᵀLΠΛ₂Z = (K + σI) (ΛΠ) (Λ₂Z), with unit columns, and W = orth(Y).
@@ -35,9 +35,12 @@ from torch import Tensor
 from brandla_kernels._kernels import configs, launch
 from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
 from brandla_kernels._kernels.small_spd import factor_block, solved_by, symmetric
+from brandla_kernels.eigh_core import TINY
 from brandla_kernels.root_core import cost
 
-# ``blocks`` are the columns of a block of a factorisation, rows and columns of a tile, and terms of a product.
+_TINY = tl.constexpr(TINY)
+# ``blocks`` are the columns of a block of a factorisation, rows and columns of a tile, terms of a product, and the
+# precision of products.
 
 
 @triton.jit
@@ -70,10 +73,10 @@ def _largest(tile):
 
 
 @triton.jit
-def _product(x, row, y, column, last, BLOCK_INNER: tl.constexpr, order=None):
+def _product(x, row, y, column, last, blocks: tl.constexpr, order=None):
     """Return Σ_p X[row, p] Y[p, column] over p < ``last``, of X[row, order[p]] where there is an order."""
-    total = tl.zeros((row.shape[0], column.shape[0]), tl.float64)
-    return add_product(total, x, row, y, column, last, "ieee", BLOCK_INNER, order)
+    total = tl.zeros((row.shape[0], column.shape[0]), x[0].dtype.element_ty)
+    return add_product(total, x, row, y, column, last, blocks[4], blocks[3], order)
 
 
 @triton.jit
@@ -97,9 +100,9 @@ def _store_product(
                 from_row = tl.load(row_order + row, mask=row < out[3], other=x[3])
             if column_order is not None:
                 from_column = tl.load(column_order + column, mask=column < out[4], other=y[4])
-            tile = _product(x, from_row, y, from_column, x[4], blocks[3], inner_order)
+            tile = _product(x, from_row, y, from_column, x[4], blocks, inner_order)
             if add is not None:
-                tile = load_tile(add, row, column, tl.float64) * scale + tile * sign
+                tile = load_tile(add, row, column) * scale + tile * sign
                 # A may be what is stored: all threads have read the tile before any writes it.
                 tl.debug_barrier()
             store_tile(out, row, column, tile)
@@ -127,37 +130,44 @@ def core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL: tl.constex
 
 
 @triton.jit
-def _store_core(core, gram, cross, own, decay, weight, blocks: tl.constexpr):
-    """Store K; return 0, or NaN where it is not finite, its largest diagonal entry, and the trace of its last rows."""
-    r = cross[3]
-    nothing = tl.zeros((blocks[1], blocks[2]), tl.float64)
-    largest, trace = nothing, nothing
-    for step in range(tiles_of(core, blocks)):
-        row, column = tile_at(step, core, blocks)
-        tile = core_tile(gram, cross, own, decay, weight, row, column, False)
-        store_tile(core, row, column, tile)
-        nothing += 0 * tile
-        diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
-        largest = tl.maximum(largest, diagonal)
-        trace += tl.where((row >= r)[:, None], diagonal, 0.0)
-    tl.debug_barrier()
-    return total_of(nothing), _largest(largest), total_of(trace)
+def _diagonal_of_core(gram, own, decay, weight, blocks: tl.constexpr):
+    """Return the largest entry on the diagonal of K, or 1 if none is positive, and the sum of those that A adds."""
+    largest, trace = tl.zeros((blocks[1],), tl.float64), tl.zeros((blocks[1],), tl.float64)
+    for start in range(0, tl.maximum(gram[3], own[3]), blocks[1]):
+        index = start + tl.arange(0, blocks[1])
+        place = index.to(tl.int64)
+        old = tl.load(gram[0] + place * (gram[1] + gram[2]), mask=index < gram[3], other=0.0).to(tl.float64)
+        new = tl.load(own[0] + place * (own[1] + own[2]), mask=index < own[3], other=0.0)
+        old, new = old * decay, new * weight
+        # No comparison with NaN holds.
+        largest = tl.where(old > largest, old, largest)
+        largest = tl.where(new > largest, new, largest)
+        trace += new
+    most = tl.max(largest, 0)
+    # The inverse of a normal number is finite.
+    return tl.where(most > 0, tl.maximum(most, _TINY), 1.0), tl.sum(trace, 0)
 
 
 @triton.jit
-def _normalize(core, scale, finite, blocks: tl.constexpr):
-    """Divide K by its largest diagonal entry, or make it 0 where it is not finite, and return its norm."""
-    norm_tile = tl.zeros((blocks[1], blocks[2]), tl.float64)
-    for start_row in range(0, core[3], blocks[1]):
-        row = start_row + tl.arange(0, blocks[1])
-        for start in range(0, core[3], blocks[2]):
-            column = start + tl.arange(0, blocks[2])
-            tile = tl.where(finite, load_tile(core, row, column, tl.float64) / scale, 0.0)
-            norm_tile += tile * tile
-            tl.debug_barrier()
-            store_tile(core, row, column, tile)
+def _store_core(core, gram, cross, own, decay, weight, scale, blocks: tl.constexpr):
+    """Store K over ``scale``, or 0 where it is not finite; return 0, or NaN where it is not finite, and its norm."""
+    norm_tile = tl.zeros((blocks[1], blocks[2]), core[0].dtype.element_ty)
+    nothing, inverse = norm_tile, 1 / scale
+    for step in range(tiles_of(core, blocks)):
+        row, column = tile_at(step, core, blocks)
+        tile = (core_tile(gram, cross, own, decay, weight, row, column, False) * inverse).to(norm_tile.dtype)
+        store_tile(core, row, column, tile)
+        nothing += 0 * tile
+        norm_tile += tile * tile
+    poison = total_of(nothing)
     tl.debug_barrier()
-    return tl.sqrt(total_of(norm_tile))
+    if poison != 0:
+        # Orders of numbers that are none would lead out of the workspace.
+        for step in range(tiles_of(core, blocks)):
+            row, column = tile_at(step, core, blocks)
+            store_tile(core, row, column, tl.zeros((blocks[1], blocks[2]), norm_tile.dtype))
+        tl.debug_barrier()
+    return poison, tl.where(poison == 0, tl.sqrt(total_of(norm_tile)), 0.0)
 
 
 @triton.jit
@@ -175,23 +185,23 @@ def _cholesky(source, factor, scratch, shift, blocks: tl.constexpr):
     index = tl.arange(0, blocks[0])
     for start in range(0, m, blocks[0]):
         column = start + index
-        block = load_tile(source, column, column, tl.float64)
-        block -= _product(factor, column, transposed(factor), column, start, blocks[3])
+        block = load_tile(source, column, column)
+        block -= _product(factor, column, transposed(factor), column, start, blocks)
         block += tl.where(index[:, None] == index[None, :], tl.where(column < m, shift, 1.0)[None, :], 0.0)
         lower, inverse, _ = factor_block(symmetric(scratch, index, block), 0.0, blocks[0])
         store_tile(factor, column, column, lower)
         for start_row in range(start + blocks[0], m, blocks[1]):
             row = start_row + tl.arange(0, blocks[1])
-            tile = load_tile(source, row, column, tl.float64)
-            tile -= _product(factor, row, transposed(factor), column, start, blocks[3])
-            solved = solved_by(inverse, lower, tile)
+            tile = load_tile(source, row, column)
+            tile -= _product(factor, row, transposed(factor), column, start, blocks)
+            solved = solved_by(inverse, lower, tile, blocks[4])
             # Source and factor may be one: all threads have read the tile before any writes it, here and below.
             tl.debug_barrier()
             store_tile(factor, row, column, solved)
         above = (factor[0], factor[1], factor[2], start, m)
         for start_row in range(0, start, blocks[1]):
             row = start_row + tl.arange(0, blocks[1])
-            store_tile(above, row, column, tl.zeros((blocks[1], blocks[0]), tl.float64))
+            store_tile(above, row, column, tl.zeros((blocks[1], blocks[0]), above[0].dtype.element_ty))
         # Blocks to come read what other threads have written here.
         tl.debug_barrier()
 
@@ -201,9 +211,9 @@ def _column_squares(matrix, squares, blocks: tl.constexpr):
     """Store the squared lengths of the columns."""
     for start in range(0, matrix[4], blocks[2]):
         column = start + tl.arange(0, blocks[2])
-        total = tl.zeros((blocks[2],), tl.float64)
+        total = tl.zeros((blocks[2],), matrix[0].dtype.element_ty)
         for start_row in range(0, matrix[3], blocks[1]):
-            tile = load_tile(matrix, start_row + tl.arange(0, blocks[1]), column, tl.float64)
+            tile = load_tile(matrix, start_row + tl.arange(0, blocks[1]), column)
             total += tl.sum(tile * tile, 0)
         tl.store(squares + column, total, mask=column < matrix[4])
     tl.debug_barrier()
@@ -236,11 +246,11 @@ def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.con
         row, column = tile_at(step, basis, blocks)
         square = tl.load(squares + column, mask=column < s, other=1.0)
         inverse_length = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
-        tile = load_tile(basis, row, column, tl.float64) * inverse_length[None, :]
+        tile = load_tile(basis, row, column) * inverse_length[None, :]
         tl.debug_barrier()
         store_tile(basis, row, column, tile)
     tl.debug_barrier()
-    narrow: tl.constexpr = (blocks[0], blocks[1], blocks[0], blocks[3])
+    narrow: tl.constexpr = (blocks[0], blocks[1], blocks[0], blocks[3], blocks[4])
     index = tl.arange(0, blocks[0])
     for start in range(0, s, blocks[0]):
         before = (basis[0], s, 1, m, start)
@@ -249,18 +259,18 @@ def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.con
         for turn in range(3):
             _store_product(projection, transposed(before), block, narrow)
             _store_product(block, before, projection, narrow, block, 1.0, -1.0)
-            inner = tl.zeros((blocks[0], blocks[0]), tl.float64)
+            inner = tl.zeros((blocks[0], blocks[0]), noise.dtype)
             for start_row in range(0, m, blocks[1]):
-                tile = load_tile(block, start_row + tl.arange(0, blocks[1]), index, tl.float64)
-                inner = tl.dot(tl.trans(tile), tile, inner, input_precision="ieee", out_dtype=tl.float64)
+                tile = load_tile(block, start_row + tl.arange(0, blocks[1]), index)
+                inner = tl.dot(tl.trans(tile), tile, inner, input_precision=blocks[4], out_dtype=noise.dtype)
             added = tl.where(turn == 0, noise, 0.0)
             inner += tl.where(index[:, None] == index[None, :], added, 0.0)
             least = tl.where(turn == 0, 0.0, tl.where(turn == 1, noise, 0.25))
             _, inverse, _ = factor_block(symmetric(scratch, index, inner), least, blocks[0])
             for start_row in range(0, m, blocks[1]):
                 row = start_row + tl.arange(0, blocks[1])
-                tile = load_tile(block, row, index, tl.float64)
-                tile = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
+                tile = load_tile(block, row, index)
+                tile = tl.dot(tile, inverse, input_precision=blocks[4], out_dtype=noise.dtype)
                 tl.debug_barrier()
                 store_tile(block, row, index, tile)
             tl.debug_barrier()
@@ -268,7 +278,7 @@ def _orthonormalize(basis, squares, coefficients, scratch, noise, blocks: tl.con
 
 @triton.jit
 def _largest_on_diagonal(small, blocks: tl.constexpr):
-    largest = tl.zeros((blocks[2],), tl.float64)
+    largest = tl.zeros((blocks[2],), small[0].dtype.element_ty)
     for start in range(0, small[3], blocks[2]):
         column = start + tl.arange(0, blocks[2])
         largest = tl.maximum(largest, tl.load(small[0] + column * (small[3] + 1), mask=column < small[3], other=0.0))
@@ -286,7 +296,7 @@ def _clear_weak(matrix, small, least, blocks: tl.constexpr):
     """Clear the columns of W or X whose entry on the diagonal of S⁺ is at most ``least``."""
     for step in range(tiles_of(matrix, blocks)):
         row, column = tile_at(step, matrix, blocks)
-        tile = tl.where(_alive(small, column, least)[None, :], load_tile(matrix, row, column, tl.float64), 0.0)
+        tile = tl.where(_alive(small, column, least)[None, :], load_tile(matrix, row, column), 0.0)
         tl.debug_barrier()
         store_tile(matrix, row, column, tile)
     tl.debug_barrier()
@@ -296,12 +306,12 @@ def _clear_weak(matrix, small, least, blocks: tl.constexpr):
 def _norm_left_out(core, basis, image, small, rest, blocks: tl.constexpr):
     """Return ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F."""
     _store_product(rest, basis, small, blocks, image, 1.0, -1.0)
-    norm_tile = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    norm_tile = tl.zeros((blocks[1], blocks[2]), core[0].dtype.element_ty)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
-        tile = load_tile(core, row, column, tl.float64)
-        tile -= _product(image, row, transposed(basis), column, basis[4], blocks[3])
-        tile -= _product(basis, row, transposed(rest), column, basis[4], blocks[3])
+        tile = load_tile(core, row, column)
+        tile -= _product(image, row, transposed(basis), column, basis[4], blocks)
+        tile -= _product(basis, row, transposed(rest), column, basis[4], blocks)
         norm_tile += tile * tile
     return tl.sqrt(total_of(norm_tile))
 
@@ -309,7 +319,7 @@ def _norm_left_out(core, basis, image, small, rest, blocks: tl.constexpr):
 @triton.jit
 def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.constexpr, blocks: tl.constexpr):
     """Store S⁺ in its dtype, and return the poison of it and of what is beyond that dtype."""
-    nothing = tl.zeros((blocks[1], blocks[2]), tl.float64)
+    nothing = tl.zeros((blocks[1], blocks[2]), small[0].dtype.element_ty)
     largest = nothing
     for last in range(2):
         # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
@@ -317,12 +327,12 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
         vanished = _largest(largest) < tiny
         for step in range(tiles_of(small, blocks)):
             row, column = tile_at(step, small, blocks)
-            tile = load_tile(small, row, column, tl.float64) + load_tile(transposed(small), row, column, tl.float64)
+            tile = load_tile(small, row, column) + load_tile(transposed(small), row, column)
             tile = tile * 0.5 * scale
             if TOLERANCE:
                 lives = _alive(small, row, least)[:, None] & _alive(small, column, least)[None, :]
                 tile = tl.where(lives, tile, 0.0)
-            rounded = tile.to(result[0].dtype.element_ty).to(tl.float64)
+            rounded = tile.to(result[0].dtype.element_ty).to(tile.dtype)
             if last == 0:
                 nothing += 0 * rounded
                 largest = tl.maximum(largest, tl.abs(rounded))
@@ -336,7 +346,7 @@ def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
     """Store rows of W times ``scale``."""
     for step in range(tiles_of(out, blocks)):
         row, column = tile_at(step, out, blocks)
-        store_tile(out, row, column, (load_tile(basis, row, column, tl.float64) + poison) * scale)
+        store_tile(out, row, column, (load_tile(basis, row, column) + poison) * scale)
 
 
 @launch.counted("r m s", lambda given, gram, cross, *_: cost(cross[0], cross[1], given["s"]).flops)
@@ -348,11 +358,12 @@ def root_core_kernel(
     r, m, s, tol: tl.float64, eps: tl.float64, tiny: tl.float64, noise: tl.float64,
     gram_strides, cross_strides, own_strides, decay_strides, weight_strides,
     GRAM_LAYOUT: tl.constexpr, CROSS_LAYOUT: tl.constexpr, OWN_LAYOUT: tl.constexpr, DECAY_LAYOUT: tl.constexpr,
-    WEIGHT_LAYOUT: tl.constexpr, WHOLE: tl.constexpr, TOLERANCE: tl.constexpr, MEASURE: tl.constexpr,
+    WEIGHT_LAYOUT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, TOLERANCE: tl.constexpr, MEASURE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Grid: (problems,). Results and workspaces are contiguous: squares (3, m, m), panels (2, m, s), orders (2, m)."""
-    blocks: tl.constexpr = (BLOCK, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER)
+    blocks: tl.constexpr = (BLOCK, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER, PRECISION)
     problem = tl.program_id(0).to(tl.int64)
     gram = matrix_of(table_ptr, problem, gram_ptr, gram_strides, r, r, GRAM_LAYOUT, 0, 5)
     cross = matrix_of(table_ptr, problem, cross_ptr, cross_strides, r, m - r, CROSS_LAYOUT, 1, 5)
@@ -369,15 +380,14 @@ def root_core_kernel(
     order, chosen = orders_ptr + problem * 2 * m, orders_ptr + (problem * 2 + 1) * m
 
     # 1: K
-    poison, largest, trace = _store_core(core, gram, cross, own, decay, weight, blocks)
-    finite = poison == 0
-    scale = tl.where(finite & (largest > 0), largest, 1.0)
-    norm = _normalize(core, scale, finite, blocks)
+    scale, trace = _diagonal_of_core(gram, own, decay, weight, blocks)
+    poison, norm = _store_core(core, gram, cross, own, decay, weight, scale, blocks)
+    scale = tl.where(poison == 0, scale, 1.0)
     if WHOLE:
         _store_identity(basis, blocks)
     else:
         # 2: the first step of the LR algorithm, 3: the second, 4: W
-        shift = tl.maximum(32 * eps * norm, eps)
+        shift = tl.maximum(32 * eps * norm, eps).to(COMPUTE)
         _cholesky(core, factor, scratch, shift, blocks)
         _longest_first(factor, squares, order, blocks)
         _store_product(second, transposed(factor), factor, blocks, row_order=order, column_order=order, LOWER=True)
@@ -385,12 +395,12 @@ def root_core_kernel(
         _longest_first(second, squares, chosen, blocks)
         _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
         _store_product(basis, core, image, blocks, image, shift)
-        _orthonormalize(basis, squares, coefficients, scratch, noise, blocks)
+        _orthonormalize(basis, squares, coefficients, scratch, tl.cast(noise, COMPUTE), blocks)
     # 5: S⁺, what is left out, and the results
     small = (factor[0], s, 1, s, s)
     _store_product(image, core, basis, blocks)
     _store_product(small, transposed(basis), image, blocks)
-    least = tol * _largest_on_diagonal(small, blocks)
+    least = (tol * _largest_on_diagonal(small, blocks)).to(COMPUTE)
     if TOLERANCE:
         _clear_weak(image, small, least, blocks)
         _clear_weak(basis, small, least, blocks)
@@ -400,11 +410,11 @@ def root_core_kernel(
     tl.store(left_out_ptr + problem, left_out)
     tl.store(added_ptr + problem, trace + poison)
     result = (small_ptr + problem * s * s, s, 1, s, s)
-    poison = _store_small(result, small, scale, least, tiny, poison, TOLERANCE, blocks)
+    poison = _store_small(result, small, scale.to(COMPUTE), least, tiny, poison, TOLERANCE, blocks)
     of_root = (of_root_ptr + problem * r * s, s, 1, r, s)
-    _store_rotation(of_root, basis, tl.sqrt(decay), poison, blocks)
+    _store_rotation(of_root, basis, tl.sqrt(decay).to(COMPUTE), poison, blocks)
     of_columns = (of_columns_ptr + problem * (m - r) * s, s, 1, m - r, s)
-    _store_rotation(of_columns, (basis[0] + r * s, s, 1, m - r, s), tl.sqrt(weight), poison, blocks)
+    _store_rotation(of_columns, (basis[0] + r * s, s, 1, m - r, s), tl.sqrt(weight).to(COMPUTE), poison, blocks)
 
 
 def root_core(
@@ -421,19 +431,21 @@ def root_core(
             "decay": decay.view(*decay.shape, 1, 1), "weight": weight.view(*weight.shape, 1, 1),
         }
     )  # fmt: skip
-    config = configs.root_core(launch.target_of(gram), m)
+    target = launch.target_of(gram)
+    config, dtype = configs.root_core(target, m), launch.core_dtype(target, gram.dtype)
     block, problems, info = config.blocks["BLOCK"], math.prod(batch), torch.finfo(gram.dtype)
     workspaces = {
-        "squares": own.new_empty(problems, 3, m, m),
-        "panels": own.new_empty(problems, 2, m, s),
-        "vectors": own.new_empty(problems, block * block + block * s + m),
-        "orders": own.new_empty(problems, 2, m, dtype=torch.int32),
+        "squares": gram.new_empty(problems, 3, m, m, dtype=dtype),
+        "panels": gram.new_empty(problems, 2, m, s, dtype=dtype),
+        "vectors": gram.new_empty(problems, block * block + block * s + m, dtype=dtype),
+        "orders": gram.new_empty(problems, 2, m, dtype=torch.int32),
     }
-    arguments = operands.arguments | {f"{name}_ptr": workspace for name, workspace in workspaces.items()} | {
+    arguments = operands.arguments | {f"{name}_ptr": workspace for name, workspace in workspaces.items()}
+    arguments |= launch.products_in(target, dtype) | {
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
-        # The rounding of inner products in float64, which tells weak columns from dependent ones.
-        "noise": 64 * s * torch.finfo(torch.float64).eps,
+        # The rounding of inner products, which tells weak columns from dependent ones.
+        "noise": 64 * torch.finfo(dtype).eps,
         "WHOLE": rank == m and not (m and tol), "TOLERANCE": tol > 0, "MEASURE": bool(measure),
     }  # fmt: skip
     launch.start(root_core_kernel, (problems,), arguments, config)

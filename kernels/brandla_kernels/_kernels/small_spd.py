@@ -56,7 +56,7 @@ def factor_block(block, least, BLOCK: tl.constexpr):
     """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    inverse = tl.where(row == column, 1.0, 0.0).to(tl.float64)
+    inverse = tl.where(row == column, 1.0, 0.0).to(block.dtype)
     for step in range(BLOCK):
         pivot_row = tl.sum(tl.where(row == step, block, 0.0), 0, keep_dims=True)
         pivot = tl.sum(tl.where(column == step, pivot_row, 0.0), 1, keep_dims=True)
@@ -88,11 +88,11 @@ def symmetric(scratch, index, block):
 
 
 @triton.jit
-def solved_by(inverse, factor, tile):
+def solved_by(inverse, factor, tile, PRECISION: tl.constexpr = "ieee"):
     """Return the tile times the transposed inverse of a factor, with one step of refinement."""
-    solved = tl.dot(tile, inverse, input_precision="ieee", out_dtype=tl.float64)
-    rest = tile - tl.dot(solved, tl.trans(factor), input_precision="ieee", out_dtype=tl.float64)
-    return tl.dot(rest, inverse, solved, input_precision="ieee", out_dtype=tl.float64)
+    solved = tl.dot(tile, inverse, input_precision=PRECISION, out_dtype=tile.dtype)
+    rest = tile - tl.dot(solved, tl.trans(factor), input_precision=PRECISION, out_dtype=tile.dtype)
+    return tl.dot(rest, inverse, solved, input_precision=PRECISION, out_dtype=tile.dtype)
 
 
 @triton.jit

@@ -53,8 +53,9 @@ def _language_is_patched_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def on_kernels() -> Iterator[None]:
-    """Run every op that has a kernel on it."""
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
+    monkeypatch.setattr("brandla_kernels._kernels.launch.WEAK_FLOAT64", ())
     with brandla.backend("triton"):
         yield
 
@@ -73,6 +74,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
+
+
+@pytest.fixture
+def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the device for one whose float64 is slow: small cores of float32 factors are in float32 there."""
+    from brandla_kernels._kernels import launch
+
+    monkeypatch.setattr(launch, "WEAK_FLOAT64", (launch.target_of(torch.empty(0, device=device)).arch,))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from brandla_kernels import OPS
 from builders import dense_operator, make_columns, make_eigh, make_root
 
 N, M = 50, 3
-EPS = torch.finfo(torch.float64).eps
 
 
 def numbers(*values: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -29,21 +28,27 @@ def negative_inverse(gram: Tensor, damping: float, device: torch.device) -> Tens
 
 
 # Around the blocks of 16 columns, and the tiles of 64 rows.
-@pytest.mark.parametrize("order", [1, 15, 17, 65])
-def test_sweeps_invert_as_well_as_a_factorisation(order: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("order", "damping", "dtype"),
+    [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, each, torch.float32) for each in (3e-2, 1e-4)],
+)
+@pytest.mark.usefixtures("_weak_float64")
+def test_sweeps_invert_as_well_as_a_factorisation(
+    order: int, damping: float, dtype: torch.dtype, device: torch.device
+) -> None:
     """Eigenvalues from 1 to 10⁻⁹, then the damping: the error of an inverse is κ ε of its own size."""
-    damping, generator = 1e-7, torch.Generator().manual_seed(order)
+    eps, generator = torch.finfo(dtype).eps, torch.Generator().manual_seed(order)
     turn = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
-    gram = (turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT
+    gram = oracles.symmetrised((turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT).to(dtype)
     damped = gram + damping * torch.eye(order, dtype=torch.float64)
     expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    found = negative_inverse(gram, damping, device)
-    allowed = 8 * order * EPS * float(torch.linalg.cond(damped)) * float(expected.abs().max())
+    found = negative_inverse(gram, damping, device).double()
+    allowed = 8 * order**0.5 * eps * float(torch.linalg.cond(damped)) * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
     # The residual is that of a backward stable method, not κ times it.
     residual = torch.linalg.matrix_norm(damped @ found + torch.eye(order, dtype=torch.float64), 2)
     sizes = torch.linalg.matrix_norm(damped, 2) * torch.linalg.matrix_norm(found, 2)
-    assert residual <= 8 * order * EPS * sizes
+    assert residual <= 8 * order**0.5 * eps * sizes
 
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import brandla
 import oracles
-from brandla_kernels import OPS
+from brandla_kernels import OPS, cross_gram
 from brandla_kernels._kernels import root_core as kernel
 from brandla_kernels.eigh_core import assembled
 from op_cases import root_core_operands
@@ -111,15 +112,43 @@ def test_results_are_those_of_the_torch_form(size: tuple[int, int, int], dtype: 
     ("tol", "dtype"), [(0.0, torch.float64), (0.02, torch.float32)], ids=["all, float64", "tolerance, float32"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("_weak_float64")
 def test_every_family_by_its_definition_with_as_much_of_the_trace(
     family: str, tol: float, dtype: torch.dtype, device: torch.device
 ):
+    """The core is in the dtype of the factor."""
     arguments = arguments_of(problem_of(family, 20, 13), 17, tol, dtype)
     results, expected = launched(arguments, device), TORCH_FORM(*arguments)
     assert_promised(results, arguments)
     kept, wanted = (float(part[0].double().trace()) for part in (results, expected))
     # In directions whose values are rounding either may have taken another one.
     assert abs(kept - wanted) <= 64 * 33 * torch.finfo(dtype).eps * wanted
+
+
+STREAMS = ("slow", "fast", "rank-16", "repeated-8", "switch")
+
+
+@pytest.mark.usefixtures("_weak_float64")
+def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device: torch.device):
+    """The 21st update, with which one stream has moved to a subspace that is orthogonal to the old one."""
+    n, r, k = 60, 18, 6
+    batches = zip(*(oracles.batches(name, n, k, 21, dtype=torch.float32) for name in STREAMS), strict=True)
+    *before, columns = map(torch.stack, batches)
+    root = brandla.LowRankRoot.zeros(n, r, batch_shape=(len(STREAMS),))
+    with brandla.backend("torch"):
+        for each in before:
+            root = brandla.root_update(root, each, decay=0.95, weight=0.05)
+        inner = cross_gram(root.root, columns)
+    numbers = (torch.full((len(STREAMS),), number, dtype=torch.float64) for number in (0.95, 0.05))
+    arguments = (root.gram, *inner, *numbers, r, 0.0, True)
+    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    for stream, *parts in zip(STREAMS, *results, strict=True):
+        place = STREAMS.index(stream)
+        own = (*(part[place] for part in arguments[:5]), *arguments[5:])
+        assert_promised(tuple(parts), own)
+        whole, eps = core_of(own).trace(), torch.finfo(torch.float32).eps
+        lost, least = (whole - trace.double().trace() for trace in (parts[0], expected[0][place]))
+        assert lost <= 1.01 * least + 8 * eps * whole, stream
 
 
 def test_problems_of_a_batch_are_each_as_alone(device: torch.device):
