@@ -118,19 +118,25 @@ def _store_both(both_ptr, x, index_k, index_r, total, r1, r2, COMPUTE: tl.conste
 
 
 @triton.jit
+def _address(is_second, second, first):
+    """Return one of two pointers. Their choice as pointers stops Triton 3.6's compiler for AMD (triton pull 10701)."""
+    return tl.where(is_second, second.to(tl.int64), first.to(tl.int64)).to(first.dtype)
+
+
+@triton.jit
 def _store_either(problem, is_second, side, other, PRECISION: tl.constexpr):
     """Store Z and β of one of two sides: those of one kind share the code, whose compilation takes seconds."""
     if (side[6] is None) == (other[6] is None):
         small = (
-            tl.where(is_second, other[0][0], side[0][0]), tl.where(is_second, other[0][1], side[0][1]),
+            _address(is_second, other[0][0], side[0][0]), tl.where(is_second, other[0][1], side[0][1]),
             tl.where(is_second, other[0][2], side[0][2]), tl.where(is_second, other[0][3], side[0][3]),
             tl.where(is_second, other[0][4], side[0][4]),
         )  # fmt: skip
         store_coefficients(problem, (
             small, tl.where(is_second, other[1], side[1]),
-            tl.where(is_second, other[2], side[2]), tl.where(is_second, other[3], side[3]),
-            tl.where(is_second, other[4], side[4]), tl.where(is_second, other[5], side[5]),
-            None if side[6] is None else tl.where(is_second, other[6], side[6]),
+            _address(is_second, other[2], side[2]), _address(is_second, other[3], side[3]),
+            _address(is_second, other[4], side[4]), _address(is_second, other[5], side[5]),
+            None if side[6] is None else _address(is_second, other[6], side[6]),
         ), PRECISION)  # fmt: skip
     elif is_second:
         store_coefficients(problem, other, PRECISION)
