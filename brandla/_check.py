@@ -320,16 +320,6 @@ def svd(function: str, name: str, factor: object) -> None:
     _descending(function, f"{name}.S", values)
 
 
-def symmetric(function: str, name: str, factor: object) -> None:
-    """Check a LowRankEigh or a LowRankRoot."""
-    if hasattr(factor, "eigenvectors"):
-        eigh(function, name, factor)
-    elif hasattr(factor, "gram"):
-        root(function, name, factor)
-    else:
-        fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
-
-
 def _fields(function: str, name: str, factor: object, kind: str) -> list[Any]:
     found: list[Any] = []
     for field in _FIELDS[kind]:

@@ -27,9 +27,9 @@ from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
-from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, parts_of
+from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
-from brandla.root import Compress, Update, Updated, stack
+from brandla.root import Compress, Update, Updated, check_update, stack
 
 __all__ = [
     "damped_logdet",
@@ -200,7 +200,7 @@ def damped_logdet(
     diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    ways = _class_of_logdet, damped.Logdet.value, damped.logdets_together
+    ways = _class_of_side, Side.logdet, damped.logdets_together
     options = {"damping": damping, "tail": tail, "diagonal": diagonal}
     return _computed("damped_logdet", damped.check_logdet, ways, (lowranks,), **options)
 
@@ -335,14 +335,7 @@ def _class_of_refresh(problem: refresh.Refresh) -> Class:
 
 def _class_of_solve(problem: damped.Solve) -> Class:
     side = _class_of_side(problem.side)
-    if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
-        return None
-    return (*side, problem.exponent)
-
-
-def _class_of_logdet(problem: damped.Logdet) -> Class:
-    alone = problem.rows is not WHOLE or problem.diagonal is not None
-    return None if alone else _class_of_side(problem.side)
+    return None if side is None or problem.block.ndim != 2 else (*side, problem.exponent)
 
 
 def _class_of_joint(problem: kron.Joint) -> Class:
@@ -358,20 +351,20 @@ def _class_of_power(problem: kron.Power) -> Class:
 
 
 def _class_of_kron(problem: kron.Kron) -> Class:
-    left, right, data, rows = problem
+    left, right, data = problem
     sides = _class_of_side(left), _class_of_side(right)
     parts = data if isinstance(data, tuple) else (data,)
-    if None in sides or rows != (WHOLE, WHOLE) or any(part.ndim != 2 for part in parts):
+    if None in sides or any(part.ndim != 2 for part in parts):
         return None
     return (*sides, len(parts))
 
 
 def _class_of_side(side: Side) -> Class:
     """Factors that one launch can apply: of one kind and rank, with τ given or not."""
-    basis = parts_of(side.factor)[1]
-    if basis.ndim != 2 or basis.shape[-1] == 0:
+    basis = side.basis
+    if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None
-    return (type(side.factor), basis.shape[-1], basis.dtype, basis.device, side.tail is None)
+    return (side.kind, basis.shape[-1], basis.dtype, basis.device, side.tail is None)
 
 
 def _size_class(size: int) -> int:

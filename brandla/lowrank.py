@@ -393,6 +393,21 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
     return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
+def two_numbers(
+    first: float | Tensor, second: float | Tensor, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        first, second = [
+            number.to(dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=device)
+            for number in (first, second)
+        ]
+    else:
+        # A line of two points is exact at its ends.
+        first, second = torch.linspace(first, second, 2, dtype=dtype, device=device).unbind()
+    return (first.expand(batch), second.expand(batch)) if batch else (first, second)
+
+
 @value("the update functions add columns; their decay= and weight= scale")
 class Tracked(NamedTuple, Generic[Factor]):
     """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
@@ -448,6 +463,16 @@ class Tracked(NamedTuple, Generic[Factor]):
         return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
 
 
+def check_symmetric(function: str, name: str, factor: object) -> None:
+    """Check a LowRankEigh or a LowRankRoot."""
+    if isinstance(factor, LowRankEigh):
+        _check.eigh(function, name, factor)
+    elif isinstance(factor, LowRankRoot):
+        _check.root(function, name, factor)
+    else:
+        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
+
+
 def track(lowrank: Factor) -> Tracked[Factor]:
     """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly.
 
@@ -463,7 +488,7 @@ def track(lowrank: Factor) -> Tracked[Factor]:
     >>> tracked.error_bound, tracked.trace
     (tensor(0.), tensor(2.))
     """
-    _check.symmetric("track", "lowrank", lowrank)
+    check_symmetric("track", "lowrank", lowrank)
     trace = lowrank.trace()
     return Tracked(lowrank, torch.zeros_like(trace), trace)
 
