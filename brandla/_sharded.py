@@ -8,7 +8,6 @@ it. Tall matrices never travel. ``docs/sharded.md`` lists what does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,10 +73,6 @@ class Rows:
     def small_result(self, value: Tensor) -> Tensor:
         """Return a small result as that of the factor came in."""
         return value
-
-    def of(self, index: int) -> Rows:
-        """Return the rows of one matrix of a list."""
-        return self
 
 
 WHOLE = Rows()
@@ -190,30 +185,6 @@ class Shards(Rows):
         size = -(-self.n // self.mesh.size())
         start = min(rank * size, self.n)
         return start, min(start + size, self.n)
-
-
-@dataclass(frozen=True)
-class Joined(Rows):
-    """Some rows of each matrix of a list are here, all over one mesh: stacked inner products travel together."""
-
-    members: tuple[Rows, ...]
-
-    def total(self, part: Tensor) -> Tensor:
-        """Sum over the processes."""
-        return self.members[0].total(part)
-
-    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum several over the processes in one message."""
-        return self.members[0].totals(*parts)
-
-    def of(self, index: int) -> Rows:
-        """Return the rows of one matrix."""
-        return self.members[index]
-
-
-def join(rows: Sequence[Rows]) -> Rows:
-    """Return the rows of a list of matrices that agree in `kind_of`."""
-    return rows[0] if rows[0] is WHOLE else Joined(tuple(rows))
 
 
 def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:

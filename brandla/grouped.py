@@ -18,6 +18,7 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -69,7 +70,7 @@ def eigh_update(
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank}
-    return _updated("eigh_update", brand.check_eigh_update, brand.eigh_step, (eighs, columns), **options)
+    return _updated("eigh_update", LowRankEigh, brand.eigh_step, (eighs, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -85,7 +86,7 @@ def root_update(
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress, "shrink": shrink}
-    return _updated("root_update", root.check_root_update, root.root_step, (roots, columns), **options)
+    return _updated("root_update", LowRankRoot, root.root_step, (roots, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -260,7 +261,7 @@ def kron_damped_solve(
 
 def _updated(
     function: str,
-    check: Callable[..., Update],
+    kind: type[Any],
     step: Callable[[Update], Updated],
     lists: tuple[Sequence[Any], ...],
     **options: Any,
@@ -269,8 +270,9 @@ def _updated(
         return step(update).as_new()
 
     def together(updates: list[Update]) -> list[Any]:
-        return step(stack(updates)).as_list()
+        return step(stack(updates)).as_list([update.rows for update in updates])
 
+    check = partial(check_update, kind=kind)
     return _computed(function, check, (_class_of_update, alone, together), lists, **options)
 
 
