@@ -59,7 +59,6 @@ class LowRankEigh(NamedTuple):
 
         Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankEigh.zeros", rank, n, dtype)
         vectors = zero_rows("LowRankEigh.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(torch.zeros(*batch_shape, rank, dtype=dtype, device=vectors.device), vectors)
 
@@ -160,7 +159,6 @@ class LowRankRoot(NamedTuple):
 
         Over a 1-D ``mesh`` F is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankRoot.zeros", rank, n, dtype)
         root = zero_rows("LowRankRoot.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(root, torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=root.device))
 
@@ -295,7 +293,6 @@ class LowRankSVD(NamedTuple):
         ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. Over a 1-D ``mesh`` U is a
         DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankSVD.zeros", rank, m, dtype)
         left = zero_rows("LowRankSVD.zeros", mesh, (*batch_shape, m, rank), dtype, device)
         values = torch.zeros(*batch_shape, rank, dtype=dtype, device=left.device)
         return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=left.device))
@@ -533,10 +530,3 @@ def most_of(rank: int | Rank | None) -> int | None:
 def tolerance_of(rank: int | Rank | None) -> float:
     """Return the tolerance of a rule; a number has none."""
     return rank.tol if isinstance(rank, Rank) else 0.0
-
-
-def _sizes(function: str, rank: int, n: int, dtype: torch.dtype | None) -> None:
-    _check.part_dtype(function, "dtype", torch.get_default_dtype() if dtype is None else dtype)
-    _check.count(function, "rank", rank, 0)
-    if rank > n:
-        _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")
