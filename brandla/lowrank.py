@@ -223,7 +223,7 @@ class LowRankRoot(NamedTuple):
         root = rows.local(function, "root", self.root)
         inner = rows.total(rounded_gram(root))
         r = root.shape[-1]
-        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True, n=self.n)
+        values, rotation = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True, n=self.n)
         vectors, values = polish(root @ rotation, values, rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 

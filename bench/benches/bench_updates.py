@@ -111,7 +111,7 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
     else:
         core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
         compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
-        of_old, of_columns = compress().vectors.split(list(cross.shape))
+        of_old, of_columns = compress()[1].split(list(cross.shape))
     rotate = lambda: update.rotated(of_old, of_columns)
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
     if name != EIGH:
