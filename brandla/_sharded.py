@@ -99,7 +99,7 @@ class Shards(Rows):
         """Return the rows held here of a DTensor that is sharded as the factor's is."""
         _check.sharded(function, name, tensor, dim, self.mesh)
         local = _local(tensor)
-        start, stop = self._span()
+        start, stop = self._span_of(self.mesh.get_local_rank())
         if local.shape[dim] != stop - start:
             rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
             _check.fail_value(function, f"{rule}; got {local.shape[dim]} rows; distribute it again")
@@ -167,12 +167,8 @@ class Shards(Rows):
         spans = map(self._span_of, range(self.mesh.size()))
         return [min(stop - start, columns) for start, stop in spans]
 
-    def _span(self) -> tuple[int, int]:
-        """First row held here, and the one after the last."""
-        return self._span_of(self.mesh.get_local_rank())
-
     def _span_of(self, rank: int) -> tuple[int, int]:
-        """Shards are of one size until the rows run out."""
+        """Return the first row on a process, and the one after the last: shards are of one size until rows run out."""
         size = -(-self.n // self.mesh.size())
         start = min(rank * size, self.n)
         return start, min(start + size, self.n)

@@ -256,11 +256,17 @@ class Side(NamedTuple):
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _plain_levels(self) -> Spectrum | None:
-        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
+        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them.
+
+        An S that has nothing beside its diagonal, as `root_update` leaves it, shows them where a look at it is free.
+        """
+        small = self.small
         if not self.is_root:
-            return Spectrum(self.small)
-        diagonal = _diagonal_of(self.small)
-        return None if diagonal is None else Spectrum(diagonal)
+            return Spectrum(small)
+        if not reads_are_free(small) or small.requires_grad:
+            return None
+        diagonal = small.diagonal(dim1=-2, dim2=-1)
+        return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
 
     def _with_tail(self, levels: Spectrum | None) -> tuple[Spectrum, Number]:
         """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
@@ -295,17 +301,6 @@ def _is_zero(tail: Number | None) -> bool:
 
 def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
-
-
-def _diagonal_of(gram: Tensor) -> Tensor | None:
-    """Return the diagonal of an S that has nothing beside it, as `root_update` leaves it.
-
-    None of any other, and where looking at it would wait for a device.
-    """
-    if not reads_are_free(gram) or gram.requires_grad:
-        return None
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    return diagonal if torch.equal(gram, torch.diag_embed(diagonal)) else None
 
 
 def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Tensor, Rows]:
