@@ -113,14 +113,9 @@ def finite(function: str, name: str, tensor: Tensor) -> None:
         return
     entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
     # Of a DTensor the processes count together, so that all of them raise.
-    if bad := _read((~torch.isfinite(entries)).sum()):
+    if bad := _whole((~torch.isfinite(entries)).sum()).item():
         rule = f"{name} must be finite; got {int(bad)} NaN or infinite entries in shape {tuple(tensor.shape)}"
         fail_value(function, f"{rule}; skip this batch or replace them")
-
-
-def _read(number: Tensor) -> float:
-    """Return a number on the host, of a DTensor too."""
-    return (number.full_tensor() if hasattr(number, "full_tensor") else number).item()
 
 
 def part(function: str, name: str, tensor: Tensor) -> None:
@@ -318,16 +313,6 @@ def svd(function: str, name: str, factor: object) -> None:
     together(function, f"{name}.Vh", right, f"{name}.U", left)
     _orthonormal(function, f"{name}.U", left)
     _descending(function, f"{name}.S", values)
-
-
-def symmetric(function: str, name: str, factor: object) -> None:
-    """Check a LowRankEigh or a LowRankRoot."""
-    if hasattr(factor, "eigenvectors"):
-        eigh(function, name, factor)
-    elif hasattr(factor, "gram"):
-        root(function, name, factor)
-    else:
-        fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
 
 
 def _fields(function: str, name: str, factor: object, kind: str) -> list[Any]:

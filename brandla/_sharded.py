@@ -8,7 +8,6 @@ it. Tall matrices never travel. ``docs/sharded.md`` lists what does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +19,6 @@ from brandla import _check
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 Small = TypeVar("Small", bound=float | Tensor | None)
 
@@ -75,10 +73,6 @@ class Rows:
         """Return a small result as that of the factor came in."""
         return value
 
-    def of(self, index: int) -> Rows:
-        """Return the rows of one matrix of a list."""
-        return self
-
 
 WHOLE = Rows()
 
@@ -105,7 +99,7 @@ class Shards(Rows):
         """Return the rows held here of a DTensor that is sharded as the factor's is."""
         _check.sharded(function, name, tensor, dim, self.mesh)
         local = _local(tensor)
-        start, stop = self._span()
+        start, stop = self._span_of(self.mesh.get_local_rank())
         if local.shape[dim] != stop - start:
             rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
             _check.fail_value(function, f"{rule}; got {local.shape[dim]} rows; distribute it again")
@@ -126,11 +120,7 @@ class Shards(Rows):
 
     def total(self, part: Tensor) -> Tensor:
         """Sum over the processes: every one gets the same bits."""
-        if part.requires_grad:
-            # torch leaves Function.apply without annotations.
-            summed: Tensor = _Total.apply(part, self.group)  # type: ignore[no-untyped-call]
-            return summed
-        return _sum(part, self.group)
+        return _across(part, self.group, summed=True) if part.requires_grad else _sum(part, self.group)
 
     def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sum several over the processes in one message."""
@@ -140,11 +130,7 @@ class Shards(Rows):
 
     def shared(self, small: Tensor) -> Tensor:
         """Return what every process computed for itself; its gradient is summed over them."""
-        if not small.requires_grad:
-            return small
-        # torch leaves Function.apply without annotations.
-        same: Tensor = _Shared.apply(small, self.group)  # type: ignore[no-untyped-call]
-        return same
+        return _across(small, self.group, summed=False) if small.requires_grad else small
 
     def stacked(self, triangle: Tensor) -> Tensor:
         """Sum matrices that are zero but for the block of one process each."""
@@ -181,39 +167,11 @@ class Shards(Rows):
         spans = map(self._span_of, range(self.mesh.size()))
         return [min(stop - start, columns) for start, stop in spans]
 
-    def _span(self) -> tuple[int, int]:
-        """First row held here, and the one after the last."""
-        return self._span_of(self.mesh.get_local_rank())
-
     def _span_of(self, rank: int) -> tuple[int, int]:
-        """Shards are of one size until the rows run out."""
+        """Return the first row on a process, and the one after the last: shards are of one size until rows run out."""
         size = -(-self.n // self.mesh.size())
         start = min(rank * size, self.n)
         return start, min(start + size, self.n)
-
-
-@dataclass(frozen=True)
-class Joined(Rows):
-    """Some rows of each matrix of a list are here, all over one mesh: stacked inner products travel together."""
-
-    members: tuple[Rows, ...]
-
-    def total(self, part: Tensor) -> Tensor:
-        """Sum over the processes."""
-        return self.members[0].total(part)
-
-    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum several over the processes in one message."""
-        return self.members[0].totals(*parts)
-
-    def of(self, index: int) -> Rows:
-        """Return the rows of one matrix."""
-        return self.members[index]
-
-
-def join(rows: Sequence[Rows]) -> Rows:
-    """Return the rows of a list of matrices that agree in `kind_of`."""
-    return rows[0] if rows[0] is WHOLE else Joined(tuple(rows))
 
 
 def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
@@ -221,12 +179,12 @@ def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
     return (rows.mesh, rows.replicates) if isinstance(rows, Shards) else None
 
 
-def rows_of(function: str, name: str, tall: Tensor, small: Tensor) -> Rows:
+def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
     """Return how the rows of a factor's tall matrix are laid out; ``small`` shows what its small parts are."""
     if type(tall) is Tensor or not is_dtensor(tall):
         return WHOLE
     _check.sharded(function, name, tall, -2)
-    return Shards(_as_dtensor(tall).device_mesh, tall.shape[-2], is_dtensor(small))
+    return Shards(tall.device_mesh, tall.shape[-2], is_dtensor(small))
 
 
 def zero_rows(
@@ -236,7 +194,12 @@ def zero_rows(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Return a tall matrix (..., n, r) of zeros, sharded on its rows over a mesh if there is one."""
+    """Return a tall matrix (..., n, r) of zeros for a new factor, sharded on its rows over a mesh if there is one."""
+    *_, n, rank = shape
+    _check.part_dtype(function, "dtype", torch.get_default_dtype() if dtype is None else dtype)
+    _check.count(function, "rank", rank, 0)
+    if rank > n:
+        _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")
     if mesh is None:
         return torch.zeros(*shape, dtype=dtype, device=device)
     if device is not None:
@@ -261,20 +224,17 @@ def here(tensor: Tensor) -> Tensor:
     return _local(tensor) if is_dtensor(tensor) else tensor
 
 
-def everywhere(tensor: Tensor) -> Tensor:
+def everywhere(tensor: Any) -> Tensor:
     """Return a whole tensor in every process, by gathering a DTensor: for tests and small cases."""
-    return _as_dtensor(tensor).full_tensor() if is_dtensor(tensor) else tensor
+    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return whole
 
 
-def _as_dtensor(tensor: Any) -> DTensor:
-    # What DTensor returns has no type.
-    return tensor  # type: ignore[no-any-return]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local = _as_dtensor(tensor).to_local()
+def _local(tensor: Any) -> Tensor:
+    local = tensor.to_local()
     # What a redistribution is still bringing is a tensor that waits for it.
-    return local.wait() if hasattr(local, "wait") else local
+    arrived: Tensor = local.wait() if hasattr(local, "wait") else local
+    return arrived
 
 
 def _sum(part: Tensor, group: ProcessGroup) -> Tensor:
@@ -284,27 +244,20 @@ def _sum(part: Tensor, group: ProcessGroup) -> Tensor:
     return part
 
 
-class _Total(torch.autograd.Function):
-    """y = Σ x over the processes, where every process goes on to use y for its own part of the result."""
+def _across(tensor: Tensor, group: ProcessGroup, *, summed: bool) -> Tensor:
+    # torch leaves Function.apply without annotations.
+    result: Tensor = _Across.apply(tensor, group, summed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Across(torch.autograd.Function):
+    """y = Σ x over the processes, or y = x the same in all of them: each uses y for its own part of the result."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup, summed: bool) -> Tensor:
         ctx.group = group
-        return _sum(part.clone(), group)
+        return _sum(tensor.clone(), group) if summed else tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _sum(gradients[0].clone(), ctx.group), None
-
-
-class _Shared(torch.autograd.Function):
-    """y = x, the same in every process, where every process goes on to use y for its own part of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, small: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return small.view_as(small)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _sum(gradients[0].clone(), ctx.group), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _sum(gradients[0].clone(), ctx.group), None, None

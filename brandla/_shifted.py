@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,17 @@ from torch import Tensor
 from brandla import _check
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, of_parts, over, parts_of, stack_numbers
+from brandla.lowrank import (
+    NAMES,
+    LowRankEigh,
+    LowRankRoot,
+    Tracked,
+    check_symmetric,
+    over,
+    parts_of,
+    stack_numbers,
+    two_numbers,
+)
 from brandla.orthonormal import times
 from brandla_kernels import (
     Tall,
@@ -43,25 +53,18 @@ class Shifted(NamedTuple):
 
     def __matmul__(self, rhs: Tall) -> Tall:
         batch = batch_of(self.basis, rhs)
-        return damped_apply(*self.expand(batch), expand(rhs, batch))
+        return damped_apply(*spread(self, batch), expand(rhs, batch))
 
     def on(self, rhs: Tall, rows: Rows) -> Any:
         """Return the product with a right-hand side of which these rows are here."""
         if rows is WHOLE:
             return self @ rhs
         batch = batch_of(self.basis, rhs)
-        basis, middle, scale = self.expand(batch)
+        basis, middle, scale = spread(self, batch)
         rhs, middle, scale = expand(rhs, batch), rows.shared(middle), rows.shared(scale)
         coefficients = rows.total(project(basis, rhs))
         inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
         return scale[..., None, None] * (rhs + basis @ inner)
-
-    def expand(self, batch: tuple[int, ...] | None) -> Shifted:
-        """Repeat the operator over a batch shape, as a view."""
-        if batch is None:
-            return self
-        middle = self.middle.expand(*batch, *self.middle.shape[self.basis.ndim - 2 :])
-        return Shifted(expand(self.basis, batch), middle, self.scale.expand(batch))
 
 
 class Inverse(NamedTuple):
@@ -74,14 +77,10 @@ class Inverse(NamedTuple):
 
     def __matmul__(self, rhs: Tall) -> Tall:
         batch = batch_of(self.basis, rhs)
-        return damped_inverse(*self.expand(batch), expand(rhs, batch))
+        return damped_inverse(*spread(self, batch), expand(rhs, batch))
 
-    def expand(self, batch: tuple[int, ...] | None) -> Inverse:
-        """Repeat the operator over a batch shape, as a view."""
-        if batch is None:
-            return self
-        small = self.small.expand(*batch, *self.small.shape[self.damping.ndim :])
-        return Inverse(expand(self.basis, batch), small, self.damping.expand(batch), self.tail.expand(batch))
+
+Operator = TypeVar("Operator", Shifted, Inverse)
 
 
 def batch_of(*matrices: Tall) -> tuple[int, ...] | None:
@@ -96,12 +95,12 @@ def expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
     return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
 
 
-class Spanned(NamedTuple):
-    """A factor as eigenvectors and their values: τ where a column is zero or its value is not resolved."""
-
-    values: Tensor  # (..., r)
-    vectors: Tall  # (..., n, r)
-    tail: Number
+def spread(operator: Operator, batch: tuple[int, ...] | None) -> Operator:
+    """Repeat an operator over a batch shape, as views."""
+    if batch is None:
+        return operator
+    own = operator.basis.ndim - 2
+    return type(operator)(*[part.expand(*batch, *part.shape[own:]) for part in operator])
 
 
 class Woodbury(NamedTuple):
@@ -127,16 +126,38 @@ class Woodbury(NamedTuple):
 
 
 class Side(NamedTuple):
-    """A factor and its shift: of one factor, of a batch, or of a list with all but its tall matrices stacked."""
+    """A factor and its shift: of one factor, of a batch, or of a list, whose small parts are a list or `stacked`."""
 
-    factor: Factor
+    kind: type[Factor]
+    small: Tall  # d or S
+    basis: Tall  # U or F
     damping: Number
     tail: Number | None  # None stands for "smallest"
+    rows: Rows  # which rows of U or F are here
+    diagonal: Tensor | None = None  # δ
 
     @property
     def is_root(self) -> bool:
         """Whether M̂ = F Fᵀ, in which every value up to τ counts as τ."""
-        return isinstance(self.factor, LowRankRoot)
+        return self.kind is LowRankRoot
+
+    def stacked(self) -> Side:
+        """Return the same with the small parts of a list stacked, as all takes them but the inverse."""
+        return self if isinstance(self.small, Tensor) else self._replace(small=torch.stack(self.small))
+
+    def inverse(self) -> Inverse | None:
+        """Return the inverse with its coefficients left to the op.
+
+        None where a look at values is free, which saves work, where Z takes eigenvalues of S, or of some rows alone.
+        """
+        small, basis = self.small, self.basis
+        single = isinstance(small, Tensor)
+        like = small if single else small[0]
+        if self.rows is not WHOLE or reads_are_free(like) or (self.is_root and not _is_zero(self.tail)):
+            return None
+        tail = _smallest(tall.stacked(small)) if self.tail is None else self.tail
+        batch = basis.shape[:-2] if single else (len(basis),)
+        return Inverse(basis, small, *two_numbers(self.damping, tail, like.dtype, like.device, batch))
 
     def operator(self, exponent: float = -1.0) -> Shifted:
         """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.
@@ -144,65 +165,65 @@ class Side(NamedTuple):
         Of a root, whose columns along eigenvectors of S are √d times unit ones, Z is divided by d, and 0 for every d up
         to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
         """
-        small, basis = parts_of(self.factor)
         damping, levels = self.damping, self._plain_levels()
         if exponent == -1 and levels is None and _is_zero(self.tail):
-            return Shifted(basis, -damped_gram_inverse(small, damping), self._filled(1 / damping))
+            return Shifted(self.basis, -damped_gram_inverse(self.small, damping), self._filled(1 / damping))
         levels, tail = self._with_tail(levels)
         middle = levels.of(lambda values: self._middle(values, tail, exponent))
         shift = tail + damping
         scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
-        return Shifted(basis, middle, scale)
+        return Shifted(self.basis, middle, scale)
 
-    def logdet(self, rows: Rows) -> Tensor:
-        """Return log det(M̂ + τ(I − P) + λI), the same in every process."""
+    def logdet(self) -> Tensor:
+        """Return the log-determinant, the same in every process."""
+        if self.diagonal is not None:
+            return self.beside(self.diagonal).logdet()
         damping, levels = self.damping, self._plain_levels()
         if levels is None and _is_zero(self.tail):
-            held = 2 * damped_cholesky(parts_of(self.factor)[0], damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            held = 2 * damped_cholesky(self.small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
             tail: Number = 0.0
         else:
-            values, tail = self._counted(rows, levels)
+            values, tail = self._counted(levels)
             held = (values + over(damping)).log().sum(-1)
-        return held + self.unheld(rows) * self._filled(tail + damping).log()
+        return self.rows.small_result(held + self.unheld() * self._filled(tail + damping).log())
 
-    def unheld(self, rows: Rows) -> Number:
+    def unheld(self) -> Number:
         """Return n − r, the number of directions that no column stands for."""
-        small, basis = parts_of(self.factor)
-        r = small.shape[-1]
+        small, basis = self.small, self.basis
+        r: int = small.shape[-1]
         if isinstance(basis, Tensor):
-            return rows.count(basis) - r
+            return self.rows.count(basis) - r
         return stack_numbers([each.shape[-2] - r for each in basis], small)
 
-    def counted(self, rows: Rows) -> tuple[Tensor, Number]:
+    def counted(self) -> tuple[Tensor, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
-        return self._counted(rows, self._plain_levels())
+        return self._counted(self._plain_levels())
 
-    def _counted(self, rows: Rows, levels: Spectrum | None) -> tuple[Tensor, Number]:
+    def _counted(self, levels: Spectrum | None) -> tuple[Tensor, Number]:
         levels, tail = self._with_tail(levels)
         if self.is_root:
             return _at_least(levels.values, tail), tail
         if _is_zero(tail):
             return levels.values, tail
-        lengths = tall.each(lambda basis: basis.detach().square().sum(-2), parts_of(self.factor)[1])
-        missing = rows.total(tall.stacked(lengths)) == 0
+        lengths = tall.each(lambda basis: basis.detach().square().sum(-2), self.basis)
+        missing = self.rows.total(tall.stacked(lengths)) == 0
         return torch.where(missing, over(tail), levels.values), tail
 
-    def spanned(self) -> Spanned:
-        """Return eigenvectors and their values; of a root by one more pass, in which values up to τ count as τ."""
+    def spanned(self) -> tuple[Tall, tuple[Tensor, Number]]:
+        """Return eigenvectors, and what `counted` does; of a root by one more pass, with τ for what is not resolved."""
         if not self.is_root:
-            values, tail = self.counted(WHOLE)
-            return Spanned(values, parts_of(self.factor)[1], tail)
-        gram, root = parts_of(self.factor)
+            return self.basis, self.counted()
+        gram = self.small
         values, turn = safe_eigh((gram + gram.mT) / 2)
         tail = _smallest(values) if self.tail is None else self.tail
         noise = unresolved(gram.dtype, gram.shape[-1]) * values[..., :1]
         gone = (values <= noise) | (values <= over(tail))
         turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
-        return Spanned(torch.where(gone, over(tail), values), times(root, turn), tail)
+        return times(self.basis, turn), (torch.where(gone, over(tail), values), tail)
 
     def beside(self, diagonal: Tensor) -> Woodbury:
         """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""
-        small, basis = parts_of(self.factor)
+        small, basis = self.small, self.basis
         levels = self._plain_levels()
         if levels is None and _is_zero(self.tail):
             tail: Number = 0.0
@@ -235,68 +256,37 @@ class Side(NamedTuple):
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _plain_levels(self) -> Spectrum | None:
-        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
-        small = parts_of(self.factor)[0]
+        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them.
+
+        An S that has nothing beside its diagonal, as `root_update` leaves it, shows them where a look at it is free.
+        """
+        small = self.small
         if not self.is_root:
             return Spectrum(small)
-        diagonal = _diagonal_of(small)
-        return None if diagonal is None else Spectrum(diagonal)
+        if not reads_are_free(small) or small.requires_grad:
+            return None
+        diagonal = small.diagonal(dim1=-2, dim2=-1)
+        return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
 
     def _with_tail(self, levels: Spectrum | None) -> tuple[Spectrum, Number]:
         """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
-        if levels is None:
-            small = parts_of(self.factor)[0]
-            levels = spectrum((small + small.mT) / 2)
+        levels = spectrum((self.small + self.small.mT) / 2) if levels is None else levels
         return levels, _smallest(levels.values) if self.tail is None else self.tail
 
     def _filled(self, value: Number) -> Tensor:
         """Return a number as a tensor of the factor's batch shape."""
-        small = parts_of(self.factor)[0]
-        batch = small.shape[:-2] if self.is_root else small.shape[:-1]
+        batch = self.small.shape[: -2 if self.is_root else -1]
         if isinstance(value, Tensor):
             return value if value.shape == batch else value.expand(batch)
-        return torch.full(batch, value, dtype=small.dtype, device=small.device)
+        return torch.full(batch, value, dtype=self.small.dtype, device=self.small.device)
 
 
-def inverse_of(sides: Sequence[Side], *, listed: bool = False) -> Inverse | None:
-    """Return the inverse with its coefficients left to the op, of one side, or of a list of one kind.
-
-    None where a look at values is free, which saves work, or where Z takes eigenvalues of S.
-    """
-    smalls, bases = zip(*[parts_of(side.factor) for side in sides], strict=True)
+def join(sides: Sequence[Side]) -> Side:
+    """Return sides whose factors are of one kind and rank as that of a list."""
+    kinds, smalls, bases, dampings, tails, *_ = zip(*sides, strict=True)
     like = smalls[0]
-    tails: list[Any] = [side.tail for side in sides]
-    counted = [tail for tail in tails if not isinstance(tail, float) or tail != 0]
-    if reads_are_free(like) or (sides[0].is_root and counted):
-        return None
-    if listed:
-        damping = stack_numbers([side.damping for side in sides], like)
-        tail = _smallest(torch.stack(smalls)) if tails[0] is None else stack_numbers(tails, like)
-        return Inverse(list(bases), list(smalls), *_numbers(damping, tail, like, (len(sides),)))
-    tail = _smallest(like) if tails[0] is None else tails[0]
-    return Inverse(bases[0], like, *_numbers(sides[0].damping, tail, like, bases[0].shape[:-2]))
-
-
-def _numbers(damping: Number, tail: Number, like: Tensor, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return λ and τ as tensors of batch shape: two numbers by one kernel."""
-    if isinstance(damping, Tensor) or isinstance(tail, Tensor):
-        pair = [
-            one if isinstance(one, Tensor) else torch.full((), one, dtype=like.dtype, device=like.device)
-            for one in (damping, tail)
-        ]
-    else:
-        pair = list(torch.linspace(damping, tail, 2, dtype=like.dtype, device=like.device).unbind())
-    first, second = pair
-    return (first.expand(batch), second.expand(batch)) if batch else (first, second)
-
-
-def stack(sides: Sequence[Side]) -> Side:
-    """Join sides whose factors are of one kind and rank."""
-    factors, dampings, tails = zip(*sides, strict=True)
-    smalls, bases = zip(*map(parts_of, factors), strict=True)
-    small = torch.stack(smalls)
-    tail = None if tails[0] is None else stack_numbers(tails, small)
-    return Side(of_parts(type(factors[0]), small, list(bases)), stack_numbers(dampings, small), tail)
+    tail = None if tails[0] is None else stack_numbers(tails, like)
+    return Side(kinds[0], list(smalls), list(bases), stack_numbers(dampings, like), tail, WHOLE)
 
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:
@@ -313,28 +303,12 @@ def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
-def _diagonal_of(gram: Tensor) -> Tensor | None:
-    """Return the diagonal of an S that has nothing beside it, as `root_update` leaves it.
-
-    None of any other, and where looking at it would wait for a device.
-    """
-    if not reads_are_free(gram) or gram.requires_grad:
-        return None
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    return diagonal if torch.equal(gram, torch.diag_embed(diagonal)) else None
-
-
-def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Factor, Rows]:
-    """Check a factor, tracked or not, and return it with the rows of it that are here."""
+def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Tensor, Rows]:
+    """Check a factor, tracked or not, and return its tall matrix with the rows of it that are here."""
     factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    if isinstance(factor, LowRankEigh):
-        _check.eigh(function, name, factor)
-    elif isinstance(factor, LowRankRoot):
-        _check.root(function, name, factor)
-    else:
-        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(lowrank).__name__}")
+    check_symmetric(function, name, factor)
     small, basis = parts_of(factor)
-    return factor, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
+    return basis, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
 
 
 def check_side(
@@ -363,8 +337,8 @@ def check_side(
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
     if rows is not WHOLE or type(small) is not Tensor:
         small = rows.small(function, f"{name}.{small_name}", small)
-        factor = of_parts(type(factor), small, rows.local(function, f"{name}.{basis_name}", basis))
-    return Side(factor, damping, given)
+        basis = rows.local(function, f"{name}.{basis_name}", basis)
+    return Side(type(factor), small, basis, damping, given, rows)
 
 
 def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
@@ -392,7 +366,5 @@ def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
 
     Where the traces agree the derivative is 0.
     """
-    small = rows.small("tail", "the factor", parts_of(factor)[0])
-    held = small.sum(-1) if isinstance(factor, LowRankEigh) else small.diagonal(dim1=-2, dim2=-1).sum(-1)
-    left_out = torch.nn.functional.threshold(trace - held, 0, 0)
+    left_out = torch.nn.functional.threshold(trace - rows.small("tail", "the factor", factor.trace()), 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

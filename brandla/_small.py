@@ -31,8 +31,7 @@ _SMALL = 64
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
-    values, vectors, _ = leading(core, core.shape[-1], dtype or core.dtype)
-    return values, vectors
+    return leading(core, core.shape[-1], dtype or core.dtype)
 
 
 class Spectrum(NamedTuple):
@@ -102,18 +101,10 @@ def unresolved(dtype: torch.dtype, order: int) -> float:
     return float(torch.finfo(dtype).eps * max(8, order**0.5))
 
 
-class Leading(NamedTuple):
-    """Leading eigenpairs of a core, descending, and the largest eigenvalue that is not among them."""
-
-    values: Tensor  # (..., rank)
-    vectors: Tensor  # (..., m, rank)
-    left_out: Tensor  # (...,)
-
-
 def leading(
     core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, unit: bool = False, n: int = 0
-) -> Leading:
-    """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, in ``dtype``.
+) -> tuple[Tensor, Tensor]:
+    """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, descending, in ``dtype``.
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
     are those of `unit_scaled`. A coordinate whose diagonal entry is 0 has a zero eigenvector. A matrix that is not
@@ -129,13 +120,13 @@ def leading(
     one = 1.0 if reads_are_free(own) else own.new_ones(own.shape[:-2])
     nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
     scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
-    return leading_of(*scaled, rank, dtype, tol, unit, n)
+    return leading_of(*scaled, rank, dtype, tol, unit, n)[:2]
 
 
 def leading_of(
     core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
-) -> Leading:
-    """Return the same of a core by `eigh_core`, with the rotation of tall matrices (..., n, m) as vectors.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, the rotation of tall matrices (..., n, m), and the value left out, of a core by `eigh_core`.
 
     On a CPU the one that makes unit columns comes from float64 where that takes less than the polish that it spares.
     """
@@ -146,7 +137,7 @@ def leading_of(
     values, vectors, left_out = found if wide == dtype else (part.to(dtype) for part in found)
     if reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
         values = without_denormals(values)
-    return Leading(values, vectors, left_out)
+    return values, vectors, left_out
 
 
 def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
@@ -157,13 +148,6 @@ def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
 def signs_of(agreement: Tensor) -> Tensor:
     """Return ±1 (..., s), by which new vectors are multiplied to agree with old ones: the signs of their products."""
     return torch.ones_like(agreement).copysign(agreement.detach())
-
-
-def above(values: Tensor, tol: float) -> Tensor:
-    """Mask of descending values (..., r) that exceed ``tol`` times the first: all at tolerance 0, and every NaN."""
-    if tol == 0 or values.shape[-1] == 0:
-        return torch.ones_like(values, dtype=torch.bool)
-    return ~(values <= tol * values[..., :1])
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +161,8 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     if core.numel() == 0:
         left, values, right = torch.linalg.svd(core, full_matrices=False)
         return left, values, right.mT
-    finite = _is_finite(core)
+    # NaN and infinity survive a sum in float64.
+    finite = torch.isfinite(core.sum((-2, -1)))
     clean = torch.where(finite[..., None, None], core, 0)
     scale = clean.abs().amax((-2, -1))
     scale = torch.where(scale > 0, scale, 1)[..., None]
@@ -283,11 +268,6 @@ def _orthonormal_again(vectors: Tensor) -> Tensor:
     inner = vectors.mT @ vectors
     transform, _ = cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
     return vectors @ transform
-
-
-def _is_finite(core: Tensor) -> Tensor:
-    """Bool tensor of batch shape, by one reduction: NaN and infinity survive a sum in float64."""
-    return torch.isfinite(core.double().sum((-2, -1)))
 
 
 def _poison(tensor: Tensor, finite: Tensor) -> Tensor:

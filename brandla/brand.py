@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ def eigh_update(
     >>> new.eigenvalues
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    updated: Eigh = eigh_step(check_eigh_update("eigh_update", eigh, columns, decay, weight, rank)).as_new()
+    update = check_update("eigh_update", eigh, columns, decay, weight, rank, kind=LowRankEigh)
+    updated: Eigh = eigh_step(update).as_new()
     return updated
 
 
@@ -102,21 +103,8 @@ def eigh_update_(
     >>> eigh.eigenvalues
     tensor([9., 9.])
     """
-    update = check_eigh_update("eigh_update_", eigh, columns, decay, weight, None)
+    update = check_update("eigh_update_", eigh, columns, decay, weight, None, kind=LowRankEigh)
     return eigh_step(update.overwriting(tol)).over(eigh)
-
-
-def check_eigh_update(
-    function: str,
-    eigh: Any,
-    columns: Tensor,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    rank: int | Rank | None,
-) -> Update:
-    """Check the arguments of `eigh_update`."""
-    _check.eigh(function, "eigh", eigh.lowrank if isinstance(eigh, Tracked) else eigh)
-    return check_update(function, LowRankEigh, eigh, columns, decay, weight, rank)
 
 
 def eigh_step(update: Update) -> Updated:
@@ -167,8 +155,9 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
     >>> torch.dist(brandla.eigh_downdate(window, first).dense(), second @ second.mT) < 1e-10
     tensor(True)
     """
+    # Not of a tracked factor, whose error bound and trace do not follow.
     _check.eigh("eigh_downdate", "eigh", eigh)
-    given = check_update("eigh_downdate", LowRankEigh, eigh, columns, 1.0, weight, None)
+    given = check_update("eigh_downdate", eigh, columns, 1.0, weight, None, kind=LowRankEigh)
     cross = given.rows.total(given.coefficients())
     taken = cross @ cross.mT * over(given.weight, 2)
     # Values of a semi-definite matrix, less this, are those of diag(d) − w CCᵀ, which may be negative.

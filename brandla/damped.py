@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows
+from brandla._sharded import WHOLE
 from brandla._shifted import (
     LowRank,
     Number,
@@ -22,10 +22,9 @@ from brandla._shifted import (
     check_exponent,
     check_factor,
     check_side,
-    inverse_of,
-    stack,
+    join,
 )
-from brandla.lowrank import parts_of
+from brandla_kernels import Tall
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
 
@@ -169,58 +168,45 @@ def damped_logdet(
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
     tensor(4.)
     """
-    return check_logdet("damped_logdet", lowrank, damping, tail=tail, diagonal=diagonal).value()
+    return check_logdet("damped_logdet", lowrank, damping, tail=tail, diagonal=diagonal).logdet()
 
 
 class Solve(NamedTuple):
     """Arguments of a damped application that fit together."""
 
     side: Side
-    block: Tensor
+    block: Tall
     vector: bool
     exponent: float
-    rows: Rows  # which rows of the tall matrices are here
-    diagonal: Tensor | None
 
     def solution(self) -> Tensor:
         """Apply the operator."""
-        if self.diagonal is not None:
-            return self.shaped(self.side.beside(self.diagonal).solve(self.block))
-        inverse = inverse_of([self.side]) if self.exponent == -1 and self.rows is WHOLE else None
-        if inverse is not None:
-            return self.shaped(inverse @ self.block)
-        return self.shaped(self.side.operator(self.exponent).on(self.block, self.rows))
+        return self.shaped(self.applied())
+
+    def applied(self) -> Tall:
+        """Return the product with the block, or with each of a list."""
+        side, block = self.side, self.block
+        if side.diagonal is not None:
+            return side.beside(side.diagonal).solve(block)
+        inverse = side.inverse() if self.exponent == -1 else None
+        return side.stacked().operator(self.exponent).on(block, side.rows) if inverse is None else inverse @ block
 
     def shaped(self, block: Tensor) -> Tensor:
         """Return the result in the shape and of the kind of the right-hand side."""
-        return self.rows.tall_result(block[..., 0], -1) if self.vector else self.rows.tall_result(block)
+        rows = self.side.rows
+        return rows.tall_result(block[..., 0], -1) if self.vector else rows.tall_result(block)
 
 
-class Logdet(NamedTuple):
-    """Arguments of `damped_logdet` that fit together."""
-
-    side: Side
-    rows: Rows
-    diagonal: Tensor | None
-
-    def value(self) -> Tensor:
-        """Compute it."""
-        if self.diagonal is not None:
-            return self.side.beside(self.diagonal).logdet()
-        return self.rows.small_result(self.side.logdet(self.rows))
-
-
-def logdets_together(problems: Sequence[Logdet]) -> Sequence[Tensor]:
+def logdets_together(sides: Sequence[Side]) -> Sequence[Tensor]:
     """Compute the determinants of operators of one kind and rank."""
-    return stack([problem.side for problem in problems]).logdet(WHOLE).unbind()
+    return join(sides).stacked().logdet().unbind()
 
 
 def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
     """Apply operators of one kind, rank and exponent, each to its block."""
-    sides = [problem.side for problem in problems]
-    inverse = inverse_of(sides, listed=True) if problems[0].exponent == -1 else None
-    blocks = (inverse or stack(sides).operator(problems[0].exponent)) @ [problem.block for problem in problems]
-    return [problem.shaped(block) for problem, block in zip(problems, blocks, strict=True)]
+    side, blocks = join([problem.side for problem in problems]), [problem.block for problem in problems]
+    solutions = problems[0]._replace(side=side, block=blocks).applied()
+    return [problem.shaped(own) for problem, own in zip(problems, solutions, strict=True)]
 
 
 def check_solve(
@@ -234,40 +220,41 @@ def check_solve(
     diagonal: Tensor | None = None,
 ) -> Solve:
     """Check what every damped application takes."""
-    factor, rows = check_factor(function, "lowrank", lowrank)
+    basis, rows = check_factor(function, "lowrank", lowrank)
     rows.admit(function, "rhs", rhs)
-    basis = parts_of(factor)[1]
     block = _check.matching_data(function, "rhs", rhs, "lowrank", basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
     block = block[..., None] if vector else block
     if rhs.ndim == 0 or block.shape[-2] != basis.shape[-2]:
-        rule = f"rhs must have n = {factor.n} rows, as lowrank does"
+        rule = f"rhs must have n = {basis.shape[-2]} rows, as lowrank does"
         _check.fail_value(function, f"{rule}; got shape {tuple(rhs.shape)}")
     check_batch(function, "rhs", block, basis)
     side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
     exponent = check_exponent(function, exponent)
-    diagonal = diagonal if diagonal is None else _check_diagonal(function, diagonal, side, rows)
-    return Solve(side, rows.local(function, "rhs", block), vector, exponent, rows, diagonal)
+    side = _with_diagonal(function, side, diagonal)
+    return Solve(side, rows.local(function, "rhs", block), vector, exponent)
 
 
-def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Logdet:
+def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Side:
     """Check the arguments of `damped_logdet`."""
     _, rows = check_factor(function, "lowrank", lowrank)
     side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
-    return Logdet(side, rows, diagonal if diagonal is None else _check_diagonal(function, diagonal, side, rows))
+    return _with_diagonal(function, side, diagonal)
 
 
-def _check_diagonal(function: str, diagonal: Tensor, side: Side, rows: Rows) -> Tensor:
-    """Check δ, and return it in the batch shape of the factor."""
-    if rows is not WHOLE:
+def _with_diagonal(function: str, side: Side, diagonal: Tensor | None) -> Side:
+    """Check δ, if there is one, and return the side with it, in the batch shape of the factor."""
+    if diagonal is None:
+        return side
+    if side.rows is not WHOLE:
         rule = "diagonal must be None where the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis = parts_of(side.factor)[1]
-    rows.admit(function, "diagonal", diagonal)
+    basis = side.basis
+    side.rows.admit(function, "diagonal", diagonal)
     diagonal = _check.matching_data(function, "diagonal", diagonal, "lowrank", basis)
     if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
-        rule = f"diagonal must have shape ({side.factor.n},) or {tuple(basis.shape[:-1])}, the batch shape and n"
+        rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
         _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
     # Each entry is a number beside a row of the basis.
     _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
-    return diagonal.expand(basis.shape[:-1])
+    return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))

@@ -18,6 +18,7 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,9 +28,9 @@ from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, kind_of
 from brandla._shifted import LowRank, Side, Tail
-from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, parts_of
+from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
-from brandla.root import Compress, Update, Updated, stack
+from brandla.root import Compress, Update, Updated, check_update, stack
 
 __all__ = [
     "damped_logdet",
@@ -69,7 +70,7 @@ def eigh_update(
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank}
-    return _updated("eigh_update", brand.check_eigh_update, brand.eigh_step, (eighs, columns), **options)
+    return _updated("eigh_update", LowRankEigh, brand.eigh_step, (eighs, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -85,7 +86,7 @@ def root_update(
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress, "shrink": shrink}
-    return _updated("root_update", root.check_root_update, root.root_step, (roots, columns), **options)
+    return _updated("root_update", LowRankRoot, root.root_step, (roots, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -200,7 +201,7 @@ def damped_logdet(
     diagonal: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    ways = _class_of_logdet, damped.Logdet.value, damped.logdets_together
+    ways = _class_of_side, Side.logdet, damped.logdets_together
     options = {"damping": damping, "tail": tail, "diagonal": diagonal}
     return _computed("damped_logdet", damped.check_logdet, ways, (lowranks,), **options)
 
@@ -260,7 +261,7 @@ def kron_damped_solve(
 
 def _updated(
     function: str,
-    check: Callable[..., Update],
+    kind: type[Any],
     step: Callable[[Update], Updated],
     lists: tuple[Sequence[Any], ...],
     **options: Any,
@@ -269,8 +270,9 @@ def _updated(
         return step(update).as_new()
 
     def together(updates: list[Update]) -> list[Any]:
-        return step(stack(updates)).as_list()
+        return step(stack(updates)).as_list([update.rows for update in updates])
 
+    check = partial(check_update, kind=kind)
     return _computed(function, check, (_class_of_update, alone, together), lists, **options)
 
 
@@ -335,14 +337,7 @@ def _class_of_refresh(problem: refresh.Refresh) -> Class:
 
 def _class_of_solve(problem: damped.Solve) -> Class:
     side = _class_of_side(problem.side)
-    if side is None or problem.block.ndim != 2 or problem.rows is not WHOLE or problem.diagonal is not None:
-        return None
-    return (*side, problem.exponent)
-
-
-def _class_of_logdet(problem: damped.Logdet) -> Class:
-    alone = problem.rows is not WHOLE or problem.diagonal is not None
-    return None if alone else _class_of_side(problem.side)
+    return None if side is None or problem.block.ndim != 2 else (*side, problem.exponent)
 
 
 def _class_of_joint(problem: kron.Joint) -> Class:
@@ -358,20 +353,20 @@ def _class_of_power(problem: kron.Power) -> Class:
 
 
 def _class_of_kron(problem: kron.Kron) -> Class:
-    left, right, data, rows = problem
+    left, right, data = problem
     sides = _class_of_side(left), _class_of_side(right)
     parts = data if isinstance(data, tuple) else (data,)
-    if None in sides or rows != (WHOLE, WHOLE) or any(part.ndim != 2 for part in parts):
+    if None in sides or any(part.ndim != 2 for part in parts):
         return None
     return (*sides, len(parts))
 
 
 def _class_of_side(side: Side) -> Class:
     """Factors that one launch can apply: of one kind and rank, with τ given or not."""
-    basis = parts_of(side.factor)[1]
-    if basis.ndim != 2 or basis.shape[-1] == 0:
+    basis = side.basis
+    if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None
-    return (type(side.factor), basis.shape[-1], basis.dtype, basis.device, side.tail is None)
+    return (side.kind, basis.shape[-1], basis.dtype, basis.device, side.tail is None)
 
 
 def _size_class(size: int) -> int:

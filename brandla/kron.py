@@ -28,10 +28,10 @@ from brandla._shifted import (
     check_factor,
     check_side,
     expand,
-    inverse_of,
-    stack,
+    join,
+    spread,
 )
-from brandla.lowrank import over, parts_of, stack_numbers
+from brandla.lowrank import over, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import (
     Tall,
@@ -204,57 +204,46 @@ def kron_damped_logdet(
 
 
 class Kron(NamedTuple):
-    """Arguments of a two-sided damped application that fit together."""
+    """Arguments of a two-sided damped application that fit together: of one pair of factors, a batch, or a list."""
 
     left: Side
     right: Side
-    data: Tensor | tuple[Tensor, Tensor]
-    rows: tuple[Rows, Rows]  # which rows of the tall matrices of each side are here
+    data: Any  # W, or a pair (P, Q); of a list of pairs of factors, lists of them
 
     def solution(self) -> Any:
         """Apply both operators to W, or each to its side of a pair."""
-        if self.rows == (WHOLE, WHOLE) and (inverses := inverses_of([self])) is not None:
-            return apply_inverses(*inverses, self.data)
-        (left_rows, right_rows), left, right = self.rows, self.left.operator(), self.right.operator()
-        if isinstance(self.data, tuple):
-            first, second = left.on(self.data[0], left_rows), right.on(self.data[1], right_rows)
-            return left_rows.tall_result(first), right_rows.tall_result(second)
+        data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
+        first, second = self.left.inverse(), self.right.inverse()
+        if first is not None and second is not None:
+            return apply_inverses(first, second, data)
+        left, right = self.left.stacked().operator(), self.right.stacked().operator()
+        if isinstance(data, tuple):
+            p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)
+            return left_rows.tall_result(p), right_rows.tall_result(q)
         if left_rows is WHOLE:
-            batch = batch_of(left.basis, right.basis, self.data)
-            return kron_damped_apply(*left.expand(batch), *right.expand(batch), expand(self.data, batch))
+            batch = batch_of(left.basis, right.basis, data)
+            return kron_damped_apply(*spread(left, batch), *spread(right, batch), expand(data, batch))
         right = Shifted(*map(left_rows.shared, right))
-        return left_rows.tall_result(left.on((right @ self.data.mT).mT, left_rows))
+        return left_rows.tall_result(left.on((right @ data.mT).mT, left_rows))
 
 
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
-    data: Any = [problem.data for problem in problems]
-    if (inverses := inverses_of(problems, listed=True)) is not None:
-        if isinstance(data[0], Tensor):
-            return list(apply_inverses(*inverses, data))
-        return list(zip(*apply_inverses(*inverses, tuple(map(list, zip(*data, strict=True)))), strict=True))
-    left = stack([problem.left for problem in problems]).operator()
-    right = stack([problem.right for problem in problems]).operator()
+    lefts, rights, data = zip(*problems, strict=True)
+    of_list = Kron(join(lefts), join(rights), list(data))
     if isinstance(data[0], Tensor):
-        return list(kron_damped_apply(*left, *right, data))
-    first, second = zip(*data, strict=True)
-    return list(zip(left @ list(first), right @ list(second), strict=True))
-
-
-def inverses_of(problems: Sequence[Kron], *, listed: bool = False) -> tuple[Inverse, Inverse] | None:
-    """Return both inverses with their coefficients left to the op, where those of both sides can be."""
-    left = inverse_of([problem.left for problem in problems], listed=listed)
-    right = inverse_of([problem.right for problem in problems], listed=listed)
-    return None if left is None or right is None else (left, right)
+        return list(of_list.solution())
+    pairs = tuple(map(list, zip(*data, strict=True)))
+    return list(zip(*of_list._replace(data=pairs).solution(), strict=True))
 
 
 def apply_inverses(left: Inverse, right: Inverse, data: Any) -> Any:
     """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
     if not isinstance(data, tuple):
         batch = batch_of(left.basis, right.basis, data)
-        return kron_damped_inverse(*left.expand(batch), *right.expand(batch), expand(data, batch))
+        return kron_damped_inverse(*spread(left, batch), *spread(right, batch), expand(data, batch))
     batches = [batch_of(side.basis, own) for side, own in zip((left, right), data, strict=True)]
-    left, right = (side.expand(batch) for side, batch in zip((left, right), batches, strict=True))
+    left, right = (spread(side, batch) for side, batch in zip((left, right), batches, strict=True))
     first, second = (expand(own, batch) for own, batch in zip(data, batches, strict=True))
     if left.damping.shape != right.damping.shape:
         # Sides of different batch shapes.
@@ -270,10 +259,6 @@ class Joint(NamedTuple):
     damping: Number
     fitted: Tensor | None  # in place of the products of eigenvalues in both spans
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """Return the tall matrices."""
-        return parts_of(self.left.factor)[1], parts_of(self.right.factor)[1]
-
     def parts(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
         """Return the eigenvalues in both spans (..., s, r), in the left one (..., s), in the right one and in neither.
 
@@ -286,9 +271,9 @@ class Joint(NamedTuple):
 
     def logdet(self) -> Tensor:
         """Return the logarithms of all eigenvalues, summed."""
-        parts = self.parts(*self.left.counted(WHOLE), *self.right.counted(WHOLE))
+        parts = self.parts(*self.left.counted(), *self.right.counted())
         both, in_left, in_right, neither = (part.log() for part in parts)
-        p, q = self.left.unheld(WHOLE), self.right.unheld(WHOLE)
+        p, q = self.left.unheld(), self.right.unheld()
         return both.sum((-2, -1)) + q * in_left.sum(-1) + p * in_right.sum(-1) + p * q * neither
 
 
@@ -298,10 +283,10 @@ def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
 
 
 def _joined(problems: Sequence[Joint]) -> Joint:
-    left, right = stack([problem.left for problem in problems]), stack([problem.right for problem in problems])
-    damping = stack_numbers([problem.damping for problem in problems], parts_of(left.factor)[0])
-    fitted = [problem.fitted for problem in problems if problem.fitted is not None]
-    return Joint(left, right, damping, torch.stack(fitted) if fitted else None)
+    lefts, rights, dampings, fitted = zip(*problems, strict=True)
+    left, right = join(lefts).stacked(), join(rights).stacked()
+    values = None if fitted[0] is None else torch.stack(fitted)
+    return Joint(left, right, stack_numbers(dampings, left.small), values)
 
 
 class Power(NamedTuple):
@@ -342,14 +327,14 @@ class Power(NamedTuple):
 
     def _coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""
-        left, right = self.joint.left.spanned(), self.joint.right.spanned()
-        parts = self.joint.parts(left.values, left.tail, right.values, right.tail)
+        (left, of_left), (right, of_right) = self.joint.left.spanned(), self.joint.right.spanned()
+        parts = self.joint.parts(*of_left, *of_right)
         neither, p = parts[3], self.exponent
         in_both, in_left, in_right = (
             (part / over(neither, dims)) ** p - 1 for part, dims in zip(parts, (2, 1, 1), strict=False)
         )
         in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
-        return (in_both, in_left, in_right, neither**p), left.vectors, right.vectors
+        return (in_both, in_left, in_right, neither**p), left, right
 
 
 def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
@@ -378,9 +363,9 @@ def check_kron(
     right_tail: Tail,
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    left_factor, left_rows = check_factor(function, "left", left)
-    right_factor, right_rows = check_factor(function, "right", right)
-    bases, rows = (parts_of(left_factor)[1], parts_of(right_factor)[1]), (left_rows, right_rows)
+    left_basis, left_rows = check_factor(function, "left", left)
+    right_basis, right_rows = check_factor(function, "right", right)
+    bases, rows = (left_basis, right_basis), (left_rows, right_rows)
     _check.together(function, "right", bases[1], "left", bases[0])
     check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
     data = check_data(function, matrix, bases, rows)
@@ -388,7 +373,6 @@ def check_kron(
         check_side(function, ("left", "left_damping", "left_tail"), left, left_damping, left_tail, left_rows),
         check_side(function, ("right", "right_damping", "right_tail"), right, right_damping, right_tail, right_rows),
         data,
-        rows,
     )
 
 
@@ -410,7 +394,7 @@ def check_joint(
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
         sides.append(check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
-    first, second = (parts_of(side.factor)[1] for side in sides)
+    first, second = (side.basis for side in sides)
     _check.together(function, "right", second, "left", first)
     check_batch(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
@@ -424,24 +408,16 @@ def check_joint(
 
 
 def check_power(
-    function: str,
-    left: LowRank,
-    right: LowRank,
-    matrix: Tensor,
-    damping: Number,
-    exponent: float,
-    *,
-    left_tail: Tail,
-    right_tail: Tail,
-    values: Tensor | None,
+    function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
-    """Check the arguments of `kron_damped_power`."""
+    """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
     exponent = check_exponent(function, exponent)
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
-    joint = check_joint(function, left, right, damping, left_tail=left_tail, right_tail=right_tail, values=values)
-    return Power(joint, _check_matrix(function, matrix, joint.bases(), (WHOLE, WHOLE)), exponent)
+    joint = check_joint(function, left, right, damping, **options)
+    bases = joint.left.basis, joint.right.basis
+    return Power(joint, _check_matrix(function, matrix, bases, (WHOLE, WHOLE)), exponent)
 
 
 def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:

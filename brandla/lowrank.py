@@ -59,7 +59,6 @@ class LowRankEigh(NamedTuple):
 
         Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankEigh.zeros", rank, n, dtype)
         vectors = zero_rows("LowRankEigh.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(torch.zeros(*batch_shape, rank, dtype=dtype, device=vectors.device), vectors)
 
@@ -160,7 +159,6 @@ class LowRankRoot(NamedTuple):
 
         Over a 1-D ``mesh`` F is a DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankRoot.zeros", rank, n, dtype)
         root = zero_rows("LowRankRoot.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         return cls(root, torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=root.device))
 
@@ -225,7 +223,7 @@ class LowRankRoot(NamedTuple):
         root = rows.local(function, "root", self.root)
         inner = rows.total(rounded_gram(root))
         r = root.shape[-1]
-        values, rotation, _ = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True, n=self.n)
+        values, rotation = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True, n=self.n)
         vectors, values = polish(root @ rotation, values, rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
@@ -295,7 +293,6 @@ class LowRankSVD(NamedTuple):
         ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. Over a 1-D ``mesh`` U is a
         DTensor sharded on its rows, on the device of each process.
         """
-        _sizes("LowRankSVD.zeros", rank, m, dtype)
         left = zero_rows("LowRankSVD.zeros", mesh, (*batch_shape, m, rank), dtype, device)
         values = torch.zeros(*batch_shape, rank, dtype=dtype, device=left.device)
         return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=left.device))
@@ -393,6 +390,21 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
     return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
+def two_numbers(
+    first: float | Tensor, second: float | Tensor, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        first, second = [
+            number.to(dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=device)
+            for number in (first, second)
+        ]
+    else:
+        # A line of two points is exact at its ends.
+        first, second = torch.linspace(first, second, 2, dtype=dtype, device=device).unbind()
+    return (first.expand(batch), second.expand(batch)) if batch else (first, second)
+
+
 @value("the update functions add columns; their decay= and weight= scale")
 class Tracked(NamedTuple, Generic[Factor]):
     """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
@@ -448,6 +460,16 @@ class Tracked(NamedTuple, Generic[Factor]):
         return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
 
 
+def check_symmetric(function: str, name: str, factor: object) -> None:
+    """Check a LowRankEigh or a LowRankRoot."""
+    if isinstance(factor, LowRankEigh):
+        _check.eigh(function, name, factor)
+    elif isinstance(factor, LowRankRoot):
+        _check.root(function, name, factor)
+    else:
+        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
+
+
 def track(lowrank: Factor) -> Tracked[Factor]:
     """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly.
 
@@ -463,7 +485,7 @@ def track(lowrank: Factor) -> Tracked[Factor]:
     >>> tracked.error_bound, tracked.trace
     (tensor(0.), tensor(2.))
     """
-    _check.symmetric("track", "lowrank", lowrank)
+    check_symmetric("track", "lowrank", lowrank)
     trace = lowrank.trace()
     return Tracked(lowrank, torch.zeros_like(trace), trace)
 
@@ -508,10 +530,3 @@ def most_of(rank: int | Rank | None) -> int | None:
 def tolerance_of(rank: int | Rank | None) -> float:
     """Return the tolerance of a rule; a number has none."""
     return rank.tol if isinstance(rank, Rank) else 0.0
-
-
-def _sizes(function: str, rank: int, n: int, dtype: torch.dtype | None) -> None:
-    _check.part_dtype(function, "dtype", torch.get_default_dtype() if dtype is None else dtype)
-    _check.count(function, "rank", rank, 0)
-    if rank > n:
-        _check.fail_value(function, f"rank must not exceed the number of rows, {n}; got {rank}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +101,12 @@ def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
 
     Of a list of panels with one number of columns T and R are stacked.
     """
-    first, dtype = _first_pass(panel), tall.dtype_of(panel)
-    nearly = times(first.panel, first.transform.to(dtype))
+    dtype = tall.dtype_of(panel)
+    panel, transform, first = _first_pass(panel)
+    nearly = times(panel, transform.to(dtype))
     nearly_gram = rounded_gram(nearly)
     second, _ = _second_pass(nearly_gram)
-    triangle = second.mT @ nearly_gram @ first.triangle
+    triangle = second.mT @ nearly_gram @ first
     return nearly, second.to(dtype), triangle.to(dtype)
 
 
@@ -122,8 +123,8 @@ def spanning(panel: Tensor) -> Tensor:
 
     One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
     """
-    first = _first_pass(panel)
-    spanned: Tensor = first.panel @ first.transform.to(panel.dtype)
+    panel, transform, _ = _first_pass(panel)
+    spanned: Tensor = panel @ transform.to(panel.dtype)
     return spanned
 
 
@@ -186,16 +187,8 @@ def _signs(k: int) -> Tensor:
     return torch.randint(0, 2, (k, _PROBES), generator=generator, device="cpu").mul_(2).sub_(1).double()
 
 
-class _FirstPass(NamedTuple):
-    """P ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero."""
-
-    panel: Tall  # P′         [..., n, k]
-    transform: Tensor  # T      [..., k, k], float64
-    triangle: Tensor  # R       [..., k, k], float64
-
-
-def _first_pass(panel: Tall) -> _FirstPass:
-    """Orthonormalise a panel as far as its Gram matrix allows.
+def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
+    """Return P′, T and R with P ≈ (P′ T) R, where the columns of P′ T are nearly orthonormal, or zero.
 
     A float64 Gram matrix resolves float64 columns only down to √ε of their length, so there a shifted Cholesky factor
     first brings the panel's condition down to 1/√ε (shifted Cholesky QR).
@@ -207,7 +200,7 @@ def _first_pass(panel: Tall) -> _FirstPass:
     # A comparison with NaN is false.
     length = torch.where(length <= _shortest(dtype), 0, length)
     if dtype != panel_gram.dtype:
-        return _FirstPass(panel, *_ranked_core(panel_gram, length, 64 * k * eps**2))
+        return panel, *_ranked_core(panel_gram, length, 64 * k * eps**2)
     order = _strongest_first(panel_gram, length, 64 * k * eps)
     if order is not None:
         panel, panel_gram = tall.each(tall.columns_at, panel, order), _permuted(panel_gram, order)
@@ -216,20 +209,16 @@ def _first_pass(panel: Tall) -> _FirstPass:
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
     to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
-    panel = tall.each(_divided, panel, to_panel)
+    panel = tall.each(
+        lambda own, upper: torch.linalg.solve_triangular(upper, own, upper=True, left=False), panel, to_panel
+    )
     panel_gram = gram(panel)
     transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
     triangle = triangle @ to_panel
     if order is not None:
         place = order.argsort(-1)
         transform, triangle = transform.take_along_dim(place[..., None, :], -1), _permuted(triangle, place)
-    return _FirstPass(panel, transform, triangle)
-
-
-def _divided(panel: Tensor, triangle: Tensor) -> Tensor:
-    """Return P R⁻¹."""
-    divided: Tensor = torch.linalg.solve_triangular(triangle, panel, upper=True, left=False)
-    return divided
+    return panel, transform, triangle
 
 
 def _shortest(dtype: torch.dtype) -> float:

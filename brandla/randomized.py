@@ -117,7 +117,7 @@ def randomized_eigh(
         # A sketch as large as the matrix would save nothing.
         dense = product(function, matrix, _identity(matrix, n))
         _check.semidefinite(function, "matrix", dense, matrix.dtype)
-        values, vectors, _ = leading((dense + dense.mT) / 2, rank, dense.dtype)
+        values, vectors = leading((dense + dense.mT) / 2, rank, dense.dtype)
         return LowRankEigh(values, vectors)
     if start is None and power_iterations:
         image = _sketch(function, matrix, width, _seed(matrix, generator))
@@ -225,7 +225,7 @@ def _nystrom(test: Tensor, image: Tensor, rank: int, dtype: torch.dtype) -> LowR
     root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]
     panel, transform, triangle = factorize(image)
     half = triangle.double() @ root
-    values, rotation, _ = leading(half @ half.mT, rank, image.dtype)
+    values, rotation = leading(half @ half.mT, rank, image.dtype)
     values = (values - shift[..., 0]).clamp_min(0)
     return LowRankEigh(values, panel @ (transform @ rotation))
 

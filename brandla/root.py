@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import Rows, here, join, rows_of
+from brandla._sharded import Rows, here, rows_of
 from brandla._small import leading_of
 from brandla.lowrank import (
     LowRankEigh,
@@ -26,6 +26,7 @@ from brandla.lowrank import (
     parts_of,
     stack_numbers,
     tolerance_of,
+    two_numbers,
 )
 from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free, root_core, rotate, rotate_, tall
 
@@ -94,9 +95,8 @@ def root_update(
     >>> new.gram.diagonal()
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    updated: Root = root_step(
-        check_root_update("root_update", root, columns, decay, weight, rank, compress, shrink)
-    ).as_new()
+    update = check_update("root_update", root, columns, decay, weight, rank, compress, shrink, kind=LowRankRoot)
+    updated: Root = root_step(update).as_new()
     return updated
 
 
@@ -125,26 +125,8 @@ def root_update_(
     >>> root.trace()
     tensor(18.)
     """
-    update = check_root_update("root_update_", root, columns, decay, weight, None, compress, shrink)
+    update = check_update("root_update_", root, columns, decay, weight, None, compress, shrink, kind=LowRankRoot)
     return root_step(update.overwriting(tol)).over(root)
-
-
-def check_root_update(
-    function: str,
-    root: Any,
-    columns: Tensor,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    rank: int | Rank | None,
-    compress: Compress,
-    shrink: bool = False,
-) -> Update:
-    """Check the arguments of `root_update`."""
-    _check.root(function, "root", root.lowrank if isinstance(root, Tracked) else root)
-    _check.choice(function, "compress", compress, ("eigh", "cholesky"))
-    if shrink and compress != "eigh":
-        _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
-    return check_update(function, LowRankRoot, root, columns, decay, weight, rank, compress, shrink)
 
 
 def root_step(update: Update) -> Updated:
@@ -205,13 +187,10 @@ class Update(NamedTuple):
     def _numbers(self, cross: Tensor) -> tuple[Any, Any]:
         """Return ρ and w as float64 tensors of the batch shape of C, or as numbers where nothing is launched."""
         decay, weight = self.decay, self.weight
-        if not isinstance(decay, Tensor) and not isinstance(weight, Tensor):
-            if self.compress == "eigh" and reads_are_free(cross):
-                return decay, weight
-            # One kernel for both: a line of two points is exact at its ends.
-            decay, weight = torch.linspace(decay, weight, 2, dtype=torch.float64, device=cross.device).unbind()
-        decay, weight, batch = _number(decay, cross), _number(weight, cross), cross.shape[:-2]
-        return (decay.expand(batch), weight.expand(batch)) if batch else (decay, weight)
+        given = isinstance(decay, Tensor) or isinstance(weight, Tensor)
+        if not given and self.compress == "eigh" and reads_are_free(cross):
+            return decay, weight
+        return two_numbers(decay, weight, torch.float64, cross.device, cross.shape[:-2])
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
         """Return C = FᵀA and G = AᵀA in float64."""
@@ -231,8 +210,8 @@ class Update(NamedTuple):
         """Return S or d, not finite where the tall matrix is not, if columns would not tell or might not."""
         if tall.columns(self.columns) and not is_sparse(self.columns):
             return small
-        nothing = self._nothing()
-        return small + nothing.view(*nothing.shape, *[1] * (small.ndim - nothing.ndim))
+        sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
+        return small + (0 * sums).view(*sums.shape, *[1] * (small.ndim - sums.ndim))
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
         """Return F W₁ + A W₂, or write it over the tall matrix: one more pass."""
@@ -266,11 +245,6 @@ class Update(NamedTuple):
                     _check.written(self.function, name, value)
         return self._replace(tol=tol, in_place=True)
 
-    def _nothing(self) -> Tensor:
-        """Return 0 of batch shape, or NaN where the tall matrix is not finite: what no columns would have told."""
-        sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
-        return 0 * sums
-
 
 class Updated(NamedTuple):
     """An updated factor, or a list of them with what is small stacked."""
@@ -286,11 +260,11 @@ class Updated(NamedTuple):
         factor = of_parts(self.kind, self.rows.small_result(self.small), self.rows.tall_result(self.tall))
         return factor if self.tracked is None else Tracked(factor, *map(self.rows.small_result, self.tracked))
 
-    def as_list(self) -> list[Any]:
-        """Return the factors of a list."""
+    def as_list(self, rows: Sequence[Rows]) -> list[Any]:
+        """Return the factors of a list, of which these rows are here."""
         tracked = list(zip(*self.tracked, strict=True)) if self.tracked else [None] * len(self.small)
-        members = zip(self.small, self.tall, tracked, strict=True)
-        return [Updated(self.kind, *member, self.rows.of(index)).as_new() for index, member in enumerate(members)]
+        members = zip(self.small, self.tall, tracked, rows, strict=True)
+        return [Updated(self.kind, *member).as_new() for member in members]
 
     def over(self, target: Target) -> Target:
         """Write what is small over the tensors of the old factor, whose tall matrix is overwritten, and return that."""
@@ -304,7 +278,6 @@ class Updated(NamedTuple):
 
 def check_update(
     function: str,
-    kind: type[Any],
     factor: Any,
     columns: Tensor,
     decay: float | Tensor,
@@ -312,8 +285,18 @@ def check_update(
     rank: int | Rank | None,
     compress: Compress = "eigh",
     shrink: bool = False,
+    *,
+    kind: type[Any],
 ) -> Update:
-    """Check what every symmetric update takes besides its factor of this kind, tracked or not."""
+    """Check the arguments of a symmetric update of a factor of this kind, tracked or not."""
+    own = factor.lowrank if isinstance(factor, Tracked) else factor
+    if kind is LowRankRoot:
+        _check.root(function, "root", own)
+    else:
+        _check.eigh(function, "eigh", own)
+    _check.choice(function, "compress", compress, ("eigh", "cholesky"))
+    if shrink and compress != "eigh":
+        _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
     small_name, name = _NAMES[kind]
     small, basis = parts_of(factor)
     rows, tracked = rows_of(function, name, basis, small), None
@@ -361,7 +344,6 @@ def stack(updates: Sequence[Update]) -> Update:
         decay=stack_numbers([update.decay for update in updates], first.small),
         weight=stack_numbers([update.weight for update in updates], first.small),
         tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
-        rows=join([update.rows for update in updates]),
     )
 
 
@@ -369,9 +351,3 @@ def _carried(number: Tensor, decay: float | Tensor, new: Tensor) -> Tensor:
     """Return ρ times a number and what is new, in one kernel."""
     new = new.to(number.dtype)
     return torch.addcmul(new, decay, number) if isinstance(decay, Tensor) else torch.add(new, number, alpha=decay)
-
-
-def _number(number: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.double()
-    return torch.full((), number, dtype=torch.float64, device=like.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import above, leading, safe_svd, signs_of, unit_scaled
+from brandla._small import leading, safe_svd, signs_of, unit_scaled
 from brandla.centred import Centred, less
 from brandla.lowrank import LowRankSVD, Rank, most_of, over, tolerance_of
 from brandla.orthonormal import polish
@@ -66,29 +66,18 @@ def svd_update(
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
-    left_vectors, values, right_vectors = svd.U, svd.S, svd.Vh.mT
-    left_rows = rows_of(function, "svd.U", left_vectors, values)
-    right_rows = rows_of(function, "svd.Vh.mT", right_vectors, values)
-    left_rows.admit(function, "left", left)
-    right_rows.admit(function, "right", right)
-    left, right = _in_full(left), _in_full(right)
-    left = _check.columns(function, "left", left, "svd.U", left_vectors)
-    right = _check.columns(function, "right", right, "svd.Vh.mT", right_vectors)
+    left_rows, left_vectors, left = _here(function, ("svd.U", "left"), svd.U, left, svd.S)
+    right_rows, right_vectors, right = _here(function, ("svd.Vh.mT", "right"), svd.Vh.mT, right, svd.S)
     if left.shape[-1] != right.shape[-1]:
-        _check.fail_value(
-            function,
-            f"left and right must have the same number k of columns; got {left.shape[-1]} and {right.shape[-1]}",
-        )
+        rule = "left and right must have the same number k of columns"
+        _check.fail_value(function, f"{rule}; got {left.shape[-1]} and {right.shape[-1]}")
     small = left_rows if right_rows is WHOLE else right_rows
-    decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", left_vectors)
-    m, n, r, k = left_vectors.shape[-2], right_vectors.shape[-2], left_vectors.shape[-1], left.shape[-1]
+    decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", svd.U)
+    (m, r), n, k = svd.U.shape[-2:], svd.Vh.shape[-1], left.shape[-1]
     most = min(m, n, r + k)
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
     tol, rank = tolerance_of(rank), _check.rank(function, most_of(rank), r, most, because)
-    values = small.small(function, "svd.S", values)
-    left_vectors, left = left_rows.local(function, "svd.U", left_vectors), left_rows.local(function, "left", left)
-    right_vectors = right_rows.local(function, "svd.Vh.mT", right_vectors)
-    right = right_rows.local(function, "right", right)
+    values = small.small(function, "svd.S", svd.S)
     left_panel = torch.cat([left_vectors * (values * over(decay))[..., None, :], left], dim=-1)
     left_side = _factored(left_panel, left_rows)
     right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
@@ -184,20 +173,26 @@ class _Append(NamedTuple):
 def _check_append(svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> _Append:
     function = "svd_append"
     _check.svd(function, "svd", svd)
-    rows = rows_of(function, "svd.U", svd.U, svd.S)
-    rows.admit(function, "columns", columns)
-    columns = _check.columns(function, "columns", _in_full(columns), "svd.U", svd.U)
+    rows, vectors, columns = _here(function, ("svd.U", "columns"), svd.U, columns, svd.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", svd.U)
-    m, r = svd.U.shape[-2:]
-    k = columns.shape[-1]
+    (m, r), k = svd.U.shape[-2:], columns.shape[-1]
     because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
     most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
-    local = LowRankSVD(
-        rows.local(function, "svd.U", svd.U),
-        rows.small(function, "svd.S", svd.S),
-        rows.small(function, "svd.Vh", svd.Vh),
-    )
-    return _Append(local, rows.local(function, "columns", columns), decay, most, tolerance_of(rank), rows)
+    local = LowRankSVD(vectors, rows.small(function, "svd.S", svd.S), rows.small(function, "svd.Vh", svd.Vh))
+    return _Append(local, columns, decay, most, tolerance_of(rank), rows)
+
+
+def _here(
+    function: str, names: tuple[str, str], vectors: Tensor, new: Tensor, values: Tensor
+) -> tuple[Rows, Tensor, Tensor]:
+    """Check new columns beside singular vectors, and return which rows of both are here, with those."""
+    name, new_name = names
+    rows = rows_of(function, name, vectors, values)
+    rows.admit(function, new_name, new)
+    # A panel would hold sparse columns as dense ones.
+    dense = new.to_dense() if is_sparse(new) else new
+    new = _check.columns(function, new_name, dense, name, vectors)
+    return rows, rows.local(function, name, vectors), rows.local(function, new_name, new)
 
 
 def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +208,7 @@ def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
         turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
         return side.basis(rotation * turned), spectrum, right * turned
     noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
-    squares, right, _ = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+    squares, right = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
     # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
@@ -249,7 +244,7 @@ def _factored(panel: Tensor, rows: Rows) -> _Factored:
     shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
     unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
     noise = (4 * torch.finfo(panel.dtype).eps) ** 2
-    values, vectors, _ = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
+    values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
     transform = unit[..., :, None] * unit_scaled(vectors, values)
     return _Factored(panel, transform, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :], rows)
 
@@ -294,14 +289,10 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     rotation, spectrum, right_rotation = safe_svd(core, dtype)
     kept = spectrum[..., :rank]
-    alive = above(kept, tol)
+    # NaN stays. What is 0 has zero vectors already.
+    alive = ~(kept <= tol * kept[..., :1])
     return (
         rotation[..., :rank] * alive[..., None, :],
         without_denormals((kept * alive).to(dtype)),
         right_rotation[..., :rank] * alive[..., None, :],
     )
-
-
-def _in_full(columns: Tensor) -> Tensor:
-    """Return sparse columns as dense ones: the panel would hold them as such."""
-    return columns.to_dense() if is_sparse(columns) else columns

@@ -24,10 +24,9 @@ from bench.benches.written_out import solve_floor, update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
 from bench.studies.scaling import DAMPING, Call, Size, tall_call
+from brandla import root as updates
 from brandla._small import leading_of, unresolved
-from brandla.brand import check_eigh_update
 from brandla.orthonormal import polish
-from brandla.root import check_root_update
 from brandla_kernels import cross_gram, eigh_core, root_core
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
@@ -101,7 +100,7 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
 def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]:
     """Return an update in the parts that it is made of, each on the results of the ones before it."""
     taken = (name, *case, DECAY, WEIGHT, None)
-    update = check_eigh_update(*taken) if name == EIGH else check_root_update(*taken, "eigh")
+    update = updates.check_update(*taken, kind=brandla.LowRankEigh if name == EIGH else brandla.LowRankRoot)
     form = lambda: cross_gram(update.tall, update.columns)
     cross, own = form()
     numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
@@ -112,7 +111,7 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
     else:
         core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
         compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
-        of_old, of_columns = compress().vectors.split(list(cross.shape))
+        of_old, of_columns = compress()[1].split(list(cross.shape))
     rotate = lambda: update.rotated(of_old, of_columns)
     stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
     if name != EIGH:
