@@ -20,7 +20,7 @@ from bench.frame.facts import ROOT, commit_of, place
 from bench.frame.figures import spelled
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
-from bench.frame.study import application
+from bench.frame.study import Study, application
 from bench.gpu import frame
 from bench.studies import accuracy, defaults, expand_reduce, kfac_images, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
@@ -64,27 +64,48 @@ def of_functions(title: str, names: str | tuple[str, ...], *others: str) -> Ques
     return Question(title, answer, partial(bars, chart, "functions.json"), table, ("functions", *others))
 
 
-# What further studies have to show on the page of K-FAC.
-SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
-    "defaults": defaults.section,
-    "expand-reduce": expand_reduce.section,
-}
 # By page.
 QUESTIONS = {
     "updates": asked("What does an update cost?", scaling, "scaling", "updates", "functions"),
     "randomized": of_functions("How quick is a randomized decomposition?", "randomized", "updates"),
     "applications": of_functions("What does a damped application cost?", ("damped", "kron_damped"), "scaling"),
-    "kfac": asked("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo", *SECTIONS),
+    "kfac": asked("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo"),
     "ops": asked("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
     "gpu": asked("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
     "streams": asked("How right do the updates stay?", streams, "streams", "forms"),
     "accuracy": asked("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
 }
-PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
-# Pictures, with their study: those of studies, and of questions.
-DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images, expand_reduce)}
-DRAWN |= {"kfac-cost": ("kfac-study", kfac_page.draw_costs), "kfac-width": ("kfac-study", kfac_page.draw_widths)}
-DRAWN |= {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()}
+
+
+class Section(NamedTuple):
+    """A study all of whose tables are shown, under headings, after its pictures."""
+
+    study: Study
+    heading: str
+    captions: dict[str, tuple[str, pictures.Draw]]  # what pictures draw, by their names
+    answer: Callable[[Row], str] = lambda content: ""
+
+
+COURSES = "Test accuracy against steps, a panel for each task"
+RATIOS = "Seconds over steps to the target, as multiples of AdamW's"
+SECTIONS = {
+    "defaults": Section(defaults.STUDY, "####", {}),
+    "expand-reduce": Section(expand_reduce.STUDY, "####", {"expand-reduce": (COURSES, expand_reduce.draw)}),
+    "kfac-study": Section(
+        kfac_images.STUDY,
+        "##",
+        {
+            "kfac-study": (RATIOS, kfac_page.draw),
+            "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
+            "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
+        },
+        kfac_page.answer,
+    ),
+}
+# Pictures, with their study.
+DRAWN = {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()} | {
+    name: (study, draw) for study, each in SECTIONS.items() for name, (_, draw) in each.captions.items()
+}
 
 
 def machines_of(folder: Path) -> Machines:
@@ -114,16 +135,30 @@ def of_question(name: str, machines: Machines) -> Iterator[str]:
         if len(cells):
             of = f"{MOST} of {len(cells)} rows of" if len(cells) > MOST else "From"
             yield f"{markdown(cells.head(MOST))}\n{of} `{study}.json`.\n"
-        present = [other for other in question.studies if other in found]
-        for other in filter(SECTIONS.__contains__, present):
-            yield from SECTIONS[other](found[other], machine)
-            yield ""
         yield "All figures, with what they were measured on:\n"
-        for other in present:
-            links = [f"[{table}]({csv_of(machine, other, table)})" for table in tables(other, found[other])]
-            yield f"- {pages.provenance(found[other]['facts'], f'{other}.json')} CSV: {', '.join(links) or 'none'}."
+        yield from (f"- {source(machine, other, found[other])}" for other in question.studies if other in found)
     if not measured:
         yield NOTHING
+
+
+def of_study(name: str, machines: Machines) -> Iterator[str]:
+    """Yield answer, pictures, source, settings and tables, for each machine on which the study was made."""
+    section = SECTIONS[name]
+    for machine, content in [(machine, found[name]) for machine, found in machines.items() if name in found]:
+        yield f"{section.answer(content)}\n"
+        yield from (pages.picture(drawn, machine, words) for drawn, (words, _) in section.captions.items())
+        settings = {key: value for key, value in content["settings"].items() if key != "tasks"}
+        yield f"{source(machine, name, content)}\n"
+        yield f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.\n"
+        if tasks := content["settings"].get("tasks"):
+            yield f"{section.heading} The tasks\n\n{markdown(pd.DataFrame(tasks))}"
+        yield from (f"{section.heading} {title}\n\n{markdown(cells)}" for title, cells in section.study.shown(content))
+
+
+def source(machine: str, study: str, content: Row) -> str:
+    """Say where the figures of a study come from, with its CSV files."""
+    links = [f"[{table}]({csv_of(machine, study, table)})" for table in tables(study, content)]
+    return f"{pages.provenance(content['facts'], f'{study}.json')} CSV: {', '.join(links) or 'none'}."
 
 
 def answered(name: str, found: dict[str, Row]) -> str:
@@ -162,9 +197,10 @@ def demo(machines: Machines) -> Iterator[str]:
 
 
 def among_optimizers(machines: Machines) -> Iterator[str]:
-    """Yield the second picture of README."""
-    for machine, found in [each for each in machines.items() if "kfac-study" in each[1]][:1]:
-        yield kfac_page.readme(found["kfac-study"], machine)
+    """Yield the second table of README."""
+    for content in contents("kfac-study", machines):
+        yield markdown(kfac_page.readme(content))
+        yield f"`make study-kfac`, {machine_of(content)} (`kfac-study.json`).{pages.caveats(content['facts'])}"
 
 
 def by_width(machines: Machines) -> Iterator[str]:
@@ -201,6 +237,7 @@ BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
     "clips": lambda machines: map(defaults.guide, contents("defaults", machines)),
 }
 BLOCKS |= {name: partial(of_question, name) for name in QUESTIONS}
+BLOCKS |= {name: partial(of_study, name) for name in SECTIONS}
 
 
 def made(match: re.Match[str], machines: Machines, above: str) -> str:
@@ -255,11 +292,7 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
         block = partial(made, machines=machines, above=above)
         text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
         yield path, QUOTE.sub(partial(quoted, machines=machines), text)
-    for study, write in PAGES_OF_THEIR_OWN.items():
-        yield docs / f"{study}.md", write({name: found[study] for name, found in machines.items() if study in found})
-    if found := {name: studies["kfac-study"] for name, studies in machines.items() if "kfac-study" in studies}:
-        yield docs / "kfac-study.csv", kfac_page.raw(found)
-    for study in {study for question in QUESTIONS.values() for study in question.studies}:
+    for study in {study for question in QUESTIONS.values() for study in question.studies} | set(SECTIONS):
         for machine, found in machines.items():
             for name, cells in tables(study, found[study]).items() if study in found else ():
                 yield docs / csv_of(machine, study, name), cells.to_csv(index=False, lineterminator="\n")
@@ -270,7 +303,7 @@ def drawn(machines: Machines, docs: Path) -> Iterator[tuple[str, Row, Path, pict
     for machine, found in machines.items():
         for name, (study, draw) in DRAWN.items():
             shows = QUESTIONS[name].answer if name in QUESTIONS else lambda content: content.get("runs")
-            if draw and study in found and shows(found[study]):
+            if study in found and shows(found[study]):
                 yield name, found[study], docs / pages.PICTURES / machine, draw
 
 

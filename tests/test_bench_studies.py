@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
-from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, kfac_page, roofline, scaling, streams
+from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, roofline, scaling, streams
 from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
@@ -121,7 +121,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
 
 def test_without_a_result_the_pages_say_so() -> None:
     texts = ["\n".join(report.of_question(name, {})) for name in report.QUESTIONS]
-    for text in (*texts, "\n".join(report.overview({})), kfac_page.page({})):
+    for text in (*texts, "\n".join(report.overview({}))):
         assert "Nothing has been measured yet." in text
 
 
@@ -259,7 +259,7 @@ def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: py
     content = results.read(tmp_path / "toy")["defaults"]
     assert len(content["runs"]) == len(tasks) * len(defaults.METHODS)
     assert all(row["loss"] is not None for row in content["runs"])
-    assert "| letters transformer |" in "".join(defaults.section(content, "toy"))
+    assert "| letters transformer |" in "".join(report.of_study("defaults", {"toy": {"defaults": content}}))
 
 
 def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.output
     content = results.read(tmp_path / "toy")["expand-reduce"]
     assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
-    text = "".join(expand_reduce.section(content, "toy"))
+    text = "".join(report.of_study("expand-reduce", {"toy": {"expand-reduce": content}}))
     for task in content["settings"]["tasks"]:
         assert f"#### {task['name']}, to " in text
         found = expand_reduce.summary(content, task)

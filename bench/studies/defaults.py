@@ -151,28 +151,9 @@ def _loss(value: float) -> str:
 def guide(content: Row) -> str:
     """Return the table of ``docs/kfac.md``: on how many tasks each clip was enough, at one rate for all."""
     title, cells = next(iter(shown(content)))
-    told = f"{content['settings']['steps']} steps, {seeds(content)} (`make study-defaults`)"
+    settings = content["settings"]
+    told = f"{settings['steps']} steps, seeds {pages.listed(list(map(str, settings['seeds'])))} (`make study-defaults`)"
     return f"{title}, {told}:{pages.caveats(content['facts'])}\n\n{pages.markdown(cells)}"
-
-
-def seeds(content: Row) -> str:
-    """Say how many seeds each case has."""
-    if not content.get("runs"):
-        return "no run was made"
-    counts = pd.DataFrame(content["runs"]).groupby(["task", "method", "rate"]).size()
-    return f"seeds: {counts.min()}" + (f" to {counts.max()}" if counts.max() > counts.min() else "")
-
-
-def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements/kfac.md``."""
-    yield "### What bounds a step of K-FAC\n\n`defaults.json`, of `make study-defaults`: the least validation loss in"
-    yield f"{content['settings']['steps']} steps, the mean of all seeds ({seeds(content)}), with a rate"
-    yield "that falls to 0 along a cosine. The share is that of what the best method at its best rate takes off the"
-    yield f"initial loss; {100 * SHARE:g} % of it counts as reached. The untuned rate is the first of each method."
-    yield pages.caveats(content["facts"])
-    for title, cells in shown(content):
-        yield f"\n#### {title}\n"
-        yield pages.markdown(cells)
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

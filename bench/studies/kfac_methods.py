@@ -11,8 +11,8 @@ from scipy.stats.qmc import LatinHypercube
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.frame.samples import CONTEXT, ROWS, friedman, garments, letters
-from bench.studies.networks import NEIGHBOURS, Graph, Transformer, conv, mlp, seeded, two_hidden
+from bench.frame.samples import friedman, garments, letters
+from bench.studies.networks import Graph, Transformer, conv, mlp, seeded, two_hidden
 from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer
@@ -28,7 +28,6 @@ EXPONENTS = (0.0, 0.5, 1.0)
 class Kind(NamedTuple):
     """A network, and what it learns."""
 
-    words: str
     make: Callable[[int, int], nn.Module]  # from the numbers of a sample, and the width
     load: Callable[[Path], Parts] = garments
     judged: int = 1000  # of the samples that judge, the first so many do
@@ -37,30 +36,14 @@ class Kind(NamedTuple):
     sharing: Literal["expand", "reduce"] = "reduce"  # of K-FAC: "expand" where each place has a loss of its own
 
 
+# ``docs/kfac-study.md`` says what they are.
 KINDS = {
-    "mlp": Kind("an MLP with two hidden layers of {width} on Fashion-MNIST", two_hidden),
-    "conv": Kind(
-        "two convolutions of {width} channels and twice as many, and two Linear layers, on Fashion-MNIST", conv
-    ),
-    "graph": Kind(
-        f"two graph convolutions of width {{width}} over {NEIGHBOURS} nearest neighbours in a batch of Fashion-MNIST",
-        Graph,
-    ),
-    "transformer": Kind(
-        f"two causal layers of width {{width}} over {CONTEXT} letters of Python's own documentation",
-        Transformer,
-        letters,
-        100,
-        by_loss=True,
-        sharing="expand",
-    ),
+    "mlp": Kind(two_hidden),
+    "conv": Kind(conv),
+    "graph": Kind(Graph),
+    "transformer": Kind(Transformer, letters, 100, by_loss=True, sharing="expand"),
     "regression": Kind(
-        f"an MLP with two hidden layers of {{width}} on Friedman's first function with noise, {ROWS} rows",
-        lambda inputs, width: mlp(inputs, width, width, 1),
-        friedman,
-        2000,
-        by_loss=True,
-        loss=F.mse_loss,
+        lambda inputs, width: mlp(inputs, width, width, 1), friedman, 2000, by_loss=True, loss=F.mse_loss
     ),
 }
 
