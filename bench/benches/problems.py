@@ -202,13 +202,3 @@ def target_of(case: Case) -> tuple[Tensor, Tensor]:
     left, right = halves(case.factor)
     added = case.columns.double()
     return torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
-
-
-def check_update(name: str, case: Case, updated: Symmetric) -> None:
-    """Check an update against float64: the form that it promises, and no more lost than the best truncation loses."""
-    eps = torch.finfo(tall_of(updated).dtype).eps
-    approximation(target_of(case), updated.rank, eps, LOSS_ALLOWED[name])(updated).accept(name)
-
-
-def check_solve(factor: LowRankEigh, rhs: Tensor, damping: float, solution: Tensor) -> None:
-    undone(rhs, [factor], damping)(solution).accept("damped_solve")

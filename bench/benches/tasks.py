@@ -61,6 +61,11 @@ class Call(NamedTuple):
     judge: Judge
     on_numpy: bool = False
 
+    @property
+    def again(self) -> Callable[[], Any]:
+        """The call, on the same tensors each time."""
+        return partial(self.function, *self.arguments)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -113,17 +118,16 @@ def a_row(r: int, k: int) -> int:
     return 2 * r * k + k**2 + 2 * (r + k) * r
 
 
-def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
+def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 0.5) -> Task:
     """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
     n, r, k = shape[:3]
-    settled = problems.steady(name, n, r, k, dtype=shape.dtype)
-    columns = settled.columns.to(shape.data or shape.dtype)
-    target, slack = problems.target_of(problems.Case(settled.factor, columns)), problems.LOSS_ALLOWED[name]
-    factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
+    factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
+    case = problems.Case(factor, columns.to(shape.data or shape.dtype))
+    target, slack = problems.target_of(on_cpu(case)), problems.LOSS_ALLOWED[name]
     chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
     options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
-    return approximating(function, (factor, columns.to(device.tensors)), options, target, slack, shape, device, work)
+    return approximating(function, tuple(case), options, target, slack, shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
@@ -262,10 +266,10 @@ def dense_of(factor: LowRankEigh) -> Tensor:
     return factor.dense() + shift
 
 
-def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
-    """Return a two-sided solve of an n × n / 2 matrix, or of a pair of k columns."""
+def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> Task:
+    """Return a two-sided solve of an n × n / 2 matrix, or n × n, or of a pair of k columns."""
     n, r, k = shape[:3]
-    m = n // 2
+    m = n if square else n // 2
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
     exact = [on_cpu(side) for side in sides]
     if pair:
@@ -320,6 +324,10 @@ def joint(name: str, shape: Shape, device: Device) -> Task:
 # --- Others' ways, of dense matrices
 
 
+def _cholesky_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
+    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
+
+
 def _power(matrix: Tensor, rhs: Tensor) -> Tensor:
     levels, directions = torch.linalg.eigh(matrix)
     return directions @ (levels[:, None] ** EXPONENT * (directions.mT @ rhs))
@@ -368,7 +376,7 @@ class Entry(NamedTuple):
         return own + [name for name, peer in self.peers.items() if shape.data is None and fits(peer)]
 
 
-SOLVE, DENSE_EIGH = "torch.linalg.solve, dense", "torch.linalg.eigh, dense"
+SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
 _SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
 _PCA = Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)
@@ -386,7 +394,10 @@ TASKS: dict[str, Entry] = {
     "orthonormalize, batched": Entry(
         partial(orthonormal, panels=PANELS), _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)}
     ),
-    "damped_solve": Entry(partial(damped, "damped_solve"), {SOLVE: Peer(torch.linalg.solve, slow=True)}),
+    "damped_solve": Entry(
+        partial(damped, "damped_solve"),
+        {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
+    ),
     "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_power, slow=True)}),
     "damped_logdet": Entry(determinant, {"torch.linalg.slogdet, dense": _SLOGDET}),
     "kron_damped_power": Entry(partial(joint, "kron_damped_power"), {DENSE_EIGH: Peer(_joint_power, slow=True)}),

@@ -10,7 +10,8 @@ import torch
 
 import brandla
 from bench.benches import written_out
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError, check_update, steady
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
+from bench.benches.tasks import BRANDLA, TASKS, Shape, check
 from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case, Size, forced
 from bench.gpu.device import called, measure, replayed
@@ -24,7 +25,7 @@ GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
 CHOLESKY = "root_update, cholesky"
-KERNELS, CALLS, STEPS = 15, 100, 30
+KERNELS, CALLS = 15, 100
 # n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
 SIZE, TOY = (4096, 256, 256), (64, 8, 8)
 ORDERS, TOY_ORDERS = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256)), ((4, 4), (8, 5))
@@ -95,17 +96,16 @@ def profiled(dry: bool) -> list[str]:
 
 def _profile(found: Findings, name: str) -> None:
     device, size = found.device, TOY if found.device.dry else SIZE
-    case, function = steady(name, *size, steps=10 if device.dry else STEPS, device=device.tensors), UPDATES[name][0]
-    update = lambda: function(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
-    right = lambda result: check_update(name, cases.on_cpu(case), cases.on_cpu(result))
-    right(update())
-    eigh = case.factor.to_eigh() if isinstance(case.factor, brandla.LowRankRoot) else case.factor
-    brand = lambda: written_out.brand_update(*eigh, case.columns, DECAY, WEIGHT)
+    call = TASKS[name].task(Shape(*size), device).call(BRANDLA)
+    check(name, call)
+    update, (factor, columns) = call.again, call.arguments
+    eigh = factor.to_eigh() if isinstance(factor, brandla.LowRankRoot) else factor
+    brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
     calls: dict[str, Any] = {"eager": update, "torch": brand}
     if name == CHOLESKY:
         captured = device.capture(update)
         captured.replay()
-        right(captured.result)
+        call.judge(cases.on_cpu(captured.result)).accept(name)
         calls["graph"] = captured.replay
     times = called(device, calls, 3 * found.sizes.seconds)
     words = "n {}, r {}, k {}".format(*size)
@@ -117,9 +117,9 @@ def _profile(found: Findings, name: str) -> None:
         found.figure(name, f"{words}, in a graph: eager torch Brand update / it", ratio, at_least=10)
     found.figure(name, f"{words}: eager torch Brand update / it", times.ratio("torch", "eager"))
     try:
-        check_update("eigh_update", cases.on_cpu(case), brandla.LowRankEigh(*cases.on_cpu(brand())))
+        call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
-        found.note(f"the eager torch update would not pass the check of eigh_update: {error}")
+        found.note(f"the eager torch update would not pass the same check: {error}")
     for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
 
