@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.benches.timing import Interval
-from bench.gpu.device import Ceilings, Device, Floor, Times, Work, replayed, size_of
+from bench.gpu.device import Device, Work, size_of
 from brandla_kernels import OPS, Cost
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to
@@ -329,33 +328,7 @@ def allowed(case: Case) -> float:
     return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
 
 
-# --- Time
-
-
-class Timed(NamedTuple):
-    """An op that was right: its error and its torch form's, its time, and the least time of its work."""
-
-    by: str
-    error: float
-    torch_error: float
-    times: Times
-    floor: Floor
-    sets: int
-
-    @property
-    def seconds(self) -> Interval:
-        return self.times.median("op")
-
-    @property
-    def of_ceiling(self) -> Interval:
-        return self.floor.part_of(self.seconds)
-
-
-def timed(case: Case, device: Device, ceilings: Ceilings, seconds: float, *, beside_torch: bool = False) -> Timed:
-    """Check, then time, in turn with the torch form if that is wanted."""
-    op, errors, sets = OPS[case.op], check(case, device), inputs(case, device)
-    times = replayed(device, {"op": op} | ({"torch": forced(op)} if beside_torch else {}), sets, seconds)
-    return Timed(op.implementation(device.tensors.type)[0], *errors, times, ceilings.floor(work(case)), len(sets))
+# --- Other ways, and tensors
 
 
 def forced(function: Callable[..., Any]) -> Callable[..., Any]:

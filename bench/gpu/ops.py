@@ -17,6 +17,7 @@ from bench.gpu.cases import SMALL, Case, Size, forced
 from bench.gpu.device import called, measure, replayed
 from bench.gpu.frame import Findings
 from bench.profiling import Request, prepare, table_of
+from bench.studies import roofline
 from brandla_kernels import OPS
 
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
@@ -37,14 +38,8 @@ def ceilings(found: Findings) -> None:
 
 
 def _ceilings(found: Findings) -> None:
-    sizes = found.sizes
-    limits = measure(found.device, sizes)
-    found.row("rates", **{name: rate for name, rate in limits._asdict().items() if name != "samples"})
-    for name, rates in limits.intervals():
-        case = f"{name} product of order {sizes.product}"
-        case = f"copy of {sizes.copy / 2**20:.4g} MiB, read + write" if name == "copy" else case
-        unit = "TB/s" if name == "copy" else "TFLOP/s"
-        found.figure("ceiling", case, tuple(rate / 1e12 for rate in rates), unit=unit)
+    for row in roofline.levels(measure(found.device, found.sizes), found.sizes):
+        found.row("ceilings", when="at first", **row)
 
 
 def run(found: Findings) -> None:
@@ -64,20 +59,12 @@ def _compile(found: Findings, listed: list[Case]) -> None:
 
 
 def _measure(found: Findings, case: Case) -> None:
-    device, cost = found.device, cases.cost(case)
-    timed = cases.timed(case, device, found.ceilings, found.sizes.seconds, beside_torch=True)
-    time, part, note = timed.seconds, timed.of_ceiling.value, f"bound by {timed.floor.bound_by}"
-    found.row(
-        "ops",
-        **{"op": case.op, "case": case.name, "by": timed.by, "µs": 1e6 * time.value},
-        **{"TFLOP/s": cost.flops / time.value / 1e12, "GB/s": cost.bytes / time.value / 1e9},
-        **{"of ceiling": part, "bound by": timed.floor.bound_by, "× torch": timed.times.ratio("torch", "op").value},
-        **{"error": timed.error, "torch's error": timed.torch_error},
-        **{"low µs": 1e6 * time.low, "high µs": 1e6 * time.high, "sets": timed.sets, "timed by": timed.times.how},
-    )
-    n, r = TOY_JUDGED if device.dry else JUDGED
+    row = roofline.measured(case, found.sizes, found.device, found.ceilings, beside_torch=True)
+    found.row("rows", op=case.op, case=case.name, **row)
+    n, r = TOY_JUDGED if found.device.dry else JUDGED
     large = case.size.n >= n and case.size.r == case.size.k == r
-    if large and case.dtype == case.data == torch.float32 and case.op not in cases.SMALL:
+    if large and case.dtype == case.data == torch.float32 and case.op not in SMALL:
+        part, note = row["of_ceiling"].value, f"bound by {row['bound_by']}"
         found.figure(GROUP, f"{case.op}, {case.name}", part, at_least=0.6, unit="", note=note)
 
 

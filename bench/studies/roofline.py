@@ -15,7 +15,8 @@ from bench.frame.figures import spelled
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
-from bench.gpu.device import Ceilings, Device, measure
+from bench.gpu.device import Ceilings, Device, measure, replayed
+from brandla_kernels import OPS
 
 USUAL = replace(
     FULL,
@@ -39,36 +40,45 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
         key = {"op": case.op, "case": case.name}
         return Piece("rows", key, 1.0, lambda *_: [measured(case, sizes, device, ceilings())])
 
-    def levels(ceilings: Ceilings) -> Iterator[Row]:
-        """Yield the ceilings, in bytes or flops per second."""
-        for name, rate in ceilings.intervals():
-            yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
-
     return [
-        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings())),
+        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings(), sizes)),
         *map(op, cases.cases(sizes)),
-        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes))),
+        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes), sizes)),
     ]
 
 
-def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings) -> Row:
-    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio."""
-    timed, cost = cases.timed(case, device, ceilings, sizes.seconds), cases.cost(case)
-    return {
+def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
+    """Yield the ceilings, in bytes or flops per second."""
+    for name, rate in ceilings.intervals():
+        yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
+
+
+def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False) -> Row:
+    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio.
+
+    It is timed in turn with its torch form if that is wanted.
+    """
+    op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device)
+    times = replayed(device, {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {}), sets, sizes.seconds)
+    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), times.median("op")
+    row = {
         "n": case.size.n,
         "r": case.size.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "data": str(case.data).removeprefix("torch."),
-        "by": timed.by,
-        "seconds": timed.seconds,
+        "by": op.implementation(device.tensors.type)[0],
+        "seconds": seconds,
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "of_ceiling": timed.of_ceiling,
-        "bound_by": timed.floor.bound_by,
-        "error": timed.error,
-        "sets": timed.sets,
-        "rounds": len(timed.times.samples["op"]),
+        "of_ceiling": floor.part_of(seconds),
+        "bound_by": floor.bound_by,
+        "error": error,
+        "sets": len(sets),
+        "rounds": len(times.samples["op"]),
     }
+    if not beside_torch:
+        return row
+    return row | {"× torch": times.ratio("torch", "op").value, "torch_error": torch_error, "timed_by": times.how}
 
 
 # --- Tables
