@@ -222,7 +222,9 @@ def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize(("module", "tables"), [(streams, ("right_vectors", "solves")), (forms, ("losses", "streams"))])
+@pytest.mark.parametrize(
+    ("module", "tables"), [(streams, ("right_vectors", "dying_out")), (forms, ("losses", "streams"))]
+)
 def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, ...]) -> None:
     pieces = module.pieces(True, None)
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]

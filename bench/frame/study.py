@@ -1,10 +1,10 @@
 """How a study runs: its command, its pieces under a progress bar, its file, and its tables and picture at the end."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -39,6 +39,38 @@ class Study:
     derived: Callable[[Tables], Tables] = lambda tables: {}  # tables that follow from the measured ones
     draw: pictures.Draw | None = None  # the picture of the file's content
     threads: int = THREADS  # of torch and of NumPy's BLAS; one in a short run
+
+
+class Table(NamedTuple):
+    """A table whose rows differ in the values of some names, and what measures the rows of given values."""
+
+    title: str
+    names: tuple[str, ...]
+    values: Iterable[tuple[Any, ...]]
+    measure: Callable[..., Iterator[Row]]
+    cost: float = 1.0
+
+
+def pieces_of(tables: Mapping[str, Table], *settings: Any) -> list[Piece]:
+    """Return a piece for each set of values, measured with the settings."""
+    return [
+        Piece(
+            table,
+            dict(zip(each.names, values, strict=True)),
+            each.cost,
+            lambda *_, measure=each.measure, values=values: measure(*values, *settings),
+        )
+        for table, each in tables.items()
+        for values in each.values
+    ]
+
+
+def tabulated(tables: Mapping[str, Table], content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the rows of what has been measured, numbers with four digits."""
+    for table, each in tables.items():
+        if rows := content.get(table):
+            cells = pd.json_normalize(rows)
+            yield each.title, cells.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
 
 
 def command(study: Study, about: str | None) -> typer.Typer:

@@ -6,7 +6,7 @@ its early ones.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from statistics import median
@@ -19,7 +19,7 @@ from torch import Tensor
 import brandla
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
 from bench.frame import pictures
-from bench.frame.study import Piece, Row, Study, command
+from bench.frame.study import Piece, Row, Study, Table, command, pieces_of, tabulated
 from bench.gpu.device import Device
 from tests import oracles
 from tests.oracles import STREAMS, Stream, power_law, spectral_stream, switching_stream
@@ -219,40 +219,6 @@ def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
     yield {**family.about, "calls": family.steps, "defect_over_eps": off}
 
 
-# --- Damped solves, by the damping
-
-# Over the largest eigenvalue of M.
-DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-
-
-def solves(name: str, quick: bool, dampings: Sequence[float] = DAMPINGS) -> Iterator[Row]:
-    """Yield errors of damped solves in float32 beside the truncated update in float64, and what truncation costs."""
-    family = replace(FAMILIES[name], n=256, r=64, k=16, steps=25 if quick else 1000)
-    n, r = family.n, family.r
-    rhs = torch.randn(n, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    exact = brandla.LowRankEigh.zeros(n, r, dtype=torch.float64)
-    values = {update: kind.zeros(n, r) for update, (_, kind) in UPDATES.items()}
-    for columns in family.batches(torch.float32):
-        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
-        exact = brandla.eigh_update(exact, columns.double(), decay=DECAY, weight=WEIGHT)
-        for update, (function, _) in UPDATES.items():
-            values[update] = function(values[update], columns, decay=DECAY, weight=WEIGHT)
-    for damping in dampings:
-        shift = damping * oracles.spectral_norm(matrix)
-        wanted = brandla.damped_solve(exact, rhs, shift)
-        whole = torch.linalg.solve(matrix + shift * torch.eye(n, dtype=torch.float64), rhs)
-        found = {update: brandla.damped_solve(value, rhs.float(), shift) for update, value in values.items()}
-        errors = {update: relative(solved, wanted) for update, solved in found.items()}
-        about = family.about | {"steps": family.steps, "damping": damping}
-        yield {**about, "truncation": relative(wanted, whole), "errors": errors}
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Return ‖X̂ − X‖_F / ‖X‖_F."""
-    return float(torch.linalg.matrix_norm(found.double() - wanted) / torch.linalg.matrix_norm(wanted))
-
-
 # --- A stream that dies out
 
 
@@ -282,34 +248,25 @@ def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]
 
 # --- The run and its tables
 
+LOSSES = "What the updates lose"
+APPENDED, DYING = [*product(("slow", "medium", "flat"), (1.0, DECAY))], [*product(UPDATES, DTYPES, (0, 16))]
+TABLES = {
+    "losses": Table(LOSSES, ("family", "dtype"), [*product(FAMILIES, DTYPES)], losses),
+    "drifts": Table("Many updates", ("update", "family", "dtype"), DRIFTS, drift, 3.0),
+    "right_vectors": Table("Right vectors of `svd_append`", ("family", "decay"), APPENDED, right_vectors),
+    "dying_out": Table("A stream that dies out", ("update", "dtype", "columns"), DYING, dying_out),
+}
+
 
 def pieces(quick: bool, device: Device) -> list[Piece]:
-    """Return every table in pieces; the matrices are small, and threads would only wait for each other."""
-
-    def each(
-        table: str, measure: Callable[..., Iterator[Row]], names: str, keys: Iterable[Any], cost: float = 1.0
-    ) -> Iterator[Piece]:
-        for key in keys:
-            about = dict(zip(names.split(), key, strict=True))
-            yield Piece(table, about, cost, lambda *_, key=key: measure(*key, quick))
-
-    return [
-        *each("losses", losses, "family dtype", product(FAMILIES, DTYPES)),
-        *each("drifts", drift, "update family dtype", DRIFTS, 3.0),
-        *each("right_vectors", right_vectors, "family decay", product(("slow", "medium", "flat"), (1.0, DECAY))),
-        *each("solves", solves, "family", product(("slow", "medium", "fast"))),
-        *each("dying_out", dying_out, "update dtype columns", product(UPDATES, DTYPES, (0, 16))),
-    ]
-
-
-LOSSES = "What the updates lose"
+    """Return all tables in pieces; the matrices are small, and threads would only wait for each other."""
+    return pieces_of(TABLES, quick)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables of what has been measured."""
-    tables = ("losses", "drifts", "right_vectors", "solves", "dying_out")
-    found = {name: pd.DataFrame(content.get(name, [])) for name in tables}
-    if len(rows := found["losses"]):
+    """Yield the losses, forms and bounds of the updates side by side, then the other tables."""
+    if content.get("losses"):
+        rows = pd.DataFrame(content["losses"])
         about = rows.rename(columns={"words": "stream", "sizes": "n, r, k", "steps": "updates"})
         exact = rows["exact_over_trace"] / rows["best_over_trace"]
         about["best / tr M"] = rows["best_over_trace"].map("{:.1e}".format)
@@ -322,26 +279,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         yield "Form", wide(about, rows["update"], rows["defect_over_eps"].map("{:.1f}".format))
         bound = rows["bound_over_error"].map("{:.1f}".format).where(rows["error"] > rows["rounding"], "–")
         yield "The error bound", wide(about, rows["update"], bound)
-    if len(rows := found["drifts"]):
-        marks = pd.DataFrame(rows["at"].tolist()).rename(columns="after {}".format)
-        spelled = marks.assign(largest=rows["largest"]).map("{:.1f}".format)
-        cells = rows[["update", "words", "sizes", "dtype"]].join(spelled)
-        yield "Many updates", cells.rename(columns={"words": "stream", "sizes": "n, r, k"})
-    if len(rows := found["right_vectors"]):
-        cells = rows[["words", "sizes", "calls", "decay", "defect_over_eps"]].round(1)
-        headings = ["stream", "n, r, k", "calls", "decay", "‖Vh Vhᵀ − I‖₂/ε"]
-        yield "Right vectors of `svd_append`", cells.set_axis(headings, axis=1)
-    if len(rows := found["solves"]):
-        cells = rows[["words", "sizes", "steps"]].set_axis(["stream", "n, r, k", "updates"], axis=1)
-        errors = pd.DataFrame(rows["errors"].tolist()).assign(truncation=rows["truncation"]).map("{:.0e}".format)
-        yield "Damped solves", cells.assign(**{"λ / d₁": rows["damping"].map("{:.0e}".format)}).join(errors)
-    if len(rows := found["dying_out"]):
-        cells = rows[["update", "dtype", "batches", "decay", "steps"]].assign(
-            **{"late / early time": rows["late_over_early"].map("{:.2f}".format)},
-            finite=rows["finite"].map({True: "yes", False: "**no**"}),
-            **{"largest value": rows["largest_value"].map("{:.1e}".format)},
-        )
-        yield "A stream that dies out", cells
+    yield from tabulated(TABLES, content | {"losses": []})
 
 
 def wide(about: pd.DataFrame, update: pd.Series, cells: pd.Series) -> pd.DataFrame:
