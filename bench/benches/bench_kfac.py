@@ -7,7 +7,7 @@ float32, two threads. A short run takes scikit-learn's digits.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from math import inf
 from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from bench.studies.networks import seeded, two_hidden
 from bench.studies.peers import Maker, maker, unsaid
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.training import Trainer, timed
+from brandla.demo.training import Trainer, follow
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
 Step = Callable[[], None]
@@ -258,14 +258,15 @@ def train(candidate: Candidate, setting: Setting, most: int, seed: int = SEARCH_
     kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
     trainer = Trainer(model, kind(model.parameters(), candidate.rate), kfac)
-    times, scores = [], []
-    for batch in data.batches(training, setting.batch, most, seed):
-        times.append(timed(partial(trainer.step, batch), "cpu")[1] / 1e3)
-        scores.append(data.accuracy(model, judged))
-        if scores[-1] >= TARGET:
+    run: dict[str, Any] = {}
+    batches, judge = data.batches(training, setting.batch, most, seed), lambda model: data.accuracy(model, judged)
+    for _ in follow(run, trainer, batches, judge, 1):
+        if run["evaluations"][-1]["accuracy"] >= TARGET:
             break
-    needed = (len(times), sum(times)) if scores[-1] >= TARGET else (inf, inf)
-    return {"steps": needed[0], "seconds": needed[1], "step": median(times), "score": fmean(scores)}
+    looks = run["evaluations"]
+    needed = looks[-1] if looks[-1]["accuracy"] >= TARGET else {"step": inf, "seconds": inf}
+    score = fmean(look["accuracy"] for look in looks)
+    return {"steps": needed["step"], "seconds": needed["seconds"], "step": median(run["milliseconds"]), "score": score}
 
 
 def choose(candidates: Sequence[Candidate], trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> Candidate:

@@ -23,11 +23,6 @@ from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import solve_floor, update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
-from brandla._small import leading_of, unresolved
-from brandla.brand import check_eigh_update
-from brandla.orthonormal import polish
-from brandla.root import check_root_update
-from brandla_kernels import cross_gram, eigh_core, root_core
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
@@ -86,40 +81,6 @@ def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
     figures(words, over, at_most=limit if name == ROOT else None)
     limit = {EIGH: 0.6 if size[0] <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
     figures(words, Interval(*(value / before for value in over)), group=OVER_BEFORE, at_most=limit)
-
-
-@pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
-@pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
-@every_update
-def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
-    case = problems.steady(name, n, r, k)
-    stages = stages_of(name, case)
-    seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
-    for stage in stages:
-        figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
-
-
-def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]:
-    """Return an update in the parts that it is made of, each on the results of the ones before it."""
-    taken = (name, *case, DECAY, WEIGHT, None)
-    update = check_eigh_update(*taken) if name == EIGH else check_root_update(*taken, "eigh")
-    form = lambda: cross_gram(update.tall, update.columns)
-    cross, own = form()
-    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
-    tol, n = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0, len(update.tall)
-    if name == CHOLESKY:
-        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
-        of_old, of_columns = compress()[1:3]
-    else:
-        core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
-        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
-        of_old, of_columns = compress().vectors.split(list(cross.shape))
-    rotate = lambda: update.rotated(of_old, of_columns)
-    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
-    if name != EIGH:
-        return stages
-    vectors = rotate()
-    return stages | {"polish, or the look that spares it": lambda: polish(vectors, update.small)}
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
