@@ -32,8 +32,6 @@ class Found:
     studies: dict[str, Study] = field(default_factory=dict)
     # Facts of the device, where functions or ops were measured.
     machine: dict[str, Any] | None = None
-    # Whether a case began.
-    begun: bool = False
 
 
 FOUND = pytest.StashKey[Found]()
@@ -59,13 +57,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"bench: {in_words(facts(config.getoption('quick')))}"
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    item.config.stash[FOUND].begun = True
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     # Before the first case it is a collection that failed.
-    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].begun:
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].studies:
         session.exitstatus = INTERRUPTED
 
 

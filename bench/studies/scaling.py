@@ -201,17 +201,10 @@ def exponents(tables: Tables) -> Tables:
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    if not content["exponents"]:
-        return
-    fits = pd.DataFrame(content["exponents"])
-    fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
-    fits["exponent"] = fits["exponent"].map(in_words)
-    by = {"axis": "grows", "method": "method", "quantity": "quantity"}
-    wide = fits.pivot_table(["sizes", "exponent"], list(by), "window", aggfunc="first", sort=False, observed=True)
-    cells = wide.reset_index(names=list(by.values())).fillna("")
-    cells.columns = [" ".join(filter(None, column)) for column in cells.columns]
-    order = [f"{part} {window}" for window in ("all", LARGER) for part in ("sizes", "exponent")]
-    yield "Exponents", cells.reindex(columns=[*by.values(), *order], fill_value="")
+    if content["exponents"]:
+        fits = pd.DataFrame(content["exponents"])
+        fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
+        yield "Exponents", fits.assign(exponent=fits["exponent"].map(in_words))
 
 
 def in_words(interval: Sequence[float | None]) -> str:
