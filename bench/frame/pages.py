@@ -1,7 +1,7 @@
 """What is shown of result files: tables in Markdown and on a terminal, and pages with pictures for light and dark."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,12 +21,8 @@ WIDTH = 150
 
 def markdown(cells: pd.DataFrame) -> str:
     """Return a table in Markdown, without its index; no line breaks within the exponent of a number."""
-    return EXPONENT.sub("e−", table(list(cells.columns), cells.to_numpy().tolist()))
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    lines = [list(cells), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+    return EXPONENT.sub("e−", "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
 
 
 def on_terminal(cells: pd.DataFrame, title: str | None = None, red: Sequence[bool] = ()) -> Table:

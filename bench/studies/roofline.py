@@ -10,7 +10,7 @@ from functools import cache
 
 import pandas as pd
 
-from bench.frame import pages, pictures
+from bench.frame import pictures
 from bench.frame.figures import spelled
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu import cases
@@ -134,13 +134,9 @@ def answer(content: Row) -> str:
     if rows.empty:
         return ""
     worst, best, half = rows.iloc[0], rows.iloc[-1], (rows["part"] >= 0.5).sum()
-    levels = {row["ceiling"]: row["per_second"][0] / 1e9 for row in content.get("ceilings", [])[::-1]}
-    units = {"copy": "GB/s for a large copy", "float32": "GFLOP/s for large float32 products"}
-    said = pages.listed([f"{spelled(levels[name])} {unit}" for name, unit in units.items() if name in levels])
     return (
-        f"In float32, {half} of {len(rows)} ops reach at least half of the ceiling that binds them, from"
-        f" {worst['part']:.2f} (`{worst['op']}`) to {best['part']:.2f} (`{best['op']}`). "
-        + (f"Ceilings of the same run are {said}." if said else "The ceilings are not in the file.")
+        f"In float32, {half} of {len(rows)} ops reach at least half of the ceiling that binds them. The parts go from"
+        f" {worst['part']:.2f} (`{worst['op']}`) to {best['part']:.2f} (`{best['op']}`)."
     )
 
 
