@@ -93,7 +93,8 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
     assert answer.exit_code == 0, answer.output
     drawn = {path.name.removesuffix("-light.png") for path in (docs / "measured" / "toy").glob("*-light.png")}
     assert drawn == {"updates", "ops", "accuracy", "kfac-study", "kfac-cost", "kfac-width"}
-    for name, question in report.QUESTIONS.items():
+    for name in report.QUESTIONS:
+        question = report.PAGES[name]
         text = (docs / "measurements" / f"{name}.md").read_text(encoding="utf-8")
         assert ("Nothing has been measured yet." not in text) == (name in drawn)
         assert all(f"`{study}.json`" in text and "its figures mean nothing" in text for study in question.studies[:1])\
@@ -120,7 +121,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
 
 
 def test_without_a_result_the_pages_say_so() -> None:
-    texts = ["\n".join(report.of_question(name, {})) for name in report.QUESTIONS]
+    texts = ["\n".join(report.of_page(name, {})) for name in report.PAGES]
     for text in (*texts, "\n".join(report.overview({}))):
         assert "Nothing has been measured yet." in text
 
@@ -134,24 +135,25 @@ def test_a_question_is_answered_by_what_a_file_has(name: str, part: slice) -> No
         | {"facts": content["facts"] | {"interrupted": "rows"}}
         for study, content in found.items()
     }
-    text, question = "\n".join(report.of_question(name, {"some-machine": cut})), report.QUESTIONS[name]
+    text, question = "\n".join(report.of_page(name, {"some-machine": cut})), report.PAGES[name]
     assert "**Interrupted**" in text
     assert f"some-machine-{question.studies[0]}-" in text or part == slice(0, 0)
     answer = question.answer(cut[question.studies[0]])
     assert (report.TOO_LITTLE in text) == (answer == "")
     assert not re.search(r"\bnan\b|\binf\b", text)
     if answer:
-        assert question.draw(cut[question.studies[0]], pictures.THEMES[0]).axes
+        assert all(draw(cut[question.studies[0]], pictures.THEMES[0]).axes for _, draw in question.drawn.values())
 
 
 @pytest.mark.parametrize("name", report.QUESTIONS)
 def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> None:
     for found in report.machines_of(results.FOLDER).values():
-        if report.QUESTIONS[name].studies[0] in found:
-            answer = report.QUESTIONS[name].answer(found[report.QUESTIONS[name].studies[0]])
+        question = report.PAGES[name]
+        if question.studies[0] in found:
+            answer = question.answer(found[question.studies[0]])
             assert len(re.findall(r"\.(?= [A-Z`]|$)", answer)) == 2
-            text = "\n".join(report.of_question(name, {"some-machine": found}))
-            assert 3 <= text.split("All figures")[0].partition("\n### ")[0].count("\n| ") <= 12
+            text = "\n".join(report.of_page(name, {"some-machine": found}))
+            assert 3 <= text.split("All figures")[0].count("\n| ") <= 12
 
 
 def test_a_quote_is_the_entry_of_the_file() -> None:
@@ -261,7 +263,7 @@ def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: py
     content = results.read(tmp_path / "toy")["defaults"]
     assert len(content["runs"]) == len(tasks) * len(defaults.METHODS)
     assert all(row["loss"] is not None for row in content["runs"])
-    assert "| letters transformer |" in "".join(report.of_study("defaults", {"toy": {"defaults": content}}))
+    assert "| letters transformer |" in "".join(report.of_page("defaults", {"toy": {"defaults": content}}))
 
 
 def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.output
     content = results.read(tmp_path / "toy")["expand-reduce"]
     assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
-    text = "".join(report.of_study("expand-reduce", {"toy": {"expand-reduce": content}}))
+    text = "".join(report.of_page("expand-reduce", {"toy": {"expand-reduce": content}}))
     for task in content["settings"]["tasks"]:
         assert f"#### {task['name']}, to " in text
         found = expand_reduce.summary(content, task)

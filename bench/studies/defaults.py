@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.frame import pages
 from bench.frame.samples import shuffled, table, text
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
@@ -146,14 +145,6 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _loss(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
-
-
-def guide(content: Row) -> str:
-    """Return the table of ``docs/kfac.md``: on how many tasks each clip was enough, at one rate for all."""
-    title, cells = next(iter(shown(content)))
-    settings = content["settings"]
-    told = f"{settings['steps']} steps, seeds {pages.listed(list(map(str, settings['seeds'])))} (`make study-defaults`)"
-    return f"{title}, {told}:{pages.caveats(content['facts'])}\n\n{pages.markdown(cells)}"
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}
