@@ -129,27 +129,24 @@ def of_page(name: str, machines: Machines) -> Iterator[str]:
             yield f"## {place(content['facts'])}\n"
         said = answered(name, found)
         yield said
-        yield from (
-            pages.picture(drawn, machine, words) for drawn, (words, _) in page.drawn.items() if seen(page, content)
-        )
-        if page.heading:
-            settings = content["settings"]
-            words = [f"{key} {value}" for key, value in settings.items() if key != "tasks"]
-            yield f"Settings: {', '.join(words)}.\n"
-            yield (
-                f"{page.heading} The tasks\n\n{markdown(pd.DataFrame(settings['tasks']))}"
-                if "tasks" in settings
-                else ""
-            )
-        yield from (
-            f"{page.heading} {title}".strip() + f"\n\n{markdown(cells)}" for title, cells in page.shown(content)
-        )
+        if seen(page, content):
+            yield from (pages.picture(drawn, machine, words) for drawn, (words, _) in page.drawn.items())
+        for title, cells in [*page.shown(content), *(settings_of(content) if page.heading else [])]:
+            yield f"{page.heading} {title}".strip() + f"\n\n{markdown(cells)}"
         yield "All figures, with what they were measured on:\n"
         for study in [study for study in page.studies if study in found]:
             links = [f"[{table}]({csv_of(machine, study, table)})" for table in tables(study, found[study])]
             yield f"- {pages.provenance(found[study]['facts'], f'{study}.json')} CSV: {', '.join(links) or 'none'}."
     if not measured:
         yield NOTHING
+
+
+def settings_of(content: Row) -> Tables:
+    """Yield the settings of a study, those of its tasks in a table of their own."""
+    own = {name: value for name, value in content["settings"].items() if name != "tasks"}
+    yield "The settings", pd.DataFrame({"setting": list(own), "value": list(own.values())})
+    if "tasks" in content["settings"]:
+        yield "The tasks", pd.DataFrame(content["settings"]["tasks"])
 
 
 def seen(page: Page, content: Row) -> bool:
