@@ -62,7 +62,6 @@ class Request:
     cores: int = 32
 
     def refusal(self) -> str | None:
-        """Say why this cannot be profiled, if so."""
         function, half = self.op in FUNCTIONS, self.dtype in HALF
         if self.op not in NAMES:
             return f"OP must be one of {', '.join(NAMES)}; got {self.op!r}"
@@ -96,7 +95,6 @@ class Request:
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that asks for the same."""
         return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
 
 

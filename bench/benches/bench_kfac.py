@@ -84,7 +84,6 @@ class Setting:
         return itertools.chain.from_iterable(epochs)
 
     def stepping(self, step: Callable[[Split], None]) -> Step:
-        """Return a step on the next batch."""
         batches = self.batches()
         return lambda: step(next(batches))
 

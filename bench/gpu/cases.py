@@ -103,11 +103,11 @@ def order_of(case: Case) -> int:
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    """Return all cases, those with r ≠ k and in other dtypes last; an op that this file does not know has none."""
+    """Return all cases, those with r ≠ k and in other dtypes last."""
     listed = [
         Case(name, Size(n, r, k, sizes.width, sizes.cores))
         for n, r, k in (*((n, r, r) for r in sizes.ranks for n in sizes.rows), *sizes.uneven)
-        for name in OPERANDS
+        for name in OPS
         # The size of a small matrix has no n; a Gram matrix has no r.
         if (n == sizes.rows[0] if name in SMALL else name != "gram_ema_" or n <= sizes.most_square)
     ]
@@ -199,12 +199,6 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "eigh_rotation": _eigh_rotation,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }  # fmt: skip
-OPERANDS = {name: OPERANDS[name] for name in OPS if name in OPERANDS}
-
-
-def unknown() -> list[str]:
-    """Return the ops that have no operands here, so that they are named and not left out silently."""
-    return [name for name in OPS if name not in OPERANDS]
 
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench.benches.problems import DECAY, WEIGHT, defect, orthonormality
+from bench.benches.problems import DECAY, WEIGHT, defect
 from bench.frame.study import Piece, Row, Study, Table, command, pieces_of, tabulated
 from bench.gpu.device import Device
 from brandla_kernels import cross_gram
@@ -107,15 +107,6 @@ def long(k: int) -> Iterator[Row]:
         yield {"way": way, **dict(zip("CG", errors, strict=True))}
 
 
-def long_basis(n: int) -> Iterator[Row]:
-    """Yield ‖UᵀU − I‖₂ in ε at a large n after ten updates."""
-    lead, eigh = gaussian(n, 16, seed=0).float(), brandla.LowRankEigh.zeros(n, 16)
-    for step in range(10):
-        columns = lead @ gaussian(16, 16, seed=step).float() + 0.05 * gaussian(n, 16, seed=100 + step).float()
-        eigh = brandla.eigh_update(eigh, columns, **OPTIONS)
-    yield {"of U": orthonormality(eigh.eigenvectors) / EPSILON}
-
-
 def tails(exponent: float) -> Iterator[Row]:
     """Yield the error of a damped inverse (Frobenius, relative) of a tracked root at λ = .03 d₁, by tail."""
     n, k = 512, 64
@@ -149,7 +140,6 @@ TABLES = {
     "losses": Table("One update", ("n, r, k, new columns",), product(CASES), losses),
     "streams": Table("Streams", ("stream",), product(LOST), traces),
     "long": Table("Large n", ("k",), product((4, 8, 16, 32)), long),
-    "long_basis": Table("Basis at large n", ("n",), product((65_536, 1_000_000)), long_basis),
     "tails": Table("Tail", ("exponent of deviations",), product((0.25, 0.5, 1.0)), tails),
 }
 PIECES = pieces_of(TABLES)

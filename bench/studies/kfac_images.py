@@ -86,7 +86,6 @@ def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
 
 
 def other(task: Task, settings: Settings) -> Task:
-    """Return the task that one follows."""
     return next(each for each in settings.tasks if each.name == task.follows)
 
 

@@ -1,7 +1,7 @@
 """What the study of K-FAC trains and how: tasks with a target, methods with three numbers to be searched, settings."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,7 +67,6 @@ class Task:
 
     @property
     def network(self) -> Kind:
-        """What is trained."""
         return KINDS[self.kind]
 
     def data(self, folder: Path, device: str, most: int | None) -> Parts:
@@ -91,12 +90,10 @@ class Task:
         return float(loss) if self.network.by_loss else float((outputs.argmax(1) == split.labels).float().mean())
 
     def reached(self, score: float) -> bool:
-        """Say whether a score is as good as the target."""
         return score <= self.target if self.network.by_loss else score >= self.target
 
     @property
     def goal(self) -> str:
-        """The target in words."""
         return f"a loss of {self.target:g}" if self.network.by_loss else f"{100 * self.target:g} %"
 
 
@@ -153,15 +150,12 @@ FULL = Settings(
     trials=16,
     rank=128,
 )
-QUICK = Settings(
-    (
-        Task("MLP 48", "mlp", 48, 16, 4, 60, 0.3),
-        Task("MLP 96", "mlp", 96, 16, 4, 60, 0.3, follows="MLP 48", rates=True),
-        Task("MLP 192", "mlp", 192, 16, 4, 60, 0.3, follows="MLP 96"),
-        Task("CNN", "conv", 4, 16, 3, 60, 0.3),
-        Task("transformer", "transformer", 16, 4, 3, 60, 4.0),
-        Task("regression", "regression", 32, 16, 6, 60, 0.99, everyone=True),
-        Task("graph network", "graph", 32, 16, 3, 60, 0.3),
+QUICK = replace(
+    USUAL,
+    tasks=tuple(
+        replace(task, width=max(task.width // 16, 4), batch=16, steps=4, target=4.5 if task.network.by_loss else 0.1,
+                seconds=60, everyone=True)
+        for task in USUAL.tasks
     ),
     seeds=(0, 1),
     trials=2,
@@ -172,7 +166,7 @@ QUICK = Settings(
     look_after=1,
     widths=(64, 128),
     most=256,
-)
+)  # fmt: skip
 
 Optimizer = Callable[[Iterable[nn.Parameter], Numbers, Settings], torch.optim.Optimizer]
 
@@ -196,11 +190,9 @@ class Method:
 
     @property
     def installed(self) -> bool:
-        """Whether its package is there."""
         return util.find_spec(self.package) is not None
 
     def takes_part(self, task: Task) -> bool:
-        """Say whether it is tried on a task."""
         return self.installed and (self.usual or task.everyone)
 
     def numbers(self, point: list[float]) -> Numbers:
@@ -208,7 +200,6 @@ class Method:
         return spread(self.ranges, point)
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
-        """Return a model with what trains it."""
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)

@@ -43,7 +43,6 @@ def summary(content: Row, task: Task) -> pd.DataFrame:
 
 
 def in_order(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows in the order of the methods."""
     return found.reindex([method.name for method in METHODS if method.name in found.index])
 
 

@@ -29,7 +29,6 @@ class Matrices(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step."""
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[weight]
@@ -50,7 +49,6 @@ class Shampoo(Matrices):
     """L^(−1/4) M R^(−1/4), arXiv 1802.09568, of averages L and R and the mean gradient M, as long as Adam's step."""
 
     def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Renew the roots now and then, and apply them."""
         usual = adam(state, gradient, group["betas"])
         take_in(state, gradient, group["betas"][1])
         if (state["count"] - 1) % group["every"] == 0:
@@ -64,7 +62,6 @@ class SOAP(Matrices):
     """Adam in the eigenbasis of Shampoo's factors, arXiv 2409.11321: renewed by one product and QR now and then."""
 
     def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Turn the gradient into the bases, take Adam's step there, and turn it back."""
         take_in(state, gradient, group["betas"][1])
         if "bases" not in state:
             state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
@@ -104,7 +101,6 @@ class Muon(Matrices):
 
 @contextmanager
 def unsaid(kind: type[Warning]) -> Iterator[None]:
-    """Let warnings of a kind be silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kind)
         yield
@@ -134,7 +130,6 @@ class Maker(NamedTuple):
     preconditioner: None = None
 
     def step(self, batch: Split) -> None:
-        """Take one training step."""
         self.optimizer.zero_grad()
         with unsaid(FutureWarning):
             outputs = self.maker.setup_model_call(self.model, batch.images)
