@@ -48,6 +48,13 @@ THEMES = (
     Theme("dark", "#1e2129", "#ececec", "#a0a4ad", dark=True),
 )
 Draw = Callable[[Row, Theme], Figure]
+# Okabe and Ito's palette, which colour-blind readers tell apart, then further hues; each lighter for dark pages.
+PALETTE = (
+    *(("#0072b2", "#4db2ee"), ("#d55e00", "#ff8f40"), ("#009e73", "#2fd3a5"), ("#cc79a7", "#e49cc8")),
+    *(("#e69f00", "#f0b840"), ("#56b4e9", "#8accf2"), ("#000000", "#ffffff"), ("#6b6b6b", "#b8bcc6")),
+    *(("#9a9a9a", "#8a8f99"), ("#4a3fb5", "#a79bff"), ("#7f6000", "#ffd966"), ("#274e13", "#b6d7a8")),
+    *(("#6aa84f", "#93c47d"), ("#4c1130", "#d5a6bd"), ("#990000", "#e06666")),
+)
 
 
 def write(name: str, study: Row, folder: Path, draw: Draw) -> list[Path]:
@@ -149,8 +156,7 @@ def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
 
 # --- Bars
 
-# Okabe and Ito's blue, and a grey, for light pages and for dark ones.
-OWN, OTHER = ("#0072b2", "#4db2ee"), ("#9a9a9a", "#8a8f99")
+OWN, OTHER = PALETTE[0], PALETTE[8]
 # From such a quotient of the largest value over the smallest, bars have a logarithmic axis.
 WIDE = 30
 

@@ -146,16 +146,8 @@ def table(content: Row) -> pd.DataFrame:
     return ([cells for _, cells in shown(content)] or [pd.DataFrame(columns=COLUMNS)])[-1][COLUMNS]
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
-COLOURS = {
-    "B": ("#0072b2", "#3d9be0"),
-    "B, root": ("#56b4e9", "#8accf2"),
-    "B, no eigh": ("#8a8a8a", "#b4b8c2"),
-    "B-R": ("#009e73", "#2fd3a5"),
-    "B-C": ("#cc79a7", "#e49cc8"),
-    "RS": ("#d55e00", "#ff8f40"),
-    "SRE": ("#e69f00", "#f0b840"),
-}
+SHOWN = ("B", "RS", "B-R", "B-C", "SRE", "B, root", "B, no eigh")
+COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Figure:

@@ -96,7 +96,7 @@ EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
 ADAM_RANGES = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
 METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUCE), KFAC_RANGES)
-COLOURS = kfac_page.COLOURS | {EXPAND: ("#e69f00", "#f0b840"), REDUCE: ("#0072b2", "#56b4e9")}
+COLOURS = kfac_page.COLOURS | {EXPAND: pictures.PALETTE[4], REDUCE: pictures.PALETTE[0]}
 
 
 def methods(task: Task) -> list[str]:

@@ -184,25 +184,11 @@ def readme(content: Row) -> pd.DataFrame:
 
 # --- Pictures
 
-# Okabe and Ito's palette, which colour-blind readers tell apart, with lighter ones for dark pages; greys for the
-# methods that are no K-FAC.
-COLOURS = {
-    "SGD": ("#a0a0a0", "#7d828c"),
-    "AdamW": ("#5c5c5c", "#b4b8c2"),
-    "Muon": ("#7f6000", "#ffd966"),
-    "Shampoo": ("#4c1130", "#d5a6bd"),
-    "SOAP": ("#274e13", "#b6d7a8"),
-    "SOAP, every step": ("#6aa84f", "#93c47d"),
-    "K-FAC": ("#000000", "#ffffff"),
-    "RS-KFAC": ("#e69f00", "#f0b840"),
-    "SRE-KFAC": ("#56b4e9", "#8accf2"),
-    "B-KFAC": ("#0072b2", "#3d9be0"),
-    "B-KFAC, sketched": ("#4a3fb5", "#a79bff"),
-    "B-R-KFAC": ("#009e73", "#2fd3a5"),
-    "B-KFAC-C": ("#cc79a7", "#e49cc8"),
-    "SINGD": ("#d55e00", "#ff8f40"),
-    "asdfghjkl": ("#990000", "#e06666"),
-}
+COLOURED = (
+    *("B-KFAC", "SINGD", "B-R-KFAC", "B-KFAC-C", "RS-KFAC", "SRE-KFAC", "K-FAC", "AdamW", "SGD", "B-KFAC, sketched"),
+    *("Muon", "SOAP", "SOAP, every step", "Shampoo", "asdfghjkl"),
+)
+COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=True))
 # Those in README.
 IN_README = ("SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched")
 

@@ -262,19 +262,7 @@ def table(content: Row) -> pd.DataFrame:
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
-COLOURS = {
-    "root_update": ("#d55e00", "#ff8f40"),
-    "root_update, cholesky": ("#8f6a4a", "#c9a27e"),
-    "eigh_update": ("#0072b2", "#4db2ee"),
-    "damped_solve": ("#009e73", "#2fd3a5"),
-    "kron_damped_solve, pair": ("#3f8f9b", "#7fd0dc"),
-    "gram_ema_": ("#9a9a9a", "#8a8f99"),
-    "randomized_eigh": ("#b07900", "#f0b840"),
-    "torch.svd_lowrank": ("#b05c90", "#e49cc8"),
-    "Cholesky solve": ("#6b6b6b", "#b8bcc6"),
-    "torch.linalg.eigh": ("#000000", "#ffffff"),
-}
+COLOURS = dict(zip(METHODS, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Picture:
