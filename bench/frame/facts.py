@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from brandla.demo import machine
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn")
-# Named where they are installed.
-OPTIONAL = ("fbpca", "cupy")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "fbpca")
 # What a figure depends on; the results themselves and the pages made of them are left out.
 SOURCES = ("brandla", "kernels", "bench", "tests/oracles.py", "constraints.txt", ":(exclude)bench/results")
 STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
@@ -21,13 +18,10 @@ STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.li
 
 def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
     """Return machine, GPU where it is measured, versions, threads, date, the commit and whether the sources differ."""
-    # Builds of cupy are named after the version of CUDA that they are for; the module has one name.
-    known = metadata.packages_distributions()
-    optional = (known[name][0] for name in OPTIONAL if util.find_spec(name) and name in known)
     git = lambda *words: _said("git", "-C", str(ROOT), *words)
     changes = git("status", "--porcelain", "--", *SOURCES)
     about = {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
-    return machine.facts((*PACKAGES, *optional)) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
+    return machine.facts(PACKAGES) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
 
 
 def gpu_facts() -> dict[str, Any]:
