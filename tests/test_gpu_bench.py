@@ -161,7 +161,7 @@ def test_a_run_that_is_cut_off_leaves_a_report(tmp_path: Path, monkeypatch: pyte
     run.kill()
     run.join()
     said = report_file.read_text(encoding="utf-8")
-    assert "float32, at first" in said
+    assert "Ceilings: bytes of a copy" in said
     assert "FAILED raises: ZeroDivisionError" in said
     assert "cut off: ops, tune" in said
     assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]["tune"]["status"] == "cut off"

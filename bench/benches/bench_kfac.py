@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.benches.timing import Interval, ratio, torch_calls
 from bench.frame.figures import read, spelled
+from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
 from bench.studies.networks import seeded, two_hidden
@@ -329,15 +330,13 @@ def answer(content: dict[str, Any]) -> str:
     if steps.empty:
         return ""
     least, most = steps.iloc[0], steps.iloc[-1]
-    goal = goal.join(goal["case"].str.extract("^(?P<method>[^/]*), (?P<part>steps|seconds)$")).dropna(subset="method")
-    words = goal["value"].map(spelled) + goal["part"].map({"steps": " steps", "seconds": " s"})
-    took = words.groupby(goal["method"]).agg(" and ".join)
-    training = ", ".join(f"{method} takes {found}" for method, found in took.items())
-    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if training else ""
+    ratios = goal[goal["case"].str.startswith("B-KFAC / AdamW")]
+    took = [f"{spelled(row.value)} times its {row.case.rpartition(', ')[2]}" for row in ratios.itertuples()]
+    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if took else ""
     return (
         f"A step with K-FAC takes {spelled(least['value'])} ({least.name}) to {spelled(most['value'])} times"
         f" ({most.name}) as long as SGD's. "
-        + (f"{where}, {training}." if training else "Training to an accuracy was not measured.")
+        + (f"{where}, B-KFAC beside AdamW takes {listed(took)}." if took else "Training was not measured.")
     )
 
 

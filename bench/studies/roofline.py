@@ -86,14 +86,9 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, be
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if len(levels := pd.DataFrame(content.get("ceilings", []))):
-        copied, in_giga = levels["ceiling"] == "copy", lambda rates: [spelled(rate / 1e9) for rate in rates]
-        unit = copied.map({True: "GB/s, read + write", False: "GFLOP/s"})
-        rates = pd.DataFrame(levels["per_second"].map(in_giga).tolist(), columns=["middle", "low", "high"])
-        measured = rates["middle"] + " " + unit + " (" + rates["low"] + " to " + rates["high"] + ")"
-        mebibytes = (levels["size"] / 2**20).map("{:g} MiB".format)
-        size = mebibytes.where(copied, levels["size"].map("order {}".format))
-        name = levels["ceiling"] + ", " + levels["when"]
-        yield "Ceilings", pd.DataFrame({"ceiling": name, "measured": measured, "size": size})
+        in_words = lambda rates: "{} ({} to {})".format(*(spelled(rate / 1e9) for rate in rates))
+        cells = levels.assign(**{"10⁹ a second": levels["per_second"].map(in_words)}).drop(columns="per_second")
+        yield "Ceilings: bytes of a copy, read and written, and flops of products; sizes in bytes, and orders", cells
     if content.get("rows"):
         yield "Part of the ceilings", parts(content)
 
