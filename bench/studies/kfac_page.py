@@ -59,11 +59,10 @@ def over_base(found: pd.DataFrame, part: str) -> pd.Series:
 
 def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return steps and seconds over AdamW's, where every run of both arrived; and their geometric means by method."""
-    parts = [summary(content, task) for task in tasks_of(content)]
-    over = [
-        pd.DataFrame({part: over_base(found, part) for part in ("step", "seconds")}) for found in parts if len(found)
-    ]
-    each = pd.concat(over).dropna() if over else pd.DataFrame(columns=["step", "seconds"])
+    parts = ("step", "seconds")
+    found = [each for each in (summary(content, task) for task in tasks_of(content)) if len(each)]
+    over = [pd.DataFrame({part: over_base(each, part) for part in parts}) for each in found]
+    each = pd.concat(over).dropna() if over else pd.DataFrame(columns=parts)
     by = each.astype(float).groupby(level=0)
     return each, in_order(np.exp(by.agg(lambda column: np.log(column).mean())).assign(tasks=by.size()))
 
