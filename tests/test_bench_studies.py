@@ -231,7 +231,7 @@ def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, 
     pieces = module.pieces(True, None)
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
     rows = {piece.table: [{**piece.key, **row} for row in piece.measure({}, lambda share: None)] for piece in chosen}
-    shown = dict(module.shown(rows))
+    shown = dict(module.STUDY.shown(rows))
     assert len(shown) == len(tables)
     text = "".join(cells.to_string() for cells in shown.values())
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
