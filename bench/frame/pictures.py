@@ -27,7 +27,6 @@ DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
 # Inches of a picture that a phone shows whole, with letters that can be read there.
 NARROW = 4.2
-TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 class Theme(NamedTuple):
@@ -144,16 +143,6 @@ def course(axis: Axes, values: pd.Series, name: str, colour: str, **style: Any) 
     axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
 
 
-def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
-    """Return what spells a value in the largest of the units that it reaches."""
-
-    def spell(value: float) -> str:
-        scale, unit = next((pair for pair in units if value >= 0.999 * pair[0]), units[-1])
-        return f"{value / scale:g} {unit}"
-
-    return spell
-
-
 # --- Bars
 
 OWN, OTHER = PALETTE[0], PALETTE[8]
@@ -183,13 +172,11 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))
     if spread:
         logarithmic(axis.xaxis)
-    for place, (label, value) in enumerate(values.items()):
-        colour = theme.colour(*(OTHER if label in others else OWN))
-        axis.barh(place, value - first, left=first, height=0.3, color=colour)
+    colours = [theme.colour(*(OTHER if label in others else OWN)) for label in values.index]
+    drawn = axis.barh(range(len(values)), values - first, left=first, height=0.3, color=colours)
+    axis.bar_label(drawn, [f"{spelled(value)}{unit}" for value in values], padding=4, fontsize=9)
+    for place, label in enumerate(values.index):
         axis.annotate(str(label), (first, place - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
-        axis.annotate(
-            f"{spelled(value)}{unit}", (value, place), (4, 0), textcoords="offset points", fontsize=9, va="center"
-        )
     axis.set(xlim=(first, last), ylim=(len(values) - 0.4, -0.75))
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)

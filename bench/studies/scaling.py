@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import EngFormatter
 
 from bench.benches import timing
 from bench.benches.problems import UPDATES, Judgement, steady
@@ -280,7 +281,7 @@ def draw(content: Row, theme: Theme) -> Picture:
     sizes = sorted(rows["n"].unique())
     ticks = ([size for size in sizes if size & (size - 1) == 0] or sizes)[::2]
     panel.set_xticks(ticks, list(map(str, ticks)))
-    pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES))
+    pictures.logarithmic(panel.yaxis, EngFormatter("s"))
     pictures.legend(panel, 1)
     return figure
 
