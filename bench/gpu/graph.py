@@ -16,7 +16,7 @@ import brandla
 from bench.benches import written_out
 from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu import cases
-from bench.gpu.device import Device, Work, called, tensors_in
+from bench.gpu.device import Device, Times, Work, tensors_in
 from bench.gpu.frame import Findings
 from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
@@ -121,7 +121,7 @@ def _replayed(found: Findings, name: str, call: Call) -> None:
     _same(f"{name}: replay with new data and call", captured.result, results[1])
     ways = {"replay": captured.replay, "eager": lambda: call.function(*static)}
     ways |= {peer: partial(other, *static) for peer, other in call.peers.items()}
-    times = called(device, ways, 2 * found.sizes.seconds)
+    times = Times(device.alternating(ways, 2 * found.sizes.seconds))
     own = {f"{way} µs": times.microseconds(way).value for way in ("replay", "eager")}
     found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
     for peer in call.peers:

@@ -14,7 +14,7 @@ from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape, check
 from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case, Size, forced
-from bench.gpu.device import called, measure, replayed
+from bench.gpu.device import Times, measure, replayed
 from bench.gpu.frame import Findings
 from bench.profiling import Request, prepare, table_of
 from bench.studies import roofline
@@ -92,7 +92,7 @@ def _profile(found: Findings, name: str) -> None:
         captured.replay()
         call.judge(cases.on_cpu(captured.result)).accept(name)
         calls["graph"] = captured.replay
-    times = called(device, calls, 3 * found.sizes.seconds)
+    times = Times(device.alternating(calls, 3 * found.sizes.seconds))
     words = "n {}, r {}, k {}".format(*size)
     host = 1e6 * device.host_seconds(update, 3 if device.dry else CALLS)
     found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in calls}, host=host)
