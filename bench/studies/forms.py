@@ -31,7 +31,6 @@ CASES = {
     "60, 12, 8, 100 times as large": (60, 12, 8, 100.0),
     "512, 96, 64, as the old ones": (512, 96, 64, 1.0),
 }
-EPSILON = torch.finfo(torch.float32).eps
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
