@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib import util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from bench.frame.samples import friedman, garments, letters
 from bench.studies.networks import Graph, Transformer, conv, mlp, seeded, two_hidden
-from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
+from bench.studies.peers import SOAP, Muon, Shampoo
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
@@ -186,27 +185,20 @@ class Method:
     renews: str = ""  # the setting that says after how many steps a dear one comes
     usual: bool = True  # in every task; else in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
-    package: str = "torch"  # that it needs
-
-    @property
-    def installed(self) -> bool:
-        return util.find_spec(self.package) is not None
 
     def takes_part(self, task: Task) -> bool:
-        return self.installed and (self.usual or task.everyone)
+        return self.usual or task.everyone
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
         return spread(self.ranges, point)
 
-    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
+    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer:
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
         plain = torch.optim.SGD(model.parameters(), numbers["rate"])
         damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
-        if self.name not in STRATEGIES:
-            return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
         strategy, sharing = STRATEGIES[self.name](settings, numbers), task.network.sharing
         options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
         return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
@@ -266,7 +258,6 @@ SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay"
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
-ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
 METHODS = (
     Method("SGD", "with momentum", 4, SGD_RANGES),
@@ -283,9 +274,4 @@ METHODS = (
     Method("SRE-KFAC", '`Randomized`, `"eigh"`, every {renew_every} steps', 17, KFAC_RANGES, **EXTRA),
     Method("B-R-KFAC", "`BrandRandomized`, overwritten every {overwrite_every} steps", 34, KFAC_RANGES, **EXTRA),
     Method("B-KFAC-C", "`BrandCorrected`, corrected every {renew_every} steps", 41, KFAC_RANGES, **EXTRA),
-    Method(
-        *("asdfghjkl", "K-FAC of that package, inverses every {renew_every} steps, without a clip", 30, ASDL_RANGES),
-        **EXTRA,
-        package="asdl",
-    ),
 )

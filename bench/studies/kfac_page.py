@@ -185,9 +185,9 @@ def readme(content: Row) -> pd.DataFrame:
 
 COLOURED = (
     *("B-KFAC", "SINGD", "B-R-KFAC", "B-KFAC-C", "RS-KFAC", "SRE-KFAC", "K-FAC", "AdamW", "SGD", "B-KFAC, sketched"),
-    *("Muon", "SOAP", "SOAP, every step", "Shampoo", "asdfghjkl"),
+    *("Muon", "SOAP", "SOAP, every step", "Shampoo"),
 )
-COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=True))
+COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=False))
 # Those in README.
 IN_README = ("SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched")
 
