@@ -249,7 +249,7 @@ def draw(content: Row, theme: Theme) -> Figure:
     return figure
 
 
-STUDY = Study("expand-reduce", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, draw=draw, threads=1)
+STUDY = Study("expand-reduce", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, threads=1)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()
