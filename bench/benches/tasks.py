@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 import brandla
 from bench.benches import problems
 from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
-from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement, undone
-from bench.gpu.cases import eigh, forced, on_cpu
-from bench.gpu.device import Device, Work
+from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement
+from bench.gpu.cases import eigh, error_of, forced, on_cpu
+from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
 
 DAMPING, EXPONENT = 0.1, -0.5
@@ -250,14 +250,25 @@ def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
     return Task(brandla.orthonormalize, (panel,), judge, work, given=lambda: (panel,))
 
 
+def equal_to(expected: Any, shape: Shape) -> Judge:
+    """Return the check of a result against the float64 one."""
+    parts, allowed = tensors_in(expected), DEFECT_ALLOWED * shape.eps
+    return lambda found: Judgement(error_of(tensors_in(found), parts), allowed)
+
+
 def damped(name: str, shape: Shape, device: Device) -> Task:
-    """Return a damped solve or power with k right-hand sides."""
+    """Return a damped solve or power with k right-hand sides, or the determinant."""
     n, r, k = shape[:3]
-    factor, rhs = eigh(device, n, r, shape.dtype), device.normal(n, k, dtype=shape.dtype)
+    factor, function = eigh(device, n, r, shape.dtype), getattr(brandla, name)
+    exact = on_cpu(factor)
+    if name == "damped_logdet":
+        judge = equal_to((exact.eigenvalues.double() + DAMPING).log().sum() + (n - r) * math.log(DAMPING), shape)
+        return Task(function, (factor, DAMPING), judge, shape.work(0, r), given=lambda: (dense_of(factor),))
+    rhs = device.normal(n, k, dtype=shape.dtype)
     exponent = (EXPONENT,) if name == "damped_power" else ()
-    judge = undone(rhs.cpu(), [on_cpu(factor)], DAMPING, *exponent)
+    judge = equal_to(problems.powered(exact, rhs.cpu(), DAMPING, *exponent), shape)
     work, given = shape.work(4 * n * r * k, n * (r + 2 * k)), lambda: (dense_of(factor), rhs)
-    return Task(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge, work, given=given)
+    return Task(function, (factor, rhs, DAMPING, *exponent), judge, work, given=given)
 
 
 def dense_of(factor: LowRankEigh) -> Tensor:
@@ -271,36 +282,16 @@ def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> T
     n, r, k = shape[:3]
     m = n if square else n // 2
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
-    exact = [on_cpu(side) for side in sides]
+    solved = lambda side, rhs: problems.powered(on_cpu(sides[side]), rhs, DAMPING)
     if pair:
         data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
-        judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]
-        judge = lambda both: max(one(part) for one, part in zip(judges, both, strict=True))
+        expected: Any = [solved(side, rhs.cpu()) for side, rhs in enumerate(data)]
         work = shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
     else:
         data = device.normal(n, m, dtype=shape.dtype)
-        judge, work = undone(data.cpu(), exact, DAMPING), shape.work(8 * n * m * r, 3 * n * m)
-    given = lambda: (*map(dense_of, sides), data)
-    return Task(brandla.kron_damped_solve, (*sides, data, DAMPING, DAMPING), judge, work, given=given)
-
-
-def equal_to(expected: Tensor, shape: Shape) -> Judge:
-    """Return the check of a result against the float64 one."""
-
-    def judge(found: Tensor) -> Judgement:
-        error = torch.linalg.vector_norm(found.double() - expected) / torch.linalg.vector_norm(expected)
-        return Judgement(float(error), DEFECT_ALLOWED * shape.eps)
-
-    return judge
-
-
-def determinant(shape: Shape, device: Device) -> Task:
-    """Return the determinant of a damped factor."""
-    factor = eigh(device, shape.n, shape.r, shape.dtype)
-    levels = on_cpu(factor).eigenvalues.double()
-    judge = equal_to((levels + DAMPING).log().sum() + (shape.n - shape.r) * math.log(DAMPING), shape)
-    given = lambda: (dense_of(factor),)
-    return Task(brandla.damped_logdet, (factor, DAMPING), judge, shape.work(0, shape.r), given=given)
+        expected, work = solved(1, solved(0, data.cpu()).mT).mT, shape.work(8 * n * m * r, 3 * n * m)
+    given, arguments = lambda: (*map(dense_of, sides), data), (*sides, data, DAMPING, DAMPING)
+    return Task(brandla.kron_damped_solve, arguments, equal_to(expected, shape), work, given=given)
 
 
 def joint(name: str, shape: Shape, device: Device) -> Task:
@@ -399,7 +390,7 @@ TASKS: dict[str, Entry] = {
         {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
     ),
     "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_power, slow=True)}),
-    "damped_logdet": Entry(determinant, {"torch.linalg.slogdet, dense": _SLOGDET}),
+    "damped_logdet": Entry(partial(damped, "damped_logdet"), {"torch.linalg.slogdet, dense": _SLOGDET}),
     "kron_damped_power": Entry(partial(joint, "kron_damped_power"), {DENSE_EIGH: Peer(_joint_power, slow=True)}),
     "kron_damped_logdet": Entry(partial(joint, "kron_damped_logdet"), {DENSE_EIGH: Peer(_joint_logdet, slow=True)}),
     "kron_damped_solve": Entry(partial(kron, pair=False), _BOTH),
