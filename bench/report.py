@@ -16,7 +16,7 @@ import typer
 from bench.benches import bench_kfac, cases
 from bench.benches.problems import UPDATES
 from bench.frame import pages, pictures, results
-from bench.frame.facts import ROOT, commit_of, place
+from bench.frame.facts import ROOT, place, shortly
 from bench.frame.figures import spelled
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
@@ -166,13 +166,10 @@ def overview(machines: Machines) -> Iterator[str]:
         study = PAGES[name].studies[0]
         yield f"## [{PAGES[name].question}]({FOLDER}/{name}.md)\n"
         measured = [found for found in machines.values() if study in found][:1]
-        yield from (f"{answered(name, found)}\n`{study}.json`, {machine_of(found[study])}.\n" for found in measured)
+        yield from (
+            f"{answered(name, found)}\n`{study}.json`, {shortly(found[study]['facts'])}.\n" for found in measured
+        )
         yield from [] if measured else [NOTHING]
-
-
-def machine_of(content: Row) -> str:
-    facts = content["facts"]
-    return f"{place(facts)}, {facts['threads']} threads, torch {facts['versions']['torch']}, {commit_of(facts)}"
 
 
 # --- Blocks with one table, each of one study
@@ -217,7 +214,7 @@ def of_table(name: str, machines: Machines) -> Iterator[str]:
     target, study, table = TABLES[name]
     for content in [found[study] for found in machines.values() if study in found][:1]:
         yield markdown(table(content))
-        yield f"`make {target}`, {machine_of(content)} (`{study}.json`).{pages.caveats(content['facts'])}"
+        yield f"`make {target}`, {shortly(content['facts'])} (`{study}.json`).{pages.caveats(content['facts'])}"
 
 
 # By mark.

@@ -41,28 +41,26 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def slug(found: dict[str, Any]) -> str:
-    """Return the folder name of a machine: its GPU, or its processor and its cores."""
-    name = found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']} {found['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Return the folder name of a machine."""
+    return re.sub(r"[^a-z0-9]+", "-", place(found).lower()).strip("-")
 
 
 def place(found: dict[str, Any]) -> str:
     return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
 
 
+def shortly(found: dict[str, Any]) -> str:
+    return f"{place(found)}, {found['threads']} threads, torch {found['versions']['torch']}, {commit_of(found)}"
+
+
 def in_words(found: dict[str, Any]) -> str:
-    gpu = found.get("gpu")
-    name = [f"{gpu['name']} ({gpu['architecture']}), {driver_of(gpu)}"] if gpu else []
+    gpu, name = found.get("gpu"), []
+    if gpu:
+        driver = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
+        name = [f"{gpu['name']} ({gpu['architecture']}), {driver}"]
     about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
-    return "; ".join([*name, about, versions_of(found), commit_of(found), found["date"]])
-
-
-def driver_of(gpu: dict[str, Any]) -> str:
-    return f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
-
-
-def versions_of(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return "; ".join([*name, about, versions, commit_of(found), found["date"]])
 
 
 def commit_of(found: dict[str, Any]) -> str:

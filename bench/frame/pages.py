@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.frame.facts import commit_of, driver_of, place, versions_of
+from bench.frame import facts
 from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
@@ -63,10 +63,7 @@ def picture(name: str, machine: str, words: str) -> str:
 def provenance(found: dict[str, Any], file: str) -> str:
     """Say from which file figures come, and on what they were measured."""
     seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
-    where, gpu = f"{place(found)}, {found['threads']} threads", found.get("gpu")
-    where += f", {driver_of(gpu)}" if gpu else ""
-    words = f"`{file}`: {where}; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
-    return words + caveats(found)
+    return f"`{file}`: {facts.in_words(found)}{seconds}.{caveats(found)}"
 
 
 def caveats(found: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from bench.frame.facts import commit_of
+from bench.frame.facts import shortly
 from bench.frame.figures import spelled
 
 Row = dict[str, Any]
@@ -97,12 +97,9 @@ def panels(
     heights: Sequence[float], study: Row, words: str, theme: Theme, width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
     """Return a column of panels of these heights in inches, signed with what was measured on what."""
-    facts = study["facts"]
-    gpu = facts.get("gpu")
-    place = gpu["name"] if gpu else f"{facts['cpu']}, {facts['threads']} threads"
-    state = "; short run: means nothing" if facts["quick"] else ""
-    state += "; interrupted" if facts.get("interrupted") else ""
-    about = f"{place}, torch {facts['versions']['torch']}, {commit_of(facts)}{state}"
+    found = study["facts"]
+    state = "; short run: means nothing" if found["quick"] else ""
+    about = shortly(found) + state + ("; interrupted" if found.get("interrupted") else "")
     lines = [line for text in (words, about) for line in textwrap.wrap(text, int(15 * width))]
     foot = (0.16 + 0.17 * len(lines)) / sum(heights)
     layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, foot, 1, 1 - foot))
