@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple
 import pandas as pd
 import typer
 
-from bench.benches import bench_kfac, cases
+from bench.benches import bench_kfac
+from bench.benches.cases import Functions
 from bench.benches.problems import UPDATES
 from bench.frame import pages, pictures, results
 from bench.frame.facts import ROOT, place, shortly
@@ -56,38 +57,29 @@ class Page(NamedTuple):
     heading: str = ""  # the mark of headings above the tables
 
 
-def asked(name: str, question: str, module: Any, *studies: str, functions: str | tuple[str, ...] | None = None) -> Page:
-    """Return the page of a question that a module answers, perhaps about functions whose names begin so."""
-    of = lambda function: function if functions is None else partial(function, functions)
-    draw = getattr(module, "draw", None) or partial(bars, of(module.chart), f"{studies[0]}.json")
+def asked(name: str, question: str, module: Any, *studies: str) -> Page:
+    """Return the page of a question that a module answers from the first of the studies."""
+    draw = getattr(module, "draw", None) or partial(bars, module.chart, f"{studies[0]}.json")
 
     def shown(content: Row) -> Tables:
-        if len(cells := of(module.table)(content)):
+        if len(cells := module.table(content)):
             yield f"{min(MOST, len(cells))} of {len(cells)} rows of `{studies[0]}.json`:", cells.head(MOST)
 
-    drawn = {name: (f"{question} ({studies[0]}.json)", draw)}
-    return Page(studies, of(module.answer), drawn, shown, question)
+    return Page(studies, module.answer, {name: (f"{question} ({studies[0]}.json)", draw)}, shown, question)
 
 
-PAGES = {
-    "updates": asked("updates", "What does an update cost?", scaling, "scaling", "updates", "functions"),
-    "randomized": asked(
-        *("randomized", "How quick is a randomized decomposition?", cases, "functions", "updates"),
-        functions="randomized",
-    ),
-    "applications": asked(
-        *("applications", "What does a damped application cost?", cases, "functions", "scaling"),
-        functions=("damped", "kron_damped"),
-    ),
-    "kfac": asked("kfac", "What does a step of K-FAC cost?", bench_kfac, "kfac", "demo"),
-    "ops": asked(
-        *("ops", "How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
-    ),
-    "gpu": asked("gpu", "How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
-    "streams": asked("streams", "How right do the updates stay?", streams, "streams", "forms"),
-    "accuracy": asked("accuracy", "How near are low-rank factors while a network learns?", accuracy, "accuracy"),
+RANDOMIZED, DAMPED = Functions(("randomized",)), Functions(("damped", "kron_damped"))
+QUESTIONS = {
+    "updates": ("What does an update cost?", scaling, "scaling", "updates", "functions"),
+    "randomized": ("How quick is a randomized decomposition?", RANDOMIZED, "functions", "updates"),
+    "applications": ("What does a damped application cost?", DAMPED, "functions", "scaling"),
+    "kfac": ("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo"),
+    "ops": ("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
+    "gpu": ("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
+    "streams": ("How right do the updates stay?", streams, "streams", "forms"),
+    "accuracy": ("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
 }
-QUESTIONS = list(PAGES)
+PAGES = {name: asked(name, *about) for name, about in QUESTIONS.items()}
 COURSES = ("Test accuracy against steps, a panel for each task", expand_reduce.draw)
 PAGES |= {
     "defaults": Page(("defaults",), lambda content: "", {}, defaults.shown, heading="####"),
