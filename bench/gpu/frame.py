@@ -95,9 +95,10 @@ class Findings:
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """The ceilings that this run has measured; measured now if it has not."""
+        """The ceilings that this run has measured, if it has all of them; else they are measured now."""
         rates = {row["ceiling"]: row["per_second"][0] for _, kind, row in lines(self.path) if kind == "ceilings"}
-        return Ceilings(**rates, samples={}) if rates else measure(self.device, self.sizes)
+        whole = {*rates, "samples"} == set(Ceilings._fields)
+        return Ceilings(**rates, samples={}) if whole else measure(self.device, self.sizes)
 
 
 def work(run: Callable[[Findings], None], dry: bool, threads: int, logs: Path, *about: Any) -> None:
