@@ -84,28 +84,24 @@ FAMILIES = {
 
 
 class Truth(NamedTuple):
-    """What a stream adds up to, step by step, in float64."""
-
-    matrices: list[Tensor]
-    discarded: list[float]
-    roundings: list[float]
-
-
-def reference(family: Family, batches: list[Tensor]) -> Truth:
-    """Return M after each step, what exact truncated updates discard of its trace, and what rounding adds up to.
+    """M after a step, what exact truncated updates discard of its trace, and what rounding adds up to, in float64.
 
     The last is in units of ε: ROUNDING·‖M‖₂ an update, which decays as everything before it does.
     """
+
+    matrix: Tensor
+    discarded: float
+    rounding: float
+
+
+def reference(family: Family, batches: list[Tensor]) -> Iterator[Truth]:
     matrix = truncated = torch.zeros(family.n, family.n, dtype=torch.float64)
-    truth, rounding = Truth([], [], []), 0.0
+    rounding = 0.0
     for columns in batches:
         matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
         truncated = oracles.truncated_update(truncated, columns, family.r, DECAY, WEIGHT)
         rounding = DECAY * rounding + ROUNDING * oracles.spectral_norm(matrix)
-        truth.matrices.append(matrix)
-        truth.discarded.append(float((matrix - truncated).trace()))
-        truth.roundings.append(rounding)
-    return truth
+        yield Truth(matrix, float((matrix - truncated).trace()), rounding)
 
 
 # --- Losses, form and the error bound
@@ -116,7 +112,7 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     family = FAMILIES[name]
     family = replace(family, steps=min(family.steps, 30)) if quick else family
     batches = family.batches(DTYPES[dtype])
-    truth = reference(family, batches)
+    truth = list(reference(family, batches))
     about = family.about | {"steps": family.steps}
     for update in UPDATES:
         yield {"update": update, **about, **followed(update, family, batches, truth)}
@@ -124,24 +120,24 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
         yield {"update": "svd_append", **about, **appended(family, batches, truth)}
 
 
-def followed(update: str, family: Family, batches: list[Tensor], truth: Truth) -> Row:
+def followed(update: str, family: Family, batches: list[Tensor], truth: list[Truth]) -> Row:
     """Run an update over a stream with its error bound; the errors are looked at ten times on the way."""
     function, kind = UPDATES[update]
     dtype = batches[0].dtype
     eps = torch.finfo(dtype).eps
     value = brandla.track(kind.zeros(family.n, family.r, dtype=dtype))
     worst, seen, every = 0.0, [], max(len(batches) // 10, 1)
-    for step, (columns, matrix) in enumerate(zip(batches, truth.matrices, strict=True), 1):
+    for step, (columns, true) in enumerate(zip(batches, truth, strict=True), 1):
         value = function(value, columns, decay=DECAY, weight=WEIGHT)
         worst = max(worst, defect(value.lowrank) / eps)
         if step % every == 0 or step == len(batches):
-            error, bound = oracles.spectral_norm(matrix - dense(value.lowrank)), float(value.error_bound)
+            error, bound = oracles.spectral_norm(true.matrix - dense(value.lowrank)), float(value.error_bound)
             # The bound need not cover rounding.
-            look = {"error": error, "bound": bound, "rounding": eps * truth.roundings[step - 1]}
-            seen.append(look | {"above": (error - bound) / (eps * oracles.spectral_norm(matrix))})
+            look = {"error": error, "bound": bound, "rounding": eps * true.rounding}
+            seen.append(look | {"above": (error - bound) / (eps * oracles.spectral_norm(true.matrix))})
     last = seen[-1]
     return {
-        **lost(truth.matrices[-1], dense(value.lowrank), truth.discarded[-1], family.r, eps),
+        **lost(truth[-1], dense(value.lowrank), family.r, eps),
         "defect_over_eps": worst,
         "error": last["error"],
         "bound": last["bound"],
@@ -152,8 +148,9 @@ def followed(update: str, family: Family, batches: list[Tensor], truth: Truth) -
     }
 
 
-def lost(matrix: Tensor, approximation: Tensor, exact: float, rank: int, eps: float) -> Row:
+def lost(true: Truth, approximation: Tensor, rank: int, eps: float) -> Row:
     """Return the part of the trace that was lost beside the best of this rank and the exact truncated update."""
+    matrix, exact, _ = true
     trace, own = float(matrix.trace()), float((matrix - approximation).trace())
     best = math.fsum(oracles.eigh(matrix).eigenvalues[rank:].clamp(min=0).tolist())
     rounding = 20 * eps * trace
@@ -169,7 +166,7 @@ def lost(matrix: Tensor, approximation: Tensor, exact: float, rank: int, eps: fl
     }
 
 
-def appended(family: Family, batches: list[Tensor], truth: Truth) -> Row:
+def appended(family: Family, batches: list[Tensor], truth: list[Truth]) -> Row:
     """Run svd_append, whose U diag(S²) Uᵀ is the same matrix."""
     dtype, worst = batches[0].dtype, 0.0
     eps = torch.finfo(dtype).eps
@@ -178,8 +175,7 @@ def appended(family: Family, batches: list[Tensor], truth: Truth) -> Row:
         svd = brandla.svd_append(svd, columns * WEIGHT**0.5, decay=DECAY**0.5)
         worst = max(worst, orthonormality(svd.U) / eps)
     left, values = svd.U.double(), svd.S.double()
-    figures = lost(truth.matrices[-1], (left * values.square()) @ left.mT, truth.discarded[-1], family.r, eps)
-    return figures | {"defect_over_eps": worst}
+    return lost(truth[-1], (left * values.square()) @ left.mT, family.r, eps) | {"defect_over_eps": worst}
 
 
 def dense(factor: Any) -> Tensor:
