@@ -23,7 +23,7 @@ from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame import pages
 from bench.frame.facts import in_words
 from bench.gpu import cases, frame
-from bench.gpu.cases import FULL, SMALL
+from bench.gpu.cases import FULL
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
 from brandla_kernels import OPS, Cost
 
@@ -89,9 +89,7 @@ class Request:
 
     @property
     def words(self) -> str:
-        if self.op in SMALL:
-            return f"{self.op}: {self.cores} cores, r {self.r}, k {self.k}, {self.dtype}"
-        return f"{self.op}: n {self.n}, r {self.r}, k {self.k}, m {min(self.n, self.m)}, {self.dtype}"
+        return f"{self.op}: {', '.join(f'{name} {value}' for name, value in asdict(self).items() if name != 'op')}"
 
     @property
     def arguments(self) -> list[str]:
