@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.frame.samples import shuffled, table, text
-from bench.frame.study import Piece, Row, Study, command
+from bench.frame.study import Piece, Row, Study, Table, command, pieces_of
 from bench.gpu.device import Device
 from bench.studies.networks import Graph, Transformer, letters_mlp, mlp, strided, two_hidden
 from brandla.demo.data import Split
@@ -100,15 +100,12 @@ def run(task: str, method: str, rate: float, seed: int, settings: Settings, devi
 
 def pieces(settings: Settings, device: Device) -> list[Piece]:
     """Return the runs of all tasks, seed by seed."""
-    found = []
-    for seed in settings.seeds:
-        for task in TASKS:
-            for method, (rates, _) in METHODS.items():
-                for rate in rates if settings.tuned else rates[:1]:
-                    key = {"task": task, "method": method, "rate": rate, "seed": seed}
-                    measure = lambda tables, tick, key=key: run(**key, settings=settings, device=str(device.tensors))
-                    found.append(Piece("runs", key, 1.0, measure))
-    return found
+    tried = [
+        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
+    ]
+    values = [(task, *each, seed) for seed in settings.seeds for task in TASKS for each in tried]
+    runs = Table("Runs", ("task", "method", "rate", "seed"), values, run)
+    return pieces_of({"runs": runs}, settings, str(device.tensors))
 
 
 def means(content: Row) -> pd.DataFrame:
