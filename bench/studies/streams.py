@@ -308,6 +308,7 @@ def table(content: Row) -> pd.DataFrame:
     updates = [update for update in UPDATES if update in rows]
     worst = rows[updates].apply(pd.to_numeric, errors="coerce").max(axis=1)
     ordered = rows.assign(worst=worst).sort_values("worst", ascending=False, kind="stable").drop(columns="worst")
+    ordered = ordered[["stream", *updates, *ordered.columns.difference(["stream", *updates], sort=False)]]
     return ordered.rename(columns={update: f"`{update}`" for update in (*UPDATES, "svd_append")})
 
 
