@@ -24,7 +24,6 @@ from rich.console import Console
 
 from bench.frame import pages, results
 from bench.frame.facts import ROOT, commit_of
-from bench.frame.figures import spelled
 from bench.frame.study import application
 
 RANGES = 3
@@ -166,22 +165,17 @@ def main(
             continue
         own = changes(path.stem, before, after, least)
         noise = f"; noise {100 * own['noise'].median():.2g} % in the middle" if len(own) else ""
-        runs = f"{commit_of(before['facts'])} and {commit_of(after['facts'])}"
-        console.print(f"{name}: {len(own)} ratios of {runs}{noise}")
+        console.print(
+            f"{name}: {len(own)} ratios of {commit_of(before['facts'])} and {commit_of(after['facts'])}{noise}"
+        )
         found.append(own)
     cells = pd.concat(found) if found else pd.DataFrame(columns=["factor", "regression"])
-    cells = cells.sort_values("factor", kind="stable").reset_index(drop=True)
+    cells = cells.sort_values("factor", kind="stable", ignore_index=True)
     worse = cells["regression"].astype(bool)
     # The regressions, and the largest changes either way.
     ends = cells[worse | (cells.index < SHOWN) | (cells.index >= len(cells) - SHOWN)]
     if len(ends):
-        shown = ends[["study", "case"]].assign(
-            old=ends["old"].map(spelled),
-            new=ends["new"].map(spelled),
-            **{"times as good": ends["factor"].map("{:.2f}".format)},
-            noise=(100 * ends["noise"]).map("{:.2g} %".format),
-            **{"": ends["regression"].map({True: "regression", False: ""})},
-        )
+        shown = ends.rename(columns={"factor": "times as good"}).round({"times as good": 2, "noise": 3})
         pages.show(pages.on_terminal(shown, "Ratios, the worst change first", list(worse[ends.index])), console)
     console.print(f"{worse.sum()} of {len(cells)} ratios got worse.")
     raise typer.Exit(1 if worse.any() else 0)

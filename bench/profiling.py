@@ -18,12 +18,12 @@ import typer
 from rich.console import Console
 from torch.profiler import ProfilerActivity
 
-import brandla
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
+from bench.benches.problems import UPDATES
+from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame import pages
 from bench.frame.facts import in_words
 from bench.gpu import cases, frame
-from bench.gpu.cases import FULL, SMALL
+from bench.gpu.cases import FULL
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
 from brandla_kernels import OPS, Cost
 
@@ -31,7 +31,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 HALF = ("bfloat16", "float16")
 FUNCTIONS = (*UPDATES, "damped_solve", "randomized_eigh")
 NAMES = (*sorted(OPS), *FUNCTIONS)
-DAMPING = 0.03
 # Calls before a measurement; calls of one at least, so that their mean says something; and calls between the marks of
 # a run under ncu or nsys: ncu repeats each kernel itself, and slowly.
 WARM_UP, FEWEST, BARE_CALLS = 3, 10, 3
@@ -63,7 +62,6 @@ class Request:
     cores: int = 32
 
     def refusal(self) -> str | None:
-        """Say why this cannot be profiled, if so."""
         function, half = self.op in FUNCTIONS, self.dtype in HALF
         if self.op not in NAMES:
             return f"OP must be one of {', '.join(NAMES)}; got {self.op!r}"
@@ -91,13 +89,10 @@ class Request:
 
     @property
     def words(self) -> str:
-        if self.op in SMALL:
-            return f"{self.op}: {self.cores} cores, r {self.r}, k {self.k}, {self.dtype}"
-        return f"{self.op}: n {self.n}, r {self.r}, k {self.k}, m {min(self.n, self.m)}, {self.dtype}"
+        return f"{self.op}: {', '.join(f'{name} {value}' for name, value in asdict(self).items() if name != 'op')}"
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that asks for the same."""
         return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
 
 
@@ -111,18 +106,10 @@ class Profiled(NamedTuple):
 
 
 def prepare(request: Request, device: Device) -> Profiled:
-    n, r, k = request.n, request.r, request.k
-    if request.op in UPDATES:
-        factor, columns = steady(request.op, n, r, k, device=device.tensors)
-        update, data = UPDATES[request.op][0], columns.to(DTYPES[request.dtype])
-        return Profiled([lambda: update(factor, data, decay=DECAY, weight=WEIGHT)] * FEWEST)
-    if request.op == "damped_solve":
-        eigh, rhs = cases.eigh(device, n, r), device.normal(n, k)
-        return Profiled([lambda: brandla.damped_solve(eigh, rhs, DAMPING)] * FEWEST)
-    if request.op == "randomized_eigh":
-        half = device.normal(n, r + k)
-        matrix = half @ half.mT
-        return Profiled([lambda: brandla.randomized_eigh(matrix, r)] * FEWEST)
+    if request.op in FUNCTIONS:
+        data = DTYPES[request.dtype] if request.dtype in HALF else None
+        task = TASKS[request.op].task(Shape(request.n, request.r, request.k, data=data), device)
+        return Profiled([task.call(BRANDLA).again] * FEWEST)
     case, op = request.case, OPS[request.op]
     inputs = cases.inputs(case, device)
     calls = [lambda arguments=arguments: op(*arguments) for arguments in inputs] * -(-FEWEST // len(inputs))

@@ -5,7 +5,7 @@ is a number behind a mark of its own. ``--check`` writes nothing and fails where
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,16 +13,17 @@ from typing import Annotated, Any, NamedTuple
 import pandas as pd
 import typer
 
-from bench.benches import bench_kfac, cases
+from bench.benches import bench_kfac
+from bench.benches.cases import Functions
 from bench.benches.problems import UPDATES
 from bench.frame import pages, pictures, results
-from bench.frame.facts import ROOT, commit_of, place
+from bench.frame.facts import ROOT, place, shortly
 from bench.frame.figures import spelled
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
 from bench.frame.study import application
 from bench.gpu import frame
-from bench.studies import accuracy, defaults, expand_reduce, kfac_images, kfac_page, roofline, scaling, streams
+from bench.studies import accuracy, defaults, expand_reduce, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
 Row = dict[str, Any]
@@ -42,49 +43,61 @@ QUOTE = re.compile(r"(<!-- ([\w-]+)\.json (\w+): (.+?); ([^;]+?) -->)(–|\d[\d.
 LINK = re.compile(r"\]\((?!https?:|#)")
 
 
-class Question(NamedTuple):
-    """What answers a question from the first of its studies; all of them have CSV files on its page."""
+Tables = Iterable[tuple[str, pd.DataFrame]]
 
-    title: str
-    answer: Callable[[Row], str]
-    draw: pictures.Draw
-    table: Callable[[Row], pd.DataFrame]
+
+class Page(NamedTuple):
+    """What a page, or a part of one, shows of the first of its studies; all of them have CSV files there."""
+
     studies: tuple[str, ...]
+    answer: Callable[[Row], str]
+    drawn: Mapping[str, tuple[str, pictures.Draw]]  # by the names of the pictures: what they show, and what draws them
+    shown: Callable[[Row], Tables]
+    question: str = ""  # that is answered
+    heading: str = ""  # the mark of headings above the tables
 
 
-def asked(title: str, module: Any, *studies: str) -> Question:
-    """Return the question that a module answers from the first of the studies."""
+def asked(name: str, question: str, module: Any, *studies: str) -> Page:
+    """Return the page of a question that a module answers from the first of the studies."""
     draw = getattr(module, "draw", None) or partial(bars, module.chart, f"{studies[0]}.json")
-    return Question(title, module.answer, draw, module.table, studies)
+
+    def shown(content: Row) -> Tables:
+        if len(cells := module.table(content)):
+            yield f"{min(MOST, len(cells))} of {len(cells)} rows of `{studies[0]}.json`:", cells.head(MOST)
+
+    return Page(studies, module.answer, {name: (f"{question} ({studies[0]}.json)", draw)}, shown, question)
 
 
-def of_functions(title: str, names: str | tuple[str, ...], *others: str) -> Question:
-    """Return the question about functions whose names begin so."""
-    answer, table, chart = (partial(each, names) for each in (cases.answer, cases.table, cases.chart))
-    return Question(title, answer, partial(bars, chart, "functions.json"), table, ("functions", *others))
-
-
-# What further studies have to show on the page of K-FAC.
-SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
-    "defaults": defaults.section,
-    "expand-reduce": expand_reduce.section,
-}
-# By page.
+RANDOMIZED, DAMPED = Functions(("randomized",)), Functions(("damped", "kron_damped"))
 QUESTIONS = {
-    "updates": asked("What does an update cost?", scaling, "scaling", "updates", "functions"),
-    "randomized": of_functions("How quick is a randomized decomposition?", "randomized", "updates"),
-    "applications": of_functions("What does a damped application cost?", ("damped", "kron_damped"), "scaling"),
-    "kfac": asked("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo", *SECTIONS),
-    "ops": asked("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
-    "gpu": asked("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
-    "streams": asked("How right do the updates stay?", streams, "streams", "forms"),
-    "accuracy": asked("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
+    "updates": ("What does an update cost?", scaling, "scaling", "updates", "functions"),
+    "randomized": ("How quick is a randomized decomposition?", RANDOMIZED, "functions", "updates"),
+    "applications": ("What does a damped application cost?", DAMPED, "functions", "scaling"),
+    "kfac": ("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo"),
+    "ops": ("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
+    "gpu": ("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
+    "streams": ("How right do the updates stay?", streams, "streams", "forms"),
+    "accuracy": ("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
 }
-PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
-# Pictures, with their study: those of studies, and of questions.
-DRAWN = {each.STUDY.name: (each.STUDY.name, each.STUDY.draw) for each in (kfac_images, expand_reduce)}
-DRAWN |= {"kfac-cost": ("kfac-study", kfac_page.draw_costs), "kfac-width": ("kfac-study", kfac_page.draw_widths)}
-DRAWN |= {name: (each.studies[0], each.draw) for name, each in QUESTIONS.items()}
+PAGES = {name: asked(name, *about) for name, about in QUESTIONS.items()}
+COURSES = ("Test accuracy against steps, a panel for each task", expand_reduce.draw)
+PAGES |= {
+    "defaults": Page(("defaults",), lambda content: "", {}, defaults.shown, heading="####"),
+    "expand-reduce": Page(
+        ("expand-reduce",), lambda content: "", {"expand-reduce": COURSES}, expand_reduce.shown, heading="####"
+    ),
+    "kfac-study": Page(
+        ("kfac-study",),
+        kfac_page.answer,
+        {
+            "kfac-study": ("Seconds over steps to the target, as multiples of AdamW's", kfac_page.draw),
+            "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
+            "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
+        },
+        kfac_page.shown,
+        heading="##",
+    ),
+}
 
 
 def machines_of(folder: Path) -> Machines:
@@ -98,109 +111,110 @@ def machines_of(folder: Path) -> Machines:
 # --- Blocks of pages. Their links are as seen from docs/.
 
 
-def of_question(name: str, machines: Machines) -> Iterator[str]:
-    """Yield answer, picture, table and files, for each machine on which the question was measured."""
-    question = QUESTIONS[name]
-    measured = {machine: found for machine, found in machines.items() if question.studies[0] in found}
+def of_page(name: str, machines: Machines) -> Iterator[str]:
+    """Yield answer, pictures, tables and files, for each machine on which the study was made."""
+    page = PAGES[name]
+    measured = {machine: found for machine, found in machines.items() if page.studies[0] in found}
     for machine, found in measured.items():
-        study = question.studies[0]
+        content = found[page.studies[0]]
         if len(measured) > 1:
-            yield f"## {place(found[study]['facts'])}\n"
+            yield f"## {place(content['facts'])}\n"
         said = answered(name, found)
         yield said
-        if TOO_LITTLE not in said:
-            yield pages.picture(name, machine, f"{question.title} ({study}.json)")
-        cells = question.table(found[study])
-        if len(cells):
-            of = f"{MOST} of {len(cells)} rows of" if len(cells) > MOST else "From"
-            yield f"{markdown(cells.head(MOST))}\n{of} `{study}.json`.\n"
-        present = [other for other in question.studies if other in found]
-        for other in filter(SECTIONS.__contains__, present):
-            yield from SECTIONS[other](found[other], machine)
-            yield ""
+        if seen(page, content):
+            yield from (pages.picture(drawn, machine, words) for drawn, (words, _) in page.drawn.items())
+        for title, cells in [*page.shown(content), *(settings_of(content) if page.heading else [])]:
+            yield f"{page.heading} {title}".strip() + f"\n\n{markdown(cells)}"
         yield "All figures, with what they were measured on:\n"
-        for other in present:
-            links = [f"[{table}]({csv_of(machine, other, table)})" for table in tables(other, found[other])]
-            yield f"- {pages.provenance(found[other]['facts'], f'{other}.json')} CSV: {', '.join(links) or 'none'}."
+        for study in [study for study in page.studies if study in found]:
+            links = [f"[{table}]({csv_of(machine, study, table)})" for table in tables(study, found[study])]
+            yield f"- {pages.provenance(found[study]['facts'], f'{study}.json')} CSV: {', '.join(links) or 'none'}."
     if not measured:
         yield NOTHING
 
 
+def settings_of(content: Row) -> Tables:
+    """Yield the settings of a study, those of its tasks in a table of their own."""
+    own = {name: value for name, value in content["settings"].items() if name != "tasks"}
+    yield "The settings", pd.DataFrame({"setting": list(own), "value": list(own.values())})
+    if "tasks" in content["settings"]:
+        yield "The tasks", pd.DataFrame(content["settings"]["tasks"])
+
+
+def seen(page: Page, content: Row) -> bool:
+    """Say whether there is enough for pictures."""
+    return bool(page.answer(content) if page.question else content.get("runs"))
+
+
 def answered(name: str, found: dict[str, Row]) -> str:
-    content = found[QUESTIONS[name].studies[0]]
-    return f"{QUESTIONS[name].answer(content) or TOO_LITTLE}{pages.caveats(content['facts'])}\n"
+    page = PAGES[name]
+    content = found[page.studies[0]]
+    return f"{page.answer(content) or TOO_LITTLE * bool(page.question)}{pages.caveats(content['facts'])}\n"
 
 
 def overview(machines: Machines) -> Iterator[str]:
     """Yield all questions with their answers on the first machine that has one."""
-    for name, question in QUESTIONS.items():
-        study = question.studies[0]
+    for name in QUESTIONS:
+        study = PAGES[name].studies[0]
+        yield f"## [{PAGES[name].question}]({FOLDER}/{name}.md)\n"
         measured = [found for found in machines.values() if study in found][:1]
-        yield f"## [{question.title}]({FOLDER}/{name}.md)\n"
-        yield from (f"{answered(name, found)}\n`{study}.json`, {machine_of(found[study])}.\n" for found in measured)
+        yield from (
+            f"{answered(name, found)}\n`{study}.json`, {shortly(found[study]['facts'])}.\n" for found in measured
+        )
         yield from [] if measured else [NOTHING]
 
 
-def machine_of(content: Row) -> str:
-    facts = content["facts"]
-    return f"{place(facts)}, {facts['threads']} threads, torch {facts['versions']['torch']}, {commit_of(facts)}"
+# --- Blocks with one table, each of one study
 
 
-def demo(machines: Machines) -> Iterator[str]:
-    """Yield the figures of README: B-KFAC beside what people use."""
-    for content in (content for content in contents("demo", machines) if content.get("runs")):
-        trained = summary.training(content).set_index("method")
-        trained = trained.loc[trained.index.intersection(["AdamW", "K-FAC", "B-KFAC"])].reset_index()
-        settings, target = content["settings"], f"{100 * content['settings']['target']:g} %"
-        names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
-        yield (
-            f"`make demo` on digits, a network of width {settings['width']}, where a step is dear beside the network's"
-            f" own ({machine_of(content)}; `demo.json`):\n"
-        )
-        yield markdown(trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names))
-        yield "[All figures](docs/measurements/kfac.md), and [real images](docs/kfac-study.md)."
+def demo(content: Row) -> pd.DataFrame:
+    """Return B-KFAC beside what people use."""
+    target = f"{100 * content['settings']['target']:g} %"
+    names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
+    trained = summary.training(content)
+    trained = trained[trained["method"].isin(["AdamW", "K-FAC", "B-KFAC"])]
+    return trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names)
 
 
-def among_optimizers(machines: Machines) -> Iterator[str]:
-    """Yield the second picture of README."""
-    for machine, found in [each for each in machines.items() if "kfac-study" in each[1]][:1]:
-        yield kfac_page.readme(found["kfac-study"], machine)
+def by_width(content: Row) -> pd.DataFrame:
+    """Return a row a width and batch, a column a system, the quickest in bold."""
+    rows = bench_kfac.of_group(content, "a step by width")
+    rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
+    values = rows.pivot_table("value", "layers", "system", sort=False)
+    cells = values.map(spelled)
+    return cells.where(values.ne(values.min(axis=1), axis=0), "**" + cells + "**").reset_index()
 
 
-def by_width(machines: Machines) -> Iterator[str]:
-    """Yield the table of ``docs/switch-on.md``: a row a width and batch, a column a system, the quickest in bold."""
-    for content in contents("kfac", machines):
-        rows = bench_kfac.of_group(content, "a step by width")
-        rows = rows.join(rows["case"].str.extract("(?P<layers>.*?): (?P<system>.*)"))
-        values = rows.pivot_table("value", "layers", "system", sort=False)
-        cells = values.map(spelled)
-        yield markdown(cells.where(values.ne(values.min(axis=1), axis=0), "**" + cells + "**").reset_index())
-        yield f"`make bench-kfac`, {machine_of(content)} (`kfac.json`)."
+def times(content: Row) -> pd.DataFrame:
+    """Return milliseconds at the sizes at which all was measured."""
+    cells = scaling.milliseconds(content, [*UPDATES, "damped_solve", "Cholesky solve", "torch.linalg.eigh"])
+    return cells[cells.ne("–").all(axis=1)].rename(columns="`{}`".format).reset_index()
 
 
-def times(machines: Machines) -> Iterator[str]:
-    """Yield the table of ``docs/choose.md``: the sizes at which all was measured."""
-    for content in contents("scaling", machines):
-        cells = scaling.milliseconds(content, [*UPDATES, "damped_solve", "Cholesky solve", "torch.linalg.eigh"])
-        yield markdown(cells[cells.ne("–").all(axis=1)].rename(columns="`{}`".format).reset_index())
-        yield f"`make study-scaling`, {machine_of(content)} (`scaling.json`).{pages.caveats(content['facts'])}"
+# By mark: the target of make, the study, and the table.
+TABLES: dict[str, tuple[str, str, Callable[[Row], pd.DataFrame]]] = {
+    "demo": ("demo", "demo", demo),
+    "among optimizers": ("study-kfac", "kfac-study", kfac_page.readme),
+    "by width": ("bench-kfac", "kfac", by_width),
+    "times": ("study-scaling", "scaling", times),
+    "clips": ("study-defaults", "defaults", lambda content: next(iter(defaults.shown(content)))[1]),
+}
 
 
-def contents(study: str, machines: Machines) -> list[Row]:
-    """Return the file of the first machine that has it."""
-    return [found[study] for found in machines.values() if study in found][:1]
+def of_table(name: str, machines: Machines) -> Iterator[str]:
+    """Yield a table of the first machine that has its study."""
+    target, study, table = TABLES[name]
+    for content in [found[study] for found in machines.values() if study in found][:1]:
+        yield markdown(table(content))
+        yield f"`make {target}`, {shortly(content['facts'])} (`{study}.json`).{pages.caveats(content['facts'])}"
 
 
 # By mark.
 BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
     "overview": overview,
-    "demo": demo,
-    "among optimizers": among_optimizers,
-    "by width": by_width,
-    "times": times,
-    "clips": lambda machines: map(defaults.guide, contents("defaults", machines)),
+    **{name: partial(of_page, name) for name in PAGES},
+    **{name: partial(of_table, name) for name in TABLES},
 }
-BLOCKS |= {name: partial(of_question, name) for name in QUESTIONS}
 
 
 def made(match: re.Match[str], machines: Machines, above: str) -> str:
@@ -213,7 +227,8 @@ def quoted(match: re.Match[str], machines: Machines) -> str:
     """Return a mark with its number: the largest of the column in the rows that have these entries."""
     mark, study, table, entries, column, _ = match.groups()
     wanted = [entry.partition("=")[::2] for entry in entries.split("; ")]
-    rows = [row for content in contents(study, machines) for row in content.get(table, [])]
+    contents = [found[study] for found in machines.values() if study in found][:1]
+    rows = [row for content in contents for row in content.get(table, [])]
     values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
     return mark + (f"{float(f'{max(values):.3g}'):g}" if values else "–")
@@ -255,11 +270,7 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
         block = partial(made, machines=machines, above=above)
         text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
         yield path, QUOTE.sub(partial(quoted, machines=machines), text)
-    for study, write in PAGES_OF_THEIR_OWN.items():
-        yield docs / f"{study}.md", write({name: found[study] for name, found in machines.items() if study in found})
-    if found := {name: studies["kfac-study"] for name, studies in machines.items() if "kfac-study" in studies}:
-        yield docs / "kfac-study.csv", kfac_page.raw(found)
-    for study in {study for question in QUESTIONS.values() for study in question.studies}:
+    for study in {study for page in PAGES.values() for study in page.studies}:
         for machine, found in machines.items():
             for name, cells in tables(study, found[study]).items() if study in found else ():
                 yield docs / csv_of(machine, study, name), cells.to_csv(index=False, lineterminator="\n")
@@ -268,10 +279,10 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
 def drawn(machines: Machines, docs: Path) -> Iterator[tuple[str, Row, Path, pictures.Draw]]:
     """Yield the pictures: name, content, folder, and what draws them where there is something to show."""
     for machine, found in machines.items():
-        for name, (study, draw) in DRAWN.items():
-            shows = QUESTIONS[name].answer if name in QUESTIONS else lambda content: content.get("runs")
-            if draw and study in found and shows(found[study]):
-                yield name, found[study], docs / pages.PICTURES / machine, draw
+        for page in PAGES.values():
+            content = found.get(page.studies[0], {})
+            for name, (_, draw) in page.drawn.items() if content and seen(page, content) else ():
+                yield name, content, docs / pages.PICTURES / machine, draw
 
 
 app = application(__doc__)

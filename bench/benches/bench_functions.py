@@ -7,6 +7,7 @@ result file says so. ``--full`` takes larger sizes, and lets what is slow there 
 
 from contextlib import nullcontext
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -47,14 +48,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
         ops = [(case, one) for case in cases.cases(sizes) for one in by]
         return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{shape_of(op)}" for op, one in ops])
-    grouped = metafunc.function is test_grouped
     found = []
-    for name in filter(GROUPED.__contains__, TASKS) if grouped else TASKS:
-        for shape in TOY if quick else FULL if full else USUAL:
+    for group, names in (("", TASKS), ("grouped.", filter(TASKS.__contains__, GROUPED))):
+        for name, shape in product(names, TOY if quick else FULL if full else USUAL):
             if shape.data is None or TASKS[name].takes_half:
                 those = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
-                own = [one for one in those if one in OWN]
-                found.extend((name, by, shape) for by in ([*own, ONE_BY_ONE] if grouped else those))
+                those = [*(one for one in those if one in OWN), ONE_BY_ONE] if group else those
+                found.extend((group + name, by, shape) for by in those)
     return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
 
 
@@ -63,15 +63,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
-    return TASKS[name].task(shape, device)
-
-
-@lru_cache(maxsize=1)
-def group_of(name: str, shape: Shape, device: Device) -> Task:
-    """Return a task over factors of several n."""
+    """Return a task; of a grouped function one over factors of several n."""
+    if name in TASKS:
+        return TASKS[name].task(shape, device)
     # Half as many columns as rows have to hold the rank and what is new.
     least = 2 * (shape.r + shape.k)
-    return together(name, [shape._replace(n=max(shape.n // part, least)) for part in PARTS], device)
+    shapes = [shape._replace(n=max(shape.n // part, least)) for part in PARTS]
+    return together(name.removeprefix("grouped."), shapes, device)
 
 
 def about(shape: Shape) -> dict[str, Any]:
@@ -79,7 +77,8 @@ def about(shape: Shape) -> dict[str, Any]:
     return {"shape": str(shape), "n": shape.n, "r": shape.r, "k": shape.k, "dtype": dtype}
 
 
-def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: Any) -> None:
+def test_function(name, by, shape, device, case) -> None:
+    task = task_of(name, shape, device)
     with case(f"{name} {shape}", by, function=name, **about(shape)) as timed:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
@@ -88,14 +87,6 @@ def measure(task: Task, name: str, by: str, shape: Shape, device: Device, case: 
         found = {"error": judged.error, "orthogonality": judged.orthogonality}
         with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:
             timed(calls, task.work, **found, blas_threads=threads)
-
-
-def test_function(name, by, shape, device, case) -> None:
-    measure(task_of(name, shape, device), name, by, shape, device, case)
-
-
-def test_grouped(name, by, shape, device, case) -> None:
-    measure(group_of(name, shape, device), f"grouped.{name}", by, shape, device, case)
 
 
 # --- Ops

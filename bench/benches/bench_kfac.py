@@ -6,11 +6,13 @@ float32, two threads. A short run takes scikit-learn's digits.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from math import inf
 from statistics import fmean, median
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,13 +23,14 @@ from torch.nn.functional import cross_entropy
 
 from bench.benches.timing import Interval, ratio, torch_calls
 from bench.frame.figures import read, spelled
+from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
 from bench.studies.networks import seeded, two_hidden
-from bench.studies.peers import Maker, maker, unsaid
+from bench.studies.peers import unsaid
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.training import Trainer, timed
+from brandla.demo.training import Trainer, follow
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
 Step = Callable[[], None]
@@ -84,7 +87,6 @@ class Setting:
         return itertools.chain.from_iterable(epochs)
 
     def stepping(self, step: Callable[[Split], None]) -> Step:
-        """Return a step on the next batch."""
         batches = self.batches()
         return lambda: step(next(batches))
 
@@ -111,10 +113,29 @@ def singd(setting: Setting, period: int) -> Step:
 
 
 def asdfghjkl(setting: Setting, period: int) -> Step:
-    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
+    """Return a step of asdfghjkl's K-FAC with the empirical Fisher, inverses renewed periodically."""
+    with unsaid(DeprecationWarning):
+        import asdl
+        from asdl.precondition import natural_gradient
+
+    if not torch.backends.cuda.is_built():
+        # Its named ranges ask for a CUDA build of torch.
+        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
     model = setting.network()
-    made = maker(model, setting.batch, period, 0.03, 0.05)
-    return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
+    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+    def step(batch: Split) -> None:
+        optimizer.zero_grad()
+        with unsaid(FutureWarning):
+            outputs = maker.setup_model_call(model, batch.images)
+            maker.setup_loss_call(cross_entropy, outputs, batch.labels)
+            maker.forward_and_backward()
+        optimizer.step()
+
+    return setting.stepping(step)
 
 
 def bare(setting: Setting, rank: int, columns: int) -> Step:
@@ -234,62 +255,55 @@ def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -
 # --- Training to an accuracy
 
 
-class Candidate(NamedTuple):
-    """One choice of a method's options: a rate, and a strategy of ours or AdamW."""
-
-    rate: float
-    strategy: Strategy | None
-
-
-def grid(low: float, high: float, count: int, strategies: Sequence[Strategy | None]) -> list[Candidate]:
-    """Return rates evenly spaced in their logarithm, with each of the strategies."""
-    rates = np.geomspace(low, high, count)
-    return [Candidate(float(f"{rate:.3g}"), strategy) for strategy in strategies for rate in rates]
-
-
-def train(candidate: Candidate, setting: Setting, most: int, seed: int = SEARCH_SEED) -> dict[str, Any]:
+def train(
+    rate: float, strategy: Strategy | None, setting: Setting, most: int, seed: int = SEARCH_SEED
+) -> dict[str, Any]:
     """Train to the target, judging after each step: steps and seconds, infinite where ``most`` steps did not arrive.
 
     Beside them the median step and the mean score on the way. The search trains and judges on its own parts of the
     images. Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
     """
     training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
-    model, strategy = setting.network(seed), candidate.strategy
+    model = setting.network(seed)
     kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
-    trainer = Trainer(model, kind(model.parameters(), candidate.rate), kfac)
-    times, scores = [], []
-    for batch in data.batches(training, setting.batch, most, seed):
-        times.append(timed(partial(trainer.step, batch), "cpu")[1] / 1e3)
-        scores.append(data.accuracy(model, judged))
-        if scores[-1] >= TARGET:
+    trainer = Trainer(model, kind(model.parameters(), rate), kfac)
+    run: dict[str, Any] = {}
+    batches, judge = data.batches(training, setting.batch, most, seed), lambda model: data.accuracy(model, judged)
+    for _ in follow(run, trainer, batches, judge, 1):
+        if run["evaluations"][-1]["accuracy"] >= TARGET:
             break
-    needed = (len(times), sum(times)) if scores[-1] >= TARGET else (inf, inf)
-    return {"steps": needed[0], "seconds": needed[1], "step": median(times), "score": fmean(scores)}
+    looks = run["evaluations"]
+    needed = looks[-1] if looks[-1]["accuracy"] >= TARGET else {"step": inf, "seconds": inf}
+    score = fmean(look["accuracy"] for look in looks)
+    return {"steps": needed["step"], "seconds": needed["seconds"], "step": median(run["milliseconds"]), "score": score}
 
 
-def choose(candidates: Sequence[Candidate], trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> Candidate:
-    """Return the candidate that reached the target in the least of what the row measures, by one trial of each.
+def choose(trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> pd.Series:
+    """Return the trial that reached the target in the least of what the row measures.
 
     Those that took equally many steps are told apart by their mean score on the way, and so are those that did not
     arrive at all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
     """
     needed = trials["steps"] * (trials["step"] if part == "seconds" else 1)
-    best = trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False])
-    return candidates[best.index[0]]
+    return trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False]).iloc[0]
 
 
 @pytest.fixture(scope="module")
-def trials(setting, quick) -> dict[str, tuple[list[Candidate], pd.DataFrame]]:
-    """Return every method's candidates, as many of each, with what each took in one run."""
+def trials(setting, quick) -> dict[str, pd.DataFrame]:
+    """Return as many trials of each method, one run each: rates evenly spaced in their logarithm, with strategies."""
     count, most = (1, 4) if quick else (TRIALS, MOST)
-    strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)]
+    strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)][:count]
     choices = {
-        "AdamW": grid(0.0003, 0.01, count, [None]),
-        "B-KFAC": grid(0.02, 0.1, max(count // len(strategies), 1), strategies[:count]),
+        "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
+        "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),
     }
-    run = lambda one: train(one, setting, most)
-    return {name: (candidates, pd.DataFrame(map(run, candidates))) for name, candidates in choices.items()}
+
+    def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
+        rate = float(f"{rate:.3g}")
+        return {"rate": rate, "strategy": strategy, **train(rate, strategy, setting, most)}
+
+    return {name: pd.DataFrame(itertools.starmap(tried, pairs)) for name, pairs in choices.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")
@@ -297,12 +311,12 @@ def trials(setting, quick) -> dict[str, tuple[list[Candidate], pd.DataFrame]]:
 def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
-    chosen = {name: choose(*tried, part) for name, tried in trials.items()}
+    chosen = {name: choose(tried, part) for name, tried in trials.items()}
     # In turn, so that a change of the machine's speed meets both. The median is infinite where half did not arrive.
-    run = lambda name, seed: train(chosen[name], setting, most, seed)[part]
+    run = lambda name, seed: train(chosen[name]["rate"], chosen[name]["strategy"], setting, most, seed)[part]
     middles = pd.DataFrame([{name: run(name, seed) for name in chosen} for seed in seeds]).median()
-    numbers = "; ".join(f"{name}: {candidate}" for name, candidate in chosen.items())
-    note = f"{len(trials['AdamW'][0])} trials each, chosen: {numbers}"
+    numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
+    note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
     for name, middle in middles.items():
         figures(f"{name}, {part}", middle, unit="" if part == "steps" else "s")
@@ -329,15 +343,13 @@ def answer(content: dict[str, Any]) -> str:
     if steps.empty:
         return ""
     least, most = steps.iloc[0], steps.iloc[-1]
-    goal = goal.join(goal["case"].str.extract("^(?P<method>[^/]*), (?P<part>steps|seconds)$")).dropna(subset="method")
-    words = goal["value"].map(spelled) + goal["part"].map({"steps": " steps", "seconds": " s"})
-    took = words.groupby(goal["method"]).agg(" and ".join)
-    training = ", ".join(f"{method} takes {found}" for method, found in took.items())
-    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if training else ""
+    ratios = goal[goal["case"].str.startswith("B-KFAC / AdamW")]
+    took = [f"{spelled(row.value)} times its {row.case.rpartition(', ')[2]}" for row in ratios.itertuples()]
+    where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if took else ""
     return (
         f"A step with K-FAC takes {spelled(least['value'])} ({least.name}) to {spelled(most['value'])} times"
         f" ({most.name}) as long as SGD's. "
-        + (f"{where}, {training}." if training else "Training to an accuracy was not measured.")
+        + (f"{where}, B-KFAC beside AdamW takes {listed(took)}." if took else "Training was not measured.")
     )
 
 

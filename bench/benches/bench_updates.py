@@ -17,13 +17,12 @@ from torch import Tensor
 import brandla
 from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, check_update, require
-from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Shape, Task, check, together
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, require
+from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Call, Shape, Task, check, symmetric_update, together
 from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import solve_floor, update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
-from bench.studies.scaling import DAMPING, Call, Size, tall_call
 from brandla import root as updates
 from brandla._small import leading_of, unresolved
 from brandla.orthonormal import polish
@@ -56,8 +55,10 @@ def in_words(n: int, r: int, k: int) -> str:
 
 def right_call(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Call:
     """Return an update in the steady state of a stream, or a damped solve, whose result is right."""
-    call = tall_call(name, Size(n, r, k), Stub(), exponent)
-    call.check(call.function())
+    shape, device = Shape(n, r, k), Stub()
+    task = symmetric_update(name, shape, device, exponent) if name in UPDATES else TASKS[name].task(shape, device)
+    call = task.call(BRANDLA)
+    check(name, call)
     return call
 
 
@@ -78,7 +79,7 @@ def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
 def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
     update = right_call(name, *size)
     count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
-    seconds = in_turn({"update": update.function, "gemms": update_floor(update.operands)}, count)
+    seconds = in_turn({"update": update.again, "gemms": update_floor(problems.Case(*update.arguments))}, count)
     over, words = ratio(seconds["update"], seconds["gemms"]), f"{name}, {in_words(*size)}"
     limit, before = LIMITS[size]
     figures(words, over, at_most=limit if name == ROOT else None)
@@ -125,7 +126,7 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
 def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
     # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
     update = right_call(name, *SHAPES[0], exponent=1.5)
-    seconds = in_turn({"update": update.function, "gemms": update_floor(update.operands)}, 150)
+    seconds = in_turn({"update": update.again, "gemms": update_floor(problems.Case(*update.arguments))}, 150)
     figures(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", ratio(seconds["update"], seconds["gemms"]))
 
 
@@ -168,10 +169,10 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
 def test_svd_lowrank_over_update(in_turn, figures) -> None:
     # ρ M̂ + w A Aᵀ as a dense matrix, which is handed to the peer for nothing.
     update, r = right_call(EIGH, *SHAPES[0]), SHAPES[0][1]
-    factor, columns = update.operands
+    factor, columns = update.arguments
     matrix = DECAY * factor.dense() + WEIGHT * columns @ columns.mT
     peer = lambda: torch.svd_lowrank(matrix, q=r, niter=2)
-    seconds = in_turn({"peer": peer, "update": update.function}, 25)
+    seconds = in_turn({"peer": peer, "update": update.again}, 25)
     words = f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}"
     figures(words, ratio(seconds["peer"], seconds["update"]), at_least=50)
 
@@ -236,8 +237,8 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
 def test_solve_over_its_gemms(in_turn, figures) -> None:
     solve = right_call("damped_solve", *SHAPES[0])
-    factor, rhs = solve.operands
-    seconds = in_turn({"solve": solve.function, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
+    factor, rhs, _ = solve.arguments
+    seconds = in_turn({"solve": solve.again, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
     figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
 
@@ -245,7 +246,7 @@ def test_solve_over_its_gemms(in_turn, figures) -> None:
 WRITTEN_OUT = {
     ROOT: (written_out.root_update, (DECAY, WEIGHT)),
     EIGH: (written_out.eigh_update, (DECAY, WEIGHT)),
-    "damped_solve": (written_out.damped_solve, (DAMPING,)),
+    "damped_solve": (written_out.damped_solve, ()),
 }
 
 
@@ -253,9 +254,8 @@ WRITTEN_OUT = {
 @pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
-    call, _, operands = right_call(name, n, r, k)
-    by_hand, numbers = WRITTEN_OUT[name]
-    hand = lambda: by_hand(*operands, *numbers)
+    right, (by_hand, numbers) = right_call(name, n, r, k), WRITTEN_OUT[name]
+    call, hand = right.again, partial(by_hand, *right.arguments, *numbers)
     one, other = (found if isinstance(found, Tensor) else found.dense() for found in (call(), hand()))
     error = float(torch.linalg.matrix_norm(one - other) / torch.linalg.matrix_norm(other))
     require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
@@ -278,12 +278,12 @@ IN_PLACE = {
 @every_update
 def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
-    update, _, case = right_call(name, n, r, k)
-    own = type(case.factor)(*(part.clone() for part in case.factor))
-    in_place = lambda: IN_PLACE[name](own, case.columns, **AVERAGE)
+    update = right_call(name, n, r, k)
+    own, columns = fresh(update.arguments)
+    in_place = lambda: IN_PLACE[name](own, columns, **AVERAGE)
     in_place()
-    check_update(name, case, own)
+    update.judge(own).accept(name)
     size = 4 * n * (r + k)
-    figures(f"{name}, {in_words(n, r, k)}", peak_extra_bytes(update) / size, at_most=2.0)
+    figures(f"{name}, {in_words(n, r, k)}", peak_extra_bytes(update.again) / size, at_most=2.0)
     figures(f"{name}_, {in_words(n, r, k)}", peak_extra_bytes(in_place) / size, at_most=1.0)
     in_turn({"in place": in_place}, 10)

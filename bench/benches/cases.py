@@ -108,60 +108,62 @@ ROWS = 10
 COLUMNS = ["function", "shape", "by", "n", "seconds", "error"]
 
 
-def beside(names: str | tuple[str, ...], content: Row) -> pd.DataFrame:
-    """Return the float32 cases of functions whose names begin so: brandla's, then the quickest of the others.
+class Functions(NamedTuple):
+    """The page of functions whose names begin so."""
 
-    Each is at its largest size that others have too. Of ten rows every function has its part, and two at least.
-    """
-    rows = pd.DataFrame(content.get("rows", []), columns=None if content.get("rows") else COLUMNS)
-    rows = rows[rows["function"].str.startswith(names) & rows["shape"].str.endswith("fp32")]
-    shared = rows.groupby(["function", "shape"])["by"].transform("nunique") > 1
-    rows = rows.assign(time=rows["seconds"].str[0], shared=shared, other=rows["by"] != BRANDLA)
-    largest = rows.sort_values(["shared", "n"], kind="stable").groupby("function")["shape"].transform("last")
-    rows = rows[rows["shape"] == largest.reindex(rows.index)]
-    order = {name: at for at, name in enumerate(rows["function"].unique())}
-    ours = rows["time"].where(~rows["other"]).groupby(rows["function"]).transform("first")
-    rows = rows.assign(over=rows["time"] / ours, order=rows["function"].map(order)).dropna(subset="over")
-    rows = rows.sort_values(["order", "other", "time"], kind="stable")
-    return rows.groupby("function", sort=False).head(max(2, ROWS // max(1, rows["function"].nunique())))
+    names: tuple[str, ...]
 
+    def beside(self, content: Row) -> pd.DataFrame:
+        """Return the float32 cases of functions whose names begin so: brandla's, then the quickest of the others.
 
-def answer(names: str | tuple[str, ...], content: Row) -> str:
-    rows = beside(names, content)
-    quickest = rows[rows["other"]].groupby("function", sort=False).first()
-    if quickest.empty:
-        return ""
-    first, rest = quickest.iloc[0], quickest.iloc[1:]
-    took = duration(rows[~rows["other"]].set_index("function").loc[first.name, "time"])
-    others = listed([f"`{name}`" for name in rest.index])
-    beyond = f"For {others} it takes {listed(rest['over'].map(spelled).tolist())} times as long."
-    return (
-        f"`{first.name}` takes {took} at {first['shape']}, and the quickest other ({first['by']})"
-        f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
-    )
+        Each is at its largest size that others have too. Of ten rows every function has its part, and two at least.
+        """
+        rows = pd.DataFrame(content.get("rows", []), columns=None if content.get("rows") else COLUMNS)
+        rows = rows[rows["function"].str.startswith(self.names) & rows["shape"].str.endswith("fp32")]
+        shared = rows.groupby(["function", "shape"])["by"].transform("nunique") > 1
+        rows = rows.assign(time=rows["seconds"].str[0], shared=shared, other=rows["by"] != BRANDLA)
+        largest = rows.sort_values(["shared", "n"], kind="stable").groupby("function")["shape"].transform("last")
+        rows = rows[rows["shape"] == largest.reindex(rows.index)]
+        order = {name: at for at, name in enumerate(rows["function"].unique())}
+        ours = rows["time"].where(~rows["other"]).groupby(rows["function"]).transform("first")
+        rows = rows.assign(over=rows["time"] / ours, order=rows["function"].map(order)).dropna(subset="over")
+        rows = rows.sort_values(["order", "other", "time"], kind="stable")
+        return rows.groupby("function", sort=False).head(max(2, ROWS // max(1, rows["function"].nunique())))
 
+    def answer(self, content: Row) -> str:
+        rows = self.beside(content)
+        quickest = rows[rows["other"]].groupby("function", sort=False).first()
+        if quickest.empty:
+            return ""
+        first, rest = quickest.iloc[0], quickest.iloc[1:]
+        took = duration(rows[~rows["other"]].set_index("function").loc[first.name, "time"])
+        others = listed([f"`{name}`" for name in rest.index])
+        beyond = f"For {others} it takes {listed(rest['over'].map(spelled).tolist())} times as long."
+        return (
+            f"`{first.name}` takes {took} at {first['shape']}, and the quickest other ({first['by']})"
+            f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
+        )
 
-def table(names: str | tuple[str, ...], content: Row) -> pd.DataFrame:
-    rows = beside(names, content)
-    columns = {
-        "function": "`" + rows["function"] + "`",
-        "by": rows["by"],
-        "ms": [spelled(1e3 * time) for time in rows["time"]],
-        "× brandla": [spelled(over) for over in rows["over"]],
-        "error": [f"{error:.2g}" for error in rows["error"]],
-        "case": rows["shape"],
-    }
-    return pd.DataFrame(columns)
+    def table(self, content: Row) -> pd.DataFrame:
+        rows = self.beside(content)
+        columns = {
+            "function": "`" + rows["function"] + "`",
+            "by": rows["by"],
+            "ms": [spelled(1e3 * time) for time in rows["time"]],
+            "× brandla": [spelled(over) for over in rows["over"]],
+            "error": [f"{error:.2g}" for error in rows["error"]],
+            "case": rows["shape"],
+        }
+        return pd.DataFrame(columns)
 
-
-def chart(names: str | tuple[str, ...], content: Row) -> Bars:
-    rows = beside(names, content)
-    labels = rows["function"].where(~rows["other"], rows["function"] + ": " + rows["by"])
-    values = pd.Series((1e3 * rows["time"]).to_numpy(float), labels).head(ROWS)
-    return Bars(
-        "Time beside the quickest others",
-        listed(list(rows["shape"].unique())),
-        values,
-        set(labels[rows["other"]]),
-        " ms",
-    )
+    def chart(self, content: Row) -> Bars:
+        rows = self.beside(content)
+        labels = rows["function"].where(~rows["other"], rows["function"] + ": " + rows["by"])
+        values = pd.Series((1e3 * rows["time"]).to_numpy(float), labels).head(ROWS)
+        return Bars(
+            "Time beside the quickest others",
+            listed(list(rows["shape"].unique())),
+            values,
+            set(labels[rows["other"]]),
+            " ms",
+        )

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -19,7 +18,7 @@ from bench.benches import cases, timing
 from bench.benches.cases import Run
 from bench.frame import pages, results
 from bench.frame.facts import facts, in_words
-from bench.frame.figures import Figure, Study, judged, spelled
+from bench.frame.figures import Figure, Study, judged
 from bench.frame.study import INTERRUPTED, THREADS, machine_of
 from bench.gpu.cases import TOY
 from bench.gpu.device import Device, device_of, measure
@@ -32,8 +31,6 @@ class Found:
     studies: dict[str, Study] = field(default_factory=dict)
     # Facts of the device, where functions or ops were measured.
     machine: dict[str, Any] | None = None
-    # Whether a case began.
-    begun: bool = False
 
 
 FOUND = pytest.StashKey[Found]()
@@ -59,13 +56,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"bench: {in_words(facts(config.getoption('quick')))}"
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    item.config.stash[FOUND].begun = True
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     # Before the first case it is a collection that failed.
-    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].begun:
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].studies:
         session.exitstatus = INTERRUPTED
 
 
@@ -146,24 +139,14 @@ def case(benchmark: Any, run: Run, study: Study) -> Callable[..., AbstractContex
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    # Times of cases are in pytest-benchmark's own tables.
     machine, console = facts(config.getoption("quick")), Console(highlight=False)
     for name, study in config.stash[FOUND].studies.items():
-        cells = judged(study.figures).rename(columns={"what": "group"}) if study.figures else of_cases(study.cases)
-        for group, shown in cells.groupby("group", sort=False, observed=True):
-            red = list(shown["met"] == "**no**") if study.figures else []
-            pages.show(pages.on_terminal(shown.drop(columns="group"), f"bench_{name}: {group}", red), console)
-        console.print(in_words(machine))
+        for group, shown in judged(study.figures).groupby("what", sort=False):
+            red = list(shown["met"] == "**no**")
+            pages.show(pages.on_terminal(shown.drop(columns="what"), f"bench_{name}: {group}", red), console)
+    console.print(in_words(machine))
     terminalreporter.write_line(_kept(terminalreporter, config, machine))
-
-
-def of_cases(found: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the cases, the quickest of a group first."""
-    rows = [(row["group"], row["by"], row["seconds"].value, row["of_ceiling"].value, row["error"]) for row in found]
-    cells = pd.DataFrame(rows, columns=["group", "by", "median, ms", "of the floor", "error"])
-    cells["group"] = pd.Categorical(cells["group"], cells["group"].unique())
-    cells = cells.sort_values(["group", "median, ms"])
-    cells["median, ms"] *= 1e3
-    return cells.assign(**{name: cells[name].map(spelled) for name in cells.columns[2:]})
 
 
 def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dict[str, Any]) -> str:

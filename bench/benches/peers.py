@@ -18,8 +18,6 @@ from brandla import LowRankEigh, LowRankSVD
 OVERSAMPLE, POWERS = 10, 2
 # What an exact decomposition, and one from a random sketch, may lose beside the best of the same rank.
 EXACT, SKETCHED = 1.001, 2.0
-# Packages that compute with a BLAS of their own, on the CPU.
-ON_NUMPY = ("scipy", "sklearn", "fbpca")
 
 
 class Peer(NamedTuple):
@@ -34,16 +32,13 @@ class Peer(NamedTuple):
     @property
     def on_numpy(self) -> bool:
         """Whether a BLAS other than torch's computes, on the CPU."""
-        return self.package in ON_NUMPY
+        return self.package != "torch"
 
     def runs_on(self, device_type: str) -> bool:
         """Say whether the package is installed and works where the matrix is."""
-        only = "cuda" if self.package == "cupy" else "cpu" if self.on_numpy else device_type
-        return util.find_spec(self.package) is not None and device_type == only
+        return util.find_spec(self.package) is not None and (device_type == "cpu" or not self.on_numpy)
 
     def takes(self, matrix: Tensor) -> Any:
-        if self.package == "cupy":
-            return import_module("cupy").from_dlpack(matrix)
         return matrix.numpy() if self.on_numpy else matrix
 
 
@@ -87,9 +82,6 @@ GENERAL = {
         package="fbpca",
         float64=True,
     ),
-    "cupy.linalg.svd": Peer(
-        lambda m, r: _cut(import_module("cupy").linalg.svd(m, full_matrices=False), r), slow=True, package="cupy"
-    ),
 }
 SYMMETRIC = GENERAL | {
     "torch.lobpcg": Peer(
@@ -101,9 +93,6 @@ SYMMETRIC = GENERAL | {
     ),
     "fbpca.eigens": Peer(
         lambda m, r: _eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS)), SKETCHED, package="fbpca", float64=True
-    ),
-    "cupy.linalg.eigh": Peer(
-        lambda m, r: _ascending(import_module("cupy").linalg.eigh(m), r), slow=True, package="cupy"
     ),
 }
 INCREMENTAL = "scikit-learn IncrementalPCA"

@@ -172,29 +172,12 @@ def spectral_norm(symmetric: Tensor) -> float:
     return float(torch.linalg.eigvalsh(symmetric).abs().max()) if symmetric.isfinite().all() else float("inf")
 
 
-def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: float) -> Tensor:
+def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: float = -1.0) -> Tensor:
     """Return (U diag(d) Uᵀ + λI)^p V in float64."""
-    levels, directions = (part.double() for part in factor)
+    (levels, directions), vectors = (part.double() for part in factor), vectors.double()
     outside = damping**exponent
     inside = ((levels + damping) ** exponent - outside)[:, None] * (directions.mT @ vectors)
     return outside * vectors + directions @ inside
-
-
-def undone(
-    rhs: Tensor, sides: Sequence[LowRankEigh], damping: float, exponent: float = -1.0
-) -> Callable[[Tensor], Judgement]:
-    """Return the check that applying the inverse operators to a result gives ``rhs`` back."""
-    scale = float(torch.stack([(side.eigenvalues.max() + damping) ** -exponent for side in sides]).prod())
-
-    def judge(solution: Tensor) -> Judgement:
-        solved = solution.double()
-        back = powered(sides[0], solved, damping, -exponent)
-        if len(sides) == 2:
-            back = powered(sides[1], back.mT, damping, -exponent).mT
-        error = torch.linalg.matrix_norm(back - rhs.double()) / torch.linalg.matrix_norm(solved)
-        return Judgement(float(error) / scale, DEFECT_ALLOWED * torch.finfo(rhs.dtype).eps)
-
-    return judge
 
 
 def target_of(case: Case) -> tuple[Tensor, Tensor]:
@@ -202,13 +185,3 @@ def target_of(case: Case) -> tuple[Tensor, Tensor]:
     left, right = halves(case.factor)
     added = case.columns.double()
     return torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
-
-
-def check_update(name: str, case: Case, updated: Symmetric) -> None:
-    """Check an update against float64: the form that it promises, and no more lost than the best truncation loses."""
-    eps = torch.finfo(tall_of(updated).dtype).eps
-    approximation(target_of(case), updated.rank, eps, LOSS_ALLOWED[name])(updated).accept(name)
-
-
-def check_solve(factor: LowRankEigh, rhs: Tensor, damping: float, solution: Tensor) -> None:
-    undone(rhs, [factor], damping)(solution).accept("damped_solve")

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 import brandla
 from bench.benches import problems
 from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
-from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement, undone
-from bench.gpu.cases import eigh, forced, on_cpu
-from bench.gpu.device import Device, Work
+from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement
+from bench.gpu.cases import eigh, error_of, forced, on_cpu
+from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
 
 DAMPING, EXPONENT = 0.1, -0.5
@@ -60,6 +60,11 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
     judge: Judge
     on_numpy: bool = False
+
+    @property
+    def again(self) -> Callable[[], Any]:
+        """The call, on the same tensors each time."""
+        return partial(self.function, *self.arguments)
 
 
 @dataclass(frozen=True)
@@ -113,17 +118,16 @@ def a_row(r: int, k: int) -> int:
     return 2 * r * k + k**2 + 2 * (r + k) * r
 
 
-def symmetric_update(name: str, shape: Shape, device: Device) -> Task:
+def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 0.5) -> Task:
     """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
     n, r, k = shape[:3]
-    settled = problems.steady(name, n, r, k, dtype=shape.dtype)
-    columns = settled.columns.to(shape.data or shape.dtype)
-    target, slack = problems.target_of(problems.Case(settled.factor, columns)), problems.LOSS_ALLOWED[name]
-    factor = type(settled.factor)(*(part.to(device.tensors) for part in settled.factor))
+    factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
+    case = problems.Case(factor, columns.to(shape.data or shape.dtype))
+    target, slack = problems.target_of(on_cpu(case)), problems.LOSS_ALLOWED[name]
     chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
     options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
-    return approximating(function, (factor, columns.to(device.tensors)), options, target, slack, shape, device, work)
+    return approximating(function, tuple(case), options, target, slack, shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
@@ -246,14 +250,25 @@ def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
     return Task(brandla.orthonormalize, (panel,), judge, work, given=lambda: (panel,))
 
 
+def equal_to(expected: Any, shape: Shape) -> Judge:
+    """Return the check of a result against the float64 one."""
+    parts, allowed = tensors_in(expected), DEFECT_ALLOWED * shape.eps
+    return lambda found: Judgement(error_of(tensors_in(found), parts), allowed)
+
+
 def damped(name: str, shape: Shape, device: Device) -> Task:
-    """Return a damped solve or power with k right-hand sides."""
+    """Return a damped solve or power with k right-hand sides, or the determinant."""
     n, r, k = shape[:3]
-    factor, rhs = eigh(device, n, r, shape.dtype), device.normal(n, k, dtype=shape.dtype)
+    factor, function = eigh(device, n, r, shape.dtype), getattr(brandla, name)
+    exact = on_cpu(factor)
+    if name == "damped_logdet":
+        judge = equal_to((exact.eigenvalues.double() + DAMPING).log().sum() + (n - r) * math.log(DAMPING), shape)
+        return Task(function, (factor, DAMPING), judge, shape.work(0, r), given=lambda: (dense_of(factor),))
+    rhs = device.normal(n, k, dtype=shape.dtype)
     exponent = (EXPONENT,) if name == "damped_power" else ()
-    judge = undone(rhs.cpu(), [on_cpu(factor)], DAMPING, *exponent)
+    judge = equal_to(problems.powered(exact, rhs.cpu(), DAMPING, *exponent), shape)
     work, given = shape.work(4 * n * r * k, n * (r + 2 * k)), lambda: (dense_of(factor), rhs)
-    return Task(getattr(brandla, name), (factor, rhs, DAMPING, *exponent), judge, work, given=given)
+    return Task(function, (factor, rhs, DAMPING, *exponent), judge, work, given=given)
 
 
 def dense_of(factor: LowRankEigh) -> Tensor:
@@ -262,41 +277,21 @@ def dense_of(factor: LowRankEigh) -> Tensor:
     return factor.dense() + shift
 
 
-def kron(shape: Shape, device: Device, *, pair: bool) -> Task:
-    """Return a two-sided solve of an n × n / 2 matrix, or of a pair of k columns."""
+def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> Task:
+    """Return a two-sided solve of an n × n / 2 matrix, or n × n, or of a pair of k columns."""
     n, r, k = shape[:3]
-    m = n // 2
+    m = n if square else n // 2
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
-    exact = [on_cpu(side) for side in sides]
+    solved = lambda side, rhs: problems.powered(on_cpu(sides[side]), rhs, DAMPING)
     if pair:
         data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
-        judges = [undone(one.cpu(), [side], DAMPING) for one, side in zip(data, exact, strict=True)]
-        judge = lambda both: max(one(part) for one, part in zip(judges, both, strict=True))
+        expected: Any = [solved(side, rhs.cpu()) for side, rhs in enumerate(data)]
         work = shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
     else:
         data = device.normal(n, m, dtype=shape.dtype)
-        judge, work = undone(data.cpu(), exact, DAMPING), shape.work(8 * n * m * r, 3 * n * m)
-    given = lambda: (*map(dense_of, sides), data)
-    return Task(brandla.kron_damped_solve, (*sides, data, DAMPING, DAMPING), judge, work, given=given)
-
-
-def equal_to(expected: Tensor, shape: Shape) -> Judge:
-    """Return the check of a result against the float64 one."""
-
-    def judge(found: Tensor) -> Judgement:
-        error = torch.linalg.vector_norm(found.double() - expected) / torch.linalg.vector_norm(expected)
-        return Judgement(float(error), DEFECT_ALLOWED * shape.eps)
-
-    return judge
-
-
-def determinant(shape: Shape, device: Device) -> Task:
-    """Return the determinant of a damped factor."""
-    factor = eigh(device, shape.n, shape.r, shape.dtype)
-    levels = on_cpu(factor).eigenvalues.double()
-    judge = equal_to((levels + DAMPING).log().sum() + (shape.n - shape.r) * math.log(DAMPING), shape)
-    given = lambda: (dense_of(factor),)
-    return Task(brandla.damped_logdet, (factor, DAMPING), judge, shape.work(0, shape.r), given=given)
+        expected, work = solved(1, solved(0, data.cpu()).mT).mT, shape.work(8 * n * m * r, 3 * n * m)
+    given, arguments = lambda: (*map(dense_of, sides), data), (*sides, data, DAMPING, DAMPING)
+    return Task(brandla.kron_damped_solve, arguments, equal_to(expected, shape), work, given=given)
 
 
 def joint(name: str, shape: Shape, device: Device) -> Task:
@@ -318,6 +313,10 @@ def joint(name: str, shape: Shape, device: Device) -> Task:
 
 
 # --- Others' ways, of dense matrices
+
+
+def _cholesky_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
+    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
 
 
 def _power(matrix: Tensor, rhs: Tensor) -> Tensor:
@@ -368,7 +367,7 @@ class Entry(NamedTuple):
         return own + [name for name, peer in self.peers.items() if shape.data is None and fits(peer)]
 
 
-SOLVE, DENSE_EIGH = "torch.linalg.solve, dense", "torch.linalg.eigh, dense"
+SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
 _SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
 _PCA = Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)
@@ -386,9 +385,12 @@ TASKS: dict[str, Entry] = {
     "orthonormalize, batched": Entry(
         partial(orthonormal, panels=PANELS), _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)}
     ),
-    "damped_solve": Entry(partial(damped, "damped_solve"), {SOLVE: Peer(torch.linalg.solve, slow=True)}),
+    "damped_solve": Entry(
+        partial(damped, "damped_solve"),
+        {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
+    ),
     "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_power, slow=True)}),
-    "damped_logdet": Entry(determinant, {"torch.linalg.slogdet, dense": _SLOGDET}),
+    "damped_logdet": Entry(partial(damped, "damped_logdet"), {"torch.linalg.slogdet, dense": _SLOGDET}),
     "kron_damped_power": Entry(partial(joint, "kron_damped_power"), {DENSE_EIGH: Peer(_joint_power, slow=True)}),
     "kron_damped_logdet": Entry(partial(joint, "kron_damped_logdet"), {DENSE_EIGH: Peer(_joint_logdet, slow=True)}),
     "kron_damped_solve": Entry(partial(kron, pair=False), _BOTH),

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from brandla.demo import machine
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn")
-# Named where they are installed.
-OPTIONAL = ("fbpca", "cupy")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "fbpca")
 # What a figure depends on; the results themselves and the pages made of them are left out.
 SOURCES = ("brandla", "kernels", "bench", "tests/oracles.py", "constraints.txt", ":(exclude)bench/results")
 STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
@@ -21,13 +18,10 @@ STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.li
 
 def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
     """Return machine, GPU where it is measured, versions, threads, date, the commit and whether the sources differ."""
-    # Builds of cupy are named after the version of CUDA that they are for; the module has one name.
-    known = metadata.packages_distributions()
-    optional = (known[name][0] for name in OPTIONAL if util.find_spec(name) and name in known)
     git = lambda *words: _said("git", "-C", str(ROOT), *words)
     changes = git("status", "--porcelain", "--", *SOURCES)
     about = {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
-    return machine.facts((*PACKAGES, *optional)) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
+    return machine.facts(PACKAGES) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -47,28 +41,26 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def slug(found: dict[str, Any]) -> str:
-    """Return the folder name of a machine: its GPU, or its processor and its cores."""
-    name = found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']} {found['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Return the folder name of a machine."""
+    return re.sub(r"[^a-z0-9]+", "-", place(found).lower()).strip("-")
 
 
 def place(found: dict[str, Any]) -> str:
     return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
 
 
+def shortly(found: dict[str, Any]) -> str:
+    return f"{place(found)}, {found['threads']} threads, torch {found['versions']['torch']}, {commit_of(found)}"
+
+
 def in_words(found: dict[str, Any]) -> str:
-    gpu = found.get("gpu")
-    name = [f"{gpu['name']} ({gpu['architecture']}), {driver_of(gpu)}"] if gpu else []
+    gpu, name = found.get("gpu"), []
+    if gpu:
+        driver = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
+        name = [f"{gpu['name']} ({gpu['architecture']}), {driver}"]
     about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
-    return "; ".join([*name, about, versions_of(found), commit_of(found), found["date"]])
-
-
-def driver_of(gpu: dict[str, Any]) -> str:
-    return f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
-
-
-def versions_of(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return "; ".join([*name, about, versions, commit_of(found), found["date"]])
 
 
 def commit_of(found: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What is shown of result files: tables in Markdown and on a terminal, and pages with pictures for light and dark."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.frame.facts import commit_of, driver_of, place, versions_of
+from bench.frame import facts
 from bench.frame.figures import spelled
 
 # Folder of the pictures, beside the pages.
@@ -21,12 +21,8 @@ WIDTH = 150
 
 def markdown(cells: pd.DataFrame) -> str:
     """Return a table in Markdown, without its index; no line breaks within the exponent of a number."""
-    return EXPONENT.sub("e−", table(list(cells.columns), cells.to_numpy().tolist()))
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    lines = [list(cells), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+    return EXPONENT.sub("e−", "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
 
 
 def on_terminal(cells: pd.DataFrame, title: str | None = None, red: Sequence[bool] = ()) -> Table:
@@ -67,10 +63,7 @@ def picture(name: str, machine: str, words: str) -> str:
 def provenance(found: dict[str, Any], file: str) -> str:
     """Say from which file figures come, and on what they were measured."""
     seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
-    where, gpu = f"{place(found)}, {found['threads']} threads", found.get("gpu")
-    where += f", {driver_of(gpu)}" if gpu else ""
-    words = f"`{file}`: {where}; {versions_of(found)}; {commit_of(found)}; {found['date']}{seconds}."
-    return words + caveats(found)
+    return f"`{file}`: {facts.in_words(found)}{seconds}.{caveats(found)}"
 
 
 def caveats(found: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from bench.frame.facts import commit_of
+from bench.frame.facts import shortly
 from bench.frame.figures import spelled
 
 Row = dict[str, Any]
@@ -27,7 +27,6 @@ DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
 # Inches of a picture that a phone shows whole, with letters that can be read there.
 NARROW = 4.2
-TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 class Theme(NamedTuple):
@@ -48,6 +47,13 @@ THEMES = (
     Theme("dark", "#1e2129", "#ececec", "#a0a4ad", dark=True),
 )
 Draw = Callable[[Row, Theme], Figure]
+# Okabe and Ito's palette, which colour-blind readers tell apart, then further hues; each lighter for dark pages.
+PALETTE = (
+    *(("#0072b2", "#4db2ee"), ("#d55e00", "#ff8f40"), ("#009e73", "#2fd3a5"), ("#cc79a7", "#e49cc8")),
+    *(("#e69f00", "#f0b840"), ("#56b4e9", "#8accf2"), ("#000000", "#ffffff"), ("#6b6b6b", "#b8bcc6")),
+    *(("#9a9a9a", "#8a8f99"), ("#4a3fb5", "#a79bff"), ("#7f6000", "#ffd966"), ("#274e13", "#b6d7a8")),
+    *(("#6aa84f", "#93c47d"), ("#4c1130", "#d5a6bd")),
+)
 
 
 def write(name: str, study: Row, folder: Path, draw: Draw) -> list[Path]:
@@ -91,12 +97,9 @@ def panels(
     heights: Sequence[float], study: Row, words: str, theme: Theme, width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
     """Return a column of panels of these heights in inches, signed with what was measured on what."""
-    facts = study["facts"]
-    gpu = facts.get("gpu")
-    place = gpu["name"] if gpu else f"{facts['cpu']}, {facts['threads']} threads"
-    state = "; short run: means nothing" if facts["quick"] else ""
-    state += "; interrupted" if facts.get("interrupted") else ""
-    about = f"{place}, torch {facts['versions']['torch']}, {commit_of(facts)}{state}"
+    found = study["facts"]
+    state = "; short run: means nothing" if found["quick"] else ""
+    about = shortly(found) + state + ("; interrupted" if found.get("interrupted") else "")
     lines = [line for text in (words, about) for line in textwrap.wrap(text, int(15 * width))]
     foot = (0.16 + 0.17 * len(lines)) / sum(heights)
     layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, foot, 1, 1 - foot))
@@ -137,20 +140,9 @@ def course(axis: Axes, values: pd.Series, name: str, colour: str, **style: Any) 
     axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
 
 
-def with_unit(units: Sequence[tuple[float, str]]) -> Callable[[float], str]:
-    """Return what spells a value in the largest of the units that it reaches."""
-
-    def spell(value: float) -> str:
-        scale, unit = next((pair for pair in units if value >= 0.999 * pair[0]), units[-1])
-        return f"{value / scale:g} {unit}"
-
-    return spell
-
-
 # --- Bars
 
-# Okabe and Ito's blue, and a grey, for light pages and for dark ones.
-OWN, OTHER = ("#0072b2", "#4db2ee"), ("#9a9a9a", "#8a8f99")
+OWN, OTHER = PALETTE[0], PALETTE[8]
 # From such a quotient of the largest value over the smallest, bars have a logarithmic axis.
 WIDE = 30
 
@@ -177,13 +169,11 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))
     if spread:
         logarithmic(axis.xaxis)
-    for place, (label, value) in enumerate(values.items()):
-        colour = theme.colour(*(OTHER if label in others else OWN))
-        axis.barh(place, value - first, left=first, height=0.3, color=colour)
+    colours = [theme.colour(*(OTHER if label in others else OWN)) for label in values.index]
+    drawn = axis.barh(range(len(values)), values - first, left=first, height=0.3, color=colours)
+    axis.bar_label(drawn, [f"{spelled(value)}{unit}" for value in values], padding=4, fontsize=9)
+    for place, label in enumerate(values.index):
         axis.annotate(str(label), (first, place - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
-        axis.annotate(
-            f"{spelled(value)}{unit}", (value, place), (4, 0), textcoords="offset points", fontsize=9, va="center"
-        )
     axis.set(xlim=(first, last), ylim=(len(values) - 0.4, -0.75))
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)

@@ -1,10 +1,10 @@
-"""How a study runs: its command, its pieces under a progress bar, its file, and its tables and picture at the end."""
+"""How a study runs: its command, its pieces under a progress bar, its file, and its tables at the end."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from bench.frame import pages, pictures, results
-from bench.frame.facts import ROOT, commit_of, facts, slug
+from bench.frame import pages, results
+from bench.frame.facts import commit_of, facts
 from bench.gpu.device import Device, device_of
 from brandla.demo.frame import INTERRUPTED, Piece, Row, Tables, plain, run
 
@@ -23,7 +23,7 @@ SAME = ("commit", "modified", "cpu", "threads", "versions")
 Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that the study runs, measures nothing.")]
 Full = Annotated[bool, typer.Option("--full", help="Sizes for a GPU, or long ones, where the study has them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted result file lacks.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of file and picture, in place of the machine's own.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the file, in place of the machine's own.")]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,39 @@ class Study:
     # Titles and tables of the file's content, for the terminal.
     shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
     derived: Callable[[Tables], Tables] = lambda tables: {}  # tables that follow from the measured ones
-    draw: pictures.Draw | None = None  # the picture of the file's content
     threads: int = THREADS  # of torch and of NumPy's BLAS; one in a short run
+
+
+class Table(NamedTuple):
+    """A table whose rows differ in the values of some names, and what measures the rows of given values."""
+
+    title: str
+    names: tuple[str, ...]
+    values: Iterable[tuple[Any, ...]]
+    measure: Callable[..., Iterator[Row]]
+    cost: float = 1.0
+
+
+def pieces_of(tables: Mapping[str, Table], *settings: Any) -> list[Piece]:
+    """Return a piece for each set of values, measured with the settings."""
+    return [
+        Piece(
+            table,
+            dict(zip(each.names, values, strict=True)),
+            each.cost,
+            lambda *_, measure=each.measure, values=values: measure(*values, *settings),
+        )
+        for table, each in tables.items()
+        for values in each.values
+    ]
+
+
+def tabulated(tables: Mapping[str, Table], content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the rows of what has been measured, numbers with four digits."""
+    for table, each in tables.items():
+        if rows := content.get(table):
+            cells = pd.json_normalize(rows)
+            yield each.title, cells.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
 
 
 def command(study: Study, about: str | None) -> typer.Typer:
@@ -66,7 +97,7 @@ def settings_of(study: Study, *, quick: bool, full: bool) -> Any:
 
 
 def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: bool, out: Path | None) -> None:
-    """Measure what is missing; write the file and the picture, and print the tables."""
+    """Measure what is missing; write the file, and print the tables."""
     console, start = Console(highlight=False), time.monotonic()
     # A short run leaves room for what else the machine does.
     torch.set_num_threads(1 if quick else study.threads)
@@ -84,15 +115,9 @@ def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: boo
     content = results.read(path.parent)[study.name]
     for title, cells in study.shown(content):
         pages.show(pages.on_terminal(cells, title), console)
-    written = [path]
-    if study.draw and not stopped:
-        # The committed pictures are those of the documentation.
-        target = path.parent if quick or out else ROOT / "docs" / pages.PICTURES / slug(machine)
-        written += pictures.write(study.name, content, target, study.draw)
+    console.print(f"{about['seconds']:.0f} s. Written: {path}", soft_wrap=True)
     if stopped:
         console.print("Interrupted: the file holds what was measured, and says so; --resume goes on.")
-    console.print(f"{about['seconds']:.0f} s. Written:", *written, soft_wrap=True)
-    if stopped:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -105,10 +105,10 @@ class Run:
             start = time.monotonic()
             seconds = self.end - start if self.dry else min(STAGES[name].most, self.end - start)
             if seconds < LEAST:
-                frame.write(self.path, name, "skip", text=f"{max(seconds, 0):.0f} s left, {LEAST:.0f} s wanted")
+                frame.write(self.path, name, "skipped", f"{max(seconds, 0):.0f} s left, {LEAST:.0f} s wanted")
             else:
                 self._stage(name, start + seconds)
-            frame.write(self.path, name, "done", seconds=time.monotonic() - start)
+            frame.write(self.path, name, "seconds", time.monotonic() - start)
             self.report()
             console.print(frame.section(name, frame.sections(self.path)[name], self.dry))
         found = frame.sections(self.path)
@@ -164,9 +164,9 @@ class Run:
             trace = trace.partition("Extension modules")[0]
             trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
             error = f"the process ended with status {process.exitcode}"
-            frame.write(self.path, name, "failure", case=last or name, error=error, traceback=trace)
+            frame.write(self.path, name, "failures", {"case": last or name, "error": error, "traceback": trace})
         if last is not None:
-            frame.write(self.path, name, "end", case=last)
+            frame.write(self.path, name, "end", last)
         return case is None and last is not None
 
 

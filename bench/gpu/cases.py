@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.benches.timing import Interval
-from bench.gpu.device import Ceilings, Device, Floor, Times, Work, replayed, size_of
+from bench.gpu.device import Device, Work, size_of
 from brandla_kernels import OPS, Cost
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to
@@ -104,11 +103,11 @@ def order_of(case: Case) -> int:
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    """Return all cases, those with r ≠ k and in other dtypes last; an op that this file does not know has none."""
+    """Return all cases, those with r ≠ k and in other dtypes last."""
     listed = [
         Case(name, Size(n, r, k, sizes.width, sizes.cores))
         for n, r, k in (*((n, r, r) for r in sizes.ranks for n in sizes.rows), *sizes.uneven)
-        for name in OPERANDS
+        for name in OPS
         # The size of a small matrix has no n; a Gram matrix has no r.
         if (n == sizes.rows[0] if name in SMALL else name != "gram_ema_" or n <= sizes.most_square)
     ]
@@ -200,12 +199,6 @@ OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
     "eigh_rotation": _eigh_rotation,
     "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
 }  # fmt: skip
-OPERANDS = {name: OPERANDS[name] for name in OPS if name in OPERANDS}
-
-
-def unknown() -> list[str]:
-    """Return the ops that have no operands here, so that they are named and not left out silently."""
-    return [name for name in OPS if name not in OPERANDS]
 
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:
@@ -329,33 +322,7 @@ def allowed(case: Case) -> float:
     return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
 
 
-# --- Time
-
-
-class Timed(NamedTuple):
-    """An op that was right: its error and its torch form's, its time, and the least time of its work."""
-
-    by: str
-    error: float
-    torch_error: float
-    times: Times
-    floor: Floor
-    sets: int
-
-    @property
-    def seconds(self) -> Interval:
-        return self.times.median("op")
-
-    @property
-    def of_ceiling(self) -> Interval:
-        return self.floor.part_of(self.seconds)
-
-
-def timed(case: Case, device: Device, ceilings: Ceilings, seconds: float, *, beside_torch: bool = False) -> Timed:
-    """Check, then time, in turn with the torch form if that is wanted."""
-    op, errors, sets = OPS[case.op], check(case, device), inputs(case, device)
-    times = replayed(device, {"op": op} | ({"torch": forced(op)} if beside_torch else {}), sets, seconds)
-    return Timed(op.implementation(device.tensors.type)[0], *errors, times, ceilings.floor(work(case)), len(sets))
+# --- Other ways, and tensors
 
 
 def forced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,7 +43,6 @@ class Stub:
     dry = True
     tensors = torch.device("cpu")
     cache_bytes = 2**11
-    timer = "wall clock"
 
     def __init__(self) -> None:
         self._generator = torch.Generator(self.tensors).manual_seed(0)
@@ -140,7 +139,6 @@ class Gpu(Stub):
     """A CUDA or ROCm device: events, graphs, and the cache written over before every timed call."""
 
     dry = False
-    timer = "events"
 
     def __init__(self) -> None:
         self.tensors = torch.device("cuda", torch.cuda.current_device())
@@ -243,10 +241,10 @@ def size_of(arguments: Any) -> int:
 
 
 class Times(NamedTuple):
-    """Seconds of each call, and how they were taken."""
+    """Seconds of each call, and how they were taken where that is not always the same."""
 
     samples: dict[str, list[float]]
-    how: str
+    how: str = ""
 
     def median(self, name: str) -> timing.Interval:
         return timing.of_median(self.samples[name])
@@ -256,11 +254,6 @@ class Times(NamedTuple):
 
     def ratio(self, numerator: str, denominator: str) -> timing.Interval:
         return timing.ratio(self.samples[numerator], self.samples[denominator])
-
-
-def called(device: Device, calls: Mapping[str, Function], limit: float) -> Times:
-    """Time calls from the host, the cache written over before each."""
-    return Times(device.alternating(calls, limit), device.timer)
 
 
 def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float) -> Times:

@@ -27,6 +27,7 @@ from bench.frame.figures import Figure
 from bench.frame.study import machine_of
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
+from bench.studies import roofline as study
 from brandla.demo.frame import plain
 
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 HANG, KEPT = 60.0, 4000
 WIDTH = 165
 # Kept in the result file, too wide for a table.
-LEFT_OUT = ["low µs", "high µs", "sets", "timed by", "configs"]
+LEFT_OUT = ["configs"]
 DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
 
 
@@ -49,25 +50,25 @@ class Findings:
         self.path, self.stage, self.device, self.case = path, stage, device, case
         self.sizes: Sizes = TOY if device.dry else FULL
         self._end = time.monotonic() + seconds
-        self._begun = {line["case"] for line in lines(path) if line["kind"] == "begin" and line["stage"] == stage}
+        self._begun = {value for each, kind, value in lines(path) if (each, kind) == (stage, "begin")}
 
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())
 
     def row(self, table: str, **columns: Any) -> None:
-        write(self.path, self.stage, "row", table=table, columns=columns)
+        write(self.path, self.stage, table, columns)
 
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
-        write(self.path, self.stage, "figure", figure=Figure.of(group, case, value, **about).record())
+        write(self.path, self.stage, "figures", Figure.of(group, case, value, **about).record())
 
     def note(self, text: str) -> None:
-        write(self.path, self.stage, "note", text=text)
+        write(self.path, self.stage, "notes", text)
 
     def skip(self, text: str) -> None:
-        write(self.path, self.stage, "skip", text=text)
+        write(self.path, self.stage, "skipped", text)
 
     def fail(self, case: str, error: str, trace: str = "") -> None:
-        write(self.path, self.stage, "failure", case=case, error=error, traceback=trace)
+        write(self.path, self.stage, "failures", {"case": case, "error": error, "traceback": trace})
 
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
         """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
@@ -79,7 +80,7 @@ class Findings:
         if not self.device.dry and self.left() < seconds:
             self.skip(f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
             return
-        write(self.path, self.stage, "begin", case=case)
+        write(self.path, self.stage, "begin", case)
         faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
         try:
             function(*arguments)
@@ -90,13 +91,14 @@ class Findings:
             self.device.synchronize()
         finally:
             faulthandler.cancel_dump_traceback_later()
-        write(self.path, self.stage, "end", case=case)
+        write(self.path, self.stage, "end", case)
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """The ceilings that this run has measured; measured now if it has not."""
-        rates = sections(self.path).get("ceilings", {}).get("tables", {}).get("rates")
-        return Ceilings(**rates[0], samples={}) if rates else measure(self.device, self.sizes)
+        """The ceilings that this run has measured, if it has all of them; else they are measured now."""
+        rates = {row["ceiling"]: row["per_second"][0] for _, kind, row in lines(self.path) if kind == "ceilings"}
+        whole = {*rates, "samples"} == set(Ceilings._fields)
+        return Ceilings(**rates, samples={}) if whole else measure(self.device, self.sizes)
 
 
 def work(run: Callable[[Findings], None], dry: bool, threads: int, logs: Path, *about: Any) -> None:
@@ -144,50 +146,46 @@ def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | Non
         return Finished(status, output.read())
 
 
-# --- The record
+# --- The record: of each stage, rows of tables, and what is kept in lists; marks say how far it came
+
+LISTS = ("figures", "notes", "skipped", "failures")
+MARKS = ("asked", "begin", "end", "seconds")
 
 
-def write(path: Path, stage: str, kind: str, **about: Any) -> None:
+def write(path: Path, stage: str, kind: str, value: Any = None) -> None:
     """Add a line. One write of one line, so that processes do not get into each other's."""
-    line = json.dumps(plain({"stage": stage, "kind": kind, **about}), ensure_ascii=False)
+    line = json.dumps(plain({"stage": stage, "kind": kind, "value": value}), ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def lines(path: Path) -> Iterator[Row]:
-    """Yield the lines, but for one that an end cut short."""
+def lines(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield stage, kind and value of the lines, but for one that an end cut short."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
+        yield found["stage"], found["kind"], found["value"]
 
 
 def open_case(path: Path, stage: str) -> str | None:
     """Return the case that was begun last, if it did not end."""
-    own = [line for line in lines(path) if line["stage"] == stage and line["kind"] in ("begin", "end")]
-    return own[-1]["case"] if own and own[-1]["kind"] == "begin" else None
+    own = [(kind, value) for each, kind, value in lines(path) if each == stage and kind in ("begin", "end")]
+    return own[-1][1] if own and own[-1][0] == "begin" else None
 
 
 def sections(path: Path) -> dict[str, Row]:
     """Return what each stage found, as the result file keeps it; a stage that did not end was cut off."""
     found: dict[str, Row] = {}
-    for line in lines(path):
-        empty = {"figures": [], "tables": {}, "notes": [], "skipped": [], "failures": [], "seconds": None}
-        section = found.setdefault(line["stage"], empty)
-        match line["kind"]:
-            case "row":
-                section["tables"].setdefault(line["table"], []).append(line["columns"])
-            case "figure":
-                section["figures"].append(line["figure"])
-            case "note":
-                section["notes"].append(line["text"])
-            case "skip":
-                section["skipped"].append(line["text"])
-            case "failure":
-                section["failures"].append({name: line[name] for name in ("case", "error", "traceback")})
-            case "done":
-                section["seconds"] = line["seconds"]
+    for stage, kind, value in lines(path):
+        section = found.setdefault(stage, {name: [] for name in LISTS} | {"tables": {}, "seconds": None})
+        if kind == "seconds":
+            section["seconds"] = value
+        elif kind in LISTS:
+            section[kind].append(value)
+        elif kind not in MARKS:
+            section["tables"].setdefault(kind, []).append(value)
     return {name: {"status": _status(section), **section} for name, section in found.items()}
 
 
@@ -229,7 +227,9 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
         cells = figures.judged(rows).assign(note=[row.note for row in rows])
         parts.append(pages.on_terminal(cells, red=[row.met is False and not dry for row in rows]))
     for title, rows in record["tables"].items():
-        parts.append(pages.on_terminal(pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore"), title))
+        # Ceilings and ops are those of the study of ceilings.
+        tables = dict(study.shown({title: rows})) or {title: pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore")}
+        parts += [pages.on_terminal(cells, words) for words, cells in tables.items()]
     parts += [Text(f"  note: {note}") for note in record["notes"]]
     parts += [Text(f"  skipped: {case}", "yellow") for case in record["skipped"]]
     for failure in record["failures"]:
@@ -238,14 +238,9 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
     return Group(*parts)
 
 
-def targets(found: Mapping[str, Row]) -> pd.DataFrame:
-    """Return the figures of all stages beside what they were to reach."""
-    return figures.judged(figures.read(each) for record in found.values() for each in record["figures"])
-
-
 def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
     """Return the targets, and how the stages ended."""
-    rows = targets(found)
+    rows = figures.judged(figures.read(each) for record in found.values() for each in record["figures"])
     rows = rows[rows["met"] != ""]
     parts = [Text("\nsummary", "bold")]
     if machine["quick"]:
@@ -260,23 +255,10 @@ def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
     return Group(*parts)
 
 
-def roofline(study: Row) -> Row:
+def roofline(content: Row) -> Row:
     """Return the ops and ceilings of a result file as the study of ceilings keeps them, for the page."""
-    found = study["sections"]
-    rows = []
-    for row in found.get("ops", {}).get("tables", {}).get("ops", []):
-        micros = [row[name] for name in ("µs", "low µs", "high µs")]
-        work = {"flops": 1e6 * row["TFLOP/s"] * micros[0], "bytes": 1e3 * row["GB/s"] * micros[0]}
-        about = {name: row[name] for name in ("op", "case", "by", "error", "× torch")} | work
-        part = [row["of ceiling"] * micros[0] / micros[at] for at in (0, 2, 1)]
-        rows.append(
-            {**about, "seconds": [1e-6 * time for time in micros], "of_ceiling": part, "bound_by": row["bound by"]}
-        )
-    rates = [
-        {"ceiling": name, "per_second": [rate]}
-        for row in found.get("ceilings", {}).get("tables", {}).get("rates", [])
-        for name, rate in row.items()
-    ]
+    found = content["sections"]
     unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
-    facts = study["facts"] | {"interrupted": unfinished or False}
-    return {"facts": facts, "rows": rows, "ceilings": rates}
+    tables = {name: rows for section in found.values() for name, rows in section["tables"].items()}
+    facts = content["facts"] | {"interrupted": unfinished or False}
+    return {"facts": facts, **{name: tables.get(name, []) for name in ("rows", "ceilings")}}

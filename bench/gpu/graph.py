@@ -16,7 +16,7 @@ import brandla
 from bench.benches import written_out
 from bench.benches.problems import DECAY, WEIGHT, require
 from bench.gpu import cases
-from bench.gpu.device import Device, Work, called, tensors_in
+from bench.gpu.device import Device, Times, Work, tensors_in
 from bench.gpu.frame import Findings
 from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
@@ -26,22 +26,9 @@ AVERAGE: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "choles
 CASE = 8.0
 
 
-class Sizes(NamedTuple):
-    """Of one factor n, r, k; of a list the n of each, r and k; of a dense moment n, k."""
-
-    one: tuple[int, int, int]
-    listed: tuple[int, ...]
-    each: tuple[int, int]
-    moment: tuple[int, int]
-
-
-def _mixed(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return ``count`` sizes in turn; every third is one larger, as a layer with a bias has it."""
-    return tuple(n + (i % 3 == 0) for i, n in enumerate(islice(cycle(sizes), count)))
-
-
-FULL = Sizes((4096, 256, 256), _mixed((512, 1024, 2048, 4096, 8191), 64), (128, 64), (8192, 8192))
-TOY = Sizes((64, 8, 8), _mixed((24, 48), 4), (6, 4), (48, 16))
+# Of one factor n, r, k; of a list r, k, the number, and n in turn; of a dense moment n, k.
+FULL = ((4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
+TOY = ((64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
 
 
 class Call(NamedTuple):
@@ -59,14 +46,16 @@ class Call(NamedTuple):
 
 def run(found: Findings) -> None:
     """Capture each call, and call each without a wait."""
-    for name, call in calls(found.device, TOY if found.device.dry else FULL).items():
+    for name, call in calls(found.device).items():
         found.attempt(f"{name}: graph", CASE, _replayed, found, name, call)
         found.attempt(f"{name}: no wait for the device", 2, _never_waiting, found, name, call)
 
 
-def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
+def calls(device: Device) -> dict[str, Call]:
     """Return the calls that promise to be capturable, with numbers and with tensors on the device as options."""
-    (n, r, k), (side, wide) = sizes.one, sizes.moment
+    (n, r, k), (rank, columns), count, several, (side, wide) = TOY if device.dry else FULL
+    # Every third is one larger, as a layer with a bias has it.
+    listed = [size + (place % 3 == 0) for place, size in enumerate(islice(cycle(several), count))]
     eigh = lambda: cases.eigh(device, n, r)
     root = lambda: LowRankRoot.from_eigh(eigh())
     number = lambda: device.normal(1)[0].abs() + DAMPING
@@ -74,8 +63,8 @@ def calls(device: Device, sizes: Sizes) -> dict[str, Call]:
     by_tensor = lambda factor, columns, decay: brandla.root_update(factor, columns, **AVERAGE | {"decay": decay})
     kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
     two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
-    many = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, sizes.each[0])) for one in sizes.listed]
-    blocks = lambda: [device.normal(one, sizes.each[1]) for one in sizes.listed]
+    many = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed]
+    blocks = lambda: [device.normal(one, columns) for one in listed]
     moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
     loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
     solve_at = lambda factors, rhs: grouped.damped_solve(factors, rhs, DAMPING)
@@ -121,7 +110,7 @@ def _replayed(found: Findings, name: str, call: Call) -> None:
     _same(f"{name}: replay with new data and call", captured.result, results[1])
     ways = {"replay": captured.replay, "eager": lambda: call.function(*static)}
     ways |= {peer: partial(other, *static) for peer, other in call.peers.items()}
-    times = called(device, ways, 2 * found.sizes.seconds)
+    times = Times(device.alternating(ways, 2 * found.sizes.seconds))
     own = {f"{way} µs": times.microseconds(way).value for way in ("replay", "eager")}
     found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
     for peer in call.peers:

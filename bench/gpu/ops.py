@@ -10,12 +10,14 @@ import torch
 
 import brandla
 from bench.benches import written_out
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError, check_update, steady
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
+from bench.benches.tasks import BRANDLA, TASKS, Shape, check
 from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case, Size, forced
-from bench.gpu.device import called, measure, replayed
+from bench.gpu.device import Times, measure, replayed
 from bench.gpu.frame import Findings
 from bench.profiling import Request, prepare, table_of
+from bench.studies import roofline
 from brandla_kernels import OPS
 
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
@@ -24,7 +26,7 @@ GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
 CHOLESKY = "root_update, cholesky"
-KERNELS, CALLS, STEPS = 15, 100, 30
+KERNELS, CALLS = 15, 100
 # n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
 SIZE, TOY = (4096, 256, 256), (64, 8, 8)
 ORDERS, TOY_ORDERS = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256)), ((4, 4), (8, 5))
@@ -36,19 +38,11 @@ def ceilings(found: Findings) -> None:
 
 
 def _ceilings(found: Findings) -> None:
-    sizes = found.sizes
-    limits = measure(found.device, sizes)
-    found.row("rates", **{name: rate for name, rate in limits._asdict().items() if name != "samples"})
-    for name, rates in limits.intervals():
-        case = f"{name} product of order {sizes.product}"
-        case = f"copy of {sizes.copy / 2**20:.4g} MiB, read + write" if name == "copy" else case
-        unit = "TB/s" if name == "copy" else "TFLOP/s"
-        found.figure("ceiling", case, tuple(rate / 1e12 for rate in rates), unit=unit)
+    for row in roofline.levels(measure(found.device, found.sizes), found.sizes):
+        found.row("ceilings", when="at first", **row)
 
 
 def run(found: Findings) -> None:
-    for name in cases.unknown():
-        found.note(f"{name}: no operands are set up for this op, so it is not measured")
     listed = cases.cases(found.sizes)
     found.attempt("compilation", COMPILATION, _compile, found, listed)
     for case in listed:
@@ -63,20 +57,12 @@ def _compile(found: Findings, listed: list[Case]) -> None:
 
 
 def _measure(found: Findings, case: Case) -> None:
-    device, cost = found.device, cases.cost(case)
-    timed = cases.timed(case, device, found.ceilings, found.sizes.seconds, beside_torch=True)
-    time, part, note = timed.seconds, timed.of_ceiling.value, f"bound by {timed.floor.bound_by}"
-    found.row(
-        "ops",
-        **{"op": case.op, "case": case.name, "by": timed.by, "µs": 1e6 * time.value},
-        **{"TFLOP/s": cost.flops / time.value / 1e12, "GB/s": cost.bytes / time.value / 1e9},
-        **{"of ceiling": part, "bound by": timed.floor.bound_by, "× torch": timed.times.ratio("torch", "op").value},
-        **{"error": timed.error, "torch's error": timed.torch_error},
-        **{"low µs": 1e6 * time.low, "high µs": 1e6 * time.high, "sets": timed.sets, "timed by": timed.times.how},
-    )
-    n, r = TOY_JUDGED if device.dry else JUDGED
+    row = roofline.measured(case, found.sizes, found.device, found.ceilings, beside_torch=True)
+    found.row("rows", op=case.op, case=case.name, **row)
+    n, r = TOY_JUDGED if found.device.dry else JUDGED
     large = case.size.n >= n and case.size.r == case.size.k == r
-    if large and case.dtype == case.data == torch.float32 and case.op not in cases.SMALL:
+    if large and case.dtype == case.data == torch.float32 and case.op not in SMALL:
+        part, note = row["of_ceiling"].value, f"bound by {row['bound_by']}"
         found.figure(GROUP, f"{case.op}, {case.name}", part, at_least=0.6, unit="", note=note)
 
 
@@ -95,19 +81,18 @@ def profiled(dry: bool) -> list[str]:
 
 def _profile(found: Findings, name: str) -> None:
     device, size = found.device, TOY if found.device.dry else SIZE
-    case, function = steady(name, *size, steps=10 if device.dry else STEPS, device=device.tensors), UPDATES[name][0]
-    update = lambda: function(case.factor, case.columns, decay=DECAY, weight=WEIGHT)
-    right = lambda result: check_update(name, cases.on_cpu(case), cases.on_cpu(result))
-    right(update())
-    eigh = case.factor.to_eigh() if isinstance(case.factor, brandla.LowRankRoot) else case.factor
-    brand = lambda: written_out.brand_update(*eigh, case.columns, DECAY, WEIGHT)
+    call = TASKS[name].task(Shape(*size), device).call(BRANDLA)
+    check(name, call)
+    update, (factor, columns) = call.again, call.arguments
+    eigh = factor.to_eigh() if isinstance(factor, brandla.LowRankRoot) else factor
+    brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
     calls: dict[str, Any] = {"eager": update, "torch": brand}
     if name == CHOLESKY:
         captured = device.capture(update)
         captured.replay()
-        right(captured.result)
+        call.judge(cases.on_cpu(captured.result)).accept(name)
         calls["graph"] = captured.replay
-    times = called(device, calls, 3 * found.sizes.seconds)
+    times = Times(device.alternating(calls, 3 * found.sizes.seconds))
     words = "n {}, r {}, k {}".format(*size)
     host = 1e6 * device.host_seconds(update, 3 if device.dry else CALLS)
     found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in calls}, host=host)
@@ -117,9 +102,9 @@ def _profile(found: Findings, name: str) -> None:
         found.figure(name, f"{words}, in a graph: eager torch Brand update / it", ratio, at_least=10)
     found.figure(name, f"{words}: eager torch Brand update / it", times.ratio("torch", "eager"))
     try:
-        check_update("eigh_update", cases.on_cpu(case), brandla.LowRankEigh(*cases.on_cpu(brand())))
+        call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
-        found.note(f"the eager torch update would not pass the check of eigh_update: {error}")
+        found.note(f"the eager torch update would not pass the same check: {error}")
     for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.benches.problems import require
-from bench.gpu.cases import OPERANDS, Case, Size, allowed, error_of, fresh, operands, results
+from bench.gpu.cases import Case, Size, allowed, error_of, fresh, operands, results
 from bench.gpu.device import Device, Gpu, Stub
 from bench.gpu.frame import Findings, command
 from brandla_kernels import OPS
@@ -35,11 +35,11 @@ REFUSALS = ("Device not supported", "Target application terminated before first 
 
 
 def cases(dry: bool) -> list[str]:
-    return list(OPERANDS)
+    return list(OPS)
 
 
 def run(found: Findings) -> None:
-    for name in OPERANDS:
+    for name in OPS:
         found.attempt(name, COMPILATION, _try, found, name)
 
 
@@ -133,7 +133,7 @@ def _under(found: Findings, tool: list[str], words: list[str]) -> None:
 
 if __name__ == "__main__":
     _device, _quick = Gpu() if torch.cuda.is_available() else Stub(), "--quick" in sys.argv
-    _all = [(words, one, arguments) for one in OPERANDS for words, _, arguments in calls(one, _device, quick=_quick)]
+    _all = [(words, one, arguments) for one in OPS for words, _, arguments in calls(one, _device, quick=_quick)]
     # All kernels together, so that the calls find them.
     _launches = [(OPS[one].launch, arguments) for _, one, arguments in _all if OPS[one].launch]
     _device.precompile([made for launch, arguments in _launches for made in _device.recorded(launch, *arguments)])

@@ -118,50 +118,50 @@ class Kept:
         self._settings, self._trackers = settings, chosen
         self._generator = torch.Generator().manual_seed(seed)
         self._dense = torch.zeros(n, n)
-        self._average = {"decay": settings.decay, "weight": 1 - settings.decay}
-        self.factors: dict[str, Factor] = {
+        self.factors: dict[str, Any] = {
             one.name: UPDATES[one.update or "brand"][1].zeros(n, settings.rank) for one in chosen
         }
 
+    def moves(self, columns: Tensor) -> dict[str, Callable[[Any], Any]]:
+        """Return what may be done with new columns, each a function from a factor to the next.
+
+        They are taken into the dense average and into a factor; the average is decomposed as RS or SRE does; and a
+        random part of the columns of a factor is corrected.
+        """
+        settings, dense, generator = self._settings, self._dense, self._generator
+        average = {"decay": settings.decay, "weight": 1 - settings.decay}
+        options = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
+        decomposed = lambda decompose: decompose(dense, settings.rank, generator=generator, **options)
+        count = math.ceil(settings.fraction * settings.rank)
+        chosen = lambda: torch.randperm(settings.rank, generator=generator)[:count]
+
+        def by_svd(_: Any) -> Factor:
+            found = decomposed(brandla.randomized_svd)
+            return brandla.LowRankEigh(found.S, found.U)
+
+        return {
+            "average": lambda _: gram_ema_(dense, columns, **average),
+            **{name: partial(update, columns=columns, **average) for name, (update, _) in UPDATES.items()},
+            "svd": by_svd,
+            "eigh": lambda _: decomposed(brandla.randomized_eigh),
+            "correction": lambda factor: ritz_correct(factor, dense, chosen()),
+        }
+
     def absorb(self, step: int, columns: Tensor) -> None:
-        self.average(columns)
+        moves = self.moves(columns)
+        moves["average"](None)
         for one in self._trackers:
-            if one.update:
-                self.factors[one.name] = self.updated(one.update, self.factors[one.name], columns)
-            if one.due(step):
-                self.factors[one.name] = self.renewed(str(one.renewal), self.factors[one.name])
-
-    def average(self, columns: Tensor) -> None:
-        gram_ema_(self._dense, columns, **self._average)
-
-    def updated(self, update: str, factor: Any, columns: Tensor) -> Factor:
-        """Return a factor after the update of this name."""
-        return UPDATES[update][0](factor, columns, **self._average)
-
-    def renewed(self, renewal: str, factor: Any) -> Factor:
-        """Return the average decomposed as RS or SRE does, or a factor with a random part of its columns corrected."""
-        settings, generator = self._settings, self._generator
-        if renewal == "correction":
-            count = math.ceil(settings.fraction * factor.rank)
-            return ritz_correct(factor, self._dense, torch.randperm(factor.rank, generator=generator)[:count])
-        decompose = brandla.randomized_eigh if renewal == "eigh" else brandla.randomized_svd
-        options: Any = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
-        found = decompose(self._dense, settings.rank, generator=generator, **options)
-        return found if renewal == "eigh" else brandla.LowRankEigh(found.S, found.U)
+            for move in filter(None, (one.update, one.renewal if one.due(step) else None)):
+                self.factors[one.name] = moves[move](self.factors[one.name])
 
 
 def measure_costs(settings: Settings, stream: list[Tensor]) -> Costs:
-    """Time every piece, in turn, on a factor that has seen all but the last of some columns (n, k)."""
-    last = stream[-1]
-    kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
+    """Time every move, in turn, on a factor that has seen all but the last of some columns (n, k)."""
+    kept = Kept(settings, len(stream[-1]), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
     for step, columns in enumerate(stream[:-1], start=1):
         kept.absorb(step, columns)
-    eigh, root = kept.factors["eigh"], kept.factors["root"]
-    pieces: dict[str, Callable[[], object]] = {"average": lambda: kept.average(last)}
-    for update, factor in (("brand", eigh), ("root", root), ("cholesky", root)):
-        pieces[update] = partial(kept.updated, update, factor, last)
-    for renewal in ("svd", "eigh", "correction"):
-        pieces[renewal] = partial(kept.renewed, renewal, eigh)
+    of = lambda move: kept.factors["root" if move in ("root", "cholesky") else "eigh"]
+    pieces = {name: partial(move, of(name)) for name, move in kept.moves(stream[-1]).items()}
     seconds = timing.alternating(pieces, settings.repeats)
     return {name: 1e3 * timing.of_median(times).value for name, times in seconds.items()}
 

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.frame import pages
 from bench.frame.samples import shuffled, table, text
-from bench.frame.study import Piece, Row, Study, command
+from bench.frame.study import Piece, Row, Study, Table, command, pieces_of
 from bench.gpu.device import Device
 from bench.studies.networks import Graph, Transformer, letters_mlp, mlp, strided, two_hidden
 from brandla.demo.data import Split
@@ -101,15 +100,12 @@ def run(task: str, method: str, rate: float, seed: int, settings: Settings, devi
 
 def pieces(settings: Settings, device: Device) -> list[Piece]:
     """Return the runs of all tasks, seed by seed."""
-    found = []
-    for seed in settings.seeds:
-        for task in TASKS:
-            for method, (rates, _) in METHODS.items():
-                for rate in rates if settings.tuned else rates[:1]:
-                    key = {"task": task, "method": method, "rate": rate, "seed": seed}
-                    measure = lambda tables, tick, key=key: run(**key, settings=settings, device=str(device.tensors))
-                    found.append(Piece("runs", key, 1.0, measure))
-    return found
+    tried = [
+        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
+    ]
+    values = [(task, *each, seed) for seed in settings.seeds for task in TASKS for each in tried]
+    runs = Table("Runs", ("task", "method", "rate", "seed"), values, run)
+    return pieces_of({"runs": runs}, settings, str(device.tensors))
 
 
 def means(content: Row) -> pd.DataFrame:
@@ -146,33 +142,6 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _loss(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
-
-
-def guide(content: Row) -> str:
-    """Return the table of ``docs/kfac.md``: on how many tasks each clip was enough, at one rate for all."""
-    title, cells = next(iter(shown(content)))
-    told = f"{content['settings']['steps']} steps, {seeds(content)} (`make study-defaults`)"
-    return f"{title}, {told}:{pages.caveats(content['facts'])}\n\n{pages.markdown(cells)}"
-
-
-def seeds(content: Row) -> str:
-    """Say how many seeds each case has."""
-    if not content.get("runs"):
-        return "no run was made"
-    counts = pd.DataFrame(content["runs"]).groupby(["task", "method", "rate"]).size()
-    return f"seeds: {counts.min()}" + (f" to {counts.max()}" if counts.max() > counts.min() else "")
-
-
-def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements/kfac.md``."""
-    yield "### What bounds a step of K-FAC\n\n`defaults.json`, of `make study-defaults`: the least validation loss in"
-    yield f"{content['settings']['steps']} steps, the mean of all seeds ({seeds(content)}), with a rate"
-    yield "that falls to 0 along a cosine. The share is that of what the best method at its best rate takes off the"
-    yield f"initial loss; {100 * SHARE:g} % of it counts as reached. The untuned rate is the first of each method."
-    yield pages.caveats(content["facts"])
-    for title, cells in shown(content):
-        yield f"\n#### {title}\n"
-        yield pages.markdown(cells)
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

@@ -14,14 +14,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bench.frame import pages, pictures
+from bench.frame import pictures
 from bench.frame.pictures import Theme
 from bench.frame.samples import FOLDER, fashion, standardised
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu.device import Device
 from bench.studies import kfac_page
 from bench.studies.kfac_methods import OPTIMIZERS, Numbers, points, spread
-from bench.studies.kfac_page import BASE, NOTHING, by_method, over_base, ranged
+from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT, seeded
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
@@ -96,7 +96,7 @@ EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
 ADAM_RANGES = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
 METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUCE), KFAC_RANGES)
-COLOURS = kfac_page.COLOURS | {EXPAND: ("#e69f00", "#f0b840"), REDUCE: ("#0072b2", "#56b4e9")}
+COLOURS = kfac_page.COLOURS | {EXPAND: pictures.PALETTE[4], REDUCE: pictures.PALETTE[0]}
 
 
 def methods(task: Task) -> list[str]:
@@ -220,36 +220,13 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
             columns = {
                 "method": found.index,
                 f"steps to {target}": ranged(found, "step", "{:.0f}".format),
-                f"× {BASE}": [NOTHING if math.isnan(ratio) else f"{ratio:.2f}" for ratio in over_base(found, "step")],
+                f"× {BASE}": over_base(found, "step").map(ratio),
                 "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
                 "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
                 "loss after all steps": ranged(found, "loss", "{:.3f}".format),
                 "chosen by the search": found["numbers"],
             }
             yield f"{task['name']}, to {target}", pd.DataFrame({name: list(cells) for name, cells in columns.items()})
-
-
-def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements/kfac.md``."""
-    settings = content["settings"]
-    yield "### Expand and reduce: steps to a target\n\n`expand-reduce.json`, of `make study-expand-reduce`."
-    yield f"Every method has two numbers to be searched and {settings['trials']} trials on each task, the same points"
-    yield "of a Latin hypercube, on a part of the training images; then it runs from"
-    yield f"{len(settings['seeds'])} seeds. Rates are constant. K-FAC is `Exact({settings['renew_every']})` before SGD"
-    yield f"without momentum, with the default clip. The target of a task is what every run of {BASE} has reached in"
-    yield f"{SHARE:.0%} of its steps, in whole per cent. Steps are those of the first look at or above it, on the"
-    yield f"test images (at most {settings['most_judged']}): mean and range of the seeds, of the runs that got there."
-    yield pages.caveats(content["facts"])
-    yield pages.picture(STUDY.name, machine, "Test accuracy against steps, a panel for each task")
-    for task, (title, cells) in zip(settings["tasks"], shown(content), strict=False):
-        yield f"#### {title}\n\n{about(task)}\n"
-        yield pages.markdown(cells)
-
-
-def about(task: Row) -> str:
-    """Say what a task is."""
-    how = f"width {task['width']}, batches of {task['batch']}, {task['steps']} steps, a look every"
-    return f"{task['words']}; {how} {task['evaluate_every']}; trials of {task['search_steps']} steps."
 
 
 def draw(content: Row, theme: Theme) -> Figure:
@@ -272,7 +249,7 @@ def draw(content: Row, theme: Theme) -> Figure:
     return figure
 
 
-STUDY = Study("expand-reduce", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, draw=draw, threads=1)
+STUDY = Study("expand-reduce", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, threads=1)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()

@@ -3,20 +3,19 @@
 ``python -m bench.studies.forms`` measures them in three minutes, with one thread.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice, product
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
-import pandas as pd
 import torch
+from torch import Tensor
 
 import brandla
-from bench.benches.problems import DECAY, WEIGHT, defect, orthonormality
-from bench.frame.study import Piece, Row, Study, command
+from bench.benches.problems import DECAY, WEIGHT, defect
+from bench.frame.study import Piece, Row, Study, Table, command, pieces_of, tabulated
 from bench.gpu.device import Device
-from bench.studies import streams
-from bench.studies.streams import relative
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
 from tests.oracles import STREAMS, gaussian, orthonormal, power_law, updated
@@ -32,14 +31,33 @@ CASES = {
     "60, 12, 8, 100 times as large": (60, 12, 8, 100.0),
     "512, 96, 64, as the old ones": (512, 96, 64, 1.0),
 }
-EPSILON = torch.finfo(torch.float32).eps
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Return ‖X̂ − X‖_F / ‖X‖_F."""
+    return float(torch.linalg.matrix_norm(found.double() - wanted) / torch.linalg.matrix_norm(wanted))
 
 
 def solves(name: str) -> Iterator[Row]:
-    """Yield the error of a damped solve after float32 updates: root, eigh, and what truncation itself costs."""
-    for row in streams.solves(name, quick=False, dampings=SHIFTS):
-        root, eigh = (row["errors"][update] for update in ("root_update", "eigh_update"))
-        yield {"λ/d₁": row["damping"], "root": root, "eigh": eigh, "truncation": row["truncation"]}
+    """Yield errors of damped solves after float32 updates beside the truncated update in float64: root and eigh.
+
+    Beside them what truncation itself costs.
+    """
+    # With the seed of the stream, right-hand sides would lie in its leading directions.
+    rhs, matrix = gaussian(N, 32, seed=1), torch.zeros(N, N, dtype=torch.float64)
+    exact = brandla.LowRankEigh.zeros(N, RANK, dtype=torch.float64)
+    root, eigh = brandla.LowRankRoot.zeros(N, RANK), brandla.LowRankEigh.zeros(N, RANK)
+    for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
+        given = columns.float()
+        matrix = updated(matrix, given, DECAY, WEIGHT)
+        exact = brandla.eigh_update(exact, given.double(), **OPTIONS)
+        root, eigh = brandla.root_update(root, given, **OPTIONS), brandla.eigh_update(eigh, given, **OPTIONS)
+    for damping in SHIFTS:
+        shift = damping * float(torch.linalg.matrix_norm(matrix, 2))
+        wanted = brandla.damped_solve(exact, rhs, shift)
+        errors = [relative(brandla.damped_solve(each, rhs.float(), shift), wanted) for each in (root, eigh)]
+        truncation = relative(wanted, torch.linalg.solve(matrix + shift * torch.eye(N, dtype=torch.float64), rhs))
+        yield {"λ/d₁": damping, "root": errors[0], "eigh": errors[1], "truncation": truncation}
 
 
 def losses(case: str) -> Iterator[Row]:
@@ -80,15 +98,6 @@ def traces(name: str) -> Iterator[Row]:
     yield {"steps": len(ratios), "mean": fmean(ratios or [0.0]), "worst": max(ratios, default=0.0)}
 
 
-def bases(name: str) -> Iterator[Row]:
-    """Yield ‖UᵀU − I‖₂ in ε over float32 updates of U, polished where the probes ask for it: median and worst."""
-    eigh, found = brandla.LowRankEigh.zeros(300, 48), []
-    for columns in islice(STREAMS[name](300, 24, 0), 150):
-        eigh = brandla.eigh_update(eigh, columns.float(), **OPTIONS)
-        found.append(orthonormality(eigh.eigenvectors) / EPSILON)
-    yield {"median": median(found), "worst": max(found)}
-
-
 def long(k: int) -> Iterator[Row]:
     """Yield errors of C and G at a large n in float32, relative to the largest entry: by one product, and in slabs."""
     left, right = (gaussian(1_000_000, k, seed=seed).float() + 0.5 for seed in (0, 1))
@@ -96,15 +105,6 @@ def long(k: int) -> Iterator[Row]:
     for way, found in (("one product", (left.mT @ right, right.mT @ right)), ("slabs", cross_gram(left, right))):
         errors = (float((own - true).abs().max() / true.abs().max()) for own, true in zip(found, exact, strict=True))
         yield {"way": way, **dict(zip("CG", errors, strict=True))}
-
-
-def long_basis(n: int) -> Iterator[Row]:
-    """Yield ‖UᵀU − I‖₂ in ε at a large n after ten updates."""
-    lead, eigh = gaussian(n, 16, seed=0).float(), brandla.LowRankEigh.zeros(n, 16)
-    for step in range(10):
-        columns = lead @ gaussian(16, 16, seed=step).float() + 0.05 * gaussian(n, 16, seed=100 + step).float()
-        eigh = brandla.eigh_update(eigh, columns, **OPTIONS)
-    yield {"of U": orthonormality(eigh.eigenvectors) / EPSILON}
 
 
 def tails(exponent: float) -> Iterator[Row]:
@@ -133,38 +133,24 @@ def carried(name: str, decay: float) -> Iterator[Row]:
 
 
 SLOW = ("slow", "medium", "fast")
-KEPT = ("slow", "medium", "fast", "flat", "graded", "rank-16", "repeated-8", "switch")
 LOST = ("slow", "medium", "graded", "flat", "clustered", "repeated-8", "switch", "switch-20x-smaller")
-# Of each table: the title, what it varies, with its values, and what is measured.
-TABLES: dict[str, tuple[str, dict[str, Sequence[Any]], Callable[..., Iterator[Row]]]] = {
-    "solves": ("Damped solve", {"stream": SLOW}, solves),
-    "carried": ("Gram matrix carried", {"stream": ("slow", "fast"), "ρ": (DECAY, 1.0)}, carried),
-    "losses": ("One update", {"n, r, k, new columns": list(CASES)}, losses),
-    "streams": ("Streams", {"stream": LOST}, traces),
-    "bases": ("Basis", {"stream": KEPT}, bases),
-    "long": ("Large n", {"k": (4, 8, 16, 32)}, long),
-    "long_basis": ("Basis at large n", {"n": (65_536, 1_000_000)}, long_basis),
-    "tails": ("Tail", {"exponent of deviations": (0.25, 0.5, 1.0)}, tails),
+TABLES = {
+    "solves": Table("Damped solve", ("stream",), product(SLOW), solves),
+    "carried": Table("Gram matrix carried", ("stream", "ρ"), product(("slow", "fast"), (DECAY, 1.0)), carried),
+    "losses": Table("One update", ("n, r, k, new columns",), product(CASES), losses),
+    "streams": Table("Streams", ("stream",), product(LOST), traces),
+    "long": Table("Large n", ("k",), product((4, 8, 16, 32)), long),
+    "tails": Table("Tail", ("exponent of deviations",), product((0.25, 0.5, 1.0)), tails),
 }
+PIECES = pieces_of(TABLES)
 
 
 def pieces(quick: bool, device: Device) -> list[Piece]:
-    """Return a piece for each value that a table varies; of each table the first one alone in a short run."""
-    found = []
-    for table, (_, varied, measure) in TABLES.items():
-        for values in list(product(*varied.values()))[: 1 if quick else None]:
-            key = dict(zip(varied, values, strict=True))
-            found.append(Piece(table, key, 1.0, lambda *_, measure=measure, values=values: measure(*values)))
-    return found
+    """Return all pieces; of each table the first one alone in a short run."""
+    return list({piece.table: piece for piece in PIECES[::-1]}.values()) if quick else PIECES
 
 
-def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    for table, (title, _, _) in TABLES.items():
-        if rows := content.get(table):
-            yield title, pd.DataFrame(rows).map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
-
-
-STUDY = Study("forms", {"quick": True, "usual": False}, pieces, shown, threads=1)
+STUDY = Study("forms", {"quick": True, "usual": False}, pieces, partial(tabulated, TABLES), threads=1)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()

@@ -21,7 +21,7 @@ from bench.frame.samples import FOLDER, UnusableError, check, garments
 from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, application, conduct, settings_of
 from bench.gpu.device import Device
 from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
-from bench.studies.kfac_page import draw, shown
+from bench.studies.kfac_page import shown
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
 from brandla.demo.frame import Tables
@@ -86,7 +86,6 @@ def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
 
 
 def other(task: Task, settings: Settings) -> Task:
-    """Return the task that one follows."""
     return next(each for each in settings.tasks if each.name == task.follows)
 
 
@@ -193,7 +192,7 @@ def cost_of(method: Method, width: int, settings: Settings, where: str) -> Itera
     yield {"milliseconds": typical, "renewing": dear if method.renews else None}
 
 
-STUDY = Study("kfac-study", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown, draw=draw)
+STUDY = Study("kfac-study", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown)
 app = application(__doc__)
 
 
@@ -213,9 +212,6 @@ def main(
     if not settings.tasks:
         message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
         raise typer.BadParameter(message, param_hint="--only")
-    for method in METHODS:
-        if not method.installed:
-            typer.echo(f"{method.name} is left out: it is not installed")
     try:
         if any(task.network.load is garments for task in settings.tasks):
             check(folder)

@@ -1,8 +1,7 @@
 """What the study of K-FAC trains and how: tasks with a target, methods with three numbers to be searched, settings."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib import util
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,9 +10,9 @@ from scipy.stats.qmc import LatinHypercube
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.frame.samples import CONTEXT, ROWS, friedman, garments, letters
-from bench.studies.networks import NEIGHBOURS, Graph, Transformer, conv, mlp, seeded, two_hidden
-from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
+from bench.frame.samples import friedman, garments, letters
+from bench.studies.networks import Graph, Transformer, conv, mlp, seeded, two_hidden
+from bench.studies.peers import SOAP, Muon, Shampoo
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
@@ -28,7 +27,6 @@ EXPONENTS = (0.0, 0.5, 1.0)
 class Kind(NamedTuple):
     """A network, and what it learns."""
 
-    words: str
     make: Callable[[int, int], nn.Module]  # from the numbers of a sample, and the width
     load: Callable[[Path], Parts] = garments
     judged: int = 1000  # of the samples that judge, the first so many do
@@ -37,30 +35,14 @@ class Kind(NamedTuple):
     sharing: Literal["expand", "reduce"] = "reduce"  # of K-FAC: "expand" where each place has a loss of its own
 
 
+# ``docs/kfac-study.md`` says what they are.
 KINDS = {
-    "mlp": Kind("an MLP with two hidden layers of {width} on Fashion-MNIST", two_hidden),
-    "conv": Kind(
-        "two convolutions of {width} channels and twice as many, and two Linear layers, on Fashion-MNIST", conv
-    ),
-    "graph": Kind(
-        f"two graph convolutions of width {{width}} over {NEIGHBOURS} nearest neighbours in a batch of Fashion-MNIST",
-        Graph,
-    ),
-    "transformer": Kind(
-        f"two causal layers of width {{width}} over {CONTEXT} letters of Python's own documentation",
-        Transformer,
-        letters,
-        100,
-        by_loss=True,
-        sharing="expand",
-    ),
+    "mlp": Kind(two_hidden),
+    "conv": Kind(conv),
+    "graph": Kind(Graph),
+    "transformer": Kind(Transformer, letters, 100, by_loss=True, sharing="expand"),
     "regression": Kind(
-        f"an MLP with two hidden layers of {{width}} on Friedman's first function with noise, {ROWS} rows",
-        lambda inputs, width: mlp(inputs, width, width, 1),
-        friedman,
-        2000,
-        by_loss=True,
-        loss=F.mse_loss,
+        lambda inputs, width: mlp(inputs, width, width, 1), friedman, 2000, by_loss=True, loss=F.mse_loss
     ),
 }
 
@@ -84,7 +66,6 @@ class Task:
 
     @property
     def network(self) -> Kind:
-        """What is trained."""
         return KINDS[self.kind]
 
     def data(self, folder: Path, device: str, most: int | None) -> Parts:
@@ -108,12 +89,10 @@ class Task:
         return float(loss) if self.network.by_loss else float((outputs.argmax(1) == split.labels).float().mean())
 
     def reached(self, score: float) -> bool:
-        """Say whether a score is as good as the target."""
         return score <= self.target if self.network.by_loss else score >= self.target
 
     @property
     def goal(self) -> str:
-        """The target in words."""
         return f"a loss of {self.target:g}" if self.network.by_loss else f"{100 * self.target:g} %"
 
 
@@ -170,15 +149,12 @@ FULL = Settings(
     trials=16,
     rank=128,
 )
-QUICK = Settings(
-    (
-        Task("MLP 48", "mlp", 48, 16, 4, 60, 0.3),
-        Task("MLP 96", "mlp", 96, 16, 4, 60, 0.3, follows="MLP 48", rates=True),
-        Task("MLP 192", "mlp", 192, 16, 4, 60, 0.3, follows="MLP 96"),
-        Task("CNN", "conv", 4, 16, 3, 60, 0.3),
-        Task("transformer", "transformer", 16, 4, 3, 60, 4.0),
-        Task("regression", "regression", 32, 16, 6, 60, 0.99, everyone=True),
-        Task("graph network", "graph", 32, 16, 3, 60, 0.3),
+QUICK = replace(
+    USUAL,
+    tasks=tuple(
+        replace(task, width=max(task.width // 16, 4), batch=16, steps=4, target=4.5 if task.network.by_loss else 0.1,
+                seconds=60, everyone=True)
+        for task in USUAL.tasks
     ),
     seeds=(0, 1),
     trials=2,
@@ -189,7 +165,7 @@ QUICK = Settings(
     look_after=1,
     widths=(64, 128),
     most=256,
-)
+)  # fmt: skip
 
 Optimizer = Callable[[Iterable[nn.Parameter], Numbers, Settings], torch.optim.Optimizer]
 
@@ -209,30 +185,20 @@ class Method:
     renews: str = ""  # the setting that says after how many steps a dear one comes
     usual: bool = True  # in every task; else in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
-    package: str = "torch"  # that it needs
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return util.find_spec(self.package) is not None
 
     def takes_part(self, task: Task) -> bool:
-        """Say whether it is tried on a task."""
-        return self.installed and (self.usual or task.everyone)
+        return self.usual or task.everyone
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
         return spread(self.ranges, point)
 
-    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
-        """Return a model with what trains it."""
+    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer:
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
         plain = torch.optim.SGD(model.parameters(), numbers["rate"])
         damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
-        if self.name not in STRATEGIES:
-            return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
         strategy, sharing = STRATEGIES[self.name](settings, numbers), task.network.sharing
         options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
         return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
@@ -292,7 +258,6 @@ SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay"
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
-ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
 METHODS = (
     Method("SGD", "with momentum", 4, SGD_RANGES),
@@ -309,9 +274,4 @@ METHODS = (
     Method("SRE-KFAC", '`Randomized`, `"eigh"`, every {renew_every} steps', 17, KFAC_RANGES, **EXTRA),
     Method("B-R-KFAC", "`BrandRandomized`, overwritten every {overwrite_every} steps", 34, KFAC_RANGES, **EXTRA),
     Method("B-KFAC-C", "`BrandCorrected`, corrected every {renew_every} steps", 41, KFAC_RANGES, **EXTRA),
-    Method(
-        *("asdfghjkl", "K-FAC of that package, inverses every {renew_every} steps, without a clip", 30, ASDL_RANGES),
-        **EXTRA,
-        package="asdl",
-    ),
 )

@@ -1,19 +1,16 @@
-"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers, and the K-FAC of the package asdfghjkl.
+"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers.
 
 A weight is a matrix, of convolutions with its windows as columns; vectors are trained by Adam.
 """
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from brandla.demo.data import Split
 
 EPS = 1e-8
 State = dict[str, Any]
@@ -29,7 +26,6 @@ class Matrices(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step."""
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[weight]
@@ -50,7 +46,6 @@ class Shampoo(Matrices):
     """L^(−1/4) M R^(−1/4), arXiv 1802.09568, of averages L and R and the mean gradient M, as long as Adam's step."""
 
     def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Renew the roots now and then, and apply them."""
         usual = adam(state, gradient, group["betas"])
         take_in(state, gradient, group["betas"][1])
         if (state["count"] - 1) % group["every"] == 0:
@@ -64,7 +59,6 @@ class SOAP(Matrices):
     """Adam in the eigenbasis of Shampoo's factors, arXiv 2409.11321: renewed by one product and QR now and then."""
 
     def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Turn the gradient into the bases, take Adam's step there, and turn it back."""
         take_in(state, gradient, group["betas"][1])
         if "bases" not in state:
             state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
@@ -104,43 +98,9 @@ class Muon(Matrices):
 
 @contextmanager
 def unsaid(kind: type[Warning]) -> Iterator[None]:
-    """Let warnings of a kind be silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kind)
         yield
-
-
-def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:
-    """Return what takes gradients, preconditioned by K-FAC with the empirical Fisher, of the package ``asdfghjkl``."""
-    with unsaid(DeprecationWarning):
-        import asdl
-        from asdl.precondition import natural_gradient
-
-    if not torch.backends.cuda.is_built():
-        # Its named ranges ask for a CUDA build of torch.
-        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
-    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
-    config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
-    return asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
-
-
-class Maker(NamedTuple):
-    """A model whose gradients are preconditioned by asdfghjkl as they are taken, with its optimizer."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    maker: Any
-    loss: Callable[[Tensor, Tensor], Tensor]
-    preconditioner: None = None
-
-    def step(self, batch: Split) -> None:
-        """Take one training step."""
-        self.optimizer.zero_grad()
-        with unsaid(FutureWarning):
-            outputs = self.maker.setup_model_call(self.model, batch.images)
-            self.maker.setup_loss_call(self.loss, outputs, batch.labels)
-            self.maker.forward_and_backward()
-        self.optimizer.step()
 
 
 def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:

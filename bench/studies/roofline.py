@@ -10,12 +10,13 @@ from functools import cache
 
 import pandas as pd
 
-from bench.frame import pages, pictures
+from bench.frame import pictures
 from bench.frame.figures import spelled
 from bench.frame.study import Piece, Row, Study, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
-from bench.gpu.device import Ceilings, Device, measure
+from bench.gpu.device import Ceilings, Device, measure, replayed
+from brandla_kernels import OPS
 
 USUAL = replace(
     FULL,
@@ -39,36 +40,45 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
         key = {"op": case.op, "case": case.name}
         return Piece("rows", key, 1.0, lambda *_: [measured(case, sizes, device, ceilings())])
 
-    def levels(ceilings: Ceilings) -> Iterator[Row]:
-        """Yield the ceilings, in bytes or flops per second."""
-        for name, rate in ceilings.intervals():
-            yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
-
     return [
-        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings())),
+        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings(), sizes)),
         *map(op, cases.cases(sizes)),
-        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes))),
+        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes), sizes)),
     ]
 
 
-def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings) -> Row:
-    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio."""
-    timed, cost = cases.timed(case, device, ceilings, sizes.seconds), cases.cost(case)
-    return {
+def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
+    """Yield the ceilings, in bytes or flops per second."""
+    for name, rate in ceilings.intervals():
+        yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
+
+
+def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False) -> Row:
+    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio.
+
+    It is timed in turn with its torch form if that is wanted.
+    """
+    op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device)
+    times = replayed(device, {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {}), sets, sizes.seconds)
+    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), times.median("op")
+    row = {
         "n": case.size.n,
         "r": case.size.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "data": str(case.data).removeprefix("torch."),
-        "by": timed.by,
-        "seconds": timed.seconds,
+        "by": op.implementation(device.tensors.type)[0],
+        "seconds": seconds,
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "of_ceiling": timed.of_ceiling,
-        "bound_by": timed.floor.bound_by,
-        "error": timed.error,
-        "sets": timed.sets,
-        "rounds": len(timed.times.samples["op"]),
+        "of_ceiling": floor.part_of(seconds),
+        "bound_by": floor.bound_by,
+        "error": error,
+        "sets": len(sets),
+        "rounds": len(times.samples["op"]),
     }
+    if not beside_torch:
+        return row
+    return row | {"× torch": times.ratio("torch", "op").value, "torch_error": torch_error, "timed_by": times.how}
 
 
 # --- Tables
@@ -76,14 +86,9 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings) -> Ro
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if len(levels := pd.DataFrame(content.get("ceilings", []))):
-        copied, in_giga = levels["ceiling"] == "copy", lambda rates: [spelled(rate / 1e9) for rate in rates]
-        unit = copied.map({True: "GB/s, read + write", False: "GFLOP/s"})
-        rates = pd.DataFrame(levels["per_second"].map(in_giga).tolist(), columns=["middle", "low", "high"])
-        measured = rates["middle"] + " " + unit + " (" + rates["low"] + " to " + rates["high"] + ")"
-        mebibytes = (levels["size"] / 2**20).map("{:g} MiB".format)
-        size = mebibytes.where(copied, levels["size"].map("order {}".format))
-        name = levels["ceiling"] + ", " + levels["when"]
-        yield "Ceilings", pd.DataFrame({"ceiling": name, "measured": measured, "size": size})
+        in_words = lambda rates: "{} ({} to {})".format(*(spelled(rate / 1e9) for rate in rates))
+        cells = levels.assign(**{"10⁹ a second": levels["per_second"].map(in_words)}).drop(columns="per_second")
+        yield "Ceilings: bytes of a copy, read and written, and flops of products; sizes in bytes, and orders", cells
     if content.get("rows"):
         yield "Part of the ceilings", parts(content)
 
@@ -124,13 +129,9 @@ def answer(content: Row) -> str:
     if rows.empty:
         return ""
     worst, best, half = rows.iloc[0], rows.iloc[-1], (rows["part"] >= 0.5).sum()
-    levels = {row["ceiling"]: row["per_second"][0] / 1e9 for row in content.get("ceilings", [])[::-1]}
-    units = {"copy": "GB/s for a large copy", "float32": "GFLOP/s for large float32 products"}
-    said = pages.listed([f"{spelled(levels[name])} {unit}" for name, unit in units.items() if name in levels])
     return (
-        f"In float32, {half} of {len(rows)} ops reach at least half of the ceiling that binds them, from"
-        f" {worst['part']:.2f} (`{worst['op']}`) to {best['part']:.2f} (`{best['op']}`). "
-        + (f"Ceilings of the same run are {said}." if said else "The ceilings are not in the file.")
+        f"In float32, {half} of {len(rows)} ops reach at least half of the ceiling that binds them. The parts go from"
+        f" {worst['part']:.2f} (`{worst['op']}`) to {best['part']:.2f} (`{best['op']}`)."
     )
 
 

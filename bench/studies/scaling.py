@@ -4,20 +4,19 @@ Run by ``make study-scaling``. Every result is checked against float64 before it
 turns with one reference, the GEMMs of an update of that size, so that times can be told apart from the machine's mood.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure as Picture
-from torch import Tensor
+from matplotlib.ticker import EngFormatter
 
-import brandla
-from bench.benches import problems, timing
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, steady
+from bench.benches import timing
+from bench.benches.problems import UPDATES, Judgement, steady
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, Task, check, kron
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, spelled
@@ -25,10 +24,8 @@ from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import cases
 from bench.gpu.device import Device, size_of
-from brandla import LowRankEigh
 from brandla_kernels import OPS
 
-DAMPING = 0.1
 REFERENCE = "GEMMs of an update"
 
 
@@ -47,6 +44,12 @@ METHODS = {
     **dict.fromkeys(("Cholesky solve", "torch.linalg.eigh"), 3),
 }
 TALL = [name for name, power in METHODS.items() if power == 1]
+# What others work on is the dense matrix, which is handed to them for nothing: the task, and its name there.
+DENSE = {
+    "torch.svd_lowrank": ("randomized_eigh", "torch.svd_lowrank"),
+    "torch.linalg.eigh": ("randomized_eigh", "torch.linalg.eigh"),
+    "Cholesky solve": ("damped_solve", CHOLESKY),
+}
 
 
 @dataclass(frozen=True)
@@ -112,77 +115,21 @@ TOY = Sizes(
 )
 
 
-# --- The calls
-
-
-class Call(NamedTuple):
-    """A call, the check of its result, and what it needs held from one call to the next."""
-
-    function: Callable[[], Any]
-    check: Callable[[Any], Any]
-    operands: Sequence[Any]
-
-
-@cache
-def spectral_matrix(n: int) -> Tensor:
-    """Return a dense float64 matrix with the eigenvalues 1/i."""
-    return problems.matrix_of_spectrum(1 / np.arange(1, n + 1), seed=0)
-
-
-def tall_call(name: str, size: Size, device: Device, exponent: float = 0.5) -> Call:
-    """Return an update of a factor in its steady state, or a damped solve with it."""
-    n, r, k = size
-    if name in UPDATES:
-        case, update = steady(name, n, r, k, exponent, device=device.tensors), UPDATES[name][0]
-        check = lambda updated: problems.check_update(name, *cases.on_cpu((case, updated)))
-        return Call(lambda: update(*case, decay=DECAY, weight=WEIGHT), check, case)
-    factor, (left, right) = steady("eigh_update", n, r, k, device=device.tensors).factor, device.normal(2, n, k)
-    judge = lambda rhs, solved: problems.check_solve(*cases.on_cpu((factor, rhs, DAMPING, solved)))
-    if name == "damped_solve":
-        solve = lambda: brandla.damped_solve(factor, left, DAMPING)
-        return Call(solve, partial(judge, left), (factor, left))
-    solve = lambda: brandla.kron_damped_solve(factor, factor, (left, right), DAMPING, DAMPING)
-    check = lambda solved: [judge(*each) for each in zip((left, right), solved, strict=True)]
-    # Two factors, as of two sides of a layer; here they are one and the same.
-    return Call(solve, check, (factor, factor, left, right))
-
-
-def dense_call(name: str, size: Size, device: Device) -> Call:
-    """Return what works on the dense n × n matrix, which is handed to it for nothing."""
-    n, r, k = size
-    if name == "gram_ema_":
-        case = cases.Case(name, cases.Size(n, r, k, n, 1))
-        operands = cases.operands(case, device)
-        return Call(lambda: OPS[name](*operands), lambda _: cases.check(case, device), operands[:2])
-    truth, eps = spectral_matrix(n), torch.finfo(torch.float32).eps
-    matrix, columns = truth.float().to(device.tensors), device.normal(n, k)
-
-    def decomposing(call: Callable[[], tuple[Tensor, Tensor]], slack: float) -> Call:
-        judge = problems.approximation(truth, r, eps, slack, problems.PEER_DEFECT_ALLOWED)
-        return Call(call, lambda found: judge(LowRankEigh(*cases.on_cpu(found))).accept(name), [matrix])
-
-    def cut(parts: Sequence[Tensor], first: int | None, last: int | None) -> tuple[Tensor, Tensor]:
-        return parts[0][first:last], parts[1][:, first:last]
-
-    if name == "randomized_eigh":
-        return decomposing(lambda: brandla.randomized_eigh(matrix, r), 2.0)
-    if name == "torch.svd_lowrank":
-        return decomposing(lambda: cut(torch.svd_lowrank(matrix, q=r + 10, niter=2)[1::-1], None, r), 2.0)
-    if name == "torch.linalg.eigh":
-        return decomposing(lambda: cut(torch.linalg.eigh(matrix), -r, None), 1.001)
-    shift = DAMPING * torch.eye(n, device=device.tensors)
-
-    def check(solved: Tensor) -> None:
-        solution = solved.double().cpu()
-        residual = torch.linalg.matrix_norm(truth @ solution + DAMPING * solution - columns.double().cpu())
-        error = float(residual / torch.linalg.matrix_norm(solution)) / (1 + DAMPING)
-        problems.Judgement(error, problems.DEFECT_ALLOWED * eps).accept(name)
-
-    solve = lambda: torch.cholesky_solve(columns, torch.linalg.cholesky(matrix + shift))
-    return Call(solve, check, (matrix, columns))
-
-
 # --- Time and memory at a size
+
+
+def task_of(name: str, shape: Shape, device: Device) -> Task:
+    """Return a task; of two-sided solves that of two sides of n rows."""
+    if name == "kron_damped_solve, pair":
+        return kron(shape, device, pair=True, square=True)
+    return TASKS[name].task(shape, device)
+
+
+def gram_ema(shape: Shape, device: Device) -> Call:
+    """Return the update of a dense n × n moment."""
+    case = cases.Case("gram_ema_", cases.Size(*shape[:3], shape.n, 1))
+    judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
+    return Call(OPS["gram_ema_"], cases.operands(case, device), judge)
 
 
 def pieces(sizes: Sizes, device: Device) -> list[Piece]:
@@ -206,24 +153,26 @@ def pieces(sizes: Sizes, device: Device) -> list[Piece]:
 
 def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
-    floor = update_floor(steady("eigh_update", *size, device=device.tensors))
-    made = {name: (tall_call if name in TALL else dense_call)(name, size, device) for name in names}
-    for call in made.values():
-        call.check(call.function())
+    shape, floor = Shape(*size), update_floor(steady("eigh_update", *size, device=device.tensors))
+    tasks = cache(lambda task: task_of(task, shape, device))
+    asked = {name: DENSE.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
+    calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
+    calls |= {"gram_ema_": gram_ema(shape, device)} if "gram_ema_" in names else {}
+    for name, call in calls.items():
+        check(name, call)
     tall = [name for name in names if name in TALL]
     for together in filter(None, (tall, *([name] for name in names if name not in TALL))):
-        functions = {REFERENCE: floor} | {name: made[name].function for name in together}
+        functions = {REFERENCE: floor} | {name: calls[name].again for name in together}
         times = device.alternating(functions, seconds * len(together))
         for name in together:
             yield {
                 "method": name,
                 "seconds": timing.of_median(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
-                "held_bytes": size_of(made[name].operands),
-                "peak_bytes": timing.peak_extra_bytes(made[name].function, device.tensors.type, warm_up=False),
+                "held_bytes": size_of(calls[name].arguments),
+                "peak_bytes": timing.peak_extra_bytes(functions[name], device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
-    spectral_matrix.cache_clear()
     steady.cache_clear()
 
 
@@ -253,17 +202,10 @@ def exponents(tables: Tables) -> Tables:
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    if not content["exponents"]:
-        return
-    fits = pd.DataFrame(content["exponents"])
-    fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
-    fits["exponent"] = fits["exponent"].map(in_words)
-    by = {"axis": "grows", "method": "method", "quantity": "quantity"}
-    wide = fits.pivot_table(["sizes", "exponent"], list(by), "window", aggfunc="first", sort=False, observed=True)
-    cells = wide.reset_index(names=list(by.values())).fillna("")
-    cells.columns = [" ".join(filter(None, column)) for column in cells.columns]
-    order = [f"{part} {window}" for window in ("all", LARGER) for part in ("sizes", "exponent")]
-    yield "Exponents", cells.reindex(columns=[*by.values(), *order], fill_value="")
+    if content["exponents"]:
+        fits = pd.DataFrame(content["exponents"])
+        fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
+        yield "Exponents", fits.assign(exponent=fits["exponent"].map(in_words))
 
 
 def in_words(interval: Sequence[float | None]) -> str:
@@ -321,19 +263,7 @@ def table(content: Row) -> pd.DataFrame:
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart, and lighter ones of the same hue.
-COLOURS = {
-    "root_update": ("#d55e00", "#ff8f40"),
-    "root_update, cholesky": ("#8f6a4a", "#c9a27e"),
-    "eigh_update": ("#0072b2", "#4db2ee"),
-    "damped_solve": ("#009e73", "#2fd3a5"),
-    "kron_damped_solve, pair": ("#3f8f9b", "#7fd0dc"),
-    "gram_ema_": ("#9a9a9a", "#8a8f99"),
-    "randomized_eigh": ("#b07900", "#f0b840"),
-    "torch.svd_lowrank": ("#b05c90", "#e49cc8"),
-    "Cholesky solve": ("#6b6b6b", "#b8bcc6"),
-    "torch.linalg.eigh": ("#000000", "#ffffff"),
-}
+COLOURS = dict(zip(METHODS, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Picture:
@@ -351,7 +281,7 @@ def draw(content: Row, theme: Theme) -> Picture:
     sizes = sorted(rows["n"].unique())
     ticks = ([size for size in sizes if size & (size - 1) == 0] or sizes)[::2]
     panel.set_xticks(ticks, list(map(str, ticks)))
-    pictures.logarithmic(panel.yaxis, pictures.with_unit(pictures.TIMES))
+    pictures.logarithmic(panel.yaxis, EngFormatter("s"))
     pictures.legend(panel, 1)
     return figure
 
