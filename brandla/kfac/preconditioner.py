@@ -273,7 +273,7 @@ class KFAC:
         unseen: list[Layer] = []
         for layer in self._layers:
             layer.capture.keep_reached()
-        with whole_gradients(layer.kind.module for layer in self._layers):
+        with whole_gradients([part for layer in self._layers for part in (layer.kind.weight, layer.kind.bias)]):
             layers = [layer for layer in self._layers if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
@@ -465,14 +465,14 @@ class KFAC:
         for layer in self._layers:
             if not layer.refusal and not layer.is_frozen:
                 layer.follow()
-        own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
+        own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
         pairs = self._taken(layers, own, scale)
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
-            for layer in {*own, *pairs}
+            for layer in own | pairs
             if layer.is_unformed or (reads_rows_alone and layer in own and layer.checked_by_rows)
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
@@ -530,8 +530,9 @@ class KFAC:
         """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
+        applies_to_pairs = self._applies_to_pairs
         for layer in layers:
-            pair = layer.pair(self._of_loss(layer, rows), scale) if self._applies_to_pairs else None
+            pair = layer.pair(self._of_loss(layer, rows), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
             problems = [
@@ -568,8 +569,11 @@ class KFAC:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
 
-    def _is_due(self, layer: Layer, options: AtStep) -> bool:
-        return self._steps % options.factor_every == 0 or not layer.curvature.started
+    def _due(self, layers: list[Layer], options: AtStep) -> list[Layer]:
+        """Return the layers whose factors take in data at this step."""
+        if self._steps % options.factor_every == 0:
+            return layers
+        return [layer for layer in layers if not layer.curvature.started]
 
     def _now(self, options: AtStep, mask: Mask) -> Now:
         """Return what this step has besides data; an `Adaptive` damping has been found by now."""
@@ -578,14 +582,12 @@ class KFAC:
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""
-        options = self.options.at(self._steps)
+        due = set(self._due(self._layers, self.options.at(self._steps)))
+        of_factors: Pass = "curvature" if self._takes_curvature else "loss"
+        applies_to_pairs = self._applies_to_pairs
         for layer in self._layers:
-            wanted: set[Pass] = {"loss"} if self._applies_to_pairs and layer.linear is not False else set()
-            if layer.strategy.takes_second_pass:
-                wanted.add("loss")
-            if self._is_due(layer, options):
-                wanted.add("curvature" if self._takes_curvature else "loss")
-            layer.capture.want(wanted)
+            reads_loss = layer.strategy.takes_second_pass or (applies_to_pairs and layer.linear is not False)
+            layer.capture.want(({"loss"} if reads_loss else set()) | ({of_factors} if layer in due else set()))
 
     @property
     def _seed(self) -> int:

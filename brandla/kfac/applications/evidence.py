@@ -13,7 +13,7 @@ from brandla.kfac.systems.diagonal import Diagonal
 from brandla.kfac.systems.ekfac import EigenvalueCorrected
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import DenseForm, normalised, tensor
+from brandla.kfac.systems.form import DenseForm, normalised
 from brandla.kfac.systems.kronecker import Kronecker
 
 _KNOWN = "Exact, EKFAC, Randomized, Brand, BrandRandomized or BrandCorrected"
@@ -117,7 +117,7 @@ def _operand(factor: Factor) -> LowRank:
     """Return M in float64: a diagonal one as a batch of order 1, and what is only kept dense as `Exact` keeps it."""
     strategy, known = factor.strategy, factor.operand()
     if isinstance(strategy, Diagonal):
-        frequencies = normalised(factor.state, tensor(factor.state, "diagonal"))[..., None]
+        frequencies = normalised(factor.state, factor.state["diagonal"])[..., None]
         known = LowRankEigh(frequencies, torch.ones_like(frequencies)[..., None])
     elif known is None and isinstance(strategy, DenseForm):
         known = Exact().decompose(strategy.average(factor.state))

@@ -81,7 +81,16 @@ def _real(part: Tensor) -> Tensor:
     return torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
 
 
-def _gradients(model: nn.Module) -> Iterable[Tensor]:
-    """Go through all gradients; of a sparse one, through its values."""
-    gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
-    return (gradient._values() if gradient.is_sparse else gradient for gradient in gradients)
+def _gradients(model: nn.Module) -> list[Tensor]:
+    """Return all gradients; of a sparse one, its values. The generators of ``model.parameters()`` take far longer."""
+    modules, known = [model], {model}
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                found[id(parameter)] = parameter.grad
+        for child in module._modules.values():
+            if child is not None and child not in known:
+                known.add(child)
+                modules.append(child)
+    return [gradient._values() if gradient.is_sparse else gradient for gradient in found.values()]

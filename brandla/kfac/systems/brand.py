@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, State, due, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, State, due, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
 from brandla.kfac.systems.schedule import Schedule
@@ -27,7 +27,7 @@ Sketch = int | Literal["auto"] | None
 
 def kept(state: State) -> LowRank:
     """Read a root, or a decomposition."""
-    return LowRankRoot(tensor(state, "root"), tensor(state, "gram")) if "root" in state else stored(state)
+    return LowRankRoot(state["root"], state["gram"]) if "root" in state else stored(state)
 
 
 def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress = "eigh") -> None:
@@ -56,7 +56,7 @@ def _tracked(state: State) -> Any:
     """Return the low-rank form, with its error bound and trace where they are kept."""
     if "error_bound" not in state:
         return kept(state)
-    return Tracked(kept(state), tensor(state, "error_bound"), tensor(state, "trace"))
+    return Tracked(kept(state), state["error_bound"], state["trace"])
 
 
 def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,7 +66,7 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
     weights: dict[tuple[int, float, float], Tensor] = {}
     found = []
     for state, _, decay, weight, finite in absorptions:
-        total = tensor(state, "total")
+        total = state["total"]
         key = id(total), decay
         if key not in shares:
             shares[key] = finite / total
@@ -179,7 +179,7 @@ class Brand(FactorStrategy):
             # A factor that is still zero has no error.
             errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
             error = errors.amax().item()
-            state["rank"] = self.rank.next(cast(int, state["rank"]), error)
+            state["rank"] = self.rank.next(state["rank"], error)
 
     def lowrank(self, state: State) -> LowRank:
         return kept(state)
@@ -192,7 +192,8 @@ class Brand(FactorStrategy):
         return lowrank.largest_eigenvalue()
 
     def error_bound(self, state: State) -> Tensor:
-        return tensor(state, "error_bound")
+        bound: Tensor = state["error_bound"]
+        return bound
 
     def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
         return substitute_for_brand(self, n, self._first_rank)
@@ -202,7 +203,8 @@ class Brand(FactorStrategy):
         return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
 
     def _rank(self, state: State, step: int) -> int | Rank:
-        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
+        rank: int | Rank = state["rank"] if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
+        return rank
 
 
 def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.correction import ritz_correct
 from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_brand, update
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, normalised, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, normalised, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
@@ -135,10 +135,11 @@ class BrandRandomized(DenseBrand):
         if due(state, step, self.overwrite_every):
             rank = kept(state).rank
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
-            values, vectors = randomized.decompose(tensor(state, "dense"), rank, seed)
+            values, vectors = randomized.decompose(state["dense"], rank, seed)
             store(state, LowRankRoot.from_eigh(LowRankEigh(normalised(state, values), vectors)))
         self.keep_trace(state)
 
     def largest(self, state: State) -> Tensor:
         """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
-        return tensor(state, "gram")[..., 0, 0]
+        largest: Tensor = state["gram"][..., 0, 0]
+        return largest

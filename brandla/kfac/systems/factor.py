@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.damped import LowRank
-from brandla.kfac.systems.form import Absorption, FactorForm, State, copied, tensor
+from brandla.kfac.systems.form import Absorption, FactorForm, State, copied
 from brandla.kfac.values import Damping, Now
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
@@ -60,7 +60,7 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        return next((cast(Tensor, part).shape[-1] for name, part in self.state.items() if name in _RANKED), None)
+        return next((part.shape[-1] for name, part in self.state.items() if name in _RANKED), None)
 
     def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""
@@ -151,8 +151,8 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             continue
         if not factor.started:
             factor.begin()
-            factor.state["total"] = first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
-        total = tensor(factor.state, "total")
+            factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
+        total = factor.state["total"]
         if id(total) not in renewed:
             renewed[id(total)] = total, _renewed(total, now)
         factor.state["total"] = renewed[id(total)][1]
@@ -177,7 +177,7 @@ def share_totals(factors: Iterable[Factor]) -> None:
     known: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
     for factor in factors:
         if factor.started:
-            total = tensor(factor.state, "total")
+            total = factor.state["total"]
             factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
 
 
