@@ -273,7 +273,8 @@ class KFAC:
         unseen: list[Layer] = []
         for layer in self._layers:
             layer.capture.keep_reached()
-        with whole_gradients([part for layer in self._layers for part in (layer.kind.weight, layer.kind.bias)]):
+        kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
+        with whole_gradients([part for kind in kinds for part in (kind.weight, kind.bias)]):
             layers = [layer for layer in self._layers if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:

@@ -35,21 +35,26 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
 
     M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
     """
-    factors = [_tracked(state) for state, *_ in absorptions]
+    states, columns = (
+        [absorption.state for absorption in absorptions],
+        [absorption.columns for absorption in absorptions],
+    )
+    is_root = "root" in states[0]
     options: dict[str, Any] = dict(zip(("decay", "weight"), _of_averages(absorptions), strict=True))
-    options["rank"] = [
-        fitting(rank, kept(absorption.state), absorption.columns)
-        for rank, absorption in zip(ranks, absorptions, strict=True)
-    ]
-    columns = [absorption.columns for absorption in absorptions]
-    if "root" in absorptions[0].state:
+    options["rank"] = []
+    for rank, state, new in zip(ranks, states, columns, strict=True):
+        n, r = state["root" if is_root else "eigenvectors"].shape[-2:]
+        options["rank"].append(fitting(rank, min(n, r + new.shape[-1])))
+    factors = [_tracked(state) for state in states]
+    if is_root:
         updated = grouped.root_update(factors, columns, **options, compress=compress)
     else:
         updated = grouped.eigh_update(factors, columns, **options)
-    for (state, *_), new in zip(absorptions, updated, strict=True):
-        if isinstance(new, Tracked):
-            state.update(error_bound=new.error_bound, trace=new.trace)
-        store(state, new.lowrank if isinstance(new, Tracked) else new)
+    for state, found in zip(states, updated, strict=True):
+        if isinstance(found, Tracked):
+            state["error_bound"], state["trace"] = found.error_bound, found.trace
+            found = found.lowrank
+        store(state, found)
 
 
 def _tracked(state: State) -> Any:

@@ -60,7 +60,11 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        return next((part.shape[-1] for name, part in self.state.items() if name in _RANKED), None)
+        for name in _RANKED:
+            if name in self.state:
+                columns: int = self.state[name].shape[-1]
+                return columns
+        return None
 
     def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""

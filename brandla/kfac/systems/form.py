@@ -161,7 +161,7 @@ def stored(state: State) -> LowRankEigh:
 
 def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
     """Write a low-rank form, each part under its own name."""
-    state.update(lowrank._asdict())
+    state.update(zip(lowrank._fields, lowrank, strict=True))
 
 
 def due(state: State, step: int, every: Schedule[int]) -> bool:

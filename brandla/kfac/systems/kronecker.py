@@ -55,12 +55,12 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        sides = [(side.n, side.rank) for _, side in self.factors()]
+        sides = [(side.n, side.rank) for side in (self.input, self.output) if side is not None]
         known = [(n, rank) for n, rank in sides if rank is not None]
         if not known or len(known) < len(sides):
             return None
-        of_column = sum(4 * n * rank for n, rank in known) + 2 * entries
-        return 4 * entries * sum(rank for _, rank in known) // of_column
+        of_column = sum([4 * n * rank for n, rank in known]) + 2 * entries
+        return 4 * entries * sum([rank for _, rank in known]) // of_column
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         if self.input is not None:
