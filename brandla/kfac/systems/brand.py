@@ -35,26 +35,23 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
 
     M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
     """
-    states, columns = (
-        [absorption.state for absorption in absorptions],
-        [absorption.columns for absorption in absorptions],
-    )
-    is_root = "root" in states[0]
-    options: dict[str, Any] = dict(zip(("decay", "weight"), _of_averages(absorptions), strict=True))
-    options["rank"] = []
+    states = [absorption.state for absorption in absorptions]
+    columns = [absorption.columns for absorption in absorptions]
+    tall = "root" if "root" in states[0] else "eigenvectors"
+    decays, weights = _of_averages(absorptions)
+    options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
     for rank, state, new in zip(ranks, states, columns, strict=True):
-        n, r = state["root" if is_root else "eigenvectors"].shape[-2:]
+        n, r = state[tall].shape[-2:]
         options["rank"].append(fitting(rank, min(n, r + new.shape[-1])))
     factors = [_tracked(state) for state in states]
-    if is_root:
+    if tall == "root":
         updated = grouped.root_update(factors, columns, **options, compress=compress)
     else:
         updated = grouped.eigh_update(factors, columns, **options)
-    for state, found in zip(states, updated, strict=True):
-        if isinstance(found, Tracked):
-            state["error_bound"], state["trace"] = found.error_bound, found.trace
-            found = found.lowrank
-        store(state, found)
+    for state, factor in zip(states, updated, strict=True):
+        if isinstance(factor, Tracked):
+            state["error_bound"], state["trace"] = factor.error_bound, factor.trace
+        store(state, factor.lowrank if isinstance(factor, Tracked) else factor)
 
 
 def _tracked(state: State) -> Any:
