@@ -43,10 +43,11 @@ def _keeps_precision(inner: Tensor, n: int) -> bool:
     """
     if inner.numel() == 0:
         return True
-    longest = inner.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
-    smallest, largest = longest.aminmax() if longest.ndim else (longest, longest)
+    inner = inner.detach() if inner.requires_grad else inner
+    longest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)
+    lengths = [extreme.item() for extreme in longest.aminmax()] if longest.ndim else [longest.item()]
     info = torch.finfo(torch.float32)
-    return n * info.tiny / info.eps <= smallest.item() and largest.item() < math.inf
+    return n * info.tiny / info.eps <= lengths[0] and lengths[-1] < math.inf
 
 
 @cross_gram.gradient
