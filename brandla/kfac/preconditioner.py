@@ -382,7 +382,7 @@ class KFAC:
 
         They include parameters of frozen layers, but not of layers that turned out not to work.
         """
-        kinds = [layer.kind for layer in self._layers if not layer.refusal]
+        kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
         own = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
         return list({id(part): part for part in own}.values())
 
@@ -464,7 +464,7 @@ class KFAC:
             self._mistakes.look_at_rows(layers, scale)
         # Also those whose data comes from another process.
         for layer in self._layers:
-            if not layer.refusal and not layer.is_frozen:
+            if not layer.capture.refusal and not layer.is_frozen:
                 layer.follow()
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
@@ -481,7 +481,7 @@ class KFAC:
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
         now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
-        ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
+        ready = [layer for layer in layers if layer.curvature.started and not layer.capture.refusal]
         self._precondition(ready, absorbing, now, options.clip, scale)
         for layer in pairs.keys() - set(ready):
             layer.gradient()

@@ -56,6 +56,9 @@ PYTHON_CALLS = {"project": 45, "damped_solve, root": 200, "damped_solve, eigh": 
 # The same of each further factor of a list, which is to come down to 20.
 FOR_EACH_FACTOR = {"damped_solve, root": 28, "damped_solve, eigh": 28, "root_update, cholesky": 36}
 
+# The same of each further layer of a K-FAC step.
+FOR_EACH_LAYER = {"Brand, cholesky": 400}
+
 
 @pytest.mark.parametrize("form", launches.FORMS)
 @pytest.mark.parametrize("name", BUDGETS)
@@ -98,6 +101,13 @@ def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name
         monkeypatch.setattr(launches, "LISTED", listed)
         calls.append(launches.python_calls(launches.call_of(name, "grouped")))
     assert calls[1] - calls[0] <= 8 * FOR_EACH_FACTOR[name]
+
+
+@pytest.mark.parametrize("strategy", FOR_EACH_LAYER)
+def test_each_layer_of_a_step_takes_no_more_calls_of_python_than_its_limit(strategy: str):
+    own = launches.STRATEGIES[strategy]
+    few, many = (launches.step_times(launches.mlp(layers), own, rounds=0)["Python calls"] for layers in (4, 12))
+    assert many - few <= 8 * FOR_EACH_LAYER[strategy]
 
 
 @pytest.mark.parametrize("network", launches.NETWORKS)

@@ -118,15 +118,6 @@ class Layer:
         if kind.turned:
             self.is_turned, self.linear = True, False
 
-    @property
-    def refusal(self) -> str:
-        """Why the weight is left to the optimizer; empty while it is not."""
-        return self.capture.refusal
-
-    @refusal.setter
-    def refusal(self, reason: str) -> None:
-        self.capture.refusal = reason
-
     def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
         calls = self._calls(of)
