@@ -43,7 +43,7 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
     A float32 product of few columns with an inner dimension of 10⁶ is wrong by 4·10⁻⁴; this is by some ε.
     """
-    rows = _slab(left, right)
+    rows = slab(left, right)
     if left.shape[-2] <= rows:
         return (left.to(dtype).mT @ right.to(dtype)).double()
     slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
@@ -56,12 +56,12 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left.mT @ right`` in the dtype of both, by `sum_of_slabs` where there is more than one slab."""
-    if left.shape[-2] <= _slab(left, right):
+    if left.shape[-2] <= slab(left, right):
         return left.mT @ right
     return sum_of_slabs(left, right, left.dtype).to(left.dtype)
 
 
-def _slab(left: Tensor, right: Tensor) -> int:
+def slab(left: Tensor, right: Tensor) -> int:
     """Return the rows whose products are summed in the dtype of the data."""
     if left.dtype == right.dtype == torch.float64:
         return left.shape[-2]

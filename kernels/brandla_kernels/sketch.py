@@ -81,11 +81,13 @@ def signs(
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
     draw = _drawn_on_host if reads_are_free(seed) else _drawn
-    words = draw(seed, tuple(batch_shape), problem, blocks, quads)[..., :width]
+    words = draw(seed, tuple(batch_shape), problem, blocks, quads)
+    words = words if words.shape[-1] == width else words[..., :width]
     # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
     shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
     numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
-    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
+    numbers = numbers.flatten(-3, -2)
+    return (numbers if numbers.shape[-2] == rows else numbers[..., :rows, :]).to(dtype)
 
 
 def _drawn(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from brandla import _check, grouped
+from brandla._small import largest_of_gram
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import Absorption, State, due, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
 from brandla.kfac.systems.schedule import Schedule
-from brandla.kfac.values import Damping
+from brandla.kfac.values import Damping, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress
 from brandla_kernels import signs
@@ -187,11 +188,16 @@ class Brand(FactorStrategy):
         return kept(state)
 
     def largest(self, state: State) -> Tensor:
+        return self.largest_of_each([state])[0]
+
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
         """Return d₁, which a root that was cut by ``compress="eigh"`` has first on the diagonal of S."""
-        lowrank = kept(state)
-        if isinstance(lowrank, LowRankRoot) and self.compress == "eigh":
-            return lowrank.gram[..., 0, 0]
-        return lowrank.largest_eigenvalue()
+        if self.form == "eigh":
+            return [stored(state).largest_eigenvalue() for state in states]
+        grams = [state["gram"] for state in states]
+        if self.compress == "eigh":
+            return [gram[..., 0, 0] for gram in grams]
+        return alike(grams, layout, lambda members: largest_of_gram(torch.stack(members)).unbind())
 
     def error_bound(self, state: State) -> Tensor:
         bound: Tensor = state["error_bound"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.form import Absorption, FactorForm, State, copied
-from brandla.kfac.values import Damping, Now
+from brandla.kfac.values import Damping, Now, alike
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
@@ -185,6 +185,15 @@ def share_totals(factors: Iterable[Factor]) -> None:
             factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
 
 
+def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
+    """Return λ for each factor."""
+
+    def largest(members: list[Factor]) -> list[Tensor]:
+        return members[0].strategy.largest_of_each([own.state for own in members])
+
+    return damping.of_each(alike(factors, lambda own: own.strategy, largest))
+
+
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
     """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
@@ -192,7 +201,7 @@ def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: 
     solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
     if lowranks:
         own = [factors[index] for index in lowranks]
-        shifts, tails = damping.of_each([one.largest() for one in own]), [one.strategy.tail for one in own]
+        shifts, tails = shifts_of_each(own, damping), [one.strategy.tail for one in own]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))

@@ -91,6 +91,10 @@ class FactorForm(ABC):
         assert lowrank is not None, _OWN_SOLVE
         return lowrank.largest_eigenvalue()
 
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        """Return `largest` of each state."""
+        return [self.largest(state) for state in states]
+
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Return (M + λI)⁻¹ times a block (..., n, m)."""
         operand = self.operand(state)

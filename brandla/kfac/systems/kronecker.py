@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.diagonal import Blocks, Diagonal
-from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves
+from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
 from brandla.kfac.systems.form import FactorForm
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side
@@ -102,7 +102,7 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
         left, right, of_left, of_right = (list(part) for part in zip(*products.values(), strict=True))
-        shifts = damping.of_each([own.largest() for own in left + right])
+        shifts = shifts_of_each(left + right, damping)
         steps = grouped.kron_damped_solve(
             of_left,
             of_right,
