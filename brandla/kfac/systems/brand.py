@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,8 @@ from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.values import Damping, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress
-from brandla_kernels import signs
+from brandla_kernels import reads_are_free, signs
+from brandla_kernels import sketch as matrix_sketch
 
 LowRank = LowRankEigh | LowRankRoot
 Sketch = int | Literal["auto"] | None
@@ -82,11 +82,12 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
 
 
 def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
-    """Bring batches of more columns down to s: A Ω / √s, with the same random signs for all of a size.
+    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w.
 
-    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`.
+    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`. On a GPU Ω is drawn inside the product.
     """
-    drawn: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+    # Ω, or the seed of it.
+    drawn: dict[Hashable, Tensor] = {}
 
     def narrow(absorption: Absorption) -> Absorption:
         columns = absorption.columns
@@ -94,11 +95,13 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> li
         width = sketch_width(kept(absorption.state).rank, k) if sketch == "auto" else sketch
         if width is None or k <= width:
             return absorption
-        key = k, width, columns.dtype, columns.device
+        is_inside = columns.ndim == 2 and not reads_are_free(columns)
+        key = k, width, columns.dtype, columns.device, is_inside
         if key not in drawn:
             seed = torch.full((), step, dtype=torch.int64, device=columns.device)
-            drawn[key] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
-        return absorption._replace(columns=columns @ drawn[key])
+            drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
+        product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
+        return absorption._replace(columns=product, weight=absorption.weight / width)
 
     return [narrow(absorption) for absorption in absorptions]
 

@@ -44,7 +44,7 @@ class Kronecker(Curvature):
 
     @property
     def started(self) -> bool:
-        return all(side.started for _, side in self.factors())
+        return not [side for side in (self.input, self.output) if side is not None and not side.started]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
@@ -68,13 +68,15 @@ class Kronecker(Curvature):
         if self.output is not None:
             yield "output", self.output
 
-    def intakes(self, rows: Rows) -> Iterator[Intake]:
-        """Go through the columns that each factor gets of the rows."""
+    def intakes(self, rows: Rows) -> list[Intake]:
+        """Return the columns that each factor gets of the rows."""
+        found = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
-            yield Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses)
+            found.append(Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses))
         if self.output is not None:
-            yield Intake(self.output, rows.gradients.mT, rows.uses)
+            found.append(Intake(self.output, rows.gradients.mT, rows.uses))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {side: own.state_dict() for side, own in self.factors()}
