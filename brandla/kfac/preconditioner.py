@@ -351,8 +351,7 @@ class KFAC:
             raise RuntimeError(message)
         for layer in layers:
             layer.capture.keep_reached()
-        found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
-        own = {layer: rows for layer, rows in found if rows is not None}
+        own = self._rows([layer for layer in layers if layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows).items():
@@ -468,13 +467,17 @@ class KFAC:
                 layer.follow()
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
-        pairs = self._taken(layers, own, scale)
+        pairs = {
+            layer: rows
+            for layer in layers
+            if (rows := layer.take_gradient(self._of_loss(layer, own), scale)) is not None
+        }
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
             for layer in own | pairs
-            if layer.is_unformed or (reads_rows_alone and layer in own and layer.checked_by_rows)
+            if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
@@ -505,8 +508,7 @@ class KFAC:
             raise RuntimeError(message)
         if self._takes_curvature:
             return passes.rows(layers)
-        found = ((layer, layer.rows("loss", scale)) for layer in layers)
-        return {layer: rows for layer, rows in found if rows is not None}
+        return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
     def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
@@ -515,10 +517,6 @@ class KFAC:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
             raise RuntimeError(message)
         return number
-
-    def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
-        found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
-        return {layer: rows for layer, rows in found if rows is not None}
 
     def _of_loss(self, layer: Layer, rows: Mapping[Layer, Rows]) -> Rows | None:
         """Return a layer's rows where they are the loss's own."""

@@ -60,7 +60,7 @@ class Layer:
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
         # The rows of the gradient that autograd has not formed, while it is empty memory.
-        self._unformed: Rows | None = None
+        self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
         self._paired: list[Call] = []
         # The gradient that was overwritten last, and its version then.
@@ -131,7 +131,7 @@ class Layer:
         The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
         product is added at once. Where it may be made of more than the captured calls, this raises.
         """
-        self._unformed, self._paired = None, []
+        self.unformed, self._paired = None, []
         calls = self._left_out() if self.capture.left_out else []
         if not calls:
             return None
@@ -142,12 +142,14 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        if rows is None or not self._holds_gradient(rows) or len(calls) < len(self._calls("loss")):
+        # Of padding the rows of a factor are 0, whatever the gradient holds.
+        holds_gradient = rows is not None and self.sharing == "expand" and rows.share is None
+        if rows is None or not holds_gradient or len(calls) < len(self._calls("loss")):
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         weight = self.kind.weight
         if weight.grad is None:
             weight.grad = torch.empty_like(weight)
-            self._unformed = rows
+            self.unformed = rows
         else:
             weight.grad.add_(self._product(rows))
         return rows
@@ -161,9 +163,9 @@ class Layer:
         calls = self._pair_calls()
         if not calls:
             return None
-        if self._unformed is not None:
-            return self._unformed.gradients.mT, self._unformed.inputs.mT
-        if rows is None or not self._holds_gradient(rows):
+        if self.unformed is not None:
+            return self.unformed.gradients.mT, self.unformed.inputs.mT
+        if rows is None or self.sharing == "reduce" or rows.share is not None:
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
@@ -179,11 +181,6 @@ class Layer:
         product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
-
-    @property
-    def is_unformed(self) -> bool:
-        """Whether the gradient is empty memory, until it is asked for or overwritten."""
-        return self._unformed is not None
 
     @property
     def _may_be_pairs(self) -> bool:
@@ -205,9 +202,9 @@ class Layer:
         """Return the gradient as a matrix."""
         weight = self.kind.weight_gradient
         assert weight is not None
-        if self._unformed is not None:
-            weight.copy_(self._product(self._unformed))
-            self._unformed = None
+        if self.unformed is not None:
+            weight.copy_(self._product(self.unformed))
+            self.unformed = None
         matrix = self.kind.matrix(weight.to(self.shape.dtype))
         if not self.has_bias:
             return matrix
@@ -237,7 +234,7 @@ class Layer:
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
-        self._unformed = None
+        self.unformed = None
         gradient = self.kind.weight.grad
         if gradient is not None:
             self._written = ref(gradient), gradient._version
@@ -253,10 +250,6 @@ class Layer:
             return _written(arranged(first @ second), gradient)
         torch.matmul(first, second, out=out)
         return Written(gradient, gradient)
-
-    def _holds_gradient(self, rows: Rows) -> bool:
-        """Say whether the product of rows that a factor takes in is the gradient, whatever padding holds."""
-        return self.sharing == "expand" and rows.share is None
 
     def _left_out(self) -> list[Call]:
         if self.kind.bias_gradient is None:
@@ -276,7 +269,7 @@ class Layer:
         if self._paired or self.linear is False or kind.one_hot or kind.single or (self.has_bias and kind.bias is None):
             return self._paired
         calls = self._calls("loss")
-        if calls and (self._unformed is not None or self._may_be_pairs):
+        if calls and (self.unformed is not None or self._may_be_pairs):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
             numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:

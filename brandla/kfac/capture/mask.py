@@ -31,7 +31,11 @@ class Mask(NamedTuple):
             if part.is_floating_point()
         ]
         bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]
-        found = [(_real(part) if part.is_complex() else part, bound) for part, bound in bounds if part.numel()]
+        found = [
+            (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part, bound)
+            for part, bound in bounds
+            if part.numel()
+        ]
         if not found:
             # One of several processes may have nothing.
             return cls(torch.tensor(True, device=next(model.parameters()).device), known_finite=True)
@@ -75,10 +79,6 @@ def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
         relative = [extreme.to(relative[0].device, widest) for extreme in relative]
     within: Tensor = torch.stack(relative).abs() < 1
     return within.all()
-
-
-def _real(part: Tensor) -> Tensor:
-    return torch.view_as_real(part.resolve_conj())
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -44,7 +44,11 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
     for rank, state, new in zip(ranks, states, columns, strict=True):
         n, r = state[tall].shape[-2:]
         options["rank"].append(fitting(rank, min(n, r + new.shape[-1])))
-    factors = [_tracked(state) for state in states]
+    # With the error bound and the trace where they are kept.
+    factors: list[Any] = [
+        Tracked(kept(state), state["error_bound"], state["trace"]) if "error_bound" in state else kept(state)
+        for state in states
+    ]
     if tall == "root":
         updated = grouped.root_update(factors, columns, **options, compress=compress)
     else:
@@ -53,13 +57,6 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
         if isinstance(factor, Tracked):
             state["error_bound"], state["trace"] = factor.error_bound, factor.trace
         store(state, factor.lowrank if isinstance(factor, Tracked) else factor)
-
-
-def _tracked(state: State) -> Any:
-    """Return the low-rank form, with its error bound and trace where they are kept."""
-    if "error_bound" not in state:
-        return kept(state)
-    return Tracked(kept(state), state["error_bound"], state["trace"])
 
 
 def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.correction import ritz_correct
 from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_brand, update
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, normalised, store, stored
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, store, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
@@ -136,7 +136,7 @@ class BrandRandomized(DenseBrand):
             rank = kept(state).rank
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
             values, vectors = randomized.decompose(state["dense"], rank, seed)
-            store(state, LowRankRoot.from_eigh(LowRankEigh(normalised(state, values), vectors)))
+            store(state, LowRankRoot.from_eigh(LowRankEigh(values / state["total"], vectors)))
         self.keep_trace(state)
 
     def largest(self, state: State) -> Tensor:

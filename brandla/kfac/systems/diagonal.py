@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, normalised
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State
 from brandla.kfac.values import Damping
 
 
@@ -45,10 +45,11 @@ class Diagonal(_Whole):
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
 
     def largest(self, state: State) -> Tensor:
-        return normalised(state, state["diagonal"]).amax(-1)
+        largest: Tensor = state["diagonal"].amax(-1) / state["total"]
+        return largest
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        return block / (normalised(state, state["diagonal"]) + shift[..., None])[..., None]
+        return block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,8 @@ class DenseForm(FactorForm):
 
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
-        return normalised(state, state["dense"])
+        average: Tensor = state["dense"] / state["total"]
+        return average
 
     def distance(self, state: State, approximation: Tensor) -> Tensor:
         """Return ‖M − M̂‖_F for a dense M̂."""
@@ -145,17 +146,12 @@ class DenseForm(FactorForm):
     def keep_trace(self, state: State) -> None:
         """Keep the trace of M, where the tail comes from it."""
         if self.tail == "mean":
-            state["trace"] = normalised(state, state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1))
+            state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
 
 
 def copied(state: State) -> State:
     """Return the state with copies of its tensors."""
     return {name: part.clone() if isinstance(part, Tensor) else part for name, part in state.items()}
-
-
-def normalised(state: State, sums: Tensor) -> Tensor:
-    """Return S / total."""
-    return sums / state["total"]
 
 
 def stored(state: State) -> LowRankEigh:
