@@ -243,13 +243,15 @@ class Layer:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
         if isinstance(step, Tensor):
             return _written(arranged(step[..., columns]), gradient)
-        first, second = step[0], step[1][..., columns, :].mT
-        out = gradient.unsqueeze(-1) if gradient.ndim == 1 else gradient
-        matches = out.shape == (first.shape[-2], second.shape[-1]) and out.dtype == self.shape.dtype
-        if self.kind.shape[0] or self.kind.transposed or not matches:
-            return _written(arranged(first @ second), gradient)
-        torch.matmul(first, second, out=out)
-        return Written(gradient, gradient)
+        first, second = step[0], step[1][..., columns, :]
+        if not (self.shape.groups or self.kind.transposed) and gradient.dtype == self.shape.dtype:
+            if gradient.shape == (len(first), len(second)):
+                torch.mm(first, second.mT, out=gradient)
+                return Written(gradient, gradient)
+            if (*gradient.shape, 1) == (len(first), len(second)):
+                torch.mv(first, second[0], out=gradient)
+                return Written(gradient, gradient)
+        return _written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
         if self.kind.bias_gradient is None:

@@ -56,8 +56,10 @@ class Mask(NamedTuple):
     def clear(self, model: nn.Module) -> None:
         """Make all gradients of the model 0 unless finite."""
         if not self.known_finite:
-            for gradient in _gradients(model):
-                gradient.masked_fill_(~self.finite.to(gradient.device), 0)
+            gradients = _gradients(model)
+            empty = {device: ~self.finite.to(device) for device in {gradient.device for gradient in gradients}}
+            for gradient in gradients:
+                gradient.masked_fill_(empty[gradient.device], 0)
 
     def _or_zero(self, part: Tensor) -> Tensor:
         return torch.where(self.finite.to(part.device), part, 0)
