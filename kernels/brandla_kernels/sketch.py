@@ -52,7 +52,7 @@ def signs(
     """Draw the test matrix Ω of `sketch`: independent random signs.
 
     Equivalent to ``torch.randint(0, 2, (*batch_shape, rows, width)) * 2 - 1`` from a counter-based generator, in a few
-    integer operations on tensors with 1/32 of the entries: several times faster than ``torch.randn`` on a CPU, and with
+    integer operations on 1/32 of the entries: several times faster than ``torch.randn`` on a CPU, and with
     no wait for a device.
 
     Parameters

@@ -74,7 +74,7 @@ class Layer:
         # The weight of a refused call may be no parameter any more.
         if self.capture.refusal:
             return False
-        if self.capture.left_out and self._left_out():
+        if self._left_out():
             return True
         gradient = self.kind.weight.grad
         if gradient is None or self._written is None:
@@ -132,7 +132,7 @@ class Layer:
         product is added at once. Where it may be made of more than the captured calls, this raises.
         """
         self.unformed, self._paired = None, []
-        calls = self._left_out() if self.capture.left_out else []
+        calls = self._left_out()
         if not calls:
             return None
         if not self.capture.gradient_is_pairs():
@@ -143,8 +143,7 @@ class Layer:
             )
             raise RuntimeError(message)
         # Of padding the rows of a factor are 0, whatever the gradient holds.
-        holds_gradient = rows is not None and self.sharing == "expand" and rows.share is None
-        if rows is None or not holds_gradient or len(calls) < len(self._calls("loss")):
+        if rows is None or self.sharing == "reduce" or rows.share is not None or len(calls) < len(self._calls("loss")):
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         weight = self.kind.weight
         if weight.grad is None:
@@ -254,7 +253,7 @@ class Layer:
         return _written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
-        if self.kind.bias_gradient is None:
+        if not self.capture.left_out or self.kind.bias_gradient is None:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
