@@ -586,7 +586,8 @@ class KFAC:
         applies_to_pairs = self._applies_to_pairs
         for layer in self._layers:
             reads_loss = layer.strategy.takes_second_pass or (applies_to_pairs and layer.linear is not False)
-            layer.capture.want(({"loss"} if reads_loss else set()) | ({of_factors} if layer in due else set()))
+            wanted: list[Pass] = ["loss"] if reads_loss else []
+            layer.capture.want([*wanted, of_factors] if layer in due else wanted)
 
     @property
     def _seed(self) -> int:
