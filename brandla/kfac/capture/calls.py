@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -135,7 +134,7 @@ class Call:
         self.gradients = {"loss": [], "curvature": []}
 
     def bytes(self) -> int:
-        return sum(map(attrgetter("nbytes"), (self.inputs, *chain(*self.gradients.values()))))
+        return sum([part.nbytes for part in (self.inputs, *chain(*self.gradients.values()))])
 
 
 @dataclass(eq=False)

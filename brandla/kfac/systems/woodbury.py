@@ -144,7 +144,7 @@ class OfSamples(StateCurvature):
     def _is_fixed(self) -> bool:
         """Whether the coefficients are those of the batches before."""
         most = self.strategy.fixed_after
-        return most is not None and self.state.get("batches", 0) >= most
+        return most is not None and bool(self.state.get("batches", 0) >= most)
 
     def _is_source(self, columns: Tensor) -> bool:
         source = None if self._source is None else self._source()
