@@ -467,11 +467,9 @@ class KFAC:
                 layer.follow()
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
-        pairs = {
-            layer: rows
-            for layer in layers
-            if (rows := layer.take_gradient(self._of_loss(layer, own), scale)) is not None
-        }
+        of_loss = _of_loss(own)
+        taken = ((layer, layer.take_gradient(of_loss.get(layer), scale)) for layer in layers)
+        pairs = {layer: rows for layer, rows in taken if rows is not None}
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
@@ -518,20 +516,15 @@ class KFAC:
             raise RuntimeError(message)
         return number
 
-    def _of_loss(self, layer: Layer, rows: Mapping[Layer, Rows]) -> Rows | None:
-        """Return a layer's rows where they are the loss's own."""
-        found = rows.get(layer)
-        return None if found is None or found.counted else found
-
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
     ) -> None:
         """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
-        applies_to_pairs = self._applies_to_pairs
+        of_loss, applies_to_pairs = _of_loss(rows), self._applies_to_pairs
         for layer in layers:
-            pair = layer.pair(self._of_loss(layer, rows), scale) if applies_to_pairs else None
+            pair = layer.pair(of_loss.get(layer), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
             problems = [
@@ -620,6 +613,11 @@ class KFAC:
     def _applies_to_pairs(self) -> bool:
         """Whether a gradient may be that of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
+
+
+def _of_loss(rows: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
+    """Return the rows that are the loss's own."""
+    return {layer: own for layer, own in rows.items() if not own.counted}
 
 
 def _detach(layers: Sequence[Layer]) -> None:

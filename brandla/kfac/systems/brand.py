@@ -12,10 +12,10 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla._small import largest_of_gram
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, State, due, store, stored
+from brandla.kfac.systems.form import Absorption, State, due, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
-from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
-from brandla.kfac.systems.schedule import Schedule
+from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting
+from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress
@@ -56,7 +56,7 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
     for state, factor in zip(states, updated, strict=True):
         if isinstance(factor, Tracked):
             state["error_bound"], state["trace"] = factor.error_bound, factor.trace
-        store(state, factor.lowrank if isinstance(factor, Tracked) else factor)
+        state.update((factor.lowrank if isinstance(factor, Tracked) else factor)._asdict())
 
 
 def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
@@ -168,11 +168,13 @@ class Brand(FactorStrategy):
         if isinstance(self.rank, ErrorBound):
             state["rank"] = rank
         kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
-        store(state, kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
-        return state
+        return state | kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device)._asdict()
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        ranks = [self._rank(absorption.state, step) for absorption in absorptions]
+        if isinstance(self.rank, ErrorBound):
+            ranks = [absorption.state["rank"] for absorption in absorptions]
+        else:
+            ranks = [at(self.rank, step)] * len(absorptions)
         update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
@@ -209,10 +211,6 @@ class Brand(FactorStrategy):
     @property
     def _first_rank(self) -> int:
         return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
-
-    def _rank(self, state: State, step: int) -> int | Rank:
-        rank: int | Rank = state["rank"] if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
-        return rank
 
 
 def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:

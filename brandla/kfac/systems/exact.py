@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import safe_eigh
-from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored
+from brandla.kfac.systems.form import DenseForm, State, due, due_early, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -58,7 +58,7 @@ class Exact(DenseForm, FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
-            store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
+            state.update(LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device)._asdict())
         else:
             state["largest"] = torch.zeros(groups, dtype=dtype, device=device)
             state["shift"] = torch.ones(groups, dtype=dtype, device=device)
@@ -69,7 +69,7 @@ class Exact(DenseForm, FactorStrategy):
         if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
         if self.method == "eigh":
-            store(state, self.decompose(self.average(state)))
+            state.update(self.decompose(self.average(state))._asdict())
             self.keep_trace(state)
         else:
             _factorize(state, self.average(state), damping)

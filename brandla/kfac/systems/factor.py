@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -130,12 +130,8 @@ def _fixed_shape(name: str, part: Tensor) -> tuple[int, ...]:
     return *part.shape[: part.ndim - _RANKED.get(name, 0)], part.ndim
 
 
-class Intake(NamedTuple):
-    """Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for."""
-
-    factor: Factor
-    columns: Tensor
-    scale: float
+# Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for.
+Intake: TypeAlias = tuple[Factor, Tensor, float]
 
 
 def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:

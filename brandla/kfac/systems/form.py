@@ -159,11 +159,6 @@ def stored(state: State) -> LowRankEigh:
     return LowRankEigh(state["eigenvalues"], state["eigenvectors"])
 
 
-def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
-    """Write a low-rank form, each part under its own name."""
-    state.update(zip(lowrank._fields, lowrank, strict=True))
-
-
 def due(state: State, step: int, every: Schedule[int]) -> bool:
     """Say whether ``every`` steps have passed since the last time this returned True for the state."""
     last = state.get("renewed")

@@ -70,12 +70,12 @@ class Kronecker(Curvature):
 
     def intakes(self, rows: Rows) -> list[Intake]:
         """Return the columns that each factor gets of the rows."""
-        found = []
+        found: list[Intake] = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
-            found.append(Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses))
+            found.append((self.input, inputs, rows.uses if self.single else 1 / rows.uses))
         if self.output is not None:
-            found.append(Intake(self.output, rows.gradients.mT, rows.uses))
+            found.append((self.output, rows.gradients.mT, rows.uses))
         return found
 
     def state_dict(self) -> dict[str, Any]:
