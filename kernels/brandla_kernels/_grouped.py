@@ -16,8 +16,8 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
 
     def call(*arguments: Any) -> Any:
         problems = signature.grouped_sizes(arguments)
-        arguments = _apart(signature, arguments)
-        found = [torch_form(*_own_arguments(signature, arguments, *each)) for each in enumerate(problems)]
+        apart = _apart(signature, arguments)
+        found = [torch_form(*_own_arguments(signature, apart, *each)) for each in enumerate(problems)]
         if not signature.results:
             return None
         columns = list(zip(*(each if isinstance(each, tuple) else (each,) for each in found), strict=True))

@@ -49,7 +49,8 @@ class Diagonal(_Whole):
         return largest
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        return block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
+        diagonal: Tensor = state["diagonal"] / state["total"]
+        return block / (diagonal + shift[..., None])[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,11 +60,8 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        for name in _RANKED:
-            if name in self.state:
-                columns: int = self.state[name].shape[-1]
-                return columns
-        return None
+        columns: list[int] = [self.state[name].shape[-1] for name in _RANKED if name in self.state]
+        return columns[0] if columns else None
 
     def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""
