@@ -238,6 +238,8 @@ def scalar(
 ) -> float | Tensor:
     """Check a number, or a tensor that broadcasts to the factor's batch shape; >= 0, or > 0 where ``positive``."""
     if isinstance(value, Tensor):
+        if value.ndim == 0 and _agree(value, of):
+            return value
         return _tensor_scalar(function, name, value, of_name, of, positive=positive)
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         fail_type(function, f"{name} must be a number or a tensor; got {type(value).__name__}")

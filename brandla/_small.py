@@ -31,7 +31,11 @@ _SMALL = 64
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
-    return leading(core, core.shape[-1], dtype or core.dtype)
+    dtype = dtype or core.dtype
+    if _is_plain(core, torch.finfo(dtype)):
+        values, vectors = _eigh_with_retry(core.to(dtype))
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)
+    return leading(core, core.shape[-1], dtype)
 
 
 class Spectrum(NamedTuple):
@@ -256,6 +260,15 @@ class _Eigh(torch.autograd.Function):
         inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
         of_matrix: Tensor = vectors @ inner @ vectors.mT
         return of_matrix
+
+
+def _is_plain(core: Tensor, limits: torch.finfo) -> bool:
+    """Say, if a look is free, whether a matrix is finite and well in range, and no coordinate of it is empty."""
+    if not reads_are_free(core) or core.requires_grad or not core.numel():
+        return False
+    least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
+    in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
+    return in_range and math.isfinite(core.sum().item())
 
 
 def _has_length(vectors: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class Trial:
             if gradient is None:
                 message = f"KFAC.adapt: {layer.name}.weight has no gradient; call adapt before zero_grad()"
                 raise RuntimeError(message)
-            step = layer.kind.matrix(_part(layer, gradient).to(layer.dtype))
-            change = layer.kind.matrix((_part(layer, layer.kind.weight.detach()) - before).to(layer.dtype))
+            step = layer.kind.matrix(_part(layer, gradient).to(layer.shape.dtype))
+            change = layer.kind.matrix((_part(layer, layer.kind.weight.detach()) - before).to(layer.shape.dtype))
             length = inner_of_each(step, step)
             share = -inner_of_each(change, step) / torch.where(length > 0, length, 1)
             beta = share * (length / torch.where(squared > 0, squared, 1)).sqrt()

@@ -273,7 +273,8 @@ class KFAC:
         unseen: list[Layer] = []
         for layer in self._layers:
             layer.capture.keep_reached()
-        with whole_gradients(layer.kind.module for layer in self._layers):
+        kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
+        with whole_gradients([part for kind in kinds for part in (kind.weight, kind.bias)]):
             layers = [layer for layer in self._layers if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
@@ -350,8 +351,7 @@ class KFAC:
             raise RuntimeError(message)
         for layer in layers:
             layer.capture.keep_reached()
-        found = ((layer, layer.rows("loss", None)) for layer in layers if layer.has_gradient)
-        own = {layer: rows for layer, rows in found if rows is not None}
+        own = self._rows([layer for layer in layers if layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows).items():
@@ -381,7 +381,7 @@ class KFAC:
 
         They include parameters of frozen layers, but not of layers that turned out not to work.
         """
-        kinds = [layer.kind for layer in self._layers if not layer.refusal]
+        kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
         own = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
         return list({id(part): part for part in own}.values())
 
@@ -463,24 +463,26 @@ class KFAC:
             self._mistakes.look_at_rows(layers, scale)
         # Also those whose data comes from another process.
         for layer in self._layers:
-            if not layer.refusal and not layer.is_frozen:
+            if not layer.capture.refusal and not layer.is_frozen:
                 layer.follow()
-        own = self._rows([layer for layer in layers if self._is_due(layer, options)], scale)
+        own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
-        pairs = self._taken(layers, own, scale)
+        of_loss = _of_loss(own)
+        taken = ((layer, layer.take_gradient(of_loss.get(layer), scale)) for layer in layers)
+        pairs = {layer: rows for layer, rows in taken if rows is not None}
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
-            for layer in {*own, *pairs}
-            if layer.is_unformed or (reads_rows_alone and layer in own and layer.checked_by_rows)
+            for layer in own | pairs
+            if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
             for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
         now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
-        ready = [layer for layer in layers if layer.curvature.started and not layer.refusal]
+        ready = [layer for layer in layers if layer.curvature.started and not layer.capture.refusal]
         self._precondition(ready, absorbing, now, options.clip, scale)
         for layer in pairs.keys() - set(ready):
             layer.gradient()
@@ -504,8 +506,7 @@ class KFAC:
             raise RuntimeError(message)
         if self._takes_curvature:
             return passes.rows(layers)
-        found = ((layer, layer.rows("loss", scale)) for layer in layers)
-        return {layer: rows for layer, rows in found if rows is not None}
+        return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
     def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
@@ -515,23 +516,15 @@ class KFAC:
             raise RuntimeError(message)
         return number
 
-    def _taken(self, layers: list[Layer], own: Mapping[Layer, Rows], scale: Tensor | None) -> dict[Layer, Rows]:
-        found = ((layer, layer.take_gradient(self._of_loss(layer, own), scale)) for layer in layers)
-        return {layer: rows for layer, rows in found if rows is not None}
-
-    def _of_loss(self, layer: Layer, rows: Mapping[Layer, Rows]) -> Rows | None:
-        """Return a layer's rows where they are the loss's own."""
-        found = rows.get(layer)
-        return None if found is None or found.counted else found
-
     def _precondition(
         self, layers: list[Layer], rows: Mapping[Layer, Rows], now: Now, clip: float | None, scale: Tensor | None
     ) -> None:
         """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
+        of_loss, applies_to_pairs = _of_loss(rows), self._applies_to_pairs
         for layer in layers:
-            pair = layer.pair(self._of_loss(layer, rows), scale) if self._applies_to_pairs else None
+            pair = layer.pair(of_loss.get(layer), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers).items():
             problems = [
@@ -568,8 +561,11 @@ class KFAC:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
 
-    def _is_due(self, layer: Layer, options: AtStep) -> bool:
-        return self._steps % options.factor_every == 0 or not layer.curvature.started
+    def _due(self, layers: list[Layer], options: AtStep) -> list[Layer]:
+        """Return the layers whose factors take in data at this step."""
+        if self._steps % options.factor_every == 0:
+            return layers
+        return [layer for layer in layers if not layer.curvature.started]
 
     def _now(self, options: AtStep, mask: Mask) -> Now:
         """Return what this step has besides data; an `Adaptive` damping has been found by now."""
@@ -578,14 +574,13 @@ class KFAC:
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""
-        options = self.options.at(self._steps)
+        due = set(self._due(self._layers, self.options.at(self._steps)))
+        of_factors: Pass = "curvature" if self._takes_curvature else "loss"
+        applies_to_pairs = self._applies_to_pairs
         for layer in self._layers:
-            wanted: set[Pass] = {"loss"} if self._applies_to_pairs and layer.linear is not False else set()
-            if layer.strategy.takes_second_pass:
-                wanted.add("loss")
-            if self._is_due(layer, options):
-                wanted.add("curvature" if self._takes_curvature else "loss")
-            layer.capture.want(wanted)
+            reads_loss = layer.strategy.takes_second_pass or (applies_to_pairs and layer.linear is not False)
+            wanted: list[Pass] = ["loss"] if reads_loss else []
+            layer.capture.want([*wanted, of_factors] if layer in due else wanted)
 
     @property
     def _seed(self) -> int:
@@ -618,6 +613,11 @@ class KFAC:
     def _applies_to_pairs(self) -> bool:
         """Whether a gradient may be that of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
+
+
+def _of_loss(rows: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
+    """Return the rows that are the loss's own."""
+    return {layer: own for layer, own in rows.items() if not own.counted}
 
 
 def _detach(layers: Sequence[Layer]) -> None:

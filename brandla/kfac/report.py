@@ -106,8 +106,8 @@ def describe(
     layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int, layouts: dict[str, str]
 ) -> Report:
     """Read every factor; waits for the device."""
-    frozen = [layer for layer in layers if layer.is_frozen and not layer.curvature.started]
-    refused = {layer.name: layer.refusal or "frozen" for layer in layers if layer.refusal or layer in frozen}
+    refused = {layer.name: "frozen" for layer in layers if layer.is_frozen and not layer.curvature.started}
+    refused |= {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal}
     active = [layer for layer in layers if layer.name not in refused]
     parts = [(layer.name, str(layer.strategy), layer.shape, layer.curvature) for layer in active]
     rows = [row for own in parts for row in rows_of(*own)]

@@ -24,7 +24,7 @@ def of_layer(layer: Layer) -> dict[str, Any]:
         "strategy": str(layer.strategy),
         "curvature": curvature,
         "linear": layer.linear,
-        "refusal": layer.refusal,
+        "refusal": layer.capture.refusal,
         "direction": None if layer.direction is None else layer.direction.clone(),
         "tensors": ", ".join(_tensors(curvature)),
     }
@@ -44,7 +44,7 @@ def load(layers: Sequence[Layer], state: Mapping[str, Any]) -> None:
     curvatures = [_continued(layer, saved[layer.name]) for layer in layers]
     for layer, curvature in zip(layers, curvatures, strict=True):
         own, shape = saved[layer.name], layer.shape
-        layer.curvature, layer.linear, layer.refusal = curvature, own["linear"], own["refusal"]
+        layer.curvature, layer.linear, layer.capture.refusal = curvature, own["linear"], own["refusal"]
         found: Tensor | None = own["direction"]
         layer.direction = None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
 

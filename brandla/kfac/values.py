@@ -94,11 +94,7 @@ class Damping(NamedTuple):
 
     def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
         """Return λ for each of a list of factors."""
-        return alike(
-            largest,
-            lambda own: (own.shape, own.dtype, own.device),
-            lambda members: self.of(torch.stack(members), stacked=True).unbind(),
-        )
+        return alike(largest, layout, lambda members: self.of(torch.stack(members), stacked=True).unbind())
 
 
 class Now(NamedTuple):
@@ -163,6 +159,11 @@ def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
 def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
     """``factor · part``."""
     return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
+
+
+def layout(part: Tensor) -> Hashable:
+    """Return what tensors that can be stacked have in common."""
+    return part.shape, part.dtype, part.device
 
 
 def alike(

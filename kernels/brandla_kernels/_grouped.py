@@ -16,21 +16,13 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
 
     def call(*arguments: Any) -> Any:
         problems = signature.grouped_sizes(arguments)
-        found = [torch_form(*_own_arguments(signature, arguments, *each)) for each in enumerate(problems)]
+        apart = _apart(signature, arguments)
+        found = [torch_form(*_own_arguments(signature, apart, *each)) for each in enumerate(problems)]
         if not signature.results:
             return None
         columns = list(zip(*(each if isinstance(each, tuple) else (each,) for each in found), strict=True))
-        largest = {letter: max(sizes[letter] for sizes in problems) for letter in problems[0]}
-        gathered: list[Any] = []
-        for result, parts in zip(signature.results, columns, strict=True):
-            if result.listed:
-                gathered.append(list(parts))
-            else:
-                shape = [largest[letter] for letter in result.shapes[0]]
-                alike = all(part.shape == parts[0].shape for part in parts)
-                gathered.append(
-                    torch.stack(parts) if alike else _stacked(parts[0].new_zeros(len(parts), *shape), parts)
-                )
+        pairs = zip(signature.results, columns, strict=True)
+        gathered = [list(parts) if result.listed else _padded(parts) for result, parts in pairs]
         return tuple(gathered) if len(gathered) > 1 else gathered[0]
 
     return call
@@ -50,6 +42,15 @@ def looped_gradient(signature: Signature, backward: Callable[..., Sequence[Any]]
     return call
 
 
+def _apart(signature: Signature, arguments: Sequence[Any]) -> list[Any]:
+    """Return the arguments with each stack as a list of its entries, by one call of torch."""
+    apart = list(arguments)
+    for operand in signature.operands:
+        if not operand.listed:
+            apart[operand.position] = arguments[operand.position].unbind()
+    return apart
+
+
 def _own_arguments(signature: Signature, arguments: Sequence[Any], problem: int, sizes: dict[str, int]) -> list[Any]:
     own = list(arguments)
     for operand in signature.operands:
@@ -64,8 +65,10 @@ def _own(matrix: Tensor, operand: Operand, sizes: dict[str, int]) -> Tensor:
     """Return the part of a stack's entry that belongs to the problem, or a list's entry as it is."""
     if operand.listed:
         return matrix
-    shape = next(shape for shape in operand.shapes if len(shape) == matrix.ndim)
-    own = tuple(sizes[letter] for letter in shape)
+    letters = operand.shapes[0]
+    if len(letters) != matrix.ndim:
+        letters = next(letters for letters in operand.shapes if len(letters) == matrix.ndim)
+    own = tuple(map(sizes.__getitem__, letters))
     return matrix if matrix.shape == own else matrix[tuple(map(slice, own))]
 
 
@@ -74,6 +77,14 @@ def _gathered_like(value: Any, parts: Sequence[Any]) -> Any:
     if isinstance(value, list):
         return list(parts)
     return None if parts[0] is None else _stacked(torch.zeros_like(value), parts)
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Stack small results, of different sizes padded with zeros."""
+    shapes = {part.shape for part in parts}
+    if len(shapes) == 1:
+        return torch.stack(tuple(parts))
+    return _stacked(parts[0].new_zeros(len(parts), *map(max, zip(*shapes, strict=True))), parts)
 
 
 def _stacked(stack: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -95,6 +95,14 @@ class Op(Generic[Parameters, Result]):
             _register_gradient(self.signature.grouped_name, _grouped.looped_gradient(self.signature, backward))
         return backward
 
+    def listed(self, form: Callable[..., Any]) -> Callable[..., Any]:
+        """Have the decorated function be the torch form for lists on a CPU, where it saves calls of torch.
+
+        It takes what passed for a list before, `grouped_form`, and then the arguments of the grouped op.
+        """
+        self.grouped_form = without_autocast(partial(form, self.grouped_form))
+        return form
+
     def implementation(self, device_type: str) -> tuple[Backend, str]:
         """Name the backend that serves this op on ``device_type`` ("cpu", "cuda") and the reason in words."""
         forced = _forced.get()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ Shape: TypeAlias = tuple[str, ...]
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _DATA = (*_FULL, *_HALF)
+_LISTED = ("Tall", "Data")
 _OPERAND = re.compile(r"(Tall|Data|Small|Sum)\[([\w,|]*)\](!?)")
 
 
@@ -39,12 +41,8 @@ class Operand(NamedTuple):
     position: int
     kind: str
     shapes: tuple[Shape, ...]
-    written: bool = False
-
-    @property
-    def listed(self) -> bool:
-        """Whether the grouped op takes or returns a list."""
-        return self.kind in ("Tall", "Data")
+    written: bool
+    listed: bool  # whether the grouped op takes or returns a list
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Signature:
                     rule = f"{name} must have the dtype of {operand.name}[0], {matrices[0].dtype}"
                     self._fail(TypeError, f"{rule}; got {matrix.dtype}")
                 sizes[problem] = self._matched(operand, name, matrix, (), sizes[problem])
-        largest = {letter: max(own[letter] for own in sizes) for letter in sizes[0]}
+        largest = {letter: max(map(itemgetter(letter), sizes)) for letter in sizes[0]}
         for operand in self.operands:
             if not operand.listed:
                 stack = arguments[operand.position]
@@ -201,12 +199,12 @@ def parse(line: str) -> Signature:
 
 def _operand(found: re.Match[str], name: str, position: int) -> Operand:
     shapes = tuple(tuple(filter(None, shape.split(","))) for shape in found[2].split("|"))
-    return Operand(name, position, found[1], shapes, written=bool(found[3]))
+    return Operand(name, position, found[1], shapes, written=bool(found[3]), listed=found[1] in _LISTED)
 
 
 def _schema(line: str, brackets: str) -> str:
     def spell(found: re.Match[str]) -> str:
         alias = "(a!)" if found[3] else ""
-        return f"Tensor{alias}{brackets if found[1] in ('Tall', 'Data') else ''}"
+        return f"Tensor{alias}{brackets if found[1] in _LISTED else ''}"
 
     return _OPERAND.sub(spell, line)

@@ -12,12 +12,15 @@ float32, they are taken in float64 here, and of scaled columns by the kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from brandla_kernels import tall
 from brandla_kernels._op import Cost, op, reads_are_free
-from brandla_kernels.gram import gram_gradient, sum_of_slabs
+from brandla_kernels.gram import gram_gradient, slab, sum_of_slabs
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -36,6 +39,20 @@ def cross_gram(root: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return sum_of_slabs(root, columns, torch.float64), sum_of_slabs(columns, columns, torch.float64)
 
 
+@cross_gram.listed
+def _of_list(one_by_one: Callable[..., Any], roots: list[Tensor], columns: list[Tensor]) -> Any:
+    """Compute products of float32 matrices of one width each, and look at them and convert them together."""
+    first, widths = columns[0], {(root.shape[-1], own.shape[-1]) for root, own in zip(roots, columns, strict=True)}
+    are_single = {matrix.dtype for matrix in (*roots, *columns)} == {torch.float32} and reads_are_free(first)
+    most = tall.rows(columns)
+    if are_single and len(widths) == 1 and most <= slab(roots[0], first):
+        inner = torch.stack([own.mT @ own for own in columns])
+        if _keeps_precision(inner, most):
+            cross = torch.stack([root.mT @ own for root, own in zip(roots, columns, strict=True)])
+            return cross.double(), inner.double()
+    return one_by_one(roots, columns)
+
+
 def _keeps_precision(inner: Tensor, n: int) -> bool:
     """Say whether float32 squares neither overflowed nor vanished: n of them may lose a denormal number each.
 
@@ -43,10 +60,11 @@ def _keeps_precision(inner: Tensor, n: int) -> bool:
     """
     if inner.numel() == 0:
         return True
-    longest = inner.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
-    smallest, largest = longest.aminmax() if longest.ndim else (longest, longest)
+    inner = inner.detach() if inner.requires_grad else inner
+    longest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)
+    lengths = [extreme.item() for extreme in longest.aminmax()] if longest.ndim else [longest.item()]
     info = torch.finfo(torch.float32)
-    return n * info.tiny / info.eps <= smallest.item() and largest.item() < math.inf
+    return n * info.tiny / info.eps <= lengths[0] and lengths[-1] < math.inf
 
 
 @cross_gram.gradient

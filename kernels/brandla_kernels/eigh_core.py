@@ -58,7 +58,8 @@ def eigh_core(
     trace = diagonal.detach().sum(-1)
     if _is_plain(core, diagonal, limits):
         scale = _power_of_two(trace)
-        return core / scale[..., None, None], rows, scale
+        divisor = scale[..., None, None]
+        return core / divisor if core.requires_grad else core.div_(divisor), rows, scale
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
     holds = finite & (trace >= TINY)
@@ -82,7 +83,11 @@ def assembled(
     rows = torch.cat([of_old, of_new], -1)
     # Of both dtypes the wider one comes out.
     above, below = torch.cat([old, cross], -1), torch.cat([cross.mT, own], -1)
-    return torch.cat([above, below], -2) * rows[..., :, None] * rows[..., None, :], rows
+    core = torch.cat([above, below], -2)
+    if core.requires_grad or rows.requires_grad:
+        return core * rows[..., :, None] * rows[..., None, :], rows
+    # New memory for each product takes longer than the product.
+    return core.mul_(rows[..., :, None]).mul_(rows[..., None, :]), rows
 
 
 def _filled(number: float | Tensor, shape: torch.Size, like: Tensor) -> Tensor:

@@ -43,9 +43,7 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
     A float32 product of few columns with an inner dimension of 10⁶ is wrong by 4·10⁻⁴; this is by some ε.
     """
-    rows = _SLAB if min(left.shape[-1], right.shape[-1]) >= _FEW else _SLAB_OF_FEW
-    if left.dtype == right.dtype == torch.float64:
-        rows = left.shape[-2]
+    rows = slab(left, right)
     if left.shape[-2] <= rows:
         return (left.to(dtype).mT @ right.to(dtype)).double()
     slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
@@ -58,9 +56,16 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left.mT @ right`` in the dtype of both, by `sum_of_slabs` where there is more than one slab."""
-    if left.shape[-2] <= _SLAB_OF_FEW or left.dtype == torch.float64:
+    if left.shape[-2] <= slab(left, right):
         return left.mT @ right
     return sum_of_slabs(left, right, left.dtype).to(left.dtype)
+
+
+def slab(left: Tensor, right: Tensor) -> int:
+    """Return the rows whose products are summed in the dtype of the data."""
+    if left.dtype == right.dtype == torch.float64:
+        return left.shape[-2]
+    return _SLAB if min(left.shape[-1], right.shape[-1]) >= _FEW else _SLAB_OF_FEW
 
 
 def _gram_of_slab(slab: Tensor) -> Tensor:

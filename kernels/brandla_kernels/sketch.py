@@ -16,13 +16,14 @@ J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brandla_kernels._op import Cost, op
+from brandla_kernels._op import Cost, op, reads_are_free
 
 # What one call of Philox draws of Ω: the bits of four words.
 ROWS_PER_CALL = 32
@@ -51,7 +52,7 @@ def signs(
     """Draw the test matrix Ω of `sketch`: independent random signs.
 
     Equivalent to ``torch.randint(0, 2, (*batch_shape, rows, width)) * 2 - 1`` from a counter-based generator, in a few
-    integer operations on tensors with 1/32 of the entries: several times faster than ``torch.randn`` on a CPU, and with
+    integer operations on 1/32 of the entries: several times faster than ``torch.randn`` on a CPU, and with
     no wait for a device.
 
     Parameters
@@ -79,17 +80,50 @@ def signs(
     """
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
+    draw = _drawn_on_host if reads_are_free(seed) else _drawn
+    words = draw(seed, tuple(batch_shape), problem, blocks, quads)
+    words = words if words.shape[-1] == width else words[..., :width]
+    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
+    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
+    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
+    numbers = numbers.flatten(-3, -2)
+    return (numbers if numbers.shape[-2] == rows else numbers[..., :rows, :]).to(dtype)
+
+
+def _drawn(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
+    """Return the words of all counters, (*batch, blocks, 1, 4 quads) in int32."""
 
     def count(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=seed.device).view(shape)
 
     key = seed.reshape(())
-    counter = (count(quads), count(blocks, 1, 1), count(*batch_shape, 1, 1, 1) + problem, torch.full_like(key, STREAM))
-    words = torch.stack(philox(counter, (key, key >> 32)), -1).to(torch.int32).flatten(-2)[..., :width]
-    # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
-    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=seed.device).unsqueeze(-1)
-    numbers = (words << shift).bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
-    return numbers.flatten(-3, -2)[..., :rows, :].to(dtype)
+    counter = (count(quads), count(blocks, 1, 1), count(*batch, 1, 1, 1) + problem, torch.full_like(key, STREAM))
+    return torch.stack(philox(counter, (key, key >> 32)), -1).to(torch.int32).flatten(-2)
+
+
+def _drawn_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
+    """Do the same with Python's integers: one holds a word of every counter, 64 bits apart, so that products fit."""
+    problems, key = math.prod(batch), int(seed.item())
+    every = problems * blocks * quads
+    if not every:
+        return seed.new_empty((*batch, blocks, 1, 4 * quads), dtype=torch.int32)
+    ones, mask = _joined([1] * every), _joined([_MASK] * every)
+    first = _joined(range(quads), blocks * problems)
+    second = _joined(sorted([*range(blocks)] * quads), problems)
+    third = _joined(sorted([*range(problem, problem + problems)] * (blocks * quads)))
+    fourth = STREAM * ones
+    for step in range(_ROUNDS):
+        keys = [(word + step * own & _MASK) * ones for word, own in zip((key, key >> 32), _KEY_STEPS, strict=True)]
+        lower, upper = first * _MULTIPLIERS[0], third * _MULTIPLIERS[1]
+        first, second = (upper >> 32 & mask) ^ second ^ keys[0], upper & mask
+        third, fourth = (lower >> 32 & mask) ^ fourth ^ keys[1], lower & mask
+    pairs = (first | second << 32, third | fourth << 32)
+    halves = [torch.frombuffer(bytearray(pair.to_bytes(8 * every, "little")), dtype=torch.int32) for pair in pairs]
+    return torch.stack([half.view(-1, 2) for half in halves], 1).view(*batch, blocks, 1, 4 * quads)
+
+
+def _joined(words: Iterable[int], times: int = 1) -> int:
+    return int.from_bytes(array("Q", words).tobytes() * times, "little")
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

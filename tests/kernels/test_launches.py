@@ -43,11 +43,11 @@ LISTS: dict[str, tuple[int, int]] = {
     "kron_damped_power, root": (14, 71),
 }
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
+_NETWORKS = ("MLP, 1 layer", "MLP, 3 layers", "MLP, 12 layers", "transformer", "MLP, 48 layers")
 STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
-    "Brand": {"MLP, 1 layer": 132, "MLP, 3 layers": 158, "MLP, 12 layers": 275, "transformer": 637},
-    # Of these some 15 a factor are the power iterations for its largest eigenvalue, of one factor after the other.
-    "Brand, cholesky": {"MLP, 1 layer": 94, "MLP, 3 layers": 160, "MLP, 12 layers": 457, "transformer": 859},
-    "Brand, eigh": {"MLP, 1 layer": 150, "MLP, 3 layers": 176, "MLP, 12 layers": 293, "transformer": 651},
+    "Brand": dict(zip(_NETWORKS, (70, 92, 191, 463, 587), strict=True)),
+    "Brand, cholesky": dict(zip(_NETWORKS, (70, 92, 191, 463, 587), strict=True)),
+    "Brand, eigh": dict(zip(_NETWORKS, (74, 96, 195, 467, 591), strict=True)),
 }
 
 # The most calls of Python's functions in a call, launches recorded: the host's time without what else the machine does.
@@ -55,6 +55,9 @@ STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
 PYTHON_CALLS = {"project": 45, "damped_solve, root": 200, "damped_solve, eigh": 195, "root_update, cholesky": 180}
 # The same of each further factor of a list, which is to come down to 20.
 FOR_EACH_FACTOR = {"damped_solve, root": 28, "damped_solve, eigh": 28, "root_update, cholesky": 36}
+
+# The same of each further layer of a K-FAC step.
+FOR_EACH_LAYER = {"Brand, cholesky": 355}
 
 
 @pytest.mark.parametrize("form", launches.FORMS)
@@ -98,6 +101,13 @@ def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name
         monkeypatch.setattr(launches, "LISTED", listed)
         calls.append(launches.python_calls(launches.call_of(name, "grouped")))
     assert calls[1] - calls[0] <= 8 * FOR_EACH_FACTOR[name]
+
+
+@pytest.mark.parametrize("strategy", FOR_EACH_LAYER)
+def test_each_layer_of_a_step_takes_no_more_calls_of_python_than_its_limit(strategy: str):
+    own = launches.STRATEGIES[strategy]
+    few, many = (launches.step_times(launches.mlp(layers), own, rounds=0)["Python calls"] for layers in (4, 12))
+    assert many - few <= 8 * FOR_EACH_LAYER[strategy]
 
 
 @pytest.mark.parametrize("network", launches.NETWORKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,7 @@ class Call:
     terms: dict[Pass, Terms | None] = field(default_factory=lambda: {"loss": None, "curvature": None})
     gradients: dict[Pass, list[Tensor]] = field(default_factory=lambda: {"loss": [], "curvature": []})
     # The backward pass, by autograd's number for it, of each of the loss's gradients.
-    _tasks: list[int] = field(default_factory=list)
+    tasks: list[int] = field(default_factory=list)
     _inputs: Tensor | None = None
 
     @property
@@ -107,13 +108,13 @@ class Call:
             self._inputs, self.fetch = self.fetch(), None
         self.terms[recorder.running] = recorder.terms[recorder.running]
         if recorder.running == "loss":
-            self._tasks.append(torch._C._current_graph_task_id())
+            self.tasks.append(torch._C._current_graph_task_id())
         self.gradients[recorder.running].append(gradient)
 
     def keep(self, tasks: Container[int]) -> None:
         """Forget the loss's gradients of all backward passes but these."""
-        kept = [pair for pair in zip(self._tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
-        self._tasks = [task for task, _ in kept]
+        kept = [pair for pair in zip(self.tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
+        self.tasks = [task for task, _ in kept]
         self.gradients["loss"] = [gradient for _, gradient in kept]
 
     def forget(self, but: Terms | None = None) -> None:
@@ -129,12 +130,11 @@ class Call:
 
     def release(self) -> None:
         self.fetch = self._inputs = None
-        self._tasks = []
+        self.tasks = []
         self.gradients = {"loss": [], "curvature": []}
 
     def bytes(self) -> int:
-        gradients = [gradient for of in self.gradients.values() for gradient in of]
-        return sum(part.numel() * part.element_size() for part in (self.inputs, *gradients))
+        return sum([part.nbytes for part in (self.inputs, *chain(*self.gradients.values()))])
 
 
 @dataclass(eq=False)

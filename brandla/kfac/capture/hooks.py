@@ -127,8 +127,9 @@ class Capture:
 
         Where no pass is known to have done so, as with gradients that were set by hand, all are kept.
         """
-        if self._reached:
-            for call in self.calls:
+        strays = [call for call in self.calls if self._reached and not self._reached.issuperset(call.tasks)]
+        if strays:
+            for call in strays:
                 call.keep(self._reached)
             self._drop_empty()
 

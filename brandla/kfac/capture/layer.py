@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 from weakref import ref
 
 import torch
@@ -29,8 +30,6 @@ class Written(NamedTuple):
 
     def split(self, count: int) -> list[Written]:
         """Return the parts of so many weights that lie one after the other."""
-        if count == 1:
-            return [self]
         steps = self.step.chunk(count)
         gradients = steps if self.step is self.gradient else self.gradient.chunk(count)
         return list(map(Written, steps, gradients))
@@ -48,51 +47,46 @@ class Layer:
         self.batch_first = True
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
-        # That of a frozen weight takes no memory: it is made anew when the weight thaws.
-        self._made_for = self.shape._replace(device=torch.device("meta")) if self.is_frozen else self.shape
+        # Of the weight and its bias as a matrix, as the curvature is made for it. That of a frozen weight takes no
+        # memory: it is made anew when the weight thaws.
+        self.shape = self._shape_now()
+        if self.is_frozen:
+            self.shape = self.shape._replace(device=torch.device("meta"))
+        # What there was of the weight when the shape was last looked at.
+        self._layout: tuple[Any, ...] = ()
         self.curvature: Curvature = self.fresh()
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
         # The rows of the gradient that autograd has not formed, while it is empty memory.
-        self._unformed: Rows | None = None
+        self.unformed: Rows | None = None
+        # The calls of this step whose pair is to be applied, once that is known.
+        self._paired: list[Call] = []
         # The gradient that was overwritten last, and its version then.
         self._written: tuple[ref[Tensor], int] | None = None
         # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
         self.direction: Tensor | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision of factors and of the step: that of the weight, but at least float32."""
-        return torch.float64 if self.kind.weight.dtype == torch.float64 else torch.float32
-
-    @property
-    def shape(self) -> Shape:
-        """Of the weight and its bias as a matrix."""
-        groups, d_out, d_in = self.kind.shape
-        device = self.kind.weight.device
-        return Shape(groups, d_out, d_in + self.has_bias, self.dtype, device, self.kind.one_hot, self.kind.single)
-
-    @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
         # The weight of a refused call may be no parameter any more.
-        if self.refusal:
+        if self.capture.refusal:
             return False
         if self._left_out():
             return True
-        if self.kind.weight.grad is None:
-            return False
-        if self._written is None:
-            return True
-        step, version = self._written[0](), self._written[1]
-        return step is None or step is not self.kind.weight.grad or step._version != version
+        gradient = self.kind.weight.grad
+        if gradient is None or self._written is None:
+            return gradient is not None
+        step, version = self._written
+        return step() is not gradient or gradient._version != version
 
     @property
     def is_frozen(self) -> bool:
         """Whether the weight is not trained, and has no gradient from when it was."""
-        return not self.kind.weight.requires_grad and self.kind.weight.grad is None
+        weight = self.kind.weight
+        return not weight.requires_grad and weight.grad is None
 
     @property
     def is_unseen(self) -> bool:
@@ -102,13 +96,18 @@ class Layer:
 
     def fresh(self) -> Curvature:
         """Return a curvature before any data."""
-        return self.strategy.curvature(self._made_for)
+        return self.strategy.curvature(self.shape)
 
     def follow(self) -> None:
         """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew."""
-        shape, known = self.shape, self._made_for
+        weight = self.kind.weight
+        layout = weight.shape, weight.dtype, weight.device, self.kind.transposed
+        if layout == self._layout:
+            return
+        self._layout = layout
+        shape, known = self._shape_now(), self.shape
         if shape != known:
-            self._made_for = shape
+            self.shape = shape
             goes_on = self.curvature.started and shape[:3] == known[:3]
             fresh = self.fresh()
             self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
@@ -118,15 +117,6 @@ class Layer:
         self.capture.attach(kind)
         if kind.turned:
             self.is_turned, self.linear = True, False
-
-    @property
-    def refusal(self) -> str:
-        """Why the weight is left to the optimizer; empty while it is not."""
-        return self.capture.refusal
-
-    @refusal.setter
-    def refusal(self, reason: str) -> None:
-        self.capture.refusal = reason
 
     def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
@@ -141,7 +131,7 @@ class Layer:
         The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
         product is added at once. Where it may be made of more than the captured calls, this raises.
         """
-        self._unformed = None
+        self.unformed, self._paired = None, []
         calls = self._left_out()
         if not calls:
             return None
@@ -152,12 +142,13 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        if rows is None or not self._holds_gradient(rows) or len(calls) < len(self._calls("loss")):
+        # Of padding the rows of a factor are 0, whatever the gradient holds.
+        if rows is None or self.sharing == "reduce" or rows.share is not None or len(calls) < len(self._calls("loss")):
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         weight = self.kind.weight
         if weight.grad is None:
             weight.grad = torch.empty_like(weight)
-            self._unformed = rows
+            self.unformed = rows
         else:
             weight.grad.add_(self._product(rows))
         return rows
@@ -168,18 +159,12 @@ class Layer:
         ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
         multiplied by; the gradient has been divided by it already.
         """
-        if self.linear is False or self.kind.one_hot or self.kind.single:
+        calls = self._pair_calls()
+        if not calls:
             return None
-        calls = self._calls("loss")
-        if not calls or not (self.is_unformed or self._may_be_pairs):
-            return None
-        if self.has_bias and self.kind.bias is None:
-            return None
-        if not self._is_narrow(calls):
-            return None
-        if self._unformed is not None:
-            return self._unformed.gradients.mT, self._unformed.inputs.mT
-        if rows is None or not self._holds_gradient(rows):
+        if self.unformed is not None:
+            return self.unformed.gradients.mT, self.unformed.inputs.mT
+        if rows is None or self.sharing == "reduce" or rows.share is not None:
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
@@ -192,14 +177,9 @@ class Layer:
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
         rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
-        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.dtype))
+        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
-
-    @property
-    def is_unformed(self) -> bool:
-        """Whether the gradient is empty memory, until it is asked for or overwritten."""
-        return self._unformed is not None
 
     @property
     def _may_be_pairs(self) -> bool:
@@ -212,35 +192,31 @@ class Layer:
 
         Only where the rows are so few that they take the gradient's place.
         """
-        return (
-            bool(self.linear)
-            and self._may_be_pairs
-            and self.sharing == "expand"
-            and all(call.valid is None for call in self.capture.calls)
-            and self.kind.weight.dtype == self.dtype
-            and self._is_narrow(self._calls("loss"))
-        )
+        if not self.linear or self.sharing != "expand" or self.kind.weight.dtype != self.shape.dtype:
+            return False
+        calls = self._pair_calls()
+        return bool(calls) and not [call for call in self.capture.calls if call.valid is not None]
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
         weight = self.kind.weight_gradient
         assert weight is not None
-        if self._unformed is not None:
-            weight.copy_(self._product(self._unformed))
-            self._unformed = None
-        matrix = self.kind.matrix(weight.to(self.dtype))
+        if self.unformed is not None:
+            weight.copy_(self._product(self.unformed))
+            self.unformed = None
+        matrix = self.kind.matrix(weight.to(self.shape.dtype))
         if not self.has_bias:
             return matrix
         bias, size = self.kind.bias_gradient, (*matrix.shape[:-1], 1)
-        column = matrix.new_zeros(size) if bias is None else bias.to(self.dtype).reshape(size)
+        column = matrix.new_zeros(size) if bias is None else bias.to(self.shape.dtype).reshape(size)
         return torch.cat([matrix, column], dim=-1)
 
     def parameters(self) -> Tensor:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
         parts = [part.detach() for part in (self.kind.weight, self.kind.bias) if part is not None]
         weight, *biases = map(everywhere, parts)
-        matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.dtype))
-        columns = [self.kind.bias_part(bias).to(self.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
+        matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.shape.dtype))
+        columns = [self.kind.bias_part(bias).to(self.shape.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
         return torch.cat([matrix, *columns], dim=-1)
 
     def write(self, step: Gradient) -> list[list[Written]]:
@@ -251,11 +227,13 @@ class Layer:
         parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
+        if self.kind.weights == 1:
+            return [parts]
         return [list(own) for own in zip(*(part.split(self.kind.weights) for part in parts), strict=True)]
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
-        self._unformed = None
+        self.unformed = None
         gradient = self.kind.weight.grad
         if gradient is not None:
             self._written = ref(gradient), gradient._version
@@ -264,17 +242,15 @@ class Layer:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
         if isinstance(step, Tensor):
             return _written(arranged(step[..., columns]), gradient)
-        first, second = step[0], step[1][..., columns, :].mT
-        out = gradient.unsqueeze(-1) if gradient.ndim == 1 else gradient
-        matches = out.shape == (first.shape[-2], second.shape[-1]) and out.dtype == self.dtype
-        if self.kind.shape[0] or self.kind.transposed or not matches:
-            return _written(arranged(first @ second), gradient)
-        torch.matmul(first, second, out=out)
-        return Written(gradient, gradient)
-
-    def _holds_gradient(self, rows: Rows) -> bool:
-        """Say whether the product of rows that a factor takes in is the gradient, whatever padding holds."""
-        return self.sharing == "expand" and rows.share is None
+        first, second = step[0], step[1][..., columns, :]
+        if not (self.shape.groups or self.kind.transposed) and gradient.dtype == self.shape.dtype:
+            if gradient.shape == (len(first), len(second)):
+                torch.mm(first, second.mT, out=gradient)
+                return Written(gradient, gradient)
+            if (*gradient.shape, 1) == (len(first), len(second)):
+                torch.mv(first, second[0], out=gradient)
+                return Written(gradient, gradient)
+        return _written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
         if not self.capture.left_out or self.kind.bias_gradient is None:
@@ -288,13 +264,25 @@ class Layer:
         """Return the calls that have rows: a batch may be empty."""
         return [call for call in self.capture.calls if call.gradients[of] and call.gradients[of][0].numel()]
 
-    def _is_narrow(self, calls: list[Call]) -> bool:
-        """Say whether a pair of these calls is cheaper to apply than the gradient."""
-        shape = self.shape
-        widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-        groups, d_out, _ = self.kind.shape
-        numbers = sum(gradient.numel() for call in calls for gradient in call.gradients["loss"])
-        return widest is not None and numbers // math.prod((*groups, d_out)) <= widest
+    def _pair_calls(self) -> list[Call]:
+        """Return the calls whose pair may be the gradient, if it is cheaper to apply than that; else none."""
+        kind, shape = self.kind, self.shape
+        if self._paired or self.linear is False or kind.one_hot or kind.single or (self.has_bias and kind.bias is None):
+            return self._paired
+        calls = self._calls("loss")
+        if calls and (self.unformed is not None or self._may_be_pairs):
+            widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
+            numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
+            if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:
+                self._paired = calls
+        return self._paired
+
+    def _shape_now(self) -> Shape:
+        kind, weight = self.kind, self.kind.weight
+        groups, d_out, d_in = kind.shape
+        # Factors and steps are in the precision of the weight, but in float32 at least.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return Shape(groups, d_out, d_in + self.has_bias, dtype, weight.device, kind.one_hot, kind.single)
 
     def _stacked(
         self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
@@ -307,8 +295,10 @@ class Layer:
         # By whether they are turned.
         counts = [0, 0]
         valid: list[list[Tensor]] = [[], []]
-        for index, call, gradient in _in_order(calls, of):
-            full = gradient.to(self.dtype)
+        found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
+        # First the first gradients of all calls, then the second ones.
+        for index, call, gradient in sorted(found, key=itemgetter(0)):
+            full = gradient.to(self.shape.dtype)
             unscaled = full if scale is None else full / scale
             uses, own = self._uses(call, unscaled, reduce=reduce, padded=padded)
             if own is not None and (of == "loss" or index == 0):
@@ -355,8 +345,8 @@ class Layer:
         """
         if self.kind.single:
             return rows
-        empty = torch.stack([own.numel() - own.sum() for own in valid]).sum().to(self.dtype)
-        share = (1 - empty / rows.uses).clamp_min(torch.finfo(self.dtype).eps)
+        empty = torch.stack([own.numel() - own.sum() for own in valid]).sum().to(self.shape.dtype)
+        share = (1 - empty / rows.uses).clamp_min(torch.finfo(self.shape.dtype).eps)
         root = share.sqrt()
         inputs, gradients = rows.inputs, rows.gradients * root if of == "loss" else rows.gradients
         if self.kind.one_hot:
@@ -369,12 +359,12 @@ class Layer:
         """Rows with the 1 of the bias, in the factors' dtype; (N,) indices and whole gradients stay."""
         if self.kind.one_hot:
             return uses.inputs.flatten()
-        inputs = uses.inputs.to(self.dtype)
+        inputs = uses.inputs.to(self.shape.dtype)
         if self.has_bias and not self.kind.single:
             if uses.ones is None:
                 inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
             else:
-                inputs = torch.cat([inputs, uses.ones.to(self.dtype)], dim=-1)
+                inputs = torch.cat([inputs, uses.ones.to(self.shape.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
 
     def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
@@ -384,16 +374,8 @@ class Layer:
         eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
         # In half precision rows are rounded independently of each other, and the gradient once more.
         bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
-        bound += 8 * torch.finfo(self.dtype).eps * norm(first) * norm(second)
+        bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
         return bool(norm(first @ second.mT - gradient) <= bound)
-
-
-def _in_order(calls: list[Call], of: Pass) -> Iterator[tuple[int, Call, Tensor]]:
-    """Go through all calls for the first gradients, then through all of them for the second ones."""
-    for index in range(max(len(call.gradients[of]) for call in calls)):
-        for call in calls:
-            if index < len(call.gradients[of]):
-                yield index, call, call.gradients[of][index]
 
 
 def _balanced(inputs: list[Tensor], gradients: list[Tensor], turned: list[bool]) -> tuple[list[Tensor], list[Tensor]]:

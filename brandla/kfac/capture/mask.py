@@ -31,7 +31,11 @@ class Mask(NamedTuple):
             if part.is_floating_point()
         ]
         bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]
-        found = [(_real(part), bound) for part, bound in bounds if part.numel()]
+        found = [
+            (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part, bound)
+            for part, bound in bounds
+            if part.numel()
+        ]
         if not found:
             # One of several processes may have nothing.
             return cls(torch.tensor(True, device=next(model.parameters()).device), known_finite=True)
@@ -52,8 +56,10 @@ class Mask(NamedTuple):
     def clear(self, model: nn.Module) -> None:
         """Make all gradients of the model 0 unless finite."""
         if not self.known_finite:
-            for gradient in _gradients(model):
-                gradient.masked_fill_(~self.finite.to(gradient.device), 0)
+            gradients = _gradients(model)
+            empty = {device: ~self.finite.to(device) for device in {gradient.device for gradient in gradients}}
+            for gradient in gradients:
+                gradient.masked_fill_(empty[gradient.device], 0)
 
     def _or_zero(self, part: Tensor) -> Tensor:
         return torch.where(self.finite.to(part.device), part, 0)
@@ -77,11 +83,16 @@ def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return within.all()
 
 
-def _real(part: Tensor) -> Tensor:
-    return torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
-
-
-def _gradients(model: nn.Module) -> Iterable[Tensor]:
-    """Go through all gradients; of a sparse one, through its values."""
-    gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
-    return (gradient._values() if gradient.is_sparse else gradient for gradient in gradients)
+def _gradients(model: nn.Module) -> list[Tensor]:
+    """Return all gradients; of a sparse one, its values. The generators of ``model.parameters()`` take far longer."""
+    modules, known = [model], {model}
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                found[id(parameter)] = parameter.grad
+        for child in module._modules.values():
+            if child is not None and child not in known:
+                known.add(child)
+                modules.append(child)
+    return [gradient._values() if gradient.is_sparse else gradient for gradient in found.values()]

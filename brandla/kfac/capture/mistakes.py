@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.kind import OwnHook
 from brandla.kfac.capture.layer import Layer
+from brandla.kfac.systems.strategy import Curvature
 from brandla_kernels import reads_are_free
 
 # The step at which gradients are compared with what was captured, for the only time.
@@ -56,6 +57,8 @@ class Mistakes:
         self._told: set[str] = set()
         # Layers and sides that were named, by what they were named for.
         self._named: set[tuple[str, str]] = set()
+        # Curvatures whose factors have been looked at.
+        self._begun: dict[Layer, Curvature] = {}
         self._empty = 0
         # What the numbers are about, the numbers on the host, and an event that tells when they are there.
         self._coming: list[tuple[Sequence[Layer], Tensor, Any]] = []
@@ -102,11 +105,13 @@ class Mistakes:
 
     def tell_of_layers(self, layers: Sequence[Layer], unseen: Iterable[Layer]) -> None:
         """Say which layers turned out not to work, which factors got a substitute, and which layers have no data."""
-        factors = [(layer, side, factor) for layer in layers for side, factor in layer.curvature.factors()]
+        begun = [layer for layer in layers if self._begun.get(layer) is not layer.curvature and layer.curvature.started]
+        self._begun |= {layer: layer.curvature for layer in begun}
+        factors = [(layer, side, factor) for layer in begun for side, factor in layer.curvature.factors()]
         topics = {
-            _REFUSED: {layer.name: layer.refusal for layer in layers if layer.refusal},
+            _REFUSED: {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal},
             _REPLACED: {f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason},
-            _UNSEEN: {layer.name: "" for layer in unseen if not layer.refusal},
+            _UNSEEN: {layer.name: "" for layer in unseen if not layer.capture.refusal},
         }
         for what, about in topics.items():
             new = {name: reason for name, reason in about.items() if (what, name) not in self._named}

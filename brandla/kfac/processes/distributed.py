@@ -111,7 +111,7 @@ class _Many(Replicas, ABC):
 
         A layer that one process cannot precondition is left alone by all.
         """
-        shares = [Share.of(own.get(layer), refused=bool(layer.refusal)) for layer in self._layers]
+        shares = [Share.of(own.get(layer), refused=bool(layer.capture.refusal)) for layer in self._layers]
         everyone = self._ranks.numbers((finite, told), [number for share in shares for number in share])
         width = len(Share._fields)
         found: dict[Layer, list[Share]] = {}
@@ -119,7 +119,7 @@ class _Many(Replicas, ABC):
             start = 2 + index * width
             of_ranks = [Share(*map(int, numbers[start : start + width])) for numbers in everyone]
             if any(share.refused for share in of_ranks):
-                layer.refusal = layer.refusal or "another process cannot precondition it"
+                layer.capture.refusal = layer.capture.refusal or "another process cannot precondition it"
             elif any(share.uses for share in of_ranks):
                 found[layer] = of_ranks
         return all(numbers[0] for numbers in everyone), sum(numbers[1] for numbers in everyone), found

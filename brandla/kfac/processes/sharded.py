@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have plain tensors as the gradients of the modules' parameters, and write them back to the shards.
+def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]:
+    """Have plain tensors as the gradients of parameters, and write them back to the shards.
 
     Every process gathers all of each such gradient. Those that are plain already stay what they are.
     """
-    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    # Tensors hash by a function of Python's.
+    known = {id(parameter): parameter for parameter in parameters if parameter is not None}
     sharded = [
         (parameter, parameter.grad)
-        for parameter in parameters.values()
-        if parameter.grad is not None and is_dtensor(parameter.grad)
+        for parameter in known.values()
+        if type(parameter.grad) is not Tensor and parameter.grad is not None and is_dtensor(parameter.grad)
     ]
     for parameter, gradient in sharded:
         parameter.grad = everywhere(gradient)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from brandla import _check, grouped
+from brandla._small import largest_of_gram
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, State, due, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, State, due, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
-from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting, rank_at
-from brandla.kfac.systems.schedule import Schedule
-from brandla.kfac.values import Damping
+from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting
+from brandla.kfac.systems.schedule import Schedule, at
+from brandla.kfac.values import Damping, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked
 from brandla.root import Compress
-from brandla_kernels import signs
+from brandla_kernels import reads_are_free, signs
+from brandla_kernels import sketch as matrix_sketch
 
 LowRank = LowRankEigh | LowRankRoot
 Sketch = int | Literal["auto"] | None
@@ -27,7 +28,7 @@ Sketch = int | Literal["auto"] | None
 
 def kept(state: State) -> LowRank:
     """Read a root, or a decomposition."""
-    return LowRankRoot(tensor(state, "root"), tensor(state, "gram")) if "root" in state else stored(state)
+    return LowRankRoot(state["root"], state["gram"]) if "root" in state else stored(state)
 
 
 def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress = "eigh") -> None:
@@ -35,28 +36,27 @@ def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compr
 
     M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
     """
-    factors = [_tracked(state) for state, *_ in absorptions]
-    options: dict[str, Any] = dict(zip(("decay", "weight"), _of_averages(absorptions), strict=True))
-    options["rank"] = [
-        fitting(rank, kept(absorption.state), absorption.columns)
-        for rank, absorption in zip(ranks, absorptions, strict=True)
-    ]
+    states = [absorption.state for absorption in absorptions]
     columns = [absorption.columns for absorption in absorptions]
-    if "root" in absorptions[0].state:
+    tall = "root" if "root" in states[0] else "eigenvectors"
+    decays, weights = _of_averages(absorptions)
+    options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
+    for rank, state, new in zip(ranks, states, columns, strict=True):
+        n, r = state[tall].shape[-2:]
+        options["rank"].append(fitting(rank, min(n, r + new.shape[-1])))
+    # With the error bound and the trace where they are kept.
+    factors: list[Any] = [
+        Tracked(kept(state), state["error_bound"], state["trace"]) if "error_bound" in state else kept(state)
+        for state in states
+    ]
+    if tall == "root":
         updated = grouped.root_update(factors, columns, **options, compress=compress)
     else:
         updated = grouped.eigh_update(factors, columns, **options)
-    for (state, *_), new in zip(absorptions, updated, strict=True):
-        if isinstance(new, Tracked):
-            state.update(error_bound=new.error_bound, trace=new.trace)
-        store(state, new.lowrank if isinstance(new, Tracked) else new)
-
-
-def _tracked(state: State) -> Any:
-    """Return the low-rank form, with its error bound and trace where they are kept."""
-    if "error_bound" not in state:
-        return kept(state)
-    return Tracked(kept(state), tensor(state, "error_bound"), tensor(state, "trace"))
+    for state, factor in zip(states, updated, strict=True):
+        if isinstance(factor, Tracked):
+            state["error_bound"], state["trace"] = factor.error_bound, factor.trace
+        state.update((factor.lowrank if isinstance(factor, Tracked) else factor)._asdict())
 
 
 def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,7 +66,7 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
     weights: dict[tuple[int, float, float], Tensor] = {}
     found = []
     for state, _, decay, weight, finite in absorptions:
-        total = tensor(state, "total")
+        total = state["total"]
         key = id(total), decay
         if key not in shares:
             shares[key] = finite / total
@@ -79,11 +79,12 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
 
 
 def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
-    """Bring batches of more columns down to s: A Ω / √s, with the same random signs for all of a size.
+    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w.
 
-    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`.
+    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`. On a GPU Ω is drawn inside the product.
     """
-    drawn: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+    # Ω, or the seed of it.
+    drawn: dict[Hashable, Tensor] = {}
 
     def narrow(absorption: Absorption) -> Absorption:
         columns = absorption.columns
@@ -91,11 +92,13 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> li
         width = sketch_width(kept(absorption.state).rank, k) if sketch == "auto" else sketch
         if width is None or k <= width:
             return absorption
-        key = k, width, columns.dtype, columns.device
+        is_inside = columns.ndim == 2 and not reads_are_free(columns)
+        key = k, width, columns.dtype, columns.device, is_inside
         if key not in drawn:
             seed = torch.full((), step, dtype=torch.int64, device=columns.device)
-            drawn[key] = signs(seed, k, width, dtype=columns.dtype) / math.sqrt(width)
-        return absorption._replace(columns=columns @ drawn[key])
+            drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
+        product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
+        return absorption._replace(columns=product, weight=absorption.weight / width)
 
     return [narrow(absorption) for absorption in absorptions]
 
@@ -165,11 +168,13 @@ class Brand(FactorStrategy):
         if isinstance(self.rank, ErrorBound):
             state["rank"] = rank
         kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
-        store(state, kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device))
-        return state
+        return state | kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device)._asdict()
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        ranks = [self._rank(absorption.state, step) for absorption in absorptions]
+        if isinstance(self.rank, ErrorBound):
+            ranks = [absorption.state["rank"] for absorption in absorptions]
+        else:
+            ranks = [at(self.rank, step)] * len(absorptions)
         update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
@@ -179,20 +184,26 @@ class Brand(FactorStrategy):
             # A factor that is still zero has no error.
             errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
             error = errors.amax().item()
-            state["rank"] = self.rank.next(cast(int, state["rank"]), error)
+            state["rank"] = self.rank.next(state["rank"], error)
 
     def lowrank(self, state: State) -> LowRank:
         return kept(state)
 
     def largest(self, state: State) -> Tensor:
+        return self.largest_of_each([state])[0]
+
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
         """Return d₁, which a root that was cut by ``compress="eigh"`` has first on the diagonal of S."""
-        lowrank = kept(state)
-        if isinstance(lowrank, LowRankRoot) and self.compress == "eigh":
-            return lowrank.gram[..., 0, 0]
-        return lowrank.largest_eigenvalue()
+        if self.form == "eigh":
+            return [stored(state).largest_eigenvalue() for state in states]
+        grams = [state["gram"] for state in states]
+        if self.compress == "eigh":
+            return [gram[..., 0, 0] for gram in grams]
+        return alike(grams, layout, lambda members: largest_of_gram(torch.stack(members)).unbind())
 
     def error_bound(self, state: State) -> Tensor:
-        return tensor(state, "error_bound")
+        bound: Tensor = state["error_bound"]
+        return bound
 
     def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
         return substitute_for_brand(self, n, self._first_rank)
@@ -200,9 +211,6 @@ class Brand(FactorStrategy):
     @property
     def _first_rank(self) -> int:
         return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
-
-    def _rank(self, state: State, step: int) -> int | Rank:
-        return cast(int, state["rank"]) if isinstance(self.rank, ErrorBound) else rank_at(self.rank, step)
 
 
 def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from brandla import _check
 from brandla.correction import ritz_correct
 from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_brand, update
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, normalised, store, stored, tensor
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.randomized import Randomized
-from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
+from brandla.kfac.systems.rank import check_rank, first_rank
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
@@ -35,14 +35,13 @@ class DenseBrand(DenseForm, FactorStrategy):
         check_rank(self, self.rank)
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        state = super().start(n, groups, dtype, device)
-        store(state, self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device))
-        return state
+        zeros = self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device)
+        return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         super().take(absorptions, step)
-        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
+        update(sketched(absorptions, "auto", step), [at(self.rank, step)] * len(absorptions))
 
     def lowrank(self, state: State) -> LowRank:
         return kept(state)
@@ -91,7 +90,7 @@ class BrandCorrected(DenseBrand):
             eigh, average = stored(state), self.average(state)
             generator = torch.Generator(average.device).manual_seed(seed)
             shuffled = torch.randperm(eigh.rank, generator=generator, device=average.device)
-            store(state, ritz_correct(eigh, average, shuffled[: math.ceil(self.fraction * eigh.rank)]))
+            state.update(ritz_correct(eigh, average, shuffled[: math.ceil(self.fraction * eigh.rank)])._asdict())
         self.keep_trace(state)
 
 
@@ -135,10 +134,11 @@ class BrandRandomized(DenseBrand):
         if due(state, step, self.overwrite_every):
             rank = kept(state).rank
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
-            values, vectors = randomized.decompose(tensor(state, "dense"), rank, seed)
-            store(state, LowRankRoot.from_eigh(LowRankEigh(normalised(state, values), vectors)))
+            values, vectors = randomized.decompose(state["dense"], rank, seed)
+            state.update(LowRankRoot.from_eigh(LowRankEigh(values / state["total"], vectors))._asdict())
         self.keep_trace(state)
 
     def largest(self, state: State) -> Tensor:
         """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
-        return tensor(state, "gram")[..., 0, 0]
+        largest: Tensor = state["gram"][..., 0, 0]
+        return largest

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import tensor
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, dense
@@ -106,7 +105,7 @@ class RowsOfBatches(StateCurvature):
         left, right = self._side("output").root(), self._side("input").root()
         shift = now.damping.of(_largest(left) * _largest(right))
         operator = _Operator(left, right, shift[..., None, None])
-        start = tensor(self.state, "last") if "last" in self.state else torch.zeros_like(matrix)
+        start = self.state["last"] if "last" in self.state else torch.zeros_like(matrix)
         step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
         if self.strategy.warm_start:
             self.state["last"] = torch.where(now.finite, step, start)
@@ -118,7 +117,7 @@ class RowsOfBatches(StateCurvature):
         return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}
 
     def _side(self, name: str) -> Side:
-        return Side(tensor(self.state, f"{name} rows"), tensor(self.state, f"{name} weights"))
+        return Side(self.state[f"{name} rows"], self.state[f"{name} weights"])
 
 
 class _Operator(NamedTuple):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, normalised, tensor
+from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State
 from brandla.kfac.values import Damping
 
 
@@ -25,7 +25,7 @@ class _Whole(FactorForm):
 
     def error_bound(self, state: State) -> Tensor:
         """0: nothing is left out."""
-        return tensor(state, "total").new_zeros(())
+        return torch.zeros_like(state["total"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,17 @@ class Diagonal(_Whole):
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         for state, indices, decay, weight, finite in absorptions:
-            diagonal = tensor(state, "diagonal")
+            diagonal = state["diagonal"]
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
 
     def largest(self, state: State) -> Tensor:
-        return normalised(state, tensor(state, "diagonal")).amax(-1)
+        largest: Tensor = state["diagonal"].amax(-1) / state["total"]
+        return largest
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        return block / (normalised(state, tensor(state, "diagonal")) + shift[..., None])[..., None]
+        diagonal: Tensor = state["diagonal"] / state["total"]
+        return block / (diagonal + shift[..., None])[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import normalised, stored
+from brandla.kfac.systems.form import stored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
@@ -111,7 +111,7 @@ class EigenvalueCorrected(Curvature):
         output, input_ = self._sides()
         (d_out, left), (d_in, right) = stored(output.state), stored(input_.state)
         by_output, by_input = output.shift(now.damping), input_.shift(now.damping)
-        divisor = normalised(input_.state, self.sums)
+        divisor = self.sums / input_.state["total"]
         divisor = divisor + by_output[..., None, None] * d_in[..., None, :]
         divisor += (by_input[..., None] * (d_out + by_output[..., None]))[..., :, None]
         rotated = left.mT @ dense(gradient) @ right

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import safe_eigh
-from brandla.kfac.systems.form import DenseForm, State, due, due_early, store, stored, tensor
+from brandla.kfac.systems.form import DenseForm, State, due, due_early, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -58,7 +58,7 @@ class Exact(DenseForm, FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
-            store(state, LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device))
+            state.update(LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device)._asdict())
         else:
             state["largest"] = torch.zeros(groups, dtype=dtype, device=device)
             state["shift"] = torch.ones(groups, dtype=dtype, device=device)
@@ -69,7 +69,7 @@ class Exact(DenseForm, FactorStrategy):
         if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
         if self.method == "eigh":
-            store(state, self.decompose(self.average(state)))
+            state.update(self.decompose(self.average(state))._asdict())
             self.keep_trace(state)
         else:
             _factorize(state, self.average(state), damping)
@@ -83,19 +83,20 @@ class Exact(DenseForm, FactorStrategy):
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalue at the last renewal."""
-        return stored(state).largest_eigenvalue() if self.method == "eigh" else tensor(state, "largest")
+        largest: Tensor = stored(state).largest_eigenvalue() if self.method == "eigh" else state["largest"]
+        return largest
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Solve in the eigenbasis, or by two triangular solves with the λ of the last renewal."""
         if self.method == "eigh":
             return super().damped_solve(state, block, shift)
-        return torch.cholesky_solve(block, tensor(state, "cholesky"))
+        return torch.cholesky_solve(block, state["cholesky"])
 
     def error_bound(self, state: State) -> Tensor:
         """Distance from the dense average as it is now: rounding at a renewal, staleness after it."""
         if self.method == "eigh":
             return super().error_bound(state)
-        factor, shift = tensor(state, "cholesky"), tensor(state, "shift")
+        factor, shift = state["cholesky"], state["shift"]
         approximation = factor @ factor.mT
         approximation.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
         return self.distance(state, approximation)
@@ -108,6 +109,6 @@ def _factorize(state: State, average: Tensor, damping: Damping) -> None:
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     factor, info = torch.linalg.cholesky_ex(shifted)
     done = info == 0
-    state["cholesky"] = torch.where(done[..., None, None], factor, tensor(state, "cholesky"))
-    state["shift"] = torch.where(done, shift, tensor(state, "shift"))
-    state["largest"] = torch.where(done, largest, tensor(state, "largest"))
+    state["cholesky"] = torch.where(done[..., None, None], factor, state["cholesky"])
+    state["shift"] = torch.where(done, shift, state["shift"])
+    state["largest"] = torch.where(done, largest, state["largest"])

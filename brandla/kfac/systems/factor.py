@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.damped import LowRank
-from brandla.kfac.systems.form import Absorption, FactorForm, State, copied, tensor
-from brandla.kfac.values import Damping, Now
+from brandla.kfac.systems.form import Absorption, FactorForm, State, copied
+from brandla.kfac.values import Damping, Now, alike
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
@@ -60,7 +60,8 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        return next((cast(Tensor, part).shape[-1] for name, part in self.state.items() if name in _RANKED), None)
+        columns: list[int] = [self.state[name].shape[-1] for name in _RANKED if name in self.state]
+        return columns[0] if columns else None
 
     def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""
@@ -126,12 +127,8 @@ def _fixed_shape(name: str, part: Tensor) -> tuple[int, ...]:
     return *part.shape[: part.ndim - _RANKED.get(name, 0)], part.ndim
 
 
-class Intake(NamedTuple):
-    """Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for."""
-
-    factor: Factor
-    columns: Tensor
-    scale: float
+# Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for.
+Intake: TypeAlias = tuple[Factor, Tensor, float]
 
 
 def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
@@ -151,8 +148,8 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             continue
         if not factor.started:
             factor.begin()
-            factor.state["total"] = first.setdefault((factor.dtype, factor.device), tensor(factor.state, "total"))
-        total = tensor(factor.state, "total")
+            factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
+        total = factor.state["total"]
         if id(total) not in renewed:
             renewed[id(total)] = total, _renewed(total, now)
         factor.state["total"] = renewed[id(total)][1]
@@ -177,8 +174,17 @@ def share_totals(factors: Iterable[Factor]) -> None:
     known: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
     for factor in factors:
         if factor.started:
-            total = tensor(factor.state, "total")
+            total = factor.state["total"]
             factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
+
+
+def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
+    """Return λ for each factor."""
+
+    def largest(members: list[Factor]) -> list[Tensor]:
+        return members[0].strategy.largest_of_each([own.state for own in members])
+
+    return damping.of_each(alike(factors, lambda own: own.strategy, largest))
 
 
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
@@ -188,7 +194,7 @@ def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: 
     solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
     if lowranks:
         own = [factors[index] for index in lowranks]
-        shifts, tails = damping.of_each([one.largest() for one in own]), [one.strategy.tail for one in own]
+        shifts, tails = shifts_of_each(own, damping), [one.strategy.tail for one in own]
         known_blocks = [blocks[index] for index in lowranks]
         together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
 from brandla_kernels import gram_ema_
 
-State = dict[str, Tensor | int]
+# Tensors and integers by their names.
+State = dict[str, Any]
 _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
 
 
@@ -81,15 +82,18 @@ class FactorForm(ABC):
         lowrank = self.lowrank(state)
         if lowrank is None or self.tail != "mean":
             return lowrank
-        trace = tensor(state, "trace")
-        tracked: Tracked[Any] = Tracked(cast(Any, lowrank), torch.zeros_like(trace), trace)
-        return tracked
+        factor: Any = lowrank
+        return Tracked(factor, torch.zeros_like(state["trace"]), state["trace"])
 
     def largest(self, state: State) -> Tensor:
         """Return the largest eigenvalue, shape (*groups,)."""
         lowrank = self.lowrank(state)
         assert lowrank is not None, _OWN_SOLVE
         return lowrank.largest_eigenvalue()
+
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        """Return `largest` of each state."""
+        return [self.largest(state) for state in states]
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
         """Return (M + λI)⁻¹ times a block (..., n, m)."""
@@ -121,7 +125,7 @@ class DenseForm(FactorForm):
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         for state, columns, decay, weight, _ in absorptions:
-            gram_ema_(tensor(state, "dense"), columns, decay, weight)
+            gram_ema_(state["dense"], columns, decay, weight)
 
     def error_bound(self, state: State) -> Tensor:
         """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
@@ -131,7 +135,8 @@ class DenseForm(FactorForm):
 
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
-        return normalised(state, tensor(state, "dense"))
+        average: Tensor = state["dense"] / state["total"]
+        return average
 
     def distance(self, state: State, approximation: Tensor) -> Tensor:
         """Return ‖M − M̂‖_F for a dense M̂."""
@@ -141,12 +146,7 @@ class DenseForm(FactorForm):
     def keep_trace(self, state: State) -> None:
         """Keep the trace of M, where the tail comes from it."""
         if self.tail == "mean":
-            state["trace"] = normalised(state, tensor(state, "dense").diagonal(dim1=-2, dim2=-1).sum(-1))
-
-
-def tensor(state: State, name: str) -> Tensor:
-    """Read a tensor of a state."""
-    return cast(Tensor, state[name])
+            state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
 
 
 def copied(state: State) -> State:
@@ -154,19 +154,9 @@ def copied(state: State) -> State:
     return {name: part.clone() if isinstance(part, Tensor) else part for name, part in state.items()}
 
 
-def normalised(state: State, sums: Tensor) -> Tensor:
-    """Return S / total."""
-    return sums / tensor(state, "total")
-
-
 def stored(state: State) -> LowRankEigh:
     """Read a decomposition as it was stored."""
-    return LowRankEigh(tensor(state, "eigenvalues"), tensor(state, "eigenvectors"))
-
-
-def store(state: State, lowrank: LowRankEigh | LowRankRoot) -> None:
-    """Write a low-rank form, each part under its own name."""
-    state.update(lowrank._asdict())
+    return LowRankEigh(state["eigenvalues"], state["eigenvectors"])
 
 
 def due(state: State, step: int, every: Schedule[int]) -> bool:
@@ -180,6 +170,6 @@ def due(state: State, step: int, every: Schedule[int]) -> bool:
 
 def due_early(state: State, step: int, every: Schedule[int]) -> bool:
     """As `due`, but after 1, 2, 4, ... steps at first: the first data may be 0, as below a head that begins at 0."""
-    begun = cast(int, state.setdefault("begun", step))
-    last = cast(int, state.get("renewed", begun))
+    begun = state.setdefault("begun", step)
+    last = state.get("renewed", begun)
     return due(state, step, min(at(every, step), last - begun + 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import State, tensor
+from brandla.kfac.systems.form import State
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.strategy import Curvature, Kept, Problem, StateCurvature, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, dense
@@ -101,19 +101,20 @@ class QuasiNewton(StateCurvature):
         if fresh := not self.started:
             self.state = self._start()
         state, weight = self.state, 1 - now.decay
-        gram_ema_(tensor(state, "dense"), rows.inputs.mT, now.decay, weight / rows.uses)
-        total = now.decay * tensor(state, "total") + weight * now.finite.to(self.shape.dtype)
+        gram_ema_(state["dense"], rows.inputs.mT, now.decay, weight / rows.uses)
+        total = now.decay * state["total"] + weight * now.finite.to(self.shape.dtype)
         state["total"] = total.clamp_min(torch.finfo(total.dtype).tiny)
-        average = tensor(state, "dense") / tensor(state, "total")
+        average = state["dense"] / state["total"]
         average.diagonal(dim1=-2, dim2=-1).add_(now.damping.of(largest_eigenvalue(average))[..., None])
         if fresh:
             state["input"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(average).L)
-        s = _times(tensor(state, "input"), _means(rows)[0])
-        state["input"] = updated(tensor(state, "input"), s, _times(average, s), now.finite)
+        s = _times(state["input"], _means(rows)[0])
+        state["input"] = updated(state["input"], s, _times(average, s), now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return H_G ∂W H_A."""
-        return tensor(self.state, "output").to(self.shape.dtype) @ dense(gradient) @ tensor(self.state, "input")
+        step: Tensor = self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"]
+        return step
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""
@@ -125,29 +126,29 @@ class QuasiNewton(StateCurvature):
         """Take the change since `note` into the running s and y, and them into H_G."""
         if "noted" not in self.state:
             return
-        finite = now.finite & tensor(self.state, "noted").bool()
+        finite = now.finite & self.state["noted"].bool()
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
-            known, share = tensor(self.state, name), finite.to(self.shape.dtype) * (1 - self.strategy.average)
-            self.state[name] = (1 - share) * known + share * (after - tensor(self.state, before))
+            known, share = self.state[name], finite.to(self.shape.dtype) * (1 - self.strategy.average)
+            self.state[name] = (1 - share) * known + share * (after - self.state[before])
         for name in ("outputs", "gradients", "noted"):
             del self.state[name]
-        inverse, s, y = (tensor(self.state, name).double() for name in ("output", "s", "y"))
+        inverse, s, y = (self.state[name].double() for name in ("output", "s", "y"))
         s, y = curved(inverse, s, y, self.strategy.curved, now.damping)
         # Where a common shift changes no loss, as that of an attention's keys, y is the rounding of its sum.
         rounding = 100 * torch.finfo(self.shape.dtype).eps * (1 - self.strategy.average) * rows.gradients.abs().sum(-2)
-        known = _dot(tensor(self.state, "y"), tensor(self.state, "y")) > _dot(rounding, rounding)
+        known = _dot(self.state["y"], self.state["y"]) > _dot(rounding, rounding)
         self.state["output"] = updated(inverse, s, y, finite & known)
 
     def kept(self) -> Iterator[Kept]:
         names = {"input": ("dense", "total", "input"), "output": ("output", "s", "y", "outputs", "gradients", "noted")}
         for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
-            parts = [tensor(self.state, name) for name in names[side] if name in self.state]
+            parts = [self.state[name] for name in names[side] if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         fresh = self._start()
-        return {name: tensor(fresh, name).shape for name in fresh}
+        return {name: fresh[name].shape for name in fresh}
 
     def _start(self) -> State:
         groups, d_out, d_in, dtype, device = self.shape[:5]

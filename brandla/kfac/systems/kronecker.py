@@ -11,7 +11,7 @@ from torch import Tensor
 from brandla import grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.diagonal import Blocks, Diagonal
-from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves
+from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
 from brandla.kfac.systems.form import FactorForm
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side
@@ -44,7 +44,7 @@ class Kronecker(Curvature):
 
     @property
     def started(self) -> bool:
-        return all(side.started for _, side in self.factors())
+        return not [side for side in (self.input, self.output) if side is not None and not side.started]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
@@ -55,12 +55,12 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        sides = [(side.n, side.rank) for _, side in self.factors()]
+        sides = [(side.n, side.rank) for side in (self.input, self.output) if side is not None]
         known = [(n, rank) for n, rank in sides if rank is not None]
         if not known or len(known) < len(sides):
             return None
-        of_column = sum(4 * n * rank for n, rank in known) + 2 * entries
-        return 4 * entries * sum(rank for _, rank in known) // of_column
+        of_column = sum([4 * n * rank for n, rank in known]) + 2 * entries
+        return 4 * entries * sum([rank for _, rank in known]) // of_column
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         if self.input is not None:
@@ -68,13 +68,15 @@ class Kronecker(Curvature):
         if self.output is not None:
             yield "output", self.output
 
-    def intakes(self, rows: Rows) -> Iterator[Intake]:
-        """Go through the columns that each factor gets of the rows."""
+    def intakes(self, rows: Rows) -> list[Intake]:
+        """Return the columns that each factor gets of the rows."""
+        found: list[Intake] = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
-            yield Intake(self.input, inputs, rows.uses if self.single else 1 / rows.uses)
+            found.append((self.input, inputs, rows.uses if self.single else 1 / rows.uses))
         if self.output is not None:
-            yield Intake(self.output, rows.gradients.mT, rows.uses)
+            found.append((self.output, rows.gradients.mT, rows.uses))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {side: own.state_dict() for side, own in self.factors()}
@@ -102,7 +104,7 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
         left, right, of_left, of_right = (list(part) for part in zip(*products.values(), strict=True))
-        shifts = damping.of_each([own.largest() for own in left + right])
+        shifts = shifts_of_each(left + right, damping)
         steps = grouped.kron_damped_solve(
             of_left,
             of_right,

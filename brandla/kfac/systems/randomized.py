@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import DenseForm, State, due_early, store, stored
+from brandla.kfac.systems.form import DenseForm, State, due_early, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -59,14 +59,13 @@ class Randomized(DenseForm, FactorStrategy):
         _check.choice("Randomized", "method", self.method, ("svd", "eigh"))
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        state = super().start(n, groups, dtype, device)
-        store(state, LowRankEigh.zeros(n, at(self.rank, 0), batch_shape=groups, dtype=dtype, device=device))
-        return state
+        zeros = LowRankEigh.zeros(n, at(self.rank, 0), batch_shape=groups, dtype=dtype, device=device)
+        return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         if due_early(state, step, self.inverse_every):
             average = self.average(state)
-            store(state, self.decompose(average, min(at(self.rank, step), average.shape[-1]), seed))
+            state.update(self.decompose(average, min(at(self.rank, step), average.shape[-1]), seed)._asdict())
             self.keep_trace(state)
 
     def decompose(self, matrix: Tensor, rank: int, seed: int) -> LowRankEigh:

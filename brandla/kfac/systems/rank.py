@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import cast
 
-from torch import Tensor
-
 from brandla import _check
 from brandla.kfac.systems.schedule import Schedule, at
-from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, most_of
+from brandla.lowrank import Rank, most_of
 
 
 @dataclass(frozen=True)
@@ -60,23 +58,16 @@ class ErrorBound:
 
 def check_rank(strategy: object, rank: Schedule[int | Rank]) -> None:
     """Check a rank, or the first value of a schedule."""
-    first = rank_at(rank, 0)
+    first = at(rank, 0)
     if not isinstance(first, Rank):
         _check.count(type(strategy).__name__, "rank", first, 1)
 
 
 def first_rank(rank: Schedule[int | Rank]) -> int:
     """Return the number of columns that a factor begins with."""
-    return cast(int, most_of(rank_at(rank, 0)))
+    return cast(int, most_of(at(rank, 0)))
 
 
-def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
-    """Return the rank of a step."""
-    return rank(step) if callable(rank) else rank
-
-
-def fitting(rank: int | Rank, lowrank: LowRankEigh | LowRankRoot, columns: Tensor) -> int | Rank:
-    """Return the rank, or the largest one that an update by k columns can have."""
-    n, r = lowrank.n, lowrank.rank
-    most = min(cast(int, most_of(rank)), n, r + columns.shape[-1])
-    return replace(rank, max=most) if isinstance(rank, Rank) else most
+def fitting(rank: int | Rank, most: int) -> int | Rank:
+    """Return the rank, or the largest one that there can be."""
+    return replace(rank, max=min(rank.max, most)) if isinstance(rank, Rank) else min(rank, most)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from brandla.kfac.systems.form import tensor
 from brandla.kfac.systems.strategy import Kept, StateCurvature
 from brandla.kfac.values import Gradient, Now, Rows, dense
 from brandla_kernels import gram_ema_
@@ -40,7 +39,7 @@ class SumOfTwo(StateCurvature):
     def kept(self) -> Iterator[Kept]:
         for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
             names = [f"interior {side}", f"boundary {side}", *(["total"] if side == "input" else [])]
-            parts = [tensor(self.state, name) for name in names if name in self.state]
+            parts = [self.state[name] for name in names if name in self.state]
             yield Kept("input" if side == "input" else "output", n, "inside and at the boundary", parts)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -52,13 +51,13 @@ class SumOfTwo(StateCurvature):
         for side, own in (("input", rows.inputs), ("output", rows.gradients)):
             n, name = own.shape[-1], f"{term} {side}"
             start = torch.zeros(n, n, dtype=self.shape.dtype, device=own.device)
-            known = cast(Tensor, self.state.setdefault(name, start))
+            known = self.state.setdefault(name, start)
             gram_ema_(known, own.mT.to(known.dtype), now.decay, (1 - now.decay) * scale[side])
 
     def _pencil(self, side: str, damping: float) -> tuple[Tensor, Tensor]:
         """Return K and s of the two factors of a side, each plus λI."""
-        total = tensor(self.state, "total").clamp_min(torch.finfo(self.shape.dtype).tiny)
-        inside, outside = (tensor(self.state, f"{term} {side}") / total for term in ("interior", "boundary"))
+        total = self.state["total"].clamp_min(torch.finfo(self.shape.dtype).tiny)
+        inside, outside = (self.state[f"{term} {side}"] / total for term in ("interior", "boundary"))
         for part in (inside, outside):
             part.diagonal().add_(damping)
         factor = torch.linalg.cholesky_ex(inside).L

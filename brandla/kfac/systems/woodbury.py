@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.systems.form import due, tensor
+from brandla.kfac.systems.form import due
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
@@ -101,7 +101,7 @@ class OfSamples(StateCurvature):
         for name, part in new.items():
             known = self.state.get(name)
             same = isinstance(known, Tensor) and known.shape == part.shape
-            self.state[name] = torch.where(now.finite, part, tensor(self.state, name)) if same else part
+            self.state[name] = torch.where(now.finite, part, self.state[name]) if same else part
         self.state |= {"uses": samples.uses, "positions": samples.positions}
         self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
         if self.strategy.fixed_after is not None and not self._is_fixed:
@@ -114,10 +114,10 @@ class OfSamples(StateCurvature):
             weights = self._coefficients(samples).repeat_interleave(samples.positions)
             return gradient[0] * weights, gradient[1]
         if self._is_fixed:
-            rate = tensor(self.state, "rate")
+            rate = self.state["rate"]
             own = (self._coefficients(samples) - rate) / samples.uses**0.5
         else:
-            rate = 1 / tensor(self.state, "shift")
+            rate = 1 / self.state["shift"]
             products = samples.products(gradient)
             own = -rate * self._solved(products)
             if self.strategy.features is not None:
@@ -138,14 +138,13 @@ class OfSamples(StateCurvature):
 
     @property
     def _samples(self) -> Samples:
-        positions, uses = (cast(int, self.state[name]) for name in ("positions", "uses"))
-        return Samples(tensor(self.state, "inputs"), tensor(self.state, "gradients"), positions, uses)
+        return Samples(*(self.state[name] for name in Samples._fields))
 
     @property
     def _is_fixed(self) -> bool:
         """Whether the coefficients are those of the batches before."""
         most = self.strategy.fixed_after
-        return most is not None and cast(int, self.state.get("batches", 0)) >= most
+        return most is not None and bool(self.state.get("batches", 0) >= most)
 
     def _is_source(self, columns: Tensor) -> bool:
         source = None if self._source is None else self._source()
@@ -153,25 +152,25 @@ class OfSamples(StateCurvature):
 
     def _solved(self, right: Tensor) -> Tensor:
         """Return (λI + K)⁻¹ times a vector."""
-        factor = tensor(self.state, "factor")
+        factor = self.state["factor"]
         return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0]
 
     def _coefficients(self, samples: Samples) -> Tensor:
         """Return (λI + K)⁻¹ 1, or the means of those so far, the sample of the least ‖v‖ first."""
         if not self._is_fixed:
-            return self._solved(torch.ones_like(tensor(self.state, "factor")[0]))
-        places = _stretched(tensor(self.state, "table"), samples.number)
+            return self._solved(torch.ones_like(self.state["factor"][0]))
+        places = _stretched(self.state["table"], samples.number)
         return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
 
     def _average(self, now: Now) -> None:
         samples = self._samples
         own = self._coefficients(samples)[samples.squares().argsort()]
-        batches = cast(int, self.state.setdefault("batches", 0))
-        table = tensor(self.state, "table") if "table" in self.state else torch.zeros_like(own)
-        rate = tensor(self.state, "rate") if "rate" in self.state else torch.zeros_like(own[0])
+        batches = self.state.setdefault("batches", 0)
+        table = self.state["table"] if "table" in self.state else torch.zeros_like(own)
+        rate = self.state["rate"] if "rate" in self.state else torch.zeros_like(own[0])
         weight = now.finite.to(own.dtype) / (batches + 1)
         self.state["table"] = table + weight * (_stretched(own, len(table)) - table)
-        self.state["rate"] = rate + weight * (1 / tensor(self.state, "shift") - rate)
+        self.state["rate"] = rate + weight * (1 / self.state["shift"] - rate)
         self.state["batches"] = batches + 1
         if self._is_fixed:
             del self.state["factor"], self.state["shift"]

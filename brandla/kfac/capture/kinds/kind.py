@@ -80,18 +80,23 @@ class Kind(ABC):
     @property
     def weight(self) -> Any:
         """The weight as it is now: a sharded one may be another tensor in a forward pass."""
-        return getattr(self.module, self._weight)
+        # What nn.Module.__getattr__ would find first, without that call.
+        own = self.module._parameters.get(self._weight)
+        return getattr(self.module, self._weight) if own is None else own
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
-        bias: nn.Parameter | None = getattr(self.module, self._bias, None) if self._bias else None
+        bias = self.module._parameters.get(self._bias)
+        if bias is None and self._bias:
+            bias = getattr(self.module, self._bias, None)
         return bias if bias is not None and bias.requires_grad else None
 
     @property
     def weight_gradient(self) -> Tensor | None:
         """The weight's gradient, to be written to; where the weight is part of a parameter, a view of that part."""
-        return None if self.weight.grad is None else self.weight_part(self.weight.grad)
+        gradient = self.weight.grad
+        return None if gradient is None else self.weight_part(gradient)
 
     def weight_part(self, weight: Tensor) -> Tensor:
         """Return what is this weight of a tensor of the parameter's shape."""
@@ -119,7 +124,8 @@ class Kind(ABC):
     @property
     def bias_gradient(self) -> Tensor | None:
         """The part of the bias's gradient that belongs to this weight, to be written to."""
-        return None if self.bias is None or self.bias.grad is None else self.bias_part(self.bias.grad)
+        bias = self.bias
+        return None if bias is None or bias.grad is None else self.bias_part(bias.grad)
 
     def bias_part(self, bias: Tensor) -> Tensor:
         """Return what belongs to this weight of a tensor of the bias's shape."""
