@@ -77,7 +77,7 @@ def tried(task, method, point, settings, samples, tables, tick, cube) -> Iterato
         exponent, numbers = 0.0, method.numbers(cube[point])
     trainer = trainer_of(task, method, numbers, samples, settings, settings.search_seed)
     yield {"numbers": numbers, "exponent": exponent} | train(
-        trainer, task, samples[2:], most, task.seconds / 2, settings.search_seed, settings, tick
+        trainer, task, samples[2:], most, task.seconds / 3, settings.search_seed, settings, tick
     )
 
 

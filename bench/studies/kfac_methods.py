@@ -56,7 +56,7 @@ class Task:
     width: int
     batch: int
     steps: int  # of a run, and of a trial of the search, at most
-    seconds: float  # of a run, at most; a trial has half of them
+    seconds: float  # of a run, at most; a trial has a third of them
     target: float  # on the test samples; on those that validate, in the search
     follows: str = ""  # task whose numbers are taken; "" searches them
     rates: bool = False  # of a task that follows: whether rates are tried
