@@ -1,0 +1,153 @@
+"""A call of an op as a plan: what follows from the layout of its arguments alone is found out once.
+
+The first call of a layout is recorded, not started. What later calls start differs from the record in nothing but the
+tensors. So a plan keeps the launches, and which tensors go where: those of the call in their order, and behind them the
+memory that the launcher allocated. A call by plan allocates, and starts.
+
+There is no plan where launches may differ in more than that, and each call goes by the launcher: where torch computes
+or copies something for them, where arguments begin at one address, and where something is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from brandla_kernels._kernels.launch import Launch, Target, begin, record_of, recording, target_of
+
+_MEMORY = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like}
+# What numbers of the host become a tensor by: the table of a list, which a plan writes anew.
+_WRITTEN = torch.ops.aten.lift_fresh
+
+
+def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], args: Any, tensors: list[Tensor]) -> Any:
+    """Call an op by the plan for the target, which is made if there is none yet.
+
+    ``plans`` are those of the layout of the arguments, and ``tensors`` are the tensors among these in their order.
+    """
+    record = record_of()
+    target = record and record[0]
+    if target not in plans:
+        plans[target] = _planned(launch, args, tensors)
+    plan = plans[target]
+    return launch(*args) if plan is None else plan(tensors)
+
+
+class _Watch(TorchDispatchMode):
+    """Note the memory that a launcher allocates, and whether it asks torch for more than that and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[Tensor] = []
+        self.computes = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _MEMORY:
+            self.memory.append(result)
+        elif not func.is_view and func.overloadpacket is not _WRITTEN:
+            self.computes = True
+        return result
+
+
+class _Table(NamedTuple):
+    """The table of a launch over lists: its numbers, and which of them are addresses of which tensors."""
+
+    numbers: list[int]
+    shape: torch.Size
+    addresses: list[tuple[int, int]]
+
+
+def written(table: _Table, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the table of these tensors, on the host."""
+    numbers = list(table.numbers)
+    for index, place in table.addresses:
+        numbers[index] = tensors[place].data_ptr()
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").view(table.shape)
+
+
+@dataclass
+class _Step:
+    """A launch without its tensors, and where they go."""
+
+    launch: Launch
+    tensors: list[tuple[str, int]]
+    table: _Table | None
+    compiled: Any = None  # by Triton
+
+    def given(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return all arguments of the kernel."""
+        given = dict(self.launch.arguments)
+        for name, place in self.tensors:
+            given[name] = tensors[place]
+        if self.table is not None:
+            given["table_ptr"] = written(self.table, tensors)
+        return given
+
+
+class Plan(NamedTuple):
+    """What calls of one layout start."""
+
+    memory: list[tuple[torch.Size, torch.dtype]]
+    steps: list[_Step]
+    results: Any  # their places among the tensors: one, or a tuple or list of them
+
+    def __call__(self, given: list[Tensor]) -> Any:
+        """Start the launches, or record them, and return what they write."""
+        device, record = given[0].device, record_of()
+        tensors = [*given, *[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.memory]]
+        if record is not None:
+            for step in self.steps:
+                kernel, grid, _, config = vars(step.launch).values()
+                record[1].append(Launch(kernel, grid, step.given(tensors), config))
+        else:
+            with torch.cuda.device_of(given[0]):
+                for step in self.steps:
+                    step.compiled = begin(step.launch, step.given(tensors), step.compiled)
+        return _at(self.results, tensors)
+
+
+def _at(places: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(places, int):
+        return tensors[places]
+    return type(places)([_at(place, tensors) for place in places])
+
+
+def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan | None:
+    """Return the plan of calls of this layout, or None."""
+    with recording(target_of(given)) as launches, _Watch() as watch:
+        results = launch(*args)
+    tensors = [*given, *watch.memory]
+    places = {one.data_ptr(): place for place, one in enumerate(tensors)}
+    if watch.computes or 0 in places or len(places) < len(tensors):
+        return None
+
+    def place_of(result: Tensor) -> int:
+        place = places[result.data_ptr()]
+        if result.shape != tensors[place].shape:
+            raise KeyError
+        return place
+
+    try:
+        steps = [_step(each, places) for each in launches]
+        return Plan([(one.shape, one.dtype) for one in watch.memory], steps, tree_map(place_of, results))
+    except KeyError:
+        # Something begins inside an argument, or is a part of what was allocated.
+        return None
+
+
+def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
+    given, table = launch.given, None
+    if (listed := given.get("table_ptr")) is not None:
+        numbers = listed.flatten().tolist()
+        addresses = [(index, places[numbers[index]]) for index in range(0, len(numbers), 5) if numbers[index]]
+        table = _Table(numbers, listed.shape, addresses)
+    own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not listed}
+    constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
+    return _Step(constants, [(name, places[one.data_ptr()]) for name, one in own.items()], table)
