@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial, wraps
-from itertools import chain
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -215,8 +214,11 @@ def _is_differentiated(arguments: Sequence[Any]) -> bool:
     # torch.func has no public question for this.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    tensors = chain.from_iterable(one if isinstance(one, (list, tuple)) else (one,) for one in arguments)
-    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors)
+    return torch.is_grad_enabled() and any(
+        isinstance(part, Tensor) and part.requires_grad
+        for one in arguments
+        for part in (one if isinstance(one, (list, tuple)) else (one,))
+    )
 
 
 def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> None:

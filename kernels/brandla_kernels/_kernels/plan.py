@@ -56,29 +56,15 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-class _Table(NamedTuple):
-    """The table of a launch over lists: its numbers, and which of them are addresses of which tensors."""
-
-    numbers: list[int]
-    shape: torch.Size
-    addresses: list[tuple[int, int]]
-
-
-def written(table: _Table, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the table of these tensors, on the host."""
-    numbers = list(table.numbers)
-    for index, place in table.addresses:
-        numbers[index] = tensors[place].data_ptr()
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").view(table.shape)
-
-
 @dataclass
 class _Step:
     """A launch without its tensors, and where they go."""
 
     launch: Launch
     tensors: list[tuple[str, int]]
-    table: _Table | None
+    table: Tensor | None  # of lists, with addresses of an earlier call
+    places: Tensor | None  # of the addresses in the table
+    listed: list[int]  # the tensors that these are of
     compiled: Any = None  # by Triton
 
     def given(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -87,8 +73,14 @@ class _Step:
         for name, place in self.tensors:
             given[name] = tensors[place]
         if self.table is not None:
-            given["table_ptr"] = written(self.table, tensors)
+            given["table_ptr"] = written(self.table, self.places, [tensors[place] for place in self.listed])
         return given
+
+
+def written(table: Tensor, places: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """Return a table with the addresses of these tensors, on the host."""
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
+    return table.flatten().index_copy(0, places, addresses).view_as(table)
 
 
 class Plan(NamedTuple):
@@ -143,11 +135,11 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
 
 
 def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
-    given, table = launch.given, None
-    if (listed := given.get("table_ptr")) is not None:
-        numbers = listed.flatten().tolist()
-        addresses = [(index, places[numbers[index]]) for index in range(0, len(numbers), 5) if numbers[index]]
-        table = _Table(numbers, listed.shape, addresses)
-    own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not listed}
+    given, addressed, listed = launch.given, None, list[int]()
+    if (table := given.get("table_ptr")) is not None:
+        addressed = table[..., 0].flatten().nonzero().flatten() * table.shape[-1]
+        listed = [places[address] for address in table.flatten()[addressed].tolist()]
+    own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
     constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
-    return _Step(constants, [(name, places[one.data_ptr()]) for name, one in own.items()], table)
+    tensors = [(name, places[one.data_ptr()]) for name, one in own.items()]
+    return _Step(constants, tensors, table, addressed, listed)
