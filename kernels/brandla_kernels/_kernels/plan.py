@@ -108,7 +108,7 @@ class Plan(NamedTuple):
 def _at(places: Any, tensors: list[Tensor]) -> Any:
     if isinstance(places, int):
         return tensors[places]
-    return type(places)([_at(place, tensors) for place in places])
+    return type(places)([tensors[place] if isinstance(place, int) else _at(place, tensors) for place in places])
 
 
 def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan | None:
