@@ -114,7 +114,8 @@ class Compiled(triton.compiler.CompiledKernel):  # type: ignore[misc]
 
 
 def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up, again = [], []
+    looked_up: list[Any] = []
+    again: list[Any] = []
 
     class Kernel:
         fn = inner_product.sum_parts_kernel.fn

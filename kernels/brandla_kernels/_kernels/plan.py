@@ -96,8 +96,8 @@ class Plan(NamedTuple):
         tensors = [*given, *[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.memory]]
         if record is not None:
             for step in self.steps:
-                kernel, grid, _, config = vars(step.launch).values()
-                record[1].append(Launch(kernel, grid, step.given(tensors), config))
+                own = step.launch
+                record[1].append(Launch(own.kernel, own.grid, step.given(tensors), own.config))
         else:
             with torch.cuda.device_of(given[0]):
                 for step in self.steps:
