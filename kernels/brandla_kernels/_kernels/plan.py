@@ -43,7 +43,7 @@ class _Watch(TorchDispatchMode):
     """Note the memory that a launcher allocates, and whether it asks torch for more than that and views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory: list[Tensor] = []
         self.computes = False
 
