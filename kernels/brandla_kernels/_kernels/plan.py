@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map
 from brandla_kernels._kernels.launch import Launch, Target, begin, record_of, recording, target_of
 
 _MEMORY = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like}
-# What numbers of the host become a tensor by: the table of a list, which a plan writes anew.
-_WRITTEN = {torch.ops.aten.lift_fresh, torch.ops.aten.detach_}
+# What numbers of the host become a tensor by, as in the table of a list, which a plan writes anew; and a question.
+_FREE = {torch.ops.aten.lift_fresh, torch.ops.aten.detach_, torch.ops.aten.promote_types}
 
 
 def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], args: Any, tensors: list[Tensor]) -> Any:
@@ -51,7 +51,7 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _MEMORY:
             self.memory.append(result)
-        elif not func.is_view and func.overloadpacket not in _WRITTEN:
+        elif not func.is_view and func.overloadpacket not in _FREE:
             self.computes = True
         return result
 
