@@ -78,7 +78,7 @@ def test_the_lines_of_other_profilers_run_the_same_calls_bare(op: str):
     pytest.importorskip("triton")
     request = Request(op, n=96, r=8, k=8, m=24, dtype="float32", cores=2)
     ncu, nsys = deeper(request, Stub())
-    assert ("regex:cross_gram_kernel|sum_cross_gram_kernel" in ncu) == (op == "cross_gram")
+    assert ("regex:cross_gram_kernel|sum_parts_kernel" in ncu) == (op == "cross_gram")
     for line in (ncu, nsys):
         words = shlex.split(line)
         own = words[words.index("bench.profiling") + 1 :]

@@ -6,6 +6,7 @@ Nothing is changed: the best that was seen stands beside the shipped one, for a 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
@@ -90,7 +91,8 @@ def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: l
     call = lambda *arguments: found.device.launch(OPS[case.op].launch, *arguments)
     with choosing({choice: config}):
         try:
-            cases.check(case, found.device)
+            # Not by the op, whose plan has the tiles of its first call.
+            cases.check(case, found.device, call)
             return median(replayed(found.device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.

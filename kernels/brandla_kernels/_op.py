@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial, wraps
-from itertools import chain
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -132,15 +131,28 @@ class Op(Generic[Parameters, Result]):
 
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
-        check_once = check if self.signature.writes else _once(check)
+        # Of layouts that passed the check: the plans of their launches.
+        passed: dict[Any, dict[Any, Any]] = {}
 
         def run_on_gpu(*args: Any) -> Any:
             return run("torch" if nearest(architecture(device_of(args[0]).index)) is None else "triton", *args)
 
         def run(default: Backend | None, *args: Any) -> Any:
-            (check_once if default else check)(args)
             chosen = default and (_forced.get() or default)
-            return (self.launch if chosen == "triton" and self.launch is not None else torch_form)(*args)
+            launch = self.launch if chosen == "triton" else None
+            if chosen is None or self.signature.writes:
+                check(args)
+                return (launch or torch_form)(*args)
+            tensors, layout = _laid_out(args)
+            plans = passed.get(layout)
+            if plans is None:
+                check(args)
+                if len(passed) == _MOST_LAYOUTS:
+                    passed.clear()
+                plans = passed[layout] = {}
+            if launch is None:
+                return torch_form(*args)
+            return _imported("brandla_kernels._kernels.plan").call(plans, launch, args, tensors)
 
         _library.define(schema)
         _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
@@ -185,20 +197,24 @@ def _launch(module: str, function: str, *args: Any) -> Any:
     return getattr(_imported(f"brandla_kernels._kernels.{module}"), function)(*args)
 
 
-def _once(check: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
-    """Return a check that asks nothing again of shapes, dtypes and devices that have passed it."""
-    passed: set[tuple[Any, ...]] = set()
-
-    def check_once(arguments: Sequence[Any]) -> None:
-        lists = [one if isinstance(one, list) else [one] for one in arguments if isinstance(one, (Tensor, list))]
-        layout = tuple([tuple([(one.shape, one.dtype, one.device) for one in each]) for each in lists])
-        if layout not in passed:
-            check(arguments)
-            if len(passed) == _MOST_LAYOUTS:
-                passed.clear()
-            passed.add(layout)
-
-    return check_once
+def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the tensors of a call, and its layout: all that a launch depends on but where they begin, and entries."""
+    tensors: list[Tensor] = []
+    layout: list[Any] = []
+    for one in arguments:
+        if isinstance(one, Tensor):
+            tensors.append(one)
+        elif isinstance(one, list):
+            layout.append(len(one))
+            tensors += one
+        else:
+            layout.append(one)
+    addresses = set()
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        addresses.add(address)
+        layout.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % 16))
+    return tensors, (*layout, len(addresses))
 
 
 def _is_differentiated(arguments: Sequence[Any]) -> bool:
@@ -206,8 +222,11 @@ def _is_differentiated(arguments: Sequence[Any]) -> bool:
     # torch.func has no public question for this.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    tensors = chain.from_iterable(one if isinstance(one, (list, tuple)) else (one,) for one in arguments)
-    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors)
+    return torch.is_grad_enabled() and any(
+        isinstance(part, Tensor) and part.requires_grad
+        for one in arguments
+        for part in (one if isinstance(one, (list, tuple)) else (one,))
+    )
 
 
 def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> None:
@@ -310,9 +329,9 @@ def _why_no_triton() -> str | None:
         return reason
     if torch.cuda.is_available():
         return None
-    from brandla_kernels._kernels.launch import interpreted, recorded
+    from brandla_kernels._kernels.launch import interpreted, record_of
 
-    if interpreted() or recorded():
+    if interpreted() or record_of():
         return None
     return "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
 

@@ -146,16 +146,17 @@ class Kernel:
     launch_metadata = None
     count = staticmethod(sum_parts_kernel.count)
 
-    def __init__(self) -> None:
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
         self.log: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda **arguments: self.log.append(("launch", grid))
+        return lambda *arguments, **options: self.log.append(("launch", grid))
 
 
 def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
     """Triton takes the current device."""
-    kernel = Kernel()
+    kernel = Kernel(lambda absent_ptr, panel_ptr, n: None)
 
     @contextmanager
     def device_of(tensor: Tensor) -> Iterator[None]:
@@ -172,7 +173,7 @@ def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.Monke
 def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
     """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
     (_, launch) = recorded("project", cases.operands(Case("project", SIZES[0], FLOAT32, FLOAT32), Stub()))
-    kernel = Kernel()
+    kernel = Kernel(launch.kernel.fn)
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     assert kernel.launch_metadata is None
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])

@@ -166,7 +166,7 @@ def specialization(target: str, launch: Launch) -> tuple[Any, Any, Any]:
     """Return what Triton compiles a launch for: types of the arguments, constants, and what is known of pointers."""
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialized, options = bind(**launch.arguments, **launch.config.blocks, **launch.config.options)
+    bound, specialized, options = bind(**launch.given, **launch.config.options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialized, options)
     return signature, constants, attributes
 

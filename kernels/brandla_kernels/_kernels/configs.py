@@ -6,8 +6,6 @@ first step. Sizes enter through buckets, so that a kernel is compiled for few of
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from brandla_kernels._kernels.launch import Config, Target
@@ -21,10 +19,6 @@ _OF_REGISTERS = ("sm_80", *WEAK_FLOAT64)
 _UNROLLED = ("sm_100", *WEAK_FLOAT64)
 # Most rows whose products are summed in float32 where the sum is then one in float64.
 STRETCH = 4096
-
-
-# A layer asks for the same tiles at each of its calls.
-_remembered = lru_cache(maxsize=1024)
 
 
 def tiles(size: int, block: int) -> int:
@@ -43,7 +37,6 @@ def bucket(size: int, smallest: int, largest: int) -> int:
     return min(max(_power_of_two(size), smallest), largest)
 
 
-@_remembered
 def splits(target: Target, steps: int, programs: int) -> int:
     """Into how many stretches to split ``steps`` blocks of rows beside ``programs`` programs, a power of two."""
     if target.backend == "interpreter":
@@ -63,7 +56,6 @@ def _registers(target: Target, *spilling: str) -> int | None:
     return 255 if target.arch in (*_UNROLLED, *spilling) else None
 
 
-@_remembered
 def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool, scales: int) -> Config:
     """Tiles of `tall_product_kernel`."""
     unrolled = dtype == torch.float64 and target.arch in _UNROLLED
@@ -82,7 +74,6 @@ def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 
 
-@_remembered
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
@@ -100,7 +91,6 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
-@_remembered
 def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool, of_one: bool) -> Config:
     """Tiles of `damped_project_kernel`; those of one W are multiplied once more, in the program that has them."""
     most = max(r, k)
@@ -116,14 +106,12 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
-@_remembered
 def damped_middle(target: Target, r: int, k: int) -> Config:
     """Tiles of `damped_middle_kernel`."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
     return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))
 
 
-@_remembered
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
     # On these the second look at a tile spills beside the widest.
@@ -134,11 +122,10 @@ def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool
 
 
 def sum_parts() -> Config:
-    """Tiles of `sum_parts_kernel` and `sum_cross_gram_kernel`."""
+    """Tiles of `sum_parts_kernel`."""
     return Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 1)
 
 
-@_remembered
 def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool) -> Config:
     """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
     stages = 2 if target.backend == "hip" else 3
@@ -160,7 +147,6 @@ def symmetric_update(target: Target, block_n: int) -> Config:
     return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, registers)
 
 
-@_remembered
 def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Config:
     """Tiles of `sketch_kernel`; ``dtype`` is that of the data."""
     stages = 2 if target.backend == "hip" else 3
@@ -179,7 +165,6 @@ def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Con
     return Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_W": block_w}, 8 if block_w > 64 else 4, stages)
 
 
-@_remembered
 def small_spd(target: Target, k: int) -> Config:
     """Tiles of `small_spd_kernel`: as few warps as the products need, since the column loop waits for all of them.
 
@@ -190,7 +175,6 @@ def small_spd(target: Target, k: int) -> Config:
     return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1, registers)
 
 
-@_remembered
 def root_core(target: Target, m: int) -> Config:
     """Tiles of `root_core_kernel`: the column loop waits for all warps, and larger tiles spill on sm_80 or sm_90."""
     warps = 4 if m <= 64 else 8

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.inner_product import stacked_like, sum_over_rows
+from brandla_kernels._kernels.inner_product import stacked_like, sum_over_rows, sum_parts
 from brandla_kernels._kernels.launch import counted, products_in, start, target_of
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
@@ -99,30 +99,6 @@ def cross_gram_kernel(
         _write_part((part + r * k, k, 1, k, k), data, index_l, data, index_k, first, last, COMPUTE, PRECISION, BLOCK_N)
 
 
-@counted("r k SPLITS")
-@triton.jit
-def sum_cross_gram_kernel(
-    parts_ptr, cross_ptr, gram_ptr, r, k,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Grid: problems × tiles of C on top of G. What lies below the diagonal of G is taken from its mirror image."""
-    problem, _, tile_r, tile_k = place_of(tl.cdiv(r + k, BLOCK_R), tl.cdiv(k, BLOCK_K), 1)
-    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    inside = (row < r + k) & (column < k)
-    below = row - r > column
-    from_row = tl.where(below, column + r, row)
-    from_column = tl.where(below, row - r, column)
-    source = parts_ptr + problem * SPLITS * (r + k) * k + from_row.to(tl.int64) * k + from_column
-    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float64)
-    for _ in range(SPLITS):
-        total += tl.load(source, mask=inside, other=0.0)
-        source += (r + k) * k
-    place = row.to(tl.int64) * k + column
-    tl.store(cross_ptr + problem * r * k + place, total, mask=inside & (row < r))
-    tl.store(gram_ptr + (problem * k - r) * k + place, total, mask=inside & (row >= r))
-
-
 def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     """Return FᵀA and AᵀA in float64, stacked, with zeros where a problem of a list is smaller."""
     r, k, n, dtype = columns(root), columns(data), rows(root), dtype_of(root)
@@ -136,8 +112,5 @@ def cross_gram(root: Matrices, data: Matrices) -> tuple[Tensor, Tensor]:
     arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(cross_gram_kernel, (operands.problems * splits * (tiles_r + tiles_k) * tiles_k,), arguments, config)
     cross, gram = (stacked_like(root, data, shape, torch.float64) for shape in ((r, k), (k, k)))
-    adding = configs.sum_parts()
-    tiles = configs.tiles(r + k, adding.blocks["BLOCK_R"]) * configs.tiles(k, adding.blocks["BLOCK_K"])
-    summed = {"parts_ptr": parts, "cross_ptr": cross, "gram_ptr": gram, "r": r, "k": k, "SPLITS": splits}
-    start(sum_cross_gram_kernel, (operands.problems * tiles,), summed, adding)
+    sum_parts(parts, cross, gram)
     return cross, gram

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Config, counted, products_in, start, target_of
+from brandla_kernels._kernels.launch import counted, products_in, start, target_of
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.project import cost
@@ -67,25 +67,32 @@ def inner_product_kernel(
 @counted("rows columns SPLITS")
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, out_ptr, rows, columns,
-    SYMMETRIC: tl.constexpr, SPLITS: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    parts_ptr, above_ptr, below_ptr, first, rows, columns,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of C. C = Σ parts, which are all contiguous; a C in float64 is summed in it."""
+    """Grid: problems × tiles of a part. All is contiguous, and summed in the dtype of what is stored.
+
+    Rows from ``first`` on are a symmetric matrix, below another one or alone. What lies below its diagonal is taken
+    from the mirror image.
+    """
     problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
-    row, column = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    # What lies in a tile below the diagonal was not summed: its mirror image was.
-    below = (row // TILE_R)[:, None] > (column // TILE_K)[None, :]
-    from_row = tl.where(below & SYMMETRIC, column[None, :], row[:, None])
-    from_column = tl.where(below & SYMMETRIC, row[:, None], column[None, :])
-    source = parts_ptr + problem * SPLITS * rows * columns + from_row * columns + from_column
-    total_dtype = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else parts_ptr.dtype.element_ty
+    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (row < rows) & (column < columns)
+    mirrored = row - first > column
+    from_row = tl.where(mirrored, column + first, row)
+    from_column = tl.where(mirrored, row - first, column)
+    source = parts_ptr + problem * SPLITS * rows * columns + from_row.to(tl.int64) * columns + from_column
+    total_dtype = below_ptr.dtype.element_ty if above_ptr is None else above_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_R, BLOCK_K), total_dtype)
-    for split in range(SPLITS):
-        total += tl.load(source + split * rows * columns, mask=inside, other=0.0).to(total.dtype)
-    out = (out_ptr + problem * rows * columns, columns, 1, rows, columns)
-    store_tile(out, row, column, total)
+    for _ in range(SPLITS):
+        total += tl.load(source, mask=inside, other=0.0).to(total_dtype)
+        source += rows * columns
+    place = row.to(tl.int64) * columns + column
+    if above_ptr is not None:
+        tl.store(above_ptr + problem * first * columns + place, total, mask=inside & (row < first))
+    if below_ptr is not None:
+        tl.store(below_ptr + (problem * columns - first) * columns + place, total, mask=inside & (row >= first))
 
 
 def project(x: Matrices, y: Matrices) -> Tensor:
@@ -119,7 +126,7 @@ def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torc
     arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
     start(inner_product_kernel, (splits * busy,), arguments, config)
     out = stacked_like(x, y, (r, k), out_dtype)
-    sum_parts(parts, out, config if symmetric else None)
+    sum_parts(parts, **{"below" if symmetric else "above": out})
     return out
 
 
@@ -129,18 +136,16 @@ def stacked_like(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.
     return torch.empty(*batch, *shape, dtype=dtype, device=device_of(x))
 
 
-def sum_parts(parts: Tensor, out: Tensor, triangle: Config | None = None) -> None:
-    """Add up parts (problems, splits, r, k) of C in order, and write them to ``out``, contiguous.
+def sum_parts(parts: Tensor, above: Tensor | None = None, below: Tensor | None = None) -> None:
+    """Add up parts (problems, splits, rows, columns) in order, and write their rows to one or two matrices, contiguous.
 
-    Only tiles of ``triangle`` on and above the diagonal are read, if it is given.
+    The one ``below`` is symmetric. Its parts are read on and above the diagonal only.
     """
     count, splits, r, k = parts.shape
     config = configs.sum_parts()
     tiles = configs.tiles(r, config.blocks["BLOCK_R"]) * configs.tiles(k, config.blocks["BLOCK_K"])
     arguments = {
-        "parts_ptr": parts, "out_ptr": out, "rows": r, "columns": k,
-        "SYMMETRIC": triangle is not None, "SPLITS": splits,
-        "TILE_R": triangle.blocks["BLOCK_R"] if triangle else 1,
-        "TILE_K": triangle.blocks["BLOCK_K"] if triangle else 1,
+        "parts_ptr": parts, "above_ptr": above, "below_ptr": below,
+        "first": 0 if above is None else above.shape[-2], "rows": r, "columns": k, "SPLITS": splits,
     }  # fmt: skip
     start(sum_parts_kernel, (count * tiles,), arguments, config)

@@ -6,6 +6,7 @@ told: the kernel's name with its sizes, flops by the width of the numbers, and b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from brandla_kernels._kernels.matrices import bytes_of, shapes
+from brandla_kernels._kernels.matrices import bytes_of, shapes, uploaded
 from brandla_kernels._signature import Matrices
 from brandla_kernels._targets import WEAK_FLOAT64, architecture, nearest
 from brandla_kernels.tall import device_of
@@ -82,6 +83,11 @@ class Launch:
         return str(self.kernel.__name__)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """All arguments of the kernel in its order, tiles and defaults among them."""
+        return {**_defaults(self.kernel.fn), **self.arguments, **self.config.blocks}
+
+    @property
     def work(self) -> Work:
         """What the kernel says of itself."""
         counted: Work = self.kernel.count(self.arguments)
@@ -95,18 +101,37 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
     """Start ``kernel`` on ``grid``; an empty grid starts nothing."""
     if 0 in grid:
         return
-    record = _record.get()
-    if record is not None:
-        record[1].append(Launch(kernel, grid, arguments, config))
+    launch = Launch(kernel, grid, arguments, config)
+    if (record := _record.get()) is not None:
+        record[1].append(launch)
         return
+    # Triton launches on the current device, whatever device its tensors are on.
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+        begin(launch, launch.given)
+
+
+@cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def begin(launch: Launch, given: dict[str, Any], compiled: Any = None) -> Any:
+    """Start a kernel with all its arguments, and return what Triton compiled, so that it need not be looked up again.
+
+    ``compiled`` is what came of arguments that Triton does not tell from these.
+    """
+    if (table := given.get("table_ptr")) is not None:
+        given["table_ptr"] = uploaded(table, next(iter(given.values())).device)
+    kernel, grid, hook = launch.kernel, launch.grid, triton.knobs.runtime.launch_enter_hook
     # A chain of hooks, which is never None and has no truth value of its own.
-    hook = triton.knobs.runtime.launch_enter_hook
     if hook is not None and getattr(hook, "calls", True):
         # Not by triton.jit: a kernel that has this pays for a dictionary of its arguments at every launch.
         kernel.launch_metadata = partial(metadata, kernel.count)
-    # Triton launches on the current device, whatever device its tensors are on.
-    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-        kernel[grid](**arguments, **config.blocks, **config.options)
+    elif compiled is not None:
+        compiled[(*grid, 1, 1)](*given.values())
+        return compiled
+    found = kernel[grid](*given.values(), **launch.config.options)
+    return found if isinstance(found, triton.compiler.CompiledKernel) else None
 
 
 def counted(
@@ -178,9 +203,9 @@ def _target(device: torch.device) -> Target:
     return Target("hip" if torch.version.hip else "cuda", nearest(arch) or arch)
 
 
-def recorded() -> bool:
-    """Say whether launches are recorded and not started."""
-    return _record.get() is not None
+def record_of() -> tuple[Target, list[Launch]] | None:
+    """Return the target and the list of what is recorded, or None where launches are started."""
+    return _record.get()
 
 
 def interpreted() -> bool:

@@ -10,9 +10,8 @@ launch arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache
-from itertools import chain, product
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -51,38 +50,22 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     Without a list the tensors (..., a, b) are problems of one batch shape; one that is the same for all may have no
     batch dimensions. Where the strides of a batch are irregular, it is addressed as a list: nothing is copied.
     """
-    lists: dict[str, list[Entry]] = {}
-    strides: dict[str, tuple[int, ...] | None] = {}
-    counts: dict[str, int] = {}
-    for name, matrix in matrices.items():
-        if isinstance(matrix, list):
-            lists[name], counts[name] = _entries(matrix), len(matrix)
-        elif matrix is not None:
-            strides[name], counts[name] = _strides(matrix), math.prod(matrix.shape[:-2])
-    if not lists and None in strides.values():
+    given = {name: matrix for name, matrix in matrices.items() if matrix is not None}
+    strides = {name: _strides(matrix) for name, matrix in given.items() if isinstance(matrix, Tensor)}
+    listed = len(strides) < len(given)
+    if not listed and None in strides.values():
         return arrange(_as_lists(matrices))
-    count, in_rows = max(counts.values(), default=1), True
-    arguments: dict[str, Any] = {"table_ptr": None}
-    if lists:
-        device = next(matrix[0].device for matrix in matrices.values() if isinstance(matrix, list))
-        arguments["table_ptr"] = _table([lists.get(name) for name in matrices], device)
+    counts = {name: len(one) if isinstance(one, list) else math.prod(one.shape[:-2]) for name, one in given.items()}
+    count = max(counts.values(), default=1)
+    arguments: dict[str, Any] = {"table_ptr": _table(matrices.values(), count) if listed else None}
     for name, matrix in matrices.items():
-        pointer, strided, layout = _names(name)
-        arguments[pointer], arguments[strided], arguments[layout] = matrix, (0, 0, 0), "batch"
-        if isinstance(matrix, list):
-            arguments[pointer], arguments[layout] = matrix[0], _layout(lists[name])
-            in_rows &= arguments[layout] == "list_rows"
-        elif matrix is not None:
-            apart, *inner = strides[name] or (0, 0, 0)
-            arguments[strided] = (apart if counts[name] == count else 0, *inner)
-            in_rows &= _layout([(matrix.data_ptr(), *inner, *matrix.shape[-2:])]) == "list_rows"
-    return Operands(count, arguments, in_rows)
-
-
-@cache
-def _names(matrix: str) -> tuple[str, str, str]:
-    """Return the names of a kernel's arguments for a matrix."""
-    return f"{matrix}_ptr", f"{matrix}_strides", f"{matrix.upper()}_LAYOUT"
+        apart, *inner = strides.get(name) or (0, 0, 0)
+        arguments |= {
+            f"{name}_ptr": matrix[0] if isinstance(matrix, list) else matrix,
+            f"{name}_strides": (apart if counts.get(name) == count else 0, *inner),
+            f"{name.upper()}_LAYOUT": _layout(_entries(matrix)) if isinstance(matrix, list) else "batch",
+        }
+    return Operands(count, arguments, all(_layout(_entries(one)) == "list_rows" for one in given.values()))
 
 
 def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
@@ -124,11 +107,8 @@ def _pointer_names(arguments: Mapping[str, Any]) -> list[str]:
 
 def aligned(matrices: Matrices) -> bool:
     """Whether all the matrices lie in aligned rows, or all in aligned columns: a thread can load 16 bytes at once."""
-    if isinstance(matrices, list):
-        return _layout(_entries(matrices)) != "list"
-    *apart, row, column = matrices.stride()
-    entry = (matrices.data_ptr(), row, column, *matrices.shape[-2:])
-    return math.gcd(_ALIGNED, *apart) == _ALIGNED and _layout([entry]) != "list"
+    apart = () if isinstance(matrices, list) else matrices.stride()[:-2]
+    return math.gcd(_ALIGNED, *apart) == _ALIGNED and _layout(_entries(matrices)) != "list"
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:
@@ -153,17 +133,20 @@ def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | N
     return {name: lists[name] * (count // len(lists[name])) if name in lists else None for name in matrices}
 
 
-def _entries(matrices: list[Tensor]) -> list[Entry]:
-    """Return what a table says of the matrices of a list."""
-    return [(one.data_ptr(), *one.stride(), *one.shape) for one in matrices]
+def _entries(matrices: Matrices) -> list[Entry]:
+    """Return what a table says of the matrices of a list, or of the first of a batch."""
+    each = [matrices] if isinstance(matrices, Tensor) else matrices
+    return [(one.data_ptr(), *one.stride()[-2:], *one.shape[-2:]) for one in each]
 
 
-def _table(columns: list[list[Entry] | None], device: torch.device) -> Tensor:
-    """Return the table on the device; what is no list has a blank entry."""
-    count = max(len(column) for column in columns if column)
-    problems = zip(*(column or [(0,) * 5] * count for column in columns), strict=True)
-    numbers = list(chain.from_iterable(chain.from_iterable(problems)))
-    table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(count, len(columns), 5)
+def _table(matrices: Iterable[Matrices | None], count: int) -> Tensor:
+    """Return the table of ``count`` problems, on the host; what is no list has a blank entry."""
+    columns = [_entries(one) if isinstance(one, list) else [(0,) * 5] * count for one in matrices]
+    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64, device="cpu")
+
+
+def uploaded(table: Tensor, device: torch.device) -> Tensor:
+    """Return a table on the device."""
     if device.type == "cpu":
         return table
     pinned = table.pin_memory()

@@ -67,7 +67,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(allocate: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+            # Unseen by dispatch modes: a launcher that fills what it allocates has no plan.
+            with torch._C._DisableTorchDispatch():
+                return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
         return call
 

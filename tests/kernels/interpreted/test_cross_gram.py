@@ -66,7 +66,7 @@ def test_a_call_is_two_launches_of_stretches_short_enough(rows: int, listed: boo
     assert launch is not None
     with recording(target_named("sm_90")) as launches:
         launch(*arguments)
-    assert [one.name for one in launches] == ["cross_gram_kernel", "sum_cross_gram_kernel"]
+    assert [one.name for one in launches] == ["cross_gram_kernel", "sum_parts_kernel"]
     assert rows / launches[0].arguments["SPLITS"] <= configs.STRETCH
 
 
@@ -77,4 +77,4 @@ def test_rounded_gram_adds_up_short_stretches_in_float64() -> None:
         launch(torch.empty(10**6, 64))
     product, addition = launches
     assert 10**6 / product.arguments["SPLITS"] <= configs.STRETCH
-    assert addition.arguments["out_ptr"].dtype == torch.float64
+    assert addition.arguments["below_ptr"].dtype == torch.float64

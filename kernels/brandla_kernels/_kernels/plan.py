@@ -1,0 +1,146 @@
+"""A call of an op as a plan: what follows from the layout of its arguments alone is found out once.
+
+The first call of a layout is recorded, not started. What later calls start differs from the record in nothing but the
+tensors. So a plan keeps the launches, and which tensors go where: those of the call in their order, and behind them the
+memory that the launcher allocated. A call by plan allocates, and starts.
+
+There is no plan where launches may differ in more than that, and each call goes by the launcher: where torch computes
+or copies something for them, where arguments begin at one address, and where something is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from brandla_kernels._kernels.launch import Launch, Target, begin, record_of, recording, target_of
+
+# Contiguous, as a plan allocates it anew.
+_MEMORY = {torch.ops.aten.empty, torch.ops.aten.new_empty}
+# What numbers of the host become a tensor by, as in the table of a list, which a plan writes anew; and a question.
+_FREE = {torch.ops.aten.lift_fresh, torch.ops.aten.detach_, torch.ops.aten.promote_types}
+
+
+def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], args: Any, tensors: list[Tensor]) -> Any:
+    """Call an op by the plan for the target, which is made if there is none yet.
+
+    ``plans`` are those of the layout of the arguments, and ``tensors`` are the tensors among these in their order.
+    """
+    record = record_of()
+    target = record and record[0]
+    if target not in plans:
+        plans[target] = _planned(launch, args, tensors)
+    plan = plans[target]
+    return launch(*args) if plan is None else plan(tensors)
+
+
+class _Watch(TorchDispatchMode):
+    """Note the memory that a launcher allocates, and whether it asks torch for more than that and views."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory: list[Tensor] = []
+        self.computes = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _MEMORY:
+            self.memory.append(result)
+        elif not func.is_view and func.overloadpacket not in _FREE:
+            self.computes = True
+        return result
+
+
+@dataclass
+class _Step:
+    """A launch without its tensors, and where they go."""
+
+    launch: Launch
+    tensors: list[tuple[str, int]]
+    table: Tensor | None  # of lists, with addresses of an earlier call
+    places: Tensor | None  # of the addresses in the table
+    listed: list[int]  # the tensors that these are of
+    compiled: Any = None  # by Triton
+
+    def given(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return all arguments of the kernel."""
+        given = dict(self.launch.arguments)
+        for name, place in self.tensors:
+            given[name] = tensors[place]
+        if self.table is not None:
+            given["table_ptr"] = written(self.table, self.places, [tensors[place] for place in self.listed])
+        return given
+
+
+def written(table: Tensor, places: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """Return a table with the addresses of these tensors, on the host."""
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
+    return table.flatten().index_copy(0, places, addresses).view_as(table)
+
+
+class Plan(NamedTuple):
+    """What calls of one layout start."""
+
+    memory: list[tuple[torch.Size, torch.dtype]]
+    steps: list[_Step]
+    results: Any  # their places among the tensors: one, or a tuple or list of them
+
+    def __call__(self, given: list[Tensor]) -> Any:
+        """Start the launches, or record them, and return what they write."""
+        device, record = given[0].device, record_of()
+        tensors = [*given, *[torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.memory]]
+        if record is not None:
+            for step in self.steps:
+                own = step.launch
+                record[1].append(Launch(own.kernel, own.grid, step.given(tensors), own.config))
+        else:
+            with torch.cuda.device_of(given[0]):
+                for step in self.steps:
+                    step.compiled = begin(step.launch, step.given(tensors), step.compiled)
+        return _at(self.results, tensors)
+
+
+def _at(places: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(places, int):
+        return tensors[places]
+    return type(places)([tensors[place] if isinstance(place, int) else _at(place, tensors) for place in places])
+
+
+def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan | None:
+    """Return the plan of calls of this layout, or None."""
+    with recording(target_of(given)) as launches, _Watch() as watch:
+        results = launch(*args)
+    tensors = [*given, *watch.memory]
+    places = {one.data_ptr(): place for place, one in enumerate(tensors)}
+    if watch.computes or 0 in places or len(places) < len(tensors):
+        return None
+
+    def place_of(result: Tensor) -> int:
+        place = places[result.data_ptr()]
+        if result.shape != tensors[place].shape:
+            raise KeyError
+        return place
+
+    try:
+        steps = [_step(each, places) for each in launches]
+        return Plan([(one.shape, one.dtype) for one in watch.memory], steps, tree_map(place_of, results))
+    except KeyError:
+        # Something begins inside an argument, or is a part of what was allocated.
+        return None
+
+
+def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
+    given, addressed, listed = launch.given, None, list[int]()
+    if (table := given.get("table_ptr")) is not None:
+        addressed = table[..., 0].flatten().nonzero().flatten() * table.shape[-1]
+        listed = [places[address] for address in table.flatten()[addressed].tolist()]
+    own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
+    constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
+    tensors = [(name, places[one.data_ptr()]) for name, one in own.items()]
+    return _Step(constants, tensors, table, addressed, listed)
