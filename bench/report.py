@@ -72,13 +72,13 @@ SECTIONS: dict[str, Callable[[Row, str], Iterator[str]]] = {
 # By page.
 QUESTIONS = {
     "updates": asked("What does an update cost?", scaling, "scaling", "updates", "functions"),
-    "randomized": of_functions("How quick is a randomized decomposition?", "randomized", "updates"),
+    "randomized": of_functions("How fast is a randomized decomposition?", "randomized", "updates"),
     "applications": of_functions("What does a damped application cost?", ("damped", "kron_damped"), "scaling"),
     "kfac": asked("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo", *SECTIONS),
-    "ops": asked("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
-    "gpu": asked("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
-    "streams": asked("How right do the updates stay?", streams, "streams", "forms"),
-    "accuracy": asked("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
+    "ops": asked("How close do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
+    "gpu": asked("How close do the kernels come to a GPU's ceilings?", roofline, "gpu"),
+    "streams": asked("How accurate are the updates?", streams, "streams", "forms"),
+    "accuracy": asked("How close are low-rank factors to exact ones in training?", accuracy, "accuracy"),
 }
 PAGES_OF_THEIR_OWN = {"kfac-study": kfac_page.page}
 # Pictures, with their study: those of studies, and of questions.
@@ -147,18 +147,17 @@ def machine_of(content: Row) -> str:
 
 
 def demo(machines: Machines) -> Iterator[str]:
-    """Yield the figures of README: B-KFAC beside what people use."""
+    """Yield the table of ``docs/start/first-kfac.md``: B-KFAC beside what people use."""
     for content in (content for content in contents("demo", machines) if content.get("runs")):
         trained = summary.training(content).set_index("method")
         trained = trained.loc[trained.index.intersection(["AdamW", "K-FAC", "B-KFAC"])].reset_index()
         settings, target = content["settings"], f"{100 * content['settings']['target']:g} %"
         names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
         yield (
-            f"`make demo` on digits, a network of width {settings['width']}, where a step is dear beside the network's"
-            f" own ({machine_of(content)}; `demo.json`):\n"
+            f"`make demo` on digits, a network of width {settings['width']}, where a step of K-FAC is"
+            f" expensive beside the network's own ({machine_of(content)}; `demo.json`):\n"
         )
         yield markdown(trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names))
-        yield "[All figures](docs/measurements/kfac.md), and [real images](docs/kfac-study.md)."
 
 
 def among_optimizers(machines: Machines) -> Iterator[str]:

@@ -300,9 +300,9 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
     text = kfac_page.page({"here": content})
     assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
-    assert "B-KFAC, the quickest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
+    assert "B-KFAC, the fastest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
     assert "Failed: SINGD, seed 0: step 2: so it was" in text
     assert "| K-FAC | 2.50 |" in text
     assert "left out: asdfghjkl." in text
-    assert "width 8 on Fashion-MNIST, to 75 %: AdamW 3 steps, 0.75 s, SOAP –" in kfac_page.readme(content, "here")
+    assert "Width 8, to 75 %: AdamW 3 steps, 0.75 s; K-FAC –" in kfac_page.readme(content, "here")
     assert kfac_page.raw({"here": content}).splitlines()[1].startswith("here,toy,AdamW,0,")

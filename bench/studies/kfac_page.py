@@ -192,8 +192,8 @@ other's times the ratio of the widths to the power 0, ½ and 1; the best power i
 which no measured run has, well before the time is over. So they are early ones, which favours methods that start fast.
 
 **Runs.** {seeds} seeds of networks and batches, the same for all methods, which take turns. A run ends at the target,
-or after the steps and the seconds above: a method with dear steps may not arrive in time. Only the steps are timed, the
-first one included; the target is looked for at steps about a sixth apart. Figures are means over the runs that
+or after the steps and the seconds above: a method with expensive steps may not arrive in time. Only the steps are timed,
+the first one included; the target is looked for at steps about a sixth apart. Figures are means over the runs that
 arrived, with the least and the largest. Kept is what the factors take, with what the optimizer keeps.
 
 **Cost of a step.** An MLP 784-w-w-10, batches of w / 8, medians of a few steps; of methods that renew something now and
@@ -223,7 +223,7 @@ def answer(content: Row) -> str:
         return f"{first} No K-FAC can be compared with {BASE}: they never both arrived."
     row = ours.iloc[0]
     return (
-        f"{first} {ours.index[0]}, the quickest K-FAC, takes {row['step']:.2f} times the steps of {BASE} and"
+        f"{first} {ours.index[0]}, the fastest K-FAC, takes {row['step']:.2f} times the steps of {BASE} and"
         f" {row['seconds']:.2f} times its seconds: geometric means over the {row['tasks']:.0f} tasks where both arrive."
     )
 
@@ -275,20 +275,21 @@ def method_of(settings: Row) -> str:
 
 
 def readme(content: Row, machine: str) -> str:
-    """Return the picture of README, and the sentence for the narrowest and the widest network."""
-    folder = f"docs/{pages.PICTURES}/{machine}/kfac-width"
-    tasks, said = by_width(content), []
+    """Return the picture of README, and a sentence for the narrowest and for the two widest networks."""
+    folder, tasks = f"docs/{pages.PICTURES}/{machine}/kfac-width", by_width(content)
     searched = ", ".join(str(task.width) for task in tasks if not task.follows)
-    for task in (*tasks[:1], *tasks[-1:]):
+    said = []
+    for task in (*tasks[:1], *tasks[1:][-2:]):
         found = summary(content, task)
-        each = ", ".join(f"{name} {taken(found, name)}" for name in (BASE, "SOAP", "K-FAC", SKETCHED))
-        said.append(f"An MLP of width {task.width} on Fashion-MNIST, to {task.goal}: {each}.")
+        each = "; ".join(f"{name} {taken(found, name)}" for name in (BASE, "K-FAC", SKETCHED))
+        said.append(f"Width {task.width}, to {task.goal}: {each}.")
     return (
         f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{folder}-dark.png">\n'
         '  <img alt="Steps and seconds to a target against the width of the network (kfac-study.json)"'
-        f' src="{folder}-light.png" width="560">\n</picture>\n\n{" ".join(said)} Every method is tuned by the same'
-        f" budget at width {searched}, and its rate scaled from there; {NOTHING}: not every run arrived in time."
-        " `make study-kfac`: [other networks, and other winners](docs/kfac-study.md)."
+        f' src="{folder}-light.png" width="480">\n</picture>\n\n'
+        f"An MLP on Fashion-MNIST. B-KFAC is K-FAC on Brand's update. {' '.join(said)} Every method had the same budget"
+        f" of trials, at width {searched}; {NOTHING}: a run did not arrive in time (`kfac-study.json`)."
+        " `make study-kfac`: [other networks, where others win](docs/kfac-study.md)."
     )
 
 
