@@ -8,11 +8,13 @@ import importlib
 import io
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -123,6 +125,21 @@ def test_no_line_begins_with_a_quoted_figure(page: Path) -> None:
 def test_a_page_describes_itself_and_is_in_the_navigation(page: Path) -> None:
     assert re.match(r"---\ndescription: (\"|(?!.*: )).{30,160}\n", page.read_text(encoding="utf-8"))
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_formulas_of_a_page_become_mathml(page: Path) -> None:
+    make = runpy.run_path(str(ROOT / "docs/_tools/formulas.py"))["fence"]
+    for source in re.findall(r"^```formula\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        shown = "".join(ElementTree.fromstring(make(source)).itertext())
+        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
+
+
+@pytest.mark.parametrize(("page", "package"), [("api", brandla), ("api-kfac", brandla.kfac)])
+def test_the_reference_has_every_public_name(page: str, package: Any) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"^        - (\w+)$", text, re.MULTILINE), *re.findall(r"^::: [\w.]+\.(\w+)$", text, re.MULTILINE)}
+    assert set(package.__all__) - named <= {"grouped"}
 
 
 @pytest.mark.parametrize("name", modules())

@@ -115,7 +115,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         cells = (100 * means.loc[width]).map("{:.2g} %".format).rename(columns=MEASURES)
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
         own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
-        cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
+        cells.insert(0, "ms per step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
         ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
@@ -124,7 +124,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 # --- The page
 
-COLUMNS = ["tracker", "renewed every", "ms a step", "inverse of A", "inverse of G", "step", "angle of the step"]
+COLUMNS = ["tracker", "renewed every", "ms per step", "inverse of A", "inverse of G", "step", "angle of the step"]
 
 
 def answer(content: Row) -> str:
@@ -138,7 +138,7 @@ def answer(content: Row) -> str:
         over = quotients(content, row["name"], BEST).query("width == @width")["step error"].dropna()
         if row["width"] == width and row["name"] in ("B", *QUESTION) and len(over):
             median = over.groupby("seed").median().mean()
-            of_best[row["name"]] = f"{spelled(median)} for {row['name']} ({row['milliseconds']:.3g} ms a step)"
+            of_best[row["name"]] = f"{spelled(median)} for {row['name']} ({row['milliseconds']:.3g} ms per step)"
     seeds = own.groupby("seed").median()
     spread = f"{seeds.mean():.2f} ({seeds.min():.2f} to {seeds.max():.2f})"
     return (

@@ -151,8 +151,8 @@ def _loss(value: float) -> str:
 def guide(content: Row) -> str:
     """Return the table of ``docs/kfac.md``: on how many tasks each clip was enough, at one rate for all."""
     title, cells = next(iter(shown(content)))
-    told = f"{content['settings']['steps']} steps, {seeds(content)} (`make study-defaults`)"
-    return f"{title}, {told}:{pages.caveats(content['facts'])}\n\n{pages.markdown(cells)}"
+    told = f"{content['settings']['steps']} steps, {seeds(content)} (`make study-defaults`, `defaults.json`)"
+    return f"{title}, {told}.{pages.caveats(content['facts'])}\n\n{pages.markdown(cells)}"
 
 
 def seeds(content: Row) -> str:
@@ -164,15 +164,13 @@ def seeds(content: Row) -> str:
 
 
 def section(content: Row, machine: str) -> Iterator[str]:
-    """Yield the section of ``docs/measurements/kfac.md``."""
-    yield "### What bounds a step of K-FAC\n\n`defaults.json`, of `make study-defaults`: the least validation loss in"
-    yield f"{content['settings']['steps']} steps, the mean of all seeds ({seeds(content)}), with a rate"
-    yield "that falls to 0 along a cosine. The share is that of what the best method at its best rate takes off the"
-    yield f"initial loss; {100 * SHARE:g} % of it counts as reached. The untuned rate is the first of each method."
-    yield pages.caveats(content["facts"])
-    for title, cells in shown(content):
-        yield f"\n#### {title}\n"
-        yield pages.markdown(cells)
+    """Yield the section of ``docs/measurements/kfac.md``: the table that ``docs/kfac.md`` does not have."""
+    *_, (title, cells) = shown(content)
+    yield f"### What bounds a step of K-FAC\n\n{title}: the least in {content['settings']['steps']} steps, as the mean"
+    yield f"of all seeds ({seeds(content)}), with a rate that falls to 0 along a cosine. The untuned rate is the first of"
+    yield "each method. `make study-defaults` (`defaults.json`); [K-FAC](kfac.md#damping-and-clip) has the table of one"
+    yield f"rate for all tasks.{pages.caveats(content['facts'])}\n"
+    yield pages.markdown(cells)
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

@@ -101,7 +101,7 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         "seconds": ranged(found, "seconds", spelled),
         f"seconds × {BASE}": over_base(found, "seconds").map(_ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-        "ms a step": ranged(found, "milliseconds", spelled),
+        "ms per step": ranged(found, "milliseconds", spelled),
         "kept, MB": found["bytes"].map(lambda count: spelled(count / 1e6) if count else "0"),
     }
     return pd.DataFrame({name: list(cells) for name, cells in columns.items()})
