@@ -288,7 +288,8 @@ def readme(content: Row, machine: str) -> str:
         '  <img alt="Steps and seconds to a target against the width of the network (kfac-study.json)"'
         f' src="{folder}-light.png" width="480">\n</picture>\n\n'
         f"An MLP on Fashion-MNIST. B-KFAC is K-FAC on Brand's update. {' '.join(said)} Every method had the same budget"
-        f" of trials, at width {searched}; {NOTHING}: a run did not arrive in time (`kfac-study.json`)."
+        f" of trials at width {searched}, from where its rate is scaled; {NOTHING}: a run did not arrive in time"
+        " (`kfac-study.json`)."
         " `make study-kfac`: [other networks, where others win](docs/kfac-study.md)."
     )
 
