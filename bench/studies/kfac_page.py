@@ -289,8 +289,7 @@ def readme(content: Row, machine: str) -> str:
         f' src="{folder}-light.png" width="480">\n</picture>\n\n'
         f"An MLP on Fashion-MNIST. B-KFAC is K-FAC on Brand's update. {' '.join(said)} Every method had the same budget"
         f" of trials at width {searched}, from where its rate is scaled; {NOTHING}: a run did not arrive in time"
-        " (`kfac-study.json`)."
-        " `make study-kfac`: [other networks, where others win](docs/kfac-study.md)."
+        " (`kfac-study.json`). `make study-kfac`: [other networks, where others win](docs/kfac-study.md)."
     )
 
 
