@@ -167,9 +167,9 @@ def section(content: Row, machine: str) -> Iterator[str]:
     """Yield the section of ``docs/measurements/kfac.md``: the table that ``docs/kfac.md`` does not have."""
     *_, (title, cells) = shown(content)
     yield f"### What bounds a step of K-FAC\n\n{title}: the least in {content['settings']['steps']} steps, as the mean"
-    yield f"of all seeds ({seeds(content)}), with a rate that falls to 0 along a cosine. The untuned rate is the first of"
-    yield "each method. `make study-defaults` (`defaults.json`); [K-FAC](kfac.md#damping-and-clip) has the table of one"
-    yield f"rate for all tasks.{pages.caveats(content['facts'])}\n"
+    yield f"of all seeds ({seeds(content)}), with a rate that falls to 0 along a cosine. The untuned rate is the first"
+    yield "of each method. `make study-defaults` (`defaults.json`); [K-FAC](kfac.md#damping-and-clip) has the table of"
+    yield f"one rate for all tasks.{pages.caveats(content['facts'])}\n"
     yield pages.markdown(cells)
 
 

@@ -192,9 +192,9 @@ other's times the ratio of the widths to the power 0, ½ and 1; the best power i
 which no measured run has, well before the time is over. So they are early ones, which favours methods that start fast.
 
 **Runs.** {seeds} seeds of networks and batches, the same for all methods, which take turns. A run ends at the target,
-or after the steps and the seconds above: a method with expensive steps may not arrive in time. Only the steps are timed,
-the first one included; the target is looked for at steps about a sixth apart. Figures are means over the runs that
-arrived, with the least and the largest. Kept is what the factors take, with what the optimizer keeps.
+or after the steps and the seconds above: a method with expensive steps may not arrive in time. Only the steps are
+timed, the first one included; the target is looked for at steps about a sixth apart. Figures are means over the runs
+that arrived, with the least and the largest. Kept is what the factors take, with what the optimizer keeps.
 
 **Cost of a step.** An MLP 784-w-w-10, batches of w / 8, medians of a few steps; of methods that renew something now and
 then, the mean of a period. kfac-pytorch is in no package index, and is not compared.

@@ -20,6 +20,7 @@ TOKEN = re.compile(
     (?P<high>(?:[ᵀ⁻⁺¹²³⁴′])+|\^(?:\{[^}]*}|−?(?:\d+|½|[a-z])))?""",
     re.VERBOSE,
 )
+TAGS = {"root": "msqrt", "text": "mtext", "number": "mn", "letter": "mi", "sign": 'mo stretchy="false"'}
 # Signs that keep a distance of their own.
 APART = set("=+−≤≥⪰≈←→·∘⊗,;:")
 
@@ -51,34 +52,26 @@ def _piece(before: re.Match[str] | None, token: re.Match[str], after: re.Match[s
         width = ".28em" if any(each["text"] for each in beside) else ".17em"
         return "" if any(each["sign"] in APART for each in beside) else f'<mspace width="{width}"/>'
     low, high = (_script(token[name]) for name in ("low", "high"))
-    base, over = _base(token, is_sum=token["letter"] == "Σ" and not high), token["letter"] == "Σ"
-    if low and high:
-        return f"<msubsup>{base}{low}{high}</msubsup>"
-    if low and over:
-        return f"<munder>{base}{low}</munder>"
-    return f"<msub>{base}{low}</msub>" if low else f"<msup>{base}{high}</msup>" if high else base
+    if not (low or high):
+        return _base(token)
+    under = "munder" if token["letter"] == "Σ" else "msub"
+    tag = "msubsup" if low and high else "msup" if high else under
+    return f"<{tag}>{_base(token)}{low}{high}</{tag}>"
 
 
-def _base(token: re.Match[str], is_sum: bool) -> str:
+def _base(token: re.Match[str]) -> str:
     if token["matrix"]:
-        cells = [row.split(",") for row in token["matrix"][1:-1].split(";")]
-        rows = ("".join(f"<mtd>{_math(cell.strip())}</mtd>" for cell in row) for row in cells)
-        return f"<mrow><mo>[</mo><mtable>{''.join(f'<mtr>{row}</mtr>' for row in rows)}</mtable><mo>]</mo></mrow>"
-    if token["root"]:
-        return f"<msqrt>{_math(token['root'])}</msqrt>"
-    if token["text"]:
-        return f"<mtext>{escape(token['text'])}</mtext>"
-    if token["number"]:
-        return f"<mn>{token['number']}</mn>"
-    if is_sum:
+        rows = [[_math(cell.strip()) for cell in row.split(",")] for row in token["matrix"][1:-1].split(";")]
+        cells = "".join(f"<mtr>{''.join(f'<mtd>{cell}</mtd>' for cell in row)}</mtr>" for row in rows)
+        return f"<mrow><mo>[</mo><mtable>{cells}</mtable><mo>]</mo></mrow>"
+    if token["letter"] == "Σ" and not token["high"]:
         return "<mo>∑</mo>"
-    if token["letter"]:
-        name = f"<mi>{token['letter']}</mi>"
-        return f'<mover accent="true">{name}<mo stretchy="false">^</mo></mover>' if token["hat"] else name
-    return f'<mo stretchy="false">{escape(token["sign"])}</mo>'
+    if token["hat"]:
+        return f'<mover accent="true"><mi>{token["letter"]}</mi><mo stretchy="false">^</mo></mover>'
+    kind = next(name for name in TAGS if token[name])
+    inside = _math(token[kind]) if kind == "root" else escape(token[kind])
+    return f"<{TAGS[kind]}>{inside}</{TAGS[kind].partition(' ')[0]}>"
 
 
 def _script(source: str | None) -> str:
-    if not source:
-        return ""
-    return _math(source.lstrip("_^").strip("{}").translate(RAISED).translate(LOWERED))
+    return _math(source.lstrip("_^").strip("{}").translate(RAISED).translate(LOWERED)) if source else ""
