@@ -1,4 +1,4 @@
-"""A fence of markdown: what stands in a block marked ``formula`` becomes MathML, and stays readable as it is written.
+"""A fence of mkdocs that makes MathML of formulas, and a hook that lowers and raises the scripts in sentences.
 
 Letters are variables, and ᵀ ⁻¹ ₂ are scripts, as are ``_x``, ``_{…}``, ``^p`` and ``^{…}``. ``[a, b; c, d]`` is a
 matrix. Each line is a row. Two spaces part what stands in it, and six set a remark apart.
@@ -23,6 +23,35 @@ TOKEN = re.compile(
 TAGS = {"root": "msqrt", "text": "mtext", "number": "mn", "letter": "mi", "sign": 'mo stretchy="false"'}
 # Signs that keep a distance of their own.
 APART = set("=+−≤≥⪰≈←→·∘⊗,;:")
+
+
+# Scripts in a sentence, behind one letter or a bracket; and what of a page is no sentence.
+IN_LINE = re.compile(
+    r"(?<![A-Za-z])(?P<base>[^\W\d_]\u0302?|[)\]‖Σ])_(?P<low>\{[^}]*}|[A-Za-zα-ωΑ-Ω∂]+|\d)"
+    r"|\^(?P<high>\{[^}]*}|\([^()]*\)|[−-]?\d+(?:[./]\d+)*|−?[½¼]|−?[^\W\d_])"
+)
+NO_SENTENCE = re.compile(r"(<(pre|code|math|script|svg).*?</\2>|<[^>]+>)", re.DOTALL)
+MARKED = re.compile(r"(```.*?```|`[^`\n]*`)|(?<=[\u0302)\]‖])_", re.DOTALL)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Keep the low line of a script from being taken for emphasis."""
+    return MARKED.sub(lambda found: found[1] or r"\_", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Lower and raise the scripts in sentences."""
+    parts, at = [], 0
+    for skipped in NO_SENTENCE.finditer(html):
+        parts += [IN_LINE.sub(_in_line, html[at : skipped.start()]), skipped[0]]
+        at = skipped.end()
+    return "".join([*parts, IN_LINE.sub(_in_line, html[at:])])
+
+
+def _in_line(found: re.Match[str]) -> str:
+    if found["low"]:
+        return f"{found['base']}<sub>{found['low'].strip('{}')}</sub>"
+    return f"<sup>{found['high'].strip('{}()')}</sup>"
 
 
 def fence(source: str, *_: Any, **__: Any) -> str:
