@@ -78,8 +78,9 @@ def _math(source: str) -> str:
 def _piece(before: re.Match[str] | None, token: re.Match[str], after: re.Match[str] | None) -> str:
     if token["space"]:
         beside = [each for each in (before, after) if each]
-        width = ".28em" if any(each["text"] for each in beside) else ".17em"
-        return "" if any(each["sign"] in APART for each in beside) else f'<mspace width="{width}"/>'
+        if any(each["text"] for each in beside):
+            return '<mspace width=".28em"/>'
+        return "" if any(each["sign"] in APART for each in beside) else '<mspace width=".17em"/>'
     low, high = (_script(token[name]) for name in ("low", "high"))
     if not (low or high):
         return _base(token)
