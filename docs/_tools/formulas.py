@@ -93,7 +93,7 @@ def _base(token: re.Match[str]) -> str:
     if token["matrix"]:
         rows = [[_math(cell.strip()) for cell in row.split(",")] for row in token["matrix"][1:-1].split(";")]
         cells = "".join(f"<mtr>{''.join(f'<mtd>{cell}</mtd>' for cell in row)}</mtr>" for row in rows)
-        return f"<mrow><mo>[</mo><mtable>{cells}</mtable><mo>]</mo></mrow>"
+        return f"<mtable>{cells}</mtable>"
     if token["letter"] == "Σ" and not token["high"]:
         return "<mo>∑</mo>"
     if token["hat"]:
