@@ -27,7 +27,7 @@ APART = set("=+−≤≥⪰≈←→·∘⊗,;:")
 
 # Scripts in a sentence, behind one letter or a bracket; and what of a page is no sentence.
 IN_LINE = re.compile(
-    r"(?<![A-Za-z])(?P<base>[^\W\d_]\u0302?|[)\]‖Σ])_(?P<low>\{[^}]*}|[A-Za-zα-ωΑ-Ω∂]+|\d)"
+    r"(?P<base>(?<![A-Za-z])[^\W\d_]\u0302?|[)\]‖])_(?P<low>\{[^}]*}|[A-Za-zα-ωΑ-Ω∂]+|\d)"
     r"|\^(?P<high>\{[^}]*}|\([^()]*\)|[−-]?\d+(?:[./]\d+)*|−?[½¼]|−?[^\W\d_])"
 )
 NO_SENTENCE = re.compile(r"(<(pre|code|math|script|svg).*?</\2>|<[^>]+>)", re.DOTALL)
