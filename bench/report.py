@@ -71,13 +71,13 @@ def asked(name: str, question: str, module: Any, *studies: str) -> Page:
 RANDOMIZED, DAMPED = Functions(("randomized",)), Functions(("damped", "kron_damped"))
 QUESTIONS = {
     "updates": ("What does an update cost?", scaling, "scaling", "updates", "functions"),
-    "randomized": ("How quick is a randomized decomposition?", RANDOMIZED, "functions", "updates"),
+    "randomized": ("How fast is a randomized decomposition?", RANDOMIZED, "functions", "updates"),
     "applications": ("What does a damped application cost?", DAMPED, "functions", "scaling"),
     "kfac": ("What does a step of K-FAC cost?", bench_kfac, "kfac", "demo"),
-    "ops": ("How near do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
-    "gpu": ("How near do the kernels come to a GPU's ceilings?", roofline, "gpu"),
-    "streams": ("How right do the updates stay?", streams, "streams", "forms"),
-    "accuracy": ("How near are low-rank factors while a network learns?", accuracy, "accuracy"),
+    "ops": ("How close do the ops come to the machine's ceilings?", roofline, "roofline", "ops", "launches"),
+    "gpu": ("How close do the kernels come to a GPU's ceilings?", roofline, "gpu"),
+    "streams": ("How accurate are the updates?", streams, "streams", "forms"),
+    "accuracy": ("How close are low-rank factors to exact ones in training?", accuracy, "accuracy"),
 }
 PAGES = {name: asked(name, *about) for name, about in QUESTIONS.items()}
 COURSES = ("Test accuracy against steps, a panel for each task", expand_reduce.draw)

@@ -297,7 +297,7 @@ def root(function: str, name: str, factor: object) -> None:
     if _is_checked(tall):
         error, largest = (_inner(tall) - _whole(gram)).abs(), _whole(gram).diagonal(dim1=-2, dim2=-1).amax(-1)
         rule = f"{name}.gram must be the Gram matrix FᵀF of {name}.root"
-        _small_enough(function, rule, error.amax((-2, -1)) / largest, tall.dtype, "measure it anew, as root.mT @ root")
+        _small_enough(function, rule, error.amax((-2, -1)) / largest, tall.dtype, "recompute it as root.mT @ root")
 
 
 def svd(function: str, name: str, factor: object) -> None:

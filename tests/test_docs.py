@@ -8,9 +8,11 @@ import importlib
 import io
 import pkgutil
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -118,6 +120,36 @@ def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert text.count("```output\n") == sum(bool(shown) for _, shown in blocks(page))
     assert not re.search(r"^\s*<!-- [\w-]+\.json ", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def formulas() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs/_tools/formulas.py"))
+
+
+def test_scripts_in_sentences_are_lowered_and_raised_and_code_stays(formulas: dict[str, Any]) -> None:
+    shown = formulas["on_page_content"](
+        "<p>‖M‖_F², λ_G, n^0.89. <code>gram_ema_ x_y^2</code> root_update d_{r+1}^(−½)</p>"
+    )
+    code = "<code>gram_ema_ x_y^2</code> root_update"
+    wanted = f"‖M‖<sub>F</sub>², λ<sub>G</sub>, n<sup>0.89</sup>. {code} d<sub>r+1</sub><sup>−½</sup>"
+    assert shown == f"<p>{wanted}</p>"
+    assert formulas["on_page_markdown"]("M̂_{τ}, `M̂_x` and M̂_a") == r"M̂\_{τ}, `M̂_x` and M̂\_a"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_formulas_of_a_page_become_mathml(page: Path, formulas: dict[str, Any]) -> None:
+    make = formulas["fence"]
+    for source in re.findall(r"^```formula\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        shown = "".join(ElementTree.fromstring(make(source)).itertext())
+        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
+
+
+@pytest.mark.parametrize(("page", "package"), [("api", brandla), ("api-kfac", brandla.kfac)])
+def test_the_reference_has_every_public_name(page: str, package: Any) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"^(?:        - |::: [\w.]+\.)(\w+)$", text, re.MULTILINE)
+    assert set(package.__all__) - set(named) <= {"grouped"}
 
 
 @pytest.mark.parametrize("name", modules())

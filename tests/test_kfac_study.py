@@ -300,7 +300,7 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
     text = kfac_page.answer(content)
     assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
-    assert "B-KFAC, the quickest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
+    assert "B-KFAC, the fastest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
     shown = dict(kfac_page.shown(content))
     assert shown["Runs that failed"].to_numpy().tolist() == [["toy", "SINGD", 0, "step 2: so it was"]]
     assert shown["A step over SGD's, by width"].to_numpy().tolist() == [["SGD", "1.00"], ["K-FAC", "2.50"]]

@@ -138,9 +138,9 @@ class Functions(NamedTuple):
         first, rest = quickest.iloc[0], quickest.iloc[1:]
         took = duration(rows[~rows["other"]].set_index("function").loc[first.name, "time"])
         others = listed([f"`{name}`" for name in rest.index])
-        beyond = f"For {others} it takes {listed(rest['over'].map(spelled).tolist())} times as long."
+        beyond = f"For {others}, the fastest other takes {listed(rest['over'].map(spelled).tolist())} times as long."
         return (
-            f"`{first.name}` takes {took} at {first['shape']}, and the quickest other ({first['by']})"
+            f"`{first.name}` takes {took} at {first['shape']}, and the fastest other, {first['by']}, takes"
             f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
         )
 

@@ -6,7 +6,6 @@ Nothing is changed: the best that was seen stands beside the shipped one, for a 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock

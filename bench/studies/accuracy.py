@@ -114,7 +114,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         cells = (100 * means.loc[width]).map("{:.2g} %".format).rename(columns=MEASURES)
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
         own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
-        cells.insert(0, "ms a step", own["milliseconds"].map("{:.3g}".format))
+        cells.insert(0, "ms per step", own["milliseconds"].map("{:.3g}".format))
         cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
         cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
         ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
@@ -123,7 +123,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 # --- The page
 
-COLUMNS = ["tracker", "renewed every", "ms a step", "inverse of A", "inverse of G", "step", "angle of the step"]
+COLUMNS = ["tracker", "renewed every", "ms per step", "inverse of A", "inverse of G", "step", "angle of the step"]
 
 
 def answer(content: Row) -> str:

@@ -93,7 +93,7 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         "seconds": ranged(found, "seconds", spelled),
         f"seconds × {BASE}": over_base(found, "seconds").map(ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-        "ms a step": ranged(found, "milliseconds", spelled),
+        "ms per step": ranged(found, "milliseconds", spelled),
         "kept, MB": found["bytes"].map(lambda count: spelled(count / 1e6) if count else "0"),
     }
     return pd.DataFrame({name: list(cells) for name, cells in columns.items()})
@@ -164,7 +164,7 @@ def answer(content: Row) -> str:
         return f"{first} No K-FAC can be compared with {BASE}: they never both arrived."
     row = ours.iloc[0]
     return (
-        f"{first} {ours.index[0]}, the quickest K-FAC, takes {row['step']:.2f} times the steps of {BASE} and"
+        f"{first} {ours.index[0]}, the fastest K-FAC, takes {row['step']:.2f} times the steps of {BASE} and"
         f" {row['seconds']:.2f} times its seconds: geometric means over the {row['tasks']:.0f} tasks where both arrive."
     )
 

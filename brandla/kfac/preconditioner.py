@@ -55,7 +55,7 @@ class KFAC:
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
         `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, a function of a module's name and the
         module, or a mapping from module names. A name holds for all that the module contains (``""`` names the model).
-        None leaves a layer to the optimizer.
+        None leaves a layer to the optimizer. The default is ``Brand(rank=128)``.
     damping
         λ > 0, relative to the largest eigenvalue of each factor, or absolute, as ``damping_scale`` says. Or `Adaptive`:
         then call `adapt` after every step of the optimizer.

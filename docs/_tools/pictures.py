@@ -1,4 +1,4 @@
-"""A hook of mkdocs: a picture has a box that scrolls where it must, and opens by itself at full size."""
+"""A hook of mkdocs: a picture has a box that scrolls and opens at full size, and sizes in a table stay on one line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 IMAGES = re.compile(r'(?:<img [^>]*src="[^"]+"[^>]*>\s*)+')
 IMAGE = re.compile(r'<img [^>]*src="([^"#]+)[^>]*>')
+SIZES = re.compile(r"(?<=<t[dh]>)(?:\w{1,6}, )+\w{1,6}(?=</t[dh]>)")
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Take pictures out of their paragraph, and wrap each into a link to its file, inside a box that scrolls."""
+    html = SIZES.sub(lambda sizes: sizes[0].replace(" ", "&nbsp;"), html)
     return IMAGES.sub(_box, html).replace("<p></p>", "")
 
 

@@ -157,7 +157,7 @@ def cost(m: int, n: int, width: int, itemsize: int = 4) -> Cost:
 def sketch(matrix: Tensor, seed: Tensor, width: int, problem: int = 0) -> Tensor:
     """Return ``matrix @ signs(seed, n, width)``, in float32 for half-precision data.
 
-    ``seed`` is one int64 number on the device of ``matrix``. It is read there, so that a CUDA graph draws anew when it
+    ``seed`` is one int64 number on the device of ``matrix``. It is read there, so that a CUDA graph draws again when it
     is changed. ``problem`` is the index of the problem, or of the first of a batch or list.
     """
     check_call(matrix, seed, width, problem)

@@ -34,6 +34,7 @@ def ways(strategy: Strategy, *modes: str, **changes: Any) -> dict[str, Case]:
 SAME_STEPS = {name: strategy for name, strategy in SYSTEMS.items() if name != "seng"}
 # Every system in one of the modes.
 OF_TWO = {name: ways(strategy, BOTH[index % 2]) for index, (name, strategy) in enumerate(SAME_STEPS.items())} | {
+    "seng, two-sided": ways(SYSTEMS["seng"], "split", options={"application": "two-sided"}),
     "mixed layers, exact": ways(Exact(inverse_every=1), "gather", sizes=(4, 2), model=Mixed),
     "mixed layers, two-level": ways(TwoLevel(Exact()), "gather", sizes=(4, 2), model=Mixed),
     "mixed layers, inverse-free": ways(SINGD, "split", sizes=(4, 2), model=Mixed),
