@@ -76,7 +76,7 @@ class Layer:
             return False
         if self._left_out():
             return True
-        gradient = self.kind.weight.grad
+        gradient: Tensor | None = self.kind.weight.grad
         if gradient is None or self._written is None:
             return gradient is not None
         step, version = self._written

@@ -16,7 +16,7 @@ from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_b
 from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, stored
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.randomized import Randomized
-from brandla.kfac.systems.rank import check_rank, first_rank
+from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
@@ -41,7 +41,7 @@ class DenseBrand(DenseForm, FactorStrategy):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         super().take(absorptions, step)
-        update(sketched(absorptions, "auto", step), [at(self.rank, step)] * len(absorptions))
+        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
 
     def lowrank(self, state: State) -> LowRank:
         return kept(state)

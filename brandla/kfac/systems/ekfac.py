@@ -115,7 +115,8 @@ class EigenvalueCorrected(Curvature):
         divisor = divisor + by_output[..., None, None] * d_in[..., None, :]
         divisor += (by_input[..., None] * (d_out + by_output[..., None]))[..., :, None]
         rotated = left.mT @ dense(gradient) @ right
-        return left @ (rotated / divisor) @ right.mT
+        solved: Tensor = left @ (rotated / divisor) @ right.mT
+        return solved
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         return self.bases.factors()

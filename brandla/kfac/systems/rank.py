@@ -58,14 +58,19 @@ class ErrorBound:
 
 def check_rank(strategy: object, rank: Schedule[int | Rank]) -> None:
     """Check a rank, or the first value of a schedule."""
-    first = at(rank, 0)
+    first = rank_at(rank, 0)
     if not isinstance(first, Rank):
         _check.count(type(strategy).__name__, "rank", first, 1)
 
 
 def first_rank(rank: Schedule[int | Rank]) -> int:
     """Return the number of columns that a factor begins with."""
-    return cast(int, most_of(at(rank, 0)))
+    return cast(int, most_of(rank_at(rank, 0)))
+
+
+def rank_at(rank: Schedule[int | Rank], step: int) -> int | Rank:
+    """Return the rank of a step."""
+    return rank(step) if callable(rank) else rank
 
 
 def fitting(rank: int | Rank, most: int) -> int | Rank:
