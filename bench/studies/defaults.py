@@ -165,12 +165,11 @@ def seeds(content: Row) -> str:
 
 def section(content: Row, machine: str) -> Iterator[str]:
     """Yield the section of ``docs/measurements/kfac.md``: the table that ``docs/kfac.md`` does not have."""
-    *_, (title, cells) = shown(content)
-    yield f"### What bounds a step of K-FAC\n\n{title}: the least in {content['settings']['steps']} steps, as the mean"
-    yield f"of all seeds ({seeds(content)}), with a rate that falls to 0 along a cosine. The untuned rate is the first"
-    yield "of each method. `make study-defaults` (`defaults.json`); [K-FAC](kfac.md#damping-and-clip) has the table of"
-    yield f"one rate for all tasks.{pages.caveats(content['facts'])}\n"
-    yield pages.markdown(cells)
+    yield "### What bounds a step of K-FAC\n\nValidation loss, untuned / best rate: the least in"
+    yield f"{content['settings']['steps']} steps, as the mean of all seeds ({seeds(content)}), with a rate that falls"
+    yield "to 0 along a cosine. The untuned rate is the first of each method. `make study-defaults` (`defaults.json`)."
+    yield f"[Which clip](kfac.md#damping-and-clip) has one rate for all tasks.{pages.caveats(content['facts'])}\n"
+    yield from [pages.markdown(cells) for _, cells in list(shown(content))[1:]]
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}
