@@ -91,7 +91,7 @@ def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: l
     with choosing({choice: config}):
         try:
             # Not by the op, whose plan has the tiles of its first call.
-            cases.check(case, found.device, call)
+            cases.check(case, found.device, None if found.device.dry else call)
             return median(replayed(found.device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.

@@ -81,10 +81,10 @@ def _gathered_like(value: Any, parts: Sequence[Any]) -> Any:
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
     """Stack small results, of different sizes padded with zeros."""
-    shapes = {part.shape for part in parts}
-    if len(shapes) == 1:
+    if all(part.shape == parts[0].shape for part in parts):
         return torch.stack(tuple(parts))
-    return _stacked(parts[0].new_zeros(len(parts), *map(max, zip(*shapes, strict=True))), parts)
+    largest = map(max, zip(*(part.shape for part in parts), strict=True))
+    return _stacked(parts[0].new_zeros(len(parts), *largest), parts)
 
 
 def _stacked(stack: Tensor, parts: Sequence[Tensor]) -> Tensor:

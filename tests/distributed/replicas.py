@@ -374,11 +374,11 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
     rank = distributed.get_rank()
     training.backward(rank, 0, 0)
     if is_last():
-        preconditioner._layers[1].refusal = "its output is a secret"
+        preconditioner._layers[1].capture.refusal = "its output is a secret"
     before = model[2].weight.grad.clone()
     preconditioner.step()
     gradients = [parameter.grad for parameter in model.parameters()]
-    left = [bool(layer.refusal) for layer in preconditioner._layers]
+    left = [bool(layer.capture.refusal) for layer in preconditioner._layers]
     return left, torch.equal(before, model[2].weight.grad), _is_same(gradients)
 
 
