@@ -36,7 +36,12 @@ def test_every_op_and_function_is_profiled_on_a_cpu(op: str, tmp_path: Path):
     every, *kernels = rows(tmp_path, op)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
-    assert any(row["TFLOP/s"] for row in kernels) or op in ("cholesky_inverse_core", "eigh_core", "gram_ema_", "rotate_")
+    assert any(row["TFLOP/s"] for row in kernels) or op in (
+        "cholesky_inverse_core",
+        "eigh_core",
+        "gram_ema_",
+        "rotate_",
+    )
 
 
 def test_the_row_of_all_kernels_has_the_cost_of_the_op(tmp_path: Path):
