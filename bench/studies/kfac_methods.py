@@ -127,9 +127,9 @@ USUAL = Settings(
         Task("MLP 512", "mlp", 512, 128, 300, 6, 0.82, everyone=True),
         Task("MLP 1024", "mlp", 1024, 128, 300, 8, 0.82, follows="MLP 512", rates=True, cost=3),
         Task("MLP 256", "mlp", 256, 128, 300, 4, 0.82, follows="MLP 1024", cost=0.5),
-        Task("MLP 2048", "mlp", 2048, 256, 300, 16, 0.82, follows="MLP 1024", seeds=2, cost=10),
+        Task("MLP 2048", "mlp", 2048, 256, 300, 12, 0.82, follows="MLP 1024", seeds=1, cost=10),
         Task("CNN", "conv", 8, 128, 300, 8, 0.80),
-        Task("transformer", "transformer", 128, 32, 300, 8, 2.55, cost=2),
+        Task("transformer", "transformer", 128, 32, 300, 8, 2.55, seeds=1, cost=2),
         Task("regression", "regression", 256, 128, 400, 5, 0.07, cost=0.5),
         Task("graph network", "graph", 512, 256, 300, 6, 0.74),
     )
