@@ -88,7 +88,7 @@ def symmetric(scratch, index, block):
 
 
 @triton.jit
-def solved_by(inverse, factor, tile, PRECISION: tl.constexpr = "ieee"):
+def solved_by(inverse, factor, tile, PRECISION: tl.constexpr):
     """Return the tile times the transposed inverse of a factor, with one step of refinement."""
     solved = tl.dot(tile, inverse, input_precision=PRECISION, out_dtype=tile.dtype)
     rest = tile - tl.dot(solved, tl.trans(factor), input_precision=PRECISION, out_dtype=tile.dtype)
@@ -200,7 +200,7 @@ def small_spd_kernel(
                 first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)
                 tile = _equilibrated(gram, weight, row, column, below)
                 tile -= _earlier(transform, row, column, first, start, BLOCK, BLOCK_INNER)
-                solved = solved_by(inverse, factor, tile)
+                solved = solved_by(inverse, factor, tile, "ieee")
                 outside = (above & (column < k)[None, :]) | below
                 tl.store(transform[0] + row.to(tl.int64)[:, None] * k + column[None, :], solved, mask=outside)
                 growth += tl.sum(tl.where(above, solved * solved, 0.0), 0)
