@@ -20,8 +20,8 @@ KNOWN_ANSWERS = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-# A call of Philox draws 32 rows of 4 columns.
-SIZES = [(0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (97, 13)]
+# A call of Philox draws 32 rows of 4 columns. The last size takes more calls than Python's integers are taken for.
+SIZES = [(0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (97, 13), (4160, 33)]
 
 
 @pytest.fixture

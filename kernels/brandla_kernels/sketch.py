@@ -25,6 +25,8 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, op, reads_are_free
 
+# Up to so many calls of Philox, Python's integers take less time than the hundred operations of torch.
+_FEW = 1024
 # What one call of Philox draws of Ω: the bits of four words.
 ROWS_PER_CALL = 32
 COLUMNS_PER_CALL = 4
@@ -80,7 +82,8 @@ def signs(
     """
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
-    draw = _drawn_on_host if reads_are_free(seed) else _drawn
+    few = math.prod(batch_shape) * blocks * quads <= _FEW
+    draw = _drawn_on_host if few and reads_are_free(seed) else _drawn
     words = draw(seed, tuple(batch_shape), problem, blocks, quads)
     words = words if words.shape[-1] == width else words[..., :width]
     # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
