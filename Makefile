@@ -110,7 +110,7 @@ study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
 	$(python) -m bench.studies.accuracy $(STUDY_ARGS)
 
-study-kfac: .venv/.extra-bench ## steps and seconds to a target, every K-FAC beside other optimizers (STUDY_ARGS="--data FOLDER", "--full", "--resume")
+study-kfac: .venv/.extra-peers ## steps and seconds to a target, every K-FAC beside other optimizers (STUDY_ARGS="--data FOLDER", "--full", "--resume")
 	$(python) -m bench.studies.kfac_images $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)

@@ -6,12 +6,10 @@ float32, two threads. A short run takes scikit-learn's digits.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import inf
 from statistics import fmean, median
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +25,7 @@ from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
 from bench.studies.networks import seeded, two_hidden
-from bench.studies.peers import unsaid
+from bench.studies.peers import Maker, maker, unsaid
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer, follow
@@ -113,29 +111,10 @@ def singd(setting: Setting, period: int) -> Step:
 
 
 def asdfghjkl(setting: Setting, period: int) -> Step:
-    """Return a step of asdfghjkl's K-FAC with the empirical Fisher, inverses renewed periodically."""
-    with unsaid(DeprecationWarning):
-        import asdl
-        from asdl.precondition import natural_gradient
-
-    if not torch.backends.cuda.is_built():
-        # Its named ranges ask for a CUDA build of torch.
-        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
+    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
     model = setting.network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
-    config = asdl.PreconditioningConfig(data_size=setting.batch, damping=0.03, ema_decay=0.05, **every)
-    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
-
-    def step(batch: Split) -> None:
-        optimizer.zero_grad()
-        with unsaid(FutureWarning):
-            outputs = maker.setup_model_call(model, batch.images)
-            maker.setup_loss_call(cross_entropy, outputs, batch.labels)
-            maker.forward_and_backward()
-        optimizer.step()
-
-    return setting.stepping(step)
+    made = maker(model, setting.batch, period, 0.03, 0.05)
+    return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
 
 
 def bare(setting: Setting, rank: int, columns: int) -> Step:

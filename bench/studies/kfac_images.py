@@ -212,6 +212,9 @@ def main(
     if not settings.tasks:
         message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
         raise typer.BadParameter(message, param_hint="--only")
+    for method in METHODS:
+        if not method.installed:
+            typer.echo(f"{method.name} is left out: it is not installed")
     try:
         if any(task.network.load is garments for task in settings.tasks):
             check(folder)

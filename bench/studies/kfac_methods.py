@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from bench.frame.samples import friedman, garments, letters
 from bench.studies.networks import Graph, Transformer, conv, mlp, seeded, two_hidden
-from bench.studies.peers import SOAP, Muon, Shampoo
+from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
@@ -117,21 +118,21 @@ class Settings:
     look_every: float = 1 / 6
     # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds after which it ends.
     widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    cost_seconds: float = 2.0
+    cost_seconds: float = 1.0
     # Of what is trained on, the first so many samples are taken; None for all.
     most: int | None = None
 
 
 USUAL = Settings(
     (
-        Task("MLP 512", "mlp", 512, 128, 300, 6, 0.82, everyone=True),
-        Task("MLP 1024", "mlp", 1024, 128, 300, 8, 0.82, follows="MLP 512", rates=True, cost=3),
+        Task("MLP 512", "mlp", 512, 128, 300, 5, 0.82, everyone=True),
+        Task("MLP 1024", "mlp", 1024, 128, 300, 7, 0.82, follows="MLP 512", rates=True, cost=3),
         Task("MLP 256", "mlp", 256, 128, 300, 4, 0.82, follows="MLP 1024", cost=0.5),
-        Task("MLP 2048", "mlp", 2048, 256, 300, 12, 0.82, follows="MLP 1024", seeds=1, cost=10),
-        Task("CNN", "conv", 8, 128, 300, 8, 0.80),
-        Task("transformer", "transformer", 128, 32, 300, 8, 2.55, seeds=1, cost=2),
+        Task("MLP 2048", "mlp", 2048, 256, 300, 9, 0.82, follows="MLP 1024", seeds=1, cost=10),
+        Task("CNN", "conv", 8, 128, 300, 6, 0.80),
+        Task("transformer", "transformer", 128, 32, 300, 7, 2.55, seeds=1, cost=2),
         Task("regression", "regression", 256, 128, 400, 5, 0.07, cost=0.5),
-        Task("graph network", "graph", 512, 256, 300, 6, 0.74),
+        Task("graph network", "graph", 512, 256, 300, 5, 0.74),
     )
 )
 FULL = Settings(
@@ -185,20 +186,28 @@ class Method:
     renews: str = ""  # the setting that says after how many steps a dear one comes
     usual: bool = True  # in every task; else in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
+    package: str = "torch"  # that it needs
+    refuses: str = ""  # a kind of network that it cannot train
+
+    @property
+    def installed(self) -> bool:
+        return util.find_spec(self.package) is not None
 
     def takes_part(self, task: Task) -> bool:
-        return self.usual or task.everyone
+        return self.installed and task.kind != self.refuses and (self.usual or task.everyone)
 
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
         return spread(self.ranges, point)
 
-    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer:
+    def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
         plain = torch.optim.SGD(model.parameters(), numbers["rate"])
         damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
+        if self.name not in STRATEGIES:
+            return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
         strategy, sharing = STRATEGIES[self.name](settings, numbers), task.network.sharing
         options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
         return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
@@ -258,6 +267,7 @@ SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay"
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
+ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
 METHODS = (
     Method("SGD", "with momentum", 4, SGD_RANGES),
@@ -274,4 +284,10 @@ METHODS = (
     Method("SRE-KFAC", '`Randomized`, `"eigh"`, every {renew_every} steps', 17, KFAC_RANGES, **EXTRA),
     Method("B-R-KFAC", "`BrandRandomized`, overwritten every {overwrite_every} steps", 34, KFAC_RANGES, **EXTRA),
     Method("B-KFAC-C", "`BrandCorrected`, corrected every {renew_every} steps", 41, KFAC_RANGES, **EXTRA),
+    Method(
+        *("asdfghjkl", "K-FAC of that package, inverses every {renew_every} steps, without a clip", 30, ASDL_RANGES),
+        priced=False,
+        package="asdl",
+        refuses="transformer",  # the Linear layer inside torch's attention
+    ),
 )

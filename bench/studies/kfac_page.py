@@ -185,9 +185,9 @@ def readme(content: Row) -> pd.DataFrame:
 
 COLOURED = (
     *("B-KFAC", "SINGD", "B-R-KFAC", "B-KFAC-C", "RS-KFAC", "SRE-KFAC", "K-FAC", "AdamW", "SGD", "B-KFAC, sketched"),
-    *("Muon", "SOAP", "SOAP, every step", "Shampoo"),
+    *("Muon", "SOAP", "SOAP, every step", "Shampoo", "asdfghjkl"),
 )
-COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=False))
+COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=True))
 # Those in README.
 IN_README = ("SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched")
 

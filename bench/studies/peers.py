@@ -1,16 +1,19 @@
-"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers.
+"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers, and the K-FAC of the package asdfghjkl.
 
 A weight is a matrix, of convolutions with its windows as columns; vectors are trained by Adam.
 """
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from brandla.demo.data import Split
 
 EPS = 1e-8
 State = dict[str, Any]
@@ -101,6 +104,38 @@ def unsaid(kind: type[Warning]) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kind)
         yield
+
+
+def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:
+    """Return what takes gradients, preconditioned by K-FAC with the empirical Fisher, of the package ``asdfghjkl``."""
+    with unsaid(DeprecationWarning):
+        import asdl
+        from asdl.precondition import natural_gradient
+
+    if not torch.backends.cuda.is_built():
+        # Its named ranges ask for a CUDA build of torch.
+        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
+    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+    config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
+    return asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+
+class Maker(NamedTuple):
+    """A model whose gradients are preconditioned by asdfghjkl as they are taken, with its optimizer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    maker: Any
+    loss: Callable[[Tensor, Tensor], Tensor]
+    preconditioner: None = None
+
+    def step(self, batch: Split) -> None:
+        self.optimizer.zero_grad()
+        with unsaid(FutureWarning):
+            outputs = self.maker.setup_model_call(self.model, batch.images)
+            self.maker.setup_loss_call(self.loss, outputs, batch.labels)
+            self.maker.forward_and_backward()
+        self.optimizer.step()
 
 
 def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import EngFormatter
 
 from bench.benches import timing
+from bench.benches.peers import INCREMENTAL
 from bench.benches.problems import UPDATES, Judgement, steady
 from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, Task, check, kron
 from bench.benches.written_out import update_floor
@@ -37,15 +38,18 @@ class Size(NamedTuple):
     k: int
 
 
-# The power of n that the time is said to grow with; from 2 on a dense matrix is worked on.
+PCA = "svd_append, centred"
+# Methods by the sizes that they are measured at, those of a power of n: that of the time, but for a centred
+# decomposition, which goes as far as scikit-learn's. All others from 2 on work on a dense matrix.
 METHODS = {
     **dict.fromkeys((*UPDATES, "damped_solve", "kron_damped_solve, pair"), 1),
-    **dict.fromkeys(("gram_ema_", "randomized_eigh", "torch.svd_lowrank"), 2),
+    **dict.fromkeys(("gram_ema_", "randomized_eigh", "torch.svd_lowrank", PCA, INCREMENTAL), 2),
     **dict.fromkeys(("Cholesky solve", "torch.linalg.eigh"), 3),
 }
 TALL = [name for name, power in METHODS.items() if power == 1]
-# What others work on is the dense matrix, which is handed to them for nothing: the task, and its name there.
-DENSE = {
+# Other people's ways: the task, and the name there. The dense matrix is handed to them for nothing.
+OTHERS = {
+    INCREMENTAL: (PCA, INCREMENTAL),
     "torch.svd_lowrank": ("randomized_eigh", "torch.svd_lowrank"),
     "torch.linalg.eigh": ("randomized_eigh", "torch.linalg.eigh"),
     "Cholesky solve": ("damped_solve", CHOLESKY),
@@ -155,7 +159,7 @@ def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     shape, floor = Shape(*size), update_floor(steady("eigh_update", *size, device=device.tensors))
     tasks = cache(lambda task: task_of(task, shape, device))
-    asked = {name: DENSE.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
+    asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
     calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
     calls |= {"gram_ema_": gram_ema(shape, device)} if "gram_ema_" in names else {}
     for name, call in calls.items():
@@ -194,10 +198,13 @@ def exponents(tables: Tables) -> Tables:
     fits = []
     for (axis, method), own in amounts(tables.get("rows", [])).groupby(["axis", "method"], sort=False):
         for window, part in (("all", own), (LARGER, own[len(own) // 2 :])):
-            for quantity in ("time", "memory") if len(part) >= FEWEST_SIZES else ():
-                sizes = part[axis].tolist()
-                about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
-                fits.append(about | {"exponent": timing.slope(sizes, part[quantity].tolist())})
+            for quantity in ("time", "memory"):
+                # NumPy's memory is not measured.
+                known = part[part[quantity] > 0]
+                if len(known) >= FEWEST_SIZES:
+                    sizes = known[axis].tolist()
+                    about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
+                    fits.append(about | {"exponent": timing.slope(sizes, known[quantity].tolist())})
     return {"exponents": fits}
 
 
