@@ -59,6 +59,9 @@ STRATEGIES = {
 BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 # The rows that targets are for: a step over SGD's.
 HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
+# The same where autograd does not form the gradients of weights.
+PAIR = ', gradient="pair"'
+PAIRED = {name + PAIR: STRATEGIES[name] for name in HELD_TO}
 
 
 # --- Steps that are timed
@@ -89,10 +92,10 @@ class Setting:
         return lambda: step(next(batches))
 
 
-def sgd(setting: Setting, strategy: Strategy | None = None) -> Step:
+def sgd(setting: Setting, strategy: Strategy | None = None, **options: Any) -> Step:
     """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
     model = setting.network()
-    kfac = None if strategy is None else KFAC(model, strategy)
+    kfac = None if strategy is None else KFAC(model, strategy, **options)
     return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
 
 
@@ -166,13 +169,15 @@ def step_of(setting):
 
     @cache
     def step_of(name: str) -> Step:
+        if name in PAIRED:
+            return sgd(setting, PAIRED[name], gradient="pair")
         return sgd(setting, STRATEGIES.get(name))
 
     return step_of
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRED])
 def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
     seconds = in_turn({one: step_of(one) for one in (name, "SGD")}, 6 * PERIOD, warm_up=PERIOD)
     figures(name, by_period(seconds[name], seconds["SGD"]), at_most=HELD_TO.get(name))
@@ -235,7 +240,7 @@ def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -
 
 
 def train(
-    rate: float, strategy: Strategy | None, setting: Setting, most: int, seed: int = SEARCH_SEED
+    rate: float, strategy: Strategy | None, setting: Setting, most: int, seed: int = SEARCH_SEED, **options: Any
 ) -> dict[str, Any]:
     """Train to the target, judging after each step: steps and seconds, infinite where ``most`` steps did not arrive.
 
@@ -245,7 +250,7 @@ def train(
     training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
     model = setting.network(seed)
     kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
-    kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07)
+    kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07, **options)
     trainer = Trainer(model, kind(model.parameters(), rate), kfac)
     run: dict[str, Any] = {}
     batches, judge = data.batches(training, setting.batch, most, seed), lambda model: data.accuracy(model, judged)
@@ -291,12 +296,18 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
     chosen = {name: choose(tried, part) for name, tried in trials.items()}
-    # In turn, so that a change of the machine's speed meets both. The median is infinite where half did not arrive.
-    run = lambda name, seed: train(chosen[name]["rate"], chosen[name]["strategy"], setting, most, seed)[part]
-    middles = pd.DataFrame([{name: run(name, seed) for name in chosen} for seed in seeds]).median()
+    options = {name: {} for name in chosen} | {"B-KFAC" + PAIR: {"gradient": "pair"}}
+
+    def run(name: str, seed: int) -> float:
+        numbers = chosen[name.removesuffix(PAIR)]
+        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options[name])[part]
+
+    # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
+    middles = pd.DataFrame([{name: run(name, seed) for name in options} for seed in seeds]).median()
     numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
     note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
+    figures(f"B-KFAC{PAIR} / AdamW, {part}", middles["B-KFAC" + PAIR] / middles["AdamW"])
     for name, middle in middles.items():
         figures(f"{name}, {part}", middle, unit="" if part == "steps" else "s")
 
