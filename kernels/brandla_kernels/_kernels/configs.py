@@ -106,10 +106,10 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
-def damped_middle(target: Target, r: int, k: int) -> Config:
-    """Tiles of `damped_middle_kernel`."""
+def damped_middle(target: Target, r: int, k: int, aligned: bool) -> Config:
+    """Tiles of `damped_middle_kernel`; off alignment the addresses of a basis spill beside the sums of four warps."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
-    return Config(blocks, 4, 1, _registers(target, "sm_80", "sm_90"))
+    return Config(blocks, 4 if aligned else 8, 1, _registers(target, "sm_80", "sm_90"))
 
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
@@ -117,8 +117,11 @@ def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool
     # On these the second look at a tile spills beside the widest.
     narrow = target.arch in (*_OF_REGISTERS, "sm_100")
     config = inner_product(target, dtype, max(r, k), k, aligned and not narrow)
-    blocks = dict(config.blocks)
-    return config._replace(blocks=blocks | {"BLOCK_R": min(blocks["BLOCK_R"], bucket(r, 16, 128))})
+    blocks = dict(config.blocks) | {"BLOCK_R": min(config.blocks["BLOCK_R"], bucket(r, 16, 128))}
+    if target.arch == "sm_90" and blocks["BLOCK_R"] * blocks["BLOCK_K"] == 128**2:
+        # Of a list the assembler's own limit spills 16 bytes.
+        config = config._replace(registers=255)
+    return config._replace(blocks=blocks)
 
 
 def sum_parts() -> Config:
@@ -128,7 +131,8 @@ def sum_parts() -> Config:
 
 def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool) -> Config:
     """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
-    stages = 2 if target.backend == "hip" else 3
+    # A third stage of a ragged list spills 8 bytes on sm_86.
+    stages = 2 if target.backend == "hip" or (target.arch in _OF_REGISTERS and not aligned) else 3
     if dtype == torch.float64 or not aligned:
         # Unrolled products of float64 on sm_100 spill least within the assembler's own limit.
         own = dtype == torch.float64 and target.arch == "sm_100"
