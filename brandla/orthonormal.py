@@ -15,21 +15,12 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, is_dtensor
 from brandla._small import signs_of
-from brandla_kernels import (
-    Tall,
-    cholesky_inverse_core,
-    gram,
-    live_columns,
-    reads_are_free,
-    rotate,
-    rotate_,
-    rounded_gram,
-    tall,
-)
+from brandla_kernels import Tall, tall
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
@@ -104,7 +95,7 @@ def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     dtype = tall.dtype_of(panel)
     panel, transform, first = _first_pass(panel)
     nearly = times(panel, transform.to(dtype))
-    nearly_gram = rounded_gram(nearly)
+    nearly_gram = ops.rounded_gram(nearly)
     second, _ = _second_pass(nearly_gram)
     triangle = second.mT @ nearly_gram @ first
     return nearly, second.to(dtype), triangle.to(dtype)
@@ -115,7 +106,7 @@ def times(panel: Tall, small: Tensor) -> Tall:
     if isinstance(panel, Tensor):
         return panel @ small
     nothing: Any = [one[..., :0] for one in panel]
-    return rotate(panel, nothing, small, small[..., :0, :])
+    return ops.rotate(panel, nothing, small, small[..., :0, :])
 
 
 def spanning(panel: Tensor) -> Tensor:
@@ -137,16 +128,17 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     """
     may_look = _may_look(panel, rows)
     for _ in range(2):
-        inner = rows.total(rounded_gram(panel))
+        inner = rows.total(ops.rounded_gram(panel))
         error = _deviation(inner) if may_look else 0.0
         if may_look and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
             break
         transform, live = _second_pass(inner)
         transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
+        rotation = panel, nothing, transform, transform[..., :0, :]
         if in_place:
-            rotate_(panel, nothing, transform, transform[..., :0, :])
+            ops.rotate_(*rotation)
         else:
-            panel = rotate(panel, nothing, transform, transform[..., :0, :])
+            panel = ops.rotate(*rotation)
         # NaN stays NaN.
         values = values * live.cumprod(-1)
         if error <= _NEAR:
@@ -159,13 +151,13 @@ def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
 
     The squared lengths of its columns, near 1 or 0, serve as their lengths, on which the result does not depend.
     """
-    return cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
+    return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 
 def _may_look(panel: Tall, rows: Rows) -> bool:
     """Say whether a look at columns is free, and shows all of them."""
     first = panel if isinstance(panel, Tensor) else panel[0]
-    return rows is WHOLE and reads_are_free(first) and not first.requires_grad and first.numel() > 0
+    return rows is WHOLE and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
 
 
 def _deviation(inner: Tensor) -> float:
@@ -195,7 +187,7 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     """
     dtype, k = tall.dtype_of(panel), max(tall.columns(panel), 1)
     eps = torch.finfo(dtype).eps
-    panel_gram = gram(panel)
+    panel_gram = ops.gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
     # A comparison with NaN is false.
     length = torch.where(length <= _shortest(dtype), 0, length)
@@ -212,7 +204,7 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     panel = tall.each(
         lambda own, upper: torch.linalg.solve_triangular(upper, own, upper=True, left=False), panel, to_panel
     )
-    panel_gram = gram(panel)
+    panel_gram = ops.gram(panel)
     transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
     triangle = triangle @ to_panel
     if order is not None:
@@ -235,8 +227,8 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
     none is measured against much weaker ones. On a CPU, where it is known whether any has to go, the eigenvectors of G
     serve then, of which the least go. Columns none of which has to go can still grow under elimination in their order.
     """
-    if reads_are_free(gram):
-        transform, live = cholesky_inverse_core(gram, scale, threshold)
+    if ops.reads_are_free(gram):
+        transform, live = ops.cholesky_inverse_core(gram, scale, threshold)
         triangle = transform.mT @ gram
         all_live = bool(_nothing_goes(live, scale).all())
         if all_live and _amplification(transform, triangle, scale) <= _AMPLIFIED:
@@ -245,7 +237,7 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
             with suppress(LinAlgError):
                 return _principal(gram, scale, threshold)
     order = _order(gram, scale, threshold)
-    transform, _ = cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
+    transform, _ = ops.cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
     transform = _permuted(transform, order.argsort(-1))
     return transform, transform.mT @ gram
 
@@ -286,7 +278,7 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
 
 def _strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor | None:
     """Return an order (..., k) in which no column is measured against much weaker ones; None for that they have."""
-    if reads_are_free(gram) and bool(_nothing_goes(live_columns(gram, scale, threshold), scale).all()):
+    if ops.reads_are_free(gram) and bool(_nothing_goes(ops.live_columns(gram, scale, threshold), scale).all()):
         return None
     return _order(gram, scale, threshold)
 
@@ -303,11 +295,11 @@ def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     out clearly of the ones before them stay in their order.
     """
     levels = (threshold ** (1 / 3), threshold ** (2 / 3))
-    clear = _nothing_goes(live_columns(gram, scale, levels[0]), scale)
+    clear = _nothing_goes(ops.live_columns(gram, scale, levels[0]), scale)
     natural = torch.arange(scale.shape[-1], device=scale.device)
     order = torch.where(clear, natural, gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
     for level in levels:
-        live = live_columns(_permuted(gram, order), scale.gather(-1, order), level)
+        live = ops.live_columns(_permuted(gram, order), scale.gather(-1, order), level)
         order = order.gather(-1, torch.argsort((~live).to(torch.uint8), dim=-1, stable=True))
     return order
 

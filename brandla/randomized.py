@@ -63,7 +63,7 @@ def randomized_eigh(
     ----------
     matrix
         M, a tensor (..., n, n), a sparse tensor (n, n) or a linear operator (n, n). Symmetric positive semi-definite,
-        which `brandla.checked` verifies as far as the result shows it.
+        which `brandla.checked` verifies as far as the result shows it. Half precision gives a result in float32.
     rank
         Number of eigenpairs, at most n.
     oversample
@@ -76,11 +76,6 @@ def randomized_eigh(
         A basis (..., n, s) that replaces the first s ≤ rank + oversample columns of random signs: typically the
         eigenvectors of the last result, if the matrix has moved little. ``power_iterations`` of 0 or 1 is then enough.
         A zero column stands for random signs.
-
-    Returns
-    -------
-    LowRankEigh
-        In float32 for half-precision input.
 
     Raises
     ------
@@ -155,18 +150,13 @@ def randomized_svd(
     Parameters
     ----------
     matrix
-        X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n).
+        X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n); its dtype as in `randomized_eigh`.
     rank
         Number of triplets, at most min(m, n).
     power_iterations
         Products with X Xᵀ after the first product, orthonormalised after each half.
     oversample, generator
         As in `randomized_eigh`.
-
-    Returns
-    -------
-    LowRankSVD
-        In float32 for half-precision input.
 
     Notes
     -----
