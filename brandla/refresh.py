@@ -144,13 +144,13 @@ class _Average(NamedTuple):
     weight: float | Tensor  # or (..., 1, 1)
 
     def image(self, block: Tall) -> Tall:
-        """Return M X over a power of two near the largest entry of diag(XᵀMX)."""
+        """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
         old, new = self._coefficients(block)
-        scale = scale_of(self._summed(old, new)[..., None, :])
-        old, new = self.values * old / scale, self.weight * new / scale
         if isinstance(block, list):
-            return rotate(self.vectors, self.matrix, old, new)
-        return self.vectors @ old + product("eigh_refresh", self.matrix, new)
+            scale = scale_of(self._summed(old, new)[..., None, :])
+            return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
+        image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
+        return image / scale_of(image)
 
     def quotients(self, block: Tall) -> Tensor:
         """Return the diagonal of XᵀMX."""
@@ -186,11 +186,17 @@ def _begun(vectors: Tall) -> Tall:
         return vectors
     sizes, device, dtype = (tall.rows(vectors), tall.columns(vectors)), tall.device_of(vectors), tall.dtype_of(vectors)
     row, column = (torch.arange(1, size + 1, dtype=torch.float64, device=device) for size in sizes)
-    table = torch.cos(row.square()[:, None] * column).to(dtype)
-    begun = tall.each(lambda own: table[: own.shape[-2]].expand_as(own), vectors)
+    table = torch.cos(row.square()[:, None] * column)
+    if isinstance(vectors, Tensor):
+        fresh = (table * (2 / sizes[0]) ** 0.5).to(dtype).expand_as(vectors)
+        empty = (vectors == 0).all(-2, keepdim=True)
+        return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)
+    table = table.to(dtype)
+    begun: Any = [table[: len(own)] for own in vectors]
     coefficients = project(vectors, begun)
     # No vector is orthogonal to all of them but 0.
     empty = (coefficients == 0).all(-1).to(dtype)
-    lengths = empty * over(stack_numbers([(2 / own.shape[-2]) ** 0.5 for own in members], coefficients))
-    kept = torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :]
-    return rotate(vectors, begun, kept, torch.diag_embed(lengths))
+    lengths = empty * over(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
+    return rotate(
+        vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
+    )

@@ -22,7 +22,7 @@ from brandla_kernels.project import project
 from brandla_kernels.root_core import root_core, without_denormals
 from brandla_kernels.rotate import rotate, rotate_
 from brandla_kernels.sketch import signs, sketch
-from brandla_kernels.tall import Tall
+from brandla_kernels.tall import Tall, subtract_product
 
 __all__ = [
     "OPS",
@@ -56,6 +56,7 @@ __all__ = [
     "rounded_gram",
     "signs",
     "sketch",
+    "subtract_product",
     "tall",
     "without_autocast",
     "without_denormals",

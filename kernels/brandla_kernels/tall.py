@@ -46,6 +46,13 @@ def stacked(small: Tall) -> Tensor:
     return small if isinstance(small, Tensor) else torch.stack(small)
 
 
+def subtract_product(columns: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``columns - basis @ coefficients`` in as few passes as torch offers."""
+    if columns.ndim == 2:
+        return torch.addmm(columns, basis, coefficients, alpha=-1)
+    return columns - basis @ coefficients
+
+
 def columns_at(matrix: Tensor, index: Tensor) -> Tensor:
     """Return the columns of a matrix (..., m, n) at the indices (..., p)."""
     if matrix.ndim == 2:
