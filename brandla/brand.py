@@ -52,8 +52,6 @@ def eigh_update(
 
     Raises
     ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
     RuntimeError
         If the (r + k)-order eigendecomposition fails even in float64.
 

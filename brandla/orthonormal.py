@@ -53,11 +53,6 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
         upper triangular if every column of P stands out clearly from the columns before it. A panel with a non-finite
         entry gives NaN throughout. Column j of Q comes from column j of P.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes and dtypes that do not fit, before anything is computed.
-
     Notes
     -----
     ‖QᵀQ − I‖₂ is a few ε whatever the condition of P, except for zero columns. The backward error ‖P − Q R‖/‖P‖ of each
@@ -126,7 +121,9 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     since values descend. On a CPU columns that are clean already, as H shows, are returned as they are, and those far
     from orthonormal that are not clean after one pass take another.
     """
-    may_look = _may_look(panel, rows)
+    first = panel if isinstance(panel, Tensor) else panel[0]
+    # A look at columns is free, and shows all of them.
+    may_look = rows is WHOLE and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
     for _ in range(2):
         inner = rows.total(ops.rounded_gram(panel))
         error = _deviation(inner) if may_look else 0.0
@@ -152,12 +149,6 @@ def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
     The squared lengths of its columns, near 1 or 0, serve as their lengths, on which the result does not depend.
     """
     return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
-
-
-def _may_look(panel: Tall, rows: Rows) -> bool:
-    """Say whether a look at columns is free, and shows all of them."""
-    first = panel if isinstance(panel, Tensor) else panel[0]
-    return rows is WHOLE and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
 
 
 def _deviation(inner: Tensor) -> float:
@@ -193,14 +184,17 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     length = torch.where(length <= _shortest(dtype), 0, length)
     if dtype != panel_gram.dtype:
         return panel, *_ranked_core(panel_gram, length, 64 * k * eps**2)
-    order = _strongest_first(panel_gram, length, 64 * k * eps)
-    if order is not None:
+    shift, order = 64 * k * eps, None
+    free = ops.reads_are_free(panel_gram)
+    if not free or not _nothing_goes(ops.live_columns(panel_gram, length, shift), length).all().item():
+        # One in which no column is measured against much weaker ones.
+        order = _order(panel_gram, length, shift)
         panel, panel_gram = tall.each(tall.columns_at, panel, order), _permuted(panel_gram, order)
         length = length.gather(-1, order)
     unit = torch.where(length > 0, length, 1)
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
-    to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
+    to_panel = torch.linalg.cholesky_ex(equilibrated + shift * identity).L.mT * unit[..., None, :]
     panel = tall.each(
         lambda own, upper: torch.linalg.solve_triangular(upper, own, upper=True, left=False), panel, to_panel
     )
@@ -274,13 +268,6 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     # TᵀG is the same in exact arithmetic. Eigenvalues near the threshold are rounding of G in good part, but not here.
     triangle = turn.mT @ (vectors * roots[..., None, :]).mT * scale[..., None, :]
     return torch.where(finite, transform, float("nan")), torch.where(finite, triangle, float("nan"))
-
-
-def _strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor | None:
-    """Return an order (..., k) in which no column is measured against much weaker ones; None for that they have."""
-    if ops.reads_are_free(gram) and bool(_nothing_goes(ops.live_columns(gram, scale, threshold), scale).all()):
-        return None
-    return _order(gram, scale, threshold)
 
 
 def _permuted(gram: Tensor, order: Tensor) -> Tensor:

@@ -77,11 +77,6 @@ def randomized_eigh(
         eigenvectors of the last result, if the matrix has moved little. ``power_iterations`` of 0 or 1 is then enough.
         A zero column stands for random signs.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values and kinds that do not fit, before anything is computed.
-
     Notes
     -----
     0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
@@ -144,8 +139,7 @@ def randomized_svd(
     """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(matrix)`` up to the error below, with
-    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns. Raises as
-    `randomized_eigh` does.
+    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def svd_update(
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(decay * svd.dense() + left @ right.mT)``, in
-    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix. Raises as `svd_append` does.
+    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix.
 
     Parameters
     ----------
@@ -113,11 +113,6 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     LowRankSVD or Centred
         As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-
     Notes
     -----
     Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
@@ -152,8 +147,8 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
 def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) -> Centred:
     """Join two centred streams: the decomposition of the columns of both about their common mean.
 
-    If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in O(m (r₁ +
-    r₂)²) operations. Raises as `svd_append` does.
+    If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in
+    O(m (r₁ + r₂)²) operations.
 
     Parameters
     ----------
