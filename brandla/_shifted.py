@@ -6,6 +6,7 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -72,10 +73,9 @@ class Inverse(NamedTuple):
 def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
     """Return the parts of operators, and tall matrices, repeated over their common batch shape as views."""
     groups = [each if isinstance(each, tuple) else (each,) for each in operands]
-    bases = [group[0] for group in groups]
-    if isinstance(bases[0], list) or len({basis.shape[:-2] for basis in bases}) == 1:
-        return [part for group in groups for part in group]
-    batch = torch.broadcast_shapes(*(basis.shape[:-2] for basis in bases))
+    if isinstance(groups[0][0], list) or len({group[0].shape[:-2] for group in groups}) == 1:
+        return [*chain.from_iterable(groups)]
+    batch = torch.broadcast_shapes(*(group[0].shape[:-2] for group in groups))
     return [part.expand(*batch, *part.shape[group[0].ndim - 2 :]) for group in groups for part in group]
 
 

@@ -45,11 +45,6 @@ def eigh_update(
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
-    Returns
-    -------
-    LowRankEigh or Tracked
-        As ``eigh`` was.
-
     Raises
     ------
     RuntimeError

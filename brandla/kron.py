@@ -53,11 +53,6 @@ def kron_damped_solve(
     left_tail, right_tail
         τ of each factor, as in `damped_solve`.
 
-    Returns
-    -------
-    Tensor or tuple of Tensor
-        Of the shape of ``matrix``; a pair for a pair.
-
     Notes
     -----
     For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype; a pair has no such limit.
