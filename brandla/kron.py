@@ -314,14 +314,18 @@ def check_kron(
     right_tail: Tail,
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    factors = _shifted.check_factor(function, "left", left), _shifted.check_factor(function, "right", right)
-    bases, rows = zip(*factors, strict=True)
+    left_basis, left_rows = _shifted.check_factor(function, "left", left)
+    right_basis, right_rows = _shifted.check_factor(function, "right", right)
+    bases, rows = (left_basis, right_basis), (left_rows, right_rows)
     _check.together(function, "right", bases[1], "left", bases[0])
     check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
     data = check_data(function, matrix, bases, rows)
-    names = [(name, f"{name}_damping", f"{name}_tail") for name in ("left", "right")]
-    sides = zip(names, (left, right), (left_damping, right_damping), (left_tail, right_tail), rows, strict=True)
-    return Kron(*(_shifted.check_side(function, *side) for side in sides), data)
+    left_names, right_names = ("left", "left_damping", "left_tail"), ("right", "right_damping", "right_tail")
+    return Kron(
+        _shifted.check_side(function, left_names, left, left_damping, left_tail, left_rows),
+        _shifted.check_side(function, right_names, right, right_damping, right_tail, right_rows),
+        data,
+    )
 
 
 def check_joint(
