@@ -190,7 +190,8 @@ def _inverse_applied(left: Inverse, right: Inverse, data: Any) -> Any:
     if left_parts[2].shape != right_parts[2].shape:
         # Sides of different batch shapes.
         return left @ data[0], right @ data[1]
-    return ops.pair_damped_inverse(*left_parts, *right_parts, first, second)
+    operands = [*left_parts, *right_parts, first, second]
+    return ops.pair_damped_inverse(*operands)
 
 
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
