@@ -1,4 +1,9 @@
-"""Low-rank eigen- and singular value decompositions that keep up with a stream, and their damped inverses."""
+"""Low-rank eigen- and singular value decompositions that keep up with a stream, and their damped inverses.
+
+The updates and the decompositions return new tensors, which share no memory with their arguments. Those whose names end
+in an underscore write over their first argument. Arguments that do not fit raise a ValueError, for shapes and values,
+or a TypeError, for dtypes and kinds, before anything is computed.
+"""
 
 from brandla import grouped
 from brandla._check import checked
@@ -8,12 +13,11 @@ from brandla.centred import Centred, centre
 from brandla.damped import damped_logdet, damped_power, damped_solve
 from brandla.kron import kron_damped_logdet, kron_damped_power, kron_damped_solve
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, track
-from brandla.merge import merge
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
 from brandla.refresh import eigh_refresh
 from brandla.root import root_update, root_update_
-from brandla.svd import svd_append, svd_update
+from brandla.svd import merge, svd_append, svd_update
 from brandla_kernels import backend
 
 __version__ = "0.1.0"

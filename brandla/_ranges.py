@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -39,13 +39,15 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
         function = without_autocast(public)
         module = function.__module__.rpartition(".")[2]
         name = f"brandla::{'grouped.' if module == 'grouped' else ''}{function.__qualname__}"
+        names = list(inspect.signature(public).parameters)
 
         @wraps(function)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             # The compiler must not come to depend on whether a profiler is on.
             if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
                 return function(*args, **kwargs)
-            found = sizes_of(letters, _values(function, args, kwargs))
+            # A call that does not fit the signature is left to the function.
+            found = sizes_of(letters, [*args, *(kwargs.get(each) for each in names[len(args) :])])
             shown = (f"{letter}={size}" for letter, size in found.items())
             with profiler.record_function(" ".join([name, *shown])):
                 return function(*args, **kwargs)
@@ -53,17 +55,6 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
         return call
 
     return decorate
-
-
-def _values(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments in the order of the signature; a call that does not fit it is left to the function."""
-    names = list(_signature(function).parameters)[len(args) :]
-    return [*args, *(kwargs.get(name) for name in names)]
-
-
-@cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
 
 
 def sizes_of(letters: Sequence[Sequence[str]], values: Sequence[Any]) -> dict[str, int]:

@@ -57,13 +57,10 @@ class Rows:
         """Return what every process computed for itself; its gradient comes from all of them."""
         return small
 
-    def stacked(self, triangle: Tensor) -> Tensor:
-        """Return the R of the QRs of what each process holds of a panel, one below the other."""
-        return triangle
-
-    def own(self, stacked: Tensor, columns: int) -> Tensor:
-        """Return the block of this process of a matrix laid out as `stacked` does for a panel of so many columns."""
-        return stacked
+    def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what this process holds of Q, and R, for what it holds of a panel."""
+        basis, triangle = torch.linalg.qr(panel)
+        return basis, triangle
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
         """Return a tall result as its argument came in."""
@@ -132,18 +129,18 @@ class Shards(Rows):
         """Return what every process computed for itself; its gradient is summed over them."""
         return _across(small, self.group, summed=False) if small.requires_grad else small
 
-    def stacked(self, triangle: Tensor) -> Tensor:
-        """Sum matrices that are zero but for the block of one process each."""
-        columns = triangle.shape[-1]
-        heights = self._heights(columns)
-        whole = triangle.new_zeros(*triangle.shape[:-2], sum(heights), columns)
-        self.own(whole, columns).copy_(triangle)
-        return self.total(whole)
-
-    def own(self, stacked: Tensor, columns: int) -> Tensor:
-        """Return the block of this process."""
-        heights, rank = self._heights(columns), self.mesh.get_local_rank()
-        return stacked.narrow(-2, sum(heights[:rank]), heights[rank])
+    def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what this process holds of Q, and R from the QR of all processes' R, one below the other."""
+        basis, triangle = torch.linalg.qr(panel)
+        # No more rows of a process than it holds, so that Q has no row that is nowhere.
+        spans = map(self._span_of, range(self.mesh.size()))
+        heights = [min(stop - start, panel.shape[-1]) for start, stop in spans]
+        rank = self.mesh.get_local_rank()
+        own = -2, sum(heights[:rank]), heights[rank]
+        stacked = triangle.new_zeros(*triangle.shape[:-2], sum(heights), panel.shape[-1])
+        stacked.narrow(*own).copy_(triangle)
+        inner, triangle = torch.linalg.qr(self.total(stacked))
+        return basis @ inner.narrow(*own), triangle
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
         """Return the DTensor of which this process holds ``local``."""
@@ -161,11 +158,6 @@ class Shards(Rows):
         from torch.distributed.tensor import DTensor, Replicate
 
         return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
-
-    def _heights(self, columns: int) -> list[int]:
-        """Return the rows of the R of each process: no more than it holds, so that Q has no row that is nowhere."""
-        spans = map(self._span_of, range(self.mesh.size()))
-        return [min(stop - start, columns) for start, stop in spans]
 
     def _span_of(self, rank: int) -> tuple[int, int]:
         """Return the first row on a process, and the one after the last: shards are of one size until rows run out."""

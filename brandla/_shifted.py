@@ -6,12 +6,14 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+import brandla_kernels as ops
 from brandla import _check
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
@@ -27,16 +29,7 @@ from brandla.lowrank import (
     two_numbers,
 )
 from brandla.orthonormal import times
-from brandla_kernels import (
-    Tall,
-    damped_apply,
-    damped_cholesky,
-    damped_gram_inverse,
-    damped_inverse,
-    project,
-    reads_are_free,
-    tall,
-)
+from brandla_kernels import Tall, tall
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
@@ -52,17 +45,15 @@ class Shifted(NamedTuple):
     scale: Tensor  # β: batch shape
 
     def __matmul__(self, rhs: Tall) -> Tall:
-        batch = batch_of(self.basis, rhs)
-        return damped_apply(*spread(self, batch), expand(rhs, batch))
+        return ops.damped_apply(*aligned(self, rhs))
 
     def on(self, rhs: Tall, rows: Rows) -> Any:
         """Return the product with a right-hand side of which these rows are here."""
         if rows is WHOLE:
             return self @ rhs
-        batch = batch_of(self.basis, rhs)
-        basis, middle, scale = spread(self, batch)
-        rhs, middle, scale = expand(rhs, batch), rows.shared(middle), rows.shared(scale)
-        coefficients = rows.total(project(basis, rhs))
+        basis, middle, scale, rhs = aligned(self, rhs)
+        middle, scale = rows.shared(middle), rows.shared(scale)
+        coefficients = rows.total(ops.project(basis, rhs))
         inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
         return scale[..., None, None] * (rhs + basis @ inner)
 
@@ -76,31 +67,16 @@ class Inverse(NamedTuple):
     tail: Tensor
 
     def __matmul__(self, rhs: Tall) -> Tall:
-        batch = batch_of(self.basis, rhs)
-        return damped_inverse(*spread(self, batch), expand(rhs, batch))
+        return ops.damped_inverse(*aligned(self, rhs))
 
 
-Operator = TypeVar("Operator", Shifted, Inverse)
-
-
-def batch_of(*matrices: Tall) -> tuple[int, ...] | None:
-    """Return the batch shape to repeat tall matrices over, or None where all have it already."""
-    if isinstance(matrices[0], list) or len({matrix.shape[:-2] for matrix in matrices}) == 1:
-        return None
-    return tuple(torch.broadcast_shapes(*(matrix.shape[:-2] for matrix in matrices)))
-
-
-def expand(matrix: Tall, batch: tuple[int, ...] | None) -> Tall:
-    """Repeat a tall matrix over a batch shape, as a view."""
-    return matrix if batch is None else matrix.expand(*batch, *matrix.shape[-2:])
-
-
-def spread(operator: Operator, batch: tuple[int, ...] | None) -> Operator:
-    """Repeat an operator over a batch shape, as views."""
-    if batch is None:
-        return operator
-    own = operator.basis.ndim - 2
-    return type(operator)(*[part.expand(*batch, *part.shape[own:]) for part in operator])
+def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
+    """Return the parts of operators, and tall matrices, repeated over their common batch shape as views."""
+    groups = [each if isinstance(each, tuple) else (each,) for each in operands]
+    if isinstance(groups[0][0], list) or len({group[0].shape[:-2] for group in groups}) == 1:
+        return [*chain.from_iterable(groups)]
+    batch = torch.broadcast_shapes(*(group[0].shape[:-2] for group in groups))
+    return [part.expand(*batch, *part.shape[group[0].ndim - 2 :]) for group in groups for part in group]
 
 
 class Woodbury(NamedTuple):
@@ -153,7 +129,7 @@ class Side(NamedTuple):
         small, basis = self.small, self.basis
         single = isinstance(small, Tensor)
         like = small if single else small[0]
-        if self.rows is not WHOLE or reads_are_free(like) or (self.is_root and not _is_zero(self.tail)):
+        if self.rows is not WHOLE or ops.reads_are_free(like) or (self.is_root and not _is_zero(self.tail)):
             return None
         tail = _smallest(tall.stacked(small)) if self.tail is None else self.tail
         batch = basis.shape[:-2] if single else (len(basis),)
@@ -167,7 +143,7 @@ class Side(NamedTuple):
         """
         damping, levels = self.damping, self._plain_levels()
         if exponent == -1 and levels is None and _is_zero(self.tail):
-            return Shifted(self.basis, -damped_gram_inverse(self.small, damping), self._filled(1 / damping))
+            return Shifted(self.basis, -ops.damped_gram_inverse(self.small, damping), self._filled(1 / damping))
         levels, tail = self._with_tail(levels)
         middle = levels.of(lambda values: self._middle(values, tail, exponent))
         shift = tail + damping
@@ -180,7 +156,7 @@ class Side(NamedTuple):
             return self.beside(self.diagonal).logdet()
         damping, levels = self.damping, self._plain_levels()
         if levels is None and _is_zero(self.tail):
-            held = 2 * damped_cholesky(self.small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            held = 2 * ops.damped_cholesky(self.small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
             tail: Number = 0.0
         else:
             values, tail = self._counted(levels)
@@ -235,7 +211,7 @@ class Side(NamedTuple):
         whole = over(tail + self.damping) + diagonal
         scaled = whole.rsqrt()[..., None] * basis
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-        return Woodbury(whole, scaled, weights, identity + project(scaled, scaled) @ weights)
+        return Woodbury(whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights)
 
     def _middle(self, values: Tensor, tail: Number, exponent: float) -> Tensor:
         """Return Z for these eigenvalues."""
@@ -263,7 +239,7 @@ class Side(NamedTuple):
         small = self.small
         if not self.is_root:
             return Spectrum(small)
-        if not reads_are_free(small) or small.requires_grad:
+        if not ops.reads_are_free(small) or small.requires_grad:
             return None
         diagonal = small.diagonal(dim1=-2, dim2=-1)
         return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None

@@ -13,15 +13,7 @@ from torch.autograd.function import once_differentiable
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from brandla_kernels import (
-    cholesky_inverse_core,
-    eigh_core,
-    eigh_rotation,
-    has_values,
-    reads_are_free,
-    tall,
-    without_denormals,
-)
+import brandla_kernels as ops
 
 # A core of order m takes longer in float64 than in float32 by as much as a polish at n r² = m³ times this.
 _FLOAT64_COSTS = 16
@@ -121,9 +113,9 @@ def leading(
         If the decomposition fails in float64 as well.
     """
     own = core.double()
-    one = 1.0 if reads_are_free(own) else own.new_ones(own.shape[:-2])
+    one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
     nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
-    scaled = eigh_core(own[..., :0, :], own, nothing, one, one)
+    scaled = ops.eigh_core(own[..., :0, :], own, nothing, one, one)
     return leading_of(*scaled, rank, dtype, tol, unit, n)[:2]
 
 
@@ -136,11 +128,11 @@ def leading_of(
     """
     m = core.shape[-1]
     spares = m <= _SMALL or n * rank**2 > _FLOAT64_COSTS * m**3
-    wide = torch.float64 if unit and spares and reads_are_free(core) else dtype
-    found = eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
+    wide = torch.float64 if unit and spares and ops.reads_are_free(core) else dtype
+    found = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
     values, vectors, left_out = found if wide == dtype else (part.to(dtype) for part in found)
-    if reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
-        values = without_denormals(values)
+    if ops.reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
+        values = ops.without_denormals(values)
     return values, vectors, left_out
 
 
@@ -177,12 +169,8 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     alive = (values > 4 * torch.finfo(dtype).eps * values[..., :1]) & _has_length(left) & _has_length(right)
     left = _orthonormal_again(left * alive[..., None, :])
     right = _orthonormal_again(right * alive[..., None, :])
-    values = values * scale * alive
-    return (
-        _poison(left, finite[..., None, None]),
-        _poison(values, finite[..., None]),
-        _poison(right, finite[..., None, None]),
-    )
+    poison = torch.where(finite, 0, math.nan)[..., None]
+    return left + poison[..., None], values * scale * alive + poison, right + poison[..., None]
 
 
 def largest_eigenvalue(core: Tensor) -> Tensor:
@@ -196,7 +184,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     tiny = torch.finfo(core.dtype).tiny
     most, chosen = core.diagonal(dim1=-2, dim2=-1).max(-1, keepdim=True)
     scale = most[..., None].clamp_min(tiny)
-    vector = tall.columns_at(core, chosen) / scale
+    vector = ops.tall.columns_at(core, chosen) / scale
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)) / scale
     length: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
@@ -227,7 +215,7 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
         # NaN and infinity survive a sum. Where LAPACK leaves them, they are among the values.
-        if not (torch.compiler.is_compiling() or has_values(values)) or math.isfinite(values.sum().item()):
+        if not (torch.compiler.is_compiling() or ops.has_values(values)) or math.isfinite(values.sum().item()):
             return values, vectors
     except LinAlgError:
         pass
@@ -264,7 +252,7 @@ class _Eigh(torch.autograd.Function):
 
 def _is_plain(core: Tensor, limits: torch.finfo) -> bool:
     """Say, if a look is free, whether a matrix is finite and well in range, and no coordinate of it is empty."""
-    if not reads_are_free(core) or core.requires_grad or not core.numel():
+    if not ops.reads_are_free(core) or core.requires_grad or not core.numel():
         return False
     least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
     in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
@@ -279,10 +267,5 @@ def _has_length(vectors: Tensor) -> Tensor:
 def _orthonormal_again(vectors: Tensor) -> Tensor:
     """Orthonormalise what clearing the rows of empty coordinates left of unit vectors, or of zero ones."""
     inner = vectors.mT @ vectors
-    transform, _ = cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
+    transform, _ = ops.cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
     return vectors @ transform
-
-
-def _poison(tensor: Tensor, finite: Tensor) -> Tensor:
-    """Fill a new tensor with NaN, in place, where a core was not finite."""
-    return tensor.masked_fill_(~finite, float("nan"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial, wraps
+from functools import wraps
+from operator import methodcaller
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from brandla import _check
 from brandla._sharded import here
@@ -117,26 +118,22 @@ class _Held:
     def __init__(self, value: Any) -> None:
         self.value = value
 
+    def on(self, device: torch.device | None) -> Any:
+        return self.value.to(device)
+
 
 def _is_value(part: object) -> bool:
     return isinstance(part, tuple(VALUES))
 
 
 def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def held(part: Any) -> Any:
-        return _Held(part) if _is_value(part) else part
-
-    return state_dict | {"state": tree_map(held, state_dict["state"], is_leaf=_is_value)}
+    return state_dict | {"state": tree_map_only(_is_value, _Held, state_dict["state"], is_leaf=_is_value)}
 
 
 def _release(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
-        released = partial(_on_device, getattr(parameter, "device", None))
-        optimizer.state[parameter] = tree_map(released, state)
-
-
-def _on_device(device: torch.device | None, part: Any) -> Any:
-    return part.value.to(device) if isinstance(part, _Held) else part
+        released = methodcaller("on", getattr(parameter, "device", None))
+        optimizer.state[parameter] = tree_map_only(_Held, released, state)
 
 
 def _loaded(kind: type[Any], parts: tuple[Any, ...]) -> tuple[Any, ...]:

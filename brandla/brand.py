@@ -45,15 +45,8 @@ def eigh_update(
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
-    Returns
-    -------
-    LowRankEigh or Tracked
-        As ``eigh`` was. New tensors: nothing is modified or shared.
-
     Raises
     ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
     RuntimeError
         If the (r + k)-order eigendecomposition fails even in float64.
 
@@ -121,8 +114,8 @@ def eigh_step(update: Update) -> Updated:
 def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
-    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and
-    O(r³). Raises as `eigh_update` does.
+    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. The rank stays the
+    same. 2nrk + 2nr² flops and O(r³). Raises as `eigh_update` does.
 
     Parameters
     ----------
@@ -132,11 +125,6 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor 
         A, shape (..., n, k): usually columns that were added before, times the share that ``decay`` has left.
     weight
         w >= 0: a number, or a tensor of batch shape.
-
-    Returns
-    -------
-    LowRankEigh
-        Of the same rank. New tensors: nothing is modified or shared.
 
     Notes
     -----

@@ -24,11 +24,6 @@ def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEi
         M, shape (..., n, n), symmetric positive semi-definite.
     subset
         Indices s of the columns to correct, shape (m,), int64.
-
-    Returns
-    -------
-    LowRankEigh
-        Of the same rank; new tensors.
     """
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)

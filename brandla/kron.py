@@ -12,36 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from brandla import _check
+import brandla_kernels as ops
+from brandla import _check, _shifted
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows
-from brandla._shifted import (
-    Inverse,
-    LowRank,
-    Number,
-    Shifted,
-    Side,
-    Tail,
-    batch_of,
-    check_batch,
-    check_exponent,
-    check_factor,
-    check_side,
-    expand,
-    join,
-    spread,
-)
+from brandla._shifted import Inverse, LowRank, Number, Shifted, Side, Tail, aligned
 from brandla.lowrank import over, stack_numbers
 from brandla.orthonormal import times
-from brandla_kernels import (
-    Tall,
-    damped_apply,
-    kron_damped_apply,
-    kron_damped_inverse,
-    pair_damped_inverse,
-    project,
-    rotate,
-)
+from brandla_kernels import Tall
 from brandla_kernels.damped_apply import scaled_sum
 
 Data = TypeVar("Data", Tensor, tuple[Tensor, Tensor])
@@ -74,11 +52,6 @@ def kron_damped_solve(
         λ_G, λ_A > 0: numbers, or tensors of batch shape.
     left_tail, right_tail
         τ of each factor, as in `damped_solve`.
-
-    Returns
-    -------
-    Tensor or tuple of Tensor
-        Of the shape of ``matrix``; a pair for a pair.
 
     Notes
     -----
@@ -119,30 +92,22 @@ def kron_damped_power(
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
     operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Differentiable in every tensor argument. Raises as `damped_solve` does.
+    ∓1/2 whitens and samples. Derivatives and errors are as there.
 
     Parameters
     ----------
-    left, right
-        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination. For a LowRankRoot,
-        eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or not resolved,
-        counts as τ.
+    left, right, left_tail, right_tail
+        As in `kron_damped_solve`. For a LowRankRoot, eigenvectors are formed first, and this waits for the device.
+        Every value of a root up to τ, or not resolved, counts as τ.
     matrix
         W, shape (..., p, q). A pair (P, Q) raises an error, because the result does not keep the pair's rank.
     damping
         δ > 0: a number, or a tensor of batch shape.
     exponent
         Any real number.
-    left_tail, right_tail
-        τ of each factor, as in `damped_solve`.
     values
         Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
         such as second moments measured in that basis (EK-FAC, SOAP). Elsewhere, products and tails stay.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of ``matrix``, in the dtype of the factors.
 
     Notes
     -----
@@ -177,20 +142,11 @@ def kron_damped_logdet(
     right_tail: Tail = 0.0,
     values: Tensor | None = None,
 ) -> Tensor:
-    """Log-determinant of A ⊗ G + δI, the operator of `kron_damped_power`: for the evidence of a Laplace approximation.
+    """Log-determinant of A ⊗ G + δI, of batch shape, for the evidence of a Laplace approximation.
 
     Equivalent to the sum of logarithms of all pq eigenvalues. Eigenvalues outside the spans are counted, not formed.
-    Differentiable in what it depends on. Raises as `damped_logdet` does.
-
-    Parameters
-    ----------
-    left, right, damping, left_tail, right_tail, values
-        As in `kron_damped_power`.
-
-    Returns
-    -------
-    Tensor
-        Of batch shape, in the dtype of the factors.
+    Differentiable in what it depends on. The arguments are those of `kron_damped_power`. Raises as `damped_logdet`
+    does.
 
     Examples
     --------
@@ -215,40 +171,37 @@ class Kron(NamedTuple):
         data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
         first, second = self.left.inverse(), self.right.inverse()
         if first is not None and second is not None:
-            return apply_inverses(first, second, data)
+            return _inverse_applied(first, second, data)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
             p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)
             return left_rows.tall_result(p), right_rows.tall_result(q)
         if left_rows is WHOLE:
-            batch = batch_of(left.basis, right.basis, data)
-            return kron_damped_apply(*spread(left, batch), *spread(right, batch), expand(data, batch))
+            return ops.kron_damped_apply(*aligned(left, right, data))
         right = Shifted(*map(left_rows.shared, right))
         return left_rows.tall_result(left.on((right @ data.mT).mT, left_rows))
+
+
+def _inverse_applied(left: Inverse, right: Inverse, data: Any) -> Any:
+    """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
+    if not isinstance(data, tuple):
+        return ops.kron_damped_inverse(*aligned(left, right, data))
+    (*left_parts, first), (*right_parts, second) = aligned(left, data[0]), aligned(right, data[1])
+    if left_parts[2].shape != right_parts[2].shape:
+        # Sides of different batch shapes.
+        return left @ data[0], right @ data[1]
+    operands = [*left_parts, *right_parts, first, second]
+    return ops.pair_damped_inverse(*operands)
 
 
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
     lefts, rights, data = zip(*problems, strict=True)
-    of_list = Kron(join(lefts), join(rights), list(data))
+    of_list = Kron(_shifted.join(lefts), _shifted.join(rights), list(data))
     if isinstance(data[0], Tensor):
         return list(of_list.solution())
     pairs = tuple(map(list, zip(*data, strict=True)))
     return list(zip(*of_list._replace(data=pairs).solution(), strict=True))
-
-
-def apply_inverses(left: Inverse, right: Inverse, data: Any) -> Any:
-    """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
-    if not isinstance(data, tuple):
-        batch = batch_of(left.basis, right.basis, data)
-        return kron_damped_inverse(*spread(left, batch), *spread(right, batch), expand(data, batch))
-    batches = [batch_of(side.basis, own) for side, own in zip((left, right), data, strict=True)]
-    left, right = (spread(side, batch) for side, batch in zip((left, right), batches, strict=True))
-    first, second = (expand(own, batch) for own, batch in zip(data, batches, strict=True))
-    if left.damping.shape != right.damping.shape:
-        # Sides of different batch shapes.
-        return left @ first, right @ second
-    return pair_damped_inverse(*left, *right, first, second)
 
 
 class Joint(NamedTuple):
@@ -284,7 +237,7 @@ def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
 
 def _joined(problems: Sequence[Joint]) -> Joint:
     lefts, rights, dampings, fitted = zip(*problems, strict=True)
-    left, right = join(lefts).stacked(), join(rights).stacked()
+    left, right = _shifted.join(lefts).stacked(), _shifted.join(rights).stacked()
     values = None if fitted[0] is None else torch.stack(fitted)
     return Joint(left, right, stack_numbers(dampings, left.small), values)
 
@@ -303,8 +256,7 @@ class Power(NamedTuple):
     def result(self) -> Tensor:
         """Apply the power."""
         (in_both, in_left, in_right, scale), left, right = self._coefficients()
-        batch = batch_of(left, right, self.matrix)
-        u, v, w = (expand(each, batch) for each in (left, right, self.matrix))
+        u, v, w = aligned(left, right, self.matrix)
         projected = u.mT @ w
         rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
         columns = (w @ v) * in_right[..., None, :]
@@ -316,10 +268,10 @@ class Power(NamedTuple):
         scale = scale.expand(len(left))
         turned = _padded(right)
         columns = times(self.matrix, turned)
-        inner = in_both * project(left, columns)
-        columns = rotate(left, columns, inner, torch.diag_embed(in_right))
+        inner = in_both * ops.project(left, columns)
+        columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
         beside = times(columns, scale[:, None, None] * turned.mT)
-        applied: Any = damped_apply(left, in_left, scale, self.matrix)
+        applied: Any = ops.damped_apply(left, in_left, scale, self.matrix)
         summed: Sequence[Tensor] = torch._foreach_add(
             applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
         )
@@ -363,15 +315,16 @@ def check_kron(
     right_tail: Tail,
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    left_basis, left_rows = check_factor(function, "left", left)
-    right_basis, right_rows = check_factor(function, "right", right)
+    left_basis, left_rows = _shifted.check_factor(function, "left", left)
+    right_basis, right_rows = _shifted.check_factor(function, "right", right)
     bases, rows = (left_basis, right_basis), (left_rows, right_rows)
     _check.together(function, "right", bases[1], "left", bases[0])
     check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
     data = check_data(function, matrix, bases, rows)
+    left_names, right_names = ("left", "left_damping", "left_tail"), ("right", "right_damping", "right_tail")
     return Kron(
-        check_side(function, ("left", "left_damping", "left_tail"), left, left_damping, left_tail, left_rows),
-        check_side(function, ("right", "right_damping", "right_tail"), right, right_damping, right_tail, right_rows),
+        _shifted.check_side(function, left_names, left, left_damping, left_tail, left_rows),
+        _shifted.check_side(function, right_names, right, right_damping, right_tail, right_rows),
         data,
     )
 
@@ -389,14 +342,14 @@ def check_joint(
     """Check the factors of a product with one damping."""
     sides = []
     for name, lowrank, tail in (("left", left, left_tail), ("right", right, right_tail)):
-        _, rows = check_factor(function, name, lowrank)
+        _, rows = _shifted.check_factor(function, name, lowrank)
         if rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
-        sides.append(check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
+        sides.append(_shifted.check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
     first, second = (side.basis for side in sides)
     _check.together(function, "right", second, "left", first)
-    check_batch(function, "right", second, first, "left's")
+    _shifted.check_batch(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
     if values is not None:
@@ -411,7 +364,7 @@ def check_power(
     function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
     """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
-    exponent = check_exponent(function, exponent)
+    exponent = _shifted.check_exponent(function, exponent)
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
@@ -432,9 +385,9 @@ def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows
     if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
         rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-    check_batch(function, "matrix", data, left)
-    check_batch(function, "matrix", data, right)
-    check_batch(function, "right", right, left, "left's")
+    _shifted.check_batch(function, "matrix", data, left)
+    _shifted.check_batch(function, "matrix", data, right)
+    _shifted.check_batch(function, "right", right, left, "left's")
     return rows[0].local(function, "matrix", data)
 
 
@@ -454,6 +407,6 @@ def _check_pair(
     if first.shape[-1] != second.shape[-1]:
         rule = "P and Q must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
-    check_batch(function, "P", first, bases[0])
-    check_batch(function, "Q", second, bases[1])
+    _shifted.check_batch(function, "P", first, bases[0])
+    _shifted.check_batch(function, "Q", second, bases[1])
     return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)

@@ -6,7 +6,6 @@ Derivation and error bounds: ``docs/updates.md``.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,21 +14,12 @@ from torch import Tensor
 # torch.linalg does not list its error in __all__.
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, is_dtensor
 from brandla._small import signs_of
-from brandla_kernels import (
-    Tall,
-    cholesky_inverse_core,
-    gram,
-    live_columns,
-    reads_are_free,
-    rotate,
-    rotate_,
-    rounded_gram,
-    tall,
-)
+from brandla_kernels import Tall, tall
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
@@ -61,11 +51,6 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
         Q, shape (..., n, k), and R, shape (..., k, k), in the dtype of P; float32 for half precision. R is square, and
         upper triangular if every column of P stands out clearly from the columns before it. A panel with a non-finite
         entry gives NaN throughout. Column j of Q comes from column j of P.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes and dtypes that do not fit, before anything is computed.
 
     Notes
     -----
@@ -104,7 +89,7 @@ def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     dtype = tall.dtype_of(panel)
     panel, transform, first = _first_pass(panel)
     nearly = times(panel, transform.to(dtype))
-    nearly_gram = rounded_gram(nearly)
+    nearly_gram = ops.rounded_gram(nearly)
     second, _ = _second_pass(nearly_gram)
     triangle = second.mT @ nearly_gram @ first
     return nearly, second.to(dtype), triangle.to(dtype)
@@ -115,7 +100,7 @@ def times(panel: Tall, small: Tensor) -> Tall:
     if isinstance(panel, Tensor):
         return panel @ small
     nothing: Any = [one[..., :0] for one in panel]
-    return rotate(panel, nothing, small, small[..., :0, :])
+    return ops.rotate(panel, nothing, small, small[..., :0, :])
 
 
 def spanning(panel: Tensor) -> Tensor:
@@ -135,18 +120,21 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     since values descend. On a CPU columns that are clean already, as H shows, are returned as they are, and those far
     from orthonormal that are not clean after one pass take another.
     """
-    may_look = _may_look(panel, rows)
+    first = panel if isinstance(panel, Tensor) else panel[0]
+    # A look at columns is free, and shows all of them.
+    may_look = rows is WHOLE and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
     for _ in range(2):
-        inner = rows.total(rounded_gram(panel))
+        inner = rows.total(ops.rounded_gram(panel))
         error = _deviation(inner) if may_look else 0.0
         if may_look and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
             break
         transform, live = _second_pass(inner)
         transform, nothing = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
+        rotation = panel, nothing, transform, transform[..., :0, :]
         if in_place:
-            rotate_(panel, nothing, transform, transform[..., :0, :])
+            ops.rotate_(*rotation)
         else:
-            panel = rotate(panel, nothing, transform, transform[..., :0, :])
+            panel = ops.rotate(*rotation)
         # NaN stays NaN.
         values = values * live.cumprod(-1)
         if error <= _NEAR:
@@ -159,32 +147,15 @@ def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
 
     The squared lengths of its columns, near 1 or 0, serve as their lengths, on which the result does not depend.
     """
-    return cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
-
-
-def _may_look(panel: Tall, rows: Rows) -> bool:
-    """Say whether a look at columns is free, and shows all of them."""
-    first = panel if isinstance(panel, Tensor) else panel[0]
-    return rows is WHOLE and reads_are_free(first) and not first.requires_grad and first.numel() > 0
+    return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 
 def _deviation(inner: Tensor) -> float:
-    """Estimate ‖H − I‖₂ for H = YᵀY, zero columns apart, by a power iteration on a few sign vectors."""
-
-    def error_of(block: Tensor) -> Tensor:
-        image = inner @ block
-        return torch.where(image == 0, 0, image - block)
-
-    error = error_of(_signs(inner.shape[-1]))
-    lengths = torch.linalg.vector_norm(error, dim=-2, keepdim=True)
-    error = error_of(error / lengths.clamp_min(torch.finfo(inner.dtype).tiny))
-    return float(torch.linalg.vector_norm(error, dim=-2).amax().item())
-
-
-@cache
-def _signs(k: int) -> Tensor:
-    generator = torch.Generator().manual_seed(k)
-    return torch.randint(0, 2, (k, _PROBES), generator=generator, device="cpu").mul_(2).sub_(1).double()
+    """Estimate ‖H − I‖₂ for H = YᵀY from below, zero columns apart, by a power iteration from its longest columns."""
+    error = inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) != 0).to(inner.dtype))
+    lengths, longest = torch.linalg.vector_norm(error, dim=-2).topk(min(_PROBES, inner.shape[-1]))
+    probes = tall.columns_at(error, longest) / lengths[..., None, :].clamp_min(torch.finfo(inner.dtype).tiny)
+    return float(torch.linalg.vector_norm(error @ probes, dim=-2).amax().item())
 
 
 def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
@@ -195,24 +166,27 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     """
     dtype, k = tall.dtype_of(panel), max(tall.columns(panel), 1)
     eps = torch.finfo(dtype).eps
-    panel_gram = gram(panel)
+    panel_gram = ops.gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
     # A comparison with NaN is false.
     length = torch.where(length <= _shortest(dtype), 0, length)
     if dtype != panel_gram.dtype:
         return panel, *_ranked_core(panel_gram, length, 64 * k * eps**2)
-    order = _strongest_first(panel_gram, length, 64 * k * eps)
-    if order is not None:
+    shift, order = 64 * k * eps, None
+    free = ops.reads_are_free(panel_gram)
+    if not free or not _nothing_goes(ops.live_columns(panel_gram, length, shift), length).all().item():
+        # One in which no column is measured against much weaker ones.
+        order = _order(panel_gram, length, shift)
         panel, panel_gram = tall.each(tall.columns_at, panel, order), _permuted(panel_gram, order)
         length = length.gather(-1, order)
     unit = torch.where(length > 0, length, 1)
     equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
-    to_panel = torch.linalg.cholesky_ex(equilibrated + 64 * k * eps * identity).L.mT * unit[..., None, :]
+    to_panel = torch.linalg.cholesky_ex(equilibrated + shift * identity).L.mT * unit[..., None, :]
     panel = tall.each(
         lambda own, upper: torch.linalg.solve_triangular(upper, own, upper=True, left=False), panel, to_panel
     )
-    panel_gram = gram(panel)
+    panel_gram = ops.gram(panel)
     transform, triangle = _ranked_core(panel_gram, (length > 0).to(dtype), 16 * k * eps)
     triangle = triangle @ to_panel
     if order is not None:
@@ -235,8 +209,8 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
     none is measured against much weaker ones. On a CPU, where it is known whether any has to go, the eigenvectors of G
     serve then, of which the least go. Columns none of which has to go can still grow under elimination in their order.
     """
-    if reads_are_free(gram):
-        transform, live = cholesky_inverse_core(gram, scale, threshold)
+    if ops.reads_are_free(gram):
+        transform, live = ops.cholesky_inverse_core(gram, scale, threshold)
         triangle = transform.mT @ gram
         all_live = bool(_nothing_goes(live, scale).all())
         if all_live and _amplification(transform, triangle, scale) <= _AMPLIFIED:
@@ -245,7 +219,7 @@ def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor,
             with suppress(LinAlgError):
                 return _principal(gram, scale, threshold)
     order = _order(gram, scale, threshold)
-    transform, _ = cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
+    transform, _ = ops.cholesky_inverse_core(_permuted(gram, order), scale.gather(-1, order), threshold)
     transform = _permuted(transform, order.argsort(-1))
     return transform, transform.mT @ gram
 
@@ -284,13 +258,6 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     return torch.where(finite, transform, float("nan")), torch.where(finite, triangle, float("nan"))
 
 
-def _strongest_first(gram: Tensor, scale: Tensor, threshold: float) -> Tensor | None:
-    """Return an order (..., k) in which no column is measured against much weaker ones; None for that they have."""
-    if reads_are_free(gram) and bool(_nothing_goes(live_columns(gram, scale, threshold), scale).all()):
-        return None
-    return _order(gram, scale, threshold)
-
-
 def _permuted(gram: Tensor, order: Tensor) -> Tensor:
     """Return Πᵀ G Π."""
     return gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
@@ -303,11 +270,11 @@ def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     out clearly of the ones before them stay in their order.
     """
     levels = (threshold ** (1 / 3), threshold ** (2 / 3))
-    clear = _nothing_goes(live_columns(gram, scale, levels[0]), scale)
+    clear = _nothing_goes(ops.live_columns(gram, scale, levels[0]), scale)
     natural = torch.arange(scale.shape[-1], device=scale.device)
     order = torch.where(clear, natural, gram.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True))
     for level in levels:
-        live = live_columns(_permuted(gram, order), scale.gather(-1, order), level)
+        live = ops.live_columns(_permuted(gram, order), scale.gather(-1, order), level)
         order = order.gather(-1, torch.argsort((~live).to(torch.uint8), dim=-1, stable=True))
     return order
 

@@ -63,7 +63,7 @@ def randomized_eigh(
     ----------
     matrix
         M, a tensor (..., n, n), a sparse tensor (n, n) or a linear operator (n, n). Symmetric positive semi-definite,
-        which `brandla.checked` verifies as far as the result shows it.
+        which `brandla.checked` verifies as far as the result shows it. Half precision gives a result in float32.
     rank
         Number of eigenpairs, at most n.
     oversample
@@ -76,16 +76,6 @@ def randomized_eigh(
         A basis (..., n, s) that replaces the first s ≤ rank + oversample columns of random signs: typically the
         eigenvectors of the last result, if the matrix has moved little. ``power_iterations`` of 0 or 1 is then enough.
         A zero column stands for random signs.
-
-    Returns
-    -------
-    LowRankEigh
-        In float32 for half-precision input.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values and kinds that do not fit, before anything is computed.
 
     Notes
     -----
@@ -149,24 +139,18 @@ def randomized_svd(
     """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(matrix)`` up to the error below, with
-    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns. Raises as
-    `randomized_eigh` does.
+    ``2 * power_iterations + 2`` products of X or Xᵀ with blocks of rank + oversample columns.
 
     Parameters
     ----------
     matrix
-        X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n).
+        X, a tensor (..., m, n), a sparse tensor (m, n) or a linear operator (m, n); its dtype as in `randomized_eigh`.
     rank
         Number of triplets, at most min(m, n).
     power_iterations
         Products with X Xᵀ after the first product, orthonormalised after each half.
     oversample, generator
         As in `randomized_eigh`.
-
-    Returns
-    -------
-    LowRankSVD
-        In float32 for half-precision input.
 
     Notes
     -----

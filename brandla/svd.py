@@ -1,4 +1,4 @@
-"""Updates of a singular value decomposition: a matrix of low rank added, or columns appended, centred or not."""
+"""Updates of a singular value decomposition: a matrix of low rank added, columns appended, centred streams merged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def svd_update(
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(decay * svd.dense() + left @ right.mT)``, in
-    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix. Raises as `svd_append` does.
+    O((m + n)(r + k)²) + O((r + k)³) operations and with no m × n matrix.
 
     Parameters
     ----------
@@ -39,11 +39,6 @@ def svd_update(
         ρ >= 0: a number, or a tensor of batch shape.
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(m, n, r + k), by default the old rank r.
-
-    Returns
-    -------
-    LowRankSVD
-        New tensors: nothing is modified or shared.
 
     Notes
     -----
@@ -116,13 +111,7 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     Returns
     -------
     LowRankSVD or Centred
-        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred. New tensors: nothing is
-        modified or shared.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
+        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred.
 
     Notes
     -----
@@ -152,6 +141,55 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     r = append.svd.S.shape[-1]
     right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
     return append.result(left, values, right.mT)
+
+
+@ranged("m,r,n", "m,r,n")
+def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) -> Centred:
+    """Join two centred streams: the decomposition of the columns of both about their common mean.
+
+    If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in
+    O(m (r₁ + r₂)²) operations.
+
+    Parameters
+    ----------
+    first, second
+        `Centred` values of the same m, batch shape and dtype.
+    rank
+        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁.
+
+    Notes
+    -----
+    Σ (x − μ)(x − μ)ᵀ over both is the sum of both about their own means and s sᵀ with
+    s = √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁): the columns U₂ diag(S₂) and s are appended to the first.
+
+    References
+    ----------
+    D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental learning for robust visual tracking", Int. J. Comput. Vis. 77
+    (2008), for the shift of the mean.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> start = brandla.centre(brandla.LowRankSVD.zeros(64, 0, rank=8))
+    >>> first, second = (brandla.svd_append(start, torch.randn(64, 32)) for _ in range(2))
+    >>> brandla.merge(first, second).weight
+    tensor(64., dtype=torch.float64)
+    """
+    for name, state in (("first", first), ("second", second)):
+        _check.centred("merge", name, state)
+    (svd, mean, weight, scatter), (other, other_mean, other_weight, other_scatter) = first, second
+    _check.columns("merge", "second.svd.U", other.U, "first.svd.U", svd.U)
+    total = weight + other_weight
+    share = torch.where(total > 0, other_weight / total, 0)
+    shift = (other_mean - mean) * (weight * share).sqrt()[..., None]
+    columns = torch.cat([other.U * other.S[..., None, :], shift.to(svd.dtype)[..., None]], dim=-1)
+    joined = svd_append(svd, columns, rank=rank)
+    return Centred(
+        LowRankSVD(joined.U, joined.S, joined.Vh[..., :0]),
+        mean + (other_mean - mean) * share[..., None],
+        total,
+        scatter + other_scatter + shift.square().sum(-1),
+    )
 
 
 class _Append(NamedTuple):
@@ -237,7 +275,7 @@ class _Factored(NamedTuple):
 def _factored(panel: Tensor, rows: Rows) -> _Factored:
     """Factor a panel: by QR in float64, else by D PᵀP D = V Λ Vᵀ in float64 with unit columns P D."""
     if panel.dtype == torch.float64:
-        basis, triangle = _qr(panel, rows)
+        basis, triangle = rows.qr(panel)
         return _Factored(basis, None, triangle, rows)
     inner = rows.total(gram(panel))
     lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -247,15 +285,6 @@ def _factored(panel: Tensor, rows: Rows) -> _Factored:
     values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
     transform = unit[..., :, None] * unit_scaled(vectors, values)
     return _Factored(panel, transform, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :], rows)
-
-
-def _qr(panel: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return Q and R of a panel (n, p); of a sharded one from the QR of all processes' R."""
-    basis, triangle = torch.linalg.qr(panel)
-    if rows is WHOLE:
-        return basis, triangle
-    inner, triangle = torch.linalg.qr(rows.stacked(triangle))
-    return basis @ rows.own(inner, panel.shape[-1]), triangle
 
 
 def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:

@@ -36,7 +36,7 @@ def assert_factors(q: Tensor, r: Tensor, panel: Tensor) -> None:
 @pytest.fixture(params=[True, False], ids=["values read", "none read"])
 def _reads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Branches on values, or none, as on a GPU."""
-    with mock.patch("brandla.orthonormal.reads_are_free", return_value=request.param):
+    with mock.patch("brandla_kernels.reads_are_free", return_value=request.param):
         yield
 
 
