@@ -1,8 +1,8 @@
-"""An extension of griffe: signatures and fields say what their names stand for.
+"""An extension of griffe: signatures and tables say what their names stand for.
 
-The documented fields of a NamedTuple, and parameters that are documented together, get the types that the code gives
-them. A name for types or words, such as ``LowRank`` or ``Compress``, becomes these; a default that is a private
-constant becomes its value.
+Documented fields, and parameters that are documented together, get the types and defaults that the code gives them. A
+name for types or words, such as ``LowRank`` or ``Compress``, becomes these; a default that is a private constant
+becomes its value.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def _visit(parent: griffe.Object) -> None:
             _told(member)
         if member.is_attribute:
             member.annotation = _spelled(member.annotation)
-        if member.is_class and any(str(base).startswith("NamedTuple") for base in member.bases):
-            _told(member)
         if member.is_module or member.is_class:
             _visit(member)
+        if member.is_class:
+            _told(member)
 
 
 def _spelled(part: Any) -> Any:
@@ -68,8 +68,9 @@ def _told(owner: griffe.Class | griffe.Function) -> None:
         if section.kind is not griffe.DocstringSectionKind.parameters:
             continue
         for told in section.value:
-            if owner.is_function and told.name in owner.parameters:
+            if told.name in owner.parameters:
                 own = owner.parameters[told.name]
                 told.annotation, told.value = own.annotation, own.default
-            elif owner.is_class and told.annotation is None and told.name in owner.members:
-                told.annotation = owner.members[told.name].annotation
+            elif told.name in owner.members:
+                own = owner.members[told.name]
+                told.annotation, told.value = own.annotation, own.value
