@@ -197,7 +197,6 @@ TABLES: dict[str, tuple[str, str, Callable[[Row], pd.DataFrame]]] = {
     "among optimizers": ("study-kfac", "kfac-study", kfac_page.readme),
     "by width": ("bench-kfac", "kfac", by_width),
     "times": ("study-scaling", "scaling", times),
-    "clips": ("study-defaults", "defaults", lambda content: next(iter(defaults.shown(content)))[1]),
 }
 
 

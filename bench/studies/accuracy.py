@@ -154,7 +154,7 @@ def draw(content: Row, theme: Theme) -> Figure:
     """Draw the step's error at the largest width."""
     settings, width = content["settings"], settled(content)["width"].max()
     runs = pd.DataFrame(content["runs"]).query("width == @width")
-    words = f"accuracy.json; mean and range, seeds: {runs['seed'].nunique()}"
+    words = f"accuracy.json; mean and range over {runs['seed'].nunique()} seeds"
     figure, (axis,) = pictures.panels([4.6], content, words, theme, pictures.NARROW)
     below = f"width {width}, rank {settings['rank']}, {settings['batch']} columns a step"
     pictures.titled(axis, "Relative error of the step", below, theme)

@@ -1,4 +1,7 @@
-"""A hook of mkdocs: a picture has a box that scrolls and opens at full size, and sizes in a table stay on one line."""
+"""A hook of mkdocs: pictures open at full size, sizes in a table stay on one line, docstrings link to pages.
+
+A picture has a box that scrolls.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from typing import Any
 
 IMAGES = re.compile(r'(?:<img [^>]*src="[^"]+"[^>]*>\s*)+')
 IMAGE = re.compile(r'<img [^>]*src="([^"#]+)[^>]*>')
+PAGES = re.compile(r"<code>docs/([\w/-]+)\.md</code>")
 SIZES = re.compile(r"(?<=<t[dh]>)(?:\w{1,6}, )+\w{1,6}(?=</t[dh]>)")
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Take pictures out of their paragraph, and wrap each into a link to its file, inside a box that scrolls."""
+    html = PAGES.sub(r'<a href="../\1/">\g<0></a>', html)
     html = SIZES.sub(lambda sizes: sizes[0].replace(" ", "&nbsp;"), html)
     return IMAGES.sub(_box, html).replace("<p></p>", "")
 

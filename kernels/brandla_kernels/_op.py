@@ -42,7 +42,15 @@ _forced: ContextVar[Backend | None] = ContextVar("brandla_backend", default=None
 
 
 class Cost(NamedTuple):
-    """Work of one call: floating-point operations and bytes moved to and from memory, each tall matrix counted once."""
+    """Work of one call: each tall matrix is counted once.
+
+    Parameters
+    ----------
+    flops
+        Floating-point operations.
+    bytes
+        Bytes moved to and from memory.
+    """
 
     flops: int
     bytes: int

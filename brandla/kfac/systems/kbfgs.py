@@ -24,15 +24,9 @@ class KBFGS(Strategy):
     """K-BFGS: step H_G ∂W H_A with BFGS updates of H_A ≈ (A + λI)⁻¹ and of H_G, the inverse Hessian in the outputs.
 
     H_A: s = H_A ā, y = (A + λI) s for the mean input ā. H_G: after the optimizer's step, the batch goes forward and
-    back once more, and `KFAC.second_pass` takes s and y from the changes of the mean output and of its gradient:
+    back once more, and `KFAC.second_pass` takes s and y from the changes of the mean output and of its gradient.
 
-    >>> preconditioner.step()  # doctest: +SKIP
-    >>> optimizer.step()  # doctest: +SKIP
-    >>> optimizer.zero_grad()  # doctest: +SKIP
-    >>> loss_of(model, batch).backward()  # doctest: +SKIP
-    >>> preconditioner.second_pass()  # doctest: +SKIP
-
-    Without those calls H_G stays I. It takes 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a
+    Without second passes H_G stays I. It takes 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a
     step, with no read-back. H_G is in float64: flat directions may be 10⁷ times steep ones in it, and float32 leaves an
     indefinite matrix then. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
 
@@ -54,6 +48,19 @@ class KBFGS(Strategy):
     D. Goldfarb, Y. Ren, A. Bahamou, "Practical quasi-Newton methods for training deep neural networks", NeurIPS 2020,
     arXiv 2006.08877. Y. Ren, A. Bahamou, D. Goldfarb, "Kronecker-factored quasi-Newton methods for deep learning",
     arXiv 2102.06737.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from brandla.kfac import KFAC, KBFGS
+    >>> model, inputs = torch.nn.Linear(20, 10), torch.randn(8, 20)
+    >>> preconditioner, optimizer = KFAC(model, KBFGS()), torch.optim.SGD(model.parameters(), 0.1)
+    >>> model(inputs).square().mean().backward()
+    >>> preconditioner.step()
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+    >>> model(inputs).square().mean().backward()  # the same batch again
+    >>> preconditioner.second_pass()
     """
 
     reads_rows: ClassVar[bool] = True
