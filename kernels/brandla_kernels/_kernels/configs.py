@@ -98,18 +98,18 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
         # The tile passes through the shared memory, of which gfx942 has 64 KiB; unrolled, a wider product spills.
         small = target.backend == "hip" or target.arch in _UNROLLED
         most = 32 if small and dtype == torch.float64 else 64
-    if target.arch in WEAK_FLOAT64:
-        # Of matrices in columns, tiles of 128 × 128 spill 8 bytes on sm_86.
+    if target.arch in _OF_REGISTERS:
+        # Of matrices in columns, tiles of 128 × 128 spill 8 to 32 bytes.
         k = min(k, 64)
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
     # The programs that invert a small matrix take more than the assembler's own limit.
     return config._replace(registers=_registers(target, "sm_80", "sm_90"))
 
 
-def damped_middle(target: Target, r: int, k: int, aligned: bool) -> Config:
-    """Tiles of `damped_middle_kernel`; off alignment the addresses of a basis spill beside the sums of four warps."""
+def damped_middle(target: Target, r: int, k: int) -> Config:
+    """Tiles of `damped_middle_kernel`; beside the sums of four warps, the addresses of ragged matrices spill."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
-    return Config(blocks, 4 if aligned else 8, 1, _registers(target, "sm_80", "sm_90"))
+    return Config(blocks, 8, 1, _registers(target, "sm_80", "sm_90"))
 
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:

@@ -365,8 +365,7 @@ def _multiply(
             f"splits{side}": splits, f"r{side}": r, f"k{side}": k, f"KIND{side}": kind.value,
         }  # fmt: skip
     shapes = [each.parts.shape[-2:] for each in sums]
-    in_lines = of_one is None or aligned(sums[1].half.basis)
-    config = configs.damped_middle(target, *map(max, zip(*shapes, strict=True)), in_lines)
+    config = configs.damped_middle(target, *map(max, zip(*shapes, strict=True)))
     if of_one is not None:
         both, of_both, turned = of_one
         assert both is not None
