@@ -382,12 +382,28 @@ def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one layout; without a copy if they are all parts, in order, of one that was unbound."""
+    first = parts[0]
+    base, size = first._base, first.numel()
+    if base is None or base.requires_grad or base.shape != (len(parts), *first.shape) or not base.is_contiguous():
+        return torch.stack(parts)
+    start = base.storage_offset()
+    for index, part in enumerate(parts):
+        if part._base is not base or part.storage_offset() != start + index * size or not part.is_contiguous():
+            return torch.stack(parts)
+    return base
+
+
 def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     """Return the one number that all are, or a tensor of them."""
+    first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
         one = min(numbers) == max(numbers)
-        return numbers[0] if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
-    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
+        return first if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    if isinstance(first, Tensor) and not [number for number in numbers if number is not first]:
+        return torch.as_tensor(first, dtype=like.dtype, device=like.device).expand(len(numbers), *first.shape)
+    return stacked([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
 def two_numbers(

@@ -25,6 +25,7 @@ from brandla.lowrank import (
     of_parts,
     parts_of,
     stack_numbers,
+    stacked,
     tolerance_of,
     two_numbers,
 )
@@ -338,12 +339,12 @@ def stack(updates: Sequence[Update]) -> Update:
     first = updates[0]
     tracked = zip(*(update.tracked for update in updates if update.tracked is not None), strict=True)
     return first._replace(
-        small=torch.stack([update.small for update in updates]),
+        small=stacked([update.small for update in updates]),
         tall=[update.tall for update in updates],
         columns=[update.columns for update in updates],
         decay=stack_numbers([update.decay for update in updates], first.small),
         weight=stack_numbers([update.weight for update in updates], first.small),
-        tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
+        tracked=first.tracked and tuple(map(stacked, tracked)),
     )
 
 

@@ -39,7 +39,7 @@ class Diagonal(_Whole):
         return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, indices, decay, weight, finite in absorptions:
+        for state, indices, decay, weight, finite, _ in absorptions:
             diagonal = state["diagonal"]
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)

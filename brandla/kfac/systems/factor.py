@@ -142,7 +142,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     factors = {}
     first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     # By the identity of the old sum, which is kept here so that no other tensor can get it.
-    renewed: dict[int, tuple[Tensor, Tensor]] = {}
+    renewed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
@@ -151,11 +151,12 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
         total = factor.state["total"]
         if id(total) not in renewed:
-            renewed[id(total)] = total, _renewed(total, now)
-        factor.state["total"] = renewed[id(total)][1]
+            renewed[id(total)] = total, *_renewed(total, now)
+        _, decayed, factor.state["total"] = renewed[id(total)]
         # In the weight, the normalisation costs no scaled copy of the columns.
         weight = (1 - now.decay) * scale
-        members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, now.decay, weight, now.finite))
+        absorption = Absorption(factor.state, columns, now.decay, weight, now.finite, decayed)
+        members.setdefault(factor.strategy, []).append(absorption)
         factors[index] = factor
     for strategy, absorptions in members.items():
         strategy.take(absorptions, now.step)
@@ -163,10 +164,10 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
-def _renewed(total: Tensor, now: Now) -> Tensor:
-    """Decay the sum of weights and add this step's, which is 0 unless the step is finite."""
-    new = torch.add(now.decay * total, now.finite.to(total.dtype), alpha=1 - now.decay)
-    return new.clamp_min(torch.finfo(total.dtype).tiny)
+def _renewed(total: Tensor, now: Now) -> tuple[Tensor, Tensor]:
+    """Return the decayed sum of weights, and with this step's weight, which is 0 unless the step is finite."""
+    decayed = now.decay * total
+    return decayed, torch.add(decayed, now.finite, alpha=1 - now.decay).clamp_min_(torch.finfo(total.dtype).tiny)
 
 
 def share_totals(factors: Iterable[Factor]) -> None:
