@@ -385,6 +385,8 @@ def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
 def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Stack tensors of one layout; without a copy if they are all parts, in order, of one that was unbound."""
     first = parts[0]
+    if len(parts) == 1:
+        return first[None]
     base, size = first._base, first.numel()
     if base is None or base.requires_grad or base.shape != (len(parts), *first.shape) or not base.is_contiguous():
         return torch.stack(parts)

@@ -22,7 +22,7 @@ from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
-from brandla.kfac.clip import by_kl, by_rms, finish, spectral
+from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
 from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
@@ -550,7 +550,7 @@ class KFAC:
             for layer, own in zip(gradients, norms, strict=True):
                 factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
-        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        written = placed([parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)])
         if clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)

@@ -75,10 +75,6 @@ class Factor:
         """Return λ."""
         return damping.of(self.largest())
 
-    def damped_solve(self, block: Tensor, damping: Damping) -> Tensor:
-        """Return (M + λI)⁻¹ times a block (..., n, m)."""
-        return self.strategy.damped_solve(self.state, block, self.shift(damping))
-
     def state_dict(self) -> dict[str, Any]:
         return {"strategy": str(self.strategy), "reason": self.reason, "state": copied(self.state)}
 
@@ -189,14 +185,21 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
 
 
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor: those that are low-rank, or of one form, together."""
+
+    def by_form(members: list[int]) -> list[Tensor]:
+        states, own, shift = zip(
+            *((factors[index].state, blocks[index], shifts[index]) for index in members), strict=True
+        )
+        return factors[members[0]].strategy.damped_solve_of_each(states, own, shift)
+
+    shifts = shifts_of_each(factors, damping)
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
     others = [index for index in range(len(factors)) if index not in lowranks]
-    solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
+    solved = dict(zip(others, alike(others, lambda index: factors[index].strategy, by_form), strict=True))
     if lowranks:
-        own = [factors[index] for index in lowranks]
-        shifts, tails = shifts_of_each(own, damping), [one.strategy.tail for one in own]
-        known_blocks = [blocks[index] for index in lowranks]
-        together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
+        tails = [factors[index].strategy.tail for index in lowranks]
+        known_blocks, known_shifts = [blocks[index] for index in lowranks], [shifts[index] for index in lowranks]
+        together = grouped.damped_solve(list(lowranks.values()), known_blocks, known_shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))
     return [solved[index] for index in range(len(factors))]

@@ -102,6 +102,12 @@ class FactorForm(ABC):
         assert operand is not None, _OWN_SOLVE
         return damped_solve(operand, block, shift, tail=self.tail)
 
+    def damped_solve_of_each(
+        self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return `damped_solve` of each state."""
+        return [self.damped_solve(*own) for own in zip(states, blocks, shifts, strict=True)]
+
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
         """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
