@@ -185,7 +185,7 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
 
 
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor: those that are low-rank, or of one form, together."""
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together."""
 
     def by_form(members: list[int]) -> list[Tensor]:
         states, own, shift = zip(

@@ -25,7 +25,7 @@ _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of
 class Absorption(NamedTuple):
     """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
 
-    They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the sum of weights before.
+    They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last sum of weights.
     """
 
     state: State
