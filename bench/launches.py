@@ -49,6 +49,7 @@ ALLOCATIONS = {
     *(aten.detach, aten.detach_, aten._unsafe_view, aten.set_),
 }
 READS_ALONE = {aten._local_scalar_dense, aten.is_nonzero}
+ON_HOST = {aten.promote_types}
 # What makes the host wait for the device: results that it reads, or whose sizes it needs.
 WAITS = READS_ALONE | {
     *(aten.equal, aten.nonzero, aten._linalg_eigh, aten._linalg_svd, aten.linalg_qr),
@@ -86,7 +87,7 @@ class Counter(TorchDispatchMode):
         packet = func.overloadpacket
         result = func(*args, **(kwargs or {}))
         upload = packet is aten.lift_fresh
-        free = func.is_view or packet in ALLOCATIONS | READS_ALONE or _is_empty(func, args, result)
+        free = func.is_view or packet in ALLOCATIONS | READS_ALONE | ON_HOST or _is_empty(func, args, result)
         self._add(waits=int(packet in WAITS), uploads=int(upload), torch=int(not upload and not free))
         return result
 

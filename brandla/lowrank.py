@@ -382,19 +382,39 @@ def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one layout; without a copy if they are, in order, all parts of one that was unbound."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first[None]
+    base, size = None if torch.compiler.is_compiling() else first._base, first.numel()
+    if base is None or base.requires_grad or base.numel() != len(parts) * size or not base.is_contiguous():
+        return torch.stack(parts)
+    start = base.storage_offset()
+    for index, part in enumerate(parts):
+        if part._base is not base or part.storage_offset() != start + index * size or not part.is_contiguous():
+            return torch.stack(parts)
+    return base.view(len(parts), *first.shape)
+
+
 def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     """Return the one number that all are, or a tensor of them."""
+    first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
         one = min(numbers) == max(numbers)
-        return numbers[0] if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
-    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
+        return first if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    if isinstance(first, Tensor) and not [number for number in numbers if number is not first]:
+        return torch.as_tensor(first, dtype=like.dtype, device=like.device).expand(len(numbers), *first.shape)
+    return stacked([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
 
 
 def two_numbers(
     first: float | Tensor, second: float | Tensor, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet."""
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
+    """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet, or both are one."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
+        first, second = stacked([first, second]).to(dtype).unbind()
+    elif isinstance(first, Tensor) or isinstance(second, Tensor):
         first, second = [
             number.to(dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device=device)
             for number in (first, second)

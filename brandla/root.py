@@ -7,7 +7,7 @@ the leading eigenvectors W of K, F⁺ = B W is the root of the best truncation. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from brandla.lowrank import (
     of_parts,
     parts_of,
     stack_numbers,
+    stacked,
     tolerance_of,
     two_numbers,
 )
@@ -337,13 +338,22 @@ def stack(updates: Sequence[Update]) -> Update:
     """Join updates of one r, k, rank and tolerance, of single factors, into that of a list."""
     first = updates[0]
     tracked = zip(*(update.tracked for update in updates if update.tracked is not None), strict=True)
+    decays, weights = [update.decay for update in updates], [update.weight for update in updates]
+    decay: float | Tensor
+    weight: float | Tensor
+    if isinstance(decays[0], Tensor) and isinstance(weights[0], Tensor):
+        # In one tensor, since what is done to both is then one kernel.
+        both = cast(Tensor, stack_numbers([*decays, *weights], first.small))
+        decay, weight = both.view(2, -1).unbind()
+    else:
+        decay, weight = (stack_numbers(numbers, first.small) for numbers in (decays, weights))
     return first._replace(
-        small=torch.stack([update.small for update in updates]),
+        small=stacked([update.small for update in updates]),
         tall=[update.tall for update in updates],
         columns=[update.columns for update in updates],
-        decay=stack_numbers([update.decay for update in updates], first.small),
-        weight=stack_numbers([update.weight for update in updates], first.small),
-        tracked=first.tracked and tuple(torch.stack(numbers) for numbers in tracked),
+        decay=decay,
+        weight=weight,
+        tracked=first.tracked and tuple(map(stacked, tracked)),
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 import brandla
 import oracles
+from brandla.lowrank import stacked
 from builders import assert_same, defect, dense, make_columns, make_eigh, make_root, make_svd
 from oracles import ORTHONORMAL, THRESHOLD
 
@@ -296,3 +297,13 @@ def test_the_arithmetic_of_tuples_is_refused(make: Any) -> None:
             call()
     assert next(iter(value)) is value[0]
     assert type(value._replace(**{value._fields[0]: value[0]})) is type(value)
+
+
+def test_what_was_unbound_is_stacked_without_a_copy() -> None:
+    whole = torch.arange(12.0).view(3, 2, 2)
+    parts = whole.unbind()
+    assert stacked(parts).data_ptr() == whole.data_ptr()
+    for others in (parts[::-1], parts[:2], [*parts[:2], parts[2].clone()], [part.mT for part in parts]):
+        found = stacked(list(others))
+        assert torch.equal(found, torch.stack(list(others)))
+        assert found.data_ptr() != whole.data_ptr()

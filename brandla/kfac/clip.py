@@ -97,8 +97,22 @@ def _times(step: Gradient, vectors: Tensor) -> Tensor:
     return product
 
 
+def placed(steps: Sequence[Sequence[Written]]) -> list[list[Written]]:
+    """Copy into the gradients, in one call, what would not be rounded there before it is scaled."""
+    waiting = [part for step in steps for part in step if part.step is not part.gradient and _is_as_precise(part)]
+    if waiting:
+        torch._foreach_copy_([part.gradient for part in waiting], [part.step for part in waiting])
+    return [
+        [Written(part.gradient, part.gradient) if _is_as_precise(part) else part for part in step] for step in steps
+    ]
+
+
+def _is_as_precise(part: Written) -> bool:
+    return part.step.dtype == part.gradient.dtype
+
+
 def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:
-    """Scale the steps that were written, and write those of less precision, scaled."""
+    """Scale the steps that were placed, and write those for gradients of less precision, scaled."""
     parts = [part for step in steps for part in step]
     scales = None if factors is None else [own for step, own in zip(steps, factors, strict=True) for _ in step]
     inside = [index for index, part in enumerate(parts) if part.step is part.gradient]

@@ -22,7 +22,7 @@ from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.loss_scale import loss_scale
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
-from brandla.kfac.clip import by_kl, by_rms, finish, spectral
+from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
 from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
@@ -178,7 +178,9 @@ class KFAC:
         self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
-        self._skipped: Tensor | int = 0
+        # Steps that were looked at on the device, and how many of them were finite.
+        self._looked_at = 0
+        self._finite: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
@@ -369,7 +371,9 @@ class KFAC:
         """
         orders = {name: str(layout) for name, layout in self._layouts.items()}
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, int(self._skipped), self._captured, orders)
+            return describe(
+                self._layers, self._unsupported, self._looked_at - int(self._finite), self._captured, orders
+            )
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -490,10 +494,10 @@ class KFAC:
         for layer in ready:
             layer.seal()
         if not mask.known_finite:
-            self._skipped = ~mask.finite + self._skipped
+            self._looked_at, self._finite = self._looked_at + 1, mask.one + self._finite
             # With a scaler some batches overflow, and are left out by it too.
             if scale is None:
-                self._mistakes.look_at_skipped(self._skipped, self._steps)
+                self._mistakes.look_at_skipped(self._looked_at, self._finite, self._steps)
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -550,7 +554,7 @@ class KFAC:
             for layer, own in zip(gradients, norms, strict=True):
                 factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
-        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        written = placed([parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)])
         if clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brandla._small import largest_eigenvalue
+from brandla.lowrank import stacked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,8 +82,8 @@ class Damping(NamedTuple):
         if groups := tuple(range(int(stacked), largest.ndim)):
             resolved = torch.finfo(largest.dtype).eps * largest.amax(groups, keepdim=True)
             largest = torch.maximum(largest, resolved)
-        shift = self.value * largest
-        return torch.where(shift > torch.finfo(shift.dtype).tiny, shift, 1)
+        shift: Tensor = torch.nn.functional.threshold(self.value * largest, torch.finfo(largest.dtype).tiny, 1)
+        return shift
 
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return λ for matrices (*groups, n, n), and their largest eigenvalues d₁, estimated from below with no sync.
@@ -94,7 +95,7 @@ class Damping(NamedTuple):
 
     def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
         """Return λ for each of a list of factors."""
-        return alike(largest, layout, lambda members: self.of(torch.stack(members), stacked=True).unbind())
+        return alike(largest, layout, lambda members: self.of(stacked(members), stacked=True).unbind())
 
 
 class Now(NamedTuple):

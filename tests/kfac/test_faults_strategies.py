@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy, TwoLevel
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.clip import by_kl
 from brandla.kfac.systems.two_level import _unit
+from brandla.kfac.values import Rows
 from kfac.networks import Batch, batch, gradients, loss_of, mlp, stepped, train
 from kfac.systems import every_system
 
@@ -184,3 +187,21 @@ def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_lo
 
 def test_a_mask_of_nothing_is_finite():
     assert Mask.of([], nn.Linear(2, 2)).finite
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_keeps_every_bit_or_none(dtype: torch.dtype, finite: bool):
+    """Where no look is free, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
+    model = nn.Linear(4, 1, bias=False).to(dtype)
+    model.weight.grad = torch.tensor([[math.nan, -0.0, -math.inf, 2.0]], dtype=dtype)
+    before, mask = model.weight.grad.clone(), Mask(torch.tensor(finite), known_finite=False)
+    indices, columns = torch.tensor([1, 0]), before.mT.float()
+    masked = mask.rows({"any": Rows(indices, columns, 1), "single": Rows(columns, columns, 1, single=True)})
+    mask.clear(model)
+    found = [model.weight.grad, masked["any"].gradients.mT.to(dtype), masked["single"].inputs.mT.to(dtype)]
+    wanted = before if finite else torch.zeros_like(before)
+    for part in found:
+        torch.testing.assert_close(part, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(part.signbit()[:, 1:], wanted.signbit()[:, 1:])
+    assert masked["any"].inputs is indices

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import brandla
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized, Strategy
 from brandla.kfac.systems.brand import sketch_width
+from brandla.kfac.systems.factor import damped_solves
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from builders import dense_operator
@@ -98,7 +99,7 @@ def test_tail_is_what_unseen_directions_are_taken_for(strategy: FactorStrategy, 
     assert kept.rank == 60 or (dense - kept.dense()).trace() > 1e-4 * DAMPING * (60 - kept.rank)
     damped = dense_operator(brandla.Tracked(kept, dense.trace(), dense.trace()), DAMPING, tail)
     block = torch.randn(60, 50, dtype=torch.float64)
-    found = factor.damped_solve(block, Damping(DAMPING, "absolute"))
+    (found,) = damped_solves([factor], [block], Damping(DAMPING, "absolute"))
     torch.testing.assert_close(found, torch.linalg.solve(damped, block))
 
 

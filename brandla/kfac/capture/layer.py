@@ -23,7 +23,7 @@ Sharing = Literal["expand", "reduce"]
 
 
 class Written(NamedTuple):
-    """Part of a step, and the gradient that it is for: the same tensor, unless that has less precision."""
+    """Part of a step, and the gradient that it is for: the same tensor where it has been written."""
 
     step: Tensor
     gradient: Tensor
@@ -220,7 +220,7 @@ class Layer:
         return torch.cat([matrix, *columns], dim=-1)
 
     def write(self, step: Gradient) -> list[list[Written]]:
-        """Overwrite the gradient with a step that is still to be scaled, and return the parts of it by weight."""
+        """Return the parts of a step by weight; products are written into the gradient as they are formed."""
         weight, bias = self.kind.weight_gradient, self.kind.bias_gradient
         assert weight is not None
         d_in = self.kind.shape[2]
@@ -241,7 +241,7 @@ class Layer:
     def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
         if isinstance(step, Tensor):
-            return _written(arranged(step[..., columns]), gradient)
+            return Written(arranged(step[..., columns]), gradient)
         first, second = step[0], step[1][..., columns, :]
         if not (self.shape.groups or self.kind.transposed) and gradient.dtype == self.shape.dtype:
             if gradient.shape == (len(first), len(second)):
@@ -250,7 +250,7 @@ class Layer:
             if (*gradient.shape, 1) == (len(first), len(second)):
                 torch.mv(first, second[0], out=gradient)
                 return Written(gradient, gradient)
-        return _written(arranged(first @ second.mT), gradient)
+        return Written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
         if not self.capture.left_out or self.kind.bias_gradient is None:
@@ -398,11 +398,6 @@ def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
     for part, own in zip(parts, turned, strict=True):
         sums[own] = sums[own] + part.square().sum()
     return sums[True].sqrt() / sums[False].sqrt()
-
-
-def _written(step: Tensor, gradient: Tensor) -> Written:
-    """Write a part, unless it would be rounded before it is scaled."""
-    return Written(gradient.copy_(step), gradient) if gradient.dtype == step.dtype else Written(step, gradient)
 
 
 def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:

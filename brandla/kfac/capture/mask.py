@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import reduce
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.values import Rows
+from brandla._sharded import is_dtensor
+from brandla.kfac.values import Rows, alike
 from brandla_kernels import reads_are_free
 
+Key = TypeVar("Key", bound=Hashable)
+# Integers of so many bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-class Mask(NamedTuple):
+
+@dataclass(frozen=True)
+class Mask:
     """Whether all numbers of a step are finite, squares of rows included, and what the step becomes if not."""
 
     finite: Tensor
@@ -46,23 +53,41 @@ class Mask(NamedTuple):
         """Return the mask of a step that several processes take together."""
         return Mask(torch.full_like(self.finite, finite), finite)
 
-    def rows(self, rows: Rows) -> Rows:
+    def rows(self, own: Mapping[Key, Rows]) -> dict[Key, Rows]:
         """Return the rows, or zeros."""
         if self.known_finite:
-            return rows
-        inputs = self._or_zero(rows.inputs) if rows.inputs.is_floating_point() else rows.inputs
-        return rows._replace(inputs=inputs, gradients=self._or_zero(rows.gradients))
+            return dict(own)
+        parts = {id(part): part for rows in own.values() for part in (rows.inputs, rows.gradients)}
+        found = [part for part in parts.values() if part.is_floating_point()]
+        masked = alike(found, _kind, lambda members: self._times(torch._foreach_mul, members))
+        parts |= {id(part): new.view(part.dtype) for part, new in zip(found, masked, strict=True)}
+        return {
+            key: rows._replace(inputs=parts[id(rows.inputs)], gradients=parts[id(rows.gradients)])
+            for key, rows in own.items()
+        }
 
     def clear(self, model: nn.Module) -> None:
         """Make all gradients of the model 0 unless finite."""
-        if not self.known_finite:
-            gradients = _gradients(model)
-            empty = {device: ~self.finite.to(device) for device in {gradient.device for gradient in gradients}}
-            for gradient in gradients:
-                gradient.masked_fill_(empty[gradient.device], 0)
+        if self.known_finite:
+            return
+        plain: dict[Hashable, list[Tensor]] = {}
+        for gradient in _gradients(model):
+            if gradient.is_floating_point() and not gradient.is_neg() and not is_dtensor(gradient):
+                plain.setdefault(_kind(gradient), []).append(gradient)
+            else:
+                gradient.masked_fill_(~self.finite.to(gradient.device), 0)
+        for members in plain.values():
+            self._times(torch._foreach_mul_, members)
 
-    def _or_zero(self, part: Tensor) -> Tensor:
-        return torch.where(self.finite.to(part.device), part, 0)
+    @cached_property
+    def one(self) -> Tensor:
+        """1 if finite, else 0, in int32."""
+        return self.finite.to(torch.int32)
+
+    def _times(self, multiply: Callable[[list[Tensor], Tensor], Any], parts: Sequence[Tensor]) -> Any:
+        """Multiply tensors of one kind by 1 or 0, in one kernel: as integers, since 0 times NaN is NaN."""
+        integers = [part.view(_INTEGERS[part.dtype.itemsize]) for part in parts]
+        return multiply(integers, self.one.to(integers[0].device, integers[0].dtype))
 
 
 def _bound(part: Tensor, uses: int) -> float:
@@ -72,15 +97,26 @@ def _bound(part: Tensor, uses: int) -> float:
 
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
-    # A NaN is the least and the greatest; a norm of order infinity takes many times as long on a CPU.
-    extremes = [extreme for part, _ in parts for extreme in torch.aminmax(part)]
-    # What is not finite gives NaN where the bound is infinite.
-    relative = list(torch._foreach_div(extremes, [bound for _, bound in parts for _ in range(2)]))
-    if len({(extreme.dtype, extreme.device) for extreme in relative}) > 1:
-        widest = reduce(torch.promote_types, {extreme.dtype for extreme in relative})
-        relative = [extreme.to(relative[0].device, widest) for extreme in relative]
-    within: Tensor = torch.stack(relative).abs() < 1
-    return within.all()
+    kinds: dict[Hashable, list[tuple[Tensor, float]]] = {}
+    for part, bound in parts:
+        kinds.setdefault(_kind(part), []).append((part, bound))
+    within = [_within(*zip(*members, strict=True)) for members in kinds.values()]
+    return within[0] if len(within) == 1 else torch.stack([own.to(within[0].device) for own in within]).all()
+
+
+def _within(parts: Sequence[Tensor], bounds: Sequence[float]) -> Tensor:
+    """Say the same of parts of one kind: NaN, and infinity over an infinite bound, are not less than 1."""
+    if reads_are_free(parts[0]):
+        # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
+        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
+        bounds = [signed for bound in bounds for signed in (-bound, bound)]
+    else:
+        extremes = list(torch._foreach_norm(parts, math.inf))
+    return (torch.stack(torch._foreach_div(extremes, bounds)) < 1).all()
+
+
+def _kind(part: Tensor) -> Hashable:
+    return part.dtype, part.device
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

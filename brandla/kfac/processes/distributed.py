@@ -49,7 +49,7 @@ class Replicas:
 
         ``told`` is how many terms this process's loss is a mean of, where rows are its gradients; 0 if that is unknown.
         """
-        return mask, {layer: _of_terms(layer, mask.rows(rows), told) for layer, rows in own.items()}
+        return mask, {layer: _of_terms(layer, rows, told) for layer, rows in mask.rows(own).items()}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
@@ -85,8 +85,8 @@ class _Many(Replicas, ABC):
         finite, of_all, shares = self._census(own, mask.finite, told)
         mask = mask.agreed(finite)
         clean = {
-            layer: _of_terms(layer, mask.rows(rows), of_all * rows.uses / _uses(shares[layer]))
-            for layer, rows in own.items()
+            layer: _of_terms(layer, rows, of_all * rows.uses / _uses(shares[layer]))
+            for layer, rows in mask.rows(own).items()
             if layer in shares
         }
         parts = [

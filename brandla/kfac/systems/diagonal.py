@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State
-from brandla.kfac.values import Damping
+from brandla.kfac.values import Damping, alike, layout
+from brandla.lowrank import stack_numbers, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Diagonal(_Whole):
         return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, indices, decay, weight, finite in absorptions:
+        for state, indices, decay, weight, finite, _ in absorptions:
             diagonal = state["diagonal"]
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
@@ -60,17 +61,40 @@ class Blocks(_Whole, DenseForm):
     unread: ClassVar[tuple[str, ...]] = ()
 
     def largest(self, state: State) -> Tensor:
-        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
-        blocks = self.average(state)
-        diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-        if diagonal.shape[-1] == 1:
-            return diagonal[..., 0]
-        first, last = diagonal.unbind(-1)
-        return (first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])
+        return self.largest_of_each([state])[0]
 
-    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
+
+        def of(members: list[State]) -> Sequence[Tensor]:
+            blocks = _averages(members)
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+            if diagonal.shape[-1] == 1:
+                return diagonal[..., 0].unbind()
+            first, last = diagonal.unbind(-1)
+            return ((first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])).unbind()
+
+        return alike(states, lambda state: layout(state["dense"]), of)
+
+    def damped_solve_of_each(
+        self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Solve densely; regular, since λ > 0."""
-        blocks = self.average(state)
-        blocks.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
-        solution: Tensor = torch.linalg.solve_ex(blocks, block).result
-        return solution
+
+        def of(members: list[tuple[State, Tensor, Tensor]]) -> Sequence[Tensor]:
+            own, right, added = zip(*members, strict=True)
+            averages = _averages(own)
+            averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
+            solution: Tensor = torch.linalg.solve_ex(averages, stacked(right)).result
+            return solution.unbind()
+
+        problems = list(zip(states, blocks, shifts, strict=True))
+        return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
+
+
+def _averages(states: Sequence[State]) -> Tensor:
+    """Return M = S / total of each state, in one tensor."""
+    sums = stacked([state["dense"] for state in states])
+    totals: Any = stack_numbers([state["total"] for state in states], sums)
+    averages: Tensor = sums / totals.view(-1, *[1] * (sums.ndim - 1))
+    return averages

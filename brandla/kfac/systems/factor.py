@@ -75,10 +75,6 @@ class Factor:
         """Return λ."""
         return damping.of(self.largest())
 
-    def damped_solve(self, block: Tensor, damping: Damping) -> Tensor:
-        """Return (M + λI)⁻¹ times a block (..., n, m)."""
-        return self.strategy.damped_solve(self.state, block, self.shift(damping))
-
     def state_dict(self) -> dict[str, Any]:
         return {"strategy": str(self.strategy), "reason": self.reason, "state": copied(self.state)}
 
@@ -142,7 +138,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     factors = {}
     first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     # By the identity of the old sum, which is kept here so that no other tensor can get it.
-    renewed: dict[int, tuple[Tensor, Tensor]] = {}
+    renewed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
@@ -151,11 +147,12 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
         total = factor.state["total"]
         if id(total) not in renewed:
-            renewed[id(total)] = total, _renewed(total, now)
-        factor.state["total"] = renewed[id(total)][1]
+            renewed[id(total)] = total, *_renewed(total, now)
+        _, decayed, factor.state["total"] = renewed[id(total)]
         # In the weight, the normalisation costs no scaled copy of the columns.
         weight = (1 - now.decay) * scale
-        members.setdefault(factor.strategy, []).append(Absorption(factor.state, columns, now.decay, weight, now.finite))
+        absorption = Absorption(factor.state, columns, now.decay, weight, now.finite, decayed)
+        members.setdefault(factor.strategy, []).append(absorption)
         factors[index] = factor
     for strategy, absorptions in members.items():
         strategy.take(absorptions, now.step)
@@ -163,10 +160,10 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
 
-def _renewed(total: Tensor, now: Now) -> Tensor:
-    """Decay the sum of weights and add this step's, which is 0 unless the step is finite."""
-    new = torch.add(now.decay * total, now.finite.to(total.dtype), alpha=1 - now.decay)
-    return new.clamp_min(torch.finfo(total.dtype).tiny)
+def _renewed(total: Tensor, now: Now) -> tuple[Tensor, Tensor]:
+    """Return the decayed sum of weights, and with this step's weight, which is 0 unless the step is finite."""
+    decayed = now.decay * total
+    return decayed, torch.add(decayed, now.finite, alpha=1 - now.decay).clamp_min_(torch.finfo(total.dtype).tiny)
 
 
 def share_totals(factors: Iterable[Factor]) -> None:
@@ -188,14 +185,21 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
 
 
 def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank together."""
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together."""
+
+    def by_form(members: list[int]) -> list[Tensor]:
+        states, own, shift = zip(
+            *((factors[index].state, blocks[index], shifts[index]) for index in members), strict=True
+        )
+        return factors[members[0]].strategy.damped_solve_of_each(states, own, shift)
+
+    shifts = shifts_of_each(factors, damping)
     lowranks = {index: known for index, own in enumerate(factors) if (known := own.operand()) is not None}
     others = [index for index in range(len(factors)) if index not in lowranks]
-    solved = {index: factors[index].damped_solve(blocks[index], damping) for index in others}
+    solved = dict(zip(others, alike(others, lambda index: factors[index].strategy, by_form), strict=True))
     if lowranks:
-        own = [factors[index] for index in lowranks]
-        shifts, tails = shifts_of_each(own, damping), [one.strategy.tail for one in own]
-        known_blocks = [blocks[index] for index in lowranks]
-        together = grouped.damped_solve(list(lowranks.values()), known_blocks, shifts, tail=tails)
+        tails = [factors[index].strategy.tail for index in lowranks]
+        known_blocks, known_shifts = [blocks[index] for index in lowranks], [shifts[index] for index in lowranks]
+        together = grouped.damped_solve(list(lowranks.values()), known_blocks, known_shifts, tail=tails)
         solved |= dict(zip(lowranks, together, strict=True))
     return [solved[index] for index in range(len(factors))]

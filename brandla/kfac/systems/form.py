@@ -25,7 +25,7 @@ _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of
 class Absorption(NamedTuple):
     """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
 
-    They go into an exponential sum: S ← decay · S + weight · A Aᵀ.
+    They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last sum of weights.
     """
 
     state: State
@@ -33,6 +33,7 @@ class Absorption(NamedTuple):
     decay: float
     weight: float
     finite: Tensor
+    decayed: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,12 @@ class FactorForm(ABC):
         assert operand is not None, _OWN_SOLVE
         return damped_solve(operand, block, shift, tail=self.tail)
 
+    def damped_solve_of_each(
+        self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return `damped_solve` of each state."""
+        return [self.damped_solve(*own) for own in zip(states, blocks, shifts, strict=True)]
+
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
         """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
@@ -124,7 +131,7 @@ class DenseForm(FactorForm):
         return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, columns, decay, weight, _ in absorptions:
+        for state, columns, decay, weight, *_ in absorptions:
             gram_ema_(state["dense"], columns, decay, weight)
 
     def error_bound(self, state: State) -> Tensor:

@@ -68,7 +68,10 @@ class NormKind(Kind):
         gradient = gradient.to(full_dtype(gradient))
         products = self._by_channel(gradient * self._normalised(inputs.to(gradient.dtype)))
         parts = [products] if self.bias is None else [products, self._by_channel(gradient)]
-        rows = torch.stack([part.sum(-1).mT for part in parts], dim=-1)[:, :, None]
+        samples, channels, _ = products.shape
+        rows = products.new_empty(channels, samples, 1, len(parts))
+        for index, part in enumerate(parts):
+            torch.sum(part, -1, out=rows[:, :, 0, index].mT)
         return Uses(rows, rows)
 
     def _normalised(self, inputs: Tensor) -> Tensor:
