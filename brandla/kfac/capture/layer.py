@@ -181,7 +181,7 @@ class Layer:
         ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
         multiplied by; the gradient has been divided by it already.
         """
-        calls = self._pair_calls()
+        calls = self._paired or self._pair_calls()
         if not calls:
             return None
         if self.unformed is not None:
@@ -292,7 +292,7 @@ class Layer:
     def _pair_calls(self) -> list[Call]:
         """Return the calls whose pair may be the gradient, if it is cheaper to apply than that; else none."""
         kind, shape = self.kind, self.shape
-        if self._paired or self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
+        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
             return self._paired
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
@@ -344,7 +344,9 @@ class Layer:
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
-        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
+        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
+        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
+        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
@@ -443,4 +445,4 @@ def by_strategy(layers: Iterable[Layer]) -> list[tuple[Strategy, list[Layer]]]:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

@@ -108,7 +108,11 @@ def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
-    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem))}
+    products = {
+        index: product
+        for index, problem in enumerate(problems)
+        if isinstance(problem.gradient, Tensor) and (product := _product(problem))
+    }
     others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
@@ -128,9 +132,9 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 
 
 def _product(problem: Problem) -> tuple[Factor, Factor, LowRank, LowRank] | None:
-    """Return both factors of a gradient that is a matrix, and their low-rank forms; None if one has none."""
+    """Return both factors of a problem, and their low-rank forms; None if one has none."""
     curvature = _of(problem)
-    if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
+    if curvature.input is None or curvature.output is None:
         return None
     left, right = curvature.output.operand(), curvature.input.operand()
     return None if left is None or right is None else (curvature.output, curvature.input, left, right)
@@ -174,7 +178,7 @@ class KroneckerStrategy(Strategy):
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
         """Take the rows of all layers into their factors, so that a GPU is asked once for all of a size."""
         both = zip(cast(Sequence[Kronecker], curvatures), rows, strict=True)
-        absorb_columns((intake for curvature, own in both for intake in curvature.intakes(own)), now)
+        absorb_columns([intake for curvature, own in both for intake in curvature.intakes(own)], now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         return solve_together(problems, now.damping)
