@@ -334,7 +334,7 @@ class _Passed(NamedTuple):
     """How the checked arguments of a list are made of its tensors, as those of another list of its layout were."""
 
     constants: list[Any]
-    # Tuples to make: of what kind, and of which values. The tensors come first, then the constants, then earlier tuples.
+    # Tuples to make: of what kind, and of which values. Tensors come first, then constants, then the tuples before.
     tuples: list[tuple[type[Any], list[int]]]
     places: list[int]  # of the items
     classes: dict[Class, list[int]]
@@ -382,7 +382,7 @@ def _leaves(part: Any) -> Iterator[Any]:
 
 
 def _laid_out(parts: list[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
-    """Return the different tensors in arguments, and their layout: all that a check looks at but values in checked mode.
+    """Return the different tensors in arguments, and their layout: all that a check looks at outside checked mode.
 
     None where there is more to look at than plain tensors, numbers and words.
     """

@@ -51,10 +51,7 @@ class Kronecker(Curvature):
 
     @property
     def started(self) -> bool:
-        for _, own in self.sides:
-            if not own.state:
-                return False
-        return True
+        return not [own for _, own in self.sides if not own.state]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
