@@ -17,7 +17,7 @@ Examples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -310,7 +310,7 @@ def _computed(
     class_of, alone, together = ways
     tensors, layout = _laid_out([*lists, *options.values()])
     passed = _passed.get((function, layout))
-    if passed is not None and layout is not None:
+    if passed is not None:
         items, classes = passed.items(tensors), passed.classes
     else:
         items = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
@@ -333,52 +333,42 @@ def _computed(
 class _Passed(NamedTuple):
     """How the checked arguments of a list are made of its tensors, as those of another list of its layout were."""
 
-    constants: list[Any]
-    # Tuples to make: of what kind, and of which values. Tensors come first, then constants, then the tuples before.
-    tuples: list[tuple[type[Any], list[int]]]
+    # What comes after the tensors: constants, of kind None, and tuples by the places of their parts.
+    values: list[tuple[type[Any] | None, Any]]
     places: list[int]  # of the items
     classes: dict[Class, list[int]]
 
     @classmethod
     def of(cls, items: Sequence[Any], tensors: list[Tensor], classes: dict[Class, list[int]]) -> _Passed | None:
-        """Return it for items that hold nothing but tensors of the list and words and numbers; else None."""
-        constants = {id(leaf): leaf for item in items for leaf in _leaves(item) if isinstance(leaf, _CONSTANTS)}
-        places = {id(value): place for place, value in enumerate([*tensors, *constants.values()])}
-        tuples: list[tuple[type[Any], list[int]]] = []
+        """Return it for items that hold nothing but tensors of the list, and words and numbers; else None."""
+        values: list[tuple[type[Any] | None, Any]] = []
+        known = {id(tensor): place for place, tensor in enumerate(tensors)}
 
         def place_of(part: Any) -> int:
-            if not isinstance(part, tuple):
-                return places[id(part)]
-            own = [place_of(each) for each in part]
-            tuples.append((type(part), own))
-            return len(places) + len(tuples) - 1
+            if id(part) not in known:
+                if not isinstance(part, (tuple, str, int, float, type, Rows, type(None))):
+                    raise KeyError  # such as a tensor that was converted
+                value = (type(part), list(map(place_of, part))) if isinstance(part, tuple) else (None, part)
+                known[id(part)] = len(tensors) + len(values)
+                values.append(value)
+            return known[id(part)]
 
         try:
-            return cls(list(constants.values()), tuples, [place_of(item) for item in items], classes)
+            return cls(values, list(map(place_of, items)), classes)
         except KeyError:
-            # A check has converted a tensor, or something is none.
             return None
 
     def items(self, tensors: list[Tensor]) -> list[Any]:
         """Return the checked arguments of a list of this layout."""
-        values = [*tensors, *self.constants]
-        for kind, places in self.tuples:
-            values.append(tuple.__new__(kind, map(values.__getitem__, places)))
-        return [values[place] for place in self.places]
+        found: list[Any] = [*tensors]
+        for kind, value in self.values:
+            found.append(value if kind is None else tuple.__new__(kind, map(found.__getitem__, value)))
+        return [found[place] for place in self.places]
 
 
-_CONSTANTS = (str, int, float, type, Rows, type(None))
 # By function and layout; None where each list has to be checked.
 _passed: dict[tuple[str, Any], _Passed | None] = {}
 _MOST_LAYOUTS = 256
-
-
-def _leaves(part: Any) -> Iterator[Any]:
-    if not isinstance(part, tuple):
-        yield part
-        return
-    for each in part:
-        yield from _leaves(each)
 
 
 def _laid_out(parts: list[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
