@@ -66,6 +66,11 @@ def checked(enabled: bool = True) -> Iterator[None]:
         _checked.reset(token)
 
 
+def reads_values() -> bool:
+    """Say whether a block in checked mode is open anywhere."""
+    return bool(_open)
+
+
 def _is_checked(tensor: Tensor) -> bool:
     # A compiled graph cannot raise on values.
     return bool(_open) and not torch.compiler.is_compiling() and _checked.get() and has_values(tensor)

@@ -29,14 +29,17 @@ def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
     def decorate(kind: type[Value]) -> type[Value]:
         new: Any = kind.__new__
         plain = kind.__repr__
+        count = len(cast(Any, kind)._fields)
 
         @wraps(new)
         def construct(cls: type[Value], *parts: Any, **named: Any) -> Value:
             # Optimizer.load_state_dict builds every container from one generator.
             if len(parts) == 1 and isinstance(parts[0], Iterator):
                 parts = _loaded(cls, tuple(parts[0]))
-            made: Value = new(cls, *parts, **named)
-            return made
+            if named or len(parts) != count:
+                made: Value = new(cls, *parts, **named)
+                return made
+            return tuple.__new__(cls, parts)
 
         def describe(self: Value) -> str:
             # pytrees and torch.func put other things than tensors into these tuples.

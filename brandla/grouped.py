@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, kind_of
+from brandla._sharded import WHOLE, Rows, kind_of
 from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
@@ -303,19 +303,101 @@ def _computed(
     lists: tuple[Sequence[Any], ...],
     **options: Any,
 ) -> list[Any]:
-    """Check all calls, then compute those of a class together; those of class None, and alone in theirs, one by one."""
-    items = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
+    """Compute the calls of a class together; those of class None, and alone in theirs, one by one.
+
+    All are checked first, unless a list of the same layout has passed.
+    """
     class_of, alone, together = ways
-    members: dict[Class, list[int]] = {}
-    for index, item in enumerate(items):
-        members.setdefault(class_of(item), []).append(index)
+    tensors, layout = _laid_out([*lists, *options.values()])
+    passed = _passed.get((function, layout))
+    if passed is not None:
+        items, classes = passed.items(tensors), passed.classes
+    else:
+        items = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
+        classes = {}
+        for index, item in enumerate(items):
+            classes.setdefault(class_of(item), []).append(index)
+        if layout is not None:
+            if len(_passed) == _MOST_LAYOUTS:
+                _passed.clear()
+            _passed[function, layout] = _Passed.of(items, tensors, classes)
     results: dict[int, Any] = {}
-    for kind, indices in members.items():
+    for kind, indices in classes.items():
         if kind is None or len(indices) == 1:
             results |= {index: alone(items[index]) for index in indices}
         else:
             results |= dict(zip(indices, together([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]
+
+
+class _Passed(NamedTuple):
+    """How the checked arguments of a list are made of its tensors, as those of another list of its layout were."""
+
+    # What comes after the tensors: constants, of kind None, and tuples by the places of their parts.
+    values: list[tuple[type[Any] | None, Any]]
+    places: list[int]  # of the items
+    classes: dict[Class, list[int]]
+
+    @classmethod
+    def of(cls, items: Sequence[Any], tensors: list[Tensor], classes: dict[Class, list[int]]) -> _Passed | None:
+        """Return it for items that hold nothing but tensors of the list, and words and numbers; else None."""
+        values: list[tuple[type[Any] | None, Any]] = []
+        known = {id(tensor): place for place, tensor in enumerate(tensors)}
+
+        def place_of(part: Any) -> int:
+            if id(part) not in known:
+                if not isinstance(part, (tuple, str, int, float, type, Rows, type(None))):
+                    raise KeyError  # such as a tensor that was converted
+                value = (type(part), list(map(place_of, part))) if isinstance(part, tuple) else (None, part)
+                known[id(part)] = len(tensors) + len(values)
+                values.append(value)
+            return known[id(part)]
+
+        try:
+            return cls(values, list(map(place_of, items)), classes)
+        except KeyError:
+            return None
+
+    def items(self, tensors: list[Tensor]) -> list[Any]:
+        """Return the checked arguments of a list of this layout."""
+        found: list[Any] = [*tensors]
+        for kind, value in self.values:
+            found.append(value if kind is None else tuple.__new__(kind, map(found.__getitem__, value)))
+        return [found[place] for place in self.places]
+
+
+# By function and layout; None where each list has to be checked.
+_passed: dict[tuple[str, Any], _Passed | None] = {}
+_MOST_LAYOUTS = 256
+
+
+def _laid_out(parts: list[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
+    """Return the different tensors in arguments, and their layout: all that a check looks at outside checked mode.
+
+    None where there is more to look at than plain tensors, numbers and words.
+    """
+    tensors: list[Tensor] = []
+    known: dict[int, int] = {}
+    layout: list[Any] = []
+    if _check.reads_values() or torch.compiler.is_compiling():
+        return [], None
+    # What is inside a list or a factor comes after what is beside it.
+    for part in parts:
+        if type(part) is Tensor:
+            place = known.setdefault(id(part), len(tensors))
+            if place < len(tensors):
+                layout.append(place)
+            else:
+                tensors.append(part)
+                layout.append((part.shape, part.dtype, part.device, part.layout))
+        elif isinstance(part, (tuple, list)):
+            layout.append((type(part), len(part)))
+            parts.extend(part)
+        elif isinstance(part, (str, int, float, Rank, type(None))):
+            layout.append((type(part), part))
+        else:
+            return [], None
+    return tensors, tuple(layout)
 
 
 def _class_of_update(update: Update) -> Class:

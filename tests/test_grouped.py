@@ -281,6 +281,26 @@ def test_bad_input_anywhere_is_refused() -> None:
         grouped.eigh_update(EIGHS, [*COLUMNS[:3], torch.zeros(5, 2, dtype=torch.float64)])
 
 
+def test_a_list_whose_layout_has_passed_is_computed_from_its_own_tensors_and_numbers() -> None:
+    """What a check has found of one list holds for another only where nothing that it looks at has changed."""
+    one, other = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+    second = [2 * part for part in COLUMNS]
+    lists = [(COLUMNS, one, one), (second, one, one), (COLUMNS, one, other), (second, other, one), (second, 0.5, 1.0)]
+    for columns, decay, weight in [*lists, *lists]:
+        for rank in ([5, 8, 1, 12], [4, 8, 1, 12]):
+            options = {"decay": decay, "weight": weight, "rank": rank}
+            found = grouped.root_update(ROOTS, columns, **options)
+            alone = [
+                brandla.root_update(root, own, decay=decay, weight=weight, rank=most)
+                for root, own, most in zip(ROOTS, columns, rank, strict=True)
+            ]
+            assert_same(found, alone)
+    with pytest.raises(TypeError, match="weight must be a number"):
+        grouped.root_update(ROOTS, second, decay=0.5, weight=True)
+    with brandla.checked(), pytest.raises(ValueError, match="columns must be finite"):
+        grouped.root_update(ROOTS, [part * torch.nan for part in second], decay=0.5, weight=1.0)
+
+
 def test_every_public_function_has_a_grouped_form() -> None:
     """Except the in-place ones: bad input in one factor could no longer leave the others unchanged."""
     functions = {name for name in brandla.__all__ if "_" in name and not name.endswith("_")} - {"keep_dtype"}

@@ -25,7 +25,7 @@ def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
     """
 
     def of(members: list[Sequence[Tensor]]) -> Sequence[Tensor]:
-        bounds = [clip * math.sqrt(sum(part.numel() for part in step)) for step in members]
+        bounds = [clip * math.sqrt(sum([part.numel() for part in step])) for step in members]
         lengths = torch._foreach_norm([part for step in members for part in step])
         torch._foreach_div_(lengths, [bound for bound, step in zip(bounds, members, strict=True) for _ in step])
         of_parts = torch.stack(lengths).unflatten(0, (len(members), -1))

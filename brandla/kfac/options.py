@@ -99,7 +99,7 @@ def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) 
 
 
 def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: Strategy) -> dict[str, Strategy | None]:
-    """Check ``inverse`` and return it by module name."""
+    """Check ``inverse`` and return it by module name, equal strategies as one object."""
     rule = by_module(model, "inverse", inverse, default)
     for strategy in rule.values():
         if not isinstance(strategy, Strategy | None):
@@ -107,7 +107,8 @@ def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: St
             if isinstance(strategy, type):
                 kind = f"the class {strategy.__name__}; construct it, as {strategy.__name__}(...)"
             _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {kind}")
-    return rule
+    known = {strategy: strategy for strategy in rule.values()}
+    return {module: known[strategy] for module, strategy in rule.items()}
 
 
 def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]:

@@ -195,7 +195,7 @@ class KFAC:
         finalize(self, _detach, self._layers).atexit = False
 
     def __repr__(self) -> str:
-        systems = ", ".join(f"{len(members)} {strategy}" for strategy, members in by_strategy(self._layers).items())
+        systems = ", ".join(f"{len(members)} {strategy}" for strategy, members in by_strategy(self._layers))
         return f"KFAC({systems}; {self.options}; step {self._steps})"
 
     def curvature(self, outputs: Tensor, loss: Loss = "cross_entropy", weights: Tensor | None = None) -> None:
@@ -273,18 +273,17 @@ class KFAC:
         if self.options.gradient == "pair":
             self._check_alone()
         unseen: list[Layer] = []
-        for layer in self._layers:
+        working = [layer for layer in self._layers if not layer.capture.refusal]
+        for layer in working:
+            layer.begin()
             layer.capture.keep_reached()
-        kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
-        with whole_gradients([part for kind in kinds for part in (kind.weight, kind.bias)]):
-            layers = [layer for layer in self._layers if layer.has_gradient]
+        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
+            layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
-                self._step(layers)
+                self._step(working, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
-        self._captured = sum(layer.capture.bytes() for layer in self._layers)
-        for layer in self._layers:
-            layer.capture.clear()
+        self._captured = sum([layer.end() for layer in self._layers])
         self._recorder.forget_terms()
         self._recorder.valid = None
         self._curvatures = 0
@@ -352,16 +351,17 @@ class KFAC:
             message = f"KFAC.second_pass: {rule}; got {self!r}"
             raise RuntimeError(message)
         for layer in layers:
+            layer.begin()
             layer.capture.keep_reached()
         own = self._rows([layer for layer in layers if layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
-        for strategy, members in by_strategy(rows).items():
+        for strategy, members in by_strategy(rows):
             known = [(layer, rows[layer]) for layer in members]
             problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
             strategy.second_pass(problems, now)
         for layer in self._layers:
-            layer.capture.clear()
+            layer.end()
         self._recorder.forget_terms()
 
     def report(self) -> Report:
@@ -460,27 +460,29 @@ class KFAC:
         self._known_replicas = None
         self._choose_captures()
 
-    def _step(self, layers: list[Layer]) -> None:
+    def _step(self, working: list[Layer], layers: list[Layer]) -> None:
+        """Take the step of the layers with a gradient, among those that can be preconditioned."""
         options = self.options.at(self._steps)
-        scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
+        scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
+        # Also those whose data comes from another process.
+        for layer in working:
+            layer.follow()
         if self._steps == CHECKED_AT and not self._replicas.several:
             self._mistakes.look_at_rows(layers, scale)
-        # Also those whose data comes from another process.
-        for layer in self._layers:
-            if not layer.capture.refusal and not layer.is_frozen:
-                layer.follow()
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
         of_loss = _of_loss(own)
-        taken = ((layer, layer.take_gradient(of_loss.get(layer), scale)) for layer in layers)
-        pairs = {layer: rows for layer, rows in taken if rows is not None}
+        pairs = {}
+        for layer in layers:
+            if layer.capture.left_out and (rows := layer.take_gradient(of_loss.get(layer), scale)) is not None:
+                pairs[layer] = rows
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
             for layer in own | pairs
             if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
-            for gradient in (layer.kind.weight.grad, layer.kind.bias_gradient)
+            for gradient in (layer.weight.grad, layer.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
@@ -530,7 +532,7 @@ class KFAC:
         for layer in layers:
             pair = layer.pair(of_loss.get(layer), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
-        for strategy, members in by_strategy(layers).items():
+        for strategy, members in by_strategy(layers):
             problems = [
                 Problem(layer.curvature, gradients[layer], rows.get(layer), layer.parameters, layer.sharing == "reduce")
                 for layer in members

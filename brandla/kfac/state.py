@@ -103,7 +103,7 @@ def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
     _check_complete(layer.name, saved["tensors"], curvature)
     if not saved["tensors"]:
         return layer.fresh()
-    layer.follow()
+    layer.follow(thaws=True)
     try:
         return layer.curvature.loaded(_with_empty(curvature, layer.curvature.state_dict()), layer.name)
     except KeyError as missing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -94,18 +93,13 @@ class Call:
     gradients: dict[Pass, list[Tensor]] = field(default_factory=lambda: {"loss": [], "curvature": []})
     # The backward pass, by autograd's number for it, of each of the loss's gradients.
     tasks: list[int] = field(default_factory=list)
-    _inputs: Tensor | None = None
-
-    @property
-    def inputs(self) -> Tensor:
-        """The input, once a gradient has come."""
-        assert self._inputs is not None
-        return self._inputs
+    # The input, once a gradient has come.
+    inputs: Any = None
 
     def add(self, gradient: Tensor, recorder: Recorder) -> None:
         """Take in a gradient; the first one fetches the input from where autograd has kept it."""
         if self.fetch is not None:
-            self._inputs, self.fetch = self.fetch(), None
+            self.inputs, self.fetch = self.fetch(), None
         self.terms[recorder.running] = recorder.terms[recorder.running]
         if recorder.running == "loss":
             self.tasks.append(torch._C._current_graph_task_id())
@@ -126,15 +120,18 @@ class Call:
     @property
     def released(self) -> bool:
         """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
-        return self.fetch is None and self._inputs is None
+        return self.fetch is None and self.inputs is None
 
-    def release(self) -> None:
-        self.fetch = self._inputs = None
+    def release(self) -> int:
+        """Forget all data, and return its size in bytes."""
+        held = 0 if self.inputs is None else self.inputs.nbytes
+        for gradients in self.gradients.values():
+            for gradient in gradients:
+                held += gradient.nbytes
+        self.fetch = self.inputs = None
         self.tasks = []
         self.gradients = {"loss": [], "curvature": []}
-
-    def bytes(self) -> int:
-        return sum([part.nbytes for part in (self.inputs, *chain(*self.gradients.values()))])
+        return held
 
 
 @dataclass(eq=False)

@@ -102,17 +102,18 @@ class Capture:
 
     def is_overtaken(self) -> bool:
         """Say whether somebody has written to the weight since the last backward pass."""
-        if self._seen is None or is_dtensor(self._seen[0]):
+        if self._seen is None:
             return False
         weight, version = self._seen
-        return weight is self._kind.weight and weight._version != version
+        if weight._version == version or is_dtensor(weight):
+            return False
+        return weight is self._kind.weight
 
-    def bytes(self) -> int:
-        return sum(call.bytes() for call in self.calls)
-
-    def clear(self) -> None:
+    def clear(self) -> int:
+        """Forget all calls, and return how many bytes they have held."""
+        held = 0
         for call in self.calls:
-            call.release()
+            held += call.release()
         self.calls = []
         self.edges = []
         self._of_first_draw = []
@@ -121,17 +122,17 @@ class Capture:
         self._fresh = False
         self._accumulated = self._seen = None
         self._reached = set()
+        return held
 
     def keep_reached(self) -> None:
         """Forget the loss's gradients of backward passes that have not added to the weight's.
 
         Where no pass is known to have done so, as with gradients that were set by hand, all are kept.
         """
-        strays = [call for call in self.calls if self._reached and not self._reached.issuperset(call.tasks)]
-        if strays:
-            for call in strays:
+        for call in self.calls:
+            if self._reached and not self._reached.issuperset(call.tasks):
                 call.keep(self._reached)
-            self._drop_empty()
+                self._drop_empty()
 
     def forget_discarded(self, of: Pass) -> None:
         """Forget the calls if the weight's gradient is None again: the step they were for has been given up."""

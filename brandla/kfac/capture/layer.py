@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from brandla._sharded import everywhere
 from brandla.kfac.capture import padding
@@ -59,6 +59,9 @@ class Layer:
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
+        # The weight and the bias that is trained, while a step lasts.
+        self.weight: Any = None
+        self.bias: Tensor | None = None
         # The rows of the gradient that autograd has not formed, while it is empty memory.
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
@@ -68,15 +71,32 @@ class Layer:
         # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
         self.direction: Tensor | None = None
 
+    def begin(self) -> None:
+        """Find the weight and the bias for a step: in the next one a sharded weight may be another tensor."""
+        self.weight, self.bias = self.kind.weight, self.kind.bias
+        self.unformed, self._paired = None, []
+
+    def end(self) -> int:
+        """Forget what was captured for a step, and return how many bytes that were."""
+        self.weight = self.bias = None
+        return self.capture.clear()
+
+    @property
+    def bias_gradient(self) -> Tensor | None:
+        """The part of the bias's gradient that belongs to this weight, to be written to."""
+        if self.bias is None or self.bias.grad is None:
+            return None
+        return self.kind.bias_part(self.bias.grad)
+
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
         # The weight of a refused call may be no parameter any more.
         if self.capture.refusal:
             return False
-        if self._left_out():
+        if self.capture.left_out and self._left_out():
             return True
-        gradient: Tensor | None = self.kind.weight.grad
+        gradient: Tensor | None = self.weight.grad
         if gradient is None or self._written is None:
             return gradient is not None
         step, version = self._written
@@ -91,18 +111,22 @@ class Layer:
     @property
     def is_unseen(self) -> bool:
         """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
-        is_known = bool(self.capture.calls) or self.curvature.started or self.kind.was_seen
-        return bool(self.capture.wanted) and not is_known
+        if self.capture.calls or not self.capture.wanted:
+            return False
+        return not (self.curvature.started or self.kind.was_seen)
 
     def fresh(self) -> Curvature:
         """Return a curvature before any data."""
         return self.strategy.curvature(self.shape)
 
-    def follow(self) -> None:
-        """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew."""
+    def follow(self, *, thaws: bool = False) -> None:
+        """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew.
+
+        That of a frozen weight stays as it is, unless it ``thaws``.
+        """
         weight = self.kind.weight
         layout = weight.shape, weight.dtype, weight.device, self.kind.transposed
-        if layout == self._layout:
+        if layout == self._layout or (self.is_frozen and not thaws):
             return
         self._layout = layout
         shape, known = self._shape_now(), self.shape
@@ -131,7 +155,6 @@ class Layer:
         The gradient is empty memory until `gradient` fills it. Where autograd has added something else to it, the
         product is added at once. Where it may be made of more than the captured calls, this raises.
         """
-        self.unformed, self._paired = None, []
         calls = self._left_out()
         if not calls:
             return None
@@ -145,12 +168,11 @@ class Layer:
         # Of padding the rows of a factor are 0, whatever the gradient holds.
         if rows is None or self.sharing == "reduce" or rows.share is not None or len(calls) < len(self._calls("loss")):
             rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
-        weight = self.kind.weight
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
+        if self.weight.grad is None:
+            self.weight.grad = torch.empty_like(self.weight)
             self.unformed = rows
         else:
-            weight.grad.add_(self._product(rows))
+            self.weight.grad.add_(self._product(rows))
         return rows
 
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -159,7 +181,7 @@ class Layer:
         ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
         multiplied by; the gradient has been divided by it already.
         """
-        calls = self._pair_calls()
+        calls = self._paired or self._pair_calls()
         if not calls:
             return None
         if self.unformed is not None:
@@ -177,7 +199,7 @@ class Layer:
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
         rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
-        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.shape.dtype))
+        product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
 
@@ -192,23 +214,27 @@ class Layer:
 
         Only where the rows are so few that they take the gradient's place.
         """
-        if not self.linear or self.sharing != "expand" or self.kind.weight.dtype != self.shape.dtype:
+        if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
             return False
-        calls = self._pair_calls()
-        return bool(calls) and not [call for call in self.capture.calls if call.valid is not None]
+        for call in self.capture.calls:
+            if call.valid is not None:
+                return False
+        return bool(self._pair_calls())
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
-        weight = self.kind.weight_gradient
-        assert weight is not None
+        weight = self.kind.weight_part(self.kind.weight.grad)
         if self.unformed is not None:
             weight.copy_(self._product(self.unformed))
             self.unformed = None
         matrix = self.kind.matrix(weight.to(self.shape.dtype))
         if not self.has_bias:
             return matrix
-        bias, size = self.kind.bias_gradient, (*matrix.shape[:-1], 1)
-        column = matrix.new_zeros(size) if bias is None else bias.to(self.shape.dtype).reshape(size)
+        bias, size = self.kind.bias, (*matrix.shape[:-1], 1)
+        if bias is None or bias.grad is None:
+            column = matrix.new_zeros(size)
+        else:
+            column = self.kind.bias_part(bias.grad).to(self.shape.dtype).reshape(size)
         return torch.cat([matrix, column], dim=-1)
 
     def parameters(self) -> Tensor:
@@ -221,20 +247,18 @@ class Layer:
 
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
-        weight, bias = self.kind.weight_gradient, self.kind.bias_gradient
-        assert weight is not None
-        d_in = self.kind.shape[2]
-        parts = [self._put(step, slice(d_in), weight, self.kind.tensor)]
+        kind, bias, d_in = self.kind, self.bias_gradient, self.shape.d_in - self.has_bias
+        parts = [self._put(step, slice(d_in), kind.weight_part(self.weight.grad), kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
-        if self.kind.weights == 1:
+        if kind.weights == 1:
             return [parts]
-        return [list(own) for own in zip(*(part.split(self.kind.weights) for part in parts), strict=True)]
+        return [list(own) for own in zip(*(part.split(kind.weights) for part in parts), strict=True)]
 
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
-        gradient = self.kind.weight.grad
+        gradient = self.weight.grad
         if gradient is not None:
             self._written = ref(gradient), gradient._version
 
@@ -244,21 +268,22 @@ class Layer:
             return Written(arranged(step[..., columns]), gradient)
         first, second = step[0], step[1][..., columns, :]
         if not (self.shape.groups or self.kind.transposed) and gradient.dtype == self.shape.dtype:
-            if gradient.shape == (len(first), len(second)):
+            size = first.shape[0], second.shape[0]
+            if gradient.shape == size:
                 torch.mm(first, second.mT, out=gradient)
                 return Written(gradient, gradient)
-            if (*gradient.shape, 1) == (len(first), len(second)):
+            if (*gradient.shape, 1) == size:
                 torch.mv(first, second[0], out=gradient)
                 return Written(gradient, gradient)
         return Written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
-        if not self.capture.left_out or self.kind.bias_gradient is None:
+        if not self.capture.left_out or self.bias_gradient is None:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
     def _product(self, rows: Rows) -> Tensor:
-        return rows.gradients.mT @ rows.inputs[..., : self.kind.shape[2]]
+        return rows.gradients.mT @ rows.inputs[..., : self.shape.d_in - self.has_bias]
 
     def _calls(self, of: Pass) -> list[Call]:
         """Return the calls that have rows: a batch may be empty."""
@@ -267,12 +292,15 @@ class Layer:
     def _pair_calls(self) -> list[Call]:
         """Return the calls whose pair may be the gradient, if it is cheaper to apply than that; else none."""
         kind, shape = self.kind, self.shape
-        if self._paired or self.linear is False or kind.one_hot or kind.single or (self.has_bias and kind.bias is None):
+        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
             return self._paired
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-            numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
+            numbers = 0
+            for call in calls:
+                for gradient in call.gradients["loss"]:
+                    numbers += gradient.numel()
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:
                 self._paired = calls
         return self._paired
@@ -316,7 +344,9 @@ class Layer:
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
-        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
+        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
+        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
+        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
@@ -362,7 +392,7 @@ class Layer:
         inputs = uses.inputs.to(self.shape.dtype)
         if self.has_bias and not self.kind.single:
             if uses.ones is None:
-                inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+                inputs = torch.constant_pad_nd(inputs, (0, 1), 1.0)
             else:
                 inputs = torch.cat([inputs, uses.ones.to(self.shape.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
@@ -371,7 +401,7 @@ class Layer:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
         norm, gradient = torch.linalg.vector_norm, self.gradient()
         call = next(call for call in self.capture.calls if call.gradients["loss"])
-        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
+        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.weight))
         # In half precision rows are rounded independently of each other, and the gradient once more.
         bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
         bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
@@ -400,14 +430,14 @@ def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
     return sums[True].sqrt() / sums[False].sqrt()
 
 
-def by_strategy(layers: Iterable[Layer]) -> dict[Strategy, list[Layer]]:
-    """Sort layers by strategy, in their order."""
-    members: dict[Strategy, list[Layer]] = {}
+def by_strategy(layers: Iterable[Layer]) -> list[tuple[Strategy, list[Layer]]]:
+    """Sort layers by strategy, in their order; equal strategies of a model are one object."""
+    members: dict[int, tuple[Strategy, list[Layer]]] = {}
     for layer in layers:
-        members.setdefault(layer.strategy, []).append(layer)
-    return members
+        members.setdefault(id(layer.strategy), (layer.strategy, []))[1].append(layer)
+    return list(members.values())
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

@@ -74,7 +74,7 @@ class Mistakes:
         self._empty = 0 if layers or not alone else self._empty + 1
         if self._empty == _MOST_EMPTY:
             self._tell(_EMPTY)
-        if alone and any(layer.capture.is_overtaken() for layer in layers):
+        if alone and [layer for layer in layers if layer.capture.is_overtaken()]:
             self._tell(_MOVED)
 
     def look_at_rows(self, layers: Iterable[Layer], scale: Tensor | None) -> None:

@@ -69,7 +69,7 @@ def rows(layers: Iterable[Layer]) -> dict[Layer, Rows]:
 
 def terms(layers: Iterable[Layer], of: Pass) -> Tensor | float:
     """Return the number of terms, or the sum of their weights, that the captured gradients are about; 0 if untold."""
-    told = (call.terms[of] for layer in layers for call in layer.capture.calls)
+    told = [call.terms[of] for layer in layers for call in layer.capture.calls]
     return sum({id(run): run.total for run in told if run is not None}.values())
 
 

@@ -53,7 +53,7 @@ class Replicas:
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
-        for strategy, members in by_strategy(rows).items():
+        for strategy, members in by_strategy(rows):
             strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
     def mean(self, number: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Split(_Many):
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take in the rows of this process's factors, and publish the changes."""
-        for strategy, members in by_strategy(rows).items():
+        for strategy, members in by_strategy(rows):
             # Factors are fed together: one that belongs elsewhere has no rows here.
             if strategy.reads_rows or all(isinstance(layer.curvature, Kronecker) for layer in members):
                 strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)

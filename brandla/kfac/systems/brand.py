@@ -83,7 +83,8 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> li
     def narrow(absorption: Absorption) -> Absorption:
         columns = absorption.columns
         k = columns.shape[-1]
-        width = sketch_width(kept(absorption.state).rank, k) if sketch == "auto" else sketch
+        basis = absorption.state["root" if "root" in absorption.state else "eigenvectors"]
+        width = sketch_width(basis.shape[-1], k) if sketch == "auto" else sketch
         if width is None or k <= width:
             return absorption
         is_inside = columns.ndim == 2 and not reads_are_free(columns)

@@ -60,8 +60,11 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        columns: list[int] = [self.state[name].shape[-1] for name in _RANKED if name in self.state]
-        return columns[0] if columns else None
+        for name in _RANKED:
+            if name in self.state:
+                columns: int = self.state[name].shape[-1]
+                return columns
+        return None
 
     def operand(self) -> LowRank | None:
         """Return M as the damped functions take it, or None."""
@@ -142,7 +145,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
             continue
-        if not factor.started:
+        if not factor.state:
             factor.begin()
             factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
         total = factor.state["total"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
@@ -42,9 +43,15 @@ class Kronecker(Curvature):
             shape.single,
         )
 
+    @cached_property
+    def sides(self) -> list[tuple[Side, Factor]]:
+        """The factors there are, by their side."""
+        sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))
+        return [(side, own) for side, own in sides if own is not None]
+
     @property
     def started(self) -> bool:
-        return not [side for side in (self.input, self.output) if side is not None and not side.started]
+        return not [own for _, own in self.sides if not own.state]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
@@ -55,18 +62,17 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        sides = [(side.n, side.rank) for side in (self.input, self.output) if side is not None]
-        known = [(n, rank) for n, rank in sides if rank is not None]
-        if not known or len(known) < len(sides):
-            return None
-        of_column = sum([4 * n * rank for n, rank in known]) + 2 * entries
-        return 4 * entries * sum([rank for _, rank in known]) // of_column
+        ranks, of_column = 0, 2 * entries
+        for _, own in self.sides:
+            rank = own.rank
+            if rank is None:
+                return None
+            ranks += rank
+            of_column += 4 * own.n * rank
+        return 4 * entries * ranks // of_column if ranks else None
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        if self.input is not None:
-            yield "input", self.input
-        if self.output is not None:
-            yield "output", self.output
+        return iter(self.sides)
 
     def intakes(self, rows: Rows) -> list[Intake]:
         """Return the columns that each factor gets of the rows."""
@@ -79,14 +85,14 @@ class Kronecker(Curvature):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {side: own.state_dict() for side, own in self.factors()}
+        return {side: own.state_dict() for side, own in self.sides}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
-        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides}
         return replace(self, **sides)
 
     def tensors(self) -> Iterator[Tensor]:
-        for _, own in self.factors():
+        for _, own in self.sides:
             yield from own.tensors()
 
 
@@ -99,7 +105,11 @@ def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
-    products = {index: product for index, problem in enumerate(problems) if (product := _product(problem))}
+    products = {
+        index: product
+        for index, problem in enumerate(problems)
+        if isinstance(problem.gradient, Tensor) and (product := _product(problem))
+    }
     others = {index: problem for index, problem in enumerate(problems) if index not in products}
     solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
     if products:
@@ -119,9 +129,9 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 
 
 def _product(problem: Problem) -> tuple[Factor, Factor, LowRank, LowRank] | None:
-    """Return both factors of a gradient that is a matrix, and their low-rank forms; None if one has none."""
+    """Return both factors of a problem, and their low-rank forms; None if one has none."""
     curvature = _of(problem)
-    if isinstance(problem.gradient, tuple) or curvature.input is None or curvature.output is None:
+    if curvature.input is None or curvature.output is None:
         return None
     left, right = curvature.output.operand(), curvature.input.operand()
     return None if left is None or right is None else (curvature.output, curvature.input, left, right)
@@ -130,7 +140,7 @@ def _product(problem: Problem) -> tuple[Factor, Factor, LowRank, LowRank] | None
 def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
     steps = [problem.gradient for problem in problems]
-    sides = [(index, *own) for index, problem in enumerate(problems) for own in _of(problem).factors()]
+    sides = [(index, *own) for index, problem in enumerate(problems) for own in _of(problem).sides]
     waiting = [name == "input" and isinstance(steps[index], Tensor) for index, name, _ in sides]
     for turn in (False, True):
         taken = [side for side, waits in zip(sides, waiting, strict=True) if waits is turn]
@@ -165,7 +175,7 @@ class KroneckerStrategy(Strategy):
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
         """Take the rows of all layers into their factors, so that a GPU is asked once for all of a size."""
         both = zip(cast(Sequence[Kronecker], curvatures), rows, strict=True)
-        absorb_columns((intake for curvature, own in both for intake in curvature.intakes(own)), now)
+        absorb_columns([intake for curvature, own in both for intake in curvature.intakes(own)], now)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         return solve_together(problems, now.damping)

@@ -92,14 +92,8 @@ class Kind(ABC):
             bias = getattr(self.module, self._bias, None)
         return bias if bias is not None and bias.requires_grad else None
 
-    @property
-    def weight_gradient(self) -> Tensor | None:
-        """The weight's gradient, to be written to; where the weight is part of a parameter, a view of that part."""
-        gradient = self.weight.grad
-        return None if gradient is None else self.weight_part(gradient)
-
     def weight_part(self, weight: Tensor) -> Tensor:
-        """Return what is this weight of a tensor of the parameter's shape."""
+        """Return what is this weight of a tensor of the parameter's shape: a view, to be written to."""
         return weight
 
     @property
@@ -121,14 +115,8 @@ class Kind(ABC):
         """Have the weight alone, without its bias."""
         self._bias = ""
 
-    @property
-    def bias_gradient(self) -> Tensor | None:
-        """The part of the bias's gradient that belongs to this weight, to be written to."""
-        bias = self.bias
-        return None if bias is None or bias.grad is None else self.bias_part(bias.grad)
-
     def bias_part(self, bias: Tensor) -> Tensor:
-        """Return what belongs to this weight of a tensor of the bias's shape."""
+        """Return what belongs to this weight of a tensor of the bias's shape: a view, to be written to."""
         return bias
 
     @property
