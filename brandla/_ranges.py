@@ -43,7 +43,7 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
         @wraps(function)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             # The compiler must not come to depend on whether a profiler is on.
-            if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+            if torch.compiler.is_dynamo_compiling() or not profiler._is_profiler_enabled:
                 return function(*args, **kwargs)
             found = sizes_of(letters, _values(function, args, kwargs))
             shown = (f"{letter}={size}" for letter, size in found.items())
