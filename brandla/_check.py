@@ -192,17 +192,17 @@ def matching_data(function: str, name: str, tensor: Tensor, of_name: str, of: Te
 def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
     """Check new columns (..., n, k) against a basis (..., n, r) and return them in its dtype."""
     converted = matching_data(function, name, tensor, of_name, of)
-    n = of.shape[-2]
-    if tensor.ndim < 2 or tensor.shape[-2] != n:
+    (*batch, n, _), shape = of.shape, tuple(tensor.shape)
+    if shape[-2:-1] != (n,):
         remedy = ""
-        if n in tensor.shape[-1:]:
+        if n in shape[-1:]:
             one = f"{name}[:, None] for one column"
             remedy = f"; pass {one if tensor.ndim == 1 else f'{name}.mT if samples are rows'}"
         rule = f"{name} must have n = {n} rows, as {of_name} does"
-        fail_value(function, f"{rule}; got shape {tuple(tensor.shape)}{remedy}")
-    if tensor.shape[:-2] != of.shape[:-2]:
-        rule = f"{name} must have the batch shape of {of_name}, {tuple(of.shape[:-2])}"
-        fail_value(function, f"{rule}; got {tuple(tensor.shape[:-2])}; expand() it first")
+        fail_value(function, f"{rule}; got shape {shape}{remedy}")
+    if shape[:-2] != tuple(batch):
+        rule = f"{name} must have the batch shape of {of_name}, {tuple(batch)}"
+        fail_value(function, f"{rule}; got {shape[:-2]}; expand() it first")
     return converted
 
 
@@ -271,13 +271,13 @@ def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Te
     return value.to(of.dtype)
 
 
-def eigh(function: str, name: str, factor: object) -> None:
-    """Check a LowRankEigh-shaped pair (eigenvalues, eigenvectors)."""
+def eigh(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
+    """Check a LowRankEigh-shaped pair (eigenvalues, eigenvectors), and return it."""
     values, vectors = _fields(function, name, factor, "LowRankEigh")
     if _agree(values, vectors) and vectors.ndim > 1:
         *batch, n, r = vectors.shape
         if r <= n and values.shape == (*batch, r):
-            return
+            return values, vectors
     basis(function, f"{name}.eigenvectors", vectors)
     part(function, f"{name}.eigenvalues", values)
     expected = (*vectors.shape[:-2], vectors.shape[-1])
@@ -285,13 +285,16 @@ def eigh(function: str, name: str, factor: object) -> None:
     together(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors)
     _orthonormal(function, f"{name}.eigenvectors", vectors)
     _descending(function, f"{name}.eigenvalues", values)
+    return values, vectors
 
 
-def root(function: str, name: str, factor: object) -> None:
-    """Check a LowRankRoot-shaped pair (root, gram)."""
+def root(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
+    """Check a LowRankRoot-shaped pair (root, gram), and return it, what is small first."""
     tall, gram = _fields(function, name, factor, "LowRankRoot")
-    if _agree(tall, gram) and tall.ndim > 1 and gram.shape == (*tall.shape[:-2], tall.shape[-1], tall.shape[-1]):
-        return
+    if _agree(tall, gram) and tall.ndim > 1:
+        *batch, _, r = tall.shape
+        if gram.shape == (*batch, r, r):
+            return gram, tall
     part(function, f"{name}.root", tall)
     if tall.ndim < 2:
         fail_value(function, f"{name}.root must have shape (..., n, r); got {tuple(tall.shape)}")
@@ -303,6 +306,7 @@ def root(function: str, name: str, factor: object) -> None:
         error, largest = (_inner(tall) - _whole(gram)).abs(), _whole(gram).diagonal(dim1=-2, dim2=-1).amax(-1)
         rule = f"{name}.gram must be the Gram matrix FᵀF of {name}.root"
         _small_enough(function, rule, error.amax((-2, -1)) / largest, tall.dtype, "recompute it as root.mT @ root")
+    return gram, tall
 
 
 def svd(function: str, name: str, factor: object) -> None:

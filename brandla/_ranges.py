@@ -44,7 +44,7 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
         @wraps(function)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             # The compiler must not come to depend on whether a profiler is on.
-            if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+            if torch.compiler.is_dynamo_compiling() or not profiler._is_profiler_enabled:
                 return function(*args, **kwargs)
             # A call that does not fit the signature is left to the function.
             found = sizes_of(letters, [*args, *(kwargs.get(each) for each in names[len(args) :])])

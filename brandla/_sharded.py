@@ -72,6 +72,8 @@ class Rows:
 
 
 WHOLE = Rows()
+# Types of arguments of which `Rows.admit` and `Rows.small` have nothing to say.
+PLAIN = frozenset({Tensor, float, int})
 
 
 @dataclass(frozen=True)

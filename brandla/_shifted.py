@@ -15,7 +15,7 @@ from torch import Tensor
 
 import brandla_kernels as ops
 from brandla import _check
-from brandla._sharded import WHOLE, Rows, rows_of
+from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
 from brandla.lowrank import (
     NAMES,
@@ -282,8 +282,9 @@ def _smallest(values: Tensor) -> Tensor:
 def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Tensor, Rows]:
     """Check a factor, tracked or not, and return its tall matrix with the rows of it that are here."""
     factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    check_symmetric(function, name, factor)
-    small, basis = parts_of(factor)
+    small, basis = check_symmetric(function, name, factor)
+    if type(basis) is Tensor:
+        return basis, WHOLE
     return basis, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
 
 
@@ -293,13 +294,14 @@ def check_side(
     """Check λ and τ, and return them beside what is here of a factor that has been checked."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, damping_name, tail_name = names
-    small_name, basis_name = NAMES[type(factor)]
     small, basis = parts_of(factor)
-    damping = rows.small(function, damping_name, damping)
+    if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
+        small = rows.small(function, f"{name}.{NAMES[type(factor)][0]}", small)
+        damping, tail = rows.small(function, damping_name, damping), rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
     given: Number | None
     if not isinstance(tail, str):
-        given = _check.scalar(function, tail_name, rows.small(function, tail_name, tail), "the factor", basis)
+        given = _check.scalar(function, tail_name, tail, "the factor", basis)
     elif tail == "smallest":
         given = None
     elif tail != "mean":
@@ -311,9 +313,8 @@ def check_side(
     else:
         _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
-    if rows is not WHOLE or type(small) is not Tensor:
-        small = rows.small(function, f"{name}.{small_name}", small)
-        basis = rows.local(function, f"{name}.{basis_name}", basis)
+    if rows is not WHOLE:
+        basis = rows.local(function, f"{name}.{NAMES[type(factor)][1]}", basis)
     return Side(type(factor), small, basis, damping, given, rows)
 
 

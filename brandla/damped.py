@@ -193,8 +193,8 @@ class Solve(NamedTuple):
 
     def shaped(self, block: Tensor) -> Tensor:
         """Return the result in the shape and of the kind of the right-hand side."""
-        rows = self.side.rows
-        return rows.tall_result(block[..., 0], -1) if self.vector else rows.tall_result(block)
+        rows, block = self.side.rows, block[..., 0] if self.vector else block
+        return block if rows is WHOLE else rows.tall_result(block, -1 if self.vector else -2)
 
 
 def logdets_together(sides: Sequence[Side]) -> Sequence[Tensor]:
@@ -221,7 +221,8 @@ def check_solve(
 ) -> Solve:
     """Check what every damped application takes."""
     basis, rows = check_factor(function, "lowrank", lowrank)
-    rows.admit(function, "rhs", rhs)
+    if rows is not WHOLE or type(rhs) is not Tensor:
+        rows.admit(function, "rhs", rhs)
     block = _check.matching_data(function, "rhs", rhs, "lowrank", basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
     block = block[..., None] if vector else block
@@ -231,21 +232,20 @@ def check_solve(
     check_batch(function, "rhs", block, basis)
     side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
     exponent = check_exponent(function, exponent)
-    side = _with_diagonal(function, side, diagonal)
-    return Solve(side, rows.local(function, "rhs", block), vector, exponent)
+    if diagonal is not None:
+        side = _with_diagonal(function, side, diagonal)
+    return Solve(side, block if rows is WHOLE else rows.local(function, "rhs", block), vector, exponent)
 
 
 def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Side:
     """Check the arguments of `damped_logdet`."""
     _, rows = check_factor(function, "lowrank", lowrank)
     side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
-    return _with_diagonal(function, side, diagonal)
+    return side if diagonal is None else _with_diagonal(function, side, diagonal)
 
 
-def _with_diagonal(function: str, side: Side, diagonal: Tensor | None) -> Side:
-    """Check δ, if there is one, and return the side with it, in the batch shape of the factor."""
-    if diagonal is None:
-        return side
+def _with_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
+    """Check δ, and return the side with it, in the batch shape of the factor."""
     if side.rows is not WHOLE:
         rule = "diagonal must be None where the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")

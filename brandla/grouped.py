@@ -403,11 +403,11 @@ def _laid_out(parts: list[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
 def _class_of_update(update: Update) -> Class:
     """Factors that one launch can update: of one r, k, rank and tolerance."""
     r, k = update.tall.shape[-1], update.columns.shape[-1]
-    if update.tall.ndim != 2 or 0 in (r, k, update.rank) or root.is_sparse(update.columns):
+    if update.tall.ndim != 2 or 0 in (r, k, update.rank) or update.sparse:
         return None
-    device = update.tall.device
+    basis, rows = update.tall, update.rows
     options = (update.rank, update.tol, update.compress, update.shrink, update.tracked is None)
-    return (r, k, *options, update.dtype, device, kind_of(update.rows))
+    return (r, k, *options, basis.dtype, basis.device, None if rows is WHOLE else kind_of(rows))
 
 
 def _class_of_refresh(problem: refresh.Refresh) -> Class:

@@ -480,14 +480,13 @@ class Tracked(NamedTuple, Generic[Factor]):
         return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
 
 
-def check_symmetric(function: str, name: str, factor: object) -> None:
-    """Check a LowRankEigh or a LowRankRoot."""
+def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
+    """Check a LowRankEigh or a LowRankRoot, and return its small part and the tall one."""
     if isinstance(factor, LowRankEigh):
-        _check.eigh(function, name, factor)
-    elif isinstance(factor, LowRankRoot):
-        _check.root(function, name, factor)
-    else:
-        _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
+        return _check.eigh(function, name, factor)
+    if isinstance(factor, LowRankRoot):
+        return _check.root(function, name, factor)
+    _check.fail_type(function, f"{name} must be a LowRankEigh or a LowRankRoot; got {type(factor).__name__}")
 
 
 def track(lowrank: Factor) -> Tracked[Factor]:

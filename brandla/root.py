@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import Rows, here, rows_of
+from brandla._sharded import PLAIN, WHOLE, Rows, here, rows_of
 from brandla._small import leading_of
 from brandla.lowrank import (
     LowRankEigh,
@@ -156,6 +156,7 @@ class Update(NamedTuple):
     tol: float
     tracked: tuple[Tensor, ...] | None  # error bound and trace of a tracked factor
     rows: Rows  # which rows of the tall matrices are here
+    sparse: bool  # whether the columns are in one of torch's sparse layouts
     compress: Compress = "eigh"
     shrink: bool = False
     in_place: bool = False
@@ -171,7 +172,9 @@ class Update(NamedTuple):
         That takes one pass over F and A. By ``"eigh"`` the rotated columns are, with ``unit``, of unit length, and
         have the signs of the old ones.
         """
-        cross, own = self.rows.totals(*self._inner_products())
+        cross, own = self._inner_products()
+        if self.rows is not WHOLE:
+            cross, own = self.rows.totals(cross, own)
         decay, weight = self._numbers(cross)
         small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
@@ -195,28 +198,28 @@ class Update(NamedTuple):
 
     def _inner_products(self) -> tuple[Tensor, Tensor]:
         """Return C = FᵀA and G = AᵀA in float64."""
-        if not is_sparse(self.columns):
+        if not self.sparse:
             return cross_gram(self.tall, self.columns)
         columns = self.columns.double()
         return self.coefficients(), (columns.mT @ columns).to_dense()
 
     def coefficients(self) -> Tensor:
         """Return C alone."""
-        if not is_sparse(self.columns):
+        if not self.sparse:
             return project(self.tall, self.columns).double()
         of_root: Tensor = self.columns.double().mT @ self.tall.double()
         return of_root.mT
 
     def poisoned(self, small: Tensor) -> Tensor:
         """Return S or d, not finite where the tall matrix is not, if columns would not tell or might not."""
-        if tall.columns(self.columns) and not is_sparse(self.columns):
+        if tall.columns(self.columns) and not self.sparse:
             return small
         sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
         return small + (0 * sums).view(*sums.shape, *[1] * (small.ndim - sums.ndim))
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
         """Return F W₁ + A W₂, or write it over the tall matrix: one more pass."""
-        if is_sparse(self.columns):
+        if self.sparse:
             rotated = torch.addmm(self.tall @ of_old, self.columns, of_columns)
             return self.tall.copy_(rotated) if self.in_place else rotated
         if not self.in_place:
@@ -258,8 +261,12 @@ class Updated(NamedTuple):
 
     def as_new(self) -> Any:
         """Return a factor, tracked if the old one was."""
-        factor = of_parts(self.kind, self.rows.small_result(self.small), self.rows.tall_result(self.tall))
-        return factor if self.tracked is None else Tracked(factor, *map(self.rows.small_result, self.tracked))
+        kind, small, basis, tracked, rows = self
+        if rows is not WHOLE:
+            small, basis = rows.small_result(small), rows.tall_result(basis)
+            tracked = tracked and tuple(map(rows.small_result, tracked))
+        factor = of_parts(kind, small, basis)
+        return factor if tracked is None else Tracked(factor, *tracked)
 
     def as_list(self, rows: Sequence[Rows]) -> list[Any]:
         """Return the factors of a list, of which these rows are here."""
@@ -291,41 +298,38 @@ def check_update(
 ) -> Update:
     """Check the arguments of a symmetric update of a factor of this kind, tracked or not."""
     own = factor.lowrank if isinstance(factor, Tracked) else factor
-    if kind is LowRankRoot:
-        _check.root(function, "root", own)
-    else:
-        _check.eigh(function, "eigh", own)
+    check = _check.root if kind is LowRankRoot else _check.eigh
+    small, basis = check(function, "root" if kind is LowRankRoot else "eigh", own)
     _check.choice(function, "compress", compress, ("eigh", "cholesky"))
     if shrink and compress != "eigh":
         _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
     small_name, name = _NAMES[kind]
-    small, basis = parts_of(factor)
     rows, tracked = rows_of(function, name, basis, small), None
+    if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, columns, decay, weight))):
+        rows.admit(function, "columns", columns)
+        small = rows.small(function, small_name, small)
+        decay, weight = rows.small(function, "decay", decay), rows.small(function, "weight", weight)
     if isinstance(factor, Tracked):
         numbers = dict(zip(_CARRIED, factor[1:], strict=True))
         for each, number in numbers.items():
             _check.tracked(function, each, number, name, basis)
         tracked = tuple(rows.small(function, each, number) for each, number in numbers.items())
-    rows.admit(function, "columns", columns)
-    if is_sparse(columns) and columns.ndim > 2:
+    sparse = is_sparse(columns)
+    if sparse and columns.ndim > 2:
         _check.fail_value(function, f"sparse columns must have shape (n, k); got {tuple(columns.shape)}; pass a list")
     columns = _check.columns(function, "columns", columns, name, basis)
+    decay = _check.scalar(function, "decay", decay, name, basis)
+    weight = _check.scalar(function, "weight", weight, name, basis)
     (n, r), k = basis.shape[-2:], columns.shape[-1]
-    because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
+    if rank is None:
+        most, tol = min(n, r), 0.0
+    else:
+        because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
+        most, tol = _check.rank(function, most_of(rank), r, min(n, r + k), because), tolerance_of(rank)
+    if rows is not WHOLE:
+        basis, columns = rows.local(function, name, basis), rows.local(function, "columns", columns)
     return Update(
-        function,
-        kind,
-        rows.small(function, small_name, small),
-        rows.local(function, name, basis),
-        rows.local(function, "columns", columns),
-        _check.scalar(function, "decay", rows.small(function, "decay", decay), name, basis),
-        _check.scalar(function, "weight", rows.small(function, "weight", weight), name, basis),
-        _check.rank(function, most_of(rank), r, min(n, r + k), because),
-        tolerance_of(rank),
-        tracked,
-        rows,
-        compress,
-        shrink,
+        function, kind, small, basis, columns, decay, weight, most, tol, tracked, rows, sparse, compress, shrink
     )
 
 

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,8 +67,7 @@ Count = Callable[[Mapping[str, Any]], Work]
 Kernel = TypeVar("Kernel")
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A kernel with all that it would have been started with."""
 
     kernel: Any
@@ -95,6 +93,8 @@ class Launch:
 
 
 _record: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("brandla_launch_record", default=None)
+# Returns the target and the list of what is recorded, or None where launches are started.
+record_of = _record.get
 
 
 def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
@@ -102,7 +102,7 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], conf
     if 0 in grid:
         return
     launch = Launch(kernel, grid, arguments, config)
-    if (record := _record.get()) is not None:
+    if (record := record_of()) is not None:
         record[1].append(launch)
         return
     # Triton launches on the current device, whatever device its tensors are on.
@@ -191,7 +191,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 def target_of(matrices: Matrices) -> Target:
     """Name the target that kernels on a tensor, or on a list of them, run on."""
-    record = _record.get()
+    record = record_of()
     return _target(device_of(matrices)) if record is None else record[0]
 
 
@@ -201,11 +201,6 @@ def _target(device: torch.device) -> Target:
         return Target("interpreter", "cpu")
     arch = architecture(device.index)
     return Target("hip" if torch.version.hip else "cuda", nearest(arch) or arch)
-
-
-def record_of() -> tuple[Target, list[Launch]] | None:
-    """Return the target and the list of what is recorded, or None where launches are started."""
-    return _record.get()
 
 
 def interpreted() -> bool:
