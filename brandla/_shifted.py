@@ -321,7 +321,8 @@ def check_side(
     small, basis = parts_of(factor)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
         small = rows.small(function, f"{name}.{NAMES[type(factor)][0]}", small)
-        damping, tail = rows.small(function, damping_name, damping), rows.small(function, tail_name, tail)
+        damping = rows.small(function, damping_name, damping)
+        tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
     given: Number | None
     if not isinstance(tail, str):

@@ -12,7 +12,7 @@ for the matrices to lie in memory. What costs registers is listed in full, and t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any
 
@@ -92,7 +92,7 @@ def specializations(
             if tile in tiles and not full:
                 continue
             tiles.add(tile)
-            alike = replace(launch, arguments=dict(launch.arguments) | _way(launch))
+            alike = launch._replace(arguments=dict(launch.arguments) | _way(launch))
             key = repr((launch.name, launch.config, specialization(target, alike)))
             if not in_rows and key not in found:
                 key = repr((tile, layout.name, data, _way(launch)))
