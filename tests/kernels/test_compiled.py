@@ -66,7 +66,7 @@ def launches(target: str, name: str, *arguments: Any) -> list[Launch]:
 def with_constants(launch: Launch, **constants: Any) -> Launch:
     """Return the launch of a wrong kernel: other constants than those that ship."""
     assert constants.keys() <= launch.arguments.keys()
-    return replace(launch, arguments=dict(launch.arguments) | constants)
+    return launch._replace(arguments=dict(launch.arguments) | constants)
 
 
 def tall(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -290,7 +290,7 @@ def test_occupancy_is_what_the_scarcest_resource_leaves(
     target: str, registers: int, warps: int, shared: int, programs: int
 ) -> None:
     compiled = compile_for(target, product(target))
-    launch = replace(compiled.launch, config=compiled.launch.config._replace(num_warps=warps))
+    launch = compiled.launch._replace(config=compiled.launch.config._replace(num_warps=warps))
     compiled = replace(compiled, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0)
     assert compiled.programs == programs
     assert compiled.occupancy == programs * warps / {"sm_80": 64, "sm_90": 64, "sm_120": 48, "gfx942": 32}[target]

@@ -11,6 +11,7 @@ or copies something for them, where arguments begin at one address, and where so
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,9 +77,7 @@ class _Step:
 
     launch: Launch
     places: dict[str, int]
-    table: Tensor | None  # of lists, with addresses of an earlier call
-    addressed: Tensor | None  # where in the table the addresses are
-    listed: list[int]  # the tensors that these are of
+    table: _Table | None  # of lists
     compiled: Any = None  # by Triton
 
     def given(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -87,14 +86,25 @@ class _Step:
         for name, place in self.places.items():
             given[name] = tensors[place]
         if self.table is not None:
-            given["table_ptr"] = written(self.table, self.addressed, [tensors[place] for place in self.listed])
+            given["table_ptr"] = written(self.table, tensors)
         return given
 
 
-def written(table: Tensor, places: Any, tensors: Sequence[Tensor]) -> Tensor:
+class _Table(NamedTuple):
+    """A table of lists, and for each index at which it has an address the place of that tensor."""
+
+    numbers: array[int]  # with addresses of an earlier call
+    shape: torch.Size
+    places: dict[int, int]
+
+
+def written(table: _Table, tensors: Sequence[Tensor]) -> Tensor:
     """Return a table with the addresses of these tensors, on the host."""
-    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
-    return table.flatten().index_copy(0, places, addresses).view_as(table)
+    numbers = array("q", table.numbers)
+    for index, place in table.places.items():
+        numbers[index] = tensors[place].data_ptr()
+    # In place of torch.tensor, which looks at each number.
+    return torch.frombuffer(numbers, dtype=torch.int64).view(table.shape)
 
 
 class Plan(NamedTuple):
@@ -144,11 +154,12 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
 
 
 def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
-    given, addressed, listed = launch.given, None, list[int]()
+    given, written_anew = launch.given, None
     if (table := given.get("table_ptr")) is not None:
-        addressed = table[..., 0].flatten().nonzero().flatten() * table.shape[-1]
-        listed = [places[address] for address in table.flatten()[addressed].tolist()]
+        numbers, width = array("q", table.flatten().tolist()), table.shape[-1]
+        addressed = {index: places[numbers[index]] for index in range(0, len(numbers), width) if numbers[index]}
+        written_anew = _Table(numbers, table.shape, addressed)
     own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
     constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
     own_places = {name: places[one.data_ptr()] for name, one in own.items()}
-    return _Step(constants, own_places, table, addressed, listed)
+    return _Step(constants, own_places, written_anew)
