@@ -202,7 +202,7 @@ def test_products_off_the_matrix_units_are_seen(target: str) -> None:
 def test_spills_are_seen(target: str, rows: int, warps: int) -> None:
     """A tile of sums takes all the registers that a thread can have: 256 of at most 255, and 512 of 512."""
     config = Config({"BLOCK_R": rows, "BLOCK_K": 256, "BLOCK_N": 16}, warps, 1)
-    assert any("spilled" in fault for fault in faults(compile_for(target, replace(product(target), config=config))))
+    assert any("spilled" in fault for fault in faults(compile_for(target, product(target)._replace(config=config))))
 
 
 @pytest.mark.parametrize(

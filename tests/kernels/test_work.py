@@ -13,6 +13,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+import brandla_kernels  # noqa: E402
 from bench.gpu import cases, smoke  # noqa: E402
 from bench.gpu.cases import Case, Size  # noqa: E402
 from bench.gpu.device import Stub  # noqa: E402
@@ -109,6 +110,18 @@ def test_a_list_is_counted_problem_by_problem(op: str):
     if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
         # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
         assert matrices_in_bytes(launches) == sum(map(matrices_in_bytes, alone))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_by_plan_tells_the_same_work(op: str):
+    """The first call of a layout makes the plan, which the second one goes by; vectors are matrices to a kernel."""
+    arguments = cases.operands(Case(op, SIZES[0], FLOAT32, FLOAT32), Stub())
+    with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"), torch.no_grad():
+        OPS[op](*arguments)
+        first = len(launches)
+        OPS[op](*arguments)
+    works = [launch.work for launch in launches]
+    assert works[:first] == works[first:] == [launch.work for launch in recorded(op, arguments)]
 
 
 def flops_of(launches: list[Launch]) -> int:

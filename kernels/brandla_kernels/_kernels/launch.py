@@ -115,6 +115,13 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
+def is_profiled() -> bool:
+    """Say whether somebody asks what launches do."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    # A chain of hooks, which is never None and has no truth value of its own.
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def begin(launch: Launch, given: dict[str, Any], compiled: Any = None) -> Any:
     """Start a kernel with all its arguments, and return what Triton compiled, so that it need not be looked up again.
 
@@ -122,9 +129,8 @@ def begin(launch: Launch, given: dict[str, Any], compiled: Any = None) -> Any:
     """
     if (table := given.get("table_ptr")) is not None:
         given["table_ptr"] = uploaded(table, next(iter(given.values())).device)
-    kernel, grid, hook = launch.kernel, launch.grid, triton.knobs.runtime.launch_enter_hook
-    # A chain of hooks, which is never None and has no truth value of its own.
-    if hook is not None and getattr(hook, "calls", True):
+    kernel, grid = launch.kernel, launch.grid
+    if is_profiled():
         # Not by triton.jit: a kernel that has this pays for a dictionary of its arguments at every launch.
         kernel.launch_metadata = partial(metadata, kernel.count)
     elif compiled is not None:

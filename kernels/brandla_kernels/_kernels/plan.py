@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from brandla_kernels._kernels.launch import Launch, Target, begin, record_of, recording, target_of
+from brandla_kernels._kernels.launch import Launch, Target, begin, is_profiled, record_of, recording, target_of
 
 _MEMORY = {torch.ops.aten.empty, torch.ops.aten.new_empty}
 # What numbers of the host become a tensor by, as in the table of a list, which a plan writes anew; and a question.
@@ -46,11 +46,12 @@ def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], ar
     if record is not None:
         for step in plan.steps:
             own = step.launch
-            record[1].append(Launch(own.kernel, own.grid, step.given(tensors), own.config))
+            record[1].append(Launch(own.kernel, own.grid, step.given(tensors, shaped=True), own.config))
     else:
+        shaped = is_profiled()
         with torch.cuda.device_of(given[0]):
             for step in plan.steps:
-                step.compiled = begin(step.launch, step.given(tensors), step.compiled)
+                step.compiled = begin(step.launch, step.given(tensors, shaped=shaped), step.compiled)
     return plan.results(tensors)
 
 
@@ -77,14 +78,17 @@ class _Step:
 
     launch: Launch
     places: dict[str, int]
+    views: dict[str, tuple[torch.Size, tuple[int, ...]]]  # shapes and strides of those that the launcher views so
     table: _Table | None  # of lists
     compiled: Any = None  # by Triton
 
-    def given(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Return all arguments of the kernel."""
+    def given(self, tensors: Sequence[Tensor], *, shaped: bool) -> dict[str, Any]:
+        """Return all arguments of the kernel, which reads addresses; ``shaped`` for those who count its work."""
         given = dict(self.launch.arguments)
         for name, place in self.places.items():
             given[name] = tensors[place]
+        if shaped:
+            given |= {name: given[name].as_strided(*view) for name, view in self.views.items()}
         if self.table is not None:
             given["table_ptr"] = written(self.table, tensors)
         return given
@@ -146,14 +150,14 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
         return place
 
     try:
-        steps = [_step(each, places) for each in launches]
+        steps = [_step(each, places, tensors) for each in launches]
         return Plan([*map(_allocation, watch.memory)], steps, _picker(tree_map(place_of, results)))
     except KeyError:
         # Something begins inside an argument, or is a part of what was allocated.
         return None
 
 
-def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
+def _step(launch: Launch, places: Mapping[int, int], tensors: Sequence[Tensor]) -> _Step:
     given, written_anew = launch.given, None
     if (table := given.get("table_ptr")) is not None:
         numbers, width = array("q", table.flatten().tolist()), table.shape[-1]
@@ -162,4 +166,9 @@ def _step(launch: Launch, places: Mapping[int, int]) -> _Step:
     own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
     constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
     own_places = {name: places[one.data_ptr()] for name, one in own.items()}
-    return _Step(constants, own_places, written_anew)
+    views = {
+        name: (own[name].shape, own[name].stride())
+        for name, place in own_places.items()
+        if own[name].shape != tensors[place].shape
+    }
+    return _Step(constants, own_places, views, written_anew)
