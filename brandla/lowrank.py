@@ -389,11 +389,11 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
         return first[None]
     base, size = None if torch.compiler.is_compiling() else first._base, first.numel()
     if base is None or base.requires_grad or base.numel() != len(parts) * size or not base.is_contiguous():
-        return torch.stack(tuple(parts))
+        return torch.stack(list(parts))
     start = base.storage_offset()
     for index, part in enumerate(parts):
         if part._base is not base or part.storage_offset() != start + index * size or not part.is_contiguous():
-            return torch.stack(tuple(parts))
+            return torch.stack(list(parts))
     return base.view(len(parts), *first.shape)
 
 

@@ -111,7 +111,7 @@ def _within(parts: Sequence[Tensor], bounds: Sequence[float]) -> Tensor:
         extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
         bounds = [signed for bound in bounds for signed in (-bound, bound)]
     else:
-        extremes = list(torch._foreach_norm(tuple(parts), math.inf))
+        extremes = list(torch._foreach_norm(list(parts), math.inf))
     return (torch.stack(torch._foreach_div(extremes, bounds)) < 1).all()
 
 
