@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brandla._sharded import everywhere
 from brandla.kfac.capture import padding
@@ -61,7 +61,7 @@ class Layer:
         self.is_turned = False
         # The weight and the bias that is trained, while a step lasts.
         self.weight: Any = None
-        self.bias: Tensor | None = None
+        self.bias: nn.Parameter | None = None
         # The rows of the gradient that autograd has not formed, while it is empty memory.
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
