@@ -57,7 +57,7 @@ PYTHON_CALLS = {"project": 15, "damped_solve, root": 55, "damped_solve, eigh": 5
 FOR_EACH_FACTOR = {"damped_solve, root": 3, "damped_solve, eigh": 3, "root_update, cholesky": 9}
 
 # The same of each further layer of a K-FAC step.
-FOR_EACH_LAYER = {"Brand, cholesky": 133}
+FOR_EACH_LAYER = {"Brand, cholesky": 138}
 
 
 @pytest.mark.parametrize("form", launches.FORMS)
