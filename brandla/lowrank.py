@@ -392,7 +392,8 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts))
     start = base.storage_offset()
     for index, part in enumerate(parts):
-        if part._base is not base or part.storage_offset() != start + index * size or not part.is_contiguous():
+        follows = part._base is base and part.storage_offset() == start + index * size and part.is_contiguous()
+        if not follows or part.requires_grad:
             return torch.stack(list(parts))
     return base.view(len(parts), *first.shape)
 

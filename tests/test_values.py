@@ -307,3 +307,7 @@ def test_what_was_unbound_is_stacked_without_a_copy() -> None:
         found = stacked(list(others))
         assert torch.equal(found, torch.stack(list(others)))
         assert found.data_ptr() != whole.data_ptr()
+    # Of a part that asks for a gradient, what it was unbound from knows nothing.
+    parts[1].requires_grad_()
+    stacked(parts).sum().backward()
+    assert torch.equal(parts[1].grad, torch.ones(2, 2))
