@@ -70,7 +70,7 @@ def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
 def test_a_stage_finds_something_and_leaves_nothing_out(
     name: str, stage: Any, case: str | None, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tune, "OPERANDS", ["rotate"])
+    monkeypatch.setattr(tune, "NAMES", ["rotate"])
     stage(Findings(tmp_path / "gpu.jsonl", name, Stub(), 600, case))
     section = frame.sections(tmp_path / "gpu.jsonl")[name]
     assert section["failures"] == section["skipped"] == []

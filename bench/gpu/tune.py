@@ -6,16 +6,18 @@ Nothing is changed: the best that was seen stands beside the shipped one, for a 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
 
 from bench.gpu import cases
-from bench.gpu.cases import OPERANDS, Case, Size
+from bench.gpu.cases import Case, Size
 from bench.gpu.device import replayed
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
+NAMES = tuple(OPS)
 # n, r = k, in order of importance.
 TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)
 SMALLEST, LARGEST, MOST_STRETCHES = 16, 256, 128
@@ -45,7 +47,7 @@ def run(found: Findings) -> None:
     """Try the neighbours of every choice made by the ops at a few sizes, each choice once."""
     device, sizes = found.device, found.sizes
     for n, r in TOY if device.dry else TUNED:
-        for name in OPERANDS:
+        for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
             case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
@@ -64,15 +66,15 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
         with choosing({choice: config}):
             launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
-        found.note(problem)
+        found.add("notes", problem)
     timed = []
     for config in candidates:
         if not device.dry and found.left() < TIMING:
-            found.skip(f"{choice.name}, {spelled(config)}: no time left")
+            found.add("skipped", f"{choice.name}, {spelled(config)}: no time left")
         elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
             timed.append((seconds, config))
     if not timed or timed[0][1] is not shipped:
-        return found.note(f"{case.op}: no timing of the shipped tiles of {choice.name}")
+        return found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice.name}")
     best, config = min(timed, key=lambda one: one[0])
     gain = timed[0][0] / best
     found.row(
@@ -87,16 +89,17 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
 
 def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
     """Return the median time of a call with these tiles; None, with a note, where they cannot run or are wrong."""
-    call = lambda *arguments: found.device.launch(OPS[case.op].launch, *arguments)
+    launch, device = OPS[case.op].launch, found.device
+    call = launch if not device.dry else partial(device.recorded, launch)
     with choosing({choice: config}):
         try:
             # Not by the op, whose plan has the tiles of its first call.
-            cases.check(case, found.device, None if found.device.dry else call)
-            return median(replayed(found.device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
+            cases.check(case, device, None if device.dry else call)
+            return median(replayed(device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.
-            found.device.synchronize()
-            found.note(f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
+            device.synchronize()
+            found.add("notes", f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
             return None
 
 
@@ -110,13 +113,8 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
         for size in (block // 2, block * 2)
         if SMALLEST <= size <= LARGEST and (choice.function, name) not in FIXED
     ]
-
-    def beside(value: int, allowed: tuple[int, ...]) -> list[int]:
-        place = allowed.index(value) if value in allowed else -2
-        return [allowed[other] for other in (place - 1, place + 1) if 0 <= other < len(allowed)]
-
-    warps = [config._replace(num_warps=count) for count in beside(config.num_warps, WARPS)]
-    stages = [config._replace(num_stages=count) for count in beside(config.num_stages, STAGES)]
+    warps = [config._replace(num_warps=n) for n in WARPS if n in (config.num_warps // 2, config.num_warps * 2)]
+    stages = [config._replace(num_stages=n) for n in STAGES if abs(n - config.num_stages) == 1]
     return blocks + warps + stages
 
 
