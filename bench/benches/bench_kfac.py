@@ -7,7 +7,7 @@ float32, two threads. A short run takes scikit-learn's digits.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import inf
 from statistics import fmean, median
 from typing import Any, Literal
@@ -61,7 +61,7 @@ BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
 # The same where autograd does not form the gradients of weights.
 PAIR = ', gradient="pair"'
-PAIRED = {name + PAIR: STRATEGIES[name] for name in HELD_TO}
+options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 
 
 # --- Steps that are timed
@@ -92,10 +92,10 @@ class Setting:
         return lambda: step(next(batches))
 
 
-def sgd(setting: Setting, strategy: Strategy | None = None, **options: Any) -> Step:
-    """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
-    model = setting.network()
-    kfac = None if strategy is None else KFAC(model, strategy, **options)
+def sgd(setting: Setting, name: str = "SGD") -> Step:
+    """Return SGD's step, with the preconditioner of a name if there is one, curvature at every step."""
+    model, strategy = setting.network(), STRATEGIES.get(name.removesuffix(PAIR))
+    kfac = None if strategy is None else KFAC(model, strategy, **options_of(name))
     return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
 
 
@@ -166,18 +166,11 @@ def setting(quick) -> Setting:
 @pytest.fixture(scope="module")
 def step_of(setting):
     """Return a function from a name to its step, each on a network of its own."""
-
-    @cache
-    def step_of(name: str) -> Step:
-        if name in PAIRED:
-            return sgd(setting, PAIRED[name], gradient="pair")
-        return sgd(setting, STRATEGIES.get(name))
-
-    return step_of
+    return cache(partial(sgd, setting))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRED])
+@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO)])
 def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
     seconds = in_turn({one: step_of(one) for one in (name, "SGD")}, 6 * PERIOD, warm_up=PERIOD)
     figures(name, by_period(seconds[name], seconds["SGD"]), at_most=HELD_TO.get(name))
@@ -196,7 +189,7 @@ def test_floor_of_a_step(rank, columns, setting, step_of, in_turn, figures) -> N
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
 def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
     sized = Setting(setting.shown, width, batch)
-    steps = {name: sgd(sized, STRATEGIES.get(name)) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
+    steps = {name: sgd(sized, name) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, own in seconds.items():
@@ -296,14 +289,13 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
     chosen = {name: choose(tried, part) for name, tried in trials.items()}
-    options = {name: {} for name in chosen} | {"B-KFAC" + PAIR: {"gradient": "pair"}}
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
-        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options[name])[part]
+        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options_of(name))[part]
 
     # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
-    middles = pd.DataFrame([{name: run(name, seed) for name in options} for seed in seeds]).median()
+    middles = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds]).median()
     numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
     note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
