@@ -92,13 +92,13 @@ def main(
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     targets: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(TARGETS)}; all without it")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every specialisation to this file")] = None,
-    processes: Annotated[int, typer.Option(help="processes that compile")] = os.cpu_count() or 1,
 ) -> None:
     """Compile every kernel for every target, and print what came out."""
     asked: Sequence[str] = [*(targets or []), *(more or [])] or list(TARGETS)
     if unknown := set(asked) - set(TARGETS):
         message = f"unknown target {', '.join(sorted(unknown))}; choose from {', '.join(TARGETS)}"
         raise typer.BadParameter(message)
+    processes = os.cpu_count() or 1
     with ProcessPoolExecutor(processes) as pool:
         parts = [pool.submit(compiled_facts, target, part, processes) for target in asked for part in range(processes)]
         found = [facts for part in parts for facts in part.result()]

@@ -123,28 +123,25 @@ class Gpu(Stub):
         torch.cuda.synchronize()
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
-        def one_round(backwards: bool) -> dict[str, tuple[Any, Any]]:
-            events = {}
-            for name in list(functions)[:: -1 if backwards else 1]:
-                start, end = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        def timed(rounds: int) -> dict[str, list[float]]:
+            events: dict[str, list[Any]] = {name: [] for name in functions}
+            for name in timing.turns(list(functions), rounds):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
                 self._scratch.fill_(1)
                 start.record()
                 functions[name]()
                 end.record()
-            return events
+                events[name].append((start, end))
+            self.synchronize()
+            return {name: [start.elapsed_time(end) / 1e3 for start, end in own] for name, own in events.items()}
 
-        for _ in range(WARM_UP):
-            for function in functions.values():
-                function()
+        for name in timing.turns(list(functions), WARM_UP):
+            functions[name]()
         self.synchronize()
         begun = time.perf_counter()
-        one_round(False)
-        self.synchronize()
-        rounds = int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST))
-        found = [one_round(bool(number % 2)) for number in range(rounds)]
-        self.synchronize()
-        return {name: [each[name][0].elapsed_time(each[name][1]) / 1e3 for each in found] for name in functions}
+        timed(1)
+        return timed(int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST)))
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         stream = torch.cuda.Stream()
