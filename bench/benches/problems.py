@@ -146,10 +146,6 @@ def halves(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
     return (second * first, second) if isinstance(result, LowRankEigh) else (first, first)
 
 
-def tall_of(factor: Symmetric) -> Tensor:
-    return factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors
-
-
 def orthonormality(vectors: Tensor) -> float:
     """Return ‖UᵀU − I‖₂ over the columns that are not zero."""
     gram = vectors.double().mT @ vectors.double()
@@ -178,10 +174,3 @@ def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: floa
     outside = damping**exponent
     inside = ((levels + damping) ** exponent - outside)[:, None] * (directions.mT @ vectors)
     return outside * vectors + directions @ inside
-
-
-def target_of(case: Case) -> tuple[Tensor, Tensor]:
-    """Return F, G with F Gᵀ = ρ M̂ + w A Aᵀ."""
-    left, right = halves(case.factor)
-    added = case.columns.double()
-    return torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)

@@ -121,11 +121,12 @@ def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 
     """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
     n, r, k = shape[:3]
     factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
-    case = problems.Case(factor, columns.to(shape.data or shape.dtype))
-    target, slack = problems.target_of(on_cpu(case)), problems.LOSS_ALLOWED[name]
+    columns = columns.to(shape.data or shape.dtype)
+    (left, right), added = problems.halves(on_cpu(factor)), columns.double().cpu()
+    target = torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
     function = partial(UPDATES[name][0], decay=DECAY, weight=WEIGHT)
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
-    return approximating(function, tuple(case), target, slack, shape, device, work)
+    return approximating(function, (factor, columns), target, problems.LOSS_ALLOWED[name], shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
@@ -359,7 +360,7 @@ class Entry(NamedTuple):
 SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
 _SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
-_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)
+_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn")
 _BOTH = {SOLVE: Peer(_solve_both, slow=True)}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
