@@ -8,6 +8,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -216,7 +217,12 @@ def main(
     device = Gpu() if torch.cuda.is_available() else Stub()
     profiled = prepare(request, device)
     if bare:
-        return _run_bare(profiled.calls, device)
+        # First to compile, then between the marks that ncu and nsys wait for.
+        made(profiled.calls[:WARM_UP], device)
+        measured = torch.cuda.profiler.profile() if not device.dry else nullcontext()
+        with measured, torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
+            made(profiled.calls[:BARE_CALLS], device)
+        return
     limits = measure(device, CPU_SIZES if device.dry else FULL)
     rows, console = table_of(profiled, device, limits), Console(highlight=False)
     sizes = [f"{name} {value}" for name, value in asdict(request).items() if name != "op"]
@@ -232,18 +238,6 @@ def main(
         console.print(f"and {len(rows) - SHOWN - 1} more")
     console.print("\nTo go deeper, on a machine with a GPU:")
     console.print(*deeper(request, device), sep="\n", soft_wrap=True)
-    return None
-
-
-def _run_bare(calls: Sequence[Callable[[], Any]], device: Device) -> None:
-    """Call with no profiler of our own: first to compile, then between the marks that ncu and nsys wait for."""
-    made(calls[:WARM_UP], device)
-    if not device.dry:
-        torch.cuda.profiler.start()
-    with torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
-        made(calls[:BARE_CALLS], device)
-    if not device.dry:
-        torch.cuda.profiler.stop()
 
 
 def deeper(request: Request, device: Device) -> list[str]:

@@ -98,7 +98,7 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
         figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
 
 
-def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]:
+def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], object]]:
     """Return an update in the parts that it is made of, each on the results of the ones before it."""
     taken = (name, *case, DECAY, WEIGHT, None)
     update = updates.check_update(*taken, kind=brandla.LowRankEigh if name == EIGH else brandla.LowRankRoot)

@@ -34,11 +34,6 @@ DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
 STEPS_TO_STEADY_STATE = 30
 
 
-class Case(NamedTuple):
-    factor: Symmetric
-    columns: Tensor
-
-
 def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
     """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k.
 
@@ -55,7 +50,7 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 @cache
 def steady(
     name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, steps=STEPS_TO_STEADY_STATE, device="cpu"
-) -> Case:
+) -> tuple[Symmetric, Tensor]:
     """Return the factor that a stream of deviations i^−exponent settles to, by torch forms, and the next columns."""
     update, kind = UPDATES[name]
     stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
@@ -63,7 +58,7 @@ def steady(
     with brandla.backend("torch"):
         for _ in range(steps):
             factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
-    return Case(factor, next(stream))
+    return factor, next(stream)
 
 
 def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.benches.problems import Case
+from bench.benches.problems import Symmetric
 from brandla import LowRankEigh, LowRankRoot
 
 
-def update_floor(case: Case) -> Callable[[], Tensor]:
+def update_floor(case: tuple[Symmetric, Tensor]) -> Callable[[], Tensor]:
     """Return the six tall products of Brand's update of an orthonormal basis, with two projections."""
     factor, columns = case
     basis = factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors

@@ -156,7 +156,9 @@ class Run:
         _stop(process)
         if process.exitcode == 0:
             return False
-        last = case or frame.open_case(self.path, name)
+        # The case that was begun last, if it did not end.
+        marks = [mark for stage, *mark in frame.lines(self.path) if stage == name and mark[0] in ("begin", "end")]
+        last = case or next((value for kind, value in marks[-1:] if kind == "begin"), None)
         known = frame.sections(self.path)[name]["failures"]
         if last is None or all(failure["case"] != last for failure in known):
             log = logs / str(process.pid)
