@@ -25,7 +25,7 @@ from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
 from bench.studies.networks import seeded, two_hidden
-from bench.studies.peers import Maker, maker, unsaid
+from bench.studies.peers import Maker, maker
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer, follow
@@ -99,25 +99,26 @@ def sgd(setting: Setting, name: str = "SGD") -> Step:
     return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
 
 
-def singd(setting: Setting, period: int) -> Step:
+def singd(setting: Setting) -> Step:
     """Return a step of SINGD with dense structures, of the package ``singd``."""
     from singd.optim.optimizer import SINGD
 
     model = setting.network()
-    trainer = Trainer(model, SINGD(model, lr=1e-3, T=period, structures=("dense", "dense")))
-
-    def step(batch: Split) -> None:
-        with unsaid(FutureWarning):
-            trainer.step(batch)
-
-    return setting.stepping(step)
+    return setting.stepping(Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step)
 
 
-def asdfghjkl(setting: Setting, period: int) -> Step:
+def asdfghjkl(setting: Setting) -> Step:
     """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
     model = setting.network()
-    made = maker(model, setting.batch, period, 0.03, 0.05)
+    made = maker(model, setting.batch, PERIOD, 0.03, 0.05)
     return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
+
+
+# Other people's steps: the package, the step, and how many times as long as ours it is to take.
+PEERS = {
+    "singd, dense, T = 1": ("singd", singd, 8.0),
+    f"asdfghjkl, K-FAC, inverse every {PERIOD}": ("asdl", asdfghjkl, 2.5),
+}
 
 
 def bare(setting: Setting, rank: int, columns: int) -> Step:
@@ -196,6 +197,7 @@ def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
         figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.benchmark(group="calls of torch in KFAC.step")
 @pytest.mark.parametrize("name", HELD_TO)
 def test_calls_of_a_step(name, setting, figures) -> None:
@@ -204,8 +206,7 @@ def test_calls_of_a_step(name, setting, figures) -> None:
     for inputs, labels in itertools.islice(setting.batches(), 4):
         model.zero_grad()
         cross_entropy(model(inputs), labels).backward()
-        with unsaid(UserWarning):
-            counts.append(torch_calls(kfac.step))
+        counts.append(torch_calls(kfac.step))
     figures(name, counts[-1], at_most=350, unit="calls")
 
 
@@ -218,15 +219,14 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 
 
 @pytest.mark.benchmark(group="other people's step / ours")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", HELD_TO)
-@pytest.mark.parametrize("peer", ["singd, dense, T = 1", f"asdfghjkl, K-FAC, inverse every {PERIOD}"])
+@pytest.mark.parametrize("peer", PEERS)
 def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
-    of_singd = peer.startswith("singd")
-    pytest.importorskip("singd" if of_singd else "asdl")
-    theirs = singd(setting, 1) if of_singd else asdfghjkl(setting, PERIOD)
-    seconds = in_turn({"ours": step_of(name), "theirs": theirs}, 4 * PERIOD, warm_up=PERIOD)
-    over = by_period(seconds["theirs"], seconds["ours"])
-    figures(f"{peer} / {name}", over, at_least=8.0 if of_singd else 2.5)
+    package, step, least = PEERS[peer]
+    pytest.importorskip(package)
+    seconds = in_turn({"ours": step_of(name), "theirs": step(setting)}, 4 * PERIOD, warm_up=PERIOD)
+    figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
 # --- Training to an accuracy

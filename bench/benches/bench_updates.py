@@ -268,13 +268,6 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
 
 # --- Memory
 
-IN_PLACE = {
-    ROOT: brandla.root_update_,
-    CHOLESKY: partial(brandla.root_update_, compress="cholesky"),
-    EIGH: brandla.eigh_update_,
-}
-
-
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")
 @pytest.mark.parametrize(("r", "k"), [(128, 64), (256, 256)], ids=str)
 @every_update
@@ -282,7 +275,8 @@ def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
     update = right_call(name, n, r, k)
     own, columns = fresh(update.arguments)
-    in_place = lambda: IN_PLACE[name](own, columns, **AVERAGE)
+    options = AVERAGE | getattr(UPDATES[name][0], "keywords", {})
+    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), own, columns, **options)
     in_place()
     update.judge(own).accept(name)
     size = 4 * n * (r + k)

@@ -52,7 +52,12 @@ class Stub:
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
-        return timing.alternating(functions, WARM_UP, warm_up=0)
+        start = time.perf_counter()
+        for function in functions.values():
+            function()
+        rounds = limit / (time.perf_counter() - start)
+        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
+        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
 
     def capture(self, function: Function) -> tuple[Any, Callable[[], None]]:
         """Record a call; return its result, which each replay overwrites, and the replay, on the same tensors."""
@@ -95,14 +100,6 @@ class Cpu(Stub):
         super().__init__()
         found = re.fullmatch(r"(\d+)K\s*", CACHE.read_text(encoding="ascii")) if CACHE.exists() else None
         self.cache_bytes = 2**10 * int(found.group(1)) if found else USUAL_CACHE
-
-    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
-        start = time.perf_counter()
-        for function in functions.values():
-            function()
-        rounds = limit / (time.perf_counter() - start)
-        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
-        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         return function(), function

@@ -19,7 +19,7 @@ import torch
 
 from bench.benches.problems import require
 from bench.gpu.cases import Case, Size, allowed, error_of, fresh, operands, results
-from bench.gpu.device import Device, Gpu, Stub
+from bench.gpu.device import Device, Gpu, Stub, tensors_in
 from bench.gpu.frame import Findings, command
 from brandla_kernels import OPS
 
@@ -46,15 +46,10 @@ def run(found: Findings) -> None:
 
 def _try(found: Findings, name: str) -> None:
     start, most, count, op = monotonic(), 0.0, 0, OPS[name]
-
-    def tensors(call: Any) -> list[torch.Tensor]:
-        """Call on copies, and return all tensors of the results."""
-        given = results(case, call, fresh(arguments))
-        return [part for one in given for part in (one if isinstance(one, list) else [one])]
-
     for words, case, arguments in calls(name, found.device, quick=found.device.dry):
         form = op.grouped_form if isinstance(arguments[0], list) else op.torch_form
-        used = error_of(tensors(op), tensors(form)) / allowed(case)
+        own, torchs = (tensors_in(results(case, call, fresh(arguments))) for call in (op, form))
+        used = error_of(own, torchs) / allowed(case)
         found.device.synchronize()
         # The limit is that of float64, from which the torch form may be as far.
         require(used <= 2, f"{words}: {used:.2g} times the error allowed")
