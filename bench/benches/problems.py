@@ -49,23 +49,22 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 @cache
 def steady(
-    name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, steps=STEPS_TO_STEADY_STATE, device="cpu"
+    name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, device="cpu"
 ) -> tuple[Symmetric, Tensor]:
     """Return the factor that a stream of deviations i^−exponent settles to, by torch forms, and the next columns."""
     update, kind = UPDATES[name]
     stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
     factor = kind.zeros(n, r, dtype=dtype, device=device)
     with brandla.backend("torch"):
-        for _ in range(steps):
+        for _ in range(STEPS_TO_STEADY_STATE):
             factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
     return factor, next(stream)
 
 
 def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:
-    """Return a dense float64 matrix with these eigenvalues: two cosine transforms of their diagonal, random signs."""
+    """Return a dense float64 matrix with these eigenvalues: cosine transforms of their diagonal, random signs."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(len(eigenvalues), 1))
-    half = scipy.fft.dct(np.diag(eigenvalues), axis=0, norm="ortho")
-    return torch.from_numpy(signs * scipy.fft.dct(half, axis=1, norm="ortho") * signs.T)
+    return torch.from_numpy(signs * scipy.fft.dctn(np.diag(eigenvalues), norm="ortho") * signs.T)
 
 
 class WrongResultError(AssertionError):
