@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,19 +99,15 @@ class Findings:
         return Ceilings(**rates, samples={}) if whole else measure(self.device, self.sizes)
 
 
-def work(run: Callable[[Findings], None], dry: bool, threads: int, logs: Path, *about: Any) -> None:
-    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log.
-
-    What it is ``about``: the record, the stage, the seconds, and the case.
-    """
+def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, seconds: float, case: str | None) -> None:
+    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log."""
     log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
-    path, name, seconds, case = about
-    run(Findings(path, name, Stub() if dry else Gpu(), seconds, case))
+    run(Findings(path, stage, Stub() if dry else Gpu(), seconds, case))
 
 
 class Finished(NamedTuple):
@@ -125,16 +122,14 @@ class Finished(NamedTuple):
 def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | None = None) -> Finished:
     """Run a command from the checkout, with both packages on the path, for at most this long."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
     # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        about: Row = {"cwd": ROOT, "env": environment, "start_new_session": True}
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, **about)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
         status: int | None = None
         try:
-            status = process.wait(timeout=max(seconds, 1.0))
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=max(seconds, 1.0))
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
