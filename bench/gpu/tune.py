@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from bench.gpu import cases
@@ -30,19 +30,6 @@ CHOICE, TIMING = 12.0, 0.5
 GAIN = 1.03
 
 
-class Choice(NamedTuple):
-    """A question that a launcher puts to ``configs``: the function and its arguments."""
-
-    function: str
-    arguments: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        """The question in words, with no target: there is one."""
-        words = [f"{name} {value}".replace("torch.", "") for name, value in self.arguments if name != "target"]
-        return f"{self.function}({', '.join(words)})"
-
-
 def run(found: Findings) -> None:
     """Try the neighbours of every choice made by the ops at a few sizes, each choice once."""
     device, sizes = found.device, found.sizes
@@ -55,10 +42,10 @@ def run(found: Findings) -> None:
                 with choosing({}) as made:
                     cases.launches(case, device)
                 for choice, shipped in made.items():
-                    found.attempt(choice.name, CHOICE, _tune, found, case, choice, shipped)
+                    found.attempt(choice, CHOICE, _tune, found, case, choice, shipped)
 
 
-def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
+def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
     """Keep the fastest that is right, beside the shipped one."""
     device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
     inputs, launches = cases.inputs(case, device), []
@@ -70,16 +57,16 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
     timed = []
     for config in candidates:
         if not device.dry and found.left() < TIMING:
-            found.add("skipped", f"{choice.name}, {spelled(config)}: no time left")
+            found.add("skipped", f"{choice}, {spelled(config)}: no time left")
         elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
             timed.append((seconds, config))
     if not timed or timed[0][1] is not shipped:
-        return found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice.name}")
+        return found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
     best, config = min(timed, key=lambda one: one[0])
     gain = timed[0][0] / best
     found.row(
         "tiles",
-        **{"choice": choice.name, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
+        **{"choice": choice, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
         **{"µs": 1e6 * timed[0][0], "best": spelled(config) if gain > GAIN else "as shipped"},
         **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
         configs={spelled(config): 1e6 * seconds for seconds, config in timed},
@@ -87,7 +74,7 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
     return None
 
 
-def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
+def _seconds(found: Findings, case: Case, choice: str, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
     """Return the median time of a call with these tiles; None, with a note, where they cannot run or are wrong."""
     launch, device = OPS[case.op].launch, found.device
     call = launch if not device.dry else partial(device.recorded, launch)
@@ -99,11 +86,11 @@ def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: l
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.
             device.synchronize()
-            found.add("notes", f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
+            found.add("notes", f"{choice}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
             return None
 
 
-def neighbours(choice: Choice, config: Any) -> list[Any]:
+def neighbours(choice: str, config: Any) -> list[Any]:
     """Return what differs in one number by one step: the limit of registers is kept."""
     if isinstance(config, int):
         return [count for count in (config // 2, config * 2) if 1 <= count <= MOST_STRETCHES]
@@ -111,7 +98,7 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
         config._replace(blocks={**config.blocks, name: size})
         for name, block in config.blocks.items()
         for size in (block // 2, block * 2)
-        if SMALLEST <= size <= LARGEST and (choice.function, name) not in FIXED
+        if SMALLEST <= size <= LARGEST and (choice.partition("(")[0], name) not in FIXED
     ]
     warps = [config._replace(num_warps=n) for n in WARPS if n in (config.num_warps // 2, config.num_warps * 2)]
     stages = [config._replace(num_stages=n) for n in STAGES if abs(n - config.num_stages) == 1]
@@ -119,16 +106,18 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
 
 
 @contextmanager
-def choosing(instead: Mapping[Choice, Any]) -> Iterator[dict[Choice, Any]]:
+def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Note what every launch of the ``with`` block asks ``configs`` for, and answer some of it with ``instead``."""
     from brandla_kernels._kernels import configs
 
-    made: dict[Choice, Any] = {}
+    made: dict[str, Any] = {}
 
     def noting(name: str, choose: Callable[..., Any]) -> Callable[..., Any]:
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            bound = inspect.signature(choose).bind(*args, **kwargs)
-            choice = Choice(name, tuple(bound.arguments.items()))
+            # The question in words, with no target: there is one.
+            asked = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
+            words = [f"{key} {value}".replace("torch.", "") for key, value in asked if key != "target"]
+            choice = f"{name}({', '.join(words)})"
             made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
             return made[choice]
 
