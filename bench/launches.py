@@ -399,12 +399,16 @@ def main(
     torch.manual_seed(0)
     found = list(rows(quick=quick))
     every, console = pd.DataFrame(found), Console(width=None if sys.stdout.isatty() else 120)
-    cells = every[["call", "form", "triton", "torch", "budget", "uploads", "waits"]].rename(columns={"triton": "Triton"})
+    cells = every[["call", "form", "triton", "torch", "budget", "uploads", "waits"]].rename(
+        columns={"triton": "Triton"}
+    )
     console.print(on_terminal(cells, f"Kernels of a call on {TARGET}", list(~every["within"])))
     timed = every[every["host µs"].notna()]
     limits = [HOST_BUDGETS.get(case) for case in zip(timed["call"], timed["form"], strict=True)]
     over = [most is not None and time > most for time, most in zip(timed["host µs"], limits, strict=True)]
-    hosts = timed[["call", "form", *HOST_PARTS]].assign(budget=["" if most is None else f"{most} µs" for most in limits])
+    hosts = timed[["call", "form", *HOST_PARTS]].assign(
+        budget=["" if most is None else f"{most} µs" for most in limits]
+    )
     console.print(on_terminal(hosts, "Time of the host, launches recorded", over))
     measured = [{key: row[key] for key in row if key != "within"} for row in found]
     path = results.write("launches", facts(quick), {"target": TARGET, "rows": measured})

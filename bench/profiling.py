@@ -207,7 +207,7 @@ def main(
     k: Annotated[int, typer.Option(min=1, help="columns")] = Request.k,
     m: Annotated[int, typer.Option(min=1, help="columns of W, or of the matrix of a sketch")] = Request.m,
     cores: Annotated[int, typer.Option(min=1, help="matrices of an op on small ones")] = Request.cores,
-    dtype: Annotated[Dtype, typer.Option(help="half precision is that of data columns")] = Dtype(Request.dtype),
+    dtype: Annotated[Dtype, typer.Option(help="half precision is that of data columns")] = Dtype.float32,
     bare: Annotated[bool, typer.Option("--bare", help="only call it: for ncu and nsys")] = False,
 ) -> None:
     """Time, rates and part of the ceilings, kernel by kernel; status 2 for what cannot be profiled."""

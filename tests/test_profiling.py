@@ -56,11 +56,11 @@ def test_what_is_printed_names_size_time_and_the_way_deeper():
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        (["--op", "residuum"], "'residuum' is not one of"),
-        (["--op", "cross_gram", "--n", "0"], "'--n': 0 is not in the range x>=1"),
+        (["--op", "residuum"], "'--op'"),
+        (["--op", "cross_gram", "--n", "0"], "'--n'"),
         (["--op", "cross_gram", "--n", "8", "--r", "9"], "R must be at most N = 8"),
         (["--op", "eigh_update", "--n", "16", "--r", "8", "--k", "9"], "R + K must be at most N = 16"),
-        (["--op", "cross_gram", "--dtype", "int8"], "'int8' is not one of"),
+        (["--op", "cross_gram", "--dtype", "int8"], "'--dtype'"),
         (["--op", "rotate", "--dtype", "bfloat16"], "rotate takes none"),
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],

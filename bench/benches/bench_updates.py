@@ -268,6 +268,7 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
 
 # --- Memory
 
+
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")
 @pytest.mark.parametrize(("r", "k"), [(128, 64), (256, 256)], ids=str)
 @every_update
