@@ -21,6 +21,7 @@ from bench.frame.study import machine_of
 from bench.gpu import frame, graph, ops, smoke, tests, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
+from brandla_kernels import OPS
 
 STUDY = "gpu"
 # Seconds kept for the end, the least for a stage, and those past its end after which a stage's process is killed.
@@ -43,9 +44,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "smoke": Stage(smoke.run, 90, smoke.cases, together=12),
+    "smoke": Stage(smoke.run, 90, lambda dry: list(OPS), together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "profile": Stage(ops.profile, 80, ops.profiled),
+    "profile": Stage(ops.profile, 80, lambda dry: ops.PROFILED),
     "core": Stage(ops.core, 40),
     "graph": Stage(graph.run, 90),
     "ops": Stage(ops.run, 110),

@@ -273,12 +273,7 @@ def allowed(case: Case) -> float:
 
 def forced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return an op or a public function with the torch forms of all ops."""
-
-    def call(*arguments: Any) -> Any:
-        with brandla.backend("torch"):
-            return function(*arguments)
-
-    return call
+    return brandla.backend("torch")(function)
 
 
 def eigh(device: Device, n: int, r: int, dtype: torch.dtype = torch.float32) -> brandla.LowRankEigh:

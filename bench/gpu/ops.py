@@ -28,6 +28,8 @@ GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
 CHOLESKY = "root_update, cholesky"
+# The updates, that without an eigendecomposition first.
+PROFILED = sorted(UPDATES, key=lambda name: name != CHOLESKY)
 KERNELS, CALLS = 15, 100
 # n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
 SIZE, TOY = (4096, 256, 256), (64, 8, 8)
@@ -71,13 +73,8 @@ def _measure(found: Findings, case: Case) -> None:
 
 
 def profile(found: Findings) -> None:
-    for name in profiled(found.device.dry):
+    for name in PROFILED:
         found.attempt(name, 25, _profile, found, name)
-
-
-def profiled(dry: bool) -> list[str]:
-    """Return the updates, that without an eigendecomposition first."""
-    return [CHOLESKY, *(name for name in UPDATES if name != CHOLESKY)]
 
 
 def _profile(found: Findings, name: str) -> None:

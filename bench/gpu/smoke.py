@@ -35,10 +35,6 @@ ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
 
-def cases(dry: bool) -> list[str]:
-    return list(OPS)
-
-
 def run(found: Findings) -> None:
     for name in OPS:
         found.attempt(name, COMPILATION, _try, found, name)
