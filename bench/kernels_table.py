@@ -8,8 +8,9 @@ roofline study. Exits with 1 if any specialisation has a fault.
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,21 +85,19 @@ def tables(found: list[Facts]) -> Iterator[Table]:
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Target = StrEnum("Target", {name: name for name in TARGETS})
 
 
 # Options take one value, so that further targets are arguments: ``--targets sm_90 gfx942``.
 @app.command()
 def main(
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    targets: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(TARGETS)}; all without it")] = None,
+    more: Annotated[list[Target] | None, typer.Argument(hidden=True)] = None,
+    targets: Annotated[list[Target] | None, typer.Option(help="all without it")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every specialisation to this file")] = None,
-    processes: Annotated[int, typer.Option(help="processes that compile")] = os.cpu_count() or 1,
 ) -> None:
     """Compile every kernel for every target, and print what came out."""
-    asked: Sequence[str] = [*(targets or []), *(more or [])] or list(TARGETS)
-    if unknown := set(asked) - set(TARGETS):
-        message = f"unknown target {', '.join(sorted(unknown))}; choose from {', '.join(TARGETS)}"
-        raise typer.BadParameter(message)
+    asked = [target.value for target in [*(targets or []), *(more or [])] or Target]
+    processes = os.cpu_count() or 1
     with ProcessPoolExecutor(processes) as pool:
         parts = [pool.submit(compiled_facts, target, part, processes) for target in asked for part in range(processes)]
         found = [facts for part in parts for facts in part.result()]

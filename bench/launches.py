@@ -12,16 +12,16 @@ Triton's own part of a launch comes on top on a GPU. Times depend on what else t
 Python's calls does not.
 """
 
+import cProfile
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import islice, pairwise, product
 from time import perf_counter
 from timeit import repeat, timeit
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -40,16 +40,17 @@ from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
 from brandla.kfac import KBFGS, KFAC, Brand, Exact, InverseFree, Randomized, Woodbury
 from brandla_kernels import OPS
 from brandla_kernels._kernels import plan
-from brandla_kernels._kernels.ahead import TARGETS, target_named
+from brandla_kernels._kernels.ahead import target_named
 from brandla_kernels._kernels.launch import Launch, recording
 
+TARGET = "sm_90"
 aten = torch.ops.aten
 ALLOCATIONS = {
     *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.resize_),
     *(aten.detach, aten.detach_, aten._unsafe_view, aten.set_),
 }
 READS_ALONE = {aten._local_scalar_dense, aten.is_nonzero}
-ON_HOST = {aten.promote_types}
+FREE = ALLOCATIONS | READS_ALONE | {aten.promote_types}
 # What makes the host wait for the device: results that it reads, or whose sizes it needs.
 WAITS = READS_ALONE | {
     *(aten.equal, aten.nonzero, aten._linalg_eigh, aten._linalg_svd, aten.linalg_qr),
@@ -57,8 +58,7 @@ WAITS = READS_ALONE | {
 }
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     triton: int = 0  # launches of this library's kernels
     torch: int = 0  # other kernels
     uploads: int = 0  # tensors written on the host: numbers, and the tables of lists
@@ -72,14 +72,14 @@ class Counts:
 class Counter(TorchDispatchMode):
     """Count what is asked for inside the ``with`` block."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str = TARGET) -> None:
         super().__init__()
         self.target = target_named(target)
         self.counts = Counts()
         self.ops: list[tuple[Any, tuple[Any, ...]]] = []  # each with its arguments
 
     def _add(self, **numbers: int) -> None:
-        self.counts = Counts(**{name: count + numbers.get(name, 0) for name, count in asdict(self.counts).items()})
+        self.counts = Counts(*map(sum, zip(self.counts, Counts(**numbers), strict=True)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "brandla":
@@ -87,8 +87,8 @@ class Counter(TorchDispatchMode):
         packet = func.overloadpacket
         result = func(*args, **(kwargs or {}))
         upload = packet is aten.lift_fresh
-        free = func.is_view or packet in ALLOCATIONS | READS_ALONE | ON_HOST or _is_empty(func, args, result)
-        self._add(waits=int(packet in WAITS), uploads=int(upload), torch=int(not upload and not free))
+        free = upload or func.is_view or packet in FREE or _is_empty(func, args, result)
+        self._add(waits=int(packet in WAITS), uploads=int(upload), torch=int(not free))
         return result
 
     def _op(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -117,67 +117,61 @@ def _is_empty(func: Any, args: Any, result: Any) -> bool:
 
 
 @contextmanager
-def counting(target: str) -> Iterator[Counter]:
-    """Yield a `Counter`, inside which functions take the way of a GPU."""
-    with recording(target_named(target)), brandla.backend("triton"), torch.no_grad(), Counter(target) as counter:
-        yield counter
+def on_gpu() -> Iterator[list[Launch]]:
+    """Have functions take the way of a GPU, and yield the record of their launches."""
+    with recording(target_named(TARGET)) as launches, brandla.backend("triton"), torch.no_grad():
+        yield launches
 
 
-def counts_of(call: Callable[[], Any], target: str = "sm_90") -> Counts:
-    with counting(target) as counter:
+def counted(call: Callable[[], Any]) -> Counter:
+    with on_gpu(), Counter() as counter:
         call()
-    return counter.counts
+    return counter
+
+
+def counts_of(call: Callable[[], Any]) -> Counts:
+    return counted(call).counts
 
 
 # --- The host
 
-# The most microseconds of the host that a call for one factor may take on one core.
+# The most microseconds of the host that a call may take on one core, for one factor; and a step of K-FAC.
 HOST_BUDGETS = {
-    "project": 40,
-    "damped_solve, root": 120,
-    "damped_solve, eigh": 120,
-    "root_update, cholesky": 250,
+    ("project", "single"): 40,
+    ("damped_solve, root", "single"): 120,
+    ("damped_solve, eigh", "single"): 120,
+    ("root_update, cholesky", "single"): 250,
+    ("KFAC.step, Brand, cholesky", "MLP, 48 layers"): 15_000,
 }
-# The same of a step of K-FAC: its call, and the network that it is for.
-STEP_BUDGETS = {("KFAC.step, Brand, cholesky", "MLP, 48 layers"): 15_000}
+HOST_PARTS = ["host µs", "checks", "dispatch", "tables", "launching", "Python calls"]
 
 
-def host_times(call: Callable[[], Any], target: str = "sm_90") -> dict[str, float]:
+def host_times(call: Callable[[], Any]) -> dict[str, float]:
     """Return microseconds of a call whose launches are recorded, in all and of its parts, and Python's calls in it.
 
     Its parts are what the function does before and between its ops, checks above all; the dispatcher and the checks of
     the ops; the tables of lists; and the rest of the launches.
     """
-    with counting(target) as counter:
-        call()
-    with recording(target_named(target)) as launches, brandla.backend("triton"), torch.no_grad():
+    asked = counted(call).ops
+    with on_gpu() as launches:
         whole = _microseconds(call, launches)
-        ops = sum(_microseconds(partial(op, *args), launches) for op, args in counter.ops)
-        launching, tables = (_microseconds_in(plan, name, call, launches) for name in ("call", "written"))
-    parts = {"checks": whole - ops, "dispatch": ops - launching, "tables": tables, "launching": launching - tables}
-    return {"host µs": whole, **parts, "Python calls": python_calls(call, target)}
+        ops = sum(_microseconds(partial(op, *args), launches) for op, args in asked)
+        launching, tables = (_microseconds_in(function, call, launches) for function in ("call", "written"))
+    parts = (whole, whole - ops, ops - launching, tables, launching - tables, python_calls(call))
+    return {name: round(part, 1) for name, part in zip(HOST_PARTS, parts, strict=True)}
 
 
-def python_calls(call: Callable[[], Any], target: str = "sm_90") -> int:
+def python_calls(call: Callable[[], Any]) -> int:
     """Count the calls of Python functions in a call whose launches are recorded, once it has been made before."""
-    with recording(target_named(target)), brandla.backend("triton"), torch.no_grad():
+    with on_gpu():
         call()
         return _python_calls(call)
 
 
 def _python_calls(call: Callable[[], Any]) -> int:
-    calls, other = 0, sys.getprofile()
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        call()
-    finally:
-        sys.setprofile(other)
-    return calls
+    profile = cProfile.Profile(builtins=False)
+    profile.runcall(call)
+    return sum(function.callcount for function in profile.getstats())
 
 
 def _microseconds(call: Callable[[], Any], launches: list[Launch]) -> float:
@@ -191,25 +185,21 @@ def _microseconds(call: Callable[[], Any], launches: list[Launch]) -> float:
     return 1e6 * min(repeat(once, number=20, repeat=10)) / 20
 
 
-def _microseconds_in(module: Any, function: str, call: Callable[[], Any], launches: list[Launch]) -> float:
-    """Return the time that a call spends in a function, in the mean of some."""
-    own, spent = getattr(module, function), 0.0
+def _microseconds_in(function: str, call: Callable[[], Any], launches: list[Launch]) -> float:
+    """Return the time that a call spends in a function of `plan`, in the mean of some."""
+    own, spent = getattr(plan, function), []
 
     def timed(*arguments: Any) -> Any:
-        nonlocal spent
         began = perf_counter()
         result = own(*arguments)
-        spent += perf_counter() - began
+        spent.append(perf_counter() - began)
         return result
 
-    setattr(module, function, timed)
-    try:
+    with mock.patch.object(plan, function, timed):
         for _ in range(20):
             call()
             launches.clear()
-    finally:
-        setattr(module, function, own)
-    return 1e6 * spent / 20
+    return 1e6 * sum(spent) / 20
 
 
 # --- Public functions
@@ -219,55 +209,22 @@ BATCH, LISTED = 4, 8
 FORMS = ("single", "batched", "grouped")
 # Arguments for n and a batch shape; numbers are the same for all.
 Argument = Callable[[int, tuple[int, ...]], Any] | float
-
-
-def orthonormal(n: int, batch: tuple[int, ...]) -> Tensor:
-    return torch.linalg.qr(torch.randn(*batch, n, R)).Q
-
-
-def values(batch: tuple[int, ...]) -> Tensor:
-    return (1 / torch.arange(1, R + 1)).expand(*batch, R).contiguous()
-
-
-def eigh(n: int, batch: tuple[int, ...]) -> LowRankEigh:
-    return LowRankEigh(values(batch), orthonormal(n, batch))
+columns = lambda n, batch, k=K: torch.randn(*batch, n, k)
+orthonormal = lambda n, batch: torch.linalg.qr(columns(n, batch, R)).Q
+values = lambda batch: (1 / torch.arange(1, R + 1)).expand(*batch, R).contiguous()
+eigh = lambda n, batch: LowRankEigh(values(batch), orthonormal(n, batch))
+tracked = lambda n, batch: Tracked(root(n, batch), torch.zeros(batch), torch.ones(batch))
+# The other side of an n × n/2 matrix; such a decomposition, a full matrix, and P and Q of P Qᵀ.
+half = lambda make: lambda n, batch: make(n // 2, batch)
+svd = lambda n, batch: LowRankSVD(orthonormal(n, batch), values(batch), orthonormal(n // 2, batch).mT)
+wide = lambda n, batch: columns(n, batch, n // 2)
+pair = lambda n, batch: (columns(n, batch), columns(n // 2, batch))
 
 
 def root(n: int, batch: tuple[int, ...]) -> LowRankRoot:
     """Return a factor in the square-root form, whose S is not diagonal."""
-    matrix = torch.randn(*batch, n, R)
+    matrix = columns(n, batch, R)
     return LowRankRoot(matrix, matrix.mT @ matrix)
-
-
-def tracked(n: int, batch: tuple[int, ...]) -> Tracked[LowRankRoot]:
-    return Tracked(root(n, batch), torch.zeros(batch), torch.ones(batch))
-
-
-def svd(n: int, batch: tuple[int, ...]) -> LowRankSVD:
-    """Return a decomposition of an n × n/2 matrix."""
-    return LowRankSVD(orthonormal(n, batch), values(batch), orthonormal(n // 2, batch).mT)
-
-
-def columns(n: int, batch: tuple[int, ...], k: int = K) -> Tensor:
-    return torch.randn(*batch, n, k)
-
-
-def half(make: Callable[..., Any]) -> Argument:
-    """Return the same for n/2 rows: the other side of an n × n/2 matrix."""
-    return lambda n, batch: make(n // 2, batch)
-
-
-def wide(n: int, batch: tuple[int, ...]) -> Tensor:
-    return columns(n, batch, n // 2)
-
-
-def diagonal(n: int, batch: tuple[int, ...]) -> Tensor:
-    return torch.ones(*batch, n)
-
-
-def pair(n: int, batch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return P and Q of an n × n/2 matrix P Qᵀ."""
-    return columns(n, batch), columns(n // 2, batch)
 
 
 AVERAGE = {"decay": 0.95, "weight": 0.05}
@@ -293,7 +250,7 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "kron_damped_solve, pair, eigh": ((eigh, half(eigh), pair, 0.1, 0.2), {}),
     "damped_logdet, root": ((root, 0.1), {}),
     "damped_logdet, eigh": ((eigh, 0.1), {}),
-    "damped_solve, root, diagonal": ((root, columns, 0.1), {"diagonal": diagonal}),
+    "damped_solve, root, diagonal": ((root, columns, 0.1), {"diagonal": lambda n, batch: torch.ones(*batch, n)}),
     "kron_damped_power, root": ((root, half(root), wide, 0.1, -0.5), {}),
     "kron_damped_power, eigh": ((eigh, half(eigh), wide, 0.1, -0.5), {}),
     "kron_damped_logdet, eigh": ((eigh, half(eigh), 0.1), {}),
@@ -309,18 +266,17 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
 def call_of(name: str, form: str) -> Callable[[], Any] | None:
     makers, options = FUNCTIONS[name]
     function = name.partition(",")[0]
-    made = lambda maker, n, batch: maker(n, batch) if callable(maker) else maker
-    if form != "grouped":
-        batch = (BATCH,) if form == "batched" else ()
-        own = {option: made(maker, N, batch) for option, maker in options.items()}
+    if form == "grouped":
+        owner, sizes = grouped, [N + 100 * index for index in range(LISTED)]
+        make = lambda maker: [maker(n, ()) for n in sizes]
+    else:
         owner = brandla_kernels if function in OPS else brandla
-        return partial(getattr(owner, function), *(made(maker, N, batch) for maker in makers), **own)
-    if not hasattr(grouped, function):
+        make = lambda maker: maker(N, (BATCH,) if form == "batched" else ())
+    if not hasattr(owner, function):
         return None
-    sizes = [N + 100 * index for index in range(LISTED)]
-    listed = lambda maker: [maker(n, ()) for n in sizes] if callable(maker) else maker
-    own = {option: listed(maker) for option, maker in options.items()}
-    return partial(getattr(grouped, function), *map(listed, makers), **own)
+    made = lambda maker: make(maker) if callable(maker) else maker
+    own = {option: made(maker) for option, maker in options.items()}
+    return partial(getattr(owner, function), *map(made, makers), **own)
 
 
 # --- A step of K-FAC
@@ -378,30 +334,24 @@ def steps(network: nn.Module, strategy: Any) -> Iterator[Callable[[], None]]:
         yield preconditioner.step
 
 
-def step_counts(network: nn.Module, strategy: Any, target: str = "sm_90") -> Counts:
+def step_counts(network: nn.Module, strategy: Any) -> Counts:
     """Count the third step of a training run, without its backward pass."""
     run = steps(network, strategy)
     for step in islice(run, 2):
         step()
-    return counts_of(next(run), target)
+    return counts_of(next(run))
 
 
-def step_times(network: nn.Module, strategy: Any, target: str = "sm_90", *, rounds: int = 10) -> dict[str, float]:
+def step_times(network: nn.Module, strategy: Any, *, rounds: int = 10) -> dict[str, float]:
     """Return microseconds of a step whose launches are recorded, at the best of some, and Python's calls in it."""
-    run = steps(network, strategy)
-    with recording(target_named(target)) as launches, brandla.backend("triton"):
+    run, times = steps(network, strategy), []
+    with recording(target_named(TARGET)) as launches, brandla.backend("triton"):
         for step in islice(run, 3):
             step()
-        times = []
         for step in islice(run, rounds):
             launches.clear()
             times.append(timeit(step, number=1))
-        best = min(times, default=0.0)
-        return {"host µs": 1e6 * best, "Python calls": _python_calls(next(run))}
-
-
-def linear_layers(network: nn.Module) -> int:
-    return sum(isinstance(part, nn.Linear) for part in network.modules())
+        return {"host µs": round(1e6 * min(times, default=0.0), 1), "Python calls": _python_calls(next(run))}
 
 
 # --- The table
@@ -419,34 +369,23 @@ BUDGETS: dict[str, tuple[int, int]] = {
 }
 
 
-def kfac_budget(layers: int) -> int:
-    """Return the most kernels of all kinds that a step of `Brand` may take on so many linear layers."""
-    return 30 + 8 * layers
-
-
-def rows(target: str, *, quick: bool) -> Iterator[dict[str, Any]]:
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     """Count every public function in every form, and a step of each system on each network."""
-    for name in FUNCTIONS:
-        limit = BUDGETS.get(name)
-        for form in FORMS:
-            if (call := call_of(name, form)) is not None:
-                counts = counts_of(call, target)
-                within = limit is None or (counts.triton <= limit[0] and counts.torch <= limit[1])
-                budget = "" if limit is None else "{} + {}".format(*limit)
-                host = host_times(call, target) if name in HOST_BUDGETS else {}
-                own = {"call": name, "form": form, **asdict(counts), "budget": budget, "within": within}
-                yield own | {part: round(time, 1) for part, time in host.items()}
-    for strategy_name, strategy in {} if quick else STRATEGIES.items():
-        for form, make in NETWORKS.items():
-            network = make()
-            layers, counts = linear_layers(network), step_counts(network, strategy, target)
-            most = kfac_budget(layers) if strategy_name.startswith("Brand") else None
-            call = f"KFAC.step, {strategy_name}"
-            host = step_times(network, strategy, target) if (call, form) in STEP_BUDGETS else {}
-            own = {"call": call, "form": form, "layers": layers, **asdict(counts)}
-            budget = "" if most is None else f"{most} in all"
-            own |= {"budget": budget, "within": most is None or counts.kernels <= most}
-            yield own | {part: round(time, 1) for part, time in host.items()}
+    for name, form in product(FUNCTIONS, FORMS):
+        if (call := call_of(name, form)) is not None:
+            counts, limit = counts_of(call), BUDGETS.get(name)
+            within = limit is None or (counts.triton <= limit[0] and counts.torch <= limit[1])
+            own = {"call": name, "form": form, **counts._asdict(), "within": within}
+            host = host_times(call) if (name, "single") in HOST_BUDGETS else {}
+            yield own | {"budget": "" if limit is None else "{} + {}".format(*limit)} | host
+    for (strategy_name, strategy), (form, make) in product({} if quick else STRATEGIES.items(), NETWORKS.items()):
+        name, network = f"KFAC.step, {strategy_name}", make()
+        layers, counts = sum(isinstance(part, nn.Linear) for part in network.modules()), step_counts(network, strategy)
+        # The most kernels of all kinds that a step of `Brand` may take.
+        most = 30 + 8 * layers if strategy_name.startswith("Brand") else None
+        own = {"call": name, "form": form, "layers": layers, **counts._asdict()}
+        own |= {"within": most is None or counts.kernels <= most, "budget": "" if most is None else f"{most} in all"}
+        yield own | (step_times(network, strategy) if (name, form) in HOST_BUDGETS else {})
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -454,29 +393,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    target: Annotated[str, typer.Option(help=f"one of {', '.join(TARGETS)}")] = "sm_90",
     quick: Annotated[bool, typer.Option("--quick", help="leaves K-FAC out, and the result out of git")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder of the result file, in place of the machine's own")] = None,
 ) -> None:
     """Count, print the table beside the budgets, and write the result file."""
-    if target not in TARGETS:
-        message = f"unknown target {target}; choose from {', '.join(TARGETS)}"
-        raise typer.BadParameter(message)
     torch.manual_seed(0)
-    found = list(rows(target, quick=quick))
-    cells = pd.DataFrame(found)[["call", "form", "triton", "torch", "budget", "uploads", "waits"]]
-    cells, console = cells.rename(columns={"triton": "Triton"}), Console(width=None if sys.stdout.isatty() else 120)
-    console.print(on_terminal(cells, f"Kernels of a call on {target}", [not row["within"] for row in found]))
-    timed = [row for row in found if "host µs" in row]
-    parts = ["call", "form", "host µs", "checks", "dispatch", "tables", "launching", "Python calls"]
-    # Of public functions the budget is for one factor.
-    limits = {(call, "single"): most for call, most in HOST_BUDGETS.items()} | STEP_BUDGETS
-    budgets = [limits.get((row["call"], row["form"])) for row in timed]
-    over = [most is not None and row["host µs"] > most for row, most in zip(timed, budgets, strict=True)]
-    hosts = pd.DataFrame(timed)[parts].assign(budget=["" if most is None else f"{most} µs" for most in budgets])
+    found = list(rows(quick=quick))
+    every, console = pd.DataFrame(found), Console(width=None if sys.stdout.isatty() else 120)
+    cells = every[["call", "form", "triton", "torch", "budget", "uploads", "waits"]].rename(
+        columns={"triton": "Triton"}
+    )
+    console.print(on_terminal(cells, f"Kernels of a call on {TARGET}", list(~every["within"])))
+    timed = every[every["host µs"].notna()]
+    limits = [HOST_BUDGETS.get(case) for case in zip(timed["call"], timed["form"], strict=True)]
+    over = [most is not None and time > most for time, most in zip(timed["host µs"], limits, strict=True)]
+    hosts = timed[["call", "form", *HOST_PARTS]].assign(
+        budget=["" if most is None else f"{most} µs" for most in limits]
+    )
     console.print(on_terminal(hosts, "Time of the host, launches recorded", over))
-    content = {"target": target, "rows": [{key: row[key] for key in row if key != "within"} for row in found]}
-    path = results.write("launches", facts(quick), content, out)
+    measured = [{key: row[key] for key in row if key != "within"} for row in found]
+    path = results.write("launches", facts(quick), {"target": TARGET, "rows": measured})
     console.print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 

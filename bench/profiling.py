@@ -8,7 +8,9 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +24,8 @@ from bench.benches.problems import UPDATES
 from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame import pages
 from bench.frame.facts import in_words
-from bench.gpu import cases, frame
+from bench.frame.study import machine_of
+from bench.gpu import cases
 from bench.gpu.cases import FULL
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
 from brandla_kernels import OPS, Cost
@@ -40,8 +43,7 @@ CPU_SIZES = replace(FULL, copy=2**28, product=1024)
 # What Proton itself computes on the device to know of a launch.
 OWN = "__proton"
 METRICS = {"count": "launches", "time (ns)": "ns", "flops16": "bf16", "flops32": "float32", "flops64": "float64"}
-MEASURED = ["launches", "ns", "bf16", "float32", "float64", "bytes"]
-UNKNOWN = dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
+MEASURED = [*METRICS.values(), "bytes"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,6 @@ class Request:
 
     def refusal(self) -> str | None:
         function, half = self.op in FUNCTIONS, self.dtype in HALF
-        if self.op not in NAMES:
-            return f"OP must be one of {', '.join(NAMES)}; got {self.op!r}"
-        if self.dtype not in DTYPES:
-            return f"DTYPE must be one of {', '.join(DTYPES)}; got {self.dtype!r}"
-        for name in ("n", "r", "k", "m", "cores"):
-            if getattr(self, name) < 1:
-                return f"{name.upper()} must be at least 1; got {getattr(self, name)}"
         if self.r > self.n:
             return f"R must be at most N = {self.n}, as a basis has orthonormal columns; got {self.r}"
         if function and self.r + self.k > self.n:
@@ -86,14 +81,6 @@ class Request:
         own = "float32" if self.dtype in HALF else self.dtype
         size = cases.Size(self.n, self.r, self.k, self.m, self.cores)
         return cases.Case(self.op, size, DTYPES[own], DTYPES[self.dtype])
-
-    @property
-    def words(self) -> str:
-        return f"{self.op}: {', '.join(f'{name} {value}' for name, value in asdict(self).items() if name != 'op')}"
-
-    @property
-    def arguments(self) -> list[str]:
-        return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
 
 
 class Profiled(NamedTuple):
@@ -119,16 +106,20 @@ def prepare(request: Request, device: Device) -> Profiled:
 # --- Kernels of some calls, as rows of what was measured
 
 
-def by_proton(device: Device, calls: Sequence[Callable[[], Any]]) -> list[dict[str, Any]]:
+def made(calls: Sequence[Callable[[], Any]], device: Device) -> None:
+    for call in calls:
+        call()
+    device.synchronize()
+
+
+def by_proton(profiled: Profiled, device: Device) -> list[dict[str, Any]]:
     import triton.profiler as proton
 
     with tempfile.TemporaryDirectory() as folder:
         name = Path(folder) / "profile"
         session = proton.start(str(name), hook="triton")
         try:
-            for call in calls:
-                call()
-            device.synchronize()
+            made(profiled.calls, device)
         finally:
             proton.finalize(session)
         tree = json.loads(name.with_suffix(".hatchet").read_text(encoding="utf-8"))
@@ -141,105 +132,99 @@ def frames(node: dict[str, Any], launch: str | None = None) -> Iterator[dict[str
     if name.startswith(OWN):
         return
     launch = name if "bytes" in metrics else launch
-    known = {METRICS.get(metric, metric): value for metric, value in metrics.items()}
-    yield {"kernel": launch or name} | {metric: known.get(metric, 0) for metric in MEASURED}
+    yield {"kernel": launch or name} | {METRICS.get(metric, metric): value for metric, value in metrics.items()}
     for child in node["children"]:
         yield from frames(child, launch)
 
 
-def by_torch(device: Device, calls: Sequence[Callable[[], Any]], bits: int) -> list[dict[str, Any]]:
+def by_torch(profiled: Profiled, device: Device) -> list[dict[str, Any]]:
     """Profile the calls by torch: on a CPU its own calls by the time that is theirs alone, with the flops it knows of.
 
-    Torch does not say in which precision these are: in that of numbers of so many bits.
+    Torch does not say in which precision these are: in that of the numbers that the op multiplies.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not device.dry)
     # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
     with torch.profiler.profile(activities=kinds, with_flops=True, record_shapes=True, acc_events=True) as profiler:
-        for call in calls:
-            call()
-        device.synchronize()
-    rows = []
+        made(profiled.calls, device)
+    flops, rows = METRICS[f"flops{profiled.bits}"], []
     for event in profiler.key_averages():
         time = event.self_cpu_time_total if device.dry else event.self_device_time_total
-        measured = {"launches": event.count, "ns": 1e3 * time, METRICS[f"flops{bits}"]: event.flops or 0}
-        rows.append({"kernel": event.key} | dict.fromkeys(MEASURED, 0) | measured)
+        rows.append({"kernel": event.key, "launches": event.count, "ns": 1e3 * time, flops: event.flops or 0})
     return [row for row in rows if row["ns"] > 0]
 
 
 def table_of(profiled: Profiled, device: Device, limits: Ceilings) -> list[dict[str, Any]]:
     """Return a row a kernel of one call, the longest first, and one of all together, which has the op's own cost."""
-    for call in profiled.calls[:WARM_UP]:
-        call()
-    device.synchronize()
-    if device.dry:
-        rows = by_torch(device, profiled.calls, profiled.bits)
-    else:
-        try:
-            rows = by_proton(device, profiled.calls)
-        except Exception:
-            # Proton may find no profiling interface where torch does; flops and bytes are then missing.
-            rows = by_torch(device, profiled.calls, profiled.bits)
-    return rows_of(rows, len(profiled.calls), profiled, limits)
+    made(profiled.calls[:WARM_UP], device)
+    try:
+        rows = (by_torch if device.dry else by_proton)(profiled, device)
+    except Exception:
+        # Proton may find no profiling interface where torch does; flops and bytes are then missing.
+        rows = by_torch(profiled, device)
+    return rows_of(rows, profiled, limits)
 
 
-def rows_of(found: list[dict[str, Any]], calls: int, profiled: Profiled, limits: Ceilings) -> list[dict[str, Any]]:
+def rows_of(found: list[dict[str, Any]], profiled: Profiled, limits: Ceilings) -> list[dict[str, Any]]:
     """Return measured rows summed by kernel, divided by the calls, with rates and the part of the ceilings."""
-    summed = pd.DataFrame(found).groupby("kernel", sort=False)[MEASURED].sum() / calls
+    measured = pd.DataFrame(found, columns=["kernel", *MEASURED]).fillna(0)
+    summed = measured.groupby("kernel", sort=False)[MEASURED].sum() / len(profiled.calls)
     summed = summed[summed["launches"] > 0].sort_values("ns", ascending=False, kind="stable")
     total = summed["ns"].sum() / 1e9
 
     def row(name: str, launches: float, seconds: float, work: Work | None) -> dict[str, Any]:
         """Return rates and the part of the ceiling that binds; None of what is not known."""
         times = {"launches": float(launches), "µs": 1e6 * seconds, "% of all": 100 * seconds / max(total, 1e-12)}
-        known = dict(UNKNOWN)
+        known: dict[str, Any] = dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
         if work is not None and any(work) and seconds:
             floor, flops = limits.floor(work), work.float32 + work.bf16 + work.float64
             known = {"TFLOP/s": flops / seconds / 1e12, "GB/s": work.bytes / seconds / 1e9 if work.bytes else None}
             known |= {"of ceiling": floor.seconds / seconds, "bound by": floor.bound_by}
         return {"kernel": name, **times, **known}
 
-    works = [Work(*amounts) for amounts in summed[["float32", "bf16", "float64", "bytes"]].itertuples(index=False)]
-    each = zip(summed.index, summed["launches"], summed["ns"] / 1e9, works, strict=True)
     every = row("all", summed["launches"].sum(), total, profiled.work)
     if profiled.cost is not None:
         # The rate is of the whole cost; the ceiling, of what cannot be left out.
         every |= {"TFLOP/s": profiled.cost.flops / total / 1e12, "GB/s": profiled.cost.bytes / total / 1e9}
-    return [every, *(row(*one) for one in each)]
+    kernels = summed.reset_index().to_dict("records")
+    work_of = lambda each: Work(**{name: each[name] for name in Work._fields})
+    return [every, *(row(each["kernel"], each["launches"], each["ns"] / 1e9, work_of(each)) for each in kernels)]
 
 
 # --- The command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+Op, Dtype = (StrEnum(name, {each: each for each in known}) for name, known in (("Op", NAMES), ("Dtype", DTYPES)))
 
 
 @app.command()
 def main(
-    op: Annotated[str, typer.Option(help="an op of brandla_kernels, or a public function")],
-    n: Annotated[int, typer.Option(help="rows")] = Request.n,
-    r: Annotated[int, typer.Option(help="rank")] = Request.r,
-    k: Annotated[int, typer.Option(help="columns")] = Request.k,
-    m: Annotated[int, typer.Option(help="columns of W, or of the matrix of a sketch")] = Request.m,
-    cores: Annotated[int, typer.Option(help="matrices of an op on small ones")] = Request.cores,
-    dtype: Annotated[str, typer.Option(help="float32, float64, or bfloat16, float16 for data columns")] = Request.dtype,
+    op: Annotated[Op, typer.Option(help="an op of brandla_kernels, or a public function")],
+    n: Annotated[int, typer.Option(min=1, help="rows")] = Request.n,
+    r: Annotated[int, typer.Option(min=1, help="rank")] = Request.r,
+    k: Annotated[int, typer.Option(min=1, help="columns")] = Request.k,
+    m: Annotated[int, typer.Option(min=1, help="columns of W, or of the matrix of a sketch")] = Request.m,
+    cores: Annotated[int, typer.Option(min=1, help="matrices of an op on small ones")] = Request.cores,
+    dtype: Annotated[Dtype, typer.Option(help="half precision is that of data columns")] = Dtype.float32,
     bare: Annotated[bool, typer.Option("--bare", help="only call it: for ncu and nsys")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to a file, print nothing")] = None,
 ) -> None:
     """Time, rates and part of the ceilings, kernel by kernel; status 2 for what cannot be profiled."""
-    request = Request(op, n, r, k, m, dtype, cores)
+    request = Request(op.value, n, r, k, m, dtype.value, cores)
     if (refusal := request.refusal()) is not None:
-        typer.echo(f"python -m bench.profiling: {refusal}", err=True)
-        raise typer.Exit(2)
+        raise typer.BadParameter(refusal)
     device = Gpu() if torch.cuda.is_available() else Stub()
+    profiled = prepare(request, device)
     if bare:
-        return _run_bare(request, device)
+        # First to compile, then between the marks that ncu and nsys wait for.
+        made(profiled.calls[:WARM_UP], device)
+        measured = torch.cuda.profiler.profile() if not device.dry else nullcontext()
+        with measured, torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
+            made(profiled.calls[:BARE_CALLS], device)
+        return
     limits = measure(device, CPU_SIZES if device.dry else FULL)
-    rows = table_of(prepare(request, device), device, limits)
-    if json_file:
-        json_file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        return None
-    console = Console(highlight=False)
-    console.print(request.words)
-    console.print(in_words(frame.facts_of(device)), style="dim")
+    rows, console = table_of(profiled, device, limits), Console(highlight=False)
+    sizes = [f"{name} {value}" for name, value in asdict(request).items() if name != "op"]
+    console.print(request.op + ": " + ", ".join(sizes))
+    console.print(in_words(machine_of(device)), style="dim")
     console.print(
         f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
         f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"
@@ -249,30 +234,13 @@ def main(
     if len(rows) > SHOWN + 1:
         console.print(f"and {len(rows) - SHOWN - 1} more")
     console.print("\nTo go deeper, on a machine with a GPU:")
-    for line in deeper(request, device):
-        console.print(line, soft_wrap=True)
-    return None
-
-
-def _run_bare(request: Request, device: Device) -> None:
-    """Call with no profiler of our own: first to compile, then between the marks that ncu and nsys wait for."""
-    calls = prepare(request, device).calls
-    for call in calls[:WARM_UP]:
-        call()
-    device.synchronize()
-    if not device.dry:
-        torch.cuda.profiler.start()
-    with torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
-        for call in calls[:BARE_CALLS]:
-            call()
-        device.synchronize()
-    if not device.dry:
-        torch.cuda.profiler.stop()
+    console.print(*deeper(request, device), sep="\n", soft_wrap=True)
 
 
 def deeper(request: Request, device: Device) -> list[str]:
     """Return the lines of Nsight Compute and Nsight Systems that look at the same calls."""
-    bare = shlex.join(["python", "-m", "bench.profiling", "--bare", *request.arguments])
+    asked = [part for name, value in asdict(request).items() for part in (f"--{name}", str(value))]
+    bare = shlex.join(["python", "-m", "bench.profiling", "--bare", *asked])
     launches = [] if request.op in FUNCTIONS else cases.launches(request.case, device)
     kernels = "|".join(dict.fromkeys(launch.name for launch in launches))
     name, only = shlex.quote(request.op), f" --kernel-name {shlex.quote('regex:' + kernels)}" if kernels else ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +11,12 @@ from typer.testing import CliRunner
 
 from bench import profiling
 from bench.gpu.device import Ceilings, Stub
-from bench.profiling import NAMES, Profiled, Request, app, deeper, frames, prepare, rows_of
+from bench.profiling import NAMES, Profiled, Request, app, deeper, frames, prepare, rows_of, table_of
 
-SMALL = ["--n", "96", "--r", "8", "--k", "8", "--m", "24", "--cores", "2"]
+SIZES = {"n": 96, "r": 8, "k": 8, "m": 24, "cores": 2}
+SMALL = [part for name, size in SIZES.items() for part in (f"--{name}", str(size))]
 CEILINGS = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})
+ONE_CALL = Profiled([print])
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +25,9 @@ def _known_ceilings_and_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "FEWEST", 2)
 
 
-def rows(folder: Path, op: str) -> list[dict[str, Any]]:
-    path = folder / "rows.json"
-    assert CliRunner().invoke(app, ["--op", op, *SMALL, "--json", str(path)]).exit_code == 0
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @pytest.mark.parametrize("op", NAMES)
-def test_every_op_and_function_is_profiled_on_a_cpu(op: str, tmp_path: Path):
-    every, *kernels = rows(tmp_path, op)
+def test_every_op_and_function_is_profiled_on_a_cpu(op: str):
+    every, *kernels = table_of(prepare(Request(op, **SIZES), Stub()), Stub(), CEILINGS)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
     assert any(row["TFLOP/s"] for row in kernels) or op in (
@@ -44,8 +38,8 @@ def test_every_op_and_function_is_profiled_on_a_cpu(op: str, tmp_path: Path):
     )
 
 
-def test_the_row_of_all_kernels_has_the_cost_of_the_op(tmp_path: Path):
-    every = rows(tmp_path, "project")[0]
+def test_the_row_of_all_kernels_has_the_cost_of_the_op():
+    every = table_of(prepare(Request("project", **SIZES), Stub()), Stub(), CEILINGS)[0]
     seconds = every["µs"] / 1e6
     assert every["TFLOP/s"] * seconds * 1e12 == pytest.approx(2 * 96 * 8 * 8)
     assert every["GB/s"] * seconds * 1e9 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
@@ -62,32 +56,30 @@ def test_what_is_printed_names_size_time_and_the_way_deeper():
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        (["--op", "residuum"], "OP must be one of"),
-        (["--op", "cross_gram", "--n", "0"], "N must be at least 1; got 0"),
+        (["--op", "residuum"], "'--op'"),
+        (["--op", "cross_gram", "--n", "0"], "'--n'"),
         (["--op", "cross_gram", "--n", "8", "--r", "9"], "R must be at most N = 8"),
         (["--op", "eigh_update", "--n", "16", "--r", "8", "--k", "9"], "R + K must be at most N = 16"),
-        (["--op", "cross_gram", "--dtype", "int8"], "DTYPE must be one of"),
+        (["--op", "cross_gram", "--dtype", "int8"], "'--dtype'"),
         (["--op", "rotate", "--dtype", "bfloat16"], "rotate takes none"),
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],
 )
-def test_what_cannot_be_profiled_is_said_in_one_line(arguments: list[str], rule: str):
+def test_what_cannot_be_profiled_is_said(arguments: list[str], rule: str):
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
     assert rule in refused.stderr
-    assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("op", ["cross_gram", "root_update, cholesky"])
 def test_the_lines_of_other_profilers_run_the_same_calls_bare(op: str):
     pytest.importorskip("triton")
-    request = Request(op, n=96, r=8, k=8, m=24, dtype="float32", cores=2)
-    ncu, nsys = deeper(request, Stub())
+    ncu, nsys = deeper(Request(op, **SIZES), Stub())
     assert ("regex:cross_gram_kernel|sum_parts_kernel" in ncu) == (op == "cross_gram")
     for line in (ncu, nsys):
         words = shlex.split(line)
         own = words[words.index("bench.profiling") + 1 :]
-        assert own == ["--bare", *request.arguments]
+        assert own == ["--bare", "--op", op, *SMALL[:-2], "--dtype", "float32", *SMALL[-2:]]
         assert CliRunner().invoke(app, own).exit_code == 0
 
 
@@ -112,7 +104,7 @@ def test_a_tree_of_proton_is_summed_by_launch():
         frame("elementwise", {"count": 4, "time (ns)": 100}),
         frame("__proton_launch_metadata", {}, frame("copy", {"count": 9, "time (ns)": 9})),
     )
-    every, *kernels = rows_of(list(frames(tree)), 1, Profiled([]), CEILINGS)
+    every, *kernels = rows_of(list(frames(tree)), ONE_CALL, CEILINGS)
     assert (every["launches"], every["µs"]) == (7, pytest.approx(3.6))
     assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [
         ("tall_product_kernel [n=8]", 2, pytest.approx(3.0)),
@@ -125,7 +117,7 @@ def test_a_tree_of_proton_is_summed_by_launch():
 
 def test_a_kernel_is_held_to_the_ceiling_that_binds():
     found = list(frames(frame("project", {"count": 1, "time (ns)": 2000, "flops32": 1e8, "bytes": 1e6})))
-    row = rows_of(found, 1, Profiled([]), CEILINGS)[1]
+    row = rows_of(found, ONE_CALL, CEILINGS)[1]
     assert row["TFLOP/s"] == pytest.approx(50)
     assert row["GB/s"] == pytest.approx(500)
     # 10⁸ flops take 1 µs at 10¹⁴ flop/s, and 10⁶ bytes 1 µs at 10¹² byte/s.

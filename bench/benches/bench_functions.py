@@ -25,13 +25,9 @@ from brandla_kernels import OPS
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 
 FLOAT64, BFLOAT16 = torch.float64, torch.bfloat16
-USUAL = (
-    Shape(1024, 64, 32),
-    Shape(1024, 64, 32, FLOAT64),
-    Shape(1024, 64, 32, data=BFLOAT16),
-    Shape(4096, 128, 64),
-)
-FULL = (*USUAL, Shape(4096, 256, 256), Shape(8192, 256, 256), Shape(16384, 256, 256))
+SMALL = Shape(1024, 64, 32)
+USUAL = (SMALL, SMALL._replace(dtype=FLOAT64), SMALL._replace(data=BFLOAT16), Shape(4096, 128, 64))
+FULL = (*USUAL, *(Shape(n, 256, 256) for n in (4096, 8192, 16384)))
 TOY = (Shape(96, 8, 4), Shape(96, 8, 4, FLOAT64), Shape(96, 8, 4, data=BFLOAT16))
 # The largest n at which what decomposes a whole matrix, or iterates to full precision, has a part.
 MOST_SLOW = 1024
@@ -46,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is test_op:
         by = [BRANDLA, TORCH_FORM, COMPILED] if kind == "cuda" else [BRANDLA]
         sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
-        ops = [(case, one) for case in cases.cases(sizes) for one in by]
+        ops = list(product(cases.cases(sizes), by))
         return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{shape_of(op)}" for op, one in ops])
     found = []
     for group, names in (("", TASKS), ("grouped.", filter(TASKS.__contains__, GROUPED))):
@@ -56,6 +52,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 those = [*(one for one in those if one in OWN), ONE_BY_ONE] if group else those
                 found.extend((group + name, by, shape) for by in those)
     return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
+
+
+def about(function: str, shape: Shape) -> dict[str, Any]:
+    """Return what a row says of its case."""
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return {"function": function, "shape": str(shape), "n": shape.n, "r": shape.r, "k": shape.k, "dtype": dtype}
 
 
 # --- Functions
@@ -72,21 +74,15 @@ def task_of(name: str, shape: Shape, device: Device) -> Task:
     return together(name.removeprefix("grouped."), shapes, device)
 
 
-def about(shape: Shape) -> dict[str, Any]:
-    dtype = str(shape.dtype).removeprefix("torch.")
-    return {"shape": str(shape), "n": shape.n, "r": shape.r, "k": shape.k, "dtype": dtype}
-
-
 def test_function(name, by, shape, device, case) -> None:
     task = task_of(name, shape, device)
-    with case(f"{name} {shape}", by, function=name, **about(shape)) as timed:
+    with case(f"{name} {shape}", by, **about(name, shape)) as timed:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
         calls = [partial(call.function, *fresh(call.arguments)) for _ in range(count)]
-        found = {"error": judged.error, "orthogonality": judged.orthogonality}
         with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:
-            timed(calls, task.work, **found, blas_threads=threads)
+            timed(calls, task.work, error=judged.error, orthogonality=judged.orthogonality, blas_threads=threads)
 
 
 # --- Ops
@@ -99,8 +95,8 @@ def shape_of(case: Case) -> Shape:
 @pytest.mark.study("ops")
 def test_op(op_case, by, device, case) -> None:
     op, shape = OPS[op_case.op], shape_of(op_case)
-    with case(f"{op_case.op} {shape}", by, function=op_case.op, **about(shape)) as timed:
-        call = {BRANDLA: op, TORCH_FORM: cases.forced(op)}.get(by) or device.compiled(op.torch_form)
+    with case(f"{op_case.op} {shape}", by, **about(op_case.op, shape)) as timed:
+        call = {BRANDLA: op, TORCH_FORM: cases.forced(op)}.get(by) or torch.compile(op.torch_form, dynamic=False)
         error, _ = cases.check(op_case, device, call)
         on_gpu = device.tensors.type == "cuda"
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]

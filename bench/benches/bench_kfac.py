@@ -7,7 +7,7 @@ float32, two threads. A short run takes scikit-learn's digits.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import inf
 from statistics import fmean, median
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
 from bench.studies.networks import seeded, two_hidden
-from bench.studies.peers import Maker, maker, unsaid
+from bench.studies.peers import Maker, maker
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
 from brandla.demo.training import Trainer, follow
@@ -61,7 +61,7 @@ BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
 # The same where autograd does not form the gradients of weights.
 PAIR = ', gradient="pair"'
-PAIRED = {name + PAIR: STRATEGIES[name] for name in HELD_TO}
+options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 
 
 # --- Steps that are timed
@@ -92,32 +92,33 @@ class Setting:
         return lambda: step(next(batches))
 
 
-def sgd(setting: Setting, strategy: Strategy | None = None, **options: Any) -> Step:
-    """Return SGD's step, with one of our preconditioners if there is one, curvature at every step."""
-    model = setting.network()
-    kfac = None if strategy is None else KFAC(model, strategy, **options)
+def sgd(setting: Setting, name: str = "SGD") -> Step:
+    """Return SGD's step, with the preconditioner of a name if there is one, curvature at every step."""
+    model, strategy = setting.network(), STRATEGIES.get(name.removesuffix(PAIR))
+    kfac = None if strategy is None else KFAC(model, strategy, **options_of(name))
     return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
 
 
-def singd(setting: Setting, period: int) -> Step:
+def singd(setting: Setting) -> Step:
     """Return a step of SINGD with dense structures, of the package ``singd``."""
     from singd.optim.optimizer import SINGD
 
     model = setting.network()
-    trainer = Trainer(model, SINGD(model, lr=1e-3, T=period, structures=("dense", "dense")))
-
-    def step(batch: Split) -> None:
-        with unsaid(FutureWarning):
-            trainer.step(batch)
-
-    return setting.stepping(step)
+    return setting.stepping(Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step)
 
 
-def asdfghjkl(setting: Setting, period: int) -> Step:
+def asdfghjkl(setting: Setting) -> Step:
     """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
     model = setting.network()
-    made = maker(model, setting.batch, period, 0.03, 0.05)
+    made = maker(model, setting.batch, PERIOD, 0.03, 0.05)
     return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
+
+
+# Other people's steps: the package, the step, and how many times as long as ours it is to take.
+PEERS = {
+    "singd, dense, T = 1": ("singd", singd, 8.0),
+    f"asdfghjkl, K-FAC, inverse every {PERIOD}": ("asdl", asdfghjkl, 2.5),
+}
 
 
 def bare(setting: Setting, rank: int, columns: int) -> Step:
@@ -166,18 +167,11 @@ def setting(quick) -> Setting:
 @pytest.fixture(scope="module")
 def step_of(setting):
     """Return a function from a name to its step, each on a network of its own."""
-
-    @cache
-    def step_of(name: str) -> Step:
-        if name in PAIRED:
-            return sgd(setting, PAIRED[name], gradient="pair")
-        return sgd(setting, STRATEGIES.get(name))
-
-    return step_of
+    return cache(partial(sgd, setting))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRED])
+@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO)])
 def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
     seconds = in_turn({one: step_of(one) for one in (name, "SGD")}, 6 * PERIOD, warm_up=PERIOD)
     figures(name, by_period(seconds[name], seconds["SGD"]), at_most=HELD_TO.get(name))
@@ -196,13 +190,14 @@ def test_floor_of_a_step(rank, columns, setting, step_of, in_turn, figures) -> N
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
 def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
     sized = Setting(setting.shown, width, batch)
-    steps = {name: sgd(sized, STRATEGIES.get(name)) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
+    steps = {name: sgd(sized, name) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, own in seconds.items():
         figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.benchmark(group="calls of torch in KFAC.step")
 @pytest.mark.parametrize("name", HELD_TO)
 def test_calls_of_a_step(name, setting, figures) -> None:
@@ -211,8 +206,7 @@ def test_calls_of_a_step(name, setting, figures) -> None:
     for inputs, labels in itertools.islice(setting.batches(), 4):
         model.zero_grad()
         cross_entropy(model(inputs), labels).backward()
-        with unsaid(UserWarning):
-            counts.append(torch_calls(kfac.step))
+        counts.append(torch_calls(kfac.step))
     figures(name, counts[-1], at_most=350, unit="calls")
 
 
@@ -225,15 +219,14 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 
 
 @pytest.mark.benchmark(group="other people's step / ours")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", HELD_TO)
-@pytest.mark.parametrize("peer", ["singd, dense, T = 1", f"asdfghjkl, K-FAC, inverse every {PERIOD}"])
+@pytest.mark.parametrize("peer", PEERS)
 def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
-    of_singd = peer.startswith("singd")
-    pytest.importorskip("singd" if of_singd else "asdl")
-    theirs = singd(setting, 1) if of_singd else asdfghjkl(setting, PERIOD)
-    seconds = in_turn({"ours": step_of(name), "theirs": theirs}, 4 * PERIOD, warm_up=PERIOD)
-    over = by_period(seconds["theirs"], seconds["ours"])
-    figures(f"{peer} / {name}", over, at_least=8.0 if of_singd else 2.5)
+    package, step, least = PEERS[peer]
+    pytest.importorskip(package)
+    seconds = in_turn({"ours": step_of(name), "theirs": step(setting)}, 4 * PERIOD, warm_up=PERIOD)
+    figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
 # --- Training to an accuracy
@@ -296,14 +289,13 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
     chosen = {name: choose(tried, part) for name, tried in trials.items()}
-    options = {name: {} for name in chosen} | {"B-KFAC" + PAIR: {"gradient": "pair"}}
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
-        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options[name])[part]
+        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options_of(name))[part]
 
     # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
-    middles = pd.DataFrame([{name: run(name, seed) for name in options} for seed in seeds]).median()
+    middles = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds]).median()
     numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
     note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import brandla
 from bench.benches import problems, written_out
-from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, in_threads, svd_lowrank
+from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, svd_lowrank
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, require
 from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Call, Shape, Task, check, symmetric_update, together
 from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
-from bench.benches.written_out import solve_floor, update_floor
+from bench.benches.written_out import update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
 from brandla import root as updates
@@ -79,7 +79,7 @@ def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
 def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
     update = right_call(name, *size)
     count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
-    seconds = in_turn({"update": update.again, "gemms": update_floor(problems.Case(*update.arguments))}, count)
+    seconds = in_turn({"update": update.again, "gemms": update_floor(update.arguments)}, count)
     over, words = ratio(seconds["update"], seconds["gemms"]), f"{name}, {in_words(*size)}"
     limit, before = LIMITS[size]
     figures(words, over, at_most=limit if name == ROOT else None)
@@ -98,7 +98,7 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
         figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
 
 
-def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]:
+def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], object]]:
     """Return an update in the parts that it is made of, each on the results of the ones before it."""
     taken = (name, *case, DECAY, WEIGHT, None)
     update = updates.check_update(*taken, kind=brandla.LowRankEigh if name == EIGH else brandla.LowRankRoot)
@@ -126,7 +126,7 @@ def stages_of(name: str, case: problems.Case) -> dict[str, Callable[[], object]]
 def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
     # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
     update = right_call(name, *SHAPES[0], exponent=1.5)
-    seconds = in_turn({"update": update.again, "gemms": update_floor(problems.Case(*update.arguments))}, 150)
+    seconds = in_turn({"update": update.again, "gemms": update_floor(update.arguments)}, 150)
     figures(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", ratio(seconds["update"], seconds["gemms"]))
 
 
@@ -228,7 +228,8 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
     with at_best(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
-    figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=in_threads(threads))
+    note = "1 BLAS thread" if threads == 1 else f"{threads} BLAS threads"
+    figures(words, ratio(seconds[INCREMENTAL], seconds[BRANDLA]), at_least=5, note=note)
 
 
 # --- Damped application, small factors
@@ -238,7 +239,8 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
 def test_solve_over_its_gemms(in_turn, figures) -> None:
     solve = right_call("damped_solve", *SHAPES[0])
     factor, rhs, _ = solve.arguments
-    seconds = in_turn({"solve": solve.again, "gemms": solve_floor(factor.eigenvectors, rhs)}, 500)
+    basis = factor.eigenvectors
+    seconds = in_turn({"solve": solve.again, "gemms": lambda: basis @ (basis.mT @ rhs)}, 500)
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
     figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
 
@@ -266,12 +268,6 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
 
 # --- Memory
 
-IN_PLACE = {
-    ROOT: brandla.root_update_,
-    CHOLESKY: partial(brandla.root_update_, compress="cholesky"),
-    EIGH: brandla.eigh_update_,
-}
-
 
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")
 @pytest.mark.parametrize(("r", "k"), [(128, 64), (256, 256)], ids=str)
@@ -280,7 +276,8 @@ def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
     update = right_call(name, n, r, k)
     own, columns = fresh(update.arguments)
-    in_place = lambda: IN_PLACE[name](own, columns, **AVERAGE)
+    options = AVERAGE | getattr(UPDATES[name][0], "keywords", {})
+    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), own, columns, **options)
     in_place()
     update.judge(own).accept(name)
     size = 4 * n * (r + k)

@@ -52,10 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"bench: {in_words(facts(config.getoption('quick')))}"
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     # Before the first case it is a collection that failed.
     if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].studies:

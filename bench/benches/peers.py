@@ -27,7 +27,6 @@ class Peer(NamedTuple):
     slack: float = EXACT
     slow: bool = False  # decomposes the whole matrix, or iterates to full precision
     package: str = "torch"
-    float64: bool = False  # computes in it whatever it is given
 
     @property
     def on_numpy(self) -> bool:
@@ -63,41 +62,26 @@ def _ascending(parts: Any, rank: int) -> LowRankEigh:
     return LowRankEigh(values[-rank:].flip(0), vectors[:, -rank:].flip(1))
 
 
-def _eigh(parts: Any) -> LowRankEigh:
-    return LowRankEigh(*map(torch.as_tensor, parts))
-
-
+_eigh = lambda parts: LowRankEigh(*map(torch.as_tensor, parts))
+_lobpcg = lambda m, r: _eigh(torch.lobpcg(m, k=r, largest=True, niter=LOBPCG_ITERATIONS.get(m.dtype)))
+_eigsh = lambda m, r: _ascending(scipy.sparse.linalg.eigsh(m, k=r, which="LA"), r)
 # With its own number of iterations: up to two are not orthonormalised, and lose half the digits of float32.
-SKLEARN = {"n_oversamples": OVERSAMPLE, "random_state": 0}
-FBPCA = {"raw": True, "n_iter": POWERS}
+_sklearn = lambda m, r: _cut(randomized_svd(m, r, n_oversamples=OVERSAMPLE, random_state=0), r)
+_pca = lambda m, r: _cut(import_module("fbpca").pca(m, r, raw=True, n_iter=POWERS, l=r + OVERSAMPLE), r)
+_eigens = lambda m, r: _eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS))
 GENERAL = {
     "torch.svd_lowrank": Peer(svd_lowrank, SKETCHED),
     "torch.linalg.svd": Peer(lambda m, r: _cut(torch.linalg.svd(m, full_matrices=False), r), slow=True),
-    "scikit-learn randomized_svd": Peer(
-        lambda m, r: _cut(randomized_svd(m, r, **SKLEARN), r), SKETCHED, package="sklearn"
-    ),
-    "fbpca.pca": Peer(
-        lambda m, r: _cut(import_module("fbpca").pca(m, r, l=r + OVERSAMPLE, **FBPCA), r),
-        SKETCHED,
-        package="fbpca",
-        float64=True,
-    ),
+    "scikit-learn randomized_svd": Peer(_sklearn, SKETCHED, package="sklearn"),
+    "fbpca.pca": Peer(_pca, SKETCHED, package="fbpca"),
 }
 SYMMETRIC = GENERAL | {
-    "torch.lobpcg": Peer(
-        lambda m, r: _eigh(torch.lobpcg(m, k=r, largest=True, niter=LOBPCG_ITERATIONS.get(m.dtype))), slow=True
-    ),
+    "torch.lobpcg": Peer(_lobpcg, slow=True),
     "torch.linalg.eigh": Peer(lambda m, r: _ascending(torch.linalg.eigh(m), r), slow=True),
-    "scipy eigsh": Peer(
-        lambda m, r: _ascending(scipy.sparse.linalg.eigsh(m, k=r, which="LA"), r), slow=True, package="scipy"
-    ),
-    "fbpca.eigens": Peer(
-        lambda m, r: _eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS)), SKETCHED, package="fbpca", float64=True
-    ),
+    "scipy eigsh": Peer(_eigsh, slow=True, package="scipy"),
+    "fbpca.eigens": Peer(_eigens, SKETCHED, package="fbpca"),
 }
 INCREMENTAL = "scikit-learn IncrementalPCA"
-# What computes in float64 whatever it is given: fbpca draws, and scikit-learn's PCA keeps its mean, in it.
-IN_FLOAT64 = (*(name for name, peer in SYMMETRIC.items() if peer.float64), INCREMENTAL)
 
 
 # Calls that decide at most, and seconds after which no more are made.
@@ -124,12 +108,8 @@ def at_best(call: Callable[[], Any]) -> Iterator[int]:
                 call()
                 seconds.append(time.perf_counter() - start)
         typical[threads] = median(seconds)
-    best = min(typical, key=lambda threads: typical[threads])
+    best = min(typical, key=typical.__getitem__)
     if best < max(typical):
         time.sleep(REST)
     with threadpool_limits(best, "blas"):
         yield best
-
-
-def in_threads(count: int) -> str:
-    return f"{count} BLAS thread{'s' if count > 1 else ''}"

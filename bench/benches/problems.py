@@ -34,11 +34,6 @@ DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
 STEPS_TO_STEADY_STATE = 30
 
 
-class Case(NamedTuple):
-    factor: Symmetric
-    columns: Tensor
-
-
 def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
     """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k.
 
@@ -54,23 +49,22 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 @cache
 def steady(
-    name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, steps=STEPS_TO_STEADY_STATE, device="cpu"
-) -> Case:
+    name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, device="cpu"
+) -> tuple[Symmetric, Tensor]:
     """Return the factor that a stream of deviations i^−exponent settles to, by torch forms, and the next columns."""
     update, kind = UPDATES[name]
     stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
     factor = kind.zeros(n, r, dtype=dtype, device=device)
     with brandla.backend("torch"):
-        for _ in range(steps):
+        for _ in range(STEPS_TO_STEADY_STATE):
             factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
-    return Case(factor, next(stream))
+    return factor, next(stream)
 
 
 def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:
-    """Return a dense float64 matrix with these eigenvalues: two cosine transforms of their diagonal, random signs."""
+    """Return a dense float64 matrix with these eigenvalues: cosine transforms of their diagonal, random signs."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(len(eigenvalues), 1))
-    half = scipy.fft.dct(np.diag(eigenvalues), axis=0, norm="ortho")
-    return torch.from_numpy(signs * scipy.fft.dct(half, axis=1, norm="ortho") * signs.T)
+    return torch.from_numpy(signs * scipy.fft.dctn(np.diag(eigenvalues), norm="ortho") * signs.T)
 
 
 class WrongResultError(AssertionError):
@@ -146,10 +140,6 @@ def halves(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
     return (second * first, second) if isinstance(result, LowRankEigh) else (first, first)
 
 
-def tall_of(factor: Symmetric) -> Tensor:
-    return factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors
-
-
 def orthonormality(vectors: Tensor) -> float:
     """Return ‖UᵀU − I‖₂ over the columns that are not zero."""
     gram = vectors.double().mT @ vectors.double()
@@ -178,10 +168,3 @@ def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: floa
     outside = damping**exponent
     inside = ((levels + damping) ** exponent - outside)[:, None] * (directions.mT @ vectors)
     return outside * vectors + directions @ inside
-
-
-def target_of(case: Case) -> tuple[Tensor, Tensor]:
-    """Return F, G with F Gᵀ = ρ M̂ + w A Aᵀ."""
-    left, right = halves(case.factor)
-    added = case.columns.double()
-    return torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)

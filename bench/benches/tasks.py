@@ -75,15 +75,14 @@ class Task:
     arguments: tuple[Any, ...]
     judge: Judge
     work: Work
-    options: dict[str, Any] = field(default_factory=dict)
     given: Callable[[], tuple[Any, ...]] = tuple  # what others are given
     judge_of: Callable[[Peer], Judge] | None = None  # the check of another's result, where it is another one
     others: Mapping[str, Peer] = field(default_factory=dict)
 
     def call(self, implementation: str) -> Call:
         if implementation in OWN:
-            function = partial(self.function, **self.options)
-            return Call(forced(function) if implementation == TORCH_FORM else function, self.arguments, self.judge)
+            function = forced(self.function) if implementation == TORCH_FORM else self.function
+            return Call(function, self.arguments, self.judge)
         peer = self.others[implementation]
         given = tuple(tree_map_only(Tensor, peer.takes, list(self.given())))
         return Call(peer.call, given, self.judge_of(peer) if self.judge_of else self.judge, peer.on_numpy)
@@ -93,7 +92,7 @@ def check(name: str, call: Call) -> Judgement:
     return call.judge(on_cpu(call.function(*call.arguments))).accept(name)
 
 
-def approximating(function, arguments, options, target, slack, shape, device, work) -> Task:
+def approximating(function, arguments, target, slack, shape, device, work) -> Task:
     """Return a task whose result is the best approximation of a target; peers get the dense matrix for nothing."""
     allowed = partial(problems.approximation, target, shape.r, shape.eps)
 
@@ -103,7 +102,7 @@ def approximating(function, arguments, options, target, slack, shape, device, wo
         return dense.to(device.tensors, shape.dtype), shape.r
 
     judge_of = lambda peer: allowed(peer.slack, PEER_DEFECT_ALLOWED)
-    return Task(function, arguments, allowed(slack), work, options, given, judge_of)
+    return Task(function, arguments, allowed(slack), work, given, judge_of)
 
 
 def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
@@ -122,12 +121,12 @@ def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 
     """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
     n, r, k = shape[:3]
     factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
-    case = problems.Case(factor, columns.to(shape.data or shape.dtype))
-    target, slack = problems.target_of(on_cpu(case)), problems.LOSS_ALLOWED[name]
-    chosen, function = UPDATES[name][0], getattr(brandla, name.partition(",")[0])
-    options = {"decay": DECAY, "weight": WEIGHT} | (chosen.keywords if isinstance(chosen, partial) else {})
+    columns = columns.to(shape.data or shape.dtype)
+    (left, right), added = problems.halves(on_cpu(factor)), columns.double().cpu()
+    target = torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
+    function = partial(UPDATES[name][0], decay=DECAY, weight=WEIGHT)
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
-    return approximating(function, tuple(case), options, target, slack, shape, device, work)
+    return approximating(function, (factor, columns), target, problems.LOSS_ALLOWED[name], shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
@@ -140,7 +139,8 @@ def svd_update(shape: Shape, device: Device) -> Task:
     added = [side.double().cpu() for side in sides]
     target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
     work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
-    return approximating(brandla.svd_update, (svd, *sides), {"decay": DECAY}, target, EXACT, shape, device, work)
+    function = partial(brandla.svd_update, decay=DECAY)
+    return approximating(function, (svd, *sides), target, EXACT, shape, device, work)
 
 
 def svd_append(shape: Shape, device: Device) -> Task:
@@ -153,8 +153,8 @@ def svd_append(shape: Shape, device: Device) -> Task:
     unit = torch.eye(k, dtype=torch.float64)
     target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
     work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
-    arguments = (svd, columns.to(device.tensors))
-    return approximating(brandla.svd_append, arguments, {"decay": DECAY}, target, EXACT, shape, device, work)
+    function, arguments = partial(brandla.svd_append, decay=DECAY), (svd, columns.to(device.tensors))
+    return approximating(function, arguments, target, EXACT, shape, device, work)
 
 
 def downdate(shape: Shape, device: Device) -> Task:
@@ -168,7 +168,7 @@ def downdate(shape: Shape, device: Device) -> Task:
     target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
-    return approximating(brandla.eigh_downdate, arguments, {}, target, EXACT, shape, device, work)
+    return approximating(brandla.eigh_downdate, arguments, target, EXACT, shape, device, work)
 
 
 def refresh(shape: Shape, device: Device) -> Task:
@@ -179,8 +179,9 @@ def refresh(shape: Shape, device: Device) -> Task:
     matrix = (vectors * values.sqrt()) @ right.mT
     exact = on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
     judge = problems.approximation(problems.halves(exact), r, shape.eps, EXACT)
-    work, options = shape.work(12 * n * n * r, 3 * 2 * n * n), {"decay": DECAY, "weight": WEIGHT}
-    return Task(brandla.eigh_refresh, (LowRankEigh(values, vectors), matrix), lambda it: judge(it[0]), work, options)
+    function = partial(brandla.eigh_refresh, decay=DECAY, weight=WEIGHT)
+    work = shape.work(12 * n * n * r, 3 * 2 * n * n)
+    return Task(function, (LowRankEigh(values, vectors), matrix), lambda found: judge(found[0]), work)
 
 
 BATCHES = 5
@@ -224,9 +225,9 @@ def randomized(name: str, shape: Shape, device: Device) -> Task:
         truth = torch.cat([truth, truth.new_zeros(n - m, m)]) - 2 * torch.outer(normal, normal[:m] @ truth)
     products = POWERS + 1 if symmetric else 2 * POWERS + 2
     arguments = (truth.to(device.tensors, shape.dtype), r)
-    options = {"oversample": OVERSAMPLE, "power_iterations": POWERS}
+    function = partial(getattr(brandla, name), oversample=OVERSAMPLE, power_iterations=POWERS)
     work = shape.work(products * 2 * n * m * min(r + OVERSAMPLE, m), products * n * m)
-    return approximating(getattr(brandla, name), arguments, options, truth, SKETCHED, shape, device, work)
+    return approximating(function, arguments, truth, SKETCHED, shape, device, work)
 
 
 PANELS = 4
@@ -314,9 +315,10 @@ def joint(name: str, shape: Shape, device: Device) -> Task:
 
 # --- Others' ways, of dense matrices
 
-
-def _cholesky_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
-    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
+_cholesky_solve = lambda matrix, rhs: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
+_joint_levels = lambda left, right: left[:, None] * right + DAMPING
+_joint_logdet = lambda *sides: _joint_levels(*map(torch.linalg.eigvalsh, sides)).log().sum()
+_qr_each = lambda panels: [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)]
 
 
 def _power(matrix: Tensor, rhs: Tensor) -> Tensor:
@@ -330,21 +332,9 @@ def _solve_both(left: Tensor, right: Tensor, data: Tensor | tuple[Tensor, Tensor
     return torch.linalg.solve(left, data[0]), torch.linalg.solve(right, data[1])
 
 
-def _joint_levels(left: Tensor, right: Tensor) -> Tensor:
-    return left[:, None] * right + DAMPING
-
-
 def _joint_power(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     (g, u), (a, v) = torch.linalg.eigh(left), torch.linalg.eigh(right)
     return u @ (_joint_levels(g, a) ** EXPONENT * (u.mT @ matrix @ v)) @ v.mT
-
-
-def _joint_logdet(left: Tensor, right: Tensor) -> Tensor:
-    return _joint_levels(torch.linalg.eigvalsh(left), torch.linalg.eigvalsh(right)).log().sum()
-
-
-def _qr_each(panels: Tensor) -> list[list[Tensor]]:
-    return [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)]
 
 
 # --- All functions
@@ -370,7 +360,7 @@ class Entry(NamedTuple):
 SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
 _SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
-_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn", float64=True)
+_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn")
 _BOTH = {SOLVE: Peer(_solve_both, slow=True)}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
@@ -406,8 +396,8 @@ def together(name: str, shapes: Sequence[Shape], device: Device) -> Task:
     lists = tuple(map(list, zip(*(task.arguments for task in tasks), strict=True)))
     judged = lambda results: [task.judge(one) for task, one in zip(tasks, results, strict=True)]
     judge = lambda results: max(judged(results), key=lambda one: one.used)
-    single = partial(tasks[0].function, **tasks[0].options)
+    single = tasks[0].function
     each = Peer(lambda *parts: [single(*own) for own in zip(*parts, strict=True)])
     work = Work(*(sum(amounts) for amounts in zip(*(task.work for task in tasks), strict=True)))
-    function, options = getattr(brandla.grouped, name.partition(",")[0]), tasks[0].options
-    return Task(function, lists, judge, work, options, lambda: lists, others={ONE_BY_ONE: each})
+    function = partial(getattr(brandla.grouped, name.partition(",")[0]), **getattr(single, "keywords", {}))
+    return Task(function, lists, judge, work, lambda: lists, others={ONE_BY_ONE: each})

@@ -7,19 +7,16 @@ memory at its peak, and calls that reach torch's own operators.
 
 import gc
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM_UP = 3
@@ -145,26 +142,18 @@ def peak_extra_bytes(function: Callable[[], Any], device_type: str = "cpu", *, w
     if warm_up:
         function()
     if device_type != "cuda":
-        return max(itertools.accumulate(_changes(function), initial=0))
+        with profile(profile_memory=True, acc_events=True) as profiler:
+            function()
+        # Of every allocation (> 0) and every release (< 0).
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(itertools.accumulate(changes, initial=0))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _changes(function: Callable[[], Any]) -> list[int]:
-    """Return the bytes of every allocation (> 0) and every release (< 0) of a call on the CPU, in order."""
-    # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        function()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    memory = [event for event in events if event.get("name") == "[memory]"]
-    return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["ts"])]
 
 
 class _Count(TorchDispatchMode):

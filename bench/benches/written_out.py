@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.benches.problems import Case, tall_of
+from bench.benches.problems import Symmetric
 from brandla import LowRankEigh, LowRankRoot
 
 
-def update_floor(case: Case) -> Callable[[], Tensor]:
+def update_floor(case: tuple[Symmetric, Tensor]) -> Callable[[], Tensor]:
     """Return the six tall products of Brand's update of an orthonormal basis, with two projections."""
-    basis, columns = tall_of(case.factor), case.columns
+    factor, columns = case
+    basis = factor.root if isinstance(factor, LowRankRoot) else factor.eigenvectors
     r, k = basis.shape[-1], columns.shape[-1]
     first, second = (torch.randn(rows, r, device=basis.device) for rows in (r, k))
 
@@ -29,11 +30,6 @@ def update_floor(case: Case) -> Callable[[], Tensor]:
         return (basis @ first).addmm_(panel, second)
 
     return products
-
-
-def solve_floor(basis: Tensor, rhs: Tensor) -> Callable[[], Tensor]:
-    """Return the two products of a damped application."""
-    return lambda: basis @ (basis.mT @ rhs)
 
 
 def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, weight: float) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 
 from bench.frame import results
+from bench.frame.study import machine_of
 from bench.gpu import frame, graph, ops, smoke, tests, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
+from brandla_kernels import OPS
 
 STUDY = "gpu"
 # Seconds kept for the end, the least for a stage, and those past its end after which a stage's process is killed.
@@ -42,9 +44,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "smoke": Stage(smoke.run, 90, smoke.cases, together=12),
+    "smoke": Stage(smoke.run, 90, lambda dry: list(OPS), together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "profile": Stage(ops.profile, 80, ops.profiled),
+    "profile": Stage(ops.profile, 80, lambda dry: ops.PROFILED),
     "core": Stage(ops.core, 40),
     "graph": Stage(graph.run, 90),
     "ops": Stage(ops.run, 110),
@@ -65,15 +67,15 @@ def main(
 ) -> None:
     """Test and measure on a GPU; the exit status is 1 if anything failed, 2 where nothing can run."""
     end = time.monotonic() + 60 * minutes - RESERVE
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    if not names or set(names) - set(STAGES):
-        wrong = ", ".join(name for name in names if name not in STAGES) or repr(only)
-        message = f"unknown stage {wrong}; choose from {', '.join(STAGES)}"
+    names = [name.strip() for name in only.split(",")]
+    if unknown := ", ".join(name for name in names if name not in STAGES):
+        message = f"unknown stage {unknown!r}; choose from {', '.join(STAGES)}"
         raise typer.BadParameter(message)
     if not dry_run and not torch.cuda.is_available():
         print("python -m bench.gpu: torch sees no GPU; --dry-run takes the same path on the CPU", file=sys.stderr)
         raise typer.Exit(2)
-    machine = frame.facts_of(Stub() if dry_run else Gpu(), commit)
+    machine = machine_of(Stub() if dry_run else Gpu())
+    machine["commit"] = machine["commit"] or commit
     with TemporaryDirectory() as scratch:
         folder = out or Path(scratch if dry_run else os.environ.get("OUT") or results.folder_of(machine))
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,7 @@ class Run:
 
     def stages(self, names: list[str]) -> dict[str, dict[str, Any]]:
         console = Console(width=frame.WIDTH, highlight=False)
-        console.print(*frame.heading(self.machine), sep="\n")
+        console.print(frame.heading(self.machine))
         for name in names:
             frame.write(self.path, name, "asked")
         for name in names:
@@ -109,25 +111,24 @@ class Run:
             else:
                 self._stage(name, start + seconds)
             frame.write(self.path, name, "seconds", time.monotonic() - start)
-            self.report()
-            console.print(frame.section(name, frame.sections(self.path)[name], self.dry))
-        found = frame.sections(self.path)
+            found = self.report()
+            console.print(frame.section(name, found[name], self.dry))
         console.print(frame.verdict(self.machine, found))
         console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
         return found
 
-    def report(self) -> None:
-        if self.path.stat().st_size != self._reported:
-            self._reported = self.path.stat().st_size
-            found = frame.sections(self.path)
-            results.write(STUDY, self.machine, {"sections": found}, self.folder)
-            (self.folder / f"{STUDY}.txt").write_text(frame.text(self.machine, found), encoding="utf-8")
+    def report(self) -> dict[str, dict[str, Any]]:
+        found = frame.sections(self.path)
+        results.write(STUDY, self.machine, {"sections": found}, self.folder)
+        (self.folder / f"{STUDY}.txt").write_text(frame.text(self.machine, found), encoding="utf-8")
+        return found
 
     def _stage(self, name: str, end: float) -> None:
         """Run the processes of a stage; one that dies is followed by another, which goes on after the case at hand."""
         run, _, cases, together = STAGES[name]
         waiting = deque(cases(self.dry) if cases else [None])
         running: dict[Any, str | None] = {}
+        reported = 0
         # Threads that wait for each other's cores take a thousand times as long as the toys of a dry run.
         threads = 1 if self.dry else max(1, (os.cpu_count() or 1) // together)
         with TemporaryDirectory() as logs:
@@ -145,7 +146,8 @@ class Run:
                             case = running.pop(process)
                             if self._failed(name, process, case, Path(logs)) and time.monotonic() < end - LEAST:
                                 waiting.append(case)
-                    self.report()
+                    if reported != (reported := self.path.stat().st_size):
+                        self.report()
             finally:
                 for process in running:
                     _stop(process)
@@ -155,7 +157,9 @@ class Run:
         _stop(process)
         if process.exitcode == 0:
             return False
-        last = case or frame.open_case(self.path, name)
+        # The case that was begun last, if it did not end.
+        marks = [mark for stage, *mark in frame.lines(self.path) if stage == name and mark[0] in ("begin", "end")]
+        last = case or next((value for kind, value in marks[-1:] if kind == "begin"), None)
         known = frame.sections(self.path)[name]["failures"]
         if last is None or all(failure["case"] != last for failure in known):
             log = logs / str(process.pid)
@@ -172,11 +176,9 @@ class Run:
 
 def _stop(process: Any) -> None:
     """End a process: by a word, so that it ends its own, or by force where it does not hear."""
-    if process.is_alive():
-        process.terminate()
-        process.join(3)
-    if process.is_alive():
-        process.kill()
+    process.terminate()
+    process.join(3)
+    process.kill()
     process.join()
 
 

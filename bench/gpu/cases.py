@@ -26,42 +26,20 @@ SMALL = ("cholesky_inverse_core", "root_core", "eigh_core", "eigh_rotation")
 class Sizes:
     """What a run measures of the ops, in order of importance: what comes late is left out when time runs out."""
 
-    copy: int  # bytes of the ceiling of copies
-    product: int  # order of the square products that give the other ceilings
-    rows: tuple[int, ...]  # n
-    ranks: tuple[int, ...]  # r = k
-    uneven: tuple[tuple[int, int, int], ...]  # n, r, k
-    other_dtypes: tuple[int, int]  # n and r = k in other dtypes
-    most_square: int  # n above which an n × n matrix is left out
-    width: int  # most columns of the W of kron_damped_apply
-    cores: int  # matrices in a batch of an op on small ones
-    seconds: float  # time spent on one timing
+    copy: int = 2**31  # bytes of the ceiling of copies
+    product: int = 8192  # order of the square products that give the other ceilings
+    rows: tuple[int, ...] = (16384, 65536, 4096)  # n
+    ranks: tuple[int, ...] = (256, 128, 64)  # r = k
+    uneven: tuple[tuple[int, int, int], ...] = ((16384, 256, 64), (4096, 128, 64), (16384, 64, 256))  # n, r, k
+    other_dtypes: tuple[int, int] = (16384, 256)  # n and r = k in other dtypes
+    most_square: int = 16384  # n above which an n × n matrix is left out
+    width: int = 4096  # most columns of the W of kron_damped_apply
+    cores: int = 32  # matrices in a batch of an op on small ones
+    seconds: float = 0.15  # time spent on one timing
 
 
-FULL = Sizes(
-    copy=2**31,
-    product=8192,
-    rows=(16384, 65536, 4096),
-    ranks=(256, 128, 64),
-    uneven=((16384, 256, 64), (4096, 128, 64), (16384, 64, 256)),
-    other_dtypes=(16384, 256),
-    most_square=16384,
-    width=4096,
-    cores=32,
-    seconds=0.15,
-)
-TOY = Sizes(
-    copy=2**16,
-    product=32,
-    rows=(48,),
-    ranks=(8,),
-    uneven=((48, 8, 5),),
-    other_dtypes=(48, 8),
-    most_square=48,
-    width=16,
-    cores=3,
-    seconds=0.0,
-)
+FULL = Sizes()
+TOY = Sizes(2**16, 32, (48,), (8,), ((48, 8, 5),), (48, 8), most_square=48, width=16, cores=3, seconds=0.0)
 
 
 class Size(NamedTuple):
@@ -120,91 +98,65 @@ def cases(sizes: Sizes) -> list[Case]:
 
 # --- Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
 
-Normal = Callable[..., Tensor]
-
-
-def _core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    panel = normal(size.cores, 4 * size.k, size.k).double()
-    return panel.mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD
-
-
-def _root_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    root, columns = normal(size.cores, 4 * size.r, size.r), normal(size.cores, 4 * size.r, size.k).double()
-    wide = root.double()
-    decay, weight = (torch.full((size.cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
-    return (wide.mT @ wide).to(root.dtype), wide.mT @ columns, columns.mT @ columns, decay, weight, size.r, 0.0, True
-
-
-def _eigh_core(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    gram, cross, own, *numbers = _root_core(normal, data, size)[:5]
-    return cross, own, gram, *numbers
-
-
-def _eigh_rotation(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    """Return ascending levels and any vectors: an eigendecomposition would take longer than the op."""
-    m = size.r + size.k
-    rows, scale, vectors = normal(size.cores, m), normal(size.cores), normal(size.cores, m, m)
-    levels = (1 + rows.square()).sort(-1).values
-    return levels, vectors, rows.double(), scale.double().abs(), size.r, 0.0, True
-
-
-def _rotate(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    n, r, k = size.n, size.r, size.k
-    return _basis(normal, n, r), _basis(normal, n, k), *(normal(rows, r) / (r + k) ** 0.5 for rows in (r, k))
-
-
-def _gram_ema(normal: Normal, data: Normal, size: Size) -> tuple[Any, ...]:
-    square = normal(size.n, size.n)
-    return square + square.mT, data(size.n, size.k), DECAY, WEIGHT
-
-
-def _operator(normal: Normal, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, Z and β, where U Z Uᵀ changes a random vector as much as it is long."""
-    return _basis(normal, n, r), normal(r) * (n / r) ** 0.5, normal(1)[0]
-
-
-def _inverse(normal: Normal, n: int, r: int) -> tuple[Tensor, ...]:
-    """Return U, d, λ and τ, where M̂ is about as large as λ."""
-    basis, _, number = _operator(normal, n, r)
-    return basis, normal(r).square_(), number.square() + 0.5, number.square()
-
-
-def _basis(normal: Normal, n: int, r: int) -> Tensor:
-    """Return columns of length about 1."""
-    return normal(n, r) / n**0.5
-
-
-OPERANDS: dict[str, Callable[[Normal, Normal, Size], tuple[Any, ...]]] = {
-    "project": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
-    "gram": lambda normal, data, s: (normal(s.n, s.k),),
-    "rounded_gram": lambda normal, data, s: (_basis(normal, s.n, s.k),),
-    "cross_gram": lambda normal, data, s: (_basis(normal, s.n, s.r), data(s.n, s.k)),
-    "rotate": _rotate,
-    "rotate_": _rotate,
-    "gram_ema_": _gram_ema,
-    "damped_apply": lambda normal, data, s: (*_operator(normal, s.n, s.r), normal(s.n, s.k)),
-    "kron_damped_apply": lambda normal, data, s: (
-        *_operator(normal, s.n, s.r), *_operator(normal, s.wide, s.r), normal(s.n, s.wide),
-    ),
-    "damped_inverse": lambda normal, data, s: (*_inverse(normal, s.n, s.r), normal(s.n, s.k)),
-    "pair_damped_inverse": lambda normal, data, s: (
-        *_inverse(normal, s.n, s.r), *_inverse(normal, s.wide, s.r), normal(s.n, s.k), normal(s.wide, s.k),
-    ),
-    "kron_damped_inverse": lambda normal, data, s: (
-        *_inverse(normal, s.n, s.r), *_inverse(normal, s.wide, s.r), normal(s.n, s.wide),
-    ),
-    "cholesky_inverse_core": _core,
-    "root_core": _root_core,
-    "eigh_core": _eigh_core,
-    "eigh_rotation": _eigh_rotation,
-    "sketch": lambda normal, data, s: (data(s.n, s.wide), normal(1).mul_(2**20).long(), s.k),
-}  # fmt: skip
-
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:
+    """Return new arguments of the op."""
+    (n, r, k, _, cores), wide = case.size, case.size.wide
     normal = lambda *shape: device.normal(*shape, dtype=case.dtype)
     data = lambda *shape: device.normal(*shape).to(case.data)
-    return OPERANDS[case.op](normal, data, case.size)
+    # Columns of length about 1.
+    basis = lambda rows, columns: normal(rows, columns) / rows**0.5
+    # U, Z and β, where U Z Uᵀ changes a random vector as much as it is long.
+    operator = lambda rows: (basis(rows, r), normal(r) * (rows / r) ** 0.5, normal(1)[0])
+
+    def inverse(rows: int) -> tuple[Tensor, ...]:
+        """Return U, d, λ and τ, where M̂ is about as large as λ."""
+        tall, _, number = operator(rows)
+        return tall, normal(r).square_(), number.square() + 0.5, number.square()
+
+    def rotate() -> tuple[Tensor, ...]:
+        return basis(n, r), basis(n, k), *(normal(rows, r) / (r + k) ** 0.5 for rows in (r, k))
+
+    def core() -> tuple[Tensor, ...]:
+        """Return FᵀF, FᵀA, AᵀA, ρ and w."""
+        root, columns = normal(cores, 4 * r, r).double(), normal(cores, 4 * r, k).double()
+        numbers = (torch.full((cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
+        return (root.mT @ root).to(case.dtype), root.mT @ columns, columns.mT @ columns, *numbers
+
+    def eigh_core() -> tuple[Tensor, ...]:
+        gram, cross, own, *numbers = core()
+        return cross, own, gram, *numbers
+
+    def cholesky_core() -> tuple[Any, ...]:
+        panel = normal(cores, 4 * k, k).double()
+        return panel.mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD
+
+    def eigh_rotation() -> tuple[Any, ...]:
+        """Return ascending levels and any vectors: an eigendecomposition would take longer than the op."""
+        rows, scale, vectors = normal(cores, r + k), normal(cores), normal(cores, r + k, r + k)
+        levels = (1 + rows.square()).sort(-1).values
+        return levels, vectors, rows.double(), scale.double().abs(), r, 0.0, True
+
+    table: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "project": lambda: (basis(n, r), data(n, k)),
+        "gram": lambda: (normal(n, k),),
+        "rounded_gram": lambda: (basis(n, k),),
+        "cross_gram": lambda: (basis(n, r), data(n, k)),
+        "rotate": rotate,
+        "rotate_": rotate,
+        "gram_ema_": lambda: ((square := normal(n, n)) + square.mT, data(n, k), DECAY, WEIGHT),
+        "damped_apply": lambda: (*operator(n), normal(n, k)),
+        "kron_damped_apply": lambda: (*operator(n), *operator(wide), normal(n, wide)),
+        "damped_inverse": lambda: (*inverse(n), normal(n, k)),
+        "pair_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, k), normal(wide, k)),
+        "kron_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, wide)),
+        "cholesky_inverse_core": cholesky_core,
+        "root_core": lambda: (*core(), r, 0.0, True),
+        "eigh_core": eigh_core,
+        "eigh_rotation": eigh_rotation,
+        "sketch": lambda: (data(n, wide), normal(1).mul_(2**20).long(), k),
+    }
+    return table[case.op]()
 
 
 def inputs(case: Case, device: Device) -> list[tuple[Any, ...]]:
@@ -221,37 +173,31 @@ def launches(case: Case, device: Device) -> list[Any]:
 
 # --- Cost
 
-# Arguments of an op's ``cost``, where they are not those of the others.
-COSTS: dict[str, Callable[[Size], dict[str, int]]] = {
-    "eigh_rotation": lambda s: {"m": s.r + s.k},
-    "sketch": lambda s: {"m": s.n, "n": s.wide},
-}
-# Flops that float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
-NEEDED: dict[str, Callable[[Size], tuple[int, int]]] = {
-    "gram": lambda s: (0, s.n * s.k**2),
-    "rounded_gram": lambda s: (s.n * s.k**2, 0),
-    "cross_gram": lambda s: (s.n * s.k * (2 * s.r + s.k), 0),
-    "gram_ema_": lambda s: (s.n**2 * s.k, 0),
-    "cholesky_inverse_core": lambda s: (0, s.cores * OPS["cholesky_inverse_core"].cost(s.k).flops),
-    "root_core": lambda s: (0, s.cores * OPS["root_core"].cost(s.r, s.k, s.r).flops),
-}
-
 
 def cost(case: Case) -> Cost:
-    function, size = OPS[case.op].cost, case.size
-    known = {"n": size.n, "r": size.r, "k": size.k, "m": size.k, "s": size.r, "width": size.k}
-    known |= {"p": size.n, "q": size.wide, "left_rank": size.r, "right_rank": size.r, "itemsize": case.dtype.itemsize}
-    known |= COSTS.get(case.op, lambda size: {})(size)
+    function, (n, r, k, _, cores), wide = OPS[case.op].cost, case.size, case.size.wide
+    known = {"n": n, "r": r, "k": k, "m": k, "s": r, "width": k, "p": n, "q": wide, "left_rank": r, "right_rank": r}
+    known |= {"eigh_rotation": {"m": r + k}, "sketch": {"m": n, "n": wide}}.get(case.op, {})
+    known["itemsize"] = case.dtype.itemsize
     total = function(**{name: known[name] for name in inspect.signature(function).parameters})
     if case.op in SMALL:
-        return Cost(size.cores * total.flops, size.cores * total.bytes)
-    return Cost(total.flops, total.bytes - (case.dtype.itemsize - case.data.itemsize) * size.n * size.k)
+        return Cost(cores * total.flops, cores * total.bytes)
+    return Cost(total.flops, total.bytes - (case.dtype.itemsize - case.data.itemsize) * n * k)
 
 
 def work(case: Case) -> Work:
     """Return the least work of a call: what the ceilings are compared with."""
-    flops, moved = cost(case)
-    single, double = NEEDED.get(case.op, lambda size: (flops, 0))(case.size)
+    (flops, moved), (n, r, k, *_) = cost(case), case.size
+    # What float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
+    least = {
+        "gram": (0, n * k**2),
+        "rounded_gram": (n * k**2, 0),
+        "cross_gram": (n * k * (2 * r + k), 0),
+        "gram_ema_": (n**2 * k, 0),
+        "cholesky_inverse_core": (0, flops),
+        "root_core": (0, flops),
+    }
+    single, double = least.get(case.op, (flops, 0))
     if case.dtype == torch.float64:
         return Work(float64=single + double, bytes=moved)
     if case.op == "gram_ema_" and case.data == torch.bfloat16:
@@ -327,12 +273,7 @@ def allowed(case: Case) -> float:
 
 def forced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return an op or a public function with the torch forms of all ops."""
-
-    def call(*arguments: Any) -> Any:
-        with brandla.backend("torch"):
-            return function(*arguments)
-
-    return call
+    return brandla.backend("torch")(function)
 
 
 def eigh(device: Device, n: int, r: int, dtype: torch.dtype = torch.float32) -> brandla.LowRankEigh:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
@@ -28,13 +28,6 @@ CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 # The last cache of a processor that does not say.
 USUAL_CACHE = 32 * 2**20
 Function: TypeAlias = Callable[[], Any]
-
-
-class Captured(NamedTuple):
-    """A recorded call: what it returns, overwritten by each replay."""
-
-    result: Any
-    replay: Callable[[], None]
 
 
 class Stub:
@@ -59,26 +52,26 @@ class Stub:
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
-        return timing.alternating(functions, WARM_UP, warm_up=0)
+        start = time.perf_counter()
+        for function in functions.values():
+            function()
+        rounds = limit / (time.perf_counter() - start)
+        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
+        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
 
-    def capture(self, function: Function) -> Captured:
-        """Record a call, to be replayed on the same tensors."""
+    def capture(self, function: Function) -> tuple[Any, Callable[[], None]]:
+        """Record a call; return its result, which each replay overwrites, and the replay, on the same tensors."""
         result = function()
 
         def replay() -> None:
             for old, new in zip(tensors_in(result), tensors_in(function()), strict=True):
                 old.copy_(new)
 
-        return Captured(result, replay)
+        return result, replay
 
-    @contextmanager
-    def never_waiting(self) -> Iterator[None]:
+    def never_waiting(self) -> AbstractContextManager[None]:
         """Make any wait of the host for the device an error, in a ``with`` block."""
-        yield
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function under torch.compile; a CPU traces it only, which is the part that can fail there."""
-        return torch.compile(function, dynamic=False, backend="eager")
+        return nullcontext()
 
     def target(self) -> Any:
         from brandla_kernels._kernels.ahead import target_named
@@ -93,24 +86,9 @@ class Stub:
             launch(*arguments)
         return launches
 
-    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        self.recorded(launch, *arguments)
-
     def precompile(self, launches: Sequence[Any]) -> str | None:
         """Compile recorded launches, many at a time. Say what went wrong if it did: the first call compiles too."""
         return None if launches else "no launch was recorded"
-
-    def host_seconds(self, function: Function, calls: int) -> float:
-        """Return how long the host takes for a call, with the device left to catch up."""
-        for _ in range(WARM_UP):
-            function()
-        self.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        seconds = (time.perf_counter() - start) / calls
-        self.synchronize()
-        return seconds
 
 
 class Cpu(Stub):
@@ -123,16 +101,8 @@ class Cpu(Stub):
         found = re.fullmatch(r"(\d+)K\s*", CACHE.read_text(encoding="ascii")) if CACHE.exists() else None
         self.cache_bytes = 2**10 * int(found.group(1)) if found else USUAL_CACHE
 
-    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
-        start = time.perf_counter()
-        for function in functions.values():
-            function()
-        rounds = limit / (time.perf_counter() - start)
-        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
-        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
-
-    def capture(self, function: Function) -> Captured:
-        return Captured(function(), function)
+    def capture(self, function: Function) -> tuple[Any, Function]:
+        return function(), function
 
 
 class Gpu(Stub):
@@ -150,30 +120,27 @@ class Gpu(Stub):
         torch.cuda.synchronize()
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
-        def one_round(backwards: bool) -> dict[str, tuple[Any, Any]]:
-            events = {}
-            for name in list(functions)[:: -1 if backwards else 1]:
-                start, end = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        def timed(rounds: int) -> dict[str, list[float]]:
+            events: dict[str, list[Any]] = {name: [] for name in functions}
+            for name in timing.turns(list(functions), rounds):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
                 self._scratch.fill_(1)
                 start.record()
                 functions[name]()
                 end.record()
-            return events
+                events[name].append((start, end))
+            self.synchronize()
+            return {name: [start.elapsed_time(end) / 1e3 for start, end in own] for name, own in events.items()}
 
-        for _ in range(WARM_UP):
-            for function in functions.values():
-                function()
+        for name in timing.turns(list(functions), WARM_UP):
+            functions[name]()
         self.synchronize()
         begun = time.perf_counter()
-        one_round(False)
-        self.synchronize()
-        rounds = int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST))
-        found = [one_round(bool(number % 2)) for number in range(rounds)]
-        self.synchronize()
-        return {name: [each[name][0].elapsed_time(each[name][1]) / 1e3 for each in found] for name in functions}
+        timed(1)
+        return timed(int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST)))
 
-    def capture(self, function: Function) -> Captured:
+    def capture(self, function: Function) -> tuple[Any, Function]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -184,7 +151,7 @@ class Gpu(Stub):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = function()
-        return Captured(result, graph.replay)
+        return result, graph.replay
 
     @contextmanager
     def never_waiting(self) -> Iterator[None]:
@@ -195,16 +162,10 @@ class Gpu(Stub):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False)
-
     def target(self) -> Any:
         from brandla_kernels._kernels.launch import target_of
 
         return target_of(self._scratch)
-
-    def launch(self, launch: Callable[..., Any], *arguments: Any) -> Any:
-        return launch(*arguments)
 
     def precompile(self, launches: Sequence[Any]) -> str | None:
         try:
@@ -219,7 +180,7 @@ class Gpu(Stub):
         return None
 
 
-Device: TypeAlias = Stub | Cpu | Gpu
+Device: TypeAlias = Stub
 
 
 def device_of(quick: bool) -> Device:
@@ -265,15 +226,14 @@ def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Seq
     for name, call in calls.items():
         all_sets = lambda call=call: [call(*one) for one in inputs]
         try:
-            functions[name], how[name] = device.capture(all_sets).replay, "graph replay"
+            functions[name], how[name] = device.capture(all_sets)[1], "graph replay"
         except RuntimeError as error:
             device.synchronize()
             functions[name], how[name] = all_sets, f"events, as {type(error).__name__} stopped the capture"
     samples = device.alternating(functions, limit)
     divided = {name: [second / len(inputs) for second in samples[name]] for name in functions}
-    if len(set(how.values())) == 1:
-        return Times(divided, next(iter(how.values())))
-    return Times(divided, "; ".join(f"{name}: {method}" for name, method in how.items()))
+    same = len(set(how.values())) == 1
+    return Times(divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items()))
 
 
 # --- Ceilings: a large copy and large products in torch, in the same run

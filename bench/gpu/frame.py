@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from rich.text import Text
 from bench.frame import figures, pages
 from bench.frame.facts import ROOT, in_words
 from bench.frame.figures import Figure
-from bench.frame.study import machine_of
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
 from bench.studies import roofline as study
@@ -56,19 +56,17 @@ class Findings:
         return max(0.0, self._end - time.monotonic())
 
     def row(self, table: str, **columns: Any) -> None:
-        write(self.path, self.stage, table, columns)
+        self.add(table, columns)
+
+    def add(self, kind: str, value: Any) -> None:
+        """Add to a table, or to one of `LISTS`."""
+        write(self.path, self.stage, kind, value)
 
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
-        write(self.path, self.stage, "figures", Figure.of(group, case, value, **about).record())
+        self.add("figures", Figure.of(group, case, value, **about).record())
 
-    def note(self, text: str) -> None:
-        write(self.path, self.stage, "notes", text)
-
-    def skip(self, text: str) -> None:
-        write(self.path, self.stage, "skipped", text)
-
-    def fail(self, case: str, error: str, trace: str = "") -> None:
-        write(self.path, self.stage, "failures", {"case": case, "error": error, "traceback": trace})
+    def fail(self, case: str, error: str, trace: str) -> None:
+        self.add("failures", {"case": case, "error": error, "traceback": trace})
 
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
         """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
@@ -78,9 +76,9 @@ class Findings:
         if case in self._begun or self.case not in (None, case):
             return
         if not self.device.dry and self.left() < seconds:
-            self.skip(f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
+            self.add("skipped", f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
             return
-        write(self.path, self.stage, "begin", case)
+        self.add("begin", case)
         faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
         try:
             function(*arguments)
@@ -91,7 +89,7 @@ class Findings:
             self.device.synchronize()
         finally:
             faulthandler.cancel_dump_traceback_later()
-        write(self.path, self.stage, "end", case)
+        self.add("end", case)
 
     @cached_property
     def ceilings(self) -> Ceilings:
@@ -101,19 +99,15 @@ class Findings:
         return Ceilings(**rates, samples={}) if whole else measure(self.device, self.sizes)
 
 
-def work(run: Callable[[Findings], None], dry: bool, threads: int, logs: Path, *about: Any) -> None:
-    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log.
-
-    What it is ``about``: the record, the stage, the seconds, and the case.
-    """
+def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, seconds: float, case: str | None) -> None:
+    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log."""
     log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
-    path, name, seconds, case = about
-    run(Findings(path, name, Stub() if dry else Gpu(), seconds, case))
+    run(Findings(path, stage, Stub() if dry else Gpu(), seconds, case))
 
 
 class Finished(NamedTuple):
@@ -128,16 +122,14 @@ class Finished(NamedTuple):
 def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | None = None) -> Finished:
     """Run a command from the checkout, with both packages on the path, for at most this long."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
     # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        about: Row = {"cwd": ROOT, "env": environment, "start_new_session": True}
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, **about)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
         status: int | None = None
         try:
-            status = process.wait(timeout=max(seconds, 1.0))
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=max(seconds, 1.0))
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -150,6 +142,7 @@ def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | Non
 
 LISTS = ("figures", "notes", "skipped", "failures")
 MARKS = ("asked", "begin", "end", "seconds")
+STATUSES = ("done", "partial", "skipped", "failed", "cut off")
 
 
 def write(path: Path, stage: str, kind: str, value: Any = None) -> None:
@@ -169,54 +162,42 @@ def lines(path: Path) -> Iterator[tuple[str, str, Any]]:
         yield found["stage"], found["kind"], found["value"]
 
 
-def open_case(path: Path, stage: str) -> str | None:
-    """Return the case that was begun last, if it did not end."""
-    own = [(kind, value) for each, kind, value in lines(path) if each == stage and kind in ("begin", "end")]
-    return own[-1][1] if own and own[-1][0] == "begin" else None
-
-
 def sections(path: Path) -> dict[str, Row]:
     """Return what each stage found, as the result file keeps it; a stage that did not end was cut off."""
     found: dict[str, Row] = {}
     for stage, kind, value in lines(path):
-        section = found.setdefault(stage, {name: [] for name in LISTS} | {"tables": {}, "seconds": None})
+        empty = {"status": "", **{name: [] for name in LISTS}, "tables": {}, "seconds": None}
+        section = found.setdefault(stage, empty)
         if kind == "seconds":
             section["seconds"] = value
         elif kind in LISTS:
             section[kind].append(value)
         elif kind not in MARKS:
             section["tables"].setdefault(kind, []).append(value)
-    return {name: {"status": _status(section), **section} for name, section in found.items()}
-
-
-def _status(section: Row) -> str:
-    if section["seconds"] is None:
-        return "cut off"
-    if section["failures"]:
-        return "failed"
-    if section["skipped"]:
-        return "partial" if section["figures"] or section["tables"] else "skipped"
-    return "done"
+    for section in found.values():
+        ends = {
+            "cut off": section["seconds"] is None,
+            "failed": section["failures"],
+            "done": not section["skipped"],
+            "partial": section["figures"] or section["tables"],
+            "skipped": True,
+        }
+        section["status"] = next(status for status, so in ends.items() if so)
+    return found
 
 
 # --- The report
 
 
-def facts_of(device: Device, commit: str | None = None) -> Row:
-    """Return machine, GPU, versions, date and commit; ``commit`` serves where the checkout has no history."""
-    found = machine_of(device)
-    return found | {"commit": found["commit"] or commit, "gpu": found.get("gpu")}
-
-
 def text(machine: Row, found: Mapping[str, Row]) -> str:
     console = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
-    console.print(*heading(machine), *(section(name, found[name], machine["quick"]) for name in found), sep="\n")
+    console.print(heading(machine), *(section(name, found[name], machine["quick"]) for name in found), sep="\n")
     console.print(verdict(machine, found))
     return console.export_text()
 
 
-def heading(machine: Row) -> list[Text]:
-    return [*([Text(DRY, "bold red")] if machine["quick"] else []), Text(in_words(machine))]
+def heading(machine: Row) -> RenderableType:
+    return Group(*[Text(DRY, "bold red")] * machine["quick"], Text(in_words(machine)))
 
 
 def section(name: str, record: Row, dry: bool) -> RenderableType:
@@ -240,16 +221,16 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
 
 def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
     """Return the targets, and how the stages ended."""
-    rows = figures.judged(figures.read(each) for record in found.values() for each in record["figures"])
-    rows = rows[rows["met"] != ""]
+    rows = [figures.read(each) for record in found.values() for each in record["figures"]]
+    met = [row.met for row in rows if row.met is not None]
     parts = [Text("\nsummary", "bold")]
     if machine["quick"]:
         parts.append(Text(DRY, "bold red"))
-    elif len(rows):
-        parts.append(Text(f"{(rows['met'] == 'yes').sum()} of {len(rows)} targets reached"))
-        for what, case, measured, limit, _ in rows[rows["met"] != "yes"].itertuples(index=False):
-            parts.append(Text(f"  missed: {what}, {case}: {measured}, to reach {limit}"))
-    for status in ("done", "partial", "skipped", "failed", "cut off"):
+    elif met:
+        parts.append(Text(f"{sum(met)} of {len(met)} targets reached"))
+        missed = [row for row in rows if row.met is False]
+        parts += [Text(f"  missed: {r.group}, {r.case}: {r.measured()}, to reach {r.target()}") for r in missed]
+    for status in STATUSES:
         names = [name for name, record in found.items() if record["status"] == status]
         parts += [Text(f"{status}: {', '.join(names)}")] if names else []
     return Group(*parts)

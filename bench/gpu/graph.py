@@ -24,8 +24,6 @@ from brandla_kernels import OPS, gram_ema_
 DAMPING = 0.1
 AVERAGE: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "cholesky"}
 CASE = 8.0
-
-
 # Of one factor n, r, k; of a list r, k, the number, and n in turn; of a dense moment n, k.
 FULL = ((4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
 TOY = ((64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
@@ -57,41 +55,31 @@ def calls(device: Device) -> dict[str, Call]:
     # Every third is one larger, as a layer with a bias has it.
     listed = [size + (place % 3 == 0) for place, size in enumerate(islice(cycle(several), count))]
     eigh = lambda: cases.eigh(device, n, r)
-    root = lambda: LowRankRoot.from_eigh(eigh())
+    block = lambda: device.normal(n, k)
+    rooted = lambda: (LowRankRoot.from_eigh(eigh()), block())
     number = lambda: device.normal(1)[0].abs() + DAMPING
     update, solve = partial(brandla.root_update, **AVERAGE), brandla.damped_solve
     by_tensor = lambda factor, columns, decay: brandla.root_update(factor, columns, **AVERAGE | {"decay": decay})
     kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
     two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
-    many = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed]
-    blocks = lambda: [device.normal(one, columns) for one in listed]
+    roots = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed]
+    many = lambda: (roots(), [device.normal(one, columns) for one in listed])
     moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
     loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
-    solve_at = lambda factors, rhs: grouped.damped_solve(factors, rhs, DAMPING)
+    solve_all, solve_one = partial(grouped.damped_solve, damping=DAMPING), partial(solve, damping=DAMPING)
     loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
     ways = {"torch form": cases.forced(kron), "one side, then the other": _one_by_one}
+    torch_form = {"torch form": cases.forced(solve)}
     return {
-        "root_update, cholesky": Call(
-            update, lambda: (root(), device.normal(n, k)), {"torch Brand update": _brand_of_torch}
-        ),
-        "grouped.root_update, cholesky": Call(
-            partial(grouped.root_update, **AVERAGE), lambda: (many(), blocks()), loops, at_least=8
-        ),
-        "kron_damped_solve": Call(
-            kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, at_least=2, work=two_sided
-        ),
-        "damped_solve": Call(
-            solve, lambda: (eigh(), device.normal(n, k), DAMPING), {"torch form": cases.forced(solve)}
-        ),
-        "grouped.damped_solve": Call(
-            solve_at, lambda: (many(), blocks()), {"loop": loop(partial(solve, damping=DAMPING))}
-        ),
+        "root_update, cholesky": Call(update, rooted, {"torch Brand update": _brand_of_torch}),
+        "grouped.root_update, cholesky": Call(partial(grouped.root_update, **AVERAGE), many, loops, at_least=8),
+        "kron_damped_solve": Call(kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, 2, two_sided),
+        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), torch_form),
+        "grouped.damped_solve": Call(solve_all, many, {"loop": loop(solve_one)}),
         "gram_ema_": Call(_gram_ema, moment, {"torch.addmm": _addmm}, at_least=1.5),
-        "root_update, cholesky, decay as a tensor": Call(
-            by_tensor, lambda: (root(), device.normal(n, k), number())
-        ),
-        "damped_solve, damping as a tensor": Call(solve, lambda: (eigh(), device.normal(n, k), number())),
-    }  # fmt: skip
+        "root_update, cholesky, decay as a tensor": Call(by_tensor, lambda: (*rooted(), number())),
+        "damped_solve, damping as a tensor": Call(solve, lambda: (eigh(), block(), number())),
+    }
 
 
 def _replayed(found: Findings, name: str, call: Call) -> None:
@@ -99,24 +87,25 @@ def _replayed(found: Findings, name: str, call: Call) -> None:
     results = [[part.clone() for part in tensors_in(call.function(*inputs))] for inputs in (static, later, static)]
     _is_right(name, call, static)
     _same(f"{name}: two calls", results[2], results[0])
-    captured = device.capture(lambda: call.function(*static))
-    captured.replay()
+    captured, replay = device.capture(lambda: call.function(*static))
+    replay()
     device.synchronize()
-    _same(f"{name}: replay and call", captured.result, results[0])
+    _same(f"{name}: replay and call", captured, results[0])
     for old, new in zip(tensors_in(static), tensors_in(later), strict=True):
         old.copy_(new)
-    captured.replay()
+    replay()
     device.synchronize()
-    _same(f"{name}: replay with new data and call", captured.result, results[1])
-    ways = {"replay": captured.replay, "eager": lambda: call.function(*static)}
+    _same(f"{name}: replay with new data and call", captured, results[1])
+    ways = {"replay": replay, "eager": lambda: call.function(*static)}
     ways |= {peer: partial(other, *static) for peer, other in call.peers.items()}
     times = Times(device.alternating(ways, 2 * found.sizes.seconds))
-    own = {f"{way} µs": times.microseconds(way).value for way in ("replay", "eager")}
+    taken = {way: times.microseconds(way).value for way in ways}
+    own = {f"{way} µs": taken.pop(way) for way in ("replay", "eager")}
     found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
-    for peer in call.peers:
-        found.row("others", call=name, way=peer, **{"µs": times.microseconds(peer).value})
-    if call.peers:
-        best = "loop" if "loop" in call.peers else min(call.peers, key=lambda peer: times.median(peer).value)
+    for peer, microseconds in taken.items():
+        found.row("others", call=name, way=peer, **{"µs": microseconds})
+    if taken:
+        best = "loop" if "loop" in taken else min(taken, key=taken.__getitem__)
         found.figure(name, f"in a graph: {best} / it", times.ratio(best, "replay"), at_least=call.at_least)
     if call.work is not None:
         floor = found.ceilings.floor(call.work)
@@ -144,9 +133,8 @@ def _is_right(name: str, call: Call, inputs: tuple[Any, ...]) -> None:
 
 
 def _same(what: str, one: Any, other: Any) -> None:
-    pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
-    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-    require(all(torch.equal(a, b) for a, b in pairs), f"{what} differ by {apart:.1e} of the largest entry")
+    said = lambda differences: f"{what} differ: {differences}"
+    torch.testing.assert_close(tensors_in(one), tensors_in(other), rtol=0, atol=0, msg=said)
 
 
 def _never_waiting(found: Findings, name: str, call: Call) -> None:

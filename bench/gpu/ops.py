@@ -3,7 +3,9 @@
 Each is checked against float64 first. An update has a process of its own: two profilers cannot both listen to one.
 """
 
+from itertools import product
 from time import monotonic
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
 CHOLESKY = "root_update, cholesky"
+# The updates, that without an eigendecomposition first.
+PROFILED = sorted(UPDATES, key=lambda name: name != CHOLESKY)
 KERNELS, CALLS = 15, 100
 # n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
 SIZE, TOY = (4096, 256, 256), (64, 8, 8)
@@ -34,12 +38,11 @@ FACTORS = (1, 64)
 
 
 def ceilings(found: Findings) -> None:
-    found.attempt("ceilings", 5, _ceilings, found)
+    def measured() -> None:
+        for row in roofline.levels(measure(found.device, found.sizes), found.sizes):
+            found.row("ceilings", when="at first", **row)
 
-
-def _ceilings(found: Findings) -> None:
-    for row in roofline.levels(measure(found.device, found.sizes), found.sizes):
-        found.row("ceilings", when="at first", **row)
+    found.attempt("ceilings", 5, measured)
 
 
 def run(found: Findings) -> None:
@@ -53,7 +56,7 @@ def _compile(found: Findings, listed: list[Case]) -> None:
     device, start = found.device, monotonic()
     launches = [launch for case in listed for launch in cases.launches(case, device)]
     problem, done = device.precompile(launches), "recorded, none compiled" if device.dry else "compiled"
-    found.note(problem or f"{len(launches)} launches {done}, in {monotonic() - start:.1f} s")
+    found.add("notes", problem or f"{len(launches)} launches {done}, in {monotonic() - start:.1f} s")
 
 
 def _measure(found: Findings, case: Case) -> None:
@@ -70,13 +73,8 @@ def _measure(found: Findings, case: Case) -> None:
 
 
 def profile(found: Findings) -> None:
-    for name in profiled(found.device.dry):
+    for name in PROFILED:
         found.attempt(name, 25, _profile, found, name)
-
-
-def profiled(dry: bool) -> list[str]:
-    """Return the updates, that without an eigendecomposition first."""
-    return [CHOLESKY, *(name for name in UPDATES if name != CHOLESKY)]
 
 
 def _profile(found: Findings, name: str) -> None:
@@ -86,16 +84,18 @@ def _profile(found: Findings, name: str) -> None:
     update, (factor, columns) = call.again, call.arguments
     eigh = factor.to_eigh() if isinstance(factor, brandla.LowRankRoot) else factor
     brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
-    calls: dict[str, Any] = {"eager": update, "torch": brand}
+    ways: dict[str, Any] = {"eager": update, "torch": brand}
     if name == CHOLESKY:
-        captured = device.capture(update)
-        captured.replay()
-        call.judge(cases.on_cpu(captured.result)).accept(name)
-        calls["graph"] = captured.replay
-    times = Times(device.alternating(calls, 3 * found.sizes.seconds))
-    words = "n {}, r {}, k {}".format(*size)
-    host = 1e6 * device.host_seconds(update, 3 if device.dry else CALLS)
-    found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in calls}, host=host)
+        captured, ways["graph"] = device.capture(update)
+        ways["graph"]()
+        call.judge(cases.on_cpu(captured)).accept(name)
+    times = Times(device.alternating(ways, 3 * found.sizes.seconds))
+    words, calls = "n {}, r {}, k {}".format(*size), 3 if device.dry else CALLS
+    # How long the host takes for a call, with the device left to catch up.
+    device.synchronize()
+    host = 1e6 * timeit(update, number=calls) / calls
+    device.synchronize()
+    found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in ways}, host=host)
     if name == CHOLESKY:
         found.figure(name, f"{words}, in a graph", times.microseconds("graph"), unit="µs", at_most=300)
         ratio = times.ratio("torch", "graph")
@@ -104,7 +104,7 @@ def _profile(found: Findings, name: str) -> None:
     try:
         call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
-        found.note(f"the eager torch update would not pass the same check: {error}")
+        found.add("notes", f"the eager torch update would not pass the same check: {error}")
     for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
 
@@ -114,11 +114,9 @@ def _profile(found: Findings, name: str) -> None:
 
 def core(found: Findings) -> None:
     """Time the small core by its order, for one factor and for many."""
-    for r, k in TOY_ORDERS if found.device.dry else ORDERS:
-        for count in FACTORS:
-            for op in SMALL:
-                case = Case(op, Size(4 * r, r, k, r, count))
-                found.attempt(f"{op}, {case.name}, r {r}", 4, _core, found, case)
+    for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
+        case = Case(op, Size(4 * r, r, k, r, count))
+        found.attempt(f"{op}, {case.name}, r {r}", 4, _core, found, case)
 
 
 def _core(found: Findings, case: Case) -> None:

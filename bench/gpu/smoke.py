@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from bench.benches.problems import require
 from bench.gpu.cases import Case, Size, allowed, error_of, fresh, operands, results
-from bench.gpu.device import Device, Gpu, Stub
+from bench.gpu.device import Device, Gpu, Stub, tensors_in
 from bench.gpu.frame import Findings, command
 from brandla_kernels import OPS
 
@@ -34,10 +35,6 @@ ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
 
-def cases(dry: bool) -> list[str]:
-    return list(OPS)
-
-
 def run(found: Findings) -> None:
     for name in OPS:
         found.attempt(name, COMPILATION, _try, found, name)
@@ -45,15 +42,10 @@ def run(found: Findings) -> None:
 
 def _try(found: Findings, name: str) -> None:
     start, most, count, op = monotonic(), 0.0, 0, OPS[name]
-
-    def tensors(call: Any) -> list[torch.Tensor]:
-        """Call on copies, and return all tensors of the results."""
-        given = results(case, call, fresh(arguments))
-        return [part for one in given for part in (one if isinstance(one, list) else [one])]
-
     for words, case, arguments in calls(name, found.device, quick=found.device.dry):
         form = op.grouped_form if isinstance(arguments[0], list) else op.torch_form
-        used = error_of(tensors(op), tensors(form)) / allowed(case)
+        own, torchs = (tensors_in(results(case, call, fresh(arguments))) for call in (op, form))
+        used = error_of(own, torchs) / allowed(case)
         found.device.synchronize()
         # The limit is that of float64, from which the torch form may be as far.
         require(used <= 2, f"{words}: {used:.2g} times the error allowed")
@@ -65,13 +57,11 @@ def calls(name: str, device: Device, *, quick: bool) -> Iterator[tuple[str, Case
     """Yield calls of an op: their words, the case, and arguments for one problem, a batch and a list."""
     signature = OPS[name].signature
     positions = {operand.position for operand in signature.operands}
-    for size in SIZES[:1] if quick else SIZES:
-        for dtype in DTYPES[:1] if quick else DTYPES:
-            case = Case(name, size, dtype, dtype)
-            single, words = operands(case, device), f"{name}, n {size.n}, r {size.r}, k {size.k}, {dtype}"
-            yield words, case, single
-            if not signature.lists:
-                continue
+    for size, dtype in product(SIZES, DTYPES) if not quick else [(SIZES[0], DTYPES[0])]:
+        case = Case(name, size, dtype, dtype)
+        single, words = operands(case, device), f"{name}, n {size.n}, r {size.r}, k {size.k}, {dtype}"
+        yield words, case, single
+        if signature.lists:
             twice = (torch.stack([part, part]) if place in positions else part for place, part in enumerate(single))
             yield f"{words}, batched", case, tuple(twice)
             smaller = size._replace(n=size.n - 7, r=max(size.r - 2, 1), k=max(size.k - 1, 1), width=size.width - 8)
@@ -101,15 +91,13 @@ def sanitize(found: Findings) -> None:
         return found.attempt("as they are", 0, _under, found, [], [*CALLS, "--quick"])
     found.attempt("as they are", 15, _under, found, [], CALLS)
     # The CUDA toolkit has it, or NVIDIA's Python packages.
-    roots = [
-        Path(root) for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if root
-    ]
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [Path(root, part, NAME) for root in roots if root for part in ("bin", "compute-sanitizer")]
     packages = [package for package in metadata.distributions() if (package.name or "").startswith("nvidia-")]
-    places = [root / part / NAME for root in roots for part in ("bin", "compute-sanitizer")]
     places += [Path(str(file.locate())) for one in packages for file in one.files or () if file.name == NAME]
     tool = shutil.which(NAME) or next((str(path) for path in places if path.is_file()), None)
     if tool is None:
-        return found.skip(f"{NAME}: not found")
+        return found.add("skipped", f"{NAME}: not found")
     for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
         under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
         found.attempt(check, 15, _under, found, under, words)
@@ -118,26 +106,25 @@ def sanitize(found: Findings) -> None:
 
 def _under(found: Findings, tool: list[str], words: list[str]) -> None:
     finished = command([*tool, *words], found.left() if not found.device.dry else 60, ALONE if tool else None)
-    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", finished.output)
-    errors = int(summary[1] or summary[2]) if summary else None
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
+    errors = int(summary[1]) if summary else None
     made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
     check = tool[2] if tool else "none"
     found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
     if any(refusal in finished.output for refusal in REFUSALS):
-        found.skip(f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
+        found.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
     elif finished.status is None:
-        found.skip(f"{check}: stopped at its time limit after {made} calls")
+        found.add("skipped", f"{check}: stopped at its time limit after {made} calls")
     elif finished.status != 0 or (tool and errors != 0):
         found.fail(check, f"{errors} errors, {finished.words}", finished.output[-4000:])
 
 
 if __name__ == "__main__":
     _device, _quick = Gpu() if torch.cuda.is_available() else Stub(), "--quick" in sys.argv
-    _all = [(words, one, arguments) for one in OPS for words, _, arguments in calls(one, _device, quick=_quick)]
+    _all = [(words, OPS[one], arguments) for one in OPS for words, _, arguments in calls(one, _device, quick=_quick)]
     # All kernels together, so that the calls find them.
-    _launches = [(OPS[one].launch, arguments) for _, one, arguments in _all if OPS[one].launch]
-    _device.precompile([made for launch, arguments in _launches for made in _device.recorded(launch, *arguments)])
-    for words, one, arguments in _all:
-        OPS[one](*arguments)
+    _device.precompile([made for _, op, given in _all if op.launch for made in _device.recorded(op.launch, *given)])
+    for words, op, given in _all:
+        op(*given)
         _device.synchronize()
         print(f"called {words}", flush=True)

@@ -29,8 +29,9 @@ def cases(dry: bool) -> list[str]:
 
 
 def run(found: Findings) -> None:
-    for name in cases(found.device.dry):
-        found.attempt(name, 0 if found.device.dry else LEAST, _collect if found.device.dry else _shard, found, name)
+    dry = found.device.dry
+    for name in cases(dry):
+        found.attempt(name, 0 if dry else LEAST, _collect if dry else _shard, found, name)
 
 
 def _collect(found: Findings, folder: str) -> None:
@@ -45,16 +46,14 @@ def _shard(found: Findings, name: str) -> None:
     finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST), {"OMP_NUM_THREADS": "1"})
     found.row("tests", file=name, **counts(finished.output), status=finished.words)
     if finished.status is None:
-        found.skip(f"{name}: stopped at its time limit")
+        found.add("skipped", f"{name}: stopped at its time limit")
     elif finished.status != 0:
         found.fail(name, finished.words, finished.output[-KEPT:])
 
 
 def counts(output: str) -> dict[str, int]:
     """Count the outcomes in what pytest printed so far: there is no summary where it was stopped."""
-    lines = re.findall(r"^(?:\[gw\d+\] .*?)?(PASSED|FAILED|ERROR|SKIPPED)\b|::\S+ (PASSED|FAILED|ERROR|SKIPPED)\b",
-                       output.partition("short test summary")[0], re.MULTILINE)  # fmt: skip
-    found = [one or other for one, other in lines]
+    found = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
     return {outcome: found.count(outcome.upper()) for outcome in OUTCOMES}
 
 

@@ -6,16 +6,18 @@ Nothing is changed: the best that was seen stands beside the shipped one, for a 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from bench.gpu import cases
-from bench.gpu.cases import OPERANDS, Case, Size
+from bench.gpu.cases import Case, Size
 from bench.gpu.device import replayed
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
+NAMES = tuple(OPS)
 # n, r = k, in order of importance.
 TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)
 SMALLEST, LARGEST, MOST_STRETCHES = 16, 256, 128
@@ -28,24 +30,11 @@ CHOICE, TIMING = 12.0, 0.5
 GAIN = 1.03
 
 
-class Choice(NamedTuple):
-    """A question that a launcher puts to ``configs``: the function and its arguments."""
-
-    function: str
-    arguments: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        """The question in words, with no target: there is one."""
-        words = [f"{name} {value}".replace("torch.", "") for name, value in self.arguments if name != "target"]
-        return f"{self.function}({', '.join(words)})"
-
-
 def run(found: Findings) -> None:
     """Try the neighbours of every choice made by the ops at a few sizes, each choice once."""
     device, sizes = found.device, found.sizes
     for n, r in TOY if device.dry else TUNED:
-        for name in OPERANDS:
+        for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
             case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
@@ -53,10 +42,10 @@ def run(found: Findings) -> None:
                 with choosing({}) as made:
                     cases.launches(case, device)
                 for choice, shipped in made.items():
-                    found.attempt(choice.name, CHOICE, _tune, found, case, choice, shipped)
+                    found.attempt(choice, CHOICE, _tune, found, case, choice, shipped)
 
 
-def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
+def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
     """Keep the fastest that is right, beside the shipped one."""
     device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
     inputs, launches = cases.inputs(case, device), []
@@ -64,20 +53,20 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
         with choosing({choice: config}):
             launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
-        found.note(problem)
+        found.add("notes", problem)
     timed = []
     for config in candidates:
         if not device.dry and found.left() < TIMING:
-            found.skip(f"{choice.name}, {spelled(config)}: no time left")
+            found.add("skipped", f"{choice}, {spelled(config)}: no time left")
         elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
             timed.append((seconds, config))
     if not timed or timed[0][1] is not shipped:
-        return found.note(f"{case.op}: no timing of the shipped tiles of {choice.name}")
+        return found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
     best, config = min(timed, key=lambda one: one[0])
     gain = timed[0][0] / best
     found.row(
         "tiles",
-        **{"choice": choice.name, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
+        **{"choice": choice, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
         **{"µs": 1e6 * timed[0][0], "best": spelled(config) if gain > GAIN else "as shipped"},
         **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
         configs={spelled(config): 1e6 * seconds for seconds, config in timed},
@@ -85,22 +74,23 @@ def _tune(found: Findings, case: Case, choice: Choice, shipped: Any) -> None:
     return None
 
 
-def _seconds(found: Findings, case: Case, choice: Choice, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
+def _seconds(found: Findings, case: Case, choice: str, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
     """Return the median time of a call with these tiles; None, with a note, where they cannot run or are wrong."""
-    call = lambda *arguments: found.device.launch(OPS[case.op].launch, *arguments)
+    launch, device = OPS[case.op].launch, found.device
+    call = launch if not device.dry else partial(device.recorded, launch)
     with choosing({choice: config}):
         try:
             # Not by the op, whose plan has the tiles of its first call.
-            cases.check(case, found.device, None if found.device.dry else call)
-            return median(replayed(found.device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
+            cases.check(case, device, None if device.dry else call)
+            return median(replayed(device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.
-            found.device.synchronize()
-            found.note(f"{choice.name}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
+            device.synchronize()
+            found.add("notes", f"{choice}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
             return None
 
 
-def neighbours(choice: Choice, config: Any) -> list[Any]:
+def neighbours(choice: str, config: Any) -> list[Any]:
     """Return what differs in one number by one step: the limit of registers is kept."""
     if isinstance(config, int):
         return [count for count in (config // 2, config * 2) if 1 <= count <= MOST_STRETCHES]
@@ -108,29 +98,26 @@ def neighbours(choice: Choice, config: Any) -> list[Any]:
         config._replace(blocks={**config.blocks, name: size})
         for name, block in config.blocks.items()
         for size in (block // 2, block * 2)
-        if SMALLEST <= size <= LARGEST and (choice.function, name) not in FIXED
+        if SMALLEST <= size <= LARGEST and (choice.partition("(")[0], name) not in FIXED
     ]
-
-    def beside(value: int, allowed: tuple[int, ...]) -> list[int]:
-        place = allowed.index(value) if value in allowed else -2
-        return [allowed[other] for other in (place - 1, place + 1) if 0 <= other < len(allowed)]
-
-    warps = [config._replace(num_warps=count) for count in beside(config.num_warps, WARPS)]
-    stages = [config._replace(num_stages=count) for count in beside(config.num_stages, STAGES)]
+    warps = [config._replace(num_warps=n) for n in WARPS if n in (config.num_warps // 2, config.num_warps * 2)]
+    stages = [config._replace(num_stages=n) for n in STAGES if abs(n - config.num_stages) == 1]
     return blocks + warps + stages
 
 
 @contextmanager
-def choosing(instead: Mapping[Choice, Any]) -> Iterator[dict[Choice, Any]]:
+def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Note what every launch of the ``with`` block asks ``configs`` for, and answer some of it with ``instead``."""
     from brandla_kernels._kernels import configs
 
-    made: dict[Choice, Any] = {}
+    made: dict[str, Any] = {}
 
     def noting(name: str, choose: Callable[..., Any]) -> Callable[..., Any]:
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            bound = inspect.signature(choose).bind(*args, **kwargs)
-            choice = Choice(name, tuple(bound.arguments.items()))
+            # The question in words, with no target: there is one.
+            asked = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
+            words = [f"{key} {value}".replace("torch.", "") for key, value in asked if key != "target"]
+            choice = f"{name}({', '.join(words)})"
             made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
             return made[choice]
 

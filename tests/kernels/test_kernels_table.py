@@ -58,7 +58,7 @@ def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
         path = tmp_path / "facts.json"
-        done = CliRunner().invoke(kernels_table.app, ["--processes", "1", "--json", str(path), *arguments])
+        done = CliRunner().invoke(kernels_table.app, ["--json", str(path), *arguments])
         return done.exit_code, json.loads(path.read_text()), done.stdout
 
     return run
