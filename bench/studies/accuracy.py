@@ -4,6 +4,7 @@ Run by ``make study-accuracy``. A run is a width and a seed.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 from matplotlib.figure import Figure
 
 from bench.frame import pictures
-from bench.frame.pictures import Theme
+from bench.frame.pictures import THEMES, Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
 from bench.studies import accuracy_parts as parts
 from bench.studies.accuracy_parts import BEST, FACTORS, Settings
-from brandla.demo.frame import Tick
 from tests.oracles import updated
 
 USUAL = Settings()
@@ -39,17 +39,13 @@ MEASURES = {
 QUESTION = ("B-R", "RS")
 
 
-def pieces(settings: Settings, device: Device) -> list[Piece]:
-    """Return the costs at each width, and its runs; widths are in order, so that an end in between leaves all seeds."""
-
-    def costs(width: int) -> Piece:
-        return Piece("trackers", {"width": width}, 0.1, lambda *_: timed(settings, width))
-
-    def run(width: int, seed: int) -> Piece:
-        key = {"width": width, "seed": seed}
-        return Piece("runs", key, width**2 / 512**2, lambda tables, tick: measured(settings, width, seed, tables, tick))
-
-    return [piece for width in settings.widths for piece in (costs(width), *(run(width, s) for s in settings.seeds))]
+def pieces(settings: Settings, _: Device, tables: Tables) -> Iterator[Piece]:
+    """Yield the costs at each width, and its runs; widths are in order, so that an end in between leaves all seeds."""
+    for width in settings.widths:
+        yield Piece("trackers", {"width": width}, partial(timed, settings, width), 0.1)
+        for seed in settings.seeds:
+            measure = partial(measured, settings, width, seed, tables)
+            yield Piece("runs", {"width": width, "seed": seed}, measure, width**2 / 512**2, 10 * len(settings.measured))
 
 
 def timed(settings: Settings, width: int) -> Iterator[Row]:
@@ -60,7 +56,7 @@ def timed(settings: Settings, width: int) -> Iterator[Row]:
         yield {**vars(one), "milliseconds": one.cost(costs)}
 
 
-def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Tick) -> Iterator[Row]:
+def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Iterator[Row]:
     """Yield the errors of every tracker after each of the steps that are looked at."""
     keep = ("name", "update", "renewal", "period")
     rows = [row for row in tables["trackers"] if row["width"] == width]
@@ -78,7 +74,6 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Ti
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():
                 yield {"step": one.step, "tracker": tracker, **errors(exact, factors, one.gradient)}
-        tick(1 / settings.steps)
 
 
 def errors(exact: dict[str, parts.Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
@@ -99,13 +94,6 @@ def settled(content: Row) -> pd.DataFrame:
     return runs[whole & (runs["step"] > content["settings"]["warmup"])]
 
 
-def quotients(content: Row, tracker: str, base: str) -> pd.DataFrame:
-    """Return one tracker's errors over another's, by width, seed and step."""
-    runs = settled(content).set_index(["width", "seed", "step"])
-    measures = list(MEASURES)
-    return runs.loc[runs["tracker"] == tracker, measures] / runs.loc[runs["tracker"] == base, measures]
-
-
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     medians = settled(content).groupby(["width", "seed", "tracker"])[list(MEASURES)].median()
     means = medians.groupby(["width", "tracker"]).mean()
@@ -115,10 +103,9 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
         own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
         cells.insert(0, "ms per step", own["milliseconds"].map("{:.3g}".format))
-        cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
-        cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
-        ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
-        yield f"Width {width}", ordered
+        every = own["period"].map("{:.0f}".format).where(own["renewal"].notna(), "never")
+        cells.insert(0, "renewed every", every)
+        yield f"Width {width}", cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
 
 
 # --- The page
@@ -128,11 +115,12 @@ COLUMNS = ["tracker", "renewed every", "ms per step", "inverse of A", "inverse o
 
 def answer(content: Row) -> str:
     """Return the step's error of B-R over that of RS at equal cost, at the largest width."""
-    found = quotients(content, *QUESTION)["step error"].dropna()
+    by_tracker = settled(content).pivot(index=["width", "seed", "step"], columns="tracker", values="step error")
+    found = by_tracker.reindex(columns=list(QUESTION)).dropna()
     if found.empty:
         return ""
     width = found.index.unique("width").max()
-    own = found.loc[width]
+    own = (found[QUESTION[0]] / found[QUESTION[1]]).loc[width]
     seeds = own.groupby("seed").median()
     return (
         f"At width {width} and equal cost the step of {QUESTION[0]} has {seeds.mean():.2f} ({seeds.min():.2f} to"
@@ -147,7 +135,7 @@ def table(content: Row) -> pd.DataFrame:
 
 
 SHOWN = ("B", "RS", "B-R", "B-C", "SRE", "B, root", "B, no eigh")
-COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
+COLOURS = {BEST: tuple(theme.faint for theme in THEMES)} | dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Figure:
@@ -155,15 +143,11 @@ def draw(content: Row, theme: Theme) -> Figure:
     settings, width = content["settings"], settled(content)["width"].max()
     runs = pd.DataFrame(content["runs"]).query("width == @width")
     words = f"accuracy.json; mean and range over {runs['seed'].nunique()} seeds"
-    figure, (axis,) = pictures.panels([4.6], content, words, theme, pictures.NARROW)
     below = f"width {width}, rank {settings['rank']}, {settings['batch']} columns a step"
-    pictures.titled(axis, "Relative error of the step", below, theme)
-    for name in (BEST, *COLOURS):
-        errors = runs[runs["tracker"] == name].set_index("step")["step error"]
-        colour = theme.faint if name == BEST else theme.colour(*COLOURS[name])
-        style: Row = {"linestyle": "--", "linewidth": 2} if name == BEST else {"linewidth": 1.6}
-        if len(errors):
-            pictures.course(axis, errors, name, colour, **style)
+    about = ("Relative error of the step", below, 4.6)
+    figure, (axis,) = pictures.panels(content, words, theme, about, width=pictures.NARROW)
+    errors = runs.pivot(index=["step", "seed"], columns="tracker", values="step error")
+    pictures.curves(axis, errors[[name for name in COLOURS if name in errors]], COLOURS, theme, SHOWN, linewidth=1.6)
     pictures.logarithmic(axis.yaxis, lambda value: f"{100 * value:g} %", subs=(1, 3))
     axis.set_xlabel("training step")
     pictures.legend(axis, 3)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
-from torch.nn import functional as F
 
 import brandla
 from bench.benches import problems, timing
 from brandla.correction import ritz_correct
 from brandla.demo import data
+from brandla.demo.tracking import observed
 from brandla_kernels import gram_ema_
 
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
@@ -92,23 +92,19 @@ def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
     every = settings.overwrite_every
     b_r = Tracker("B-R", "brand", "svd", every)
     to_spend = b_r.cost(costs) - costs["average"]
-    beside_brand = to_spend - costs["brand"]
+    # The shortest period that costs no more than this a step.
+    period = lambda renewal, left: max(1, math.ceil(costs[renewal] / left))
     return [
         Tracker("B", "brand", None, 0),
         Tracker("B, root", "root", None, 0),
         Tracker("B, no eigh", "cholesky", None, 0),
         b_r,
-        Tracker("B-C", "brand", "correction", _period(costs["correction"], beside_brand)),
-        Tracker("RS", None, "svd", _period(costs["svd"], to_spend)),
-        Tracker("SRE", None, "eigh", _period(costs["eigh"], to_spend)),
+        Tracker("B-C", "brand", "correction", period("correction", to_spend - costs["brand"])),
+        Tracker("RS", None, "svd", period("svd", to_spend)),
+        Tracker("SRE", None, "eigh", period("eigh", to_spend)),
         Tracker(f"RS every {every}", None, "svd", every),
         Tracker(f"SRE every {every}", None, "eigh", every),
     ]
-
-
-def _period(cost: float, to_spend: float) -> int:
-    """Return the shortest period that costs no more than ``to_spend`` a step."""
-    return max(1, math.ceil(cost / to_spend))
 
 
 class Kept:
@@ -176,21 +172,12 @@ class Observation(NamedTuple):
 
 def observations(settings: Settings, width: int, seed: int) -> Iterator[Observation]:
     """Train 64-width-width-10 with AdamW, and yield what every step shows."""
-    model = data.network(width, "cpu", seed)
+    model = data.seeded(seed, data.mlp, 64, width, width, 10)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
     stream = data.batches(data.load("cpu").training, settings.batch, settings.steps, seed)
     for step, batch in enumerate(stream, start=1):
-        hidden = model[:2](batch.images)
-        outputs = model[2](hidden)
-        outputs.retain_grad()
-        optimizer.zero_grad()
-        F.cross_entropy(model[3:](outputs), batch.labels).backward()
-        optimizer.step()
-        k = len(batch.labels)
-        inputs = torch.cat([hidden.detach(), hidden.new_ones(k, 1)], dim=1)
-        # The loss is a mean: the gradient of one sample's loss is k times what backward leaves.
-        columns = {"inputs": inputs.mT / k**0.5, "gradients": outputs.grad.mT * k**0.5}
-        yield Observation(step, columns, (columns["gradients"] @ columns["inputs"].mT))
+        inputs, gradients = observed(model, optimizer, batch)
+        yield Observation(step, {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT)
 
 
 class Decomposed:

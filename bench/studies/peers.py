@@ -5,8 +5,8 @@ A weight is a matrix, of convolutions with its windows as columns; vectors are t
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -99,11 +99,8 @@ class Muon(Matrices):
         return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
 
 
-@contextmanager
-def unsaid(kind: type[Warning]) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", kind)
-        yield
+def unsaid(kind: type[Warning]) -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="ignore", category=kind)
 
 
 def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:

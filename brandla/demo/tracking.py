@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,73 +14,81 @@ from torch.nn import functional as F
 import brandla
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.frame import Piece, Row, Tick
-from brandla.demo.settings import Settings
-from brandla.demo.training import timed
+from brandla.demo.frame import Piece, Row
+from brandla.demo.training import Settings, timed
 
-Update = Callable[..., Any]
-UPDATES: dict[str, tuple[Any, Update]] = {
+UPDATES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "root_update": (brandla.LowRankRoot, brandla.root_update),
     "eigh_update": (brandla.LowRankEigh, brandla.eigh_update),
 }
-# Cost of a step for the progress bar; about milliseconds.
-STEP_COST = 100.0
 
 
 def piece(settings: Settings, digits: Parts) -> Piece:
     """Return the study: AdamW trains the network, and every batch updates every tracked factor."""
+    # A step takes about as long as six of training; a row comes of each factor.
+    steps, factors = settings.tracking_steps, len(UPDATES) * len(settings.ranks)
     key = {"seed": settings.tracking_seed}
-    return Piece("tracking", key, STEP_COST * settings.tracking_steps, lambda _, tick: track(settings, digits, tick))
+    return Piece("tracking", key, partial(track, settings, digits), 6.0 * steps, steps * factors)
 
 
-def track(settings: Settings, digits: Parts, tick: Tick) -> Iterator[Row]:
+def track(settings: Settings, digits: Parts) -> Iterator[Row]:
     """Yield a row for each step and factor, and one for each time of a decomposition to compare with.
 
     ``trace``, ``frobenius`` and ``spectral`` are norms of M − M̂, trace norm first; those of ``best`` are of the best
     approximation of that rank, by Eckart and Young, and those of ``whole`` of M itself.
     """
-    model = data.network(settings.width, settings.device, settings.tracking_seed)
+    n, device, decay, seed = settings.width + 1, settings.device, settings.decay, settings.tracking_seed
+    model = data.seeded(seed, data.mlp, 64, settings.width, settings.width, 10).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), settings.tracking_rate)
-    n, device, decay = settings.order, settings.device, settings.decay
     truth = torch.zeros(n, n, dtype=torch.float64, device=device)
     tracked = {
         (name, rank): brandla.track(kind.zeros(n, rank, device=device))
         for rank in settings.ranks
         for name, (kind, _) in UPDATES.items()
     }
-    references = list(_references(settings))
-    stream = data.batches(digits.training, settings.batch, settings.tracking_steps, settings.tracking_seed)
-    for step, batch in enumerate(stream, start=1):
-        columns = _columns(model, optimizer, batch)
+    generator = torch.Generator(device).manual_seed(seed)
+    for step, batch in enumerate(data.batches(digits.training, settings.batch, settings.tracking_steps, seed), start=1):
+        columns, _ = observed(model, optimizer, batch)
         truth = decay * truth + (1 - decay) * (columns.double() @ columns.double().mT)
         spectrum = torch.linalg.eigvalsh(truth).flip(0).clamp_min(0)
         for (name, rank), before in tracked.items():
-            update = UPDATES[name][1]
-            after, took = timed(lambda: update(before, columns, decay=decay, weight=1 - decay), device)  # noqa: B023
-            tracked[name, rank] = after
+            update = partial(UPDATES[name][1], before, columns, decay=decay, weight=1 - decay)
+            tracked[name, rank], took = timed(update, device)
             about = {"step": step, "method": name, "rank": rank, "milliseconds": took}
-            yield about | _errors(truth, spectrum, after, rank)
+            yield about | _errors(truth, spectrum, tracked[name, rank], rank)
         if step % settings.reference_every == 0:
-            for name, rank_, call in references:
-                took_: float | None = None
-                try:
-                    _, took_ = timed(lambda: call(truth.float(), columns), device)  # noqa: B023
-                except RuntimeError:
-                    # LAPACK's float32 eigensolver is known to fail on such factors.
-                    took_ = None
-                yield {"step": step, "method": name, "rank": rank_, "milliseconds": took_}
-        tick(1 / settings.tracking_steps)
+            # Each needs the dense average, whose own update is the first.
+            dense, average = truth.float(), {"beta": decay, "alpha": 1 - decay}
+            calls: dict[tuple[str, int | None], Callable[[], Any]] = {
+                ("dense average", None): partial(torch.addmm, dense, columns, columns.mT, **average),
+                ("torch.linalg.eigh", None): partial(torch.linalg.eigh, dense),
+            }
+            for rank in settings.ranks:
+                calls["randomized_eigh", rank] = partial(brandla.randomized_eigh, dense, rank, generator=generator)
+                calls["torch.svd_lowrank", rank] = partial(torch.svd_lowrank, dense, rank + 10, niter=2)
+            for (name, of_rank), call in calls.items():
+                row: Row = {"step": step, "method": name, "rank": of_rank, "milliseconds": None}
+                # LAPACK's float32 eigensolver is known to fail on such factors.
+                with suppress(RuntimeError):
+                    row["milliseconds"] = timed(call, device)[1]
+                yield row
 
 
-def _columns(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Split) -> Tensor:
-    """Take a training step and return the second Linear's scaled inputs, A (n, k), with a last row for the bias."""
+def observed(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Split) -> tuple[Tensor, Tensor]:
+    """Take a training step, and return what comes to the factors of the middle Linear, over the root of the batch k.
+
+    These are its inputs (width + 1, k), with a last row for the bias, and the gradients of its outputs (width, k).
+    """
     hidden = model[:2](batch.images)
+    outputs = model[2](hidden)
+    outputs.retain_grad()
     optimizer.zero_grad()
-    F.cross_entropy(model[2:](hidden), batch.labels).backward()
+    F.cross_entropy(model[3:](outputs), batch.labels).backward()
     optimizer.step()
+    root = len(hidden) ** 0.5
     inputs = torch.cat([hidden.detach(), hidden.new_ones(len(hidden), 1)], dim=1)
-    columns: Tensor = inputs.mT / len(hidden) ** 0.5
-    return columns
+    # The loss is a mean: the gradient of one sample's loss is k times what backward leaves.
+    return inputs.mT / root, outputs.grad.mT * root
 
 
 def _errors(truth: Tensor, spectrum: Tensor, tracked: brandla.Tracked[Any], rank: int) -> Row:
@@ -89,35 +98,9 @@ def _errors(truth: Tensor, spectrum: Tensor, tracked: brandla.Tracked[Any], rank
     gram = vectors.mT @ vectors
     # ‖UᵀU − I‖₂ over the columns that are not zero.
     off = gram - torch.diag((gram.diagonal() > 0.5).to(gram.dtype))
-    return {
-        **_norms("", torch.linalg.eigvalsh(truth - factor.dense().double())),
-        **_norms("best ", spectrum[rank:]),
-        **_norms("whole ", spectrum),
-        "bound": float(tracked.error_bound),
-        "orthogonality": float(torch.linalg.eigvalsh(off).abs().max()),
-    }
-
-
-def _norms(of: str, eigenvalues: Tensor) -> Row:
-    sizes = eigenvalues.abs()
-    values = {"trace": sizes.sum(), "frobenius": sizes.norm(), "spectral": sizes.max()}
-    return {f"{of}{name}": float(value) for name, value in values.items()}
-
-
-def _references(settings: Settings) -> Iterator[tuple[str, int | None, Callable[[Tensor, Tensor], object]]]:
-    """Yield what is timed beside the updates: each needs the dense average, whose own update is the first."""
-    decay = settings.decay
-    generator = torch.Generator(settings.device).manual_seed(settings.tracking_seed)
-    yield "dense average", None, lambda dense, new: torch.addmm(dense, new, new.mT, beta=decay, alpha=1 - decay)
-    yield "torch.linalg.eigh", None, lambda dense, _: torch.linalg.eigh(dense)
-    for rank in settings.ranks:
-        yield "randomized_eigh", rank, partial(_randomized, rank=rank, generator=generator)
-        yield "torch.svd_lowrank", rank, partial(_svd_lowrank, rank=rank)
-
-
-def _randomized(dense: Tensor, _: Tensor, rank: int, generator: torch.Generator) -> object:
-    return brandla.randomized_eigh(dense, rank, generator=generator)
-
-
-def _svd_lowrank(dense: Tensor, _: Tensor, rank: int) -> object:
-    return torch.svd_lowrank(dense, rank + 10, niter=2)
+    row: Row = {"bound": float(tracked.error_bound), "orthogonality": float(torch.linalg.eigvalsh(off).abs().max())}
+    lost = torch.linalg.eigvalsh(truth - factor.dense().double())
+    for of, values in (("", lost), ("best ", spectrum[rank:]), ("whole ", spectrum)):
+        norms = {"trace": values.abs().sum(), "frobenius": values.norm(), "spectral": values.abs().max()}
+        row |= {f"{of}{name}": float(norm) for name, norm in norms.items()}
+    return row

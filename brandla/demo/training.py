@@ -1,10 +1,12 @@
-"""The training study: a learning rate searched for each method, then every method from every seed."""
+"""What the demo is set to, and its training study: a rate searched for each method, then each from every seed."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from time import perf_counter
 from typing import NamedTuple, TypeVar
@@ -15,11 +17,47 @@ from torch.nn import functional as F
 
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.frame import Piece, Row, Tables, Tick
-from brandla.demo.settings import Settings
+from brandla.demo.frame import Piece, Row, Tables
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on besides the machine."""
+
+    device: str = "cpu"
+    quick: bool = False
+    width: int = 512
+    batch: int = 128
+    decay: float = 0.95
+    warmup: int = 5  # steps whose times are left out
+
+    # Tracking: the decompositions to compare with are timed at every so many steps.
+    ranks: tuple[int, ...] = (32, 64, 128)
+    headline_rank: int = 64
+    tracking_steps: int = 200
+    reference_every: int = 12
+    tracking_rate: float = 1e-3
+    tracking_seed: int = 0
+
+    # Training: the search has a seed that no measured run has, and tries so many rates over each method's decade.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 100
+    search_seed: int = 1000
+    search_steps: int = 50
+    trials: int = 4
+    evaluate_every: int = 2
+    rank: int = 64
+    damping: float = 0.03
+    clip: float = 0.07
+    inverse_every: int = 10
+    target: float = 0.97
+
+
+SHORT = {"tracking_steps": 60, "reference_every": 10, "steps": 40, "search_steps": 12, "trials": 2}
+QUICK = Settings("cpu", quick=True, ranks=(64,), seeds=(0,), **SHORT)
 
 
 class Trainer(NamedTuple):
@@ -53,38 +91,39 @@ def timed(function: Callable[[], Result], device: str) -> tuple[Result, float]:
 
 
 def follow(
-    run: Row, trainer: Trainer, batches: Iterable[Split], judge: Callable[[nn.Module], float], every: int
-) -> Iterator[None]:
-    """Train on the batches, yielding after each step; ``run`` gets the milliseconds of each and the accuracies.
+    trainer: Trainer,
+    batches: Iterable[Split],
+    judge: Callable[[nn.Module], Row],
+    looks: Container[int],
+    seconds: float = math.inf,
+    until: Callable[[Row], bool] = lambda look: False,
+) -> Row:
+    """Train on the batches, and return the milliseconds of each step, and what ``judge`` said after the steps to look.
 
-    Only the steps are timed. What ``judge`` or a step raises as RuntimeError ends the run and is its ``failure``.
+    Only the steps are timed. A run ends, with a look, after so many seconds, and at a look that ``until`` is true of.
+    What ``judge`` or a step raises as RuntimeError ends it as well, and is its ``failure``.
     """
-    run |= {"milliseconds": [], "evaluations": [], "finished": False, "failure": None}
-    batches = list(batches)
-    device = str(batches[0].images.device)
+    took: list[float] = []
+    run: Row = {"milliseconds": took, "evaluations": [], "finished": False, "failure": None}
     for step, batch in enumerate(batches, start=1):
         try:
-            _, took = timed(lambda: trainer.step(batch), device)  # noqa: B023
-            run["milliseconds"].append(took)
-            if step % every == 0 or step == len(batches):
-                look = {"step": step, "seconds": sum(run["milliseconds"]) / 1e3, "accuracy": judge(trainer.model)}
-                run["evaluations"].append(look)
+            took.append(timed(partial(trainer.step, batch), str(batch.images.device))[1])
+            spent = sum(took) / 1e3
+            if step in looks or spent >= seconds:
+                run["evaluations"].append({"step": step, "seconds": spent, **judge(trainer.model)})
+                if spent >= seconds or until(run["evaluations"][-1]):
+                    break
         except RuntimeError as error:
-            run["failure"] = f"step {step}: {str(error).splitlines()[0]}"
-            return
-        yield
-    run["finished"] = True
+            return run | {"failure": f"step {step}: {str(error).splitlines()[0]}"}
+    return run | {"finished": True}
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One way to train."""
 
     name: str  # as in tables and in the picture
     rates: tuple[float, float]  # ends of the decade of learning rates that the search covers
-    cost: float  # of one step, for the progress bar; about milliseconds
-    strategy: Callable[[Settings], Strategy] | None = None  # of K-FAC; None without a preconditioner
-    adaptive: bool = False  # AdamW; else SGD, with momentum where there is no preconditioner
+    strategy: Callable[[Settings], Strategy] | None = None  # of K-FAC, before SGD without momentum
 
     def grid(self, trials: int) -> list[float]:
         """Return ``trials`` rates, evenly spaced in their logarithm; of two, those a third from the ends."""
@@ -92,75 +131,61 @@ class Method:
         places = [1 / 3, 2 / 3] if trials == 2 else [trial / max(trials - 1, 1) for trial in range(trials)]
         return [float(f"{low * (high / low) ** place:.3g}") for place in places]
 
-    def trainer(self, rate: float, seed: int, settings: Settings) -> Trainer:
-        """Return the network of a seed with what trains it."""
-        model = data.network(settings.width, settings.device, seed)
-        if self.adaptive:
-            return Trainer(model, torch.optim.AdamW(model.parameters(), rate))
-        if self.strategy is None:
-            return Trainer(model, torch.optim.SGD(model.parameters(), rate, momentum=0.9))
-        strategy, damping = self.strategy(settings), settings.damping
-        kfac = KFAC(model, strategy, damping=damping, clip=settings.clip, decay=settings.decay, factor_every=1)
-        return Trainer(model, torch.optim.SGD(model.parameters(), rate), kfac)
-
 
 KFAC_RATES = (0.03, 0.3)
-
 METHODS = (
-    Method("SGD, momentum", (0.05, 0.5), 3),
-    Method("AdamW", (0.002, 0.02), 4, adaptive=True),
-    Method("K-FAC", KFAC_RATES, 20, lambda of: Exact(inverse_every=of.inverse_every)),
-    Method("RS-KFAC", KFAC_RATES, 14, lambda of: Randomized(of.rank, method="svd", inverse_every=of.inverse_every)),
-    Method("SRE-KFAC", KFAC_RATES, 12, lambda of: Randomized(of.rank, method="eigh", inverse_every=of.inverse_every)),
-    Method("B-KFAC", KFAC_RATES, 16, lambda of: Brand(of.rank)),
-    Method("B-KFAC, sketched", KFAC_RATES, 12, lambda of: Brand(of.rank, sketch=of.rank // 2)),
-    Method("B-R-KFAC", KFAC_RATES, 30, lambda of: BrandRandomized(of.rank)),
-    Method("B-KFAC-C", KFAC_RATES, 30, lambda of: BrandCorrected(of.rank)),
+    Method("SGD, momentum", (0.05, 0.5)),
+    Method("AdamW", (0.002, 0.02)),
+    Method("K-FAC", KFAC_RATES, lambda of: Exact(inverse_every=of.inverse_every)),
+    Method("RS-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="svd", inverse_every=of.inverse_every)),
+    Method("SRE-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="eigh", inverse_every=of.inverse_every)),
+    Method("B-KFAC", KFAC_RATES, lambda of: Brand(of.rank)),
+    Method("B-KFAC, sketched", KFAC_RATES, lambda of: Brand(of.rank, sketch=of.rank // 2)),
+    Method("B-R-KFAC", KFAC_RATES, lambda of: BrandRandomized(of.rank)),
+    Method("B-KFAC-C", KFAC_RATES, lambda of: BrandCorrected(of.rank)),
 )
 
 
-def pieces(settings: Settings, digits: Parts) -> list[Piece]:
-    """Return the trials of the search, then the runs seed by seed: an interrupted study compares all methods."""
+def pieces(settings: Settings, digits: Parts, tables: Tables) -> Iterator[Piece]:
+    """Yield the trials of the search, then the runs seed by seed: an interrupted study compares all methods."""
 
-    def trial(method: Method, rate: float) -> Piece:
-        key = {"method": method.name, "rate": rate}
-        measure = lambda _, tick: tried(method, rate, settings, digits, tick)  # noqa: E731
-        return Piece("trials", key, method.cost * settings.search_steps, measure)
+    def tried(method: Method, rate: float) -> list[Row]:
+        """Return the mean validation accuracy along a short run; 0 if it failed."""
+        run = train(method, rate, settings.search_seed, settings.search_steps, digits[2:], settings)
+        score = 0.0 if run["failure"] else mean(look["accuracy"] for look in run["evaluations"])
+        return [{"score": score, "failure": run["failure"]}]
 
-    def run(method: Method, seed: int) -> Piece:
-        key = {"method": method.name, "seed": seed}
-        measure = lambda tables, tick: trained(method, seed, settings, digits, tables, tick)  # noqa: E731
-        return Piece("runs", key, method.cost * settings.steps, measure)
+    def trained(method: Method, seed: int) -> list[Row]:
+        """Return a run at the method's best rate."""
+        trials = [row for row in tables["trials"] if row["method"] == method.name]
+        rate = max(trials, key=lambda row: row["score"])["rate"]
+        return [train(method, rate, seed, settings.steps, digits[:2], settings)]
 
-    trials = [trial(method, rate) for method in METHODS for rate in method.grid(settings.trials)]
-    return trials + [run(method, seed) for seed in settings.seeds for method in METHODS]
-
-
-def tried(method: Method, rate: float, settings: Settings, digits: Parts, tick: Tick) -> Iterator[Row]:
-    """Train briefly, and yield the mean validation accuracy along the way; 0 if it failed."""
-    run: Row = {}
-    trainer = method.trainer(rate, settings.search_seed, settings)
-    stream = data.batches(digits.search_training, settings.batch, settings.search_steps, settings.search_seed)
-    judge = lambda model: data.accuracy(model, digits.search_validation)  # noqa: E731
-    for _ in follow(run, trainer, stream, judge, settings.evaluate_every):
-        tick(1 / settings.search_steps)
-    score = 0.0 if run["failure"] else mean(look["accuracy"] for look in run["evaluations"])
-    yield {"score": score, "failure": run["failure"]}
+    for method in METHODS:
+        for rate in method.grid(settings.trials):
+            key = {"method": method.name, "rate": rate}
+            yield Piece("trials", key, partial(tried, method, rate), settings.search_steps)
+    for seed in settings.seeds:
+        for method in METHODS:
+            key = {"method": method.name, "seed": seed}
+            yield Piece("runs", key, partial(trained, method, seed), settings.steps)
 
 
-def trained(method: Method, seed: int, settings: Settings, digits: Parts, tables: Tables, tick: Tick) -> Iterator[Row]:
-    """Yield a run at the method's best rate, with the bytes of its factors."""
-    trials = [row for row in tables["trials"] if row["method"] == method.name]
-    run: Row = {"rate": max(trials, key=lambda row: row["score"])["rate"], "memory": None}
-    trainer = method.trainer(run["rate"], seed, settings)
-    stream = data.batches(digits.training, settings.batch, settings.steps, seed)
-    judge = lambda model: data.accuracy(model, digits.test)  # noqa: E731
-    try:
-        for _ in follow(run, trainer, stream, judge, settings.evaluate_every):
-            tick(1 / settings.steps)
-        if trainer.preconditioner is not None and run["finished"]:
-            factors = trainer.preconditioner.report().factors
-            keep = ("layer", "side", "n", "strategy", "rank", "bytes", "dense_bytes")
-            run["memory"] = [{name: getattr(factor, name) for name in keep} for factor in factors]
-    finally:
-        yield run
+def train(method: Method, rate: float, seed: int, steps: int, parts: tuple[Split, Split], settings: Settings) -> Row:
+    """Train the network of a seed on the first part, judged on the second; return also the bytes of the factors."""
+    model = data.seeded(seed, data.mlp, 64, settings.width, settings.width, 10).to(settings.device)
+    weights, kfac = model.parameters(), None
+    if method.strategy is not None:
+        kfac = KFAC(model, method.strategy(settings), damping=settings.damping, clip=settings.clip, decay=settings.decay)
+    if method.name == "AdamW":
+        trainer = Trainer(model, torch.optim.AdamW(weights, rate))
+    else:
+        trainer = Trainer(model, torch.optim.SGD(weights, rate, momentum=0.9 if kfac is None else 0.0), kfac)
+    every, (training, judged) = settings.evaluate_every, parts
+    batches = data.batches(training, settings.batch, steps, seed)
+    judge = lambda model: {"accuracy": data.accuracy(model, judged)}  # noqa: E731
+    run = follow(trainer, batches, judge, {*range(every, steps, every), steps})
+    keep = ("layer", "side", "n", "strategy", "rank", "bytes", "dense_bytes")
+    factors = kfac.report().factors if kfac is not None and run["finished"] else ()
+    memory = [{name: getattr(factor, name) for name in keep} for factor in factors]
+    return {"rate": rate, "memory": memory or None, **run}
