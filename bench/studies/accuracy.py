@@ -6,7 +6,6 @@ Run by ``make study-accuracy``. A run is a width and a seed.
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import pandas as pd
 import torch
@@ -73,14 +72,10 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Itera
             candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():
-                yield {"step": one.step, "tracker": tracker, **errors(exact, factors, one.gradient)}
-
-
-def errors(exact: dict[str, parts.Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
-    """Return the errors of both factors, and of the step taken by them."""
-    found = {f"{name} {of}": value for name in FACTORS for of, value in exact[name].errors(factors[name]).items()}
-    both = ([part[name] for name in ("gradients", "inputs")] for part in (exact, factors))
-    return found | parts.step_errors(gradient, *both)
+                row: Row = {"step": one.step, "tracker": tracker}
+                for name in FACTORS:
+                    row |= {f"{name} {of}": value for of, value in exact[name].errors(factors[name]).items()}
+                yield row | parts.step_errors(one.gradient, exact, factors)
 
 
 # --- Summaries: medians over the steps after the warm-up, and their mean and range over the seeds

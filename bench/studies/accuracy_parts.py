@@ -5,7 +5,7 @@ A factor is M ← ρM + wAAᵀ. The dense average, which all but the three B kee
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import brandla
 from bench.benches import problems, timing
 from brandla.correction import ritz_correct
 from brandla.demo import data
-from brandla.demo.tracking import observed
+from brandla.demo.studies import observed
 from brandla_kernels import gram_ema_
 
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
@@ -61,8 +61,7 @@ class Settings:
         return list(range(self.measure_every, self.steps + 1, self.measure_every))
 
 
-# Milliseconds of each piece, for one factor: "average", the updates and the renewals.
-Costs = dict[str, float]
+Costs = dict[str, float]  # milliseconds of each move, for one factor: "average", the updates and the renewals
 
 
 @dataclass(frozen=True)
@@ -223,15 +222,15 @@ def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
     return wide.to_eigh() if isinstance(wide, brandla.LowRankRoot) else wide
 
 
-def step_errors(gradient: Tensor, exact: Sequence[Decomposed], factors: Sequence[Factor]) -> dict[str, float]:
+def step_errors(gradient: Tensor, exact: dict[str, Decomposed], factors: dict[str, Factor]) -> dict[str, float]:
     """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the step of the true factors, relative, and the degrees between.
 
     Both are in float64.
     """
-    of_gradients, of_inputs = exact
-    wide, dampings = gradient.double(), (of_gradients.damping, of_inputs.damping)
-    right = of_gradients.inverse @ wide @ of_inputs.inverse
-    taken = brandla.kron_damped_solve(*map(eigenpairs, factors), wide, *dampings)
+    sides, wide = ("gradients", "inputs"), gradient.double()
+    right = exact["gradients"].inverse @ wide @ exact["inputs"].inverse
+    pairs, dampings = [eigenpairs(factors[side]) for side in sides], [exact[side].damping for side in sides]
+    taken = brandla.kron_damped_solve(*pairs, wide, *dampings)
     size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
     cosine = ((right * taken).sum() / (size * own)).clamp(-1, 1)
     error, angle = torch.linalg.matrix_norm(taken - right) / size, torch.rad2deg(torch.acos(cosine))

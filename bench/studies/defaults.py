@@ -19,7 +19,7 @@ from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies.networks import Graph, Transformer, letters_mlp, strided, two_hidden
 from brandla.demo.data import Split, mlp
-from brandla.demo.training import Trainer
+from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC
 
 # Of the samples that validate, the first so many do.

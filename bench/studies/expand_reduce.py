@@ -26,7 +26,7 @@ from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
 from brandla.demo.data import Split, seeded
-from brandla.demo.training import Trainer, follow
+from brandla.demo.studies import Trainer, follow
 from brandla.kfac import KFAC, Exact
 
 DIGITS, FASHION = "digits", "fashion-mnist"
@@ -97,18 +97,6 @@ def methods(task: Task) -> list[str]:
     return [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
 
 
-def trainer_of(method: str, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
-    """Return a model with what trains it; K-FAC stands before SGD without momentum."""
-    if method in FIRST_ORDER:
-        given = numbers | {"weight decay": settings.weight_decay}
-        return Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
-    sharing = method.removeprefix("K-FAC, ")
-    kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
-    if isinstance(model, Graphs):
-        model.around = kfac.graphs
-    return Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
-
-
 # --- Runs
 
 
@@ -146,13 +134,19 @@ def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, s
     """Train on the first part at a constant rate, and return accuracy and loss on the second at every few steps."""
     training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
     model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
+    if method in FIRST_ORDER:
+        given = numbers | {"weight decay": settings.weight_decay}
+        trainer = Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
+    else:
+        # K-FAC stands before SGD without momentum.
+        sharing = method.removeprefix("K-FAC, ")
+        kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
+        if isinstance(model, Graphs):
+            model.around = kfac.graphs
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
+    looks = {*range(task.evaluate_every, steps, task.evaluate_every), steps}
     batches = data.batches(training, task.batch, steps, seed)
-    run = follow(
-        trainer_of(method, model, numbers, settings, seed),
-        batches,
-        lambda model: judge(model, judging, task.batch),
-        {*range(task.evaluate_every, steps, task.evaluate_every), steps},
-    )
+    run = follow(trainer, batches, lambda model: judge(model, judging, task.batch), looks)
     if run["failure"]:
         raise RuntimeError(run["failure"])
     return [{name: look[name] for name in ("step", "accuracy", "loss")} for look in run["evaluations"]]

@@ -24,7 +24,7 @@ from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, U
 from bench.studies.kfac_page import shown
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.training import Trainer, follow, timed
+from brandla.demo.studies import Trainer, follow, timed
 
 PIXELS = 784
 # Steps whose cost is measured, at least and at most. The first is left out; of the next two one renews, if any does.

@@ -16,7 +16,7 @@ from bench.frame.samples import friedman, garments, parted, text
 from bench.studies.networks import Graph, Transformer, conv, two_hidden
 from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
 from brandla.demo.data import Parts, Split, mlp, seeded
-from brandla.demo.training import Trainer
+from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
 from bench.benches.problems import UPDATES, Judgement, steady
-from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, Task, check, kron
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, check, kron
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, spelled
@@ -95,13 +95,6 @@ TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, 
 # --- Time and memory at a size
 
 
-def task_of(name: str, shape: Shape, device: Device) -> Task:
-    """Return a task; of two-sided solves that of two sides of n rows."""
-    if name == "kron_damped_solve, pair":
-        return kron(shape, device, pair=True, square=True)
-    return TASKS[name].task(shape, device)
-
-
 def gram_ema(shape: Shape, device: Device) -> Call:
     """Return the update of a dense n × n moment."""
     case = cases.Case("gram_ema_", cases.Size(*shape[:3], shape.n, 1))
@@ -131,7 +124,9 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
 def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
-    tasks = cache(lambda task: task_of(task, shape, device))
+    # Of two-sided solves the task is that of two sides of n rows.
+    pair = {"kron_damped_solve, pair": partial(kron, pair=True, square=True)}
+    tasks = cache(lambda name: pair[name](shape, device) if name in pair else TASKS[name].task(shape, device))
     asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
     calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
     calls |= {"gram_ema_": gram_ema(shape, device)} if "gram_ema_" in names else {}
@@ -185,13 +180,9 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if content["exponents"]:
         fits = pd.DataFrame(content["exponents"])
         fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
-        yield "Exponents", fits.assign(exponent=fits["exponent"].map(in_words))
-
-
-def in_words(interval: Sequence[float | None]) -> str:
-    """Return an exponent with its interval, where there is one."""
-    value, low, high = interval
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+        # Through three sizes there is no interval.
+        words = lambda fit: f"{fit[0]:.2f}" if None in fit else "{:.2f} ({:.2f} to {:.2f})".format(*fit)
+        yield "Exponents", fits.assign(exponent=fits["exponent"].map(words))
 
 
 # --- The page

@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from brandla.demo import data, machine, summary, tracking, training
+from brandla.demo import data, machine, summary
 from brandla.demo.frame import INTERRUPTED, Row, Tables, plain, run, write
-from brandla.demo.training import QUICK, Settings
+from brandla.demo.studies import QUICK, Settings, pieces
 
 SCHEMA = 2
 
@@ -59,7 +59,7 @@ def measure(settings: Settings, console: Console) -> Row:
         # Threads that wait for each other then wait for other programs as well.
         console.print(f"The machine is busy (load {facts['load']:.1f}): times will be too long.")
     tables: Tables = {}
-    stopped = run([tracking.piece(settings, digits), *training.pieces(settings, digits, tables)], tables, console)
+    stopped = run(pieces(settings, digits, tables), tables, console)
     about = {"seconds": perf_counter() - start, "quick": settings.quick, "interrupted": stopped or False}
     content: Row = plain({"schema": SCHEMA, "facts": facts | about, "settings": asdict(settings), **tables})
     return content
@@ -78,4 +78,4 @@ def leave(content: Row, output: Path, console: Console) -> None:
     if content["facts"]["interrupted"]:
         console.print("Interrupted: the figures are of the parts that were finished.")
     names = "demo.json and demo.png" if summary.draw(content, output / "demo.png") else "demo.json"
-    console.print(f"{content['facts']['seconds']:.0f} s. In {output}: {names}", soft_wrap=True)
+    console.print(f"{content['facts']['seconds']:.0f} s. Figures in {output}: {names}", soft_wrap=True)
