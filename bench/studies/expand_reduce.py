@@ -163,27 +163,29 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 # --- Summaries
 
 
+def looks_of(content: Row, task: Row) -> pd.DataFrame:
+    """Return a row a look of the runs of a task."""
+    runs = [row for row in content.get("runs", []) if row["task"] == task["name"]]
+    looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]) if runs else []
+    columns = ["method", "seed", "numbers", "step", "accuracy", "loss"]
+    return pd.DataFrame(looks, columns=columns).astype({"accuracy": float})
+
+
 def target_of(content: Row, task: Row) -> float:
     """Return the accuracy that steps are counted to; NaN where AdamW has not run."""
-    base = [row for row in content.get("runs", []) if (row["task"], row["method"]) == (task["name"], BASE)]
-    early = [[at["accuracy"] for at in row["looks"] if at["step"] <= SHARE * task["steps"]] for row in base]
-    return math.floor(1e-9 + 100 * min(map(max, early))) / 100 if early else math.nan
+    looks = looks_of(content, task)
+    early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
+    return math.floor(1e-9 + 100 * early.groupby("seed")["accuracy"].max().min()) / 100 if len(early) else math.nan
 
 
 def summary(content: Row, task: Row) -> pd.DataFrame:
     """Return a row a method: mean, least and largest of the steps to the target, and of the last accuracy and loss."""
-    rows = [row for row in content.get("runs", []) if row["task"] == task["name"]]
-    if not rows:
-        return pd.DataFrame()
-    target = target_of(content, task)
-
-    def ended(run: Row) -> Row:
-        first = min((at["step"] for at in run["looks"] if at["accuracy"] >= target), default=math.nan)
-        return {"method": run["method"], **run["looks"][-1], "step": first}
-
-    found = by_method(pd.DataFrame(map(ended, rows)), ("step", "accuracy", "loss"))
-    numbers = {row["method"]: "; ".join(f"{name} {value:g}" for name, value in row["numbers"].items()) for row in rows}
-    return found.assign(numbers=pd.Series(numbers))
+    looks, run = looks_of(content, task), ["method", "seed"]
+    first = looks[looks["accuracy"] >= target_of(content, task)].groupby(run)["step"].min()
+    ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
+    words = lambda numbers: "; ".join(f"{name} {value:g}" for name, value in numbers.items())
+    numbers = looks.groupby("method")["numbers"].first().map(words)
+    return by_method(ended, ("step", "accuracy", "loss")).assign(numbers=numbers)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -211,11 +213,9 @@ def draw(content: Row, theme: Theme) -> Figure:
     about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task in tasks]
     figure, axes = pictures.panels(content, words, theme, *about)
     for task, axis in zip(tasks, axes, strict=True):
-        runs = [row for row in content["runs"] if row["task"] == task["name"]]
-        looks = pd.json_normalize(runs, "looks", ["method", "seed"])
-        looks = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")
-        looks = 100 * looks[list(dict.fromkeys(row["method"] for row in runs))].astype(float)
-        pictures.curves(axis, looks, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
+        looks = looks_of(content, task)
+        courses = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
+        pictures.curves(axis, 100 * courses, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
         target = 100 * target_of(content, task)
         axis.axhline(target, color=theme.text, linewidth=1, linestyle=":")
         axis.set(ylim=(3 * target - 200 if target > 75 else 0, 100), ylabel="%")

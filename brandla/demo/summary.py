@@ -19,8 +19,6 @@ NOTHING = "–"
 _NOISE = 1e-6
 # What rounding in float32 may add to an error that the running bound covers, relative to ‖M‖₂.
 _SLACK = 4e-7
-# Which colour-blind readers tell apart.
-_COLOURS = style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
 
 
 def tracked(content: Row) -> pd.DataFrame:
@@ -100,24 +98,22 @@ def tables(content: Row) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """Yield title, table and note of each part that has been measured."""
     settings = content["settings"]
     if len(rows := tracked(content)):
+        sizes = f"n = {settings['width'] + 1}, {settings['batch']} columns a step"
         beside = "; ".join(f"{name} {_milliseconds(value)}" for name, value in others(content).items())
         yield (
-            f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, n = {settings['width'] + 1}, "
-            f"{settings['batch']} columns a step",
+            f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, {sizes}",
             tracking(content),
-            "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the "
-            "trace norm. bound: running bound / spectral error, median. Largest ‖UᵀU − I‖₂ of any step: "
-            f"{rows['orthogonality'].max():.1e}. ms: median of an update. Beside it, the dense average's own update, and "
-            f"decompositions of that average by rank, ms: {beside or 'not measured'}.",
+            "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the trace "
+            "norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the update of "
+            f"a dense average, and its decompositions by rank: {beside or NOTHING}.",
         )
     if len(cells := training(content)):
-        missed = " *: mean of the runs that got there; not all did." if "*" in "".join(cells["steps"]) else ""
         yield (
             f"Training, {settings['steps']} steps, rank {settings['rank']}, {len(settings['seeds'])} seed(s)",
             cells.drop(columns="ratio"),
-            f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, "
-            f"mean. median, p99: ms of a step, without the first {settings['warmup']} of a run. memory: of the factors "
-            f"over that of dense ones.{missed}",
+            f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, mean; "
+            f"*: of the runs that got there. median, p99: ms of a step, without the first {settings['warmup']} of a run. "
+            "memory: of the factors over that of dense ones.",
         )
 
 
@@ -134,18 +130,19 @@ def draw(content: Row, path: Path) -> bool:
         return False
     figure = Figure(figsize=(9, 10), dpi=110, layout="constrained")
     above, below = figure.subplots(2)
+    for axis in (above, below):
+        # Which colour-blind readers tell apart.
+        axis.set_prop_cycle(style.library["tableau-colorblind10"]["axes.prop_cycle"])
     rank, target = settings["headline_rank"], 100 * settings["target"]
-    for at, (update, own) in enumerate(rows[rows["rank"] == rank].groupby("method", sort=False)):
-        for norm, dashes in zip(NORMS, ("-", "--", ":"), strict=True):
-            above.plot(own["step"], own[f"{norm} ratio"], dashes, color=_COLOURS[at], label=f"{update}, {norm}")
-    above.axhspan(1, 1.1, color=_COLOURS[0], alpha=0.1, linewidth=0, label="within 10 % of the best")
-    above.set(title=f"A layer's tracked input factor: error / best rank-{rank} error", xlabel="training step")
+    ratios = rows[rows["rank"] == rank].pivot(index="step", columns="method", values="trace ratio")
+    above.plot(ratios.index, ratios, label=list(ratios))
+    above.axhspan(1, 1.1, alpha=0.1, linewidth=0, label="within 10 % of the best")
+    above.set(title=f"A layer's tracked input factor: error / best rank-{rank} error, trace norm", xlabel="training step")
     runs = pd.DataFrame(content.get("runs", []), columns=["method", "evaluations"])
-    for at, (method, own) in enumerate(runs[runs["evaluations"].astype(bool)].groupby("method", sort=False)):
+    for method, own in runs[runs["evaluations"].astype(bool)].groupby("method", sort=False):
         looks = pd.DataFrame(own["evaluations"].explode().tolist()).groupby("step").mean()
         # A logarithmic axis has no place for 0.
-        errors = (100 - 100 * looks["accuracy"]).clip(lower=0.1)
-        below.plot(looks["seconds"], errors, color=_COLOURS[at], label=method)
+        below.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), label=method)
     below.axhline(100 - target, color="grey", linestyle="--", label=f"{target:g} % accuracy")
     below.set(title="Training on digits: test error, %", xlabel="seconds, mean over seeds", xscale="log", yscale="log")
     for axis in (above, below):
