@@ -161,14 +161,9 @@ def overview(machines: Machines) -> Iterator[str]:
 def demo(content: Row) -> pd.DataFrame:
     """Return B-KFAC beside what people use."""
     trained = summary.training(content).query("method in ['AdamW', 'K-FAC', 'B-KFAC']")
-    columns = {
-        "method": "method",
-        "accuracy, %": "test accuracy, %",
-        "steps": f"steps to {100 * content['settings']['target']:g} %",
-        "seconds": "seconds",
-        "memory": "memory / dense factors",
-    }
-    return trained[list(columns)].rename(columns=columns)
+    target = f"steps to {100 * content['settings']['target']:g} %"
+    names = {"accuracy, %": "test accuracy, %", "steps": target, "memory": "memory / dense factors"}
+    return trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names)
 
 
 def by_width(content: Row) -> pd.DataFrame:
@@ -203,12 +198,11 @@ def of_table(name: str, machines: Machines) -> Iterator[str]:
         yield f"`make {target}`, {shortly(content['facts'])} (`{study}.json`).{pages.caveats(content['facts'])}"
 
 
-# By mark.
-BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
-    "overview": overview,
-    **{name: partial(of_page, name) for name in PAGES},
-    **{name: partial(of_table, name) for name in TABLES},
-}
+def block(name: str, machines: Machines) -> Iterator[str]:
+    """Return what stands between the marks of this name."""
+    if name == "overview":
+        return overview(machines)
+    return (of_page if name in PAGES else of_table)(name, machines)
 
 
 def quoted(match: re.Match[str], machines: Machines) -> str:
@@ -255,11 +249,11 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
     for path in filter(Path.exists, (docs.parent / "README.md", *docs.rglob("*.md"))):
         above = "../" * (len(path.relative_to(docs).parts) - 1) if docs in path.parents else ""
 
-        def block(match: re.Match[str], above: str = above) -> str:
-            text = "\n".join(BLOCKS[match[2]](machines)).strip() or NOTHING.strip()
+        def made(match: re.Match[str], above: str = above) -> str:
+            text = "\n".join(block(match[2], machines)).strip() or NOTHING.strip()
             return f"{match[1]}\n{LINK.sub(f']({above}', text)}\n\n{match[3]}"
 
-        text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
+        text = BLOCK.sub(made, path.read_text(encoding="utf-8"))
         yield path, QUOTE.sub(partial(quoted, machines=machines), text)
     for study in {study for page in PAGES.values() for study in page.studies}:
         for machine, found in machines.items():

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench.studies.accuracy import QUICK
-from bench.studies.accuracy_parts import Decomposed, Kept, Tracker, observations, step_errors, trackers
+from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
 from oracles import updated
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)

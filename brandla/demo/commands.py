@@ -9,9 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from brandla.demo import data, machine, summary
 from brandla.demo.frame import INTERRUPTED, Row, Tables, plain, run, write
@@ -69,12 +67,8 @@ def leave(content: Row, output: Path, console: Console) -> None:
     """Write the JSON and the picture to ``output``, and print the tables."""
     write(content, output / "demo.json")
     for title, cells, note in summary.tables(content):
-        table = Table(*cells, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in cells.to_numpy().tolist():
-            table.add_row(*row)
-        console.print(f"[bold]{title}[/bold]", table, f"[dim]{note}[/dim]\n", sep="\n")
+        shown = cells.to_string(index=False)
+        console.print(f"[bold]{title}[/bold]", shown, f"[dim]{note}[/dim]\n", sep="\n")
     if content["facts"]["interrupted"]:
         console.print("Interrupted: the figures are of the parts that were finished.")
     names = "demo.json and demo.png" if summary.draw(content, output / "demo.png") else "demo.json"
