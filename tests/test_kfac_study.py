@@ -239,7 +239,7 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
     samples = TASK.data(fashion, "cpu", None)
 
     def call(task: Task, point: int, tables: dict[str, list[Row]]) -> Row:
-        return kfac_images.tried(task, METHODS[0], point, TINY, samples, tables)
+        return kfac_images.tried(task, METHODS[0], point, TINY, lambda task: samples, tables)[0]
 
     hopeless = replace(TASK, target=2.0)
     assert call(hopeless, 0, {})["steps"] == 6
@@ -254,7 +254,7 @@ def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
     expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
     for name, row in expected.items():
-        assert list(kfac_images.cost_of(BY_NAME[name], 16, replace(TINY, cost_seconds=1.0), "cpu")) == [row]
+        assert list(kfac_images.cost_of(16, BY_NAME[name], replace(TINY, cost_seconds=1.0), "cpu")) == [row]
 
 
 def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(kfac_images, "timed", timed)
-    (row,) = kfac_images.cost_of(BY_NAME["K-FAC"], 16, TINY, "cpu")
+    (row,) = kfac_images.cost_of(16, BY_NAME["K-FAC"], TINY, "cpu")
     assert row["renewing"] > 0
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 

@@ -49,12 +49,13 @@ class Study:
 
 
 def each(
-    table: str, names: tuple[str, ...], values: Iterable[Any], measure: Callable[..., Iterable[Row]], *settings: Any,
-    cost: float = 1.0,
+    table: str, names: tuple[str, ...], values: Iterable[Any], measure: Callable[..., Iterable[Row]], *about: Any,
+    cost: Callable[..., float] | float = 1.0,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Yield a piece for each set of values of the names, measured with the settings."""
+    """Yield a piece for each set of values of the names, measured with what it is about; some values have names."""
     for value in values:
-        yield Piece(table, dict(zip(names, value, strict=True)), partial(measure, *value, *settings), cost)
+        key = {name: getattr(one, "name", one) for name, one in zip(names, value, strict=True)}
+        yield Piece(table, key, partial(measure, *value, *about), cost(*value) if callable(cost) else cost)
 
 
 def command(study: Study, about: str | None) -> typer.Typer:

@@ -6,7 +6,8 @@ Run by ``make study-expand-reduce``. Figures are steps and losses: how busy the 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
+from itertools import product
 from statistics import fmean
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import nn
 from bench.frame import pictures
 from bench.frame.pictures import Theme
 from bench.frame.samples import FOLDER, fashion, standardised
-from bench.frame.study import Piece, Row, Study, Tables, command
+from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies import kfac_page
 from bench.studies.kfac_methods import OPTIMIZERS, Numbers, points, spread
@@ -120,14 +121,10 @@ def pieces(settings: Settings, device: Device, tables: Tables) -> Iterator[Piece
         yield {"numbers": numbers, "looks": looks}
 
     for task in settings.tasks:
-        for method in methods(task):
-            for point in range(settings.trials):
-                key = {"task": task.name, "method": method, "point": point}
-                yield Piece("trials", key, partial(tried, task, method, point), task.search_steps)
-        for seed in settings.seeds:
-            for method in methods(task):
-                key = {"task": task.name, "method": method, "seed": seed}
-                yield Piece("runs", key, partial(measured, task, method, seed), task.steps)
+        trials = product([task], methods(task), range(settings.trials))
+        yield from each("trials", ("task", "method", "point"), trials, tried, cost=task.search_steps)
+        runs = [(task, method, seed) for seed in settings.seeds for method in methods(task)]
+        yield from each("runs", ("task", "method", "seed"), runs, measured, cost=task.steps)
 
 
 def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed) -> list[Row]:

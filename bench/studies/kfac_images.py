@@ -5,9 +5,10 @@ from every seed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench.frame.samples import FOLDER, UnusableError, check, garments
-from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct
+from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct, each
 from bench.gpu.device import Device
 from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import shown
@@ -26,6 +27,7 @@ from brandla.demo import data
 from brandla.demo.data import Parts, Split
 from brandla.demo.studies import Trainer, follow, timed
 
+Samples = Callable[[Task], Parts]
 PIXELS = 784
 # Steps whose cost is measured, at least and at most. The first is left out; of the next two one renews, if any does.
 LEAST, MOST = 3, 9
@@ -38,30 +40,28 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-
-    def piece(table: str, task: Task, method: Method, name: str, value: int, measure: Any) -> Piece:
-        key = {"task": task.name, "method": method.name, name: value}
-        call = lambda: [measure(task, method, value, settings, samples(task), tables)]
-        return Piece(table, key, call, method.cost * task.cost)
-
-    for task in settings.tasks:
-        count = settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
-        for method in filter(lambda method: method.takes_part(task), METHODS):
-            yield from (piece("trials", task, method, "point", point, tried) for point in range(count))
-    for width in settings.widths:
-        for method in filter(lambda method: method.priced, METHODS):
-            call = partial(cost_of, method, width, settings, where)
-            yield Piece("costs", {"width": width, "method": method.name}, call, (width / 512) ** 2)
-    for seed in settings.seeds:
-        for task in (task for task in settings.tasks if seed in settings.seeds[: task.seeds]):
-            for method in filter(lambda method: method.takes_part(task), METHODS):
-                yield piece("runs", task, method, "seed", seed, measured)
+    taking_part = lambda task: [method for method in METHODS if method.takes_part(task)]
+    count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
+    cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
+    trials = (
+        (task, method, point) for task in settings.tasks for method in taking_part(task) for point in range(count(task))
+    )
+    yield from each("trials", ("task", "method", "point"), trials, tried, *about, cost=cost)
+    steps = product(settings.widths, [method for method in METHODS if method.priced])
+    yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width**2 / 512**2)
+    runs = (
+        (task, method, seed)
+        for seed in settings.seeds
+        for task in settings.tasks
+        for method in (taking_part(task) if seed in settings.seeds[: task.seeds] else ())
+    )
+    yield from each("runs", ("task", "method", "seed"), runs, measured, *about, cost=cost)
 
 
 # --- The search
 
 
-def tried(task: Task, method: Method, point: int, settings: Settings, samples: Parts, tables: Tables) -> Row:
+def tried(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return how a trial ended; it does not go on for longer than the best one before it."""
     most = min([row["step"] for row in trials_of(tables, task, method) if row["step"]], default=task.steps)
     exponent = EXPONENTS[point] if task.follows else 0.0
@@ -69,10 +69,11 @@ def tried(task: Task, method: Method, point: int, settings: Settings, samples: P
         numbers = scaled(chosen(other(task, settings), method, settings, tables), task, settings, exponent)
     else:
         numbers = method.numbers(points(settings)[point])
-    trainer = trainer_of(task, method, numbers, samples, settings, settings.search_seed)
+    parts = samples(task)
+    trainer = trainer_of(task, method, numbers, parts, settings, settings.search_seed)
     limited = replace(task, steps=most, seconds=task.seconds / 3)
-    run = train(trainer, limited, samples[2:], settings.search_seed, settings)
-    return {"numbers": numbers, "exponent": exponent} | run
+    run = train(trainer, limited, parts[2:], settings.search_seed, settings)
+    return [{"numbers": numbers, "exponent": exponent} | run]
 
 
 def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
@@ -109,17 +110,18 @@ def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Ro
 # --- The runs
 
 
-def trainer_of(task: Task, method: Method, numbers: Row, samples: Parts, settings: Settings, seed: int) -> Any:
+def trainer_of(task: Task, method: Method, numbers: Row, parts: Parts, settings: Settings, seed: int) -> Any:
     """Return the network of a seed with what trains it by these numbers."""
-    inputs = samples.training.images
+    inputs = parts.training.images
     return method.trainer(task.model(inputs.shape[1], str(inputs.device), seed), numbers, settings, task, seed)
 
 
-def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Parts, tables: Tables) -> Row:
+def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
     numbers = chosen(task, method, settings, tables)["numbers"]
-    trainer = trainer_of(task, method, numbers, samples, settings, seed)
-    return {"numbers": numbers} | train(trainer, task, samples[:2], seed, settings) | kept_bytes(trainer)
+    parts = samples(task)
+    trainer = trainer_of(task, method, numbers, parts, settings, seed)
+    return [{"numbers": numbers} | train(trainer, task, parts[:2], seed, settings) | kept_bytes(trainer)]
 
 
 def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, settings: Settings) -> Row:
@@ -161,7 +163,7 @@ def kept_bytes(trainer: Trainer) -> Row:
 # --- The cost of a step
 
 
-def cost_of(method: Method, width: int, settings: Settings, where: str) -> Iterator[Row]:
+def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:
     """Yield the milliseconds of a step of an MLP: that of one that renews, of the others, and the mean of a period.
 
     To need few of the dear ones every second step renews; the mean is that of steps at the pace of the settings.
