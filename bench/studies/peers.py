@@ -4,7 +4,6 @@ A weight is a matrix, of convolutions with its windows as columns; vectors are t
 """
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,8 +18,11 @@ EPS = 1e-8
 State = dict[str, Any]
 
 
-class Matrices(torch.optim.Optimizer, ABC):
-    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors."""
+class Matrices(torch.optim.Optimizer):
+    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors.
+
+    ``of_matrix`` of a kind returns the step of a matrix, at rate 1.
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, every: int
@@ -39,10 +41,6 @@ class Matrices(torch.optim.Optimizer, ABC):
                 else:
                     step = self.of_matrix(state, weight.grad.flatten(1), group).reshape(weight.shape)
                 weight.sub_(step, alpha=group["lr"])
-
-    @abstractmethod
-    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Return the step of a matrix, at rate 1."""
 
 
 class Shampoo(Matrices):

@@ -199,7 +199,7 @@ def by_n(content: Row, quantity: str = "time") -> pd.DataFrame:
 def milliseconds(content: Row, methods: list[str]) -> pd.DataFrame:
     """Return the times of some methods in words, a row for each n at which one of them was measured."""
     times = 1e3 * by_n(content).reindex(columns=methods).dropna(how="all")
-    return times.map(spelled, na_action="ignore").fillna("–")
+    return times.map(lambda time: spelled(time) if time > 0 else "–")
 
 
 def powers(content: Row) -> dict[str, float]:
@@ -229,7 +229,7 @@ def table(content: Row) -> pd.DataFrame:
     memory = by_n(content, "memory").reindex(index=cells.index) / 1e6
     for method, words in (("root_update", "`root_update`, MB"), ("torch.linalg.eigh", "dense, MB")):
         if method in memory:
-            cells[words] = memory[method].map(spelled, na_action="ignore").fillna("–")
+            cells[words] = memory[method].map(lambda size: spelled(size) if size > 0 else "–")
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 

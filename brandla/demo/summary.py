@@ -56,8 +56,8 @@ def others(content: Row) -> pd.Series:
     """Return median milliseconds of what is timed beside the updates, NaN where every call failed."""
     rows = settled(pd.DataFrame(content["tracking"]), content)
     rows = rows[rows["bound"].isna()]
-    names = rows["method"] + rows["rank"].map(" {:.0f}".format, na_action="ignore").fillna("")
-    return rows.groupby(names, sort=False)["milliseconds"].median()
+    rank = rows["rank"].map(lambda rank: f" {rank:.0f}" if rank > 0 else "")
+    return rows.groupby(rows["method"] + rank.astype(str), sort=False)["milliseconds"].median()
 
 
 def settled(rows: pd.DataFrame, content: Row) -> pd.DataFrame:
