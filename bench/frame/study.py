@@ -75,7 +75,7 @@ def application(about: str | None) -> typer.Typer:
 
 
 def conduct(
-    study: Study, quick: bool, full: bool, resume: bool, out: Path | None, part: Callable[[Any], Any] = lambda whole: whole
+    study: Study, quick: bool, full: bool, resume: bool, out: Path | None, part: Callable[[Any], Any] = lambda of: of
 ) -> None:
     """Measure what is missing of the settings, or of a part of them; write the file, and print the tables."""
     if quick and full:

@@ -113,7 +113,8 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         return
     # Mean losses over the seeds, infinite where one diverged: a row a task, a column a method and rate.
     runs = pd.DataFrame(content["runs"]).fillna({"loss": math.inf})
-    means, before = runs.pivot_table("loss", "task", ["method", "rate"], sort=False), runs.groupby("task")["before"].mean()
+    means = runs.pivot_table("loss", "task", ["method", "rate"], sort=False)
+    before = runs.groupby("task")["before"].mean()
     # The share of what the best run of a task takes off its loss.
     shares = means.rsub(before, axis=0).div(before - means.min(axis=1), axis=0)
     percent = {"median share": shares.median(), "least share": shares.min()}

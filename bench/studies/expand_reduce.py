@@ -22,7 +22,7 @@ from bench.frame.samples import FOLDER, fashion, standardised
 from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies import kfac_page
-from bench.studies.kfac_methods import OPTIMIZERS, Numbers, points, spread
+from bench.studies.kfac_methods import OPTIMIZERS, points, spread
 from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data

@@ -48,7 +48,7 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     )
     yield from each("trials", ("task", "method", "point"), trials, tried, *about, cost=cost)
     steps = product(settings.widths, [method for method in METHODS if method.priced])
-    yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width**2 / 512**2)
+    yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width / 512)
     runs = (
         (task, method, seed)
         for seed in settings.seeds

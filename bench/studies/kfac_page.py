@@ -167,8 +167,10 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    found = {f"width {task.width}": own for task, own in by_width(content).items()}
-    return pd.DataFrame({"method": IN_README} | {at: [taken(own, name) for name in IN_README] for at, own in found.items()})
+    cells = {
+        f"width {task.width}": [taken(found, name) for name in IN_README] for task, found in by_width(content).items()
+    }
+    return pd.DataFrame({"method": IN_README} | cells)
 
 
 # --- Pictures

@@ -38,7 +38,8 @@ def as_text() -> str:
     """Return everything as text: the facts, then a line an op; the reasons, which many ops share, are numbered."""
     found = facts()
     ops, reasons = found.pop("ops"), dict[str, int]()
-    lines = [f"{name} {', '.join(value) or 'none' if isinstance(value, list) else value}" for name, value in found.items()]
+    words = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in found.items()}
+    lines = [f"{name} {value}" for name, value in words.items()]
     lines += ["", "Backend of each op", f"{'op':24}" + "".join(f"{at:14}" for at in next(iter(ops.values())))]
     for name, served in ops.items():
         numbers = [reasons.setdefault(one["reason"], len(reasons) + 1) for one in served.values()]

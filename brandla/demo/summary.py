@@ -103,17 +103,17 @@ def tables(content: Row) -> Iterator[tuple[str, pd.DataFrame, str]]:
         yield (
             f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, {sizes}",
             tracking(content),
-            "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the trace "
-            "norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the update of "
-            f"a dense average, and its decompositions by rank: {beside or NOTHING}.",
+            "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the "
+            "trace norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the "
+            f"update of a dense average, and its decompositions by rank: {beside or NOTHING}.",
         )
     if len(cells := training(content)):
         yield (
             f"Training, {settings['steps']} steps, rank {settings['rank']}, {len(settings['seeds'])} seed(s)",
             cells.drop(columns="ratio"),
-            f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, mean; "
-            f"*: of the runs that got there. median, p99: ms of a step, without the first {settings['warmup']} of a run. "
-            "memory: of the factors over that of dense ones.",
+            f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, "
+            f"mean; *: of the runs that got there. median, p99: ms of a step, without the first "
+            f"{settings['warmup']} of a run. memory: of the factors over that of dense ones.",
         )
 
 
@@ -137,7 +137,7 @@ def draw(content: Row, path: Path) -> bool:
     ratios = rows[rows["rank"] == rank].pivot(index="step", columns="method", values="trace ratio")
     above.plot(ratios.index, ratios, label=list(ratios))
     above.axhspan(1, 1.1, alpha=0.1, linewidth=0, label="within 10 % of the best")
-    above.set(title=f"A layer's tracked input factor: error / best rank-{rank} error, trace norm", xlabel="training step")
+    above.set(title=f"Error of a layer's tracked input factor / best rank-{rank} error, trace norm", xlabel="step")
     runs = pd.DataFrame(content.get("runs", []), columns=["method", "evaluations"])
     for method, own in runs[runs["evaluations"].astype(bool)].groupby("method", sort=False):
         looks = pd.DataFrame(own["evaluations"].explode().tolist()).groupby("step").mean()
