@@ -135,7 +135,7 @@ def test_failed_decomposition_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     found = summary.others({"tracking": list(studies.track(TINY, data.load("cpu"))), "settings": {"warmup": 1}})
     assert found.isna().to_dict() == {
         "dense average": False, "torch.linalg.eigh": True,
-        **{f"{name} {rank}": False for rank in TINY.ranks for name in ("randomized_eigh", "torch.svd_lowrank")},
+        **{f"{name} ({rank})": False for rank in TINY.ranks for name in ("randomized_eigh", "torch.svd_lowrank")},
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def others(content: Row) -> pd.Series:
     """Return median milliseconds of what is timed beside the updates, NaN where every call failed."""
     rows = settled(pd.DataFrame(content["tracking"]), content)
     rows = rows[rows["bound"].isna()]
-    rank = rows["rank"].map(lambda rank: f" {rank:.0f}" if rank > 0 else "")
+    rank = rows["rank"].map(lambda rank: f" ({rank:.0f})" if rank > 0 else "")
     return rows.groupby(rows["method"] + rank.astype(str), sort=False)["milliseconds"].median()
 
 
@@ -105,7 +105,7 @@ def tables(content: Row) -> Iterator[tuple[str, pd.DataFrame, str]]:
             tracking(content),
             "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the "
             "trace norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the "
-            f"update of a dense average, and its decompositions by rank: {beside or NOTHING}.",
+            f"update of a dense average, and its decompositions (rank): {beside or NOTHING}.",
         )
     if len(cells := training(content)):
         yield (
