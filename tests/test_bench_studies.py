@@ -169,7 +169,7 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     content["runs"] = [*whole, *started]
     content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert "**Interrupted**" in report.answered("accuracy", {"accuracy": content})
+    assert "**Interrupted**" in report.PAGES["accuracy"].answered(content)
     answer = run(accuracy, "--resume", "--out", str(tmp_path))
     assert answer.exit_code == 0, answer.output
     taken_up = results.read(tmp_path)["accuracy"]
