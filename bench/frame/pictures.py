@@ -116,14 +116,9 @@ def panels(
 
 
 def legend(axis: Axes, columns: int) -> None:
+    found = axis.get_legend_handles_labels()[0]
     style = {"fontsize": 9, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
-    axis.legend(
-        handles=axis.get_legend_handles_labels()[0],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=columns,
-        **style,
-    )
+    axis.legend(handles=found, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)
 
 
 def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: Sequence[float] = (1,)) -> None:
