@@ -33,11 +33,11 @@ def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do() -> None:
 
 def test_the_columns_are_those_of_the_weights_gradient() -> None:
     """∂W of the mean loss over k samples is G Aᵀ of the columns over √k each."""
-    one = next(observations(TINY, 96, 0))
-    a, g = one.columns["inputs"], one.columns["gradients"]
+    factors, gradient = next(observations(TINY, 96, 0))
+    a, g = factors["inputs"], factors["gradients"]
     assert (a.shape, g.shape) == ((97, 24), (96, 24))
     torch.testing.assert_close(a[-1], torch.full((24,), 24**-0.5))
-    torch.testing.assert_close(one.gradient, g @ a.mT)
+    torch.testing.assert_close(gradient, g @ a.mT)
 
 
 def test_errors_are_those_of_their_definitions() -> None:

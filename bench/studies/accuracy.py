@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -100,8 +100,8 @@ def pieces(settings: Settings, _: Device, tables: Tables) -> Iterator[Piece]:
 def timed(settings: Settings, width: int) -> Iterator[Row]:
     """Yield the trackers with their costs: once for all seeds."""
     *seen, last = (
-        one.columns["inputs"]
-        for one in islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
+        columns["inputs"]
+        for columns, _ in islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
     )
     # Every move is timed, in turn, on a factor that has seen all but the last of some columns.
     kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
@@ -123,19 +123,19 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Itera
     sizes = {"inputs": width + 1, "gradients": width}
     truths = {name: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for name in FACTORS}
     kept = {name: Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
-    for one in observations(settings, width, seed):
+    for step, (columns, gradient) in enumerate(observations(settings, width, seed), start=1):
         for name in FACTORS:
-            truths[name] = updated(truths[name], one.columns[name], settings.decay, 1 - settings.decay)
-            kept[name].absorb(one.step, one.columns[name])
-        if one.step in settings.measured:
+            truths[name] = updated(truths[name], columns[name], settings.decay, 1 - settings.decay)
+            kept[name].absorb(step, columns[name])
+        if step in settings.measured:
             exact = {name: Decomposed(truths[name], settings) for name in FACTORS}
             candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():
-                row: Row = {"step": one.step, "tracker": tracker}
+                row: Row = {"step": step, "tracker": tracker}
                 for name in FACTORS:
                     row |= {f"{name} {of}": value for of, value in exact[name].errors(factors[name]).items()}
-                yield row | step_errors(one.gradient, exact, factors)
+                yield row | step_errors(gradient, exact, factors)
 
 
 # --- The trackers and their costs
@@ -229,22 +229,18 @@ class Kept:
                 self.factors[one.name] = moves[move](self.factors[one.name])
 
 
-class Observation(NamedTuple):
-    """One step of the middle Linear: the columns that come to either factor, and the gradient of its weights."""
+def observations(settings: Settings, width: int, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Train 64-width-width-10 with AdamW; yield at every step what comes to either factor of the middle Linear.
 
-    step: int
-    columns: dict[str, Tensor]  # "inputs" (width + 1, k) with the bias' ones last, "gradients" (width, k), over √k
-    gradient: Tensor  # (width, width + 1)
-
-
-def observations(settings: Settings, width: int, seed: int) -> Iterator[Observation]:
-    """Train 64-width-width-10 with AdamW, and yield what every step shows."""
+    These are "inputs" (width + 1, k) with the bias' ones last, and "gradients" (width, k), over √k. Beside them is the
+    gradient of its weights (width, width + 1).
+    """
     model = data.seeded(seed, data.mlp, 64, width, width, 10)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
     stream = data.batches(data.load("cpu").training, settings.batch, settings.steps, seed)
-    for step, batch in enumerate(stream, start=1):
+    for batch in stream:
         inputs, gradients = observed(model, optimizer, batch)
-        yield Observation(step, {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT)
+        yield {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT
 
 
 class Decomposed:
