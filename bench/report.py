@@ -39,11 +39,7 @@ MOST = 10
 # What a block on a page is, up to the next end; and a number, behind the file, the table, the row and the column of it.
 BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- ([\w-]+)\.json (\w+): (.+?); ([^;]+?) -->)(–|\d[\d.e-]*\d|\d)")
-
 LINK = re.compile(r"\]\((?!https?:|#)")
-
-
-Tables = Iterable[tuple[str, pd.DataFrame]]
 
 
 class Page(NamedTuple):
@@ -52,16 +48,24 @@ class Page(NamedTuple):
     studies: tuple[str, ...]
     answer: Callable[[Row], str]
     drawn: Mapping[str, tuple[str, pictures.Draw]]  # by the names of the pictures: what they show, and what draws them
-    shown: Callable[[Row], Tables]
+    shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
     question: str = ""  # that is answered
     heading: str = ""  # the mark of headings above the tables
+
+    def seen(self, content: Row) -> bool:
+        """Say whether there is enough for pictures."""
+        return bool(self.answer(content) if self.question else content.get("runs"))
+
+    def answered(self, content: Row) -> str:
+        said = self.answer(content) or TOO_LITTLE * bool(self.question)
+        return f"{said}{pages.caveats(content['facts'])}\n"
 
 
 def asked(name: str, question: str, module: Any, *studies: str) -> Page:
     """Return the page of a question that a module answers from the first of the studies."""
     draw = getattr(module, "draw", None) or partial(bars, module.chart, f"{studies[0]}.json")
 
-    def shown(content: Row) -> Tables:
+    def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         if len(cells := module.table(content)):
             yield f"{min(MOST, len(cells))} of {len(cells)} rows of `{studies[0]}.json`:", cells.head(MOST)
 
@@ -79,24 +83,18 @@ QUESTIONS = {
     "streams": ("How accurate are the updates?", streams, "streams", "forms"),
     "accuracy": ("How close are low-rank factors to exact ones in training?", accuracy, "accuracy"),
 }
-PAGES = {name: asked(name, *about) for name, about in QUESTIONS.items()}
 COURSES = ("Test accuracy against steps, a panel for each task", expand_reduce.draw)
-PAGES |= {
-    "defaults": Page(("defaults",), lambda content: "", {}, defaults.shown, heading="####"),
-    "expand-reduce": Page(
-        ("expand-reduce",), lambda content: "", {"expand-reduce": COURSES}, expand_reduce.shown, heading="####"
-    ),
-    "kfac-study": Page(
-        ("kfac-study",),
-        kfac_page.answer,
-        {
-            "kfac-study": ("Seconds over steps to the target, as multiples of AdamW's", kfac_page.draw),
-            "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
-            "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
-        },
-        kfac_page.shown,
-        heading="##",
-    ),
+OF_KFAC = {
+    "kfac-study": ("Seconds over steps to the target, as multiples of AdamW's", kfac_page.draw),
+    "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
+    "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
+}
+UNASKED = lambda content: ""
+PAGES = {
+    **{name: asked(name, *about) for name, about in QUESTIONS.items()},
+    "defaults": Page(("defaults",), UNASKED, {}, defaults.shown, heading="####"),
+    "expand-reduce": Page(("expand-reduce",), UNASKED, {"expand-reduce": COURSES}, expand_reduce.shown, heading="####"),
+    "kfac-study": Page(("kfac-study",), kfac_page.answer, OF_KFAC, kfac_page.shown, heading="##"),
 }
 
 
@@ -106,6 +104,11 @@ def machines_of(folder: Path) -> Machines:
         if "gpu" in studies:
             studies["gpu"] = frame.roofline(studies["gpu"])
     return found
+
+
+def first(study: str, machines: Machines) -> list[Row]:
+    """Return the file of a study on the first machine that has it, or nothing."""
+    return [found[study] for found in machines.values() if study in found][:1]
 
 
 # --- Blocks of pages. Their links are as seen from docs/.
@@ -119,9 +122,8 @@ def of_page(name: str, machines: Machines) -> Iterator[str]:
         content = found[page.studies[0]]
         if len(measured) > 1:
             yield f"## {place(content['facts'])}\n"
-        said = answered(name, found)
-        yield said
-        if seen(page, content):
+        yield page.answered(content)
+        if page.seen(content):
             yield from (pages.picture(drawn, machine, words) for drawn, (words, _) in page.drawn.items())
         for title, cells in [*page.shown(content), *(settings_of(content) if page.heading else [])]:
             yield f"{page.heading} {title}".strip() + f"\n\n{markdown(cells)}"
@@ -133,7 +135,7 @@ def of_page(name: str, machines: Machines) -> Iterator[str]:
         yield NOTHING
 
 
-def settings_of(content: Row) -> Tables:
+def settings_of(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the settings of a study, those of its tasks in a table of their own."""
     own = {name: value for name, value in content["settings"].items() if name != "tasks"}
     yield "The settings", pd.DataFrame({"setting": list(own), "value": list(own.values())})
@@ -141,27 +143,16 @@ def settings_of(content: Row) -> Tables:
         yield "The tasks", pd.DataFrame(content["settings"]["tasks"])
 
 
-def seen(page: Page, content: Row) -> bool:
-    """Say whether there is enough for pictures."""
-    return bool(page.answer(content) if page.question else content.get("runs"))
-
-
-def answered(name: str, found: dict[str, Row]) -> str:
-    page = PAGES[name]
-    content = found[page.studies[0]]
-    return f"{page.answer(content) or TOO_LITTLE * bool(page.question)}{pages.caveats(content['facts'])}\n"
-
-
 def overview(machines: Machines) -> Iterator[str]:
     """Yield all questions with their answers on the first machine that has one."""
     for name in QUESTIONS:
-        study = PAGES[name].studies[0]
-        yield f"## [{PAGES[name].question}]({FOLDER}/{name}.md)\n"
-        measured = [found for found in machines.values() if study in found][:1]
-        yield from (
-            f"{answered(name, found)}\n`{study}.json`, {shortly(found[study]['facts'])}.\n" for found in measured
-        )
-        yield from [] if measured else [NOTHING]
+        page = PAGES[name]
+        yield f"## [{page.question}]({FOLDER}/{name}.md)\n"
+        said = [
+            f"{page.answered(content)}\n`{page.studies[0]}.json`, {shortly(content['facts'])}.\n"
+            for content in first(page.studies[0], machines)
+        ]
+        yield from said or [NOTHING]
 
 
 # --- Blocks with one table, each of one study
@@ -169,10 +160,9 @@ def overview(machines: Machines) -> Iterator[str]:
 
 def demo(content: Row) -> pd.DataFrame:
     """Return B-KFAC beside what people use."""
-    target = f"{100 * content['settings']['target']:g} %"
-    names = {"accuracy, %": "test accuracy, %", "steps": f"steps to {target}", "memory": "memory / dense factors"}
-    trained = summary.training(content)
-    trained = trained[trained["method"].isin(["AdamW", "K-FAC", "B-KFAC"])]
+    trained = summary.training(content).query("method in ['AdamW', 'K-FAC', 'B-KFAC']")
+    target = f"steps to {100 * content['settings']['target']:g} %"
+    names = {"accuracy, %": "test accuracy, %", "steps": target, "memory": "memory / dense factors"}
     return trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names)
 
 
@@ -203,31 +193,23 @@ TABLES: dict[str, tuple[str, str, Callable[[Row], pd.DataFrame]]] = {
 def of_table(name: str, machines: Machines) -> Iterator[str]:
     """Yield a table of the first machine that has its study."""
     target, study, table = TABLES[name]
-    for content in [found[study] for found in machines.values() if study in found][:1]:
+    for content in first(study, machines):
         yield markdown(table(content))
         yield f"`make {target}`, {shortly(content['facts'])} (`{study}.json`).{pages.caveats(content['facts'])}"
 
 
-# By mark.
-BLOCKS: dict[str, Callable[[Machines], Iterator[str]]] = {
-    "overview": overview,
-    **{name: partial(of_page, name) for name in PAGES},
-    **{name: partial(of_table, name) for name in TABLES},
-}
-
-
-def made(match: re.Match[str], machines: Machines, above: str) -> str:
-    """Return a block made anew, on a page that is so far below docs/."""
-    text = "\n".join(BLOCKS[match[2]](machines)).strip() or NOTHING.strip()
-    return f"{match[1]}\n{LINK.sub(f']({above}', text)}\n\n{match[3]}"
+def block(name: str, machines: Machines) -> Iterator[str]:
+    """Return what stands between the marks of this name."""
+    if name == "overview":
+        return overview(machines)
+    return (of_page if name in PAGES else of_table)(name, machines)
 
 
 def quoted(match: re.Match[str], machines: Machines) -> str:
     """Return a mark with its number: the largest of the column in the rows that have these entries."""
     mark, study, table, entries, column, _ = match.groups()
     wanted = [entry.partition("=")[::2] for entry in entries.split("; ")]
-    contents = [found[study] for found in machines.values() if study in found][:1]
-    rows = [row for content in contents for row in content.get(table, [])]
+    rows = [row for content in first(study, machines) for row in content.get(table, [])]
     values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
     return mark + (f"{float(f'{max(values):.3g}'):g}" if values else "–")
@@ -266,8 +248,12 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
     """Yield every page and CSV file with what it has to say; README lies beside the folder of the pages."""
     for path in filter(Path.exists, (docs.parent / "README.md", *docs.rglob("*.md"))):
         above = "../" * (len(path.relative_to(docs).parts) - 1) if docs in path.parents else ""
-        block = partial(made, machines=machines, above=above)
-        text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
+
+        def made(match: re.Match[str], above: str = above) -> str:
+            text = "\n".join(block(match[2], machines)).strip() or NOTHING.strip()
+            return f"{match[1]}\n{LINK.sub(f']({above}', text)}\n\n{match[3]}"
+
+        text = BLOCK.sub(made, path.read_text(encoding="utf-8"))
         yield path, QUOTE.sub(partial(quoted, machines=machines), text)
     for study in {study for page in PAGES.values() for study in page.studies}:
         for machine, found in machines.items():
@@ -280,7 +266,7 @@ def drawn(machines: Machines, docs: Path) -> Iterator[tuple[str, Row, Path, pict
     for machine, found in machines.items():
         for page in PAGES.values():
             content = found.get(page.studies[0], {})
-            for name, (_, draw) in page.drawn.items() if content and seen(page, content) else ():
+            for name, (_, draw) in page.drawn.items() if content and page.seen(content) else ():
                 yield name, content, docs / pages.PICTURES / machine, draw
 
 

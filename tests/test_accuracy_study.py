@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import brandla
-from bench.studies.accuracy import QUICK
-from bench.studies.accuracy_parts import Decomposed, Kept, Tracker, observations, step_errors, trackers
+from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
 from oracles import updated
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
@@ -34,11 +33,11 @@ def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do() -> None:
 
 def test_the_columns_are_those_of_the_weights_gradient() -> None:
     """∂W of the mean loss over k samples is G Aᵀ of the columns over √k each."""
-    one = next(observations(TINY, 96, 0))
-    a, g = one.columns["inputs"], one.columns["gradients"]
+    factors, gradient = next(observations(TINY, 96, 0))
+    a, g = factors["inputs"], factors["gradients"]
     assert (a.shape, g.shape) == ((97, 24), (96, 24))
     torch.testing.assert_close(a[-1], torch.full((24,), 24**-0.5))
-    torch.testing.assert_close(one.gradient, g @ a.mT)
+    torch.testing.assert_close(gradient, g @ a.mT)
 
 
 def test_errors_are_those_of_their_definitions() -> None:
@@ -64,20 +63,20 @@ def test_errors_are_those_of_their_definitions() -> None:
 
 
 def test_the_step_is_compared_with_that_of_the_true_factors() -> None:
-    settings, exact = replace(TINY, rank=3), []
-    for n in (20, 25):
+    settings, exact = replace(TINY, rank=3), {}
+    for side, n in (("gradients", 20), ("inputs", 25)):
         one = columns(n, 9, n).double()
-        exact.append(Decomposed(one @ one.mT, settings))
+        exact[side] = Decomposed(one @ one.mT, settings)
     gradient = columns(20, 25, 1)
-    whole = [one.best(len(one.values)) for one in exact]
+    whole = {side: one.best(len(one.values)) for side, one in exact.items()}
     # acos loses half of the digits at 1.
     assert step_errors(gradient, exact, whole) == pytest.approx({"step error": 0, "step angle": 0}, abs=1e-5)
-    own = step_errors(gradient, exact, [one.best(3) for one in exact])
+    own = step_errors(gradient, exact, {side: one.best(3) for side, one in exact.items()})
     g, a = (
         torch.linalg.inv(one.best(3).dense() + one.damping * torch.eye(len(one.values), dtype=torch.float64))
-        for one in exact
+        for one in exact.values()
     )
-    taken, right = g @ gradient.double() @ a, exact[0].inverse @ gradient.double() @ exact[1].inverse
+    taken, right = g @ gradient.double() @ a, exact["gradients"].inverse @ gradient.double() @ exact["inputs"].inverse
     assert own["step error"] == pytest.approx(float((taken - right).norm() / right.norm()), rel=1e-9)
     cosine = (taken * right).sum() / (taken.norm() * right.norm())
     assert own["step angle"] == pytest.approx(float(torch.rad2deg(torch.acos(cosine))), rel=1e-9)

@@ -20,7 +20,6 @@ from bench import report
 from bench.frame import pictures, results
 from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
 from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, roofline, scaling, streams
-from brandla.demo.frame import Tick
 from brandla_kernels import OPS
 
 LAYOUT = pictures.ConstrainedLayoutEngine
@@ -170,7 +169,7 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     content["runs"] = [*whole, *started]
     content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert "**Interrupted**" in report.answered("accuracy", {"accuracy": content})
+    assert "**Interrupted**" in report.PAGES["accuracy"].answered(content)
     answer = run(accuracy, "--resume", "--out", str(tmp_path))
     assert answer.exit_code == 0, answer.output
     taken_up = results.read(tmp_path)["accuracy"]
@@ -202,16 +201,18 @@ def test_a_run_is_short_or_long(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
-    def stopped(settings: Any, device: Any) -> list[Piece]:
-        def measure(tables: Tables, tick: Tick) -> Iterator[Row]:
+    def stopped(settings: Any, device: Any, tables: Tables) -> list[Piece]:
+        def measure() -> Iterator[Row]:
             yield {"step": 1}
             signal.raise_signal(signal.SIGINT)
 
-        *whole, last = [Piece("runs", {"seed": seed}, 1.0, lambda *_: [{"step": 1}]) for seed in range(3)]
+        *whole, last = [Piece("runs", {"seed": seed}, lambda: [{"step": 1}]) for seed in range(3)]
         return [*whole, last._replace(measure=measure)]
 
-    study = Study("toy", {"quick": None}, stopped, lambda content: [])
+    study = Study("toy", {"quick": None}, stopped)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     answer = CliRunner().invoke(command(study, "A study."), ["--quick", "--out", str(tmp_path)])
+    signal.signal(signal.SIGINT, before)
     assert answer.exit_code == INTERRUPTED
     assert "--resume goes on" in answer.output
     found = results.read(tmp_path)["toy"]
@@ -223,9 +224,9 @@ def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
     ("module", "tables"), [(streams, ("right_vectors", "dying_out")), (forms, ("losses", "streams"))]
 )
 def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, ...]) -> None:
-    pieces = module.pieces(True, None)
+    pieces = list(module.pieces(True, None, {}))
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
-    rows = {piece.table: [{**piece.key, **row} for row in piece.measure({}, lambda share: None)] for piece in chosen}
+    rows = {piece.table: [{**piece.key, **row} for row in piece.measure()] for piece in chosen}
     shown = dict(module.STUDY.shown(rows))
     assert len(shown) == len(tables)
     text = "".join(cells.to_string() for cells in shown.values())

@@ -192,7 +192,7 @@ def toy_trainer(rate: float = 0.1) -> Any:
 
 def run_of(trainer: Any, task: Task, fashion: Path, steps: int = 6) -> Row:
     parts = task.data(fashion, "cpu", None)[:2]
-    return kfac_images.train(trainer, task, parts, steps, task.seconds, 0, TINY, lambda share: None)
+    return kfac_images.train(trainer, replace(task, steps=steps), parts, 0, TINY)
 
 
 def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -> None:
@@ -239,8 +239,7 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
     samples = TASK.data(fashion, "cpu", None)
 
     def call(task: Task, point: int, tables: dict[str, list[Row]]) -> Row:
-        cube = points(TINY)
-        return next(kfac_images.tried(task, METHODS[0], point, TINY, samples, tables, lambda share: None, cube))
+        return kfac_images.tried(task, METHODS[0], point, TINY, lambda task: samples, tables)[0]
 
     hopeless = replace(TASK, target=2.0)
     assert call(hopeless, 0, {})["steps"] == 6
@@ -255,7 +254,7 @@ def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
     expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
     for name, row in expected.items():
-        assert list(kfac_images.cost_of(BY_NAME[name], 16, replace(TINY, cost_seconds=1.0), "cpu")) == [row]
+        assert list(kfac_images.cost_of(16, BY_NAME[name], replace(TINY, cost_seconds=1.0), "cpu")) == [row]
 
 
 def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +271,7 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(kfac_images, "timed", timed)
-    (row,) = kfac_images.cost_of(BY_NAME["K-FAC"], 16, TINY, "cpu")
+    (row,) = kfac_images.cost_of(16, BY_NAME["K-FAC"], TINY, "cpu")
     assert row["renewing"] > 0
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 
@@ -290,7 +289,7 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]
     facts = {"cpu": "toy", "cores": 2, "threads": 2, "versions": {}, "date": "", "quick": False}
     content = {"facts": facts, "settings": asdict(TINY), "runs": runs, "costs": costs}
-    found = kfac_page.summary(content, TASK)
+    found = kfac_page.summaries(content)[TASK]
     assert found.loc["AdamW", ["runs", "reached", "step mean", "step min", "step max"]].tolist() == [2, 2, 3, 2, 4]
     assert math.isnan(kfac_page.over_base(found, "step")["SGD"])
     rows = kfac_page.cells_of(found).set_index("method")

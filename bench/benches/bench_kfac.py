@@ -24,11 +24,11 @@ from bench.frame.figures import read, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
 from bench.frame.samples import CLASSES, mnist, standardised
-from bench.studies.networks import seeded, two_hidden
+from bench.studies.networks import two_hidden
 from bench.studies.peers import Maker, maker
 from brandla.demo import data
-from brandla.demo.data import Parts, Split
-from brandla.demo.training import Trainer, follow
+from brandla.demo.data import Parts, Split, seeded
+from brandla.demo.studies import Trainer, follow
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
 Step = Callable[[], None]
@@ -245,13 +245,11 @@ def train(
     kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07, **options)
     trainer = Trainer(model, kind(model.parameters(), rate), kfac)
-    run: dict[str, Any] = {}
-    batches, judge = data.batches(training, setting.batch, most, seed), lambda model: data.accuracy(model, judged)
-    for _ in follow(run, trainer, batches, judge, 1):
-        if run["evaluations"][-1]["accuracy"] >= TARGET:
-            break
+    batches = data.batches(training, setting.batch, most, seed)
+    judge, reached = lambda model: {"accuracy": data.accuracy(model, judged)}, lambda look: look["accuracy"] >= TARGET
+    run = follow(trainer, batches, judge, range(1, most + 1), until=reached)
     looks = run["evaluations"]
-    needed = looks[-1] if looks[-1]["accuracy"] >= TARGET else {"step": inf, "seconds": inf}
+    needed = looks[-1] if reached(looks[-1]) else {"step": inf, "seconds": inf}
     score = fmean(look["accuracy"] for look in looks)
     return {"steps": needed["step"], "seconds": needed["seconds"], "step": median(run["milliseconds"]), "score": score}
 

@@ -1,7 +1,6 @@
 """What a result was measured on."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.li
 
 def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
     """Return machine, GPU where it is measured, versions, threads, date, the commit and whether the sources differ."""
-    git = lambda *words: _said("git", "-C", str(ROOT), *words)
-    changes = git("status", "--porcelain", "--", *SOURCES)
-    about = {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
-    return machine.facts(PACKAGES) | about | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
+    return machine.facts(PACKAGES, SOURCES) | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
 
 
 def gpu_facts() -> dict[str, Any]:
     """Return the GPU, with its state as nvidia-smi says it; None where it does not."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    said = _said("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
+    said = machine.said("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
     return {
         "name": properties.name,
         "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
@@ -54,25 +50,16 @@ def shortly(found: dict[str, Any]) -> str:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    gpu, name = found.get("gpu"), []
+    gpu, words = found.get("gpu"), []
     if gpu:
         driver = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
-        name = [f"{gpu['name']} ({gpu['architecture']}), {driver}"]
+        words = [f"{gpu['name']} ({gpu['architecture']}), {driver}"]
     about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return "; ".join([*name, about, versions, commit_of(found), found["date"]])
+    return "; ".join([*words, about, versions, commit_of(found), found["date"]])
 
 
 def commit_of(found: dict[str, Any]) -> str:
     if not found.get("commit"):
         return "no commit"
     return f"commit {found['commit'][:12]}" + (" with uncommitted changes" if found["modified"] else "")
-
-
-def _said(*command: str) -> str | None:
-    """Return what a command printed; None where there is no such command, or it failed."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()

@@ -6,7 +6,7 @@ Each file carries a digest of what it shows, so that a check can tell a picture 
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ THEMES = (
     Theme("dark", "#1e2129", "#ececec", "#a0a4ad", dark=True),
 )
 Draw = Callable[[Row, Theme], Figure]
+Colours = Mapping[str, tuple[str, str]]  # on light pages and on dark ones
 # Okabe and Ito's palette, which colour-blind readers tell apart, then further hues; each lighter for dark pages.
 PALETTE = (
     *(("#0072b2", "#4db2ee"), ("#d55e00", "#ff8f40"), ("#009e73", "#2fd3a5"), ("#cc79a7", "#e49cc8")),
@@ -56,29 +57,30 @@ PALETTE = (
 )
 
 
-def write(name: str, study: Row, folder: Path, draw: Draw) -> list[Path]:
-    """Draw a study, once for each theme, and return the paths."""
+def write(name: str, study: Row, folder: Path, draw: Draw) -> None:
+    """Draw a study, once for each theme."""
     folder.mkdir(parents=True, exist_ok=True)
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10}
+    grid = {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "grid.linewidth": 0.7}
     metadata = {DIGEST: digest(study), "Software": None}
     for theme in THEMES:
-        style = dict.fromkeys(inked, theme.text) | {"axes.edgecolor": theme.faint, "axes.facecolor": theme.background}
-        with rc_context(plain | style | {"grid.alpha": 0.25, "grid.color": theme.faint}):
+        style = dict.fromkeys(inked, theme.text) | dict.fromkeys(("axes.edgecolor", "grid.color"), theme.faint)
+        with rc_context(plain | grid | style | {"axes.facecolor": theme.background}):
             figure = draw(study, theme)
             figure.savefig(path(name, theme, folder), facecolor=theme.background, dpi=DOTS, metadata=metadata)
-    return [path(name, theme, folder) for theme in THEMES]
 
 
-def stale(name: str, study: Row, folder: Path) -> list[Path]:
-    """Return the pictures that are missing or show other figures."""
+def stale(name: str, study: Row, folder: Path) -> bool:
+    """Say whether a picture is missing or shows other figures."""
 
     def carried(picture: Path) -> str | None:
+        if not picture.exists():
+            return None
         with Image.open(picture) as image:
             return image.info.get(DIGEST)
 
-    wanted, paths = digest(study), (path(name, theme, folder) for theme in THEMES)
-    return [one for one in paths if not one.exists() or carried(one) != wanted]
+    return any(carried(path(name, theme, folder)) != digest(study) for theme in THEMES)
 
 
 def path(name: str, theme: Theme, folder: Path) -> Path:
@@ -94,33 +96,27 @@ def digest(study: Row) -> str:
 
 
 def panels(
-    heights: Sequence[float], study: Row, words: str, theme: Theme, width: float = WIDTH
+    study: Row, words: str, theme: Theme, *about: tuple[str, str, float], width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
-    """Return a column of panels of these heights in inches, signed with what was measured on what."""
-    found = study["facts"]
+    """Return a column of panels, each by its title, a line below that and its inches, signed with what was measured."""
+    found, heights = study["facts"], [height for *_, height in about]
     state = "; short run: means nothing" if found["quick"] else ""
-    about = shortly(found) + state + ("; interrupted" if found.get("interrupted") else "")
-    lines = [line for text in (words, about) for line in textwrap.wrap(text, int(15 * width))]
+    signed = shortly(found) + state + ("; interrupted" if found.get("interrupted") else "")
+    lines = [line for text in (words, signed) for line in textwrap.wrap(text, int(15 * width))]
     foot = (0.16 + 0.17 * len(lines)) / sum(heights)
     layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, foot, 1, 1 - foot))
     figure = Figure(figsize=(width, sum(heights)), layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     figure.text(0.01, 0.05 / sum(heights), "\n".join(lines), fontsize=8, color=theme.faint, va="bottom")
-    for axis in axes:
-        axis.grid(visible=True, linewidth=0.7)
-        axis.set_axisbelow(True)
+    for axis, (title, below, _) in zip(axes, about, strict=True):
+        axis.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20 if below else 8)
+        axis.text(0, 1.02, below, transform=axis.transAxes, fontsize=9, color=theme.faint, va="bottom")
     return figure, list(axes)
 
 
-def titled(axis: Axes, title: str, below: str, theme: Theme) -> None:
-    """Set a title, with the details in a line below it."""
-    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20 if below else 8)
-    axis.text(0, 1.02, below, transform=axis.transAxes, fontsize=9, color=theme.faint, va="bottom")
-
-
-def legend(axis: Axes, columns: int, handles: Iterable[Any] | None = None) -> None:
-    found = axis.get_legend_handles_labels()[0] if handles is None else list(handles)
+def legend(axis: Axes, columns: int) -> None:
+    found = axis.get_legend_handles_labels()[0]
     style = {"fontsize": 9, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
     axis.legend(handles=found, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)
 
@@ -133,11 +129,15 @@ def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: 
     axis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
 
 
-def course(axis: Axes, values: pd.Series, name: str, colour: str, **style: Any) -> None:
-    """Draw the mean of what runs had at each step, which is the index, and its range."""
-    found = values.groupby(level=0).agg(["mean", "min", "max"])
-    axis.plot(found.index, found["mean"], color=colour, label=name, **style)
-    axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
+def curves(
+    axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style: Any
+) -> None:
+    """Draw of each column the mean at each place, which the index begins with, and its range; all not solid dashed."""
+    for name, values in table.items():
+        found = values.dropna().groupby(level=0).agg(["mean", "min", "max"])
+        colour, dashes = theme.colour(*colours[name]), "-" if name in solid else (0, (4, 1.5))
+        axis.plot(found.index, found["mean"], color=colour, label=name, linestyle=dashes, **style)
+        axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
 
 
 # --- Bars
@@ -161,8 +161,7 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     """Draw a bar below each label, with its value at its end."""
     title, below, values, others, unit = chart(study)
     values = values.dropna()
-    figure, (axis,) = panels([1.2 + 0.46 * len(values)], study, file, theme, NARROW)
-    titled(axis, title, below, theme)
+    figure, (axis,) = panels(study, file, theme, (title, below, 1.2 + 0.46 * len(values)), width=NARROW)
     largest, smallest = (values.max(), values.min()) if len(values) else (1.0, 0.0)
     spread = smallest > 0 and largest > WIDE * smallest
     # Room for the value at the end of the longest bar.

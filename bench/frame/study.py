@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -26,50 +27,35 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an inter
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the file, in place of the machine's own.")]
 
 
+def tabulated(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the name and the rows of each table, numbers with four digits."""
+    for table, rows in content.items():
+        if isinstance(rows, list) and rows:
+            yield table, pd.json_normalize(rows).map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
+
+
 @dataclass(frozen=True)
 class Study:
     """What a study varies, measures and draws."""
 
     name: str  # of the result file
     sizes: Mapping[str, Any]  # settings by "quick", "usual" and, where there is one, "full"
-    # What is measured with these settings on a device; see ``brandla.demo.frame.Piece``.
-    pieces: Callable[[Any, Device], Sequence[Piece]]
+    # What is measured with these settings on a device; the tables hold the rows so far.
+    pieces: Callable[[Any, Device, Tables], Iterable[Piece]]
     # Titles and tables of the file's content, for the terminal.
-    shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
+    shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]] = tabulated
     derived: Callable[[Tables], Tables] = lambda tables: {}  # tables that follow from the measured ones
     threads: int = THREADS  # of torch and of NumPy's BLAS; one in a short run
 
 
-class Table(NamedTuple):
-    """A table whose rows differ in the values of some names, and what measures the rows of given values."""
-
-    title: str
-    names: tuple[str, ...]
-    values: Iterable[tuple[Any, ...]]
-    measure: Callable[..., Iterator[Row]]
-    cost: float = 1.0
-
-
-def pieces_of(tables: Mapping[str, Table], *settings: Any) -> list[Piece]:
-    """Return a piece for each set of values, measured with the settings."""
-    return [
-        Piece(
-            table,
-            dict(zip(each.names, values, strict=True)),
-            each.cost,
-            lambda *_, measure=each.measure, values=values: measure(*values, *settings),
-        )
-        for table, each in tables.items()
-        for values in each.values
-    ]
-
-
-def tabulated(tables: Mapping[str, Table], content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the rows of what has been measured, numbers with four digits."""
-    for table, each in tables.items():
-        if rows := content.get(table):
-            cells = pd.json_normalize(rows)
-            yield each.title, cells.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
+def each(
+    table: str, names: tuple[str, ...], values: Iterable[Any], measure: Callable[..., Iterable[Row]], *about: Any,
+    cost: Callable[..., float] | float = 1.0,
+) -> Iterator[Piece]:  # fmt: skip
+    """Yield a piece for each set of values of the names, measured with what it is about; some values have names."""
+    for value in values:
+        key = {name: getattr(one, "name", one) for name, one in zip(names, value, strict=True)}
+        yield Piece(table, key, partial(measure, *value, *about), cost(*value) if callable(cost) else cost)
 
 
 def command(study: Study, about: str | None) -> typer.Typer:
@@ -78,7 +64,7 @@ def command(study: Study, about: str | None) -> typer.Typer:
 
     @app.command(help=about)
     def main(quick: Quick = False, full: Full = False, resume: Resume = False, out: Out = None) -> None:
-        conduct(study, settings_of(study, quick=quick, full=full), quick=quick, full=full, resume=resume, out=out)
+        conduct(study, quick, full, resume, out)
 
     return app
 
@@ -88,16 +74,14 @@ def application(about: str | None) -> typer.Typer:
     return typer.Typer(help=about, add_completion=False, pretty_exceptions_enable=False)
 
 
-def settings_of(study: Study, *, quick: bool, full: bool) -> Any:
-    """Return the settings of a length."""
+def conduct(
+    study: Study, quick: bool, full: bool, resume: bool, out: Path | None, part: Callable[[Any], Any] = lambda of: of
+) -> None:
+    """Measure what is missing of the settings, or of a part of them; write the file, and print the tables."""
     if quick and full:
         message = "a run is short or long: leave out --quick or --full"
         raise typer.BadParameter(message)
-    return study.sizes["quick" if quick else "full" if full and "full" in study.sizes else "usual"]
-
-
-def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: bool, out: Path | None) -> None:
-    """Measure what is missing; write the file, and print the tables."""
+    settings = part(study.sizes["quick" if quick else "full" if full and "full" in study.sizes else "usual"])
     console, start = Console(highlight=False), time.monotonic()
     # A short run leaves room for what else the machine does.
     torch.set_num_threads(1 if quick else study.threads)
@@ -105,13 +89,15 @@ def conduct(study: Study, settings: Any, *, quick: bool, full: bool, resume: boo
     device = device_of(quick)
     machine = machine_of(device)
     path = (out or results.folder_of(machine)) / f"{study.name}.json"
-    pieces, kept = study.pieces(settings, device), plain(asdict(settings)) if is_dataclass(settings) else {}
-    tables, seconds = _taken_up(pieces, kept, machine, path) if resume and path.exists() else ({}, 0.0)
+    kept, tables, seconds = plain(asdict(settings)) if is_dataclass(settings) else {}, {}, 0.0
+    pieces = list(study.pieces(settings, device, tables))
+    if resume and path.exists():
+        seconds = _take_up(tables, pieces, kept, machine, path)
     with threadpool_limits(torch.get_num_threads()):
         stopped = run(pieces, tables, console)
     about = {"seconds": seconds + time.monotonic() - start, "full": full, "interrupted": stopped or False}
-    content = plain({"settings": kept, **tables, **study.derived(tables)})
-    results.write(study.name, plain(machine | about), content, path.parent)
+    content = {"settings": kept, **tables, **study.derived(tables)}
+    results.write(study.name, machine | about, content, path.parent)
     content = results.read(path.parent)[study.name]
     for title, cells in study.shown(content):
         pages.show(pages.on_terminal(cells, title), console)
@@ -126,8 +112,8 @@ def machine_of(device: Device) -> Row:
     return facts(device.dry, gpu=device.tensors.type == "cuda")
 
 
-def _taken_up(pieces: Sequence[Piece], settings: Row, machine: Row, path: Path) -> tuple[Tables, float]:
-    """Return the rows of a file of this study, without those of the piece that was interrupted, and its seconds."""
+def _take_up(tables: Tables, pieces: Sequence[Piece], settings: Row, machine: Row, path: Path) -> float:
+    """Add the rows of a file of this study, without those of the piece that was interrupted; return its seconds."""
     begun = results.read(path.parent)[path.stem]
     before = begun["facts"]
     wrong = "has other settings" if begun["settings"] != settings else ""
@@ -136,8 +122,7 @@ def _taken_up(pieces: Sequence[Piece], settings: Row, machine: Row, path: Path) 
     if wrong:
         message = f"{path.name} {wrong}; move it away"
         raise typer.BadParameter(message, param_hint="--resume")
-    tables: Tables = {}
     for piece in pieces:
         if piece.words != before["interrupted"]:
             tables.setdefault(piece.table, []).extend(filter(piece.owns, begun.get(piece.table, [])))
-    return tables, before["seconds"]
+    return before["seconds"]

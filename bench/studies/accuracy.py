@@ -1,24 +1,73 @@
 """How far each way of keeping a factor's decomposition is from the factor, over a training run, at equal cost.
 
-Run by ``make study-accuracy``. A run is a width and a seed.
+Run by ``make study-accuracy``. A run is a width and a seed. A factor is M ← ρM + wAAᵀ. The dense average, which all but
+the three B keep, is the same for all and kept once. ``docs/measurements/accuracy.md`` lists the trackers.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
 
+import brandla
+from bench.benches import problems, timing
 from bench.frame import pictures
-from bench.frame.pictures import Theme
+from bench.frame.pictures import THEMES, Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
-from bench.studies import accuracy_parts as parts
-from bench.studies.accuracy_parts import BEST, FACTORS, Settings
-from brandla.demo.frame import Tick
+from brandla.correction import ritz_correct
+from brandla.demo import data
+from brandla.demo.studies import observed
+from brandla_kernels import gram_ema_
 from tests.oracles import updated
+
+Factor = brandla.LowRankEigh | brandla.LowRankRoot
+FACTORS = ("inputs", "gradients")
+# Each with the kind of factor that it keeps.
+UPDATES = {
+    "brand": problems.UPDATES["eigh_update"],
+    "root": problems.UPDATES["root_update"],
+    "cholesky": problems.UPDATES["root_update, cholesky"],
+}
+BEST = "best rank r"
+# ‖M − M̂‖₂ comes from Lanczos' iteration, whose eigenvalue is right to the square of this.
+LANCZOS = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One study. A run is a width and a seed; the widths are in order, so that an end in between leaves all seeds."""
+
+    widths: tuple[int, ...] = (512, 1024, 2048)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 300
+    # A prime that divides no period of a renewal, so that every age of a decomposition is looked at.
+    measure_every: int = 23
+    batch: int = 128  # k
+    rank: int = 64  # r
+    learning_rate: float = 1e-3
+    decay: float = 0.95  # ρ
+    damping: float = 0.03  # λ over the largest eigenvalue of the true factor
+    oversample: int = 10
+    power_iterations: int = 3
+    overwrite_every: int = 20  # steps between two overwrites of B-R
+    fraction: float = 0.5  # of its columns that B-C corrects
+    warmup: int = 40  # steps until the average has forgotten its start, 2/(1 − ρ); summaries begin after it
+    repeats: int = 15  # of the calls that are timed for the costs
+
+    @property
+    def measured(self) -> list[int]:
+        """Steps after which the trackers are compared with the truth."""
+        return list(range(self.measure_every, self.steps + 1, self.measure_every))
+
 
 USUAL = Settings()
 QUICK = Settings(widths=(192, 256), seeds=(0,), steps=14, measure_every=3, batch=48, rank=12, warmup=6, repeats=3)
@@ -39,53 +88,217 @@ MEASURES = {
 QUESTION = ("B-R", "RS")
 
 
-def pieces(settings: Settings, device: Device) -> list[Piece]:
-    """Return the costs at each width, and its runs; widths are in order, so that an end in between leaves all seeds."""
-
-    def costs(width: int) -> Piece:
-        return Piece("trackers", {"width": width}, 0.1, lambda *_: timed(settings, width))
-
-    def run(width: int, seed: int) -> Piece:
-        key = {"width": width, "seed": seed}
-        return Piece("runs", key, width**2 / 512**2, lambda tables, tick: measured(settings, width, seed, tables, tick))
-
-    return [piece for width in settings.widths for piece in (costs(width), *(run(width, s) for s in settings.seeds))]
+def pieces(settings: Settings, _: Device, tables: Tables) -> Iterator[Piece]:
+    """Yield the costs at each width, and its runs; widths are in order, so that an end in between leaves all seeds."""
+    for width in settings.widths:
+        yield Piece("trackers", {"width": width}, partial(timed, settings, width), 0.1)
+        for seed in settings.seeds:
+            measure = partial(measured, settings, width, seed, tables)
+            yield Piece("runs", {"width": width, "seed": seed}, measure, width**2 / 512**2, 10 * len(settings.measured))
 
 
 def timed(settings: Settings, width: int) -> Iterator[Row]:
     """Yield the trackers with their costs: once for all seeds."""
-    stream = islice(parts.observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
-    costs = parts.measure_costs(settings, [one.columns["inputs"] for one in stream])
-    for one in parts.trackers(settings, costs):
+    *seen, last = (
+        columns["inputs"]
+        for columns, _ in islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
+    )
+    # Every move is timed, in turn, on a factor that has seen all but the last of some columns.
+    kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
+    for step, columns in enumerate(seen, start=1):
+        kept.absorb(step, columns)
+    of = lambda move: kept.factors["root" if move in ("root", "cholesky") else "eigh"]
+    moves = {name: partial(move, of(name)) for name, move in kept.moves(last).items()}
+    seconds = timing.alternating(moves, settings.repeats)
+    costs = {name: 1e3 * timing.of_median(times).value for name, times in seconds.items()}
+    for one in trackers(settings, costs):
         yield {**vars(one), "milliseconds": one.cost(costs)}
 
 
-def measured(settings: Settings, width: int, seed: int, tables: Tables, tick: Tick) -> Iterator[Row]:
+def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Iterator[Row]:
     """Yield the errors of every tracker after each of the steps that are looked at."""
     keep = ("name", "update", "renewal", "period")
     rows = [row for row in tables["trackers"] if row["width"] == width]
-    chosen = [parts.Tracker(**{name: row[name] for name in keep}) for row in rows]
+    chosen = [Tracker(**{name: row[name] for name in keep}) for row in rows]
     sizes = {"inputs": width + 1, "gradients": width}
     truths = {name: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for name in FACTORS}
-    kept = {name: parts.Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
-    for one in parts.observations(settings, width, seed):
+    kept = {name: Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
+    for step, (columns, gradient) in enumerate(observations(settings, width, seed), start=1):
         for name in FACTORS:
-            truths[name] = updated(truths[name], one.columns[name], settings.decay, 1 - settings.decay)
-            kept[name].absorb(one.step, one.columns[name])
-        if one.step in settings.measured:
-            exact = {name: parts.Decomposed(truths[name], settings) for name in FACTORS}
+            truths[name] = updated(truths[name], columns[name], settings.decay, 1 - settings.decay)
+            kept[name].absorb(step, columns[name])
+        if step in settings.measured:
+            exact = {name: Decomposed(truths[name], settings) for name in FACTORS}
             candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
             candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
             for tracker, factors in candidates.items():
-                yield {"step": one.step, "tracker": tracker, **errors(exact, factors, one.gradient)}
-        tick(1 / settings.steps)
+                row: Row = {"step": step, "tracker": tracker}
+                for name in FACTORS:
+                    row |= {f"{name} {of}": value for of, value in exact[name].errors(factors[name]).items()}
+                yield row | step_errors(gradient, exact, factors)
 
 
-def errors(exact: dict[str, parts.Decomposed], factors: dict[str, Any], gradient: Any) -> Row:
-    """Return the errors of both factors, and of the step taken by them."""
-    found = {f"{name} {of}": value for name in FACTORS for of, value in exact[name].errors(factors[name]).items()}
-    both = ([part[name] for name in ("gradients", "inputs")] for part in (exact, factors))
-    return found | parts.step_errors(gradient, *both)
+# --- The trackers and their costs
+
+Costs = dict[str, float]  # milliseconds of each move, for one factor: "average", the updates and the renewals
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A way of keeping a factor: an update at every step or none, and a renewal every ``period`` steps or none."""
+
+    name: str
+    update: str | None
+    renewal: str | None
+    period: int
+
+    def cost(self, costs: Costs) -> float:
+        """Milliseconds of a step, the dense average included where it is needed."""
+        renewed = (costs["average"] + costs[self.renewal] / self.period) if self.renewal else 0.0
+        return renewed + (costs[self.update] if self.update else 0.0)
+
+    def due(self, step: int) -> bool:
+        """Say whether this step, of those counted from 1, ends with a renewal."""
+        return self.renewal is not None and (step - 1) % self.period == 0
+
+
+def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
+    """Return all trackers: B-R as it is set, and B-C, RS and SRE renewed as often as its cost pays for.
+
+    RS and SRE come once more with the period of B-R.
+    """
+    every = settings.overwrite_every
+    b_r = Tracker("B-R", "brand", "svd", every)
+    to_spend = b_r.cost(costs) - costs["average"]
+    # The shortest period that costs no more than this a step.
+    period = lambda renewal, left: max(1, math.ceil(costs[renewal] / left))
+    return [
+        Tracker("B", "brand", None, 0),
+        Tracker("B, root", "root", None, 0),
+        Tracker("B, no eigh", "cholesky", None, 0),
+        b_r,
+        Tracker("B-C", "brand", "correction", period("correction", to_spend - costs["brand"])),
+        Tracker("RS", None, "svd", period("svd", to_spend)),
+        Tracker("SRE", None, "eigh", period("eigh", to_spend)),
+        Tracker(f"RS every {every}", None, "svd", every),
+        Tracker(f"SRE every {every}", None, "eigh", every),
+    ]
+
+
+class Kept:
+    """The dense average of one factor, and what every tracker keeps of it."""
+
+    def __init__(self, settings: Settings, n: int, seed: int, chosen: list[Tracker]) -> None:
+        self._settings, self._trackers = settings, chosen
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dense = torch.zeros(n, n)
+        self.factors: dict[str, Any] = {
+            one.name: UPDATES[one.update or "brand"][1].zeros(n, settings.rank) for one in chosen
+        }
+
+    def moves(self, columns: Tensor) -> dict[str, Callable[[Any], Any]]:
+        """Return what may be done with new columns, each a function from a factor to the next.
+
+        They are taken into the dense average and into a factor; the average is decomposed as RS or SRE does; and a
+        random part of the columns of a factor is corrected.
+        """
+        settings, dense, generator = self._settings, self._dense, self._generator
+        average = {"decay": settings.decay, "weight": 1 - settings.decay}
+        options = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
+        decomposed = lambda decompose: decompose(dense, settings.rank, generator=generator, **options)
+        count = math.ceil(settings.fraction * settings.rank)
+        chosen = lambda: torch.randperm(settings.rank, generator=generator)[:count]
+
+        def by_svd(_: Any) -> Factor:
+            found = decomposed(brandla.randomized_svd)
+            return brandla.LowRankEigh(found.S, found.U)
+
+        return {
+            "average": lambda _: gram_ema_(dense, columns, **average),
+            **{name: partial(update, columns=columns, **average) for name, (update, _) in UPDATES.items()},
+            "svd": by_svd,
+            "eigh": lambda _: decomposed(brandla.randomized_eigh),
+            "correction": lambda factor: ritz_correct(factor, dense, chosen()),
+        }
+
+    def absorb(self, step: int, columns: Tensor) -> None:
+        moves = self.moves(columns)
+        moves["average"](None)
+        for one in self._trackers:
+            for move in filter(None, (one.update, one.renewal if one.due(step) else None)):
+                self.factors[one.name] = moves[move](self.factors[one.name])
+
+
+def observations(settings: Settings, width: int, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Train 64-width-width-10 with AdamW; yield at every step what comes to either factor of the middle Linear.
+
+    These are "inputs" (width + 1, k) with the bias' ones last, and "gradients" (width, k), over √k. Beside them is the
+    gradient of its weights (width, width + 1).
+    """
+    model = data.seeded(seed, data.mlp, 64, width, width, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+    stream = data.batches(data.load("cpu").training, settings.batch, settings.steps, seed)
+    for batch in stream:
+        inputs, gradients = observed(model, optimizer, batch)
+        yield {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT
+
+
+class Decomposed:
+    """M with its eigenpairs, and its damped inverse; λ is relative to its largest eigenvalue, whatever the tracker."""
+
+    def __init__(self, matrix: Tensor, settings: Settings) -> None:
+        values, vectors = torch.linalg.eigh(matrix)
+        self.matrix, self.values, self.vectors = matrix, values.flip(0).clamp_min(0), vectors.flip(1)
+        self.damping = settings.damping * float(self.values[0])
+        self.inverse = (self.vectors / (self.values + self.damping)) @ self.vectors.mT
+
+    def best(self, rank: int) -> brandla.LowRankEigh:
+        """Return the best approximation of this rank, in float64."""
+        return brandla.LowRankEigh(self.values[:rank], self.vectors[:, :rank])
+
+    def errors(self, factor: Factor) -> dict[str, float]:
+        """Return the relative errors of a tracker's factor.
+
+        Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
+        its basis does not hold.
+        """
+        values, vectors = eigenpairs(factor)
+        # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
+        inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
+        inverse.diagonal().add_(1 / self.damping)
+        difference = (vectors * values) @ vectors.mT - self.matrix
+        matvec = lambda x: (difference @ torch.from_numpy(x).view(-1)).numpy()
+        operator = LinearOperator(difference.shape, matvec=matvec, dtype="float64")
+        start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
+        outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
+        error = torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)
+        return {
+            "inverse": float(error),
+            "spectral": abs(float(largest)) / float(self.values[0]),
+            "trace": float(outside / self.values.sum()),
+        }
+
+
+def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
+    """Return d and U in float64."""
+    wide = type(factor)(*(part.double() for part in factor))
+    return wide.to_eigh() if isinstance(wide, brandla.LowRankRoot) else wide
+
+
+def step_errors(gradient: Tensor, exact: dict[str, Decomposed], factors: dict[str, Factor]) -> dict[str, float]:
+    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the step of the true factors, relative, and the degrees between.
+
+    Both are in float64.
+    """
+    sides, wide = ("gradients", "inputs"), gradient.double()
+    right = exact["gradients"].inverse @ wide @ exact["inputs"].inverse
+    pairs, dampings = [eigenpairs(factors[side]) for side in sides], [exact[side].damping for side in sides]
+    taken = brandla.kron_damped_solve(*pairs, wide, *dampings)
+    size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
+    cosine = ((right * taken).sum() / (size * own)).clamp(-1, 1)
+    error, angle = torch.linalg.matrix_norm(taken - right) / size, torch.rad2deg(torch.acos(cosine))
+    return {"step error": float(error), "step angle": float(angle)}
 
 
 # --- Summaries: medians over the steps after the warm-up, and their mean and range over the seeds
@@ -99,13 +312,6 @@ def settled(content: Row) -> pd.DataFrame:
     return runs[whole & (runs["step"] > content["settings"]["warmup"])]
 
 
-def quotients(content: Row, tracker: str, base: str) -> pd.DataFrame:
-    """Return one tracker's errors over another's, by width, seed and step."""
-    runs = settled(content).set_index(["width", "seed", "step"])
-    measures = list(MEASURES)
-    return runs.loc[runs["tracker"] == tracker, measures] / runs.loc[runs["tracker"] == base, measures]
-
-
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     medians = settled(content).groupby(["width", "seed", "tracker"])[list(MEASURES)].median()
     means = medians.groupby(["width", "tracker"]).mean()
@@ -115,10 +321,9 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         cells[MEASURES["step angle"]] = means.loc[width, "step angle"].map("{:.2g}°".format)
         own = about[(about["width"] == width) & about["name"].isin(cells.index)].set_index("name")
         cells.insert(0, "ms per step", own["milliseconds"].map("{:.3g}".format))
-        cells.insert(0, "renewed every", own["period"].where(own["renewal"].notna()).map("{:.0f}".format, "ignore"))
-        cells.loc[own.index, "renewed every"] = cells.loc[own.index, "renewed every"].fillna("never")
-        ordered = cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
-        yield f"Width {width}", ordered
+        every = own["period"].map("{:.0f}".format).where(own["renewal"].notna(), "never")
+        cells.insert(0, "renewed every", every)
+        yield f"Width {width}", cells.reindex([BEST, *own.index]).astype(object).fillna("").reset_index(names="tracker")
 
 
 # --- The page
@@ -128,11 +333,12 @@ COLUMNS = ["tracker", "renewed every", "ms per step", "inverse of A", "inverse o
 
 def answer(content: Row) -> str:
     """Return the step's error of B-R over that of RS at equal cost, at the largest width."""
-    found = quotients(content, *QUESTION)["step error"].dropna()
+    by_tracker = settled(content).pivot(index=["width", "seed", "step"], columns="tracker", values="step error")
+    found = by_tracker.reindex(columns=list(QUESTION)).dropna()
     if found.empty:
         return ""
     width = found.index.unique("width").max()
-    own = found.loc[width]
+    own = (found[QUESTION[0]] / found[QUESTION[1]]).loc[width]
     seeds = own.groupby("seed").median()
     return (
         f"At width {width} and equal cost the step of {QUESTION[0]} has {seeds.mean():.2f} ({seeds.min():.2f} to"
@@ -147,7 +353,7 @@ def table(content: Row) -> pd.DataFrame:
 
 
 SHOWN = ("B", "RS", "B-R", "B-C", "SRE", "B, root", "B, no eigh")
-COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
+COLOURS = {BEST: tuple(theme.faint for theme in THEMES)} | dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Figure:
@@ -155,15 +361,11 @@ def draw(content: Row, theme: Theme) -> Figure:
     settings, width = content["settings"], settled(content)["width"].max()
     runs = pd.DataFrame(content["runs"]).query("width == @width")
     words = f"accuracy.json; mean and range over {runs['seed'].nunique()} seeds"
-    figure, (axis,) = pictures.panels([4.6], content, words, theme, pictures.NARROW)
     below = f"width {width}, rank {settings['rank']}, {settings['batch']} columns a step"
-    pictures.titled(axis, "Relative error of the step", below, theme)
-    for name in (BEST, *COLOURS):
-        errors = runs[runs["tracker"] == name].set_index("step")["step error"]
-        colour = theme.faint if name == BEST else theme.colour(*COLOURS[name])
-        style: Row = {"linestyle": "--", "linewidth": 2} if name == BEST else {"linewidth": 1.6}
-        if len(errors):
-            pictures.course(axis, errors, name, colour, **style)
+    about = ("Relative error of the step", below, 4.6)
+    figure, (axis,) = pictures.panels(content, words, theme, about, width=pictures.NARROW)
+    errors = runs.pivot(index=["step", "seed"], columns="tracker", values="step error")
+    pictures.curves(axis, errors[[name for name in COLOURS if name in errors]], COLOURS, theme, SHOWN, linewidth=1.6)
     pictures.logarithmic(axis.yaxis, lambda value: f"{100 * value:g} %", subs=(1, 3))
     axis.set_xlabel("training step")
     pictures.legend(axis, 3)

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.frame.samples import shuffled, table, text
-from bench.frame.study import Piece, Row, Study, Table, command, pieces_of
+from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
-from bench.studies.networks import Graph, Transformer, letters_mlp, mlp, strided, two_hidden
-from brandla.demo.data import Split
-from brandla.demo.training import Trainer
+from bench.studies.networks import Graph, Transformer, letters_mlp, strided, two_hidden
+from brandla.demo.data import Split, mlp
+from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC
 
 # Of the samples that validate, the first so many do.
@@ -70,8 +70,17 @@ TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], n
 }
 
 
+def pieces(settings: Settings, device: Device, _: Tables) -> Iterator[Piece]:
+    """Return the runs of all tasks, seed by seed."""
+    tried = [
+        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
+    ]
+    values = [(task, *own, seed) for seed in settings.seeds for task in TASKS for own in tried]
+    return each("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
+
+
 def run(task: str, method: str, rate: float, seed: int, settings: Settings, device: str) -> Iterator[Row]:
-    """Yield the validation loss before a run and the least in it (None if it diverged); rates fall along a cosine."""
+    """Yield the validation loss before a run and the least in it (none if it diverged); rates fall along a cosine."""
     data, make, width, batch = TASKS[task]
     training, judged = (Split(*(part.to(device) for part in split)) for split in data())
     torch.manual_seed(seed)
@@ -95,53 +104,31 @@ def run(task: str, method: str, rate: float, seed: int, settings: Settings, devi
         if step % max(settings.steps // 10, 1) == 0:
             # Beside NaN the least so far stays.
             best = min(best, validated())
-    yield {"before": before, "loss": best if math.isfinite(best) else None}
-
-
-def pieces(settings: Settings, device: Device) -> list[Piece]:
-    """Return the runs of all tasks, seed by seed."""
-    tried = [
-        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
-    ]
-    values = [(task, *each, seed) for seed in settings.seeds for task in TASKS for each in tried]
-    runs = Table("Runs", ("task", "method", "rate", "seed"), values, run)
-    return pieces_of({"runs": runs}, settings, str(device.tensors))
-
-
-def means(content: Row) -> pd.DataFrame:
-    """Return mean losses over the seeds, infinite where one diverged: a row a task, a column a method and rate."""
-    runs = pd.DataFrame(content["runs"]).fillna({"loss": math.inf})
-    return runs.pivot_table("loss", "task", ["method", "rate"], sort=False)
-
-
-def reached(content: Row) -> pd.DataFrame:
-    """Return the share of what the best run of a task takes off its loss, for each method and rate."""
-    found, before = means(content), pd.DataFrame(content["runs"]).groupby("task")["before"].mean()
-    return found.rsub(before, axis=0).div(before - found.min(axis=1), axis=0)
+    yield {"before": before, "loss": best}
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield how often a rate for all tasks was enough, and the mean losses: untuned, and at the best of the rates."""
     if not content.get("runs"):
         return
-    shares = reached(content)
-    counted = {
-        "method": shares.columns.get_level_values("method"),
-        "rate": shares.columns.get_level_values("rate"),
-        f"tasks at {100 * SHARE:g} %": shares.ge(SHARE).sum().to_list(),
-        "median share": shares.median().clip(lower=0).map("{:.1%}".format).to_list(),
-        "least share": shares.min().clip(lower=0).map("{:.1%}".format).to_list(),
+    # Mean losses over the seeds, infinite where one diverged: a row a task, a column a method and rate.
+    runs = pd.DataFrame(content["runs"]).fillna({"loss": math.inf})
+    means = runs.pivot_table("loss", "task", ["method", "rate"], sort=False)
+    before = runs.groupby("task")["before"].mean()
+    # The share of what the best run of a task takes off its loss.
+    shares = means.rsub(before, axis=0).div(before - means.min(axis=1), axis=0)
+    percent = {"median share": shares.median(), "least share": shares.min()}
+    counted = {f"tasks at {100 * SHARE:g} %": shares.ge(SHARE).sum()} | {
+        name: share.clip(lower=0).map("{:.1%}".format) for name, share in percent.items()
     }
-    yield f"One rate for all {len(shares)} tasks", pd.DataFrame(counted)
-    cells = pd.DataFrame(index=means(content).index)
-    for method, own in means(content).T.groupby("method", sort=False):
-        first = own.loc[method, METHODS[method][0][0]]
-        cells[method] = first.map(_loss) + " / " + own.min().map(_loss)
-    yield "Validation loss, untuned / best rate", cells.reset_index()
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+    yield f"One rate for all {len(shares)} tasks", pd.DataFrame(counted).reset_index()
+    spell = lambda losses: losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–")
+    cells = {
+        method: spell(means[method, rates[0]]) + " / " + spell(means[method].min(axis=1))
+        for method, (rates, _) in METHODS.items()
+        if method in means
+    }
+    yield "Validation loss, untuned / best rate", pd.DataFrame(cells).reset_index()
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

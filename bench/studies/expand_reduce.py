@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from itertools import product
+from statistics import fmean
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -17,16 +19,15 @@ from torch import nn
 from bench.frame import pictures
 from bench.frame.pictures import Theme
 from bench.frame.samples import FOLDER, fashion, standardised
-from bench.frame.study import Piece, Row, Study, command
+from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies import kfac_page
-from bench.studies.kfac_methods import OPTIMIZERS, Numbers, points, spread
+from bench.studies.kfac_methods import OPTIMIZERS, points, spread
 from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
-from bench.studies.networks import Graphs, Nodes, ViT, seeded
+from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
-from brandla.demo.data import Parts, Split
-from brandla.demo.frame import Tables, Tick
-from brandla.demo.training import Trainer
+from brandla.demo.data import Split, seeded
+from brandla.demo.studies import Trainer, follow
 from brandla.kfac import KFAC, Exact
 
 DIGITS, FASHION = "digits", "fashion-mnist"
@@ -77,15 +78,8 @@ USUAL = Settings(
 )
 OF_FASHION = Task("ViT, Fashion-MNIST", "16 patches of 7 × 7 pixels", FASHION, "vit", 64, 128, 300, 80, 10)
 FULL = replace(USUAL, tasks=(*USUAL.tasks, OF_FASHION))
-QUICK = Settings(
-    tuple(
-        replace(task, images=DIGITS, width=8, batch=16, steps=2, search_steps=1, evaluate_every=1)
-        for task in USUAL.tasks
-    ),
-    seeds=(0,),
-    trials=1,
-    most_judged=100,
-)
+SMALL = {"images": DIGITS, "width": 8, "batch": 16, "steps": 2, "search_steps": 1, "evaluate_every": 1}
+QUICK = Settings(tuple(replace(task, **SMALL) for task in USUAL.tasks), seeds=(0,), trials=1, most_judged=100)
 
 
 # --- Methods
@@ -104,111 +98,91 @@ def methods(task: Task) -> list[str]:
     return [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
 
 
-def trainer_of(method: str, model: nn.Module, numbers: Numbers, settings: Settings, seed: int) -> Trainer:
-    """Return a model with what trains it; K-FAC stands before SGD without momentum."""
-    if method in FIRST_ORDER:
-        given = numbers | {"weight decay": settings.weight_decay}
-        return Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
-    sharing = method.removeprefix("K-FAC, ")
-    kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
-    if isinstance(model, Graphs):
-        model.around = kfac.graphs
-    return Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
-
-
 # --- Runs
 
 
-def load(name: str, device: str) -> Parts:
-    return standardised(data.load("cpu") if name == DIGITS else fashion(FOLDER), device)
+def pieces(settings: Settings, device: Device, tables: Tables) -> Iterator[Piece]:
+    """Yield the search of each task, and its runs."""
+    load = lambda images: data.load("cpu") if images == DIGITS else fashion(FOLDER)
+    samples = cache(lambda images: standardised(load(images), str(device.tensors)))
+
+    def tried(task: Task, method: str, point: int) -> Iterator[Row]:
+        """Yield the score of a trial: its mean accuracy on the images that validate, 0 if it diverged."""
+        numbers, seed = spread(METHODS[method], points(settings)[point][:2]), settings.search_seed
+        looks = looked(task, method, numbers, settings, samples(task.images)[2:], task.search_steps, seed)
+        whole = all(math.isfinite(look["loss"]) for look in looks)
+        yield {"numbers": numbers, "score": fmean(look["accuracy"] for look in looks) if whole else 0.0}
+
+    def measured(task: Task, method: str, seed: int) -> Iterator[Row]:
+        """Yield a run with the numbers of the best trial."""
+        own = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method)]
+        numbers = max(own, key=lambda row: row["score"])["numbers"]
+        looks = looked(task, method, numbers, settings, samples(task.images)[:2], task.steps, seed)
+        yield {"numbers": numbers, "looks": looks}
+
+    for task in settings.tasks:
+        trials = product([task], methods(task), range(settings.trials))
+        yield from each("trials", ("task", "method", "point"), trials, tried, cost=task.search_steps)
+        runs = [(task, method, seed) for seed in settings.seeds for method in methods(task)]
+        yield from each("runs", ("task", "method", "seed"), runs, measured, cost=task.steps)
+
+
+def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed) -> list[Row]:
+    """Train on the first part at a constant rate, and return accuracy and loss on the second at every few steps."""
+    training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
+    model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
+    if method in FIRST_ORDER:
+        given = numbers | {"weight decay": settings.weight_decay}
+        trainer = Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
+    else:
+        # K-FAC stands before SGD without momentum.
+        sharing = method.removeprefix("K-FAC, ")
+        kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
+        if isinstance(model, Graphs):
+            model.around = kfac.graphs
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
+    looks = {*range(task.evaluate_every, steps, task.evaluate_every), steps}
+    batches = data.batches(training, task.batch, steps, seed)
+    run = follow(trainer, batches, lambda model: judge(model, judging, task.batch), looks)
+    if run["failure"]:
+        raise RuntimeError(run["failure"])
+    return [{name: look[name] for name in ("step", "accuracy", "loss")} for look in run["evaluations"]]
 
 
 @torch.no_grad()
-def judge(model: nn.Module, split: Split, chunk: int) -> tuple[float, float]:
+def judge(model: nn.Module, split: Split, chunk: int) -> Row:
     """Return the share of the images that are classified rightly, and the mean loss; ``chunk`` are judged at once."""
-    right, loss = 0.0, 0.0
-    for images, labels in zip(split.images.split(chunk), split.labels.split(chunk), strict=True):
-        outputs = model(images)
-        right += float((outputs.argmax(-1) == labels).sum())
-        loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
-    return right / len(split.labels), loss / len(split.labels)
-
-
-def pieces(settings: Settings, device: Device) -> list[Piece]:
-    """Return the search of each task, and its runs."""
-    samples = cache(lambda images: load(images, str(device.tensors)))
-    cube, found = [point[:2] for point in points(settings)], []
-
-    def piece(table: str, steps: int, task: Task, method: str, name: str, value: int, measure: Any) -> Piece:
-        key = {"task": task.name, "method": method, name: value}
-        call = lambda tables, tick: measure(task, method, value, settings, samples(task.images), tables, tick)
-        return Piece(table, key, steps, call)
-
-    def trial(task, method, point, *about) -> Iterator[Row]:
-        return tried(task, method, spread(METHODS[method], cube[point]), *about)
-
-    for task in settings.tasks:
-        for method in methods(task):
-            for point in range(settings.trials):
-                found.append(piece("trials", task.search_steps, task, method, "point", point, trial))
-        for seed in settings.seeds:
-            for method in methods(task):
-                found.append(piece("runs", task.steps, task, method, "seed", seed, measured))
-    return found
-
-
-def tried(task, method, numbers, settings, samples, _: Tables, tick: Tick) -> Iterator[Row]:
-    """Yield the score of a trial: its mean accuracy on the images that validate, 0 if it diverged."""
-    looks = list(looked(task, method, numbers, settings, samples[2:], task.search_steps, settings.search_seed, tick))
-    whole = all(look["loss"] is not None for look in looks)
-    yield {"numbers": numbers, "score": sum(look["accuracy"] for look in looks) / len(looks) if whole else 0.0}
-
-
-def measured(task, method, seed, settings, samples, tables: Tables, tick: Tick) -> Iterator[Row]:
-    """Yield a run with the numbers of the best trial."""
-    own = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method)]
-    numbers = max(own, key=lambda row: row["score"])["numbers"]
-    looks = looked(task, method, numbers, settings, samples[:2], task.steps, seed, tick)
-    yield {"numbers": numbers, "looks": list(looks)}
-
-
-def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed, tick: Tick) -> Iterator[Row]:
-    """Train on the first part at a constant rate, and yield accuracy and loss on the second at every few steps."""
-    training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
-    model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
-    trainer = trainer_of(method, model, numbers, settings, seed)
-    for step, batch in enumerate(data.batches(training, task.batch, steps, seed), start=1):
-        trainer.step(batch)
-        tick(1 / steps)
-        if step % task.evaluate_every == 0 or step == steps:
-            accuracy, loss = judge(model, judging, task.batch)
-            yield {"step": step, "accuracy": accuracy, "loss": loss if math.isfinite(loss) else None}
+    outputs = torch.cat([model(images) for images in split.images.split(chunk)])
+    right = (outputs.argmax(-1) == split.labels).double().mean()
+    return {"accuracy": float(right), "loss": float(nn.functional.cross_entropy(outputs, split.labels))}
 
 
 # --- Summaries
 
 
+def looks_of(content: Row, task: Row) -> pd.DataFrame:
+    """Return a row a look of the runs of a task."""
+    runs = [row for row in content.get("runs", []) if row["task"] == task["name"]]
+    looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]) if runs else []
+    columns = ["method", "seed", "numbers", "step", "accuracy", "loss"]
+    return pd.DataFrame(looks, columns=columns).astype({"accuracy": float})
+
+
 def target_of(content: Row, task: Row) -> float:
     """Return the accuracy that steps are counted to; NaN where AdamW has not run."""
-    base = [row for row in content.get("runs", []) if (row["task"], row["method"]) == (task["name"], BASE)]
-    early = [[at["accuracy"] for at in row["looks"] if at["step"] <= SHARE * task["steps"]] for row in base]
-    return math.floor(1e-9 + 100 * min((max(looks) for looks in early), default=math.nan)) / 100 if base else math.nan
+    looks = looks_of(content, task)
+    early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
+    return math.floor(1e-9 + 100 * early.groupby("seed")["accuracy"].max().min()) / 100 if len(early) else math.nan
 
 
 def summary(content: Row, task: Row) -> pd.DataFrame:
     """Return a row a method: mean, least and largest of the steps to the target, and of the last accuracy and loss."""
-    rows = [row for row in content.get("runs", []) if row["task"] == task["name"]]
-    if not rows:
-        return pd.DataFrame()
-    target = target_of(content, task)
-
-    def ended(run: Row) -> Row:
-        first = min((at["step"] for at in run["looks"] if at["accuracy"] >= target), default=math.nan)
-        return {"method": run["method"], **run["looks"][-1], "step": first}
-
-    found = by_method(pd.DataFrame(map(ended, rows)), ("step", "accuracy", "loss"))
-    numbers = {row["method"]: "; ".join(f"{name} {value:g}" for name, value in row["numbers"].items()) for row in rows}
-    return found.assign(numbers=pd.Series(numbers))
+    looks, run = looks_of(content, task), ["method", "seed"]
+    first = looks[looks["accuracy"] >= target_of(content, task)].groupby(run)["step"].min()
+    ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
+    words = lambda numbers: "; ".join(f"{name} {value:g}" for name, value in numbers.items())
+    numbers = looks.groupby("method")["numbers"].first().map(words)
+    return by_method(ended, ("step", "accuracy", "loss")).assign(numbers=numbers)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -226,21 +200,19 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
                 "loss after all steps": ranged(found, "loss", "{:.3f}".format),
                 "chosen by the search": found["numbers"],
             }
-            yield f"{task['name']}, to {target}", pd.DataFrame({name: list(cells) for name, cells in columns.items()})
+            yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
 
 
 def draw(content: Row, theme: Theme) -> Figure:
     """Draw a panel a task: mean test accuracy over the seeds against steps, with the range."""
     tasks = [task for task in content["settings"]["tasks"] if len(summary(content, task))]
     words = f"{content['settings']['trials']} trials of each method beforehand; mean and range of the seeds"
-    figure, axes = pictures.panels([3.6] * len(tasks), content, words, theme)
+    about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task in tasks]
+    figure, axes = pictures.panels(content, words, theme, *about)
     for task, axis in zip(tasks, axes, strict=True):
-        pictures.titled(axis, f"{task['name']}: test accuracy", task["words"], theme)
-        runs = pd.DataFrame([row for row in content["runs"] if row["task"] == task["name"]])
-        for method, own in runs.groupby("method", sort=False):
-            looks = pd.DataFrame(own["looks"].explode().tolist()).set_index("step")
-            colour, style = theme.colour(*COLOURS[str(method)]), "-" if "K-FAC" in str(method) else (0, (4, 1.5))
-            pictures.course(axis, 100 * looks["accuracy"], str(method), colour, linewidth=1.7, linestyle=style)
+        looks = looks_of(content, task)
+        courses = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
+        pictures.curves(axis, 100 * courses, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
         target = 100 * target_of(content, task)
         axis.axhline(target, color=theme.text, linewidth=1, linestyle=":")
         axis.set(ylim=(3 * target - 200 if target > 75 else 0, 100), ylabel="%")

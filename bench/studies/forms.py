@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice, product
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, defect
-from bench.frame.study import Piece, Row, Study, Table, command, pieces_of, tabulated
+from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
@@ -132,25 +131,23 @@ def carried(name: str, decay: float) -> Iterator[Row]:
     yield {"error": defect(root)}
 
 
-SLOW = ("slow", "medium", "fast")
 LOST = ("slow", "medium", "graded", "flat", "clustered", "repeated-8", "switch", "switch-20x-smaller")
-TABLES = {
-    "solves": Table("Damped solve", ("stream",), product(SLOW), solves),
-    "carried": Table("Gram matrix carried", ("stream", "ρ"), product(("slow", "fast"), (DECAY, 1.0)), carried),
-    "losses": Table("One update", ("n, r, k, new columns",), product(CASES), losses),
-    "streams": Table("Streams", ("stream",), product(LOST), traces),
-    "long": Table("Large n", ("k",), product((4, 8, 16, 32)), long),
-    "tails": Table("Tail", ("exponent of deviations",), product((0.25, 0.5, 1.0)), tails),
-}
-PIECES = pieces_of(TABLES)
 
 
-def pieces(quick: bool, device: Device) -> list[Piece]:
+def pieces(quick: bool, device: Device, tables: Tables) -> list[Piece]:
     """Return all pieces; of each table the first one alone in a short run."""
-    return list({piece.table: piece for piece in PIECES[::-1]}.values()) if quick else PIECES
+    found = [
+        *each("solves", ("stream",), product(("slow", "medium", "fast")), solves),
+        *each("carried", ("stream", "ρ"), product(("slow", "fast"), (DECAY, 1.0)), carried),
+        *each("losses", ("n, r, k, new columns",), product(CASES), losses),
+        *each("streams", ("stream",), product(LOST), traces),
+        *each("long", ("k",), product((4, 8, 16, 32)), long),
+        *each("tails", ("exponent of deviations",), product((0.25, 0.5, 1.0)), tails),
+    ]
+    return list({piece.table: piece for piece in reversed(found)}.values()) if quick else found
 
 
-STUDY = Study("forms", {"quick": True, "usual": False}, pieces, partial(tabulated, TABLES), threads=1)
+STUDY = Study("forms", {"quick": True, "usual": False}, pieces, threads=1)
 
 if __name__ == "__main__":
     command(STUDY, __doc__)()

@@ -5,9 +5,10 @@ from every seed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,67 +19,61 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench.frame.samples import FOLDER, UnusableError, check, garments
-from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, application, conduct, settings_of
+from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct, each
 from bench.gpu.device import Device
 from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import shown
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.frame import Tables
-from brandla.demo.training import Trainer, timed
+from brandla.demo.studies import Trainer, follow, timed
 
+Samples = Callable[[Task], Parts]
 PIXELS = 784
 # Steps whose cost is measured, at least and at most. The first is left out; of the next two one renews, if any does.
 LEAST, MOST = 3, 9
 
 
-def pieces(settings: Settings, device: Device, folder: Path = FOLDER) -> list[Piece]:
-    """Return the search of each task, the cost of a step by width, and the runs.
+def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FOLDER) -> Iterator[Piece]:
+    """Yield the search of each task, the cost of a step by width, and the runs.
 
     They go seed by seed, so that what slows the machine for a while meets all methods, and an early end has all.
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    cube, found = points(settings), []
-
-    def piece(table: str, task: Task, method: Method, name: str, value: int, measure: Any) -> Piece:
-        key = {"task": task.name, "method": method.name, name: value}
-        call = lambda tables, tick: measure(task, method, value, settings, samples(task), tables, tick)
-        return Piece(table, key, method.cost * task.cost, call)
-
-    for task in settings.tasks:
-        count = settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
-        for method in filter(lambda method: method.takes_part(task), METHODS):
-            trial = partial(tried, cube=cube)
-            found += [piece("trials", task, method, "point", point, trial) for point in range(count)]
-    for width in settings.widths:
-        for method in filter(lambda method: method.priced, METHODS):
-            call = lambda _, tick, method=method, width=width: cost_of(method, width, settings, where)
-            found.append(Piece("costs", {"width": width, "method": method.name}, (width / 512) ** 2, call))
-    for seed in settings.seeds:
-        for task in settings.tasks:
-            for method in METHODS if seed in settings.seeds[: task.seeds] else ():
-                if method.takes_part(task):
-                    found.append(piece("runs", task, method, "seed", seed, measured))
-    return found
+    taking_part = lambda task: [method for method in METHODS if method.takes_part(task)]
+    count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
+    cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
+    trials = (
+        (task, method, point) for task in settings.tasks for method in taking_part(task) for point in range(count(task))
+    )
+    yield from each("trials", ("task", "method", "point"), trials, tried, *about, cost=cost)
+    steps = product(settings.widths, [method for method in METHODS if method.priced])
+    yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width / 512)
+    runs = (
+        (task, method, seed)
+        for seed in settings.seeds
+        for task in settings.tasks
+        for method in (taking_part(task) if seed in settings.seeds[: task.seeds] else ())
+    )
+    yield from each("runs", ("task", "method", "seed"), runs, measured, *about, cost=cost)
 
 
 # --- The search
 
 
-def tried(task, method, point, settings, samples, tables, tick, cube) -> Iterator[Row]:
-    """Yield how a trial ended; it does not go on for longer than the best one before it."""
-    before = trials_of(tables, task, method)
-    most = min([row["step"] for row in before if row["step"]], default=task.steps)
+def tried(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
+    """Return how a trial ended; it does not go on for longer than the best one before it."""
+    most = min([row["step"] for row in trials_of(tables, task, method) if row["step"]], default=task.steps)
+    exponent = EXPONENTS[point] if task.follows else 0.0
     if task.follows:
-        exponent = EXPONENTS[point]
         numbers = scaled(chosen(other(task, settings), method, settings, tables), task, settings, exponent)
     else:
-        exponent, numbers = 0.0, method.numbers(cube[point])
-    trainer = trainer_of(task, method, numbers, samples, settings, settings.search_seed)
-    yield {"numbers": numbers, "exponent": exponent} | train(
-        trainer, task, samples[2:], most, task.seconds / 3, settings.search_seed, settings, tick
-    )
+        numbers = method.numbers(points(settings)[point])
+    parts = samples(task)
+    trainer = trainer_of(task, method, numbers, parts, settings, settings.search_seed)
+    limited = replace(task, steps=most, seconds=task.seconds / 3)
+    run = train(trainer, limited, parts[2:], settings.search_seed, settings)
+    return [{"numbers": numbers, "exponent": exponent} | run]
 
 
 def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
@@ -86,7 +81,7 @@ def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
 
 
 def other(task: Task, settings: Settings) -> Task:
-    return next(each for each in settings.tasks if each.name == task.follows)
+    return next(own for own in settings.tasks if own.name == task.follows)
 
 
 def scaled(found: Row, task: Task, settings: Settings, exponent: float) -> Row:
@@ -115,51 +110,52 @@ def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Ro
 # --- The runs
 
 
-def trainer_of(task: Task, method: Method, numbers: Row, samples: Parts, settings: Settings, seed: int) -> Any:
+def trainer_of(task: Task, method: Method, numbers: Row, parts: Parts, settings: Settings, seed: int) -> Any:
     """Return the network of a seed with what trains it by these numbers."""
-    inputs = samples.training.images
+    inputs = parts.training.images
     return method.trainer(task.model(inputs.shape[1], str(inputs.device), seed), numbers, settings, task, seed)
 
 
-def measured(task, method, seed, settings, samples, tables, tick) -> Iterator[Row]:
-    """Yield a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
+def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
+    """Return a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
     numbers = chosen(task, method, settings, tables)["numbers"]
-    trainer = trainer_of(task, method, numbers, samples, settings, seed)
-    run = train(trainer, task, samples[:2], task.steps, task.seconds, seed, settings, tick)
-    yield {"numbers": numbers} | run | kept_bytes(trainer)
+    parts = samples(task)
+    trainer = trainer_of(task, method, numbers, parts, settings, seed)
+    return [{"numbers": numbers} | train(trainer, task, parts[:2], seed, settings) | kept_bytes(trainer)]
 
 
-def train(trainer, task, parts, most, seconds, seed, settings, tick) -> Row:
+def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, settings: Settings) -> Row:
     """Train on the first part until the second one finds the target reached, or steps or seconds are spent.
 
-    Only the steps are timed. ``step`` and ``seconds`` are those that the target took, None where it was not reached.
+    ``step`` and ``seconds`` are those that the target took, None where it was not reached.
     """
-    run: Row = {"step": None, "seconds": None, "score": None, "failure": None}
-    times, look = [], settings.look_after
-    device = str(parts[0].images.device)
-    for step, batch in enumerate(data.batches(parts[0], task.batch, most, seed), start=1):
-        try:
-            times.append(timed(partial(trainer.step, batch), device)[1] / 1e3)
-            last = step == most or sum(times) >= seconds
-            if step >= look or last:
-                look = max(step + 1, round(step * (1 + settings.look_every)))
-                run["score"] = task.score(trainer.model, parts[1])
-        except RuntimeError as error:
-            run["failure"] = f"step {step}: {str(error).splitlines()[0]}"
-            break
-        tick(1 / most)
-        if run["score"] is not None and task.reached(run["score"]):
-            run |= {"step": step, "seconds": sum(times)}
-            break
-        if last:
-            break
-    return run | {"steps": len(times), "milliseconds": 1e3 * float(np.median(times)) if times else None}
+    looks = [settings.look_after]
+    while looks[-1] < task.steps:
+        looks.append(max(looks[-1] + 1, round(looks[-1] * (1 + settings.look_every))))
+    run = follow(
+        trainer,
+        data.batches(parts[0], task.batch, task.steps, seed),
+        lambda model: {"score": task.score(model, parts[1])},
+        {*looks, task.steps},
+        task.seconds,
+        lambda look: task.reached(look["score"]),
+    )
+    took, last = run["milliseconds"], (run["evaluations"] or [{"score": None}])[-1]
+    arrived = run["failure"] is None and task.reached(last["score"])
+    return {
+        "step": last["step"] if arrived else None,
+        "seconds": last["seconds"] if arrived else None,
+        "score": last["score"],
+        "failure": run["failure"],
+        "steps": len(took),
+        "milliseconds": float(np.median(took)) if took else None,
+    }
 
 
 def kept_bytes(trainer: Trainer) -> Row:
     """Return what the factors take, and what the optimizer keeps."""
     states = tree_leaves([list(state.values()) for state in trainer.optimizer.state.values()])
-    kept = sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
+    kept = sum(value.nbytes for value in states if isinstance(value, Tensor))
     factors = 0 if trainer.preconditioner is None else trainer.preconditioner.report().bytes
     return {"factor_bytes": factors, "optimizer_bytes": kept}
 
@@ -167,7 +163,7 @@ def kept_bytes(trainer: Trainer) -> Row:
 # --- The cost of a step
 
 
-def cost_of(method: Method, width: int, settings: Settings, where: str) -> Iterator[Row]:
+def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:
     """Yield the milliseconds of a step of an MLP: that of one that renews, of the others, and the mean of a period.
 
     To need few of the dear ones every second step renews; the mean is that of steps at the pace of the settings.
@@ -206,20 +202,22 @@ def main(
     folder: Annotated[Path, typer.Option("--data", help="Folder of Fashion-MNIST's four files.")] = FOLDER,
 ) -> None:
     """Take the tasks that are wanted, with the images that they need."""
-    settings = settings_of(STUDY, quick=quick, full=full)
-    if only is not None:
-        settings = replace(settings, tasks=tuple(task for task in settings.tasks if task.kind == only), widths=())
-    if not settings.tasks:
-        message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
-        raise typer.BadParameter(message, param_hint="--only")
+
+    def part(settings: Settings) -> Settings:
+        if only is not None:
+            settings = replace(settings, tasks=tuple(task for task in settings.tasks if task.kind == only), widths=())
+        if not settings.tasks:
+            message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
+            raise typer.BadParameter(message, param_hint="--only")
+        if any(task.network.load is garments for task in settings.tasks):
+            check(folder)
+        return settings
+
     for method in METHODS:
         if not method.installed:
             typer.echo(f"{method.name} is left out: it is not installed")
     try:
-        if any(task.network.load is garments for task in settings.tasks):
-            check(folder)
-        study = replace(STUDY, pieces=partial(pieces, folder=folder))
-        conduct(study, settings, quick=quick, full=full, resume=resume, out=out)
+        conduct(replace(STUDY, pieces=partial(pieces, folder=folder)), quick, full, resume, out, part)
     except UnusableError as error:
         typer.echo(f"study-kfac: {error}", err=True)
         raise typer.Exit(2) from None

@@ -10,12 +10,13 @@ import torch
 from scipy.stats.qmc import LatinHypercube
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, AdamW
 
-from bench.frame.samples import friedman, garments, letters
-from bench.studies.networks import Graph, Transformer, conv, mlp, seeded, two_hidden
+from bench.frame.samples import friedman, garments, parted, text
+from bench.studies.networks import Graph, Transformer, conv, two_hidden
 from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
-from brandla.demo.data import Parts, Split
-from brandla.demo.training import Trainer
+from brandla.demo.data import Parts, Split, mlp, seeded
+from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]
@@ -41,9 +42,13 @@ KINDS = {
     "mlp": Kind(two_hidden),
     "conv": Kind(conv),
     "graph": Kind(Graph),
-    "transformer": Kind(Transformer, letters, 100, by_loss=True, sharing="expand"),
+    "transformer": Kind(Transformer, lambda _: parted(*text()), 100, by_loss=True, sharing="expand"),
     "regression": Kind(
-        lambda inputs, width: mlp(inputs, width, width, 1), friedman, 2000, by_loss=True, loss=F.mse_loss
+        lambda inputs, width: mlp(inputs, width, width, 1),
+        lambda _: parted(*friedman()),
+        2000,
+        by_loss=True,
+        loss=F.mse_loss,
     ),
 }
 
@@ -204,7 +209,7 @@ class Method:
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
-        plain = torch.optim.SGD(model.parameters(), numbers["rate"])
+        plain = SGD(model.parameters(), numbers["rate"])
         damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
         if self.name not in STRATEGIES:
             return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
@@ -229,28 +234,13 @@ def points(settings: Settings) -> list[list[float]]:
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 
-def sgd(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
-    return torch.optim.SGD(of, by["rate"], momentum=1 - by["1 − momentum"], weight_decay=by["weight decay"])
-
-
-def adamw(of: Iterable[nn.Parameter], by: Numbers, _: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(of, by["rate"], betas=(1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"])
-
-
-def of_sides(kind: type[Shampoo] | type[SOAP], every: int | None = None) -> Optimizer:
-    """Return Shampoo or SOAP, renewed at its own pace or at that of the settings."""
-    return lambda of, by, settings: kind(
-        of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], every or settings.renew_every
-    )
-
-
 OPTIMIZERS: dict[str, Optimizer] = {
-    "SGD": sgd,
-    "AdamW": adamw,
+    "SGD": lambda of, by, _: SGD(of, by["rate"], 1 - by["1 − momentum"], weight_decay=by["weight decay"]),
+    "AdamW": lambda of, by, _: AdamW(of, by["rate"], (1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"]),
     "Muon": lambda of, by, _: Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"]),
-    "Shampoo": of_sides(Shampoo),
-    "SOAP": of_sides(SOAP),
-    "SOAP, every step": of_sides(SOAP, 1),
+    "Shampoo": lambda of, by, to: Shampoo(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
+    "SOAP": lambda of, by, to: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
+    "SOAP, every step": lambda of, by, _: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], 1),
 }
 # Of K-FAC, before SGD without momentum.
 STRATEGIES: dict[str, Callable[[Settings, Numbers], Strategy]] = {

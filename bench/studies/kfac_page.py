@@ -19,10 +19,8 @@ from bench.studies.kfac_methods import METHODS, STRATEGIES, Task
 BASE = "AdamW"
 NOTHING = "–"
 OWN = list(STRATEGIES)
-
-
-def tasks_of(content: Row) -> list[Task]:
-    return [Task(**row) for row in content["settings"]["tasks"]]
+# Those in README.
+IN_README = ["SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched"]
 
 
 def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
@@ -32,14 +30,14 @@ def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
     return found.assign(runs=by.size(), reached=by["step"].count())
 
 
-def summary(content: Row, task: Task) -> pd.DataFrame:
-    """Return a row a method, with what it keeps besides weights and gradients."""
-    runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
-    if runs.empty:
-        return runs
-    found = by_method(runs, ("step", "seconds", "milliseconds"))
-    found["bytes"] = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
-    return in_order(found)
+def summaries(content: Row) -> dict[Task, pd.DataFrame]:
+    """Return of each task that has runs a row a method, with what it keeps besides weights and gradients."""
+    all_runs, found = pd.DataFrame(content.get("runs", []), columns=None if content.get("runs") else ["task"]), {}
+    for task in (Task(**row) for row in content["settings"]["tasks"]):
+        if len(runs := all_runs[all_runs["task"] == task.name]):
+            kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
+            found[task] = in_order(by_method(runs, ("step", "seconds", "milliseconds")).assign(bytes=kept))
+    return found
 
 
 def in_order(found: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +46,7 @@ def in_order(found: pd.DataFrame) -> pd.DataFrame:
 
 def whole(found: pd.DataFrame) -> pd.DataFrame:
     """Return the methods all of whose runs reached the target."""
-    return found[found["reached"] == found["runs"]] if len(found) else found
+    return found[found["reached"] == found["runs"]]
 
 
 def over_base(found: pd.DataFrame, part: str) -> pd.Series:
@@ -60,11 +58,10 @@ def over_base(found: pd.DataFrame, part: str) -> pd.Series:
 def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return steps and seconds over AdamW's, where every run of both arrived; and their geometric means by method."""
     parts = ("step", "seconds")
-    found = [each for each in (summary(content, task) for task in tasks_of(content)) if len(each)]
-    over = [pd.DataFrame({part: over_base(each, part) for part in parts}) for each in found]
-    each = pd.concat(over).dropna() if over else pd.DataFrame(columns=parts)
-    by = each.astype(float).groupby(level=0)
-    return each, in_order(np.exp(by.agg(lambda column: np.log(column).mean())).assign(tasks=by.size()))
+    over = [pd.DataFrame({part: over_base(found, part) for part in parts}) for found in summaries(content).values()]
+    own = pd.concat(over).dropna() if over else pd.DataFrame(columns=parts)
+    by = np.log(own.astype(float)).groupby(level=0)
+    return own, in_order(np.exp(by.mean()).assign(tasks=by.size()))
 
 
 # --- Tables
@@ -96,18 +93,17 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         "ms per step": ranged(found, "milliseconds", spelled),
         "kept, MB": found["bytes"].map(lambda count: spelled(count / 1e6) if count else "0"),
     }
-    return pd.DataFrame({name: list(cells) for name, cells in columns.items()})
+    return pd.DataFrame(columns).reset_index(drop=True)
 
 
 def winners(content: Row) -> pd.DataFrame:
     """Return for each task who takes the fewest steps and the fewest seconds, of those that always arrive."""
     rows = []
-    for task in tasks_of(content):
-        if len(found := whole(summary(content, task))):
-            names = {part: found[f"{part} mean"].idxmin() for part in ("step", "seconds")}
-            about = {"task": f"{task.name}, to {task.goal}", "fewest steps": names["step"]}
-            about |= {"steps": taken(found, names["step"]), "fewest seconds": names["seconds"]}
-            rows.append(about | {"seconds": taken(found, names["seconds"]), BASE: taken(found, BASE)})
+    for task, found in summaries(content).items():
+        if len(arrived := whole(found)):
+            steps, seconds = (arrived[f"{part} mean"].idxmin() for part in ("step", "seconds"))
+            row = {"task": f"{task.name}, to {task.goal}", "fewest steps": steps, "steps": taken(found, steps)}
+            rows.append(row | {"fewest seconds": seconds, "seconds": taken(found, seconds), BASE: taken(found, BASE)})
     return pd.DataFrame(rows)
 
 
@@ -120,27 +116,21 @@ def taken(found: pd.DataFrame, name: str) -> str:
 
 def costs(content: Row) -> pd.DataFrame:
     """Return the cost of a step over SGD's: a row a method, a column a width."""
-    rows = pd.DataFrame(content.get("costs", []))
-    if rows.empty:
-        return rows
+    rows = pd.DataFrame(content.get("costs", []), columns=["method", "width", "milliseconds"])
     found = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
-    return in_order(found / found.loc["SGD"])
+    return in_order(found / found.loc["SGD"]) if len(found) else found
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield who wins, a table for each task, what failed, the cost of a step, and what the methods are."""
     if len(found := winners(content)):
         yield "The fewest steps and seconds, of those that always arrive", found
-    for task in tasks_of(content):
-        if len(found := summary(content, task)):
-            yield f"{task.name}, to {task.goal}", cells_of(found)
+    for task, found in summaries(content).items():
+        yield f"{task.name}, to {task.goal}", cells_of(found)
     if failed := [row for row in content.get("runs", []) if row["failure"]]:
         yield "Runs that failed", pd.DataFrame(failed)[["task", "method", "seed", "failure"]]
-    if len(found := costs(content)):
-        yield (
-            "A step over SGD's, by width",
-            found.map(ratio).rename(columns=str).rename_axis(columns=None).reset_index(),
-        )
+    if len(found := costs(content).map(ratio)):
+        yield "A step over SGD's, by width", found.rename(columns=str).rename_axis(columns=None).reset_index()
     rows = []
     for method in METHODS:
         ranges = "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
@@ -169,15 +159,17 @@ def answer(content: Row) -> str:
     )
 
 
-def by_width(content: Row) -> list[Task]:
-    """Return the MLPs, the narrowest first."""
-    return sorted((task for task in tasks_of(content) if task.kind == "mlp"), key=lambda task: task.width)
+def by_width(content: Row) -> dict[Task, pd.DataFrame]:
+    """Return the summaries of the MLPs, the narrowest first."""
+    found = summaries(content)
+    return {task: found[task] for task in sorted(found, key=lambda task: task.width) if task.kind == "mlp"}
 
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    found = {f"width {task.width}": summary(content, task) for task in by_width(content)}
-    cells = {width: [taken(runs, name) for name in IN_README] for width, runs in found.items()}
+    cells = {
+        f"width {task.width}": [taken(found, name) for name in IN_README] for task, found in by_width(content).items()
+    }
     return pd.DataFrame({"method": IN_README} | cells)
 
 
@@ -188,21 +180,19 @@ COLOURED = (
     *("Muon", "SOAP", "SOAP, every step", "Shampoo", "asdfghjkl"),
 )
 COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=True))
-# Those in README.
-IN_README = ("SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched")
 
 
 def draw(content: Row, theme: Theme) -> Figure:
     """Draw seconds over steps to the target, as multiples of AdamW's: small dots are tasks, large ones their mean."""
-    figure, (axis,) = pictures.panels([6.0], content, "geometric means over the tasks where both always arrive", theme)
-    about = "large: mean of the tasks, in brackets how many; small: each task"
-    pictures.titled(axis, "To the target, as multiples of AdamW's", about, theme)
-    each, middle = means(content)
+    words = "geometric means over the tasks where both always arrive"
+    below = "large: mean of the tasks, in brackets how many; small: each task"
+    figure, (axis,) = pictures.panels(content, words, theme, ("To the target, as multiples of AdamW's", below, 6.0))
+    own, middle = means(content)
     for name, row in middle.iterrows():
-        colour, own = theme.colour(*COLOURS[str(name)]), each.loc[[name]]
-        axis.plot(own["step"], own["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
-        words = f"{name} ({row['tasks']:.0f})"
-        axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=words)
+        colour, tasks = theme.colour(*COLOURS[str(name)]), own.loc[[name]]
+        axis.plot(tasks["step"], tasks["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
+        label = f"{name} ({row['tasks']:.0f})"
+        axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=label)
     # They also give the axes a range where nothing arrived.
     axis.axhline(1, color=theme.text, linewidth=1, linestyle=":")
     axis.axvline(1, color=theme.text, linewidth=1, linestyle=":")
@@ -213,41 +203,38 @@ def draw(content: Row, theme: Theme) -> Figure:
     return figure
 
 
+AGAINST = "against the width of the hidden layers"
+
+
 def draw_costs(content: Row, theme: Theme) -> Figure:
     """Draw the cost of a step over SGD's against the width of the network, with batches in proportion."""
-    figure, (axis,) = pictures.panels([5.0], content, "MLP 784-w-w-10, batches of w / 8; medians of steps", theme)
-    _lines(axis, costs(content), "Cost of a step over SGD's", theme)
-    axis.set_ylabel("× SGD")
+    words = "MLP 784-w-w-10, batches of w / 8; medians of steps"
+    figure, (axis,) = pictures.panels(content, words, theme, ("Cost of a step over SGD's", AGAINST, 5.0))
+    _lines(axis, costs(content), "× SGD", theme)
     pictures.legend(axis, 3)
     return figure
 
 
 def draw_widths(content: Row, theme: Theme) -> Figure:
     """Draw steps and seconds of MLPs to their target against the width, of the methods that always arrive."""
-    tasks = by_width(content)
-    goal = tasks[0].goal if tasks else ""
-    figure, axes = pictures.panels([3.6, 4.2], content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme)
-    found = {task.width: whole(summary(content, task)) for task in tasks}
+    found = by_width(content)
+    goal = next(iter(found)).goal if found else ""
+    about = [(f"Steps to {goal}", AGAINST, 3.6), (f"Seconds to {goal}", AGAINST, 4.2)]
+    figure, axes = pictures.panels(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *about)
     for axis, part, unit in zip(axes, ("step", "seconds"), ("steps", "seconds"), strict=True):
-        none = pd.Series(dtype=float)
-        table = pd.DataFrame({width: of.get(f"{part} mean", none) for width, of in found.items()})
-        _lines(axis, table.reindex(IN_README), f"{unit.capitalize()} to {goal}", theme)
-        axis.set_ylabel(unit)
+        table = pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
+        _lines(axis, table.reindex(IN_README), unit, theme)
     pictures.legend(axes[-1], 3)
     return figure
 
 
-def _lines(axis: Axes, table: pd.DataFrame, title: str, theme: Theme) -> None:
+def _lines(axis: Axes, table: pd.DataFrame, unit: str, theme: Theme) -> None:
     """Draw a line a row against the widths of the columns."""
-    pictures.titled(axis, title, "against the width of the hidden layers", theme)
-    table = table.astype(float).dropna(how="all")
-    if table.empty:
-        return
-    for name, values in table.iterrows():
-        style = "-" if name in OWN else (0, (4, 1.5))
-        colour = theme.colour(*COLOURS[str(name)])
-        axis.plot(table.columns, values, "o", color=colour, linestyle=style, markersize=4, label=name)
-    for side in (axis.xaxis, axis.yaxis):
-        pictures.logarithmic(side, subs=(1, 2, 5))
-    axis.xaxis.set_major_locator(FixedLocator(list(table.columns)))
-    axis.set_xlabel("width")
+    table = table.astype(float).dropna(how="all").T
+    if table.size:
+        pictures.curves(axis, table, COLOURS, theme, OWN, marker="o", markersize=4)
+        for side in (axis.xaxis, axis.yaxis):
+            pictures.logarithmic(side, subs=(1, 2, 5))
+        axis.xaxis.set_major_locator(FixedLocator(list(table.index)))
+        axis.set_xlabel("width")
+    axis.set_ylabel(unit)

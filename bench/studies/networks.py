@@ -3,29 +3,17 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from bench.frame.samples import CLASSES, CONTEXT, LETTERS
+from brandla.demo.data import mlp
 
 # Units of the convolutional network's hidden layer.
 HIDDEN = 128
 PATCHES, HEADS, LAYERS = 4, 4, 2  # patches along a side
 NEIGHBOURS = 8
-
-
-def seeded(seed: int, make: Callable[[int, int], nn.Module], inputs: int, width: int) -> nn.Module:
-    """Return a network for samples of so many numbers, initialised from a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make(inputs, width)
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Return Linear layers between these widths, with ReLU between them."""
-    return nn.Sequential(*[part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())][:-1])
 
 
 def two_hidden(inputs: int, width: int) -> nn.Sequential:

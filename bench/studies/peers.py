@@ -4,9 +4,8 @@ A weight is a matrix, of convolutions with its windows as columns; vectors are t
 """
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,8 +18,11 @@ EPS = 1e-8
 State = dict[str, Any]
 
 
-class Matrices(torch.optim.Optimizer, ABC):
-    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors."""
+class Matrices(torch.optim.Optimizer):
+    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors.
+
+    ``of_matrix`` of a kind returns the step of a matrix, at rate 1.
+    """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, every: int
@@ -39,10 +41,6 @@ class Matrices(torch.optim.Optimizer, ABC):
                 else:
                     step = self.of_matrix(state, weight.grad.flatten(1), group).reshape(weight.shape)
                 weight.sub_(step, alpha=group["lr"])
-
-    @abstractmethod
-    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Return the step of a matrix, at rate 1."""
 
 
 class Shampoo(Matrices):
@@ -99,11 +97,8 @@ class Muon(Matrices):
         return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
 
 
-@contextmanager
-def unsaid(kind: type[Warning]) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", kind)
-        yield
+def unsaid(kind: type[Warning]) -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="ignore", category=kind)
 
 
 def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from bench.frame import pictures
 from bench.frame.figures import spelled
-from bench.frame.study import Piece, Row, Study, command
+from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
 from bench.gpu.device import Ceilings, Device, measure, replayed
@@ -32,19 +32,14 @@ USUAL = replace(
 )
 
 
-def pieces(sizes: Sizes, device: Device) -> list[Piece]:
-    """Return the ceilings, every op at every size, and the ceilings once more."""
+def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
+    """Yield the ceilings, every op at every size, and the ceilings once more."""
     ceilings = cache(lambda: measure(device, sizes))
-
-    def op(case: Case) -> Piece:
-        key = {"op": case.op, "case": case.name}
-        return Piece("rows", key, 1.0, lambda *_: [measured(case, sizes, device, ceilings())])
-
-    return [
-        Piece("ceilings", {"when": "before"}, 2.0, lambda *_: levels(ceilings(), sizes)),
-        *map(op, cases.cases(sizes)),
-        Piece("ceilings", {"when": "after"}, 2.0, lambda *_: levels(measure(device, sizes), sizes)),
-    ]
+    yield Piece("ceilings", {"when": "before"}, lambda: levels(ceilings(), sizes), 2.0)
+    for case in cases.cases(sizes):
+        call = lambda case=case: [measured(case, sizes, device, ceilings())]
+        yield Piece("rows", {"op": case.op, "case": case.name}, call)
+    yield Piece("ceilings", {"when": "after"}, lambda: levels(measure(device, sizes), sizes), 2.0)
 
 
 def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
@@ -117,11 +112,12 @@ def parts(content: Row) -> pd.DataFrame:
 
 def longest(content: Row) -> pd.DataFrame:
     """Return the float32 case of each op that took longest, with the part of its ceiling that it reached."""
-    rows = pd.DataFrame(content.get("rows", []), columns=None if content.get("rows") else ["op", "case", "seconds"])
+    rows = pd.DataFrame(content.get("rows", []))
+    if rows.empty:
+        return rows
     rows = rows[~rows["case"].str.contains("float64|float16", regex=True)]
-    rows = rows.assign(time=rows["seconds"].str[0]).sort_values("time", ascending=False, kind="stable")
-    rows = rows.groupby("op", sort=False).head(1)
-    return rows.assign(part=rows["of_ceiling"].str[0]).sort_values("part", kind="stable") if len(rows) else rows
+    rows = rows.loc[rows["seconds"].str[0].groupby(rows["op"]).idxmax()]
+    return rows.assign(part=rows["of_ceiling"].str[0]).sort_values("part", kind="stable")
 
 
 def answer(content: Row) -> str:

@@ -6,10 +6,8 @@ turns with one reference, the GEMMs of an update of that size, so that times can
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import EngFormatter
@@ -17,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
 from bench.benches.problems import UPDATES, Judgement, steady
-from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, Task, check, kron
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, check, kron
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, spelled
@@ -28,16 +26,6 @@ from bench.gpu.device import Device, size_of
 from brandla_kernels import OPS
 
 REFERENCE = "GEMMs of an update"
-
-
-class Size(NamedTuple):
-    """n rows, rank r, k new columns or right-hand sides."""
-
-    n: int
-    r: int
-    k: int
-
-
 PCA = "svd_append, centred"
 # Methods by the sizes that they are measured at, those of a power of n: that of the time, but for a centred
 # decomposition, which goes as far as scikit-learn's. All others from 2 on work on a dense matrix.
@@ -54,6 +42,7 @@ OTHERS = {
     "torch.linalg.eigh": ("randomized_eigh", "torch.linalg.eigh"),
     "Cholesky solve": ("damped_solve", CHOLESKY),
 }
+Three = tuple[int, int, int]  # n rows, rank r, k new columns or right-hand sides
 
 
 @dataclass(frozen=True)
@@ -64,11 +53,11 @@ class Sizes:
     """
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with
-    with_n: Size
+    with_n: Three
     r: tuple[int, ...]
-    with_r: Size
+    with_r: Three
     k: tuple[int, ...]
-    with_k: Size
+    with_k: Three
     dense: int  # n of the dense matrix while r grows
     seconds: float  # time spent on one timing
 
@@ -80,53 +69,30 @@ def _doubling(first: int, last: int, between: bool = False) -> tuple[int, ...]:
 
 
 USUAL = Sizes(
-    n={
-        1: _doubling(1024, 65536, between=True),
-        2: _doubling(1024, 8192, between=True),
-        3: _doubling(512, 4096, between=True),
-    },
-    with_n=Size(0, 128, 64),
+    n={1: _doubling(1024, 65536, True), 2: _doubling(1024, 8192, True), 3: _doubling(512, 4096, True)},
+    with_n=(0, 128, 64),
     r=_doubling(16, 256),
-    with_r=Size(8192, 0, 128),
+    with_r=(8192, 0, 128),
     k=_doubling(32, 512),
-    with_k=Size(8192, 64, 0),
+    with_k=(8192, 64, 0),
     dense=4096,
     seconds=0.8,
 )
 FULL = Sizes(
-    n={
-        1: _doubling(4096, 2**20),
-        2: _doubling(2048, 16384, between=True),
-        3: _doubling(1024, 16384, between=True),
-    },
-    with_n=Size(0, 256, 256),
+    n={1: _doubling(4096, 2**20), 2: _doubling(2048, 16384, True), 3: _doubling(1024, 16384, True)},
+    with_n=(0, 256, 256),
     r=_doubling(32, 1024),
-    with_r=Size(65536, 0, 512),
+    with_r=(65536, 0, 512),
     k=_doubling(128, 2048),
-    with_k=Size(65536, 256, 0),
+    with_k=(65536, 256, 0),
     dense=16384,
     seconds=0.8,
 )
-TOY = Sizes(
-    n=dict.fromkeys((1, 2, 3), (48, 64, 96)),
-    with_n=Size(0, 8, 8),
-    r=(4, 8),
-    with_r=Size(96, 0, 8),
-    k=(4, 8),
-    with_k=Size(96, 8, 0),
-    dense=64,
-    seconds=0.0,
-)
+SMALL = dict.fromkeys((1, 2, 3), (48, 64, 96))
+TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, seconds=0.0)
 
 
 # --- Time and memory at a size
-
-
-def task_of(name: str, shape: Shape, device: Device) -> Task:
-    """Return a task; of two-sided solves that of two sides of n rows."""
-    if name == "kron_damped_solve, pair":
-        return kron(shape, device, pair=True, square=True)
-    return TASKS[name].task(shape, device)
 
 
 def gram_ema(shape: Shape, device: Device) -> Call:
@@ -136,29 +102,31 @@ def gram_ema(shape: Shape, device: Device) -> Call:
     return Call(OPS["gram_ema_"], cases.operands(case, device), judge)
 
 
-def pieces(sizes: Sizes, device: Device) -> list[Piece]:
-    """Return the study in pieces, one for each size."""
+def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
+    """Yield the study in pieces, one for each size."""
 
-    def piece(axis: str, size: Size, names: Sequence[str]) -> Piece:
-        flops = sum(size.n ** METHODS[name] for name in names if name not in TALL)
-        seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size.n / 2e4
-        key = {"axis": axis, **size._asdict()}
-        return Piece("rows", key, seconds, lambda *_: measured(size, names, sizes.seconds, device))
+    def piece(axis: str, value: int, names: Sequence[str], **other: int) -> Piece:
+        size = dict(zip("nrk", getattr(sizes, f"with_{axis}"), strict=True)) | {axis: value} | other
+        flops = sum(size["n"] ** METHODS[name] for name in names if name not in TALL)
+        seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size["n"] / 2e4
+        call = partial(measured, Shape(**size), names, sizes.seconds, device)
+        return Piece("rows", {"axis": axis, **size}, call, seconds, len(names))
 
-    found = []
-    for n in sorted({n for each in sizes.n.values() for n in each}):
-        names = [name for name, power in METHODS.items() if n in sizes.n[power]]
-        found.append(piece("n", sizes.with_n._replace(n=n), names))
+    for n in sorted(set().union(*sizes.n.values())):
+        yield piece("n", n, [name for name, power in METHODS.items() if n in sizes.n[power]])
     for r in sizes.r:
-        size = sizes.with_r._replace(r=r)
-        found += [piece("r", size, TALL), piece("r", size._replace(n=sizes.dense), ["randomized_eigh"])]
-    return found + [piece("k", sizes.with_k._replace(k=k), TALL) for k in sizes.k]
+        yield piece("r", r, TALL)
+        yield piece("r", r, ["randomized_eigh"], n=sizes.dense)
+    for k in sizes.k:
+        yield piece("k", k, TALL)
 
 
-def measured(size: Size, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
+def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
-    shape, floor = Shape(*size), update_floor(steady("eigh_update", *size, device=device.tensors))
-    tasks = cache(lambda task: task_of(task, shape, device))
+    floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
+    # Of two-sided solves the task is that of two sides of n rows.
+    pair = {"kron_damped_solve, pair": partial(kron, pair=True, square=True)}
+    tasks = cache(lambda name: pair[name](shape, device) if name in pair else TASKS[name].task(shape, device))
     asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
     calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
     calls |= {"gram_ema_": gram_ema(shape, device)} if "gram_ema_" in names else {}
@@ -212,18 +180,14 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if content["exponents"]:
         fits = pd.DataFrame(content["exponents"])
         fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
-        yield "Exponents", fits.assign(exponent=fits["exponent"].map(in_words))
-
-
-def in_words(interval: Sequence[float | None]) -> str:
-    """Return an exponent with its interval, where there is one."""
-    value, low, high = interval
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+        # Through three sizes there is no interval.
+        words = lambda fit: f"{fit[0]:.2f}" if None in fit else "{:.2f} ({:.2f} to {:.2f})".format(*fit)
+        yield "Exponents", fits.assign(exponent=fits["exponent"].map(words))
 
 
 # --- The page
 
-DECOMPOSITIONS = ("torch.svd_lowrank", "torch.linalg.eigh")
+DECOMPOSITIONS = ["torch.svd_lowrank", "torch.linalg.eigh"]
 
 
 def by_n(content: Row, quantity: str = "time") -> pd.DataFrame:
@@ -232,17 +196,16 @@ def by_n(content: Row, quantity: str = "time") -> pd.DataFrame:
     return rows[rows["axis"] == "n"].pivot(index="n", columns="method", values=quantity).astype(float)
 
 
-def milliseconds(content: Row, methods: Sequence[str]) -> pd.DataFrame:
+def milliseconds(content: Row, methods: list[str]) -> pd.DataFrame:
     """Return the times of some methods in words, a row for each n at which one of them was measured."""
     times = 1e3 * by_n(content).reindex(columns=methods).dropna(how="all")
-    return times.map(lambda time: "–" if np.isnan(time) else spelled(time))
+    return times.map(lambda time: spelled(time) if time > 0 else "–")
 
 
-def power(content: Row, method: str, window: str = LARGER) -> float:
-    """Return the exponent of a method's time in n, NaN where it was not fitted."""
-    wanted = ("n", "time", method, window)
-    of = lambda fit: tuple(fit[name] for name in ("axis", "quantity", "method", "window"))
-    return next((fit["exponent"][0] for fit in content.get("exponents", []) if of(fit) == wanted), np.nan)
+def powers(content: Row) -> dict[str, float]:
+    """Return the exponents of the methods' times in n that were fitted, over the larger half of the sizes."""
+    wanted = {"axis": "n", "quantity": "time", "window": LARGER}
+    return {fit["method"]: fit["exponent"][0] for fit in content.get("exponents", []) if fit.items() >= wanted.items()}
 
 
 def answer(content: Row) -> str:
@@ -253,8 +216,8 @@ def answer(content: Row) -> str:
     at = times.loc[times.notna().sum(axis=1)[::-1].idxmax()].dropna()
     size = next(row for row in content["rows"] if row["axis"] == "n" and row["n"] == at.name)
     said = pages.listed([f"{duration(time)} for `{method}`" for method, time in at.items()])
-    powers = {method: power(content, method) for method in times}
-    grown = pages.listed([f"n^{value:.2f} for `{name}`" for name, value in powers.items() if not np.isnan(value)])
+    found = powers(content)
+    grown = pages.listed([f"n^{found[method]:.2f} for `{method}`" for method in times if method in found])
     growth = f"Over the larger half of the sizes, times grow as {grown}." if grown else "How times grow is not fitted."
     return f"At n = {at.name}, r = {size['r']} and k = {size['k']} in float32 the times are {said}. {growth}"
 
@@ -266,7 +229,7 @@ def table(content: Row) -> pd.DataFrame:
     memory = by_n(content, "memory").reindex(index=cells.index) / 1e6
     for method, words in (("root_update", "`root_update`, MB"), ("torch.linalg.eigh", "dense, MB")):
         if method in memory:
-            cells[words] = memory[method].map(lambda size: "–" if np.isnan(size) else spelled(size))
+            cells[words] = memory[method].map(lambda size: spelled(size) if size > 0 else "–")
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
@@ -275,18 +238,18 @@ COLOURS = dict(zip(METHODS, pictures.PALETTE, strict=False))
 
 def draw(content: Row, theme: Theme) -> Picture:
     """Draw the time of every method against n."""
-    rows = amounts(content["rows"]).query("axis == 'n' and method in @COLOURS")
-    figure, (panel,) = pictures.panels([6.6], content, "scaling.json", theme, pictures.NARROW)
-    fixed = rows[rows["method"].isin(UPDATES)].iloc[0]
-    pictures.titled(panel, "Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", theme)
-    for method, line in rows.groupby("method", sort=False):
-        fitted = power(content, str(method))
-        label = str(method) if np.isnan(fitted) else f"{method}  $n^{{{fitted:.2f}}}$"
-        style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": label}
-        panel.plot(line["n"], line["time"], color=theme.colour(*COLOURS[str(method)]), **style)
+    rows, found = amounts(content["rows"]), powers(content)
+    fixed = rows[(rows["axis"] == "n") & rows["method"].isin(UPDATES)].iloc[0]
+    about = ("Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", 6.6)
+    figure, (panel,) = pictures.panels(content, "scaling.json", theme, about, width=pictures.NARROW)
+    times = by_n(content)
+    times = times[[method for method in rows["method"].unique() if method in COLOURS and method in times]]
+    pictures.curves(panel, times, COLOURS, theme, COLOURS, linewidth=1.8, marker="o", markersize=3.5)
+    for line in panel.lines:
+        if line.get_label() in found:
+            line.set_label(f"{line.get_label()}  $n^{{{found[line.get_label()]:.2f}}}$")
     panel.set_xscale("log", base=2)
-    sizes = sorted(rows["n"].unique())
-    ticks = ([size for size in sizes if size & (size - 1) == 0] or sizes)[::2]
+    ticks = ([size for size in times.index if size & (size - 1) == 0] or list(times.index))[::2]
     panel.set_xticks(ticks, list(map(str, ticks)))
     pictures.logarithmic(panel.yaxis, EngFormatter("s"))
     pictures.legend(panel, 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 import brandla
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
 from bench.frame import pictures
-from bench.frame.study import Piece, Row, Study, Table, command, pieces_of, tabulated
+from bench.frame.study import Piece, Row, Study, Tables, command, each, tabulated
 from bench.gpu.device import Device
 from tests import oracles
 from tests.oracles import STREAMS, Stream, power_law, spectral_stream, switching_stream
@@ -40,9 +40,9 @@ class Family:
     k: int = 16
     steps: int = 60
 
-    def batches(self, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    def batches(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the batches, rounded to `dtype`."""
-        return [columns.to(dtype) for columns in islice(self.stream(self.n, self.k, seed), self.steps)]
+        return [columns.to(dtype) for columns in islice(self.stream(self.n, self.k, 0), self.steps)]
 
     @property
     def about(self) -> Row:
@@ -57,9 +57,8 @@ def growing(n: int, k: int, seed: int) -> Iterator[Tensor]:
 
 def dying(n: int, k: int, seed: int) -> Iterator[Tensor]:
     """Yield sixty batches, then zero batches for good."""
-    yield from islice(STREAMS["slow"](n, k, seed), 60)
-    while True:
-        yield torch.zeros(n, k, dtype=torch.float64)
+    for step, columns in enumerate(STREAMS["slow"](n, k, seed)):
+        yield columns if step < 60 else torch.zeros_like(columns)
 
 
 FAMILIES = {
@@ -83,6 +82,9 @@ FAMILIES = {
 }
 
 
+# --- Losses, form and the error bound
+
+
 class Truth(NamedTuple):
     """M after a step, what exact truncated updates discard of its trace, and what rounding adds up to, in float64.
 
@@ -104,20 +106,16 @@ def reference(family: Family, batches: list[Tensor]) -> Iterator[Truth]:
         yield Truth(matrix, float((matrix - truncated).trace()), rounding)
 
 
-# --- Losses, form and the error bound
-
-
 def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     """Yield a row for each update of a family."""
     family = FAMILIES[name]
     family = replace(family, steps=min(family.steps, 30)) if quick else family
     batches = family.batches(DTYPES[dtype])
     truth = list(reference(family, batches))
-    about = family.about | {"steps": family.steps}
     for update in UPDATES:
-        yield {"update": update, **about, **followed(update, family, batches, truth)}
+        yield {"update": update, **family.about, "steps": family.steps, **followed(update, family, batches, truth)}
     if family.steps <= 100:
-        yield {"update": "svd_append", **about, **appended(family, batches, truth)}
+        yield {"update": "svd_append", **family.about, "steps": family.steps, **appended(family, batches, truth)}
 
 
 def followed(update: str, family: Family, batches: list[Tensor], truth: list[Truth]) -> Row:
@@ -126,25 +124,24 @@ def followed(update: str, family: Family, batches: list[Tensor], truth: list[Tru
     dtype = batches[0].dtype
     eps = torch.finfo(dtype).eps
     value = brandla.track(kind.zeros(family.n, family.r, dtype=dtype))
-    worst, seen, every = 0.0, [], max(len(batches) // 10, 1)
+    worst, looks, every = 0.0, [], max(len(batches) // 10, 1)
     for step, (columns, true) in enumerate(zip(batches, truth, strict=True), 1):
         value = function(value, columns, decay=DECAY, weight=WEIGHT)
         worst = max(worst, defect(value.lowrank) / eps)
         if step % every == 0 or step == len(batches):
             error, bound = oracles.spectral_norm(true.matrix - dense(value.lowrank)), float(value.error_bound)
             # The bound need not cover rounding.
-            look = {"error": error, "bound": bound, "rounding": eps * true.rounding}
-            seen.append(look | {"above": (error - bound) / (eps * oracles.spectral_norm(true.matrix))})
-    last = seen[-1]
+            above = (error - bound) / (eps * oracles.spectral_norm(true.matrix))
+            looks.append((above, error <= bound + eps * true.rounding))
     return {
         **lost(truth[-1], dense(value.lowrank), family.r, eps),
         "defect_over_eps": worst,
-        "error": last["error"],
-        "bound": last["bound"],
-        "bound_over_error": last["bound"] / max(last["error"], 1e-300),
-        "rounding": last["rounding"],
-        "bound_holds": all(one["error"] <= one["bound"] + one["rounding"] for one in seen),
-        "above_bound_over_eps": max(one["above"] for one in seen),
+        "error": error,
+        "bound": bound,
+        "bound_over_error": bound / max(error, 1e-300),
+        "rounding": eps * true.rounding,
+        "bound_holds": all(holds for _, holds in looks),
+        "above_bound_over_eps": max(above for above, _ in looks),
     }
 
 
@@ -186,7 +183,6 @@ def dense(factor: Any) -> Tensor:
 # --- Drift over many updates
 
 DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
-DRIFTS = [*product(UPDATES, DRIFTING, ["float32"]), *product(UPDATES, ["slow", "fast"], ["float64"])]
 MANY, EVERY, POOL = 10_000, 20, 300
 MARKS = (100, 1000, 3000, 10_000)
 
@@ -233,7 +229,7 @@ def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]
         seconds.append(time.perf_counter() - start)
     tenth = max(steps // 100, 1)
     yield {
-        "batches": f"{width} columns" if width == 0 else f"{width} zero columns",
+        "batches": f"{width} zero columns" if width else "0 columns",
         "decay": decay,
         "steps": steps,
         "finite": all(bool(part.isfinite().all()) for part in value),
@@ -244,45 +240,42 @@ def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]
 
 # --- The run and its tables
 
-LOSSES = "What the updates lose"
-APPENDED, DYING = [*product(("slow", "medium", "flat"), (1.0, DECAY))], [*product(UPDATES, DTYPES, (0, 16))]
-TABLES = {
-    "losses": Table(LOSSES, ("family", "dtype"), [*product(FAMILIES, DTYPES)], losses),
-    "drifts": Table("Many updates", ("update", "family", "dtype"), DRIFTS, drift, 3.0),
-    "right_vectors": Table("Right vectors of `svd_append`", ("family", "decay"), APPENDED, right_vectors),
-    "dying_out": Table("A stream that dies out", ("update", "dtype", "columns"), DYING, dying_out),
-}
 
-
-def pieces(quick: bool, device: Device) -> list[Piece]:
-    """Return all tables in pieces; the matrices are small, and threads would only wait for each other."""
-    return pieces_of(TABLES, quick)
+def pieces(quick: bool, device: Device, tables: Tables) -> Iterator[Piece]:
+    """Yield all tables in pieces; the matrices are small, and threads would only wait for each other."""
+    yield from each("losses", ("family", "dtype"), product(FAMILIES, DTYPES), losses, quick)
+    drifts = [*product(UPDATES, DRIFTING, ["float32"]), *product(UPDATES, ["slow", "fast"], ["float64"])]
+    yield from each("drifts", ("update", "family", "dtype"), drifts, drift, quick, cost=3.0)
+    decays = product(("slow", "medium", "flat"), (1.0, DECAY))
+    yield from each("right_vectors", ("family", "decay"), decays, right_vectors, quick)
+    yield from each("dying_out", ("update", "dtype", "columns"), product(UPDATES, DTYPES, (0, 16)), dying_out, quick)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the losses, forms and bounds of the updates side by side, then the other tables."""
     if content.get("losses"):
-        rows = pd.DataFrame(content["losses"])
-        about = rows.rename(columns={"words": "stream", "sizes": "n, r, k", "steps": "updates"})
-        exact = rows["exact_over_trace"] / rows["best_over_trace"]
-        about["best / tr M"] = rows["best_over_trace"].map("{:.1e}".format)
-        about["exact"] = exact.map("{:.3f}".format).where(rows["resolved"], "–")
-        best = rows["lost_over_best"].map("{:.3f}".format).where(rows["resolved"], "–")
-        columns = ["stream", "n, r, k", "updates", "dtype", "best / tr M", "exact"]
-        yield LOSSES, wide(about[columns], rows["update"], best)
-        rows = rows[rows["update"] != "svd_append"]
-        about = about.loc[rows.index, ["stream", "dtype"]]
-        yield "Form", wide(about, rows["update"], rows["defect_over_eps"].map("{:.1f}".format))
+        yield "losses", lost_of_trace(content)
+        rows = pd.DataFrame(content["losses"]).query("update != 'svd_append'").rename(columns={"words": "stream"})
+        yield "form", wide(rows, ["stream", "dtype"], rows["defect_over_eps"].map("{:.1f}".format))
         bound = rows["bound_over_error"].map("{:.1f}".format).where(rows["error"] > rows["rounding"], "–")
-        yield "The error bound", wide(about, rows["update"], bound)
-    yield from tabulated(TABLES, content | {"losses": []})
+        yield "error bound", wide(rows, ["stream", "dtype"], bound)
+    yield from tabulated(content | {"losses": []})
 
 
-def wide(about: pd.DataFrame, update: pd.Series, cells: pd.Series) -> pd.DataFrame:
+def lost_of_trace(content: Row) -> pd.DataFrame:
+    """Return what the updates lose of the trace beside the best possible, where that is above rounding."""
+    rows = pd.DataFrame(content["losses"]).rename(columns={"words": "stream", "sizes": "n, r, k", "steps": "updates"})
+    above = lambda ratio: ratio.map("{:.3f}".format).where(rows["resolved"], "–")
+    rows["best / tr M"] = rows["best_over_trace"].map("{:.1e}".format)
+    rows["exact"] = above(rows["exact_over_trace"] / rows["best_over_trace"])
+    about = ["stream", "n, r, k", "updates", "dtype", "best / tr M", "exact"]
+    return wide(rows, about, above(rows["lost_over_best"]))
+
+
+def wide(rows: pd.DataFrame, about: list[str], cells: pd.Series) -> pd.DataFrame:
     """Return cells with a column for each update, and a row for each of what they are about."""
-    frame = about.assign(update=update, cell=cells)
-    found = frame.groupby([*about.columns, "update"], sort=False)["cell"].first().unstack("update").fillna("")
-    return found.reset_index().rename_axis(columns=None)
+    found = rows.assign(cell=cells).groupby([*about, "update"], sort=False)["cell"].first()
+    return found.unstack("update").fillna("").reset_index().rename_axis(columns=None)
 
 
 # --- The page
@@ -303,12 +296,13 @@ def answer(content: Row) -> str:
 
 def table(content: Row) -> pd.DataFrame:
     """Return the float32 streams in which most is lost beside the best of the rank."""
-    rows = dict(shown(content)).get(LOSSES, pd.DataFrame(columns=["stream", "dtype"]))
-    rows = rows[rows["dtype"] == "float32"].drop(columns="dtype")
+    if not content.get("losses"):
+        return pd.DataFrame()
+    rows = lost_of_trace(content).query("dtype == 'float32'").drop(columns="dtype")
     updates = [update for update in UPDATES if update in rows]
     worst = rows[updates].apply(pd.to_numeric, errors="coerce").max(axis=1)
-    ordered = rows.assign(worst=worst).sort_values("worst", ascending=False, kind="stable").drop(columns="worst")
-    ordered = ordered[["stream", *updates, *ordered.columns.difference(["stream", *updates], sort=False)]]
+    rows = rows.loc[worst.sort_values(ascending=False, kind="stable").index]
+    ordered = rows[["stream", *updates, *rows.columns.difference(["stream", *updates], sort=False)]]
     return ordered.rename(columns={update: f"`{update}`" for update in (*UPDATES, "svd_append")})
 
 

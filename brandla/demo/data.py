@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Split(NamedTuple):
@@ -31,9 +34,12 @@ class Parts(NamedTuple):
 def load(device: str) -> Parts:
     """Load the 1,797 digits of scikit-learn: a fifth of each class tests, a fifth of the rest validates in searches."""
     images, labels = load_digits(return_X_y=True)
-    training, test = _divide(images / 16, labels)
-    search_training, search_validation = _divide(*training)
-    return Parts(*(_on_device(part, device) for part in (training, test, search_training, search_validation)))
+    options = {"test_size": 0.2, "random_state": 0}
+    training, test = train_test_split(np.arange(len(labels)), stratify=labels, **options)
+    parts = (training, test, *train_test_split(training, stratify=labels[training], **options))
+    pixels = torch.as_tensor(images / 16, dtype=torch.float32, device=device)
+    classes = torch.as_tensor(labels, dtype=torch.int64, device=device)
+    return Parts(*(Split(pixels[part], classes[part]) for part in parts))
 
 
 def batches(split: Split, size: int, steps: int, seed: int) -> Iterator[Split]:
@@ -48,33 +54,19 @@ def batches(split: Split, size: int, steps: int, seed: int) -> Iterator[Split]:
         yield Split(split.images[chosen], split.labels[chosen])
 
 
-def network(width: int, device: str, seed: int) -> nn.Sequential:
-    """Return the MLP 64-width-width-10 with ReLU, initialised from ``seed``."""
+def mlp(*widths: int) -> nn.Sequential:
+    """Return Linear layers between these widths, with ReLU between them."""
+    return nn.Sequential(*[part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())][:-1])
+
+
+def seeded(seed: int, make: Callable[..., Network], *sizes: int) -> Network:
+    """Return a network of these sizes, initialised from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = nn.Sequential(
-            nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-        )
-    return layers.to(device)
+        return make(*sizes)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of the images that the model classifies rightly."""
     return float((model(split.images).argmax(-1) == split.labels).float().mean())
-
-
-_Arrays = tuple["np.ndarray", "np.ndarray"]
-
-
-def _divide(images: np.ndarray, labels: np.ndarray) -> tuple[_Arrays, _Arrays]:
-    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
-    return (parts[0], parts[2]), (parts[1], parts[3])
-
-
-def _on_device(arrays: _Arrays, device: str) -> Split:
-    images, labels = arrays
-    return Split(
-        torch.as_tensor(images, dtype=torch.float32, device=device),
-        torch.as_tensor(labels, dtype=torch.int64, device=device),
-    )

@@ -6,35 +6,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-
-from brandla.demo.meter import metered
+from rich.progress import Progress, TimeElapsedColumn
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
-Tick = Callable[[float], None]
 
 # A list or an object that holds no object: one line each. A string has no line feeds.
 _FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 
 
 class Piece(NamedTuple):
-    """A part of a study.
+    """A part of a study, whose rows are in one of its tables; Ctrl-C may come anywhere in what measures them."""
 
-    ``measure`` takes the tables so far and a function to call with the share of the piece that was just done. It yields
-    rows. Ctrl-C is raised by that function, and what a ``finally`` yields then is kept as well.
-    """
-
-    table: str  # that gets its rows
+    table: str
     key: Row  # what tells it from the others of its table; every row begins with it
-    cost: float  # beside the costs of the others, for the progress bar
-    measure: Callable[[Tables, Tick], Iterable[Row]]
+    measure: Callable[[], Iterable[Row]]
+    cost: float = 1.0  # beside the costs of the others, for the progress bar
+    rows: int = 1  # that come of it, roughly
 
     @property
     def words(self) -> str:
@@ -46,25 +41,25 @@ class Piece(NamedTuple):
         return all(row.get(name) == value for name, value in self.key.items())
 
 
-def run(pieces: Sequence[Piece], tables: Tables, console: Console) -> str | None:
+def run(pieces: Iterable[Piece], tables: Tables, console: Console) -> str | None:
     """Add the rows of every piece that has none yet; return the words of the piece in which Ctrl-C came, or None."""
     left = [piece for piece in pieces if not any(map(piece.owns, tables.get(piece.table, [])))]
-    with metered(console, sum(piece.cost for piece in left)) as meter:
-        for piece in left:
-            meter.stage(piece.words)
-            rows, done = tables.setdefault(piece.table, []), 0.0
-
-            def tick(share: float, cost: float = piece.cost) -> None:
-                nonlocal done
-                done += share
-                meter.advance(share * cost)
-
-            try:
-                for row in piece.measure(tables, tick):
-                    rows.append({**piece.key, **row})
-                tick(max(1 - done, 0.0))
-            except KeyboardInterrupt:
-                return piece.words
+    columns, words, done = (*Progress.get_default_columns(), TimeElapsedColumn()), "the start", 0.0
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=sum(piece.cost for piece in left))
+            for piece in left:
+                words = piece.words
+                progress.update(task, description=words)
+                if not console.is_terminal:
+                    console.print(words, highlight=False)
+                for row in piece.measure():
+                    tables.setdefault(piece.table, []).append({**piece.key, **row})
+                    progress.advance(task, piece.cost / piece.rows)
+                done += piece.cost
+                progress.update(task, completed=done)
+    except KeyboardInterrupt:
+        return words
     return None
 
 

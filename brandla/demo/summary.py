@@ -1,17 +1,19 @@
-"""The figures that tables and picture state, derived from the rows of a run; the tables are at most 80 columns wide."""
+"""What tables and picture state, derived from the rows of a run; the tables are at most 80 columns wide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import floor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from brandla.demo.frame import Row
 
 NORMS = ("trace", "frobenius", "spectral")
-UPDATES = ("root_update", "eigh_update")
 NOTHING = "–"
 # Below this, relative to the norm of M, an error is float32's rounding and a ratio to it means nothing.
 _NOISE = 1e-6
@@ -25,15 +27,12 @@ def tracked(content: Row) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows.dropna(subset="bound")
-    ratios = {norm: rows[norm] / rows[f"best {norm}"] for norm in NORMS}
-    resolved = {norm: rows[f"best {norm}"] > _NOISE * rows[f"whole {norm}"] for norm in NORMS}
+    for norm in NORMS:
+        best = rows[f"best {norm}"]
+        rows[f"{norm} ratio"] = (rows[norm] / best).where(best > _NOISE * rows[f"whole {norm}"])
     bounded = rows["spectral"] > _NOISE * rows["whole spectral"]
-    slack = _SLACK * rows["whole spectral"]
-    return rows.assign(
-        **{f"{norm} ratio": ratios[norm].where(resolved[norm]) for norm in NORMS},
-        over=(rows["bound"] / rows["spectral"]).where(bounded),
-        broken=bounded & (rows["spectral"] > rows["bound"] + slack),
-    )
+    beyond = rows["spectral"] > rows["bound"] + _SLACK * rows["whole spectral"]
+    return rows.assign(over=(rows["bound"] / rows["spectral"]).where(bounded), broken=bounded & beyond)
 
 
 def tracking(content: Row) -> pd.DataFrame:
@@ -44,14 +43,21 @@ def tracking(content: Row) -> pd.DataFrame:
         for norm, name in zip(NORMS, ("trace", "Frobenius", "spectral"), strict=True):
             ratio = own[f"{norm} ratio"].dropna()
             cells[name] = f"{ratio.median():.2f} ({ratio.max():.2f})" if len(ratio) else NOTHING
-        within = (own["trace ratio"].dropna() <= 1.1).mean()
+        within, over = (own["trace ratio"].dropna() <= 1.1).mean(), own["over"].median()
         # Rounded down: 100 % means every step.
         cells["≤ 1.1"] = NOTHING if np.isnan(within) else f"{floor(100 * within)} %"
-        over = own["over"].median()
         cells["bound"] = NOTHING if np.isnan(over) else f"{over:.1f} ×" + (" broken" if own["broken"].any() else "")
         cells["ms"] = f"{settled(own, content)['milliseconds'].median():.1f}"
         rows.append(cells)
     return pd.DataFrame(rows)
+
+
+def others(content: Row) -> pd.Series:
+    """Return median milliseconds of what is timed beside the updates, NaN where every call failed."""
+    rows = settled(pd.DataFrame(content["tracking"]), content)
+    rows = rows[rows["bound"].isna()]
+    rank = rows["rank"].map(lambda rank: f" ({rank:.0f})" if rank > 0 else "")
+    return rows.groupby(rows["method"] + rank.astype(str), sort=False)["milliseconds"].median()
 
 
 def settled(rows: pd.DataFrame, content: Row) -> pd.DataFrame:
@@ -60,52 +66,31 @@ def settled(rows: pd.DataFrame, content: Row) -> pd.DataFrame:
     return found if len(found) else rows
 
 
-def times(content: Row) -> pd.DataFrame:
-    """Return median milliseconds by method and rank; a rank that does not matter is 0, a failed call is left out."""
-    rows = settled(pd.DataFrame(content["tracking"]), content).fillna({"rank": 0})
-    return rows.groupby(["method", "rank"], sort=False)["milliseconds"].agg(["median", "count", "size"])
-
-
 def training(content: Row) -> pd.DataFrame:
     """Return a row for each method: accuracies at the end, steps and seconds to the target, and times of a step."""
-    settings, rows = content["settings"], []
-    for method, runs in _by_method(content):
-        ends = [run["evaluations"][-1]["accuracy"] for run in runs if run["finished"]]
-        looks = [next((at for at in run["evaluations"] if at["accuracy"] >= settings["target"]), None) for run in runs]
-        arrived = [at for at in looks if at]
-        missed = "*" if len(arrived) < len(runs) else ""
-        found = [took for run in runs for took in run["milliseconds"][settings["warmup"] :] or run["milliseconds"]]
-        median, late = np.percentile(found, [50, 99])
-        memory = next((run["memory"] for run in runs if run["memory"]), None)
-        reached = {part: f"{np.mean([at[part] for at in arrived]):{form}}{missed}" if arrived else "never"
-                   for part, form in (("step", ".0f"), ("seconds", ".2f"))}  # fmt: skip
-        rows.append(
-            {
-                "method": method,
-                "rate": f"{runs[0]['rate']:.2g}",
-                "accuracy, %": _range(ends),
-                "steps": reached["step"],
-                "seconds": reached["seconds"],
-                "median": _milliseconds(median),
-                "p99": _milliseconds(late),
-                "ratio": f"{late / median:.1f}",
-                "memory": "" if memory is None else f"{_total(memory, 'bytes') / _total(memory, 'dense_bytes'):.2f}",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def memory(content: Row) -> pd.DataFrame:
-    """Return a row for each K-FAC method: what its largest factor and all of them take, and of the dense ones'."""
-    rows = []
-    for method, runs in _by_method(content):
-        for factors in [run["memory"] for run in runs if run["memory"]][:1]:
-            largest = max(factors, key=lambda factor: factor["n"])
-            cells = {"KiB": method}
-            for name, part in ((f"one factor, n = {largest['n']}", [largest]), ("all factors", factors)):
-                size, dense = _total(part, "bytes"), _total(part, "dense_bytes")
-                cells |= {name: f"{size / 1024:.0f}", f"{name}: of dense": f"{size / dense:.0%}"}
-            rows.append(cells)
+    target, warmup, rows = content["settings"]["target"], content["settings"]["warmup"], []
+    runs = [run for run in content.get("runs", []) if run["milliseconds"]]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        ends = 100 * np.array([run["evaluations"][-1]["accuracy"] for run in own if run["finished"]])
+        looks = (next((at for at in run["evaluations"] if at["accuracy"] >= target), None) for run in own)
+        reached = pd.DataFrame([at for at in looks if at], columns=["step", "seconds"])
+        missed, means = "*" if len(reached) < len(own) else "", reached.mean()
+        took = [ms for run in own for ms in run["milliseconds"][warmup:] or run["milliseconds"]]
+        median, late = np.percentile(took, [50, 99])
+        memory = pd.DataFrame(next((run["memory"] for run in own if run["memory"]), []))
+        cells = {
+            "method": method,
+            "rate": f"{own[0]['rate']:.2g}",
+            "accuracy, %": f"{ends.mean():.1f} ({ends.min():.1f}–{ends.max():.1f})" if len(ends) else NOTHING,
+            "steps": f"{means['step']:.0f}{missed}" if len(reached) else "never",
+            "seconds": f"{means['seconds']:.2f}{missed}" if len(reached) else "never",
+            "median": _milliseconds(median),
+            "p99": _milliseconds(late),
+            "ratio": f"{late / median:.1f}",
+            "memory": f"{memory['bytes'].sum() / memory['dense_bytes'].sum():.2f}" if len(memory) else "",
+        }
+        rows.append(cells)
     return pd.DataFrame(rows)
 
 
@@ -113,64 +98,57 @@ def tables(content: Row) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """Yield title, table and note of each part that has been measured."""
     settings = content["settings"]
     if len(rows := tracked(content)):
-        n, columns = settings["width"] + 1, settings["batch"]
+        sizes = f"n = {settings['width'] + 1}, {settings['batch']} columns a step"
+        beside = "; ".join(f"{name} {_milliseconds(value)}" for name, value in others(content).items())
         yield (
-            f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, n = {n}, {columns} columns a step",
-            tracking(content).drop(columns="ms"),
+            f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, {sizes}",
+            tracking(content),
             "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the "
-            "trace norm. bound: running bound / spectral error, median. Largest ‖UᵀU − I‖₂ of any step: "
-            f"{rows['orthogonality'].max():.1e}.",
-        )
-        yield (
-            f"Time per update, n = {n}, {columns} columns",
-            _times(content),
-            "The decompositions are of the dense average, whose own update comes on top.",
+            "trace norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the "
+            f"update of a dense average, and its decompositions (rank): {beside or NOTHING}.",
         )
     if len(cells := training(content)):
-        missed = cells["steps"].str.endswith("*").any()
         yield (
             f"Training, {settings['steps']} steps, rank {settings['rank']}, {len(settings['seeds'])} seed(s)",
-            cells.drop(columns="memory"),
+            cells.drop(columns="ratio"),
             f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, "
-            f"mean. median, p99: ms of a step, without the first {settings['warmup']} of a run; ratio: p99 / median."
-            + (" *: mean of the runs that got there; not all did." if missed else ""),
+            f"mean; *: of the runs that got there. median, p99: ms of a step, without the first "
+            f"{settings['warmup']} of a run. memory: of the factors over that of dense ones.",
         )
-    if len(cells := memory(content)):
-        named = cells.rename(columns=lambda name: "of dense" if name.endswith(": of dense") else name)
-        yield "Memory of the factors", named, "of dense: share of what the dense n × n matrices alone would take."
 
 
-def _times(content: Row) -> pd.DataFrame:
-    """Return a row a method and a column a rank."""
-    found, rows = times(content), []
-    for method in found.index.unique("method"):
-        own = found.loc[method]
-        failed = int((own["size"] - own["count"]).max())
-        cells = {"ms, median": f"{method}, failed {failed} times" if failed else method}
-        for rank in content["settings"]["ranks"]:
-            cells[f"rank {rank}"] = _milliseconds(own["median"].get(rank, own["median"].get(0)))
-        rows.append(cells)
-    return pd.DataFrame(rows)
-
-
-def _total(factors: list[Row], key: str) -> int:
-    return sum(factor[key] for factor in factors)
-
-
-def _by_method(content: Row) -> Iterator[tuple[str, list[Row]]]:
-    runs = [run for run in content.get("runs", []) if run["milliseconds"]]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        yield method, [run for run in runs if run["method"] == method]
-
-
-def _range(accuracies: list[float]) -> str:
-    if not accuracies:
-        return NOTHING
-    mean, low, high = (100 * value for value in (np.mean(accuracies), min(accuracies), max(accuracies)))
-    return f"{mean:.1f} ({low:.1f}–{high:.1f})"
-
-
-def _milliseconds(value: float | None) -> str:
-    if value is None or np.isnan(value):
+def _milliseconds(value: float) -> str:
+    if np.isnan(value):
         return NOTHING
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def draw(content: Row, path: Path) -> bool:
+    """Draw the tracked errors over steps, and the test error over seconds; return False where nothing was measured."""
+    rows, settings, facts = tracked(content), content["settings"], content["facts"]
+    if rows.empty:
+        return False
+    figure = Figure(figsize=(9, 10), dpi=110, layout="constrained")
+    above, below = figure.subplots(2)
+    for axis in (above, below):
+        # Which colour-blind readers tell apart.
+        axis.set_prop_cycle(style.library["tableau-colorblind10"]["axes.prop_cycle"])
+    rank, target = settings["headline_rank"], 100 * settings["target"]
+    ratios = rows[rows["rank"] == rank].pivot(index="step", columns="method", values="trace ratio")
+    above.plot(ratios.index, ratios, label=list(ratios))
+    above.axhspan(1, 1.1, alpha=0.1, linewidth=0, label="within 10 % of the best")
+    above.set(title=f"Error of a layer's tracked input factor / best rank-{rank} error, trace norm", xlabel="step")
+    runs = pd.DataFrame(content.get("runs", []), columns=["method", "evaluations"])
+    for method, own in runs[runs["evaluations"].astype(bool)].groupby("method", sort=False):
+        looks = pd.DataFrame(own["evaluations"].explode().tolist()).groupby("step").mean()
+        # A logarithmic axis has no place for 0.
+        below.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), label=method)
+    below.axhline(100 - target, color="grey", linestyle="--", label=f"{target:g} % accuracy")
+    below.set(title="Training on digits: test error, %", xlabel="seconds, mean over seeds", xscale="log", yscale="log")
+    for axis in (above, below):
+        axis.legend(ncols=2, fontsize=9)
+    place = facts["gpus"][0] if settings["device"] != "cpu" and facts["gpus"] else facts["cpu"]
+    about = f"{place}, {facts['threads']} threads, torch {facts['versions']['torch']}"
+    figure.supxlabel(about + ("; interrupted" if facts["interrupted"] else ""), fontsize=9)
+    figure.savefig(path)
+    return True
