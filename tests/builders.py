@@ -122,6 +122,30 @@ def defect(value: Symmetric) -> float:
     return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
 
 
+def assert_factor(value: Symmetric, n: int, rank: int) -> None:
+    """Check shapes, U or S, and of a LowRankEigh that its values are descending and non-negative."""
+    values, tall = values_of(value), tall_of(value)
+    assert values.shape[-1] == rank
+    assert tall.shape[-2:] == (n, rank)
+    assert defect(value) <= oracles.ORTHONORMAL * oracles.epsilon(tall.dtype)
+    if isinstance(value, brandla.LowRankEigh):
+        assert (values >= 0).all()
+        assert (values.diff(dim=-1) <= 0).all()
+    else:
+        assert torch.equal(value.gram, value.gram.mT)
+
+
+def assert_underestimates(
+    value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0
+) -> None:
+    """Check 0 ⪯ M̂ ⪯ M up to rounding."""
+    largest = oracles.spectral_norm(matrix) if largest is None else largest
+    slack = oracles.rounding(matrix.shape[-1], tall_of(value).dtype, largest, decay)
+    approximation = dense(value)
+    assert oracles.eigh(approximation).eigenvalues.amin() >= -slack
+    assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
+
+
 def assert_decomposition(value: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
     """Check orthonormality, and that the values are descending and non-negative."""
     values = values_of(value)
