@@ -1,7 +1,7 @@
 """damped_solve, damped_power and damped_logdet against dense float64 matrices, and their derivatives."""
 
 import math
-import operator
+from operator import ge, gt, le, lt
 from functools import partial
 
 import pytest
@@ -208,7 +208,7 @@ def clamped(values, bound, below):
 @KINDS
 # What clamps have passed on at their bound: the derivative by the values, and, in other versions of torch, nothing.
 @pytest.mark.parametrize(
-    ("below", "above"), [(operator.lt, operator.gt), (operator.le, operator.ge)], ids=["values", "bound"]
+    ("below", "above"), [(lt, gt), (le, ge)], ids=["values", "bound"]
 )
 @pytest.mark.parametrize("tail", ["smallest", 0.5, "mean"], ids=str)
 @pytest.mark.parametrize("exponent", [-1, -0.5])

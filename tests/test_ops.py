@@ -25,12 +25,14 @@ from op_cases import (
     VARIANTS,
     assert_grouped,
     assert_op,
+    eigh_core_operands,
     exact,
     grouped_operands,
     half_precision_data,
     matrix,
     op_of,
     operands,
+    root_core_operands,
     run,
 )
 
@@ -220,6 +222,7 @@ def test_forced_torch_backend_gives_the_same_bits(name: str) -> None:
     with brandla.backend("torch"):
         forced = run(OPS[name], second)
         assert OPS[name].implementation("cpu") == ("torch", "forced by brandla.backend('torch')")
+    assert "forced" not in OPS[name].implementation("cpu")[1]
     for one, other in zip(dispatched, forced, strict=True):
         assert torch.equal(one, other)
 
@@ -241,68 +244,44 @@ def test_an_op_follows_the_dispatcher_on_every_device() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Places of S, G and C, which are varied through F and A.
-PANELS = {"root_core": (0, 2, 1), "eigh_core": (2, 1, 0)}
+def assert_gradient(op, build, inputs):
+    """Check the derivatives of what an op gives, by what its arguments are built of."""
+
+    def call(*inputs):
+        return tuple(part for part in tree_leaves(op(*build(*inputs))) if part.is_floating_point())
+
+    torch.autograd.gradcheck(call, [part.detach().clone().requires_grad_() for part in inputs], fast_mode=True)
 
 
-def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return ``call`` as a function of its floating-point tensors, whose results are in float64.
-
-    The Gram matrices of small cores are those of the panels that are varied in their places, and so stay symmetric.
-    """
-    leaves, structure = tree_flatten(list(arguments))
-
-    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        given = iter(inputs)
-        own = [next(given) if is_varied(leaf) else leaf for leaf in leaves]
-        if name == "cholesky_inverse_core":
-            own[0] = own[0].mT @ own[0]
-            own[1] = own[1].detach()
-        if name in PANELS:
-            root, columns, cross = PANELS[name]
-            own[cross] = own[root].mT @ own[columns] + 0 * own[cross]
-            own[root], own[columns] = own[root].mT @ own[root], own[columns].mT @ own[columns]
-        results = call(*tree_unflatten(own, structure))
-        return tuple(part for part in tree_leaves(results) if part.is_floating_point())
-
-    return function
-
-
-def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if is_varied(leaf)]
-    if name == "cholesky_inverse_core":
-        leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
-    if name in PANELS:
-        for place in PANELS[name][:2]:
-            leaves[place] = matrix(8, leaves[place].shape[-1], "plain", torch.float64, place).requires_grad_()
-    return tuple(leaves)
-
-
-# The cores are varied through panels, and no batches of them.
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [(case, "plain") for case in VARIED]
-    + [(case, "batched") for case in VARIED if not case.endswith("core")]
+    [(case, layout) for case in VARIED for layout in ("plain", "batched") if not case.endswith("core")]
     + [(name, "list") for name in GROUPED if name in DIFFERENTIABLE],
 )
-def test_gradient_is_that_of_finite_differences_and_of_the_torch_form(case: str, layout: str) -> None:
+def test_gradient_is_that_of_finite_differences(case, layout):
     name = op_of(case)
     arguments = listed(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
-    op, form = single(name), OPS[name].torch_form
-    if layout == "list":
-        op, form = several(name), OPS[name].grouped_form
-    inputs = inputs_of(name, arguments)
-    registered, expected = (differentiable_call(name, call, arguments) for call in (op, form))
-    torch.autograd.gradcheck(registered, inputs, fast_mode=True)
-    assert_same_gradients(registered, expected, inputs)
+    leaves, structure = tree_flatten(list(arguments))
+
+    def build(*inputs):
+        given = iter(inputs)
+        return tree_unflatten([next(given) if is_varied(leaf) else leaf for leaf in leaves], structure)
+
+    assert_gradient((several if layout == "list" else single)(name), build, filter(is_varied, leaves))
 
 
-def assert_same_gradients(function: Callable[..., Any], other: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-    found, expected = (
-        torch.autograd.grad(sum(part.square().sum() for part in call(*inputs)), inputs, materialize_grads=True)
-        for call in (function, other)
-    )
-    torch.testing.assert_close(found, expected)
+# What small cores take, of the panels that are varied in the place of their Gram matrices.
+CORES = {
+    "root_core": lambda F, A, *numbers: (*root_core_operands(F, A)[:3], *numbers, *root_core_operands(F, A)[5:]),
+    "eigh_core": lambda F, A, *numbers: (*eigh_core_operands(F, A)[:3], *numbers),
+    "cholesky_inverse_core": lambda F, A, *_: (F.mT @ F, F.norm(dim=-2).detach(), 1e-10),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_gradient_of_a_small_core_is_that_of_finite_differences(name):
+    panels = (matrix(8, width, "plain", torch.float64, width) for width in (3, 2))
+    assert_gradient(single(name), CORES[name], [*panels, *torch.tensor([0.9, 0.25], dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("case", ["project", "cross_gram"])
@@ -389,6 +368,21 @@ BAD_LISTS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
     "memory": ("rotate_", lambda U, *rest: ([*U[:3], U[3][:1].expand(7, 3)], *rest), ValueError, "basis[3] … memory"),
 }
 
+# What follows the matrix of a sketch.
+BAD_SKETCHES = {
+    f"sketch, {what}": ("sketch", lambda matrix, *_, drawn=drawn: (matrix, *drawn), kind, words)
+    for what, drawn, kind, words in (
+        ("dtype", (torch.tensor(1.0), 3), TypeError, "seed must be a tensor of dtype torch.int64; got torch.float32"),
+        ("two seeds", (torch.tensor([1, 2]), 3), ValueError, "seed must have one element; got shape (2,)"),
+        ("no seed", (torch.tensor([]).long(), 3), ValueError, "seed must have one element; got shape (0,)"),
+        ("device", (torch.tensor(1, device="meta"), 3), ValueError, "seed must be on the device … cpu; got meta"),
+        ("width", (torch.tensor(1), -1), ValueError, "width must be at least 0; got -1"),
+        ("problem", (torch.tensor(1), 3, -2), ValueError, "problem must be at least 0; got -2"),
+    )
+}
+BAD_CALLS |= BAD_SKETCHES
+BAD_LISTS |= BAD_SKETCHES
+
 
 def on_cpu(op: Any) -> Callable[..., Any]:
     """Return the implementation of a CPU, although some tensors of the test are elsewhere."""
@@ -403,8 +397,8 @@ def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str
     arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
     op = (several if is_list else single)(name)
     calls = [on_cpu(op) if bad == "device" else op]
-    if name in IN_PLACE and bad != "device":
-        # What overwrites checks however it is called.
+    if name in (*IN_PLACE, "sketch") and bad != "device":
+        # What overwrites or draws checks however it is called.
         calls += [OPS[name], brandla.backend("torch")(OPS[name].__call__)]
     for call in calls:
         with unchanged(arguments[0]), pytest.raises(kind) as caught:

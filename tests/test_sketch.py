@@ -76,27 +76,6 @@ def test_sketch_of_a_list_counts_the_problems(seed: Tensor):
         assert torch.equal(result, sketch(matrix, seed, 6, problem))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "kind", "rule"),
-    [
-        ({"seed": torch.tensor(1.0)}, TypeError, r"seed must be a tensor of dtype torch.int64; got torch.float32"),
-        ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must have one element; got shape \(2,\)"),
-        ({"seed": torch.tensor([], dtype=torch.int64)}, ValueError, r"seed must have one element; got shape \(0,\)"),
-        ({"seed": torch.tensor(1, device="meta")}, ValueError, r"seed must be on the device of matrix, cpu; got meta"),
-        ({"width": -1}, ValueError, r"width must be at least 0; got -1"),
-        ({"problem": -2}, ValueError, r"problem must be at least 0; got -2"),
-    ],
-    ids=["dtype", "two seeds", "no seed", "device", "width", "problem"],
-)
-def test_bad_input_is_named(wrong: dict[str, object], kind: type[Exception], rule: str, seed: Tensor):
-    arguments = {"seed": seed, "width": 3, "problem": 0} | wrong
-    for call in (sketch, torch.ops.brandla.sketch):
-        with pytest.raises(kind, match=rf"^brandla::sketch: {rule}$"):
-            call(torch.ones(4, 5), **arguments)
-    with pytest.raises(kind, match=rf"^brandla::sketch: {rule}$"):
-        torch.ops.brandla.sketch_grouped([torch.ones(4, 5)], **arguments)
-
-
 def test_bad_seed_of_signs_is_named():
     with pytest.raises(TypeError, match=r"^signs: seed must be a tensor of dtype torch.int64; got int$"):
         signs(5, 3, 2)  # type: ignore[arg-type]
