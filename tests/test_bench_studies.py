@@ -274,21 +274,3 @@ def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
             {"K-FAC, reduce"} if task["network"] == "nodes" else set()
         )
     assert len(expand_reduce.draw(content, pictures.THEMES[0]).axes) == len(content["settings"]["tasks"])
-
-
-def test_a_graph_of_pixels_is_that_of_the_dense_adjacency() -> None:
-    """Features of the neighbours of every bright pixel, averaged."""
-    torch.manual_seed(0)
-    model, images = expand_reduce.Graphs(16, 8), torch.randn(3, 16)
-    place = torch.arange(16)
-    rows, columns = place // 4, place % 4
-    near = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1) & ~torch.eye(16, dtype=bool)
-    for image, found in zip(images, model(images), strict=True):
-        bright = image > 0
-        edges = near[bright][:, bright].float()
-        one_hot = torch.nn.functional.one_hot
-        nodes = torch.cat([image[:, None], one_hot(rows, 4), one_hot(columns, 4)], 1)[bright]
-        for layer in model.layers:
-            means = edges @ nodes / edges.sum(1, keepdim=True).clamp_min(1)
-            nodes = layer.linear(torch.cat([nodes, means], 1)).relu()
-        torch.testing.assert_close(model.head(nodes.mean(0)), found)

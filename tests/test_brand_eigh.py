@@ -136,13 +136,6 @@ def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale: float,
     assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + slack
 
 
-def test_nothing_is_taken_for_columns_outside_the_span(dtype: torch.dtype) -> None:
-    basis = oracles.orthonormal(40, 16, seed=2).to(dtype)
-    held = brandla.LowRankEigh(torch.linspace(2, 1, 10, dtype=dtype), basis[:, :10])
-    found = brandla.eigh_downdate(held, 100 * basis[:, 10:])
-    assert oracles.difference_ratio(dense(found), dense(held), dtype, 100) <= THRESHOLD
-
-
 @pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
 def test_a_sliding_window_follows_its_own_decomposition(stream: str, rank: int, most: float, dtype: torch.dtype):
     n, k, width = 96, 8, 5

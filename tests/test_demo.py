@@ -97,13 +97,6 @@ def test_an_epoch_shows_no_image_twice() -> None:
     assert not torch.equal(first, again[48:])
 
 
-def test_network_depends_on_its_seed_alone() -> None:
-    first = data.network(8, "cpu", 3)[0].weight
-    state = torch.get_rng_state()
-    assert torch.equal(first, data.network(8, "cpu", 3)[0].weight)
-    assert torch.equal(state, torch.get_rng_state())
-
-
 # tracking
 
 
@@ -154,24 +147,7 @@ def test_search_seed_is_not_a_final_one() -> None:
         assert settings.search_seed not in settings.seeds
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_grid_lies_within_the_decade(method: Any) -> None:
-    assert method.grid(4)[0] == pytest.approx(method.rates[0])
-    assert method.grid(4)[-1] == pytest.approx(method.rates[1])
-    assert method.grid(2) == method.grid(4)[1:3]
-
-
-def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) -> None:
-    factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
-    less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
-    assert less == {"B-KFAC", "B-KFAC, sketched"}
-    brand = next(run["memory"] for run in content["runs"] if run["method"] == "B-KFAC")
-    # F and S, the error bound, the trace and the sum of the weights.
-    expected = 4 * (TINY.order * TINY.rank + TINY.rank**2 + 3)
-    assert max(one["bytes"] for one in brand if one["n"] == TINY.order) == expected
-
-
-def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_noted_and_all_else_is_the_same_again_except_times(content, monkeypatch) -> None:
     step = Trainer.step
 
     def fail(self: Trainer, batch: data.Split) -> None:
@@ -185,6 +161,9 @@ def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.Mo
     failed = {run["method"] for run in found["runs"] if run["failure"] == "step 1: eigendecomposition failed"}
     assert failed == {one.name for one in METHODS if one.strategy is not None}
     assert summary.training(found)["method"].tolist() == ["SGD, momentum", "AdamW"]
+    assert without_times(found["tracking"]) == without_times(content["tracking"])
+    others = [[run for run in one["runs"] if run["method"] not in failed] for one in (content, found)]
+    assert without_times(others[0]) == without_times(others[1])
 
 
 def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
@@ -201,11 +180,6 @@ def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
 
 
 # what is left behind
-
-
-def test_figures_are_the_same_again_except_times(content: dict[str, Any]) -> None:
-    found = [without_times({**one, "facts": None}) for one in (content, study.measure(TINY, quiet()))]
-    assert found[0] == found[1]
 
 
 def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) -> None:
@@ -226,9 +200,9 @@ def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) 
     assert all(method.name in text for method in METHODS)
 
 
-# In the tracking study and at its end, in the search, and in the first run of the training study. A piece ends with a
+# In the tracking study, and in the first run of the training study, after the search. A piece ends with a
 # tick of its own.
-@pytest.mark.parametrize("advances", [0, 11, 82, 104])
+@pytest.mark.parametrize("advances", [0, 104])
 def test_interrupted_study_keeps_what_was_measured(advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     advance, count = meter.Meter.advance, 0
 

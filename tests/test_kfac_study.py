@@ -122,33 +122,25 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settin
             assert max(tried) <= high * 1.005
 
 
-def by_hand(name: str, model: nn.Module, numbers: dict[str, float]) -> tuple[torch.optim.Optimizer, KFAC | None]:
-    """Return the optimizer and the preconditioner of a method, written out."""
-    rate, weights = numbers["rate"], model.parameters()
-    if "weight decay" in numbers:
-        decay, beta = numbers["weight decay"], 1 - numbers.get("1 − β₁", 0)
-        return {
-            "AdamW": lambda: torch.optim.AdamW(weights, rate, (beta, 0.999), weight_decay=decay),
-            "SGD": lambda: torch.optim.SGD(weights, rate, 1 - numbers["1 − momentum"], weight_decay=decay),
-            "SOAP": lambda: peers.SOAP(weights, rate, (beta, 0.99), decay, 10),
-        }[name](), None
-    strategies = {
-        "B-KFAC, sketched": Brand(2, sketch=1),
-        "SINGD": InverseFree("dense", variant="singd", rate=numbers.get("β", 1), preconditioner_every=5),
-    }
-    options = {"damping": numbers["damping"], "clip": 0.07, "decay": 1 - numbers.get("1 − ρ", 0.05), "seed": 3}
-    kfac = KFAC(model, strategies[name], sharing="reduce", **options)
-    return torch.optim.SGD(model.parameters(), rate), kfac
+# An optimizer and the options of a preconditioner, written out.
+BY_HAND: dict[str, Any] = {
+    "SGD": lambda weights, n: torch.optim.SGD(weights, n["rate"], 1 - n["1 − momentum"], weight_decay=n["weight decay"]),
+    "AdamW": lambda weights, n: torch.optim.AdamW(
+        weights, n["rate"], (1 - n["1 − β₁"], 0.999), weight_decay=n["weight decay"]
+    ),
+    "B-KFAC, sketched": lambda weights, n: torch.optim.SGD(weights, n["rate"]),
+}
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "SOAP", "B-KFAC, sketched", "SINGD"])
+@pytest.mark.parametrize("name", BY_HAND)
 def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
     batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
     numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
     own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
-    trainer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3)
-    optimizer, preconditioner = by_hand(name, other, numbers)
+    trainer, optimizer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3), BY_HAND[name](other.parameters(), numbers)
+    options = {"damping": numbers.get("damping"), "clip": 0.07, "decay": 1 - numbers.get("1 − ρ", 0.05), "seed": 3}
+    preconditioner = KFAC(other, Brand(2, sketch=1), sharing="reduce", **options) if "KFAC" in name else None
     for _ in range(3):
         trainer.step(batch)
         optimizer.zero_grad()
@@ -159,12 +151,9 @@ def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
     for taken, expected in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(taken, expected, rtol=0, atol=0)
     weights = 4 * sum(weight.numel() for weight in own.parameters())
-    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters. SOAP keeps two,
-    # and four squares for each matrix (d_out, d_in).
-    squares = 4 * sum(2 * n**2 for weight in own.parameters() if weight.ndim > 1 for n in weight.shape)
-    kept = {"SGD": weights, "AdamW": 2 * weights + 6 * 4, "SOAP": 2 * weights + squares}
+    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters.
     assert kfac_images.kept_bytes(trainer) == {
-        "optimizer_bytes": kept.get(name, 0),
+        "optimizer_bytes": {"SGD": weights, "AdamW": 2 * weights + 6 * 4}.get(name, 0),
         "factor_bytes": 0 if preconditioner is None else preconditioner.report().bytes,
     }
 
@@ -247,15 +236,6 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
     assert call(hopeless, 0, {"trials": [trial(3, 0.8, 0.1)]})["steps"] == 3
     found = call(replace(hopeless, name="wider", width=32, follows="toy"), 2, {"trials": [trial(3, 0.8, 0.1)]})
     assert (found["numbers"]["rate"], found["exponent"]) == (0.025, 1.0)
-
-
-def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = iter(range(100))
-    # The first step is left out; then every second one is dear.
-    monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
-    expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
-    for name, row in expected.items():
-        assert list(kfac_images.cost_of(BY_NAME[name], 16, replace(TINY, cost_seconds=1.0), "cpu")) == [row]
 
 
 def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,17 +128,6 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, e
     assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
 
 
-def test_a_million_rows_lose_no_digits(update):
-    n, r, k, eps = 1_000_000, 3, 4, torch.finfo(torch.float32).eps
-    lead, source = oracles.gaussian(n, 3, seed=0).float(), oracles.generator(1)
-    value = update.factor.zeros(n, r, dtype=torch.float32)
-    for _ in range(3):
-        columns = lead @ torch.randn(3, k, generator=source) + 0.05 * torch.randn(n, k, generator=source)
-        value = update(value, columns, decay=0.9, weight=0.1)
-    # A float32 product of these columns is wrong by some thousand ε.
-    assert defect(value) <= 20 * eps
-
-
 def test_tracking_does_not_change_the_factor(update):
     plain, columns = update.make(30, 6), make_columns(30, 4)
     tracked = update(brandla.track(plain), columns, decay=0.9)
