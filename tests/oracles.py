@@ -27,9 +27,7 @@ Spectrum = Callable[[int], Tensor]
 Stream = Callable[[int, int, int], Iterator[Tensor]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Spectra and matrices
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Spectra and matrices
 
 
 def power_law(exponent: float) -> Spectrum:
@@ -138,9 +136,7 @@ def symmetrised(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
 
 
 def spectral_stream(deviations: Spectrum, copies: int = 1) -> Stream:
@@ -204,9 +200,7 @@ def batches(
     return [columns.to(dtype) for columns in islice(STREAMS[stream](n, k, seed), count)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Float64 references
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Float64 references
 
 
 class Eigh(NamedTuple):
@@ -248,9 +242,7 @@ def truncated_update(matrix: Tensor, columns: Tensor, rank: int, decay: float = 
     return eigh(updated(matrix, columns, decay, weight)).truncation(rank)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Error ratios
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Error ratios
 
 
 def epsilon(dtype: torch.dtype) -> float:

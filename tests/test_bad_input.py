@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import brandla
-from builders import assert_same, make_columns, make_eigh, make_root, make_svd, unchanged
+from builders import Operator, assert_same, make_columns, make_eigh, make_root, make_svd, unchanged
 
 Error = type[Exception]
 Case = Any
@@ -40,29 +40,17 @@ FLOAT_MEANS = [STREAM._replace(mean=STREAM.mean.float())] * 2
 UPRIGHT, NARROW = brandla.LowRankEigh(COLUMNS.new_ones(N), EIGH.eigenvectors.mT), RIGHT[:, :2]
 
 
-class OperatorWithoutTranspose:
-    """A linear operator that only multiplies from the left."""
+class OperatorOfWrongShape(Operator):
+    """A linear operator whose products have a row too many, as those of its transpose."""
 
-    shape, dtype, device = (N, 9), torch.float64, torch.device("cpu")
+    mT = property(lambda self: self)  # noqa: N815
 
-    def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        """Return a product of the right shape."""
-        return torch.ones(N, block.shape[1], dtype=torch.float64)
-
-
-class OperatorOfWrongShape(OperatorWithoutTranspose):
-    """A linear operator whose products do not have its shape."""
-
-    shape = (N, N)
-
-    @property
-    def mT(self) -> OperatorOfWrongShape:  # noqa: N802
-        """Return an operator whose products are as wrong."""
-        return self
-
-    def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        """Return a product with a row too many."""
+    def __matmul__(self, block):
+        """Return a product."""
         return torch.ones(N + 1, block.shape[1], dtype=torch.float64)
+
+
+WRONG_PRODUCTS, NO_TRANSPOSE = OperatorOfWrongShape(MATRIX), Operator(BLOCK)
 
 
 def case(function: str, name: str, error: Error, words: str, *arguments: Any, **options: Any) -> Case:
@@ -255,12 +243,12 @@ CASES = [
     case("Rank", "tolerance 1", ValueError, "tol … got 1.0", 4, 1.0),
     case("Rank", "tolerance below 0", ValueError, "tol … got -0.1", 4, -0.1),
     case("root_update", "shrink", ValueError, "shrink … 'cholesky'", ROOT, COLUMNS, compress="cholesky", shrink=True),
-    case("randomized_eigh", "wrong products", ValueError, "(12, 12) … (13, 12)", OperatorOfWrongShape(), 2),
-    case("randomized_svd", "wrong products", ValueError, "(12, 12) … (13, 12)", OperatorOfWrongShape(), 2),
-    case("randomized_svd", "no mT", TypeError, "mT … OperatorWithoutTranspose", OperatorWithoutTranspose(), 2),
-    case("eigh_refresh", "no mT", TypeError, "mT … OperatorWithoutTranspose", EIGH, OperatorWithoutTranspose()),
+    case("randomized_eigh", "wrong products", ValueError, "(12, 12) … (13, 12)", WRONG_PRODUCTS, 2),
+    case("randomized_svd", "wrong products", ValueError, "(12, 12) … (13, 12)", WRONG_PRODUCTS, 2),
+    case("randomized_svd", "no mT", TypeError, "mT … Operator", NO_TRANSPOSE, 2),
+    case("eigh_refresh", "no mT", TypeError, "mT … Operator", EIGH, NO_TRANSPOSE),
     case("eigh_refresh", "batch shape", ValueError, "matrix … (3,) … (2,)", BATCH, TWO_BATCHES),
-    case("eigh_refresh", "operator of a batch", ValueError, "12 rows … (3, 12, 4)", BATCH, OperatorWithoutTranspose()),
+    case("eigh_refresh", "operator of a batch", ValueError, "12 rows … (3, 12, 4)", BATCH, NO_TRANSPOSE),
     case("damped_solve", "batch shape", ValueError, "rhs … (3,) … (2,)", BATCH, TWO_BATCHES, 0.1),
     case("damped_solve", "batch of damping", ValueError, "damping … batch shape (3,) … (2,)", BATCH, RHS, TWO),
     pair_case("rows of P", ValueError, "(P, Q) … 12 … (5, 3)", (SHORT, RIGHT)),
@@ -312,9 +300,7 @@ def test_numpy_numbers_are_numbers() -> None:
     assert torch.equal(power, brandla.damped_power(EIGH, RHS, 0.5, -0.5))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values: looked at in checked mode alone
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Values: looked at in checked mode alone
 
 
 def spoiled(value: Any, bad: float = math.nan) -> Any:
@@ -408,9 +394,7 @@ def test_checked_mode_nests_and_ends_with_its_block() -> None:
     brandla.eigh_update(EIGH, bad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backends
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Backends
 
 
 def test_unknown_backend_is_refused() -> None:

@@ -103,9 +103,7 @@ def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank: in
             assert (agreement[:3] > 0.9).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downdates
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Downdates
 
 
 def test_downdate_takes_back_what_an_update_added(dtype: torch.dtype) -> None:

@@ -138,9 +138,7 @@ def test_solution_scales_with_the_operator_and_the_right_hand_side(make, scale):
     assert oracles.difference_ratio(solution, brandla.damped_solve(lowrank, rhs, 0.1), torch.float32) <= THRESHOLD
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Derivatives
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Derivatives
 
 # Each takes a factor, a right-hand side and λ.
 DERIVED = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from brandla.demo import data, frame, machine, meter, study, summary, tracking
+from brandla.demo import data, frame, machine, study, summary, tracking
 from brandla.demo.frame import Piece
 from brandla.demo.settings import Settings, make_settings
 from brandla.demo.training import METHODS, Trainer
@@ -198,30 +198,6 @@ def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) 
     for title in ("Tracked error / best", "Time per update", "Training, 6 steps", "Memory of the factors"):
         assert title in text
     assert all(method.name in text for method in METHODS)
-
-
-# In the tracking study, and in the first run of the training study, after the search. A piece ends with a
-# tick of its own.
-@pytest.mark.parametrize("advances", [0, 104])
-def test_interrupted_study_keeps_what_was_measured(advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    advance, count = meter.Meter.advance, 0
-
-    def counting(self: meter.Meter, cost: float = 1.0) -> None:
-        nonlocal count
-        count += 1
-        if count == advances + 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        advance(self, cost)
-
-    monkeypatch.setattr(meter.Meter, "advance", counting)
-    found = study.measure(TINY, quiet())
-    assert found["facts"]["interrupted"]
-    assert len(summary.tracked(found)) == 4 * min(advances + 1, 10)
-    started = max(0, advances + 1 - 11 - 5 * 2 * len(METHODS))
-    assert sum(len(run["milliseconds"]) for run in found.get("runs", [])) == started - started // 7
-    study.leave(found, tmp_path, quiet())
-    assert json.loads((tmp_path / "demo.json").read_text())["facts"]["interrupted"]
-    assert (tmp_path / "demo.png").exists()
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])

@@ -122,42 +122,6 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settin
             assert max(tried) <= high * 1.005
 
 
-# An optimizer and the options of a preconditioner, written out.
-BY_HAND: dict[str, Any] = {
-    "SGD": lambda weights, n: torch.optim.SGD(weights, n["rate"], 1 - n["1 − momentum"], weight_decay=n["weight decay"]),
-    "AdamW": lambda weights, n: torch.optim.AdamW(
-        weights, n["rate"], (1 - n["1 − β₁"], 0.999), weight_decay=n["weight decay"]
-    ),
-    "B-KFAC, sketched": lambda weights, n: torch.optim.SGD(weights, n["rate"]),
-}
-
-
-@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
-@pytest.mark.parametrize("name", BY_HAND)
-def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
-    batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
-    numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
-    own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
-    trainer, optimizer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3), BY_HAND[name](other.parameters(), numbers)
-    options = {"damping": numbers.get("damping"), "clip": 0.07, "decay": 1 - numbers.get("1 − ρ", 0.05), "seed": 3}
-    preconditioner = KFAC(other, Brand(2, sketch=1), sharing="reduce", **options) if "KFAC" in name else None
-    for _ in range(3):
-        trainer.step(batch)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(other(batch.images), batch.labels).backward()
-        if preconditioner is not None:
-            preconditioner.step()
-        optimizer.step()
-    for taken, expected in zip(own.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(taken, expected, rtol=0, atol=0)
-    weights = 4 * sum(weight.numel() for weight in own.parameters())
-    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters.
-    assert kfac_images.kept_bytes(trainer) == {
-        "optimizer_bytes": {"SGD": weights, "AdamW": 2 * weights + 6 * 4}.get(name, 0),
-        "factor_bytes": 0 if preconditioner is None else preconditioner.report().bytes,
-    }
-
-
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
 def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
@@ -188,8 +152,12 @@ def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -
     run = run_of(toy_trainer(), replace(TASK, target=0.0), fashion)
     assert (run["step"], run["steps"], run["failure"]) == (1, 1, None)
     assert run["seconds"] == pytest.approx(run["milliseconds"] / 1e3)
-    run = run_of(toy_trainer(), replace(TASK, target=2.0), fashion)
+    trainer = toy_trainer()
+    run = run_of(trainer, replace(TASK, target=2.0), fashion)
     assert (run["step"], run["seconds"], run["steps"]) == (None, None, 6)
+    # Momentum is a number a weight.
+    weights = sum(weight.numel() for weight in trainer.model.parameters())
+    assert kfac_images.kept_bytes(trainer) == {"factor_bytes": 0, "optimizer_bytes": 4 * weights}
     run = run_of(toy_trainer(), replace(TASK, target=2.0, seconds=0.0), fashion)
     assert (run["step"], run["steps"]) == (None, 1)
     assert run["score"] is not None

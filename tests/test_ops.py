@@ -67,9 +67,7 @@ def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tree_map(lambda leaf: leaf.clone().requires_grad_() if is_varied(leaf) else leaf, list(arguments)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Values
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,9 +138,7 @@ def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few: boo
     assert (cross - root.double().mT @ columns.double()).abs().max() <= allowed * terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# cross_gram at any range
-# ---------------------------------------------------------------------------------------------------------------------
+# --- cross_gram at any range
 
 # Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
 RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-40, 37), (15, -36)]
@@ -198,9 +194,7 @@ def test_cross_gram_of_an_empty_root_takes_no_second_look(monkeypatch: pytest.Mo
     assert taken == [torch.float32, torch.float32]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As torch ops
-# ---------------------------------------------------------------------------------------------------------------------
+# --- As torch ops
 
 
 # torch 2.14 looks at .grad of what is no leaf while it traces.
@@ -239,9 +233,7 @@ def test_an_op_follows_the_dispatcher_on_every_device() -> None:
     assert OPS["cross_gram"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Gradients
 
 
 def assert_gradient(op, build, inputs):
@@ -311,9 +303,7 @@ def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
         single(name)(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Bad input
 
 LONG = torch.zeros(10, 2)
 Spoil = Callable[..., tuple[Any, ...]]

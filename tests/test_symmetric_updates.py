@@ -135,9 +135,7 @@ def test_tracking_does_not_change_the_factor(update):
     assert all(torch.equal(a, b) for a, b in zip(update(plain, columns, decay=0.9), tracked.lowrank, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sparse columns, and what is not finite
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sparse columns, and what is not finite
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
@@ -181,9 +179,7 @@ def test_non_finite_data_stays_poisonous(update):
         assert tall_of(again).isnan().all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In place: the same results, written over the tensors they came from
-# ---------------------------------------------------------------------------------------------------------------------
+# --- In place: the same results, written over the tensors they came from
 
 
 @pytest.mark.parametrize("k", [0, 8, 60], ids=lambda k: f"k-{k}")
@@ -242,9 +238,7 @@ def test_shared_memory_and_gradients_are_refused_before_anything_is_overwritten(
         written(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Derivatives where eigenvalues of the core coincide: from zeros, of dependent columns
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Derivatives where eigenvalues of the core coincide: from zeros, of dependent columns
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)

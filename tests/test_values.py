@@ -139,9 +139,7 @@ def test_track_starts_at_zero_in_the_dtype_of_the_factor(make_factor, batch_shap
     torch.testing.assert_close(tracked.trace, factor.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In everyday code
-# ---------------------------------------------------------------------------------------------------------------------
+# --- In everyday code
 
 
 def saved(value, _):
