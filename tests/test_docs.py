@@ -9,7 +9,7 @@ import io
 import pkgutil
 import re
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -75,18 +75,11 @@ def run(source: str, namespace: dict[str, Any], where: Path) -> None:
 def run_benchmarks(namespace: dict[str, Any]) -> int:
     """Call the benchmarks that a block defines once for each parameter, without timing, and count the calls."""
     functions = [value for name, value in namespace.items() if name.startswith("test_")]
-    calls = 0
-    for function in functions:
-        for mark in function.pytestmark:
-            name, values = mark.args
-            for value in values:
-                function(benchmark=call, **{name: value})
-                calls += 1
-    return calls
-
-
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+    calls = [(one, *mark.args) for one in functions for mark in one.pytestmark]
+    for function, name, values in calls:
+        for value in values:
+            function(benchmark=lambda call, *args, **kwargs: call(*args, **kwargs), **{name: value})
+    return len(calls)
 
 
 @pytest.mark.parametrize("index", range(len(blocks(ROOT / "README.md"))))
@@ -110,8 +103,8 @@ def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page: Pat
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
-    """It describes itself, is in the navigation, and shows an output behind the code that prints it.
+def test_a_page_is_written_as_the_site_takes_it(page: Path, formulas: dict[str, Any]) -> None:
+    """It describes itself, is in the navigation, shows an output behind the code that prints it; formulas are MathML.
 
     Markdown takes a line that begins with a quoted figure for a block of its own, and ends the paragraph before it.
     """
@@ -120,6 +113,9 @@ def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert text.count("```output\n") == sum(bool(shown) for _, shown in blocks(page))
     assert not re.search(r"^\s*<!-- [\w-]+\.json ", text, re.MULTILINE)
+    for source in re.findall(r"^```formula\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        shown = "".join(ElementTree.fromstring(formulas["fence"](source)).itertext())
+        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +131,6 @@ def test_scripts_in_sentences_are_lowered_and_raised_and_code_stays(formulas: di
     wanted = f"‖M‖<sub>F</sub>², λ<sub>G</sub>, n<sup>0.89</sup>. {code} d<sub>r+1</sub><sup>−½</sup>"
     assert shown == f"<p>{wanted}</p>"
     assert formulas["on_page_markdown"]("M̂_{τ}, `M̂_x` and M̂_a") == r"M̂\_{τ}, `M̂_x` and M̂\_a"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_formulas_of_a_page_become_mathml(page: Path, formulas: dict[str, Any]) -> None:
-    make = formulas["fence"]
-    for source in re.findall(r"^```formula\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        shown = "".join(ElementTree.fromstring(make(source)).itertext())
-        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
 
 
 @pytest.mark.parametrize(("page", "package"), [("api", brandla), ("api-kfac", brandla.kfac)])

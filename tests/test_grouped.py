@@ -185,15 +185,6 @@ def test_lists_may_hold_factors_that_the_update_fills_whole(update, k):
     assert_equal(*both(update.name, [*factors_and_columns(update, k, (10, 20, 33))], options), torch.float64)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_lists_of_half_precision_columns_equal_their_float32_values(update, half):
-    factors, columns = factors_and_columns(update, 5, dtype=torch.float32)
-    columns = [own.to(half) for own in columns]
-    expected = update.grouped(factors, [own.float() for own in columns], decay=0.9)
-    for given in (columns, [columns[0], columns[1].float(), columns[2]]):
-        assert_same(update.grouped(factors, given, decay=0.9), expected)
-
-
 def test_the_gradient_of_listed_powers_is_that_of_single_ones():
     (lefts, rights, matrices, *numbers), _ = cases("one rank")["kron_damped_power"]
     given = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]

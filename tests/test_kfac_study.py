@@ -18,16 +18,13 @@ from typer.testing import CliRunner
 from bench.frame import samples
 from bench.studies import kfac_images, kfac_page, peers
 from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points
-from brandla.demo.data import Split
 from brandla.demo.frame import Row
-from brandla.kfac import KFAC, Brand, InverseFree
 
 TASK = Task("toy", "mlp", 8, 4, 6, 60, 0.75)
 WIDER = replace(TASK, name="wider", width=32, follows="toy", rates=True)
 WIDEST = replace(TASK, name="widest", width=128, follows="wider")
 TINY = Settings((TASK, WIDER, WIDEST), seeds=(0, 1), trials=2, rank=2, look_after=1)
 COUNTS = (48, 20)
-BY_NAME = {method.name: method for method in METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +217,8 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(kfac_images, "timed", timed)
-    (row,) = kfac_images.cost_of(BY_NAME["K-FAC"], 16, TINY, "cpu")
+    method = next(method for method in METHODS if method.name == "K-FAC")
+    (row,) = kfac_images.cost_of(method, 16, TINY, "cpu")
     assert row["renewing"] > 0
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 

@@ -128,13 +128,6 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, e
     assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
 
 
-def test_tracking_does_not_change_the_factor(update):
-    plain, columns = update.make(30, 6), make_columns(30, 4)
-    tracked = update(brandla.track(plain), columns, decay=0.9)
-    assert isinstance(tracked, brandla.Tracked)
-    assert all(torch.equal(a, b) for a, b in zip(update(plain, columns, decay=0.9), tracked.lowrank, strict=True))
-
-
 # --- Sparse columns, and what is not finite
 
 
