@@ -58,7 +58,7 @@ def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
 ) -> None:
     pytest.importorskip("triton")
     on(arch)
-    project, launched = OPS["project"], list[Any]()
+    project, launched = OPS["project"], []
     basis, columns = torch.randn(9, 3), torch.randn(9, 2)
     expected = project.torch_form(basis, columns)
     monkeypatch.setattr(project, "launch", lambda *args: launched.append(args) or expected.clone())
@@ -68,16 +68,13 @@ def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
     assert bool(launched) == bool(kernels)
 
 
-def test_kernels_cannot_be_forced_where_there_are_none(on: Callable[[str], None]) -> None:
+def test_kernels_cannot_be_forced_where_there_are_none(on):
+    for device in ("mps", "xpu"):
+        assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
     on("gfx1201")
     assert OPS["project"].implementation("cuda") == ("torch", "there are no kernels for gfx1201")
     with pytest.raises(RuntimeError, match="'triton' cannot run: there are no kernels for gfx1201"):
         brandla.backend("triton").__enter__()
-
-
-@pytest.mark.parametrize("device", ["mps", "xpu"])
-def test_other_devices_run_torch_forms(device: str) -> None:
-    assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
 
 
 @pytest.mark.parametrize(
