@@ -33,6 +33,14 @@ def run(module: Any, *options: str) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["--quick", *options])
 
 
+def measured(module: Any, folder: Path, *options: str) -> dict[str, Any]:
+    """Run a study at toy sizes, and return what the files of a folder hold then."""
+    answer = run(module, "--out", str(folder), *options)
+    assert answer.exit_code == 0, answer.output
+    assert "Written:" in answer.output
+    return results.read(folder)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _coarse_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -48,9 +56,7 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     for module in STUDIES:
         options = ["--only", "regression"] if module is kfac_images else []
-        answer = run(module, "--out", str(folder / "toy"), *options)
-        assert answer.exit_code == 0, answer.output
-        assert "Written:" in answer.output
+        measured(module, folder / "toy", *options)
     return folder
 
 
@@ -171,9 +177,7 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
     path.write_text(json.dumps(content), encoding="utf-8")
     assert "**Interrupted**" in report.answered("accuracy", {"accuracy": content})
-    answer = run(accuracy, "--resume", "--out", str(tmp_path))
-    assert answer.exit_code == 0, answer.output
-    taken_up = results.read(tmp_path)["accuracy"]
+    taken_up = measured(accuracy, tmp_path, "--resume")["accuracy"]
     assert taken_up["facts"]["interrupted"] is False
     assert taken_up["runs"][: len(whole)] == whole
     assert [row["step"] for row in taken_up["runs"] if row["tracker"] == "B"] == 2 * accuracy.QUICK.measured
@@ -253,18 +257,14 @@ def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: py
     tasks = {name: defaults.TASKS[name] for name in ("letters transformer", "diabetes MLP")}
     monkeypatch.setattr(defaults, "TASKS", tasks)
     for options in ([], ["--resume"]):
-        answer = run(defaults, "--out", str(tmp_path / "toy"), *options)
-        assert answer.exit_code == 0, answer.output
-    content = results.read(tmp_path / "toy")["defaults"]
+        content = measured(defaults, tmp_path / "toy", *options)["defaults"]
     assert len(content["runs"]) == len(tasks) * len(defaults.METHODS)
     assert all(row["loss"] is not None for row in content["runs"])
     assert "| letters transformer |" in "".join(report.of_page("defaults", {"toy": {"defaults": content}}))
 
 
 def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
-    answer = run(expand_reduce, "--out", str(tmp_path / "toy"))
-    assert answer.exit_code == 0, answer.output
-    content = results.read(tmp_path / "toy")["expand-reduce"]
+    content = measured(expand_reduce, tmp_path / "toy")["expand-reduce"]
     assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
     text = "".join(report.of_page("expand-reduce", {"toy": {"expand-reduce": content}}))
     for task in content["settings"]["tasks"]:
