@@ -232,12 +232,10 @@ class Operator:
     """A matrix that can only be multiplied with, and counts how often."""
 
     def __init__(self, matrix: Tensor) -> None:
-        """Take over what a matrix says of itself."""
         self.matrix, self.products = matrix, 0
         self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
 
     def __matmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
         assert block.dtype == self.dtype
         self.products += 1
         return self.matrix @ block
@@ -246,17 +244,13 @@ class Operator:
 class OperatorWithTranspose(Operator):
     """An operator that knows its transpose."""
 
-    @property
-    def mT(self) -> Operator:  # noqa: N802
-        """The transpose."""
-        return Operator(self.matrix.mT)
+    mT = property(lambda self: Operator(self.matrix.mT))  # noqa: N815
 
 
 class OperatorFromTheRight(Operator):
     """An operator that also multiplies from the right of a tensor."""
 
     def __rmatmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
         return block @ self.matrix
 
 
@@ -270,11 +264,9 @@ class SymmetricUpdate(NamedTuple):
     is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
 
     def __str__(self) -> str:
-        """Return the name of the form."""
         return "-".join([self.name, *self.options.values()])
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Call the public function."""
         return getattr(brandla, self.name)(*arguments, **self.options, **options)
 
     def in_place(self, *arguments: Any, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import scipy.linalg
@@ -156,16 +156,12 @@ def switching_stream(scale: float, switch_at: int = 20) -> Stream:
     """Return a stream that moves to an orthogonal subspace, `scale` times as large, after `switch_at` batches."""
 
     def stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
-        source = generator(seed)
-        half = n // 2
-        q = orthonormal(n, n, seed)
-        deviations = power_law(0.5)(half)
+        source, half = generator(seed), n // 2
+        q, deviations = orthonormal(n, n, seed), power_law(0.5)(half)
         before, after = q[:, :half] * deviations, scale * q[:, half : 2 * half] * deviations
-        step = 0
-        while True:
+        for step in count():
             mixing = before if step < switch_at else after
             yield mixing @ torch.randn(half, k, dtype=torch.float64, generator=source) / math.sqrt(k)
-            step += 1
 
     return stream
 
