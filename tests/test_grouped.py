@@ -82,7 +82,7 @@ def cases(sizes, dtype=torch.float64):
         "kron_damped_power": ([eighs, rights, blocks, 0.1, -0.5], sides),
         "kron_damped_power, one value each": (
             [roots, rights, blocks, numbers, [-1, -0.5, 0.5, 1]],
-            {"left_tail": 0.2, "values": [None, torch.rand(8, 5, dtype=dtype), None, None]},
+            {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]},
         ),
         "kron_damped_logdet": ([eighs, rights, 0.3], sides),
         "kron_damped_logdet, roots": ([roots, rights, numbers], {"left_tail": 0.3, "right_tail": 0.2}),
