@@ -85,6 +85,20 @@ def test_truncation_is_the_best_approximation(operation: Operation, spectrum: st
     assert error <= best + slack
 
 
+@BOTH
+def test_rank_may_be_a_rule_of_singular_values(operation, dtype):
+    _, left, right = operands(40, 31, 8, 6, dtype)
+    given = make_svd(40, 31, 8, "slow", dtype=dtype), 0.1 * left, 0.1 * right
+    new, matrix = operation(*given, rank=brandla.Rank(max=10, tol=0.4)), operation.whole(*given)
+    values = torch.linalg.svdvals(matrix)
+    wanted = int((values > 0.4 * values[0]).sum())
+    truncation, _ = oracles.svd_truncation(matrix, wanted)
+    assert new.S.shape == (10,)
+    assert int((new.S > 0).sum()) == wanted
+    assert not new.U[:, wanted:].any()
+    assert oracles.difference_ratio(dense(new), truncation, dtype) <= THRESHOLD
+
+
 # A stream, k, batches, and the most singular values held: room for all that come, in batches wider than that too.
 WHOLE = {
     **{stream: (stream, 5, 8, 40) for stream in oracles.STREAMS},
