@@ -1,7 +1,5 @@
 """Values of the library with a known spectrum, and the dense matrices they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The ops under test: operands of every layout, the formula of each op, and the error that rounding explains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any

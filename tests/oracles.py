@@ -8,8 +8,6 @@ precision. A ratio above `THRESHOLD` is a failure, whatever the size, the scale 
 rule read the other way round, and the only tolerance of the suite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from itertools import count, islice

@@ -1,7 +1,5 @@
 """The studies: a short run leaves file and tables, and pages come of it; Ctrl-C keeps what is done."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The benchmarks: every task has a right answer, a wrong one is refused before it is timed, and times are in turn."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

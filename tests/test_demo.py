@@ -1,7 +1,5 @@
 """The demo's pieces, on a network small enough to take no time."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """``make gpu`` without a GPU: the stages at toy sizes, and faults that must hide no other fact."""
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import json
