@@ -1,7 +1,6 @@
 """``make study-kfac``: its data, what each method is, how the search and the runs end, and what the tables state."""
 
 import gzip
-import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -234,14 +233,9 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]
     facts = {"cpu": "toy", "cores": 2, "threads": 2, "versions": {}, "date": "", "quick": False}
     content = {"facts": facts, "settings": asdict(TINY), "runs": runs, "costs": costs}
-    found = kfac_page.summary(content, TASK)
-    assert found.loc["AdamW", ["runs", "reached", "step mean", "step min", "step max"]].tolist() == [2, 2, 3, 2, 4]
-    assert math.isnan(kfac_page.over_base(found, "step")["SGD"])
-    rows = kfac_page.cells_of(found).set_index("method")
+    rows = kfac_page.cells_of(kfac_page.summary(content, TASK)).set_index("method")
     assert rows.loc["AdamW", ["steps", "seconds × AdamW"]].tolist() == ["3 (2 to 4)", "1.00"]
     assert rows.loc["SGD", ["reached by", "seconds × AdamW"]].tolist() == ["1 of 2", "–"]
-    (best,) = kfac_page.winners(content).to_dict("records")
-    assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
     text = kfac_page.answer(content)
     assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
     assert "B-KFAC, the fastest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
