@@ -8,7 +8,7 @@ from torch import Tensor
 
 import brandla
 from bench.studies.accuracy import QUICK
-from bench.studies.accuracy_parts import Decomposed, observations, step_errors, trackers
+from bench.studies.accuracy_parts import Decomposed, Kept, Tracker, observations, step_errors, trackers
 from oracles import updated
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
@@ -79,3 +79,25 @@ def test_the_step_is_compared_with_that_of_the_true_factors() -> None:
     assert own["step error"] == pytest.approx(float((taken - right).norm() / right.norm()), rel=1e-9)
     cosine = (taken * right).sum() / (taken.norm() * right.norm())
     assert own["step angle"] == pytest.approx(float(torch.rad2deg(torch.acos(cosine))), rel=1e-9)
+
+
+def test_trackers_do_what_they_are_called() -> None:
+    settings = replace(TINY, overwrite_every=2)
+    chosen = [
+        Tracker("B", "brand", None, 0),
+        Tracker("B-R", "brand", "svd", 2),
+        Tracker("RS", None, "svd", 2),
+        Tracker("SRE", None, "eigh", 3),
+    ]
+    assert [step for step in range(1, 8) if chosen[3].due(step)] == [1, 4, 7]
+    kept, batches = Kept(settings, 40, 0, chosen), [columns(40, 3, seed) for seed in range(2)]
+    kept.absorb(1, batches[0])
+    first = dict(kept.factors)
+    kept.absorb(2, batches[1])
+    assert kept.factors["RS"] is first["RS"]
+    assert kept.factors["SRE"] is first["SRE"]
+    weight = 1 - settings.decay
+    exact = weight * (settings.decay * batches[0] @ batches[0].mT + batches[1] @ batches[1].mT)
+    # Rank 6 holds both batches of 3 columns: a few ε‖M‖ are left.
+    for name in ("B", "B-R"):
+        torch.testing.assert_close(kept.factors[name].dense(), exact, rtol=0, atol=2e-6 * float(exact.norm()))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -87,9 +87,17 @@ def test_bad_option_is_refused_before_anything_runs(runner: CliRunner, options: 
     assert words in answer.output
 
 
+def check_what_is_left(output: Path) -> None:
+    figures = json.loads((output / "demo.json").read_text())
+    assert figures["facts"]["interrupted"]
+    assert len(figures["tracking"]) >= 1
+    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in output.iterdir()) == ["demo.json", "demo.png"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path):
+def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
@@ -101,18 +109,22 @@ def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path)
         while b"tracking" not in shown:
             shown += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
-        # Linux reports the other end of a pseudo-terminal that is closed as an error.
-        with contextlib.suppress(OSError):
-            while chunk := os.read(ours, 4096):
-                shown += chunk
+        shown += read_to_the_end(ours)
     os.close(ours)
     assert process.returncode == INTERRUPTED
     assert b"Traceback" not in shown
     assert b"Tracked error" in shown
     assert b"Interrupted" in shown
     assert shown.rfind(CURSOR_SHOWN) > shown.rfind(CURSOR_HIDDEN) > -1
-    figures = json.loads((tmp_path / "demo.json").read_text())
-    assert figures["facts"]["interrupted"]
-    assert len(figures["tracking"]) >= 1
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
+    check_what_is_left(tmp_path)
+
+
+def read_to_the_end(terminal: int) -> bytes:
+    """Read a pseudo-terminal until its other end is closed, which Linux reports as an error."""
+    chunks = []
+    try:
+        while chunk := os.read(terminal, 4096):
+            chunks.append(chunk)
+    except OSError:
+        pass
+    return b"".join(chunks)

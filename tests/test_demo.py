@@ -1,5 +1,7 @@
 """The demo's pieces, on a network small enough to take no time."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -11,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from brandla.demo import data, frame, machine, study, summary, tracking
+from brandla.demo import data, frame, machine, meter, study, summary, tracking
 from brandla.demo.frame import Piece
 from brandla.demo.settings import Settings, make_settings
 from brandla.demo.training import METHODS, Trainer
@@ -95,6 +97,13 @@ def test_an_epoch_shows_no_image_twice() -> None:
     assert not torch.equal(first, again[48:])
 
 
+def test_network_depends_on_its_seed_alone() -> None:
+    first = data.network(8, "cpu", 3)[0].weight
+    state = torch.get_rng_state()
+    assert torch.equal(first, data.network(8, "cpu", 3)[0].weight)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 # tracking
 
 
@@ -145,7 +154,24 @@ def test_search_seed_is_not_a_final_one() -> None:
         assert settings.search_seed not in settings.seeds
 
 
-def test_a_failure_is_noted_and_all_else_is_the_same_again_except_times(content, monkeypatch) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_grid_lies_within_the_decade(method: Any) -> None:
+    assert method.grid(4)[0] == pytest.approx(method.rates[0])
+    assert method.grid(4)[-1] == pytest.approx(method.rates[1])
+    assert method.grid(2) == method.grid(4)[1:3]
+
+
+def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) -> None:
+    factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
+    less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
+    assert less == {"B-KFAC", "B-KFAC, sketched"}
+    brand = next(run["memory"] for run in content["runs"] if run["method"] == "B-KFAC")
+    # F and S, the error bound, the trace and the sum of the weights.
+    expected = 4 * (TINY.order * TINY.rank + TINY.rank**2 + 3)
+    assert max(one["bytes"] for one in brand if one["n"] == TINY.order) == expected
+
+
+def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.step
 
     def fail(self: Trainer, batch: data.Split) -> None:
@@ -159,9 +185,6 @@ def test_a_failure_is_noted_and_all_else_is_the_same_again_except_times(content,
     failed = {run["method"] for run in found["runs"] if run["failure"] == "step 1: eigendecomposition failed"}
     assert failed == {one.name for one in METHODS if one.strategy is not None}
     assert summary.training(found)["method"].tolist() == ["SGD, momentum", "AdamW"]
-    assert without_times(found["tracking"]) == without_times(content["tracking"])
-    others = [[run for run in one["runs"] if run["method"] not in failed] for one in (content, found)]
-    assert without_times(others[0]) == without_times(others[1])
 
 
 def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
@@ -180,6 +203,11 @@ def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
 # what is left behind
 
 
+def test_figures_are_the_same_again_except_times(content: dict[str, Any]) -> None:
+    found = [without_times({**one, "facts": None}) for one in (content, study.measure(TINY, quiet()))]
+    assert found[0] == found[1]
+
+
 def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) -> None:
     console = quiet()
     study.leave(content, tmp_path, console)
@@ -196,6 +224,30 @@ def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) 
     for title in ("Tracked error / best", "Time per update", "Training, 6 steps", "Memory of the factors"):
         assert title in text
     assert all(method.name in text for method in METHODS)
+
+
+# In the tracking study and at its end, in the search, and in the first run of the training study. A piece ends with a
+# tick of its own.
+@pytest.mark.parametrize("advances", [0, 11, 82, 104])
+def test_interrupted_study_keeps_what_was_measured(advances: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    advance, count = meter.Meter.advance, 0
+
+    def counting(self: meter.Meter, cost: float = 1.0) -> None:
+        nonlocal count
+        count += 1
+        if count == advances + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        advance(self, cost)
+
+    monkeypatch.setattr(meter.Meter, "advance", counting)
+    found = study.measure(TINY, quiet())
+    assert found["facts"]["interrupted"]
+    assert len(summary.tracked(found)) == 4 * min(advances + 1, 10)
+    started = max(0, advances + 1 - 11 - 5 * 2 * len(METHODS))
+    assert sum(len(run["milliseconds"]) for run in found.get("runs", [])) == started - started // 7
+    study.leave(found, tmp_path, quiet())
+    assert json.loads((tmp_path / "demo.json").read_text())["facts"]["interrupted"]
+    assert (tmp_path / "demo.png").exists()
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])

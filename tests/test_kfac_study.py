@@ -1,6 +1,7 @@
 """``make study-kfac``: its data, what each method is, how the search and the runs end, and what the tables state."""
 
 import gzip
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from typer.testing import CliRunner
 from bench.frame import samples
 from bench.studies import kfac_images, kfac_page, peers
 from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points
+from brandla.demo.data import Split
 from brandla.demo.frame import Row
+from brandla.kfac import KFAC, Brand, InverseFree
 
 TASK = Task("toy", "mlp", 8, 4, 6, 60, 0.75)
 WIDER = replace(TASK, name="wider", width=32, follows="toy", rates=True)
 WIDEST = replace(TASK, name="widest", width=128, follows="wider")
 TINY = Settings((TASK, WIDER, WIDEST), seeds=(0, 1), trials=2, rank=2, look_after=1)
 COUNTS = (48, 20)
+BY_NAME = {method.name: method for method in METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,53 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settin
             assert max(tried) <= high * 1.005
 
 
+def by_hand(name: str, model: nn.Module, numbers: dict[str, float]) -> tuple[torch.optim.Optimizer, KFAC | None]:
+    """Return the optimizer and the preconditioner of a method, written out."""
+    rate, weights = numbers["rate"], model.parameters()
+    if "weight decay" in numbers:
+        decay, beta = numbers["weight decay"], 1 - numbers.get("1 − β₁", 0)
+        return {
+            "AdamW": lambda: torch.optim.AdamW(weights, rate, (beta, 0.999), weight_decay=decay),
+            "SGD": lambda: torch.optim.SGD(weights, rate, 1 - numbers["1 − momentum"], weight_decay=decay),
+            "SOAP": lambda: peers.SOAP(weights, rate, (beta, 0.99), decay, 10),
+        }[name](), None
+    strategies = {
+        "B-KFAC, sketched": Brand(2, sketch=1),
+        "SINGD": InverseFree("dense", variant="singd", rate=numbers.get("β", 1), preconditioner_every=5),
+    }
+    options = {"damping": numbers["damping"], "clip": 0.07, "decay": 1 - numbers.get("1 − ρ", 0.05), "seed": 3}
+    kfac = KFAC(model, strategies[name], sharing="reduce", **options)
+    return torch.optim.SGD(model.parameters(), rate), kfac
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "SOAP", "B-KFAC, sketched", "SINGD"])
+def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
+    batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
+    numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
+    own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
+    trainer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3)
+    optimizer, preconditioner = by_hand(name, other, numbers)
+    for _ in range(3):
+        trainer.step(batch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(other(batch.images), batch.labels).backward()
+        if preconditioner is not None:
+            preconditioner.step()
+        optimizer.step()
+    for taken, expected in zip(own.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(taken, expected, rtol=0, atol=0)
+    weights = 4 * sum(weight.numel() for weight in own.parameters())
+    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters. SOAP keeps two,
+    # and four squares for each matrix (d_out, d_in).
+    squares = 4 * sum(2 * n**2 for weight in own.parameters() if weight.ndim > 1 for n in weight.shape)
+    kept = {"SGD": weights, "AdamW": 2 * weights + 6 * 4, "SOAP": 2 * weights + squares}
+    assert kfac_images.kept_bytes(trainer) == {
+        "optimizer_bytes": kept.get(name, 0),
+        "factor_bytes": 0 if preconditioner is None else preconditioner.report().bytes,
+    }
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
 def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
@@ -146,12 +197,8 @@ def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -
     run = run_of(toy_trainer(), replace(TASK, target=0.0), fashion)
     assert (run["step"], run["steps"], run["failure"]) == (1, 1, None)
     assert run["seconds"] == pytest.approx(run["milliseconds"] / 1e3)
-    trainer = toy_trainer()
-    run = run_of(trainer, replace(TASK, target=2.0), fashion)
+    run = run_of(toy_trainer(), replace(TASK, target=2.0), fashion)
     assert (run["step"], run["seconds"], run["steps"]) == (None, None, 6)
-    # Momentum is a number a weight.
-    weights = sum(weight.numel() for weight in trainer.model.parameters())
-    assert kfac_images.kept_bytes(trainer) == {"factor_bytes": 0, "optimizer_bytes": 4 * weights}
     run = run_of(toy_trainer(), replace(TASK, target=2.0, seconds=0.0), fashion)
     assert (run["step"], run["steps"]) == (None, 1)
     assert run["score"] is not None
@@ -200,6 +247,15 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
     assert (found["numbers"]["rate"], found["exponent"]) == (0.025, 1.0)
 
 
+def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(100))
+    # The first step is left out; then every second one is dear.
+    monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
+    expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
+    for name, row in expected.items():
+        assert list(kfac_images.cost_of(BY_NAME[name], 16, replace(TINY, cost_seconds=1.0), "cpu")) == [row]
+
+
 def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which `cost_of` takes for granted: the eigendecompositions of a step stand for its milliseconds."""
     counts, real = [0], torch.linalg.eigh
@@ -214,8 +270,7 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(kfac_images, "timed", timed)
-    method = next(method for method in METHODS if method.name == "K-FAC")
-    (row,) = kfac_images.cost_of(method, 16, TINY, "cpu")
+    (row,) = kfac_images.cost_of(BY_NAME["K-FAC"], 16, TINY, "cpu")
     assert row["renewing"] > 0
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 
@@ -233,9 +288,14 @@ def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
     costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]
     facts = {"cpu": "toy", "cores": 2, "threads": 2, "versions": {}, "date": "", "quick": False}
     content = {"facts": facts, "settings": asdict(TINY), "runs": runs, "costs": costs}
-    rows = kfac_page.cells_of(kfac_page.summary(content, TASK)).set_index("method")
+    found = kfac_page.summary(content, TASK)
+    assert found.loc["AdamW", ["runs", "reached", "step mean", "step min", "step max"]].tolist() == [2, 2, 3, 2, 4]
+    assert math.isnan(kfac_page.over_base(found, "step")["SGD"])
+    rows = kfac_page.cells_of(found).set_index("method")
     assert rows.loc["AdamW", ["steps", "seconds × AdamW"]].tolist() == ["3 (2 to 4)", "1.00"]
     assert rows.loc["SGD", ["reached by", "seconds × AdamW"]].tolist() == ["1 of 2", "–"]
+    (best,) = kfac_page.winners(content).to_dict("records")
+    assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
     text = kfac_page.answer(content)
     assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
     assert "B-KFAC, the fastest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
