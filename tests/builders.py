@@ -133,9 +133,7 @@ def assert_factor(value: Symmetric, n: int, rank: int) -> None:
         assert torch.equal(value.gram, value.gram.mT)
 
 
-def assert_underestimates(
-    value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0
-) -> None:
+def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0) -> None:
     """Check 0 ⪯ M̂ ⪯ M up to rounding."""
     largest = oracles.spectral_norm(matrix) if largest is None else largest
     slack = oracles.rounding(matrix.shape[-1], tall_of(value).dtype, largest, decay)

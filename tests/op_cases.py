@@ -109,7 +109,10 @@ def operands(
             *(basis, vector(r, 6), number(7)),
             *(other, symmetric(new(q, q, 9)), number(10), block),
         ),
-        "kron_damped_apply, diagonals": lambda: (basis, vector(r, 6), number(7), other, vector(q, 9), number(10), block),
+        "kron_damped_apply, diagonals": lambda: (
+            *(basis, vector(r, 6), number(7)),
+            *(other, vector(q, 9), number(10), block),
+        ),
         "damped_inverse": lambda: (basis, values(r, 6), *shift(7), columns),
         "damped_inverse, matrix": lambda: (basis, definite(new(r, r, 6)), *shift(7), columns),
         "kron_damped_inverse": lambda: (

@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from brandla.kfac import KFAC, Brand
-from builders import CHOLESKY_UPDATE, assert_agree, assert_same, in_full, make_columns, make_root, shares_memory, unchanged
+from builders import (
+    CHOLESKY_UPDATE,
+    assert_agree,
+    assert_same,
+    in_full,
+    make_columns,
+    make_root,
+    shares_memory,
+    unchanged,
+)
 from calls import ALL, NEW, NOT_COMPARABLE, Given, N, doubled, given, one_of
 from oracles import tolerance
 

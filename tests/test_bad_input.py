@@ -1,7 +1,5 @@
 """Every wrong input is refused before anything is computed, with the function, the rule, the values and the remedy."""
 
-from __future__ import annotations
-
 import math
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 import brandla
 from builders import Operator, assert_same, make_columns, make_eigh, make_root, make_svd, unchanged
 
-Error = type[Exception]
-Case = Any
 
 N, R, K = 12, 4, 3
 EIGH, ROOT, SVD = make_eigh(N, R), make_root(N, R), make_svd(N, 9, R)
@@ -53,14 +49,14 @@ class OperatorOfWrongShape(Operator):
 WRONG_PRODUCTS, NO_TRANSPOSE = OperatorOfWrongShape(MATRIX), Operator(BLOCK)
 
 
-def case(function: str, name: str, error: Error, words: str, *arguments: Any, **options: Any) -> Case:
+def case(function, name, error, words, *arguments, **options):
     """Return a call, its error, and what the message must hold, the values seen among it, with ` … ` between."""
     return pytest.param(function, arguments, options, error, words, id=f"{function}: {name}")
 
 
 # A good call of each function. Those of KRON's factors are of orders 12 and 9.
 KRON = {"left": EIGH, "right": SMALL, "matrix": BLOCK}
-GOOD: dict[str, dict[str, Any]] = {
+GOOD = {
     **{f"eigh_{name}": {"eigh": EIGH, "columns": COLUMNS} for name in ("update", "update_", "downdate")},
     **{f"root_{name}": {"root": ROOT, "columns": COLUMNS} for name in ("update", "update_")},
     "eigh_refresh": {"eigh": EIGH, "matrix": COLUMNS},
@@ -80,33 +76,32 @@ GOOD: dict[str, dict[str, Any]] = {
 PLACES = [
     f"{function}.{argument}" for function in GOOD for argument in signature(getattr(brandla, function)).parameters
 ]
-# What is wrong, the error, what the message must hold, and the argument.
-Bad = tuple[str, Error, str, Any]
 
-NO_DATA: list[Bad] = [
+# What is wrong, the error, what the message must hold, and the argument.
+NO_DATA = [
     ("integers", TypeError, "int64 … .float()", INTEGERS),
     ("complex", TypeError, "complex64; take its .real and .imag", COMPLEX),
     ("booleans", TypeError, "bool", INTEGERS.bool()),
 ]
-NOT_BESIDE_IT: list[Bad] = [
+NOT_BESIDE_IT = [
     ("float32", TypeError, "float64 … float32", COLUMNS.float()),
     ("half", TypeError, "float64 … bfloat16", COLUMNS.bfloat16()),
     ("elsewhere", ValueError, "device … cpu … meta", ELSEWHERE),
     ("rows", ValueError, "12 … (5, 3)", SHORT),
 ]
-NO_TENSOR: list[Bad] = [
+NO_TENSOR = [
     ("a list", TypeError, "Tensor … list", [[1.0]]),
     ("of numpy", TypeError, "Tensor … ndarray … torch.from_numpy", COLUMNS.numpy()),
 ]
-NO_COLUMNS: list[Bad] = [
+NO_COLUMNS = [
     ("samples as rows", ValueError, "n = 12 … (3, 12) … pass columns.mT if samples are rows", COLUMNS.mT),
     ("a vector", ValueError, "(12,) … pass columns[:, None] for one column", COLUMNS[:, 0]),
     ("batch shape", ValueError, "batch … (2,) … expand", TWO_BATCHES),
 ]
-SPARSE_BATCH: Bad = ("a batch", ValueError, "sparse … (n, k); got (2, 12, 3); pass a list", TWO_BATCHES.to_sparse())
-NO_INT: list[Bad] = [("float", TypeError, "int … float", 1.5), ("bool", TypeError, "int … bool", True)]
-NEGATIVE: Bad = ("negative", ValueError, "got -1", -1)
-NO_NUMBER: list[Bad] = [
+SPARSE_BATCH = ("a batch", ValueError, "sparse … (n, k); got (2, 12, 3); pass a list", TWO_BATCHES.to_sparse())
+NO_INT = [("float", TypeError, "int … float", 1.5), ("bool", TypeError, "int … bool", True)]
+NEGATIVE = ("negative", ValueError, "got -1", -1)
+NO_NUMBER = [
     ("negative", ValueError, "0 … -0.5", -0.5),
     ("NaN", ValueError, "nan", math.nan),
     ("infinite", ValueError, "inf", math.inf),
@@ -115,17 +110,17 @@ NO_NUMBER: list[Bad] = [
     ("of a wrong shape", ValueError, "batch shape () … (3,)", THREE),
     ("elsewhere", ValueError, "meta", torch.ones((), device="meta")),
 ]
-TEXT: Bad = ("text", TypeError, "str", "0.1")
-NO_TAIL: list[Bad] = [
+TEXT = ("text", TypeError, "str", "0.1")
+NO_TAIL = [
     ("unknown", ValueError, "'smallest' … 'mean' … 'largest'", "largest"),
     ("untracked", ValueError, "'mean' … Tracked … brandla.track", "mean"),
 ]
-NO_FACTOR: list[Bad] = [
+NO_FACTOR = [
     ("a dense matrix", TypeError, "Tensor", MATRIX),
     ("a plain tuple", TypeError, "tuple", tuple(EIGH)),
     ("nothing", TypeError, "NoneType", None),
 ]
-NO_DIAGONAL: list[Bad] = [
+NO_DIAGONAL = [
     ("length", ValueError, "(12,) … (3,)", THREE),
     ("a matrix", ValueError, "(12,) … (12, 12)", MATRIX),
     ("a number", TypeError, "Tensor … float", 0.1),
@@ -134,7 +129,7 @@ NO_DIAGONAL: list[Bad] = [
 ]
 
 
-def parts(factor: Any) -> list[Bad]:
+def parts(factor):
     """Return factors of which one part does not fit, and tracked ones of which one number does not."""
     name, tracked = "gram" if isinstance(factor, brandla.LowRankRoot) else "eigenvalues", brandla.track(factor)
     part = getattr(factor, name)
@@ -157,7 +152,7 @@ def parts(factor: Any) -> list[Bad]:
 
 
 # Places, as patterns, and what is refused there; each message names the argument.
-REFUSED: list[tuple[str, list[Bad]]] = [
+REFUSED = [
     ("*.columns *.rhs svd_update.left", [*NO_DATA, *NOT_BESIDE_IT, *NO_TENSOR]),
     ("*.columns", NO_COLUMNS),
     ("eigh_update.columns root_update.columns", [SPARSE_BATCH]),
@@ -208,14 +203,14 @@ REFUSED: list[tuple[str, list[Bad]]] = [
 ]
 
 
-def places(patterns: str) -> list[tuple[str, str]]:
+def places(patterns):
     """Return the functions and arguments that any of some patterns fits."""
     fitting = [place for place in PLACES if any(fnmatchcase(place, pattern) for pattern in patterns.split())]
     assert fitting, patterns
     return [tuple(place.split(".")) for place in fitting]
 
 
-def pair_case(name: str, error: Error, words: str, data: Any, **options: Any) -> Case:
+def pair_case(name, error, words, data, **options):
     """Return a call of kron_damped_solve with other data."""
     return case("kron_damped_solve", name, error, words, **GOOD["kron_damped_solve"] | {"matrix": data} | options)
 
@@ -270,7 +265,7 @@ CASES = [
 WITH_CASES = ("function", "arguments", "options", "error", "words")
 
 
-def assert_refused(function: str, arguments: Any, options: dict[str, Any], error: Error, words: str) -> None:
+def assert_refused(function, arguments, options, error, words):
     """Check that a call raises just this error, and what the message says."""
     with pytest.raises(error) as caught:
         attrgetter(function)(brandla)(*arguments, **options)
@@ -281,15 +276,13 @@ def assert_refused(function: str, arguments: Any, options: dict[str, Any], error
 
 
 @pytest.mark.parametrize(WITH_CASES, CASES)
-def test_wrong_input_is_refused_in_words(
-    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str
-) -> None:
+def test_wrong_input_is_refused_in_words(function, arguments, options, error, words):
     parts = (part for part in tree_leaves((arguments, options)) if isinstance(part, torch.Tensor))
     with unchanged([part for part in parts if not (part.is_meta or part.is_sparse)]):
         assert_refused(function, arguments, options, error, words)
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_numbers_are_numbers():
     plain = brandla.eigh_update(EIGH, COLUMNS, decay=0.5, weight=2.0, rank=3)
     result = brandla.eigh_update(EIGH, COLUMNS, decay=np.float32(0.5), weight=np.float64(2), rank=np.int64(3))
     assert_same(result, plain)
@@ -303,7 +296,7 @@ def test_numpy_numbers_are_numbers() -> None:
 # --- Values: looked at in checked mode alone
 
 
-def spoiled(value: Any, bad: float = math.nan) -> Any:
+def spoiled(value, bad=math.nan):
     """Return a copy with one bad entry in the last tensor."""
     if isinstance(value, torch.Tensor):
         copy = value.clone()
@@ -313,7 +306,7 @@ def spoiled(value: Any, bad: float = math.nan) -> Any:
     return type(value)(*rest, spoiled(last.contiguous(), bad))
 
 
-def value_case(function: str, name: str, words: str, *arguments: Any, **options: Any) -> Case:
+def value_case(function, name, words, *arguments, **options):
     return case(function, name, ValueError, words, *arguments, **options)
 
 
@@ -361,16 +354,14 @@ VALUE_CASES = [
 
 
 @pytest.mark.parametrize(WITH_CASES, VALUE_CASES)
-def test_checked_mode_refuses_bad_values_and_the_default_lets_them_pass(
-    function: str, arguments: Any, options: dict[str, Any], error: Error, words: str
-) -> None:
+def test_checked_mode_refuses_bad_values_and_the_default_lets_them_pass(function, arguments, options, error, words):
     with unchanged(arguments, options), brandla.checked():
         assert_refused(function, arguments, options, error, words)
     getattr(brandla, function)(*arguments, **options)
 
 
 @pytest.mark.parametrize("function", NEW)
-def test_checked_mode_lets_good_values_pass_and_changes_none(function: str) -> None:
+def test_checked_mode_lets_good_values_pass_and_changes_none(function):
     call = partial(getattr(brandla, function), **GOOD[function])
     numbers = {name: ZERO + 0.9 for name in signature(call).parameters if name in ("decay", "weight", "damping")}
     results = []
@@ -381,7 +372,7 @@ def test_checked_mode_lets_good_values_pass_and_changes_none(function: str) -> N
     assert_same(*results)
 
 
-def test_checked_mode_nests_and_ends_with_its_block() -> None:
+def test_checked_mode_nests_and_ends_with_its_block():
     bad = spoiled(COLUMNS)
     message = "inside"
     with brandla.checked():
@@ -397,12 +388,12 @@ def test_checked_mode_nests_and_ends_with_its_block() -> None:
 # --- Backends
 
 
-def test_unknown_backend_is_refused() -> None:
+def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"backend: .*'torch' or 'triton'.*'cuda'"), brandla.backend("cuda"):
         pass
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine with no GPU")
-def test_triton_backend_that_cannot_run_says_why() -> None:
+def test_triton_backend_that_cannot_run_says_why():
     with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run: .*use 'torch'"), brandla.backend("triton"):
         pass

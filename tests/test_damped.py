@@ -1,8 +1,8 @@
 """damped_solve, damped_power and damped_logdet against dense float64 matrices, and their derivatives."""
 
 import math
-from operator import ge, gt, le, lt
 from functools import partial
+from operator import ge, gt, le, lt
 
 import pytest
 import torch
@@ -205,9 +205,7 @@ def clamped(values, bound, below):
 
 @KINDS
 # What clamps have passed on at their bound: the derivative by the values, and, in other versions of torch, nothing.
-@pytest.mark.parametrize(
-    ("below", "above"), [(lt, gt), (le, ge)], ids=["values", "bound"]
-)
+@pytest.mark.parametrize(("below", "above"), [(lt, gt), (le, ge)], ids=["values", "bound"])
 @pytest.mark.parametrize("tail", ["smallest", 0.5, "mean"], ids=str)
 @pytest.mark.parametrize("exponent", [-1, -0.5])
 def test_derivatives_at_the_tail_count_on_no_convention_of_clamps(make, below, above, tail, exponent, monkeypatch):

@@ -1,7 +1,5 @@
 """brandla_kernels: each op against its formula in float64, through the dispatcher, and by PyTorch's own checks."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable
@@ -46,25 +44,25 @@ BOTH_FORMS = [(name, False) for name in OPS] + [(name, True) for name in GROUPED
 PROBLEMS = [(13, 4, 3), (9, 2, 5), (6, 0, 2), (7, 3, 0)]
 
 
-def single(name: str) -> Any:
+def single(name):
     """The registered op."""
     return getattr(torch.ops.brandla, name).default
 
 
-def several(name: str) -> Any:
+def several(name):
     """The registered op over lists."""
     return getattr(torch.ops.brandla, OPS[name].signature.grouped_name).default
 
 
-def listed(case: str, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def listed(case, dtype=torch.float64):
     return grouped_operands(case, PROBLEMS, ["plain"], dtype)
 
 
-def is_varied(leaf: Any) -> bool:
+def is_varied(leaf):
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def requiring_grad(arguments):
     return tuple(tree_map(lambda leaf: leaf.clone().requires_grad_() if is_varied(leaf) else leaf, list(arguments)))
 
 
@@ -72,26 +70,26 @@ def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_at_every_size(case: str, dtype: torch.dtype) -> None:
+def test_op_computes_its_formula_at_every_size(case, dtype):
     for size, layout in product(SIZES.values(), ("plain", "batched")):
         assert_op(case, lambda size=size, layout=layout: operands(case, *size, layout, dtype))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_in_every_layout(case: str) -> None:
+def test_op_computes_its_formula_in_every_layout(case):
     for layout in LAYOUTS:
         assert_op(case, lambda layout=layout: operands(case, *SIZES["usual"], layout, torch.float32))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])
-def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
+def test_grouped_op_computes_the_formula_of_each_problem(case):
     assert_grouped(case, lambda: listed(case))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_"])
-def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
-    def new() -> tuple[Any, ...]:
+def test_half_precision_data_is_taken_exactly(case, half):
+    def new():
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
 
     assert_op(case, new)
@@ -99,7 +97,7 @@ def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> N
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int], layout: str) -> None:
+def test_cholesky_core_orthonormalises_what_stands_out(size, layout):
     gram, scale, threshold = operands("cholesky_inverse_core", *size, layout, torch.float64)
     transform, live = brandla_kernels.cholesky_inverse_core(gram, scale, threshold)
     expected = torch.diag_embed(live.double())
@@ -108,7 +106,7 @@ def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int
 
 
 @pytest.mark.parametrize("batch_shape", [(), (1,)], ids=["one", "batch"])
-def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape: tuple[int, ...]) -> None:
+def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape):
     for decay in (0.0, 1.0):
         matrix, columns = torch.ones(*batch_shape, 5, 5), torch.ones(*batch_shape, 5, 2)
         (columns if decay else matrix).fill_(math.nan)
@@ -116,14 +114,14 @@ def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape: tuple[int, ...]) -> N
         assert matrix.isnan().all()
 
 
-def test_gram_of_many_slabs_equals_the_gram_of_one() -> None:
+def test_gram_of_many_slabs_equals_the_gram_of_one():
     panel = matrix(5000, 130, "plain", torch.float32, 0)
     exact = panel.double().mT @ panel.double()
     torch.testing.assert_close(brandla_kernels.gram(panel), exact, rtol=1e-13, atol=1e-11)
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few columns", "many"])
-def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few: bool) -> None:
+def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few):
     """A sum of m products is within m·ε/2. One product over all rows is wrong by 3000 ε for these columns."""
     (r, k), slab = ((5, 3), 1024) if few else ((16, 16), 4096)
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +144,7 @@ RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-40, 37)
 
 
 @pytest.fixture(params=[True, False], ids=["read", "not read"])
-def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def reads(request, monkeypatch):
     """Whether a branch may look at values."""
     module = importlib.import_module("brandla_kernels.cross_gram")
     monkeypatch.setattr(module, "reads_are_free", lambda tensor: request.param)
@@ -155,7 +153,7 @@ def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 @pytest.mark.parametrize("powers", RANGES, ids=str)
 @pytest.mark.parametrize("layout", ["plain", "batched"])
-def test_cross_gram_takes_columns_of_any_length(layout: str, powers: tuple[int, int], reads: bool) -> None:
+def test_cross_gram_takes_columns_of_any_length(layout, powers, reads):
     root, columns = (
         (part * 10.0**power).float()
         for part, power in zip(operands("cross_gram", 300, 5, 3, layout, torch.float64), powers, strict=True)
@@ -173,7 +171,7 @@ def test_cross_gram_takes_columns_of_any_length(layout: str, powers: tuple[int, 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
-def test_cross_gram_shows_what_is_not_finite(dtype: torch.dtype, spoilt: int, value: float, reads: bool) -> None:
+def test_cross_gram_shows_what_is_not_finite(dtype, spoilt, value, reads):
     arguments = operands("cross_gram", 9, 3, 2, "plain", dtype)
     arguments[spoilt][4, 1] = value
     cross, gram = OPS["cross_gram"](*arguments)
@@ -195,7 +193,7 @@ def test_cross_gram_of_an_empty_root_takes_no_second_look():
 # torch 2.14 looks at .grad of what is no leaf while it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize(("name", "is_list"), BOTH_FORMS)
-def test_op_passes_the_check_of_torch(name: str, is_list: bool) -> None:
+def test_op_passes_the_check_of_torch(name, is_list):
     arguments = listed(name) if is_list else operands(name, 13, 4, 3, "plain", torch.float64)
     op = several(name) if is_list else single(name)
     # Lists go one way through AOTAutograd: two ops stand for all.
@@ -205,7 +203,7 @@ def test_op_passes_the_check_of_torch(name: str, is_list: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_forced_torch_backend_gives_the_same_bits(name: str) -> None:
+def test_forced_torch_backend_gives_the_same_bits(name):
     first, second = (operands(name, 13, 4, 3, "plain", torch.float64) for _ in range(2))
     dispatched = run(single(name), first)
     with brandla.backend("torch"):
@@ -216,12 +214,12 @@ def test_forced_torch_backend_gives_the_same_bits(name: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_op_takes_its_arguments_by_name() -> None:
+def test_op_takes_its_arguments_by_name():
     basis, columns = operands("project", 13, 4, 3, "plain", torch.float64)
     assert torch.equal(brandla_kernels.project(basis=basis, columns=columns), brandla_kernels.project(basis, columns))
 
 
-def test_an_op_follows_the_dispatcher_on_every_device() -> None:
+def test_an_op_follows_the_dispatcher_on_every_device():
     """On meta tensors, which have no data, shapes and dtypes come out right: what a tracer sees."""
     cross, gram = OPS["cross_gram"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3))))
     assert (cross.shape, gram.shape, cross.dtype, gram.dtype) == ((2, 3), (3, 3), torch.float64, torch.float64)
@@ -272,7 +270,7 @@ def test_gradient_of_a_small_core_is_that_of_finite_differences(name):
 
 
 @pytest.mark.parametrize("case", ["project", "cross_gram"])
-def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None:
+def test_gradient_of_half_precision_data_is_in_half_precision(case):
     arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
     inputs = requiring_grad(arguments)
     sum(part.sum() for part in run(single(case), inputs)).backward()
@@ -280,7 +278,7 @@ def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad: bool) -> None:
+def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad):
     """A parameter comes by the dispatcher on a CPU too."""
     basis, columns = torch.nn.Parameter(torch.randn(9, 3), requires_grad), torch.randn(9, 2)
     assert brandla_kernels.project(basis, columns).requires_grad == requires_grad
@@ -289,7 +287,7 @@ def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad: bool) 
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
+def test_what_overwrites_refuses_to_lose_a_gradient(name):
     arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))
     for call in (single(name), OPS[name]):
         with unchanged(arguments), pytest.raises(RuntimeError, match=rf"brandla::{name}: .*no_grad"):
@@ -304,12 +302,12 @@ LONG = torch.zeros(10, 2)
 Spoil = Callable[..., tuple[Any, ...]]
 
 
-def floats(matrices: list[Tensor]) -> list[Tensor]:
+def floats(matrices):
     return [matrix.float() for matrix in matrices]
 
 
 # An op, what spoils its operands, the error, and what the message must hold, with ` … ` between.
-BAD_CALLS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
+BAD_CALLS = {
     "rows": ("project", lambda U, A: (U, LONG), ValueError, "columns must … (n, k) with n = 9; got (10, 2)"),
     "vector": ("project", lambda U, A: (U, A[:, 0]), ValueError, "columns must … (n, k) with n = 9; got (9,)"),
     "vector first": ("project", lambda U, A: (U[0], A), ValueError, "basis must … (n, r); got (3,)"),
@@ -335,7 +333,7 @@ BAD_CALLS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
     "whole numbers": ("project", lambda U, A: (U, A.long()), TypeError, "columns … torch.float16; got torch.int64"),
     "device": ("rotate_", lambda U, P, V, W: (U, P, V.to("meta"), W), ValueError, "basis_rotation … cpu; got meta"),
 }
-BAD_LISTS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
+BAD_LISTS = {
     "lengths": ("project", lambda U, A: (U, A[:3]), ValueError, "of one length … {'basis': 4, 'columns': 3}"),
     "no problems": ("project", lambda U, A: ([], []), ValueError, "at least 1 … {'basis': 0, 'columns': 0}"),
     "rows": ("project", lambda U, A: (U, [A[0], LONG.double(), *A[2:]]), ValueError, "columns[1] … n = 9; got (10, 2)"),
@@ -369,7 +367,7 @@ BAD_CALLS |= BAD_SKETCHES
 BAD_LISTS |= BAD_SKETCHES
 
 
-def on_cpu(op: Any) -> Callable[..., Any]:
+def on_cpu(op):
     """Return the implementation of a CPU, although some tensors of the test are elsewhere."""
     return partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
 
@@ -377,7 +375,7 @@ def on_cpu(op: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("is_list", "bad"), [(False, bad) for bad in BAD_CALLS] + [(True, bad) for bad in BAD_LISTS], ids=str
 )
-def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
     name, spoil, kind, words = (BAD_LISTS if is_list else BAD_CALLS)[bad]
     arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
     op = (several if is_list else single)(name)
@@ -392,7 +390,7 @@ def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str
         assert [word for word in words.split(" … ") if word not in str(caught.value)] == []
 
 
-def test_what_is_no_tensor_is_refused() -> None:
+def test_what_is_no_tensor_is_refused():
     signature = OPS["project"].signature
     basis, columns = operands("project", 9, 3, 2, "plain", torch.float32)
     with pytest.raises(TypeError, match="brandla::project: columns must be a tensor; got list"):
@@ -405,6 +403,6 @@ def test_what_is_no_tensor_is_refused() -> None:
         signature.grouped_sizes(([basis], [1]))
 
 
-def test_bad_input_is_refused_while_tracing() -> None:
+def test_bad_input_is_refused_while_tracing():
     with pytest.raises(ValueError, match=r"brandla::project: columns must have shape"):
         single("project")(torch.empty(9, 3, device="meta"), torch.empty(8, 2, device="meta"))
