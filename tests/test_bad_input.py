@@ -5,7 +5,6 @@ from fnmatch import fnmatchcase
 from functools import partial
 from inspect import signature
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 import brandla
 from builders import Operator, assert_same, make_columns, make_eigh, make_root, make_svd, unchanged
-
 
 N, R, K = 12, 4, 3
 EIGH, ROOT, SVD = make_eigh(N, R), make_root(N, R), make_svd(N, 9, R)
