@@ -40,22 +40,20 @@ def cases(sizes, dtype=torch.float64):
     one, other = (make(SIZES[sizes][index][0]).to(dtype) for make, index in ((torch.ones, 0), (torch.arange, 3)))
     numbers, tracked = [0.1, torch.tensor(0.2), 0.3, 0.4], partial(map, brandla.track)
     decays, tails = [0.9, 0.5, 0.1, 1.0], [0.0, "smallest", 0.5, torch.tensor(0.1)]
+    each = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
+    forms = {"rank": [8, Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]}
+    diagonals = {"tail": "smallest", "diagonal": [one, None, None, other]}
+    fitted = {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]}
     both_kinds = [*eighs[:2], *roots[2:]]
     sides = {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]}
     # A function, its lists and its options; more than one call of it have a name behind.
     return {
         "eigh_update": ([eighs, columns], {}),
         "eigh_update, one value for all": ([eighs, columns], {"decay": 0.9, "weight": torch.tensor(0.1)}),
-        "eigh_update, one value each": (
-            [eighs, columns],
-            {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]},
-        ),
+        "eigh_update, one value each": ([eighs, columns], each),
         "eigh_update, tracked": ([[*tracked(eighs)], columns], {"decay": 0.9}),
         "root_update": ([roots, columns], {"decay": decays}),
-        "root_update, one value each": (
-            [roots, columns],
-            {"rank": [8, Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]},
-        ),
+        "root_update, one value each": ([roots, columns], forms),
         "root_update, tracked": ([[*tracked(roots)], columns], {"compress": "cholesky"}),
         "root_update, shrink": ([roots, columns], {"shrink": [True, False, True, True], "decay": 0.9}),
         "eigh_downdate": ([eighs, columns], {"weight": [0.1, 0.2, 0.3, 0.4]}),
@@ -67,10 +65,7 @@ def cases(sizes, dtype=torch.float64):
         "damped_solve, both kinds": ([both_kinds, rhs, numbers], {"tail": "smallest"}),
         "damped_solve, one value": ([eighs, rhs, 0.1], {}),
         "damped_solve, roots": ([roots, rhs, 0.1], {}),
-        "damped_solve, diagonal": (
-            [eighs, rhs, numbers],
-            {"tail": "smallest", "diagonal": [one, None, None, other]},
-        ),
+        "damped_solve, diagonal": ([eighs, rhs, numbers], diagonals),
         "damped_power": ([roots, rhs, numbers, [-1, -0.5, -0.25, 2]], {}),
         "damped_power, one value": ([eighs, rhs, 0.1, -0.5], {}),
         "damped_logdet": ([both_kinds, numbers], {"tail": tails}),
@@ -80,10 +75,7 @@ def cases(sizes, dtype=torch.float64):
         "kron_damped_solve, matrices": ([roots, rights, blocks, 0.1, 0.2], {}),
         "kron_damped_solve, pairs": ([eighs, rights, pairs, 0.1, 0.2], {}),
         "kron_damped_power": ([eighs, rights, blocks, 0.1, -0.5], sides),
-        "kron_damped_power, one value each": (
-            [roots, rights, blocks, numbers, [-1, -0.5, 0.5, 1]],
-            {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]},
-        ),
+        "kron_damped_power, one value each": ([roots, rights, blocks, numbers, [-1, -0.5, 0.5, 1]], fitted),
         "kron_damped_logdet": ([eighs, rights, 0.3], sides),
         "kron_damped_logdet, roots": ([roots, rights, numbers], {"left_tail": 0.3, "right_tail": 0.2}),
     }
