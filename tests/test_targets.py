@@ -112,7 +112,6 @@ WITHOUT_FLOAT64 = (
 def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name):
     pytest.importorskip("triton")
     from bench.launches import Counter, call_of
-    from brandla_kernels import OPS
     from brandla_kernels._kernels.ahead import target_named
     from brandla_kernels._kernels.launch import recording
 
