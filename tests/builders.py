@@ -1,7 +1,5 @@
 """Values of the library with a known spectrum, and the dense matrices they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -122,6 +120,28 @@ def defect(value: Symmetric) -> float:
     return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
 
 
+def assert_factor(value: Symmetric, n: int, rank: int) -> None:
+    """Check shapes, U or S, and of a LowRankEigh that its values are descending and non-negative."""
+    values, tall = values_of(value), tall_of(value)
+    assert values.shape[-1] == rank
+    assert tall.shape[-2:] == (n, rank)
+    assert defect(value) <= oracles.ORTHONORMAL * oracles.epsilon(tall.dtype)
+    if isinstance(value, brandla.LowRankEigh):
+        assert (values >= 0).all()
+        assert (values.diff(dim=-1) <= 0).all()
+    else:
+        assert torch.equal(value.gram, value.gram.mT)
+
+
+def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0) -> None:
+    """Check 0 ⪯ M̂ ⪯ M up to rounding."""
+    largest = oracles.spectral_norm(matrix) if largest is None else largest
+    slack = oracles.rounding(matrix.shape[-1], tall_of(value).dtype, largest, decay)
+    approximation = dense(value)
+    assert oracles.eigh(approximation).eigenvalues.amin() >= -slack
+    assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
+
+
 def assert_decomposition(value: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
     """Check orthonormality, and that the values are descending and non-negative."""
     values = values_of(value)
@@ -208,12 +228,10 @@ class Operator:
     """A matrix that can only be multiplied with, and counts how often."""
 
     def __init__(self, matrix: Tensor) -> None:
-        """Take over what a matrix says of itself."""
         self.matrix, self.products = matrix, 0
         self.shape, self.dtype, self.device = tuple(matrix.shape), matrix.dtype, matrix.device
 
     def __matmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
         assert block.dtype == self.dtype
         self.products += 1
         return self.matrix @ block
@@ -222,17 +240,13 @@ class Operator:
 class OperatorWithTranspose(Operator):
     """An operator that knows its transpose."""
 
-    @property
-    def mT(self) -> Operator:  # noqa: N802
-        """The transpose."""
-        return Operator(self.matrix.mT)
+    mT = property(lambda self: Operator(self.matrix.mT))  # noqa: N815
 
 
 class OperatorFromTheRight(Operator):
     """An operator that also multiplies from the right of a tensor."""
 
     def __rmatmul__(self, block: Tensor) -> Tensor:
-        """Return the product."""
         return block @ self.matrix
 
 
@@ -246,11 +260,9 @@ class SymmetricUpdate(NamedTuple):
     is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
 
     def __str__(self) -> str:
-        """Return the name of the form."""
         return "-".join([self.name, *self.options.values()])
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Call the public function."""
         return getattr(brandla, self.name)(*arguments, **self.options, **options)
 
     def in_place(self, *arguments: Any, **options: Any) -> Any:

@@ -1,10 +1,8 @@
 """Calls of the public functions, with arguments of any dtype, batch and device: what several test files go through."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ class Given(NamedTuple):
     square: Tensor  # N × N, semi-definite
     number: Tensor  # 1/8, 2/8, … in a batch
 
-    def moved(self, to: torch.device | str) -> Given:
+    def moved(self, to: torch.device | str) -> Self:
         """Return copies on a device."""
         return tree_map(lambda part: part.to(to, copy=True), self)
 

@@ -1,7 +1,5 @@
 """Fixtures and settings shared by all tests."""
 
-from __future__ import annotations
-
 import os
 
 # The matrices are small, and each worker has a core: more threads would only wait for each other. This is read when

@@ -1,7 +1,5 @@
 """The ops under test: operands of every layout, the formula of each op, and the error that rounding explains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,16 +20,22 @@ SIZES = {
     "wide": (5, 4, 150),
 }
 
-PLAIN_LAYOUTS = ("plain", "transposed", "strided", "embedded", "repeated row", "repeated column")
-BATCHED_LAYOUTS = (
-    "batched",
-    "batched, transposed",
-    "batched, with gaps",
-    "batched, permuted",
-    "batched, one for all",
-    "batched, one for some",
-)
-LAYOUTS = (*PLAIN_LAYOUTS, *BATCHED_LAYOUTS)
+# How a matrix of m × n normal numbers, or a (2, 2) batch of them, lies in memory.
+LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
+    "plain": lambda normal, m, n: normal(m, n),
+    "transposed": lambda normal, m, n: normal(n, m).mT,
+    "strided": lambda normal, m, n: normal(2 * m, 3 * n)[::2, ::3],
+    # What lies around it must not be read.
+    "embedded": lambda normal, m, n: torch.nn.functional.pad(normal(m, n), [1] * 4, value=torch.nan)[1:-1, 1:-1],
+    "repeated row": lambda normal, m, n: normal(1, n).expand(m, n),
+    "repeated column": lambda normal, m, n: normal(m, 1).expand(m, n),
+    "batched": lambda normal, m, n: normal(2, 2, m, n),
+    "batched, transposed": lambda normal, m, n: normal(2, 2, n, m).mT,
+    "batched, with gaps": lambda normal, m, n: normal(4, 2, m, n)[::2],
+    "batched, permuted": lambda normal, m, n: normal(2, 2, m, n).transpose(0, 1),
+    "batched, one for all": lambda normal, m, n: normal(m, n).expand(2, 2, m, n),
+    "batched, one for some": lambda normal, m, n: normal(2, 1, m, n).expand(2, 2, m, n),
+}
 
 
 def matrix(
@@ -43,33 +47,7 @@ def matrix(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    match layout:
-        case "transposed":
-            return normal(columns, rows).mT
-        case "strided":
-            return normal(2 * rows, 3 * columns)[::2, ::3]
-        case "embedded":
-            # What lies around it must not be read.
-            around = normal(rows + 2, columns + 2).fill_(torch.nan)
-            around[1:-1, 1:-1] = normal(rows, columns)
-            return around[1:-1, 1:-1]
-        case "repeated row":
-            return normal(1, columns).expand(rows, columns)
-        case "repeated column":
-            return normal(rows, 1).expand(rows, columns)
-        case "batched":
-            return normal(2, 2, rows, columns)
-        case "batched, transposed":
-            return normal(2, 2, columns, rows).mT
-        case "batched, with gaps":
-            return normal(4, 2, rows, columns)[::2]
-        case "batched, permuted":
-            return normal(2, 2, rows, columns).transpose(0, 1)
-        case "batched, one for all":
-            return normal(rows, columns).expand(2, 2, rows, columns)
-        case "batched, one for some":
-            return normal(2, 1, rows, columns).expand(2, 2, rows, columns)
-    return normal(rows, columns)
+    return LAYOUTS[layout](normal, rows, columns)
 
 
 def written(layout: str) -> str:
@@ -106,13 +84,17 @@ def operands(
     def number(seed: int) -> Tensor:
         return new(1, 1, seed)[..., 0, 0]
 
+    def vector(rank: int, seed: int) -> Tensor:
+        return new(rank, 1, seed)[..., 0]
+
     def values(rank: int, seed: int) -> Tensor:
-        return new(rank, 1, seed)[..., 0].square()
+        return vector(rank, seed).square()
 
     def shift(seed: int) -> tuple[Tensor, Tensor]:
         return number(seed).square() + 0.5, number(seed + 20).square()
 
-    basis, columns = new(n, r, 0), new(n, k, 1)
+    q = min(2, k)
+    basis, columns, other, block = new(n, r, 0), new(n, k, 1), new(k, q, 8), new(n, k, 11)
     table: dict[str, Callable[[], tuple[Any, ...]]] = {
         "project": lambda: (basis, columns),
         "gram": lambda: (columns,),
@@ -121,28 +103,25 @@ def operands(
         "rotate": lambda: (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
         "rotate_": lambda: (new(n, r, 0, written(layout)), columns, new(r, r, 3), new(k, r, 4)),
         "gram_ema_": lambda: (symmetric(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
-        "damped_apply": lambda: (basis, new(r, 1, 6)[..., 0], number(7), columns),
+        "damped_apply": lambda: (basis, vector(r, 6), number(7), columns),
         "damped_apply, matrix": lambda: (basis, symmetric(new(r, r, 6)), number(7), columns),
         "kron_damped_apply": lambda: (
-            *(basis, new(r, 1, 6)[..., 0], number(7)),
-            *(new(k, min(2, k), 8), symmetric(new(min(2, k), min(2, k), 9)), number(10)),
-            new(n, k, 11),
+            *(basis, vector(r, 6), number(7)),
+            *(other, symmetric(new(q, q, 9)), number(10), block),
         ),
         "kron_damped_apply, diagonals": lambda: (
-            *(basis, new(r, 1, 6)[..., 0], number(7)),
-            *(new(k, min(2, k), 8), new(min(2, k), 1, 9)[..., 0], number(10)),
-            new(n, k, 11),
+            *(basis, vector(r, 6), number(7)),
+            *(other, vector(q, 9), number(10), block),
         ),
         "damped_inverse": lambda: (basis, values(r, 6), *shift(7), columns),
         "damped_inverse, matrix": lambda: (basis, definite(new(r, r, 6)), *shift(7), columns),
         "kron_damped_inverse": lambda: (
             *(basis, definite(new(r, r, 6)), *shift(7)),
-            *(new(k, min(2, k), 8), values(min(2, k), 9), *shift(10)),
-            new(n, k, 11),
+            *(other, values(q, 9), *shift(10), block),
         ),
         "pair_damped_inverse": lambda: (
             *(basis, values(r, 6), *shift(7)),
-            *(new(k, min(2, k), 8), definite(new(min(2, k), min(2, k), 9)), *shift(10)),
+            *(other, definite(new(q, q, 9)), *shift(10)),
             *(new(n, r + 1, 11), new(k, r + 1, 12)),
         ),
         "cholesky_inverse_core": lambda: _core_operands(columns),

@@ -8,11 +8,9 @@ precision. A ratio above `THRESHOLD` is a failure, whatever the size, the scale 
 rule read the other way round, and the only tolerance of the suite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import scipy.linalg
@@ -27,9 +25,7 @@ Spectrum = Callable[[int], Tensor]
 Stream = Callable[[int, int, int], Iterator[Tensor]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Spectra and matrices
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Spectra and matrices
 
 
 def power_law(exponent: float) -> Spectrum:
@@ -138,9 +134,7 @@ def symmetrised(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
 
 
 def spectral_stream(deviations: Spectrum, copies: int = 1) -> Stream:
@@ -160,16 +154,12 @@ def switching_stream(scale: float, switch_at: int = 20) -> Stream:
     """Return a stream that moves to an orthogonal subspace, `scale` times as large, after `switch_at` batches."""
 
     def stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
-        source = generator(seed)
-        half = n // 2
-        q = orthonormal(n, n, seed)
-        deviations = power_law(0.5)(half)
+        source, half = generator(seed), n // 2
+        q, deviations = orthonormal(n, n, seed), power_law(0.5)(half)
         before, after = q[:, :half] * deviations, scale * q[:, half : 2 * half] * deviations
-        step = 0
-        while True:
+        for step in count():
             mixing = before if step < switch_at else after
             yield mixing @ torch.randn(half, k, dtype=torch.float64, generator=source) / math.sqrt(k)
-            step += 1
 
     return stream
 
@@ -204,9 +194,7 @@ def batches(
     return [columns.to(dtype) for columns in islice(STREAMS[stream](n, k, seed), count)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Float64 references
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Float64 references
 
 
 class Eigh(NamedTuple):
@@ -248,9 +236,7 @@ def truncated_update(matrix: Tensor, columns: Tensor, rank: int, decay: float = 
     return eigh(updated(matrix, columns, decay, weight)).truncation(rank)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Error ratios
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Error ratios
 
 
 def epsilon(dtype: torch.dtype) -> float:

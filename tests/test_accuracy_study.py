@@ -1,7 +1,5 @@
 """``make study-accuracy``: what it measures, at sizes where that can be written out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,25 +1,36 @@
-"""What every public function promises of its arguments: batches, how they lie in memory, half precision, numbers, NaN.
+"""What every public function promises of its arguments, and of what torch does around it.
 
-Each call of calls.py is compared with itself. That it is right at all is what the other files are about.
+Batches, layouts in memory, half precision, numbers and NaN; autocast, another default device, tensors without data.
+Each call of calls.py is compared with itself. That it is right at all is what the other files are about. Functions that
+promise never to wait for the device run on meta tensors, which have no values to read.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from builders import assert_agree, in_full, shares_memory, unchanged
-from calls import ALL, NEW, NOT_COMPARABLE, Given, N, given, one_of
+import brandla
+from brandla.kfac import KFAC, Brand
+from builders import (
+    CHOLESKY_UPDATE,
+    assert_agree,
+    assert_same,
+    in_full,
+    make_columns,
+    make_root,
+    shares_memory,
+    unchanged,
+)
+from calls import ALL, NEW, NOT_COMPARABLE, Given, N, doubled, given, one_of
 from oracles import tolerance
 
 
-def rounding(name: str, dtype: torch.dtype = torch.float64) -> float:
+def rounding(name, dtype=torch.float64):
     """Return what rounding explains of the results of a call; a damped solve divides by 0.1."""
     return tolerance(N, torch.float32 if "half" in name else dtype, 10)
 
@@ -27,20 +38,20 @@ def rounding(name: str, dtype: torch.dtype = torch.float64) -> float:
 DATA = ("columns", "small_columns", "block", "square")
 
 
-def used_by(name: str) -> set[str]:
+def used_by(name):
     """Return the fields of its arguments that a call takes."""
     code = ALL[name].__code__
     inner = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
     return {field for each in (code, *inner) for field in each.co_names if field in Given._fields}
 
 
-def with_data(x: Given, change: Callable[[Tensor], Tensor]) -> Given:
+def with_data(x, change):
     """Return the arguments with other new columns and matrices."""
     return x._replace(**{field: change(getattr(x, field)) for field in DATA})
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_a_batch_and_vmap_are_the_calls_one_by_one(name: str) -> None:
+def test_a_batch_and_vmap_are_the_calls_one_by_one(name):
     x, call = given(torch.float64, (4,)), ALL[name]
     each = x._replace(one_eigh=tree_map(lambda part: part.expand(4, *part.shape), x.one_eigh))
     expected = [in_full(call(one_of(each, index))) for index in range(4)]
@@ -54,26 +65,30 @@ def test_a_batch_and_vmap_are_the_calls_one_by_one(name: str) -> None:
         assert_agree(result, [torch.stack(parts) for parts in zip(*expected, strict=True)], rounding(name))
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+def test_what_overwrites_names_batch_dimensions_under_vmap():
+    x = given(batch_shape=(3,))
+    with pytest.raises(TypeError, match=r"^root_update_: root.root .*vmap .*: leading dimensions are batch"):
+        torch.vmap(brandla.root_update_)(x.root, x.columns)
+
+
+LAYOUTS = {
     "every other": lambda part: part.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)[..., ::2, ::2],
     "transposed": lambda part: part.mT.contiguous().mT,
     "inside a larger one": lambda part: torch.nn.functional.pad(part, (3, 2, 1, 4), value=math.nan)[..., 1:-4, 3:-2],
 }
 
 
-def laid_out() -> dict[str, Given]:
+def laid_out():
     """Return arguments in every layout: those, a vector as every other entry, and columns that are one column."""
     x = given(torch.float64)
-    views = {
-        name: tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
-        for name, lay in LAYOUTS.items()
-    }
-    return views | {"one column": with_data(x, lambda part: part[:, :1].expand(part.shape))._replace(square=x.square)}
+    for lay in LAYOUTS.values():
+        yield tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
+    yield with_data(x, lambda part: part[:, :1].expand(part.shape))._replace(square=x.square)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != NOT_COMPARABLE])
-def test_layout_of_the_arguments_does_not_matter(name: str) -> None:
-    for view in laid_out().values():
+def test_layout_of_the_arguments_does_not_matter(name):
+    for view in laid_out():
         plain = tree_map(lambda part: part.clone(memory_format=torch.contiguous_format), view)
         with unchanged(view) if name in NEW else nullcontext():
             result = ALL[name](view)
@@ -82,7 +97,7 @@ def test_layout_of_the_arguments_does_not_matter(name: str) -> None:
 
 # The largest eigenvalue of a LowRankEigh is a view of all.
 @pytest.mark.parametrize("name", [name for name in NEW if name != "traces"])
-def test_inputs_are_neither_changed_nor_shared(name: str) -> None:
+def test_inputs_are_neither_changed_nor_shared(name):
     x = given(torch.float64)
     with unchanged(x):
         result = ALL[name](x)
@@ -95,13 +110,13 @@ HALF = [name for name in NEW if not {"diagonal", "products", "gram", "kernels", 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", [name for name in HALF if used_by(name) & {*DATA}])
-def test_half_precision_data_count_as_their_float32_values(name: str, half: torch.dtype) -> None:
+def test_half_precision_data_count_as_their_float32_values(name, half):
     x = with_data(given(), lambda part: part.to(half))
     assert_agree(ALL[name](x), ALL[name](with_data(x, Tensor.float)), rounding(name, torch.float32))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "number" in used_by(name)])
-def test_numbers_and_tensors_mean_the_same(name: str, dtype: torch.dtype) -> None:
+def test_numbers_and_tensors_mean_the_same(name, dtype):
     expected = ALL[name](given(dtype)._replace(number=0.125))
     for of_scalar in (torch.float32, torch.float64):
         number = torch.tensor(0.125, dtype=of_scalar)
@@ -121,7 +136,7 @@ SPOILT = [name for name in ALL if name.startswith(FACTORS_AND_DATA) and not any(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("name", SPOILT)
-def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name: str, bad: float) -> None:
+def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name, bad):
     clean, fields = in_full(ALL[name](given(torch.float64, (3,)))), used_by(name)
     if name.startswith(("damped", "kron")):
         # Solved for a column that is not finite, only that column is not; and what is divided by infinity is 0.
@@ -137,3 +152,63 @@ def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name: str
             result = in_full(ALL[name](x))
             assert not any(part[1].isfinite().any() for part in result if part.is_floating_point())
             assert_agree([part[::2] for part in result], [part[::2] for part in clean], rounding(name))
+
+
+# --- What torch does around a call
+
+# Multiplies the result of a call itself.
+CALLS = ALL | {"orthonormalize, dependent": lambda x: brandla.orthonormalize(doubled(x.columns))}
+AROUND = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "on meta": lambda: torch.device("meta")}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_and_another_default_device_change_no_bit(name):
+    expected = CALLS[name](given())
+    for around in AROUND.values():
+        x = given()
+        with around():
+            result = CALLS[name](x)
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_step_of_kfac_is_the_same_inside(around):
+    gradients = []
+    for context in (nullcontext, AROUND[around]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 18))
+        preconditioner = KFAC(model, inverse=Brand(rank=4))
+        for _ in range(2):
+            model(torch.randn(6, 12)).square().sum().backward()
+            with context():
+                preconditioner.step()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_same(*gradients)
+
+
+def shapes(result):
+    return tree_map(lambda part: (part.shape, part.dtype), result)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_tensors_give_the_shapes_of_the_result(name):
+    assert shapes(CALLS[name](given().moved("meta"))) == shapes(CALLS[name](given()))
+
+
+@pytest.mark.parametrize("name", ["root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"])
+def test_fake_tensors_give_the_shapes_of_the_result(name):
+    with FakeTensorMode() as mode:
+        fake = CALLS[name](tree_map(mode.from_tensor, given()))
+    assert shapes(fake) == shapes(CALLS[name](given()))
+
+
+@pytest.mark.parametrize("k", [8, 60], ids=["usual", "k above n - r"])
+def test_the_update_by_cholesky_calls_no_decomposition_that_waits(monkeypatch, k):
+    def forbidden(*_, **__):
+        message = "a decomposition that waits for the device"
+        raise AssertionError(message)
+
+    root, columns = make_root(64, 12, dtype=torch.float32), make_columns(64, k, dtype=torch.float32)
+    for name in ["eigh", "eigvalsh", "eig", "svd", "svdvals", "qr", "pinv", "matrix_rank", "lstsq"]:
+        monkeypatch.setattr(torch.linalg, name, forbidden)
+    assert CHOLESKY_UPDATE(brandla.track(root), columns, decay=0.9).lowrank.is_finite()

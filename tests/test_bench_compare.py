@@ -1,15 +1,10 @@
 """What the benchmarks make of times: turns, medians, slopes, threads of peers, and a comparison of two runs."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +17,10 @@ from bench.benches.cases import row_of
 from bench.gpu.device import Cpu, Floor
 
 
-def test_calls_take_turns_and_the_record_is_the_first_ones() -> None:
+def test_calls_take_turns_and_the_record_is_the_first_ones():
     seconds, order, data = {"a": 1.0, "b": 2.0}, [], []
 
-    def pedantic(target: Any, setup: Any, warmup_rounds: int, rounds: int) -> None:
+    def pedantic(target, setup, warmup_rounds, rounds):
         for number in range(warmup_rounds + rounds):
             target(*setup()[0])
             data.extend([seconds[order[-1]]] if number >= warmup_rounds else [])
@@ -37,7 +32,7 @@ def test_calls_take_turns_and_the_record_is_the_first_ones() -> None:
     assert data == [1.0] * 3
 
 
-def test_the_fit_recovers_a_known_exponent_within_its_interval() -> None:
+def test_the_fit_recovers_a_known_exponent_within_its_interval():
     sizes = [2**power for power in range(9, 16)]
     source, held = np.random.default_rng(0), 0
     for _ in range(200):
@@ -50,17 +45,17 @@ def test_the_fit_recovers_a_known_exponent_within_its_interval() -> None:
     assert held >= 190 - 4 * (200 * 0.95 * 0.05) ** 0.5
 
 
-def test_the_event_timer_tells_microseconds_apart_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_event_timer_tells_microseconds_apart_after_an_hour(monkeypatch):
     clock = [0.0]
 
     class FakeEvent:
-        def __init__(self, enable_timing: bool) -> None:
+        def __init__(self, enable_timing):
             self.synchronize = lambda: None
 
-        def record(self) -> None:
+        def record(self):
             self.at = clock[0]
 
-        def elapsed_time(self, other: FakeEvent) -> float:
+        def elapsed_time(self, other):
             # As coarse as CUDA's.
             return float(torch.tensor(1e3 * (other.at - self.at), dtype=torch.float32))
 
@@ -73,8 +68,8 @@ def test_the_event_timer_tells_microseconds_apart_after_an_hour(monkeypatch: pyt
     assert timer() - start == pytest.approx(25e-6, abs=1e-10)
 
 
-def test_memory_and_calls_are_counted() -> None:
-    def double() -> torch.Tensor:
+def test_memory_and_calls_are_counted():
+    def double():
         return torch.ones(1000) + torch.ones(1000)
 
     assert timing.peak_extra_bytes(double) == 3 * 4000
@@ -83,18 +78,18 @@ def test_memory_and_calls_are_counted() -> None:
 
 
 @pytest.mark.parametrize("quicker", [1, 2])
-def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(quicker: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(quicker, monkeypatch):
     """By a clock and a pool of the test's own: one that is real may be slow, or set by something else."""
     pool, clock = [8], [0.0]
 
     @contextmanager
-    def limited(threads: int, user_api: str) -> Iterator[None]:
+    def limited(threads, user_api):
         assert user_api == "blas"
         pool.append(threads)
         yield
         pool.pop()
 
-    def wait(seconds: float) -> None:
+    def wait(seconds):
         clock[0] += seconds
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -111,7 +106,7 @@ GROWTH = {"axis": "n", "method": "eigh_update", **N, "over_reference": [2.0, 1.9
 OP = {"op": "project", "case": "n 1", "of_ceiling": [0.5, 0.49, 0.51], "rounds": 9, "bound_by": "copy"}
 FUNCTION = {"group": "eigh_update n=1", "by": "brandla", "over_reference": [0.5, 0.49, 0.51], **CALLS}
 FIGURE = {"group": "update / its GEMMs", "case": "a", "value": 2.0, "low": 1.99, "high": 2.01, "unit": "×"}
-STUDIES: dict[str, tuple[dict[str, Any], str, list[str], float]] = {
+STUDIES = {
     "updates": ({"figures": [FIGURE]}, "figures", ["value", "low", "high"], 2.0),
     "updates, more is better": ({"figures": [FIGURE | {"at_least": 1}]}, "figures", ["value", "low", "high"], 0.5),
     "scaling": (
@@ -126,7 +121,7 @@ STUDIES: dict[str, tuple[dict[str, Any], str, list[str], float]] = {
 }
 
 
-def worsened(case: str, factor: float) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def worsened(case, factor):
     """Return the name of a study, and it before and after one of its figures got worse by a factor."""
     old, rows, keys, half_as_good = STUDIES[case]
     new = deepcopy(old)
@@ -135,16 +130,16 @@ def worsened(case: str, factor: float) -> tuple[str, dict[str, Any], dict[str, A
     return case.partition(",")[0], old, new
 
 
-def regressions(name: str, old: dict[str, Any], new: dict[str, Any]) -> int:
+def regressions(name, old, new):
     return int(compare.changes(name, old, new, compare.LEAST)["regression"].sum())
 
 
 @pytest.mark.parametrize("case", STUDIES)
-def test_what_got_worse_is_a_regression_and_noise_and_what_got_better_are_none(case: str) -> None:
+def test_what_got_worse_is_a_regression_and_noise_and_what_got_better_are_none(case):
     assert [regressions(*worsened(case, factor)) for factor in (1.4, 1.05, 1 / 1.4)] == [1, 0, 0]
 
 
-def test_whatever_scatters_in_either_run_widens_the_noise() -> None:
+def test_whatever_scatters_in_either_run_widens_the_noise():
     name, old, new = worsened("scaling", 1.4)
     new["rows"][0]["over_reference"][1] = 2.0
     assert not regressions(name, old, new)
@@ -162,15 +157,15 @@ def test_whatever_scatters_in_either_run_widens_the_noise() -> None:
 
 
 @pytest.mark.parametrize("scatter", [0.01, 0.2])
-def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter: float) -> None:
+def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter):
     source = np.random.default_rng(0)
 
-    def measured(count: int, seconds: float) -> list[float]:
+    def measured(count, seconds):
         # All calls of a run are off together by as much as single ones are: more than rounds alone can tell.
         together, each = source.standard_normal(), source.standard_normal(count)
         return list(seconds * np.exp(scatter * (together + each)))
 
-    def run(factor: float) -> dict[str, Any]:
+    def run(factor):
         counts = [8 * (case % 12 + 1) for case in range(500)]
         rows = [row_of(measured(count, factor), measured(8, 1.0), Floor(1.0, "copy")) for count in counts]
         return {"rows": [{"group": str(case), "by": "brandla", **row} for case, row in enumerate(rows)]}
@@ -183,7 +178,7 @@ def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter:
     assert slower["regression"].all()
 
 
-def test_the_command_tells_a_regression_by_its_exit_code_and_what_it_cannot_compare(tmp_path: Path) -> None:
+def test_the_command_tells_a_regression_by_its_exit_code_and_what_it_cannot_compare(tmp_path):
     name, *runs = worsened("functions", 1.4)
     for place, content, quick in (("old", runs[0], False), ("new", runs[1], False), ("short", runs[1], True)):
         (tmp_path / place / "toy").mkdir(parents=True)

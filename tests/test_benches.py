@@ -1,17 +1,13 @@
 """The benchmarks: every task has a right answer, a wrong one is refused before it is timed, and times are in turn."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -57,12 +53,12 @@ tasks.TASKS["damped_solve"] = tasks.TASKS["damped_solve"]._replace(make=stop)
 """
 
 
-def spoiled(result: Any) -> Any:
+def spoiled(result):
     """Return a result with every number 1 % too large."""
     return tree_map(lambda leaf: 1.01 * leaf if isinstance(leaf, Tensor) else leaf, result)
 
 
-def refused(call: tasks.Call, spoil: Callable[[Any], Any]) -> bool:
+def refused(call, spoil):
     """Say whether a call is refused once its result is spoiled."""
     try:
         tasks.check("case", call._replace(function=lambda *arguments: spoil(call.function(*arguments))))
@@ -72,7 +68,7 @@ def refused(call: tasks.Call, spoil: Callable[[Any], Any]) -> bool:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_implementation_is_right_and_a_wrong_result_is_refused(name: str) -> None:
+def test_every_implementation_is_right_and_a_wrong_result_is_refused(name):
     task = TASKS[name].task(SHAPE, Stub())
     others = TASKS[name].implementations(SHAPE, "cpu", most=SHAPE.n)[1:]
     doubled = set()
@@ -90,15 +86,15 @@ def test_every_implementation_is_right_and_a_wrong_result_is_refused(name: str) 
     assert refused(task.call(BRANDLA), partial(tree_map, lambda leaf: leaf * float("nan")))
 
 
-def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
-    def rescaled(found: brandla.LowRankEigh) -> brandla.LowRankEigh:
+def test_a_basis_that_is_not_orthonormal_is_refused():
+    def rescaled(found):
         # U diag(d) Uᵀ is the same, so that the orthogonality alone tells.
         return brandla.LowRankEigh(found.eigenvalues / 1.01**2, found.eigenvectors * 1.01)
 
     assert refused(TASKS["eigh_update"].task(SHAPE, Stub()).call(BRANDLA), rescaled)
 
 
-def test_every_function_that_is_not_in_place_has_a_task() -> None:
+def test_every_function_that_is_not_in_place_has_a_task():
     makers = {"backend", "centre", "checked", "keep_dtype", "merge", "track"}
     functions = {name for name in brandla.__all__ if name[0].islower() and not name.endswith("_")}
     assert {name.partition(",")[0] for name in TASKS} == functions - makers - {"grouped"}
@@ -106,7 +102,7 @@ def test_every_function_that_is_not_in_place_has_a_task() -> None:
 
 
 @pytest.mark.parametrize("name", tasks.GROUPED)
-def test_a_group_is_as_right_as_its_members(name: str) -> None:
+def test_a_group_is_as_right_as_its_members(name):
     group = tasks.together(name, [SHAPE, SHAPE._replace(n=64)], Stub())
     tasks.check(tasks.ONE_BY_ONE, group.call(tasks.ONE_BY_ONE))
     tasks.check(BRANDLA, group.call(BRANDLA))
@@ -114,20 +110,20 @@ def test_a_group_is_as_right_as_its_members(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSS_ALLOWED)
-def test_updates_are_checked_where_a_stream_settles(name: str) -> None:
+def test_updates_are_checked_where_a_stream_settles(name):
     judged = tasks.check(name, TASKS[name].task(Shape(256, 64, 32), Stub()).call(BRANDLA))
     # With half as many columns as the rank, one step without eigendecomposition leaves out 7 to 9 % more than the best.
     assert judged.used * LOSS_ALLOWED[name] < 1.01
 
 
-def test_lobpcg_is_right_in_float32() -> None:
+def test_lobpcg_is_right_in_float32():
     call = TASKS["randomized_eigh"].task(Shape(512, 32, 32), Stub()).call("torch.lobpcg")
     # With the 1,000 iterations that it has by itself, this start ends more than 20,000 ε off orthonormal.
     torch.manual_seed(3)
     tasks.check("torch.lobpcg", call)
 
 
-def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(tmp_path: Path) -> None:
+def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(tmp_path):
     (tmp_path / "spoiling.py").write_text(PLUGIN, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench/benches/bench_functions.py", "-p", "spoiling"]
     # What pytest-benchmark would take for a worker of xdist, in which nothing is timed.
@@ -156,7 +152,7 @@ def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(t
     assert {"brandla", "scipy eigsh", "scikit-learn randomized_svd"} <= set(threads)
 
 
-def test_a_wrong_result_of_ours_fails_and_a_peers_is_skipped() -> None:
+def test_a_wrong_result_of_ours_fails_and_a_peers_is_skipped():
     study = Study()
     for by, outcome in ((BRANDLA, WrongResultError), ("torch.lobpcg", pytest.skip.Exception)):
         with pytest.raises(outcome, match="off"), opened(SimpleNamespace(), None, study, "a group", by):
@@ -164,7 +160,7 @@ def test_a_wrong_result_of_ours_fails_and_a_peers_is_skipped() -> None:
     assert [row["by"] for row in study.refused] == ["torch.lobpcg"]
 
 
-def test_make_bench_runs_the_files_whose_peers_it_installs() -> None:
+def test_make_bench_runs_the_files_whose_peers_it_installs():
     # What an outer make was given is none of this one's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "bench"]

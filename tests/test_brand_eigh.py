@@ -1,12 +1,7 @@
 """eigh_update where LAPACK fails, and the signs of its vectors; eigh_downdate."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import brandla
 import oracles
@@ -14,64 +9,61 @@ from builders import defect, dense, make_columns, make_eigh, make_root
 from oracles import ORTHONORMAL, THRESHOLD
 
 
-class FailingEigh:
-    """torch.linalg.eigh as it fails on some finite float32 cores: by an exception, or by NaN."""
+def fail(monkeypatch, failure, *dtypes):
+    """Have torch.linalg.eigh fail as it does on some finite float32 cores, by an exception or by NaN; return where."""
+    genuine, failures = torch.linalg.eigh, []
 
-    def __init__(self, failure: str, *dtypes: torch.dtype) -> None:
-        self.failure, self.dtypes, self.failures, self.genuine = failure, dtypes, 0, torch.linalg.eigh
-
-    def __call__(self, matrix: Tensor, *arguments: Any, **options: Any) -> Any:
-        values, vectors = self.genuine(matrix, *arguments, **options)
-        if matrix.dtype not in self.dtypes:
+    def eigh(matrix, *arguments, **options):
+        values, vectors = genuine(matrix, *arguments, **options)
+        if matrix.dtype not in dtypes:
             return values, vectors
-        self.failures += 1
-        if self.failure == "raises":
+        failures.append(matrix)
+        if failure == "raises":
             message = "linalg.eigh: the algorithm failed to converge"
             raise torch.linalg.LinAlgError(message)
         return values * torch.nan, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    return failures
 
 
 @pytest.mark.parametrize("failure", ["raises", "NaN"])
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
 @pytest.mark.parametrize("k", [8, 45], ids=["usual", "k above n - r"])
-def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(
-    monkeypatch: pytest.MonkeyPatch, failure: str, batch_shape: tuple[int, ...], k: int
-) -> None:
+def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(monkeypatch, failure, batch_shape, k):
     # On a CPU eigh_update takes float64 at once.
     old = make_root(50, 12, dtype=torch.float32, batch_shape=batch_shape)
     columns = make_columns(50, k, dtype=torch.float32, batch_shape=batch_shape)
     expected = dense(brandla.root_update(old, columns))
-    failing = FailingEigh(failure, torch.float32)
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    failures = fail(monkeypatch, failure, torch.float32)
     new = brandla.root_update(old, columns)
-    assert failing.failures > 0
+    assert failures
     assert new.root.dtype == torch.float32
     for one, wanted in zip(dense(new).reshape(-1, 50, 50), expected.reshape(-1, 50, 50), strict=True):
         assert oracles.difference_ratio(one, wanted, torch.float32) <= 2 * oracles.THRESHOLD
 
 
-def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch):
     old, columns = make_eigh(50, 12, dtype=torch.float32), make_columns(50, 8, dtype=torch.float32)
-    monkeypatch.setattr(torch.linalg, "eigh", FailingEigh("raises", torch.float32, torch.float64))
+    fail(monkeypatch, "raises", torch.float32, torch.float64)
     with pytest.raises(RuntimeError, match=r"eigendecomposition.*order 20.*float64.*root_update"):
         brandla.eigh_update(old, columns)
 
 
-def test_non_finite_data_does_not_reach_the_eigendecomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_data_does_not_reach_the_eigendecomposition(monkeypatch):
     genuine = torch.linalg.eigh
 
-    def strict(matrix: Tensor) -> Any:
+    def strict(matrix):
         assert torch.isfinite(matrix).all()
         return genuine(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", strict)
-    old = make_eigh(50, 12, batch_shape=(2,))
-    columns = make_columns(50, 8, batch_shape=(2,))
+    old, columns = make_eigh(50, 12, batch_shape=(2,)), make_columns(50, 8, batch_shape=(2,))
     columns[1, 0, 0] = torch.nan
     assert brandla.eigh_update(old, columns).is_finite().tolist() == [True, False]
 
 
-def test_eigendecomposition_survives_repeated_columns_of_a_large_stream() -> None:
+def test_eigendecomposition_survives_repeated_columns_of_a_large_stream():
     n, r, k = 512, 96, 64
     stream = oracles.spectral_stream(oracles.power_law(0.5), copies=64)(n, k, 0)
     value = brandla.LowRankEigh.zeros(n, r, dtype=torch.float32)
@@ -87,28 +79,24 @@ def test_eigendecomposition_survives_repeated_columns_of_a_large_stream() -> Non
 
 
 @pytest.mark.parametrize("rank", [None, 7, 13])
-def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank: int | None, dtype: torch.dtype) -> None:
+def test_new_eigenvectors_have_the_sign_of_the_old_ones_in_their_places(rank, dtype):
     old, columns = make_eigh(50, 10, dtype=dtype), make_columns(50, 4, scale=0.05, dtype=dtype)
     signs = torch.ones(10, dtype=dtype)
     for seed in range(8):
         # Whatever sign LAPACK gives, old vectors have either.
         signs[seed:] *= -1
         old = brandla.LowRankEigh(old.eigenvalues, old.eigenvectors * signs)
-        new = brandla.eigh_update(old, columns, rank=rank)
-        down = brandla.eigh_downdate(old, columns, weight=0.1)
-        for found in (new, down):
+        for found in (brandla.eigh_update(old, columns, rank=rank), brandla.eigh_downdate(old, columns, weight=0.1)):
             both = min(10, found.rank)
             agreement = (found.eigenvectors[:, :both] * old.eigenvectors[:, :both]).sum(0)
             assert (agreement >= -oracles.tolerance(50, dtype)).all()
             assert (agreement[:3] > 0.9).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downdates
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Downdates
 
 
-def test_downdate_takes_back_what_an_update_added(dtype: torch.dtype) -> None:
+def test_downdate_takes_back_what_an_update_added(dtype):
     n, r, k, weight = 50, 12, 8, 0.7
     old, columns = make_eigh(n, r, "slow", dtype=dtype), make_columns(n, k, dtype=dtype)
     there = brandla.eigh_update(old, columns, weight=weight, rank=r + k)
@@ -120,7 +108,7 @@ def test_downdate_takes_back_what_an_update_added(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale: float, dtype: torch.dtype) -> None:
+def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale, dtype):
     n, r, k = 40, 10, 6
     held, columns = make_eigh(n, r, dtype=dtype), make_columns(n, k, scale=scale / n**0.5, dtype=dtype)
     found = brandla.eigh_downdate(held, columns)
@@ -132,19 +120,11 @@ def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale: float,
     # For any truth M ⪰ M̂ that holds A Aᵀ, the error in the span does not grow.
     truth = dense(held) + columns.double() @ columns.double().mT
     before, after = (span @ error @ span for error in (truth - dense(held), dense(held) - dense(found)))
-    slack = oracles.tolerance(n, dtype, norm)
-    assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + slack
-
-
-def test_nothing_is_taken_for_columns_outside_the_span(dtype: torch.dtype) -> None:
-    basis = oracles.orthonormal(40, 16, seed=2).to(dtype)
-    held = brandla.LowRankEigh(torch.linspace(2, 1, 10, dtype=dtype), basis[:, :10])
-    found = brandla.eigh_downdate(held, 100 * basis[:, 10:])
-    assert oracles.difference_ratio(dense(found), dense(held), dtype, 100) <= THRESHOLD
+    assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + oracles.tolerance(n, dtype, norm)
 
 
 @pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
-def test_a_sliding_window_follows_its_own_decomposition(stream: str, rank: int, most: float, dtype: torch.dtype):
+def test_a_sliding_window_follows_its_own_decomposition(stream, rank, most, dtype):
     n, k, width = 96, 8, 5
     batches = oracles.batches(stream, n, k, 20, dtype=dtype)
     window, largest = brandla.LowRankEigh.zeros(n, rank, dtype=dtype), 0.0

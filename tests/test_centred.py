@@ -1,27 +1,26 @@
 """svd_append on a centred stream: principal component analysis of columns that keep arriving."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 import brandla
 import oracles
 from oracles import THRESHOLD
 
 
-def stream(m: int, k: int, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return batches of columns about a mean that is far from zero."""
-    offset = 5 * oracles.gaussian(m, 1, seed=11)
-    return [(columns + offset).to(dtype) for columns in oracles.batches("slow", m, k, count)]
+def shifted_columns(m, k, offset):
+    """Return float32 columns of deviations about 1 to 3, far from zero."""
+    scales = torch.linspace(1, 3, m, dtype=torch.float64)[:, None]
+    return (oracles.gaussian(m, k, seed=5) * scales + offset).float()
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("k", [1, 4, 7])
-def test_centred_stream_equals_the_svd_of_centred_columns(k: int, decay: float, dtype: torch.dtype) -> None:
+def test_centred_stream_equals_the_svd_of_centred_columns(k, decay, dtype):
     m, count = 20, 6
-    batches = stream(m, k, count, dtype)
+    # About a mean that is far from zero.
+    offset = 5 * oracles.gaussian(m, 1, seed=11)
+    batches = [(columns + offset).to(dtype) for columns in oracles.batches("slow", m, k, count)]
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype))
     for columns in batches:
         value = brandla.svd_append(value, columns, decay=decay, rank=min(m, value.svd.rank + k))
@@ -39,12 +38,11 @@ def test_centred_stream_equals_the_svd_of_centred_columns(k: int, decay: float, 
     assert oracles.difference_ratio(gram, residual @ residual.mT, dtype, scale**2) <= THRESHOLD
 
 
-def test_truncated_stream_keeps_the_leading_axes(dtype: torch.dtype) -> None:
+def test_truncated_stream_keeps_the_leading_axes(dtype):
     m, k, rank = 40, 8, 6
     strong = oracles.orthonormal(m, 4, seed=2) * torch.tensor([8.0, 6.0, 4.0, 3.0], dtype=torch.float64)
-    offset = 5 * oracles.gaussian(m, 1, seed=11)
-    columns = strong @ oracles.gaussian(4, 160, seed=3) + 0.01 * oracles.gaussian(m, 160, seed=4) + offset
-    columns = columns.to(dtype)
+    columns = strong @ oracles.gaussian(4, 160, seed=3) + 0.01 * oracles.gaussian(m, 160, seed=4)
+    columns = (columns + 5 * oracles.gaussian(m, 1, seed=11)).to(dtype)
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, rank, dtype=dtype))
     for batch in columns.split(k, dim=1):
         value = brandla.svd_append(value, batch)
@@ -60,15 +58,9 @@ def test_truncated_stream_keeps_the_leading_axes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ratio, variances / residual.square().sum(), rtol=1e-3, atol=0)
 
 
-def shifted_columns(m: int, k: int, offset: float) -> Tensor:
-    """Return float32 columns of deviations about 1 to 3, far from zero."""
-    scales = torch.linspace(1, 3, m, dtype=torch.float64)[:, None]
-    return (oracles.gaussian(m, k, seed=5) * scales + offset).float()
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("batches", [1, 4, 50])
-def test_float32_columns_far_from_zero_lose_no_digit(offset: float, batches: int) -> None:
+def test_float32_columns_far_from_zero_lose_no_digit(offset, batches):
     m = 12
     columns = shifted_columns(m, 200, offset)
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, m))
@@ -80,14 +72,14 @@ def test_float32_columns_far_from_zero_lose_no_digit(offset: float, batches: int
     torch.testing.assert_close(value.mean, mean, rtol=1e-13, atol=1e-13)
 
 
-def test_a_long_float32_stream_counts_every_column() -> None:
+def test_a_long_float32_stream_counts_every_column():
     value = brandla.centre(brandla.LowRankSVD.zeros(2, 0, 1))
     value = value._replace(weight=torch.tensor(2.0**24, dtype=torch.float64))
     assert brandla.svd_append(value, torch.ones(2, 1)).weight == 2**24 + 1
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_coordinates_along_the_axes_and_back(offset: float, dtype: torch.dtype) -> None:
+def test_coordinates_along_the_axes_and_back(offset, dtype):
     columns = shifted_columns(12, 40, offset).to(dtype)
     value = brandla.svd_append(brandla.centre(brandla.LowRankSVD.zeros(12, 0, 12, dtype=dtype)), columns)
     coordinates = value.transform(columns)
@@ -103,7 +95,7 @@ def test_coordinates_along_the_axes_and_back(offset: float, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-def test_merged_streams_are_the_stream_of_both(batch_shape: tuple[int, ...], offset: float, dtype: torch.dtype) -> None:
+def test_merged_streams_are_the_stream_of_both(batch_shape, offset, dtype):
     m = 12
     columns = torch.stack([shifted_columns(m, 60, offset + index).to(dtype) for index in range(2)])
     columns = columns if batch_shape else columns[1]

@@ -1,7 +1,5 @@
 """The documentation runs and prints what it shows: README.md, docs/, and the examples in docstrings."""
 
-from __future__ import annotations
-
 import contextlib
 import doctest
 import importlib
@@ -9,9 +7,7 @@ import io
 import pkgutil
 import re
 import runpy
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -37,28 +33,28 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch):
     # What the examples register goes with them.
     monkeypatch.setattr(like, "_REGISTERED", {})
 
 
 @pytest.fixture(autouse=True)
-def _own_randomness() -> Iterator[None]:
+def _own_randomness():
     # The examples draw from the global generator, which other tests may have seeded for themselves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
+def blocks(page):
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-def name_of(page: Path) -> str:
+def name_of(page):
     return str(page.relative_to(ROOT))
 
 
-def modules() -> list[str]:
+def modules():
     """Return every module of the packages; importing a ``__main__`` would run the command line."""
     found = [
         module.name
@@ -68,39 +64,32 @@ def modules() -> list[str]:
     return [name for name in ("brandla", "brandla_kernels", *found) if not name.endswith("__main__")]
 
 
-def run(source: str, namespace: dict[str, Any], where: Path) -> None:
+def run(source, namespace, where):
     exec(compile(source, str(where), "exec"), namespace)
 
 
-def run_benchmarks(namespace: dict[str, Any]) -> int:
+def run_benchmarks(namespace):
     """Call the benchmarks that a block defines once for each parameter, without timing, and count the calls."""
     functions = [value for name, value in namespace.items() if name.startswith("test_")]
-    calls = 0
-    for function in functions:
-        for mark in function.pytestmark:
-            name, values = mark.args
-            for value in values:
-                function(benchmark=call, **{name: value})
-                calls += 1
-    return calls
-
-
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+    calls = [(one, *mark.args) for one in functions for mark in one.pytestmark]
+    for function, name, values in calls:
+        for value in values:
+            function(benchmark=lambda call, *args, **kwargs: call(*args, **kwargs), **{name: value})
+    return len(calls)
 
 
 @pytest.mark.parametrize("index", range(len(blocks(ROOT / "README.md"))))
-def test_each_example_of_the_readme_runs_by_itself(index: int) -> None:
+def test_each_example_of_the_readme_runs_by_itself(index):
     source, _ = blocks(ROOT / "README.md")[index]
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    namespace = {"__name__": "readme"}
     run(source, namespace, ROOT / "README.md")
     assert ("benchmark" in source) == (run_benchmarks(namespace) > 0)
     assert len([line for line in source.splitlines() if line.strip()]) <= README_LINES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": page.stem}
+def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page):
+    namespace = {"__name__": page.stem}
     for source, shown in blocks(page):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             run(source, namespace, page)
@@ -110,8 +99,8 @@ def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page: Pat
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
-    """It describes itself, is in the navigation, and shows an output behind the code that prints it.
+def test_a_page_is_written_as_the_site_takes_it(page, formulas):
+    """It describes itself, is in the navigation, shows an output behind the code that prints it; formulas are MathML.
 
     Markdown takes a line that begins with a quoted figure for a block of its own, and ends the paragraph before it.
     """
@@ -120,14 +109,17 @@ def test_a_page_is_written_as_the_site_takes_it(page: Path) -> None:
     assert f" {page.relative_to(ROOT / 'docs')}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert text.count("```output\n") == sum(bool(shown) for _, shown in blocks(page))
     assert not re.search(r"^\s*<!-- [\w-]+\.json ", text, re.MULTILINE)
+    for source in re.findall(r"^```formula\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        shown = "".join(ElementTree.fromstring(formulas["fence"](source)).itertext())
+        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
 
 
 @pytest.fixture(scope="module")
-def formulas() -> dict[str, Any]:
+def formulas():
     return runpy.run_path(str(ROOT / "docs/_tools/formulas.py"))
 
 
-def test_scripts_in_sentences_are_lowered_and_raised_and_code_stays(formulas: dict[str, Any]) -> None:
+def test_scripts_in_sentences_are_lowered_and_raised_and_code_stays(formulas):
     shown = formulas["on_page_content"](
         "<p>‖M‖_F², λ_G, n^0.89. <code>gram_ema_ x_y^2</code> root_update d_{r+1}^(−½)</p>"
     )
@@ -137,29 +129,21 @@ def test_scripts_in_sentences_are_lowered_and_raised_and_code_stays(formulas: di
     assert formulas["on_page_markdown"]("M̂_{τ}, `M̂_x` and M̂_a") == r"M̂\_{τ}, `M̂_x` and M̂\_a"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_formulas_of_a_page_become_mathml(page: Path, formulas: dict[str, Any]) -> None:
-    make = formulas["fence"]
-    for source in re.findall(r"^```formula\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        shown = "".join(ElementTree.fromstring(make(source)).itertext())
-        assert not re.search(r"[ᵀ⁻⁺¹²₀₁ᵢⱼ_{}\u0302]", shown)
-
-
 @pytest.mark.parametrize(("page", "package"), [("api", brandla), ("api-kfac", brandla.kfac)])
-def test_the_reference_has_every_public_name(page: str, package: Any) -> None:
+def test_the_reference_has_every_public_name(page, package):
     text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
     named = re.findall(r"^(?:        - |::: [\w.]+\.)(\w+)$", text, re.MULTILINE)
     assert set(package.__all__) - set(named) <= {"grouped"}
 
 
 @pytest.mark.parametrize("name", modules())
-def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
+def test_examples_in_docstrings_give_what_they_say(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name_of)
-def test_links_and_pictures_exist_and_those_of_measurements_name_their_file(page: Path) -> None:
+def test_links_and_pictures_exist_and_those_of_measurements_name_their_file(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
     pictures = re.findall(r"!\[([^\]]*)\]\(([^)#\s]+)", text) + re.findall(r'<img alt="([^"]*)" src="([^"]*)"', text)
@@ -170,20 +154,20 @@ def test_links_and_pictures_exist_and_those_of_measurements_name_their_file(page
 
 
 @pytest.mark.parametrize("package", [brandla, brandla.kfac], ids=["brandla", "brandla.kfac"])
-def test_every_public_name_has_an_example(package: Any) -> None:
+def test_every_public_name_has_an_example(package):
     # A system of one's own takes a page, and the columns of a Laplacian come from the function that makes them.
     without = {"Strategy", "Columns"} if package is brandla.kfac else set()
     assert {name for name in package.__all__ if ">>>" not in (getattr(package, name).__doc__ or "")} == without
 
 
-def test_pages_that_the_code_refers_to_exist() -> None:
+def test_pages_that_the_code_refers_to_exist():
     sources = [path for folder in ("brandla", "kernels") for path in (ROOT / folder).rglob("*.py")]
     named = {page for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
     assert named
     assert {page for page in named if not (ROOT / page).exists()} == set()
 
 
-def test_figures_of_the_documentation_are_those_of_the_result_files() -> None:
+def test_figures_of_the_documentation_are_those_of_the_result_files():
     """Blocks, quotes, pictures and CSV files are generated: an edit by hand, or a new result file alone, shows here."""
     done = CliRunner().invoke(report.app, ["--check"])
     assert done.exit_code == 0, done.stderr

@@ -1,11 +1,8 @@
 """The examples train: a few steps of each, and the loss falls; the likelihood of the Gaussian process is SciPy's."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest
-import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
@@ -23,14 +20,14 @@ OPTIMIZERS = [(Shampoo, 1.0), (ProjectedAdam, 0.01), (LowRankSOAP, 0.01), (Cosmo
 
 
 @pytest.mark.parametrize(("kind", "rate"), OPTIMIZERS)
-def test_an_optimizer_on_tracked_factors_trains(kind: type[torch.optim.Optimizer], rate: float):
+def test_an_optimizer_on_tracked_factors_trains(kind, rate):
     model = network()
     losses = list(trained(model, kind(model.parameters(), lr=rate), 15))
     assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize(("kind", "rate"), OPTIMIZERS[2:])
-def test_an_optimizer_that_is_taken_up_again_goes_on_to_the_bit(kind: type[torch.optim.Optimizer], rate: float):
+def test_an_optimizer_that_is_taken_up_again_goes_on_to_the_bit(kind, rate):
     model = network()
     optimizer = kind(model.parameters(), lr=rate, rank=4)
     list(trained(model, optimizer, 3))
@@ -57,7 +54,7 @@ def test_evidence_is_against_too_strong_a_prior():
 
 
 @pytest.mark.parametrize("name", pinn.PROBLEMS)
-def test_equations_are_solved_better_after_more_steps(name: str):
+def test_equations_are_solved_better_after_more_steps(name):
     errors = [pinn.train(pinn.PROBLEMS[name], "K-FAC", steps)[0] for steps in (1, 8)]
     assert errors[1] < 0.5 * errors[0]
 
@@ -65,7 +62,7 @@ def test_equations_are_solved_better_after_more_steps(name: str):
 INPUTS, TARGETS = gaussian(30, 2, seed=1), gaussian(30, seed=2)
 
 
-def scipy_likelihood(process: Process) -> float:
+def scipy_likelihood(process):
     """Return the density of the dense covariance F Fᵀ + diag(δ) + σ²I, which has the kernel's own diagonal."""
     root = process.root(INPUTS).detach()
     dense = root @ root.mT
@@ -73,7 +70,7 @@ def scipy_likelihood(process: Process) -> float:
     return float(multivariate_normal.logpdf(TARGETS.numpy(), cov=dense.numpy()))
 
 
-def test_likelihood_and_gradient_are_those_of_the_dense_covariance() -> None:
+def test_likelihood_and_gradient_are_those_of_the_dense_covariance():
     process = Process(INPUTS, 6)
     likelihood = process.log_likelihood(INPUTS, TARGETS)
     likelihood.backward()

@@ -1,7 +1,5 @@
 """``make study-kfac``: its data, what each method is, how the search and the runs end, and what the tables state."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import shutil

@@ -1,13 +1,12 @@
 """brandla_kernels: each op against its formula in float64, through the dispatcher, and by PyTorch's own checks."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +24,14 @@ from op_cases import (
     VARIANTS,
     assert_grouped,
     assert_op,
+    eigh_core_operands,
     exact,
     grouped_operands,
     half_precision_data,
     matrix,
     op_of,
     operands,
+    root_core_operands,
     run,
 )
 
@@ -43,54 +44,52 @@ BOTH_FORMS = [(name, False) for name in OPS] + [(name, True) for name in GROUPED
 PROBLEMS = [(13, 4, 3), (9, 2, 5), (6, 0, 2), (7, 3, 0)]
 
 
-def single(name: str) -> Any:
+def single(name):
     """The registered op."""
     return getattr(torch.ops.brandla, name).default
 
 
-def several(name: str) -> Any:
+def several(name):
     """The registered op over lists."""
     return getattr(torch.ops.brandla, OPS[name].signature.grouped_name).default
 
 
-def listed(case: str, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def listed(case, dtype=torch.float64):
     return grouped_operands(case, PROBLEMS, ["plain"], dtype)
 
 
-def is_varied(leaf: Any) -> bool:
+def is_varied(leaf):
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def requiring_grad(arguments):
     return tuple(tree_map(lambda leaf: leaf.clone().requires_grad_() if is_varied(leaf) else leaf, list(arguments)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Values
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_at_every_size(case: str, dtype: torch.dtype) -> None:
+def test_op_computes_its_formula_at_every_size(case, dtype):
     for size, layout in product(SIZES.values(), ("plain", "batched")):
         assert_op(case, lambda size=size, layout=layout: operands(case, *size, layout, dtype))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_computes_its_formula_in_every_layout(case: str) -> None:
+def test_op_computes_its_formula_in_every_layout(case):
     for layout in LAYOUTS:
         assert_op(case, lambda layout=layout: operands(case, *SIZES["usual"], layout, torch.float32))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if op_of(case) in GROUPED])
-def test_grouped_op_computes_the_formula_of_each_problem(case: str) -> None:
+def test_grouped_op_computes_the_formula_of_each_problem(case):
     assert_grouped(case, lambda: listed(case))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_"])
-def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> None:
-    def new() -> tuple[Any, ...]:
+def test_half_precision_data_is_taken_exactly(case, half):
+    def new():
         return half_precision_data(case, operands(case, 37, 5, 3, "plain", torch.float32), half)
 
     assert_op(case, new)
@@ -98,7 +97,7 @@ def test_half_precision_data_is_taken_exactly(case: str, half: torch.dtype) -> N
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int], layout: str) -> None:
+def test_cholesky_core_orthonormalises_what_stands_out(size, layout):
     gram, scale, threshold = operands("cholesky_inverse_core", *size, layout, torch.float64)
     transform, live = brandla_kernels.cholesky_inverse_core(gram, scale, threshold)
     expected = torch.diag_embed(live.double())
@@ -107,7 +106,7 @@ def test_cholesky_core_orthonormalises_what_stands_out(size: tuple[int, int, int
 
 
 @pytest.mark.parametrize("batch_shape", [(), (1,)], ids=["one", "batch"])
-def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape: tuple[int, ...]) -> None:
+def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape):
     for decay in (0.0, 1.0):
         matrix, columns = torch.ones(*batch_shape, 5, 5), torch.ones(*batch_shape, 5, 2)
         (columns if decay else matrix).fill_(math.nan)
@@ -115,14 +114,14 @@ def test_gram_ema_keeps_nan_that_meets_a_zero(batch_shape: tuple[int, ...]) -> N
         assert matrix.isnan().all()
 
 
-def test_gram_of_many_slabs_equals_the_gram_of_one() -> None:
+def test_gram_of_many_slabs_equals_the_gram_of_one():
     panel = matrix(5000, 130, "plain", torch.float32, 0)
     exact = panel.double().mT @ panel.double()
     torch.testing.assert_close(brandla_kernels.gram(panel), exact, rtol=1e-13, atol=1e-11)
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few columns", "many"])
-def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few: bool) -> None:
+def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few):
     """A sum of m products is within m·ε/2. One product over all rows is wrong by 3000 ε for these columns."""
     (r, k), slab = ((5, 3), 1024) if few else ((16, 16), 4096)
     generator = torch.Generator().manual_seed(0)
@@ -138,16 +137,14 @@ def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few: boo
     assert (cross - root.double().mT @ columns.double()).abs().max() <= allowed * terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# cross_gram at any range
-# ---------------------------------------------------------------------------------------------------------------------
+# --- cross_gram at any range
 
 # Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
 RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-40, 37), (15, -36)]
 
 
 @pytest.fixture(params=[True, False], ids=["read", "not read"])
-def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def reads(request, monkeypatch):
     """Whether a branch may look at values."""
     module = importlib.import_module("brandla_kernels.cross_gram")
     monkeypatch.setattr(module, "reads_are_free", lambda tensor: request.param)
@@ -156,7 +153,7 @@ def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 @pytest.mark.parametrize("powers", RANGES, ids=str)
 @pytest.mark.parametrize("layout", ["plain", "batched"])
-def test_cross_gram_takes_columns_of_any_length(layout: str, powers: tuple[int, int], reads: bool) -> None:
+def test_cross_gram_takes_columns_of_any_length(layout, powers, reads):
     root, columns = (
         (part * 10.0**power).float()
         for part, power in zip(operands("cross_gram", 300, 5, 3, layout, torch.float64), powers, strict=True)
@@ -174,7 +171,7 @@ def test_cross_gram_takes_columns_of_any_length(layout: str, powers: tuple[int, 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
-def test_cross_gram_shows_what_is_not_finite(dtype: torch.dtype, spoilt: int, value: float, reads: bool) -> None:
+def test_cross_gram_shows_what_is_not_finite(dtype, spoilt, value, reads):
     arguments = operands("cross_gram", 9, 3, 2, "plain", dtype)
     arguments[spoilt][4, 1] = value
     cross, gram = OPS["cross_gram"](*arguments)
@@ -182,29 +179,21 @@ def test_cross_gram_shows_what_is_not_finite(dtype: torch.dtype, spoilt: int, va
     assert cross.isnan().any() if math.isnan(value) else True
 
 
-def test_cross_gram_of_an_empty_root_takes_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_gram_of_an_empty_root_takes_no_second_look():
     """A factor starts at 0: its first update is as fast as the others."""
     module = importlib.import_module("brandla_kernels.cross_gram")
-    taken: list[torch.dtype] = []
-
-    def noted(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        taken.append(dtype)
-        return brandla_kernels.gram(left).new_ones(left.shape[-1], right.shape[-1])
-
-    monkeypatch.setattr(module, "sum_of_slabs", noted)
-    OPS["cross_gram"](torch.zeros(9, 3), torch.ones(9, 2))
-    assert taken == [torch.float32, torch.float32]
+    with mock.patch.object(module, "sum_of_slabs", wraps=module.sum_of_slabs) as sums:
+        OPS["cross_gram"](torch.zeros(9, 3), torch.ones(9, 2))
+    assert [call.args[2] for call in sums.call_args_list] == [torch.float32, torch.float32]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As torch ops
-# ---------------------------------------------------------------------------------------------------------------------
+# --- As torch ops
 
 
 # torch 2.14 looks at .grad of what is no leaf while it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize(("name", "is_list"), BOTH_FORMS)
-def test_op_passes_the_check_of_torch(name: str, is_list: bool) -> None:
+def test_op_passes_the_check_of_torch(name, is_list):
     arguments = listed(name) if is_list else operands(name, 13, 4, 3, "plain", torch.float64)
     op = several(name) if is_list else single(name)
     # Lists go one way through AOTAutograd: two ops stand for all.
@@ -214,99 +203,74 @@ def test_op_passes_the_check_of_torch(name: str, is_list: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_forced_torch_backend_gives_the_same_bits(name: str) -> None:
+def test_forced_torch_backend_gives_the_same_bits(name):
     first, second = (operands(name, 13, 4, 3, "plain", torch.float64) for _ in range(2))
     dispatched = run(single(name), first)
     with brandla.backend("torch"):
         forced = run(OPS[name], second)
         assert OPS[name].implementation("cpu") == ("torch", "forced by brandla.backend('torch')")
+    assert "forced" not in OPS[name].implementation("cpu")[1]
     for one, other in zip(dispatched, forced, strict=True):
         assert torch.equal(one, other)
 
 
-def test_op_takes_its_arguments_by_name() -> None:
+def test_op_takes_its_arguments_by_name():
     basis, columns = operands("project", 13, 4, 3, "plain", torch.float64)
     assert torch.equal(brandla_kernels.project(basis=basis, columns=columns), brandla_kernels.project(basis, columns))
 
 
-def test_an_op_follows_the_dispatcher_on_every_device() -> None:
+def test_an_op_follows_the_dispatcher_on_every_device():
     """On meta tensors, which have no data, shapes and dtypes come out right: what a tracer sees."""
     cross, gram = OPS["cross_gram"](*(torch.empty(*shape, device="meta") for shape in ((9, 2), (9, 3))))
     assert (cross.shape, gram.shape, cross.dtype, gram.dtype) == ((2, 3), (3, 3), torch.float64, torch.float64)
     assert OPS["cross_gram"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Gradients
 
 
-# Places of S, G and C, which are varied through F and A.
-PANELS = {"root_core": (0, 2, 1), "eigh_core": (2, 1, 0)}
+def assert_gradient(op, build, inputs):
+    """Check the derivatives of what an op gives, by what its arguments are built of."""
+
+    def call(*inputs):
+        return tuple(part for part in tree_leaves(op(*build(*inputs))) if part.is_floating_point())
+
+    torch.autograd.gradcheck(call, [part.detach().clone().requires_grad_() for part in inputs], fast_mode=True)
 
 
-def differentiable_call(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return ``call`` as a function of its floating-point tensors, whose results are in float64.
-
-    The Gram matrices of small cores are those of the panels that are varied in their places, and so stay symmetric.
-    """
-    leaves, structure = tree_flatten(list(arguments))
-
-    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        given = iter(inputs)
-        own = [next(given) if is_varied(leaf) else leaf for leaf in leaves]
-        if name == "cholesky_inverse_core":
-            own[0] = own[0].mT @ own[0]
-            own[1] = own[1].detach()
-        if name in PANELS:
-            root, columns, cross = PANELS[name]
-            own[cross] = own[root].mT @ own[columns] + 0 * own[cross]
-            own[root], own[columns] = own[root].mT @ own[root], own[columns].mT @ own[columns]
-        results = call(*tree_unflatten(own, structure))
-        return tuple(part for part in tree_leaves(results) if part.is_floating_point())
-
-    return function
-
-
-def inputs_of(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    leaves = [leaf for leaf in tree_leaves(list(requiring_grad(arguments))) if is_varied(leaf)]
-    if name == "cholesky_inverse_core":
-        leaves[0] = matrix(8, leaves[0].shape[-1], "plain", torch.float64, 1).requires_grad_()
-    if name in PANELS:
-        for place in PANELS[name][:2]:
-            leaves[place] = matrix(8, leaves[place].shape[-1], "plain", torch.float64, place).requires_grad_()
-    return tuple(leaves)
-
-
-# The cores are varied through panels, and no batches of them.
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [(case, "plain") for case in VARIED]
-    + [(case, "batched") for case in VARIED if not case.endswith("core")]
+    [(case, layout) for case in VARIED for layout in ("plain", "batched") if not case.endswith("core")]
     + [(name, "list") for name in GROUPED if name in DIFFERENTIABLE],
 )
-def test_gradient_is_that_of_finite_differences_and_of_the_torch_form(case: str, layout: str) -> None:
+def test_gradient_is_that_of_finite_differences(case, layout):
     name = op_of(case)
     arguments = listed(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
-    op, form = single(name), OPS[name].torch_form
-    if layout == "list":
-        op, form = several(name), OPS[name].grouped_form
-    inputs = inputs_of(name, arguments)
-    registered, expected = (differentiable_call(name, call, arguments) for call in (op, form))
-    torch.autograd.gradcheck(registered, inputs, fast_mode=True)
-    assert_same_gradients(registered, expected, inputs)
+    leaves, structure = tree_flatten(list(arguments))
+
+    def build(*inputs):
+        given = iter(inputs)
+        return tree_unflatten([next(given) if is_varied(leaf) else leaf for leaf in leaves], structure)
+
+    assert_gradient((several if layout == "list" else single)(name), build, filter(is_varied, leaves))
 
 
-def assert_same_gradients(function: Callable[..., Any], other: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-    found, expected = (
-        torch.autograd.grad(sum(part.square().sum() for part in call(*inputs)), inputs, materialize_grads=True)
-        for call in (function, other)
-    )
-    torch.testing.assert_close(found, expected)
+# What small cores take, of the panels that are varied in the place of their Gram matrices.
+CORES = {
+    "root_core": lambda F, A, *numbers: (*root_core_operands(F, A)[:3], *numbers, *root_core_operands(F, A)[5:]),
+    "eigh_core": lambda F, A, *numbers: (*eigh_core_operands(F, A)[:3], *numbers),
+    "cholesky_inverse_core": lambda F, A, *_: (F.mT @ F, F.norm(dim=-2).detach(), 1e-10),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_gradient_of_a_small_core_is_that_of_finite_differences(name):
+    panels = (matrix(8, width, "plain", torch.float64, width) for width in (3, 2))
+    assert_gradient(single(name), CORES[name], [*panels, *torch.tensor([0.9, 0.25], dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("case", ["project", "cross_gram"])
-def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None:
+def test_gradient_of_half_precision_data_is_in_half_precision(case):
     arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
     inputs = requiring_grad(arguments)
     sum(part.sum() for part in run(single(case), inputs)).backward()
@@ -314,7 +278,7 @@ def test_gradient_of_half_precision_data_is_in_half_precision(case: str) -> None
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad: bool) -> None:
+def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad):
     """A parameter comes by the dispatcher on a CPU too."""
     basis, columns = torch.nn.Parameter(torch.randn(9, 3), requires_grad), torch.randn(9, 2)
     assert brandla_kernels.project(basis, columns).requires_grad == requires_grad
@@ -323,7 +287,7 @@ def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad: bool) 
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
+def test_what_overwrites_refuses_to_lose_a_gradient(name):
     arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))
     for call in (single(name), OPS[name]):
         with unchanged(arguments), pytest.raises(RuntimeError, match=rf"brandla::{name}: .*no_grad"):
@@ -332,20 +296,18 @@ def test_what_overwrites_refuses_to_lose_a_gradient(name: str) -> None:
         single(name)(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Bad input
 
 LONG = torch.zeros(10, 2)
 Spoil = Callable[..., tuple[Any, ...]]
 
 
-def floats(matrices: list[Tensor]) -> list[Tensor]:
+def floats(matrices):
     return [matrix.float() for matrix in matrices]
 
 
 # An op, what spoils its operands, the error, and what the message must hold, with ` … ` between.
-BAD_CALLS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
+BAD_CALLS = {
     "rows": ("project", lambda U, A: (U, LONG), ValueError, "columns must … (n, k) with n = 9; got (10, 2)"),
     "vector": ("project", lambda U, A: (U, A[:, 0]), ValueError, "columns must … (n, k) with n = 9; got (9,)"),
     "vector first": ("project", lambda U, A: (U[0], A), ValueError, "basis must … (n, r); got (3,)"),
@@ -361,27 +323,17 @@ BAD_CALLS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
     "precision": ("rotate", lambda U, P, *rest: (U, P.double(), *rest), TypeError, "panel … dtype of basis … float64"),
     "small precision": ("rotate", lambda U, P, V, W: (U, P, V.double(), W), TypeError, "basis_rotation … of basis"),
     "half a basis": ("project", lambda U, A: (U.bfloat16(), A), TypeError, "basis … float32 or … got torch.bfloat16"),
-    "half and float64": (
-        "project",
-        lambda U, A: (U.double(), A.bfloat16()),
-        TypeError,
-        "of basis … got torch.bfloat16",
-    ),
+    "half and float64": ("project", lambda U, A: (U.double(), A.bfloat16()), TypeError, "of basis … torch.bfloat16"),
     "other data": ("cross_gram", lambda F, A: (F, A.double()), TypeError, "columns … dtype of root, torch.float32"),
     "whole numbers": ("project", lambda U, A: (U, A.long()), TypeError, "columns … torch.float16; got torch.int64"),
     "device": ("rotate_", lambda U, P, V, W: (U, P, V.to("meta"), W), ValueError, "basis_rotation … cpu; got meta"),
 }
-BAD_LISTS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
+BAD_LISTS = {
     "lengths": ("project", lambda U, A: (U, A[:3]), ValueError, "of one length … {'basis': 4, 'columns': 3}"),
     "no problems": ("project", lambda U, A: ([], []), ValueError, "at least 1 … {'basis': 0, 'columns': 0}"),
     "rows": ("project", lambda U, A: (U, [A[0], LONG.double(), *A[2:]]), ValueError, "columns[1] … n = 9; got (10, 2)"),
     "a batch": ("project", lambda U, A: ([U[0][None], *U[1:]], A), ValueError, "basis[0] … (n, r); got (1, 13, 4)"),
-    "two": (
-        "project",
-        lambda U, A: (floats(U), [*floats(A[:3]), A[3].half()]),
-        TypeError,
-        "columns[3] … of columns[0]",
-    ),
+    "two": ("project", lambda U, A: (floats(U), [*floats(A[:3]), A[3].half()]), TypeError, "columns[3] … columns[0]"),
     "precision": ("rotate", lambda U, P, V, W: (U, floats(P), V, W), TypeError, "panel[0] … of basis, torch.float64"),
     "small stack": ("rotate", lambda U, P, V, W: (U, P, V[:, 1:], W), ValueError, "(4, r, s) with r = 4 … (4, 3, 5)"),
     "large stack": ("damped_apply", lambda U, H, *rest: (U, H.repeat(1, 2), *rest), ValueError, "(4, r, r) … (4, 8)"),
@@ -389,8 +341,23 @@ BAD_LISTS: dict[str, tuple[str, Spoil, type[Exception], str]] = {
     "memory": ("rotate_", lambda U, *rest: ([*U[:3], U[3][:1].expand(7, 3)], *rest), ValueError, "basis[3] … memory"),
 }
 
+# What follows the matrix of a sketch.
+BAD_SKETCHES = {
+    f"sketch, {what}": ("sketch", lambda matrix, *_, drawn=drawn: (matrix, *drawn), kind, words)
+    for what, drawn, kind, words in (
+        ("dtype", (torch.tensor(1.0), 3), TypeError, "seed must be a tensor of dtype torch.int64; got torch.float32"),
+        ("two seeds", (torch.tensor([1, 2]), 3), ValueError, "seed must have one element; got shape (2,)"),
+        ("no seed", (torch.tensor([]).long(), 3), ValueError, "seed must have one element; got shape (0,)"),
+        ("device", (torch.tensor(1, device="meta"), 3), ValueError, "seed must be on the device … cpu; got meta"),
+        ("width", (torch.tensor(1), -1), ValueError, "width must be at least 0; got -1"),
+        ("problem", (torch.tensor(1), 3, -2), ValueError, "problem must be at least 0; got -2"),
+    )
+}
+BAD_CALLS |= BAD_SKETCHES
+BAD_LISTS |= BAD_SKETCHES
 
-def on_cpu(op: Any) -> Callable[..., Any]:
+
+def on_cpu(op):
     """Return the implementation of a CPU, although some tensors of the test are elsewhere."""
     return partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
 
@@ -398,13 +365,13 @@ def on_cpu(op: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("is_list", "bad"), [(False, bad) for bad in BAD_CALLS] + [(True, bad) for bad in BAD_LISTS], ids=str
 )
-def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
     name, spoil, kind, words = (BAD_LISTS if is_list else BAD_CALLS)[bad]
     arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
     op = (several if is_list else single)(name)
     calls = [on_cpu(op) if bad == "device" else op]
-    if name in IN_PLACE and bad != "device":
-        # What overwrites checks however it is called.
+    if name in (*IN_PLACE, "sketch") and bad != "device":
+        # What overwrites or draws checks however it is called.
         calls += [OPS[name], brandla.backend("torch")(OPS[name].__call__)]
     for call in calls:
         with unchanged(arguments[0]), pytest.raises(kind) as caught:
@@ -413,7 +380,7 @@ def test_bad_input_is_refused_before_anything_is_written(is_list: bool, bad: str
         assert [word for word in words.split(" … ") if word not in str(caught.value)] == []
 
 
-def test_what_is_no_tensor_is_refused() -> None:
+def test_what_is_no_tensor_is_refused():
     signature = OPS["project"].signature
     basis, columns = operands("project", 9, 3, 2, "plain", torch.float32)
     with pytest.raises(TypeError, match="brandla::project: columns must be a tensor; got list"):
@@ -426,6 +393,6 @@ def test_what_is_no_tensor_is_refused() -> None:
         signature.grouped_sizes(([basis], [1]))
 
 
-def test_bad_input_is_refused_while_tracing() -> None:
+def test_bad_input_is_refused_while_tracing():
     with pytest.raises(ValueError, match=r"brandla::project: columns must have shape"):
         single("project")(torch.empty(9, 3, device="meta"), torch.empty(8, 2, device="meta"))

@@ -1,10 +1,6 @@
 """randomized_eigh and randomized_svd: exact on low rank, within the theory's bounds elsewhere."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,15 +12,13 @@ import oracles
 from builders import Operator, OperatorFromTheRight, OperatorWithTranspose, assert_decomposition, dense, values_of
 from oracles import THRESHOLD, rank_16
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
+FUNCTIONS = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
 BOTH = pytest.mark.parametrize("kind", FUNCTIONS)
-
-
 # Of an n × n matrix of rank 5.
 RANK_5 = torch.cat([torch.linspace(3, 1, 5), torch.zeros(55)]).double()
 
 
-def matrix_for(kind: str, spectrum: Tensor, seed: int = 3) -> Tensor:
+def matrix_for(kind, spectrum, seed=3):
     """Return a semi-definite matrix, or a wide one, with these eigenvalues or singular values."""
     n = spectrum.numel()
     if kind == "eigh":
@@ -32,19 +26,19 @@ def matrix_for(kind: str, spectrum: Tensor, seed: int = 3) -> Tensor:
     return oracles.rectangular_matrix(spectrum, n, n + 13, seed)
 
 
-def decomposed(kind: str, matrix: Any, rank: int, seed: int = 0, **options: Any) -> Any:
+def decomposed(kind, matrix, rank, seed=0, **options):
     """Return what the function of a kind makes of a matrix, from a generator with this seed."""
     return FUNCTIONS[kind](matrix, rank, generator=oracles.generator(seed), **options)
 
 
-def assert_equals(result: brandla.LowRankEigh | brandla.LowRankSVD, matrix: Tensor, scale: float = 1.0) -> None:
+def assert_equals(result, matrix, scale=1.0):
     """Check that nothing of a matrix, which is of about this size, is lost."""
     assert_decomposition(result, values_of(result).shape[-1])
     assert oracles.difference_ratio(dense(result) / scale, matrix.double() / scale, matrix.dtype) <= THRESHOLD
 
 
 # Values, and ranks that hold them all.
-RECOVERED: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+RECOVERED = {
     "rank 5": (RANK_5, (5, 8, 16)),
     **{f"whole, {n}": (oracles.SPECTRA["slow"](n), (n,)) for n in (1, 5, 30)},
     "zero": (torch.zeros(20).double(), (4,)),
@@ -53,7 +47,7 @@ RECOVERED: dict[str, tuple[Tensor, tuple[int, ...]]] = {
 
 @BOTH
 @pytest.mark.parametrize("case", RECOVERED)
-def test_what_the_rank_holds_is_recovered(kind: str, case: str, dtype: torch.dtype) -> None:
+def test_what_the_rank_holds_is_recovered(kind, case, dtype):
     values, ranks = RECOVERED[case]
     matrix = matrix_for(kind, values).to(dtype)
     for one in (matrix, matrix.mT):
@@ -62,37 +56,38 @@ def test_what_the_rank_holds_is_recovered(kind: str, case: str, dtype: torch.dty
 
 
 @BOTH
-def test_values_beyond_the_rank_of_the_matrix_vanish(kind: str, dtype: torch.dtype) -> None:
+def test_values_beyond_the_rank_of_the_matrix_vanish(kind, dtype):
     matrix = matrix_for(kind, rank_16(100)).to(dtype)
-    values = values_of(decomposed(kind, matrix, 20))
-    assert values[16:].max() <= 4 * oracles.epsilon(dtype)
+    assert values_of(decomposed(kind, matrix, 20))[16:].max() <= 4 * oracles.epsilon(dtype)
 
 
-def test_the_shift_that_steadies_nystrom_is_taken_out_again(dtype: torch.dtype) -> None:
+def test_the_shift_that_steadies_nystrom_is_taken_out_again(dtype):
     # It is √n·ε·‖Y‖_F: 55·ε here, below what the ratios of this suite can see.
-    values = brandla.randomized_eigh(torch.eye(100, dtype=dtype), 20, generator=oracles.generator(0)).eigenvalues
+    values = decomposed("eigh", torch.eye(100, dtype=dtype), 20).eigenvalues
     assert (values - 1).abs().max() <= 30 * oracles.epsilon(dtype)
 
 
 @BOTH
-@pytest.mark.parametrize("spectrum", ["medium", "fast", "clustered", "graded", "rank-16", "flat"])
-def test_values_are_near_the_leading_ones_and_never_above(kind: str, spectrum: str, dtype: torch.dtype) -> None:
-    values = oracles.SPECTRA[spectrum](60)
+@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
+def test_values_are_near_the_leading_ones_and_never_above(kind, spectrum, dtype):
+    values, slack = oracles.SPECTRA[spectrum](60), oracles.tolerance(60, dtype)
     matrix = matrix_for(kind, values).to(dtype)
     result = decomposed(kind, matrix, 10, power_iterations=3)
-    slack = oracles.tolerance(60, dtype)
     assert_decomposition(result, 10)
-    assert (values_of(result).double() <= values[:10] + slack).all()
-    assert (values_of(result).double() >= 0.98 * values[:10] - slack).all()
+    found, least = values_of(result).double(), 0.9 if spectrum == "slow" else 0.98
+    assert (found <= values[:10] + slack).all()
+    assert (found >= least * values[:10] - slack).all()
+    if kind == "eigh":
+        # Nyström's approximation lies between 0 and the matrix.
+        remainder = oracles.symmetrised(matrix.double()) - dense(result)
+        assert oracles.eigh(remainder).eigenvalues[-1] >= -slack
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Error bounds
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Error bounds
 
 
 @pytest.mark.parametrize(("spectrum", "oversample"), [("slow", 2), ("slow", 10), ("medium", 5), ("flat", 2)])
-def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum: str, oversample: int) -> None:
+def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum, oversample):
     # Theorem 10.5 bounds the projection on all rank + oversample columns. Cutting it back to the rank adds at most
     # the tail once more, since the singular values of a projection are no larger than the matrix's.
     # Above n = 128 the sketch has rank + oversample columns and no more.
@@ -106,7 +101,7 @@ def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum: s
 
 
 @BOTH
-def test_slow_spectra_need_power_iterations(kind: str) -> None:
+def test_slow_spectra_need_power_iterations(kind):
     n, rank = 200, 10
     values = oracles.SPECTRA["slow"](n)
     matrix = matrix_for(kind, values)
@@ -114,13 +109,12 @@ def test_slow_spectra_need_power_iterations(kind: str) -> None:
         oracles.spectral_norm(matrix - dense(decomposed(kind, matrix, rank, 1, oversample=4, power_iterations=powers)))
         for powers in (0, 4)
     )
-    best = float(values[rank])
-    assert bare > 1.3 * best
-    assert powered < 1.1 * best
+    assert bare > 1.3 * float(values[rank])
+    assert powered < 1.1 * float(values[rank])
 
 
 @BOTH
-def test_powers_are_orthonormalised_between_products(kind: str) -> None:
+def test_powers_are_orthonormalised_between_products(kind):
     # Bare powers leave only the directions above a root of ε. Nyström resolves √n·ε·‖M‖, and the SVD ε·‖X‖.
     values = torch.logspace(0, -5, 12).double()
     matrix = matrix_for(kind, torch.cat([values, torch.zeros(48).double()])).float()
@@ -129,7 +123,7 @@ def test_powers_are_orthonormalised_between_products(kind: str) -> None:
     assert errors[: {"eigh": 9, "svd": 11}[kind]].max() < 0.05
 
 
-def projection_error(matrix: Tensor, width: int, rank: int, seed: int) -> float:
+def projection_error(matrix, width, rank, seed):
     """Return ‖M − [Q QᵀM Q Qᵀ]_r‖ in the nuclear norm, for a range of M Ω."""
     q = torch.linalg.qr(matrix @ oracles.gaussian(matrix.shape[0], width, seed=seed)).Q
     projected = q @ oracles.eigh(oracles.symmetrised(q.mT @ matrix @ q)).truncation(rank) @ q.mT
@@ -137,7 +131,7 @@ def projection_error(matrix: Tensor, width: int, rank: int, seed: int) -> float:
 
 
 @pytest.mark.parametrize(("spectrum", "oversample"), [("slow", 0), ("slow", 4), ("fast", 4)])
-def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum: str, oversample: int) -> None:
+def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum, oversample):
     n, rank, seeds = 160, 8, range(20)
     matrix = oracles.psd_matrix(oracles.SPECTRA[spectrum](n), seed=3)
     results = [decomposed("eigh", matrix, rank, seed, oversample=oversample, power_iterations=1) for seed in seeds]
@@ -145,17 +139,8 @@ def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum: 
     assert nystrom < sum(projection_error(matrix, rank + oversample, rank, seed) for seed in seeds)
 
 
-@pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-def test_eigh_stays_between_zero_and_the_matrix(spectrum: str, dtype: torch.dtype) -> None:
-    matrix = oracles.psd_matrix(oracles.SPECTRA[spectrum](60), seed=3).to(dtype)
-    result = decomposed("eigh", matrix, 12)
-    assert_decomposition(result, 12)
-    remainder = oracles.eigh(oracles.symmetrised(matrix.double()) - dense(result)).eigenvalues
-    assert remainder[-1] >= -oracles.tolerance(60, dtype)
-
-
 @pytest.mark.parametrize("shape", [(500_000, 4), (20, 200_000)], ids=str)
-def test_long_sums_lose_no_digits(shape: tuple[int, int]) -> None:
+def test_long_sums_lose_no_digits(shape):
     lengths = torch.logspace(0, -2, min(shape)).unsqueeze(-1 if shape[0] < shape[1] else 0)
     matrix = (torch.randn(*shape, generator=oracles.generator(0)) + 0.5) * lengths
     # One float32 product of such a matrix is wrong by some thousand ε.
@@ -165,12 +150,10 @@ def test_long_sums_lose_no_digits(shape: tuple[int, int]) -> None:
     assert ((values - exact[:4].sqrt()) / exact[:4].sqrt()).abs().max() <= 20 * oracles.epsilon(torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A start
-# ---------------------------------------------------------------------------------------------------------------------
+# --- A start
 
 
-def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype: torch.dtype) -> None:
+def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype):
     n, rank = 200, 10
     before = matrix_for("eigh", oracles.SPECTRA["slow"](n))
     start = decomposed("eigh", before, rank, power_iterations=8).eigenvectors.to(dtype)
@@ -184,7 +167,7 @@ def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype
 
 
 @pytest.mark.parametrize("power_iterations", [0, 2])
-def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations: int, dtype: torch.dtype) -> None:
+def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations, dtype):
     matrix = matrix_for("eigh", oracles.SPECTRA["slow"](150)).to(dtype)
     nothing = brandla.LowRankEigh.zeros(150, 8, dtype=dtype).eigenvectors
     found, expected = (
@@ -193,9 +176,7 @@ def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations: int, d
     assert oracles.difference_ratio(dense(found), dense(expected), dtype) <= THRESHOLD
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Arguments
 
 
 @pytest.mark.parametrize(
@@ -203,7 +184,7 @@ def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations: int, d
     [("eigh", Operator), ("svd", OperatorWithTranspose), ("svd", OperatorFromTheRight)],
     ids=["eigh", "svd by mT", "svd by tensor @ operator"],
 )
-def test_a_linear_operator_gives_what_its_matrix_gives(kind: str, operator: type[Operator], dtype: torch.dtype) -> None:
+def test_a_linear_operator_gives_what_its_matrix_gives(kind, operator, dtype):
     matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
     wrapped = operator(matrix)
     from_operator, from_matrix = (decomposed(kind, source, 8) for source in (wrapped, matrix))
@@ -214,7 +195,7 @@ def test_a_linear_operator_gives_what_its_matrix_gives(kind: str, operator: type
 @BOTH
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
-def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind: str, layout: torch.layout, dtype: torch.dtype) -> None:
+def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind, layout, dtype):
     matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
     with mock.patch.object(Tensor, "to_dense", side_effect=AssertionError):
         from_sparse = decomposed(kind, matrix.to_sparse(layout=layout), 8)
@@ -224,7 +205,7 @@ def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind: str, layout: torch.l
 
 
 @BOTH
-def test_generator_or_the_default_one_makes_the_result_repeat(kind: str) -> None:
+def test_generator_or_the_default_one_makes_the_result_repeat(kind):
     matrix = matrix_for(kind, oracles.SPECTRA["slow"](40))
     once, again, other = (decomposed(kind, matrix, 8, seed, power_iterations=0) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -240,16 +221,11 @@ SCALES = {torch.float32: (1e-30, 1e-18, 1e-9, 1e9, 1e20, 1e36), torch.float64: (
 
 @BOTH
 @pytest.mark.parametrize("power_iterations", [0, 1, 2])
-def test_result_scales_with_the_matrix(kind: str, power_iterations: int, dtype: torch.dtype) -> None:
-    for scale in SCALES[dtype]:
-        matrix = (scale * matrix_for(kind, RANK_5)).to(dtype)
-        assert_equals(decomposed(kind, matrix, 6, power_iterations=power_iterations), matrix, scale)
-
-
-def test_matrices_of_a_batch_have_scales_of_their_own(dtype: torch.dtype) -> None:
+def test_result_scales_with_the_matrix_alone_and_in_a_batch(kind, power_iterations, dtype):
     scales = torch.tensor([0.0, *SCALES[dtype]], dtype=torch.float64)
-    matrix = (scales[:, None, None] * matrix_for("eigh", RANK_5)).to(dtype)
-    nothing, *results = zip(*decomposed("eigh", matrix, 6), strict=True)
-    assert not nothing[0].any()
-    for scale, one, parts in zip(scales[1:].tolist(), matrix[1:], results, strict=True):
-        assert_equals(brandla.LowRankEigh(*parts), one, scale)
+    matrices = (scales[:, None, None] * matrix_for(kind, RANK_5)).to(dtype)
+    together = decomposed(kind, matrices, 6, power_iterations=power_iterations)
+    assert not values_of(together)[0].any()
+    for scale, matrix, *parts in list(zip(scales.tolist(), matrices, *together, strict=True))[1:]:
+        assert_equals(type(together)(*parts), matrix, scale)
+        assert_equals(decomposed(kind, matrix, 6, power_iterations=power_iterations), matrix, scale)

@@ -1,11 +1,7 @@
 """Which GPU architecture takes whose tiles, and what runs where there are no kernels."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -33,10 +29,10 @@ NEAREST = {
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def on(monkeypatch):
     """Return a function that makes every GPU of this process one of an architecture."""
 
-    def be(arch: str) -> None:
+    def be(arch):
         for module in (_op, info):
             monkeypatch.setattr(module, "architecture", lambda index: arch)
         monkeypatch.setattr(machine, "gpu_names", lambda: ["a GPU"])
@@ -48,17 +44,15 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize(("arch", "tiles"), [*NEAREST.items(), *zip(NVIDIA + AMD, NVIDIA + AMD, strict=True)])
-def test_an_architecture_takes_the_nearest_tiles(arch: str, tiles: str | None) -> None:
+def test_an_architecture_takes_the_nearest_tiles(arch, tiles):
     assert nearest(arch) == tiles
 
 
 @pytest.mark.parametrize(("arch", "kernels"), [("sm_103", 1), ("gfx90a", 1), ("gfx1100", 0), ("gfx1201", 0)])
-def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
-    on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, arch: str, kernels: int
-) -> None:
+def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(on, monkeypatch, arch, kernels):
     pytest.importorskip("triton")
     on(arch)
-    project, launched = OPS["project"], list[Any]()
+    project, launched = OPS["project"], []
     basis, columns = torch.randn(9, 3), torch.randn(9, 2)
     expected = project.torch_form(basis, columns)
     monkeypatch.setattr(project, "launch", lambda *args: launched.append(args) or expected.clone())
@@ -68,16 +62,13 @@ def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(
     assert bool(launched) == bool(kernels)
 
 
-def test_kernels_cannot_be_forced_where_there_are_none(on: Callable[[str], None]) -> None:
+def test_kernels_cannot_be_forced_where_there_are_none(on):
+    for device in ("mps", "xpu"):
+        assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
     on("gfx1201")
     assert OPS["project"].implementation("cuda") == ("torch", "there are no kernels for gfx1201")
     with pytest.raises(RuntimeError, match="'triton' cannot run: there are no kernels for gfx1201"):
         brandla.backend("triton").__enter__()
-
-
-@pytest.mark.parametrize("device", ["mps", "xpu"])
-def test_other_devices_run_torch_forms(device: str) -> None:
-    assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
 
 
 @pytest.mark.parametrize(
@@ -88,21 +79,21 @@ def test_other_devices_run_torch_forms(device: str) -> None:
         ("gfx1100", "gfx1100: no kernels, torch forms"),
     ],
 )
-def test_info_says_whose_tiles_a_gpu_takes(on: Callable[[str], None], arch: str, words: str) -> None:
+def test_info_says_whose_tiles_a_gpu_takes(on, arch, words):
     on(arch)
     assert json.loads(info.as_json())["kernels"] == [words]
     assert f"kernels {words}" in info.as_text()
 
 
-def test_info_names_what_the_kernels_are_for_without_a_gpu() -> None:
+def test_info_names_what_the_kernels_are_for_without_a_gpu():
     if not torch.cuda.device_count():
         assert json.loads(info.as_json())["kernels"] == "for " + ", ".join(NVIDIA + AMD)
 
 
-def test_an_architecture_is_named_as_its_makers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_is_named_as_its_makers_do(monkeypatch):
     properties = SimpleNamespace(major=10, minor=3, gcnArchName="gfx90a:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    named: Any = _targets.architecture.__wrapped__
+    named = _targets.architecture.__wrapped__
     monkeypatch.setattr(torch.version, "hip", None)
     assert named(0) == "sm_103"
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -118,21 +109,20 @@ WITHOUT_FLOAT64 = (
 
 
 @pytest.mark.parametrize("name", WITHOUT_FLOAT64)
-def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name: str) -> None:
+def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name):
     pytest.importorskip("triton")
     from bench.launches import Counter, call_of
-    from brandla_kernels import OPS
     from brandla_kernels._kernels.ahead import target_named
     from brandla_kernels._kernels.launch import recording
 
     class Watcher(Counter):
         """Takes the way of a GPU, as its base does, with torch forms in place of kernels."""
 
-        def _op(self, func: Any, args: tuple[Any, ...]) -> Any:
+        def _op(self, func, args):
             with self:
                 return OPS[func.__name__.partition(".")[0]].torch_form(*args)
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = super().__torch_dispatch__(func, types, args, kwargs)
             for part in tree_leaves(result):
                 assert not isinstance(part, Tensor) or part.dtype != torch.float64, func
