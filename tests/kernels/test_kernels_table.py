@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +18,17 @@ from typer.testing import CliRunner
 from bench import estimates, kernels_table
 from bench.gpu.cases import TOY
 from brandla_kernels import OPS
-from brandla_kernels._kernels import configs, shipped
-from brandla_kernels._kernels.ahead import target_named
-from brandla_kernels._kernels.launch import Config, recording
-
-
-class InThisProcess:
-    """A pool that runs what it is given at once."""
-
-    def __init__(self, processes: int, **options: Any) -> None:
-        self.processes = processes
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Any, *arguments: Any) -> Any:
-        found = function(*arguments)
-
-        class Done:
-            def result(self) -> Any:
-                return found
-
-        return Done()
+from brandla_kernels._kernels import shipped
+from brandla_kernels._kernels.ahead import Compiled, compile_for, target_named
+from brandla_kernels._kernels.launch import Launch, recording
 
 
 @pytest.fixture
-def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def facts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+    # What a test puts in place of a function is there in this process.
+    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
     monkeypatch.setattr(
@@ -79,22 +60,20 @@ def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
         assert words in printed
 
 
-def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = Config({"BLOCK_R": 128, "BLOCK_K": 128, "BLOCK_N": 16}, 2, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(configs, "inner_product", lambda *arguments: wide)
-        status, found, _ = facts("--targets", "sm_90")
-    assert status == 1
-    assert any("spilled" in fault for entry in found for fault in entry["faults"])
+def test_a_fault_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spilling(target: str, launch: Launch) -> Compiled:
+        return replace(compile_for(target, launch), spills=8)
 
-    def fail(target: str, launch: Any) -> Any:
+    def failing(target: str, launch: Launch) -> Compiled:
         message = "PassManager::run failed"
         raise RuntimeError(message)
 
-    monkeypatch.setattr(kernels_table, "compile_for", fail)
-    status, found, _ = facts("--targets", "sm_90")
-    assert status == 1
-    assert all(entry["faults"] == ["does not compile: PassManager::run failed"] for entry in found)
+    wrong = {"8 bytes of registers spilled": spilling, "does not compile: PassManager::run failed": failing}
+    for fault, compiling in wrong.items():
+        monkeypatch.setattr(kernels_table, "compile_for", compiling)
+        status, entries, _ = facts("--targets", "gfx942")
+        assert status == 1
+        assert [entry["faults"] for entry in entries] == 2 * [[fault]]
 
 
 @pytest.mark.parametrize("name", estimates.GPUS)

@@ -26,14 +26,23 @@ from brandla_kernels._kernels.launch import Config, Launch, metadata, recording 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
 
 # Narrow enough for Gram matrices in the registers of a program, and too wide for that.
-SIZES = (Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3))
+NARROW, WIDE = Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3)
+of_every_size = pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
-def recorded(op: str, arguments: tuple[Any, ...]) -> list[Launch]:
+def case_of(op: str, size: Size = NARROW, dtype: torch.dtype = FLOAT32, data: torch.dtype | None = None) -> Case:
+    return Case(op, size, dtype, data or dtype)
+
+
+def recorded(case: Case, arguments: tuple[Any, ...] | None = None) -> list[Launch]:
     with recording(target_named("sm_90")) as launches:
-        OPS[op].launch(*arguments)
+        OPS[case.op].launch(*(arguments or cases.operands(case, Stub())))
     return launches
+
+
+def flops_of(launches: list[Launch]) -> int:
+    return sum(sum(launch.work.flops.values()) for launch in launches)
 
 
 def sizes_in_bytes(launch: Launch) -> dict[int, int]:
@@ -45,55 +54,54 @@ def sizes_in_bytes(launch: Launch) -> dict[int, int]:
     return {one.data_ptr(): times[name] * one.numel() * one.itemsize for name, one in given.items()}
 
 
-def flops_left_out_by_cost(op: str, size: Size) -> int:
-    """What the two-sided form adds in terms without the factor p q, and the scaling of W."""
-    if not op.startswith("kron_"):
-        return 0
-    p, q, r = size.n, size.wide, size.r
-    # U_Lᵀ(W U_R); (U_LᵀW U_R) U_Rᵀ; and β_L β_R W
-    return 2 * p * r * r + 2 * q * r * r + 2 * p * q
+def matrices_in_bytes(launches: list[Launch]) -> int:
+    """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
+    own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
+    names = ("parts_ptr", "parts1_ptr", "parts2_ptr", "seed_ptr")
+    parts = (launch.arguments.get(name) for launch in own for name in names)
+    return sum(launch.work.bytes for launch in own) - sum(one.nbytes for one in parts if one is not None)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@of_every_size
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 @pytest.mark.parametrize("op", OPS)
 def test_flops_of_the_launches_are_those_of_the_cost(op: str, dtype: torch.dtype, size: Size):
-    case = Case(op, size, dtype, dtype)
-    launches = recorded(op, cases.operands(case, Stub()))
-    assert flops_of(launches) == cases.cost(case).flops + flops_left_out_by_cost(op, size)
+    case, left_out = case_of(op, size, dtype), 0
+    if op.startswith("kron_"):
+        # The cost leaves out terms without the factor p q: U_Lᵀ(W U_R), (U_LᵀW U_R) U_Rᵀ, and β_L β_R W.
+        left_out = 2 * (size.n + size.wide) * size.r**2 + 2 * size.n * size.wide
+    assert flops_of(recorded(case)) == cases.cost(case).flops + left_out
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@of_every_size
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_of_a_launch_are_those_of_its_tensors(op: str, size: Size):
-    for launch in recorded(op, cases.operands(Case(op, size, FLOAT32, FLOAT32), Stub())):
+    for launch in recorded(case_of(op, size)):
         assert launch.work.bytes == sum(sizes_in_bytes(launch).values()) > 0
         assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
+@of_every_size
 @pytest.mark.parametrize("op", ["project", "cross_gram", "gram", "gram_ema_", "rotate"])
 def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op: str, size: Size):
-    case = Case(op, size, FLOAT32, FLOAT32)
-    launches = recorded(op, cases.operands(case, Stub()))
+    launches = recorded(case_of(op, size))
     parts = (launch.arguments.get("parts_ptr") for launch in launches)
     again, seen = 0, {part.data_ptr() for part in parts if part is not None}
     for launch in launches:
         for address, size_in_bytes in sizes_in_bytes(launch).items():
             again += size_in_bytes if address in seen else 0
             seen.add(address)
-    assert sum(launch.work.bytes for launch in launches) - again == cases.cost(case).bytes
+    assert sum(launch.work.bytes for launch in launches) - again == cases.cost(case_of(op, size)).bytes
 
 
 def test_a_long_sum_is_split_and_its_parts_are_counted():
-    size = Size(n=96, r=8, k=4096, width=96, cores=1)
-    (first, second) = recorded("gram_ema_", cases.operands(Case("gram_ema_", size, FLOAT32, FLOAT32), Stub()))
+    (first, second) = recorded(case_of("gram_ema_", Size(n=96, r=8, k=4096, width=96, cores=1)))
     parts = first.arguments["parts_ptr"]
     assert first.work.bytes == 4 * (96 * 4096 + parts.numel())
     splits = first.arguments["SPLITS"]
     assert second.work == ({}, 4 * (2 * 96 * 96 + parts.numel()), {"n": 96, "splits": splits})
     seed = torch.zeros((), dtype=torch.int64)
-    (first, second) = recorded("sketch", (torch.zeros(96, 8192), seed, 16))
+    (first, second) = recorded(case_of("sketch"), (torch.zeros(96, 8192), seed, 16))
     parts = second.arguments["parts_ptr"]
     assert first.work.flops == {32: 2 * 96 * 8192 * 16}
     assert first.work.bytes == 4 * (96 * 8192 + parts.numel()) + 8
@@ -102,10 +110,10 @@ def test_a_long_sum_is_split_and_its_parts_are_counted():
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
 def test_a_list_is_counted_problem_by_problem(op: str):
     """One rank and width, as stacks are padded to the largest; n as different as it gets."""
-    chosen = [Case(op, Size(n=n, r=24, k=16, width=40, cores=1), FLOAT32, FLOAT32) for n in (64, 1000, 250)]
+    chosen = [case_of(op, Size(n=n, r=24, k=16, width=40, cores=1)) for n in (64, 1000, 250)]
     problems = [cases.operands(case, Stub()) for case in chosen]
-    launches = recorded(op, smoke.grouped(op, problems))
-    alone = [recorded(op, arguments) for arguments in problems]
+    launches = recorded(chosen[0], smoke.grouped(op, problems))
+    alone = [recorded(chosen[0], arguments) for arguments in problems]
     assert flops_of(launches) == sum(map(flops_of, alone))
     if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
         # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
@@ -115,36 +123,24 @@ def test_a_list_is_counted_problem_by_problem(op: str):
 @pytest.mark.parametrize("op", OPS)
 def test_a_call_by_plan_tells_the_same_work(op: str):
     """The first call of a layout makes the plan, which the second one goes by; vectors are matrices to a kernel."""
-    arguments = cases.operands(Case(op, SIZES[0], FLOAT32, FLOAT32), Stub())
+    arguments = cases.operands(case_of(op), Stub())
     with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"), torch.no_grad():
         OPS[op](*arguments)
         first = len(launches)
         OPS[op](*arguments)
     works = [launch.work for launch in launches]
-    assert works[:first] == works[first:] == [launch.work for launch in recorded(op, arguments)]
-
-
-def flops_of(launches: list[Launch]) -> int:
-    return sum(sum(launch.work.flops.values()) for launch in launches)
-
-
-def matrices_in_bytes(launches: list[Launch]) -> int:
-    """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
-    own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
-    names = ("parts_ptr", "parts1_ptr", "parts2_ptr", "seed_ptr")
-    parts = (launch.arguments.get(name) for launch in own for name in names)
-    return sum(launch.work.bytes for launch in own) - sum(one.nbytes for one in parts if one is not None)
+    assert works[:first] == works[first:] == [launch.work for launch in recorded(case_of(op), arguments)]
 
 
 def test_half_precision_products_are_told_apart():
-    case = Case("gram_ema_", SIZES[0], FLOAT32, BF16)
-    (launch,) = recorded("gram_ema_", cases.operands(case, Stub()))
+    case = case_of("gram_ema_", data=BF16)
+    (launch,) = recorded(case)
     assert launch.work.flops == {16: cases.cost(case).flops}
     assert launch.work.bytes == cases.cost(case).bytes
 
 
 def test_proton_is_told_name_flops_and_bytes():
-    launch = recorded("cross_gram", cases.operands(Case("cross_gram", SIZES[0], FLOAT32, FLOAT32), Stub()))[0]
+    launch = recorded(case_of("cross_gram"))[0]
     told = metadata(launch.kernel.count, launch.grid, SimpleNamespace(name=launch.name), launch.arguments)
     assert told == {
         "name": "cross_gram_kernel [n=1200, r=40, k=24]",
@@ -185,7 +181,7 @@ def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.Monke
 
 def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
     """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
-    (_, launch) = recorded("project", cases.operands(Case("project", SIZES[0], FLOAT32, FLOAT32), Stub()))
+    (_, launch) = recorded(case_of("project"))
     kernel = Kernel(launch.kernel.fn)
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     assert kernel.launch_metadata is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,26 +30,21 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True, scope="session")
 def _language_is_patched_once() -> Iterator[None]:
-    """Spare the interpreter what takes a third of its time.
+    """Spare the interpreter what takes a third of its time and more.
 
-    It puts its own functions into the modules of Triton's language that a kernel sees, and again, to no effect, at each
-    call of a function within the kernel.
+    It puts its own functions into the modules of Triton's language that a kernel sees, for each launch and again, to no
+    effect, at each call of a function within the kernel.
     """
     if not INTERPRETED:
         yield
         return
     import triton.language
-    from triton.language import core
     from triton.runtime import interpreter
 
-    patch_language = interpreter._patch_lang
-
-    def once(function: Any) -> Any:
-        seen = (value for value in function.__globals__.values() if value is triton.language or value is core)
-        return patch_language(function) if any(core.is_builtin(module.load) for module in seen) else None
-
+    modules = {"tl": triton.language, "core": triton.language.core}
+    interpreter._patch_lang(SimpleNamespace(__globals__=modules))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
         yield
 
 

@@ -28,13 +28,6 @@ def products_of(r: int, k: int, dtype: torch.dtype, *, diagonal: bool, seed: int
     return cross, own, torch.linspace(2, 1, r, dtype=dtype) if diagonal else gram, *numbers
 
 
-def batched(several: list[tuple[Any, ...]]) -> tuple[Tensor, ...]:
-    """Return a batch that lies in memory as operands may: as columns, every other one, one for all."""
-    stacks = [torch.stack(parts) for parts in zip(*several, strict=True)]
-    stacks[0] = stacks[0].mT.contiguous().mT
-    stacks[1] = stacks[1].repeat_interleave(2, -1)[..., ::2]
-    stacks[3] = stacks[3][:1].expand(len(several))
-    return tuple(stacks)
 
 
 def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
@@ -49,7 +42,7 @@ def test_core_is_that_of_the_torch_form(
     size: tuple[int, int], diagonal: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     several = [products_of(*size, dtype, diagonal=diagonal, seed=seed) for seed in range(2)]
-    for arguments in (several[0], batched(several)):
+    for arguments in (several[0], tuple(map(torch.stack, zip(*several, strict=True)))):
         results = kernels.eigh_core(*(part.to(device) for part in arguments))
         assert_same(results, CORE(*arguments), torch.float64)
 
