@@ -1,11 +1,7 @@
 """Kernels compiled ahead of time: no spills, products on matrix units, no TF32. `make kernels` checks all that ship."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -27,16 +23,16 @@ ROWS, LIST, RAGGED_LIST = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _empty_cache(tmp_path_factory):
     """What is looked at is compiled now."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
 
 
-def representative(target: str, layout: Layout, dtypes: tuple[torch.dtype, ...]) -> dict[str, Specialization]:
+def representative(target, layout, dtypes):
     """One specialisation of each kernel, type of products and way through it: full tiles, and most operands."""
-    found: dict[str, Specialization] = {}
+    found = {}
     for case in specializations(target, layouts=(layout,), dtypes=dtypes):
         if case.launch.name == "root_core_kernel":
             # The slowest to compile, and in the same tiles in the test of small problems.
@@ -49,12 +45,12 @@ def representative(target: str, layout: Layout, dtypes: tuple[torch.dtype, ...])
     return found
 
 
-def _work(case: Specialization) -> tuple[int, int]:
+def _work(case):
     given = case.launch.arguments.values()
     return sum(case.launch.config.blocks.values()), sum(isinstance(value, torch.Tensor) for value in given)
 
 
-def launches(target: str, name: str, *arguments: Any) -> list[Launch]:
+def launches(target, name, *arguments):
     """Record what a call of an op would start."""
     launch = OPS[name].launch
     assert launch is not None
@@ -63,15 +59,15 @@ def launches(target: str, name: str, *arguments: Any) -> list[Launch]:
     return recorded
 
 
-def tall(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def tall(columns, dtype=torch.float32):
     return torch.zeros(512, columns, dtype=dtype)
 
 
-def empty(*shape: int) -> torch.Tensor:
+def empty(*shape):
     return torch.empty(2, *shape, dtype=torch.float64)
 
 
-def root_core(r: int, k: int, rank: int, tol: float) -> tuple[Any, ...]:
+def root_core(r, k, rank, tol):
     return (empty(r, r).float(), empty(r, k), empty(k, k), empty(), empty(), rank, tol, True)
 
 
@@ -84,7 +80,7 @@ DAMPED = (WIDE, WIDE[:128], torch.zeros(()), torch.zeros(()), WIDE)
     [("sm_90", ROWS, DTYPES[:2]), ("gfx942", RAGGED_LIST, DTYPES[:1])],
     ids=["sm_90", "gfx942"],
 )
-def test_kernels_compile_without_fault(target: str, layout: Layout, dtypes: tuple[torch.dtype, ...]) -> None:
+def test_kernels_compile_without_fault(target, layout, dtypes):
     cases = representative(target, layout, dtypes)
     found = {name: faults(compile_for(target, case.launch)) for name, case in cases.items()}
     if triton.__version__.startswith("3.6.") and target == "sm_90":
@@ -116,9 +112,7 @@ def test_kernels_compile_without_fault(target: str, layout: Layout, dtypes: tupl
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_all_launches_of_an_op_compile_without_fault(
-    target: str, op: str, arguments: tuple[Any, ...], dtype: str
-) -> None:
+def test_all_launches_of_an_op_compile_without_fault(target, op, arguments, dtype):
     found = [compile_for(target, launch) for launch in launches(target, op, *arguments)]
     assert found
     assert not any(map(faults, found))
@@ -127,7 +121,7 @@ def test_all_launches_of_an_op_compile_without_fault(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_gram_matrices_are_summed_in_float64(target: str) -> None:
+def test_gram_matrices_are_summed_in_float64(target):
     compiled = compile_for(target, launches(target, "gram", tall(64))[0])
     assert Product("f64", "ieee") in compiled.products
     assert faults(compiled) == []
@@ -138,7 +132,7 @@ def test_gram_matrices_are_summed_in_float64(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_cores_of_float32_are_in_float32_where_float64_is_slow(target: str) -> None:
+def test_cores_of_float32_are_in_float32_where_float64_is_slow(target):
     (launch,) = launches(target, "root_core", *root_core(20, 12, 32, 0.0))
     project, *_ = launches(target, "damped_inverse", *DAMPED)
     weak = target in WEAK_FLOAT64
@@ -146,7 +140,7 @@ def test_cores_of_float32_are_in_float32_where_float64_is_slow(target: str) -> N
     assert project.arguments["work1_ptr"].dtype == (torch.float32 if weak else torch.float64)
 
 
-def test_every_op_with_a_kernel_is_among_what_ships() -> None:
+def test_every_op_with_a_kernel_is_among_what_ships():
     shipped = specializations("sm_90", layouts=(ROWS, LIST))
     assert {op for case in shipped for op in case.ops} == {name for name, op in OPS.items() if op.launch is not None}
     listed = {op for case in shipped for op in case.ops if case.layout.listed}
@@ -158,7 +152,7 @@ def test_every_op_with_a_kernel_is_among_what_ships() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def product(target: str, **constants: Any) -> Launch:
+def product(target, **constants):
     """Return a launch that ships, or that of a wrong kernel: with other constants."""
     launch = launches(target, "project", tall(64), tall(64))[0]
     assert constants.keys() <= launch.arguments.keys()
@@ -166,17 +160,17 @@ def product(target: str, **constants: Any) -> Launch:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Compiled:
+def shipped():
     return compile_for("sm_90", product("sm_90"))
 
 
-def test_tf32_and_products_off_the_matrix_units_are_seen() -> None:
+def test_tf32_and_products_off_the_matrix_units_are_seen():
     assert "float32 products in tf32" in faults(compile_for("sm_90", product("sm_90", PRECISION="tf32")))
     off = compile_for("sm_90", product("sm_90", PRECISION="ieee"))
     assert "no matrix instruction for f32 products" in faults(off)
 
 
-def test_three_products_of_tf32_are_three() -> None:
+def test_three_products_of_tf32_are_three():
     """What Triton's IR asks for is what the machine code does."""
     right, wrong = (compile_for("sm_80", product("sm_80", PRECISION=one)) for one in ("tf32x3", "tf32"))
     counts = [len(re.findall(r"mma\.sync\S*tf32", compiled.assembly)) for compiled in (right, wrong)]
@@ -184,7 +178,7 @@ def test_three_products_of_tf32_are_three() -> None:
 
 
 @pytest.mark.parametrize(("target", "rows", "warps"), [("sm_90", 128, 4), ("gfx942", 256, 2)])
-def test_spills_are_seen(target: str, rows: int, warps: int) -> None:
+def test_spills_are_seen(target, rows, warps):
     """A tile of sums takes all the registers that a thread can have: 256 of at most 255, and 512 of 512."""
     config = Config({"BLOCK_R": rows, "BLOCK_K": 256, "BLOCK_N": 16}, warps, 1)
     assert any("spilled" in fault for fault in faults(compile_for(target, product(target)._replace(config=config))))
@@ -199,7 +193,7 @@ def test_spills_are_seen(target: str, rows: int, warps: int) -> None:
     ],
     ids=str,
 )
-def test_too_much_memory_is_seen(target: str, memory: dict[str, int], shipped: Compiled) -> None:
+def test_too_much_memory_is_seen(target, memory, shipped):
     fitting, too_large = (faults(replace(shipped, target=target, **own)) for own in ({}, memory))
     assert [fault for fault in too_large if fault not in fitting and "does not fit" in fault]
 
@@ -215,8 +209,8 @@ LOADS_16_BYTES = re.compile(r"cp\.async\.cg\.\S+ .*0x10|ld\.global\S*\.v4\.|(?:g
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target: str, transposed: bool) -> None:
-    def listed(columns: int) -> list[torch.Tensor]:
+def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target, transposed):
+    def listed(columns):
         matrices = [torch.zeros(512, columns), torch.zeros(256, columns)]
         return [matrix.mT.contiguous().mT for matrix in matrices] if transposed else matrices
 
@@ -228,7 +222,7 @@ def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target: str, tra
     assert bool(LOADS_16_BYTES.search(ragged.assembly)) == transposed
 
 
-def test_update_of_float32_holds_no_tile_in_float64() -> None:
+def test_update_of_float32_holds_no_tile_in_float64():
     """ρ and w are float64: a tile that they widen takes twice the registers, and spills with some Triton."""
     found = launches("sm_90", "gram_ema_", torch.zeros(128, 128), WIDE.mT.contiguous(), 0.9, 0.1)
     found += launches("sm_90", "gram_ema_", torch.zeros(4096, 4096), torch.zeros(4096, 64), 0.9, 0.1)
@@ -250,9 +244,7 @@ def test_update_of_float32_holds_no_tile_in_float64() -> None:
         ("gfx942", 128, 4, 33 << 10, 1),
     ],
 )
-def test_occupancy_is_what_the_scarcest_resource_leaves(
-    target: str, registers: int, warps: int, shared: int, programs: int, shipped: Compiled
-) -> None:
+def test_occupancy_is_what_the_scarcest_resource_leaves(target, registers, warps, shared, programs, shipped):
     launch = shipped.launch._replace(config=shipped.launch.config._replace(num_warps=warps))
     compiled = replace(
         shipped, target=target, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0
@@ -261,7 +253,7 @@ def test_occupancy_is_what_the_scarcest_resource_leaves(
     assert compiled.occupancy == programs * warps / {"sm_80": 64, "sm_90": 64, "sm_120": 48, "gfx942": 32}[target]
 
 
-def test_recording_starts_nothing() -> None:
+def test_recording_starts_nothing():
     panel = tall(8)
     with recording(target_named("gfx950")) as recorded:
         assert target_of(panel) == target_named("gfx950")

@@ -1,12 +1,8 @@
 """`make kernels`: the table of what kernels compile to, and its exit status."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +20,7 @@ from brandla_kernels._kernels.launch import Launch, recording
 
 
 @pytest.fixture
-def facts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+def facts(tmp_path, tmp_path_factory, monkeypatch):
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     # What a test puts in place of a function is there in this process.
@@ -37,7 +33,7 @@ def facts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
         lambda target: shipped.specializations(target, ops=["gram"], layouts=[layout], dtypes=shipped.DTYPES[:1]),
     )
 
-    def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+    def run(*arguments):
         path = tmp_path / "facts.json"
         done = CliRunner().invoke(kernels_table.app, ["--processes", "1", "--json", str(path), *arguments])
         return done.exit_code, json.loads(path.read_text()), done.stdout
@@ -45,7 +41,7 @@ def facts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     return run
 
 
-def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
+def test_table_lists_every_kernel_of_every_target(facts):
     status, found, printed = facts("--targets", "sm_100", "gfx942")
     assert status == 0
     assert {(entry["target"], entry["kernel"]) for entry in found} == {
@@ -60,11 +56,11 @@ def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
         assert words in printed
 
 
-def test_a_fault_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spilling(target: str, launch: Launch) -> Compiled:
+def test_a_fault_or_a_failure_to_compile_fails_the_command(facts, monkeypatch):
+    def spilling(target, launch):
         return replace(compile_for(target, launch), spills=8)
 
-    def failing(target: str, launch: Launch) -> Compiled:
+    def failing(target, launch):
         message = "PassManager::run failed"
         raise RuntimeError(message)
 
@@ -77,7 +73,7 @@ def test_a_fault_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypat
 
 
 @pytest.mark.parametrize("name", estimates.GPUS)
-def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name: str) -> None:
+def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name):
     gpu, n, r = estimates.GPUS[name], 65536, 256
     cost = OPS["rotate"].cost(n, r, r, r)
     with recording(target_named(gpu.target)) as launches:
@@ -88,7 +84,7 @@ def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name: str) 
     assert parts["launch"] == estimates.LAUNCH
 
 
-def test_few_programs_have_their_multiprocessors_share_of_the_flops() -> None:
+def test_few_programs_have_their_multiprocessors_share_of_the_flops():
     gpu, (r, k) = estimates.GPUS["H200"], (32, 16)
     gram, cross, own = (torch.empty(2, *shape, dtype=torch.float64) for shape in ((r, r), (r, k), (k, k)))
     with recording(target_named(gpu.target)) as launches:
@@ -97,7 +93,7 @@ def test_few_programs_have_their_multiprocessors_share_of_the_flops() -> None:
     assert estimates.seconds(launches[0], gpu)["flops"] == pytest.approx(flops / (gpu.flops[64] * 2 / 132))
 
 
-def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel() -> None:
+def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
     rows = estimates.estimates(TOY).set_index(["op", "kernel"])
     assert set(rows.index.get_level_values("op")) == set(OPS)
     launches = rows["launches"]["kron_damped_apply"]

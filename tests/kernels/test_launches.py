@@ -1,9 +1,5 @@
 """How many kernels a call asks a GPU for: the budgets, and what is counted at all."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,14 +15,14 @@ pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="th
 
 # What takes more than its budget at present, of Triton's kernels and of torch's. Whoever brings a count down lowers
 # it here, down to none where the budget is met.
-AT_PRESENT: dict[str, tuple[int, int]] = {
+AT_PRESENT = {
     "root_update_, cholesky": (4, 3),
     "root_update, cholesky, tracked": (4, 6),
     # The eigendecomposition is one of torch's. Of the two others over the budget, one keeps the values in order.
     "eigh_update": (9, 8),
 }
 # The same for functions of which a list takes turns, for one factor.
-ALONE: dict[str, tuple[int, int]] = {
+ALONE = {
     "damped_logdet, root": (0, 16),
     "damped_logdet, eigh": (0, 7),
     "damped_solve, root, diagonal": (5, 15),
@@ -38,14 +34,14 @@ ALONE: dict[str, tuple[int, int]] = {
     "root_update": (5, 7),
 }
 # The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
-LISTS: dict[str, tuple[int, int]] = {
+LISTS = {
     "eigh_refresh": (24, 91),
     "kron_damped_power, eigh": (8, 33),
     "kron_damped_power, root": (14, 71),
 }
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
 _NETWORKS = ("MLP, 1 layer", "MLP, 3 layers", "MLP, 12 layers", "transformer", "MLP, 48 layers")
-STEPS_AT_PRESENT: dict[str, dict[str, int]] = {
+STEPS_AT_PRESENT = {
     "Brand": dict(zip(_NETWORKS, (51, 57, 84, 152, 192), strict=True)),
     "Brand, cholesky": dict(zip(_NETWORKS, (40, 46, 73, 142, 181), strict=True)),
     "Brand, eigh": dict(zip(_NETWORKS, (55, 61, 88, 156, 196), strict=True)),
@@ -60,7 +56,7 @@ FOR_EACH_FACTOR = {"damped_solve, root": 3, "damped_solve, eigh": 3, "root_updat
 FOR_EACH_LAYER = 138
 
 
-def limits() -> Iterator[tuple[str, str, tuple[int, int]]]:
+def limits():
     """Yield calls and forms with the most kernels of Triton and of torch; what overwrites has no form for lists."""
     for name, budget in BUDGETS.items():
         allowed = tuple(map(max, budget, AT_PRESENT.get(name, budget)))
@@ -71,9 +67,7 @@ def limits() -> Iterator[tuple[str, str, tuple[int, int]]]:
 
 
 @pytest.mark.parametrize(("name", "form", "allowed"), [*limits()])
-def test_a_call_asks_for_no_more_kernels_than_its_limit(
-    name: str, form: str, allowed: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_call_asks_for_no_more_kernels_than_its_limit(name, form, allowed, monkeypatch):
     if "wide" in form:
         monkeypatch.setattr(launches, "N", 1100)
     counts = counts_of(launches.call_of(name, form.partition(",")[0]))
@@ -82,12 +76,12 @@ def test_a_call_asks_for_no_more_kernels_than_its_limit(
 
 
 @pytest.mark.parametrize("name", PYTHON_CALLS)
-def test_a_call_takes_no_more_calls_of_python_than_its_limit(name: str):
+def test_a_call_takes_no_more_calls_of_python_than_its_limit(name):
     assert launches.python_calls(launches.call_of(name, "single")) <= PYTHON_CALLS[name]
 
 
 @pytest.mark.parametrize("name", FOR_EACH_FACTOR)
-def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name, monkeypatch):
     calls = []
     for listed in (2, 10):
         monkeypatch.setattr(launches, "LISTED", listed)
@@ -103,7 +97,7 @@ def test_each_layer_of_a_step_takes_no_more_calls_of_python_than_its_limit():
 
 @pytest.mark.parametrize("network", launches.NETWORKS)
 @pytest.mark.parametrize("strategy", STEPS_AT_PRESENT)
-def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, network: str):
+def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy, network):
     counts = launches.step_counts(launches.NETWORKS[network](), launches.STRATEGIES[strategy])
     assert counts.kernels <= STEPS_AT_PRESENT[strategy][network]
 
@@ -116,7 +110,7 @@ def test_a_step_of_kfac_asks_for_no_more_kernels_than_its_limit(strategy: str, n
         "kron_damped_solve, W, root and eigh",
     ],
 )
-def test_a_list_asks_for_as_many_kernels_whatever_its_length(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_list_asks_for_as_many_kernels_whatever_its_length(name, monkeypatch):
     found = set()
     monkeypatch.setattr(launches, "N", 1100)
     for listed in (2, 5):
@@ -144,7 +138,7 @@ def test_nothing_waits_where_the_docs_say_so():
     ],
     ids=["view", "allocation", "empty", "in place", "list", "read", "upload"],
 )
-def test_what_is_counted(call: Any, counts: Counts):
+def test_what_is_counted(call, counts):
     x = torch.ones(4, 3)
     assert counts_of(lambda: call(x)) == counts
 

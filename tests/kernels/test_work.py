@@ -1,15 +1,12 @@
-"""What a launch does beside running its kernel: it goes to the device of its tensors, and tells flops and bytes."""
+"""What a launch does beside running its kernel: it goes by a plan, to its device, and tells flops and bytes."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton")
 
@@ -18,9 +15,9 @@ from bench.gpu import cases, smoke  # noqa: E402
 from bench.gpu.cases import Case, Size  # noqa: E402
 from bench.gpu.device import Stub  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
+from brandla_kernels._kernels import inner_product  # noqa: E402
 from brandla_kernels._kernels import launch as launching  # noqa: E402
 from brandla_kernels._kernels.ahead import target_named  # noqa: E402
-from brandla_kernels._kernels.inner_product import sum_parts_kernel  # noqa: E402
 from brandla_kernels._kernels.launch import Config, Launch, metadata, recording  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
@@ -31,21 +28,21 @@ of_every_size = pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "
 FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
-def case_of(op: str, size: Size = NARROW, dtype: torch.dtype = FLOAT32, data: torch.dtype | None = None) -> Case:
+def case_of(op, size=NARROW, dtype=FLOAT32, data=None):
     return Case(op, size, dtype, data or dtype)
 
 
-def recorded(case: Case, arguments: tuple[Any, ...] | None = None) -> list[Launch]:
+def recorded(case, arguments=None):
     with recording(target_named("sm_90")) as launches:
         OPS[case.op].launch(*(arguments or cases.operands(case, Stub())))
     return launches
 
 
-def flops_of(launches: list[Launch]) -> int:
+def flops_of(launches):
     return sum(sum(launch.work.flops.values()) for launch in launches)
 
 
-def sizes_in_bytes(launch: Launch) -> dict[int, int]:
+def sizes_in_bytes(launch):
     """Bytes of each distinct tensor that a launch reads or writes, by address; twice those that it overwrites."""
     given = {name: one for name, one in launch.arguments.items() if isinstance(one, Tensor)}
     if launch.name == "symmetric_product_kernel" and launch.arguments["SPLITS"] > 1:
@@ -54,7 +51,7 @@ def sizes_in_bytes(launch: Launch) -> dict[int, int]:
     return {one.data_ptr(): times[name] * one.numel() * one.itemsize for name, one in given.items()}
 
 
-def matrices_in_bytes(launches: list[Launch]) -> int:
+def matrices_in_bytes(launches):
     """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
     own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
     names = ("parts_ptr", "parts1_ptr", "parts2_ptr", "seed_ptr")
@@ -65,7 +62,7 @@ def matrices_in_bytes(launches: list[Launch]) -> int:
 @of_every_size
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 @pytest.mark.parametrize("op", OPS)
-def test_flops_of_the_launches_are_those_of_the_cost(op: str, dtype: torch.dtype, size: Size):
+def test_flops_of_the_launches_are_those_of_the_cost(op, dtype, size):
     case, left_out = case_of(op, size, dtype), 0
     if op.startswith("kron_"):
         # The cost leaves out terms without the factor p q: U_Lᵀ(W U_R), (U_LᵀW U_R) U_Rᵀ, and β_L β_R W.
@@ -75,7 +72,7 @@ def test_flops_of_the_launches_are_those_of_the_cost(op: str, dtype: torch.dtype
 
 @of_every_size
 @pytest.mark.parametrize("op", OPS)
-def test_bytes_of_a_launch_are_those_of_its_tensors(op: str, size: Size):
+def test_bytes_of_a_launch_are_those_of_its_tensors(op, size):
     for launch in recorded(case_of(op, size)):
         assert launch.work.bytes == sum(sizes_in_bytes(launch).values()) > 0
         assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
@@ -83,7 +80,7 @@ def test_bytes_of_a_launch_are_those_of_its_tensors(op: str, size: Size):
 
 @of_every_size
 @pytest.mark.parametrize("op", ["project", "cross_gram", "gram", "gram_ema_", "rotate"])
-def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op: str, size: Size):
+def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op, size):
     launches = recorded(case_of(op, size))
     parts = (launch.arguments.get("parts_ptr") for launch in launches)
     again, seen = 0, {part.data_ptr() for part in parts if part is not None}
@@ -108,7 +105,7 @@ def test_a_long_sum_is_split_and_its_parts_are_counted():
 
 
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
-def test_a_list_is_counted_problem_by_problem(op: str):
+def test_a_list_is_counted_problem_by_problem(op):
     """One rank and width, as stacks are padded to the largest; n as different as it gets."""
     chosen = [case_of(op, Size(n=n, r=24, k=16, width=40, cores=1)) for n in (64, 1000, 250)]
     problems = [cases.operands(case, Stub()) for case in chosen]
@@ -118,18 +115,6 @@ def test_a_list_is_counted_problem_by_problem(op: str):
     if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
         # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
         assert matrices_in_bytes(launches) == sum(map(matrices_in_bytes, alone))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_a_call_by_plan_tells_the_same_work(op: str):
-    """The first call of a layout makes the plan, which the second one goes by; vectors are matrices to a kernel."""
-    arguments = cases.operands(case_of(op), Stub())
-    with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"), torch.no_grad():
-        OPS[op](*arguments)
-        first = len(launches)
-        OPS[op](*arguments)
-    works = [launch.work for launch in launches]
-    assert works[:first] == works[first:] == [launch.work for launch in recorded(case_of(op), arguments)]
 
 
 def test_half_precision_products_are_told_apart():
@@ -153,22 +138,22 @@ class Kernel:
     """Stands in for a compiled kernel, and notes when it is launched."""
 
     launch_metadata = None
-    count = staticmethod(sum_parts_kernel.count)
+    count = staticmethod(inner_product.sum_parts_kernel.count)
 
-    def __init__(self, fn: Any) -> None:
+    def __init__(self, fn):
         self.fn = fn
         self.log: list[Any] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def __getitem__(self, grid):
         return lambda *arguments, **options: self.log.append(("launch", grid))
 
 
-def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
+def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch):
     """Triton takes the current device."""
     kernel = Kernel(lambda absent_ptr, panel_ptr, n: None)
 
     @contextmanager
-    def device_of(tensor: Tensor) -> Iterator[None]:
+    def device_of(tensor):
         kernel.log.append(("enter", tensor.device))
         yield
         kernel.log.append(("exit", tensor.device))
@@ -179,7 +164,7 @@ def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.Monke
     assert kernel.log == [("enter", panel.device), ("launch", (2,)), ("exit", panel.device)]
 
 
-def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch):
     """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
     (_, launch) = recorded(case_of("project"))
     kernel = Kernel(launch.kernel.fn)
@@ -189,3 +174,113 @@ def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.Monkey
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     told = kernel.launch_metadata(launch.grid, SimpleNamespace(name="sum_parts_kernel"), launch.arguments)
     assert told["bytes"] == launch.work.bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans: the second call of a layout starts what the launcher itself would start, on the tensors of that call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def started(call, arguments):
+    with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"):
+        results = call(*arguments)
+    return launches, results
+
+
+def described(launches, arguments, results):
+    """All that launches are given, tensors as places: of an argument, or in the order of what is allocated."""
+    places = {}
+
+    def place(address):
+        return places.setdefault(address, len(places))
+
+    def of_value(value):
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype != torch.int64 or value.ndim != 3:
+            return place(value.data_ptr()), value.dtype
+        return [
+            place(number) if index % 5 == 0 and number else number
+            for index, number in enumerate(value.flatten().tolist())
+        ]
+
+    for tensor in tree_leaves((arguments, results)):
+        if isinstance(tensor, Tensor):
+            place(tensor.data_ptr())
+    return [(one.name, one.grid, one.config, one.work, list(map(of_value, one.given.values()))) for one in launches]
+
+
+PLANNED = [name for name, op in OPS.items() if not op.signature.writes]
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [(name, False) for name in PLANNED] + [(name, True) for name in PLANNED if OPS[name].signature.lists],
+)
+def test_a_plan_starts_what_the_launcher_would_and_tells_the_same_work(name, listed, monkeypatch):
+    op = OPS[name]
+
+    def new():
+        problems = [cases.operands(case_of(name, size), Stub()) for size in (NARROW, NARROW._replace(n=500))]
+        return smoke.grouped(name, problems) if listed else problems[0]
+
+    arguments, kept = new(), new()
+    started(op, kept)
+    expected, own = started(op.launch, arguments)
+    # From now on there is none to ask.
+    monkeypatch.setattr(op, "launch", lambda *_: pytest.fail("there is no plan"))
+    launches, results = started(op, arguments)
+    assert launches
+    assert described(launches, arguments, results) == described(expected, arguments, own)
+    assert [one.shape for one in tree_leaves(results)] == [one.shape for one in tree_leaves(own)]
+
+
+def test_one_tensor_given_twice_is_no_pattern_for_two():
+    one, other = torch.empty(500, 16), torch.empty(500, 16)
+    for pair in ((one, one), (one, other), (other, other), (other, one)):
+        (first, _), _ = started(OPS["project"], pair)
+        assert [first.arguments[name].data_ptr() for name in ("x_ptr", "y_ptr")] == [one.data_ptr() for one in pair]
+
+
+def test_what_torch_copies_is_copied_at_each_call():
+    """A Z that is not contiguous: its copy is no memory that a kernel writes."""
+    basis, rhs, scale = torch.empty(500, 16), torch.empty(500, 8), torch.empty(())
+    for _ in range(2):
+        middle = torch.randn(16, 16)
+        launches, _ = started(OPS["damped_apply"], (basis, middle.mT, scale, rhs))
+        assert torch.equal(launches[1].arguments["middle1_ptr"], middle.mT)
+
+
+class Compiled(triton.compiler.CompiledKernel):  # type: ignore[misc]
+    """Stands in for what Triton compiles."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.log.append((grid, arguments))
+
+
+def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch):
+    looked_up = []
+    again = []
+
+    class Kernel:
+        fn = inner_product.sum_parts_kernel.fn
+        count = staticmethod(inner_product.sum_parts_kernel.count)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: looked_up.append((grid, arguments)) or Compiled(again)
+
+    monkeypatch.setattr(inner_product, "sum_parts_kernel", Kernel())
+    monkeypatch.setattr(inner_product, "inner_product_kernel", Kernel())
+    monkeypatch.setattr(launching, "interpreted", lambda: True)
+    with brandla_kernels.backend("triton"):
+        results = [OPS["gram"](torch.empty(700, 24)) for _ in range(2)]
+        assert len(looked_up) == len(again) == 2
+        assert [len(arguments) for _, arguments in looked_up] == [len(arguments) for _, arguments in again]
+        assert [arguments[1] for _, arguments in (looked_up[1], again[1])] == results
+        # A profiler is told at each launch, as Triton does it.
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+        OPS["gram"](torch.empty(700, 24))
+    assert (len(looked_up), len(again)) == (4, 2)

@@ -1,12 +1,8 @@
 """Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +19,13 @@ if importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device():
     """Where the kernels run."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once() -> Iterator[None]:
+def _language_is_patched_once():
     """Spare the interpreter what takes a third of its time and more.
 
     It puts its own functions into the modules of Triton's language that a kernel sees, for each launch and again, to no
@@ -49,7 +45,7 @@ def _language_is_patched_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_kernels(monkeypatch):
     """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
     monkeypatch.setattr("brandla_kernels._kernels.launch.WEAK_FLOAT64", ())
     with brandla.backend("triton"):
@@ -57,11 +53,11 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned(monkeypatch):
     """Fill what is allocated for results with NaN: an element that no program writes shows."""
 
-    def filled(allocate: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
+    def filled(allocate):
+        def call(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             # Unseen by dispatch modes: a launcher that fills what it allocates has no plan.
             with torch._C._DisableTorchDispatch():
@@ -75,7 +71,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def _weak_float64(device, monkeypatch):
     """Take the device for one whose float64 is slow: small cores of float32 factors are in float32 there."""
     from brandla_kernels._kernels import launch
 
@@ -83,7 +79,7 @@ def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def _overflow_is_meant() -> Iterator[None]:
+def _overflow_is_meant():
     """The interpreter computes with NumPy, which warns of what a kernel then looks for."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         yield

@@ -1,7 +1,5 @@
 """What is special to the kernel of `cross_gram`: its range, its stretches, and that it is two launches."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -20,7 +18,7 @@ RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36)
 
 
 @pytest.mark.parametrize("powers", RANGES, ids=str)
-def test_columns_may_have_any_length(powers: tuple[int, int], device: torch.device) -> None:
+def test_columns_may_have_any_length(powers, device):
     """Beside a problem in range."""
     problems = [
         tuple(
@@ -39,7 +37,7 @@ def test_columns_may_have_any_length(powers: tuple[int, int], device: torch.devi
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
-def test_what_is_not_finite_shows(spoilt: int, value: float, scale: float, device: torch.device) -> None:
+def test_what_is_not_finite_shows(spoilt, value, scale, device):
     arguments = tuple(scale * part for part in operands("cross_gram", 40, 5, 3, "plain", torch.float32, device))
     arguments[spoilt][33, 1] = value
     cross, gram = OPS["cross_gram"](*arguments)
@@ -47,9 +45,7 @@ def test_what_is_not_finite_shows(spoilt: int, value: float, scale: float, devic
     assert cross.isnan().any() if math.isnan(value) else True
 
 
-def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(device, monkeypatch):
     monkeypatch.setattr(configs, "STRETCH", 16)
     arguments = operands("cross_gram", 4 * 16 + 5, 3, 130, "plain", torch.float32, device)
     cross, gram = OPS["cross_gram"](*arguments)
@@ -59,7 +55,7 @@ def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_th
 
 @pytest.mark.parametrize("rows", [100, 10**6])
 @pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
-def test_a_call_is_two_launches_of_stretches_short_enough(rows: int, form: str) -> None:
+def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
     """And those of a rounded sum are added up in float64."""
     op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.empty(rows, 64), torch.empty(rows, 32))
     arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]

@@ -1,12 +1,8 @@
 """Damped inverses on the kernels: the small problem beside the projection, hard spectra, and what must not spread."""
 
-from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import brandla
 import oracles
@@ -17,7 +13,7 @@ N, M = 50, 3
 
 
 
-def negative_inverse(gram: Tensor, damping: float, device: torch.device) -> Tensor:
+def negative_inverse(gram, damping, device):
     """Return Z for S, as Y − V of U = V = I and β = 1."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=device).expand_as(gram)
     shift = (torch.full(gram.shape[:-2], number, dtype=gram.dtype, device=device) for number in (damping, 1 - damping))
@@ -30,9 +26,7 @@ def negative_inverse(gram: Tensor, damping: float, device: torch.device) -> Tens
     [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, each, torch.float32) for each in (3e-2, 1e-4)],
 )
 @pytest.mark.usefixtures("_weak_float64")
-def test_sweeps_invert_as_well_as_a_factorisation(
-    order: int, damping: float, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device):
     """Eigenvalues from 1 to 10⁻⁹, then the damping: the error of an inverse is κ ε of its own size."""
     eps, generator = torch.finfo(dtype).eps, torch.Generator().manual_seed(order)
     turn = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
@@ -50,7 +44,7 @@ def test_sweeps_invert_as_well_as_a_factorisation(
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("make", [make_eigh, make_root])
-def test_solve_on_kernels_is_as_exact_as_on_a_cpu(make: Any, spectrum: str, dtype: torch.dtype, device: Any) -> None:
+def test_solve_on_kernels_is_as_exact_as_on_a_cpu(make, spectrum, dtype, device):
     """Also of a rank that is no power of two, and of data in half precision beside it."""
     damping = 1e-3
     factor, rhs = make(N, 13, spectrum, dtype=dtype), make_columns(N, M, dtype=dtype)
@@ -63,7 +57,7 @@ def test_solve_on_kernels_is_as_exact_as_on_a_cpu(make: Any, spectrum: str, dtyp
 
 
 @pytest.mark.parametrize("form", ["eigh", "root"])
-def test_nothing_held_yet_leaves_the_shift_alone(form: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_nothing_held_yet_leaves_the_shift_alone(form, dtype, device):
     """A stream starts at 0, and one of rank 0 stays there."""
     kind = brandla.LowRankEigh if form == "eigh" else brandla.LowRankRoot
     matrix = torch.ones(9, 7, dtype=dtype, device=device)
@@ -73,7 +67,7 @@ def test_nothing_held_yet_leaves_the_shift_alone(form: str, dtype: torch.dtype, 
         torch.testing.assert_close(brandla.kron_damped_solve(left, right, matrix, 0.5, 0.25), 8 * matrix)
 
 
-def test_a_problem_that_is_not_definite_is_nan_and_alone(device: torch.device) -> None:
+def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
     basis, rhs = (torch.ones(5, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
     gram, values = torch.eye(17).to(basis).repeat(5, 1, 1), basis.new_ones(5, 17)
     shift = basis.new_full((5,), 0.5), basis.new_zeros(5)

@@ -1,14 +1,9 @@
 """The public functions on the kernels, for one factor, a batch and a list: as on the torch forms, to rounding."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
@@ -41,7 +36,7 @@ LISTS = {
     "each": [torch.tensor(number) for number in (0.9, 0.8, 0.7, 0.6)],
     "pairs": list(zip(COLUMNS, COLUMNS[::-1], strict=True)),
 }
-OF_LISTS: dict[str, Callable[[Any], list[Any]]] = {
+OF_LISTS = {
     "root_update": lambda x: grouped.root_update(x.roots, x.columns, decay=x.each, weight=0.1),
     "root_update, cholesky": lambda x: grouped.root_update(x.tracked, x.columns, decay=0.9, compress="cholesky"),
     "root_update, both": lambda x: grouped.root_update(x.roots, x.columns, compress=["eigh", "cholesky"] * 2),
@@ -63,9 +58,7 @@ UPDATE = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
     ("batch", "dtype"), [((), torch.float64), ((2,), torch.float32)], ids=["single float64", "batch float32"]
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_function_gives_on_kernels_what_it_gives_on_torch_forms(
-    name: str, batch: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+def test_function_gives_on_kernels_what_it_gives_on_torch_forms(name, batch, dtype, device):
     results = ALL[name](given(dtype, batch).moved(device))
     with brandla.backend("torch"):
         expected = ALL[name](given(dtype, batch).moved(device))
@@ -74,7 +67,7 @@ def test_function_gives_on_kernels_what_it_gives_on_torch_forms(
 
 
 @pytest.mark.parametrize("name", OF_LISTS)
-def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name: str, device: torch.device) -> None:
+def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name, device):
     lists = SimpleNamespace(**tree_map(lambda part: part.to(device), LISTS))
     results = OF_LISTS[name](lists)
     with brandla.backend("torch"):
@@ -90,12 +83,10 @@ def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name: s
         ("root_update", make_root, UPDATE),
     ],
 )
-def test_a_function_runs_the_kernels_that_a_gpu_would_run(
-    name: str, make: Callable[..., Any], ops: set[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_function_runs_the_kernels_that_a_gpu_would_run(name, make, ops, device, monkeypatch):
     launched, names, own = set(), {op.launch: op.name for op in OPS.values()}, plan.call
 
-    def call(plans: Any, launch: Any, *rest: Any) -> Any:
+    def call(plans, launch, *rest):
         launched.add(names[launch])
         return own(plans, launch, *rest)
 
@@ -106,7 +97,7 @@ def test_a_function_runs_the_kernels_that_a_gpu_would_run(
     assert launched == ops
 
 
-def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch, device):
     project = OPS["project"]
     monkeypatch.setattr(project, "launch", None)
     basis, columns = make_columns(9, 3).to(device), make_columns(9, 2).to(device)
@@ -115,12 +106,12 @@ def test_an_op_without_a_kernel_runs_its_torch_form(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("case", ["single", "list", "random signs"])
-def test_gradients_flow_through_kernels(case: str, device: torch.device) -> None:
+def test_gradients_flow_through_kernels(case, device):
     basis, rhs = make_eigh(12, 3).eigenvectors.to(device), make_columns(12, 2).to(device)
     middle, scale, seed = basis.new_ones(3), basis.new_tensor(0.5), torch.tensor(7, device=device)
-    op: Callable[..., Any] = OPS["damped_apply"]
+    op = OPS["damped_apply"]
 
-    def loss(basis: Tensor, rhs: Tensor) -> Tensor:
+    def loss(basis, rhs):
         if case == "random signs":
             result = sketch(basis @ basis.mT + rhs @ rhs.mT, seed, 5)
         elif case == "list":

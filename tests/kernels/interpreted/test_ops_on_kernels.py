@@ -1,9 +1,5 @@
 """Each kernel against the formula of its op in float64, on every layout and on sizes around the edges of its tiles."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -51,23 +47,23 @@ ALIKE = ("plain", "repeated column", "batched", "batched, transposed")
 class NoCopies(TorchDispatchMode):
     """Let no matrix of ``smallest`` elements or more be copied."""
 
-    def __init__(self, smallest: int) -> None:
+    def __init__(self, smallest):
         super().__init__()
         self.smallest = smallest
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.copy_):
             assert args[0].numel() < self.smallest, f"{func} copies {tuple(args[0].shape)}"
         return func(*args, **(kwargs or {}))
 
 
-def assert_kernel(case: str, new: Callable[[], tuple[Any, ...]]) -> None:
+def assert_kernel(case, new):
     """Check an op against its formula, that it leaves its inputs alone, and that it copies none of them."""
     tall = max(part.shape[-2:].numel() for part in new() if isinstance(part, Tensor))
     assert_op(case, new, None if op_of(case).endswith("_") else NoCopies(max(tall, 2)))
 
 
-def mapped(change: Callable[[Tensor], Tensor], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def mapped(change, arguments):
     """Return the arguments with every tensor changed but a seed."""
     is_data = (isinstance(part, Tensor) and part.is_floating_point() for part in arguments)
     return tuple(change(part) if own else part for part, own in zip(arguments, is_data, strict=True))
@@ -79,15 +75,13 @@ def mapped(change: Callable[[Tensor], Tensor], arguments: tuple[Any, ...]) -> tu
     ids=lambda value: str(value).removeprefix("torch."),
 )
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_computes_the_formula_at_every_size(
-    case: str, size: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_kernel_computes_the_formula_at_every_size(case, size, dtype, device):
     assert_kernel(case, lambda: operands(case, *SIZES[size], "plain", dtype, device))
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ALIKE])
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_computes_the_formula_in_every_layout(case: str, layout: str, device: torch.device) -> None:
+def test_kernel_computes_the_formula_in_every_layout(case, layout, device):
     assert_kernel(case, lambda: operands(case, 37, 17, 5, layout, FLOAT32, device))
 
 
@@ -96,17 +90,15 @@ def test_kernel_computes_the_formula_in_every_layout(case: str, layout: str, dev
     [("plain", torch.float16), ("transposed", torch.bfloat16), ("batched, with gaps", torch.bfloat16)],
 )
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
-def test_kernel_takes_half_precision_data_exactly(
-    case: str, layout: str, half: torch.dtype, device: torch.device
-) -> None:
-    def new() -> tuple[Any, ...]:
+def test_kernel_takes_half_precision_data_exactly(case, layout, half, device):
+    def new():
         return half_precision_data(case, operands(case, 65, 33, 17, layout, FLOAT32, device), half)
 
     assert_kernel(case, new)
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
-def test_kernel_takes_a_batch_of_no_problems(case: str, device: torch.device) -> None:
+def test_kernel_takes_a_batch_of_no_problems(case, device):
     one = operands(case, 9, 3, 2, "plain", FLOAT32, device)
     arguments = mapped(lambda part: part.new_zeros(2, 0, *part.shape), one)
     expected = run(OPS[op_of(case)].torch_form, arguments)
@@ -114,17 +106,17 @@ def test_kernel_takes_a_batch_of_no_problems(case: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
-def test_matrices_of_one_call_lie_in_memory_as_they_please(case: str, device: torch.device) -> None:
+def test_matrices_of_one_call_lie_in_memory_as_they_please(case, device):
     layouts = ["batched, with gaps", "batched", "batched, one for all", "batched, permuted"]
 
-    def new() -> tuple[Any, ...]:
+    def new():
         several = [operands(case, 21, 5, 4, layout, FLOAT32, device) for layout in layouts]
         return tuple(several[position % len(layouts)][position] for position in range(len(several[0])))
 
     assert_kernel(case, new)
 
 
-STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+STRIDES = {
     "gaps, batch turned": lambda part: (
         torch.nn.functional.pad(part.transpose(0, 1).contiguous().repeat_interleave(3, -1), (0, 1))[..., :-1:3]
     ).transpose(0, 1),
@@ -133,7 +125,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("case", [*CORES, "damped_inverse", "damped_inverse, matrix"])
-def test_strides_and_batch_of_small_problems_change_no_bit(case: str, device: torch.device) -> None:
+def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
     """Of order 17 and 26: blocks have 16 columns."""
     op, arguments = OPS[op_of(case)], operands(case, 41, 9, 17, "batched", FLOAT32, device)
     expected = run(op, arguments)
@@ -145,7 +137,7 @@ def test_strides_and_batch_of_small_problems_change_no_bit(case: str, device: to
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
-def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> None:
+def test_kernel_repeats_itself_to_the_bit(case, device):
     """Also over the programs that share a sum: their parts are added in a fixed order."""
     op, rows = OPS[op_of(case)], 70 if device.type == "cpu" else 2000
     single = (operands(case, rows, 17, 5, "plain", FLOAT32, device) for _ in range(2))
@@ -172,9 +164,7 @@ def test_kernel_repeats_itself_to_the_bit(case: str, device: torch.device) -> No
     ids=["mixed", "mixed float64", "aligned rows", "aligned columns"],
 )
 @pytest.mark.parametrize("case", CASES)
-def test_grouped_kernel_computes_the_formula_of_each_problem(
-    case: str, sizes: list[Any], layouts: list[str], dtype: torch.dtype, device: torch.device
-) -> None:
+def test_grouped_kernel_computes_the_formula_of_each_problem(case, sizes, layouts, dtype, device):
     assert_grouped(case, lambda: grouped_operands(case, sizes, layouts, dtype, device))
 
 
@@ -182,10 +172,8 @@ def test_grouped_kernel_computes_the_formula_of_each_problem(
     ("sizes", "half"), [(MIXED, torch.bfloat16), (ALIGNED, torch.float16)], ids=["mixed", "aligned"]
 )
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
-def test_grouped_kernel_takes_half_precision_data_exactly(
-    case: str, sizes: list[Any], half: torch.dtype, device: torch.device
-) -> None:
-    def new() -> tuple[Any, ...]:
+def test_grouped_kernel_takes_half_precision_data_exactly(case, sizes, half, device):
+    def new():
         problems = [operands(case, *size, "plain", FLOAT32, device) for size in sizes]
         return grouped(case, [half_precision_data(case, arguments, half) for arguments in problems])
 
@@ -193,7 +181,7 @@ def test_grouped_kernel_takes_half_precision_data_exactly(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_list_of_one_equals_the_single_op(case: str, device: torch.device) -> None:
+def test_a_list_of_one_equals_the_single_op(case, device):
     single = run(OPS[op_of(case)], operands(case, 48, 16, 32, "plain", FLOAT32, device))
     listed = run(OPS[op_of(case)], grouped_operands(case, [(48, 16, 32)], ["plain"], FLOAT32, device))
     for one, other in zip(single, listed, strict=True):

@@ -1,9 +1,6 @@
 """The kernel of `root_core`: what it promises, and the torch form's results where these are determined."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -31,10 +28,9 @@ LARGE = (40, 26, 40)
 FAMILIES = (
     *("gaussian", "graded", "half the rank", "zero columns", "every column repeated", "columns in the span", "zero"),
 )
-Arguments = tuple[Any, ...]
 
 
-def arguments_of(family: str, r: int, k: int, s: int, tol: float = 0.0, dtype: torch.dtype = FLOAT64) -> Arguments:
+def arguments_of(family, r, k, s, tol=0.0, dtype=FLOAT64):
     """Return what the op takes of F and A of 3 (r + k) rows."""
     families = oracles.panels(3 * (r + k) + 1, r + k, 0)
     # By columns, so that none that may be chosen is rounding.
@@ -45,17 +41,17 @@ def arguments_of(family: str, r: int, k: int, s: int, tol: float = 0.0, dtype: t
     return (*root_core_operands(both[:, :r], both[:, r:])[:5], s, tol, True)
 
 
-def launched(arguments: Arguments, device: torch.device) -> tuple[Tensor, ...]:
+def launched(arguments, device):
     moved = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
     return tuple(part.cpu() for part in kernel.root_core(*moved))
 
 
-def core_of(arguments: Arguments) -> Tensor:
+def core_of(arguments):
     gram, cross, own, decay, weight = (part.double() for part in arguments[:5])
     return assembled(gram, cross, own, decay, weight)[0]
 
 
-def assert_promised(results: tuple[Tensor, ...], arguments: Arguments) -> None:
+def assert_promised(results, arguments):
     """Check W, S⁺, what is left out and the trace that is added, by their definitions."""
     small, of_root, of_columns, left_out, added = (part.double() for part in results)
     decay, weight = (part.double().sqrt() for part in arguments[3:5])
@@ -79,7 +75,7 @@ def assert_promised(results: tuple[Tensor, ...], arguments: Arguments) -> None:
 @pytest.mark.parametrize(
     ("size", "dtype"), [(size, dtype) for size in SIZES for dtype in (FLOAT32, FLOAT64)] + [(LARGE, FLOAT32)], ids=str
 )
-def test_results_are_those_of_the_torch_form(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+def test_results_are_those_of_the_torch_form(size, dtype, device):
     """Where eigenvalues differ, W follows from K: to the rounding of K over the gaps, which are above 1e-3 here."""
     arguments = arguments_of("gaussian", *size, dtype=dtype)
     results, expected = launched(arguments, device), TORCH_FORM(*arguments)
@@ -95,9 +91,7 @@ def test_results_are_those_of_the_torch_form(size: tuple[int, int, int], dtype: 
 )
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("_weak_float64")
-def test_every_family_by_its_definition_with_as_much_of_the_trace(
-    family: str, tol: float, dtype: torch.dtype, device: torch.device
-):
+def test_every_family_by_its_definition_with_as_much_of_the_trace(family, tol, dtype, device):
     """The core is in the dtype of the factor."""
     arguments = arguments_of(family, 10, 7, 9, tol, dtype)
     results, expected = launched(arguments, device), TORCH_FORM(*arguments)
@@ -111,7 +105,7 @@ STREAMS = ("slow", "fast", "rank-16", "repeated-8", "switch")
 
 
 @pytest.mark.usefixtures("_weak_float64")
-def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device: torch.device):
+def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
     """The 21st update, with which one stream has moved to a subspace that is orthogonal to the old one."""
     n, r, k = 60, 18, 6
     batches = zip(*(oracles.batches(name, n, k, 21, dtype=FLOAT32) for name in STREAMS), strict=True)
@@ -132,7 +126,7 @@ def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device: torch.device):
         assert lost <= 1.01 * least + 8 * torch.finfo(FLOAT32).eps * whole, stream
 
 
-def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device: torch.device):
+def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device):
     spoilt = [(place, value) for place in range(5) for value in (math.nan, math.inf)]
     one = arguments_of("gaussian", 6, 4, 6)
     arguments = [torch.stack([part] * (1 + len(spoilt))) for part in one[:5]]
@@ -144,7 +138,7 @@ def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device: torch.device
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e25])
-def test_any_scale_gives_the_same_rotation(scale: float, device: torch.device):
+def test_any_scale_gives_the_same_rotation(scale, device):
     """Squares of 10²⁵ are beyond float32: all is NaN there; those of 10⁻²⁵ are below it: S⁺ is 0."""
     plain = arguments_of("gaussian", 6, 4, 6, dtype=FLOAT32)
     # The root is empty, so that nothing of float32 leaves its range before the core does.
@@ -160,7 +154,7 @@ def test_any_scale_gives_the_same_rotation(scale: float, device: torch.device):
     torch.testing.assert_close(rotation, expected)
 
 
-def test_what_is_not_measured_is_zero(device: torch.device):
+def test_what_is_not_measured_is_zero(device):
     arguments = arguments_of("gaussian", 6, 4, 6)
     *results, left_out, _ = launched((*arguments[:-1], False), device)
     assert left_out == 0

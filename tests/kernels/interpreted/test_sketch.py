@@ -1,10 +1,7 @@
 """The kernel of sketch: its Ω is that of signs to the bit, and products with it lose nothing of float32 data."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 import oracles
 from brandla_kernels import signs, sketch
@@ -16,15 +13,13 @@ SIZES = [(1, 1), (31, 4), (33, 17), (65, 131)]
 
 
 @pytest.fixture
-def seed(device: torch.device) -> Tensor:
+def seed(device):
     return torch.tensor([-6148914691236517206], device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sketch_of_the_identity_is_the_test_matrix_of_the_seed_of_now(
-    size: tuple[int, int], dtype: torch.dtype, seed: Tensor, device: torch.device
-) -> None:
+def test_sketch_of_the_identity_is_the_test_matrix_of_the_seed_of_now(size, dtype, seed, device):
     n, width = size
     for number in (int(seed), 2):
         seed.fill_(number)
@@ -33,7 +28,7 @@ def test_sketch_of_the_identity_is_the_test_matrix_of_the_seed_of_now(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_sums_of_every_dtype(dtype: torch.dtype, seed: Tensor, device: torch.device) -> None:
+def test_long_sums_of_every_dtype(dtype, seed, device):
     """Sums over 100 columns are split."""
     matrix = oracles.gaussian(65, 100, seed=2).to(device, dtype)
     expected = matrix.double() @ signs(seed, 100, 17, dtype=torch.float64)
@@ -41,16 +36,14 @@ def test_long_sums_of_every_dtype(dtype: torch.dtype, seed: Tensor, device: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_problems_of_a_batch_have_test_matrices_of_their_own(
-    dtype: torch.dtype, seed: Tensor, device: torch.device
-) -> None:
+def test_problems_of_a_batch_have_test_matrices_of_their_own(dtype, seed, device):
     identities = torch.eye(40, dtype=dtype, device=device).expand(2, 3, 40, 40)
     result = sketch(identities, seed, 9)
     assert torch.equal(result, signs(seed, 40, 9, batch_shape=(2, 3)))
     assert torch.equal(result[1, 2], sketch(identities[0, 0], seed, 9, 5))
 
 
-def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> None:
+def test_no_bit_of_float32_data_is_lost(seed, device):
     """Integers of 20 bits times a power of two: sums of 16 of them need 24 bits, and every partial sum is exact."""
     generator = torch.Generator().manual_seed(3)
     whole = torch.randint(-(2**20), 2**20, (70, 16), generator=generator).to(device, torch.float32)
@@ -61,7 +54,7 @@ def test_no_bit_of_float32_data_is_lost(seed: Tensor, device: torch.device) -> N
 
 
 @pytest.mark.usefixtures("_overflow_is_meant")
-def test_what_is_not_finite_stays_so(seed: Tensor, device: torch.device) -> None:
+def test_what_is_not_finite_stays_so(seed, device):
     matrix = torch.ones(4, 5, device=device)
     matrix[1, 2], matrix[2, 3], matrix[3, 0] = torch.inf, -torch.inf, torch.nan
     result, test = sketch(matrix, seed, 6), signs(seed, 5, 6)

@@ -1,10 +1,7 @@
 """The small-SPD kernel: its definition, and the mask of the torch form, on panels that Cholesky QR has trouble with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 import oracles
 from brandla_kernels import OPS
@@ -21,23 +18,23 @@ OF_EVERY_BRANCH = ("graded", "half the rank", "nearly cancelling")
 ORDERS = dict.fromkeys((0, 1, 2, 17), FAMILIES) | dict.fromkeys((15, 33, 65), OF_EVERY_BRANCH)
 
 
-def panel_of(family: str, k: int, seed: int = 0) -> Tensor:
+def panel_of(family, k, seed=0):
     """Return a (2k + 5) × k panel."""
     return oracles.panels(2 * k + 5, k, seed)[family]
 
 
-def problem_of(panel: Tensor) -> tuple[Tensor, Tensor]:
+def problem_of(panel):
     """Return the Gram matrix of a panel and the lengths of its columns."""
     gram = panel.mT @ panel
     return gram, gram.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
-def solve(gram: Tensor, scale: Tensor, threshold: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def solve(gram, scale, threshold, device):
     transform, live = CORE(gram.to(device), scale.to(device), threshold)
     return transform.cpu(), live.cpu()
 
 
-def growth(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
+def growth(gram, scale, threshold):
     """Return what is compared with 1/θ, times θ, by the definition: rows of the inverse of the shifted factor."""
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
@@ -46,7 +43,7 @@ def growth(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     return inverse.square().sum(-1) * threshold
 
 
-def assert_definition(gram: Tensor, scale: Tensor, transform: Tensor, live: Tensor) -> None:
+def assert_definition(gram, scale, transform, live):
     """Check that TᵀGT is the identity on live columns and that T is upper triangular, and 0 in the others."""
     assert transform.isfinite().all()
     assert torch.equal(transform, transform.triu())
@@ -62,7 +59,7 @@ def assert_definition(gram: Tensor, scale: Tensor, transform: Tensor, live: Tens
 
 
 @pytest.mark.parametrize("k", ORDERS)
-def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k: int, device: torch.device) -> None:
+def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k, device):
     gram, scale = problem_of(torch.stack([panel_of(family, k) for family in ORDERS[k]]))
     # θ whose δ is about sixteen times the rounding of the Gram matrix, and the same of float32 data.
     lowest, of_float32_data = (64 * max(k, 1) * noise for noise in (EPS, torch.finfo(torch.float32).eps ** 2))
@@ -76,7 +73,7 @@ def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k: int, 
 
 
 @pytest.mark.parametrize("k", [2, 17, 129])
-def test_transform_equals_that_of_the_torch_form(k: int, device: torch.device) -> None:
+def test_transform_equals_that_of_the_torch_form(k, device):
     gram, scale = problem_of(panel_of("gaussian", k))
     expected, _ = CORE.torch_form(gram, scale, 1e-12)
     transform, _ = solve(gram, scale, 1e-12, device)
@@ -85,7 +82,7 @@ def test_transform_equals_that_of_the_torch_form(k: int, device: torch.device) -
 
 
 @pytest.mark.parametrize("k", [8, 40])
-def test_where_the_live_columns_break_down_the_shifted_factor_serves(k: int, device: torch.device) -> None:
+def test_where_the_live_columns_break_down_the_shifted_factor_serves(k, device):
     threshold = 1e-6
     # L⁻¹ of the shifted matrix: no row is longer than 1/√θ, but all lie in one direction, in which the matrix is
     # smaller than the shift, for k > 4.
@@ -106,7 +103,7 @@ def test_where_the_live_columns_break_down_the_shifted_factor_serves(k: int, dev
 
 
 @pytest.mark.parametrize("k", [5, 40])
-def test_a_column_whose_shifted_pivot_is_not_positive_is_taken_out(k: int, device: torch.device) -> None:
+def test_a_column_whose_shifted_pivot_is_not_positive_is_taken_out(k, device):
     gram, scale = problem_of(panel_of("gaussian", k))
     gram[2, 2] = -1.0
     others = torch.arange(k) != 2
@@ -116,13 +113,13 @@ def test_a_column_whose_shifted_pivot_is_not_positive_is_taken_out(k: int, devic
     torch.testing.assert_close(transform[others][:, others], expected, rtol=1e-11, atol=1e-13)
 
 
-def test_only_the_lower_triangle_is_read(device: torch.device) -> None:
+def test_only_the_lower_triangle_is_read(device):
     gram, scale = problem_of(panel_of("half the rank", 33))
     poisoned = gram.tril() + torch.full_like(gram, torch.nan).triu(1)
     assert all(map(torch.equal, *(solve(matrix, scale, 1e-12, device) for matrix in (gram, poisoned))))
 
 
-def test_nan_stays_in_its_own_problem_and_does_not_vanish(device: torch.device) -> None:
+def test_nan_stays_in_its_own_problem_and_does_not_vanish(device):
     gram, scale = problem_of(torch.stack([panel_of("gaussian", 33)] * 4))
     spoilt = {1: (0, 0), 2: (32, 3), 3: (32, 32)}
     for problem, (i, j) in spoilt.items():
@@ -135,14 +132,14 @@ def test_nan_stays_in_its_own_problem_and_does_not_vanish(device: torch.device) 
         assert not live[problem, i]
 
 
-def test_infinite_scale_takes_a_column_out(device: torch.device) -> None:
+def test_infinite_scale_takes_a_column_out(device):
     gram, scale = problem_of(panel_of("gaussian", 5))
     scale[3] = torch.inf
     _, live = solve(gram, scale, 1e-12, device)
     assert live.tolist() == [True, True, True, False, True]
 
 
-def test_a_tiny_threshold_is_not_rounded_to_float32(device: torch.device) -> None:
+def test_a_tiny_threshold_is_not_rounded_to_float32(device):
     """θ = 1e-50 is 0 in float32, and with it no column would ever be left out."""
     gram = torch.diag(torch.tensor([1.0, 1e-60, 1e-40], dtype=torch.float64))
     scale = torch.ones(3, dtype=torch.float64)

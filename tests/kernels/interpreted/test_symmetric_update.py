@@ -1,12 +1,9 @@
 """The kernels of gram_ema_: the walk over a triangle of tiles, symmetry to the bit, what is read and what is not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 import oracles
 from brandla_kernels import gram_ema_
@@ -27,16 +24,14 @@ def walk_kernel(index_ptr, tile_ptr, tiles):
     tl.store(tile_ptr + 2 * program + 1, column)
 
 
-def walk(index: Tensor, tiles: int) -> list[tuple[int, ...]]:
+def walk(index, tiles):
     found = torch.full((len(index), 2), -1, dtype=torch.int64, device=index.device)
     walk_kernel[(len(index),)](index, found, tiles)
     return [tuple(pair) for pair in found.tolist()]
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 8, 9, 17])
-def test_walk_meets_every_tile_of_the_triangle_once_and_ends_a_band_of_eight_rows_first(
-    tiles: int, device: torch.device
-) -> None:
+def test_walk_meets_every_tile_of_the_triangle_once_and_ends_a_band_of_eight_rows_first(tiles, device):
     met = walk(torch.arange(tiles * (tiles + 1) // 2, dtype=torch.int32, device=device), tiles)
     assert sorted(met) == [(row, column) for row in range(tiles) for column in range(row + 1)]
     bands = [row // 8 for row, _ in met]
@@ -44,7 +39,7 @@ def test_walk_meets_every_tile_of_the_triangle_once_and_ends_a_band_of_eight_row
 
 
 @pytest.mark.parametrize("row", [4095, 5793, 46340, 65527, 65534])
-def test_walk_is_exact_where_the_root_in_float32_is_not(row: int, device: torch.device) -> None:
+def test_walk_is_exact_where_the_root_in_float32_is_not(row, device):
     """At the first and the last places of the bands that begin and end there: 8·index + 1 has up to 34 bits."""
     top = row // 8 * 8
     first, last = top * (top + 1) // 2, (top + 8) * (top + 9) // 2 - 1
@@ -68,9 +63,7 @@ FLOAT32 = torch.float32
     ],
     ids=str,
 )
-def test_lower_triangle_alone_is_read_and_all_is_written_and_nothing_around_it(
-    n: int, k: int, dtype: torch.dtype, data: torch.dtype, device: torch.device
-) -> None:
+def test_lower_triangle_alone_is_read_and_all_is_written_and_nothing_around_it(n, k, dtype, data, device):
     """And both triangles are equal to the bit."""
     matrix = oracles.symmetrised(oracles.gaussian(n, n, seed=0)).to(device, dtype)
     columns = oracles.gaussian(n, k, seed=1).to(device, data)
@@ -85,7 +78,7 @@ def test_lower_triangle_alone_is_read_and_all_is_written_and_nothing_around_it(
 
 
 @pytest.mark.parametrize("kernel", [symmetric_product_kernel, symmetric_update_kernel])
-def test_decay_and_weight_are_passed_in_float64(kernel: object) -> None:
+def test_decay_and_weight_are_passed_in_float64(kernel):
     """Triton passes a float as float32 unless the parameter says otherwise, which its interpreter does not show."""
     annotations = getattr(kernel, "fn", kernel).__annotations__
     assert annotations["decay"] == annotations["weight"] == "tl.float64"
