@@ -30,21 +30,18 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-class RanksFailedError(RuntimeError):
-    """Raised by `run`, with the traceback of every rank that failed."""
-
 
 def run(function: Callable[..., Any], world_size: int, *args: Any, **limits: float) -> list[Any]:
     """Return what ``function(*args)`` returns on each rank, a process with one thread and a group around it.
 
     The function is one of a module under ``tests``; it, its arguments and results have to pickle, which a DTensor does
-    not. ``timeout`` seconds are for all of it, ``group_timeout`` for one collective. Raises `RanksFailedError` if a
+    not. ``timeout`` seconds are for all of it, ``group_timeout`` for one collective. Raises RuntimeError if a
     rank raised, died, or was still running at the end.
     """
     outcomes = launch(function, world_size, *args, **limits)
     failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]
     if failures:
-        raise RanksFailedError("\n".join([f"{len(failures)} of {world_size} ranks failed", *failures]))
+        raise RuntimeError("\n".join([f"{len(failures)} of {world_size} ranks failed", *failures]))
     return [outcome.result for outcome in outcomes]
 
 

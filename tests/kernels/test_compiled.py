@@ -147,9 +147,7 @@ def test_every_op_with_a_kernel_is_among_what_ships():
     assert listed == {name for name, op in OPS.items() if op.launch is not None and op.signature.lists}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong is seen
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What is wrong is seen
 
 
 def product(target, **constants):
@@ -198,9 +196,7 @@ def test_too_much_memory_is_seen(target, memory, shipped):
     assert [fault for fault in too_large if fault not in fitting and "does not fit" in fault]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Memory
 
 
 # A thread loads 16 bytes at once: what rows promise that are aligned.

@@ -24,7 +24,7 @@ def facts(tmp_path, tmp_path_factory, monkeypatch):
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     # What a test puts in place of a function is there in this process.
-    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", lambda processes: ThreadPoolExecutor(1))
     monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
     monkeypatch.setattr(
@@ -35,7 +35,7 @@ def facts(tmp_path, tmp_path_factory, monkeypatch):
 
     def run(*arguments):
         path = tmp_path / "facts.json"
-        done = CliRunner().invoke(kernels_table.app, ["--processes", "1", "--json", str(path), *arguments])
+        done = CliRunner().invoke(kernels_table.app, ["--json", str(path), *arguments])
         return done.exit_code, json.loads(path.read_text()), done.stdout
 
     return run

@@ -176,9 +176,7 @@ def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch):
     assert told["bytes"] == launch.work.bytes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plans: the second call of a layout starts what the launcher itself would start, on the tensors of that call
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Plans: the second call of a layout starts what the launcher itself would start, on the tensors of that call
 
 
 def started(call, arguments):
