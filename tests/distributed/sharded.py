@@ -356,35 +356,37 @@ def gradients():
 
 
 def messages(n, r, k, dtype):
-    """Return every collective of each function on tall matrices of n rows."""
+    """Check the numbers in every collective of each function on tall matrices of n rows: none grows with n."""
     eigh, root = builders.make_eigh(n, r, dtype=dtype), builders.make_root(n, r, dtype=dtype)
     svd = builders.make_svd(n, 2 * r, r, dtype=dtype)
     columns = on_rows(builders.make_columns(n, k, dtype=dtype))
     # Columns almost inside the span of U.
     hard = on_rows(eigh.eigenvectors[:, :k] + 1e-5 * builders.make_columns(n, k, dtype=dtype))
     eigh, root, svd = map(sharded, (eigh, root, svd))
-    calls = {
-        "eigh_update": lambda: brandla.eigh_update(eigh, columns),
-        "eigh_update, inside the span": lambda: brandla.eigh_update(eigh, hard),
-        "eigh_downdate": lambda: brandla.eigh_downdate(eigh, columns),
-        "root_update": lambda: brandla.root_update(root, columns),
-        "root_update, cholesky": lambda: brandla.root_update(root, columns, compress="cholesky"),
-        "root_update, tracked": lambda: brandla.root_update(brandla.track(root), hard),
-        "to_eigh": root.to_eigh,
-        "svd_append": lambda: brandla.svd_append(svd, columns),
-        "damped_solve": lambda: brandla.damped_solve(eigh, columns, 0.1),
-        "damped_solve of a root": lambda: brandla.damped_solve(root, columns, 0.1),
-        "damped_power": lambda: brandla.damped_power(root, columns, 0.1, -0.5),
-        "kron_damped_solve": lambda: brandla.kron_damped_solve(eigh, root, (columns, columns), 0.1, 0.1),
-        "eigh_update_": lambda: brandla.eigh_update_(eigh, columns),
-        "root_update_": lambda: brandla.root_update_(root, columns),
-    }
-    seen = {}
-    for name, call in calls.items():
+    # C and G together; UᵀA; H of the polish.
+    both, projected, inner = (r + k) * k, r * k, r * r
+    # The Gram matrix of the panel and H; or the triangles of the processes, one below the other.
+    of_panel = [(r + k) ** 2, inner] if dtype == torch.float32 else [2 * (r + k) ** 2]
+    calls = [
+        ([both, inner], brandla.eigh_update, eigh, columns),
+        ([both, inner], brandla.eigh_update, eigh, hard),
+        ([projected, inner], brandla.eigh_downdate, eigh, columns),
+        ([both], brandla.root_update, root, columns),
+        ([both], partial(brandla.root_update, compress="cholesky"), root, columns),
+        ([both], brandla.root_update, brandla.track(root), hard),
+        ([inner, inner], root.to_eigh),
+        (of_panel, brandla.svd_append, svd, columns),
+        ([projected], brandla.damped_solve, eigh, columns, 0.1),
+        ([projected], brandla.damped_solve, root, columns, 0.1),
+        ([projected], brandla.damped_power, root, columns, 0.1, -0.5),
+        ([projected, projected], brandla.kron_damped_solve, eigh, root, (columns, columns), 0.1, 0.1),
+        ([both, inner], brandla.eigh_update_, eigh, columns),
+        ([both], brandla.root_update_, root, columns),
+    ]
+    for sizes, *call in calls:
         with Messages() as recorder:
-            call()
-        seen[name] = recorder.seen
-    return seen
+            partial(*call)()
+        assert recorder.seen == [("allreduce_", size) for size in sizes], call[0]
 
 
 def zeros():

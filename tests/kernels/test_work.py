@@ -135,17 +135,16 @@ def test_proton_is_told_name_flops_and_bytes():
 
 
 class Kernel:
-    """Stands in for a compiled kernel, and notes when it is launched."""
+    """Stands in for a kernel, and notes each launch; it returns what stands in for its compiled form."""
 
     launch_metadata = None
     count = staticmethod(inner_product.sum_parts_kernel.count)
 
-    def __init__(self, fn):
-        self.fn = fn
-        self.log: list[Any] = []
+    def __init__(self, fn, compiled=None):
+        self.fn, self.compiled, self.log = fn, compiled, []
 
     def __getitem__(self, grid):
-        return lambda *arguments, **options: self.log.append(("launch", grid))
+        return lambda *arguments, **options: self.log.append((grid, arguments)) or self.compiled
 
 
 def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch):
@@ -161,7 +160,7 @@ def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     panel = torch.empty(3, device="meta")
     launching.start(kernel, (2,), {"absent_ptr": None, "panel_ptr": panel, "n": 3}, Config({}, 4, 1))
-    assert kernel.log == [("enter", panel.device), ("launch", (2,)), ("exit", panel.device)]
+    assert kernel.log == [("enter", panel.device), ((2,), (None, panel, 3)), ("exit", panel.device)]
 
 
 def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch):
@@ -249,29 +248,21 @@ def test_what_torch_copies_is_copied_at_each_call():
         assert torch.equal(launches[1].arguments["middle1_ptr"], middle.mT)
 
 
-class Compiled(triton.compiler.CompiledKernel):  # type: ignore[misc]
+class Compiled(triton.compiler.CompiledKernel):
     """Stands in for what Triton compiles."""
 
-    def __init__(self, log):
-        self.log = log
+    def __init__(self):
+        self.log = []
 
     def __getitem__(self, grid):
         return lambda *arguments: self.log.append((grid, arguments))
 
 
 def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch):
-    looked_up = []
-    again = []
-
-    class Kernel:
-        fn = inner_product.sum_parts_kernel.fn
-        count = staticmethod(inner_product.sum_parts_kernel.count)
-
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: looked_up.append((grid, arguments)) or Compiled(again)
-
-    monkeypatch.setattr(inner_product, "sum_parts_kernel", Kernel())
-    monkeypatch.setattr(inner_product, "inner_product_kernel", Kernel())
+    kernel = Kernel(inner_product.sum_parts_kernel.fn, Compiled())
+    looked_up, again = kernel.log, kernel.compiled.log
+    monkeypatch.setattr(inner_product, "sum_parts_kernel", kernel)
+    monkeypatch.setattr(inner_product, "inner_product_kernel", kernel)
     monkeypatch.setattr(launching, "interpreted", lambda: True)
     with brandla_kernels.backend("triton"):
         results = [OPS["gram"](torch.empty(700, 24)) for _ in range(2)]
