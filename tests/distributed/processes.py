@@ -30,7 +30,6 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-
 def run(function: Callable[..., Any], world_size: int, *args: Any, **limits: float) -> list[Any]:
     """Return what ``function(*args)`` returns on each rank, a process with one thread and a group around it.
 

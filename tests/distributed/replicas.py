@@ -198,8 +198,6 @@ def error_of(parameters, reference):
     return max(float((own - right).norm() / right.norm()) for own, right in zip(parameters, reference, strict=True))
 
 
-
-
 def is_last():
     return distributed.get_rank() == distributed.get_world_size() - 1
 

@@ -76,8 +76,6 @@ def sharded(factor, *, replicate=False):
     return factor._replace(**{name: (on_rows if name == tall else small)(part) for name, part in parts.items()})
 
 
-
-
 def whole(tree):
     """Return the same with every DTensor gathered."""
     return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)

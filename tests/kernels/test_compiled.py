@@ -9,9 +9,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from brandla_kernels import OPS  # noqa: E402
-from brandla_kernels._kernels.ahead import TARGETS, Compiled, Product, compile_for, faults, target_named  # noqa: E402
-from brandla_kernels._kernels.launch import Config, Launch, recording  # noqa: E402
-from brandla_kernels._kernels.shipped import DTYPES, LAYOUTS, Layout, Specialization, specializations  # noqa: E402
+from brandla_kernels._kernels.ahead import TARGETS, Product, compile_for, faults, target_named  # noqa: E402
+from brandla_kernels._kernels.launch import Config, recording  # noqa: E402
+from brandla_kernels._kernels.shipped import DTYPES, LAYOUTS, specializations  # noqa: E402
 from brandla_kernels._targets import WEAK_FLOAT64  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
@@ -242,8 +242,6 @@ def test_update_of_float32_holds_no_tile_in_float64():
 )
 def test_occupancy_is_what_the_scarcest_resource_leaves(target, registers, warps, shared, programs, shipped):
     launch = shipped.launch._replace(config=shipped.launch.config._replace(num_warps=warps))
-    compiled = replace(
-        shipped, target=target, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0
-    )
+    compiled = replace(shipped, target=target, launch=launch, registers=registers, shared_bytes=shared, tensor_memory=0)
     assert compiled.programs == programs
     assert compiled.occupancy == programs * warps / {"sm_80": 64, "sm_90": 64, "sm_120": 48, "gfx942": 32}[target]

@@ -15,8 +15,8 @@ from bench import estimates, kernels_table
 from bench.gpu.cases import TOY
 from brandla_kernels import OPS
 from brandla_kernels._kernels import shipped
-from brandla_kernels._kernels.ahead import Compiled, compile_for, target_named
-from brandla_kernels._kernels.launch import Launch, recording
+from brandla_kernels._kernels.ahead import compile_for, target_named
+from brandla_kernels._kernels.launch import recording
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """How many kernels a call asks a GPU for: the budgets, and what is counted at all."""
 
-
 import pytest
 import torch
 

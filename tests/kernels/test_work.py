@@ -18,7 +18,7 @@ from brandla_kernels import OPS  # noqa: E402
 from brandla_kernels._kernels import inner_product  # noqa: E402
 from brandla_kernels._kernels import launch as launching  # noqa: E402
 from brandla_kernels._kernels.ahead import target_named  # noqa: E402
-from brandla_kernels._kernels.launch import Config, Launch, metadata, recording  # noqa: E402
+from brandla_kernels._kernels.launch import Config, metadata, recording  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
 

@@ -24,8 +24,6 @@ def products_of(r, k, dtype, *, diagonal, seed=0):
     return cross, own, torch.linspace(2, 1, r, dtype=dtype) if diagonal else gram, *numbers
 
 
-
-
 def assert_same(results, expected, dtype):
     for got, wanted in zip(results, expected, strict=True):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)

@@ -1,6 +1,5 @@
 """Offsets into a matrix are 64 bits wide: rows may lie further apart than 2³¹ elements reach."""
 
-
 import pytest
 import torch
 

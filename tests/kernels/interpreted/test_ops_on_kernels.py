@@ -1,6 +1,5 @@
 """Each kernel against the formula of its op in float64, on every layout and on sizes around the edges of its tiles."""
 
-
 import pytest
 import torch
 from torch import Tensor
