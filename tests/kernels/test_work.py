@@ -268,7 +268,7 @@ def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch):
         results = [OPS["gram"](torch.empty(700, 24)) for _ in range(2)]
         assert len(looked_up) == len(again) == 2
         assert [len(arguments) for _, arguments in looked_up] == [len(arguments) for _, arguments in again]
-        assert [arguments[1] for _, arguments in (looked_up[1], again[1])] == results
+        assert [arguments[2] for _, arguments in (looked_up[1], again[1])] == results
         # A profiler is told at each launch, as Triton does it.
         monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
         OPS["gram"](torch.empty(700, 24))

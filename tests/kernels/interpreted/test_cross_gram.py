@@ -46,8 +46,8 @@ def test_what_is_not_finite_shows(spoilt, value, scale, device):
 
 
 def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(device, monkeypatch):
-    monkeypatch.setattr(configs, "STRETCH", 16)
-    arguments = operands("cross_gram", 4 * 16 + 5, 3, 130, "plain", torch.float32, device)
+    monkeypatch.setattr(configs, "STRETCH", 32)
+    arguments = operands("cross_gram", 2 * 32 + 5, 3, 66, "plain", torch.float32, device)
     cross, gram = OPS["cross_gram"](*arguments)
     assert_computes("cross_gram", (cross, gram), arguments)
     assert torch.equal(gram, gram.mT)
@@ -57,7 +57,7 @@ def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_th
 @pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
 def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
     """And those of a rounded sum are added up in float64."""
-    op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.empty(rows, 64), torch.empty(rows, 32))
+    op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
     arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
     launch = OPS[op].launch
     assert launch is not None

@@ -15,7 +15,6 @@ from op_cases import root_core_operands
 
 pytestmark = pytest.mark.usefixtures("_overflow_is_meant")
 
-TORCH_FORM = OPS["root_core"].torch_form
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 EPS = torch.finfo(FLOAT64).eps
 # r, k and s: orders 0, 1, 2, around the blocks of 16 columns and the tiles of 32, and without truncation.
@@ -44,6 +43,12 @@ def arguments_of(family, r, k, s, tol=0.0, dtype=FLOAT64):
 def launched(arguments, device):
     moved = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
     return tuple(part.cpu() for part in kernel.root_core(*moved))
+
+
+def expected_of(arguments):
+    """Return the results of the torch form, within which no kernel runs."""
+    with brandla.backend("torch"):
+        return OPS["root_core"].torch_form(*arguments)
 
 
 def core_of(arguments):
@@ -78,7 +83,7 @@ def assert_promised(results, arguments):
 def test_results_are_those_of_the_torch_form(size, dtype, device):
     """Where eigenvalues differ, W follows from K: to the rounding of K over the gaps, which are above 1e-3 here."""
     arguments = arguments_of("gaussian", *size, dtype=dtype)
-    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    results, expected = launched(arguments, device), expected_of(arguments)
     error = 4 * torch.finfo(dtype).eps + 1e4 * sum(size[:2]) * EPS
     for got, wanted in zip(results, expected, strict=True):
         assert got.shape == wanted.shape
@@ -94,7 +99,7 @@ def test_results_are_those_of_the_torch_form(size, dtype, device):
 def test_every_family_by_its_definition_with_as_much_of_the_trace(family, tol, dtype, device):
     """The core is in the dtype of the factor."""
     arguments = arguments_of(family, 10, 7, 9, tol, dtype)
-    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    results, expected = launched(arguments, device), expected_of(arguments)
     assert_promised(results, arguments)
     kept, wanted = (float(part[0].double().trace()) for part in (results, expected))
     # In directions whose values are rounding either may have taken another one.
@@ -117,7 +122,7 @@ def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
         inner = cross_gram(root.root, columns)
     numbers = (torch.full((len(STREAMS),), number, dtype=FLOAT64) for number in (0.95, 0.05))
     arguments = (root.gram, *inner, *numbers, r, 0.0, True)
-    results, expected = launched(arguments, device), TORCH_FORM(*arguments)
+    results, expected = launched(arguments, device), expected_of(arguments)
     for place, stream in enumerate(STREAMS):
         own = (*(part[place] for part in arguments[:5]), *arguments[5:])
         assert_promised(tuple(part[place] for part in results), own)
