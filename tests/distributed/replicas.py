@@ -1,22 +1,19 @@
 """Replicas of a network that train under K-FAC, each on its share of the batches, and one process on all of them."""
 
-from __future__ import annotations
-
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup as Group
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from brandla.kfac import KFAC, Brand, Exact, Strategy
-from distributed.behaviours import is_last, refusal
+from distributed.processes import refusal
 from kfac.networks import Words, batch, mlp
 from kfac.networks import train as train_on
 
@@ -27,12 +24,12 @@ WIDTHS = (10, 30, 24, 4)
 HUGE = 2.0**1000
 
 
-def network() -> nn.Module:
+def network():
     """A network for classification."""
     return mlp(*WIDTHS)
 
 
-def falling(step: int) -> float:
+def falling(step):
     """Damping that falls with the steps."""
     return 0.2 / (1 + step)
 
@@ -61,28 +58,27 @@ class Case(NamedTuple):
 class Mixed(Words):
     """Every kind of layer, of words that the inputs are read as."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(12, 8, WIDTHS[-1])
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return super().forward((3 * inputs.abs()).long().clamp(max=11))
 
 
 class Branches(nn.Module):
     """Two networks of which a batch goes through one: the first if its first number is positive."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = mlp(10, 30, 4, seed=1), mlp(10, 24, 4, seed=2)
         self.shared = mlp(4, 8, 4, seed=3)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Choose by the data."""
+    def forward(self, inputs):
         branch = self.first if bool(inputs[0, 0] > 0) else self.second
         return self.shared(branch(inputs))
 
 
-def share(case: Case, rank: int, step: int, part: int) -> tuple[Tensor, Tensor]:
+def share(case, rank, step, part):
     """Return what a rank trains on in one backward pass."""
     inputs, labels = batch(case.sizes[rank], WIDTHS[0], WIDTHS[-1], seed=1000 * step + 10 * part + rank)
     inputs[0, 0] = 1.0 if rank % 2 else -1.0
@@ -92,19 +88,18 @@ def share(case: Case, rank: int, step: int, part: int) -> tuple[Tensor, Tensor]:
 
 
 class Training:
-    """A network of one process with all that trains it; ``wrapped`` is what its batches go through."""
+    """A network of one process with all that trains it; ``wrapped`` is what its batches go through.
 
-    def __init__(
-        self, case: Case, model: nn.Module, wrapped: nn.Module | None = None, group: Group | None = None
-    ) -> None:
-        self.case = case
-        self.group = group
-        self.model = model
+    Alone it takes the batches of all ranks, with the mean of their losses.
+    """
+
+    def __init__(self, case, model, wrapped=None, group=None):
+        self.case, self.group, self.model = case, group, model
         self.wrapped = model if wrapped is None else wrapped
         self.scaler = torch.amp.GradScaler("cpu", case.scale or 1.0, enabled=case.scale is not None)
         self.preconditioner = self._preconditioner()
 
-    def backward(self, rank: int, step: int, part: int, ranks: int = 1) -> None:
+    def backward(self, rank, step, part, ranks=1):
         """Send back the mean over a rank's samples, divided for accumulation and by the number of ranks."""
         case = self.case
         inputs, labels = share(case, rank, step, part)
@@ -116,59 +111,45 @@ class Training:
         loss = nn.functional.cross_entropy(outputs, labels) / (case.accumulate * ranks)
         self.scaler.scale(loss * (HUGE if (rank, step) in case.overflows else 1)).backward()
 
-    def finish(self) -> None:
-        """Take the step that the gradients are for."""
+    def step(self, step, *, alone=False):
+        self._passes(step, alone)
         # No momentum, so that a new one at each step goes on as the last.
         optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)
         self.scaler.unscale_(optimizer)
         self.preconditioner.step()
         self.scaler.step(optimizer)
         self.scaler.update()
-
-    def step(self, step: int) -> None:
-        """Take a step as one process of the group."""
-        self._twice(self._pass, step)
-
-    def run(self, first: int = 0) -> list[Tensor]:
-        """Take steps as one process of the group; return the weights."""
-        for step in range(first, first + STEPS):
-            self.step(step)
-        return self.parameters()
-
-    def step_alone(self, step: int) -> None:
-        """Take a step with the batches of all ranks."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "KFAC")
-            self._twice(self._pass_alone, step)
-
-    def _twice(self, backward: Callable[[int], None], step: int) -> None:
-        backward(step)
-        self.finish()
         if self.case.strategy.takes_second_pass:
-            backward(step)
+            self._passes(step, alone)
             self.preconditioner.second_pass()
 
-    def _pass(self, step: int) -> None:
+    def _passes(self, step, alone):
         self.model.zero_grad()
-        rank, case = distributed.get_rank(self.group), self.case
+        parts = range(self.case.accumulate)
+        if alone:
+            ranks = len(self.case.sizes)
+            for part in parts:
+                for rank in range(ranks):
+                    self.backward(rank, step, part, ranks)
+            return
+        rank = distributed.get_rank(self.group)
         with unsynchronised(self.wrapped):
-            for part in range(case.accumulate - 1):
+            for part in parts[:-1]:
                 self.backward(rank, step, part)
-        self.backward(rank, step, case.accumulate - 1)
+        self.backward(rank, step, parts[-1])
 
-    def _pass_alone(self, step: int) -> None:
-        self.model.zero_grad()
-        ranks = len(self.case.sizes)
-        for part in range(self.case.accumulate):
-            for rank in range(ranks):
-                self.backward(rank, step, part, ranks)
+    def run(self, first=0, *, alone=False):
+        """Take steps; return the weights."""
+        for step in range(first, first + STEPS):
+            self.step(step, alone=alone)
+        return self.parameters()
 
-    def state(self) -> dict[str, Any]:
+    def state(self):
         """Return all that training goes on from."""
         weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         return {"model": weights, "kfac": self.preconditioner.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state):
         """Go on from a state, with a new preconditioner."""
         self.preconditioner.remove()
         self.model.load_state_dict(state["model"])
@@ -176,18 +157,17 @@ class Training:
         self.preconditioner = self._preconditioner()
         self.preconditioner.load_state_dict(state["kfac"])
 
-    def parameters(self) -> list[Tensor]:
-        """Return copies of the weights."""
+    def parameters(self):
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
-    def _preconditioner(self) -> KFAC:
+    def _preconditioner(self):
         options = {"damping": 0.1, "clip": 0.1, "process_group": self.group, **(self.case.options or {})}
         model = self.model if self.case.wrap == "plain" else self.wrapped
         return KFAC(model, self.case.strategy, distributed=self.case.mode, scaler=self.scaler, **options)
 
 
 @contextmanager
-def unsynchronised(model: nn.Module) -> Iterator[None]:
+def unsynchronised(model):
     """Keep the gradients of backward passes where they are."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
@@ -198,29 +178,28 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
     model.set_requires_gradient_sync(requires_gradient_sync=True)
 
 
-def replica(case: Case, group: Group | None = None) -> Training:
+def replica(case, group=None):
     """Return one process's part of the training of a case."""
     model = case.model()
+    unused = case.model is Branches
     wrapped = DistributedDataParallel(
-        model,
-        process_group=group,
-        find_unused_parameters=case.model is Branches,
-        static_graph=case.wrap == "static",
+        model, process_group=group, find_unused_parameters=unused, static_graph=case.wrap == "static"
     )
     return Training(case, model, wrapped, group)
 
 
-def alone(case: Case, first: int = 0) -> list[Tensor]:
-    """Train in one process on the batches of all ranks: the loss is the mean of theirs."""
-    training = Training(case, case.model())
-    for step in range(first, first + STEPS):
-        training.step_alone(step)
-    return training.parameters()
+def alone(case, first=0):
+    """Train in one process on the batches of all ranks."""
+    return Training(case, case.model()).run(first, alone=True)
 
 
-def error_of(parameters: list[Tensor], reference: list[Tensor]) -> float:
+def error_of(parameters, reference):
     """Return the largest relative error."""
     return max(float((own - right).norm() / right.norm()) for own, right in zip(parameters, reference, strict=True))
+
+
+def is_last():
+    return distributed.get_rank() == distributed.get_world_size() - 1
 
 
 class Outcome(NamedTuple):
@@ -237,14 +216,14 @@ class Outcome(NamedTuple):
     scale: float
 
 
-def train(cases: list[Case]) -> list[Outcome]:
+def train(cases):
     """Train in this group, each case in turn."""
     torch.set_grad_enabled(True)
     warnings.simplefilter("ignore")
     return [_train(case) for case in cases]
 
 
-def _train(case: Case) -> Outcome:
+def _train(case):
     training = replica(case)
     same = True
     for step in range(STEPS):
@@ -262,16 +241,14 @@ def _train(case: Case) -> Outcome:
     return Outcome(parameters, same, states_same, continued, skipped, scale)
 
 
-def tensors_of(nested: Any) -> list[Tensor]:
+def tensors_of(nested):
     """Return all tensors of nested dicts, in the order of their keys."""
-    if isinstance(nested, Tensor):
-        return [nested]
     if isinstance(nested, dict):
         return [tensor for key in sorted(nested) for tensor in tensors_of(nested[key])]
-    return []
+    return [nested] if isinstance(nested, Tensor) else []
 
 
-def _is_same(tensors: list[Tensor]) -> bool:
+def _is_same(tensors):
     """Compare tensors with those of all other ranks, bit by bit."""
     own = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
     everyone = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
@@ -279,7 +256,7 @@ def _is_same(tensors: list[Tensor]) -> bool:
     return all(torch.equal(own.view(torch.int64), other.view(torch.int64)) for other in everyone)
 
 
-def checkpoints(cases: list[Case]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+def checkpoints(cases):
     """Return, of each case, the state after some steps, and the parameters after one more."""
     warnings.simplefilter("ignore")
     found = []
@@ -291,24 +268,24 @@ def checkpoints(cases: list[Case]) -> list[tuple[dict[str, Any], list[Tensor]]]:
     return found
 
 
-def in_turn(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+def in_turn(calls):
     """Return what several functions find, one after the other, in one launch."""
     return [function(*arguments) for function, arguments in calls]
 
 
-def train_in_pairs(cases: list[Case], firsts: tuple[int, int]) -> list[list[Tensor]]:
+def train_in_pairs(cases, firsts):
     """Train in two groups of two that know nothing of each other, on the batches from each one's first step on."""
     groups = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     own = distributed.get_rank() // 2
     return [replica(case, groups[own]).run(firsts[own]) for case in cases]
 
 
-def draws(calls: int, steps: int) -> Tensor:
+def draws(calls, steps):
     """Return the noise that this rank sent back in each call of `KFAC.curvature`, (steps · calls, numbers)."""
     model = nn.Linear(10, 10)
     preconditioner = KFAC(DistributedDataParallel(model), Exact(), curvature="monte-carlo")
     inputs, _ = batch(100, 10, 10, dtype=torch.float32)
-    drawn: list[Tensor] = []
+    drawn = []
     for _ in range(steps):
         model.zero_grad()
         for _ in range(calls):
@@ -321,7 +298,7 @@ def draws(calls: int, steps: int) -> Tensor:
     return torch.stack(drawn).flatten(1)
 
 
-def first_rank_brings_all(mode: str) -> tuple[list[bool], bool]:
+def first_rank_brings_all(mode):
     """Step before any backward pass, then with gradients in the first rank alone.
 
     Return whether this rank has a gradient then, of each parameter, and whether all states are the same.
@@ -336,7 +313,7 @@ def first_rank_brings_all(mode: str) -> tuple[list[bool], bool]:
     return [parameter.grad is not None for parameter in training.model.parameters()], bool(states) and _is_same(states)
 
 
-def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], list[Tensor]]:
+def train_alike(mode, options):
     """Train on the same batches on every rank, or in one process; return what the factors got, and the parameters."""
     model = mlp(40, 44)
     wrapped = DistributedDataParallel(model) if mode else model
@@ -346,24 +323,21 @@ def train_alike(mode: str | None, options: dict[str, int]) -> tuple[list[str], l
     return strategies, [parameter.detach() for parameter in model.parameters()]
 
 
-def train_sharded(before: list[Case], after: list[Case]) -> list[list[Tensor]]:
+def train_sharded(before, after):
     """Train with parameters sharded by FSDP2, the preconditioners of the first cases constructed before they are."""
     warnings.simplefilter("ignore")
     results = []
     for case in before + after:
         model = case.model()
         training = Training(case, model) if case in before else None
-        for module in model:
-            if isinstance(module, nn.Linear):
-                fully_shard(module)
-        fully_shard(model)
-        training = training or Training(case, model)
-        training.run()
+        for module in (*(layer for layer in model if isinstance(layer, nn.Linear)), model):
+            fully_shard(module)
+        (training or Training(case, model)).run()
         results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
     return results
 
 
-def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
+def last_rank_refuses(mode):
     """Have the last rank leave a layer to the optimizer; return which layers are left, and what becomes of gradients.
 
     That of the layer must be as it was, and all gradients the same on all ranks.
@@ -371,35 +345,33 @@ def last_rank_refuses(mode: str) -> tuple[list[bool], bool, bool]:
     warnings.simplefilter("ignore")
     training = replica(Case(Exact(), mode))
     model, preconditioner = training.model, training.preconditioner
-    rank = distributed.get_rank()
-    training.backward(rank, 0, 0)
+    training.backward(distributed.get_rank(), 0, 0)
     if is_last():
         preconditioner._layers[1].capture.refusal = "its output is a secret"
     before = model[2].weight.grad.clone()
     preconditioner.step()
-    gradients = [parameter.grad for parameter in model.parameters()]
     left = [bool(layer.capture.refusal) for layer in preconditioner._layers]
-    return left, torch.equal(before, model[2].weight.grad), _is_same(gradients)
+    untouched = torch.equal(before, model[2].weight.grad)
+    return left, untouched, _is_same([parameter.grad for parameter in model.parameters()])
 
 
-def leaves_gradients_out() -> list[str]:
+def leaves_gradients_out():
     """Ask for gradients that autograd does not form; return what a wrapped model and one on its own are told."""
     wrapped = (wrap(nn.Linear(20, 10)) for wrap in (DistributedDataParallel, nn.Sequential))
     told = (refusal(lambda model=model: KFAC(model, Exact(), gradient="pair")) for model in wrapped)
     return list(filter(None, told))
 
 
-def last_rank_leaves(mode: str) -> str:
+def last_rank_leaves(mode):
     """Step in all ranks but the last, which ends before; return what the others are told."""
     training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
-    rank = distributed.get_rank()
-    training.backward(rank, 0, 0)
+    training.backward(distributed.get_rank(), 0, 0)
     if is_last():
         os._exit(3)
     return refusal(training.preconditioner.step)
 
 
-def last_rank_is_late(seconds: float) -> str:
+def last_rank_is_late(seconds):
     """Step in the first rank alone; return what it is told when the group's timeout is over."""
     training = Training(Case(Brand(4)), network())
     training.backward(0, 0, 0)

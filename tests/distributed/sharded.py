@@ -1,10 +1,7 @@
 """What every rank does in the tests of row-sharded factors: the same call sharded and whole, and how they compare."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import re
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -16,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import brandla
 import builders
 import oracles
+from distributed.processes import refusal
 
 UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
@@ -24,14 +22,24 @@ STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
 SIZES = ((64, 8, 4), (37, 6, 5), (5, 2, 1), (8, 5, 4), (3, 2, 2), (1, 1, 1), (33, 12, 3))
 
 
+# All small parts that were compared, which decide branches: to have the same bits on every rank.
+SMALL = []
+
+
+def small_parts(function, *arguments):
+    """Return what a check of this rank comes by."""
+    function(*arguments)
+    return SMALL
+
+
 class Messages(TorchDispatchMode):
     """Record every collective: its name, and how many numbers the largest tensor in it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.seen: list[tuple[str, int]] = []
+        self.seen = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented
         if "c10d" in func.namespace:
@@ -41,24 +49,24 @@ class Messages(TorchDispatchMode):
 
 
 @cache
-def mesh_of_all() -> DeviceMesh:
+def mesh_of_all():
     return init_device_mesh("cpu", (distributed.get_world_size(),))
 
 
-def spread(matrix: Tensor, *placement: Shard | Replicate, mesh: DeviceMesh | None = None) -> Tensor:
+def spread(matrix, *placement, mesh=None):
     # Every rank has the whole, so none is sent. A shard may lie in its memory.
     return distribute_tensor(matrix.detach().clone(), mesh or mesh_of_all(), placement, src_data_rank=None)
 
 
-def on_rows(matrix: Tensor, dim: int = -2) -> Tensor:
+def on_rows(matrix, dim=-2):
     return spread(matrix, Shard(dim % matrix.ndim))
 
 
-def on_all(small: Tensor) -> Tensor:
+def on_all(small):
     return spread(small, Replicate())
 
 
-def sharded(factor: Any, *, replicate: bool = False) -> Any:
+def sharded(factor, *, replicate=False):
     """Return a factor with its tall matrix sharded, and small ones as plain tensors or as replicated DTensors."""
     if isinstance(factor, brandla.Tracked):
         return brandla.track(sharded(factor.lowrank, replicate=replicate))
@@ -68,21 +76,16 @@ def sharded(factor: Any, *, replicate: bool = False) -> Any:
     return factor._replace(**{name: (on_rows if name == tall else small)(part) for name, part in parts.items()})
 
 
-def small_of(factor: Any) -> Tensor:
-    """Return d or S, whole."""
-    return whole(factor.gram if isinstance(factor, brandla.LowRankRoot) else factor.eigenvalues)
-
-
-def whole(tree: Any) -> Any:
+def whole(tree):
     """Return the same with every DTensor gathered."""
     return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
 
 
-def pointers_of(factor: Any) -> list[int]:
+def pointers_of(factor):
     return [(part.to_local() if isinstance(part, DTensor) else part).data_ptr() for part in factor]
 
 
-def agree(actual: Tensor, expected: Tensor, label: object, scale: float | None = None) -> None:
+def agree(actual, expected, label, scale=None):
     """Compare by what rounding explains of n·ε·‖·‖, `oracles.THRESHOLD` times."""
     actual = whole(actual)
     assert actual.dtype == expected.dtype
@@ -95,8 +98,13 @@ def agree(actual: Tensor, expected: Tensor, label: object, scale: float | None =
         assert ratio < oracles.THRESHOLD, (label, ratio)
 
 
-def compare(many: Any, one: Any, label: object) -> None:
+def is_spread(part):
+    return isinstance(part, DTensor) and part.placements[0].is_shard()
+
+
+def compare(many, one, label):
     """Compare what sharded arguments gave with what whole ones gave: the matrices, and what their form promises."""
+    SMALL.extend(whole([part for part in tree_leaves(many) if not is_spread(part)]))
     if isinstance(one, Tensor):
         agree(many, one, label)
     elif isinstance(one, brandla.Tracked):
@@ -114,14 +122,14 @@ def compare(many: Any, one: Any, label: object) -> None:
             compare(*parts, label)
 
 
-def check(call: Callable[..., Any], *arguments: Any, label: object = None) -> Any:
+def check(call, *arguments, label=None):
     """Return what a call gives for sharded arguments, once it is what the whole ones give."""
     result = call(*arguments)
     compare(result, call(*whole(arguments)), label or call)
     return result
 
 
-def same_kind(result: Any, argument: Any, label: object) -> None:
+def same_kind(result, argument, label):
     """Check that what comes out is a DTensor with the placements of what went in, or no DTensor."""
     for one, other in zip(result, argument, strict=True):
         assert isinstance(one, DTensor) == isinstance(other, DTensor), label
@@ -130,14 +138,14 @@ def same_kind(result: Any, argument: Any, label: object) -> None:
             assert one.device_mesh == other.device_mesh, label
 
 
-def batches(stream: str, n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+def batches(stream, n, k, dtype):
     # Streams need at least 16 rows; a smaller one has the first of them.
     return [columns[:n].contiguous() for columns in oracles.batches(stream, max(n, 32), k, 5, dtype=dtype)]
 
 
-def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
-    """Update sharded and whole factors side by side, at every size; return all small parts."""
-    update, small_parts = partial(UPDATES[name], decay=0.9, weight=0.1), []
+def update_streams(name, dtype):
+    """Update sharded and whole factors side by side, at every size."""
+    update = partial(UPDATES[name], decay=0.9, weight=0.1)
     for index, (n, r, k) in enumerate(SIZES):
         # Of two and of four processes, each size has another stream; small parts are of both kinds.
         stream = STREAMS[(index + distributed.get_world_size()) % 4]
@@ -152,19 +160,15 @@ def update_streams(name: str, dtype: torch.dtype) -> list[Tensor]:
             same_kind(many.lowrank, before.lowrank, label)
             agree(many.lowrank.dense(), one.lowrank.dense(), label)
         compare(many, one, label)
-        small_parts += [small_of(many.lowrank), *map(whole, many[1:])]
         if isinstance(one.lowrank, brandla.LowRankRoot):
             eigh = many.lowrank.to_eigh()
             same_kind(eigh[::-1], many.lowrank, label)
             compare(eigh, one.lowrank.to_eigh(), label)
-            small_parts.append(small_of(eigh))
-    return small_parts
 
 
-def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
+def other_forms_of_updates(dtype):
     """In place, grouped, of a batch, with a rank, with tensors for numbers, with nothing to add."""
     n, r, k = 37, 6, 5
-    small_parts = []
     columns, second, data = (
         builders.make_columns(size, k, dtype=dtype, batch_shape=shape) for size, shape in ((n, ()), (20, ()), (n, (2,)))
     )
@@ -178,7 +182,6 @@ def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
             assert result.lowrank is target
             assert pointers_of(target) == pointers
             compare(target, faded(factor, columns), (name, "in place"))
-            small_parts.append(small_of(target))
 
         if dtype == torch.float32:
             half = columns.bfloat16()
@@ -212,13 +215,11 @@ def other_forms_of_updates(dtype: torch.dtype) -> list[Tensor]:
     same_kind(check(brandla.eigh_downdate, many, few), many, "eigh_downdate")
     root = sharded(builders.make_root(n, r, dtype=dtype))
     check(partial(brandla.root_update, decay=0.9, shrink=True), root, on_rows(columns))
-    return small_parts
 
 
-def grouped_updates(dtype: torch.dtype) -> list[Tensor]:
+def grouped_updates(dtype):
     """Classes of factors that are updated together: their small matrices travel in the messages of one factor."""
     r, k = 6, 5
-    small_parts = []
     for name, update in UPDATES.items():
         # Of the last, r + k is above n.
         sizes = (37, 20, 64, 9)
@@ -235,18 +236,15 @@ def grouped_updates(dtype: torch.dtype) -> list[Tensor]:
             compare(results, expected, name)
             for result, before in zip(results, own, strict=True):
                 same_kind(result.lowrank, before.lowrank, name)
-                small_parts.append(small_of(result.lowrank))
-    return small_parts
 
 
-def svd_streams(dtype: torch.dtype) -> list[Tensor]:
+def svd_streams(dtype):
     """Append to and update sharded decompositions and whole ones side by side."""
-    small_parts = []
     for n, r, k in SIZES:
         for centred in (False, True):
             label = ("svd_append", dtype, n, r, k, centred)
-            one: Any = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype)
-            many: Any = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype, mesh=mesh_of_all())
+            one = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype)
+            many = brandla.LowRankSVD.zeros(n, 0, r, dtype=dtype, mesh=mesh_of_all())
             if centred:
                 one, many = brandla.centre(one), brandla.centre(many)
             for columns in batches("slow", n, k, dtype):
@@ -254,13 +252,11 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
                 many = brandla.svd_append(many, on_rows(columns), decay=0.9)
             compare(many, one, label)
             if centred:
-                small_parts.append(many.weight)
                 one, many = one.svd, many.svd
             assert isinstance(many.U, DTensor), label
             U = whole(many.U)
             agree((U * many.S.square()) @ U.mT, (one.U * one.S.square()) @ one.U.mT, label)
-            small_parts += [many.S, many.Vh]
-    small_parts += nearly_dependent_columns(dtype)
+    nearly_dependent_columns(dtype)
     append, update = (partial(function, decay=0.9) for function in (brandla.svd_append, brandla.svd_update))
     batch = builders.make_svd(37, 21, 6, dtype=dtype, batch_shape=(2,))
     check(append, sharded(batch), on_rows(builders.make_columns(37, 4, dtype=dtype, batch_shape=(2,))))
@@ -274,12 +270,10 @@ def svd_streams(dtype: torch.dtype) -> list[Tensor]:
         (on_both, on_rows(left), on_rows(right)),
     ):
         same_kind(check(update, factor, *sides), factor, "svd_update")
-    return small_parts
 
 
-def nearly_dependent_columns(dtype: torch.dtype) -> list[Tensor]:
+def nearly_dependent_columns(dtype):
     """Append columns whose last directions are weak where a process holds fewer rows than the panel has columns."""
-    small_parts = []
     for n, r, k, weak in ((12, 4, 4, 8.0), (12, 6, 10, 64.0), (7, 4, 4, 4e3), (3, 0, 8, 16.0), (64, 6, 10, 64.0)):
         svd = builders.make_svd(n, 20, r, "slow", dtype=dtype)
         few = oracles.gaussian(n, 2, seed=1) @ oracles.gaussian(2, k, seed=2)
@@ -289,11 +283,9 @@ def nearly_dependent_columns(dtype: torch.dtype) -> list[Tensor]:
         assert oracles.orthonormality_ratio(whole(result.U), result.S) < oracles.THRESHOLD, label
         assert oracles.orthonormality_ratio(result.Vh.mT, result.S) < oracles.THRESHOLD, label
         agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), label)
-        small_parts.append(result.S)
-    return small_parts
 
 
-def damped_applications(dtype: torch.dtype) -> list[Tensor]:
+def damped_applications(dtype):
     """Every damped function, on blocks and vectors, with every tail, for both kinds of factor."""
     damping = torch.tensor(0.1, dtype=dtype)
     for n, r, k in SIZES:
@@ -317,10 +309,9 @@ def damped_applications(dtype: torch.dtype) -> list[Tensor]:
     check(brandla.grouped.damped_power, mixed, on_first, 0.1, -0.25)
     batch = builders.make_eigh(37, 6, dtype=dtype, batch_shape=(2,))
     check(brandla.damped_solve, sharded(batch), on_first[0], 0.1, label="broadcast")
-    return []
 
 
-def kron_applications(dtype: torch.dtype) -> list[Tensor]:
+def kron_applications(dtype):
     """Pairs with either side sharded, and one matrix sharded on its rows."""
     p, q, k = 37, 22, 3
     left, right = builders.make_eigh(p, 6, dtype=dtype), builders.make_root(q, 4, dtype=dtype)
@@ -339,15 +330,13 @@ def kron_applications(dtype: torch.dtype) -> list[Tensor]:
         compare(again, whole(result), "grouped pair")
     matrix = on_rows(P @ Q.mT)
     same_kind([check(solve, on_left, right, matrix, 0.1, 0.2)], [matrix], "matrix")
-    return []
 
 
-def gradients() -> list[Tensor]:
+def gradients():
     """Gradients of damped applications, which every process has of its own rows, and whole of what is small."""
     n = 37
     weights = builders.make_columns(n, 3, seed=8)
     right, other = builders.make_eigh(3, 2, seed=5), builders.make_columns(n, 3, seed=6)
-    small_parts = []
     for make in (builders.make_eigh, builders.make_root):
         for call in (
             lambda factor, rhs, damping: brandla.damped_solve(factor, rhs, damping, tail=0.01),
@@ -362,43 +351,43 @@ def gradients() -> list[Tensor]:
             result = call(type(factor)(*own[:2]), own[2], own[3])
             (result.to_local() * on_rows(weights).to_local()).sum().backward()
             compare([part.grad for part in own], expected, call)
-            small_parts += [part.grad for part in own if not isinstance(part, DTensor)]
-    return small_parts
 
 
-def messages(n: int, r: int, k: int, dtype: torch.dtype) -> dict[str, list[tuple[str, int]]]:
-    """Return every collective of each function on tall matrices of n rows."""
+def messages(n, r, k, dtype):
+    """Check the numbers in every collective of each function on tall matrices of n rows: none grows with n."""
     eigh, root = builders.make_eigh(n, r, dtype=dtype), builders.make_root(n, r, dtype=dtype)
     svd = builders.make_svd(n, 2 * r, r, dtype=dtype)
     columns = on_rows(builders.make_columns(n, k, dtype=dtype))
     # Columns almost inside the span of U.
     hard = on_rows(eigh.eigenvectors[:, :k] + 1e-5 * builders.make_columns(n, k, dtype=dtype))
     eigh, root, svd = map(sharded, (eigh, root, svd))
-    calls: dict[str, Callable[[], Any]] = {
-        "eigh_update": lambda: brandla.eigh_update(eigh, columns),
-        "eigh_update, inside the span": lambda: brandla.eigh_update(eigh, hard),
-        "eigh_downdate": lambda: brandla.eigh_downdate(eigh, columns),
-        "root_update": lambda: brandla.root_update(root, columns),
-        "root_update, cholesky": lambda: brandla.root_update(root, columns, compress="cholesky"),
-        "root_update, tracked": lambda: brandla.root_update(brandla.track(root), hard),
-        "to_eigh": root.to_eigh,
-        "svd_append": lambda: brandla.svd_append(svd, columns),
-        "damped_solve": lambda: brandla.damped_solve(eigh, columns, 0.1),
-        "damped_solve of a root": lambda: brandla.damped_solve(root, columns, 0.1),
-        "damped_power": lambda: brandla.damped_power(root, columns, 0.1, -0.5),
-        "kron_damped_solve": lambda: brandla.kron_damped_solve(eigh, root, (columns, columns), 0.1, 0.1),
-        "eigh_update_": lambda: brandla.eigh_update_(eigh, columns),
-        "root_update_": lambda: brandla.root_update_(root, columns),
-    }
-    seen = {}
-    for name, call in calls.items():
+    # C and G together; UᵀA; H of the polish.
+    both, projected, inner = (r + k) * k, r * k, r * r
+    # The Gram matrix of the panel and H; or the triangles of the processes, one below the other.
+    of_panel = [(r + k) ** 2, inner] if dtype == torch.float32 else [2 * (r + k) ** 2]
+    calls = [
+        ([both, inner], brandla.eigh_update, eigh, columns),
+        ([both, inner], brandla.eigh_update, eigh, hard),
+        ([projected, inner], brandla.eigh_downdate, eigh, columns),
+        ([both], brandla.root_update, root, columns),
+        ([both], partial(brandla.root_update, compress="cholesky"), root, columns),
+        ([both], brandla.root_update, brandla.track(root), hard),
+        ([inner, inner], root.to_eigh),
+        (of_panel, brandla.svd_append, svd, columns),
+        ([projected], brandla.damped_solve, eigh, columns, 0.1),
+        ([projected], brandla.damped_solve, root, columns, 0.1),
+        ([projected], brandla.damped_power, root, columns, 0.1, -0.5),
+        ([projected, projected], brandla.kron_damped_solve, eigh, root, (columns, columns), 0.1, 0.1),
+        ([both, inner], brandla.eigh_update_, eigh, columns),
+        ([both], brandla.root_update_, root, columns),
+    ]
+    for sizes, *call in calls:
         with Messages() as recorder:
-            call()
-        seen[name] = recorder.seen
-    return seen
+            partial(*call)()
+        assert recorder.seen == [("allreduce_", size) for size in sizes], call[0]
 
 
-def zeros() -> list[str]:
+def zeros():
     """Start streams over a mesh."""
     n = 37
     for make in (
@@ -421,63 +410,66 @@ def zeros() -> list[str]:
         back = brandla.LowRankRoot.from_eigh(eigh)
         same_kind(back, root, "from_eigh")
         agree(back.dense(), whole(eigh).dense(), "from_eigh")
-    return []
 
 
-def refusals() -> dict[str, str]:
-    """Return the error of each call that must be refused, in words."""
-    mesh = mesh_of_all()
+def refusals():
+    """Check the error of each call that must be refused, in words."""
+    mesh, ranks = mesh_of_all(), distributed.get_world_size()
     n, r, k = 37, 4, 3
     plain, data = builders.make_eigh(n, r), builders.make_columns(n, k)
-    factor, columns = sharded(plain), on_rows(data)
-    square = init_device_mesh("cpu", (1, distributed.get_world_size()), mesh_dim_names=("outer", "inner"))
+    factor, root, svd = map(sharded, (plain, builders.make_root(n, r), builders.make_svd(n, 8, r)))
+    columns, square = on_rows(data), on_rows(data @ data.mT)
+    two_dimensions = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("outer", "inner"))
     copied = plain._replace(eigenvectors=on_all(plain.eigenvectors))
-    two = plain._replace(eigenvectors=spread(plain.eigenvectors, Replicate(), Shard(0), mesh=square))
+    two = plain._replace(eigenvectors=spread(plain.eigenvectors, Replicate(), Shard(0), mesh=two_dimensions))
     split_values = factor._replace(eigenvalues=spread(plain.eigenvalues, Shard(0)))
-    root = sharded(builders.make_root(n, r))
+    whole_root = root._replace(root=on_all(whole(root.root)))
     sharded_gram = root._replace(gram=spread(root.gram, Shard(0)))
-    backwards = DeviceMesh("cpu", list(reversed(range(distributed.get_world_size()))))
+    split_svd = svd._replace(Vh=on_rows(svd.Vh, -1))
+    reversed_ranks = spread(data, Shard(0), mesh=DeviceMesh("cpu", list(reversed(range(ranks)))))
     # All rows on rank 0: a DTensor can be told so, but distribute_tensor lays none out like that.
     rows = n if distributed.get_rank() == 0 else 0
     piled = DTensor.from_local(data[:rows], mesh, [Shard(0)], run_check=False, shape=data.shape, stride=(k, 1))
     poisoned = data.clone()
     poisoned[n - 1, 0] = torch.nan
-    svd, square_matrix = sharded(builders.make_svd(n, 8, r)), on_rows(data @ data.mT)
     half = on_all(torch.tensor(0.5, dtype=torch.float64))
-    calls: dict[str, Callable[[], Any]] = {
-        "replicated basis": lambda: brandla.eigh_update(copied, columns),
-        "columns on all": lambda: brandla.eigh_update(factor, on_all(data)),
-        "columns on columns": lambda: brandla.eigh_update(factor, on_rows(data, 1)),
-        "two dimensions": lambda: brandla.eigh_update_(two, columns),
-        "plain columns": lambda: brandla.root_update(brandla.LowRankRoot.from_eigh(factor), data),
-        "replicated F": lambda: brandla.root_update(root._replace(root=on_all(whole(root.root))), columns),
-        "replicated U": lambda: brandla.LowRankRoot.from_eigh(copied),
-        "sharded S": lambda: brandla.root_update(sharded_gram, columns),
-        "plain local columns": lambda: brandla.eigh_update(factor, columns.to_local()),
-        "plain basis": lambda: brandla.eigh_update(plain, columns),
-        "plain rhs": lambda: brandla.damped_solve(factor, data, 0.1),
-        "plain P": lambda: brandla.kron_damped_solve(factor, factor, (data, columns), 0.1, 0.1),
-        "sharded values": lambda: brandla.eigh_update(split_values, columns),
-        "another mesh": lambda: brandla.eigh_update(factor, spread(data, Shard(0), mesh=backwards)),
-        "another layout": lambda: brandla.eigh_update(factor, piled),
-        "sharded right of a matrix": lambda: brandla.kron_damped_solve(factor, factor, square_matrix, 1, 1),
-        "sharded Vh": lambda: brandla.svd_append(svd._replace(Vh=on_rows(svd.Vh, -1)), columns),
-        "replicated number for a plain factor": lambda: brandla.eigh_update(plain, data, decay=half),
-        "rank": lambda: brandla.eigh_update(factor, columns, rank=r + k + 1),
-        "device and mesh": lambda: brandla.LowRankEigh.zeros(n, r, device="cpu", mesh=mesh),
-        "zeros over two dimensions": lambda: brandla.LowRankEigh.zeros(n, r, mesh=square),
-        "a panel": lambda: brandla.orthonormalize(columns),
-        "a basis to refresh": lambda: brandla.eigh_refresh(factor, data),
-        "a matrix to sketch": lambda: brandla.randomized_eigh(square_matrix, r),
-        "not finite": lambda: brandla.eigh_update(factor, on_rows(poisoned)),
-    }
-    errors = {}
-    for name, call in calls.items():
-        try:
-            with brandla.checked():
-                call()
-        except (ValueError, TypeError) as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-        else:
-            errors[name] = "none"
-    return errors
+    shard, small = r"must be sharded on its rows, \[Shard\(0\)\]; got \[", r"must be a plain tensor or \[Replicate"
+    spread_out, plain_one = "must be a DTensor sharded on its rows", "must be a plain tensor"
+    one_dimension = "must lie on a device mesh of one dimension"
+    update, root_update, solve = brandla.eigh_update, brandla.root_update, brandla.kron_damped_solve
+    zeros = partial(brandla.LowRankEigh.zeros, n, r)
+    # A rule, a function, and what it refuses: wrong layouts, and tensors of the wrong kind.
+    layouts = [
+        (f"eigh_update: eigh.eigenvectors {shard}Repl.*redistribute\\(pl", update, copied, columns),
+        (f"eigh_update: columns {shard}Repl", update, factor, on_all(data)),
+        (f"eigh_update: columns {shard}Shard", update, factor, on_rows(data, 1)),
+        (f"eigh_update_: eigh.eigenvectors {one_dimension}; got Dev", brandla.eigh_update_, two, columns),
+        (f"root_update: root.root {shard}Repl.*redistribute\\(pl", root_update, whole_root, columns),
+        (f"LowRankRoot.from_eigh: eigh.eigenvectors {shard}Repl", brandla.LowRankRoot.from_eigh, copied),
+        (f"root_update: root.gram {small}", root_update, sharded_gram, columns),
+        (f"eigh_update: eigh.eigenvalues {small}", update, split_values, columns),
+        (f"svd_append: svd.Vh {small}", brandla.svd_append, split_svd, columns),
+        (r"eigh_update: columns must lie on the device mesh .* \[0, 1\]; got \[1, 0\]", update, factor, reversed_ranks),
+        (r"eigh_update: columns must have its rows \d+ to \d+ here, .* 37 rows out; got", update, factor, piled),
+        ("kron_damped_solve: right must hold plain tensors where matrix is one W", solve, factor, factor, square, 1, 1),
+        (r"eigh_update: rank must be between 0 and 7 = min\(n, r \+ k\)", partial(update, rank=8), factor, columns),
+        ("LowRankEigh.zeros: device must be left out where a mesh is given", partial(zeros, device="cpu", mesh=mesh)),
+        (f"LowRankEigh.zeros: mesh {one_dimension}", partial(zeros, mesh=two_dimensions)),
+        ("eigh_update: columns must be finite; got 1 NaN or infinite entries", update, factor, on_rows(poisoned)),
+    ]
+    kinds = [
+        (f"root_update: columns {spread_out}, .*; got a Tensor", root_update, root, data),
+        (f"eigh_update: columns {spread_out}", update, factor, columns.to_local()),
+        (f"damped_solve: rhs {spread_out}", brandla.damped_solve, factor, data, 0.1),
+        (f"kron_damped_solve: P {spread_out}", solve, factor, factor, (data, columns), 0.1, 0.1),
+        (f"eigh_update: columns {plain_one}, .*; got a DTensor; take its .full_tensor", update, plain, columns),
+        (f"eigh_update: decay {plain_one}", partial(update, decay=half), plain, data),
+        (f"orthonormalize: panel {plain_one}", brandla.orthonormalize, columns),
+        (f"eigh_refresh: eigh.eigenvectors {plain_one}", brandla.eigh_refresh, factor, data),
+        (f"randomized_eigh: matrix {plain_one} or a linear operator; got a DTens", brandla.randomized_eigh, square, r),
+    ]
+    told = []
+    with brandla.checked():
+        for kind, calls in (("ValueError", layouts), ("TypeError", kinds)):
+            told += [(f"{kind}: {rule}", refusal(partial(*call))) for rule, *call in calls]
+    assert [pair for pair in told if not re.match(*pair)] == []

@@ -1,10 +1,8 @@
 """`make kernels`: the table of what kernels compile to, and its exit status."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,38 +14,17 @@ from typer.testing import CliRunner
 from bench import estimates, kernels_table
 from bench.gpu.cases import TOY
 from brandla_kernels import OPS
-from brandla_kernels._kernels import configs, shipped
-from brandla_kernels._kernels.ahead import target_named
-from brandla_kernels._kernels.launch import Config, recording
-
-
-class InThisProcess:
-    """A pool that runs what it is given at once."""
-
-    def __init__(self, processes: int, **options: Any) -> None:
-        self.processes = processes
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Any, *arguments: Any) -> Any:
-        found = function(*arguments)
-
-        class Done:
-            def result(self) -> Any:
-                return found
-
-        return Done()
+from brandla_kernels._kernels import shipped
+from brandla_kernels._kernels.ahead import compile_for, target_named
+from brandla_kernels._kernels.launch import recording
 
 
 @pytest.fixture
-def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def facts(tmp_path, tmp_path_factory, monkeypatch):
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+    # What a test puts in place of a function is there in this process.
+    monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", lambda processes: ThreadPoolExecutor(1))
     monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
     monkeypatch.setattr(
@@ -56,7 +33,7 @@ def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         lambda target: shipped.specializations(target, ops=["gram"], layouts=[layout], dtypes=shipped.DTYPES[:1]),
     )
 
-    def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+    def run(*arguments):
         path = tmp_path / "facts.json"
         done = CliRunner().invoke(kernels_table.app, ["--json", str(path), *arguments])
         return done.exit_code, json.loads(path.read_text()), done.stdout
@@ -64,7 +41,7 @@ def facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
+def test_table_lists_every_kernel_of_every_target(facts):
     status, found, printed = facts("--targets", "sm_100", "gfx942")
     assert status == 0
     assert {(entry["target"], entry["kernel"]) for entry in found} == {
@@ -79,26 +56,24 @@ def test_table_lists_every_kernel_of_every_target(facts: Any) -> None:
         assert words in printed
 
 
-def test_a_spill_or_a_failure_to_compile_fails_the_command(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = Config({"BLOCK_R": 128, "BLOCK_K": 128, "BLOCK_N": 16}, 2, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(configs, "inner_product", lambda *arguments: wide)
-        status, found, _ = facts("--targets", "sm_90")
-    assert status == 1
-    assert any("spilled" in fault for entry in found for fault in entry["faults"])
+def test_a_fault_or_a_failure_to_compile_fails_the_command(facts, monkeypatch):
+    def spilling(target, launch):
+        return replace(compile_for(target, launch), spills=8)
 
-    def fail(target: str, launch: Any) -> Any:
+    def failing(target, launch):
         message = "PassManager::run failed"
         raise RuntimeError(message)
 
-    monkeypatch.setattr(kernels_table, "compile_for", fail)
-    status, found, _ = facts("--targets", "sm_90")
-    assert status == 1
-    assert all(entry["faults"] == ["does not compile: PassManager::run failed"] for entry in found)
+    wrong = {"8 bytes of registers spilled": spilling, "does not compile: PassManager::run failed": failing}
+    for fault, compiling in wrong.items():
+        monkeypatch.setattr(kernels_table, "compile_for", compiling)
+        status, entries, _ = facts("--targets", "gfx942")
+        assert status == 1
+        assert [entry["faults"] for entry in entries] == 2 * [[fault]]
 
 
 @pytest.mark.parametrize("name", estimates.GPUS)
-def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name: str) -> None:
+def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name):
     gpu, n, r = estimates.GPUS[name], 65536, 256
     cost = OPS["rotate"].cost(n, r, r, r)
     with recording(target_named(gpu.target)) as launches:
@@ -109,7 +84,7 @@ def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name: str) 
     assert parts["launch"] == estimates.LAUNCH
 
 
-def test_few_programs_have_their_multiprocessors_share_of_the_flops() -> None:
+def test_few_programs_have_their_multiprocessors_share_of_the_flops():
     gpu, (r, k) = estimates.GPUS["H200"], (32, 16)
     gram, cross, own = (torch.empty(2, *shape, dtype=torch.float64) for shape in ((r, r), (r, k), (k, k)))
     with recording(target_named(gpu.target)) as launches:
@@ -118,7 +93,7 @@ def test_few_programs_have_their_multiprocessors_share_of_the_flops() -> None:
     assert estimates.seconds(launches[0], gpu)["flops"] == pytest.approx(flops / (gpu.flops[64] * 2 / 132))
 
 
-def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel() -> None:
+def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
     rows = estimates.estimates(TOY).set_index(["op", "kernel"])
     assert set(rows.index.get_level_values("op")) == set(OPS)
     launches = rows["launches"]["kron_damped_apply"]

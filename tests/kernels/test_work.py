@@ -1,15 +1,12 @@
-"""What a launch does beside running its kernel: it goes to the device of its tensors, and tells flops and bytes."""
+"""What a launch does beside running its kernel: it goes by a plan, to its device, and tells flops and bytes."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton")
 
@@ -18,25 +15,34 @@ from bench.gpu import cases, smoke  # noqa: E402
 from bench.gpu.cases import Case, Size  # noqa: E402
 from bench.gpu.device import Stub  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
+from brandla_kernels._kernels import inner_product  # noqa: E402
 from brandla_kernels._kernels import launch as launching  # noqa: E402
 from brandla_kernels._kernels.ahead import target_named  # noqa: E402
-from brandla_kernels._kernels.inner_product import sum_parts_kernel  # noqa: E402
-from brandla_kernels._kernels.launch import Config, Launch, metadata, recording  # noqa: E402
+from brandla_kernels._kernels.launch import Config, metadata, recording  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
 
 # Narrow enough for Gram matrices in the registers of a program, and too wide for that.
-SIZES = (Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3))
+NARROW, WIDE = Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3)
+of_every_size = pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
-def recorded(op: str, arguments: tuple[Any, ...]) -> list[Launch]:
+def case_of(op, size=NARROW, dtype=FLOAT32, data=None):
+    return Case(op, size, dtype, data or dtype)
+
+
+def recorded(case, arguments=None):
     with recording(target_named("sm_90")) as launches:
-        OPS[op].launch(*arguments)
+        OPS[case.op].launch(*(arguments or cases.operands(case, Stub())))
     return launches
 
 
-def sizes_in_bytes(launch: Launch) -> dict[int, int]:
+def flops_of(launches):
+    return sum(sum(launch.work.flops.values()) for launch in launches)
+
+
+def sizes_in_bytes(launch):
     """Bytes of each distinct tensor that a launch reads or writes, by address; twice those that it overwrites."""
     given = {name: one for name, one in launch.arguments.items() if isinstance(one, Tensor)}
     if launch.name == "symmetric_product_kernel" and launch.arguments["SPLITS"] > 1:
@@ -45,90 +51,7 @@ def sizes_in_bytes(launch: Launch) -> dict[int, int]:
     return {one.data_ptr(): times[name] * one.numel() * one.itemsize for name, one in given.items()}
 
 
-def flops_left_out_by_cost(op: str, size: Size) -> int:
-    """What the two-sided form adds in terms without the factor p q, and the scaling of W."""
-    if not op.startswith("kron_"):
-        return 0
-    p, q, r = size.n, size.wide, size.r
-    # U_Lᵀ(W U_R); (U_LᵀW U_R) U_Rᵀ; and β_L β_R W
-    return 2 * p * r * r + 2 * q * r * r + 2 * p * q
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
-@pytest.mark.parametrize("op", OPS)
-def test_flops_of_the_launches_are_those_of_the_cost(op: str, dtype: torch.dtype, size: Size):
-    case = Case(op, size, dtype, dtype)
-    launches = recorded(op, cases.operands(case, Stub()))
-    assert flops_of(launches) == cases.cost(case).flops + flops_left_out_by_cost(op, size)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
-@pytest.mark.parametrize("op", OPS)
-def test_bytes_of_a_launch_are_those_of_its_tensors(op: str, size: Size):
-    for launch in recorded(op, cases.operands(Case(op, size, FLOAT32, FLOAT32), Stub())):
-        assert launch.work.bytes == sum(sizes_in_bytes(launch).values()) > 0
-        assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["narrow", "wide"])
-@pytest.mark.parametrize("op", ["project", "cross_gram", "gram", "gram_ema_", "rotate"])
-def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op: str, size: Size):
-    case = Case(op, size, FLOAT32, FLOAT32)
-    launches = recorded(op, cases.operands(case, Stub()))
-    parts = (launch.arguments.get("parts_ptr") for launch in launches)
-    again, seen = 0, {part.data_ptr() for part in parts if part is not None}
-    for launch in launches:
-        for address, size_in_bytes in sizes_in_bytes(launch).items():
-            again += size_in_bytes if address in seen else 0
-            seen.add(address)
-    assert sum(launch.work.bytes for launch in launches) - again == cases.cost(case).bytes
-
-
-def test_a_long_sum_is_split_and_its_parts_are_counted():
-    size = Size(n=96, r=8, k=4096, width=96, cores=1)
-    (first, second) = recorded("gram_ema_", cases.operands(Case("gram_ema_", size, FLOAT32, FLOAT32), Stub()))
-    parts = first.arguments["parts_ptr"]
-    assert first.work.bytes == 4 * (96 * 4096 + parts.numel())
-    splits = first.arguments["SPLITS"]
-    assert second.work == ({}, 4 * (2 * 96 * 96 + parts.numel()), {"n": 96, "splits": splits})
-    seed = torch.zeros((), dtype=torch.int64)
-    (first, second) = recorded("sketch", (torch.zeros(96, 8192), seed, 16))
-    parts = second.arguments["parts_ptr"]
-    assert first.work.flops == {32: 2 * 96 * 8192 * 16}
-    assert first.work.bytes == 4 * (96 * 8192 + parts.numel()) + 8
-
-
-@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
-def test_a_list_is_counted_problem_by_problem(op: str):
-    """One rank and width, as stacks are padded to the largest; n as different as it gets."""
-    chosen = [Case(op, Size(n=n, r=24, k=16, width=40, cores=1), FLOAT32, FLOAT32) for n in (64, 1000, 250)]
-    problems = [cases.operands(case, Stub()) for case in chosen]
-    launches = recorded(op, smoke.grouped(op, problems))
-    alone = [recorded(op, arguments) for arguments in problems]
-    assert flops_of(launches) == sum(map(flops_of, alone))
-    if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
-        # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
-        assert matrices_in_bytes(launches) == sum(map(matrices_in_bytes, alone))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_a_call_by_plan_tells_the_same_work(op: str):
-    """The first call of a layout makes the plan, which the second one goes by; vectors are matrices to a kernel."""
-    arguments = cases.operands(Case(op, SIZES[0], FLOAT32, FLOAT32), Stub())
-    with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"), torch.no_grad():
-        OPS[op](*arguments)
-        first = len(launches)
-        OPS[op](*arguments)
-    works = [launch.work for launch in launches]
-    assert works[:first] == works[first:] == [launch.work for launch in recorded(op, arguments)]
-
-
-def flops_of(launches: list[Launch]) -> int:
-    return sum(sum(launch.work.flops.values()) for launch in launches)
-
-
-def matrices_in_bytes(launches: list[Launch]) -> int:
+def matrices_in_bytes(launches):
     """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
     own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
     names = ("parts_ptr", "parts1_ptr", "parts2_ptr", "seed_ptr")
@@ -136,15 +59,73 @@ def matrices_in_bytes(launches: list[Launch]) -> int:
     return sum(launch.work.bytes for launch in own) - sum(one.nbytes for one in parts if one is not None)
 
 
+@of_every_size
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
+@pytest.mark.parametrize("op", OPS)
+def test_flops_of_the_launches_are_those_of_the_cost(op, dtype, size):
+    case, left_out = case_of(op, size, dtype), 0
+    if op.startswith("kron_"):
+        # The cost leaves out terms without the factor p q: U_Lᵀ(W U_R), (U_LᵀW U_R) U_Rᵀ, and β_L β_R W.
+        left_out = 2 * (size.n + size.wide) * size.r**2 + 2 * size.n * size.wide
+    assert flops_of(recorded(case)) == cases.cost(case).flops + left_out
+
+
+@of_every_size
+@pytest.mark.parametrize("op", OPS)
+def test_bytes_of_a_launch_are_those_of_its_tensors(op, size):
+    for launch in recorded(case_of(op, size)):
+        assert launch.work.bytes == sum(sizes_in_bytes(launch).values()) > 0
+        assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
+
+
+@of_every_size
+@pytest.mark.parametrize("op", ["project", "cross_gram", "gram", "gram_ema_", "rotate"])
+def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op, size):
+    launches = recorded(case_of(op, size))
+    parts = (launch.arguments.get("parts_ptr") for launch in launches)
+    again, seen = 0, {part.data_ptr() for part in parts if part is not None}
+    for launch in launches:
+        for address, size_in_bytes in sizes_in_bytes(launch).items():
+            again += size_in_bytes if address in seen else 0
+            seen.add(address)
+    assert sum(launch.work.bytes for launch in launches) - again == cases.cost(case_of(op, size)).bytes
+
+
+def test_a_long_sum_is_split_and_its_parts_are_counted():
+    (first, second) = recorded(case_of("gram_ema_", Size(n=96, r=8, k=4096, width=96, cores=1)))
+    parts = first.arguments["parts_ptr"]
+    assert first.work.bytes == 4 * (96 * 4096 + parts.numel())
+    splits = first.arguments["SPLITS"]
+    assert second.work == ({}, 4 * (2 * 96 * 96 + parts.numel()), {"n": 96, "splits": splits})
+    seed = torch.zeros((), dtype=torch.int64)
+    (first, second) = recorded(case_of("sketch"), (torch.zeros(96, 8192), seed, 16))
+    parts = second.arguments["parts_ptr"]
+    assert first.work.flops == {32: 2 * 96 * 8192 * 16}
+    assert first.work.bytes == 4 * (96 * 8192 + parts.numel()) + 8
+
+
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
+def test_a_list_is_counted_problem_by_problem(op):
+    """One rank and width, as stacks are padded to the largest; n as different as it gets."""
+    chosen = [case_of(op, Size(n=n, r=24, k=16, width=40, cores=1)) for n in (64, 1000, 250)]
+    problems = [cases.operands(case, Stub()) for case in chosen]
+    launches = recorded(chosen[0], smoke.grouped(op, problems))
+    alone = [recorded(chosen[0], arguments) for arguments in problems]
+    assert flops_of(launches) == sum(map(flops_of, alone))
+    if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
+        # All but the workspaces, whose number depends on the number of problems, and the seed, which is one for all.
+        assert matrices_in_bytes(launches) == sum(map(matrices_in_bytes, alone))
+
+
 def test_half_precision_products_are_told_apart():
-    case = Case("gram_ema_", SIZES[0], FLOAT32, BF16)
-    (launch,) = recorded("gram_ema_", cases.operands(case, Stub()))
+    case = case_of("gram_ema_", data=BF16)
+    (launch,) = recorded(case)
     assert launch.work.flops == {16: cases.cost(case).flops}
     assert launch.work.bytes == cases.cost(case).bytes
 
 
 def test_proton_is_told_name_flops_and_bytes():
-    launch = recorded("cross_gram", cases.operands(Case("cross_gram", SIZES[0], FLOAT32, FLOAT32), Stub()))[0]
+    launch = recorded(case_of("cross_gram"))[0]
     told = metadata(launch.kernel.count, launch.grid, SimpleNamespace(name=launch.name), launch.arguments)
     assert told == {
         "name": "cross_gram_kernel [n=1200, r=40, k=24]",
@@ -154,25 +135,24 @@ def test_proton_is_told_name_flops_and_bytes():
 
 
 class Kernel:
-    """Stands in for a compiled kernel, and notes when it is launched."""
+    """Stands in for a kernel, and notes each launch; it returns what stands in for its compiled form."""
 
     launch_metadata = None
-    count = staticmethod(sum_parts_kernel.count)
+    count = staticmethod(inner_product.sum_parts_kernel.count)
 
-    def __init__(self, fn: Any) -> None:
-        self.fn = fn
-        self.log: list[Any] = []
+    def __init__(self, fn, compiled=None):
+        self.fn, self.compiled, self.log = fn, compiled, []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **options: self.log.append(("launch", grid))
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.log.append((grid, arguments)) or self.compiled
 
 
-def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch):
+def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch):
     """Triton takes the current device."""
     kernel = Kernel(lambda absent_ptr, panel_ptr, n: None)
 
     @contextmanager
-    def device_of(tensor: Tensor) -> Iterator[None]:
+    def device_of(tensor):
         kernel.log.append(("enter", tensor.device))
         yield
         kernel.log.append(("exit", tensor.device))
@@ -180,12 +160,12 @@ def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     panel = torch.empty(3, device="meta")
     launching.start(kernel, (2,), {"absent_ptr": None, "panel_ptr": panel, "n": 3}, Config({}, 4, 1))
-    assert kernel.log == [("enter", panel.device), ("launch", (2,)), ("exit", panel.device)]
+    assert kernel.log == [("enter", panel.device), ((2,), (None, panel, 3)), ("exit", panel.device)]
 
 
-def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch):
     """A kernel with launch_metadata has its arguments gathered at every launch, profiler or not."""
-    (_, launch) = recorded("project", cases.operands(Case("project", SIZES[0], FLOAT32, FLOAT32), Stub()))
+    (_, launch) = recorded(case_of("project"))
     kernel = Kernel(launch.kernel.fn)
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     assert kernel.launch_metadata is None
@@ -193,3 +173,103 @@ def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch: pytest.Monkey
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
     told = kernel.launch_metadata(launch.grid, SimpleNamespace(name="sum_parts_kernel"), launch.arguments)
     assert told["bytes"] == launch.work.bytes
+
+
+# --- Plans: the second call of a layout starts what the launcher itself would start, on the tensors of that call
+
+
+def started(call, arguments):
+    with recording(target_named("sm_90")) as launches, brandla_kernels.backend("triton"):
+        results = call(*arguments)
+    return launches, results
+
+
+def described(launches, arguments, results):
+    """All that launches are given, tensors as places: of an argument, or in the order of what is allocated."""
+    places = {}
+
+    def place(address):
+        return places.setdefault(address, len(places))
+
+    def of_value(value):
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype != torch.int64 or value.ndim != 3:
+            return place(value.data_ptr()), value.dtype
+        return [
+            place(number) if index % 5 == 0 and number else number
+            for index, number in enumerate(value.flatten().tolist())
+        ]
+
+    for tensor in tree_leaves((arguments, results)):
+        if isinstance(tensor, Tensor):
+            place(tensor.data_ptr())
+    return [(one.name, one.grid, one.config, one.work, list(map(of_value, one.given.values()))) for one in launches]
+
+
+PLANNED = [name for name, op in OPS.items() if not op.signature.writes]
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [(name, False) for name in PLANNED] + [(name, True) for name in PLANNED if OPS[name].signature.lists],
+)
+def test_a_plan_starts_what_the_launcher_would_and_tells_the_same_work(name, listed, monkeypatch):
+    op = OPS[name]
+
+    def new():
+        problems = [cases.operands(case_of(name, size), Stub()) for size in (NARROW, NARROW._replace(n=500))]
+        return smoke.grouped(name, problems) if listed else problems[0]
+
+    arguments, kept = new(), new()
+    started(op, kept)
+    expected, own = started(op.launch, arguments)
+    # From now on there is none to ask.
+    monkeypatch.setattr(op, "launch", lambda *_: pytest.fail("there is no plan"))
+    launches, results = started(op, arguments)
+    assert launches
+    assert described(launches, arguments, results) == described(expected, arguments, own)
+    assert [one.shape for one in tree_leaves(results)] == [one.shape for one in tree_leaves(own)]
+
+
+def test_one_tensor_given_twice_is_no_pattern_for_two():
+    one, other = torch.empty(500, 16), torch.empty(500, 16)
+    for pair in ((one, one), (one, other), (other, other), (other, one)):
+        (first, _), _ = started(OPS["project"], pair)
+        assert [first.arguments[name].data_ptr() for name in ("x_ptr", "y_ptr")] == [one.data_ptr() for one in pair]
+
+
+def test_what_torch_copies_is_copied_at_each_call():
+    """A Z that is not contiguous: its copy is no memory that a kernel writes."""
+    basis, rhs, scale = torch.empty(500, 16), torch.empty(500, 8), torch.empty(())
+    for _ in range(2):
+        middle = torch.randn(16, 16)
+        launches, _ = started(OPS["damped_apply"], (basis, middle.mT, scale, rhs))
+        assert torch.equal(launches[1].arguments["middle1_ptr"], middle.mT)
+
+
+class Compiled(triton.compiler.CompiledKernel):
+    """Stands in for what Triton compiles."""
+
+    def __init__(self):
+        self.log = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.log.append((grid, arguments))
+
+
+def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch):
+    kernel = Kernel(inner_product.sum_parts_kernel.fn, Compiled())
+    looked_up, again = kernel.log, kernel.compiled.log
+    monkeypatch.setattr(inner_product, "sum_parts_kernel", kernel)
+    monkeypatch.setattr(inner_product, "inner_product_kernel", kernel)
+    monkeypatch.setattr(launching, "interpreted", lambda: True)
+    with brandla_kernels.backend("triton"):
+        results = [OPS["gram"](torch.empty(700, 24)) for _ in range(2)]
+        assert len(looked_up) == len(again) == 2
+        assert [len(arguments) for _, arguments in looked_up] == [len(arguments) for _, arguments in again]
+        assert [arguments[2] for _, arguments in (looked_up[1], again[1])] == results
+        # A profiler is told at each launch, as Triton does it.
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+        OPS["gram"](torch.empty(700, 24))
+    assert (len(looked_up), len(again)) == (4, 2)

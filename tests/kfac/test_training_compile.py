@@ -146,7 +146,7 @@ def test_compiled_blocks_keep_the_names_of_their_layers():
 
 def test_steps_with_no_capture_do_not_compile_again():
     model = blocks()
-    run = WHOLE(model)
+    run = torch.compile(model, backend="eager")
     train(model, run, KFAC(model, EXACT, factor_every=3, application="two-sided"), steps=7)
     # With and without the tap.
     assert counters["stats"]["unique_graphs"] <= 2
@@ -154,7 +154,7 @@ def test_steps_with_no_capture_do_not_compile_again():
 
 def test_a_model_that_ran_before_says_that_it_is_not_seen():
     model = mlp(6, 8, 4)
-    run = WHOLE(model)
+    run = torch.compile(model, backend="eager")
     data = batch(12, 6, 4)
     loss_of(run, data).backward()
     model.zero_grad()
@@ -172,7 +172,7 @@ def test_a_model_that_ran_before_says_that_it_is_not_seen():
 
 def test_removed_hooks_leave_compiled_graphs_alone():
     model = mlp(6, 8, 4)
-    run = WHOLE(model)
+    run = torch.compile(model, backend="eager")
     preconditioner = KFAC(model, EXACT)
     data = batch(12, 6, 4)
     loss_of(run, data).backward()

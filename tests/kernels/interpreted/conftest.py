@@ -1,11 +1,8 @@
 """Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,38 +19,41 @@ if importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device():
     """Where the kernels run."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once() -> Iterator[None]:
-    """Spare the interpreter what takes a third of its time.
+def _interpreter_does_once_what_it_repeats():
+    """Spare the interpreter more than a third of its time.
 
-    It puts its own functions into the modules of Triton's language that a kernel sees, and again, to no effect, at each
-    call of a function within the kernel.
+    It puts its own functions into the modules of Triton's language for each launch and again, to no effect, at each
+    call of a function within the kernel. And it makes a table of all dtypes whenever it looks one up.
     """
     if not INTERPRETED:
         yield
         return
     import triton.language
-    from triton.language import core
     from triton.runtime import interpreter
 
-    patch_language = interpreter._patch_lang
+    modules = {"tl": triton.language, "core": triton.language.core}
+    interpreter._patch_lang(SimpleNamespace(__globals__=modules))
+    look_up, known = interpreter._get_np_dtype, {}
 
-    def once(function: Any) -> Any:
-        seen = (value for value in function.__globals__.values() if value is triton.language or value is core)
-        return patch_language(function) if any(core.is_builtin(module.load) for module in seen) else None
+    def looked_up(dtype):
+        if dtype.name not in known:
+            known[dtype.name] = look_up(dtype)
+        return known[dtype.name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        patch.setattr(interpreter, "_get_np_dtype", looked_up)
         yield
 
 
 @pytest.fixture(autouse=True)
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_kernels(monkeypatch):
     """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
     monkeypatch.setattr("brandla_kernels._kernels.launch.WEAK_FLOAT64", ())
     with brandla.backend("triton"):
@@ -61,11 +61,11 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned(monkeypatch):
     """Fill what is allocated for results with NaN: an element that no program writes shows."""
 
-    def filled(allocate: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
+    def filled(allocate):
+        def call(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             # Unseen by dispatch modes: a launcher that fills what it allocates has no plan.
             with torch._C._DisableTorchDispatch():
@@ -79,7 +79,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def _weak_float64(device, monkeypatch):
     """Take the device for one whose float64 is slow: small cores of float32 factors are in float32 there."""
     from brandla_kernels._kernels import launch
 
@@ -87,7 +87,7 @@ def _weak_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def _overflow_is_meant() -> Iterator[None]:
+def _overflow_is_meant():
     """The interpreter computes with NumPy, which warns of what a kernel then looks for."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         yield

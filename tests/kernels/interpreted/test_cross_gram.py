@@ -1,7 +1,5 @@
 """What is special to the kernel of `cross_gram`: its range, its stretches, and that it is two launches."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -11,7 +9,7 @@ from brandla_kernels import OPS
 from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.ahead import target_named
 from brandla_kernels._kernels.launch import recording
-from op_cases import assert_computes, exact, grouped, operands
+from op_cases import assert_computes, exact, grouped, of_problem, operands
 
 pytestmark = pytest.mark.usefixtures("_overflow_is_meant")
 
@@ -20,25 +18,26 @@ RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36)
 
 
 @pytest.mark.parametrize("powers", RANGES, ids=str)
-def test_columns_may_have_any_length(powers: tuple[int, int], device: torch.device) -> None:
-    problems = [operands("cross_gram", 40, *size, "plain", torch.float64, device) for size in ((5, 3), (17, 33))]
-    lengths = [10.0**power for power in powers]
-    # Beside a problem in range.
-    problems[1:] = [
-        tuple(part * length for part, length in zip(problem, lengths, strict=True)) for problem in problems[1:]
+def test_columns_may_have_any_length(powers, device):
+    """Beside a problem in range."""
+    problems = [
+        tuple(
+            (part * 10.0**power).float()
+            for part, power in zip(operands("cross_gram", 40, *size, "plain", torch.float64, device), own, strict=True)
+        )
+        for size, own in (((5, 3), (0, 0)), ((17, 33), powers))
     ]
-    problems = [tuple(part.float() for part in problem) for problem in problems]
     results = OPS["cross_gram"](*grouped("cross_gram", problems))
     for index, problem in enumerate(problems):
-        for stack, wanted in zip(results, exact("cross_gram", problem), strict=True):
-            got = stack[index][tuple(map(slice, wanted.shape))]
+        expected = exact("cross_gram", problem)
+        for got, wanted in zip(of_problem(results, index, expected), expected, strict=True):
             assert ((got - wanted).abs() <= 40 * torch.finfo(torch.float32).eps * wanted.abs().max()).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
-def test_what_is_not_finite_shows(spoilt: int, value: float, scale: float, device: torch.device) -> None:
+def test_what_is_not_finite_shows(spoilt, value, scale, device):
     arguments = tuple(scale * part for part in operands("cross_gram", 40, 5, 3, "plain", torch.float32, device))
     arguments[spoilt][33, 1] = value
     cross, gram = OPS["cross_gram"](*arguments)
@@ -46,35 +45,25 @@ def test_what_is_not_finite_shows(spoilt: int, value: float, scale: float, devic
     assert cross.isnan().any() if math.isnan(value) else True
 
 
-def test_gram_matrix_is_symmetric_to_the_bit(device: torch.device) -> None:
-    gram = OPS["cross_gram"](*operands("cross_gram", 60, 3, 130, "plain", torch.float32, device))[1]
+def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(device, monkeypatch):
+    monkeypatch.setattr(configs, "STRETCH", 32)
+    arguments = operands("cross_gram", 2 * 32 + 5, 3, 66, "plain", torch.float32, device)
+    cross, gram = OPS["cross_gram"](*arguments)
+    assert_computes("cross_gram", (cross, gram), arguments)
     assert torch.equal(gram, gram.mT)
 
 
-def test_a_long_sum_is_taken_in_stretches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "STRETCH", 64)
-    arguments = operands("cross_gram", 4 * 64 + 5, 3, 2, "plain", torch.float32, device)
-    assert_computes("cross_gram", OPS["cross_gram"](*arguments), arguments)
-
-
 @pytest.mark.parametrize("rows", [100, 10**6])
-@pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
-def test_a_call_is_two_launches_of_stretches_short_enough(rows: int, listed: bool) -> None:
-    problem = torch.empty(rows, 64), torch.empty(rows, 32)
-    arguments = grouped("cross_gram", [problem] * 9) if listed else problem
-    launch = OPS["cross_gram"].launch
+@pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
+def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
+    """And those of a rounded sum are added up in float64."""
+    op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
+    arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
+    launch = OPS[op].launch
     assert launch is not None
     with recording(target_named("sm_90")) as launches:
         launch(*arguments)
-    assert [one.name for one in launches] == ["cross_gram_kernel", "sum_parts_kernel"]
-    assert rows / launches[0].arguments["SPLITS"] <= configs.STRETCH
-
-
-def test_rounded_gram_adds_up_short_stretches_in_float64() -> None:
-    launch = OPS["rounded_gram"].launch
-    assert launch is not None
-    with recording(target_named("sm_90")) as launches:
-        launch(torch.empty(10**6, 64))
     product, addition = launches
-    assert 10**6 / product.arguments["SPLITS"] <= configs.STRETCH
+    assert addition.name == "sum_parts_kernel"
+    assert rows / product.arguments["SPLITS"] <= configs.STRETCH
     assert addition.arguments["below_ptr"].dtype == torch.float64
