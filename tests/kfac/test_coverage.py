@@ -208,7 +208,7 @@ ENDS, LAST_IS_IDLE = torch.tensor([[4, 8, 12], [5, 12, 12]], dtype=torch.int32)
 
 @pytest.mark.parametrize(
     ("way", "dtype", "tolerance"),
-    [("one-by-one", DOUBLE, 1e-8), pytest.param("grouped", torch.float32, 1e-4, marks=needs_grouped)],
+    [("one-by-one", DOUBLE, 1e-8), pytest.param("grouped", torch.float32, 1e-3, marks=needs_grouped)],
 )
 @both_orders
 def test_each_expert_in_one_parameter_is_a_layer(way: str, dtype: torch.dtype, tolerance: float, turned: bool):

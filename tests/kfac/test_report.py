@@ -109,7 +109,7 @@ def test_it_has_the_memory_of_each_side(strategy: Strategy, expected: dict[str, 
         n, dense = {"input": (150, 4 * 150**2), "output": (100, 4 * 100**2), "beside": (100 * 150, 0)}[row.side]
         assert (row.n, row.dense_bytes, row.strategy) == (n, dense, str(strategy))
         assert (row.error_bound is None) == (not isinstance(strategy, Brand))
-        assert row.reason == ("Diagonal()" if isinstance(strategy, InverseFree) else "")
+        assert row.reason == {InverseFree: "Diagonal()", KBFGS: "BFGS"}.get(type(strategy), "")
 
 
 @ignoring_small_factors
