@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Exact
+from brandla.kfac import KFAC, Exact, Strategy
 from brandla.kfac.capture.layer import Layer
 
 Batch = tuple[Tensor, Tensor]
@@ -27,20 +27,30 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: b
     return nn.Sequential(*layers[:-1])
 
 
-class Words(nn.Module):
-    """Every kind of rows: indices with padding, whole gradients, channels in groups, positions."""
+def pooled(*modules: nn.Module, width: int = 4) -> nn.Sequential:
+    """Modules over positions, and a Linear behind the mean of what they give."""
+    mean = nn.AdaptiveAvgPool2d((1, None)), nn.Flatten()
+    return nn.Sequential(*modules, nn.Tanh(), *mean, nn.Linear(width, 3)).double()
 
-    def __init__(self, words: int, width: int, classes: int) -> None:
+
+class Words(nn.Module):
+    """Every kind of rows: indices with padding, whole gradients, channels in groups, positions; and attention."""
+
+    def __init__(self, words: int, width: int, classes: int, *, attention: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(words, width, padding_idx=0)
         self.norm = nn.LayerNorm(width)
         self.conv = nn.Conv1d(width, 6, 2, groups=2)
         self.out = nn.Linear(6, classes)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True) if attention else None
         self.double()
 
     def forward(self, indices: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.conv(self.norm(self.words(indices)).mT)).mean(-1))
+        vectors = self.words(indices)
+        if self.attention is not None:
+            vectors = vectors + self.attention(vectors, vectors, vectors, need_weights=False)[0]
+        return self.out(torch.tanh(self.conv(self.norm(vectors).mT)).mean(-1))
 
 
 def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:
@@ -68,12 +78,28 @@ def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor
     return gradients(model)
 
 
+def lone_step(
+    model: nn.Module, loss: Callable[[KFAC], Tensor], strategy: Strategy = EXACT, **options: Any
+) -> list[Tensor]:
+    """The gradients after one step, not clipped, of a preconditioner that goes then."""
+    preconditioner = KFAC(model, strategy, **{"clip": None} | options)
+    after = stepped(model, preconditioner, loss(preconditioner))
+    preconditioner.remove()
+    return after
+
+
 def train(model: nn.Module, preconditioner: KFAC, data: Iterable[Batch], rate: float = 0.1) -> None:
     """A step of SGD for each batch."""
     optimizer = torch.optim.SGD(model.parameters(), rate)
     for own in data:
         stepped(model, preconditioner, loss_of(model, own))
         optimizer.step()
+
+
+def average(preconditioner: KFAC, side: str = "input", layer: int = 0) -> Tensor:
+    """A or G of a layer, as a factor that keeps the dense average has it."""
+    factor = getattr(preconditioner._layers[layer].curvature, side)
+    return factor.strategy.average(factor.state)
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
@@ -145,7 +171,7 @@ def one_hot(indices: Tensor, count: int) -> Tensor:
     return nn.functional.one_hot(indices + 1, count + 1)[:, 1:].double()
 
 
-def assert_dense_step(preconditioner: KFAC) -> None:
+def assert_dense_step(preconditioner: KFAC, tolerance: float = 1e-8) -> None:
     """A step is (G + λI)⁻¹ ∂W (A + λI)⁻¹ of each layer and group, by dense inverses of the captured rows' products.
 
     The rows make up the gradient, where positions are not summed over first.
@@ -153,7 +179,7 @@ def assert_dense_step(preconditioner: KFAC) -> None:
     expected = [_step_of_rows(layer) for layer in preconditioner._layers]
     preconditioner.step()
     # Two orders of summation, magnified by the condition of the damped factors, at most 1e5 on either side.
-    assert_all_near([layer.gradient() for layer in preconditioner._layers], expected, 1e-8)
+    assert_all_near([layer.gradient() for layer in preconditioner._layers], expected, tolerance)
 
 
 def _step_of_rows(layer: Layer) -> Tensor:

@@ -116,16 +116,19 @@ def loss_on(model: nn.Module, data: Batch) -> Loss:
     return lambda part: loss_of(model, (data[0][part], data[1][part]))
 
 
-def sample_gradients(layers: Sequence[nn.Module], loss: Loss, samples: int) -> list[list[Tensor]]:
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules with parameters of their own."""
+    return [module for module in model.modules() if list(module.parameters(recurse=False))]
+
+
+def sample_gradients(model: nn.Module, loss: Loss, samples: int) -> list[list[Tensor]]:
     """Gradients, by sample and layer, of each sample's own part of a mean loss, as matrices with the bias's column."""
     parts = []
     for index in range(samples):
-        for layer in layers:
-            layer.zero_grad()
+        model.zero_grad()
         (loss(slice(index, index + 1)) / samples).backward()
-        parts.append([layer_gradient(layer) for layer in layers])
-    for layer in layers:
-        layer.zero_grad()
+        parts.append([layer_gradient(layer) for layer in layers_of(model)])
+    model.zero_grad()
     return parts
 
 
@@ -133,6 +136,12 @@ def fisher(parts: Sequence[Sequence[Tensor]], uses: int) -> Tensor:
     """N Σ v vᵀ, v the gradient of a sample over all layers, one behind the other."""
     rows = torch.stack([flat(of_sample) for of_sample in parts])
     return uses * rows.T @ rows
+
+
+def fishers(model: nn.Module, loss: Loss, samples: int) -> list[Tensor]:
+    """N Σ v vᵀ of each layer."""
+    parts = sample_gradients(model, loss, samples)
+    return [fisher([[own] for own in of_layer], samples) for of_layer in zip(*parts, strict=True)]
 
 
 def damped_solve(F: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
@@ -147,14 +156,9 @@ def flat(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def layer_steps(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
-    """Gradients of the Linear layers after a backward pass and a step."""
+    """Gradients of the layers, as matrices, after a backward pass and a step."""
     stepped(model, preconditioner, loss)
-    return [layer_gradient(layer) for layer in linears(model)]
-
-
-def linears(model: nn.Module) -> list[nn.Linear]:
-    """Return the Linear layers."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [layer_gradient(layer) for layer in layers_of(model)]
 
 
 def assert_near(result: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -164,67 +164,52 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     assert_same(before, ours.state_dict())
 
 
-OTHERS = {
-    "system": (SYSTEMS["ekfac"], SYSTEMS["k-bfgs"]),
-    "rank": (Brand(7), Brand(6)),
-    "schedule": (Brand(growing), Brand(falling)),
-    "structure": (InverseFree("diagonal"), InverseFree()),
-    "variant": (InverseFree(variant="ikfac"), InverseFree()),
-    "iterations": (ConjugateGradient(3), ConjugateGradient()),
-}
-
-
-@pytest.mark.parametrize(("asked", "other"), OTHERS.values(), ids=OTHERS)
-def test_a_state_of_another_strategy_is_refused(asked: Strategy, other: Strategy):
-    for asking, given in ((asked, other), (other, asked)):
-        message = f"0: the strategy must be {asking}, as in this preconditioner; the state has {given}"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            KFAC(network(), asking).load_state_dict(trained(given)[1].state_dict())
-
-
-NORM, LINEAR, WIDER = (lambda: nn.LayerNorm(10)), (lambda: nn.Linear(10, 10)), (lambda: nn.Linear(11, 10))
+OTHERS: list[tuple[Strategy, Strategy]] = [
+    (SYSTEMS["ekfac"], SYSTEMS["k-bfgs"]),
+    (Brand(7), Brand(6)),
+    (Brand(growing), Brand(falling)),
+    (InverseFree("diagonal"), InverseFree()),
+    (InverseFree(variant="ikfac"), InverseFree()),
+    (ConjugateGradient(3), ConjugateGradient()),
+]
+OTHER_STRATEGY = "0: the strategy must be {}, as in this preconditioner; the state has {}"
+LINEAR, NORM, WIDER = (lambda: nn.Linear(10, 10)), (lambda: nn.LayerNorm(10)), (lambda: nn.Linear(11, 10))
 OTHER_SHAPE = r"0 \(input\): (root|dense) must have shape"
+# Strategies and layers of a preconditioner, and of the state that it is given.
+REFUSED = [
+    *(
+        (own, LINEAR, other, LINEAR, re.escape(OTHER_STRATEGY.format(own, other)))
+        for pair in OTHERS
+        for own, other in (pair, pair[::-1])
+    ),
+    *((SYSTEMS[own], LINEAR, SYSTEMS[own], NORM, "0") for own in ("exact", "ekfac", "singd", "conjugate-gradient")),
+    *((own, WIDER, own, LINEAR, OTHER_SHAPE) for own in (Exact(), InverseFree())),
+]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "given", "asking", "message"),
-    [
-        *((SYSTEMS[name], NORM, LINEAR, "0") for name in ("exact", "ekfac", "singd", "conjugate-gradient")),
-        *((strategy, LINEAR, WIDER, OTHER_SHAPE) for strategy in (Exact(), InverseFree())),
-    ],
-)
-def test_a_state_of_another_kind_of_layer_or_shape_is_refused(
-    strategy: Strategy, given: Callable[[], nn.Module], asking: Callable[[], nn.Module], message: str
+@pytest.mark.parametrize(("asked", "layer", "given", "other", "message"), REFUSED)
+def test_a_state_of_another_strategy_or_layer_is_refused(
+    asked: Strategy, layer: Callable[[], nn.Module], given: Strategy, other: Callable[[], nn.Module], message: str
 ):
-    _, preconditioner = trained(strategy, nn.Sequential(given()))
+    _, preconditioner = trained(given, nn.Sequential(other()))
     with pytest.raises(ValueError, match=f"KFAC.load_state_dict: {message}"):
-        KFAC(nn.Sequential(asking()), strategy).load_state_dict(preconditioner.state_dict())
+        KFAC(nn.Sequential(layer()), asked).load_state_dict(preconditioner.state_dict())
 
 
 @some_systems("exact", "ekfac", "singd")
-def test_a_frozen_layer_takes_no_memory_until_it_thaws(strategy: Strategy):
-    frozen = network()
-    frozen[0].weight.requires_grad_(False)
-    preconditioner = KFAC(frozen, strategy)
-    report, saved = preconditioner.report(), preconditioner.state_dict()
-    assert report.unsupported == {"0": "frozen"}
-    assert {row.layer for row in report.factors} == {"2"}
-    assert saved["layers"]["0"]["curvature"] == {}
-    preconditioner.load_state_dict(saved)
-    frozen[0].weight.requires_grad_(True)
-    train(frozen, preconditioner, data(1))
-    assert_equal(frozen, trained(strategy)[0])
-
-
-@some_systems("exact", "ekfac", "singd")
-def test_a_frozen_layer_goes_on_from_a_checkpoint_when_it_thaws(strategy: Strategy):
-    model, expected = trained(strategy)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_frozen_layer_takes_no_memory_and_goes_on_from_what_it_had_when_it_thaws(strategy: Strategy, steps: int):
+    model, expected = trained(strategy, steps=steps)
     frozen = copy.deepcopy(model)
     frozen[0].weight.requires_grad_(False)
     preconditioner = KFAC(frozen, strategy)
-    preconditioner.load_state_dict(expected.state_dict())
-    assert preconditioner.report().unsupported == {}
+    saved = (expected if steps else preconditioner).state_dict()
+    preconditioner.load_state_dict(saved)
+    report = preconditioner.report()
+    assert report.unsupported == ({} if steps else {"0": "frozen"})
+    assert {row.layer for row in report.factors} == ({"0", "2"} if steps else {"2"})
+    assert (saved["layers"]["0"]["curvature"] == {}) == (not steps)
     frozen[0].weight.requires_grad_(True)
     for own, preconditioned in ((frozen, preconditioner), (model, expected)):
-        train(own, preconditioned, data(1, 2))
+        train(own, preconditioned, data(steps, steps + 1))
     assert_equal(frozen, model)

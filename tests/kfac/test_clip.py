@@ -1,16 +1,18 @@
-"""How long a step may be: the spectral norm of each weight's, and weights whose curvature is rounding."""
+"""How long a step may be: the spectral norm of each weight's, weights whose curvature is rounding, and cancellation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Exact, Strategy
-from brandla.kfac.clip import spectral
-from kfac.networks import batch, layer_gradient, loss_of, mlp, stepped
+from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy, TwoLevel
+from brandla.kfac.clip import by_kl, by_rms, spectral
+from brandla.kfac.systems.two_level import _unit
+from kfac.networks import average, batch, layer_gradient, loss_of, mlp, stepped
 from kfac.systems import every_system, some_systems
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -23,10 +25,10 @@ def norm_of(matrix: Tensor) -> float:
 def in_metric(preconditioner: KFAC, steps: list[Tensor]) -> list[float]:
     """The square root of sᵀ F s of all layers together, F block-diagonal with damped blocks."""
     squared = 0.0
-    for layer, step in zip(preconditioner._layers, steps, strict=True):
-        G, A = (factor.strategy.average(factor.state) for factor in (layer.curvature.output, layer.curvature.input))
-        damped = [M + 0.1 * torch.linalg.eigvalsh(M)[-1] * torch.eye(len(M), dtype=M.dtype) for M in (G, A)]
-        squared += float((step * (damped[0] @ step @ damped[1])).sum())
+    for index, step in enumerate(steps):
+        sides = (average(preconditioner, side, index) for side in ("output", "input"))
+        G, A = (M + 0.1 * torch.linalg.eigvalsh(M)[-1] * torch.eye(len(M), dtype=M.dtype) for M in sides)
+        squared += float((step * (G @ step @ A)).sum())
     return [squared**0.5]
 
 
@@ -144,3 +146,60 @@ def test_a_channel_whose_curvature_is_rounding_does_not_outweigh_the_others():
     stepped(norm, preconditioner, (norm(torch.randn(6, 4)) * scales).sum() / 6)
     step = norm.bias.grad
     assert step[3].abs() < step[:3].abs().max()
+
+
+def test_a_step_whose_length_is_not_finite_is_none():
+    assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == 0
+
+
+def cancelling(seed: int, rest: float) -> tuple[Tensor, Tensor]:
+    """A pair of twice 16 columns with P Qᵀ smaller by ``rest`` than the terms of the sum."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second, error = (torch.randn(n, 16, generator=generator) for n in (60, 80, 80))
+    return torch.cat([first, first], dim=1), torch.cat([second, rest * error - second], dim=1)
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 1e-4])
+def test_a_step_that_cancels_is_clipped_too(rest: float):
+    """It is as long as its entries are: the Gram matrices of its pair give a square of either sign, all of it rounding.
+
+    Inputs are there twice, with gradients that are opposite up to ``rest``; λ is so small that what is left of their
+    sum is as long as the bound and more.
+    """
+    for seed in range(5):
+        first, second = cancelling(seed, rest)
+        model = mlp(60, 80, bias=False, seed=seed, dtype=torch.float32)[0]
+        preconditioner = KFAC(model, Brand(16), damping=1e-7, clip=0.07)
+        # The gradient of the sum of outputs times a constant is that constant, sample by sample.
+        (step,) = stepped(model, preconditioner, (model(first.mT) * second.mT).sum())
+        assert step.isfinite().all()
+        # A sum of 4800 squares: a relative error of a few ε.
+        assert step.double().square().mean().sqrt() <= 0.07 * (1 + 1e3 * torch.finfo(torch.float32).eps)
+
+
+def test_the_kl_clip_and_unit_vectors_of_the_coarse_space_are_finite_where_pairs_cancel():
+    pairs = [cancelling(seed, 1e-6) for seed in range(20)]
+    assert by_kl(pairs, pairs, 1e-3).isfinite()
+    for seed in range(20):
+        first, second = _unit(cancelling(seed, 1e-5))
+        assert first.isfinite().all()
+        # No longer than 1, however small the product is.
+        assert norm_of(first.double() @ second.double().mT) <= 1
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [Brand(16), Exact(), InverseFree(), TwoLevel(Brand(16)), TwoLevel(Exact(), space="residual")],
+    ids=["brand", "exact", "inverse-free", "two-level", "residual"],
+)
+def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy: Strategy):
+    """Every input is there twice, with targets on either side: at the optimum terms are left of a gradient of 0."""
+    torch.manual_seed(0)
+    inputs, targets, errors = torch.randn(8, 100), torch.randn(8, 60), torch.randn(8, 60)
+    inputs, targets = torch.cat([inputs, inputs]), torch.cat([targets + errors, targets - errors])
+    model = nn.Linear(100, 60)
+    preconditioner = KFAC(model, strategy, damping=1.0)
+    for _ in range(80):
+        stepped(model, preconditioner, (model(inputs) - targets).square().mean())
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert all(part.isfinite().all() for part in model.parameters())

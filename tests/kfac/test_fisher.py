@@ -1,19 +1,23 @@
-"""Curvature of the loss in the outputs: exact, drawn, and what it makes of the factors."""
+"""Curvature of the loss in the outputs: exact, drawn, and the scale that it and a number of terms give the factors."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import hessian
 
-from brandla.kfac import KFAC
-from kfac.networks import EXACT, Batch, batch, gradients, loss_of, mlp, stepped
+from brandla.kfac import KBFGS, KFAC, Woodbury
+from kfac.networks import DENSE, EXACT, Batch, average, batch, gradients, loss_of, mlp, pooled, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
+DOUBLE = torch.float64
 LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
 
 
@@ -21,15 +25,14 @@ def targets(loss: str, outputs: Tensor) -> Tensor:
     return outputs.argmax(1) * 0 if loss == "cross_entropy" else torch.zeros_like(outputs)
 
 
-def factor(preconditioner: KFAC, layer: int, side: str) -> Tensor:
-    state = getattr(preconditioner._layers[layer].curvature, side).state
-    return state["dense"] / state["total"]
+def hessian_of_one(loss: str, hidden: Tensor, rest: nn.Module | None = None) -> Tensor:
+    """Of one term, in its outputs or in what the rest of a network makes outputs of."""
 
+    def value(own: Tensor) -> Tensor:
+        outputs = own[None] if rest is None else rest(own[None])
+        return LOSSES[loss](outputs, targets(loss, outputs))
 
-def hessian_of_one(loss: str, output: Tensor) -> Tensor:
-    """Of one term, C outputs."""
-    row = output[None]
-    return hessian(lambda own: LOSSES[loss](own[None], targets(loss, row)), output)
+    return hessian(value, hidden)
 
 
 def curved_step(model: nn.Module, preconditioner: KFAC, data: Batch, loss: str = "cross_entropy") -> list[Tensor]:
@@ -42,55 +45,44 @@ def curved_step(model: nn.Module, preconditioner: KFAC, data: Batch, loss: str =
 @pytest.mark.parametrize("loss", LOSSES)
 def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws(loss: str):
     """Of n draws, E ‖mean − H‖² = E ‖s sᵀ − H‖² / n. By Markov's inequality 25 times as much has probability 1/25."""
-    layer = nn.Linear(2, 4, dtype=torch.float64)
-    logits = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=torch.float64)
+    layer = nn.Linear(2, 4, dtype=DOUBLE)
+    logits = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=DOUBLE)
     layer.bias.data.copy_(logits)
     H = hessian_of_one(loss, logits)
     if loss == "cross_entropy":
         p = logits.softmax(0)
-        columns = p[:, None] - torch.eye(4, dtype=torch.float64)
+        columns = p[:, None] - torch.eye(4, dtype=DOUBLE)
         moments = sum(p[c] * (columns[:, c].outer(columns[:, c]) - H).square().sum() for c in range(4))
     else:
         # s = √(2/C) ε: E ‖s sᵀ‖² − ‖H‖² = (2/C)² (C(C + 2) − C)
         moments = torch.tensor((2 / 4) ** 2 * (4 * 6 - 4))
     for count in (100, 10_000):
-        inputs = torch.zeros(count, 2, dtype=torch.float64)
         preconditioner = KFAC(layer, EXACT, curvature="monte-carlo", seed=3)
-        curved_step(layer, preconditioner, (inputs, targets(loss, logits.expand(count, 4))), loss)
-        error = (factor(preconditioner, 0, "output") - H).square().sum()
+        data = torch.zeros(count, 2, dtype=DOUBLE), targets(loss, logits.expand(count, 4))
+        curved_step(layer, preconditioner, data, loss)
+        error = (average(preconditioner, "output") - H).square().sum()
         assert 1 / 25 < error * count / moments < 25
         preconditioner.remove()
 
 
-def jacobians(model: nn.Sequential, layer: int, inputs: Tensor) -> Tensor:
-    """Derivative of the outputs by what a layer gives, (N, C, d_out)."""
-    given = model[: layer + 1](inputs).detach()
-    rest = model[layer + 1 :]
-    return torch.stack([jacobian(lambda own: rest(own[None])[0], one) for one in given])
-
-
 @pytest.mark.parametrize("loss", LOSSES)
-def test_exact_factor_is_the_mean_of_transported_hessians(loss: str):
+def test_exact_factor_is_the_mean_of_hessians_in_what_a_layer_gives(loss: str):
+    """The rest of the network is linear but for kinks: it adds no curvature."""
     model = mlp(5, 6, 4, 3)
     model[1].inplace = model[3].inplace = False
     inputs, _ = batch(7, 5, 3)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
-    outputs = model(inputs)
-    curved_step(model, preconditioner, (inputs, targets(loss, outputs)), loss)
+    curved_step(model, preconditioner, (inputs, targets(loss, model(inputs))), loss)
     for index, layer in enumerate((0, 2)):
-        J = jacobians(model, layer, inputs)
-        expected = torch.stack(
-            [j.T @ hessian_of_one(loss, own) @ j for j, own in zip(J, outputs.detach(), strict=True)]
-        )
-        torch.testing.assert_close(factor(preconditioner, index, "output"), expected.mean(0))
+        given = model[: layer + 1](inputs).detach()
+        expected = torch.stack([hessian_of_one(loss, own, model[layer + 1 :]) for own in given])
+        torch.testing.assert_close(average(preconditioner, "output", index), expected.mean(0))
 
 
 def test_nothing_but_the_captures_sees_these_passes():
     model = mlp(5, 6, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
-    inputs, _ = batch(7, 5, 4)
-    inputs.requires_grad_()
-    accumulated = []
+    inputs, accumulated = batch(7, 5, 4)[0].requires_grad_(), []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(accumulated.append)
     kept = torch.ones_like(model[0].weight)
@@ -103,26 +95,14 @@ def test_nothing_but_the_captures_sees_these_passes():
     assert model[2].weight.grad is None
 
 
-@pytest.mark.parametrize("kind", ["monte-carlo", "type-2"])
-def test_pairs_are_those_of_the_loss_and_factors_those_of_the_curvature(kind: str):
-    inputs, labels = batch(3, 5, 4)
-    steps = []
-    for application in ("auto", "two-sided"):
-        model = mlp(5, 6, 4)
-        preconditioner = KFAC(model, EXACT, curvature=kind, application=application, clip=None)
-        steps.append(curved_step(model, preconditioner, (inputs, labels)))
-        assert all(layer.linear for layer in preconditioner._layers) == (application == "auto")
-    torch.testing.assert_close(steps[0], steps[1])
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
 def test_positions_are_terms_of_their_own_with_weights(flat: bool, weighted: bool, loss: str):
     """Outputs (N, C, T) of a Linear on (N, T, d): G is the mean over all N T terms, without those of weight 0."""
     torch.manual_seed(0)
-    layer = nn.Linear(5, 4, dtype=torch.float64)
-    inputs = torch.randn(3, 6, 5, dtype=torch.float64)
+    layer = nn.Linear(5, 4, dtype=DOUBLE)
+    inputs = torch.randn(3, 6, 5, dtype=DOUBLE)
     weights = torch.arange(18).reshape(3, 6) % 3 / 2 if weighted else torch.ones(3, 6)
     preconditioner = KFAC(layer, EXACT, curvature="type-2")
     outputs = layer(inputs).flatten(0, 1) if flat else layer(inputs).mT
@@ -132,66 +112,42 @@ def test_positions_are_terms_of_their_own_with_weights(flat: bool, weighted: boo
     preconditioner.step()
     terms = zip(weights.flatten(), layer(inputs).flatten(0, 1).detach(), strict=True)
     expected = sum(weight * hessian_of_one(loss, own) for weight, own in terms) / weights.sum()
-    torch.testing.assert_close(factor(preconditioner, 0, "output"), expected)
+    torch.testing.assert_close(average(preconditioner, "output"), expected)
+
+
+def seen_passes(preconditioner: KFAC, steps: int) -> list[list[Tensor]]:
+    """What each pass for the curvature sends back from the outputs, step by step."""
+    model, (inputs, labels), seen = preconditioner._model, batch(8, 5, 4), []
+    for _ in range(steps):
+        outputs, of_step = model(inputs), []
+        outputs.register_hook(of_step.append)
+        preconditioner.curvature(outputs)
+        seen.append(list(of_step))
+        stepped(model, preconditioner, nn.functional.cross_entropy(outputs, labels))
+    return seen
 
 
 def test_no_passes_where_no_factor_takes_data():
-    model = mlp(5, 6, 4)
-    preconditioner = KFAC(model, EXACT, curvature="type-2", factor_every=3)
-    inputs, labels = batch(8, 5, 4)
-    counts = []
-    for _ in range(5):
-        model.zero_grad()
-        outputs = model(inputs)
-        passes: list[Tensor] = []
-        outputs.register_hook(passes.append)
-        preconditioner.curvature(outputs)
-        counts.append(len(passes))
-        LOSSES["cross_entropy"](outputs, labels).backward()
-        preconditioner.step()
-    assert counts == [4, 0, 0, 4, 0]
+    preconditioner = KFAC(mlp(5, 6, 4), EXACT, curvature="type-2", factor_every=3)
+    assert [len(of_step) for of_step in seen_passes(preconditioner, 5)] == [4, 0, 0, 4, 0]
 
 
 def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
-    inputs, labels = batch(8, 5, 4)
-
-    def train(preconditioner: KFAC, steps: int) -> list[Tensor]:
-        drawn = []
-        for _ in range(steps):
-            preconditioner._model.zero_grad()
-            outputs = preconditioner._model(inputs)
-            outputs.register_hook(drawn.append)
-            preconditioner.curvature(outputs)
-            LOSSES["cross_entropy"](outputs, labels).backward()
-            preconditioner.step()
-        return drawn[::2]
-
-    model = mlp(5, 6, 4)
-    preconditioner = KFAC(model, EXACT, curvature="monte-carlo", seed=5)
-    first, second = train(preconditioner, 2)
+    preconditioner, resumed = (KFAC(mlp(5, 6, 4), EXACT, curvature="monte-carlo", seed=5) for _ in range(2))
+    (first,), (second,) = seen_passes(preconditioner, 2)
     assert not torch.equal(first, second)
-    resumed = KFAC(mlp(5, 6, 4), EXACT, curvature="monte-carlo", seed=5)
     # Given up for the checkpoint.
-    resumed.curvature(resumed._model(inputs))
+    resumed.curvature(resumed._model(batch(8, 5, 4)[0]))
     resumed.load_state_dict(preconditioner.state_dict())
-    expected, found = train(preconditioner, 3), train(resumed, 3)
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
-    torch.testing.assert_close(gradients(model), gradients(resumed._model), rtol=0, atol=0)
-
-
-def test_a_number_of_terms_that_is_that_of_the_uses_changes_nothing():
-    one, other, data = mlp(5, 6, 4), mlp(5, 6, 4), batch(8, 5, 4)
-    called = curved_step(one, KFAC(one, EXACT), data)
-    without = stepped(other, KFAC(other, EXACT), loss_of(other, data))
-    torch.testing.assert_close(called, without, rtol=0, atol=0)
+    expected, found = seen_passes(preconditioner, 3), seen_passes(resumed, 3)
+    torch.testing.assert_close(expected, found, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(preconditioner._model), gradients(resumed._model), rtol=0, atol=0)
 
 
 def test_a_step_without_its_curvature_is_refused():
     model = mlp(5, 6, 4)
-    preconditioner = KFAC(model, EXACT, curvature="monte-carlo")
-    loss_of(model, batch(8, 5, 4)).backward()
     with pytest.raises(RuntimeError, match=r"KFAC.step: curvature='monte-carlo' needs a call of .*got none"):
-        preconditioner.step()
+        stepped(model, KFAC(model, EXACT, curvature="monte-carlo"), loss_of(model, batch(8, 5, 4)))
 
 
 @pytest.mark.parametrize(
@@ -211,8 +167,175 @@ def test_a_step_without_its_curvature_is_refused():
 def test_bad_arguments_are_refused_and_nothing_is_kept(arguments: dict, error: type[Exception], message: str):
     model = mlp(5, 6, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
-    inputs, _ = batch(8, 5, 4)
     with pytest.raises(error, match=re.escape(message)):
-        preconditioner.curvature(**{"outputs": model(inputs), **arguments})
+        preconditioner.curvature(**{"outputs": model(batch(8, 5, 4)[0]), **arguments})
     assert all(layer.capture.calls == [] for layer in preconditioner._layers)
     assert preconditioner._recorder.running == "loss"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many terms a loss has, once told: the G of its own gradients is that of the model's labels, in expectation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: pooled(nn.Linear(5, 4)), (2, 6, 5)),
+    "more-dimensions": (lambda: pooled(nn.Linear(5, 4), nn.Flatten(1, 2)), (2, 2, 3, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), (2, 2, 3, 3)),
+    "attention": (lambda: pooled(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)), (2, 5, 4)),
+    "embedding": (lambda: pooled(nn.Embedding(7, 4)), (2, 5)),
+    "scale": (lambda: pooled(nn.LayerNorm(4)), (2, 5, 4)),
+}
+# A term at each of two positions of the output, which four of the first layer go into.
+SEGMENTATION = (
+    lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.AvgPool1d(2), nn.Conv1d(4, 3, 1)),
+    (1, 2, 4),
+)
+CASES = {
+    **{f"{name}-{way}": (*case, way) for name, case in NETWORKS.items() for way in ("expand", "reduce")},
+    "segmentation": (*SEGMENTATION, "expand"),
+}
+
+
+def drawn(shape: tuple[int, ...], *, indices: bool = False) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(7, shape) if indices else torch.randn(shape, dtype=DOUBLE)
+
+
+def of_gradients(preconditioner: KFAC) -> list[Tensor]:
+    """The factors that are made of gradients: G, or the blocks of scale and shift."""
+    sides = ["input" if layer.curvature.output is None else "output" for layer in preconditioner._layers]
+    return [average(preconditioner, side, index) for index, side in enumerate(sides)]
+
+
+def told_step(preconditioner: KFAC, data: Batch, *, tells: bool = True) -> list[Tensor]:
+    model = preconditioner._model
+    if tells:
+        curved_step(model, preconditioner, data)
+    else:
+        stepped(model, preconditioner, loss_of(model, data))
+    return of_gradients(preconditioner)
+
+
+@pytest.mark.parametrize(("make", "shape", "sharing"), CASES.values(), ids=CASES)
+def test_the_mean_over_the_models_own_labels_is_the_exact_factor(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], sharing: str
+):
+    """The mean over all labels of two terms, each with its probability."""
+    torch.manual_seed(0)
+    model = make().double()
+    inputs = drawn(shape, indices=isinstance(model[0], nn.Embedding))
+    outputs = model(inputs).detach()
+    p = outputs.softmax(1).movedim(1, -1).reshape(2, 3)
+    found: dict[str, list[Tensor]] = {}
+    for kind in ("type-2", "empirical"):
+        preconditioner = KFAC(model, EXACT, curvature=kind, sharing=sharing, decay=0.0)
+        weighted = []
+        for labels in product(range(3), repeat=2):
+            target = torch.tensor(labels).reshape(outputs.movedim(1, -1).shape[:-1])
+            weight = p[0, labels[0]] * p[1, labels[1]]
+            weighted.append([weight * own for own in told_step(preconditioner, (inputs, target))])
+        found[kind] = [sum(parts) for parts in zip(*weighted, strict=True)]
+        preconditioner.remove()
+    torch.testing.assert_close(found["empirical"], found["type-2"])
+
+
+def test_untold_each_use_is_a_term():
+    """Four positions of each of two samples are four times as much as one term a sample; where they agree, the same."""
+    torch.manual_seed(0)
+    model, data = NETWORKS["convolution"][0]().double(), (drawn((2, 2, 3, 3)), torch.tensor([0, 2]))
+    told, untold = (told_step(KFAC(model, EXACT), data, tells=tells) for tells in (True, False))
+    torch.testing.assert_close(untold, [4 * told[0], told[1]])
+
+
+class Pooled(nn.Module):
+    """The mean over the positions with data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 4, dtype=DOUBLE), nn.Linear(4, 3, dtype=DOUBLE)
+
+    def forward(self, inputs: Tensor, valid: Tensor) -> Tensor:
+        hidden = self.first(inputs).tanh() * valid[..., None]
+        return self.last(hidden.sum(1) / valid.sum(1, keepdim=True).clamp_min(1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_terms_are_counted_with_padding_and_samples_of_weight_0_and_without(sharing: str):
+    """G = M Σ γ γᵀ with M = 3, of the samples one by one, and of all together with padding."""
+    model, steps = Pooled(), []
+    inputs, labels, lengths = drawn((4, 6, 5)), torch.tensor([0, 2, 1, 0]), torch.tensor([2, 4, 1, 0])
+    valid = torch.arange(6) < lengths[:, None]
+    apart = [(slice(index, index + 1), int(lengths[index])) for index in range(3)]
+    for parts in (apart, [(slice(0, 4), 6)]):
+        model.zero_grad()
+        preconditioner = KFAC(model, EXACT, sharing=sharing, application="two-sided")
+        for rows, most in parts:
+            preconditioner.mask(valid[rows, :most])
+            outputs = model(inputs[rows, :most], valid[rows, :most])
+            weights = (lengths[rows] > 0).double()
+            preconditioner.curvature(outputs, weights=None if parts is apart else weights)
+            losses = nn.functional.cross_entropy(outputs, labels[rows], reduction="none")
+            ((losses * weights).sum() / 3).backward()
+        rows_of = preconditioner._layers[0].rows("loss", None)
+        preconditioner.step()
+        G = of_gradients(preconditioner)[0]
+        if parts is apart:
+            torch.testing.assert_close(G, 3 * rows_of.gradients.mT @ rows_of.gradients)
+        steps.append([G, model.first.weight.grad])
+        preconditioner.remove()
+    torch.testing.assert_close(steps[1], steps[0])
+
+
+@pytest.mark.parametrize("of_positions", [False, True])
+def test_the_natural_gradient_of_a_batch_has_the_same_scale(of_positions: bool):
+    """F = M Σ v vᵀ over samples, for a loss with a term for each sample or each position."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, bias=False, dtype=DOUBLE)
+    inputs = drawn((3, 4, 3))
+
+    def terms() -> Tensor:
+        outputs = layer(inputs)
+        return outputs.flatten(0, 1) if of_positions else outputs.mean(1)
+
+    v = [torch.autograd.grad(own.sum(), layer.weight, retain_graph=True)[0] for own in terms().square()]
+    v = torch.stack(v).unflatten(0, (3, -1)).sum(1).flatten(1) / len(v)
+    preconditioner = KFAC(layer, Woodbury(), **DENSE)
+    outputs = terms()
+    preconditioner.curvature(outputs, loss="mse")
+    outputs.square().sum(1).mean().backward()
+    F = len(outputs) * v.T @ v + DENSE["damping"] * torch.eye(6, dtype=DOUBLE)
+    expected = torch.linalg.solve(F, layer.weight.grad.flatten())
+    preconditioner.step()
+    torch.testing.assert_close(layer.weight.grad.flatten(), expected)
+
+
+def test_second_passes_compare_gradients_as_they_are():
+    """Of two steps, each with a second pass, told and not."""
+    found: list[Any] = []
+    for tells in (True, False):
+        torch.manual_seed(0)
+        model = pooled(nn.Linear(5, 4))
+        preconditioner = KFAC(model, KBFGS(), clip=None)
+        for take in (preconditioner.step, preconditioner.second_pass) * 2:
+            model.zero_grad()
+            outputs = model(drawn((2, 6, 5)))
+            if tells:
+                preconditioner.curvature(outputs)
+            nn.functional.cross_entropy(outputs, torch.tensor([0, 2])).backward()
+            take()
+            if take == preconditioner.step:
+                torch.optim.SGD(model.parameters(), 0.1).step()
+        found.append(list(model.parameters()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_number_of_terms_that_comes_too_late_is_refused():
+    model = pooled(nn.Linear(5, 4))
+    preconditioner = KFAC(model, EXACT)
+    outputs = model(drawn((2, 6, 5)))
+    outputs.square().mean().backward()
+    preconditioner.curvature(outputs, loss="mse")
+    with pytest.raises(RuntimeError, match=r"KFAC.step: curvature\(outputs\) was called after .*; call it before that"):
+        preconditioner.step()

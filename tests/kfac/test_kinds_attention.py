@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC
-from kfac.networks import DENSE, EXACT, assert_dense_step, weighted, with_one
+from brandla.kfac import KBFGS, KFAC, Strategy
+from kfac.networks import DENSE, EXACT, assert_all_near, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -71,23 +74,24 @@ def inputs_of(module: nn.MultiheadAttention, of: str) -> tuple[Tensor, Tensor, T
     return query, key, one(KEYS, module.vdim) if of == "all" else key
 
 
+def drawn_bool(*shape: int) -> Tensor:
+    """True for what is left out, which is never all."""
+    return (torch.rand(shape) < 0.4).index_fill(1, torch.tensor([0]), False)
+
+
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "bool": drawn_bool,
+    "float": partial(torch.randn, dtype=torch.float64),
+    "heads": partial(torch.randn, SAMPLES * HEADS, dtype=torch.float64),
+    "causal": lambda *shape: torch.ones(shape, dtype=torch.bool).triu(1),
+}
+
+
 def call_options(options: dict, keys: int) -> dict:
     """Masks in place of their names."""
-    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(2)
     shapes = {"attn_mask": (QUERIES, keys), "key_padding_mask": (SAMPLES, keys)}
-    made = dict(options)
-    for name, shape in shapes.items():
-        kind = options.get(name)
-        if kind == "heads":
-            made[name] = torch.randn(SAMPLES * HEADS, *shape, generator=generator, dtype=torch.float64)
-        elif kind == "float":
-            made[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
-        elif kind == "causal":
-            made[name] = torch.ones(shape, dtype=torch.bool).triu(1)
-        elif kind == "bool":
-            made[name] = torch.rand(shape, generator=generator) < 0.4
-            made[name][:, 0] = False
-    return made
+    return {name: MASKS[own](*shapes[name]) if name in shapes else own for name, own in options.items()}
 
 
 def of_module(module: nn.MultiheadAttention, options: dict, of: str) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -154,55 +158,51 @@ def test_what_the_module_refuses_it_refuses_still():
     preconditioner.remove()
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("of", INPUTS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_packed_projections_have_the_factors_of_three_linears(sharing: str, of: str, bias: bool):
-    """Also where queries and keys are not equally many: each group is normalised by the number of its own rows."""
-    module = attention(bias=bias)
-    preconditioner = KFAC(module, EXACT, sharing=sharing, clip=None)
-    inputs = inputs_of(module, of)
-    biases = module.in_proj_bias.chunk(3) if bias else (None,) * 3
-    outputs = []
-    for part, weight, own in zip(inputs, module.in_proj_weight.chunk(3), biases, strict=True):
-        outputs.append(nn.functional.linear(part.transpose(0, 1), weight, own))
-        outputs[-1].retain_grad()
-    query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in outputs)
-    mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    projected = nn.functional.linear(mixed, module.out_proj.weight, module.out_proj.bias)
-    projected.square().sum(-1).mean().backward()
-    expected = [
-        linear_factors(part.transpose(0, 1), out.grad, sharing, bias=bias)
-        for part, out in zip(inputs, outputs, strict=True)
-    ]
-    module.zero_grad()
-    module(*inputs)[0].square().sum(-1).mean().backward()
-    preconditioner.step()
-    state = preconditioner.state_dict()["layers"]["in_proj"]["curvature"]
-    for side, index in (("input", 0), ("output", 1)):
-        kept = state[side]["state"]
-        torch.testing.assert_close(
-            kept["dense"] / kept["total"], torch.stack([factors[index] for factors in expected]), **TOLERANCE
+class Linears(nn.Module):
+    """The same attention by four Linears, with no mask, samples first."""
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        super().__init__()
+        parts = {name: part.detach().clone() for name, part in module.named_parameters()}
+        weights, biases = projections(parts, "weight"), projections(parts, "bias")
+        self.linears = nn.ModuleList()
+        for weight, bias in zip(weights, biases or [None] * 4, strict=True):
+            own = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+            own.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
+            self.linears.append(own.requires_grad_())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        query, key, value = (
+            own(part.transpose(0, 1)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for own, part in zip(self.linears, inputs, strict=False)
         )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return (self.linears[3](mixed),)
 
 
-def linear_factors(inputs: Tensor, gradients: Tensor, sharing: str, *, bias: bool) -> tuple[Tensor, Tensor]:
-    """A and G of a Linear by their definition; inputs (samples, positions, d)."""
-    if sharing == "reduce":
-        inputs, gradients = inputs.mean(1, keepdim=True), gradients.sum(1, keepdim=True)
-    inputs, gradients = inputs.detach().flatten(0, 1), gradients.flatten(0, 1)
-    inputs = with_one(inputs) if bias else inputs
-    return inputs.T @ inputs / len(inputs), len(inputs) * gradients.T @ gradients
+def projections(parts: dict[str, Tensor], kind: str) -> list[Tensor]:
+    """Weights or biases of queries, keys, values and outputs, or their gradients."""
+    own = [part for name, part in parts.items() if name.endswith(kind)]
+    return [*own[0].chunk(3), *own[1:]] if f"in_proj_{kind}" in parts else own
 
 
-def test_weights_of_their_own_take_their_third_of_the_bias():
-    """A step of the module with kdim and vdim is that of three Linears."""
-    module = attention(kdim=6, vdim=7)
-    preconditioner = KFAC(module, EXACT, **DENSE)
-    of_module(module, {}, "all")
-    for layer, gradient in zip(preconditioner._layers, module.in_proj_bias.grad.chunk(3), strict=False):
-        assert torch.equal(layer.gradient()[:, -1], gradient)
-    assert_dense_step(preconditioner)
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("name", ["packed", "no-bias", "apart"])
+@pytest.mark.parametrize(("strategy", "sharing"), [(EXACT, "expand"), (EXACT, "reduce"), (KBFGS(), "expand")])
+def test_steps_are_those_of_linears(strategy: Strategy, name: str, of: str, sharing: str):
+    """Also where queries and keys are not equally many, and where weights have a third of one bias each."""
+    module, found = attention(**fitting(MODULES[name], of)), []
+    for own in (module, Linears(module)):
+        preconditioner = KFAC(own, strategy, sharing=sharing, **DENSE)
+        for take in (KFAC.step, KFAC.second_pass, KFAC.step)[: None if isinstance(strategy, KBFGS) else 1]:
+            own.zero_grad()
+            own(*inputs_of(module, of))[0].square().sum(-1).mean().backward()
+            take(preconditioner)
+            if take is KFAC.step:
+                torch.optim.SGD(own.parameters(), 0.1).step()
+        found.append({key: part.grad for key, part in own.named_parameters()})
+    for kind in ("weight", "bias"):
+        assert_all_near(*(projections(gradients, kind) for gradients in found), 1e-8)
 
 
 def test_evaluation_takes_the_path_of_the_module():
@@ -215,24 +215,3 @@ def test_evaluation_takes_the_path_of_the_module():
         actual = module(query, query, query)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     preconditioner.remove()
-
-
-class Own(nn.MultiheadAttention):
-    def forward(self, query: Tensor) -> Tensor:
-        return query
-
-
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (nn.MultiheadAttention(D, HEADS, add_bias_kv=True), "add_bias_kv"),
-        (nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "add_zero_attn"),
-        (Own(D, HEADS), "Own has a forward pass of its own"),
-    ],
-    ids=["bias", "zero", "forward"],
-)
-def test_what_is_no_plain_attention_is_left_to_the_optimizer(module: nn.Module, reason: str):
-    report = KFAC(nn.Sequential(nn.Linear(D, D), module), EXACT).report()
-    assert {row.layer for row in report.factors} == {"0"}
-    assert reason in report.unsupported["1"]
-    assert "1.out_proj" in report.unsupported

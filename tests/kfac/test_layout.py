@@ -1,24 +1,47 @@
-"""Positions before samples, and positions that are padding: the factors are those of the same data without either."""
+"""Positions before samples, padding, packed sequences and graphs: the factors are those of the same data without."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
-from brandla.kfac import EKFAC, KBFGS, KFAC, ConjugateGradient, InverseFree, Strategy, TwoLevel
+from brandla.kfac import EKFAC, KBFGS, KFAC, ConjugateGradient, InverseFree, Strategy, TwoLevel, register
 from brandla.kfac.capture.kinds import like
-from kfac.networks import EXACT, Conv1D, RMSNorm, assert_all_near, gradients, with_one
+from kfac.networks import (
+    DENSE,
+    EXACT,
+    Conv1D,
+    RMSNorm,
+    assert_all_near,
+    assert_dense_step,
+    average,
+    gradients,
+    lone_step,
+    stepped,
+    weighted,
+    with_one,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 SYSTEMS: list[Strategy] = [
     *(EXACT, EKFAC(inverse_every=1), ConjugateGradient()),
     *(InverseFree(preconditioner_every=1), TwoLevel(EXACT)),
 ]
+DOUBLE = torch.float64
+
+both_sharings = pytest.mark.parametrize("sharing", ["expand", "reduce"])
+
+
+@pytest.fixture(autouse=True)
+def _unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(like, "_REGISTERED", {})
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        register(kind, like="unrolled")
 
 
 class Model(nn.Module):
@@ -47,7 +70,7 @@ class Others(nn.Module):
         self.head = nn.Linear(8, 11)
         self.head.weight = self.entries.weight
 
-    def forward(self, words: Tensor) -> Tensor:
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
         found = self.norm(self.wide(self.recurrent(self.entries(words))[0]))
         return self.head(self.products(found, found))
 
@@ -64,8 +87,6 @@ class Others(nn.Module):
 def test_the_order_is_an_option_where_no_module_says_it(option: Any, order: str):
     preconditioner = KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), EXACT, batch_first=option)
     assert preconditioner.report().layouts["0"] == order
-    with pytest.raises(ValueError, match=re.escape("batch_first must be True, False or None; got 'time'")):
-        KFAC(nn.Linear(3, 3), batch_first="time")
 
 
 def test_the_report_says_which_module_has_said_the_order():
@@ -77,33 +98,27 @@ def test_the_report_says_which_module_has_said_the_order():
 
 def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any) -> list[Tensor]:
     """The step of three samples of 4 positions, filled up with what the loss and the attention ignore."""
-    preconditioner = KFAC(own, strategy, clip=None, **options)
     generator = torch.Generator().manual_seed(1)
     inputs, labels = (torch.randint(most, (3, 9), generator=generator)[:, :filled] for most in (11, 5))
     valid = torch.arange(filled).expand(3, -1) < 4
-    if filled > 4:
-        preconditioner.mask(valid.long())
-    is_first = getattr(own, "batch_first", True)
-    inputs = inputs if is_first else inputs.T
-    outputs = own(inputs, ~valid) if isinstance(own, Model) else own(inputs)
-    outputs = (outputs if is_first else outputs.transpose(0, 1)).mT
-    preconditioner.curvature(outputs, weights=valid.double())
-    nn.functional.cross_entropy(outputs, labels.masked_fill(~valid, -100)).backward()
-    preconditioner.step()
-    return gradients(own)
+
+    def loss(preconditioner: KFAC) -> Tensor:
+        if filled > 4:
+            preconditioner.mask(valid.long())
+        outputs = own(inputs, ~valid) if own.batch_first else own(inputs.T, ~valid).transpose(0, 1)
+        preconditioner.curvature(outputs.mT, weights=valid.double())
+        return nn.functional.cross_entropy(outputs.mT, labels.masked_fill(~valid, -100))
+
+    return lone_step(own, loss, strategy, **options)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@both_sharings
 @pytest.mark.parametrize(
     ("make", "strategy"),
     [*((Model, strategy) for strategy in SYSTEMS), (Others, EXACT), (Others, KBFGS())],
     ids=lambda own: getattr(own, "__name__", str(own)),
 )
-def test_neither_the_order_nor_padding_makes_a_difference(
-    make: type[Model | Others], strategy: Strategy, sharing: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(like._REGISTERED, nn.LSTM, "unrolled")
-
+def test_neither_the_order_nor_padding_makes_a_difference(make: type[Model | Others], strategy: Strategy, sharing: str):
     def step(batch_first: bool, filled: int) -> list[Tensor]:
         torch.manual_seed(0)
         return padded_step(make(batch_first).double(), strategy, filled, sharing=sharing)
@@ -113,34 +128,41 @@ def test_neither_the_order_nor_padding_makes_a_difference(
         assert_all_near(step(batch_first, filled), data, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"), [(lambda: nn.Conv1d(5, 5, 1), (3, 5, 4)), (lambda: nn.EmbeddingBag(9, 4), (15, 2))]
-)
-def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(make: Callable[[], nn.Module], shape: Any):
-    """Channels are no positions, and bags no rows."""
-    found = []
-    for valid in (None, torch.arange(15).reshape(3, 5) % 2):
-        torch.manual_seed(0)
-        own = make()
-        preconditioner = KFAC(own, EXACT)
-        preconditioner.mask(valid)
-        own(torch.randn(shape) if isinstance(own, nn.Conv1d) else torch.randint(9, shape)).square().mean().backward()
-        preconditioner.step()
-        found.append(gradients(own))
-    assert_all_near(*found)
+class Entrywise(nn.Sequential):
+    """No term reaches another's inputs: the random signs of terms have no effect."""
+
+    batch_first = True
+
+    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+        return super().forward(words)
 
 
 def test_padding_is_left_out_of_the_curvature_of_outputs_too():
-    """In a model where no term reaches another's inputs: the random signs of terms have no effect."""
+    own = Entrywise(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    assert_all_near(*(padded_step(own, EXACT, filled, curvature="type-2") for filled in (4, 9)))
+
+
+BY_CHANCE: dict[str, tuple[nn.Module, Tensor]] = {
+    "channels": (nn.Conv1d(5, 5, 1), torch.ones(3, 5, 4)),
+    "bags": (nn.EmbeddingBag(9, 4), torch.arange(30).view(15, 2) % 9),
+}
+
+
+@pytest.mark.parametrize(("own", "inputs"), BY_CHANCE.values(), ids=BY_CHANCE)
+def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own: nn.Module, inputs: Tensor):
+    """Channels are no positions, and bags no rows."""
     found = []
-    for filled in (4, 9):
-        torch.manual_seed(0)
-        own = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-        found.append(padded_step(own, EXACT, filled, curvature="type-2"))
+    for valid in (None, torch.arange(15).reshape(3, 5) % 2):
+
+        def loss(preconditioner: KFAC, valid: Tensor | None = valid) -> Tensor:
+            preconditioner.mask(valid)
+            return own(inputs).square().mean()
+
+        found.append(lone_step(own, loss))
     assert_all_near(*found)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@both_sharings
 def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
     """A and G are those of the positions with data, also where what the padding holds is not finite."""
     torch.manual_seed(0)
@@ -149,8 +171,8 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
     inputs, gradients = [], []
     for lengths in ([1, 3, 2], [4, 4, 1]):
         valid = torch.arange(4) < torch.tensor(lengths)[:, None]
-        points = torch.randn(3, 4, 5, dtype=torch.float64)
-        factors = torch.randn(3, 4, 4, dtype=torch.float64) * valid[..., None]
+        points = torch.randn(3, 4, 5, dtype=DOUBLE)
+        factors = torch.randn(3, 4, 4, dtype=DOUBLE) * valid[..., None]
         preconditioner.mask(valid)
         (layer(points) * factors).sum().backward()
         for point, factor, length in zip(points, factors, lengths, strict=True):
@@ -158,10 +180,10 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
             inputs.append(own if sharing == "expand" else own.mean(0, keepdim=True))
             gradients.append(gradient if sharing == "expand" else gradient.sum(0, keepdim=True))
     preconditioner.step()
+    assert preconditioner._recorder.valid is None
     a, g = with_one(torch.cat(inputs)), torch.cat(gradients)
-    curvature = preconditioner._layers[0].curvature
-    for factor, expected in ((curvature.input, a.T @ a / len(a)), (curvature.output, len(g) * g.T @ g)):
-        torch.testing.assert_close(factor.strategy.average(factor.state), expected)
+    torch.testing.assert_close(average(preconditioner), a.T @ a / len(a))
+    torch.testing.assert_close(average(preconditioner, "output"), len(g) * g.T @ g)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -170,44 +192,15 @@ def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first: bool):
     layer = nn.Linear(5, 4).double()
     preconditioner = KFAC(layer, EXACT, batch_first=batch_first, application="two-sided")
     valid = torch.arange(4) < torch.tensor([2, 4, 1])[:, None]
-    points = torch.randn(3, 4, 5, dtype=torch.float64)
+    points = torch.randn(3, 4, 5, dtype=DOUBLE)
     preconditioner.mask(valid)
-    layer((points if batch_first else points.transpose(0, 1)).reshape(12, 5)).sum().backward()
-    preconditioner.step()
-    factor, kept = preconditioner._layers[0].curvature.input, with_one(points[valid])
-    torch.testing.assert_close(factor.strategy.average(factor.state), kept.T @ kept / 7)
+    flat = (points if batch_first else points.transpose(0, 1)).reshape(12, 5)
+    stepped(layer, preconditioner, layer(flat).sum())
+    kept = with_one(points[valid])
+    torch.testing.assert_close(average(preconditioner), kept.T @ kept / 7)
 
 
-def test_a_mask_ends_with_the_step_and_is_a_matrix():
-    layer = nn.Linear(5, 4)
-    preconditioner = KFAC(layer, EXACT, clip=None)
-    preconditioner.mask(torch.ones(2, 3))
-    layer(torch.randn(2, 3, 5)).sum().backward()
-    preconditioner.step()
-    assert preconditioner._recorder.valid is None
-    with pytest.raises(ValueError, match=re.escape("KFAC.mask: valid must be a tensor (samples, positions)")):
-        preconditioner.mask(torch.ones(3))
-
-
-@pytest.mark.parametrize("gradient", ["autograd", "pair"])
-def test_padding_that_has_a_gradient_stays_in_the_gradient(gradient: str):
-    """A loss that forgets its padding moves the weights by it all the same; the factors have no part of it."""
-    torch.manual_seed(0)
-    layer = nn.Linear(30, 20).double()
-    points, valid = torch.randn(2, 3, 30, dtype=torch.float64), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    found = []
-    for application in ("auto", "two-sided"):
-        layer.zero_grad()
-        preconditioner = KFAC(layer, EXACT, clip=None, application=application, gradient=gradient)
-        preconditioner.mask(valid)
-        layer(points).square().mean().backward()
-        preconditioner.step()
-        found.append(gradients(layer))
-        preconditioner.remove()
-    assert_all_near(*found)
-
-
-class Dense(nn.Module):
+class Graphs(nn.Module):
     """Graphs as nodes one after the other, then as a padded batch, then with the rows of that in one dimension."""
 
     def __init__(self) -> None:
@@ -222,7 +215,7 @@ class Dense(nn.Module):
         index = torch.arange(graphs).repeat_interleave(torch.tensor(sizes))
         valid = torch.arange(most) < torch.tensor(sizes)[:, None]
         of.mask(valid)
-        with of.graphs(index, graphs):
+        with of.graphs(index):
             hidden = self.nodes(nodes).tanh()
         dense = hidden.new_zeros(graphs, most, 5).masked_scatter(valid[..., None], hidden)
         flat = self.padded(dense).tanh().flatten(0, 1)
@@ -230,22 +223,135 @@ class Dense(nn.Module):
             hidden = self.flat(flat).tanh().unflatten(0, (graphs, most)) * valid[..., None]
         return self.head(hidden.sum(1) / valid.sum(1, keepdim=True))
 
+    def of_one(self, nodes: Tensor) -> Tensor:
+        """Of a graph by itself: one sample, whose nodes are positions."""
+        hidden = self.padded(self.nodes(nodes[None]).tanh()).tanh()
+        return self.head(self.flat(hidden).tanh().mean(1))
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+
+@both_sharings
 @pytest.mark.parametrize("sizes", [[3, 5, 2], [4, 4, 4]], ids=str)
 def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes: list[int], sharing: str):
     """Also where no graph is padded, and the nodes are as many as the places of the padded batch."""
-    own = Dense()
-    nodes, labels = torch.randn(sum(sizes), 5, dtype=torch.float64), torch.tensor([0, 2, 1])
-    found = []
-    for together in (True, False):
-        own.zero_grad()
-        preconditioner = KFAC(own, EXACT, sharing=sharing, clip=None)
-        apart = zip(nodes.split(sizes), ([size] for size in sizes), labels[:, None], strict=True)
-        for part, counts, label in [(nodes, sizes, labels)] if together else apart:
-            outputs = own(part, counts, preconditioner)
-            (nn.functional.cross_entropy(outputs, label, reduction="sum") / 3).backward()
-        preconditioner.step()
-        found.append(gradients(own))
-        preconditioner.remove()
-    assert_all_near(*found)
+    own, labels = Graphs(), torch.tensor([0, 2, 1])
+    nodes = torch.randn(sum(sizes), 5, dtype=DOUBLE)
+
+    def together(preconditioner: KFAC) -> Tensor:
+        return nn.functional.cross_entropy(own(nodes, sizes, preconditioner), labels)
+
+    def apart(preconditioner: KFAC) -> Tensor:
+        return nn.functional.cross_entropy(torch.cat([own.of_one(part) for part in nodes.split(sizes)]), labels)
+
+    assert_all_near(*(lone_step(own, loss, sharing=sharing) for loss in (together, apart)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells, recurrent layers and packed sequences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def outputs_of(module: nn.Module) -> Tensor:
+    """What it makes of 3 × 6 rows; a cell as three time steps."""
+    inputs = torch.randn(3, 6, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    if isinstance(module, nn.RNNBase):
+        return module(inputs)[0]
+    state = None
+    for own in inputs:
+        state = module(own, state)
+    return torch.stack(state) if isinstance(state, tuple) else state
+
+
+LAYERS = [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")]
+# With the positions of a sample: what gives them is the second dimension, or the first, or nothing.
+CASES: list[tuple[Any, dict[str, Any], int]] = [
+    *((make, {}, 3) for make in LAYERS),
+    *((make, {"batch_first": True, "bidirectional": True, "num_layers": 2}, 6) for make in LAYERS),
+    *((make, {"bias": bias}, 1) for make in (nn.LSTMCell, nn.GRUCell, nn.RNNCell) for bias in (True, False)),
+    *((make, {"bias": False}, 3) for make in LAYERS),
+]
+
+
+@both_sharings
+@pytest.mark.parametrize(("make", "options", "positions"), CASES)
+def test_every_use_of_a_weight_has_its_rows(make: Any, options: dict[str, Any], positions: int, sharing: str):
+    torch.manual_seed(0)
+    module = make(4, 5, dtype=DOUBLE, **options)
+    plain = outputs_of(module)
+    weighted(plain).backward()
+    expected = gradients(module)
+    module.zero_grad()
+    preconditioner = KFAC(module, EXACT, sharing=sharing, **DENSE)
+    found = outputs_of(module)
+    torch.testing.assert_close(found, plain)
+    weighted(found).backward()
+    torch.testing.assert_close(gradients(module), expected)
+    if sharing == "expand":
+        rows = [layer.rows("loss", None) for layer in preconditioner._layers]
+        assert {(own.uses, own.positions) for own in rows} == {(18, positions)}
+    assert_dense_step(preconditioner)
+    report = preconditioner.report()
+    assert report.unsupported == {}
+    assert {row.layer.partition("_l")[0] for row in report.factors} == {"weight_ih", "weight_hh"}
+
+
+def test_a_cell_takes_single_samples_and_leaves_other_arguments_to_the_module():
+    cell = nn.GRUCell(6, 5, dtype=DOUBLE)
+    preconditioner = KFAC(cell, EXACT)
+    cell(torch.randn(6, dtype=DOUBLE)).sum().backward()
+    assert [layer.rows("loss", None).uses for layer in preconditioner._layers] == [1, 1]
+    with pytest.raises(RuntimeError, match="hidden"):
+        cell(torch.randn(2, 6, dtype=DOUBLE), torch.zeros(2, 4, dtype=DOUBLE))
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(length, 4, dtype=DOUBLE, generator=generator) for length in (3, 6, 1, 3)]
+
+
+def loss_of(found: tuple[Any, Any]) -> Tensor:
+    output, last = found
+    parts = [output.data if isinstance(output, PackedSequence) else output, *(last if type(last) is tuple else [last])]
+    return sum(part.square().sum() for part in parts) / 13
+
+
+@both_sharings
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make: Any, sharing: str):
+    torch.manual_seed(0)
+    module = make(4, 5, num_layers=2, bidirectional=True, dtype=DOUBLE)
+    states = torch.randn(2, 4, 4, 5, dtype=DOUBLE)
+    packed = pack_sequence(sequences(), enforce_sorted=False)
+
+    def started(of: slice) -> Any:
+        return tuple(states[:, :, of]) if make is nn.LSTM else states[0, :, of]
+
+    plain = module(packed, started(slice(None)))
+
+    def together(preconditioner: KFAC) -> Tensor:
+        output = module(packed, started(slice(None)))
+        torch.testing.assert_close(output[0].data, plain[0].data)
+        torch.testing.assert_close(output[1], plain[1])
+        assert torch.equal(output[0].unsorted_indices, packed.unsorted_indices)
+        return loss_of(output)
+
+    def apart(preconditioner: KFAC) -> Tensor:
+        own = (module(one[:, None], started(slice(at, at + 1))) for at, one in enumerate(sequences()))
+        return sum(map(loss_of, own))
+
+    assert_all_near(*(lone_step(module, loss, sharing=sharing) for loss in (together, apart)))
+
+
+def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
+    """For systems that sum over the positions of a sample too."""
+    torch.manual_seed(0)
+    module = nn.LSTM(4, 5, batch_first=True, dtype=DOUBLE)
+    valid = torch.arange(6) < torch.tensor([[3], [6], [1], [3]])
+
+    def packed(preconditioner: KFAC) -> Tensor:
+        return module(pack_sequence(sequences(), enforce_sorted=False))[0].data.square().mean()
+
+    def padded(preconditioner: KFAC) -> Tensor:
+        preconditioner.mask(valid)
+        return module(pad_sequence(sequences(), batch_first=True))[0][valid].square().mean()
+
+    assert_all_near(*(lone_step(module, loss, EKFAC(inverse_every=1)) for loss in (packed, padded)))

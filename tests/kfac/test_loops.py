@@ -100,10 +100,6 @@ def clip_to(model: nn.Module, most: float | None) -> Callable[[], Any]:
     return lambda: None if most is None else nn.utils.clip_grad_norm_(model.parameters(), most)
 
 
-def nothing() -> None:
-    pass
-
-
 def expected(dtype: str, before: float | None = None, after: float | None = None) -> dict[str, Tensor]:
     """Train the small network by hand, with gradients clipped before or after K-FAC."""
     torch.manual_seed(0)
@@ -166,7 +162,7 @@ def test_trainer_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | Non
     ]
     words = ACCUMULATED * 8 * 9
     losses = [lambda batch=batch: models[1](**batch, num_items_in_batch=words).loss for batch in batches]
-    by_hand(models[1].train(), losses, dtype, clip_to(models[1], most), nothing)
+    by_hand(models[1].train(), losses, dtype, clip_to(models[1], most), lambda: None)
     assert_same(models[0].state_dict(), models[1].state_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from brandla.kfac import (
     EKFAC,
+    KBFGS,
     KFAC,
     Brand,
     BrandCorrected,
@@ -19,6 +21,7 @@ from brandla.kfac import (
     InverseFree,
     Report,
     Strategy,
+    Woodbury,
 )
 from kfac.networks import mlp, stepped
 from kfac.systems import factors_of, tensors
@@ -80,24 +83,33 @@ def test_it_shows_groups_and_kinds():
     assert rows["2", "input"].dense_bytes == 4 * 3 * 9
 
 
-def test_roots_have_a_row_for_each_side():
-    model = mlp(10, 20, 4, dtype=torch.float32)
-    report = reported(model, KFAC(model, InverseFree("diagonal", variant="ikfac")), [torch.randn(8, 10)])
-    rows = [(row.layer, row.side, row.n) for row in report.factors]
-    assert rows == [("0", "input", 11), ("0", "output", 20), ("2", "input", 21), ("2", "output", 4)]
-    first = report.factors[0]
-    assert "InverseFree" in first.strategy
-    assert "Diagonal()" in str(report)
+def of_both(count: Callable[[int], int]) -> dict[str, int]:
+    """The bytes of the input's side of a Linear of 150 inputs and 100 outputs, and of the output's."""
+    return {"input": count(150), "output": count(100)}
+
+
+# After a batch of 4 in float32.
+BYTES: dict[str, tuple[Strategy, dict[str, int]]] = {
+    "brand": (Brand(8), of_both(lambda n: 4 * (8 * n + 8 * 8 + 3))),
+    "brand-eigh": (Brand(8, form="eigh"), of_both(lambda n: 4 * (8 * n + 8 + 3))),
     # K and the direction have n numbers each, and the direction's weight is one.
-    assert (first.bytes, first.dense_bytes) == (4 * (2 * 11 + 1), 4 * 11**2)
-    assert first.error_bound is None
+    "diagonal": (InverseFree("diagonal", variant="ikfac"), of_both(lambda n: 4 * (2 * n + 1))),
+    # H_G is in float64. Beside s and y there are the means of the step, until a second pass, and their weight.
+    "k-bfgs": (KBFGS(), {"input": 4 * (2 * 150**2 + 1), "output": 8 * 100**2 + 4 * (4 * 100 + 1)}),
+    "woodbury": (Woodbury(), {"beside": 4 * (4 * (150 + 100) + 4 * 4 + 1)}),
+}
 
 
-@pytest.mark.parametrize(("form", "small"), [("root", 8 * 8), ("eigh", 8)])
-def test_memory_of_brand_is_linear_in_the_layer(form: str, small: int):
+@pytest.mark.parametrize(("strategy", "expected"), BYTES.values(), ids=BYTES)
+def test_it_has_the_memory_of_each_side(strategy: Strategy, expected: dict[str, int]):
     layer = nn.Linear(150, 100, bias=False)
-    report = reported(layer, KFAC(layer, Brand(8, form=form)), [torch.randn(4, 150)])
-    assert [row.bytes for row in report.factors] == [4 * (8 * n + small + 3) for n in (150, 100)]
+    report = reported(layer, KFAC(layer, strategy), [torch.randn(4, 150)])
+    assert {row.side: row.bytes for row in report.factors} == expected
+    for row in report.factors:
+        n, dense = {"input": (150, 4 * 150**2), "output": (100, 4 * 100**2), "beside": (100 * 150, 0)}[row.side]
+        assert (row.n, row.dense_bytes, row.strategy) == (n, dense, str(strategy))
+        assert (row.error_bound is None) == (not isinstance(strategy, Brand))
+        assert row.reason == {InverseFree: "Diagonal()", KBFGS: "BFGS"}.get(type(strategy), "")
 
 
 @ignoring_small_factors

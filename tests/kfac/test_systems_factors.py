@@ -1,4 +1,4 @@
-"""Systems of Kronecker factors: the dense step, mean tails, sketches, Cholesky's failures, FOOF."""
+"""Systems of Kronecker factors: the dense step, mean tails, sketches, Cholesky's failures, FOOF; and EK-FAC."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import brandla
-from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized, Strategy
+from brandla.kfac import EKFAC, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized, Strategy
 from brandla.kfac.systems.brand import sketch_width
 from brandla.kfac.systems.factor import damped_solves
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from builders import dense_operator
-from kfac.networks import batch, damped_inverse, gradients, layer_step, loss_of, mlp, stepped
-from kfac.systems import assert_near, factors_of, full_rank, some_systems
+from kfac.networks import EXACT, average, batch, damped_inverse, gradients, layer_step, loss_of, mlp, stepped
+from kfac.systems import assert_near, factors_of, full_rank, layer_steps, sample_gradients, some_systems
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -33,33 +33,27 @@ def estimates(strategy: Strategy) -> bool:
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("foof", [False, True], ids=["both", "foof"])
 @pytest.mark.parametrize("strategy", FULL_RANK.values(), ids=FULL_RANK)
-def test_one_batch_equals_the_dense_formula(strategy: FactorStrategy, application: str, foof: bool):
-    """(G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹; FOOF leaves out the first."""
+def test_steps_are_those_of_the_dense_average_while_the_rank_holds_all_data(
+    strategy: FactorStrategy, application: str, foof: bool
+):
+    """(G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹; FOOF leaves out the first. Three batches of 8 have rank 24."""
     layer = mlp(60, 50)[0]
     system = Foof(strategy) if foof else strategy
     preconditioner = KFAC(layer, system, damping=DAMPING, clip=None, application=application)
-    step = layer_step(layer, preconditioner, batch(8, 60, 50))
-    averages = dict(zip(("input", "output"), step.factors, strict=True))
-    inverses = {}
-    for side, factor in preconditioner._layers[0].curvature.factors():
-        true, found = torch.linalg.eigvalsh(averages[side])[-1], factor.largest()
-        assert (0.8 if estimates(strategy) else 1 - 1e-12) <= found / true <= 1 + 1e-12
-        inverses[side] = damped_inverse(averages[side], DAMPING, found)
-    left = torch.eye(50, dtype=torch.float64) if foof else inverses["output"]
-    assert_near(step.result, left @ step.gradient @ inverses["input"], 1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name in FULL_RANK if name.startswith("brand")])
-def test_brand_equals_exact_while_its_rank_holds_all_data(name: str):
-    """Three batches of 8 have rank 24: nothing is truncated."""
-    steps = []
-    for strategy in (FULL_RANK["exact"], FULL_RANK[name]):
-        layer = mlp(60, 50)[0]
-        preconditioner = KFAC(layer, strategy, damping=DAMPING, clip=None)
-        for seed in range(3):
-            step = layer_step(layer, preconditioner, batch(8, 60, 50, seed))
-        steps.append(step.result)
-    assert_near(steps[1], steps[0], 2e-2 if estimates(strategy) else 1e-8)
+    sums, total = [0.0, 0.0], 0.0
+    for seed in range(3):
+        step = layer_step(layer, preconditioner, batch(8, 60, 50, seed))
+        sums, total = [0.95 * known + new for known, new in zip(sums, step.factors, strict=True)], 0.95 * total + 1
+        averages = dict(zip(("input", "output"), (own / total for own in sums), strict=True))
+        inverses, rounding = {"output": torch.eye(50, dtype=torch.float64)}, 1e-9 if seed else 1e-12
+        for side, factor in preconditioner._layers[0].curvature.factors():
+            true, found = torch.linalg.eigvalsh(averages[side])[-1], factor.largest()
+            least = (0.7 if seed else 0.8) if estimates(strategy) else 1 - rounding
+            assert least <= found / true <= 1 + rounding
+            inverses[side] = damped_inverse(averages[side], DAMPING, found)
+        assert_near(step.result, inverses["output"] @ step.gradient @ inverses["input"], 1e-8 if seed else 1e-9)
+    sides = [("input", 61)] if foof else [("input", 61), ("output", 50)]
+    assert [(row.side, row.n) for row in preconditioner.report().factors] == sides
 
 
 class Trained(NamedTuple):
@@ -136,9 +130,8 @@ def test_the_width_of_a_sketch(rank: int, k: int, expected: int):
 def test_the_dense_average_is_that_of_all_columns_of_all_batches(strategy: Strategy):
     """Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i), also beside a sketch."""
     found = trained(strategy, 4, count=96, decay=0.7)
-    state = found.preconditioner._layers[0].curvature.input.state
-    torch.testing.assert_close(state["dense"] / state["total"], found.average)
-    torch.testing.assert_close(state["total"].item(), 1 - 0.7**4)
+    torch.testing.assert_close(average(found.preconditioner), found.average)
+    assert factors_of(found.preconditioner)[0].state["total"].item() == pytest.approx(1 - 0.7**4)
 
 
 def test_the_error_bound_of_a_root_holds():
@@ -202,21 +195,6 @@ def test_layers_below_a_head_that_begins_at_zero_are_preconditioned_soon(strateg
     assert all((factor.largest() > 0).all() for factor in factors_of(preconditioner))
 
 
-def test_foof_keeps_input_factors_alone_and_solves_with_the_pair_of_a_thin_batch():
-    """The linear application is what `auto` takes here, for a network and for several steps, with the same result."""
-    results, seen = [], []
-    for application in ("auto", "two-sided"):
-        model = mlp(40, 50, 30, 20)
-        preconditioner = KFAC(model, Foof(Brand(16)), application=application)
-        for seed in range(3):
-            results.append(stepped(model, preconditioner, loss_of(model, batch(8, 40, 4, seed))))
-        seen.append([layer.linear for layer in preconditioner._layers])
-    assert seen == [[True] * 3, [None] * 3]
-    torch.testing.assert_close(results[:3], results[3:])
-    rows = [(row.side, row.n) for row in preconditioner.report().factors]
-    assert rows == [("input", 41), ("input", 51), ("input", 31)]
-
-
 def test_foof_leaves_scale_and_shift_of_a_normalisation_their_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()
@@ -236,3 +214,91 @@ def test_foof_divides_an_embedding_by_frequencies():
     preconditioner.step()
     frequencies = torch.tensor([3, 0, 2, 0, 0, 1], dtype=torch.float64) / 6
     assert_near(model.weight.grad, gradient / (frequencies + DAMPING * 0.5)[:, None], 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EK-FAC: against explicit gradients of samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROUNDING = 1e-10
+
+
+def parts_of(preconditioner: KFAC) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """S, d_G, U_G, d_A, U_A."""
+    corrected = preconditioner._layers[0].curvature
+    output, input_ = corrected.bases.output.operand(), corrected.bases.input.operand()
+    return (corrected.sums / corrected.bases.input.state["total"], *output, *input_)
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+@pytest.mark.parametrize("positions", [None, 4])
+def test_second_moments_are_those_of_the_samples_own_gradients(
+    positions: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("brandla.kfac.systems.ekfac._AT_ONCE", chunk)
+    layer = mlp(6, 5)[0]
+    inputs = torch.randn(*((9,) if positions is None else (9, positions)), 6, dtype=torch.float64)
+    weights = torch.randn(*inputs.shape[:-1], 5, dtype=torch.float64)
+    preconditioner = KFAC(layer, EKFAC(inverse_every=1))
+
+    def loss(part: slice) -> Tensor:
+        return (torch.tanh(layer(inputs[part])) * weights[part]).sum()
+
+    gradients = sample_gradients(layer, loss, 9)
+    stepped(layer, preconditioner, loss(slice(None)) / 9)
+    S, _, left, _, right = parts_of(preconditioner)
+    uses = 9 * (positions or 1)
+    assert_near(S, uses * sum((left.T @ v @ right).square() for (v,) in gradients), ROUNDING)
+
+
+def test_step_divides_by_second_moments_and_damping():
+    layer = mlp(6, 5)[0]
+    preconditioner = KFAC(layer, EKFAC(inverse_every=1), damping=DAMPING, clip=None)
+    step = layer_step(layer, preconditioner, batch(12, 6, 5))
+    S, d_G, left, d_A, right = parts_of(preconditioner)
+    by_output, by_input = DAMPING * d_G[0], DAMPING * d_A[0]
+    divisor = S - torch.outer(d_G, d_A) + torch.outer(d_G + by_output, d_A + by_input)
+    assert_near(step.result, left @ ((left.T @ step.gradient @ right) / divisor) @ right.T, ROUNDING)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.3])
+def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(damping: float):
+    """A full factorial of inputs and residuals, as in test_kinds: S = d_G d_Aᵀ, and damping acts alike."""
+    steps = []
+    for system in (EXACT, EKFAC(inverse_every=1)):
+        layer = mlp(5, 4, bias=False)[0]
+        inputs = torch.randn(7, 5, dtype=torch.float64).repeat_interleave(4, dim=0)
+        targets = layer(inputs).detach() - 2 * torch.eye(4, dtype=torch.float64).repeat(7, 1)
+        preconditioner = KFAC(layer, system, damping=damping, clip=None)
+        steps += layer_steps(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
+    assert_near(steps[1], steps[0], ROUNDING)
+
+
+def test_a_direction_without_data_gets_the_step_of_exact():
+    """Weight decay puts gradient on an input that is never active."""
+    steps = []
+    for system in (EXACT, EKFAC(inverse_every=1)):
+        layer = mlp(6, 5, bias=False)[0]
+        inputs = torch.randn(12, 6, dtype=torch.float64)
+        inputs[:, 2] = 0
+        preconditioner = KFAC(layer, system, damping=DAMPING, clip=None)
+        (step,) = layer_steps(layer, preconditioner, layer(inputs).square().mean() + layer.weight[:, 2].sum())
+        steps.append(step[:, 2])
+    assert steps[0].abs().min() > 1
+    assert_near(steps[1], steps[0], 1e-8)
+
+
+def test_renewed_eigenvectors_take_over_what_the_old_ones_stood_for():
+    """S ← diagonal, in the new basis, of the old curvature: its trace stays, and only the last batch is added to it."""
+    layer = mlp(6, 5)[0]
+    preconditioner = KFAC(layer, EKFAC(inverse_every=2), decay=0.9)
+    known = torch.zeros(35, 35, dtype=torch.float64)
+    for seed in range(3):
+        step = layer_step(layer, preconditioner, batch(12, 6, 5, seed))
+        _, _, left, _, right = parts_of(preconditioner)
+        basis = torch.kron(left, right)
+        v = torch.einsum("ni,nj->nij", step.outputs, step.inputs).reshape(12, -1)
+        expected = 0.9 * torch.diagonal(basis.T @ known @ basis) + 0.1 * 12 * (v @ basis).square().sum(0)
+        sums = preconditioner._layers[0].curvature.sums.reshape(-1)
+        assert_near(sums, expected, ROUNDING)
+        known = (basis * sums) @ basis.T

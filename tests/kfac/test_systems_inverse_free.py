@@ -1,4 +1,4 @@
-"""IKFAC and SINGD against their dense formulas in float64."""
+"""IKFAC and SINGD against their dense formulas in float64, and structures against matrices written entry by entry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from brandla.kfac import InverseFree
 from brandla.kfac.systems.inverse_free import InverseFreeCurvature
@@ -16,18 +18,133 @@ from brandla.kfac.systems.structures import (
     Dense,
     Diagonal,
     Hierarchical,
+    Member,
     Structure,
     Toeplitz,
     Triangular,
 )
 from brandla.kfac.values import Damping, Now, Rows, Scale, Shape
-from kfac.structured import close, projected
+from kfac.networks import one_hot
 from oracles import gaussian, tolerance
+
+DOUBLE, CPU = torch.float64, torch.device("cpu")
+
+
+def close(actual: Tensor, expected: Tensor, updates: int = 1) -> None:
+    """Compare to rounding of as many updates, of sums of n products of each entry by whatever algorithm."""
+    bound = updates * tolerance(max(expected.shape), actual.dtype, expected.norm())
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Structures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pattern(structure: Structure, n: int) -> Tensor:
+    """Return the number of the parameter in each place of an n × n matrix, −1 where there is a zero."""
+    i, j = torch.arange(n)[:, None].expand(n, n), torch.arange(n).expand(n, n)
+    own = i * n + j
+    match structure:
+        case Triangular():
+            inside = i >= j
+        case Dense():
+            inside = torch.ones(n, n, dtype=torch.bool)
+        case Diagonal():
+            inside = i == j
+        case BlockDiagonal(block=b):
+            inside = i // b == j // b
+        case Hierarchical(first=first, last=last):
+            head, tail = i < first, (i >= max(first, n - last))
+            inside = head | (tail & (j >= first)) | (i == j)
+        case Toeplitz():
+            inside, own = j >= i, j - i
+    return torch.where(inside, own, -1)
+
+
+def projected(structure: Structure, matrix: Tensor) -> Tensor:
+    """Return the member m, the least of those for which (m + mᵀ)/2 is nearest to a symmetric matrix."""
+    numbers = pattern(structure, len(matrix))
+    members = torch.stack([(numbers == number).double() for number in numbers.unique() if number >= 0])
+    # In a basis of unit length least coefficients are the least matrix.
+    members = members / members.flatten(1).norm(dim=1)[:, None, None]
+    symmetric = ((members + members.mT) / 2).flatten(1).T
+    coefficients = torch.linalg.lstsq(symmetric, matrix.reshape(-1, 1), driver="gelsd").solution[:, 0]
+    return torch.einsum("c,cij->ij", coefficients, members)
+
+
+def drawn(structure: Structure, n: int, seed: int = 0) -> tuple[Member, Tensor]:
+    """Return a member, and the matrix that it stands for."""
+    member = structure.gram(gaussian(n + 3, n, seed=seed))
+    return member, structure.dense(member, n)
+
+
+structures = st.one_of(
+    st.sampled_from([Dense(), Diagonal(), Triangular(), Toeplitz()]),
+    st.builds(BlockDiagonal, st.integers(1, 9)),
+    st.builds(Hierarchical, st.integers(0, 5), st.integers(0, 5)),
+)
+sizes = st.sampled_from([1, 2, 3, 7, 12, 13, 17])
+
+
+@given(structures, sizes)
+def test_gram_matrices_are_projections_of_the_dense_ones(structure: Structure, n: int):
+    """Of rows, and of a member itself."""
+    X, (member, dense) = gaussian(5, n, seed=7), drawn(structure, n)
+    close(structure.dense(structure.gram(X), n), projected(structure, X.T @ X))
+    close(structure.dense(structure.own_gram(member), n), projected(structure, dense.T @ dense))
+
+
+@given(structures, sizes)
+def test_products_are_those_of_the_dense_matrices(structure: Structure, n: int):
+    """With rows, and of two members, which is a member."""
+    X, (first, dense), (second, other) = gaussian(4, n, seed=7), drawn(structure, n, 1), drawn(structure, n, 2)
+    close(structure.times(X, first), X @ dense)
+    close(structure.times_transposed(X, first), X @ dense.T)
+    product = structure.product(first, second)
+    close(structure.dense(product, n), dense @ other)
+    assert [part.shape for part in product] == [part.shape for part in first]
+
+
+@given(structures, sizes)
+def test_identity_trace_norm_and_sums(structure: Structure, n: int):
+    identity, (member, dense) = structure.identity(n, (), DOUBLE, CPU), drawn(structure, n)
+    close(structure.dense(identity, n), torch.eye(n, dtype=DOUBLE))
+    close(structure.trace(member)[None], dense.trace()[None])
+    close(structure.squared_norm(member)[None], dense.square().sum()[None])
+    total = structure.combine((2.0, member), (torch.tensor(-1.0, dtype=DOUBLE), identity))
+    close(structure.dense(total, n), 2 * dense - torch.eye(n, dtype=DOUBLE))
+
+
+NUMBERS = {
+    Dense(): 1000**2,
+    Triangular(): 1000**2,
+    Diagonal(): 1000,
+    BlockDiagonal(32): 32 * 1024,
+    Hierarchical(16, 16): 16 * 1000 + 968 + 16 * 984,
+    Toeplitz(): 1000,
+}
+
+
+@pytest.mark.parametrize(("structure", "numbers"), NUMBERS.items(), ids=map(repr, NUMBERS))
+def test_storage_is_what_the_structure_promises(structure: Structure, numbers: int):
+    assert sum(part.numel() for part in structure.identity(1000, (), torch.float32, CPU)) == numbers
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_flops_of_small_structures_grow_slower_than_dense_ones(structure: Structure):
+    growth = structure.flops(8192) / structure.flops(1024)
+    # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
+    assert growth == 64 if isinstance(structure, Dense) else growth < 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The systems
+# ---------------------------------------------------------------------------------------------------------------------
 
 D_IN, D_OUT = 13, 7
 DAMPING = 0.1
-DOUBLE = torch.float64
-SHAPE = Shape((), D_OUT, D_IN, DOUBLE, torch.device("cpu"))
+SHAPE = Shape((), D_OUT, D_IN, DOUBLE, CPU)
 SMALL = [Dense(), Diagonal(), Triangular(), Toeplitz(), BlockDiagonal(5), Hierarchical(3, 2)]
 EACH = pytest.mark.parametrize("structure", SMALL, ids=repr)
 NAMED = pytest.mark.parametrize("structure", STRUCTURES)
@@ -40,8 +157,8 @@ def fresh(
     return InverseFree(structure, variant=variant, preconditioner_every=1, **options).curvature(shape)
 
 
-def now(step: int = 0, *, finite: bool = True, scale: Scale = "absolute") -> Now:
-    return Now(step, step, 0.95, Damping(DAMPING, scale), torch.tensor(finite))
+def now(step: int = 0, *, scale: Scale = "absolute") -> Now:
+    return Now(step, step, 0.95, Damping(DAMPING, scale), torch.tensor(True))
 
 
 def rows(seed: int = 0, groups: tuple[int, ...] = (), count: int = 20, dtype: torch.dtype = DOUBLE) -> Rows:
@@ -127,24 +244,6 @@ def test_groups_are_layers_of_their_own(structure: str, variant: str):
         close(found[group], alone.solve(gradient[group], now()), 3)
 
 
-@NAMED
-@VARIANT
-@pytest.mark.parametrize(("scale", "skipped"), [("relative", 0), ("absolute", 2)], ids=["first", "later"])
-def test_a_batch_that_is_not_finite_changes_nothing(structure: str, variant: str, scale: Scale, skipped: int):
-    """The loop hands over zeros with ``finite`` False; what follows is as if that batch had never been."""
-    skipping, never = (fresh(variant, structure, momentum=0.4) for _ in range(2))
-    empty = Rows(torch.zeros(20, D_IN, dtype=DOUBLE), torch.zeros(20, D_OUT, dtype=DOUBLE), 20)
-    for step in range(4):
-        if step == skipped:
-            before = roots(skipping)
-            skipping.absorb(empty, now(step, finite=False, scale=scale))
-            assert all(map(torch.equal, before, roots(skipping)))
-        else:
-            skipping.absorb(rows(step), now(step, scale=scale))
-            never.absorb(rows(step), now(step, scale=scale))
-    assert all(map(torch.equal, skipping.tensors(), never.tensors()))
-
-
 @VARIANT
 def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant: str):
     """A last layer that starts at zero sends none back: C has no scale to start at, nor, in SINGD, has K."""
@@ -201,8 +300,7 @@ def test_one_hot_inputs_are_a_diagonal_factor(variant: str):
     """Indices give what their one-hot rows give to the diagonal structure; −1 is a row of zeros."""
     indices = [torch.randint(-1, D_IN, (20,), generator=torch.Generator().manual_seed(step)) for step in range(5)]
     of_indices = [rows(step)._replace(inputs=own) for step, own in enumerate(indices)]
-    one_hot = [nn.functional.one_hot(own + 1, D_IN + 1)[:, 1:].double() for own in indices]
-    of_rows = [own._replace(inputs=inputs) for own, inputs in zip(of_indices, one_hot, strict=True)]
+    of_rows = [own._replace(inputs=one_hot(own.inputs, D_IN)) for own in of_indices]
     by_index = absorbed(fresh(variant, Diagonal(), SHAPE._replace(one_hot=True)), of_indices)
     by_row = absorbed(fresh(variant, Diagonal()), of_rows)
     for one, other in zip(roots(by_index), roots(by_row), strict=True):

@@ -146,23 +146,6 @@ def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     assert all(part.isfinite().all() for part in passed(float("nan"), preconditioner.second_pass))
 
 
-@pytest.mark.parametrize("kdim", [8, 6])
-def test_weights_of_projections_have_their_part_of_the_bias(kdim: int):
-    """Three groups of one weight; or three weights, with a third of the bias each."""
-    attention = nn.MultiheadAttention(8, 2, kdim=kdim)
-    nn.init.normal_(attention.in_proj_bias)
-    biases = attention.in_proj_bias.chunk(3)
-    if kdim == 8:
-        weights = attention.in_proj_weight.chunk(3)
-    else:
-        weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
-    expected = [torch.cat([weight, bias[:, None]], dim=1) for weight, bias in zip(weights, biases, strict=True)]
-    layers = [layer.parameters() for layer in KFAC(attention, KBFGS())._layers if "out_proj" not in layer.name]
-    found = list(layers[0]) if kdim == 8 else layers
-    assert len(found) == 3
-    assert all(map(torch.equal, found, expected))
-
-
 def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
     """A common shift of all keys changes no loss."""
     torch.manual_seed(0)
@@ -204,12 +187,9 @@ def test_second_pass_is_refused_where_nothing_takes_it(options: dict):
         KFAC(mlp(6, 8, 4), **options).second_pass()
 
 
-def test_it_trains_and_reports_both_sides():
+def test_it_trains_with_second_passes():
     model, data = mlp(10, 20, 4, dtype=torch.float32), batch(40, 10, 4, dtype=torch.float32)
     preconditioner, before = KFAC(model, KBFGS()), loss_of(model, data).item()
     for _ in range(30):
         iterate(model, preconditioner, partial(loss_of, model, data))
     assert loss_of(model, data).item() < 0.5 * before
-    rows = [(row.side, row.n, row.bytes) for row in preconditioner.report().factors]
-    assert rows[:2] == [("input", 11, 4 * (2 * 11**2 + 1)), ("output", 20, 8 * 20**2 + 4 * 2 * 20)]
-    assert len(rows) == 4

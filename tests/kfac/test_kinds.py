@@ -1,0 +1,416 @@
+"""Every kind of layer: the rows that make up its gradient, its step against dense formulas, and training with all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from brandla.kfac import KFAC, InverseFree, Strategy, TwoLevel
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.systems.structures import STRUCTURES
+from brandla.kfac.values import Rows
+from kfac.networks import (
+    DENSE,
+    EXACT,
+    Conv1D,
+    OwnLinear,
+    Router,
+    Words,
+    assert_dense_step,
+    average,
+    gradients,
+    one_hot,
+    stepped,
+    weighted,
+)
+from kfac.systems import SYSTEMS, fishers, full_rank
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KFAC"),
+    # torch says that an uneven "same" costs a copy.
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
+
+# Sums of float64 numbers of size 1 in two orders: at most a few thousand terms, each rounded at 1e-16.
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def captured(module: nn.Module, inputs: Tensor, sharing: str = "expand") -> tuple[Layer, Rows]:
+    """The layer of a copy of a module after one backward pass of a loss with a random weight for each output."""
+    module = copy.deepcopy(module)
+    preconditioner = KFAC(module, EXACT, sharing=sharing)
+    weighted(module(inputs)).backward()
+    (layer,) = preconditioner._layers
+    # It takes its hooks and what they caught along when it goes.
+    layer.owner = preconditioner
+    rows = layer.rows("loss", None)
+    assert rows is not None
+    return layer, rows
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(4, 6, 3), (2, 4, 11)),
+    "1d-stride-dilation": (nn.Conv1d(4, 6, 3, stride=2, dilation=3, padding=2), (2, 4, 11)),
+    "1d-circular": (nn.Conv1d(4, 6, 5, padding=2, padding_mode="circular"), (2, 4, 9)),
+    "2d": (nn.Conv2d(3, 5, 3), (2, 3, 6, 7)),
+    "2d-no-bias": (nn.Conv2d(3, 5, 3, bias=False), (2, 3, 6, 7)),
+    "2d-1x1": (nn.Conv2d(3, 5, 1), (2, 3, 4, 5)),
+    "2d-mixed": (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 3), dilation=(1, 2)), (2, 3, 6, 7)),
+    "2d-same": (nn.Conv2d(3, 5, (4, 3), padding="same", dilation=(2, 3)), (2, 3, 6, 7)),
+    "2d-same-uneven": (nn.Conv2d(3, 5, (4, 3), padding="same"), (2, 3, 6, 7)),
+    "2d-valid": (nn.Conv2d(3, 5, 2, padding="valid", stride=3), (2, 3, 8, 7)),
+    "2d-reflect": (nn.Conv2d(3, 5, 3, padding=(2, 1), padding_mode="reflect"), (2, 3, 6, 7)),
+    "2d-replicate-same": (nn.Conv2d(3, 5, 4, padding="same", padding_mode="replicate"), (2, 3, 6, 7)),
+    "2d-groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (2, 4, 6, 7)),
+    "2d-depthwise": (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 7)),
+    "2d-one-sample": (nn.Conv2d(3, 5, 3), (3, 6, 7)),
+    "3d": (nn.Conv3d(2, 3, (2, 3, 1), padding=(1, 0, 2), stride=(1, 2, 1)), (2, 2, 4, 5, 3)),
+    "3d-groups": (nn.Conv3d(2, 4, 2, groups=2, bias=False), (2, 2, 4, 5, 3)),
+    "transposed-1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
+    "transposed-2d": (nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=(3, 0), dilation=(2, 1)), (2, 4, 5, 4)),
+    "transposed-2d-groups": (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), (2, 4, 5, 4)),
+    "transposed-3d": (nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 2, 3)),
+}
+
+
+LINEARS = {
+    f"linear-{len(shape)}d-{'' if bias else 'no-'}bias": (nn.Linear(6, 4, bias=bias), shape)
+    for shape in ((6,), (5, 6), (5, 3, 6), (2, 3, 4, 6))
+    for bias in (True, False)
+}
+
+
+@pytest.mark.parametrize(("module", "shape"), (CONVOLUTIONS | LINEARS).values(), ids=CONVOLUTIONS | LINEARS)
+def test_rows_make_up_the_gradient_and_in_reduce_are_means_and_sums(module: nn.Module, shape: tuple[int, ...]):
+    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives; "reduce" goes sample by sample."""
+    module = module.double()
+    torch.manual_seed(1)
+    inputs = torch.randn(shape, dtype=torch.float64)
+    layer, rows = captured(module, inputs)
+    torch.testing.assert_close(rows.gradients.mT @ rows.inputs, layer.gradient(), **TOLERANCE)
+    samples = 1 if len(shape) < module.weight.ndim else shape[0]
+    assert rows.inputs.shape[-2] == rows.gradients.shape[-2] == rows.uses == samples * rows.positions
+    assert torch.equal(layer.kind.tensor(layer.kind.matrix(module.weight)), module.weight)
+    _, reduced = captured(module, inputs, sharing="reduce")
+    by_sample = [part.unflatten(-2, (samples, rows.positions)) for part in rows[:2]]
+    torch.testing.assert_close(reduced.inputs, by_sample[0].mean(-2), **TOLERANCE)
+    torch.testing.assert_close(reduced.gradients, by_sample[1].sum(-2), **TOLERANCE)
+    assert reduced.uses == samples
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_rows_of_an_embedding_are_one_hot(shape: tuple[int, ...], padding_idx: int | None, sharing: str):
+    indices = torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
+    layer, rows = captured(nn.Embedding(9, 4, padding_idx=padding_idx).double(), indices, sharing)
+    torch.testing.assert_close(rows.gradients.mT @ one_hot(rows.inputs, 9), layer.gradient(), **TOLERANCE)
+    assert torch.equal(rows.inputs < 0, indices.flatten() == (-1 if padding_idx is None else padding_idx))
+    assert torch.equal(layer.kind.tensor(layer.gradient()), layer.kind.weight.grad)
+
+
+BATCH, CHANNELS = 5, 4
+IMAGES = BATCH, CHANNELS, 3, 2
+WITH_STATISTICS = partial(nn.InstanceNorm2d, CHANNELS, affine=True, track_running_stats=True)
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer": (lambda: nn.LayerNorm(CHANNELS), (BATCH, 3, CHANNELS)),
+    "layer-no-shift": (lambda: nn.LayerNorm(CHANNELS, bias=False), (BATCH, 3, CHANNELS)),
+    "layer-two-dimensions": (lambda: nn.LayerNorm((2, 2)), (BATCH, 3, 2, 2)),
+    "rms": (lambda: nn.RMSNorm(CHANNELS, eps=1e-3), (BATCH, 3, CHANNELS)),
+    "group": (lambda: nn.GroupNorm(2, CHANNELS), IMAGES),
+    "batch-1d": (lambda: nn.BatchNorm1d(CHANNELS), (BATCH, CHANNELS)),
+    "batch-1d-positions": (lambda: nn.BatchNorm1d(CHANNELS), (BATCH, CHANNELS, 3)),
+    "batch-2d": (lambda: nn.BatchNorm2d(CHANNELS, eps=1e-2), IMAGES),
+    "batch-2d-evaluation": (lambda: nn.BatchNorm2d(CHANNELS).eval(), IMAGES),
+    "batch-2d-no-statistics": (lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False).eval(), IMAGES),
+    "batch-3d": (lambda: nn.BatchNorm3d(CHANNELS), (*IMAGES, 2)),
+    "instance-1d": (lambda: nn.InstanceNorm1d(CHANNELS, affine=True), (BATCH, CHANNELS, 6)),
+    "instance-2d": (WITH_STATISTICS, IMAGES),
+    "instance-2d-evaluation": (lambda: WITH_STATISTICS().eval(), IMAGES),
+}
+
+
+def random_norm(make: Callable[[], nn.Module]) -> nn.Module:
+    """A normalisation with random scale, shift and running statistics."""
+    torch.manual_seed(2)
+    module = make().double()
+    with torch.no_grad():
+        for name, part in (*module.named_parameters(), *module.named_buffers()):
+            if part.is_floating_point():
+                part.copy_(torch.rand_like(part) + (0.5 if "var" in name else 0))
+    return module
+
+
+@pytest.mark.parametrize(("make", "shape"), NORMS.values(), ids=NORMS)
+def test_rows_of_a_normalisation_are_gradients_of_samples(make: Callable[[], nn.Module], shape: tuple[int, ...]):
+    """By the scale and shift of each channel, of each sample by itself."""
+    module = random_norm(make)
+    inputs = torch.randn(shape, dtype=torch.float64)
+    layer, rows = captured(module, inputs)
+    torch.testing.assert_close(rows.inputs.sum(-2), layer.gradient()[:, 0], **TOLERANCE)
+
+    # The output with scale 1 and shift 0, and what comes back to it.
+    with torch.no_grad():
+        module.weight.fill_(1)
+        if getattr(module, "bias", None) is not None:
+            module.bias.fill_(0)
+        plain = module(inputs)
+    (gradient,) = torch.autograd.grad(weighted(plain.requires_grad_()), plain)
+    parts = [gradient * plain, gradient][: rows.inputs.shape[-1]]
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        sums = [part.reshape(BATCH, -1, CHANNELS).sum(1) for part in parts]
+    else:
+        sums = [part.reshape(BATCH, CHANNELS, -1).sum(2) for part in parts]
+    torch.testing.assert_close(rows.inputs, torch.stack(sums, -1).transpose(0, 1), **TOLERANCE)
+
+
+class LargestStorage(TorchDispatchMode):
+    """Notes the largest storage that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("name", ["2d", "3d", "transposed-2d"])
+def test_reduce_never_stores_the_windows(name: str):
+    """No tensor is larger than the padded input times the kernel's size in one dimension; windows would be."""
+    module = {
+        "2d": nn.Conv2d(4, 2, 5, padding=2),
+        "3d": nn.Conv3d(4, 2, 3, padding=1),
+        "transposed-2d": nn.ConvTranspose2d(4, 2, 5),
+    }[name]
+    inputs = torch.randn(2, 4, *[12] * (module.weight.ndim - 2))
+    layer, _ = captured(module, inputs, sharing="reduce")
+    (call,) = layer.capture.calls
+    with LargestStorage() as largest:
+        layer.rows("loss", None)
+    extent = 12 + 2 * 2 if name != "transposed-2d" else 12 + 2 * 4
+    bound = 4 * 2 * 4 * extent ** (module.weight.ndim - 2) * module.kernel_size[0]
+    assert largest.bytes <= bound
+    with LargestStorage() as largest:
+        call.kind.uses(call.inputs, call.gradients["loss"][0])
+    assert largest.bytes > 2 * bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps: against dense formulas, and with the Fisher matrix where the factors are exactly that
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL_DAMPING = 1e-5
+STRATEGIES = full_rank(12)
+
+
+class Doubled(nn.Linear):
+    """Its product is not one with its input, but is seen."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(2 * inputs).relu()
+
+
+class Adapter(nn.Module):
+    """Two matrices of one module, by functions and operators, with transposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 4))
+        self.up_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs @ self.down.transpose(0, 1)
+        return torch.addmm(self.up_bias, hidden.tanh().flatten(0, -2), self.up).unflatten(0, inputs.shape[:-1])
+
+
+def two_dilations() -> nn.Module:
+    """One kernel that two convolutions use in two ways: a call's rows are made by the module that was called."""
+    convolutions = [nn.Conv1d(6, 6, 3, bias=False, dilation=own, padding=own) for own in (1, 2)]
+    convolutions[1].weight = convolutions[0].weight
+    return nn.Sequential(*convolutions)
+
+
+MODULES = {
+    "linear": (nn.Linear(40, 35), (6, 2, 40)),
+    "conv": (nn.Conv2d(5, 30, 3, stride=3), (3, 5, 6, 6)),
+    "conv-groups": (nn.Conv2d(10, 60, 3, groups=2), (4, 10, 4, 3)),
+    "conv-depthwise": (nn.Conv1d(3, 6, 5, groups=3, padding="same", padding_mode="circular"), (4, 3, 8)),
+    "conv-transposed": (nn.ConvTranspose1d(12, 30, 3, stride=2), (3, 12, 1)),
+    "attention": (nn.MultiheadAttention(34, 2), (2, 6, 34)),
+    "decoder": (nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0), (5, 2, 8)),
+    "transposed": (Conv1D(40, 35), (6, 2, 40)),
+    "own-type": (OwnLinear(40, 35), (6, 2, 40)),
+    "layer-norm": (nn.LayerNorm(6), (5, 3, 6)),
+    "batch-norm": (nn.BatchNorm2d(3), (5, 3, 2, 2)),
+    "rms-norm": (nn.RMSNorm(6), (5, 6)),
+    "conv-shared": (two_dilations(), (5, 6, 8)),
+    "embedding": (nn.Embedding(20, 40), (3, 4)),
+}
+# Kinds that are found by what they compute, at least in part; small ones in every form.
+FOUND = {
+    "transposed-square": Conv1D(6, 6, bias=False),
+    "own-type-no-bias": OwnLinear(bias=False),
+    "own-type-square": OwnLinear(6, 6),
+    "own-forward": Doubled(6, 4),
+    "router": Router(bias=False),
+    "two-matrices": Adapter(),
+    "bilinear": nn.Bilinear(6, 6, 4),
+}
+MODULES |= {name: (module, (5, 2, 6)) for name, module in FOUND.items()}
+# Large enough for Brand, in both sharings.
+LARGE = {"linear", "conv", "transposed", "own-type"}
+# Every kind of layer with a dense and a low-rank system, and every system with groups on both sides.
+PAIRS = [
+    (kind, system) for kind in MODULES for system in STRATEGIES if kind == "conv-groups" or system in ("exact", "brand")
+]
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize(("kind", "system"), PAIRS)
+def test_one_batch_equals_the_dense_formula(kind: str, system: str, application: str, sharing: str):
+    """With groups, in both forms of the application, in both sharings, by every strategy at full rank."""
+    module, shape = MODULES[kind]
+    module = copy.deepcopy(module).double()
+    torch.manual_seed(1)
+    inputs = torch.randint(20, shape) if kind == "embedding" else torch.randn(shape, dtype=torch.float64)
+    two = (inputs, inputs.flip(0))
+    arguments = {"attention": (inputs,) * 3, "bilinear": two, "decoder": two}.get(kind, (inputs,))
+    plain = module(*arguments)
+    preconditioner = KFAC(module, STRATEGIES[system], application=application, sharing=sharing, **DENSE)
+    output = module(*arguments)
+    torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    (weighted(output) / len(inputs)).backward()
+    assert_dense_step(preconditioner)
+    report = preconditioner.report()
+    assert report.unsupported == {}
+    assert kind not in LARGE or {row.reason for row in report.factors} == {""}
+    assert len(preconditioner.parameters()) == len(list(module.parameters()))
+    preconditioner.remove()
+    assert "forward" not in vars(module)
+
+
+def factorial(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Each point with each residual of a scaled basis: the residuals' second moment is I, whatever the point."""
+    outputs = model(points).detach()
+    count = outputs[0].numel()
+    residuals = torch.eye(count, dtype=points.dtype).reshape(-1, *outputs.shape[1:]) * math.sqrt(count)
+    targets = outputs.repeat_interleave(count, 0) - torch.cat([residuals] * len(points))
+    return points.repeat_interleave(count, 0), targets
+
+
+# 1 × 1 convolutions but for the first, so that the gradients of positions agree, and their average; and a position that
+# is a sample of its own, so that the mean over samples and positions divides by both.
+DEEP_LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "reduce": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 2, bias=False),
+            nn.Conv2d(3, 4, 1, bias=False),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 3, bias=False),
+        ),
+        (30, 2, 4, 4),
+    ),
+    "expand": (lambda: nn.Sequential(*(nn.Conv1d(3, 3, 1, bias=False) for _ in range(2))), (60, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("sharing", DEEP_LINEAR)
+def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing: str):
+    """F · step = ∂W but for λ: by 2 λ / (smallest nonzero eigenvalue of the factors), and by ε / λ² of rounding."""
+    make, shape = DEEP_LINEAR[sharing]
+    torch.manual_seed(0)
+    model = make().double()
+    terms = inputs, targets = factorial(model, torch.randn(shape, dtype=torch.float64))
+    if sharing == "expand":
+        # Five of them are the positions of one.
+        inputs, targets = (part.unflatten(0, (-1, 5)).squeeze(-1).mT for part in terms)
+    preconditioner = KFAC(model, EXACT, sharing=sharing, damping=SMALL_DAMPING, damping_scale="absolute", clip=None)
+    (0.5 * (model(inputs) - targets).square().sum(1).mean()).backward()
+    before = gradients(model)
+    preconditioner.step()
+    after = gradients(model)
+    preconditioner.remove()
+
+    def loss(part: slice) -> Tensor:
+        return 0.5 * (model(terms[0][part]) - terms[1][part]).square().sum()
+
+    for index, F in enumerate(fishers(model, loss, len(terms[0]))):
+        sides = (average(preconditioner, side, index) for side in ("input", "output"))
+        values = torch.cat([torch.linalg.eigvalsh(factor).flatten() for factor in sides])
+        bound = 2 * SMALL_DAMPING / float(values[values > 1e-9].min()) + 2e-16 / SMALL_DAMPING**2
+        assert bound < 0.05
+        error = F @ after[index].flatten() - before[index].flatten()
+        assert error.norm() <= bound * before[index].norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network with every kind of layer: training, compiled and in half precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def words(*, attention: bool = True) -> nn.Module:
+    return Words(30, 8, 3, attention=attention).float()
+
+
+STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for structure in STRUCTURES}
+
+
+@pytest.mark.parametrize("strategy", (SYSTEMS | STRUCTURED).values(), ids=SYSTEMS | STRUCTURED)
+def test_every_kind_of_layer_trains(strategy: Strategy):
+    """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
+    half = strategy in STRUCTURED.values()
+    # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
+    rate, attention = (1.0, False) if isinstance(strategy, TwoLevel) else (0.3, True)
+    model = words(attention=attention)
+    preconditioner = KFAC(model, strategy, sharing="reduce" if half else "expand", clip=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    inputs = torch.randint(30, (64, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.where((inputs < 8).sum(1) > 2, 1, 0)
+    losses = []
+    for _ in range(25):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = nn.functional.cross_entropy(model(inputs).float(), labels)
+        after = stepped(model, preconditioner, loss)
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) >= 7 and losses[-1] < 0.8 * losses[0]:
+            break
+    assert all(torch.isfinite(part).all() for part in after)
+    assert losses[-1] < 0.8 * losses[0]
+    report = preconditioner.report()
+    assert report.unsupported == {}
+    assert all(row.reason != "no data yet" for row in report.factors)
+    assert str(report)
+
+
+@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"curvature": "type-2"}], ids=str)
+def test_autocast_gives_nearly_the_same_factors(options: dict):
+    """Inputs and gradients in bfloat16, ε = 2⁻⁸, through the layers; factors in float32."""
+    states = []
+    for enabled in (False, True):
+        model = words()
+        preconditioner = KFAC(model, EXACT, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = model(torch.arange(21).reshape(3, 7))
+            if "curvature" in options:
+                preconditioner.curvature(outputs)
+            loss = nn.functional.cross_entropy(outputs, torch.arange(3))
+        stepped(model, preconditioner, loss)
+        factors = [factor.state for layer in preconditioner._layers for _, factor in layer.curvature.factors()]
+        states.append([state["diagonal" if "diagonal" in state else "dense"] for state in factors])
+    for plain, half in zip(*states, strict=True):
+        assert half.dtype == torch.float32
+        assert (half - plain).norm() <= 40 * 2**-8 * plain.norm()

@@ -1,0 +1,392 @@
+"""Systems that solve with the rows of a batch or a few: against dense solves with A ⊗ G + λI, and with F = N Σ v vᵀ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KFAC, Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel, Woodbury
+from brandla.kfac.systems.samples import Samples
+from brandla.kfac.values import Damping, Now, Rows
+from kfac.networks import (
+    DENSE,
+    EXACT,
+    Batch,
+    Words,
+    batch,
+    gradients,
+    layer_gradient,
+    layer_step,
+    loss_of,
+    mlp,
+    one_hot,
+    pooled,
+    stepped,
+)
+from kfac.systems import (
+    assert_near,
+    damped_solve,
+    fisher,
+    fishers,
+    flat,
+    layer_steps,
+    layers_of,
+    loss_on,
+    sample_gradients,
+    tensors,
+)
+
+DAMPING = DENSE["damping"]
+CONVERGED = ConjugateGradient(60)
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+both_applications = pytest.mark.parametrize("application", ["auto", "two-sided"])
+both_spaces = pytest.mark.parametrize("space", ["nicolaides", "residual"])
+
+
+@pytest.mark.parametrize(("strategy", "least"), [(CONVERGED, 0.8), (Woodbury(), 0.9)], ids=["cg", "woodbury"])
+def test_relative_damping_goes_by_the_largest_eigenvalue(strategy: Strategy, least: float):
+    """By d₁ as power iteration finds it, from below: the step is as near as that leaves it."""
+    layer, data = mlp(8, 5)[0], batch(10, 8, 5)
+    (F,) = fishers(layer, loss_on(layer, data), 10)
+    step = layer_step(layer, KFAC(layer, strategy, damping=DAMPING, clip=None), data)
+    if strategy is CONVERGED:
+        F = torch.kron(*step.factors[::-1])
+    shifts = (part * DAMPING * torch.linalg.eigvalsh(F)[-1] for part in (least, 1.0))
+    longest, shortest = (damped_solve(F, step.gradient, shift) for shift in shifts)
+    assert shortest.norm() * (1 - 1e-9) <= step.result.norm() <= longest.norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CG-FAC
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches: int):
+    """With weighted means of their A and G."""
+    layer = mlp(8, 5)[0]
+    preconditioner = KFAC(layer, ConjugateGradient(60, batches=batches), decay=0.7, **DENSE)
+    factors = []
+    for seed in range(4):
+        step = layer_step(layer, preconditioner, batch(10, 8, 5, seed))
+        factors = [step.factors, *factors][:batches]
+        weights = torch.tensor([0.7**age for age in range(len(factors))], dtype=torch.float64)
+        A, G = (
+            torch.einsum("b,bij->ij", weights / weights.sum(), torch.stack(side)) for side in zip(*factors, strict=True)
+        )
+        # Stagnation at about ε κ, κ = 1 + d₁/λ below 1e4.
+        assert_near(step.result, damped_solve(torch.kron(G, A), step.gradient, DAMPING), 1e-11)
+
+
+def test_error_goes_down_at_least_as_fast_as_the_bound():
+    """‖e_m‖_H <= 2 ((√κ − 1)/(√κ + 1))^m ‖e_0‖_H."""
+    layer, data, results = mlp(30, 20)[0], batch(40, 30, 20), {}
+    for iterations in (2, 5, 10, 20, 200):
+        preconditioner = KFAC(layer, ConjugateGradient(iterations), **DENSE)
+        step = layer_step(layer, preconditioner, data)
+        results[iterations] = step.result
+        preconditioner.remove()
+    (A, G), exact = step.factors, results.pop(200)
+    root = (1 + torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1] / DAMPING).sqrt()
+
+    def length(error: Tensor) -> float:
+        return (error * (G @ error @ A + DAMPING * error)).sum().sqrt().item()
+
+    for iterations, result in results.items():
+        bound = 2 * ((root - 1) / (root + 1)) ** iterations * length(exact)
+        assert length(result - exact) <= bound + 1e-12 * length(exact)
+
+
+@pytest.mark.parametrize("iterations", [2, 500])
+def test_one_datum_converges_in_two_iterations_and_stays(iterations: int):
+    """A ⊗ G + λI has two different eigenvalues. At the solution residual and directions are 0 or rounding: no 0/0."""
+    layer, data = mlp(6, 4)[0], batch(1, 6, 4)
+    preconditioner = KFAC(layer, ConjugateGradient(iterations), damping=DAMPING, clip=None)
+    step = layer_step(layer, preconditioner, data)
+    extra = torch.randn(4, 6, dtype=torch.float64)
+    stepped(layer, preconditioner, loss_of(layer, data) + (extra * layer.weight).sum())
+    F = torch.kron(*step.factors[::-1])
+    gradient = step.gradient + nn.functional.pad(extra, (0, 1))
+    assert_near(layer_gradient(layer), damped_solve(F, gradient, DAMPING * torch.linalg.eigvalsh(F)[-1]), 1e-10)
+    assert not any(part.any() for part in stepped(layer, preconditioner, 0 * layer(data[0]).sum()))
+
+
+def test_warm_start_goes_on_from_the_last_step():
+    """With the same batch again and again, a few iterations a step get to where many get at once."""
+    layer, data = mlp(30, 20)[0], batch(40, 30, 20)
+    errors = {}
+    for warm in (False, True):
+        strategy = ConjugateGradient(iterations=4, warm_start=warm)
+        preconditioner = KFAC(layer, strategy, damping=1e-3, clip=None, decay=0.0)
+        for _ in range(30):
+            step = layer_step(layer, preconditioner, data)
+        F = torch.kron(*step.factors[::-1])
+        expected = damped_solve(F, step.gradient, 1e-3 * torch.linalg.eigvalsh(F)[-1])
+        errors[warm] = (step.result - expected).norm() / expected.norm()
+        preconditioner.remove()
+    assert errors[True] < 0.2 * errors[False]
+
+
+def test_memory_is_that_of_rows_and_grows_only_with_larger_batches():
+    layer = mlp(30, 20)[0]
+    preconditioner = KFAC(layer, ConjugateGradient(batches=2))
+    sizes = []
+    for seed, count in enumerate((6, 6, 6, 4, 10, 10)):
+        layer_step(layer, preconditioner, batch(count, 30, 20, seed))
+        state = preconditioner._layers[0].curvature.state
+        sizes.append([len(state[f"{side} weights"]) for side in ("input", "output")])
+    assert sizes == [[6, 6], [12, 12], [12, 12], [12, 12], [20, 20], [20, 20]]
+    assert sum(part.numel() for part in tensors(preconditioner)) == 20 * (31 + 1) + 20 * (20 + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The natural gradient of a batch: F = N Σ v vᵀ, v by autograd
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_solves(model: nn.Module, preconditioner: KFAC, loss: Tensor, known: Sequence[Tensor]) -> None:
+    """A step is that of the dense solve with a known F of each layer."""
+    model.zero_grad()
+    loss.backward()
+    before = [layer_gradient(layer) for layer in layers_of(model)]
+    preconditioner.step()
+    for layer, F, gradient in zip(layers_of(model), known, before, strict=True):
+        assert_near(layer_gradient(layer), damped_solve(F, gradient, DAMPING), 1e-9)
+
+
+@both_applications
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_step_of_each_layer_is_the_dense_solve(application: str, penalty: float):
+    """Where the gradient is that of the rows, and where it is not."""
+    model, data = mlp(12, 14, 5), batch(9, 12, 5)
+    known = fishers(model, loss_on(model, data), 9)
+    preconditioner = KFAC(model, Woodbury(), application=application, **DENSE)
+    loss = loss_of(model, data) + penalty * sum(weight.square().sum() for weight in model.parameters())
+    assert_solves(model, preconditioner, loss, known)
+    pairs = [bool(layer.linear) for layer in preconditioner._layers]
+    assert pairs == [application == "auto" and not penalty] * 2
+
+
+def test_layers_of_every_kind_get_the_dense_solve():
+    model, data = Words(7, 4, 3), (torch.randint(7, (8, 5)), torch.randint(3, (8,)))
+    known = fishers(model, loss_on(model, data), 8)
+    assert_solves(model, KFAC(model, Woodbury(), **DENSE), loss_of(model, data), known)
+
+
+def test_a_kept_batch_solves_for_later_gradients():
+    """SENG's period: F is that of the first batch, and of the fourth after three steps."""
+    layer = mlp(6, 4)[0]
+    preconditioner = KFAC(layer, Woodbury(every=3), **DENSE)
+    for step in range(5):
+        data = batch(9, 6, 4, seed=step)
+        if step % 3 == 0:
+            known = fishers(layer, loss_on(layer, data), 9)
+        assert_solves(layer, preconditioner, loss_of(layer, data), known)
+
+
+def rows_of(kind: str, positions: int) -> Rows:
+    torch.manual_seed(0)
+    draw = partial(torch.randn, dtype=torch.float64)
+    count = 6 * positions
+    if kind == "indices":
+        return Rows(torch.randint(4, (count,)), draw(count, 3), count, positions)
+    groups = (2,) if kind == "groups" else ()
+    return Rows(draw(*groups, count, 5), draw(*groups, count, 3), count, positions)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["rows", "groups", "indices"])
+def test_gram_matrix_is_that_of_the_gradients_of_samples(kind: str, positions: int, monkeypatch: pytest.MonkeyPatch):
+    """From products and from gradients, in one piece and in many."""
+    rows = rows_of(kind, positions)
+    inputs = one_hot(rows.inputs, 4) if kind == "indices" else rows.inputs
+    left, right = (side.unflatten(-2, (6, positions)) for side in (rows.gradients, inputs))
+    v = (left.mT @ right).movedim(-3, 0).flatten(1)
+    samples = Samples.of(rows)
+    for at_once in (2**22, 1):
+        monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", at_once)
+        torch.testing.assert_close(samples.gram(), rows.uses * v @ v.T)
+    torch.testing.assert_close(samples.squares(), rows.uses * v.square().sum(1))
+
+
+def test_all_features_and_positions_are_no_sketch():
+    samples = Samples.of(rows_of("rows", 7))
+    assert samples.some_features(5, 0).inputs is samples.inputs
+    # γ has three entries: three positions hold all.
+    cut = samples.cut(3, 0)
+    assert cut.positions == 3
+    torch.testing.assert_close(cut.gram(), samples.gram())
+
+
+def test_inner_products_of_some_features_are_right_on_average():
+    samples = Samples.of(rows_of("rows", 2))
+    mean = sum(samples.some_features(3, seed).gram() for seed in range(1000)) / 1000
+    # Relative to its largest entry the deviation of one draw is about 1, of the mean 1/√1000.
+    assert_near(mean, samples.gram(), 0.12)
+
+
+@both_applications
+def test_coefficients_stay_after_so_many_batches(application: str):
+    """They belong to places in the order of ‖v‖; a batch of half the size takes every other one."""
+    layer = mlp(6, 4)[0]
+    preconditioner = KFAC(layer, Woodbury(fixed_after=3), application=application, **DENSE)
+    kept = []
+    for step, count in enumerate((8, 8, 8, 8, 4)):
+        data = batch(count, 6, 4, seed=step)
+        v = torch.stack([own.reshape(-1) for (own,) in sample_gradients(layer, loss_on(layer, data), count)])
+        v = v[v.norm(dim=1).argsort()]
+        if step < 3:
+            kept.append(damped_solve(count * v @ v.T, torch.ones(count, dtype=v.dtype), DAMPING))
+        result = layer_step(layer, preconditioner, data).result
+        if step >= 2:
+            mean = (kept[0] + kept[1] + kept[2]) / 3
+            assert_near(result, (mean[:: 8 // count] @ v).reshape(4, 7), 1e-10)
+
+
+def test_a_sketched_step_never_goes_uphill():
+    for seed in range(20):
+        model = mlp(30, 40, 5, seed=seed)
+        preconditioner = KFAC(model, Woodbury(features=1), application="two-sided", seed=seed, damping=1e-4, clip=None)
+        loss_of(model, batch(16, 30, 5, seed)).backward()
+        before = [layer_gradient(layer) for layer in layers_of(model)]
+        preconditioner.step()
+        for one, other in zip(before, map(layer_gradient, layers_of(model)), strict=True):
+            assert (one * other).sum() >= -1e-9 * one.norm() * other.norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two levels: against the whole Fisher matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+INNER = {
+    "exact": EXACT,
+    "cholesky": Exact(inverse_every=1, method="cholesky"),
+    "brand": Brand(3),
+    "brand-cholesky": Brand(3, compress="cholesky"),
+    "brand-eigh": Brand(3, form="eigh"),
+    "foof": Foof(EXACT),
+    "conjugate-gradient": ConjugateGradient(),
+}
+NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
+DATA = batch(9, 12, 5)
+
+
+def small() -> nn.Module:
+    return mlp(12, 14, 5)
+
+
+def fisher_of(model: nn.Module, data: Batch, uses: Sequence[int] = ()) -> Tensor:
+    """F = D (Σ v vᵀ) D, with √N of each layer on D's diagonal: N counts positions, as it does in A and G."""
+    samples = len(data[1])
+    parts = sample_gradients(model, loss_on(model, data), samples)
+    uses = uses or [samples] * len(parts[0])
+    return fisher([[v * count**0.5 for v, count in zip(own, uses, strict=True)] for own in parts], 1)
+
+
+class Alone(NamedTuple):
+    """The inner system's own step: v₁, the gradient before it, and its preconditioner."""
+
+    first: list[Tensor]
+    gradient: list[Tensor]
+    preconditioner: KFAC
+
+
+def steps_of(
+    make: Callable[[], nn.Module], data: Batch, inner: Strategy, space: str, **options: object
+) -> tuple[Tensor, Alone]:
+    """The two-level step, and the inner system's."""
+    model, plain = make(), make()
+    within, alone = KFAC(model, TwoLevel(inner, space), **options), KFAC(plain, inner, **options)
+    loss_of(plain, data).backward()
+    gradient = [layer_gradient(layer) for layer in layers_of(plain)]
+    alone.step()
+    first = [layer_gradient(layer) for layer in layers_of(plain)]
+    return flat(layer_steps(model, within, loss_of(model, data))), Alone(first, gradient, alone)
+
+
+def dense_correction(
+    inner: Alone, F: Tensor, space: str, damping: float = DAMPING, now: Now = NOW
+) -> tuple[Tensor, Tensor]:
+    """v₁ + R₀ᵀ (R₀ F R₀ᵀ + λI)⁻¹ R₀ (∇ − (F + λI) v₁) with every matrix formed, and R₀."""
+    first, gradient, preconditioner = inner
+    sizes = [part.numel() for part in first]
+    v, g = flat(first), flat(gradient)
+    if space == "nicolaides":
+        vectors = [torch.ones(size, dtype=F.dtype) for size in sizes]
+    else:
+        residual = (g - F @ v).split(sizes)
+        vectors = [
+            layer.curvature.solve(part.reshape(matrix.shape), now).reshape(-1)
+            for layer, part, matrix in zip(preconditioner._layers, residual, first, strict=True)
+        ]
+    R = torch.block_diag(*[(vector / vector.norm())[None] for vector in vectors])
+    return v + R.T @ damped_solve(R @ F @ R.T, R @ (g - F @ v - damping * v), damping), R
+
+
+@both_applications
+@both_spaces
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_step_is_the_formula_with_the_whole_fisher_matrix(inner: Strategy, space: str, application: str):
+    result, own = steps_of(small, DATA, inner, space, application=application, **DENSE)
+    expected, _ = dense_correction(own, fisher_of(small(), DATA), space)
+    # Condition (F + λ) about 1e2 on both levels.
+    assert_near(result, expected, 1e-9)
+    assert not torch.allclose(result, flat(own.first), rtol=0.01)
+
+
+@both_spaces
+def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(space: str):
+    result, own = steps_of(small, DATA, EXACT, space, damping=DAMPING, clip=None)
+    F, now = fisher_of(small(), DATA), NOW._replace(damping=Damping(DAMPING, "relative"))
+    _, R = dense_correction(own, F, space, 1.0, now)
+    shift = DAMPING * torch.linalg.eigvalsh(R @ F @ R.T)[-1].item()
+    # Two eigenvalues: four power iterations find the larger one up to (d₂/d₁)⁸.
+    assert_near(result, dense_correction(own, F, space, shift, now)[0], 1e-3)
+
+
+def of_positions() -> nn.Module:
+    torch.manual_seed(0)
+    return pooled(nn.Linear(4, 6), width=6)
+
+
+@pytest.mark.parametrize(("kind", "space"), [("linear", "nicolaides"), ("linear", "residual"), ("every", "nicolaides")])
+def test_positions_are_summed_within_a_sample_and_blocks_have_the_scale_of_their_factors(kind: str, space: str):
+    """Also in layers of every kind: indices, whole gradients, groups."""
+    torch.manual_seed(1)
+    labels = torch.randint(3, (8,))
+    if kind == "linear":
+        make, uses, inputs = of_positions, [8 * 5, 8], torch.randn(8, 5, 4, dtype=torch.float64)
+    else:
+        make, uses, inputs = (lambda: Words(9, 4, 3)), [8 * 5, 8, 8 * 4, 8], torch.randint(9, (8, 5))
+    result, own = steps_of(make, (inputs, labels), EXACT, space, **DENSE)
+    expected, _ = dense_correction(own, fisher_of(make(), (inputs, labels), uses), space)
+    assert_near(result, expected, 1e-9)
+    assert not own.preconditioner.report().unsupported
+
+
+def test_a_step_without_rows_is_the_inner_step():
+    results = []
+    for system in (TwoLevel(EXACT), EXACT):
+        model = small()
+        preconditioner = KFAC(model, system, factor_every=2)
+        for _ in range(2):
+            stepped(model, preconditioner, loss_of(model, DATA))
+        results.append(gradients(model))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_layer_with_another_number_of_samples_takes_no_part():
+    results = []
+    for system in (TwoLevel(EXACT), EXACT):
+        model = mlp(6, 6, 6, 6)
+        preconditioner = KFAC(model, system, clip=None)
+        hidden = model[:3](torch.ones(8, 6, dtype=torch.float64))
+        loss = hidden.sum() + model[4](hidden[:4].tanh()).square().sum()
+        results.append(layer_steps(model, preconditioner, loss / 8))
+    assert [torch.allclose(one, other) for one, other in zip(*results, strict=True)] == [False, False, True]

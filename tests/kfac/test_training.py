@@ -1,0 +1,363 @@
+"""Steps as training takes them: batches that are not finite, schedules, layers that freeze, scales and precisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brandla.kfac import KBFGS, KFAC, Exact, InverseFree, Strategy
+from brandla.kfac.capture.mask import Mask
+from brandla.kfac.values import Rows
+from kfac.networks import EXACT, batch, gradients, layer_gradient, loss_of, mlp, stepped, train
+from kfac.systems import every_system, factors_of, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+
+on_host_and_device = pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
+
+
+def after(model: nn.Module, preconditioner: KFAC, seed: int) -> list[Tensor]:
+    return stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
+
+
+# What is beyond the range of float32, or is only once it is squared.
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "input": lambda inputs: inputs.masked_fill(torch.arange(60) == 2, math.nan),
+    "inputs squared": lambda inputs: 1e20 * inputs,
+}
+LARGE = {"loss": math.inf, "loss squared": 1e22}
+
+
+def broken_backward(model: nn.Module, seed: int, what: str) -> None:
+    inputs, labels = batch(8, 60, 4, seed, torch.float32)
+    loss = loss_of(model, (BROKEN.get(what, torch.clone)(inputs), labels))
+    (LARGE.get(what, 1) * loss).backward()
+    if what == "gradient":
+        model[-1].weight.grad[0, 0] = math.inf
+
+
+def kept(preconditioner: KFAC) -> list[Tensor]:
+    """M of the factors, whose sums decay as their weights do, and whose columns may be turned; or all there is."""
+    factors = factors_of(preconditioner)
+    found = [own.strategy.average(own.state) if "dense" in own.state else own.operand().dense() for own in factors]
+    return found or tensors(preconditioner)
+
+
+@on_host_and_device
+@every_system
+def test_batches_that_are_not_finite_count_for_nothing(strategy: Strategy, free: bool, monkeypatch: pytest.MonkeyPatch):
+    """Also where it is the very first one. As on a device, where nobody knows, nothing is read back to find out."""
+    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
+    model = mlp(60, 50, 4, dtype=torch.float32)
+    preconditioner = KFAC(model, strategy)
+    batches = ["input", "", "loss", "", "gradient", "loss squared", "", "inputs squared", "input", ""]
+    for seed, what in enumerate(batches):
+        before = kept(preconditioner) if seed else []
+        model.zero_grad()
+        broken_backward(model, seed, what)
+        preconditioner.step()
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
+        assert all(bool(gradient.any()) == (not what) for gradient in gradients(model))
+        if what and seed > 6 and not isinstance(strategy, KBFGS):
+            # Columns of Brand are turned, or polished once more; rows stay to the bit. K-BFGS keeps sums, which decay.
+            rounding = 16 * torch.finfo(torch.float32).eps if factors_of(preconditioner) else 0
+            for one, other in zip(kept(preconditioner), before, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=rounding * float(other.abs().max()))
+    assert preconditioner.report().skipped == 6
+    assert all(torch.isfinite(part).all() for part in tensors(preconditioner))
+
+
+def test_complex_gradients_of_other_layers_are_looked_at():
+    real, of_complex = nn.Linear(10, 16), nn.Linear(8, 4, dtype=torch.complex64)
+    model = nn.ModuleList([real, of_complex])
+    preconditioner = KFAC(model, Exact())
+
+    def forward(inputs: Tensor) -> Tensor:
+        return of_complex(torch.view_as_complex(real(inputs).unflatten(-1, (8, 2)))).abs()
+
+    for skipped in (0, 1):
+        model.zero_grad()
+        loss_of(forward, batch(8, 10, 4, dtype=torch.float32)).backward()
+        if skipped:
+            of_complex.bias.grad[0] = complex(0, math.nan)
+        preconditioner.step()
+        assert preconditioner.report().skipped == skipped
+    assert not any(gradient.any() for gradient in gradients(model))
+
+
+def test_a_mask_of_nothing_is_finite():
+    assert Mask.of([], nn.Linear(2, 2)).finite
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_keeps_every_bit_or_none(dtype: torch.dtype, finite: bool):
+    """Where no look is free, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
+    model = nn.Linear(4, 1, bias=False).to(dtype)
+    model.weight.grad = torch.tensor([[math.nan, -0.0, -math.inf, 2.0]], dtype=dtype)
+    before, mask = model.weight.grad.clone(), Mask(torch.tensor(finite), known_finite=False)
+    indices, columns = torch.tensor([1, 0]), before.mT.float()
+    masked = mask.rows({"any": Rows(indices, columns, 1), "single": Rows(columns, columns, 1, single=True)})
+    mask.clear(model)
+    found = [model.weight.grad, masked["any"].gradients.mT.to(dtype), masked["single"].inputs.mT.to(dtype)]
+    wanted = before if finite else torch.zeros_like(before)
+    for part in found:
+        torch.testing.assert_close(part, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(part.signbit()[:, 1:], wanted.signbit()[:, 1:])
+    assert masked["any"].inputs is indices
+
+
+@every_system
+@pytest.mark.parametrize("of_loss", [True, False])
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
+    model = mlp(10, 40, 4, dtype=torch.float32)
+    preconditioner = KFAC(model, strategy)
+    for seed in range(2):
+        inputs, labels = batch(4, 10, 4, seed, torch.float32)
+        loss = loss_of(model, (inputs if of_loss else inputs * scale, labels))
+        found = stepped(model, preconditioner, loss * scale if of_loss else loss)
+    assert preconditioner.report().skipped == 0
+    assert all(part.isfinite().all() for part in found)
+    assert any(part.any() for part in found)
+
+
+def test_a_layer_that_is_frozen_keeps_its_factor_as_it_is():
+    model = mlp(10, 20, 4)
+    preconditioner = KFAC(model, EXACT)
+    after(model, preconditioner, 0)
+    model[0].requires_grad_(False)
+    first = preconditioner._layers[0].curvature
+    before = [part.clone() for part in first.tensors()]
+    after(model, preconditioner, 1)
+    assert model[0].weight.grad is None
+    assert all(map(torch.equal, first.tensors(), before))
+
+
+def test_schedules_are_functions_of_the_step():
+    asked: dict[str, list[int]] = {}
+
+    def schedule(name: str, values: list[float | None]) -> object:
+        return lambda step: (asked.setdefault(name, []).append(step), values[step % len(values)])[1]
+
+    values = {"damping": [0.1, 0.2, 0.3], "clip": [None, 1e-3, 1e-2], "decay": [0.9, 0.5, 0.7], "factor_every": [1] * 3}
+    model, reference = mlp(10, 20, 4), mlp(10, 20, 4)
+    scheduled = KFAC(model, EXACT, **{name: schedule(name, own) for name, own in values.items()})
+    fixed = KFAC(reference, EXACT)
+    for index in range(3):
+        for name, own in values.items():
+            object.__setattr__(fixed.options, name, own[index])
+        found, expected = after(model, scheduled, index), after(reference, fixed, index)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert asked.keys() == values.keys()
+    assert set(asked["damping"]) == {0, 1, 2, 3}
+
+
+@on_host_and_device
+def test_a_second_step_with_no_new_gradient_does_nothing(free: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
+    model = mlp(10, 20, 4)
+    preconditioner = KFAC(model, EXACT)
+    once = after(model, preconditioner, 0)
+    preconditioner.step()
+    torch.testing.assert_close(gradients(model), once, rtol=0, atol=0)
+    assert not torch.equal(after(model, preconditioner, 1)[0], once[0])
+
+
+def test_modules_that_are_added_later_are_left_alone():
+    model = mlp(10, 20, 4)
+    preconditioner = KFAC(model, EXACT)
+    model.append(nn.Linear(4, 4, dtype=torch.float64))
+    loss_of(model, batch(8, 10, 4)).backward()
+    before = layer_gradient(model[-1])
+    preconditioner.step()
+    assert torch.equal(layer_gradient(model[-1]), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision: autocast, loss scaling, models in half precision or in several
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Well-conditioned, so that what rounding does to the gradients is not made larger.
+OPTIONS = {"damping": 1.0, "clip": None}
+
+
+def model_of() -> nn.Sequential:
+    return mlp(10, 32, 32, 4, dtype=torch.float32)
+
+
+def scaled(scale: float) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1_000_000)
+
+
+def one_step(
+    scaler: torch.amp.GradScaler | None,
+    dtype: torch.dtype | None = None,
+    parts: int = 1,
+    **options: object,
+) -> tuple[KFAC, list[Tensor]]:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = KFAC(model, EXACT, scaler=scaler, **{**OPTIONS, **options})
+    # Narrow enough that the pair is cheaper in every layer.
+    inputs, labels = batch(4, 10, 4, dtype=torch.float32)
+    for rows in torch.arange(4).chunk(parts):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            outputs = model(inputs[rows])
+            preconditioner.curvature(outputs)
+            loss = nn.functional.cross_entropy(outputs, labels[rows]) / parts
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    preconditioner.step()
+    return preconditioner, gradients(model)
+
+
+@pytest.mark.parametrize("curvature", ["empirical", "type-2"])
+@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: str, monkeypatch: pytest.MonkeyPatch):
+    """A power of two as scale rounds nothing, and is never read back."""
+    options = {"application": application, "parts": parts, "curvature": curvature}
+    scaler = scaled(2.0**12)
+    monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
+    preconditioner, found = one_step(scaler, **options)
+    expected = one_step(None, **options)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    disabled = one_step(torch.amp.GradScaler("cpu", enabled=False), **options)[1]
+    torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
+    # Unscaling is known to be all that happened to the gradient.
+    linear = [layer.linear for layer in preconditioner._layers]
+    assert linear == ([True] * 3 if application == "auto" else [None] * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_agrees_with_full_precision(dtype: torch.dtype):
+    """To what rounding does to the gradients themselves, error e, a unit that changes sides of a ReLU included.
+
+    With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
+    and errors of the factors, 2 e each for A and G as products of two such rows, 2 times each: 12 e.
+    """
+    raw = []
+    for enabled in (True, False):
+        model = model_of()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = loss_of(model, batch(16, 10, 4, dtype=torch.float32))
+        (loss * 1024).backward()
+        raw.append(gradients(model))
+    _, found = one_step(scaled(2.0**10) if dtype == torch.float16 else None, dtype)
+    _, expected = one_step(None)
+    assert largest_error(found, expected) < 12 * largest_error(*raw)
+
+
+def largest_error(ones: list[Tensor], others: list[Tensor]) -> float:
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(ones, others, strict=True))
+
+
+def test_gradients_that_are_still_scaled_are_refused():
+    model = model_of()
+    scaler = scaled(2.0**10)
+    preconditioner = KFAC(model, EXACT, scaler=scaler)
+    scaler.scale(loss_of(model, batch(16, 10, 4, dtype=torch.float32))).backward()
+    with pytest.raises(RuntimeError, match=r"KFAC.step: .*call scaler.unscale_\(optimizer\) between"):
+        preconditioner.step()
+
+
+def test_a_batch_that_overflows_is_skipped_by_all():
+    """At a scale of 2^30 a float16 gradient is infinite: weights stay, and the scale is halved."""
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = scaled(2.0**10)
+    preconditioner = KFAC(model, EXACT, scaler=scaler)
+    for seed, scale, skipped in ((0, 2.0**10, 0), (1, 2.0**30, 1), (2, 2.0**10, 1)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        if seed:
+            scaler.update(scale)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, batch(16, 10, 4, seed, dtype=torch.float32))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        preconditioner.step()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == (scale / 2 if seed == 1 else scale)
+        assert preconditioner.report().skipped == skipped
+        assert all(map(torch.equal, model.parameters(), before)) == (seed == 1)
+
+
+def linear_of(kind: str, dtype: torch.dtype, penalty: float = 0.0, *, autocast: bool) -> list[bool | None]:
+    """Take one step, and say which layers took the gradient for that of the captured pairs."""
+    torch.manual_seed(0)
+    if kind == "linear":
+        model, inputs = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)), 3 * torch.rand(6, 64)
+    elif kind == "conv":
+        layers = [nn.Conv2d(3, 24, 3, stride=3), nn.ReLU(), nn.Conv2d(24, 20, 2, groups=2), nn.Flatten()]
+        model, inputs = nn.Sequential(*layers, nn.Linear(20, 40)), torch.rand(2, 3, 6, 6)
+    else:
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        model, inputs = nn.Sequential(layer, nn.Flatten(), nn.Linear(3 * 32, 40)), torch.randn(4, 3, 32)
+    if not autocast:
+        model, inputs = model.to(dtype), inputs.to(dtype)
+    preconditioner = KFAC(model, InverseFree())
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = nn.functional.cross_entropy(model(inputs).flatten(1), torch.arange(len(inputs)) % 4)
+    loss = loss + penalty * sum(parameter.float().square().sum() for parameter in model.parameters())
+    stepped(model, preconditioner, loss)
+    return [layer.linear for layer in preconditioner._layers]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "attention"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rounding_in_half_precision_is_no_penalty(kind: str, dtype: torch.dtype, autocast: bool):
+    linear = linear_of(kind, dtype, autocast=autocast)
+    assert True in linear
+    assert False not in linear
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("linear", 0.03), ("conv", 0.01), ("attention", 0.03)])
+def test_a_penalty_is_seen_under_autocast(kind: str, penalty: float):
+    """That of the weights as they start is a tenth of the gradient or so."""
+    assert True not in linear_of(kind, torch.bfloat16, penalty, autocast=True)
+
+
+@every_system
+def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy: Strategy):
+    model = nn.ModuleList([mlp(20, 20, dtype=torch.float32), mlp(20, 20)])
+    preconditioner = KFAC(model, strategy)
+    for seed in range(2):
+        inputs, _ = batch(8, 20, 4, seed, torch.float32)
+        found = stepped(model, preconditioner, model[1](model[0](inputs).double()).square().mean())
+        assert all(part.isfinite().all() for part in found)
+
+
+@every_system
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(strategy: Strategy, dtype: torch.dtype):
+    found = []
+    for default in (torch.float64, torch.float32):
+        model = mlp(10, 20, 4, dtype=dtype)
+        torch.set_default_dtype(default)
+        try:
+            train(model, KFAC(model, strategy), [batch(8, 10, 4, seed, dtype) for seed in range(2)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(gradients(model))
+    assert all(map(torch.equal, *found))
+
+
+@every_system
+def test_factors_follow_a_model_that_gets_another_dtype(strategy: Strategy):
+    """From half precision, whose factors are in float32, to float64."""
+    model = mlp(10, 40, 4, dtype=torch.bfloat16)
+    preconditioner = KFAC(model, strategy)
+    for dtype, of_factors in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found = stepped(model.to(dtype), preconditioner, loss_of(model, batch(8, 10, 4, dtype=dtype)))
+        assert {part.dtype for part in tensors(preconditioner)} <= {of_factors, torch.float64}
+        assert {part.dtype for part in found} == {dtype}
+        assert all(part.isfinite().all() for part in found)
