@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.attention_forward import AttentionForward
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, own_forward, why_left
 from brandla.kfac.capture.kinds.own_forward import ForwardKind
 
 
@@ -20,7 +20,7 @@ class AttentionKind(ForwardKind):
         if not isinstance(module, nn.MultiheadAttention):
             return None
         forward = AttentionForward.of(module)
-        if not is_called_as(module, nn.MultiheadAttention) or forward is None:
+        if own_forward(module, nn.MultiheadAttention) or forward is None:
             return own_forward(module)
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds positions to keys and values (add_bias_kv, add_zero_attn)"

@@ -35,11 +35,6 @@ class InsideKind(ForwardKind):
         self._index = index
 
     @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        first, last = self.weight.shape[-2:]
-        return ((), last, first) if self.transposed else ((), first, last)
-
-    @property
     def key(self) -> tuple[int, ...]:
         return super().key if self._index is None else (*super().key, self._index)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class Uses(NamedTuple):
     ones: Tensor | None = None
 
 
-class Kind(ABC):
-    """One weight of a module, with the bias that is added to what it gives.
+class Kind:
+    """One weight of a module, with the bias that is added to what it gives: here a matrix that rows are multiplied by.
 
     The weight is a matrix (*groups, d_out, d_in) to the loop: a row of inputs times it, and the bias, is a row of
     outputs, in each group by itself.
@@ -59,7 +59,7 @@ class Kind(ABC):
     part = ""
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
-        self.module = module
+        self.module: Any = module
         self._weight = weight
         self._bias = bias
 
@@ -68,12 +68,10 @@ class Kind(ABC):
         """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
         if not isinstance(module, cls.types):
             return None
-        if not is_called_as(module, *cls.types):
-            return own_forward(module)
-        return cls.left(module) or why_left(module, "weight") or [cls(module)]
+        return own_forward(module, *cls.types) or cls.left(module) or why_left(module, "weight") or [cls(module)]
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
+    def left(cls, module: Any) -> str:
         """Say why a module of these types is left to the optimizer; an empty string if it is not."""
         return ""
 
@@ -87,7 +85,7 @@ class Kind(ABC):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
-        bias = self.module._parameters.get(self._bias)
+        bias: nn.Parameter | None = self.module._parameters.get(self._bias)
         if bias is None and self._bias:
             bias = getattr(self.module, self._bias, None)
         return bias if bias is not None and bias.requires_grad else None
@@ -103,8 +101,8 @@ class Kind(ABC):
 
     @property
     def is_averaged(self) -> bool:
-        """Whether rows of inputs may be averaged over the positions of a sample, and are in no groups."""
-        return not (self.one_hot or self.single or self.turned or self.shape[0])
+        """Whether rows of inputs may be averaged over the positions of a sample."""
+        return not (self.one_hot or self.single or self.turned)
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -120,18 +118,19 @@ class Kind(ABC):
         return bias
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         """Groups, d_out and d_in, without the bias."""
+        first, last = self.weight.shape[-2:]
+        return ((), last, first) if self.transposed else ((), first, last)
 
-    @abstractmethod
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return the uses of the weight in one call, from its input and the gradient of its output."""
+        return Uses(by_sample(inputs), by_sample(gradient))
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return one use a sample: inputs averaged and gradients summed over its positions, where that can be."""
         uses = self.uses(inputs, gradient)
-        if self.one_hot or self.single or self.turned:
+        if not self.is_averaged:
             return uses
         return Uses(
             uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
@@ -155,10 +154,11 @@ class Kind(ABC):
         """Return the kind that makes rows of the call that is going on."""
         return self
 
-    def with_padding(self, valid: Tensor) -> Kind:
-        """Return the kind of a call with padding in it."""
+    def knowing(self, **parts: Any) -> Self:
+        """Return the kind of one call, with what is known of that call alone."""
         own = copy(self)
-        own.valid = valid
+        for name, part in parts.items():
+            setattr(own, name, part)
         return own
 
     def refusal(self, inputs: Any, output: Any) -> str:
@@ -201,11 +201,7 @@ class OwnHook:
         return self._call(*of_call) if module is self._module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
+        return partial, (_nothing,)
 
 
 def _nothing(*_: Any) -> None:
@@ -215,13 +211,10 @@ def _nothing(*_: Any) -> None:
 COMPUTED = "its weight is computed from other parameters"
 
 
-def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Say whether a module is of one of the types, and its forward pass too: a subclass may have its own."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types)
-
-
-def own_forward(module: nn.Module) -> str:
-    """Say that the forward pass of a module is not that of its type."""
+def own_forward(module: nn.Module, *types: type[nn.Module]) -> str:
+    """Say so where the forward pass of a module is not that of one of these types: a subclass may have its own."""
+    if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types):
+        return ""
     return f"{type(module).__name__} has a forward pass of its own"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from brandla.kfac.capture.kinds.kind import Kind, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.kind import Kind, own_forward, why_left
 from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
 
 # From a layer's products with the input and with h, its h and its c, to the next h and c.
@@ -30,7 +30,7 @@ class CellKind(ForwardKind):
         if not isinstance(module, cls.types):
             return None
         forward = CellForward.of(module)
-        if forward is None or not is_called_as(module, *cls.types):
+        if forward is None or own_forward(module, *cls.types):
             return own_forward(module)
         reason = why_left(module, "weight_ih", "weight_hh")
         return reason or [cls(forward, f"weight_{name}", f"bias_{name}") for name in ("ih", "hh")]
@@ -65,7 +65,7 @@ class RecurrentKind(CellKind):
 def unrolled(module: nn.Module) -> list[Kind] | str:
     """Return the weights of a recurrent layer that is to run step by step."""
     forward = RecurrentForward.of(module)
-    if forward is None or not is_called_as(module, *_FUSED):
+    if forward is None or own_forward(module, *_FUSED):
         return own_forward(module)
     layer: Any = module
     if getattr(layer, "proj_size", 0):
