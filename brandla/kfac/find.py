@@ -49,7 +49,10 @@ def find_layers(
         else:
             left |= _leave_known_bias([first, *others], biases)
             layers.append(Layer(first.name, first.kind, strategy, of_module(sharing, first.name), recorder))
-            left |= _attach(layers[-1], others)
+            for name, kind in others:
+                layers[-1].attach(kind)
+                if kind.bias is not None and kind.bias is not first.kind.bias:
+                    left[f"{name}.bias"] = f"its weight is that of {first.name}, which has another bias"
     if not layers:
         kinds_of_modules = sorted({type(module).__name__ for module in model.modules()})
         _check.fail_value(
@@ -97,12 +100,9 @@ def _with_turned(group: list[_Found]) -> list[_Found]:
     first = next((one for one in group if type(one.kind) is LinearKind), None)
     if first is None:
         return group
-    return [first, *(_turned(one) for one in group if one is not first)]
-
-
-def _turned(one: _Found) -> _Found:
-    is_embedding = type(one.kind) is EmbeddingKind
-    return one._replace(kind=TurnedEmbeddingKind(one.kind.module)) if is_embedding else one
+    others = [one for one in group if one is not first]
+    turned = [TurnedEmbeddingKind(one.kind.module) if type(one.kind) is EmbeddingKind else one.kind for one in others]
+    return [first, *(one._replace(kind=kind) for one, kind in zip(others, turned, strict=True))]
 
 
 def _is_alike(one: Kind, other: Kind) -> bool:
@@ -123,12 +123,3 @@ def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[st
         one.kind.leave_bias()
     return {f"{name}.bias": f"it is also that of {owner.name}" for name in left}
 
-
-def _attach(layer: Layer, others: list[_Found]) -> dict[str, str]:
-    """Have a layer watch all modules with its weight, and return the biases among theirs that it leaves."""
-    left = {}
-    for name, kind in others:
-        layer.attach(kind)
-        if kind.bias is not None and kind.bias is not layer.kind.bias:
-            left[f"{name}.bias"] = f"its weight is that of {layer.name}, which has another bias"
-    return left

@@ -19,8 +19,7 @@ from brandla.kfac.capture import fisher, passes
 from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
-from brandla.kfac.capture.loss_scale import loss_scale
-from brandla.kfac.capture.mask import Mask
+from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
 from brandla.kfac.find import find_layers
@@ -158,9 +157,7 @@ class KFAC:
         if not isinstance(model, nn.Module):
             remedy = "pass the model itself, not its parameters or its optimizer"
             _check.fail_type("KFAC", f"model must be an nn.Module; got {type(model).__name__}; {remedy}")
-        if gradient == "pair" and _is_replicated(model):
-            _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
-        model = _innermost(model)
+        model = _innermost(model, gradient)
         by_name = strategies(model, inverse, _DEFAULT)
         self.options = Options(
             damping, clip, decay, factor_every, damping_scale, clip_by, application, gradient, curvature, seed
@@ -631,12 +628,7 @@ def _detach(layers: Sequence[Layer]) -> None:
         layer.capture.detach()
 
 
-def _is_replicated(model: nn.Module) -> bool:
-    """Say whether a model, compiled or not, is in DistributedDataParallel."""
-    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
+def _innermost(model: nn.Module, gradient: str) -> nn.Module:
     """Return the model itself, out of the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel):
@@ -644,6 +636,8 @@ def _innermost(model: nn.Module) -> nn.Module:
                 "KFAC", "the model must not be in nn.DataParallel; use nn.parallel.DistributedDataParallel"
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
+            if gradient == "pair":
+                _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = cast(nn.Module, model._orig_mod)

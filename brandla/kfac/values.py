@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -167,14 +167,19 @@ def layout(part: Tensor) -> Hashable:
     return part.shape, part.dtype, part.device
 
 
+def by_kind(items: Iterable[Item], kind_of: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Return the items of each kind, in their order."""
+    members: dict[Hashable, list[Item]] = {}
+    for item in items:
+        members.setdefault(kind_of(item), []).append(item)
+    return list(members.values())
+
+
 def alike(
     items: Sequence[Item], kind_of: Callable[[Item], Hashable], of: Callable[[list[Item]], Sequence[Result]]
 ) -> list[Result]:
     """Return what ``of`` makes of all items of a kind, in the order of the items."""
-    members: dict[Hashable, list[int]] = {}
-    for index, item in enumerate(items):
-        members.setdefault(kind_of(item), []).append(index)
     results: dict[int, Result] = {}
-    for indices in members.values():
+    for indices in by_kind(range(len(items)), lambda index: kind_of(items[index])):
         results |= dict(zip(indices, of([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]

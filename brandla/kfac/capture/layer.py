@@ -17,7 +17,7 @@ from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
-from brandla.kfac.values import Gradient, Rows, Shape
+from brandla.kfac.values import Gradient, Rows, Shape, by_kind
 
 Sharing = Literal["expand", "reduce"]
 
@@ -94,7 +94,7 @@ class Layer:
         # The weight of a refused call may be no parameter any more.
         if self.capture.refusal:
             return False
-        if self.capture.left_out and self._left_out():
+        if self._left_out():
             return True
         gradient: Tensor | None = self.weight.grad
         if gradient is None or self._written is None:
@@ -216,34 +216,28 @@ class Layer:
         """
         if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
             return False
-        for call in self.capture.calls:
-            if call.valid is not None:
-                return False
-        return bool(self._pair_calls())
+        return all(call.valid is None for call in self.capture.calls) and bool(self._pair_calls())
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
-        weight = self.kind.weight_part(self.kind.weight.grad)
+        weight, bias = self.kind.weight.grad, self.kind.bias
         if self.unformed is not None:
             weight.copy_(self._product(self.unformed))
             self.unformed = None
-        matrix = self.kind.matrix(weight.to(self.shape.dtype))
-        if not self.has_bias:
-            return matrix
-        bias, size = self.kind.bias, (*matrix.shape[:-1], 1)
-        if bias is None or bias.grad is None:
-            column = matrix.new_zeros(size)
-        else:
-            column = self.kind.bias_part(bias.grad).to(self.shape.dtype).reshape(size)
-        return torch.cat([matrix, column], dim=-1)
+        return self._matrix(weight, None if bias is None else bias.grad)
 
     def parameters(self) -> Tensor:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
-        parts = [part.detach() for part in (self.kind.weight, self.kind.bias) if part is not None]
-        weight, *biases = map(everywhere, parts)
+        bias = self.kind.bias
+        return self._matrix(everywhere(self.kind.weight.detach()), None if bias is None else everywhere(bias.detach()))
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.shape.dtype))
-        columns = [self.kind.bias_part(bias).to(self.shape.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
-        return torch.cat([matrix, *columns], dim=-1)
+        if not self.has_bias:
+            return matrix
+        size = (*matrix.shape[:-1], 1)
+        column = matrix.new_zeros(size) if bias is None else self.kind.bias_part(bias).to(matrix.dtype).reshape(size)
+        return torch.cat([matrix, column], dim=-1)
 
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
@@ -297,10 +291,7 @@ class Layer:
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-            numbers = 0
-            for call in calls:
-                for gradient in call.gradients["loss"]:
-                    numbers += gradient.numel()
+            numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:
                 self._paired = calls
         return self._paired
@@ -326,27 +317,24 @@ class Layer:
         found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
         # First the first gradients of all calls, then the second ones.
         for index, call, gradient in sorted(found, key=itemgetter(0)):
-            full = gradient.to(self.shape.dtype)
-            unscaled = full if scale is None else full / scale
-            uses, own = self._uses(call, unscaled, reduce=reduce, padded=padded)
-            if own is not None and (of == "loss" or index == 0):
+            full, is_new = gradient.to(self.shape.dtype), of == "loss" or index == 0
+            uses, own = self._uses(call, full if scale is None else full / scale, reduce=reduce, padded=padded)
+            if own is not None and is_new:
                 valid[call.kind.turned].append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
             turned.append(call.kind.turned)
-            if of == "loss" or index == 0 or self.is_turned:
+            if is_new or self.is_turned:
                 counts[call.kind.turned] += samples * position_count
-            if of == "loss" or index == 0 or self.kind.single or self.is_turned:
+            if is_new or self.is_turned or self.kind.single:
                 inputs.append(self._input_rows(uses))
         if self.is_turned:
             inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
-        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
-        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
-        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
+        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
@@ -356,7 +344,7 @@ class Layer:
         own = self.kind.weight.ndim if self.kind.single else 1
         if not self.batch_first and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        groups = call.groups if reduce and call.kind.is_averaged else None
+        groups = call.groups if reduce and call.kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None
         valid = None if padded else call.valid
         if valid is not None:
@@ -432,12 +420,9 @@ def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
 
 def by_strategy(layers: Iterable[Layer]) -> list[tuple[Strategy, list[Layer]]]:
     """Sort layers by strategy, in their order; equal strategies of a model are one object."""
-    members: dict[int, tuple[Strategy, list[Layer]]] = {}
-    for layer in layers:
-        members.setdefault(id(layer.strategy), (layer.strategy, []))[1].append(layer)
-    return list(members.values())
+    return [(members[0].strategy, members) for members in by_kind(layers, lambda layer: id(layer.strategy))]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

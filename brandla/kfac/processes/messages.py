@@ -50,26 +50,20 @@ class Ranks:
         """Return the numbers of all processes: the first may be 0-dim tensors on the device. Waits for them."""
         known = torch.tensor(others, dtype=torch.float64, device=self._device)
         own = torch.cat([*(torch.as_tensor(one, device=self._device).double().reshape(1) for one in first), known])
-        everyone = own.new_empty(self.world * len(own))
-        _all_gather(everyone, own, self._group)
-        return everyone.view(self.world, -1).tolist()
+        return self._gathered(own).tolist()
 
     def mean(self, number: Tensor) -> Tensor:
         """Return the mean over all processes of a 0-dim tensor."""
-        everyone = torch.empty(self.world, dtype=number.dtype, device=self._device)
-        _all_gather(everyone, number.reshape(1).to(self._device), self._group)
-        return everyone.mean()
+        return self._gathered(number.reshape(1).to(self._device)).mean()
 
     def to_all(self, own: Sequence[Tensor], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
         """Send tensors to every process, and return those of each: contiguous, of layouts that are known to all."""
-        most = max(_bytes(those) for those in layouts)
-        everyone = self._buffer(self.world * most)
-        _all_gather(everyone, self._packed(_contiguous(own), most), self._group)
-        return [_unpacked(part, those) for part, those in zip(everyone.split(most), layouts, strict=True)]
+        everyone = self._gathered(self._packed([part.contiguous() for part in own], max(map(_bytes, layouts))))
+        return [_unpacked(part, those) for part, those in zip(everyone, layouts, strict=True)]
 
     def to_each(self, own: Sequence[Sequence[Tensor]], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
         """Send some tensors to each process, and return those that came from each: contiguous, of known layouts."""
-        sent = [self._packed(_contiguous(those)) for those in own]
+        sent = [self._packed([part.contiguous() for part in those]) for those in own]
         sizes = [_bytes(those) for those in layouts]
         received = self._buffer(sum(sizes))
         distributed.all_to_all_single(received, torch.cat(sent), sizes, [len(part) for part in sent], group=self._group)
@@ -92,10 +86,19 @@ class Ranks:
         ]
         for work in pending:
             work.wait()
+        # Tensors take the place of their layouts.
+        waiting = [iter(_unpacked(buffer, those)) for buffer, those in zip(buffers, layouts, strict=True)]
         return [
-            _filled(each, _unpacked(buffer, those))
-            for each, buffer, those in zip(outlines, buffers, layouts, strict=True)
+            tree_map(lambda part, own=own: next(own) if _is_layout(part) else part, each, is_leaf=_is_layout)
+            for each, own in zip(outlines, waiting, strict=True)
         ]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Return the vectors of all processes as rows; torch 2.13 has another name for it than earlier versions."""
+        everyone = own.new_empty(self.world, len(own))
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(everyone.view(-1), own, group=self._group)
+        return everyone
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -108,16 +111,6 @@ class Ranks:
             layout.within(buffer, start).copy_(tensor)
             start += layout.bytes
         return buffer
-
-
-def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup | None) -> None:
-    """Gather tensors; torch 2.13 has another name for it than earlier versions."""
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(output, own, group=group)
-
-
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
 
 
 def _bytes(layouts: Sequence[Layout]) -> int:
@@ -135,9 +128,3 @@ def _unpacked(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
 
 def _is_layout(part: object) -> bool:
     return isinstance(part, Layout)
-
-
-def _filled(outline: Any, tensors: Sequence[Tensor]) -> Any:
-    """Put tensors in the place of their layouts in nested dicts."""
-    waiting = iter(tensors)
-    return tree_map(lambda part: next(waiting) if _is_layout(part) else part, outline, is_leaf=_is_layout)
