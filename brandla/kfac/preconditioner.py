@@ -180,9 +180,13 @@ class KFAC:
         self._finite: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
-        self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        known = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        # The order of samples and positions, in words.
+        self._orders: dict[str, str] = {}
         for layer in self._layers:
-            layer.batch_first = layer.name not in self._layouts or self._layouts[layer.name].batch_first
+            if layer.name in known:
+                layer.batch_first, why = known[layer.name]
+                self._orders[layer.name] = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -366,11 +370,9 @@ class KFAC:
 
         With several processes and factors split among them, all of them must call this.
         """
-        orders = {name: str(layout) for name, layout in self._layouts.items()}
+        skipped = self._looked_at - int(self._finite)
         with self._replicas.complete():
-            return describe(
-                self._layers, self._unsupported, self._looked_at - int(self._finite), self._captured, orders
-            )
+            return describe(self._layers, self._unsupported, skipped, self._captured, self._orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""

@@ -130,8 +130,12 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> It
 
 
 def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
-    groups = math.prod(factor.groups)
-    bound, relative = _bounds(factor) if factor.started else (None, None)
+    bound: float | None = None
+    relative: float | None = None
+    if factor.started:
+        bounds = factor.strategy.error_bound(factor.state)
+        bound = float(bounds.max())
+        relative = float(torch.where(bounds == 0, 0, bounds / factor.strategy.largest(factor.state)).max())
     return FactorReport(
         layer=layer,
         side=side,
@@ -142,15 +146,8 @@ def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
         error_bound=bound,
         relative_error_bound=relative,
         bytes=_bytes(factor.tensors()),
-        dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
+        dense_bytes=math.prod(factor.groups) * factor.n**2 * factor.dtype.itemsize,
     )
-
-
-def _bounds(factor: Factor) -> tuple[float, float]:
-    """Return the bound of ‖M − M̂‖₂, absolute and over d₁."""
-    bounds = factor.strategy.error_bound(factor.state)
-    relative = torch.where(bounds == 0, 0, bounds / factor.strategy.largest(factor.state))
-    return float(bounds.max()), float(relative.max())
 
 
 def _cells(factor: FactorReport) -> tuple[str, ...]:

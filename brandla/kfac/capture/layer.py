@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere
-from brandla.kfac.capture import padding
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
@@ -339,20 +338,20 @@ class Layer:
 
     def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
-        inputs = call.inputs
+        kind, inputs = call.kind, call.inputs
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
         if not self.batch_first and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        groups = call.groups if reduce and call.kind.is_averaged and not self.shape.groups else None
+        groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None
         valid = None if padded else call.valid
         if valid is not None:
-            valid = padding.fitting(valid, call.kind, inputs, gradient, batch_first=self.batch_first)
-        if valid is not None:
-            uses, valid = padding.uses(call.kind, inputs, gradient, valid, reduce=by_sample)
+            valid = kind.fitting(valid, inputs, gradient, batch_first=self.batch_first)
+        if valid is None:
+            uses = (kind.reduced if by_sample else kind.uses)(inputs, gradient)
         else:
-            uses = (call.kind.reduced if by_sample else call.kind.uses)(inputs, gradient)
+            uses, valid = kind.uses_where(valid, inputs, gradient, reduce=by_sample)
         return (uses, valid) if groups is None else groups.reduced(uses, valid)
 
     def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
