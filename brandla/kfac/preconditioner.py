@@ -354,7 +354,8 @@ class KFAC:
         for layer in layers:
             layer.begin()
             layer.capture.keep_reached()
-        own = self._rows([layer for layer in layers if layer.has_gradient], None)
+        # The weight of a refused call may be no parameter any more.
+        own = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows):
@@ -470,10 +471,9 @@ class KFAC:
             self._mistakes.look_at_rows(layers, scale)
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
-        of_loss = _of_loss(own)
         pairs = {}
         for layer in layers:
-            if layer.capture.left_out and (rows := layer.take_gradient(of_loss.get(layer), scale)) is not None:
+            if layer.capture.left_out and (rows := layer.take_gradient(own.get(layer), scale)) is not None:
                 pairs[layer] = rows
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
@@ -527,9 +527,9 @@ class KFAC:
         """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
-        of_loss, applies_to_pairs = _of_loss(rows), self._applies_to_pairs
+        applies_to_pairs = self._applies_to_pairs
         for layer in layers:
-            pair = layer.pair(of_loss.get(layer), scale) if applies_to_pairs else None
+            pair = layer.pair(rows.get(layer), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers):
             problems = [
@@ -618,11 +618,6 @@ class KFAC:
     def _applies_to_pairs(self) -> bool:
         """Whether a gradient may be that of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
-
-
-def _of_loss(rows: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
-    """Return the rows that are the loss's own."""
-    return {layer: own for layer, own in rows.items() if not own.counted}
 
 
 def _detach(layers: Sequence[Layer]) -> None:

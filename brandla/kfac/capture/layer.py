@@ -90,9 +90,6 @@ class Layer:
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
-        # The weight of a refused call may be no parameter any more.
-        if self.capture.refusal:
-            return False
         if self._left_out():
             return True
         gradient: Tensor | None = self.weight.grad
@@ -144,9 +141,7 @@ class Layer:
     def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
         calls = self._calls(of)
-        if not calls:
-            return None
-        return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
+        return self._stacked(calls, of, scale) if calls else None
 
     def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
         """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
@@ -164,9 +159,7 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        # Of padding the rows of a factor are 0, whatever the gradient holds.
-        if rows is None or self.sharing == "reduce" or rows.share is not None or len(calls) < len(self._calls("loss")):
-            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(rows if len(calls) == len(self._calls("loss")) else None, calls, scale)
         if self.weight.grad is None:
             self.weight.grad = torch.empty_like(self.weight)
             self.unformed = rows
@@ -177,16 +170,15 @@ class Layer:
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
 
-        ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
-        multiplied by; the gradient has been divided by it already.
+        ``rows`` are those that the factors take in, if any. ``scale`` is what the loss was multiplied by; the gradient
+        has been divided by it already.
         """
         calls = self._paired or self._pair_calls()
         if not calls:
             return None
         if self.unformed is not None:
             return self.unformed.gradients.mT, self.unformed.inputs.mT
-        if rows is None or self.sharing == "reduce" or rows.share is not None:
-            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(rows, calls, scale)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
@@ -197,7 +189,7 @@ class Layer:
         calls = self._calls("loss")
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
-        rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(None, calls, scale)
         product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
@@ -275,6 +267,13 @@ class Layer:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
+    def _whole(self, rows: Rows | None, calls: list[Call], scale: Tensor | None) -> Rows:
+        """Return rows whose product is the loss's gradient from these calls: those of the factors, if they are such."""
+        # Of padding the rows of a factor are 0, whatever the gradient holds.
+        if rows is None or rows.counted or rows.share is not None or self.sharing == "reduce":
+            return self._stacked(calls, "loss", scale, whole=True)
+        return rows
+
     def _product(self, rows: Rows) -> Tensor:
         return rows.gradients.mT @ rows.inputs[..., : self.shape.d_in - self.has_bias]
 
@@ -302,12 +301,10 @@ class Layer:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return Shape(groups, d_out, d_in + self.has_bias, dtype, weight.device, kind.one_hot, kind.single)
 
-    def _stacked(
-        self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
-    ) -> Rows:
-        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone.
+    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, whole: bool = False) -> Rows:
+        """Return the rows of calls as the sharing has them, in the factors' dtype; draws repeat the gradients alone.
 
-        Rows of padding are 0, unless ``padded`` says that they are to be as they were captured.
+        Rows of padding are 0. As a ``whole``, there is one row for every sample and position, as it was captured.
         """
         inputs, gradients, turned, positions = [], [], [], set()
         # By whether they are turned.
@@ -317,7 +314,7 @@ class Layer:
         # First the first gradients of all calls, then the second ones.
         for index, call, gradient in sorted(found, key=itemgetter(0)):
             full, is_new = gradient.to(self.shape.dtype), of == "loss" or index == 0
-            uses, own = self._uses(call, full if scale is None else full / scale, reduce=reduce, padded=padded)
+            uses, own = self._uses(call, full if scale is None else full / scale, whole=whole)
             if own is not None and is_new:
                 valid[call.kind.turned].append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
@@ -336,16 +333,16 @@ class Layer:
         rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
-    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
+    def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
-        kind, inputs = call.kind, call.inputs
+        kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
         if not self.batch_first and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None
-        valid = None if padded else call.valid
+        valid = None if whole else call.valid
         if valid is not None:
             valid = kind.fitting(valid, inputs, gradient, batch_first=self.batch_first)
         if valid is None:
