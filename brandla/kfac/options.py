@@ -156,10 +156,3 @@ def of_module(rule: Mapping[str, Option], name: str) -> Option:
     while name not in rule:
         name = name.rpartition(".")[0]
     return rule[name]
-
-
-def check_distributed(mode: object, columns: int | None) -> None:
-    """Check how several processes are to work together."""
-    _check.choice("KFAC", "distributed", mode, ("gather", "split"))
-    if columns is not None:
-        _check.count("KFAC", "columns", columns, 1)

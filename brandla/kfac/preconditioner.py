@@ -23,7 +23,7 @@ from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Report, describe
@@ -162,7 +162,9 @@ class KFAC:
         self.options = Options(
             damping, clip, decay, factor_every, damping_scale, clip_by, application, gradient, curvature, seed
         )
-        check_distributed(distributed, columns)
+        _check.choice("KFAC", "distributed", distributed, ("gather", "split"))
+        if columns is not None:
+            _check.count("KFAC", "columns", columns, 1)
         self._model = model
         self._scaler = scaler
         self._among = (distributed, process_group, columns)

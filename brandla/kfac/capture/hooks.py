@@ -182,7 +182,7 @@ class Capture:
             elif not self._is_as_noted():
                 self._fresh = False
             self._note_gradients_of(self._witness)
-        if not any(call is known for known in self.calls):
+        if call not in self.calls:
             self.calls.append(call)
         call.add(gradient.detach(), self._recorder)
 

@@ -37,8 +37,8 @@ class Written(NamedTuple):
 class Layer:
     """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
 
-    def __init__(self, name: str, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
-        self.name = name
+    def __init__(self, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
+        self.name = kind.name
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing

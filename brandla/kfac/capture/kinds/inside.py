@@ -32,14 +32,7 @@ class InsideKind(ForwardKind):
         self.pairs = index is None
         # Of experts a guess before the first call, which tells.
         self.transposed = transposed
-        self._index = index
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        return super().key if self._index is None else (*super().key, self._index)
-
-    def weight_part(self, weight: Tensor) -> Tensor:
-        return weight if self._index is None else weight[self._index]
+        self.index = index
 
     @property
     def was_seen(self) -> bool:

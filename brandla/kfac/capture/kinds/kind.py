@@ -47,6 +47,8 @@ class Kind:
     turned = False
     # The module is called once for each use, and autograd may be told not to form the weight's gradient.
     leaves_out = False
+    # The one that is meant of several weights that lie in the parameter.
+    index: int | None = None
     # Weights that lie one after the other in the tensor, each of so many groups: their steps are clipped apart.
     weights = 1
     # Positions may come before samples: inputs and outputs differ in the dimensions after both alone.
@@ -55,13 +57,15 @@ class Kind:
     positions_first = False
     # Positions (samples, positions) that are no padding, where the call itself tells.
     valid: Tensor | None = None
-    # What tells this weight from others of its module, in the layer's name.
+    # What tells this weight from others of its module, in the layer's name, and that name.
     part = ""
+    name = ""
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
         self.module: Any = module
         self._weight = weight
-        self._bias = bias
+        # Empty, where the bias is left to another weight.
+        self.bias_name = bias
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
@@ -85,14 +89,14 @@ class Kind:
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
-        bias: nn.Parameter | None = self.module._parameters.get(self._bias)
-        if bias is None and self._bias:
-            bias = getattr(self.module, self._bias, None)
+        bias: nn.Parameter | None = self.module._parameters.get(self.bias_name)
+        if bias is None and self.bias_name:
+            bias = getattr(self.module, self.bias_name, None)
         return bias if bias is not None and bias.requires_grad else None
 
     def weight_part(self, weight: Tensor) -> Tensor:
         """Return what is this weight of a tensor of the parameter's shape: a view, to be written to."""
-        return weight
+        return weight if self.index is None else weight[self.index]
 
     @property
     def was_seen(self) -> bool:
@@ -103,15 +107,6 @@ class Kind:
     def is_averaged(self) -> bool:
         """Whether rows of inputs may be averaged over the positions of a sample."""
         return not (self.one_hot or self.single or self.turned)
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """The same for all uses of one weight."""
-        return (id(self.weight),)
-
-    def leave_bias(self) -> None:
-        """Have the weight alone, without its bias."""
-        self._bias = ""
 
     def bias_part(self, bias: Tensor) -> Tensor:
         """Return what belongs to this weight of a tensor of the bias's shape: a view, to be written to."""
