@@ -21,7 +21,7 @@ from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
-from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
+from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
 from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
@@ -557,7 +557,8 @@ class KFAC:
             for layer, own in zip(gradients, norms, strict=True):
                 factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
-        written = placed([parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)])
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        place(written)
         if clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)

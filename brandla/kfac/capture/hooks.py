@@ -291,7 +291,8 @@ class Capture:
                 own = known()
                 if own is not None:
                     own._reached.add(torch._C._current_graph_task_id())
-                    own._accumulated = own._accumulated if of.grad is None else (of.grad, of.grad._version)
+                    if of.grad is not None:
+                        own._accumulated = of.grad, of.grad._version
 
             self._noting = weight, weight.register_post_accumulate_grad_hook(note)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import ref
 
 import torch
@@ -21,7 +22,8 @@ from brandla.kfac.values import Gradient, Rows, Shape, by_kind
 Sharing = Literal["expand", "reduce"]
 
 
-class Written(NamedTuple):
+@dataclass(eq=False)
+class Written:
     """Part of a step, and the gradient that it is for: the same tensor where it has been written."""
 
     step: Tensor

@@ -159,7 +159,7 @@ class AttentionForward(OwnForward):
         if query is key and key is value and module._qkv_same_embed_dim:
             joint = self.recorded("in_proj", query, linear(query, module.in_proj_weight, bias))
             # Three blocks, as the module makes them.
-            return joint.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous().unbind()
+            return tuple(joint.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous())
         joins = key is value and module._qkv_same_embed_dim
         parts, sizes = ([query, key], [d, 2 * d]) if joins else ([query, key, value], [d, d, d])
         biases: Sequence[Tensor | None] = [None] * len(sizes) if bias is None else bias.split(sizes)
@@ -172,7 +172,7 @@ class AttentionForward(OwnForward):
         packed = zip(parts, module.in_proj_weight.split(sizes), biases, strict=True)
         outputs = [linear(part, weight, own) for part, weight, own in packed]
         if joins:
-            outputs[1:] = outputs[1].unflatten(-1, (2, -1)).movedim(-2, 0).contiguous().unbind()
+            outputs[1:] = outputs[1].unflatten(-1, (2, -1)).movedim(-2, 0).contiguous()
         if not self.is_watched("in_proj"):
             return tuple(outputs)
         # One after the other, as `PackedKind` tells them apart.

@@ -124,7 +124,7 @@ class ConvTransposeKind(ConvKind):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(C_in, C_out of a group, *kernel) as the convolution's (*groups, C_out of a group, window), mirrored."""
-        by_group = _mirrored(weight).unflatten(0, (self.module.groups, -1))
+        by_group: Tensor = _mirrored(weight).unflatten(0, (self.module.groups, -1))
         return by_group.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
 
     def tensor(self, matrix: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class NormKind(Kind):
         return Uses(rows, rows)
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        norm: Any = self.module
+        norm = self.module
         if self._fixed is not None:
             return nn.functional.batch_norm(inputs, *self._fixed, eps=norm.eps)
         if isinstance(norm, nn.LayerNorm):
