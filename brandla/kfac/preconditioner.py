@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 from weakref import finalize
 
 import torch
@@ -32,9 +32,6 @@ from brandla.kfac.systems.factor import share_totals
 from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.systems.strategy import Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Scale
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _DEFAULT = Brand(rank=128)
 _FOR_ONE_PROCESS = "gradient must be 'autograd' where gradients are reduced over processes"
@@ -151,7 +148,7 @@ class KFAC:
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
         distributed: Mode = "gather",
-        process_group: ProcessGroup | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         columns: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from brandla.kfac.capture.layer import Layer, by_strategy
+from brandla.kfac.capture.mask import Mask
 from brandla.kfac.processes.exchange import SIDES, Part, Share, assembled, outgoing, parts_of, uses_of
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.values import Now, Rows
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from brandla.kfac.capture.mask import Mask
 
 Mode: TypeAlias = Literal["gather", "split"]
 # A factor, by its layer's place in the model and its side; or all of a layer's curvature, whose side is "".
@@ -66,7 +61,7 @@ class Replicas:
 
 
 class Gather(Replicas):
-    """More than one process. Every one takes in the rows of all: their factors are equal without ever being compared."""
+    """Every process takes in the rows of all: their factors are equal without ever being compared."""
 
     several = True
 
@@ -265,13 +260,12 @@ class Split(Gather):
 
 
 def replicas(
-    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None, *, of_terms: bool
+    layers: Sequence[Layer], mode: Mode, group: distributed.ProcessGroup | None, most: int | None, *, of_terms: bool
 ) -> Replicas:
     """Return the processes of a group, or of all if None; this one alone where there is no group.
 
     Rows are of the gradients of the processes' losses, or of the curvature of their terms (``of_terms``).
     """
-    distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return Replicas()
     ranks = Ranks(group, layers[0].kind.weight.device)

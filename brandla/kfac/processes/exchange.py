@@ -82,8 +82,8 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
     The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
     """
     curvature, shape = layer.curvature, layer.shape
-    # They make W losses one, their mean: γ times 1/W for its gradients. For its curvature N Σ γ γᵀ has to be the mean of
-    # the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    # They make W losses one, their mean: γ times 1/W for its gradients. For its curvature N Σ γ γᵀ has to be the mean
+    # of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
     world, uses = len(shares), uses_of(shares)
     weights = [math.sqrt(share.uses / (uses * world)) if of_terms else 1 / world for share in shares]
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
