@@ -121,7 +121,7 @@ class Gather(Replicas):
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
         """Send the parts, and return those received from every process; None for a part taken in elsewhere."""
         sent = [outgoing(part, own.get(part.layer), self.rank, seed) for part in parts]
-        by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(self.world)])
+        by_rank = self._ranks.to_all(sent, [[part.outline(rank) for part in parts] for rank in range(self.world)])
         return [list(pieces) for pieces in zip(*by_rank, strict=True)]
 
 
@@ -177,7 +177,7 @@ class Split(Gather):
         sent = {id(part): outgoing(part, own.get(part.layer), self.rank, seed) for part in parts}
         by_rank = self._ranks.to_each(
             [[sent[id(part)] for part in those] for those in wanted],
-            [[part.layout(rank) for part in wanted[self.rank]] for rank in range(self.world)],
+            [[part.outline(rank) for part in wanted[self.rank]] for rank in range(self.world)],
         )
         received = dict(zip(map(id, wanted[self.rank]), map(list, zip(*by_rank, strict=True)), strict=True))
         return [received.get(id(part)) for part in parts]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.processes.messages import Layout
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.values import Rows, Shape, Side
 from brandla.randomized import randomized_svd
@@ -71,9 +70,9 @@ class Part(NamedTuple):
             return torch.empty(count, dtype=torch.int64, device=device)
         return torch.empty(*self.shape.groups, count, self.width, dtype=self.shape.dtype, device=device)
 
-    def layout(self, rank: int) -> Layout:
-        """Return the layout of the rows that a process sends."""
-        return Layout.of(self.empty(self.sent[rank], torch.device("meta")))
+    def outline(self, rank: int) -> Tensor:
+        """Return the rows that a process sends, without memory."""
+        return self.empty(self.sent[rank], torch.device("meta"))
 
 
 def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
