@@ -414,7 +414,7 @@ class KFAC:
             If ``index`` is no vector of integers.
         """
         if index.ndim != 1 or index.is_floating_point():
-            got = f"{str(index.dtype).removeprefix('torch.')} of shape {tuple(index.shape)}"
+            got = f"{_check.spelled(index.dtype)} of shape {tuple(index.shape)}"
             _check.fail_value("KFAC.graphs", f"index must be a vector of integers, one for each row; got {got}")
         known = self._recorder.groups
         self._recorder.groups = Groups(index, int(index.max()) + 1 if count is None else count)

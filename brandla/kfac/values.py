@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ Scale = Literal["relative", "absolute"]
 Side = Literal["input", "output"]
 # The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class Noted:
+    """A tensor as it is now, to tell later whether a tensor is that one and nobody has written to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = ref(tensor)
+        self._version = tensor._version
+
+    def is_still(self, tensor: Tensor | None) -> bool:
+        """Say so."""
+        return tensor is not None and tensor is self._tensor() and tensor._version == self._version
 
 
 class Shape(NamedTuple):

@@ -14,6 +14,7 @@ from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
 from brandla.kfac.capture.kinds import Kind
 from brandla.kfac.capture.kinds.kind import OwnHook
 from brandla.kfac.capture.tap import Ticket, tap
+from brandla.kfac.values import Noted
 
 
 class Capture:
@@ -41,7 +42,8 @@ class Capture:
         # The weight between steps, which may be sharded later and freed.
         self._lasting = ref(kind.weight)
         self._fresh = False
-        self._accumulated: tuple[Tensor, int] | None = None
+        # The gradient as autograd has left it.
+        self._accumulated: Noted | None = None
         # The weight at the last backward pass, and its version then.
         self._seen: tuple[Tensor, int] | None = None
         # The backward passes, by autograd's numbers, that have added to the weight's gradient.
@@ -263,11 +265,7 @@ class Capture:
 
     def _is_as_noted(self) -> bool:
         """Say whether nobody has written to the gradient since autograd last did."""
-        gradient = self._witness.grad
-        if self._accumulated is None or gradient is None:
-            return False
-        noted, version = self._accumulated
-        return gradient is noted and gradient._version == version
+        return self._accumulated is not None and self._accumulated.is_still(self._witness.grad)
 
     def _forget_passes(self, but: Terms | None = None) -> None:
         """Forget all backward passes so far but those for the curvature of these terms."""
@@ -292,7 +290,7 @@ class Capture:
                 if own is not None:
                     own._reached.add(torch._C._current_graph_task_id())
                     if of.grad is not None:
-                        own._accumulated = of.grad, of.grad._version
+                        own._accumulated = Noted(of.grad)
 
             self._noting = weight, weight.register_post_accumulate_grad_hook(note)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
-from brandla.kfac.values import Gradient, Rows, Shape, by_kind
+from brandla.kfac.values import Gradient, Noted, Rows, Shape, by_kind
 
 Sharing = Literal["expand", "reduce"]
 
@@ -67,8 +66,8 @@ class Layer:
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
         self._paired: list[Call] = []
-        # The gradient that was overwritten last, and its version then.
-        self._written: tuple[ref[Tensor], int] | None = None
+        # The gradient as it was overwritten last.
+        self._written: Noted | None = None
         # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
         self.direction: Tensor | None = None
 
@@ -95,10 +94,7 @@ class Layer:
         if self._left_out():
             return True
         gradient: Tensor | None = self.weight.grad
-        if gradient is None or self._written is None:
-            return gradient is not None
-        step, version = self._written
-        return step() is not gradient or gradient._version != version
+        return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
 
     @property
     def is_frozen(self) -> bool:
@@ -245,9 +241,8 @@ class Layer:
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
-        gradient = self.weight.grad
-        if gradient is not None:
-            self._written = ref(gradient), gradient._version
+        if self.weight.grad is not None:
+            self._written = Noted(self.weight.grad)
 
     def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""

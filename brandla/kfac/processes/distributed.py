@@ -18,7 +18,7 @@ from brandla.kfac.processes.exchange import SIDES, Part, Share, assembled, outgo
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.values import Now, Rows
+from brandla.kfac.values import Noted, Now, Rows
 
 Mode: TypeAlias = Literal["gather", "split"]
 # A factor, by its layer's place in the model and its side; or all of a layer's curvature, whose side is "".
@@ -137,7 +137,7 @@ class Split(Gather):
         super().__init__(layers, ranks, most, of_terms=of_terms)
         self._owners: dict[Unit, int] = {}
         self._loads = [0.0] * ranks.world
-        self._published: dict[Unit, dict[str, tuple[Tensor, int]]] = {}
+        self._published: dict[Unit, dict[str, Noted]] = {}
         self._index = {layer: index for index, layer in enumerate(layers)}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
@@ -227,8 +227,7 @@ class Split(Gather):
                     factor.state.update(state)
                     if self._is_here(unit):
                         sent = factor.strategy.solving(factor.state).items()
-                        tensors = {key: part for key, part in sent if isinstance(part, Tensor)}
-                        self._published[unit] = {key: (part, part._version) for key, part in tensors.items()}
+                        self._published[unit] = {key: Noted(part) for key, part in sent if isinstance(part, Tensor)}
 
     def _changed(self, unit: Unit) -> dict[str, Any]:
         """Return the parts that others do not have yet: for a factor, tensors that were replaced or written to."""
@@ -239,7 +238,7 @@ class Split(Gather):
         return {
             name: part
             for name, part in factor.strategy.solving(factor.state).items()
-            if not (isinstance(part, Tensor) and name in known and _is_same(part, *known[name]))
+            if not (isinstance(part, Tensor) and name in known and known[name].is_still(part))
         }
 
     def _unit(self, part: Part) -> Unit | None:
@@ -277,7 +276,3 @@ def _of_terms(layer: Layer, rows: Rows, number: Tensor | float) -> Rows:
     """Give rows the scale of so many terms, where that is told; second passes compare γ as they are."""
     untold = not isinstance(number, Tensor) and number == 0
     return rows if untold or layer.strategy.takes_second_pass else rows.of_loss_terms(number)
-
-
-def _is_same(part: Tensor, known: Tensor, version: int) -> bool:
-    return part is known and part._version == version
