@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
+from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows, alike, by_kind
 from brandla_kernels import reads_are_free
 
-Key = TypeVar("Key", bound=Hashable)
 # Integers of so many bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,7 +77,7 @@ class Mask:
         """Return the mask of a step that several processes take together."""
         return Mask(torch.full_like(self.finite, finite), finite)
 
-    def rows(self, own: Mapping[Key, Rows]) -> dict[Key, Rows]:
+    def rows(self, own: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
         """Return the rows, or zeros."""
         if self.known_finite:
             return dict(own)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from brandla.kfac.capture.kinds import Kind
 
-Collect = Callable[[Kind, Tensor, Tensor], None]
-
 _numbers = itertools.count()
 _tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
 
@@ -25,7 +23,7 @@ class Ticket:
     has no effect.
     """
 
-    def __init__(self, kind: Kind, collect: Collect) -> None:
+    def __init__(self, kind: Kind, collect: Callable[[Kind, Tensor, Tensor], None]) -> None:
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
         self.kind = kind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_map_only
 from brandla.kfac.capture.kinds.kind import Kind, own_forward, why_left
 from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
 
-# From a layer's products with the input and with h, its h and its c, to the next h and c.
-Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
@@ -155,7 +153,8 @@ def _ways(layer: Any) -> list[str]:
     return ["", "_reverse"] if layer.bidirectional else [""]
 
 
-def _cell(layer: Any) -> Cell:
+def _cell(layer: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what makes the next h and c of a layer's products with the input and with h, its h and its c."""
     if isinstance(layer, nn.LSTM | nn.LSTMCell):
         return _lstm
     if isinstance(layer, nn.GRU | nn.GRUCell):
