@@ -276,7 +276,6 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-            layer.capture.keep_reached()
         with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
@@ -352,7 +351,6 @@ class KFAC:
             raise RuntimeError(message)
         for layer in layers:
             layer.begin()
-            layer.capture.keep_reached()
         # The weight of a refused call may be no parameter any more.
         own = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)

@@ -75,6 +75,7 @@ class Layer:
         """Find the weight and the bias for a step: in the next one a sharded weight may be another tensor."""
         self.weight, self.bias = self.kind.weight, self.kind.bias
         self.unformed, self._paired = None, []
+        self.capture.keep_reached()
 
     def end(self) -> int:
         """Forget what was captured for a step, and return how many bytes that were."""
