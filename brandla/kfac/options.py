@@ -119,9 +119,7 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     return rule
 
 
-def layouts(
-    model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]
-) -> dict[str, tuple[bool, str]]:
+def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, tuple[bool, str]]:
     """Check ``batch_first``, and say of each of these layers whether samples come before positions, and why."""
     rule = by_module(model, "batch_first", batch_first, None)
     for value in rule.values():
