@@ -86,7 +86,8 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     state: dict[str, Any] = {}
     for key, path in (metadata.planner_data or {}).items():
         if path[0] == name and len(path) > 1:
-            parent, own = state, metadata.state_dict_metadata[key]
+            own: Any = metadata.state_dict_metadata[key]
+            parent = state
             for part in path[1:-1]:
                 parent = parent.setdefault(part, {})
             is_tensor = hasattr(own, "properties")

@@ -64,11 +64,7 @@ class Ranks:
         ]
         for work in pending:
             work.wait()
-        arrived = [iter(_unpacked(buffer, _tensors(each))) for buffer, each in zip(buffers, found, strict=True)]
-        return [
-            tree_map_only(Tensor, lambda _, those=those: next(those), each)
-            for each, those in zip(found, arrived, strict=True)
-        ]
+        return [_filled(each, buffer) for each, buffer in zip(found, buffers, strict=True)]
 
     def _gathered(self, own: Tensor) -> Tensor:
         """Return the vectors of all processes as rows; torch 2.13 has another name for it than earlier versions."""
@@ -114,3 +110,9 @@ def _unpacked(buffer: Tensor, outlines: Sequence[Tensor]) -> list[Tensor]:
         tensors.append(_within(buffer, start, outline).clone())
         start += _bytes([outline])
     return tensors
+
+
+def _filled(tree: Any, buffer: Tensor) -> Any:
+    """Return nested dicts with tensors of a buffer in place of their outlines."""
+    arrived = iter(_unpacked(buffer, _tensors(tree)))
+    return tree_map_only(Tensor, lambda _: next(arrived), tree)

@@ -139,7 +139,8 @@ class AttentionForward(OwnForward):
             )
         batched = query.ndim == 3
         inputs = _positions_first(query, key, value, module.batch_first if batched else None)
-        output, weights = _attend(module, *self._projected(*inputs), masks, need_weights=need_weights)
+        query, key, value = self._projected(*inputs)
+        output, weights = _attend(module, query, key, value, masks, need_weights=need_weights)
         # (positions, samples, d), multiplied as a matrix as the module does.
         own = module.out_proj
         projected = linear(output.flatten(0, 1), own.weight, own.bias).view(*output.shape[:2], -1)
@@ -155,7 +156,8 @@ class AttentionForward(OwnForward):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Project inputs (positions, samples, d); those that are not all the same pass the capture as one."""
-        module, bias, d = self.module, self.module.in_proj_bias, self.module.embed_dim
+        module, d = self.module, self.module.embed_dim
+        bias: Tensor | None = module.in_proj_bias
         if query is key and key is value and module._qkv_same_embed_dim:
             joint = self.recorded("in_proj", query, linear(query, module.in_proj_weight, bias))
             # Three blocks, as the module makes them.
