@@ -97,18 +97,14 @@ def _times(step: Gradient, vectors: Tensor) -> Tensor:
     return product
 
 
-def placed(steps: Sequence[Sequence[Written]]) -> list[list[Written]]:
+def place(steps: Sequence[Sequence[Written]]) -> None:
     """Copy into the gradients, in one call, what would not be rounded there before it is scaled."""
-    waiting = [part for step in steps for part in step if part.step is not part.gradient and _is_as_precise(part)]
+    parts = [part for step in steps for part in step if part.step is not part.gradient]
+    waiting = [part for part in parts if part.step.dtype == part.gradient.dtype]
     if waiting:
         torch._foreach_copy_([part.gradient for part in waiting], [part.step for part in waiting])
-    return [
-        [Written(part.gradient, part.gradient) if _is_as_precise(part) else part for part in step] for step in steps
-    ]
-
-
-def _is_as_precise(part: Written) -> bool:
-    return part.step.dtype == part.gradient.dtype
+    for part in waiting:
+        part.step = part.gradient
 
 
 def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:
@@ -118,6 +114,6 @@ def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None)
     inside = [index for index, part in enumerate(parts) if part.step is part.gradient]
     if scales is not None and inside:
         torch._foreach_mul_([parts[index].step for index in inside], [scales[index] for index in inside])
-    for index, (step, gradient) in enumerate(parts):
-        if step is not gradient:
-            gradient.copy_(step if scales is None else step * scales[index])
+    for index, part in enumerate(parts):
+        if part.step is not part.gradient:
+            part.gradient.copy_(part.step if scales is None else part.step * scales[index])

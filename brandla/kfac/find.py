@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import nn
 
@@ -20,36 +19,29 @@ _FUSED = ": its time steps are one fused call; brandla.kfac.register(torch.nn.{}
 _HINTS: dict[type[nn.Module], str] = {kind: _FUSED.format(kind.__name__) for kind in (nn.LSTM, nn.GRU, nn.RNN)}
 
 
-class _Found(NamedTuple):
-    """One weight of one module."""
-
-    name: str
-    kind: Kind
-
-
 def find_layers(
-    model: nn.Module,
-    inverse: Mapping[str, Strategy | None],
-    sharing: Mapping[str, Sharing],
-    recorder: Recorder,
+    model: nn.Module, inverse: Mapping[str, Strategy | None], sharing: Mapping[str, Sharing], recorder: Recorder
 ) -> tuple[list[Layer], dict[str, str]]:
     """Return the layers of a model, and why each other module or parameter is left to the optimizer."""
-    found, left = _find(model)
+    groups, left = _find(model)
     layers: list[Layer] = []
-    biases: dict[int, _Found] = {}
-    for group in found.values():
-        first, *others = _with_turned(group)
-        other_kind = next((other for other in others if not _is_alike(first.kind, other.kind)), None)
-        strategies = [of_module(inverse, one.name) for one in (first, *others)]
-        if other_kind is not None:
-            left |= {one.name: f"its weight is also that of {first.name}, used differently" for one in others}
-            left[first.name] = f"its weight is also that of {other_kind.name}, used differently"
+    biases: dict[int, Kind] = {}
+    for group in map(_with_turned, groups):
+        first, *others = group
+        strategies = [of_module(inverse, kind.name) for kind in group]
+        unlike = [kind for kind in others if not _is_alike(first, kind)]
+        if unlike:
+            left |= {kind.name: f"its weight is also that of {first.name}, used differently" for kind in others}
+            left[first.name] = f"its weight is also that of {unlike[0].name}, used differently"
         elif (strategy := strategies[0]) is None or None in strategies:
-            left |= {one.name: "inverse is None" for one in (first, *others)}
+            left |= {kind.name: "inverse is None" for kind in group}
         else:
-            left |= _leave_known_bias([first, *others], biases)
-            layers.append(Layer(first.name, first.kind, strategy, of_module(sharing, first.name), recorder))
-            left |= _attach(layers[-1], others)
+            left |= _leave_known_bias(group, biases)
+            layers.append(Layer(first, strategy, of_module(sharing, first.name), recorder))
+            for kind in others:
+                layers[-1].attach(kind)
+                if kind.bias is not None and kind.bias is not first.bias:
+                    left[f"{kind.name}.bias"] = f"its weight is that of {first.name}, which has another bias"
     if not layers:
         kinds_of_modules = sorted({type(module).__name__ for module in model.modules()})
         _check.fail_value(
@@ -61,9 +53,9 @@ def find_layers(
     return layers, left
 
 
-def _find(model: nn.Module) -> tuple[dict[tuple[int, ...], list[_Found]], dict[str, str]]:
+def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
     """Return the users of each weight that can be preconditioned, and why other modules and parameters cannot be."""
-    found: dict[tuple[int, ...], list[_Found]] = {}
+    found: dict[tuple[int, int | None], list[Kind]] = {}
     known: dict[str, tuple[nn.Module, list[Kind] | str | None]] = {}
     covered: set[int] = set()
     for name, module in named_modules(model):
@@ -71,12 +63,12 @@ def _find(model: nn.Module) -> tuple[dict[tuple[int, ...], list[_Found]], dict[s
         known[name] = module, kinds
         for kind in kinds if isinstance(kinds, list) else []:
             covered |= {id(kind.weight), id(kind.bias)}
-            label = ".".join(part for part in (name, kind.part) if part) or ROOT
-            found.setdefault(kind.key, []).append(_Found(label, kind))
+            kind.name = ".".join(part for part in (name, kind.part) if part) or ROOT
+            found.setdefault((id(kind.weight), kind.index), []).append(kind)
     left: dict[str, str] = {}
     for name, (module, kinds) in known.items():
         left |= _left_of(name, module, kinds, covered)
-    return found, left
+    return list(found.values()), left
 
 
 def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, covered: set[int]) -> dict[str, str]:
@@ -92,43 +84,31 @@ def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, cover
     return {f"{name}.{key}".lstrip("."): reason for key in others}
 
 
-def _with_turned(group: list[_Found]) -> list[_Found]:
+def _with_turned(group: list[Kind]) -> list[Kind]:
     """Put the users that multiply by a weight first; embeddings of the same weight use its transpose."""
-    first = next((one for one in group if type(one.kind) is LinearKind), None)
+    first = next((kind for kind in group if type(kind) is LinearKind), None)
     if first is None:
         return group
-    return [first, *(_turned(one) for one in group if one is not first)]
-
-
-def _turned(one: _Found) -> _Found:
-    is_embedding = type(one.kind) is EmbeddingKind
-    return one._replace(kind=TurnedEmbeddingKind(one.kind.module)) if is_embedding else one
+    others = [kind for kind in group if kind is not first]
+    for index, kind in enumerate(others):
+        if type(kind) is EmbeddingKind:
+            others[index] = TurnedEmbeddingKind(kind.module)
+            others[index].name = kind.name
+    return [first, *others]
 
 
 def _is_alike(one: Kind, other: Kind) -> bool:
     return (type(one) is type(other) or other.turned) and one.shape == other.shape
 
 
-def _leave_known_bias(group: list[_Found], biases: dict[int, _Found]) -> dict[str, str]:
+def _leave_known_bias(group: list[Kind], biases: dict[int, Kind]) -> dict[str, str]:
     """Leave a bias to the layer found before that has it too, and say so."""
     first = group[0]
-    if first.kind.bias is None:
-        return {}
-    owner = biases.setdefault(id(first.kind.bias), first)
+    owner = first if first.bias is None else biases.setdefault(id(first.bias), first)
     # Attention has one bias for several weights.
-    if owner.kind.module is first.kind.module:
+    if owner.module is first.module:
         return {}
-    left = [one.name for one in group if one.kind.bias is not None]
-    for one in group:
-        one.kind.leave_bias()
+    left = [kind.name for kind in group if kind.bias is not None]
+    for kind in group:
+        kind.bias_name = ""
     return {f"{name}.bias": f"it is also that of {owner.name}" for name in left}
-
-
-def _attach(layer: Layer, others: list[_Found]) -> dict[str, str]:
-    """Have a layer watch all modules with its weight, and return the biases among theirs that it leaves."""
-    left = {}
-    for name, kind in others:
-        layer.attach(kind)
-        if kind.bias is not None and kind.bias is not layer.kind.bias:
-            left[f"{name}.bias"] = f"its weight is that of {layer.name}, which has another bias"
-    return left

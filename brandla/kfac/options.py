@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -119,18 +119,8 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     return rule
 
 
-class Layout(NamedTuple):
-    """Whether samples come before positions, and the words for what says so."""
-
-    batch_first: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'samples' if self.batch_first else 'positions'} first, {self.reason}"
-
-
-def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, Layout]:
-    """Check ``batch_first``, and return the layout of each of these layers."""
+def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, tuple[bool, str]]:
+    """Check ``batch_first``, and say of each of these layers whether samples come before positions, and why."""
     rule = by_module(model, "batch_first", batch_first, None)
     for value in rule.values():
         if not isinstance(value, bool | None):
@@ -139,18 +129,14 @@ def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterabl
     return {name: _layout(rule, modules, name) for name in names}
 
 
-def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> Layout:
+def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> tuple[bool, str]:
     asked = of_module(rule, name if name in modules else name.rpartition(".")[0])
     if asked is not None:
-        return Layout(asked, "as batch_first says")
+        return asked, "as batch_first says"
     holder = name
-    while holder:
-        said = _said(modules.get(holder))
-        if said is not None:
-            return Layout(said, f"as {holder} says")
+    while (said := _said(modules.get(holder))) is None and holder:
         holder = holder.rpartition(".")[0]
-    said = _said(modules[""])
-    return Layout(True, "assumed") if said is None else Layout(said, "as the model says")
+    return (True, "assumed") if said is None else (said, f"as {holder or 'the model'} says")
 
 
 def _said(module: Any) -> bool | None:
@@ -168,10 +154,3 @@ def of_module(rule: Mapping[str, Option], name: str) -> Option:
     while name not in rule:
         name = name.rpartition(".")[0]
     return rule[name]
-
-
-def check_distributed(mode: object, columns: int | None) -> None:
-    """Check how several processes are to work together."""
-    _check.choice("KFAC", "distributed", mode, ("gather", "split"))
-    if columns is not None:
-        _check.count("KFAC", "columns", columns, 1)

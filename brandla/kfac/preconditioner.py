@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 from weakref import finalize
 
 import torch
@@ -19,12 +19,11 @@ from brandla.kfac.capture import fisher, passes
 from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
-from brandla.kfac.capture.loss_scale import loss_scale
-from brandla.kfac.capture.mask import Mask
+from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
-from brandla.kfac.clip import by_kl, by_rms, finish, placed, spectral
+from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, check_distributed, layouts, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, layouts, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Report, describe
@@ -33,9 +32,6 @@ from brandla.kfac.systems.factor import share_totals
 from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.systems.strategy import Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Scale
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _DEFAULT = Brand(rank=128)
 _FOR_ONE_PROCESS = "gradient must be 'autograd' where gradients are reduced over processes"
@@ -152,20 +148,20 @@ class KFAC:
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
         distributed: Mode = "gather",
-        process_group: ProcessGroup | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         columns: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             remedy = "pass the model itself, not its parameters or its optimizer"
             _check.fail_type("KFAC", f"model must be an nn.Module; got {type(model).__name__}; {remedy}")
-        if gradient == "pair" and _is_replicated(model):
-            _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
-        model = _innermost(model)
+        model = _innermost(model, gradient)
         by_name = strategies(model, inverse, _DEFAULT)
         self.options = Options(
             damping, clip, decay, factor_every, damping_scale, clip_by, application, gradient, curvature, seed
         )
-        check_distributed(distributed, columns)
+        _check.choice("KFAC", "distributed", distributed, ("gather", "split"))
+        if columns is not None:
+            _check.count("KFAC", "columns", columns, 1)
         self._model = model
         self._scaler = scaler
         self._among = (distributed, process_group, columns)
@@ -183,9 +179,13 @@ class KFAC:
         self._finite: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
-        self._layouts = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        known = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
+        # The order of samples and positions, in words.
+        self._orders: dict[str, str] = {}
         for layer in self._layers:
-            layer.batch_first = layer.name not in self._layouts or self._layouts[layer.name].batch_first
+            if layer.name in known:
+                layer.batch_first, why = known[layer.name]
+                self._orders[layer.name] = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -276,7 +276,6 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-            layer.capture.keep_reached()
         with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
@@ -352,8 +351,8 @@ class KFAC:
             raise RuntimeError(message)
         for layer in layers:
             layer.begin()
-            layer.capture.keep_reached()
-        own = self._rows([layer for layer in layers if layer.has_gradient], None)
+        # The weight of a refused call may be no parameter any more.
+        own = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
         mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows):
@@ -369,11 +368,9 @@ class KFAC:
 
         With several processes and factors split among them, all of them must call this.
         """
-        orders = {name: str(layout) for name, layout in self._layouts.items()}
+        skipped = self._looked_at - int(self._finite)
         with self._replicas.complete():
-            return describe(
-                self._layers, self._unsupported, self._looked_at - int(self._finite), self._captured, orders
-            )
+            return describe(self._layers, self._unsupported, skipped, self._captured, self._orders)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -415,7 +412,7 @@ class KFAC:
             If ``index`` is no vector of integers.
         """
         if index.ndim != 1 or index.is_floating_point():
-            got = f"{str(index.dtype).removeprefix('torch.')} of shape {tuple(index.shape)}"
+            got = f"{_check.spelled(index.dtype)} of shape {tuple(index.shape)}"
             _check.fail_value("KFAC.graphs", f"index must be a vector of integers, one for each row; got {got}")
         known = self._recorder.groups
         self._recorder.groups = Groups(index, int(index.max()) + 1 if count is None else count)
@@ -471,10 +468,9 @@ class KFAC:
             self._mistakes.look_at_rows(layers, scale)
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
-        of_loss = _of_loss(own)
         pairs = {}
         for layer in layers:
-            if layer.capture.left_out and (rows := layer.take_gradient(of_loss.get(layer), scale)) is not None:
+            if layer.capture.left_out and (rows := layer.take_gradient(own.get(layer), scale)) is not None:
                 pairs[layer] = rows
         # Rows take the place of a gradient that is their product, which is finite where they are.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
@@ -528,9 +524,9 @@ class KFAC:
         """Overwrite the gradients of layers with their steps."""
         gradients: dict[Layer, Gradient] = {}
         steps: dict[Layer, Gradient] = {}
-        of_loss, applies_to_pairs = _of_loss(rows), self._applies_to_pairs
+        applies_to_pairs = self._applies_to_pairs
         for layer in layers:
-            pair = layer.pair(of_loss.get(layer), scale) if applies_to_pairs else None
+            pair = layer.pair(rows.get(layer), scale) if applies_to_pairs else None
             gradients[layer] = layer.gradient() if pair is None else pair
         for strategy, members in by_strategy(layers):
             problems = [
@@ -556,7 +552,8 @@ class KFAC:
             for layer, own in zip(gradients, norms, strict=True):
                 factors += own.factors(clip, layer.kind.weights)
                 layer.direction = own.direction
-        written = placed([parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)])
+        written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
+        place(written)
         if clip is not None and by == "rms":
             factors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, factors)
@@ -621,22 +618,12 @@ class KFAC:
         return self.options.application == "auto" and not self._replicas.several
 
 
-def _of_loss(rows: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
-    """Return the rows that are the loss's own."""
-    return {layer: own for layer, own in rows.items() if not own.counted}
-
-
 def _detach(layers: Sequence[Layer]) -> None:
     for layer in layers:
         layer.capture.detach()
 
 
-def _is_replicated(model: nn.Module) -> bool:
-    """Say whether a model, compiled or not, is in DistributedDataParallel."""
-    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
+def _innermost(model: nn.Module, gradient: str) -> nn.Module:
     """Return the model itself, out of the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel):
@@ -644,6 +631,8 @@ def _innermost(model: nn.Module) -> nn.Module:
                 "KFAC", "the model must not be in nn.DataParallel; use nn.parallel.DistributedDataParallel"
             )
         if isinstance(model, nn.parallel.DistributedDataParallel):
+            if gradient == "pair":
+                _check.fail_value("KFAC", f"{_FOR_ONE_PROCESS}; got a model in DistributedDataParallel")
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = cast(nn.Module, model._orig_mod)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.strategy import Curvature
 from brandla.kfac.values import Shape
 
@@ -117,7 +116,16 @@ def describe(
 def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> Iterator[FactorReport]:
     """Describe the factors of a layer, and what its curvature keeps beside them."""
     started = "" if curvature.started else "no data yet"
-    rows = [_describe(layer, side, factor) for side, factor in curvature.factors()]
+    rows: list[FactorReport] = []
+    for side, factor in curvature.factors():
+        bounds: tuple[float | None, float | None] = (None, None)
+        if factor.started:
+            absolute = factor.strategy.error_bound(factor.state)
+            relative = torch.where(absolute == 0, 0, absolute / factor.strategy.largest(factor.state))
+            bounds = float(absolute.max()), float(relative.max())
+        note = factor.reason if factor.started else "no data yet"
+        memory = _bytes(factor.tensors()), math.prod(factor.groups) * factor.n**2 * factor.dtype.itemsize
+        rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
     for kept in curvature.kept():
         dense = math.prod(shape.groups) * kept.n**2 * shape.dtype.itemsize
         own = kept.side, kept.n, strategy, started or kept.note, None, None, None, _bytes(kept.tensors), dense
@@ -127,30 +135,6 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> It
     if beside > 0 or not rows:
         n = math.prod(shape.groups) * shape.d_out * shape.d_in
         yield FactorReport(layer, "beside", n, strategy, started, None, None, None, beside, 0)
-
-
-def _describe(layer: str, side: Side, factor: Factor) -> FactorReport:
-    groups = math.prod(factor.groups)
-    bound, relative = _bounds(factor) if factor.started else (None, None)
-    return FactorReport(
-        layer=layer,
-        side=side,
-        n=factor.n,
-        strategy=str(factor.strategy),
-        reason=factor.reason if factor.started else "no data yet",
-        rank=factor.rank,
-        error_bound=bound,
-        relative_error_bound=relative,
-        bytes=_bytes(factor.tensors()),
-        dense_bytes=groups * factor.n**2 * factor.dtype.itemsize,
-    )
-
-
-def _bounds(factor: Factor) -> tuple[float, float]:
-    """Return the bound of ‖M − M̂‖₂, absolute and over d₁."""
-    bounds = factor.strategy.error_bound(factor.state)
-    relative = torch.where(bounds == 0, 0, bounds / factor.strategy.largest(factor.state))
-    return float(bounds.max()), float(relative.max())
 
 
 def _cells(factor: FactorReport) -> tuple[str, ...]:

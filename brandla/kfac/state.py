@@ -86,7 +86,13 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     state: dict[str, Any] = {}
     for key, path in (metadata.planner_data or {}).items():
         if path[0] == name and len(path) > 1:
-            _put(state, path[1:], _empty(metadata.state_dict_metadata[key]))
+            own: Any = metadata.state_dict_metadata[key]
+            parent = state
+            for part in path[1:-1]:
+                parent = parent.setdefault(part, {})
+            is_tensor = hasattr(own, "properties")
+            memory = torch.empty(own.size, dtype=own.properties.dtype, device="cpu") if is_tensor else None
+            parent[path[-1]] = memory
     if not state:
         names = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
         _check.fail_value("read_state", f"the checkpoint must have {name!r}; it has {names}")
@@ -100,46 +106,26 @@ def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
         rule = f"{layer.name}: the strategy must be {layer.strategy}, as in this preconditioner"
         _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")
     curvature = saved.get("curvature", {})
-    _check_complete(layer.name, saved["tensors"], curvature)
     if not saved["tensors"]:
         return layer.fresh()
+    if missing := sorted(set(saved["tensors"].split(", ")) - set(_tensors(curvature))):
+        remedy = (
+            "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"
+            " brandla.kfac.read_state"
+        )
+        _check.fail_value(_FUNCTION, f"{layer.name}: the state lacks {', '.join(missing)}; {remedy}")
     layer.follow(thaws=True)
     try:
         return layer.curvature.loaded(_with_empty(curvature, layer.curvature.state_dict()), layer.name)
-    except KeyError as missing:
-        message = f"{_FUNCTION}: {layer.name}: the state must be of the same kind of layer; it lacks {missing}"
-        raise ValueError(message) from missing
-
-
-def _put(state: dict[str, Any], path: Sequence[str], value: object) -> None:
-    for part in path[:-1]:
-        state = state.setdefault(part, {})
-    state[path[-1]] = value
-
-
-def _empty(metadata: Any) -> Tensor | None:
-    """Return memory for a tensor; None for what is not one."""
-    if not hasattr(metadata, "properties"):
-        return None
-    return torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
+    except KeyError as key:
+        message = f"{_FUNCTION}: {layer.name}: the state must be of the same kind of layer; it lacks {key}"
+        raise ValueError(message) from key
 
 
 def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
     """Put back the mappings with nothing in them, which torch.distributed.checkpoint does not keep."""
     inner = {key: part for key, part in fresh.items() if isinstance(part, Mapping)}
     return {**state, **{key: _with_empty(state.get(key, {}), part) for key, part in inner.items()}}
-
-
-def _check_complete(name: str, tensors: str, curvature: Mapping[str, Any]) -> None:
-    """Check that every tensor that was saved has come along."""
-    wanted = {part for part in tensors.split(", ") if part}
-    missing = sorted(wanted - set(_tensors(curvature)))
-    if missing:
-        remedy = (
-            "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"
-            " brandla.kfac.read_state"
-        )
-        _check.fail_value(_FUNCTION, f"{name}: the state lacks {', '.join(missing)}; {remedy}")
 
 
 def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ Scale = Literal["relative", "absolute"]
 Side = Literal["input", "output"]
 # The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class Noted:
+    """A tensor as it is now, to tell later whether a tensor is that one and nobody has written to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = ref(tensor)
+        self._version = tensor._version
+
+    def is_still(self, tensor: Tensor | None) -> bool:
+        """Say so."""
+        return tensor is not None and tensor is self._tensor() and tensor._version == self._version
 
 
 class Shape(NamedTuple):
@@ -167,14 +180,19 @@ def layout(part: Tensor) -> Hashable:
     return part.shape, part.dtype, part.device
 
 
+def by_kind(items: Iterable[Item], kind_of: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Return the items of each kind, in their order."""
+    members: dict[Hashable, list[Item]] = {}
+    for item in items:
+        members.setdefault(kind_of(item), []).append(item)
+    return list(members.values())
+
+
 def alike(
     items: Sequence[Item], kind_of: Callable[[Item], Hashable], of: Callable[[list[Item]], Sequence[Result]]
 ) -> list[Result]:
     """Return what ``of`` makes of all items of a kind, in the order of the items."""
-    members: dict[Hashable, list[int]] = {}
-    for index, item in enumerate(items):
-        members.setdefault(kind_of(item), []).append(index)
     results: dict[int, Result] = {}
-    for indices in members.values():
+    for indices in by_kind(range(len(items)), lambda index: kind_of(items[index])):
         results |= dict(zip(indices, of([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]

@@ -41,19 +41,19 @@ class _Keep(torch.autograd.Function):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class Terms:
     """The terms of a loss that one call of `KFAC.curvature` is about: their number, or the sum of their weights."""
 
-    def __init__(self, total: Tensor | float) -> None:
-        self.total = total
+    total: Tensor | float
 
 
+@dataclass(eq=False)
 class Groups:
     """Which sample each row of the inputs belongs to: nodes of several graphs in one batch."""
 
-    def __init__(self, index: Tensor, count: int) -> None:
-        self.index = index
-        self.count = count
+    index: Tensor
+    count: int
 
     def reduced(self, uses: Uses, valid: Tensor | None) -> tuple[Uses, Tensor | None]:
         """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d).
@@ -125,9 +125,7 @@ class Call:
     def release(self) -> int:
         """Forget all data, and return its size in bytes."""
         held = 0 if self.inputs is None else self.inputs.nbytes
-        for gradients in self.gradients.values():
-            for gradient in gradients:
-                held += gradient.nbytes
+        held += sum([gradient.nbytes for gradients in self.gradients.values() for gradient in gradients])
         self.fetch = self.inputs = None
         self.tasks = []
         self.gradients = {"loss": [], "curvature": []}

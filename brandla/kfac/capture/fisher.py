@@ -28,7 +28,7 @@ def vectors(
     reaches another's inputs.
     """
     if not outputs.is_floating_point():
-        _check.fail_type("KFAC.curvature", f"outputs must be real; got {str(outputs.dtype).removeprefix('torch.')}")
+        _check.fail_type("KFAC.curvature", f"outputs must be real; got {_check.spelled(outputs.dtype)}")
     # Classes last; half precision has too few digits for probabilities.
     rows = by_term(outputs.detach(), loss)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakMethod, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from brandla._sharded import is_dtensor
 from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
 from brandla.kfac.capture.kinds import Kind
-from brandla.kfac.capture.switch import Switch, is_functional
+from brandla.kfac.capture.kinds.kind import OwnHook
 from brandla.kfac.capture.tap import Ticket, tap
+from brandla.kfac.values import Noted
 
 
 class Capture:
@@ -36,13 +37,13 @@ class Capture:
         self.refusal = ""
         # Whether autograd has left the weight's gradient out of a backward pass since the last step.
         self.left_out = False
-        self._switch: Switch | None = None
         self._kind = kind
         self._recorder = recorder
         # The weight between steps, which may be sharded later and freed.
         self._lasting = ref(kind.weight)
         self._fresh = False
-        self._accumulated: tuple[Tensor, int] | None = None
+        # The gradient as autograd has left it.
+        self._accumulated: Noted | None = None
         # The weight at the last backward pass, and its version then.
         self._seen: tuple[Tensor, int] | None = None
         # The backward passes, by autograd's numbers, that have added to the weight's gradient.
@@ -50,6 +51,9 @@ class Capture:
         self._handles: list[Any] = []
         # The weight whose gradient is noted, and the hook that does it.
         self._noting: tuple[Tensor, Any] | None = None
+        # Whether autograd does not form the weight's gradient in the last call, and the weight while it is run.
+        self._is_leaving = False
+        self._switched_off: Tensor | None = None
         # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
         self._of_first_draw: list[Call] = []
         self._task: tuple[int, int] = (-1, -1)
@@ -66,12 +70,19 @@ class Capture:
         self._handles += kind.attach(record, lambda: self.enabled and torch.is_grad_enabled())
 
     def leave_out(self) -> None:
-        """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it."""
+        """Have autograd not form the weight's gradient wherever the calls bring all of it, if one module has it.
+
+        ``requires_grad`` of the weight is off while the module's forward pass runs. The bias is trained and gets its
+        gradient from autograd: so there is a graph in any case, and the bias's gradient tells when one came.
+        """
         if len(self._handles) == 1 and self._kind.leaves_out:
-            self._switch = Switch(self._kind, self._may_leave_out)
+            module = self._kind.module
+            off, on = OwnHook(module, self._switch_off), OwnHook(module, self._switch_on)
             # Registered again after them: the compiler of torch 2.11 mixes up hooks that have changed places.
             self._handles.pop().remove()
-            self._handles += self._switch.attach()
+            self._handles.append(module.register_forward_pre_hook(off))
+            # Before all that look at the output.
+            self._handles.append(module.register_forward_hook(on, prepend=True, always_call=True))
             self.attach(self._kind)
 
     def detach(self) -> None:
@@ -105,15 +116,11 @@ class Capture:
         if self._seen is None:
             return False
         weight, version = self._seen
-        if weight._version == version or is_dtensor(weight):
-            return False
-        return weight is self._kind.weight
+        return weight._version != version and weight is self._kind.weight and not is_dtensor(weight)
 
     def clear(self) -> int:
         """Forget all calls, and return how many bytes they have held."""
-        held = 0
-        for call in self.calls:
-            held += call.release()
+        held = sum([call.release() for call in self.calls])
         self.calls = []
         self.edges = []
         self._of_first_draw = []
@@ -145,7 +152,7 @@ class Capture:
         weight = kind.weight
         if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
             return output
-        if _is_lent(weight, kind) or is_functional():
+        if _is_lent(weight, kind) or _is_functional():
             return output
         if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
             if self._is_leaving:
@@ -177,7 +184,7 @@ class Capture:
             elif not self._is_as_noted():
                 self._fresh = False
             self._note_gradients_of(self._witness)
-        if not any(call is known for known in self.calls):
+        if call not in self.calls:
             self.calls.append(call)
         call.add(gradient.detach(), self._recorder)
 
@@ -216,16 +223,27 @@ class Capture:
                 self.edges.append(torch.autograd.graph.get_gradient_edge(value))
         value.register_hook(lambda gradient: self.collect(call, gradient.reshape(shape)))
 
+    def _switch_off(self, *_: Any) -> None:
+        """Leave the gradient out of the call that comes, if that is captured and nobody else waits for it."""
+        self._is_leaving = self._may_leave_out()
+        if self._is_leaving:
+            self._switched_off = self._kind.weight.requires_grad_(False)
+
+    def _switch_on(self, *_: Any) -> None:
+        if self._switched_off is not None:
+            self._switched_off.requires_grad_(True)
+            self._switched_off = None
+
     def _may_leave_out(self) -> bool:
-        """Say whether the coming call will be captured, and nobody else waits for the weight's gradient."""
-        weight = self._kind.weight
+        if torch.compiler.is_compiling() or _is_functional() or not torch.is_grad_enabled():
+            return False
+        weight, bias = self._kind.weight, self._kind.bias
+        parts_are_plain = all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias))
+        if not (weight.requires_grad and parts_are_plain):
+            return False
         own = self._noting is not None and self._noting[0] is weight
         hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
         return self.enabled and "loss" in self.wanted and len(hooks) == own
-
-    @property
-    def _is_leaving(self) -> bool:
-        return self._switch is not None and self._switch.is_off
 
     @property
     def _witness(self) -> Any:
@@ -247,11 +265,7 @@ class Capture:
 
     def _is_as_noted(self) -> bool:
         """Say whether nobody has written to the gradient since autograd last did."""
-        gradient = self._witness.grad
-        if self._accumulated is None or gradient is None:
-            return False
-        noted, version = self._accumulated
-        return gradient is noted and gradient._version == version
+        return self._accumulated is not None and self._accumulated.is_still(self._witness.grad)
 
     def _forget_passes(self, but: Terms | None = None) -> None:
         """Forget all backward passes so far but those for the curvature of these terms."""
@@ -269,24 +283,22 @@ class Capture:
             if self._noting is not None:
                 self._noting[1].remove()
             # The garbage collector does not see through hooks of a tensor's: they must not hold what holds the tensor.
-            self._noting = weight, weight.register_post_accumulate_grad_hook(_weakly(self._note))
+            known = ref(self)
 
-    def _note(self, weight: Tensor) -> None:
-        self._reached.add(torch._C._current_graph_task_id())
-        if weight.grad is not None:
-            self._accumulated = (weight.grad, weight.grad._version)
+            def note(of: Tensor) -> None:
+                own = known()
+                if own is not None:
+                    own._reached.add(torch._C._current_graph_task_id())
+                    if of.grad is not None:
+                        own._accumulated = Noted(of.grad)
+
+            self._noting = weight, weight.register_post_accumulate_grad_hook(note)
 
 
-def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """Return a function that calls a method for as long as its object lives."""
-    known = WeakMethod(method)
-
-    def call(weight: Tensor) -> None:
-        found = known()
-        if found is not None:
-            found(weight)
-
-    return call
+def _is_functional() -> bool:
+    """Say whether torch.func is differentiating: no gradient gets to a weight then."""
+    # The compiler takes None for an object here, but not for one of the type.
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def _is_lent(weight: Tensor, kind: Kind) -> bool:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
-from weakref import ref
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere
-from brandla.kfac.capture import padding
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
-from brandla.kfac.values import Gradient, Rows, Shape
+from brandla.kfac.values import Gradient, Noted, Rows, Shape, by_kind
 
 Sharing = Literal["expand", "reduce"]
 
 
-class Written(NamedTuple):
+@dataclass(eq=False)
+class Written:
     """Part of a step, and the gradient that it is for: the same tensor where it has been written."""
 
     step: Tensor
@@ -38,8 +38,8 @@ class Written(NamedTuple):
 class Layer:
     """A weight and its bias, as a matrix (*groups, d_out, d_in) with the bias as its last column."""
 
-    def __init__(self, name: str, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
-        self.name = name
+    def __init__(self, kind: Kind, strategy: Strategy, sharing: Sharing, recorder: Recorder) -> None:
+        self.name = kind.name
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing
@@ -66,8 +66,8 @@ class Layer:
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
         self._paired: list[Call] = []
-        # The gradient that was overwritten last, and its version then.
-        self._written: tuple[ref[Tensor], int] | None = None
+        # The gradient as it was overwritten last.
+        self._written: Noted | None = None
         # Unit vectors (*groups, d_in) that the last step made as long as its spectral norm, where that is its clip.
         self.direction: Tensor | None = None
 
@@ -75,6 +75,7 @@ class Layer:
         """Find the weight and the bias for a step: in the next one a sharded weight may be another tensor."""
         self.weight, self.bias = self.kind.weight, self.kind.bias
         self.unformed, self._paired = None, []
+        self.capture.keep_reached()
 
     def end(self) -> int:
         """Forget what was captured for a step, and return how many bytes that were."""
@@ -91,16 +92,10 @@ class Layer:
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
-        # The weight of a refused call may be no parameter any more.
-        if self.capture.refusal:
-            return False
-        if self.capture.left_out and self._left_out():
+        if self._left_out():
             return True
         gradient: Tensor | None = self.weight.grad
-        if gradient is None or self._written is None:
-            return gradient is not None
-        step, version = self._written
-        return step() is not gradient or gradient._version != version
+        return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
 
     @property
     def is_frozen(self) -> bool:
@@ -145,9 +140,7 @@ class Layer:
     def rows(self, of: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls as the sharing has them, γ divided by the loss's ``scale``."""
         calls = self._calls(of)
-        if not calls:
-            return None
-        return self._stacked(calls, of, scale, reduce=self.sharing == "reduce")
+        return self._stacked(calls, of, scale) if calls else None
 
     def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
         """Stand in for autograd where it has left the gradient out: return the rows whose product it is.
@@ -165,9 +158,7 @@ class Layer:
                 " set_to_none=True after each step, change no gradient before it, or choose gradient='autograd'"
             )
             raise RuntimeError(message)
-        # Of padding the rows of a factor are 0, whatever the gradient holds.
-        if rows is None or self.sharing == "reduce" or rows.share is not None or len(calls) < len(self._calls("loss")):
-            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(rows if len(calls) == len(self._calls("loss")) else None, calls, scale)
         if self.weight.grad is None:
             self.weight.grad = torch.empty_like(self.weight)
             self.unformed = rows
@@ -178,16 +169,15 @@ class Layer:
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return (P, Q) with gradient P Qᵀ where it is cheaper to apply than the gradient, and is all of it.
 
-        ``rows`` are those of the loss's own gradients, where they were stacked already. ``scale`` is what the loss was
-        multiplied by; the gradient has been divided by it already.
+        ``rows`` are those that the factors take in, if any. ``scale`` is what the loss was multiplied by; the gradient
+        has been divided by it already.
         """
         calls = self._paired or self._pair_calls()
         if not calls:
             return None
         if self.unformed is not None:
             return self.unformed.gradients.mT, self.unformed.inputs.mT
-        if rows is None or self.sharing == "reduce" or rows.share is not None:
-            rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(rows, calls, scale)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
             self.linear = self._is_gradient(*pair)
@@ -198,7 +188,7 @@ class Layer:
         calls = self._calls("loss")
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
-        rows = self._stacked(calls, "loss", scale, reduce=False, padded=True)
+        rows = self._whole(None, calls, scale)
         product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
@@ -216,34 +206,28 @@ class Layer:
         """
         if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
             return False
-        for call in self.capture.calls:
-            if call.valid is not None:
-                return False
-        return bool(self._pair_calls())
+        return all(call.valid is None for call in self.capture.calls) and bool(self._pair_calls())
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
-        weight = self.kind.weight_part(self.kind.weight.grad)
+        weight, bias = self.kind.weight.grad, self.kind.bias
         if self.unformed is not None:
             weight.copy_(self._product(self.unformed))
             self.unformed = None
-        matrix = self.kind.matrix(weight.to(self.shape.dtype))
-        if not self.has_bias:
-            return matrix
-        bias, size = self.kind.bias, (*matrix.shape[:-1], 1)
-        if bias is None or bias.grad is None:
-            column = matrix.new_zeros(size)
-        else:
-            column = self.kind.bias_part(bias.grad).to(self.shape.dtype).reshape(size)
-        return torch.cat([matrix, column], dim=-1)
+        return self._matrix(weight, None if bias is None else bias.grad)
 
     def parameters(self) -> Tensor:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
-        parts = [part.detach() for part in (self.kind.weight, self.kind.bias) if part is not None]
-        weight, *biases = map(everywhere, parts)
+        bias = self.kind.bias
+        return self._matrix(everywhere(self.kind.weight.detach()), None if bias is None else everywhere(bias.detach()))
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.shape.dtype))
-        columns = [self.kind.bias_part(bias).to(self.shape.dtype).reshape(*matrix.shape[:-1], 1) for bias in biases]
-        return torch.cat([matrix, *columns], dim=-1)
+        if not self.has_bias:
+            return matrix
+        size = (*matrix.shape[:-1], 1)
+        column = matrix.new_zeros(size) if bias is None else self.kind.bias_part(bias).to(matrix.dtype).reshape(size)
+        return torch.cat([matrix, column], dim=-1)
 
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
@@ -258,9 +242,8 @@ class Layer:
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
-        gradient = self.weight.grad
-        if gradient is not None:
-            self._written = ref(gradient), gradient._version
+        if self.weight.grad is not None:
+            self._written = Noted(self.weight.grad)
 
     def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
@@ -282,6 +265,13 @@ class Layer:
             return []
         return [call for call in self._calls("loss") if call.left_out]
 
+    def _whole(self, rows: Rows | None, calls: list[Call], scale: Tensor | None) -> Rows:
+        """Return rows whose product is the loss's gradient from these calls: those of the factors, if they are such."""
+        # Of padding the rows of a factor are 0, whatever the gradient holds.
+        if rows is None or rows.counted or rows.share is not None or self.sharing == "reduce":
+            return self._stacked(calls, "loss", scale, whole=True)
+        return rows
+
     def _product(self, rows: Rows) -> Tensor:
         return rows.gradients.mT @ rows.inputs[..., : self.shape.d_in - self.has_bias]
 
@@ -297,10 +287,7 @@ class Layer:
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
-            numbers = 0
-            for call in calls:
-                for gradient in call.gradients["loss"]:
-                    numbers += gradient.numel()
+            numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:
                 self._paired = calls
         return self._paired
@@ -312,12 +299,10 @@ class Layer:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return Shape(groups, d_out, d_in + self.has_bias, dtype, weight.device, kind.one_hot, kind.single)
 
-    def _stacked(
-        self, calls: list[Call], of: Pass, scale: Tensor | None, *, reduce: bool, padded: bool = False
-    ) -> Rows:
-        """One row for every sample and position, in the factors' dtype; draws repeat the gradients alone.
+    def _stacked(self, calls: list[Call], of: Pass, scale: Tensor | None, *, whole: bool = False) -> Rows:
+        """Return the rows of calls as the sharing has them, in the factors' dtype; draws repeat the gradients alone.
 
-        Rows of padding are 0, unless ``padded`` says that they are to be as they were captured.
+        Rows of padding are 0. As a ``whole``, there is one row for every sample and position, as it was captured.
         """
         inputs, gradients, turned, positions = [], [], [], set()
         # By whether they are turned.
@@ -326,45 +311,42 @@ class Layer:
         found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
         # First the first gradients of all calls, then the second ones.
         for index, call, gradient in sorted(found, key=itemgetter(0)):
-            full = gradient.to(self.shape.dtype)
-            unscaled = full if scale is None else full / scale
-            uses, own = self._uses(call, unscaled, reduce=reduce, padded=padded)
-            if own is not None and (of == "loss" or index == 0):
+            full, is_new = gradient.to(self.shape.dtype), of == "loss" or index == 0
+            uses, own = self._uses(call, full if scale is None else full / scale, whole=whole)
+            if own is not None and is_new:
                 valid[call.kind.turned].append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
             turned.append(call.kind.turned)
-            if of == "loss" or index == 0 or self.is_turned:
+            if is_new or self.is_turned:
                 counts[call.kind.turned] += samples * position_count
-            if of == "loss" or index == 0 or self.kind.single or self.is_turned:
+            if is_new or self.is_turned or self.kind.single:
                 inputs.append(self._input_rows(uses))
         if self.is_turned:
             inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
-        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
-        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
-        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
+        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
-    def _uses(self, call: Call, gradient: Tensor, *, reduce: bool, padded: bool) -> tuple[Uses, Tensor | None]:
+    def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
-        inputs = call.inputs
+        kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
         if not self.batch_first and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        groups = call.groups if reduce and call.kind.is_averaged else None
+        groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None
-        valid = None if padded else call.valid
+        valid = None if whole else call.valid
         if valid is not None:
-            valid = padding.fitting(valid, call.kind, inputs, gradient, batch_first=self.batch_first)
-        if valid is not None:
-            uses, valid = padding.uses(call.kind, inputs, gradient, valid, reduce=by_sample)
+            valid = kind.fitting(valid, inputs, gradient, batch_first=self.batch_first)
+        if valid is None:
+            uses = (kind.reduced if by_sample else kind.uses)(inputs, gradient)
         else:
-            uses = (call.kind.reduced if by_sample else call.kind.uses)(inputs, gradient)
+            uses, valid = kind.uses_where(valid, inputs, gradient, reduce=by_sample)
         return (uses, valid) if groups is None else groups.reduced(uses, valid)
 
     def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
@@ -432,12 +414,9 @@ def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
 
 def by_strategy(layers: Iterable[Layer]) -> list[tuple[Strategy, list[Layer]]]:
     """Sort layers by strategy, in their order; equal strategies of a model are one object."""
-    members: dict[int, tuple[Strategy, list[Layer]]] = {}
-    for layer in layers:
-        members.setdefault(id(layer.strategy), (layer.strategy, []))[1].append(layer)
-    return list(members.values())
+    return [(members[0].strategy, members) for members in by_kind(layers, lambda layer: id(layer.strategy))]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

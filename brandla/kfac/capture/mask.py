@@ -1,4 +1,4 @@
-"""Batches with values that are not finite: they count for nothing, and nothing waits for the device."""
+"""Mixed precision: the scale of the loss, and batches with values that are not finite, which count for nothing."""
 
 from __future__ import annotations
 
@@ -6,23 +6,46 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
-from brandla.kfac.values import Rows, alike
+from brandla.kfac.capture.layer import Layer
+from brandla.kfac.values import Rows, alike, by_kind
 from brandla_kernels import reads_are_free
 
-Key = TypeVar("Key", bound=Hashable)
 # Integers of so many bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """Return the scale, without reading it back; None where there is no scaler that is in use.
+
+    Or raise, if the gradients of no optimizer have been unscaled since the last update of the scale.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    # No public attribute tells: a second unscale_ raises, and gradients keep their version.
+    states = getattr(scaler, "_per_optimizer_states", None)
+    if states is not None and not any(state["found_inf_per_device"] for state in states.values()):
+        message = (
+            "KFAC.step: gradients must be divided by the scale of the loss first; call scaler.unscale_(optimizer)"
+            " between loss.backward() and preconditioner.step()"
+        )
+        raise RuntimeError(message)
+    # 1, as the scaler scales it.
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
 @dataclass(frozen=True)
 class Mask:
-    """Whether all numbers of a step are finite, squares of rows included, and what the step becomes if not."""
+    """Whether all numbers of a step are finite, squares of rows included, and what the step becomes if not.
+
+    Nothing waits for the device.
+    """
 
     finite: Tensor
     known_finite: bool
@@ -31,8 +54,9 @@ class Mask:
     def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
         """Look once at all rows, and at all gradients of the model ``but`` those that are products of rows."""
         left_out = {id(gradient) for gradient in but}
+        # Of entries under such a bound N times the sum of the squares is finite.
         bounds = [
-            (part, _bound(part, own.uses))
+            (part, math.sqrt(torch.finfo(part.dtype).max / max(own.uses * part.numel(), 1)))
             for own in rows
             for part in (own.inputs, own.gradients)
             if part.is_floating_point()
@@ -53,7 +77,7 @@ class Mask:
         """Return the mask of a step that several processes take together."""
         return Mask(torch.full_like(self.finite, finite), finite)
 
-    def rows(self, own: Mapping[Key, Rows]) -> dict[Key, Rows]:
+    def rows(self, own: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
         """Return the rows, or zeros."""
         if self.known_finite:
             return dict(own)
@@ -70,13 +94,13 @@ class Mask:
         """Make all gradients of the model 0 unless finite."""
         if self.known_finite:
             return
-        plain: dict[Hashable, list[Tensor]] = {}
+        plain: list[Tensor] = []
         for gradient in _gradients(model):
             if gradient.is_floating_point() and not gradient.is_neg() and not is_dtensor(gradient):
-                plain.setdefault(_kind(gradient), []).append(gradient)
+                plain.append(gradient)
             else:
                 gradient.masked_fill_(~self.finite.to(gradient.device), 0)
-        for members in plain.values():
+        for members in by_kind(plain, _kind):
             self._times(torch._foreach_mul_, members)
 
     @cached_property
@@ -90,29 +114,20 @@ class Mask:
         return multiply(integers, self.one.to(integers[0].device, integers[0].dtype))
 
 
-def _bound(part: Tensor, uses: int) -> float:
-    """Return the bound of entries under which ``uses`` times the sum of their squares is finite."""
-    return math.sqrt(torch.finfo(part.dtype).max / max(uses * part.numel(), 1))
-
-
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
-    kinds: dict[Hashable, list[tuple[Tensor, float]]] = {}
-    for part, bound in parts:
-        kinds.setdefault(_kind(part), []).append((part, bound))
-    within = [_within(*zip(*members, strict=True)) for members in kinds.values()]
-    return within[0] if len(within) == 1 else torch.stack([own.to(within[0].device) for own in within]).all()
-
-
-def _within(parts: Sequence[Tensor], bounds: Sequence[float]) -> Tensor:
-    """Say the same of parts of one kind: NaN, and infinity over an infinite bound, are not less than 1."""
-    if reads_are_free(parts[0]):
-        # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
-        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
-        bounds = [signed for bound in bounds for signed in (-bound, bound)]
-    else:
-        extremes = list(torch._foreach_norm(list(parts), math.inf))
-    return (torch.stack(torch._foreach_div(extremes, bounds)) < 1).all()
+    within: list[Tensor] = []
+    for members in by_kind(parts, lambda part: _kind(part[0])):
+        own, bounds = [part for part, _ in members], [bound for _, bound in members]
+        if reads_are_free(own[0]):
+            # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
+            extremes = [extreme for part in own for extreme in torch.aminmax(part)]
+            bounds = [signed for bound in bounds for signed in (-bound, bound)]
+        else:
+            extremes = list(torch._foreach_norm(own, math.inf))
+        # NaN, and infinity over an infinite bound, are not less than 1.
+        within.append((torch.stack(torch._foreach_div(extremes, bounds)) < 1).all())
+    return within[0] if len(within) == 1 else torch.stack([part.to(within[0].device) for part in within]).all()
 
 
 def _kind(part: Tensor) -> Hashable:

@@ -91,12 +91,8 @@ class Mistakes:
 
     def tell_what_came(self) -> None:
         """Say what has come to the host by now."""
-        waiting = self._coming
-        self._coming = []
-        for index, (layers, numbers, event) in enumerate(waiting):
-            if event is not None and not event.query():
-                self._coming = waiting[index:]
-                break
+        while self._coming and ((event := self._coming[0][2]) is None or event.query()):
+            layers, numbers, _ = self._coming.pop(0)
             if layers:
                 for message in _judged(layers, numbers.tolist()):
                     self._tell(message)

@@ -40,7 +40,9 @@ def send_back(
     recorder.terms["curvature"] = Terms(fisher.total(outputs, loss, weights))
     recorder.running = "curvature"
     try:
-        targets = _targets(layers)
+        # They may end at the outputs of layers, or at the weights of those in compiled graphs.
+        ends = [part for layer in layers for part in layer.capture.edges or [layer.kind.weight]]
+        targets = [part for part in ends if not isinstance(part, Tensor) or part.requires_grad]
         with nullcontext() if recorder.has_run else _reductions_left_to_the_loss(outputs):
             for recorder.draw, vector in enumerate(fisher.vectors(outputs, loss, of, weights, generator)):
                 torch.autograd.grad(outputs, targets, vector, retain_graph=True, allow_unused=True)
@@ -79,7 +81,17 @@ def _reductions_left_to_the_loss(outputs: Tensor) -> Iterator[None]:
 
     Only the first graph has a node that asks for that.
     """
-    waiting = [model for model in _replicated(outputs) if model.static_graph]
+    nodes: list[Any] = [outputs.grad_fn]
+    seen = {None}
+    models: list[DistributedDataParallel] = []
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            # Such a module has left a node in the graph.
+            models += [node.ddp_weakref()] if hasattr(node, "ddp_weakref") else []
+    waiting = [model for model in models if model.static_graph]
     known = [model._static_graph_delay_allreduce_enqueued for model in waiting]
     for model in waiting:
         model._static_graph_delay_allreduce_enqueued = True
@@ -88,28 +100,3 @@ def _reductions_left_to_the_loss(outputs: Tensor) -> Iterator[None]:
     finally:
         for model, enqueued in zip(waiting, known, strict=True):
             model._static_graph_delay_allreduce_enqueued = enqueued
-
-
-def _replicated(outputs: Tensor) -> Iterator[DistributedDataParallel]:
-    """Go through the DistributedDataParallel modules that have left a node in the graph of ``outputs``."""
-    nodes: list[Any] = [outputs.grad_fn]
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "ddp_weakref"):
-            yield node.ddp_weakref()
-        nodes += [following for following, _ in node.next_functions]
-
-
-def _targets(layers: Iterable[Layer]) -> list[Any]:
-    """Return where passes may end: at the outputs of layers, or at the weights of those in compiled graphs."""
-    targets: list[Any] = []
-    for layer in layers:
-        if layer.capture.edges:
-            targets += layer.capture.edges
-        elif layer.kind.weight.requires_grad:
-            targets.append(layer.kind.weight)
-    return targets

@@ -12,38 +12,29 @@ from torch import Tensor
 
 from brandla.kfac.capture.kinds import Kind
 
-Collect = Callable[[Kind, Tensor, Tensor], None]
-
 _numbers = itertools.count()
-_tickets: WeakValueDictionary[int, Ticket]
+_tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
 
 
 class Ticket:
-    """The one that is told of the gradients of one module.
+    """The one that is told of the inputs and the output gradients of one module.
 
     A graph holds its number, as a tensor, since modules of one class share their graph. A number whose owner is gone
     has no effect.
     """
 
-    def __init__(self, kind: Kind, collect: Collect) -> None:
+    def __init__(self, kind: Kind, collect: Callable[[Kind, Tensor, Tensor], None]) -> None:
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
-        self._kind = kind
-        self._collect = collect
+        self.kind = kind
+        self.collect = collect
         _tickets[number] = self
 
     def refusal(self, kind: Kind) -> str:
         """Say why a call inside a compiled graph cannot be told of; an empty string if it can."""
-        if not torch.compiler.is_compiling() or kind is self._kind or type(kind).of_call is not Kind.of_call:
+        if not torch.compiler.is_compiling() or kind is self.kind or type(kind).of_call is not Kind.of_call:
             return ""
         return "torch.compile: its inputs are not one tensor"
-
-    def collect(self, inputs: Tensor, gradient: Tensor) -> None:
-        """Hand over the input and the gradient of the output of one call."""
-        self._collect(self._kind, inputs, gradient)
-
-
-_tickets = WeakValueDictionary()
 
 
 @torch.library.custom_op("brandla_kfac::collect", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -51,20 +42,13 @@ def collect(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Tell the owner of the ticket; return a copy of the gradient, for which the graph cannot leave the op out."""
     owner = _tickets.get(int(ticket))
     if owner is not None:
-        owner.collect(inputs, gradient)
+        owner.collect(owner.kind, inputs, gradient)
     return gradient.clone()
 
 
 @collect.register_fake
 def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(gradient)
-
-
-def tap(output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
-    """Return the output, whose gradient is collected on its way back."""
-    # torch leaves Function.apply without annotations.
-    tapped: Tensor = _Tap.apply(output, inputs.detach(), ticket)  # type: ignore[no-untyped-call]
-    return tapped
 
 
 class _Tap(torch.autograd.Function):
@@ -79,3 +63,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         inputs, ticket = ctx.saved_tensors
         return collect(ticket, inputs, gradients[0]), None, None
+
+
+def tap(output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
+    """Return the output, whose gradient is collected on its way back."""
+    # torch leaves Function.apply without annotations.
+    tapped: Tensor = _Tap.apply(output, inputs.detach(), ticket)  # type: ignore[no-untyped-call]
+    return tapped

@@ -6,25 +6,19 @@ all processes are rows of one batch, with γ multiplied by what makes it that of
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from brandla.kfac.capture.layer import Layer, by_strategy
-from brandla.kfac.processes.exchange import Part, Share, assembled, outgoing, parts_of
+from brandla.kfac.capture.mask import Mask
+from brandla.kfac.processes.exchange import SIDES, Part, Share, assembled, outgoing, parts_of, uses_of
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.values import Now, Rows
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from brandla.kfac.capture.mask import Mask
+from brandla.kfac.values import Noted, Now, Rows
 
 Mode: TypeAlias = Literal["gather", "split"]
 # A factor, by its layer's place in the model and its side; or all of a layer's curvature, whose side is "".
@@ -66,8 +60,8 @@ class Replicas:
         yield
 
 
-class _Many(Replicas, ABC):
-    """More than one process."""
+class Gather(Replicas):
+    """Every process takes in the rows of all: their factors are equal without ever being compared."""
 
     several = True
 
@@ -85,7 +79,7 @@ class _Many(Replicas, ABC):
         finite, of_all, shares = self._census(own, mask.finite, told)
         mask = mask.agreed(finite)
         clean = {
-            layer: _of_terms(layer, rows, of_all * rows.uses / _uses(shares[layer]))
+            layer: _of_terms(layer, rows, of_all * rows.uses / uses_of(shares[layer]))
             for layer, rows in mask.rows(own).items()
             if layer in shares
         }
@@ -124,21 +118,14 @@ class _Many(Replicas, ABC):
                 found[layer] = of_ranks
         return all(numbers[0] for numbers in everyone), sum(numbers[1] for numbers in everyone), found
 
-    @abstractmethod
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
         """Send the parts, and return those received from every process; None for a part taken in elsewhere."""
-
-
-class Gather(_Many):
-    """Every process takes in the rows of all: their factors are equal without ever being compared."""
-
-    def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
         sent = [outgoing(part, own.get(part.layer), self.rank, seed) for part in parts]
-        by_rank = self._ranks.to_all(sent, [[part.layout(rank) for part in parts] for rank in range(self.world)])
+        by_rank = self._ranks.to_all(sent, [[part.outline(rank) for part in parts] for rank in range(self.world)])
         return [list(pieces) for pieces in zip(*by_rank, strict=True)]
 
 
-class Split(_Many):
+class Split(Gather):
     """Each factor belongs to one process, which alone takes in rows for it, and sends all others what solving reads.
 
     When they see their first data, factors go to the process that has least to do, the most expensive first. A
@@ -150,7 +137,7 @@ class Split(_Many):
         super().__init__(layers, ranks, most, of_terms=of_terms)
         self._owners: dict[Unit, int] = {}
         self._loads = [0.0] * ranks.world
-        self._published: dict[Unit, dict[str, tuple[Tensor, int]]] = {}
+        self._published: dict[Unit, dict[str, Noted]] = {}
         self._index = {layer: index for index, layer in enumerate(layers)}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
@@ -161,7 +148,7 @@ class Split(_Many):
                 strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
                 continue
             for index, layer in enumerate(members):
-                if isinstance(layer.curvature, Kronecker) or self._is_here(self._whole(layer)):
+                if isinstance(layer.curvature, Kronecker) or self._is_here((self._index[layer], "")):
                     strategy.absorb([layer.curvature], [rows[layer]], now._replace(seed=now.seed + index))
         if rows:
             self._publish(rows)
@@ -190,7 +177,7 @@ class Split(_Many):
         sent = {id(part): outgoing(part, own.get(part.layer), self.rank, seed) for part in parts}
         by_rank = self._ranks.to_each(
             [[sent[id(part)] for part in those] for those in wanted],
-            [[part.layout(rank) for part in wanted[self.rank]] for rank in range(self.world)],
+            [[part.outline(rank) for part in wanted[self.rank]] for rank in range(self.world)],
         )
         received = dict(zip(map(id, wanted[self.rank]), map(list, zip(*by_rank, strict=True)), strict=True))
         return [received.get(id(part)) for part in parts]
@@ -206,7 +193,10 @@ class Split(_Many):
             owner = self._loads.index(min(self._loads))
             self._owners[unit] = owner
             self._loads[owner] += costs[unit]
-            self._keep_what_solving_needs(unit)
+            factor = self._factor(unit)
+            # One that was continued from a checkpoint, and belongs to another process.
+            if factor is not None and factor.started and owner != self.rank:
+                factor.state = factor.strategy.solving(factor.state)
         return [None if unit is None else self._owners[unit] for unit in units]
 
     def _cost(self, unit: Unit, part: Part) -> float:
@@ -216,14 +206,11 @@ class Split(_Many):
             return float(part.kept + part.width) * part.width**2
         if not factor.started:
             factor.choose()
-        # Of n × n numbers that is n²(k + n), of n × r numbers n r (k + r).
-        return float(sum(_work(tensor, factor, part.kept) for tensor in factor.outline()))
-
-    def _keep_what_solving_needs(self, unit: Unit) -> None:
-        """Drop the rest of a factor that was continued from a checkpoint, and belongs to another process."""
-        factor = self._factor(unit)
-        if factor is not None and factor.started and not self._is_here(unit):
-            factor.state = factor.strategy.solving(factor.state)
+        # Of n × n numbers that is n²(k + n), of n × r numbers n r (k + r), and of vectors their length.
+        vectors = len(factor.groups) + 1
+        return float(
+            sum(own.numel() * (own.shape[-1] + part.kept if own.ndim > vectors else 1) for own in factor.outline())
+        )
 
     def _publish(self, rows: Mapping[Layer, Rows]) -> None:
         """Send the changes of this process's units to all, and store those that come in."""
@@ -238,7 +225,9 @@ class Split(_Many):
                     layer.curvature = layer.curvature.loaded(state, layer.name)
                 else:
                     factor.state.update(state)
-                    self._note(unit, factor)
+                    if self._is_here(unit):
+                        sent = factor.strategy.solving(factor.state).items()
+                        self._published[unit] = {key: Noted(part) for key, part in sent if isinstance(part, Tensor)}
 
     def _changed(self, unit: Unit) -> dict[str, Any]:
         """Return the parts that others do not have yet: for a factor, tensors that were replaced or written to."""
@@ -249,24 +238,16 @@ class Split(_Many):
         return {
             name: part
             for name, part in factor.strategy.solving(factor.state).items()
-            if not (isinstance(part, Tensor) and name in known and _is_same(part, *known[name]))
+            if not (isinstance(part, Tensor) and name in known and known[name].is_still(part))
         }
-
-    def _note(self, unit: Unit, factor: Factor) -> None:
-        if self._is_here(unit):
-            parts = factor.strategy.solving(factor.state).items()
-            self._published[unit] = {name: (part, part._version) for name, part in parts if isinstance(part, Tensor)}
 
     def _unit(self, part: Part) -> Unit | None:
         """Return the unit that takes a part in; None for all processes."""
         if part.layer.strategy.reads_rows:
             return None
         if not isinstance(part.layer.curvature, Kronecker):
-            return self._whole(part.layer)
-        return self._index[part.layer], "input" if part.name == "inputs" else "output"
-
-    def _whole(self, layer: Layer) -> Unit:
-        return self._index[layer], ""
+            return self._index[part.layer], ""
+        return self._index[part.layer], SIDES[part.name]
 
     def _factor(self, unit: Unit) -> Factor | None:
         index, side = unit
@@ -278,13 +259,12 @@ class Split(_Many):
 
 
 def replicas(
-    layers: Sequence[Layer], mode: Mode, group: ProcessGroup | None, most: int | None, *, of_terms: bool
+    layers: Sequence[Layer], mode: Mode, group: distributed.ProcessGroup | None, most: int | None, *, of_terms: bool
 ) -> Replicas:
     """Return the processes of a group, or of all if None; this one alone where there is no group.
 
     Rows are of the gradients of the processes' losses, or of the curvature of their terms (``of_terms``).
     """
-    distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return Replicas()
     ranks = Ranks(group, layers[0].kind.weight.device)
@@ -296,17 +276,3 @@ def _of_terms(layer: Layer, rows: Rows, number: Tensor | float) -> Rows:
     """Give rows the scale of so many terms, where that is told; second passes compare γ as they are."""
     untold = not isinstance(number, Tensor) and number == 0
     return rows if untold or layer.strategy.takes_second_pass else rows.of_loss_terms(number)
-
-
-def _uses(shares: Sequence[Share]) -> int:
-    return sum(share.uses for share in shares)
-
-
-def _work(tensor: Tensor, factor: Factor, k: int) -> int:
-    """Return the flops, to a constant, of keeping a matrix up to date; of a vector, its length."""
-    is_matrix = tensor.ndim > len(factor.groups) + 1
-    return tensor.numel() * (tensor.shape[-1] + k if is_matrix else 1)
-
-
-def _is_same(part: Tensor, known: Tensor, version: int) -> bool:
-    return part is known and part._version == version

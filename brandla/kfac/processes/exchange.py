@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.processes.messages import Layout
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.values import Rows, Shape, Side
 from brandla.randomized import randomized_svd
 
 Name = Literal["inputs", "gradients"]
-_SIDES: dict[Name, Side] = {"inputs": "input", "gradients": "output"}
+SIDES: dict[Name, Side] = {"inputs": "input", "gradients": "output"}
 
 
 class Share(NamedTuple):
@@ -34,6 +33,11 @@ class Share(NamedTuple):
             return cls(0, 0, 0, 0, int(refused))
         inputs = rows.inputs.shape[-2] if rows.inputs.is_floating_point() else len(rows.inputs)
         return cls(inputs, rows.gradients.shape[-2], rows.uses, rows.positions, int(refused))
+
+
+def uses_of(shares: Sequence[Share]) -> int:
+    """Return the uses of all processes."""
+    return sum(share.uses for share in shares)
 
 
 class Part(NamedTuple):
@@ -66,9 +70,9 @@ class Part(NamedTuple):
             return torch.empty(count, dtype=torch.int64, device=device)
         return torch.empty(*self.shape.groups, count, self.width, dtype=self.shape.dtype, device=device)
 
-    def layout(self, rank: int) -> Layout:
-        """Return the layout of the rows that a process sends."""
-        return Layout.of(self.empty(self.sent[rank], torch.device("meta")))
+    def outline(self, rank: int) -> Tensor:
+        """Return the rows that a process sends, without memory."""
+        return self.empty(self.sent[rank], torch.device("meta"))
 
 
 def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
@@ -77,11 +81,14 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
     The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
     """
     curvature, shape = layer.curvature, layer.shape
-    weights = weights_of(shares, of_terms=of_terms)
+    # They make W losses one, their mean: γ times 1/W for its gradients. For its curvature N Σ γ γᵀ has to be the mean
+    # of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    world, uses = len(shares), uses_of(shares)
+    weights = [math.sqrt(share.uses / (uses * world)) if of_terms else 1 / world for share in shares]
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
     factors = dict(curvature.factors()) if by_factor else {}
-    for name, side in _SIDES.items():
+    for name, side in SIDES.items():
         if (by_factor and side not in factors) or (shape.single and name == "gradients"):
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
@@ -90,18 +97,6 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
         else:
             draws = _draws(shares, shape) if name == "gradients" or shape.single else 1
             yield Part(layer, name, shape, counts, sum(counts), draws, weights)
-
-
-def weights_of(shares: Sequence[Share], *, of_terms: bool) -> list[float]:
-    """Return the factors of γ that make W losses one, their mean: 1/W for its gradients.
-
-    For its curvature N Σ γ γᵀ has to be the mean of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
-    """
-    world = len(shares)
-    if not of_terms:
-        return [1 / world] * world
-    uses = sum(share.uses for share in shares)
-    return [math.sqrt(share.uses / (uses * world)) for share in shares]
 
 
 def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
@@ -141,8 +136,8 @@ def assembled(
         inputs = joined.get((layer, "inputs"), empty)
         gradients = inputs if shape.single else joined.get((layer, "gradients"), empty)
         positions = {share.positions for share in of_ranks if share.uses}
-        uses = sum(share.uses for share in of_ranks)
-        rows[layer] = Rows(inputs, gradients, uses, positions.pop() if len(positions) == 1 else 1, shape.single)
+        position_count = positions.pop() if len(positions) == 1 else 1
+        rows[layer] = Rows(inputs, gradients, uses_of(of_ranks), position_count, shape.single)
     return rows
 
 

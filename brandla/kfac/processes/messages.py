@@ -1,40 +1,20 @@
-"""Messages between the processes of a group: tensors of any shape and dtype, packed into one buffer of bytes."""
+"""Messages between the processes of a group: tensors of any shape and dtype, packed into one buffer of bytes.
+
+Outlines, tensors without memory, say what a buffer holds. Strides are kept: on them depends in which order a product of
+matrices is summed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Tensors start at multiples of this in a buffer, so that each can be read there.
 _ALIGNMENT = 8
-
-
-class Layout(NamedTuple):
-    """Of a tensor in a message. Strides are kept: on them depends in which order a product of matrices is summed."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """Return the layout that a copy of the tensor has."""
-        return cls(tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride(), tensor.dtype)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes up to where the next tensor starts."""
-        count = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return -(-count // _ALIGNMENT) * _ALIGNMENT
-
-    def within(self, buffer: Tensor, start: int) -> Tensor:
-        """View the bytes of a buffer from ``start`` on as a tensor of this layout."""
-        count = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return buffer[start : start + count].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Ranks:
@@ -50,40 +30,32 @@ class Ranks:
         """Return the numbers of all processes: the first may be 0-dim tensors on the device. Waits for them."""
         known = torch.tensor(others, dtype=torch.float64, device=self._device)
         own = torch.cat([*(torch.as_tensor(one, device=self._device).double().reshape(1) for one in first), known])
-        everyone = own.new_empty(self.world * len(own))
-        _all_gather(everyone, own, self._group)
-        return everyone.view(self.world, -1).tolist()
+        return self._gathered(own).tolist()
 
     def mean(self, number: Tensor) -> Tensor:
         """Return the mean over all processes of a 0-dim tensor."""
-        everyone = torch.empty(self.world, dtype=number.dtype, device=self._device)
-        _all_gather(everyone, number.reshape(1).to(self._device), self._group)
-        return everyone.mean()
+        return self._gathered(number.reshape(1).to(self._device)).mean()
 
-    def to_all(self, own: Sequence[Tensor], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
-        """Send tensors to every process, and return those of each: contiguous, of layouts that are known to all."""
-        most = max(_bytes(those) for those in layouts)
-        everyone = self._buffer(self.world * most)
-        _all_gather(everyone, self._packed(_contiguous(own), most), self._group)
-        return [_unpacked(part, those) for part, those in zip(everyone.split(most), layouts, strict=True)]
+    def to_all(self, own: Sequence[Tensor], outlines: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Send tensors to every process, and return those of each: contiguous, of outlines that are known to all."""
+        everyone = self._gathered(self._packed([part.contiguous() for part in own], max(map(_bytes, outlines))))
+        return [_unpacked(part, those) for part, those in zip(everyone, outlines, strict=True)]
 
-    def to_each(self, own: Sequence[Sequence[Tensor]], layouts: Sequence[Sequence[Layout]]) -> list[list[Tensor]]:
-        """Send some tensors to each process, and return those that came from each: contiguous, of known layouts."""
-        sent = [self._packed(_contiguous(those)) for those in own]
-        sizes = [_bytes(those) for those in layouts]
+    def to_each(self, own: Sequence[Sequence[Tensor]], outlines: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Send some tensors to each process, and return those that came from each: contiguous, of known outlines."""
+        sent = [self._packed([part.contiguous() for part in those]) for those in own]
+        sizes = [_bytes(those) for those in outlines]
         received = self._buffer(sum(sizes))
         distributed.all_to_all_single(received, torch.cat(sent), sizes, [len(part) for part in sent], group=self._group)
-        return [_unpacked(part, those) for part, those in zip(received.split(sizes), layouts, strict=True)]
+        return [_unpacked(part, those) for part, those in zip(received.split(sizes), outlines, strict=True)]
 
     def publish(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """Return the dicts of all processes: nested, of tensors, numbers and strings, with strides kept."""
-        tensors = [part for part in tree_leaves(own) if isinstance(part, Tensor)]
-        outlines: list[Any] = [None] * self.world
-        distributed.all_gather_object(outlines, tree_map_only(Tensor, Layout.of, own), group=self._group)
-        layouts = [[part for part in tree_leaves(each, _is_layout) if _is_layout(part)] for each in outlines]
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, tree_map_only(Tensor, _outline, own), group=self._group)
         buffers = [
-            self._packed(tensors) if rank == self.rank else self._buffer(_bytes(those))
-            for rank, those in enumerate(layouts)
+            self._packed(_tensors(own)) if rank == self.rank else self._buffer(_bytes(_tensors(each)))
+            for rank, each in enumerate(found)
         ]
         pending = [
             distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True)
@@ -92,52 +64,55 @@ class Ranks:
         ]
         for work in pending:
             work.wait()
-        return [
-            _filled(each, _unpacked(buffer, those))
-            for each, buffer, those in zip(outlines, buffers, layouts, strict=True)
-        ]
+        return [_filled(each, buffer) for each, buffer in zip(found, buffers, strict=True)]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Return the vectors of all processes as rows; torch 2.13 has another name for it than earlier versions."""
+        everyone = own.new_empty(self.world, len(own))
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(everyone.view(-1), own, group=self._group)
+        return everyone
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _packed(self, tensors: Sequence[Tensor], size: int | None = None) -> Tensor:
-        layouts = [Layout.of(tensor) for tensor in tensors]
-        buffer = self._buffer(_bytes(layouts) if size is None else size)
+        buffer = self._buffer(_bytes(tensors) if size is None else size)
         start = 0
-        for tensor, layout in zip(tensors, layouts, strict=True):
-            layout.within(buffer, start).copy_(tensor)
-            start += layout.bytes
+        for tensor in tensors:
+            _within(buffer, start, _outline(tensor)).copy_(tensor)
+            start += _bytes([tensor])
         return buffer
 
 
-def _all_gather(output: Tensor, own: Tensor, group: distributed.ProcessGroup | None) -> None:
-    """Gather tensors; torch 2.13 has another name for it than earlier versions."""
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(output, own, group=group)
+def _outline(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def _tensors(tree: object) -> list[Tensor]:
+    return [part for part in tree_leaves(tree) if isinstance(part, Tensor)]
 
 
-def _bytes(layouts: Sequence[Layout]) -> int:
-    return sum(layout.bytes for layout in layouts)
+def _bytes(outline: Sequence[Tensor]) -> int:
+    """Return the bytes of tensors, each up to where the next one starts."""
+    return sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in outline)
 
 
-def _unpacked(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+def _within(buffer: Tensor, start: int, outline: Tensor) -> Tensor:
+    """View the bytes of a buffer from ``start`` on as a tensor."""
+    return buffer[start : start + outline.nbytes].view(outline.dtype).as_strided(outline.shape, outline.stride())
+
+
+def _unpacked(buffer: Tensor, outlines: Sequence[Tensor]) -> list[Tensor]:
     """Copy the tensors out: a view would keep the buffer alive."""
     tensors, start = [], 0
-    for layout in layouts:
-        tensors.append(layout.within(buffer, start).clone())
-        start += layout.bytes
+    for outline in outlines:
+        tensors.append(_within(buffer, start, outline).clone())
+        start += _bytes([outline])
     return tensors
 
 
-def _is_layout(part: object) -> bool:
-    return isinstance(part, Layout)
-
-
-def _filled(outline: Any, tensors: Sequence[Tensor]) -> Any:
-    """Put tensors in the place of their layouts in nested dicts."""
-    waiting = iter(tensors)
-    return tree_map(lambda part: next(waiting) if _is_layout(part) else part, outline, is_leaf=_is_layout)
+def _filled(tree: Any, buffer: Tensor) -> Any:
+    """Return nested dicts with tensors of a buffer in place of their outlines."""
+    arrived = iter(_unpacked(buffer, _tensors(tree)))
+    return tree_map_only(Tensor, lambda _: next(arrived), tree)

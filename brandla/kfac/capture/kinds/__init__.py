@@ -9,7 +9,7 @@ from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
 from brandla.kfac.capture.kinds.embedding import BagKind, EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
 from brandla.kfac.capture.kinds.kind import Kind, Uses, is_leaf, own_forward
-from brandla.kfac.capture.kinds.like import register, registered, tried
+from brandla.kfac.capture.kinds.like import of_map, register, registered
 from brandla.kfac.capture.kinds.linear import BilinearKind, LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 from brandla.kfac.capture.kinds.recurrent import CellKind
@@ -50,4 +50,4 @@ def kinds_of(module: nn.Module) -> list[Kind] | str | None:
         return found
     if not any(True for _ in module.parameters(recurse=False)):
         return found
-    return tried(module) or used_inside(module) or found
+    return of_map(module) or used_inside(module) or found

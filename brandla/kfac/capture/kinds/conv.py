@@ -21,27 +21,23 @@ class ConvKind(Kind):
     types: ClassVar[tuple[type[Any], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
+    def left(cls, module: Any) -> str:
         """Say so where what the forward pass calls is not the type's own."""
-        own: Any = module
-        plain = any(isinstance(module, kind) and type(own)._conv_forward is kind._conv_forward for kind in cls.types)
-        return "" if plain else own_forward(module)
-
-    @property
-    def conv(self) -> Any:
-        return self.module
+        name, own = "_conv_forward", type(module)
+        pairs = [(getattr(own, name, None), getattr(kind, name, None)) for kind in cls.types if issubclass(own, kind)]
+        return "" if any(one is other for one, other in pairs) else own_forward(module)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         """Groups where there are several, output channels of a group, and the size of its windows."""
         d_out, *window = self.weight.shape
-        groups = self.conv.groups
+        groups = self.module.groups
         return (groups,) if groups > 1 else (), d_out // groups, math.prod(window)
 
     @property
     def steps(self) -> list[tuple[int, int, int]]:
         """Size, stride and dilation of the kernel in each dimension."""
-        return list(zip(self.conv.kernel_size, self.conv.stride, self.conv.dilation, strict=True))
+        return list(zip(self.module.kernel_size, self.module.stride, self.module.dilation, strict=True))
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         batched = self.weight.ndim
@@ -56,7 +52,7 @@ class ConvKind(Kind):
             windows = _windows(windows, dim, size, stride, dilation)
         count = len(self.steps)
         # (samples, groups, channels, *positions, *window), up to here a view of the input
-        split = windows.unflatten(1, (self.conv.groups, -1))
+        split = windows.unflatten(1, (self.module.groups, -1))
         rows = split.movedim(1, 0).movedim(2, 2 + count).flatten(2, 1 + count).flatten(3)
         return Uses(self._in_groups(rows), self._output_rows(gradient))
 
@@ -65,24 +61,21 @@ class ConvKind(Kind):
         means = self.padded(self._batch(inputs), self._batch(gradient).shape[2:])
         for size, stride, dilation in self.steps:
             means = _windows(means, 2, size, stride, dilation).mean(2, dtype=full_dtype(inputs))
-        rows = means.unflatten(1, (self.conv.groups, -1)).flatten(2).movedim(1, 0).unsqueeze(2)
+        rows = means.unflatten(1, (self.module.groups, -1)).flatten(2).movedim(1, 0).unsqueeze(2)
         gradients = self._output_rows(gradient)
         return Uses(self._in_groups(rows), gradients.sum(-2, keepdim=True, dtype=full_dtype(gradient)))
 
     def padded(self, batch: Tensor, positions: torch.Size) -> Tensor:
         """Return the input as the kernel runs over it, to make an output of so many positions."""
-        mode = self.conv.padding_mode
-        return nn.functional.pad(batch, self._pads(), mode="constant" if mode == "zeros" else mode)
-
-    def _pads(self) -> list[int]:
-        """Before and after each dimension, the last dimension first; an odd total of "same" has one more after."""
-        padding = self.conv.padding
+        padding, mode = self.module.padding, self.module.padding_mode
         if padding == "same":
+            # An odd total has one more after than before.
             totals = [dilation * (size - 1) for size, _, dilation in self.steps]
             pairs = [(total // 2, total - total // 2) for total in totals]
         else:
             pairs = [(0, 0)] * len(self.steps) if padding == "valid" else [(width, width) for width in padding]
-        return [width for pair in reversed(pairs) for width in pair]
+        pads = [width for pair in reversed(pairs) for width in pair]
+        return nn.functional.pad(batch, pads, mode="constant" if mode == "zeros" else mode)
 
     def _batch(self, part: Tensor) -> Tensor:
         """One sample is a batch of one."""
@@ -90,11 +83,11 @@ class ConvKind(Kind):
 
     def _output_rows(self, gradient: Tensor) -> Tensor:
         """Arrange (samples, channels, *positions) as (groups, samples, positions, channels of a group)."""
-        by_group = self._batch(gradient).flatten(2).unflatten(1, (self.conv.groups, -1))
+        by_group = self._batch(gradient).flatten(2).unflatten(1, (self.module.groups, -1))
         return self._in_groups(by_group.permute(1, 0, 3, 2))
 
     def _in_groups(self, rows: Tensor) -> Tensor:
-        return rows if self.conv.groups > 1 else rows[0]
+        return rows if self.module.groups > 1 else rows[0]
 
 
 class ConvTransposeKind(ConvKind):
@@ -105,25 +98,20 @@ class ConvTransposeKind(ConvKind):
 
     types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-    @classmethod
-    def left(cls, module: nn.Module) -> str:
-        """Its forward pass calls nothing that a subclass could have changed."""
-        return ""
-
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         d_in, d_out, *kernel = self.weight.shape
-        groups = self.conv.groups
+        groups = self.module.groups
         return (groups,) if groups > 1 else (), d_out, d_in // groups * math.prod(kernel)
 
     @property
     def steps(self) -> list[tuple[int, int, int]]:
         """Size, stride 1 and dilation of the kernel in each dimension."""
-        return [(size, 1, dilation) for size, dilation in zip(self.conv.kernel_size, self.conv.dilation, strict=True)]
+        return [(size, 1, step) for size, step in zip(self.module.kernel_size, self.module.dilation, strict=True)]
 
     def padded(self, batch: Tensor, positions: torch.Size) -> Tensor:
         """Spread the input, and pad it so that the windows are as many as the output has positions."""
-        conv = self.conv
+        conv = self.module
         sizes = [(length - 1) * stride + 1 for length, stride in zip(batch.shape[2:], conv.stride, strict=True)]
         spread = batch.new_zeros(*batch.shape[:2], *sizes)
         every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
@@ -136,18 +124,17 @@ class ConvTransposeKind(ConvKind):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(C_in, C_out of a group, *kernel) as the convolution's (*groups, C_out of a group, window), mirrored."""
-        mirrored: Tensor = weight.flip(self._kernel_dims).unflatten(0, (self.conv.groups, -1))
-        return mirrored.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
+        by_group: Tensor = _mirrored(weight).unflatten(0, (self.module.groups, -1))
+        return by_group.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
 
     def tensor(self, matrix: Tensor) -> Tensor:
         d_in, d_out, *kernel = self.weight.shape
-        groups = self.conv.groups
-        by_group: Tensor = matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2)
-        return by_group.flatten(0, 1).flip(self._kernel_dims)
+        groups = self.module.groups
+        return _mirrored(matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2).flatten(0, 1))
 
-    @property
-    def _kernel_dims(self) -> list[int]:
-        return list(range(2, self.weight.ndim))
+
+def _mirrored(weight: Tensor) -> Tensor:
+    return weight.flip(list(range(2, weight.ndim)))
 
 
 def _windows(part: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -23,16 +22,10 @@ class EmbeddingKind(Kind):
     transposed = True
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
-        embedding: Any = module
-        if embedding.sparse:
+    def left(cls, module: Any) -> str:
+        if module.sparse:
             return "its gradient is sparse"
-        return "its gradient is scaled by frequency" if embedding.scale_grad_by_freq else ""
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        entries, size = self.weight.shape
-        return (), size, entries
+        return "its gradient is scaled by frequency" if module.scale_grad_by_freq else ""
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
@@ -42,9 +35,8 @@ class EmbeddingKind(Kind):
         samples = inputs.shape[0] if inputs.ndim else 1
         indices = inputs.reshape(samples, -1)
         gradients = gradient.reshape(*indices.shape, gradient.shape[-1])
-        embedding: Any = self.module
-        if embedding.padding_idx is not None:
-            padding = indices == embedding.padding_idx
+        if self.module.padding_idx is not None:
+            padding = indices == self.module.padding_idx
             indices = torch.where(padding, -1, indices)
             gradients = torch.where(padding[..., None], 0, gradients)
         return Uses(indices[..., None], gradients)
@@ -60,11 +52,6 @@ class TurnedEmbeddingKind(EmbeddingKind):
     one_hot = False
     transposed = False
     turned = True
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        entries, size = self.weight.shape
-        return (), entries, size
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return the gradients of entries, and dense one-hot rows; both are 0 for padding."""
@@ -83,16 +70,14 @@ class BagKind(EmbeddingKind):
     _offsets: Tensor | None = None
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
-        bag: Any = module
-        return super().left(module) or ("its gradient is that of a maximum" if bag.mode == "max" else "")
+    def left(cls, module: Any) -> str:
+        return super().left(module) or ("its gradient is that of a maximum" if module.mode == "max" else "")
 
     def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
         """Return a kind that knows where the bags begin; no input where entries are weighted."""
         given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
-        kind = copy.copy(self)
-        kind._offsets = given.get("offsets")
-        return kind, given["input"] if given.get("per_sample_weights") is None else "weighted indices"
+        inputs = given["input"] if given.get("per_sample_weights") is None else "weighted indices"
+        return self.knowing(_offsets=given.get("offsets")), inputs
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         """Nothing can be wrong with indices that the module has taken."""
@@ -100,7 +85,6 @@ class BagKind(EmbeddingKind):
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return one sample for each index; padding has −1 and 0."""
-        bag: Any = self.module
         indices = inputs.flatten()
         if self._offsets is None:
             of_index = torch.arange(len(inputs), device=inputs.device).repeat_interleave(inputs.shape[1])
@@ -108,10 +92,10 @@ class BagKind(EmbeddingKind):
             places = torch.arange(len(indices), device=inputs.device, dtype=self._offsets.dtype)
             of_index = torch.searchsorted(self._offsets, places, right=True) - 1
         is_entry = torch.ones_like(indices, dtype=torch.bool)
-        if bag.padding_idx is not None:
-            is_entry = indices != bag.padding_idx
+        if self.module.padding_idx is not None:
+            is_entry = indices != self.module.padding_idx
         gradients = gradient[of_index] * is_entry[:, None]
-        if bag.mode == "mean":
+        if self.module.mode == "mean":
             lengths = gradient.new_zeros(len(gradient)).index_add_(0, of_index, is_entry.to(gradient.dtype))
             gradients = gradients / lengths.clamp_min(1)[of_index, None]
         return Uses(torch.where(is_entry, indices, -1)[:, None, None], gradients[:, None])

@@ -32,19 +32,7 @@ class InsideKind(ForwardKind):
         self.pairs = index is None
         # Of experts a guess before the first call, which tells.
         self.transposed = transposed
-        self._index = index
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        first, last = self.weight.shape[-2:]
-        return ((), last, first) if self.transposed else ((), first, last)
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        return super().key if self._index is None else (*super().key, self._index)
-
-    def weight_part(self, weight: Tensor) -> Tensor:
-        return weight if self._index is None else weight[self._index]
+        self.index = index
 
     @property
     def was_seen(self) -> bool:
@@ -158,38 +146,30 @@ class _Products(TorchFunctionMode):
             return None
         if func in _TRANSPOSES and (output.shape, output.stride()) == (args[0].mT.shape, args[0].mT.stride()):
             return view._replace(is_transposed=not view.is_transposed)
-        if func is Tensor.__getitem__ and view.weight.ndim == 3 and view.place is None and _is_index(args[1]):
-            return view._replace(place=int(args[1]))
+        if func is Tensor.__getitem__ and view.weight.ndim == 3 and view.place is None:
+            index = args[1]
+            is_scalar = isinstance(index, Tensor) and index.ndim == 0 and not index.dtype.is_floating_point
+            return view._replace(place=int(index)) if is_scalar or isinstance(index, int) else None
         return None
 
     def _use(self, func: Any, args: Any, kwargs: Any) -> _Use | None:
+        # x W is x (Wᵀ)ᵀ.
+        bias, turned = None, True
         if func is nn.functional.linear:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-            inputs, weight, bias = given["input"], given["weight"], given.get("bias")
-            view = self._view(weight)
-            return None if view is None else _Use(view, inputs, self._name(bias))
-        if len(args) > 1 and func in _PRODUCTS:
-            inputs, weight, bias = args[0], args[1], None
+            inputs, weight, bias, turned = given["input"], given["weight"], given.get("bias"), False
+        elif len(args) > 1 and func in _PRODUCTS:
+            inputs, weight = args[0], args[1]
         elif len(args) > 2 and func is torch.addmm:
-            bias, inputs, weight = args[0], args[1], args[2]
+            bias, inputs, weight = args[:3]
         else:
             return None
-        view = self._view(weight)
+        view, known = self._view(weight), self._view(bias)
         if view is None:
             return None
         offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if func in _GROUPED else None
-        # x W is x (Wᵀ)ᵀ.
-        return _Use(view._replace(is_transposed=not view.is_transposed), inputs, self._name(bias), offsets)
-
-    def _name(self, bias: object) -> str:
-        view = self._view(bias)
-        return "" if view is None else view.name
-
-
-def _is_index(index: object) -> bool:
-    return isinstance(index, int) or (
-        isinstance(index, Tensor) and index.ndim == 0 and not index.dtype.is_floating_point
-    )
+        view = view._replace(is_transposed=view.is_transposed != turned)
+        return _Use(view, inputs, "" if known is None else known.name, offsets)
 
 
 def _uses(module: nn.Module, parts: dict[str, Tensor]) -> list[_Use]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class Uses(NamedTuple):
     ones: Tensor | None = None
 
 
-class Kind(ABC):
-    """One weight of a module, with the bias that is added to what it gives.
+class Kind:
+    """One weight of a module, with the bias that is added to what it gives: here a matrix that rows are multiplied by.
 
     The weight is a matrix (*groups, d_out, d_in) to the loop: a row of inputs times it, and the bias, is a row of
     outputs, in each group by itself.
@@ -47,6 +47,8 @@ class Kind(ABC):
     turned = False
     # The module is called once for each use, and autograd may be told not to form the weight's gradient.
     leaves_out = False
+    # The one that is meant of several weights that lie in the parameter.
+    index: int | None = None
     # Weights that lie one after the other in the tensor, each of so many groups: their steps are clipped apart.
     weights = 1
     # Positions may come before samples: inputs and outputs differ in the dimensions after both alone.
@@ -55,25 +57,25 @@ class Kind(ABC):
     positions_first = False
     # Positions (samples, positions) that are no padding, where the call itself tells.
     valid: Tensor | None = None
-    # What tells this weight from others of its module, in the layer's name.
+    # What tells this weight from others of its module, in the layer's name, and that name.
     part = ""
+    name = ""
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
-        self.module = module
+        self.module: Any = module
         self._weight = weight
-        self._bias = bias
+        # Empty, where the bias is left to another weight.
+        self.bias_name = bias
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
         """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
         if not isinstance(module, cls.types):
             return None
-        if not is_called_as(module, *cls.types):
-            return own_forward(module)
-        return cls.left(module) or why_left(module, "weight") or [cls(module)]
+        return own_forward(module, *cls.types) or cls.left(module) or why_left(module, "weight") or [cls(module)]
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
+    def left(cls, module: Any) -> str:
         """Say why a module of these types is left to the optimizer; an empty string if it is not."""
         return ""
 
@@ -87,14 +89,14 @@ class Kind(ABC):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is trained."""
-        bias = self.module._parameters.get(self._bias)
-        if bias is None and self._bias:
-            bias = getattr(self.module, self._bias, None)
+        bias: nn.Parameter | None = self.module._parameters.get(self.bias_name)
+        if bias is None and self.bias_name:
+            bias = getattr(self.module, self.bias_name, None)
         return bias if bias is not None and bias.requires_grad else None
 
     def weight_part(self, weight: Tensor) -> Tensor:
         """Return what is this weight of a tensor of the parameter's shape: a view, to be written to."""
-        return weight
+        return weight if self.index is None else weight[self.index]
 
     @property
     def was_seen(self) -> bool:
@@ -103,40 +105,71 @@ class Kind(ABC):
 
     @property
     def is_averaged(self) -> bool:
-        """Whether rows of inputs may be averaged over the positions of a sample, and are in no groups."""
-        return not (self.one_hot or self.single or self.turned or self.shape[0])
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """The same for all uses of one weight."""
-        return (id(self.weight),)
-
-    def leave_bias(self) -> None:
-        """Have the weight alone, without its bias."""
-        self._bias = ""
+        """Whether rows of inputs may be averaged over the positions of a sample."""
+        return not (self.one_hot or self.single or self.turned)
 
     def bias_part(self, bias: Tensor) -> Tensor:
         """Return what belongs to this weight of a tensor of the bias's shape: a view, to be written to."""
         return bias
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         """Groups, d_out and d_in, without the bias."""
+        first, last = self.weight.shape[-2:]
+        return ((), last, first) if self.transposed else ((), first, last)
 
-    @abstractmethod
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return the uses of the weight in one call, from its input and the gradient of its output."""
+        return Uses(by_sample(inputs), by_sample(gradient))
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return one use a sample: inputs averaged and gradients summed over its positions, where that can be."""
         uses = self.uses(inputs, gradient)
-        if self.one_hot or self.single or self.turned:
+        if not self.is_averaged:
             return uses
         return Uses(
             uses.inputs.mean(-2, keepdim=True, dtype=full_dtype(uses.inputs)),
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
         )
+
+    def fitting(self, valid: Tensor, inputs: Tensor, gradient: Tensor, *, batch_first: bool) -> Tensor | None:
+        """Return the mask (samples, positions) for a call with samples first; None where the call is of another shape.
+
+        A call may have all positions of all samples in one dimension, in an order that ``batch_first`` tells; then each
+        of them is a sample.
+        """
+        if not (self.may_lead or self.positions_first):
+            return None
+        leading = valid.T if self.positions_first else valid
+        if inputs.shape[:2] == gradient.shape[:2] == leading.shape and gradient.ndim > 2:
+            return valid
+        if inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2:
+            return (valid if batch_first else valid.T).reshape(-1, 1)
+        return None
+
+    def uses_where(self, valid: Tensor, inputs: Tensor, gradient: Tensor, *, reduce: bool) -> tuple[Uses, Tensor]:
+        """Return `uses` with those of other positions all 0, and a mask (samples, positions) of the ``valid`` ones.
+
+        ``reduce`` averages and sums over the positions of a sample that have data, where the kind does.
+        """
+        if self.single:
+            leading = valid.reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
+            gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
+            return self.uses(inputs, gradient), valid.any(-1, keepdim=True)
+        found = self.uses(inputs, gradient)
+        valid = valid.repeat_interleave(found.gradients.shape[-2] // valid.shape[1], dim=1)
+        empty = ~valid[..., None]
+        gradients = found.gradients.masked_fill(empty, 0)
+        if self.one_hot:
+            return Uses(found.inputs.masked_fill(empty, -1), gradients), valid
+        # The bias's 1 is one of the inputs.
+        ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
+        cleared = found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)
+        if not reduce or self.turned:
+            return Uses(*cleared), valid
+        counts = valid.sum(-1)[..., None, None]
+        inputs, gradients, ones = (part.sum(-2, keepdim=True, dtype=full_dtype(part)) for part in cleared)
+        return Uses(inputs / counts.clamp_min(1), gradients, ones / counts.clamp_min(1)), counts[..., 0] > 0
 
     def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
         """Have ``record`` called at each use, or where it ``is_wanted`` alone; return handles with ``remove()``."""
@@ -155,10 +188,11 @@ class Kind(ABC):
         """Return the kind that makes rows of the call that is going on."""
         return self
 
-    def with_padding(self, valid: Tensor) -> Kind:
-        """Return the kind of a call with padding in it."""
+    def knowing(self, **parts: Any) -> Self:
+        """Return the kind of one call, with what is known of that call alone."""
         own = copy(self)
-        own.valid = valid
+        for name, part in parts.items():
+            setattr(own, name, part)
         return own
 
     def refusal(self, inputs: Any, output: Any) -> str:
@@ -201,11 +235,7 @@ class OwnHook:
         return self._call(*of_call) if module is self._module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
+        return partial, (_nothing,)
 
 
 def _nothing(*_: Any) -> None:
@@ -215,13 +245,10 @@ def _nothing(*_: Any) -> None:
 COMPUTED = "its weight is computed from other parameters"
 
 
-def is_called_as(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Say whether a module is of one of the types, and its forward pass too: a subclass may have its own."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types)
-
-
-def own_forward(module: nn.Module) -> str:
-    """Say that the forward pass of a module is not that of its type."""
+def own_forward(module: nn.Module, *types: type[nn.Module]) -> str:
+    """Say so where the forward pass of a module is not that of one of these types: a subclass may have its own."""
+    if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types):
+        return ""
     return f"{type(module).__name__} has a forward pass of its own"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from brandla import _check
 from brandla.kfac.capture.kinds.kind import Kind, is_leaf, why_left
-from brandla.kfac.capture.kinds.linear import LinearKind
+from brandla.kfac.capture.kinds.linear import LinearKind, TransposedKind
 from brandla.kfac.capture.kinds.norm import NormKind
 from brandla.kfac.capture.kinds.recurrent import unrolled
 
@@ -67,33 +67,20 @@ def registered(module: nn.Module) -> list[Kind] | str | None:
     like = next((_REGISTERED[kind] for kind in type(module).__mro__ if kind in _REGISTERED), None)
     if like == "unrolled":
         return unrolled(module)
-    names = Names.of(module)
-    if like is None or names is None:
-        return None
-    return why_left(module, names.weight) or [_KINDS[like](module, *names)]
+    return None if like is None else of_map(module, like)
 
 
-def tried(module: nn.Module) -> list[Kind] | str | None:
-    """Return the weight of a module that computes a known map; None for others."""
-    names = Names.of(module)
-    if names is None:
+def of_map(module: nn.Module, like: str | None = None) -> list[Kind] | str | None:
+    """Return the weight of a module that computes a known map: that one, or one that a try shows; None for others."""
+    names = [name for name, part in module._parameters.items() if part is not None]
+    weights = [name for name in names if name != "bias"]
+    if len(weights) != 1 or not is_leaf(module):
         return None
-    if reason := why_left(module, names.weight):
+    own = weights[0], "bias" if "bias" in names else ""
+    if reason := why_left(module, own[0]):
         return reason
-    like = find_like(module, names)
-    return None if like is None else [_KINDS[like](module, *names)]
-
-
-class TransposedKind(LinearKind):
-    """x weight + bias, as the ``Conv1D`` of transformers computes it."""
-
-    leaves_out = False
-    transposed = True
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        d_in, d_out = self.weight.shape
-        return (), d_out, d_in
+    like = like or find_like(module, *own)
+    return None if like is None else [_KINDS[like](module, *own)]
 
 
 class ScaleKind(NormKind):
@@ -120,22 +107,6 @@ class ScaleKind(NormKind):
 _KINDS: dict[str, Any] = {"linear": LinearKind, "transposed": TransposedKind, "scale": ScaleKind}
 
 
-class Names(NamedTuple):
-    """The parameters of a module with one weight and at most one bias, which is "" where there is none."""
-
-    weight: str
-    bias: str
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Names | None:
-        """Name them; None for a module with other parameters, its own or those of modules in it."""
-        names = [name for name, part in module._parameters.items() if part is not None]
-        weights = [name for name in names if name != "bias"]
-        if len(weights) != 1 or not is_leaf(module):
-            return None
-        return cls(weights[0], "bias" if "bias" in names else "")
-
-
 def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
     """Return what a module's forward pass gives with other parameters, on a copy with no hooks; None if it raises.
 
@@ -156,12 +127,17 @@ def run(module: nn.Module, parts: Mapping[str, Tensor], *inputs: Tensor) -> Any:
             return None
 
 
-def find_like(module: nn.Module, names: Names) -> str | None:
+def find_like(module: nn.Module, name: str, bias_name: str) -> str | None:
     """Say which map of its last dimension a module computes with its weight and bias; None if none that is known."""
     parts = random_parts(module)
-    weight, bias = parts[names.weight], parts.get(names.bias)
+    weight, bias = parts[name], parts.get(bias_name)
     if weight.ndim == 1 and weight.numel() > 1:
-        return "scale" if _is_scale(module, names.weight, parts, bias) else None
+        inputs = _inputs(weight)
+        unit, none = unit_and_zero(module, name, inputs)
+        if not isinstance(unit, Tensor) or not isinstance(none, Tensor) or torch.equal(unit, none):
+            return None
+        # w x̂ + c + b, with x̂ and c that depend on the input alone.
+        return "scale" if _is(run(module, parts, inputs), (unit - none) * weight + none, bias) else None
     if weight.ndim != 2:
         return None
     for like, matrix in (("linear", weight.mT), ("transposed", weight)):
@@ -175,16 +151,6 @@ def random_parts(module: nn.Module) -> dict[str, Tensor]:
     """Return random numbers in the shapes of a module's own parameters."""
     own = {name: part for name, part in module._parameters.items() if part is not None}
     return {name: random(tuple(part.shape), part.device) for name, part in own.items()}
-
-
-def _is_scale(module: nn.Module, name: str, parts: Mapping[str, Tensor], bias: Tensor | None) -> bool:
-    """Say whether the output is w x̂ + c + b, with x̂ and c that depend on the input alone."""
-    weight = parts[name]
-    inputs = _inputs(weight)
-    unit, none = unit_and_zero(module, name, inputs)
-    if not isinstance(unit, Tensor) or not isinstance(none, Tensor) or torch.equal(unit, none):
-        return False
-    return _is(run(module, parts, inputs), (unit - none) * weight + none, bias)
 
 
 def unit_and_zero(module: nn.Module, name: str, inputs: Tensor) -> tuple[Any, Any]:

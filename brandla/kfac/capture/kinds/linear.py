@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,24 @@ from brandla.kfac.capture.kinds.kind import Kind, Uses, by_sample, wrong_shape
 class LinearKind(Kind):
     """A Linear: rows are samples and the positions between the first and the last dimension."""
 
-    types: ClassVar[tuple[type[Any], ...]] = (nn.Linear,)
+    types = (nn.Linear,)
     leaves_out = True
     may_lead = True
 
     @classmethod
-    def left(cls, module: nn.Module) -> str:
+    def left(cls, module: Any) -> str:
         of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
         return "the attention that holds it never calls it" if of_attention else ""
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        d_out, d_in = self.weight.shape
-        return (), d_out, d_in
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
 
-    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        return Uses(by_sample(inputs), by_sample(gradient))
+
+class TransposedKind(LinearKind):
+    """x weight + bias, as the ``Conv1D`` of transformers computes it."""
+
+    leaves_out = False
+    transposed = True
 
 
 class BilinearKind(Kind):

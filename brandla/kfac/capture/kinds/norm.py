@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -58,10 +57,7 @@ class NormKind(Kind):
         mean: Tensor | None = getattr(self.module, "running_mean", None)
         if mean is None or self.module.training:
             return self
-        norm: Any = self.module
-        kind = copy.copy(self)
-        kind._fixed = mean.clone(), norm.running_var.clone()
-        return kind
+        return self.knowing(_fixed=(mean.clone(), self.module.running_var.clone()))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return (channels, samples, 1, 2): the gradients of scale and shift of each sample."""
@@ -75,7 +71,7 @@ class NormKind(Kind):
         return Uses(rows, rows)
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        norm: Any = self.module
+        norm = self.module
         if self._fixed is not None:
             return nn.functional.batch_norm(inputs, *self._fixed, eps=norm.eps)
         if isinstance(norm, nn.LayerNorm):

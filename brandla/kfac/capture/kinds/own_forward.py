@@ -11,7 +11,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.kind import Kind, Record, Uses
-from brandla.kfac.capture.kinds.linear import LinearKind
 
 
 class OwnForward(ABC):
@@ -46,15 +45,12 @@ class OwnForward(ABC):
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
         for own in self.attached.get(part, ()):
-            output = own.record(own.kind if valid is None else own.kind.with_padding(valid), inputs, output)
+            output = own.record(own.kind if valid is None else own.kind.knowing(valid=valid), inputs, output)
         return output
 
 
-class ForwardKind(LinearKind):
+class ForwardKind(Kind):
     """A weight whose uses are products that an `OwnForward` reports."""
-
-    leaves_out = False
-    may_lead = False
 
     def __init__(
         self, forward: OwnForward, weight: str, bias: str, part: str = "", module: nn.Module | None = None
@@ -69,10 +65,6 @@ class ForwardKind(LinearKind):
         self._forward.attached.setdefault(self.part, []).append(attachment)
         self._forward.module.forward = self._forward.forward
         return [attachment]
-
-    def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Nothing can be wrong: the product itself was seen."""
-        return ""
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         if self.positions_first:

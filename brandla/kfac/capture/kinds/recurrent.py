@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map_only
 
-from brandla.kfac.capture.kinds.kind import Kind, is_called_as, own_forward, why_left
+from brandla.kfac.capture.kinds.kind import Kind, own_forward, why_left
 from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
 
-# From a layer's products with the input and with h, its h and its c, to the next h and c.
-Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
@@ -30,7 +29,7 @@ class CellKind(ForwardKind):
         if not isinstance(module, cls.types):
             return None
         forward = CellForward.of(module)
-        if forward is None or not is_called_as(module, *cls.types):
+        if forward is None or own_forward(module, *cls.types):
             return own_forward(module)
         reason = why_left(module, "weight_ih", "weight_hh")
         return reason or [cls(forward, f"weight_{name}", f"bias_{name}") for name in ("ih", "hh")]
@@ -65,7 +64,7 @@ class RecurrentKind(CellKind):
 def unrolled(module: nn.Module) -> list[Kind] | str:
     """Return the weights of a recurrent layer that is to run step by step."""
     forward = RecurrentForward.of(module)
-    if forward is None or not is_called_as(module, *_FUSED):
+    if forward is None or own_forward(module, *_FUSED):
         return own_forward(module)
     layer: Any = module
     if getattr(layer, "proj_size", 0):
@@ -86,54 +85,38 @@ class RecurrentForward(OwnForward):
         layer = self.module
         is_wanted = not torch.compiler.is_compiling() and self.is_watched()
         if is_wanted and isinstance(inputs, PackedSequence):
-            return self._of_packed(inputs, hx)
+            steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
+            valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
+            if hx is not None:
+                hx = layer.permute_hidden(hx, inputs.sorted_indices)
+            steps, last = self._through(steps, hx, valid)
+            packed = inputs._replace(data=pack_padded_sequence(steps, lengths).data)
+            return packed, layer.permute_hidden(last, inputs.unsorted_indices)
         if not is_wanted or not isinstance(inputs, Tensor) or inputs.ndim not in (2, 3):
             return type(layer).forward(layer, inputs, hx)
-        batched, first = inputs.ndim == 3, inputs.ndim == 3 and layer.batch_first
-        steps = inputs.transpose(0, 1) if first else inputs if batched else inputs[:, None]
-        if hx is not None and not batched:
-            hx = tuple(part[:, None] for part in hx) if isinstance(layer, nn.LSTM) else hx[:, None]
-        steps, ended = self._through(steps, hx, None)
-        last = [part if batched else part[:, 0] for part in ended]
-        output = steps.transpose(0, 1) if first else steps if batched else steps[:, 0]
-        return output, tuple(last) if isinstance(layer, nn.LSTM) else last[0]
+        if inputs.ndim == 2:
+            steps, last = self._through(inputs[:, None], tree_map_only(Tensor, lambda part: part[:, None], hx))
+            return steps[:, 0], tree_map_only(Tensor, lambda part: part[:, 0], last)
+        steps, last = self._through(inputs.transpose(0, 1) if layer.batch_first else inputs, hx)
+        return steps.transpose(0, 1) if layer.batch_first else steps, last
 
-    def _of_packed(self, inputs: PackedSequence, hx: Any) -> Any:
-        layer = self.module
-        steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
-        valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
-        if hx is not None:
-            hx = layer.permute_hidden(hx, inputs.sorted_indices)
-        steps, ended = self._through(steps, hx, valid)
-        packed = inputs._replace(data=pack_padded_sequence(steps, lengths).data)
-        last = tuple(ended) if isinstance(layer, nn.LSTM) else ended[0]
-        return packed, layer.permute_hidden(last, inputs.unsorted_indices)
-
-    def _through(self, steps: Tensor, hx: Any, valid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Run (time steps, samples, d) through all layers; return their output, and the last h and c of each."""
-        layer = self.module
-        states = self._start(hx, steps)
-        ended: list[tuple[Tensor, Tensor]] = []
-        for index in range(layer.num_layers):
-            outputs = []
-            for way in _ways(layer):
-                output, state = self._run(f"l{index}{way}", steps, *states[len(ended)], valid, reverse=bool(way))
-                outputs.append(output)
-                ended.append(state)
-            steps = torch.cat(outputs, -1)
-            if layer.dropout and index < layer.num_layers - 1:
-                steps = dropout(steps, layer.dropout, layer.training)
-        return steps, [torch.stack(part) for part in zip(*ended, strict=True)]
-
-    def _start(self, hx: Any, steps: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return h and c of each layer and direction before the first time step."""
-        layer = self.module
-        count = layer.num_layers * len(_ways(layer))
+    def _through(self, steps: Tensor, hx: Any, valid: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run (time steps, samples, d) through all layers; return their output, and the last states of each."""
+        layer, ways = self.module, _ways(self.module)
         if hx is None:
-            h = c = steps.new_zeros(count, steps.shape[1], layer.hidden_size)
+            h = c = steps.new_zeros(layer.num_layers * len(ways), steps.shape[1], layer.hidden_size)
         else:
             h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
-        return list(zip(h.unbind(), c.unbind(), strict=True))
+        states = zip(h.unbind(), c.unbind(), strict=True)
+        ended: list[tuple[Tensor, Tensor]] = []
+        for index in range(layer.num_layers):
+            runs = [self._run(f"l{index}{way}", steps, *next(states), valid, reverse=bool(way)) for way in ways]
+            steps = torch.cat([output for output, _ in runs], -1)
+            ended += [state for _, state in runs]
+            if layer.dropout and index < layer.num_layers - 1:
+                steps = dropout(steps, layer.dropout, layer.training)
+        last = tuple(torch.stack(part) for part in zip(*ended, strict=True))
+        return steps, last if isinstance(layer, nn.LSTM) else last[0]
 
     def _run(
         self, name: str, steps: Tensor, h: Tensor, c: Tensor, valid: Tensor | None, *, reverse: bool
@@ -170,7 +153,8 @@ def _ways(layer: Any) -> list[str]:
     return ["", "_reverse"] if layer.bidirectional else [""]
 
 
-def _cell(layer: Any) -> Cell:
+def _cell(layer: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what makes the next h and c of a layer's products with the input and with h, its h and its c."""
     if isinstance(layer, nn.LSTM | nn.LSTMCell):
         return _lstm
     if isinstance(layer, nn.GRU | nn.GRUCell):
