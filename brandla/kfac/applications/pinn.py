@@ -206,8 +206,9 @@ def _terms(residuals: Tensor, points: Tensor, uses: list[Use], finite: Tensor) -
     derivatives = torch.autograd.grad(residuals.sum(), [use.output for use in uses])
     found = []
     for use, own in zip(uses, derivatives, strict=True):
-        parts = use.inputs.flatten(0, 1), own.flatten(0, 1), residuals.detach().repeat_interleave(own.shape[1])
-        found.append(Term(*(torch.where(finite, part, 0) for part in parts), len(points)))
+        of_points = residuals.detach().repeat_interleave(own.shape[1])
+        parts = [torch.where(finite, part, 0) for part in (use.inputs.flatten(0, 1), own.flatten(0, 1), of_points)]
+        found.append(Term(*parts, points=len(points)))
     return found
 
 

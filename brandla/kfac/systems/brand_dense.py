@@ -35,7 +35,8 @@ class DenseBrand(DenseForm, BrandForm):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         super().take(absorptions, step)
-        self.update(sketched(absorptions, "auto", step), [at(self.rank, step)] * len(absorptions), "eigh")
+        rank: int | Rank = at(self.rank, step)
+        self.update(sketched(absorptions, "auto", step), [rank] * len(absorptions), "eigh")
 
 
 @dataclass(frozen=True)

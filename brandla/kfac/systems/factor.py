@@ -152,7 +152,8 @@ def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: 
     def together(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
         own, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
         if operands[0] is None:
-            return own[0].strategy.damped_solve_of_each([factor.state for factor in own], right, shifts)
+            strategy: FactorForm = own[0].strategy
+            return strategy.damped_solve_of_each([factor.state for factor in own], right, shifts)
         return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in own])
 
     operands = [own.operand() for own in factors]

@@ -80,7 +80,9 @@ class TwoLevel(Strategy):
         of_first = _products(seen, first).sum(0)
         if self.space == "nicolaides":
             pairs = [(part, part.mT) if isinstance(part, Tensor) else part for part in gradients]
-            directions = [(torch.ones_like(left[..., :1]), torch.ones_like(right[..., :1])) for left, right in pairs]
+            directions: list[Gradient] = [
+                (torch.ones_like(left[..., :1]), torch.ones_like(right[..., :1])) for left, right in pairs
+            ]
         else:
             residuals = [
                 problem._replace(gradient=plus(part, -1.0, of_layer.combined(of_first, sizes(part)[1])))
