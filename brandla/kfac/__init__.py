@@ -18,7 +18,7 @@ from brandla.kfac.systems.foof import Foof
 from brandla.kfac.systems.inverse_free import InverseFree
 from brandla.kfac.systems.kbfgs import KBFGS
 from brandla.kfac.systems.randomized import Randomized
-from brandla.kfac.systems.rank import ErrorBound
+from brandla.kfac.systems.schedule import ErrorBound
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.systems.two_level import TwoLevel
 from brandla.kfac.systems.woodbury import Woodbury

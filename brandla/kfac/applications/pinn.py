@@ -92,10 +92,14 @@ class PINN:
         self._model, self._damping, self._decay, self._weights = model, damping, decay, weights
         modules = model.named_modules(remove_duplicate=False)
         self._linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-        of_sum = torch.float64 if inverse is None else None
-        self._shapes = [_shape(linear, of_sum) for linear in self._linears.values()]
+        self._shapes = [
+            Shape((), own.out_features, own.in_features + (own.bias is not None), own.weight.dtype, own.weight.device)
+            for own in self._linears.values()
+        ]
+        if inverse is None:
+            self._shapes = [shape._replace(dtype=torch.float64) for shape in self._shapes]
         self.curvatures: list[SumOfTwo | Kronecker] = [
-            SumOfTwo(own) if inverse is None else Kronecker.of(own, inverse) for own in self._shapes
+            SumOfTwo(shape) if inverse is None else Kronecker.of(shape, inverse) for shape in self._shapes
         ]
         self._system = str(inverse)
         self._steps, self._captured = 0, 0
@@ -135,16 +139,17 @@ class PINN:
             columns = propagated(self._model, seeded(interior), self._weights, uses[0])
             values = propagated(self._model, boundary[:, None], self._weights, uses[1])
             residuals = residual(columns_of(columns), interior), at_boundary(values[:, 0], boundary)
-        terms = [_terms(*parts) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
-        damping, finite = Damping(self._damping, "absolute"), torch.isfinite(_loss(*residuals))
-        now = Now(self._steps, self._steps * 65_537, self._decay, damping, finite)
-        linears = self._linears.values()
-        for linear, curvature, of_layer in zip(linears, self.curvatures, zip(*terms, strict=True), strict=True):
-            inside, outside = (term.masked(finite) for term in of_layer)
+        finite = torch.isfinite(_loss(*residuals))
+        terms = [_terms(*parts, finite) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
+        now = Now(self._steps, self._steps * 65_537, self._decay, Damping(self._damping, "absolute"), finite)
+        for linear, curvature, inside, outside in zip(self._linears.values(), self.curvatures, *terms, strict=True):
             curvature.absorb(_both(inside, outside) if isinstance(curvature, Kronecker) else inside.rows(), now)
             if isinstance(curvature, SumOfTwo):
                 curvature.absorb_boundary(outside.rows(), now)
-            _write(linear, dense(curvature.solve(inside.gradient() + outside.gradient(), now)))
+            step = dense(curvature.solve(inside.gradient() + outside.gradient(), now)).to(linear.weight.dtype)
+            linear.weight.grad = step[:, : linear.in_features].clone()
+            if linear.bias is not None:
+                linear.bias.grad = step[:, -1].clone()
         self._steps += 1
         self._skipped = ~finite + self._skipped
         self._captured = sum(part.nbytes for term in chain(*terms) for part in term[:2])
@@ -156,8 +161,8 @@ class PINN:
         Waits for the device. A layer of the sum has one row per side, with the memory of both matrices.
         """
         system = "SumOfTwo" if self._system == "None" else self._system
-        parts = zip(self._linears, [system] * len(self._shapes), self._shapes, self.curvatures, strict=True)
-        rows = [row for own in parts for row in rows_of(*own)]
+        parts = zip(self._linears, self._shapes, self.curvatures, strict=True)
+        rows = [row for name, shape, own in parts for row in rows_of(name, system, shape, own)]
         return Report(rows, {}, int(self._skipped), self._captured)
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,11 +188,6 @@ class Term(NamedTuple):
     residuals: Tensor
     points: int
 
-    def masked(self, finite: Tensor) -> Term:
-        """Return the term, or zeros."""
-        inputs, derivatives, residuals = (torch.where(finite, part, 0) for part in self[:3])
-        return Term(inputs, derivatives, residuals, self.points)
-
     def gradient(self) -> Tensor:
         """Return the gradient of ½ mean r²."""
         return (self.derivatives * self.residuals[:, None]).mT @ self.inputs / self.points
@@ -198,15 +198,17 @@ class Term(NamedTuple):
         return Rows(self.inputs, self.derivatives / (uses * self.points) ** 0.5, uses)
 
 
-def _terms(residuals: Tensor, points: Tensor, uses: list[Use]) -> list[Term]:
+def _terms(residuals: Tensor, points: Tensor, uses: list[Use], finite: Tensor) -> list[Term]:
+    """Return the term of each layer, or zeros."""
     if residuals.shape != points.shape[:1]:
         rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
         _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")
     derivatives = torch.autograd.grad(residuals.sum(), [use.output for use in uses])
     found = []
     for use, own in zip(uses, derivatives, strict=True):
-        by_column = residuals.detach().repeat_interleave(own.shape[1])
-        found.append(Term(use.inputs.flatten(0, 1), own.flatten(0, 1), by_column, len(points)))
+        of_points = residuals.detach().repeat_interleave(own.shape[1])
+        parts = [torch.where(finite, part, 0) for part in (use.inputs.flatten(0, 1), own.flatten(0, 1), of_points)]
+        found.append(Term(*parts, points=len(points)))
     return found
 
 
@@ -215,18 +217,6 @@ def _both(inside: Term, outside: Term) -> Rows:
     inputs = [term.inputs / (2 * len(term.inputs)) ** 0.5 for term in (inside, outside)]
     derivatives = [term.derivatives / term.points**0.5 for term in (inside, outside)]
     return Rows(torch.cat(inputs), torch.cat(derivatives), 1)
-
-
-def _shape(linear: nn.Linear, dtype: torch.dtype | None) -> Shape:
-    weight, d_in = linear.weight, linear.in_features + (linear.bias is not None)
-    return Shape((), linear.out_features, d_in, dtype or weight.dtype, weight.device)
-
-
-def _write(linear: nn.Linear, step: Tensor) -> None:
-    step = step.to(linear.weight.dtype)
-    linear.weight.grad = step[:, : linear.in_features].clone()
-    if linear.bias is not None:
-        linear.bias.grad = step[:, -1].clone()
 
 
 def _loss(inside: Tensor, outside: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,65 +11,82 @@ from torch import Tensor
 
 from brandla import _check, grouped
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import Absorption, State, due, stored
+from brandla.kfac.systems.form import Absorption, FactorForm, State, due
 from brandla.kfac.systems.kronecker import FactorStrategy
-from brandla.kfac.systems.rank import ErrorBound, check_rank, first_rank, fitting
-from brandla.kfac.systems.schedule import Schedule, at
+from brandla.kfac.systems.schedule import ErrorBound, Schedule, at
 from brandla.kfac.values import Damping, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked, stacked
 from brandla.root import Compress
 from brandla_kernels import reads_are_free, signs
 from brandla_kernels import sketch as matrix_sketch
 
-LowRank = LowRankEigh | LowRankRoot
 Sketch = int | Literal["auto"] | None
 
 
-def kept(state: State) -> LowRank:
-    """Read a root, or a decomposition."""
-    return LowRankRoot(state["root"], state["gram"]) if "root" in state else stored(state)
+@dataclass(frozen=True)
+class BrandForm(FactorStrategy):
+    """A low-rank form that Brand's update keeps fresh."""
 
+    rank: Schedule[Any]
 
-def update(absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress = "eigh") -> None:
-    """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.first_rank()
 
-    M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a total.
-    """
-    states = [absorption.state for absorption in absorptions]
-    columns = [absorption.columns for absorption in absorptions]
-    tall = "root" if "root" in states[0] else "eigenvectors"
-    decays, weights = _of_averages(absorptions)
-    options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
-    for rank, state, new in zip(ranks, states, columns, strict=True):
-        n, r = state[tall].shape[-2:]
-        options["rank"].append(fitting(rank, min(n, r + new.shape[-1])))
-    # With the error bound and the trace where they are kept.
-    factors: list[Any] = [
-        Tracked(kept(state), state["error_bound"], state["trace"]) if "error_bound" in state else kept(state)
-        for state in states
-    ]
-    if tall == "root":
-        updated = grouped.root_update(factors, columns, **options, compress=compress)
-    else:
-        updated = grouped.eigh_update(factors, columns, **options)
-    for state, factor in zip(states, updated, strict=True):
-        if isinstance(factor, Tracked):
-            state["error_bound"], state["trace"] = factor.error_bound, factor.trace
-        state.update((factor.lowrank if isinstance(factor, Tracked) else factor)._asdict())
+    def first_rank(self) -> int:
+        """Return the number of columns that a factor begins with, or raise where that is none."""
+        first = at(self.rank, 0)
+        return first.max if isinstance(first, Rank) else _check.count(type(self).__name__, "rank", first, 1)
+
+    def update(self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress) -> None:
+        """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
+
+        M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a
+        total.
+        """
+        states, columns = [own.state for own in absorptions], [own.columns for own in absorptions]
+        tall = "root" if "root" in states[0] else "eigenvectors"
+        decays, weights = _of_averages(absorptions)
+        options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
+        for rank, state, new in zip(ranks, states, columns, strict=True):
+            n, r = state[tall].shape[-2:]
+            most = min(n, r + new.shape[-1])
+            fitting = replace(rank, max=min(rank.max, most)) if isinstance(rank, Rank) else min(rank, most)
+            options["rank"].append(fitting)
+        # With the error bound and the trace where they are kept.
+        factors: list[Any] = [
+            Tracked(lowrank, state["error_bound"], state["trace"]) if "error_bound" in state else lowrank
+            for state, lowrank in zip(states, map(self.lowrank, states), strict=True)
+        ]
+        if tall == "root":
+            updated = grouped.root_update(factors, columns, **options, compress=compress)
+        else:
+            updated = grouped.eigh_update(factors, columns, **options)
+        for state, factor in zip(states, updated, strict=True):
+            lowrank = factor
+            if isinstance(factor, Tracked):
+                lowrank, state["error_bound"], state["trace"] = factor
+            state.update(lowrank._asdict())
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        """Give factors whose root and Gram matrix are no smaller than n × n to Exact, at every step."""
+        rank = self.first_rank()
+        if n * rank + rank**2 < n**2:
+            return None
+        reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
+        return Exact(inverse_every=1, tail=self.tail), reason
 
 
 def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
     """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
     keys = [(id(own.state["total"]), own.weight) for own in absorptions]
-    distinct = dict(zip(keys, absorptions, strict=True))
-    decays, shares = {}, {}
-    for (known, _), own in distinct.items():
-        if known not in shares:
-            total = own.state["total"]
-            decays[known], shares[known] = own.decayed / total, own.finite / total
-    products = torch._foreach_mul([shares[known] for known, _ in distinct], [weight for _, weight in distinct])
-    weights = dict(zip(distinct, products, strict=True))
-    return [decays[known] for known, _ in keys], [weights[key] for key in keys]
+    distinct = {total: own for (total, _), own in zip(keys, absorptions, strict=True)}
+    decays = {total: own.decayed / own.state["total"] for total, own in distinct.items()}
+    shares = {total: own.finite / own.state["total"] for total, own in distinct.items()}
+    pairs = dict.fromkeys(keys)
+    products = torch._foreach_mul([shares[total] for total, _ in pairs], [weight for _, weight in pairs])
+    weights = dict(zip(pairs, products, strict=True))
+    return [decays[total] for total, _ in keys], [weights[key] for key in keys]
 
 
 def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
@@ -109,7 +126,7 @@ def sketch_width(rank: int, k: int) -> int:
 
 
 @dataclass(frozen=True)
-class Brand(FactorStrategy):
+class Brand(BrandForm):
     """B-KFAC: a low-rank form only. O(n r) memory, and time linear in n at every update.
 
     Parameters
@@ -150,27 +167,27 @@ class Brand(FactorStrategy):
         super().__post_init__()
         if self.sketch is not None and self.sketch != "auto":
             _check.count("Brand", "sketch", self.sketch, 1)
-        if not isinstance(self.rank, ErrorBound):
-            check_rank(self, self.rank)
         _check.choice("Brand", "form", self.form, ("root", "eigh"))
         _check.choice("Brand", "compress", self.compress, ("eigh", "cholesky"))
         if self.form == "eigh" and self.compress != "eigh":
             _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
 
+    def first_rank(self) -> int:
+        return self.rank.least if isinstance(self.rank, ErrorBound) else super().first_rank()
+
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        rank = self._first_rank
         state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
         if isinstance(self.rank, ErrorBound):
-            state["rank"] = rank
+            state["rank"] = self.rank.least
         kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
-        return state | kind.zeros(n, rank, batch_shape=groups, dtype=dtype, device=device)._asdict()
+        return state | kind.zeros(n, self.first_rank(), batch_shape=groups, dtype=dtype, device=device)._asdict()
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         if isinstance(self.rank, ErrorBound):
             ranks = [absorption.state["rank"] for absorption in absorptions]
         else:
             ranks = [at(self.rank, step)] * len(absorptions)
-        update(sketched(absorptions, self.sketch, step), ranks, self.compress)
+        self.update(sketched(absorptions, self.sketch, step), ranks, self.compress)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Read the error bound when it is due, where the rank follows it."""
@@ -178,11 +195,7 @@ class Brand(FactorStrategy):
             largest = self.largest(state)
             # A factor that is still zero has no error.
             errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
-            error = errors.amax().item()
-            state["rank"] = self.rank.next(state["rank"], error)
-
-    def lowrank(self, state: State) -> LowRank:
-        return kept(state)
+            state["rank"] = self.rank.next(state["rank"], errors.amax().item())
 
     def largest(self, state: State) -> Tensor:
         return self.largest_of_each([state])[0]
@@ -194,7 +207,7 @@ class Brand(FactorStrategy):
         the streams of the tests it was 0 to 3 per cent less in the mean, and 14 in one batch of a flat spectrum.
         """
         if self.form == "eigh":
-            return [stored(state).largest_eigenvalue() for state in states]
+            return [state["eigenvalues"][..., 0] for state in states]
         grams = [state["gram"] for state in states]
         if self.compress == "eigh":
             return [gram[..., 0, 0] for gram in grams]
@@ -203,18 +216,3 @@ class Brand(FactorStrategy):
     def error_bound(self, state: State) -> Tensor:
         bound: Tensor = state["error_bound"]
         return bound
-
-    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
-        return substitute_for_brand(self, n, self._first_rank)
-
-    @property
-    def _first_rank(self) -> int:
-        return self.rank.least if isinstance(self.rank, ErrorBound) else first_rank(self.rank)
-
-
-def substitute_for_brand(strategy: FactorStrategy, n: int, rank: int) -> tuple[FactorStrategy, str] | None:
-    """Return Exact at every step for a Brand strategy whose root and Gram matrix are no smaller than n × n."""
-    if n * rank + rank**2 < n**2:
-        return None
-    reason = f"rank {rank} takes no less memory than the matrix of order n = {n}"
-    return Exact(inverse_every=1, tail=strategy.tail), reason

@@ -12,42 +12,31 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.correction import ritz_correct
-from brandla.kfac.systems.brand import LowRank, kept, sketched, substitute_for_brand, update
-from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State, due, stored
-from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.brand import BrandForm, sketched
+from brandla.kfac.systems.form import Absorption, DenseForm, State, due
 from brandla.kfac.systems.randomized import Randomized
-from brandla.kfac.systems.rank import check_rank, first_rank, rank_at
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
 
 
 @dataclass(frozen=True)
-class DenseBrand(DenseForm, FactorStrategy):
+class DenseBrand(DenseForm, BrandForm):
     """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
 
     kind: ClassVar[type[LowRankRoot | LowRankEigh]]
 
     rank: Schedule[int | Rank]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self, self.rank)
-
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
-        zeros = self.kind.zeros(n, first_rank(self.rank), batch_shape=groups, dtype=dtype, device=device)
+        zeros = self.kind.zeros(n, self.first_rank(), batch_shape=groups, dtype=dtype, device=device)
         return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         super().take(absorptions, step)
-        update(sketched(absorptions, "auto", step), [rank_at(self.rank, step)] * len(absorptions))
-
-    def lowrank(self, state: State) -> LowRank:
-        return kept(state)
-
-    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        return substitute_for_brand(self, n, first_rank(self.rank))
+        rank: int | Rank = at(self.rank, step)
+        self.update(sketched(absorptions, "auto", step), [rank] * len(absorptions), "eigh")
 
 
 @dataclass(frozen=True)
@@ -87,10 +76,11 @@ class BrandCorrected(DenseBrand):
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         if due(state, step, self.correct_every):
-            eigh, average = stored(state), self.average(state)
-            generator = torch.Generator(average.device).manual_seed(seed)
-            shuffled = torch.randperm(eigh.rank, generator=generator, device=average.device)
-            state.update(ritz_correct(eigh, average, shuffled[: math.ceil(self.fraction * eigh.rank)])._asdict())
+            eigh = LowRankEigh(state["eigenvalues"], state["eigenvectors"])
+            generator = torch.Generator(eigh.device).manual_seed(seed)
+            shuffled = torch.randperm(eigh.rank, generator=generator, device=eigh.device)
+            chosen = shuffled[: math.ceil(self.fraction * eigh.rank)]
+            state.update(ritz_correct(eigh, self.average(state), chosen)._asdict())
         self.keep_trace(state)
 
 
@@ -132,7 +122,7 @@ class BrandRandomized(DenseBrand):
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         if due(state, step, self.overwrite_every):
-            rank = kept(state).rank
+            rank = state["root"].shape[-1]
             randomized = Randomized(rank, oversample=self.oversample, power_iterations=self.power_iterations)
             values, vectors = randomized.decompose(state["dense"], rank, seed)
             state.update(LowRankRoot.from_eigh(LowRankEigh(values / state["total"], vectors))._asdict())

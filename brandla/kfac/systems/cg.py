@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
@@ -61,52 +62,56 @@ class ConjugateGradient(Strategy):
         return RowsOfBatches(shape, self)
 
 
-class Side(NamedTuple):
-    """Rows x of a factor M = Σ w x xᵀ / Σ w, the latest first: (*groups, k, n) and their weights w (k,)."""
-
-    rows: Tensor
-    weights: Tensor
-
-    def taken(self, rows: Tensor, now: Now, most: int) -> Side:
-        """Return the side with new rows in front, all others decayed and no more than ``most``, if finite."""
-        share = (1 - now.decay) / max(rows.shape[-2], 1)
-        weights = torch.cat([self.weights.new_full(rows.shape[-2:-1], share), now.decay * self.weights])
-        joined = torch.cat([rows, self.rows], dim=-2)[..., :most, :]
-        # Room for as many rows as the new side has: the choice is made on the device.
-        missing = joined.shape[-2] - self.rows.shape[-2]
-        kept = torch.nn.functional.pad(self.rows, (0, 0, 0, missing))
-        kept_weights = torch.nn.functional.pad(self.weights, (0, missing))
-        return Side(torch.where(now.finite, joined, kept), torch.where(now.finite, weights[:most], kept_weights))
-
-    def root(self) -> Tensor:
-        """Return R (*groups, k, n) with M = Rᵀ R."""
-        total = self.weights.sum()
-        return self.rows * (self.weights / torch.where(total > 0, total, 1)).sqrt()[:, None]
-
-
 @dataclass
 class RowsOfBatches(StateCurvature):
-    """The rows of the latest batches of one layer, and its last step where that is a start for the next."""
+    """The rows of the latest batches of one layer, and its last step where that is a start for the next.
+
+    A factor is M = Σ w x xᵀ / Σ w over its rows x, the latest first: (*groups, k, n) and their weights w (k,).
+    """
 
     strategy: ConjugateGradient
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Keep the rows, a and g, the gradients of single terms of the loss."""
+        """Keep the rows, a and g, the gradients of single terms of the loss: the new ones in front, if finite."""
         count = rows.gradients.shape[-2]
         scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": rows.inputs}
-        for name, own in scaled.items():
-            known = f"{name} rows" in self.state
-            side = self._side(name) if known else Side(own[..., :0, :], own.new_zeros(0))
-            most = max(self.strategy.batches * own.shape[-2], side.rows.shape[-2])
-            self.state[f"{name} rows"], self.state[f"{name} weights"] = side.taken(own, now, most)
+        for side, new in scaled.items():
+            known = self.state.get(f"{side} rows", new[..., :0, :])
+            weights = self.state.get(f"{side} weights", new.new_empty(0))
+            most = max(self.strategy.batches * new.shape[-2], known.shape[-2])
+            share = (1 - now.decay) / max(new.shape[-2], 1)
+            joined = torch.cat([new, known], dim=-2)[..., :most, :]
+            joined_weights = torch.cat([weights.new_full(new.shape[-2:-1], share), now.decay * weights])[:most]
+            # Room for as many rows as there are then: the choice is made on the device.
+            missing = joined.shape[-2] - known.shape[-2]
+            self.state[f"{side} rows"] = torch.where(now.finite, joined, pad(known, (0, 0, 0, missing)))
+            self.state[f"{side} weights"] = torch.where(now.finite, joined_weights, pad(weights, (0, missing)))
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return the iterate of conjugate gradients, each group by itself; no read-back."""
         matrix = dense(gradient)
-        left, right = self._side("output").root(), self._side("input").root()
-        shift = now.damping.of(_largest(left) * _largest(right))
-        operator = _Operator(left, right, shift[..., None, None])
+        left, right = self._root("output"), self._root("input")
+        shift = now.damping.of(_largest(left) * _largest(right))[..., None, None]
+
+        def times(part: Tensor) -> Tensor:
+            """Return G X A + λ X."""
+            return left.mT @ (left @ part @ right.mT) @ right + shift * part
+
         start = self.state["last"] if "last" in self.state else torch.zeros_like(matrix)
-        step = conjugate_gradient(operator, matrix, start, self.strategy.iterations)
+        # Of order 1, so that the squares of residuals are: those of their images are fourth powers more.
+        scale = matrix.abs().amax((-2, -1), keepdim=True)
+        scale = torch.where(scale > 0, scale, 1)
+        iterate = start / scale
+        residual = matrix / scale - times(iterate)
+        direction, squared = residual, _inner(residual, residual)
+        for _ in range(self.strategy.iterations):
+            image = times(direction)
+            length = _ratio(squared, _inner(direction, image))
+            iterate = iterate + length * direction
+            residual = residual - length * image
+            before, squared = squared, _inner(residual, residual)
+            direction = residual + _ratio(squared, before) * direction
+        step = iterate * scale
         if self.strategy.warm_start:
             self.state["last"] = torch.where(now.finite, step, start)
         return step
@@ -116,20 +121,12 @@ class RowsOfBatches(StateCurvature):
         sides = {"output": d_out, "input": d_in}
         return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}
 
-    def _side(self, name: str) -> Side:
-        return Side(self.state[f"{name} rows"], self.state[f"{name} weights"])
-
-
-class _Operator(NamedTuple):
-    """X ↦ G X A + λ X with G = RᵀR and A = QᵀQ."""
-
-    left: Tensor
-    right: Tensor
-    shift: Tensor
-
-    def __matmul__(self, matrix: Tensor) -> Tensor:
-        inner = self.left @ matrix @ self.right.mT
-        return self.left.mT @ inner @ self.right + self.shift * matrix
+    def _root(self, side: str) -> Tensor:
+        """Return R (*groups, k, n) with M = Rᵀ R."""
+        weights = self.state[f"{side} weights"]
+        total = weights.sum()
+        root: Tensor = self.state[f"{side} rows"] * (weights / torch.where(total > 0, total, 1)).sqrt()[:, None]
+        return root
 
 
 def _largest(root: Tensor) -> Tensor:
@@ -147,26 +144,8 @@ def _largest(root: Tensor) -> Tensor:
     return norm
 
 
-def conjugate_gradient(operator: _Operator, target: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """Return the iterate of conjugate gradients for ``operator @ X = target``, each group by itself; no read-back."""
-    # Of order 1, so that the squares of residuals are: those of their images are fourth powers more.
-    scale = target.abs().amax((-2, -1), keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
-    iterate = start / scale
-    residual = target / scale - operator @ iterate
-    direction, squared = residual, _squared(residual)
-    for _ in range(iterations):
-        image = operator @ direction
-        length = _ratio(squared, (direction * image).sum((-2, -1), keepdim=True))
-        iterate = iterate + length * direction
-        residual = residual - length * image
-        before, squared = squared, _squared(residual)
-        direction = residual + _ratio(squared, before) * direction
-    return iterate * scale
-
-
-def _squared(part: Tensor) -> Tensor:
-    return part.square().sum((-2, -1), keepdim=True)
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum((-2, -1), keepdim=True)
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:

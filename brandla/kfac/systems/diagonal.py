@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,7 @@ class _Whole(FactorForm):
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Nothing falls due."""
 
-    def lowrank(self, state: State) -> None:
-        """None: it has a solve of its own."""
-
     def error_bound(self, state: State) -> Tensor:
-        """0: nothing is left out."""
         return torch.zeros_like(state["total"])
 
 
@@ -95,6 +91,7 @@ class Blocks(_Whole, DenseForm):
 def _averages(states: Sequence[State]) -> Tensor:
     """Return M = S / total of each state, in one tensor."""
     sums = stacked([state["dense"] for state in states])
-    totals: Any = stack_numbers([state["total"] for state in states], sums)
+    totals = stack_numbers([state["total"] for state in states], sums)
+    assert isinstance(totals, Tensor)
     averages: Tensor = sums / totals.view(-1, *[1] * (sums.ndim - 1))
     return averages

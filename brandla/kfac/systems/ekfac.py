@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import stored
+from brandla.kfac.systems.form import State, restored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
@@ -38,11 +38,11 @@ class Eigenbasis(Exact):
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Decompose M + ε M_max I, M_max the largest entry: the same to rounding, and no direction is empty."""
         largest = average.diagonal(dim1=-2, dim2=-1).amax(-1)
-        shift = torch.where(largest > 0, torch.finfo(average.dtype).eps * largest, 1)
+        shift = torch.where(largest > 0, torch.finfo(average.dtype).eps * largest, 1)[..., None]
         shifted = average.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
         values, vectors = super().decompose(shifted)
-        return LowRankEigh((values - shift[..., None]).clamp_min(0), vectors)
+        return LowRankEigh((values - shift).clamp_min(0), vectors)
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,23 @@ class EigenvalueCorrected(Curvature):
         return self.bases.started
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        known = self._eigenvectors() if self.started else None
+        """Take in the rows; S becomes the diagonal, in new eigenvectors, of the curvature that it stood for."""
+        known = self._vectors()
         self.bases.absorb(rows, now)
-        output, input_ = self._eigenvectors()
-        if known is not None:
-            self._carry(known, (output, input_))
-        self.sums.mul_(now.decay).add_(_second_moments(Samples.of(rows), output, input_), alpha=1 - now.decay)
+        vectors = self._vectors()
+        if any(vectors[side] is not known[side] for side in known):
+            turned = {side: (vectors[side].mT @ known[side]).square() for side in known}
+            self.sums = turned["output"] @ self.sums @ turned["input"].mT
+        moments = _second_moments(Samples.of(rows), vectors["output"], vectors["input"])
+        self.sums.mul_(now.decay).add_(moments, alpha=1 - now.decay)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Divide by the second moments and damping, in the eigenbasis."""
-        output, input_ = self._sides()
-        (d_out, left), (d_in, right) = stored(output.state), stored(input_.state)
-        by_output, by_input = output.shift(now.damping), input_.shift(now.damping)
+        input_, output = (own for _, own in self.bases.sides)
+        (d_in, right), (d_out, left) = (
+            (own.state["eigenvalues"], own.state["eigenvectors"]) for own in (input_, output)
+        )
+        by_output, by_input = (now.damping.of(own.largest()) for own in (output, input_))
         divisor = self.sums / input_.state["total"]
         divisor = divisor + by_output[..., None, None] * d_in[..., None, :]
         divisor += (by_input[..., None] * (d_out + by_output[..., None]))[..., :, None]
@@ -121,33 +126,15 @@ class EigenvalueCorrected(Curvature):
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         return self.bases.factors()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"bases": self.bases.state_dict(), "sums": self.sums.clone()}
+    def parts(self) -> State:
+        return {"bases": self.bases.parts(), "sums": self.sums}
 
     def loaded(self, state: dict[str, Any], where: str) -> EigenvalueCorrected:
-        wanted, got = tuple(self.sums.shape), tuple(state["sums"].shape)
-        if got != wanted:
-            _check.fail_value("KFAC.load_state_dict", f"{where}: sums must have shape {wanted}; got {got}")
-        sums = state["sums"].to(device=self.sums.device, dtype=self.sums.dtype, copy=True)
+        sums = restored(state["sums"], self.sums, f"{where}: sums")
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.bases.tensors()
-        yield self.sums
-
-    def _sides(self) -> tuple[Factor, Factor]:
-        return cast(Factor, self.bases.output), cast(Factor, self.bases.input)
-
-    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
-        output, input_ = self._sides()
-        return stored(output.state).eigenvectors, stored(input_.state).eigenvectors
-
-    def _carry(self, known: tuple[Tensor, Tensor], renewed: tuple[Tensor, Tensor]) -> None:
-        """Replace S by the diagonal, in new eigenvectors, of the curvature that it stood for."""
-        if all(old is new for old, new in zip(known, renewed, strict=True)):
-            return
-        left, right = ((new.mT @ old).square() for old, new in zip(known, renewed, strict=True))
-        self.sums = left @ self.sums @ right.mT
+    def _vectors(self) -> dict[Side, Tensor]:
+        return {side: own.state["eigenvectors"] for side, own in self.bases.sides if own.state}
 
 
 def _second_moments(samples: Samples, output: Tensor, input_: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._small import safe_eigh
-from brandla.kfac.systems.form import DenseForm, State, due, due_early, stored
+from brandla.kfac.systems.form import DenseForm, State, due, due_early
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -58,32 +58,34 @@ class Exact(DenseForm, FactorStrategy):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":
-            state.update(LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device)._asdict())
-        else:
-            state["largest"] = torch.zeros(groups, dtype=dtype, device=device)
-            state["shift"] = torch.ones(groups, dtype=dtype, device=device)
-            state["cholesky"] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
+            return state | LowRankEigh.zeros(n, n, batch_shape=groups, dtype=dtype, device=device)._asdict()
+        state["largest"] = torch.zeros(groups, dtype=dtype, device=device)
+        state["shift"] = torch.ones(groups, dtype=dtype, device=device)
+        state["cholesky"] = torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone()
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         if not (due_early if self.early else due)(state, step, self.inverse_every):
             return
+        average = self.average(state)
         if self.method == "eigh":
-            state.update(self.decompose(self.average(state))._asdict())
+            state.update(self.decompose(average)._asdict())
             self.keep_trace(state)
-        else:
-            _factorize(state, self.average(state), damping)
+            return
+        shift, largest = damping.of_matrix(average)
+        average.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        factor, info = torch.linalg.cholesky_ex(average)
+        done = info == 0
+        renewed = {"cholesky": (factor, done[..., None, None]), "shift": (shift, done), "largest": (largest, done)}
+        # What is there stays where M + λI is not positive definite.
+        state |= {name: torch.where(where, new, state[name]) for name, (new, where) in renewed.items()}
 
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Return all eigenpairs of M."""
         return LowRankEigh(*safe_eigh(average))
 
-    def lowrank(self, state: State) -> LowRankEigh | None:
-        return stored(state) if self.method == "eigh" else None
-
     def largest(self, state: State) -> Tensor:
-        """Return the largest eigenvalue at the last renewal."""
-        largest: Tensor = stored(state).largest_eigenvalue() if self.method == "eigh" else state["largest"]
+        largest: Tensor = super().largest(state) if self.method == "eigh" else state["largest"]
         return largest
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
@@ -92,23 +94,9 @@ class Exact(DenseForm, FactorStrategy):
             return super().damped_solve(state, block, shift)
         return torch.cholesky_solve(block, state["cholesky"])
 
-    def error_bound(self, state: State) -> Tensor:
-        """Distance from the dense average as it is now: rounding at a renewal, staleness after it."""
+    def approximation(self, state: State) -> Tensor:
         if self.method == "eigh":
-            return super().error_bound(state)
-        factor, shift = state["cholesky"], state["shift"]
-        approximation = factor @ factor.mT
-        approximation.diagonal(dim1=-2, dim2=-1).sub_(shift[..., None])
-        return self.distance(state, approximation)
-
-
-def _factorize(state: State, average: Tensor, damping: Damping) -> None:
-    """Write L with L Lᵀ = M + λI, λ and d₁, or leave what is there where M + λI is not positive definite."""
-    shift, largest = damping.of_matrix(average)
-    shifted = average.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    done = info == 0
-    state["cholesky"] = torch.where(done[..., None, None], factor, state["cholesky"])
-    state["shift"] = torch.where(done, shift, state["shift"])
-    state["largest"] = torch.where(done, largest, state["largest"])
+            return super().approximation(state)
+        approximation: Tensor = state["cholesky"] @ state["cholesky"].mT
+        approximation.diagonal(dim1=-2, dim2=-1).sub_(state["shift"][..., None])
+        return approximation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,9 +17,54 @@ from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
 from brandla_kernels import gram_ema_
 
-# Tensors and integers by their names.
+# Tensors, numbers and strings by their names, and mappings of them.
 State = dict[str, Any]
 _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
+
+
+def copied(part: Any) -> Any:
+    """Return a state, or a part of it, with copies of its tensors."""
+    if isinstance(part, Mapping):
+        return {name: copied(own) for name, own in part.items()}
+    return part.clone() if isinstance(part, Tensor) else part
+
+
+def tensors_of(part: Any) -> list[Tensor]:
+    """Return the tensors of a state, or of a part of it."""
+    if isinstance(part, Mapping):
+        return [tensor for own in part.values() for tensor in tensors_of(own)]
+    return [part] if isinstance(part, Tensor) else []
+
+
+def check_shape(
+    saved: Tensor, wanted: Sequence[int], what: str, *, free: int = 0, function: str = "KFAC.load_state_dict"
+) -> None:
+    """Check the shape of a saved tensor, but for its last ``free`` dimensions."""
+    fixed = len(wanted) - free
+    if saved.ndim != len(wanted) or tuple(saved.shape[:fixed]) != tuple(wanted[:fixed]):
+        _check.fail_value(function, f"{what} must have shape {tuple(wanted)}; got {tuple(saved.shape)}")
+
+
+def restored(saved: Tensor, like: Tensor, what: str, *, free: int = 0) -> Tensor:
+    """Return a copy of a saved tensor in the place of one of its shape, but for the last ``free`` dimensions."""
+    check_shape(saved, like.shape, what, free=free)
+    return saved.to(like, copy=True)
+
+
+def due(state: State, step: int, every: Schedule[int]) -> bool:
+    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
+    last = state.get("renewed")
+    if isinstance(last, int) and step - last < at(every, step):
+        return False
+    state["renewed"] = step
+    return True
+
+
+def due_early(state: State, step: int, every: Schedule[int]) -> bool:
+    """As `due`, but after 1, 2, 4, ... steps at first: the first data may be 0, as below a head that begins at 0."""
+    begun = state.setdefault("begun", step)
+    last = state.get("renewed", begun)
+    return due(state, step, min(at(every, step), last - begun + 1))
 
 
 class Absorption(NamedTuple):
@@ -59,8 +104,7 @@ class FactorForm(ABC):
         if tail not in ("mean", "smallest") and not (isinstance(tail, (int, float)) and tail >= 0):
             _check.fail_value(type(self).__name__, f"tail must be a number >= 0, 'mean' or 'smallest'; got {tail!r}")
 
-    def __str__(self) -> str:
-        return spelled(self)
+    __str__ = spelled
 
     @abstractmethod
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
@@ -74,9 +118,11 @@ class FactorForm(ABC):
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
 
-    @abstractmethod
     def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
-        """Return M in a low-rank form; None where the form has a solve of its own."""
+        """Return M in the low-rank form that the state has; None where it has none: the form has a solve of its own."""
+        if "root" in state:
+            return LowRankRoot(state["root"], state["gram"])
+        return LowRankEigh(state["eigenvalues"], state["eigenvectors"]) if "eigenvalues" in state else None
 
     def operand(self, state: State) -> LowRank | None:
         """Return M for the damped functions: its low-rank form, with its trace where the tail needs that."""
@@ -134,49 +180,23 @@ class DenseForm(FactorForm):
         for state, columns, decay, weight, *_ in absorptions:
             gram_ema_(state["dense"], columns, decay, weight)
 
-    def error_bound(self, state: State) -> Tensor:
-        """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
-        lowrank = self.lowrank(state)
-        assert lowrank is not None, _OWN_SOLVE
-        return self.distance(state, lowrank.dense())
-
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
         average: Tensor = state["dense"] / state["total"]
         return average
 
-    def distance(self, state: State, approximation: Tensor) -> Tensor:
-        """Return ‖M − M̂‖_F for a dense M̂."""
-        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - approximation)
+    def approximation(self, state: State) -> Tensor:
+        """Return M̂ as a dense matrix."""
+        lowrank = self.lowrank(state)
+        assert lowrank is not None, _OWN_SOLVE
+        return lowrank.dense()
+
+    def error_bound(self, state: State) -> Tensor:
+        """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
+        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - self.approximation(state))
         return norm
 
     def keep_trace(self, state: State) -> None:
         """Keep the trace of M, where the tail comes from it."""
         if self.tail == "mean":
             state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
-
-
-def copied(state: State) -> State:
-    """Return the state with copies of its tensors."""
-    return {name: part.clone() if isinstance(part, Tensor) else part for name, part in state.items()}
-
-
-def stored(state: State) -> LowRankEigh:
-    """Read a decomposition as it was stored."""
-    return LowRankEigh(state["eigenvalues"], state["eigenvectors"])
-
-
-def due(state: State, step: int, every: Schedule[int]) -> bool:
-    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
-    last = state.get("renewed")
-    if isinstance(last, int) and step - last < at(every, step):
-        return False
-    state["renewed"] = step
-    return True
-
-
-def due_early(state: State, step: int, every: Schedule[int]) -> bool:
-    """As `due`, but after 1, 2, 4, ... steps at first: the first data may be 0, as below a head that begins at 0."""
-    begun = state.setdefault("begun", step)
-    last = state.get("renewed", begun)
-    return due(state, step, min(at(every, step), last - begun + 1))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.kfac.systems.inverse_root import Batch, CountBatch, InverseRoot, Move, RowBatch
+from brandla.kfac.systems.form import State, restored, tensors_of
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, Kept, Strategy
-from brandla.kfac.systems.structures import STRUCTURES, Diagonal, Structure
-from brandla.kfac.values import Gradient, Now, Rows, Shape
+from brandla.kfac.systems.structures import STRUCTURES, Diagonal, Member, Structure
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class InverseFree(Strategy):
     estimates d₁ from below, along the stream, whose average has the ``decay`` of `KFAC`.
 
     K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero, so a factor's scale
-    plays no part. (In SINGD this determines the product of the two, and only the product matters.) β is cut if ‖β m‖_F
-    > 1: beyond this, I − β m no longer approximates exp(−β m).
+    plays no part, and β is cut if ‖β m‖_F > 1 (``docs/inverse_free.md``).
 
     References
     ----------
@@ -84,19 +84,19 @@ class InverseFree(Strategy):
             _check.fail_value("InverseFree", f"rate must be finite and > 0; got {self.rate}")
         if not 0 <= self.momentum < 1:
             _check.fail_value("InverseFree", f"momentum must be in [0, 1); got {self.momentum}")
-        self.period(0)
-
-    def period(self, step: int) -> int:
-        """Return the steps between updates, as of this step."""
-        every = at(self.preconditioner_every, step)
-        return _check.count("InverseFree", "preconditioner_every", every, 1)
+        _check.count("InverseFree", "preconditioner_every", at(self.preconditioner_every, 0), 1)
 
     def curvature(self, shape: Shape) -> InverseFreeCurvature:
         chosen = STRUCTURES[self.structure] if isinstance(self.structure, str) else self.structure
-        singd = self.variant == "singd"
-        input = InverseRoot.start(shape.d_in, Diagonal() if shape.one_hot else chosen, shape, with_momentum=singd)
-        output = None if shape.single else InverseRoot.start(shape.d_out, chosen, shape, with_momentum=singd)
-        return InverseFreeCurvature(self, input, output)
+        input = self._side(shape.d_in, Diagonal() if shape.one_hot else chosen, shape)
+        return InverseFreeCurvature(self, input, None if shape.single else self._side(shape.d_out, chosen, shape))
+
+    def _side(self, n: int, structure: Structure, shape: Shape) -> InverseRoot:
+        """Begin with K = I."""
+        identity = structure.identity(n, shape.groups, shape.dtype, shape.device)
+        momentum = tuple(torch.zeros_like(part) for part in identity) if self.variant == "singd" else ()
+        direction = torch.zeros(*shape.groups, n, dtype=shape.dtype, device=shape.device)
+        return InverseRoot(n, structure, identity, momentum, direction, direction.new_zeros(()))
 
 
 @dataclass
@@ -113,16 +113,39 @@ class InverseFreeCurvature(Curvature):
         return self.renewed is not None
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        if self.renewed is not None and now.step - self.renewed < self.strategy.period(now.step):
+        """Move K and C, if that is due; in SINGD each one's curvature and damping are scaled by traces of the other."""
+        if self.renewed is not None and now.step - self.renewed < at(self.strategy.preconditioner_every, now.step):
             return
         self.renewed = now.step
-        sides, batches = self._sides(), self._batches(rows)
-        if self.strategy.variant == "singd" and len(sides) == 2:
-            moves = _together(sides, batches, now)
-        else:
-            moves = [_alone(side, batch, now) for side, batch in zip(sides, batches, strict=True)]
-        for side, move in zip(sides, moves, strict=True):
-            side.move(move, self.strategy.rate, self.strategy.momentum, now.finite)
+        sides, batches = list(self.sides.values()), self._batches(rows)
+        together = self.strategy.variant == "singd" and len(sides) == 2
+        known = [side.largest() for side in sides]
+        for side, batch in zip(sides, batches, strict=True):
+            side.observe(batch, now)
+        dampings = [now.damping.of(side.largest()) for side in sides]
+        means = [batch.mean_eigenvalue() for batch in batches]
+        if together:
+            known, dampings, means = ([first * second] for first, second in (known, dampings, means))
+        power = -0.25 if together else -0.5
+        # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
+        starts = [
+            ((own == 0) & now.finite, (mean + damping).pow(power))
+            for own, mean, damping in zip(known, means, dampings, strict=True)
+        ]
+        for side, start in zip(sides, starts * 2 if together else starts, strict=True):
+            side.restart(*start)
+        seen = [batch.seen_by(side.structure, side.root) for side, batch in zip(sides, batches, strict=True)]
+        own = [side.structure.own_gram(side.root) for side in sides]
+        curvatures: Sequence[Tensor | float] = [1.0] * len(sides)
+        if together:
+            curvatures, tails = (
+                [side.structure.trace(part) / side.n for side, part in zip(sides, parts, strict=True)][::-1]
+                for parts in (seen, own)
+            )
+            dampings = [dampings[0] * tail for tail in tails]
+        towards = zip(curvatures, seen, dampings, own, strict=True)
+        for side, (curvature, look, damping, gram) in zip(sides, towards, strict=True):
+            side.move([(curvature, look), (damping, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
@@ -140,26 +163,19 @@ class InverseFreeCurvature(Curvature):
         return (d_out * by_row + d_in * by_column) // (by_row + by_column + 2 * entries)
 
     def kept(self) -> Iterator[Kept]:
-        yield Kept("input", self.input.n, repr(self.input.structure), self.input.tensors())
-        if self.output is not None:
-            yield Kept("output", self.output.n, repr(self.output.structure), self.output.tensors())
+        for side, own in self.sides.items():
+            yield Kept(side, own.n, repr(own.structure), tensors_of(own.parts()))
 
-    def state_dict(self) -> dict[str, Any]:
-        sides = {"input": self.input, "output": self.output}
-        states = {name: side.state_dict() for name, side in sides.items() if side is not None}
-        return {**states, "renewed": self.renewed}
+    def parts(self) -> State:
+        return {**{side: own.parts() for side, own in self.sides.items()}, "renewed": self.renewed}
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseFreeCurvature:
-        input = self.input.loaded(state["input"], f"{where} (input)")
-        output = None if self.output is None else self.output.loaded(state["output"], f"{where} (output)")
-        return replace(self, input=input, output=output, renewed=state["renewed"])
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides.items()}
+        return replace(self, **sides, renewed=state["renewed"])
 
-    def tensors(self) -> Iterator[Tensor]:
-        for kept in self.kept():
-            yield from kept.tensors
-
-    def _sides(self) -> list[InverseRoot]:
-        return [self.input] if self.output is None else [self.input, self.output]
+    @property
+    def sides(self) -> dict[Side, InverseRoot]:
+        return {"input": self.input} if self.output is None else {"input": self.input, "output": self.output}
 
     def _batches(self, rows: Rows) -> list[Batch]:
         """Return A and G of the rows, as `Kronecker` has them."""
@@ -175,27 +191,144 @@ class InverseFreeCurvature(Curvature):
         return columns if self.output is None else self.output.apply(columns.mT).mT
 
 
-def _alone(side: InverseRoot, batch: Batch, now: Now) -> Move:
-    """IKFAC, and SINGD where the other factor is 1."""
-    unknown = side.largest() == 0
-    side.observe(batch, now)
-    damping = now.damping.of(side.largest())
-    side.restart(unknown & now.finite, (batch.mean_eigenvalue() + damping).rsqrt())
-    return Move(*side.look(batch), 1, damping)
+class RowBatch(NamedTuple):
+    """The factor M = scale · XᵀX of one batch, by its rows X (*groups, N, n)."""
+
+    rows: Tensor
+    scale: float
+
+    def start(self) -> Tensor:
+        """Return the longest row: M does not map it to 0, unless M is 0."""
+        longest = self.rows.square().sum(-1).argmax(-1)
+        return self.rows.take_along_dim(longest[..., None, None], -2).squeeze(-2)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """Return scale · Xᵀ(X v)."""
+        image: Tensor = self.rows.mT @ (self.rows @ vector[..., None])
+        return self.scale * image.squeeze(-1)
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Return tr M / n, shape (*groups,)."""
+        return self.scale * self.rows.square().sum((-2, -1)) / self.rows.shape[-1]
+
+    def seen_by(self, structure: Structure, root: Member) -> Member:
+        """Return Π(KᵀMK), from the Gram matrix of X K."""
+        return structure.combine((self.scale, structure.gram(structure.times(self.rows, root))))
 
 
-def _together(sides: list[InverseRoot], batches: list[Batch], now: Now) -> list[Move]:
-    """SINGD: each side's curvature and damping are scaled by traces of the other."""
-    unknown = sides[0].largest() * sides[1].largest() == 0
-    for side, batch in zip(sides, batches, strict=True):
-        side.observe(batch, now)
-    damping = now.damping.of(sides[0].largest()) * now.damping.of(sides[1].largest())
-    mean = batches[0].mean_eigenvalue() * batches[1].mean_eigenvalue()
-    for side in sides:
-        side.restart(unknown & now.finite, (mean + damping).pow(-0.25))
-    looks = [side.look(batch) for side, batch in zip(sides, batches, strict=True)]
-    moves = []
-    for look, other, seen_and_own in zip(looks, sides[::-1], looks[::-1], strict=True):
-        curvature, tail = (other.structure.trace(part) / other.n for part in seen_and_own)
-        moves.append(Move(*look, curvature, damping * tail))
-    return moves
+class CountBatch(NamedTuple):
+    """The factor M = diag(f) of one-hot rows, for the frequencies f (n,) of each place; its structure is diagonal."""
+
+    frequencies: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor, scale: float, n: int, dtype: torch.dtype) -> CountBatch:
+        """Count indices (N,), −1 being a row of zeros, ``scale`` for each."""
+        shares = scale * (indices >= 0).to(dtype)
+        return cls(shares.new_zeros(n).index_add_(0, indices.clamp(min=0), shares))
+
+    def start(self) -> Tensor:
+        return self.frequencies
+
+    def times(self, vector: Tensor) -> Tensor:
+        return self.frequencies * vector
+
+    def mean_eigenvalue(self) -> Tensor:
+        return self.frequencies.mean(-1)
+
+    def seen_by(self, structure: Structure, root: Member) -> Member:
+        """Return Π(KᵀMK) = K² f."""
+        return (root[0].square() * self.frequencies,)
+
+
+Batch: TypeAlias = RowBatch | CountBatch
+
+
+@dataclass
+class InverseRoot:
+    """One side: K of a structure, with K Kᵀ close to the inverse of a factor M never formed, and its momentum.
+
+    ``direction`` / ``total`` is the exponential average of M_t v_t, M_t being the factors of batches and v_t the
+    direction before each: a power iteration along the stream, whose length estimates the largest eigenvalue from below.
+    """
+
+    n: int
+    structure: Structure
+    root: Member
+    momentum: Member
+    direction: Tensor
+    total: Tensor
+
+    def largest(self) -> Tensor:
+        """Estimate the largest eigenvalue of M, shape (*groups,); 0 before any data but zeros."""
+        return _length(self.direction) / torch.where(self.total > 0, self.total, 1)
+
+    def observe(self, batch: Batch, now: Now) -> None:
+        """Take a batch into the estimate of the largest eigenvalue."""
+        known = (self.largest() > 0)[..., None]
+        start = torch.where(known, self.direction, batch.start())
+        length = _length(start)[..., None]
+        unit = start / torch.where(length > 0, length, 1)
+        weight = (1 - now.decay) * now.finite.to(start.dtype)
+        self.direction = (1 - weight) * self.direction + weight * batch.times(unit)
+        self.total = (1 - weight) * self.total + weight
+
+    def restart(self, where: Tensor, length: Tensor) -> None:
+        """K ← ``length`` · I in the groups ``where``."""
+        identity = self.structure.identity(self.n, (), length.dtype, length.device)
+        self.root = self.structure.combine(
+            ((~where).to(length.dtype), self.root), (torch.where(where, length, 0), identity)
+        )
+
+    def move(self, towards: Sequence[tuple[Tensor | float, Member]], rate: float, decay: float, finite: Tensor) -> None:
+        """m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, β at most ``rate`` and 1 / ‖m̄‖_F; nothing unless finite.
+
+        m = ½ (Σ c S − I) over the (c, S) of ``towards``, numbers (*groups,) and members.
+        """
+        structure = self.structure
+        finite = finite.to(self.total.dtype)
+        half = 0.5 * finite
+        identity = structure.identity(self.n, (), self.total.dtype, self.total.device)
+        terms = [*((half * by, part) for by, part in towards), (-half, identity)]
+        if self.momentum:
+            terms.append((1 - finite * (1 - decay), self.momentum))
+        momentum = structure.combine(*terms)
+        if self.momentum:
+            self.momentum = momentum
+        length = structure.squared_norm(momentum).sqrt()
+        beta = finite * rate / (rate * length).clamp(min=1)
+        self.root = structure.combine((1, self.root), (-beta, structure.product(self.root, momentum)))
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return X K Kᵀ for rows X (*groups, N, n)."""
+        return self.structure.times_transposed(self.structure.times(rows, self.root), self.root)
+
+    def parts(self) -> State:
+        # By number: torch.distributed.checkpoint gives no lists back.
+        root, momentum = (
+            {str(index): part for index, part in enumerate(member)} for member in (self.root, self.momentum)
+        )
+        estimate = {"direction": self.direction, "total": self.total}
+        return {"structure": repr(self.structure), "root": root, "momentum": momentum, **estimate}
+
+    def loaded(self, state: dict[str, Any], where: str) -> InverseRoot:
+        if state["structure"] != repr(self.structure):
+            rule = f"{where}: the structure must be {self.structure!r}; the state has {state['structure']}"
+            _check.fail_value("KFAC.load_state_dict", rule)
+        tensors: dict[str, Any] = {
+            name: tuple(
+                restored(state[name][str(index)], part, f"{where}: {name}") for index, part in enumerate(member)
+            )
+            for name, member in (("root", self.root), ("momentum", self.momentum))
+        }
+        for name, like in (("direction", self.direction), ("total", self.total)):
+            tensors[name] = restored(state[name], like, f"{where}: {name}")
+        return replace(self, **tensors)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Return lengths along the last dimension, also where squares overflow or vanish: of M v, data to the fourth."""
+    largest = vectors.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    length: Tensor = torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1)
+    return length

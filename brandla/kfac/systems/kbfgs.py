@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +14,8 @@ from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import State
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.systems.strategy import Curvature, Kept, Problem, StateCurvature, Strategy
-from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, dense
+from brandla.kfac.systems.strategy import Curvature, Problem, StateCurvature, Strategy
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, dense
 from brandla_kernels import gram_ema_
 
 
@@ -89,7 +89,6 @@ class KBFGS(Strategy):
         return super().solve(problems, now)
 
     def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
-        """Take the changes of all layers into H_G."""
         for problem in problems:
             if isinstance(problem.curvature, QuasiNewton) and problem.rows is not None and problem.weight is not None:
                 problem.curvature.changed(problem.rows, problem.weight, now)
@@ -100,6 +99,11 @@ class QuasiNewton(StateCurvature):
     """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
 
     in_float64: ClassVar[tuple[str, ...]] = ("output",)
+    remark: ClassVar[str] = "BFGS"
+    of_sides: ClassVar[Mapping[Side, Sequence[str]]] = {
+        "input": ("dense", "total", "input"),
+        "output": ("output", "s", "y", "outputs", "gradients", "noted"),
+    }
 
     strategy: KBFGS
 
@@ -147,15 +151,8 @@ class QuasiNewton(StateCurvature):
         known = _dot(self.state["y"], self.state["y"]) > _dot(rounding, rounding)
         self.state["output"] = updated(inverse, s, y, finite & known)
 
-    def kept(self) -> Iterator[Kept]:
-        names = {"input": ("dense", "total", "input"), "output": ("output", "s", "y", "outputs", "gradients", "noted")}
-        for side, n in (("input", self.shape.d_in), ("output", self.shape.d_out)):
-            parts = [self.state[name] for name in names[side] if name in self.state]
-            yield Kept("input" if side == "input" else "output", n, "BFGS", parts)
-
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        fresh = self._start()
-        return {name: fresh[name].shape for name in fresh}
+        return {name: part.shape for name, part in self._start().items()}
 
     def _start(self) -> State:
         groups, d_out, d_in, dtype, device = self.shape[:5]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
@@ -13,9 +13,12 @@ from brandla import grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.diagonal import Blocks, Diagonal
 from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
-from brandla.kfac.systems.form import FactorForm
+from brandla.kfac.systems.form import FactorForm, State
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
-from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, alike
+
+# Both factors of a layer, the output's first, and their low-rank forms.
+Product: TypeAlias = tuple[Factor, Factor, LowRank, LowRank]
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,13 @@ class Kronecker(Curvature):
 
     @classmethod
     def of(cls, shape: Shape, strategy: FactorForm) -> Kronecker:
-        """Return the curvature of a layer before any data."""
+        """Return the curvature of a layer before any data; an input factor of a known simple form is exact."""
 
-        def fresh(n: int, asked: FactorForm) -> Factor:
-            return Factor(n, shape.groups, asked, shape.dtype, shape.device)
+        def fresh(n: int, form: FactorForm) -> Factor:
+            return Factor(n, shape.groups, form, shape.dtype, shape.device)
 
-        return cls(
-            fresh(shape.d_in, _of_inputs(shape, strategy)),
-            None if shape.single else fresh(shape.d_out, strategy),
-            shape.single,
-        )
+        of_inputs = Diagonal() if shape.one_hot else Blocks() if shape.single else strategy
+        return cls(fresh(shape.d_in, of_inputs), None if shape.single else fresh(shape.d_out, strategy), shape.single)
 
     @cached_property
     def sides(self) -> list[tuple[Side, Factor]]:
@@ -84,88 +84,69 @@ class Kronecker(Curvature):
             found.append((self.output, rows.gradients.mT, rows.uses))
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        return {side: own.state_dict() for side, own in self.sides}
+    def parts(self) -> State:
+        return {side: own.parts() for side, own in self.sides}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
         sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides}
         return replace(self, **sides)
 
-    def tensors(self) -> Iterator[Tensor]:
-        for _, own in self.sides:
-            yield from own.tensors()
-
-
-def _of_inputs(shape: Shape, strategy: FactorForm) -> FactorForm:
-    """Return the strategy of an input factor, or the exact one where its form is known to be simple."""
-    if shape.one_hot:
-        return Diagonal(tail=0.0)
-    return Blocks(tail=0.0) if shape.single else strategy
-
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
-    products = {
-        index: product
-        for index, problem in enumerate(problems)
-        if isinstance(problem.gradient, Tensor) and (product := _product(problem))
-    }
-    others = {index: problem for index, problem in enumerate(problems) if index not in products}
-    solved = dict(zip(others, _from_each_side(list(others.values()), damping), strict=True))
-    if products:
-        left, right, of_left, of_right = (list(part) for part in zip(*products.values(), strict=True))
-        shifts = shifts_of_each(left + right, damping)
-        steps = grouped.kron_damped_solve(
-            of_left,
-            of_right,
-            [problems[index].gradient for index in products],
-            shifts[: len(left)],
-            shifts[len(left) :],
-            left_tail=[own.strategy.tail for own in left],
-            right_tail=[own.strategy.tail for own in right],
+
+    def together(members: list[tuple[Gradient, list[tuple[Side, Factor]], Product | None]]) -> Sequence[Gradient]:
+        gradients, sides, products = (list(part) for part in zip(*members, strict=True))
+        if products[0] is None:
+            return _from_each_side(gradients, sides, damping)
+        left, right, of_left, of_right = (list(part) for part in zip(*products, strict=True))
+        both = shifts_of_each(left + right, damping)
+        shifts = both[: len(left)], both[len(left) :]
+        left_tail, right_tail = ([own.strategy.tail for own in factors] for factors in (left, right))
+        return grouped.kron_damped_solve(
+            of_left, of_right, gradients, *shifts, left_tail=left_tail, right_tail=right_tail
         )
-        solved |= dict(zip(products, steps, strict=True))
-    return [solved[index] for index in range(len(problems))]
+
+    gradients = [problem.gradient for problem in problems]
+    sides = [list(problem.curvature.factors()) for problem in problems]
+    members = list(zip(gradients, sides, map(_product, gradients, sides), strict=True))
+    return alike(members, lambda own: own[-1] is None, together)
 
 
-def _product(problem: Problem) -> tuple[Factor, Factor, LowRank, LowRank] | None:
-    """Return both factors of a problem, and their low-rank forms; None if one has none."""
-    curvature = _of(problem)
-    if curvature.input is None or curvature.output is None:
+def _product(gradient: Gradient, sides: Sequence[tuple[Side, Factor]]) -> Product | None:
+    """Return what solves for a matrix at once; None for a pair, or without two factors of a low-rank form."""
+    if not isinstance(gradient, Tensor) or len(sides) < 2:
         return None
-    left, right = curvature.output.operand(), curvature.input.operand()
-    return None if left is None or right is None else (curvature.output, curvature.input, left, right)
+    (_, right), (_, left) = sides
+    of_left, of_right = left.operand(), right.operand()
+    return None if of_left is None or of_right is None else (left, right, of_left, of_right)
 
 
-def _from_each_side(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
+def _from_each_side(
+    gradients: Sequence[Gradient], sides: Sequence[Sequence[tuple[Side, Factor]]], damping: Damping
+) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
-    steps = [problem.gradient for problem in problems]
-    sides = [(index, *own) for index, problem in enumerate(problems) for own in _of(problem).sides]
-    waiting = [name == "input" and isinstance(steps[index], Tensor) for index, name, _ in sides]
-    for turn in (False, True):
-        taken = [side for side, waits in zip(sides, waiting, strict=True) if waits is turn]
-        blocks = [_block(steps[index], name) for index, name, _ in taken]
-        solved = damped_solves([factor for *_, factor in taken], blocks, damping)
-        for (index, name, _), block in zip(taken, solved, strict=True):
-            steps[index] = _with_block(steps[index], name, block)
-    return steps
 
+    def solve(blocks: list[dict[Side, Tensor]]) -> None:
+        taken = [
+            (own, side, factor)
+            for own, factors in zip(blocks, sides, strict=True)
+            for side, factor in factors
+            if side in own
+        ]
+        solved = damped_solves([factor for *_, factor in taken], [own[side] for own, side, _ in taken], damping)
+        for (own, side, _), block in zip(taken, solved, strict=True):
+            own[side] = block
 
-def _of(problem: Problem) -> Kronecker:
-    return cast(Kronecker, problem.curvature)
-
-
-def _block(step: Gradient, side: Side) -> Tensor:
-    """Return the block for a factor: W or P on the side of the outputs, Wᵀ or Q on that of the inputs."""
-    if isinstance(step, Tensor):
-        return step if side == "output" else step.mT
-    return step[side == "input"]
-
-
-def _with_block(step: Gradient, side: Side, block: Tensor) -> Gradient:
-    if isinstance(step, Tensor):
-        return block if side == "output" else block.mT
-    return (block, step[1]) if side == "output" else (step[0], block)
+    first: list[dict[Side, Tensor]] = [
+        {"output": own} if isinstance(own, Tensor) else {"output": own[0], "input": own[1]} for own in gradients
+    ]
+    solve(first)
+    then: list[dict[Side, Tensor]] = [{} if "input" in own else {"input": own["output"].mT} for own in first]
+    solve(then)
+    return [
+        turned["input"].mT if turned else (own["output"], own["input"]) for own, turned in zip(first, then, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
-from brandla.kfac.systems.form import DenseForm, State, due_early, stored
+from brandla.kfac.systems.form import DenseForm, FactorForm, State, due_early
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -80,10 +80,7 @@ class Randomized(DenseForm, FactorStrategy):
         svd = randomized_svd(matrix, rank, **options)
         return LowRankEigh(svd.S, svd.U)
 
-    def lowrank(self, state: State) -> LowRankEigh:
-        return stored(state)
-
-    def substitute(self, n: int) -> tuple[FactorStrategy, str] | None:
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
         """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
         rank = at(self.rank, 0)
         if rank + self.oversample < n:

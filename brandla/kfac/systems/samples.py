@@ -48,6 +48,16 @@ class Samples(NamedTuple):
         """S, the number of samples."""
         return self.gradients.shape[-2] // self.positions
 
+    @property
+    def one_hot(self) -> bool:
+        """Whether inputs are indices."""
+        return not self.inputs.is_floating_point()
+
+    def by_sample(self) -> tuple[Tensor, Tensor]:
+        """Return γ (*groups, S, T, d_out) and a (*groups, S, T, d_in), or indices (S, T)."""
+        axis = 0 if self.one_hot else -2
+        return self.gradients.unflatten(-2, (-1, self.positions)), self.inputs.unflatten(axis, (-1, self.positions))
+
     def some_features(self, most: int, seed: int) -> Samples:
         """Return samples whose a and γ have ``most`` entries, drawn and scaled to right inner products on average."""
         generator = torch.Generator(self.gradients.device).manual_seed(seed)
@@ -65,9 +75,9 @@ class Samples(NamedTuple):
     def cut(self, most: int, seed: int) -> Samples:
         """Return samples of ``most`` positions: each turned to the leading singular vectors of its γ over positions."""
         most = min(most, self.gradients.shape[-1])
-        if most >= self.positions or not self.inputs.is_floating_point():
+        if most >= self.positions or self.one_hot:
             return self
-        left, right = (side.unflatten(-2, (-1, self.positions)) for side in (self.gradients, self.inputs))
+        left, right = self.by_sample()
         generator = torch.Generator(left.device).manual_seed(seed)
         turn = randomized_svd(left.mT, most, generator=generator).Vh
         inputs, gradients = ((turn @ side).flatten(-3, -2) for side in (right, left))
@@ -75,16 +85,21 @@ class Samples(NamedTuple):
 
     def products(self, matrix: Gradient) -> Tensor:
         """√N ⟨v, V⟩ of every sample, shape (S,)."""
-        by_use: Tensor = _bilinear(self.gradients, matrix, self.inputs)
-        by_sample = by_use.reshape(-1, self.number, self.positions).sum((0, 2))
-        return by_sample * math.sqrt(self.uses)
+        if not isinstance(matrix, Tensor):
+            left, right = matrix
+            entries = (self.gradients @ left) * (right[self.inputs] if self.one_hot else self.inputs @ right)
+        elif self.one_hot:
+            entries = self.gradients * matrix.mT[self.inputs]
+        else:
+            entries = (self.gradients @ matrix) * self.inputs
+        return entries.sum(-1).reshape(-1, self.number, self.positions).sum((0, 2)) * math.sqrt(self.uses)
 
     def combined(self, coefficients: Tensor, d_in: int) -> Gradient:
         """√N Σ c v over the samples, for c (S,): a pair, or a matrix (d_out, d_in) where inputs are indices."""
         # Those of samples over all layers have the widest of their dtypes.
         weights = (coefficients * math.sqrt(self.uses)).repeat_interleave(self.positions).to(self.gradients.dtype)
         gradients = (self.gradients * weights[:, None]).mT
-        if self.inputs.is_floating_point():
+        if not self.one_hot:
             return gradients, self.inputs.mT
         return gradients.new_zeros(gradients.shape[0], d_in).index_add_(1, self.inputs, gradients)
 
@@ -95,45 +110,29 @@ class Samples(NamedTuple):
         """
         inputs, gradients, positions = self.inputs, self.gradients, self.positions
         d_out, d_in = gradients.shape[-1], inputs.shape[-1]
-        if inputs.is_floating_point() and positions**2 * (d_in + d_out) > d_in * d_out:
-            left, right = (side.unflatten(-2, (-1, positions)) for side in (gradients, inputs))
+        if not self.one_hot and positions**2 * (d_in + d_out) > d_in * d_out:
+            left, right = self.by_sample()
             v = (left.mT @ right).flatten(-2)
             together: Tensor = (v @ v.mT).reshape(-1, self.number, self.number).sum(0)
             return self.uses * together
         width = positions * max(_AT_ONCE // max(positions * gradients.shape[-2], 1), 1)
         parts = []
-        for start in range(0, gradients.shape[-2], width):
-            some = slice(start, start + width)
-            products = (gradients[..., some, :] @ gradients.mT) * _products(inputs, some)
+        for own, of_inputs in zip(
+            gradients.split(width, -2), inputs.split(width, 0 if self.one_hot else -2), strict=True
+        ):
+            products = (own @ gradients.mT) * _products(of_inputs, inputs)
             by_sample = products.reshape(-1, products.shape[-2] // positions, positions, self.number, positions)
             parts.append(by_sample.sum((0, 2, 4)))
         return self.uses * torch.cat(parts)
 
     def squares(self) -> Tensor:
         """N ‖v‖² of every sample, shape (S,)."""
-        gradients = self.gradients.unflatten(-2, (-1, self.positions))
-        if self.inputs.is_floating_point():
-            inputs = self.inputs.unflatten(-2, (-1, self.positions))
-            products = (gradients @ gradients.mT) * (inputs @ inputs.mT)
-        else:
-            indices = self.inputs.unflatten(0, (-1, self.positions))
-            products = (gradients @ gradients.mT) * (indices[:, :, None] == indices[:, None])
+        gradients, inputs = self.by_sample()
+        products = (gradients @ gradients.mT) * _products(inputs, inputs)
         summed: Tensor = products.sum((-2, -1)).reshape(-1, self.number).sum(0)
         return self.uses * summed
 
 
-def _products(inputs: Tensor, some: slice) -> Tensor:
-    """Return a·a' of some uses and all, which of indices is 1 where they are equal."""
-    if inputs.is_floating_point():
-        return inputs[..., some, :] @ inputs.mT
-    return inputs[some, None] == inputs
-
-
-def _bilinear(gradients: Tensor, matrix: Gradient, inputs: Tensor) -> Tensor:
-    """γᵀ V a of every use, shape (*groups, S T)."""
-    if isinstance(matrix, Tensor):
-        if not inputs.is_floating_point():
-            return (gradients * matrix.mT[inputs]).sum(-1)
-        return ((gradients @ matrix) * inputs).sum(-1)
-    left, right = matrix
-    return ((gradients @ left) * (inputs @ right if inputs.is_floating_point() else right[inputs])).sum(-1)
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Return a·a' of all of one and all of the other, which of indices is 1 where they are equal."""
+    return one @ other.mT if one.is_floating_point() else one[..., :, None] == other[..., None, :]

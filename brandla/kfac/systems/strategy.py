@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import State, copied
+from brandla.kfac.systems.form import State, check_shape, copied, tensors_of
 from brandla.kfac.systems.schedule import spelled
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each, scaled, sizes
 
@@ -37,7 +37,7 @@ class Kept(NamedTuple):
     side: Side
     n: int
     note: str
-    tensors: Sequence[Tensor]
+    tensors: Iterable[Tensor]
 
 
 class Curvature(ABC):
@@ -72,16 +72,21 @@ class Curvature(ABC):
         return iter(())
 
     @abstractmethod
+    def parts(self) -> State:
+        """Return the state: numbers, strings and tensors by their names."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as numbers, strings and copies of tensors."""
+        """Return the state with copies of its tensors."""
+        state: State = copied(self.parts())
+        return state
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the state, to count its memory."""
+        return tensors_of(self.parts())
 
     @abstractmethod
     def loaded(self, state: dict[str, Any], where: str) -> Curvature:
         """Return a new curvature of this kind that continues from ``state``, or raise ValueError naming ``where``."""
-
-    @abstractmethod
-    def tensors(self) -> Iterator[Tensor]:
-        """Go through all tensors of the state, to count its memory."""
 
 
 @dataclass
@@ -92,6 +97,9 @@ class StateCurvature(Curvature):
     loader: ClassVar[str] = "KFAC.load_state_dict"
     # Parts in float64, whatever the layer's dtype is.
     in_float64: ClassVar[tuple[str, ...]] = ()
+    # For reports: the names of what each side keeps, if that is told apart, and a remark.
+    of_sides: ClassVar[Mapping[Side, Sequence[str]]] = {}
+    remark: ClassVar[str] = ""
 
     shape: Shape
     state: State = field(default_factory=dict, kw_only=True)
@@ -100,27 +108,27 @@ class StateCurvature(Curvature):
     def started(self) -> bool:
         return bool(self.state)
 
-    def state_dict(self) -> dict[str, Any]:
-        return copied(self.state)
+    def kept(self) -> Iterator[Kept]:
+        for side, names in self.of_sides.items():
+            n = self.shape.d_in if side == "input" else self.shape.d_out
+            yield Kept(side, n, self.remark, [self.state[name] for name in names if name in self.state])
+
+    def parts(self) -> State:
+        return self.state
 
     @abstractmethod
-    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def sizes(self, state: dict[str, Any]) -> Mapping[str, Sequence[int]]:
         """Return the shapes that tensors of a saved state have to have."""
 
     def loaded(self, state: dict[str, Any], where: str) -> Self:
         for name, wanted in self.sizes(state).items():
-            if state[name].shape != wanted:
-                rule = f"{where}: {name} must have shape {tuple(wanted)}; got {tuple(state[name].shape)}"
-                _check.fail_value(self.loader, rule)
-        own: State = {}
+            check_shape(state[name], wanted, f"{where}: {name}", function=self.loader)
+        own = dict(state)
         for name, part in state.items():
-            is_float = isinstance(part, Tensor) and part.is_floating_point()
-            dtype = (torch.float64 if name in self.in_float64 else self.shape.dtype) if is_float else None
-            own[name] = part.to(self.shape.device, dtype, copy=True) if isinstance(part, Tensor) else part
+            if isinstance(part, Tensor):
+                dtype = torch.float64 if name in self.in_float64 else self.shape.dtype
+                own[name] = part.to(self.shape.device, dtype if part.is_floating_point() else part.dtype, copy=True)
         return replace(self, state=own)
-
-    def tensors(self) -> Iterator[Tensor]:
-        return (part for part in self.state.values() if isinstance(part, Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +146,7 @@ class Strategy(ABC):
     # Whether ⟨step, ∂W⟩ is the squared length of the step in the metric of the curvature.
     measures_length: ClassVar[bool] = True
 
-    def __str__(self) -> str:
-        return spelled(self)
+    __str__ = spelled
 
     @abstractmethod
     def curvature(self, shape: Shape) -> Curvature:
@@ -151,14 +158,21 @@ class Strategy(ABC):
             curvature.absorb(own, now._replace(seed=now.seed + index))
 
     def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Return the steps of all layers: of reduced factors and relative damping, no longer than `_shortened` says."""
-        solved = self.solve(problems, now)
-        if not self.measures_length or now.damping.scale == "absolute":
-            return solved
-        return [
-            _shortened(step, problem.gradient, now) if problem.reduced else step
-            for step, problem in zip(solved, problems, strict=True)
-        ]
+        """Return the steps of all layers: each matrix of reduced factors at relative damping shortened to a bound.
+
+        ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ) then. Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩
+        <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and A = Xᵀ X / N; and of an average the latest batch is a
+        share of 1 − ρ or more. Sums over positions may cancel where the gradient does not: then G is rounding, and says
+        nothing of the length of a step.
+        """
+        steps = self.solve(problems, now)
+        if self.measures_length and now.damping.scale == "relative":
+            for index, (step, problem) in enumerate(zip(steps, problems, strict=True)):
+                if problem.reduced:
+                    length = inner_of_each(step, problem.gradient).abs() * (1 - now.decay)
+                    factor = (min(sizes(problem.gradient)) / length).clamp(max=1)
+                    steps[index] = scaled(step, factor[..., None, None])
+        return steps
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         """Return the preconditioned gradients of all layers of this strategy."""
@@ -167,18 +181,6 @@ class Strategy(ABC):
     def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
         """Take in the gradients and rows of the same batch after the optimizer's step."""
         raise NotImplementedError
-
-
-def _shortened(step: Gradient, gradient: Gradient, now: Now) -> Gradient:
-    """Scale each matrix of a step so that ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ).
-
-    Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and
-    A = Xᵀ X / N; and of an average the latest batch is a share of 1 − ρ or more. Sums over positions may
-    cancel where the gradient does not: then G is rounding, and says nothing of the length of a step.
-    """
-    length = inner_of_each(step, gradient).abs() * (1 - now.decay)
-    factor = (min(sizes(gradient)) / length).clamp(max=1)[..., None, None]
-    return scaled(step, factor)
 
 
 def check_inner(strategy: Strategy, inner: object, kind: type[Any], wanted: str) -> None:

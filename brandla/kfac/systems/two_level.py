@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mode
 from typing import Any, ClassVar, Literal
@@ -13,8 +13,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy, check_inner
-from brandla.kfac.values import Gradient, Now, Rows, Shape, length, plus, scaled, sizes
-from brandla.kfac.values import inner as product
+from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, length, plus, scaled, sizes
 
 
 @dataclass(frozen=True)
@@ -70,74 +69,48 @@ class TwoLevel(Strategy):
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
         steps = self.inner.steps(problems, now)
-        samples = _of_the_same_samples(problems)
+        rows = {index: problem.rows for index, problem in enumerate(problems) if problem.rows is not None}
+        samples = {index: Samples.of(own) for index, own in rows.items()}
         if not samples:
             return steps
-        members = list(samples)
-        first = [steps[index] for index in members]
-        own = [problems[index] for index in members]
-        seen = list(samples.values())
-        vectors = self._vectors(own, first, seen, now)
-        corrections = _coarse_solution(own, first, seen, vectors, now)
-        for index, step, vector, correction in zip(members, first, vectors, corrections, strict=True):
+        usual = mode(own.number for own in samples.values())
+        samples = {index: own for index, own in samples.items() if own.number == usual}
+        own, first, seen = [problems[index] for index in samples], [steps[index] for index in samples], samples.values()
+        gradients = [problem.gradient for problem in own]
+        of_first = _products(seen, first).sum(0)
+        if self.space == "nicolaides":
+            pairs = [(part, part.mT) if isinstance(part, Tensor) else part for part in gradients]
+            directions: list[Gradient] = [
+                (torch.ones_like(left[..., :1]), torch.ones_like(right[..., :1])) for left, right in pairs
+            ]
+        else:
+            residuals = [
+                problem._replace(gradient=plus(part, -1.0, of_layer.combined(of_first, sizes(part)[1])))
+                for problem, part, of_layer in zip(own, gradients, seen, strict=True)
+            ]
+            directions = self.inner.steps(residuals, now)
+        vectors = [_unit(direction) for direction in directions]
+        # F_c, and R₀ (∇ − (F + λI) v₁), one number a layer.
+        products = _products(seen, vectors)
+        coarse = products @ products.mT
+        shift, _ = now.damping.of_matrix(coarse)
+        of_gradients, of_steps = (
+            torch.stack([inner(part, vector) for part, vector in zip(parts, vectors, strict=True)])
+            for parts in (gradients, first)
+        )
+        right = of_gradients - products @ of_first - shift * of_steps
+        coarse.diagonal().add_(shift)
+        # Of a batch that is not finite nothing comes of the result; it must not raise, nor wait for the device.
+        factor, _ = torch.linalg.cholesky_ex(coarse)
+        corrections = torch.cholesky_solve(right[:, None], factor)[:, 0]
+        for index, step, vector, correction in zip(samples, first, vectors, corrections, strict=True):
             steps[index] = plus(step, correction, vector)
         return steps
 
-    def _vectors(
-        self, problems: Sequence[Problem], first: Sequence[Gradient], samples: Sequence[Samples], now: Now
-    ) -> list[Gradient]:
-        if self.space == "nicolaides":
-            directions = [_ones(problem.gradient) for problem in problems]
-        else:
-            seen = _products(samples, first).sum(0)
-            residuals = [
-                problem._replace(gradient=plus(problem.gradient, -1.0, own.combined(seen, sizes(problem.gradient)[1])))
-                for problem, own in zip(problems, samples, strict=True)
-            ]
-            directions = self.inner.steps(residuals, now)
-        return [_unit(direction) for direction in directions]
 
-
-def _of_the_same_samples(problems: Sequence[Problem]) -> dict[int, Samples]:
-    """Return the samples of the problems that have rows, and as many samples as most."""
-    found = {index: Samples.of(problem.rows) for index, problem in enumerate(problems) if problem.rows is not None}
-    if not found:
-        return {}
-    usual = mode(own.number for own in found.values())
-    return {index: own for index, own in found.items() if own.number == usual}
-
-
-def _products(samples: Sequence[Samples], vectors: Sequence[Gradient]) -> Tensor:
+def _products(samples: Iterable[Samples], vectors: Sequence[Gradient]) -> Tensor:
     """Return the product of each sample's gradient with each layer's vector, shape (L, S)."""
     return torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
-
-
-def _coarse_solution(
-    problems: Sequence[Problem],
-    first: Sequence[Gradient],
-    samples: Sequence[Samples],
-    vectors: Sequence[Gradient],
-    now: Now,
-) -> Tensor:
-    """(F_c + λI)⁻¹ R₀ (∇ − (F + λI) v₁), one number a layer."""
-    coarse_rows = _products(samples, vectors)
-    coarse = coarse_rows @ coarse_rows.mT
-    shift, _ = now.damping.of_matrix(coarse)
-    along = [
-        torch.stack([product(part, vector) for part, vector in zip(parts, vectors, strict=True)])
-        for parts in ([problem.gradient for problem in problems], first)
-    ]
-    right = along[0] - coarse_rows @ _products(samples, first).sum(0) - shift * along[1]
-    coarse.diagonal().add_(shift)
-    # Of a batch that is not finite nothing comes of the result; it must not raise, nor wait for the device.
-    factor, _ = torch.linalg.cholesky_ex(coarse)
-    return torch.cholesky_solve(right[:, None], factor)[:, 0]
-
-
-def _ones(gradient: Gradient) -> Gradient:
-    if isinstance(gradient, Tensor):
-        return torch.ones_like(gradient[..., :, :1]), torch.ones_like(gradient[..., :1, :]).mT
-    return torch.ones_like(gradient[0][..., :1]), torch.ones_like(gradient[1][..., :1])
 
 
 def _unit(vector: Gradient) -> Gradient:

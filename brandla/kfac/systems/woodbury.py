@@ -105,11 +105,11 @@ class OfSamples(StateCurvature):
         self.state |= {"uses": samples.uses, "positions": samples.positions}
         self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
         if self.strategy.fixed_after is not None and not self._is_fixed:
-            self._average(now)
+            self._average(samples, now)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return the step: coefficients for the γ of the pair of these rows, or else ∂W / λ and what its span takes."""
-        samples = self._samples
+        samples = Samples(*(self.state[name] for name in Samples._fields))
         if isinstance(gradient, tuple) and self._is_source(gradient[0]):
             weights = self._coefficients(samples).repeat_interleave(samples.positions)
             return gradient[0] * weights, gradient[1]
@@ -137,10 +137,6 @@ class OfSamples(StateCurvature):
         return {"inputs": inputs, "gradients": (*groups, count, 1 if self.shape.single else d_out)}
 
     @property
-    def _samples(self) -> Samples:
-        return Samples(*(self.state[name] for name in Samples._fields))
-
-    @property
     def _is_fixed(self) -> bool:
         """Whether the coefficients are those of the batches before."""
         most = self.strategy.fixed_after
@@ -162,12 +158,11 @@ class OfSamples(StateCurvature):
         places = _stretched(self.state["table"], samples.number)
         return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
 
-    def _average(self, now: Now) -> None:
-        samples = self._samples
+    def _average(self, samples: Samples, now: Now) -> None:
         own = self._coefficients(samples)[samples.squares().argsort()]
-        batches = self.state.setdefault("batches", 0)
-        table = self.state["table"] if "table" in self.state else torch.zeros_like(own)
-        rate = self.state["rate"] if "rate" in self.state else torch.zeros_like(own[0])
+        if "batches" not in self.state:
+            self.state |= {"batches": 0, "table": torch.zeros_like(own), "rate": torch.zeros_like(own[0])}
+        batches, table, rate = (self.state[name] for name in ("batches", "table", "rate"))
         weight = now.finite.to(own.dtype) / (batches + 1)
         self.state["table"] = table + weight * (_stretched(own, len(table)) - table)
         self.state["rate"] = rate + weight * (1 / self.state["shift"] - rate)
