@@ -36,21 +36,24 @@ def pooled(*modules: nn.Module, width: int = 4) -> nn.Sequential:
 class Words(nn.Module):
     """Every kind of rows: indices with padding, whole gradients, channels in groups, positions; and attention."""
 
-    def __init__(self, words: int, width: int, classes: int, *, attention: bool = False) -> None:
+    def __init__(
+        self, words: int, width: int, classes: int, *, channels: int = 6, kernel: int = 2, attention: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(words, width, padding_idx=0)
-        self.norm = nn.LayerNorm(width)
-        self.conv = nn.Conv1d(width, 6, 2, groups=2)
-        self.out = nn.Linear(6, classes)
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True) if attention else None
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, channels, kernel, groups=2)
+        self.out = nn.Linear(channels, classes)
+        self.activation = torch.tanh
         self.double()
 
     def forward(self, indices: Tensor) -> Tensor:
         vectors = self.words(indices)
         if self.attention is not None:
             vectors = vectors + self.attention(vectors, vectors, vectors, need_weights=False)[0]
-        return self.out(torch.tanh(self.conv(self.norm(vectors).mT)).mean(-1))
+        return self.out(self.activation(self.conv(self.norm(vectors).mT)).mean(-1))
 
 
 def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:

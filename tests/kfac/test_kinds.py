@@ -362,7 +362,9 @@ def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing: 
 
 
 def words(*, attention: bool = True) -> nn.Module:
-    return Words(30, 8, 3, attention=attention).float()
+    model = Words(30, 8, 3, channels=12, kernel=3, attention=attention).float()
+    model.activation = torch.relu
+    return model
 
 
 STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for structure in STRUCTURES}
@@ -373,10 +375,9 @@ def test_every_kind_of_layer_trains(strategy: Strategy):
     """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
     half = strategy in STRUCTURED.values()
     # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
-    rate, attention = (1.0, False) if isinstance(strategy, TwoLevel) else (0.3, True)
-    model = words(attention=attention)
+    model = words(attention=not isinstance(strategy, TwoLevel))
     preconditioner = KFAC(model, strategy, sharing="reduce" if half else "expand", clip=0.02)
-    optimizer = torch.optim.SGD(model.parameters(), rate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     inputs = torch.randint(30, (64, 9), generator=torch.Generator().manual_seed(0))
     labels = torch.where((inputs < 8).sum(1) > 2, 1, 0)
     losses = []
