@@ -161,7 +161,9 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
     path.write_text(json.dumps(content), encoding="utf-8")
     assert "**Interrupted**" in report.PAGES["accuracy"].answered(content)
-    taken_up = measured(accuracy, tmp_path, "--resume")["accuracy"]
+    answer = run(accuracy, "--resume", "--out", str(tmp_path))
+    assert answer.exit_code == 0, answer.output
+    taken_up = results.read(tmp_path)["accuracy"]
     assert taken_up["facts"]["interrupted"] is False
     assert taken_up["runs"][: len(whole)] == whole
     assert [row["step"] for row in taken_up["runs"] if row["tracker"] == "B"] == 2 * accuracy.QUICK.measured
