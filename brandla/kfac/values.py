@@ -180,11 +180,11 @@ def layout(part: Tensor) -> Hashable:
     return part.shape, part.dtype, part.device
 
 
-def by_kind(items: Iterable[Item], kind_of: Callable[[Item], Hashable]) -> list[list[Item]]:
+def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:
     """Return the items of each kind, in their order."""
     members: dict[Hashable, list[Item]] = {}
-    for item in items:
-        members.setdefault(kind_of(item), []).append(item)
+    for item, kind in zip(items, kinds, strict=True):
+        members.setdefault(kind, []).append(item)
     return list(members.values())
 
 
@@ -193,6 +193,6 @@ def alike(
 ) -> list[Result]:
     """Return what ``of`` makes of all items of a kind, in the order of the items."""
     results: dict[int, Result] = {}
-    for indices in by_kind(range(len(items)), lambda index: kind_of(items[index])):
+    for indices in by_kind(range(len(items)), map(kind_of, items)):
         results |= dict(zip(indices, of([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -125,7 +127,7 @@ class Call:
     def release(self) -> int:
         """Forget all data, and return its size in bytes."""
         held = 0 if self.inputs is None else self.inputs.nbytes
-        held += sum([gradient.nbytes for gradients in self.gradients.values() for gradient in gradients])
+        held += sum(map(attrgetter("nbytes"), chain(*self.gradients.values())))
         self.fetch = self.inputs = None
         self.tasks = []
         self.gradients = {"loss": [], "curvature": []}

@@ -120,7 +120,7 @@ class Capture:
 
     def clear(self) -> int:
         """Forget all calls, and return how many bytes they have held."""
-        held = sum([call.release() for call in self.calls])
+        held = sum(map(Call.release, self.calls))
         self.calls = []
         self.edges = []
         self._of_first_draw = []

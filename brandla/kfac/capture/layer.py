@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
@@ -92,7 +92,7 @@ class Layer:
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
-        if self._left_out():
+        if self.capture.left_out and self._left_out():
             return True
         gradient: Tensor | None = self.weight.grad
         return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
@@ -206,7 +206,7 @@ class Layer:
         """
         if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
             return False
-        return all(call.valid is None for call in self.capture.calls) and bool(self._pair_calls())
+        return not [call for call in self.capture.calls if call.valid is not None] and bool(self._pair_calls())
 
     def gradient(self) -> Tensor:
         """Return the gradient as a matrix."""
@@ -328,7 +328,9 @@ class Layer:
         position_count = positions.pop() if len(positions) == 1 else 1
         # Turned uses are more terms of the same curvature, and no more terms of the loss.
         main = 0 if counts[0] else 1
-        rows = Rows(_joined(inputs), _joined(gradients), counts[main], position_count, self.kind.single)
+        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
+        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
+        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
         return self._without_padding(rows, valid[main], of) if valid[main] else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
@@ -412,11 +414,12 @@ def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
     return sums[True].sqrt() / sums[False].sqrt()
 
 
-def by_strategy(layers: Iterable[Layer]) -> list[tuple[Strategy, list[Layer]]]:
+def by_strategy(layers: Collection[Layer]) -> list[tuple[Strategy, list[Layer]]]:
     """Sort layers by strategy, in their order; equal strategies of a model are one object."""
-    return [(members[0].strategy, members) for members in by_kind(layers, lambda layer: id(layer.strategy))]
+    alike = by_kind(layers, [id(layer.strategy) for layer in layers])
+    return [(members[0].strategy, members) for members in alike]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

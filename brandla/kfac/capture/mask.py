@@ -100,7 +100,7 @@ class Mask:
                 plain.append(gradient)
             else:
                 gradient.masked_fill_(~self.finite.to(gradient.device), 0)
-        for members in by_kind(plain, _kind):
+        for members in by_kind(plain, map(_kind, plain)):
             self._times(torch._foreach_mul_, members)
 
     @cached_property
@@ -117,7 +117,7 @@ class Mask:
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
     within: list[Tensor] = []
-    for members in by_kind(parts, lambda part: _kind(part[0])):
+    for members in by_kind(parts, [_kind(part) for part, _ in parts]):
         own, bounds = [part for part, _ in members], [bound for _, bound in members]
         if reads_are_free(own[0]):
             # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
