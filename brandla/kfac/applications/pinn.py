@@ -207,8 +207,9 @@ def _terms(residuals: Tensor, points: Tensor, uses: list[Use], finite: Tensor) -
     found = []
     for use, own in zip(uses, derivatives, strict=True):
         of_points = residuals.detach().repeat_interleave(own.shape[1])
-        parts = [torch.where(finite, part, 0) for part in (use.inputs.flatten(0, 1), own.flatten(0, 1), of_points)]
-        found.append(Term(*parts, points=len(points)))
+        parts = use.inputs.flatten(0, 1), own.flatten(0, 1), of_points
+        inputs, of_columns, of_points = (torch.where(finite, part, 0) for part in parts)
+        found.append(Term(inputs, of_columns, of_points, len(points)))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class DenseBrand(DenseForm, BrandForm):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
         super().take(absorptions, step)
-        rank: int | Rank = at(self.rank, step)
-        self.update(sketched(absorptions, "auto", step), [rank] * len(absorptions), "eigh")
+        ranks: list[Any] = [at(self.rank, step)] * len(absorptions)
+        self.update(sketched(absorptions, "auto", step), ranks, "eigh")
 
 
 @dataclass(frozen=True)

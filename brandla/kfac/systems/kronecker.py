@@ -138,6 +138,7 @@ def _from_each_side(
         for (own, side, _), block in zip(taken, solved, strict=True):
             own[side] = block
 
+    # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
     first: list[dict[Side, Tensor]] = [
         {"output": own} if isinstance(own, Tensor) else {"output": own[0], "input": own[1]} for own in gradients
     ]
