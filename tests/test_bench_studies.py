@@ -6,11 +6,13 @@ import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from bench import report
@@ -122,6 +124,12 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
     assert (answer.exit_code, "accuracy.md is not what" in answer.stderr) == (1, True)
 
 
+def test_without_a_result_the_pages_say_so() -> None:
+    texts = ["\n".join(report.of_page(name, {})) for name in report.PAGES]
+    for text in (*texts, "\n".join(report.overview({}))):
+        assert "Nothing has been measured yet." in text
+
+
 @pytest.mark.parametrize("part", [slice(0, 0), slice(0, 1), slice(0, None, 3), slice(1, None, 2)])
 @pytest.mark.parametrize("name", [name for name in report.QUESTIONS if name != "gpu"])
 def test_a_question_is_answered_by_what_a_file_has(name: str, part: slice) -> None:
@@ -150,6 +158,16 @@ def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> 
             assert len(re.findall(r"\.(?= [A-Z`]|$)", answer)) == 2
             text = "\n".join(report.of_page(name, {"some-machine": found}))
             assert 3 <= text.split("All figures")[0].count("\n| ") <= 12
+
+
+def test_a_quote_is_the_entry_of_the_file() -> None:
+    rows = [{"case": "a, n=1", "time": [1538.2, 1, 2]}, {"case": "b", "time": None}]
+    machines = {"toy": {"some-study": {"rows": rows}}}
+    quote = "<!-- some-study.json rows: case={}; time -->"
+    made = partial(report.QUOTE.sub, partial(report.quoted, machines=machines))
+    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1540 times."
+    assert made(f"{quote.format('c')}1.0e-08.") == f"{quote.format('c')}–."
+    assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
 
 
 def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_path: Path) -> None:
@@ -224,6 +242,22 @@ def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, 
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 
 
+def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
+    shared = {"axis": "n", "method": "torch.linalg.eigh", "r": 1, "k": 1}
+    rows = [
+        {**shared, "n": n, "seconds": [1e-9 * n**3] * 3, "held_bytes": n**2, "peak_bytes": 3 * n**2}
+        for n in (512, 1024, 2048, 4096, 8192, 16384)
+    ]
+    fits = scaling.exponents({"rows": rows})["exponents"]
+    assert [(fit["quantity"], fit["window"], fit["sizes"][0]) for fit in fits] == [
+        ("time", "all", 512),
+        ("memory", "all", 512),
+        ("time", "larger half", 4096),
+        ("memory", "larger half", 4096),
+    ]
+    assert [fit["exponent"].value for fit in fits] == pytest.approx([3, 2, 3, 2])
+
+
 def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all tasks, two: a transformer and a regression."""
     tasks = {name: defaults.TASKS[name] for name in ("letters transformer", "diabetes MLP")}
@@ -246,3 +280,21 @@ def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
             {"K-FAC, reduce"} if task["network"] == "nodes" else set()
         )
     assert len(expand_reduce.draw(content, pictures.THEMES[0]).axes) == len(content["settings"]["tasks"])
+
+
+def test_a_graph_of_pixels_is_that_of_the_dense_adjacency() -> None:
+    """Features of the neighbours of every bright pixel, averaged."""
+    torch.manual_seed(0)
+    model, images = expand_reduce.Graphs(16, 8), torch.randn(3, 16)
+    place = torch.arange(16)
+    rows, columns = place // 4, place % 4
+    near = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1) & ~torch.eye(16, dtype=bool)
+    for image, found in zip(images, model(images), strict=True):
+        bright = image > 0
+        edges = near[bright][:, bright].float()
+        one_hot = torch.nn.functional.one_hot
+        nodes = torch.cat([image[:, None], one_hot(rows, 4), one_hot(columns, 4)], 1)[bright]
+        for layer in model.layers:
+            means = edges @ nodes / edges.sum(1, keepdim=True).clamp_min(1)
+            nodes = layer.linear(torch.cat([nodes, means], 1)).relu()
+        torch.testing.assert_close(model.head(nodes.mean(0)), found)

@@ -123,6 +123,13 @@ def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale, dtype)
     assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + oracles.tolerance(n, dtype, norm)
 
 
+def test_nothing_is_taken_for_columns_outside_the_span(dtype):
+    basis = oracles.orthonormal(40, 16, seed=2).to(dtype)
+    held = brandla.LowRankEigh(torch.linspace(2, 1, 10, dtype=dtype), basis[:, :10])
+    found = brandla.eigh_downdate(held, 100 * basis[:, 10:])
+    assert oracles.difference_ratio(dense(found), dense(held), dtype, 100) <= THRESHOLD
+
+
 @pytest.mark.parametrize(("stream", "rank", "most"), [("slow", 48, 0.0), ("slow", 36, 0.06), ("medium", 24, 0.005)])
 def test_a_sliding_window_follows_its_own_decomposition(stream, rank, most, dtype):
     n, k, width = 96, 8, 5

@@ -18,8 +18,8 @@ from bench import report
 from bench.gpu import __main__ as command
 from bench.gpu import cases, frame, graph, ops, tests, tune
 from bench.gpu.__main__ import STAGES, Stage, app
-from bench.gpu.cases import TOY
-from bench.gpu.device import Stub
+from bench.gpu.cases import FULL, TOY
+from bench.gpu.device import Ceilings, Stub, Work
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
@@ -210,6 +210,22 @@ def test_a_wrong_result_is_not_timed(name: str):
 
     with pytest.raises(AssertionError, match="relative error"):
         cases.check(case, Stub(), slightly_off)
+
+
+def test_the_floor_is_set_by_the_slower_of_products_and_copy():
+    ceilings = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})
+    assert ceilings.accurate == 1e14
+    assert ceilings.floor(Work(float32=10**14, bytes=10**11)) == (1.0, "float32 products")
+    assert ceilings.floor(Work(float64=6 * 10**13, float32=10**13, bytes=10**11)) == (1.1, "float64 products")
+    assert ceilings.floor(Work(float32=10**13, bytes=10**12)) == (1.0, "copy")
+
+
+def test_every_op_has_a_case_and_a_cost():
+    for sizes in (FULL, TOY):
+        assert {case.op for case in cases.cases(sizes)} == set(OPS)
+        for case in cases.cases(sizes):
+            assert min(cases.cost(case)) > 0
+            assert sum(cases.work(case)[:3]) <= cases.cost(case).flops
 
 
 def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():
