@@ -126,7 +126,7 @@ class Call:
 
     def release(self) -> int:
         """Forget all data, and return its size in bytes."""
-        held = 0 if self.inputs is None else self.inputs.nbytes
+        held: int = 0 if self.inputs is None else self.inputs.nbytes
         held += sum(map(attrgetter("nbytes"), chain(*self.gradients.values())))
         self.fetch = self.inputs = None
         self.tasks = []
