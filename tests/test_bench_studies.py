@@ -47,6 +47,7 @@ def _coarse_pictures() -> Iterator[None]:
         patch.setattr(pictures, "DOTS", 30)
         patch.setattr(accuracy, "QUICK", NARROW)
         patch.setitem(accuracy.STUDY.sizes, "quick", NARROW)
+        patch.setitem(scaling.STUDY.sizes, "quick", replace(scaling.TOY, r=(4,), k=(4,)))
         # The layout takes most of the time of a picture: one is drawn with it.
         patch.setattr(pictures, "ConstrainedLayoutEngine", lambda **options: None)
         yield
