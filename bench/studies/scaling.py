@@ -233,17 +233,28 @@ def table(content: Row) -> pd.DataFrame:
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
-COLOURS = dict(zip(METHODS, pictures.PALETTE, strict=False))
+# What a picture shows; the tables have the rest.
+SHOWN = (
+    "root_update",
+    "eigh_update",
+    "damped_solve",
+    PCA,
+    INCREMENTAL,
+    "torch.svd_lowrank",
+    "Cholesky solve",
+    "torch.linalg.eigh",
+)
+COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
 
 def draw(content: Row, theme: Theme) -> Picture:
-    """Draw the time of every method against n."""
+    """Draw the time of the main methods against n."""
     rows, found = amounts(content["rows"]), powers(content)
     fixed = rows[(rows["axis"] == "n") & rows["method"].isin(UPDATES)].iloc[0]
     about = ("Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", 6.6)
     figure, (panel,) = pictures.panels(content, "scaling.json", theme, about, width=pictures.NARROW)
     times = by_n(content)
-    times = times[[method for method in rows["method"].unique() if method in COLOURS and method in times]]
+    times = times[[method for method in SHOWN if method in times]]
     pictures.curves(panel, times, COLOURS, theme, COLOURS, linewidth=1.8, marker="o", markersize=3.5)
     for line in panel.lines:
         if line.get_label() in found:
