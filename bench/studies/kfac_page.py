@@ -93,7 +93,9 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         f"seconds × {BASE}": over_base(found, "seconds").map(ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
         "ms per step": ranged(found, "milliseconds", spelled),
-        "kept, MB": found["bytes"].map(lambda count: spelled(count / 1e6) if count else "0", na_action="ignore").fillna("–"),
+        "kept, MB": found["bytes"]
+        .map(lambda size: spelled(size / 1e6) if size else "0", na_action="ignore")
+        .fillna("–"),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
