@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import brandla
 from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
@@ -14,11 +13,11 @@ TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24
 COSTS = {"average": 3.0, "brand": 4.0, "root": 2.5, "cholesky": 3.0, "svd": 26.0, "eigh": 14.0, "correction": 1.5}
 
 
-def columns(n: int, k: int, seed: int) -> Tensor:
+def columns(n, k, seed):
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
 
 
-def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do() -> None:
+def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do():
     found = {one.name: one for one in trackers(QUICK, COSTS)}
     spent = found["B-R"].cost(COSTS)
     assert spent == pytest.approx(3.0 + 4.0 + 26.0 / QUICK.overwrite_every)
@@ -29,7 +28,7 @@ def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do() -> None:
     assert found["B"].cost(COSTS) == 4.0
 
 
-def test_the_columns_are_those_of_the_weights_gradient() -> None:
+def test_the_columns_are_those_of_the_weights_gradient():
     """∂W of the mean loss over k samples is G Aᵀ of the columns over √k each."""
     factors, gradient = next(observations(TINY, 96, 0))
     a, g = factors["inputs"], factors["gradients"]
@@ -38,7 +37,7 @@ def test_the_columns_are_those_of_the_weights_gradient() -> None:
     torch.testing.assert_close(gradient, g @ a.mT)
 
 
-def test_errors_are_those_of_their_definitions() -> None:
+def test_errors_are_those_of_their_definitions():
     n, settings = 30, replace(TINY, rank=4)
     matrix, identity = torch.zeros(n, n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     for seed in range(3):
@@ -60,7 +59,7 @@ def test_errors_are_those_of_their_definitions() -> None:
     assert exact.errors(exact.best(4))["spectral"] == pytest.approx(float(values[4] / values[0]), rel=1e-5)
 
 
-def test_the_step_is_compared_with_that_of_the_true_factors() -> None:
+def test_the_step_is_compared_with_that_of_the_true_factors():
     settings, exact = replace(TINY, rank=3), {}
     for side, n in (("gradients", 20), ("inputs", 25)):
         one = columns(n, 9, n).double()
@@ -80,7 +79,7 @@ def test_the_step_is_compared_with_that_of_the_true_factors() -> None:
     assert own["step angle"] == pytest.approx(float(torch.rad2deg(torch.acos(cosine))), rel=1e-9)
 
 
-def test_trackers_do_what_they_are_called() -> None:
+def test_trackers_do_what_they_are_called():
     settings = replace(TINY, overwrite_every=2)
     chosen = [
         Tracker("B", "brand", None, 0),

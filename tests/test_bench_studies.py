@@ -4,20 +4,17 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from bench import report
 from bench.frame import pictures, results
-from bench.frame.study import INTERRUPTED, Piece, Row, Study, Tables, command
+from bench.frame.study import INTERRUPTED, Piece, Study, command
 from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, roofline, scaling, streams
 from brandla_kernels import OPS
 
@@ -27,13 +24,13 @@ STUDIES = (scaling, roofline, accuracy, kfac_images)
 NARROW = replace(accuracy.QUICK, widths=(48, 64), rank=8, batch=24)
 
 
-def run(module: Any, *options: str) -> Result:
+def run(module, *options):
     """Run a study's command at toy sizes."""
     app = module.app if hasattr(module, "app") else command(module.STUDY, module.__doc__)
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["--quick", *options])
 
 
-def measured(module: Any, folder: Path, *options: str) -> dict[str, Any]:
+def measured(module, folder, *options):
     """Run a study at toy sizes, and return what the files of a folder hold then."""
     answer = run(module, "--out", str(folder), *options)
     assert answer.exit_code == 0, answer.output
@@ -42,7 +39,7 @@ def measured(module: Any, folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _coarse_pictures() -> Iterator[None]:
+def _coarse_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "DOTS", 30)
         patch.setattr(accuracy, "QUICK", NARROW)
@@ -54,7 +51,7 @@ def _coarse_pictures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_runs(tmp_path_factory):
     """Run studies at toy sizes, and return the folder of their files."""
     folder = tmp_path_factory.mktemp("results")
     for module in STUDIES:
@@ -63,7 +60,7 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_short_run_measures_everything_and_draws_it(short_runs: Path) -> None:
+def test_a_short_run_measures_everything_and_draws_it(short_runs):
     found = results.read(short_runs / "toy")
     assert set(found) == {"scaling", "roofline", "accuracy", "kfac-study"}
     for each in found.values():
@@ -78,7 +75,7 @@ def test_a_short_run_measures_everything_and_draws_it(short_runs: Path) -> None:
     assert all(row["failure"] is None for row in (*runs, *found["kfac-study"]["trials"]))
 
 
-def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs: Path) -> None:
+def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs):
     """In the norms that Eckart and Young are about."""
     rows = accuracy.settled(results.read(short_runs / "toy")["accuracy"])
     measures = [name for name in accuracy.MEASURES if name.endswith(("spectral", "trace"))]
@@ -87,11 +84,11 @@ def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs: Path) -> Non
         assert (own.set_index(["width", "seed", "step"])[measures] >= best * (1 - 1e-4)).all(axis=None), tracker
 
 
-def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(short_runs: Path, tmp_path: Path) -> None:
+def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(short_runs, tmp_path):
     docs = tmp_path / "docs"
     shutil.copytree(report.ROOT / "docs", docs, ignore=shutil.ignore_patterns("measured", "*.csv"))
 
-    def invoke(*more: str) -> Result:
+    def invoke(*more):
         return CliRunner().invoke(report.app, ["--results", str(short_runs), "--docs", str(docs), *more])
 
     answer = invoke()
@@ -125,7 +122,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
     assert (answer.exit_code, "accuracy.md is not what" in answer.stderr) == (1, True)
 
 
-def test_without_a_result_the_pages_say_so() -> None:
+def test_without_a_result_the_pages_say_so():
     texts = ["\n".join(report.of_page(name, {})) for name in report.PAGES]
     for text in (*texts, "\n".join(report.overview({}))):
         assert "Nothing has been measured yet." in text
@@ -133,7 +130,7 @@ def test_without_a_result_the_pages_say_so() -> None:
 
 @pytest.mark.parametrize("part", [slice(0, 0), slice(0, 1), slice(0, None, 3), slice(1, None, 2)])
 @pytest.mark.parametrize("name", [name for name in report.QUESTIONS if name != "gpu"])
-def test_a_question_is_answered_by_what_a_file_has(name: str, part: slice) -> None:
+def test_a_question_is_answered_by_what_a_file_has(name, part):
     (found,) = report.machines_of(results.FOLDER).values()
     cut = {
         study: {key: rows[part] if isinstance(rows, list) else rows for key, rows in content.items()}
@@ -151,7 +148,7 @@ def test_a_question_is_answered_by_what_a_file_has(name: str, part: slice) -> No
 
 
 @pytest.mark.parametrize("name", report.QUESTIONS)
-def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> None:
+def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name):
     for found in report.machines_of(results.FOLDER).values():
         question = report.PAGES[name]
         if question.studies[0] in found:
@@ -161,7 +158,7 @@ def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name: str) -> 
             assert 3 <= text.split("All figures")[0].count("\n| ") <= 12
 
 
-def test_a_quote_is_the_entry_of_the_file() -> None:
+def test_a_quote_is_the_entry_of_the_file():
     rows = [{"case": "a, n=1", "time": [1538.2, 1, 2]}, {"case": "b", "time": None}]
     machines = {"toy": {"some-study": {"rows": rows}}}
     quote = "<!-- some-study.json rows: case={}; time -->"
@@ -171,7 +168,7 @@ def test_a_quote_is_the_entry_of_the_file() -> None:
     assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
 
 
-def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_path: Path) -> None:
+def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs, tmp_path):
     path = tmp_path / "accuracy.json"
     content = results.read(short_runs / "toy")["accuracy"]
     whole = [row for row in content["runs"] if row["width"] == accuracy.QUICK.widths[0]]
@@ -193,9 +190,7 @@ def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs: Path, tmp_
     ("part", "change", "words"),
     [("settings", {"rank": 7}, "other settings"), ("facts", {"commit": "another"}, "other versions")],
 )
-def test_a_file_of_something_else_is_not_taken_up(
-    part: str, change: dict[str, Any], words: str, short_runs: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_something_else_is_not_taken_up(part, change, words, short_runs, tmp_path):
     content = results.read(short_runs / "toy")["accuracy"]
     content[part] |= change
     (tmp_path / "accuracy.json").write_text(json.dumps(content), encoding="utf-8")
@@ -204,15 +199,15 @@ def test_a_file_of_something_else_is_not_taken_up(
     assert words in answer.output
 
 
-def test_a_run_is_short_or_long(tmp_path: Path) -> None:
+def test_a_run_is_short_or_long(tmp_path):
     assert run(scaling, "--full", "--out", str(tmp_path)).exit_code == 2
     assert run(kfac_images, "--only", "cats", "--out", str(tmp_path)).exit_code == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
-    def stopped(settings: Any, device: Any, tables: Tables) -> list[Piece]:
-        def measure() -> Iterator[Row]:
+def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path):
+    def stopped(settings, device, tables):
+        def measure():
             yield {"step": 1}
             signal.raise_signal(signal.SIGINT)
 
@@ -233,7 +228,7 @@ def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "tables"), [(streams, ("right_vectors", "dying_out")), (forms, ("losses", "streams"))]
 )
-def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, ...]) -> None:
+def test_studies_of_figures_alone_are_tabulated(module, tables):
     pieces = list(module.pieces(True, None, {}))
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
     rows = {piece.table: [{**piece.key, **row} for row in piece.measure()] for piece in chosen}
@@ -243,7 +238,7 @@ def test_studies_of_figures_alone_are_tabulated(module: Any, tables: tuple[str, 
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 
 
-def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
+def test_exponents_are_fitted_to_the_rows_of_a_method():
     shared = {"axis": "n", "method": "torch.linalg.eigh", "r": 1, "k": 1}
     rows = [
         {**shared, "n": n, "seconds": [1e-9 * n**3] * 3, "held_bytes": n**2, "peak_bytes": 3 * n**2}
@@ -259,7 +254,7 @@ def test_exponents_are_fitted_to_the_rows_of_a_method() -> None:
     assert [fit["exponent"].value for fit in fits] == pytest.approx([3, 2, 3, 2])
 
 
-def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_compared_and_a_run_goes_on(tmp_path, monkeypatch):
     """Of all tasks, two: a transformer and a regression."""
     tasks = {name: defaults.TASKS[name] for name in ("letters transformer", "diabetes MLP")}
     monkeypatch.setattr(defaults, "TASKS", tasks)
@@ -270,7 +265,7 @@ def test_defaults_are_compared_and_a_run_goes_on(tmp_path: Path, monkeypatch: py
     assert "| letters transformer |" in "".join(report.of_page("defaults", {"toy": {"defaults": content}}))
 
 
-def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
+def test_expand_and_reduce_are_compared(tmp_path):
     content = measured(expand_reduce, tmp_path / "toy")["expand-reduce"]
     assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
     text = "".join(report.of_page("expand-reduce", {"toy": {"expand-reduce": content}}))
@@ -283,7 +278,7 @@ def test_expand_and_reduce_are_compared(tmp_path: Path) -> None:
     assert len(expand_reduce.draw(content, pictures.THEMES[0]).axes) == len(content["settings"]["tasks"])
 
 
-def test_a_graph_of_pixels_is_that_of_the_dense_adjacency() -> None:
+def test_a_graph_of_pixels_is_that_of_the_dense_adjacency():
     """Features of the neighbours of every bright pixel, averaged."""
     torch.manual_seed(0)
     model, images = expand_reduce.Graphs(16, 8), torch.randn(3, 16)

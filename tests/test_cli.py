@@ -1,14 +1,11 @@
 """The command line, as a user meets it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -24,11 +21,11 @@ CURSOR_SHOWN, CURSOR_HIDDEN = b"\x1b[?25h", b"\x1b[?25l"
 
 
 @pytest.fixture
-def runner() -> CliRunner:
+def runner():
     return CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
 
 
-def test_no_command_shows_the_commands_and_an_option_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_shows_the_commands_and_an_option_the_version(capsys):
     main([])
     shown = capsys.readouterr().out
     assert "info" in shown
@@ -39,7 +36,7 @@ def test_no_command_shows_the_commands_and_an_option_the_version(capsys: pytest.
     assert capsys.readouterr().out == f"brandla {brandla.__version__}\n"
 
 
-def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_the_backend_of_every_op(capsys):
     main(["info"])
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
@@ -54,14 +51,14 @@ def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("arguments", [["infos"], ["info", "--jason"], ["info", "x"], ["--verbose"]])
-def test_unknown_words_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_words_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert arguments[-1] in capsys.readouterr().err
 
 
-def test_only_the_demo_needs_its_extra() -> None:
+def test_only_the_demo_needs_its_extra():
     # Not numpy: torch itself warns of its absence, before anything of brandla runs.
     hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn', 'pandas'))"
     program = f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main(['info']); main(['demo'])"
@@ -82,13 +79,13 @@ def test_only_the_demo_needs_its_extra() -> None:
         (["--output", f"{__file__}/below"], "--output"),
     ],
 )
-def test_bad_option_is_refused_before_anything_runs(runner: CliRunner, options: list[str], words: str) -> None:
+def test_bad_option_is_refused_before_anything_runs(runner, options, words):
     answer = runner.invoke(app, options)
     assert answer.exit_code == 2
     assert words in answer.output
 
 
-def check_what_is_left(output: Path) -> None:
+def check_what_is_left(output):
     figures = json.loads((output / "demo.json").read_text())
     assert figures["facts"]["interrupted"]
     assert len(figures["tracking"]) >= 1
@@ -98,7 +95,7 @@ def check_what_is_left(output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path: Path) -> None:
+def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
@@ -124,7 +121,7 @@ def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path:
     check_what_is_left(tmp_path)
 
 
-def read_to_the_end(terminal: int) -> bytes:
+def read_to_the_end(terminal):
     """Read a pseudo-terminal until its other end is closed, which Linux reports as an error."""
     chunks = []
     try:

@@ -1,21 +1,16 @@
 """The demo's pieces, on a network small enough to take no time."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json
 import signal
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from brandla.demo import commands, data, frame, machine, studies, summary
-from brandla.demo.frame import Piece, Row
+from brandla.demo.frame import Piece
 from brandla.demo.studies import METHODS, QUICK, Settings, Trainer
 
 TINY = Settings(
@@ -25,23 +20,23 @@ TINY = Settings(
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_interrupts() -> Iterator[None]:
+def _ctrl_c_interrupts():
     # A shell lets what it runs in the background ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def quiet() -> Console:
+def quiet():
     return Console(file=io.StringIO(), width=80)
 
 
 @pytest.fixture(scope="module")
-def content() -> dict[str, Any]:
+def content():
     return commands.measure(TINY, quiet())
 
 
-def without_times(tree: Any) -> Any:
+def without_times(tree):
     if isinstance(tree, dict):
         return {key: without_times(value) for key, value in tree.items() if "seconds" not in key}
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
@@ -50,8 +45,8 @@ def without_times(tree: Any) -> Any:
 # the frame
 
 
-def piece(table: str, *rows: dict[str, Any], stop: bool = False) -> Piece:
-    def measure() -> Iterator[Row]:
+def piece(table, *rows, stop=False):
+    def measure():
         yield rows[0]
         if stop:
             signal.raise_signal(signal.SIGINT)
@@ -60,8 +55,8 @@ def piece(table: str, *rows: dict[str, Any], stop: bool = False) -> Piece:
     return Piece(table, {"piece": str(rows[0]["value"])}, measure)
 
 
-def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done() -> None:
-    tables: dict[str, Any] = {"a": [{"piece": "1", "value": 1}]}
+def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done():
+    tables = {"a": [{"piece": "1", "value": 1}]}
     pieces = [piece("a", {"value": 1}), piece("a", {"value": 2}, {"value": 3}, stop=True), piece("b", {"value": 4})]
     assert frame.run(pieces, tables, quiet()) == "a: piece 2"
     assert [row["value"] for row in tables["a"]] == [1, 2]
@@ -70,7 +65,7 @@ def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done() -> N
     assert tables["b"] == [{"piece": "4", "value": 4}]
 
 
-def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
     path = tmp_path / "one.json"
     frame.write({"rows": [{"a": float("nan"), "b": [1.23456789, 2]}], "words": "[1,\n2]"}, path)
     assert json.loads(path.read_text()) == {"rows": [{"a": None, "b": [1.23457, 2]}], "words": "[1,\n2]"}
@@ -82,7 +77,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path: Path) 
 # data
 
 
-def test_no_image_is_in_two_parts() -> None:
+def test_no_image_is_in_two_parts():
     digits = data.load("cpu")
     assert [len(part.labels) for part in digits] == [1437, 360, 1149, 288]
     training_set, test, search_training, search_validation = ({*map(tuple, part.images.tolist())} for part in digits)
@@ -91,7 +86,7 @@ def test_no_image_is_in_two_parts() -> None:
     assert search_training | search_validation == training_set
 
 
-def test_an_epoch_shows_no_image_twice() -> None:
+def test_an_epoch_shows_no_image_twice():
     split = data.Split(torch.arange(50.0)[:, None], torch.arange(50))
     first = torch.cat([batch.labels for batch in data.batches(split, 16, 3, seed=0)])
     assert len(first.unique()) == 48
@@ -100,7 +95,7 @@ def test_an_epoch_shows_no_image_twice() -> None:
     assert not torch.equal(first, again[48:])
 
 
-def test_network_depends_on_its_seed_alone() -> None:
+def test_network_depends_on_its_seed_alone():
     first = data.seeded(3, data.mlp, 64, 8)[0].weight
     state = torch.get_rng_state()
     assert torch.equal(first, data.seeded(3, data.mlp, 64, 8)[0].weight)
@@ -110,7 +105,7 @@ def test_network_depends_on_its_seed_alone() -> None:
 # tracking
 
 
-def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content: dict[str, Any]) -> None:
+def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content):
     rows = summary.tracked(content)
     assert rows.groupby(["method", "rank"])["step"].apply(list).map(lambda steps: steps == [*range(1, 11)]).all()
     assert len(rows) == 2 * 2 * 10
@@ -122,10 +117,10 @@ def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(co
     assert rows["orthogonality"].max() < 1e-5
 
 
-def test_failed_decomposition_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_decomposition_is_not_timed(monkeypatch):
     eigh = torch.linalg.eigh
 
-    def fail_when_dense(matrix: torch.Tensor) -> Any:
+    def fail_when_dense(matrix):
         if matrix.shape[-1] < TINY.width + 1:
             return eigh(matrix)
         message = "did not converge"
@@ -142,7 +137,7 @@ def test_failed_decomposition_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
 # training
 
 
-def test_every_method_is_searched_alike_and_learns_from_every_seed(content: dict[str, Any]) -> None:
+def test_every_method_is_searched_alike_and_learns_from_every_seed(content):
     runs, trials = content["runs"], content["trials"]
     assert [(run["seed"], run["method"]) for run in runs] == [(seed, one.name) for seed in (0, 1) for one in METHODS]
     assert all(run["finished"] and len(run["milliseconds"]) == 6 for run in runs)
@@ -153,19 +148,19 @@ def test_every_method_is_searched_alike_and_learns_from_every_seed(content: dict
         assert run["rate"] == max(own, key=lambda row: row["score"])["rate"]
 
 
-def test_search_seed_is_not_a_final_one() -> None:
+def test_search_seed_is_not_a_final_one():
     for settings in (TINY, QUICK, Settings()):
         assert settings.search_seed not in settings.seeds
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_grid_lies_within_the_decade(method: Any) -> None:
+def test_grid_lies_within_the_decade(method):
     assert method.grid(4)[0] == pytest.approx(method.rates[0])
     assert method.grid(4)[-1] == pytest.approx(method.rates[1])
     assert method.grid(2) == method.grid(4)[1:3]
 
 
-def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) -> None:
+def test_only_brand_keeps_less_than_the_dense_factor(content):
     factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
     less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
     assert less == {"B-KFAC", "B-KFAC, sketched"}
@@ -175,10 +170,10 @@ def test_only_brand_keeps_less_than_the_dense_factor(content: dict[str, Any]) ->
     assert max(one["bytes"] for one in brand if one["n"] == TINY.width + 1) == expected
 
 
-def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch):
     step = Trainer.step
 
-    def fail(self: Trainer, batch: data.Split) -> None:
+    def fail(self, batch):
         if self.preconditioner is not None:
             message = "eigendecomposition failed"
             raise RuntimeError(message)
@@ -191,8 +186,8 @@ def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch: pytest.Mo
     assert summary.training(found)["method"].tolist() == ["SGD, momentum", "AdamW"]
 
 
-def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
-    def made_up(seed: int, accuracies: list[float]) -> dict[str, Any]:
+def test_target_counts_steps_and_seconds_until_it_is_reached():
+    def made_up(seed, accuracies):
         looks = [{"step": 2 * at, "seconds": 0.5 * at, "accuracy": value} for at, value in enumerate(accuracies, 1)]
         about = {"method": "AdamW", "seed": seed, "rate": 0.1, "finished": True, "failure": None, "memory": None}
         return about | {"milliseconds": [9.0, *[1.0] * 9, 50.0], "evaluations": looks}
@@ -207,12 +202,12 @@ def test_target_counts_steps_and_seconds_until_it_is_reached() -> None:
 # what is left behind
 
 
-def test_figures_are_the_same_again_except_times(content: dict[str, Any]) -> None:
+def test_figures_are_the_same_again_except_times(content):
     found = [without_times({**one, "facts": None}) for one in (content, commands.measure(TINY, quiet()))]
     assert found[0] == found[1]
 
 
-def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_whole_run_leaves_everything(content, tmp_path):
     console = quiet()
     commands.leave(content, tmp_path, console)
     found = json.loads((tmp_path / "demo.json").read_text())
@@ -232,10 +227,10 @@ def test_a_whole_run_leaves_everything(content: dict[str, Any], tmp_path: Path) 
 
 # In the tracking study, in the search, and in the first run of the training study.
 @pytest.mark.parametrize("steps", [3, 12, 10 + 4 * 2 * len(METHODS) + 2])
-def test_interrupted_study_keeps_what_was_measured(steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_interrupted_study_keeps_what_was_measured(steps, monkeypatch, tmp_path):
     batches, count = data.batches, itertools.count(1)
 
-    def counted(*about: Any) -> Iterator[data.Split]:
+    def counted(*about):
         for batch in batches(*about):
             if next(count) > steps:
                 signal.raise_signal(signal.SIGINT)
@@ -252,7 +247,7 @@ def test_interrupted_study_keeps_what_was_measured(steps: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])
-def test_busy_machine_is_pointed_out(load: float | None, said: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_busy_machine_is_pointed_out(load, said, monkeypatch, tmp_path):
     found = machine.facts() | {"load": load, "cores": 2}
     monkeypatch.setattr(machine, "facts", lambda: found)
     monkeypatch.setattr(commands, "run", lambda *_: "tracking: seed 0")
@@ -265,7 +260,7 @@ def test_busy_machine_is_pointed_out(load: float | None, said: bool, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
-def test_commit_is_named_only_where_git_tracks_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_is_named_only_where_git_tracks_the_package(monkeypatch):
     answers = {"ls-files": "machine.py", "rev-parse": "abc", "status": ""}
     monkeypatch.setattr(machine, "said", lambda *command: answers.get(command[3]))
     assert machine.commit() == {"commit": "abc", "modified": False}

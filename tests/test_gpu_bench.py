@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import re
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
-def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forked(monkeypatch):
     """Fork from here, so that processes start at once and know what a test has put in place of a stage."""
     # Whoever is forked would wait for the thread of pytest's own watch.
     faulthandler.cancel_dump_traceback_later()
@@ -38,7 +36,7 @@ def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "CONTEXT", context)
 
 
-def dry(folder: Path, only: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+def dry(folder, only, *options):
     """Run stages, and return the exit status and what the result file keeps."""
     done = CliRunner().invoke(app, ["--dry-run", "--only", only, "--out", str(folder), *options])
     assert done.exception is None or isinstance(done.exception, SystemExit)
@@ -48,7 +46,7 @@ def dry(folder: Path, only: str, *options: str) -> tuple[int, dict[str, dict[str
 # --- Stages
 
 
-def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
+def test_every_stage_runs_dry_and_is_written(tmp_path):
     status, sections = dry(tmp_path, "smoke,ceilings,core")
     assert status == 0
     assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
@@ -65,9 +63,7 @@ def test_every_stage_runs_dry_and_is_written(tmp_path: Path):
         ("tune", tune.run, None, "tiles"),
     ],
 )
-def test_a_stage_finds_something_and_leaves_nothing_out(
-    name: str, stage: Any, case: str | None, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stage_finds_something_and_leaves_nothing_out(name, stage, case, table, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "NAMES", ["rotate"])
     stage(Findings(tmp_path / "gpu.jsonl", name, Stub(), 600, case))
     section = frame.sections(tmp_path / "gpu.jsonl")[name]
@@ -77,7 +73,7 @@ def test_a_stage_finds_something_and_leaves_nothing_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tests", "sanitizer"])
-def test_stages_that_start_programs_run_dry(name: str, tmp_path: Path):
+def test_stages_that_start_programs_run_dry(name, tmp_path):
     _, sections = dry(tmp_path, name)
     assert sections[name]["failures"] == []
     assert sections[name]["tables"] != {}
@@ -97,14 +93,14 @@ class Faulty(Stub):
 
     poisoned = False
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         if self.poisoned:
             message = "CUDA error: an illegal memory access was encountered"
             raise RuntimeError(message)
 
 
-def faults(found: Findings) -> None:
-    def poison() -> None:
+def faults(found):
+    def poison():
         found.device.poisoned = True
 
     for name, fault in {
@@ -122,7 +118,7 @@ NAMES = ["good", "raises", "poisons", "crashes", "hangs", "after"]
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_no_fault_hides_another_case(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_fault_hides_another_case(apart, tmp_path, monkeypatch):
     """An exception, a poisoned device, a crash and a hang, in one process after another or each in its own."""
     monkeypatch.setattr(frame, "Stub", Faulty)
     monkeypatch.setattr(frame, "HANG", 1.0)
@@ -141,7 +137,7 @@ def test_no_fault_hides_another_case(apart: bool, tmp_path: Path, monkeypatch: p
     assert sections["core"]["status"] == "done"
 
 
-def test_a_run_that_is_cut_off_leaves_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_is_cut_off_leaves_a_report(tmp_path, monkeypatch):
     """What is killed without a word has written every finding, and names what it did not come to."""
     monkeypatch.setitem(STAGES, "ops", Stage(faults, 60))
     context = multiprocessing.get_context("fork")
@@ -159,7 +155,7 @@ def test_a_run_that_is_cut_off_leaves_a_report(tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]["tune"]["status"] == "cut off"
 
 
-def test_a_line_that_an_end_cut_short_is_left_out(tmp_path: Path):
+def test_a_line_that_an_end_cut_short_is_left_out(tmp_path):
     path = tmp_path / "gpu.jsonl"
     Findings(path, "ops", Stub(), 1).row("table", case="whole")
     with path.open("a", encoding="utf-8") as file:
@@ -167,14 +163,14 @@ def test_a_line_that_an_end_cut_short_is_left_out(tmp_path: Path):
     assert frame.sections(path)["ops"]["tables"] == {"table": [{"case": "whole"}]}
 
 
-def test_without_time_stages_are_skipped_and_named(tmp_path: Path):
+def test_without_time_stages_are_skipped_and_named(tmp_path):
     status, sections = dry(tmp_path, "ceilings,graph", "--minutes", "0.1")
     assert status == 0
     assert [section["status"] for section in sections.values()] == ["skipped", "skipped"]
     assert all("wanted" in section["skipped"][0] for section in sections.values())
 
 
-def test_a_case_for_which_no_time_is_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_case_for_which_no_time_is_left_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Stub, "dry", False)
     found = Findings(tmp_path / "gpu.jsonl", "ops", Stub(), 1)
     found.attempt("long", 5, os.abort)
@@ -184,25 +180,25 @@ def test_a_case_for_which_no_time_is_left_is_named(tmp_path: Path, monkeypatch: 
 # --- The command, the checks and the page
 
 
-def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_run_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     nothing = CliRunner().invoke(app, [])
     assert (nothing.exit_code, "--dry-run" in nothing.stderr) == (2, True)
     assert "speed" in CliRunner().invoke(app, ["--only", "ops,speed"]).stderr
 
 
-def test_a_dry_run_writes_nothing_unless_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_writes_nothing_unless_told_where(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert CliRunner().invoke(app, ["--dry-run", "--only", "ceilings"]).exit_code == 0
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_wrong_result_is_not_timed(name: str):
+def test_a_wrong_result_is_not_timed(name):
     case = next(case for case in cases.cases(TOY) if case.op == name)
     cases.check(case, Stub())
 
-    def slightly_off(*arguments: Any) -> tuple[Any, ...]:
+    def slightly_off(*arguments):
         found = cases.results(case, OPS[name], arguments)
         for part in found:
             part.copy_(part * 1.001 if part.is_floating_point() else part)
@@ -244,7 +240,7 @@ def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():
     assert device.recorded(launch, *arguments)[0].config == shipped[0].config
 
 
-def test_a_result_file_answers_on_the_page_of_a_gpu(tmp_path: Path):
+def test_a_result_file_answers_on_the_page_of_a_gpu(tmp_path):
     folder = tmp_path / "some-gpu"
     dry(folder, "ceilings,ops")
     study = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))

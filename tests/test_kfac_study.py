@@ -4,8 +4,6 @@ import gzip
 import math
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from bench.frame import samples
 from bench.studies import kfac_images, kfac_page, peers
 from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points
 from brandla.demo.data import Split
-from brandla.demo.frame import Row
 from brandla.kfac import KFAC, Brand, InverseFree
 
 TASK = Task("toy", "mlp", 8, 4, 6, 60, 0.75)
@@ -29,7 +26,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 @pytest.fixture(scope="module")
-def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fashion(tmp_path_factory):
     """Files of the form of Fashion-MNIST's, of random pixels."""
     folder, random = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
     for name, count in zip(samples.FILES, np.repeat(COUNTS, 2), strict=True):
@@ -38,19 +35,19 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
+def write_idx(path, array):
     sizes = np.array(array.shape, ">i4").tobytes()
     with gzip.open(path, "wb") as file:
         file.write(b"\0\0\x08" + bytes([array.ndim]) + sizes + array.tobytes())
 
 
-def test_the_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_the_files_are_read_as_they_were_written(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     write_idx(tmp_path / "one.gz", array)
     np.testing.assert_array_equal(samples.read(tmp_path / "one.gz"), array)
 
 
-def test_images_are_standardised_and_validation_is_apart(fashion: Path) -> None:
+def test_images_are_standardised_and_validation_is_apart(fashion):
     found = TASK.data(fashion, "cpu", None)
     sizes = [tuple(part.images.shape) for part in found]
     validating = COUNTS[0] // samples.PARTS
@@ -68,20 +65,20 @@ def test_images_are_standardised_and_validation_is_apart(fashion: Path) -> None:
     [b"", b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\1\0\0\0\1\0")],
     ids=["empty", "not compressed", "too short", "of floats"],
 )
-def test_a_file_that_is_no_idx_file_is_named(broken: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_idx_file_is_named(broken, tmp_path):
     (tmp_path / "one.gz").write_bytes(broken)
     with pytest.raises(samples.UnusableError, match=r"one\.gz is no idx file"):
         samples.read(tmp_path / "one.gz")
 
 
-def test_images_without_labels_are_refused(fashion: Path, tmp_path: Path) -> None:
+def test_images_without_labels_are_refused(fashion, tmp_path):
     shutil.copytree(fashion, tmp_path / "copy")
     write_idx(tmp_path / "copy" / samples.FILES[1], np.zeros(3, np.uint8))
     with pytest.raises(samples.UnusableError, match="48 images and 3 labels"):
         samples.fashion(tmp_path / "copy")
 
 
-def test_missing_files_are_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_files_are_said_in_one_line(tmp_path):
     options = ["--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     answer = CliRunner().invoke(kfac_images.app, options)
     assert answer.exit_code == 2
@@ -92,7 +89,7 @@ def test_missing_files_are_said_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_takes_its_data_and_the_score_is_that_of_the_target(kind: str, fashion: Path) -> None:
+def test_a_network_takes_its_data_and_the_score_is_that_of_the_target(kind, fashion):
     task = Task("toy", kind, 8, 4, 6, 60, 0.5)
     found = task.data(fashion, "cpu", 16)
     inputs, labels = found.search_validation
@@ -106,7 +103,7 @@ def test_a_network_takes_its_data_and_the_score_is_that_of_the_target(kind: str,
 
 
 @pytest.mark.parametrize("settings", [USUAL, FULL, QUICK], ids=["usual", "full", "quick"])
-def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settings) -> None:
+def test_every_method_has_the_same_trials_that_cover_its_ranges(settings):
     assert settings.search_seed not in settings.seeds
     cube = np.array(points(settings))
     assert cube.shape == (settings.trials, 3)
@@ -120,7 +117,7 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings: Settin
             assert max(tried) <= high * 1.005
 
 
-def by_hand(name: str, model: nn.Module, numbers: dict[str, float]) -> tuple[torch.optim.Optimizer, KFAC | None]:
+def by_hand(name, model, numbers):
     """Return the optimizer and the preconditioner of a method, written out."""
     rate, weights = numbers["rate"], model.parameters()
     if "weight decay" in numbers:
@@ -141,7 +138,7 @@ def by_hand(name: str, model: nn.Module, numbers: dict[str, float]) -> tuple[tor
 
 @pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "SOAP", "B-KFAC, sketched", "SINGD"])
-def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
+def test_a_method_takes_the_steps_that_its_name_says(name):
     batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
     numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
     own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
@@ -168,7 +165,7 @@ def test_a_method_takes_the_steps_that_its_name_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
-def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+def test_muon_is_that_of_torch(shape):
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
     own, other = (nn.Parameter(start.clone()) for _ in range(2))
     optimizers = (
@@ -183,17 +180,17 @@ def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(own - start, other - start, rtol=0.05, atol=0.01)
 
 
-def toy_trainer(rate: float = 0.1) -> Any:
+def toy_trainer(rate=0.1):
     method = METHODS[0]
     return method.trainer(TASK.model(784, "cpu", 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
 
 
-def run_of(trainer: Any, task: Task, fashion: Path, steps: int = 6) -> Row:
+def run_of(trainer, task, fashion, steps=6):
     parts = task.data(fashion, "cpu", None)[:2]
     return kfac_images.train(trainer, replace(task, steps=steps), parts, 0, TINY)
 
 
-def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -> None:
+def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion):
     run = run_of(toy_trainer(), replace(TASK, target=0.0), fashion)
     assert (run["step"], run["steps"], run["failure"]) == (1, 1, None)
     assert run["seconds"] == pytest.approx(run["milliseconds"] / 1e3)
@@ -204,7 +201,7 @@ def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion: Path) -
     assert run["score"] is not None
 
 
-def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion):
     trainer = toy_trainer()
     with torch.no_grad():
         trainer.model[0].weight.fill_(float("nan"))
@@ -213,16 +210,16 @@ def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion: Path) -> Non
     assert run["failure"] == "step 1: diverged: the loss is not finite"
 
 
-def trial(step: int | None, score: float, rate: float, exponent: float = 0.0, **about: Any) -> Row:
+def trial(step, score, rate, exponent=0.0, **about):
     numbers = METHODS[0].numbers([0.5] * 3) | {"rate": rate}
     ended = {"step": step, "score": score, "failure": None, "numbers": numbers, "exponent": exponent}
     return {"task": "toy", "method": "SGD"} | ended | about
 
 
-def test_the_fewest_steps_are_chosen_and_then_the_best_score() -> None:
+def test_the_fewest_steps_are_chosen_and_then_the_best_score():
     trials = [trial(None, 0.7, 1.0), trial(None, 0.9, 2.0, failure="step 2: so it was"), trial(None, 0.72, 3.0)]
 
-    def chosen(task: Task) -> float:
+    def chosen(task):
         return kfac_images.chosen(task, METHODS[0], TINY, {"trials": trials})["numbers"]["rate"]
 
     assert chosen(TASK) == 3
@@ -233,10 +230,10 @@ def test_the_fewest_steps_are_chosen_and_then_the_best_score() -> None:
     assert [chosen(WIDER), chosen(WIDEST)] == [2.5, 1.25]
 
 
-def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> None:
+def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion):
     samples = TASK.data(fashion, "cpu", None)
 
-    def call(task: Task, point: int, tables: dict[str, list[Row]]) -> Row:
+    def call(task, point, tables):
         return kfac_images.tried(task, METHODS[0], point, TINY, lambda task: samples, tables)[0]
 
     hopeless = replace(TASK, target=2.0)
@@ -246,7 +243,7 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion: Path) -> N
     assert (found["numbers"]["rate"], found["exponent"]) == (0.025, 1.0)
 
 
-def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch):
     count = iter(range(100))
     # The first step is left out; then every second one is dear.
     monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
@@ -255,15 +252,15 @@ def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch: pytest.MonkeyPa
         assert list(kfac_images.cost_of(16, BY_NAME[name], replace(TINY, cost_seconds=1.0), "cpu")) == [row]
 
 
-def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_second_step_on_every_second_one_renews(monkeypatch):
     """Which `cost_of` takes for granted: the eigendecompositions of a step stand for its milliseconds."""
     counts, real = [0], torch.linalg.eigh
 
-    def counted(*given: Any, **options: Any) -> Any:
+    def counted(*given, **options):
         counts[-1] += 1
         return real(*given, **options)
 
-    def timed(call: Any, _: str) -> Any:
+    def timed(call, _):
         counts.append(0)
         return call(), counts[-1]
 
@@ -274,14 +271,14 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch: pytest.Mon
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
 
 
-def looked(step: int | None, method: str = "AdamW", seed: int = 0, failure: str | None = None) -> Row:
+def looked(step, method="AdamW", seed=0, failure=None):
     """Return a run of steps of a quarter of a second."""
     about = {"task": "toy", "method": method, "seed": seed, "numbers": {"rate": 0.1}, "failure": failure, "score": 0.7}
     kept = {"factor_bytes": 10, "optimizer_bytes": 0, "milliseconds": 250.0, "steps": step or 6}
     return about | kept | {"step": step, "seconds": step / 4 if step else None}
 
 
-def test_winners_and_losers_are_stated(tmp_path: Path) -> None:
+def test_winners_and_losers_are_stated(tmp_path):
     runs = [looked(4), looked(2, seed=1), looked(1, "SGD"), looked(None, "SGD", 1), looked(2, "B-KFAC")]
     runs += [looked(1, "Muon") | {"seconds": 3.0}, looked(None, "SINGD", failure="step 2: so it was")]
     costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]

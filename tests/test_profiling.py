@@ -1,9 +1,6 @@
 """``make profile`` on a CPU, and what it makes of Proton's output."""
 
-from __future__ import annotations
-
 import shlex
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +17,13 @@ ONE_CALL = Profiled([print])
 
 
 @pytest.fixture(autouse=True)
-def _known_ceilings_and_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def _known_ceilings_and_few_calls(monkeypatch):
     monkeypatch.setattr(profiling, "measure", lambda device, sizes: CEILINGS)
     monkeypatch.setattr(profiling, "FEWEST", 2)
 
 
 @pytest.mark.parametrize("op", NAMES)
-def test_every_op_and_function_is_profiled_on_a_cpu(op: str):
+def test_every_op_and_function_is_profiled_on_a_cpu(op):
     every, *kernels = table_of(prepare(Request(op, **SIZES), Stub()), Stub(), CEILINGS)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
@@ -65,14 +62,14 @@ def test_what_is_printed_names_size_time_and_the_way_deeper():
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],
 )
-def test_what_cannot_be_profiled_is_said(arguments: list[str], rule: str):
+def test_what_cannot_be_profiled_is_said(arguments, rule):
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
     assert rule in refused.stderr
 
 
 @pytest.mark.parametrize("op", ["cross_gram", "root_update, cholesky"])
-def test_the_lines_of_other_profilers_run_the_same_calls_bare(op: str):
+def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
     pytest.importorskip("triton")
     ncu, nsys = deeper(Request(op, **SIZES), Stub())
     assert ("regex:cross_gram_kernel|sum_parts_kernel" in ncu) == (op == "cross_gram")
@@ -89,7 +86,7 @@ def test_half_precision_is_that_of_the_data():
     assert prepare(Request("project", n=96, r=8, k=8, dtype="float64"), Stub()).bits == 64
 
 
-def frame(name: str, metrics: dict[str, Any], *children: Any) -> dict[str, Any]:
+def frame(name, metrics, *children):
     return {"frame": {"name": name, "type": "function"}, "metrics": metrics, "children": list(children)}
 
 

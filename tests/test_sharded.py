@@ -1,10 +1,7 @@
 """Tall matrices sharded on their rows: every function equals itself on the whole matrices, and no tall one travels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from distributed import sharded
 from distributed.processes import run
@@ -16,7 +13,7 @@ with_world_size_and_dtype = pytest.mark.parametrize(
 )
 
 
-def assert_ranks_agree(results: list[list[Tensor]]) -> None:
+def assert_ranks_agree(results):
     """Check that the small parts, which decide branches, have the same bits on every rank."""
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
@@ -25,7 +22,7 @@ def assert_ranks_agree(results: list[list[Tensor]]) -> None:
 
 @with_world_size_and_dtype
 @pytest.mark.parametrize("name", sharded.UPDATES)
-def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size) -> None:
+def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size):
     assert_ranks_agree(run(sharded.small_parts, world_size, sharded.update_streams, name, dtype))
 
 
@@ -41,22 +38,22 @@ def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size) ->
     ],
     ids=lambda check: check.__name__,
 )
-def test_function_equals_itself_on_the_whole(check, dtype, world_size) -> None:
+def test_function_equals_itself_on_the_whole(check, dtype, world_size):
     assert_ranks_agree(run(sharded.small_parts, world_size, check, dtype))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_gradients_equal_those_of_the_whole(world_size) -> None:
+def test_gradients_equal_those_of_the_whole(world_size):
     assert_ranks_agree(run(sharded.small_parts, world_size, sharded.gradients))
 
 
-def test_zeros_and_values_of_a_sharded_factor() -> None:
+def test_zeros_and_values_of_a_sharded_factor():
     run(sharded.zeros, 2)
 
 
-def test_only_small_all_reduces_travel(dtype) -> None:
+def test_only_small_all_reduces_travel(dtype):
     run(sharded.messages, 2, 1600, 12, 8, dtype)
 
 
-def test_what_does_not_fit_is_refused_on_every_rank() -> None:
+def test_what_does_not_fit_is_refused_on_every_rank():
     run(sharded.refusals, 2)

@@ -1,14 +1,12 @@
 """Applications: the Laplace evidence against dense log determinants, and K-FAC for PINNs against dense blocks."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brandla import Tracked, checked
 from brandla.kfac import (
@@ -23,7 +21,6 @@ from brandla.kfac import (
     Foof,
     InverseFree,
     Randomized,
-    Strategy,
     evidence,
     forward_laplacian,
 )
@@ -40,13 +37,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 TERMS = 40
 
 
-def filled(model: nn.Module, strategy: Strategy, terms: int = TERMS) -> KFAC:
+def filled(model, strategy, terms=TERMS):
     preconditioner = KFAC(model, strategy, decay=0.0)
     stepped(model, preconditioner, loss_of(model, batch(terms, 10, 4)))
     return preconditioner
 
 
-def dense_evidence(model: nn.Module, preconditioner: KFAC, traces: KFAC, precisions: list[float]) -> float:
+def dense_evidence(model, preconditioner, traces, precisions):
     """By log det of N A ⊗ G + δI with every matrix formed; traces are those of the dense factors."""
     total = -3.0
     for index, (layer, precision) in enumerate(zip(preconditioner._layers, precisions, strict=True)):
@@ -68,7 +65,7 @@ def dense_evidence(model: nn.Module, preconditioner: KFAC, traces: KFAC, precisi
     [Exact(), Randomized(3, oversample=2), Brand(3), Brand(3, form="eigh"), BrandRandomized(3)],
     ids=["exact", "randomized", "brand", "brand-eigh", "brand-randomized"],
 )
-def test_it_is_the_dense_formula(strategy: Strategy, tail: float | str):
+def test_it_is_the_dense_formula(strategy, tail):
     model = mlp(10, 20, 8, 4)
     preconditioner = filled(model, replace(strategy, tail=tail))
     traces = filled(model, Exact())
@@ -92,7 +89,7 @@ def test_a_mean_tail_brings_it_near_to_that_of_the_whole_factors():
 def test_the_gradient_is_that_of_finite_differences():
     preconditioner = filled(mlp(10, 20, 4), Brand(6, tail="mean"))
 
-    def of(logarithm: Tensor) -> Tensor:
+    def of(logarithm):
         return evidence(preconditioner, -3.0, logarithm.exp(), TERMS)
 
     assert torch.autograd.gradcheck(of, torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True))
@@ -146,7 +143,7 @@ def test_it_is_exact_for_a_linear_model_with_normal_noise():
 
 
 @pytest.mark.parametrize("strategy", [Foof(Exact()), InverseFree(), ConjugateGradient()], ids=repr)
-def test_other_curvatures_are_refused(strategy: Strategy):
+def test_other_curvatures_are_refused(strategy):
     with pytest.raises(TypeError, match=r"evidence: 0: the strategy must be Exact, EKFAC.*; got"):
         evidence(filled(mlp(10, 20, 4), strategy), -3.0, 1.0, TERMS)
 
@@ -170,23 +167,23 @@ def test_bad_input_of_the_evidence_is_refused():
 DAMPING = 1e-3
 
 
-def network(*activations: nn.Module) -> nn.Sequential:
+def network(*activations):
     torch.manual_seed(0)
     widths = [2] + [5] * len(activations)
     layers = [part for at, own in enumerate(activations) for part in (nn.Linear(*widths[at : at + 2]), own)]
     return nn.Sequential(*layers, nn.Linear(5, 1)).double()
 
 
-def points(count: int, seed: int = 1) -> Tensor:
+def points(count, seed=1):
     return torch.rand(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def residual(u: Columns, x: Tensor) -> Tensor:
+def residual(u, x):
     """Nonlinear in all columns."""
     return u.laplacian[:, 0] + u.value[:, 0].sin() * u.gradient[:, 0, 1] - x[:, 0]
 
 
-def at_boundary(u: Tensor, x: Tensor) -> Tensor:
+def at_boundary(u, x):
     return u[:, 0] - x.sum(1)
 
 
@@ -195,7 +192,7 @@ PROBLEM = points(7), residual, points(4, 2).round(), at_boundary
 
 @pytest.mark.parametrize("kind", [nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 3.0], dtype=torch.float64)], ids=["ones", "weights"])
-def test_columns_are_those_of_autograd(kind: type[nn.Module], weights: Tensor | None):
+def test_columns_are_those_of_autograd(kind, weights):
     model, x = network(kind(), kind()), points(6)
     found = forward_laplacian(model, x, weights)
     hessian = torch.stack([torch.autograd.functional.hessian(lambda one: model(one).sum(), row) for row in x])
@@ -207,7 +204,7 @@ def test_columns_are_those_of_autograd(kind: type[nn.Module], weights: Tensor | 
     torch.testing.assert_close(found.laplacian[:, 0], diagonal.sum(1) if weights is None else diagonal @ weights)
 
 
-def residual_loss(model: nn.Sequential) -> Tensor:
+def residual_loss(model):
     x, _, y, _ = PROBLEM
     return (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
 
@@ -222,7 +219,7 @@ def test_gradients_before_preconditioning_are_those_of_the_loss():
     torch.testing.assert_close(steps, list(torch.autograd.grad(expected, model.parameters())), rtol=1e-4, atol=1e-8)
 
 
-def dense_factors(model: nn.Sequential, index: int) -> list[list[Tensor]]:
+def dense_factors(model, index):
     """(A, B) inside and at the boundary for a layer: z by autograd in the inputs, g by shifts of each column."""
     before, linear, after = model[:index], model[index], model[index + 1 :]
     rows = []
@@ -245,14 +242,14 @@ def dense_factors(model: nn.Sequential, index: int) -> list[list[Tensor]]:
     return rows
 
 
-def columns_at(model: nn.Sequential, x: Tensor) -> Tensor:
+def columns_at(model, x):
     """Value, derivatives and Laplacian of each output of a network at one point, by autograd."""
     jacobian = torch.autograd.functional.jacobian(model, x)
     hessians = [torch.autograd.functional.hessian(lambda at, k=k: model(at)[k], x) for k in range(len(jacobian))]
     return torch.cat([model(x)[None], jacobian.T, torch.stack([own.trace() for own in hessians])[None]])
 
 
-def after_columns(model: nn.Sequential, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def after_columns(model, z):
     """The same of a network whose input is a function with these columns: by the chain rule with its Hessian."""
     value, derivatives, laplacian = z[0], z[1:-1], z[-1]
     jacobian = torch.autograd.functional.jacobian(model, value, create_graph=True)[0]
@@ -262,7 +259,7 @@ def after_columns(model: nn.Sequential, z: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_the_step_solves_with_the_sum_of_the_dense_products(index: int):
+def test_the_step_solves_with_the_sum_of_the_dense_products(index):
     model = network(nn.Tanh(), nn.Tanh())
     residual_loss(model).backward()
     gradient = layer_gradient(model[index])
@@ -286,11 +283,11 @@ def test_averaged_factors_are_the_means():
 
 
 @pytest.mark.parametrize("inverse", [None, Brand(2, form="eigh"), Exact()], ids=["sum", "brand", "exact"])
-def test_training_goes_on_bit_equal(inverse: object):
+def test_training_goes_on_bit_equal(inverse):
     model = network(nn.Tanh(), nn.Tanh())
     preconditioner = PINN(model, inverse, damping=DAMPING)
 
-    def step(own: nn.Module, preconditioned: PINN, seed: int) -> None:
+    def step(own, preconditioned, seed):
         preconditioned.backward(points(7, seed), *PROBLEM[1:])
         torch.optim.SGD(own.parameters(), 1e-4).step()
 

@@ -3,18 +3,14 @@
 Those run on meta tensors, which have no values to read.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brandla import grouped
-from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, Strategy, TwoLevel, Woodbury
+from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, TwoLevel, Woodbury
 from brandla.kfac.systems.strategy import Problem
 from brandla.kfac.systems.structures import STRUCTURES
 from brandla.kfac.values import Damping, Now, Rows, Shape
@@ -28,22 +24,22 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_
 class Calls(TorchDispatchMode):
     """Counts operations, outside of functions that are not looked into."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.names: list[str] = []
+        self.names = []
         self.inside = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
         if not self.inside and not func.is_view and name not in FREE:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, function):
         """Leave out what a function does."""
 
         @wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
+        def call(*args, **options):
             self.inside += 1
             try:
                 return function(*args, **options)
@@ -53,7 +49,7 @@ class Calls(TorchDispatchMode):
         return call
 
 
-def calls_of_step(monkeypatch: pytest.MonkeyPatch, depth: int, **options: Any) -> list[str]:
+def calls_of_step(monkeypatch, depth, **options):
     """Names of the operations of the third step of a network of ``depth`` layers."""
     calls = Calls()
     with monkeypatch.context() as patched:
@@ -73,9 +69,7 @@ def calls_of_step(monkeypatch: pytest.MonkeyPatch, depth: int, **options: Any) -
 
 @pytest.mark.parametrize("gradient", ["autograd", "pair"])
 @pytest.mark.parametrize("clip_by", ["rms", "kl"])
-def test_a_step_asks_for_few_operations_besides_its_algebra(
-    monkeypatch: pytest.MonkeyPatch, clip_by: str, gradient: str
-):
+def test_a_step_asks_for_few_operations_besides_its_algebra(monkeypatch, clip_by, gradient):
     """A layer's own: the 1 of its bias, a look at its rows, and its step.
 
     That is 1 padding, 2 looks and 2 products; with ``"kl"`` two Gram matrices, their product and its sum.
@@ -121,15 +115,15 @@ CASES += [(name, kind) for name in ("dense", "ikfac") for kind in ("one_hot", "s
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_steps_read_nothing_back_from_the_device(name: str, kind: str):
-    strategy: Strategy = STRATEGIES[name]
+def test_steps_read_nothing_back_from_the_device(name, kind):
+    strategy = STRATEGIES[name]
     groups = {"grouped": (2,), "single": (5,)}.get(kind, ())
     flags = {kind: True} if kind in ("one_hot", "single") else {}
     sizes = [(1, 2)] * 2 if kind == "single" else [(20, 30), (25, 20)]
     curvatures = [strategy.curvature(Shape(groups, *size, torch.float32, META, **flags)) for size in sizes]
     now = Now(0, 0, 0.95, Damping(0.03, "relative"), torch.ones((), dtype=torch.bool, device=META))
 
-    def rows(d_out: int, d_in: int) -> Rows:
+    def rows(d_out, d_in):
         inputs, gradients = (torch.empty(*groups, 8, n, device=META) for n in (d_in, d_out))
         if kind == "single":
             return Rows(inputs, inputs, 8, single=True)

@@ -1,12 +1,9 @@
 """What is captured between two steps: the passes that made the gradient, whatever else the model is used for."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -32,26 +29,26 @@ CROSS_ENTROPY = nn.functional.cross_entropy
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
 
-def plainly(model: nn.Sequential, inputs: Tensor) -> Tensor:
+def plainly(model, inputs):
     return model(inputs)
 
 
-def checkpointed(model: nn.Sequential, inputs: Tensor) -> Tensor:
+def checkpointed(model, inputs):
     middle = checkpoint(model[:2], inputs, use_reentrant=False)
     return checkpoint(model[2:], middle, use_reentrant=False)
 
 
-def reentrant(model: nn.Sequential, inputs: Tensor) -> Tensor:
+def reentrant(model, inputs):
     middle = checkpoint(model[:2], inputs.clone().requires_grad_(), use_reentrant=True)
     return checkpoint(model[2:], middle, use_reentrant=True)
 
 
-def offloaded(model: nn.Sequential, inputs: Tensor) -> Tensor:
+def offloaded(model, inputs):
     with torch.autograd.graph.save_on_cpu():
         return model(inputs)
 
 
-def steps(forward: Forward, parts: list[slice], **options: Any) -> list[Tensor]:
+def steps(forward, parts, **options):
     """Gradients after steps of 12 samples in some parts."""
     model = mlp(6, 8, 8, 4)
     preconditioner = KFAC(model, EXACT, clip=None, **options)
@@ -83,18 +80,18 @@ def steps(forward: Forward, parts: list[slice], **options: Any) -> list[Tensor]:
     ],
     ids=lambda own: getattr(own, "__name__", str(own)),
 )
-def test_neither_parts_of_a_batch_nor_where_activations_are_kept_make_a_difference(forward: Forward, options: dict):
+def test_neither_parts_of_a_batch_nor_where_activations_are_kept_make_a_difference(forward, options):
     whole = steps(plainly, [slice(0, 12)], **options)
     torch.testing.assert_close(steps(forward, [slice(0, 2), slice(2, 9), slice(9, 12)], **options), whole)
 
 
 class Failing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs: Tensor) -> Tensor:
+    def forward(ctx, inputs):
         return inputs.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient):
         message = "out of memory"
         raise RuntimeError(message)
 
@@ -102,36 +99,36 @@ class Failing(torch.autograd.Function):
 class Training:
     """A model in training, with what a loop may do with it, right or not, between two steps."""
 
-    def __init__(self, kind: str | None, *, disturbed: bool, compiled: bool = False) -> None:
+    def __init__(self, kind, *, disturbed, compiled=False):
         self.model = mlp(6, 8, 8, 4)
         self.run = torch.compile(self.model, backend="aot_eager") if compiled else self.model
         self.preconditioner = KFAC(self.model, EXACT, curvature=kind or "empirical")
         self.is_told, self.disturbed = kind is not None, disturbed
         self.seed, self.labels = 0, batch(10, 6, 4)[1]
 
-    def zero(self) -> None:
+    def zero(self):
         self.model.zero_grad()
 
-    def fill_with_zeros(self) -> None:
+    def fill_with_zeros(self):
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
-    def forward(self, forward: Forward | None = None, **options: Any) -> None:
+    def forward(self, forward=None, **options):
         self.seed += 1
         self.inputs, self.labels = batch(10, 6, 4, self.seed)
         self.inputs.requires_grad_(**options)
         self.loss = self.loss_of(self.inputs, forward)
 
-    def loss_of(self, inputs: Tensor, forward: Forward | None = None) -> Tensor:
+    def loss_of(self, inputs, forward=None):
         outputs = self.run(inputs) if forward is None else forward(self.model, inputs)
         if self.is_told:
             self.preconditioner.curvature(outputs)
         return CROSS_ENTROPY(outputs, self.labels)
 
-    def backward(self) -> None:
+    def backward(self):
         self.loss.backward()
 
-    def attack(self) -> None:
+    def attack(self):
         """Train on inputs moved in a direction that the graph gave; undisturbed, that of a copy of the model."""
         loss = self.loss if self.disturbed else CROSS_ENTROPY(mlp(6, 8, 8, 4)(self.inputs), self.labels)
         (direction,) = torch.autograd.grad(loss, self.inputs, retain_graph=True)
@@ -139,56 +136,56 @@ class Training:
 
     # What leaves no trace. It comes with another batch, and a larger loss.
 
-    def give_up(self) -> None:
+    def give_up(self):
         self.labels = batch(10, 6, 4, 100)[1]
         (50 * self.loss_of(batch(10, 6, 4, 100)[0])).backward()
 
-    def give_up_the_graph(self) -> None:
+    def give_up_the_graph(self):
         (50 * self.loss).backward(retain_graph=True)
 
-    def ask_for_inputs(self) -> None:
+    def ask_for_inputs(self):
         inputs, labels = batch(10, 6, 4, 100)
         inputs.requires_grad_()
         torch.autograd.grad(50 * CROSS_ENTROPY(self.run(inputs), labels), inputs)
 
-    def ask_the_graph_for_inputs(self) -> None:
+    def ask_the_graph_for_inputs(self):
         torch.autograd.grad(50 * self.loss, self.inputs, retain_graph=True)
 
-    def fail_forward(self) -> None:
+    def fail_forward(self):
         hidden = self.model[:3](batch(10, 6, 4, 100)[0])
         with pytest.raises(RuntimeError, match="shapes"):
             self.model[3:](hidden[:, :3])
 
-    def fail_backward(self) -> None:
+    def fail_backward(self):
         """With a kind of its own, in the passes for the curvature."""
         with pytest.raises(RuntimeError, match="out of memory"):
             self.loss_of(
                 batch(10, 6, 4, 100)[0], lambda model, inputs: model[2:](Failing.apply(model[:2](inputs)))
             ).backward()
 
-    def evaluate(self) -> None:
+    def evaluate(self):
         with torch.no_grad():
             self.run(batch(10, 6, 4, 100)[0])
         with torch.inference_mode():
             self.run(batch(10, 6, 4, 100)[0])
 
-    def freeze(self) -> None:
+    def freeze(self):
         """No gradient comes to frozen weights, and no hook of ours asks for one."""
         loss = CROSS_ENTROPY(self.run(batch(10, 6, 4, 100)[0]), batch(10, 6, 4, 100)[1])
         self.model.requires_grad_(False)
         loss.backward()
         self.model.requires_grad_(True)
 
-    def call_with_other_parameters(self) -> None:
+    def call_with_other_parameters(self):
         other = {name: parameter.detach() * 2 for name, parameter in self.model.named_parameters()}
         functional = torch.func.functional_call
         torch.func.grad(lambda own: functional(self.model, own, batch(10, 6, 4)[0]).square().mean())(other)
 
-    def derive(self) -> None:
+    def derive(self):
         torch.testing.assert_close(derivatives(self.model), derivatives(mlp(6, 8, 8, 4)))
 
 
-def derivatives(model: nn.Module) -> list[Any]:
+def derivatives(model):
     """In the inputs, by torch.func."""
     inputs = batch(10, 6, 4)[0]
     return [
@@ -204,7 +201,7 @@ DISTURBING = {
     *(T.give_up, T.give_up_the_graph, T.ask_for_inputs, T.ask_the_graph_for_inputs, T.fail_forward, T.fail_backward),
     *(T.evaluate, T.freeze, T.call_with_other_parameters, T.derive),
 }
-LOOPS: dict[str, list[Callable[[Training], None]]] = {
+LOOPS = {
     "gradient-of-inputs-first": [T.zero, T.ask_for_inputs, forward_alone, T.backward],
     "gradient-of-inputs-into-zeros": [T.fill_with_zeros, T.ask_for_inputs, T.forward, T.backward],
     "gradient-of-inputs-of-the-graph": [T.zero, T.forward, T.ask_the_graph_for_inputs, T.backward],
@@ -239,7 +236,7 @@ TOLD = [name for name in LOOPS if name not in ("given-up-before-checkpoints", "g
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # The compiler's own condition for a graph that is to be gone through more than once.
 @torch._functorch.config.patch(donated_buffer=False)
-def test_what_has_not_come_to_the_gradient_is_not_in_the_factors(name: str, kind: str | None, compiled: bool):
+def test_what_has_not_come_to_the_gradient_is_not_in_the_factors(name, kind, compiled):
     if compiled:
         torch.compiler.reset()
     own, reference = Training(kind, disturbed=True, compiled=compiled), Training(kind, disturbed=False)
@@ -263,7 +260,7 @@ def test_a_compiled_functional_derivative_is_that_of_the_model():
     assert all(layer.capture.calls == [] for layer in preconditioner._layers)
 
 
-def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor, plain: bool) -> None:
+def by_hand(model, inputs, labels, plain):
     loss = CROSS_ENTROPY(model(inputs), labels)
     if plain:
         loss.backward()
@@ -272,7 +269,7 @@ def by_hand(model: nn.Sequential, inputs: Tensor, labels: Tensor, plain: bool) -
         parameter.grad = gradient
 
 
-def in_reentrant_checkpoints_of_one_weight(model: nn.Sequential, inputs: Tensor, labels: Tensor, plain: bool) -> None:
+def in_reentrant_checkpoints_of_one_weight(model, inputs, labels, plain):
     """Backward passes inside of one another add to the gradient of the middle layer, which is used twice."""
     hidden = model[:2](inputs)
     again = [model[2](hidden) if plain else checkpoint(model[2], hidden, use_reentrant=True) for _ in range(2)]
@@ -280,7 +277,7 @@ def in_reentrant_checkpoints_of_one_weight(model: nn.Sequential, inputs: Tensor,
 
 
 @pytest.mark.parametrize("backward", [by_hand, in_reentrant_checkpoints_of_one_weight])
-def test_what_has_come_to_the_gradient_otherwise_is_in_the_factors(backward: Callable[..., None]):
+def test_what_has_come_to_the_gradient_otherwise_is_in_the_factors(backward):
     found = []
     for plain in (True, False):
         model = mlp(6, 8, 8, 4)
@@ -309,7 +306,7 @@ def test_inputs_are_dropped_where_a_checkpoint_drops_them():
     """Between forward and backward nothing holds the input of the second layer but what a checkpoint keeps."""
     model = mlp(6, 8, 4)
     preconditioner = KFAC(model, EXACT)
-    seen: list[weakref.ref[Tensor]] = []
+    seen = []
     model[2].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0].untyped_storage())))
     inputs, labels = batch(10, 6, 4)
     loss = CROSS_ENTROPY(checkpoint(model, inputs, use_reentrant=False), labels)
@@ -325,7 +322,7 @@ def test_inputs_are_dropped_where_a_checkpoint_drops_them():
 
 
 @pytest.mark.parametrize("change", ["scaled", "replaced", "not-empty", "zeroed"])
-def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(change: str):
+def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(change):
     """Whatever else is in the gradient reaches the step; the linear application would drop it."""
     results = []
     for application in ("auto", "two-sided"):
@@ -356,7 +353,7 @@ def test_modules_without_a_gradient_are_left_alone_until_they_have_one():
     model, data = nn.ModuleList(nn.Linear(6, 3, dtype=torch.float64) for _ in range(3)), batch(8, 6, 3)
     preconditioner = KFAC(model, Exact(inverse_every=3), factor_every=5)
 
-    def used(inputs: Tensor) -> Tensor:
+    def used(inputs):
         """Nobody asks for what another of them makes."""
         model[2](inputs)
         return model[0](inputs)
@@ -384,7 +381,7 @@ def test_factors_are_updated_every_so_many_steps_only():
 
 
 @pytest.mark.parametrize("clip_by", ["rms", "kl", "spectral"])
-def test_a_zero_gradient_stays_zero_and_finite(clip_by: str):
+def test_a_zero_gradient_stays_zero_and_finite(clip_by):
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, Brand(3), clip_by=clip_by)
     after = stepped(model, preconditioner, (model(batch(5, 10, 4)[0]) * 0).sum())

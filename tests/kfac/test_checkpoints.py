@@ -1,13 +1,8 @@
 """Checkpoints: training goes on from them bit by bit, also through torch.distributed.checkpoint; what is refused."""
 
-from __future__ import annotations
-
 import copy
 import io
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,10 +20,9 @@ from brandla.kfac import (
     Exact,
     InverseFree,
     Randomized,
-    Strategy,
     read_state,
 )
-from kfac.networks import Batch, assert_equal, batch, mlp, train
+from kfac.networks import assert_equal, batch, mlp, train
 from kfac.systems import SYSTEMS, falling, growing, rule, seldom, some_systems
 
 # Of torch.distributed one process is what is meant.
@@ -36,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distribut
 
 
 # Of every system, with a state of every shape, and at ranks that change between the checkpoint and the end.
-STREAMS: dict[str, Strategy] = SYSTEMS | {
+STREAMS = SYSTEMS | {
     "structured": InverseFree("hierarchical", variant="ikfac", preconditioner_every=3),
     "mean-tail": BrandRandomized(6, overwrite_every=3, tail="mean"),
     "schedule": Brand(growing),
@@ -49,17 +43,15 @@ STREAMS: dict[str, Strategy] = SYSTEMS | {
 }
 
 
-def network(seed: int = 0) -> nn.Sequential:
+def network(seed=0):
     return mlp(10, 40, 4, dtype=torch.float32, seed=seed)
 
 
-def data(*seeds: int) -> list[Batch]:
+def data(*seeds):
     return [batch(8, 10, 4, seed, torch.float32) for seed in range(*seeds)]
 
 
-def trained(
-    strategy: Strategy, model: nn.Module | None = None, steps: int = 1, **options: object
-) -> tuple[nn.Module, KFAC]:
+def trained(strategy, model=None, steps=1, **options):
     """A network, or the one given, after steps on the first batches."""
     model = network() if model is None else model
     preconditioner = KFAC(model, strategy, **options)
@@ -67,14 +59,14 @@ def trained(
     return model, preconditioner
 
 
-def reloaded(state: object) -> Any:
+def reloaded(state):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
 
-def assert_same(one: object, other: object) -> None:
+def assert_same(one, other):
     """The same numbers and tensors, in the same order."""
     for left, right in zip(tree_leaves(one), tree_leaves(other), strict=True):
         assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
@@ -85,7 +77,7 @@ SPECTRAL = {"clip_by": "spectral", "clip": 0.01}
 
 
 @pytest.mark.parametrize("strategy", STREAMS.values(), ids=STREAMS)
-def test_training_goes_on_bit_equal(strategy: Strategy):
+def test_training_goes_on_bit_equal(strategy):
     """And a state stays as it is meanwhile."""
     model, preconditioner = trained(strategy, steps=4, **SPECTRAL)
     state = {"model": copy.deepcopy(model.state_dict()), "kfac": preconditioner.state_dict()}
@@ -102,7 +94,7 @@ def test_training_goes_on_bit_equal(strategy: Strategy):
 
 @some_systems("exact", "brand", "singd")
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "started"])
-def test_training_goes_on_through_torch_distributed(strategy: Strategy, fresh: bool, tmp_path: Path):
+def test_training_goes_on_through_torch_distributed(strategy, fresh, tmp_path):
     model, preconditioner = trained(strategy, steps=5, **SPECTRAL)
     dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
     train(model, preconditioner, data(5, 9))
@@ -121,7 +113,7 @@ def test_training_goes_on_through_torch_distributed(strategy: Strategy, fresh: b
 
 
 @pytest.mark.parametrize("strategy", [Brand(6), InverseFree()], ids=["brand", "singd"])
-def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy: Strategy, tmp_path: Path):
+def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy, tmp_path):
     """Its tensors have no place yet, and would be left out."""
     dcp.save({"kfac": trained(strategy)[1]}, checkpoint_id=tmp_path)
     resumed = KFAC(network(), strategy)
@@ -130,7 +122,7 @@ def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy: Strategy, 
     assert not any(layer.curvature.started for layer in resumed._layers)
 
 
-def test_a_checkpoint_before_any_data(tmp_path: Path):
+def test_a_checkpoint_before_any_data(tmp_path):
     dcp.save({"kfac": KFAC(network(), Brand(6))}, checkpoint_id=tmp_path)
     model, preconditioner = trained(Brand(6), steps=0)
     preconditioner.load_state_dict(read_state(tmp_path))
@@ -164,7 +156,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     assert_same(before, ours.state_dict())
 
 
-OTHERS: list[tuple[Strategy, Strategy]] = [
+OTHERS = [
     (SYSTEMS["ekfac"], SYSTEMS["k-bfgs"]),
     (Brand(7), Brand(6)),
     (Brand(growing), Brand(falling)),
@@ -188,9 +180,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("asked", "layer", "given", "other", "message"), REFUSED)
-def test_a_state_of_another_strategy_or_layer_is_refused(
-    asked: Strategy, layer: Callable[[], nn.Module], given: Strategy, other: Callable[[], nn.Module], message: str
-):
+def test_a_state_of_another_strategy_or_layer_is_refused(asked, layer, given, other, message):
     _, preconditioner = trained(given, nn.Sequential(other()))
     with pytest.raises(ValueError, match=f"KFAC.load_state_dict: {message}"):
         KFAC(nn.Sequential(layer()), asked).load_state_dict(preconditioner.state_dict())
@@ -198,7 +188,7 @@ def test_a_state_of_another_strategy_or_layer_is_refused(
 
 @some_systems("exact", "ekfac", "singd")
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_frozen_layer_takes_no_memory_and_goes_on_from_what_it_had_when_it_thaws(strategy: Strategy, steps: int):
+def test_a_frozen_layer_takes_no_memory_and_goes_on_from_what_it_had_when_it_thaws(strategy, steps):
     model, expected = trained(strategy, steps=steps)
     frozen = copy.deepcopy(model)
     frozen[0].weight.requires_grad_(False)

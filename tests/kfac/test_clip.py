@@ -1,15 +1,12 @@
 """How long a step may be: the spectral norm of each weight's, weights whose curvature is rounding, and cancellation."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy, TwoLevel
+from brandla.kfac import KFAC, Brand, Exact, InverseFree, TwoLevel
 from brandla.kfac.clip import by_kl, by_rms, spectral
 from brandla.kfac.systems.two_level import _unit
 from kfac.networks import average, batch, layer_gradient, loss_of, mlp, stepped
@@ -18,11 +15,11 @@ from kfac.systems import every_system, some_systems
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 
-def norm_of(matrix: Tensor) -> float:
+def norm_of(matrix):
     return float(torch.linalg.matrix_norm(matrix, 2))
 
 
-def in_metric(preconditioner: KFAC, steps: list[Tensor]) -> list[float]:
+def in_metric(preconditioner, steps):
     """The square root of sᵀ F s of all layers together, F block-diagonal with damped blocks."""
     squared = 0.0
     for index, step in enumerate(steps):
@@ -33,7 +30,7 @@ def in_metric(preconditioner: KFAC, steps: list[Tensor]) -> list[float]:
 
 
 # What each clip bounds, the bound, and how exactly it is met.
-CLIPS: dict[str, tuple[Callable[[KFAC, list[Tensor]], list[float]], float, float]] = {
+CLIPS = {
     "rms": (lambda _, steps: [float(step.square().mean().sqrt()) for step in steps], 1e-3, 1e-6),
     "kl": (in_metric, 1e-3**0.5, 1e-6),
     "spectral": (lambda _, steps: [norm_of(step) for step in steps], 0.05, 0.08),
@@ -43,7 +40,7 @@ CLIPS: dict[str, tuple[Callable[[KFAC, list[Tensor]], list[float]], float, float
 @pytest.mark.parametrize("gradient", ["autograd", "pair"])
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("clip_by", CLIPS)
-def test_the_length_of_a_step_is_at_most_the_clip(clip_by: str, application: str, gradient: str):
+def test_the_length_of_a_step_is_at_most_the_clip(clip_by, application, gradient):
     """A step that is longer has that length and the same direction; a shorter one stays as it is."""
     length, bound, error = CLIPS[clip_by]
     options = {"clip_by": clip_by, "application": application, "gradient": gradient, "damping": 0.1}
@@ -82,7 +79,7 @@ def test_a_norm_is_found_with_nothing_read_back():
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_a_step_without_a_norm_leaves_the_direction_as_it_was(bad: float):
+def test_a_step_without_a_norm_leaves_the_direction_as_it_was(bad):
     before = torch.tensor([0.6, 0.8])
     (known,) = spectral([torch.full((3, 2), bad)], [before], seed=0)
     assert torch.equal(known.direction, before)
@@ -102,7 +99,7 @@ def test_scales_are_clipped_as_a_diagonal_matrix_and_projections_each_by_itself(
     assert [norm_of(part) for part in parts] == pytest.approx([0.05] * 3, rel=0.08)
 
 
-def attention_steps(strategy: Strategy, steps: int = 4, **options: object) -> tuple[list[Tensor], list[Tensor]]:
+def attention_steps(strategy, steps=4, **options):
     """Steps and gradients of the projections of queries, keys and values, of a mean over positions."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)])
@@ -121,7 +118,7 @@ def attention_steps(strategy: Strategy, steps: int = 4, **options: object) -> tu
 
 @pytest.mark.parametrize("curvature", ["empirical", "monte-carlo"])
 @every_system
-def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy: Strategy, curvature: str):
+def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy, curvature):
     """Softmax is blind to what is added to all keys alike: the sum of their gradients is 0, each by itself is not."""
     steps, gradients = attention_steps(strategy, clip=None, curvature=curvature)
     lengths = [float(part.norm()) for part in steps]
@@ -132,7 +129,7 @@ def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy: St
 
 @pytest.mark.parametrize(("clip_by", "clip"), [("rms", 0.07), ("kl", 0.01), ("spectral", 0.3)])
 @some_systems("exact", "brand", "ekfac", "singd", "two-level")
-def test_no_projection_of_an_attention_stands_still_for_another(strategy: Strategy, clip_by: str, clip: float):
+def test_no_projection_of_an_attention_stands_still_for_another(strategy, clip_by, clip):
     steps, _ = attention_steps(strategy, clip=clip, clip_by=clip_by)
     lengths = [float(part.norm()) for part in steps]
     assert max(lengths) < 100 * min(lengths)
@@ -152,7 +149,7 @@ def test_a_step_whose_length_is_not_finite_is_none():
     assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == 0
 
 
-def cancelling(seed: int, rest: float) -> tuple[Tensor, Tensor]:
+def cancelling(seed, rest):
     """A pair of twice 16 columns with P Qᵀ smaller by ``rest`` than the terms of the sum."""
     generator = torch.Generator().manual_seed(seed)
     first, second, error = (torch.randn(n, 16, generator=generator) for n in (60, 80, 80))
@@ -160,7 +157,7 @@ def cancelling(seed: int, rest: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rest", [0.0, 1e-6, 1e-4])
-def test_a_step_that_cancels_is_clipped_too(rest: float):
+def test_a_step_that_cancels_is_clipped_too(rest):
     """It is as long as its entries are: the Gram matrices of its pair give a square of either sign, all of it rounding.
 
     Inputs are there twice, with gradients that are opposite up to ``rest``; λ is so small that what is left of their
@@ -192,7 +189,7 @@ def test_the_kl_clip_and_unit_vectors_of_the_coarse_space_are_finite_where_pairs
     [Brand(16), Exact(), InverseFree(), TwoLevel(Brand(16)), TwoLevel(Exact(), space="residual")],
     ids=["brand", "exact", "inverse-free", "two-level", "residual"],
 )
-def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy: Strategy):
+def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy):
     """Every input is there twice, with targets on either side: at the optimum terms are left of a gradient of 0."""
     torch.manual_seed(0)
     inputs, targets, errors = torch.randn(8, 100), torch.randn(8, 60), torch.randn(8, 60)

@@ -1,12 +1,8 @@
 """Modules of any type that compute a known map, weights used in two ways, experts, bags and graphs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import linear
 
 from brandla.kfac import KBFGS, KFAC, Adaptive, Brand, register
@@ -35,26 +31,26 @@ DOUBLE = torch.float64
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch):
     """What a test registers goes with it."""
     monkeypatch.setattr(like, "_REGISTERED", {})
 
 
 class LayerScale(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gamma = nn.Parameter(torch.randn(6, dtype=DOUBLE))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return inputs * self.gamma
 
 
 class Shifted(nn.LayerNorm):
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return super().forward(inputs - 1)
 
 
-SCALES: dict[str, Callable[[], nn.Module]] = {
+SCALES = {
     "rms": RMSNorm,
     "gemma": lambda: RMSNorm(offset=1.0),
     "scale": LayerScale,
@@ -63,12 +59,12 @@ SCALES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("make", SCALES.values(), ids=SCALES)
-def test_what_scales_a_function_of_its_input_has_gradients_of_samples_as_rows(make: Callable[[], nn.Module]):
+def test_what_scales_a_function_of_its_input_has_gradients_of_samples_as_rows(make):
     torch.manual_seed(0)
     module = make()
     inputs, weights = torch.randn(2, 5, 2, 6, dtype=DOUBLE)
 
-    def loss(part: slice) -> Tensor:
+    def loss(part):
         return (module(inputs[part]) * weights[part]).sum()
 
     expected = 5 * torch.stack([own for (own,) in sample_gradients(module, loss, 5)], 1)
@@ -81,14 +77,14 @@ def test_what_scales_a_function_of_its_input_has_gradients_of_samples_as_rows(ma
 class Gated(OwnLinear):
     """Cannot be tried with one tensor."""
 
-    def forward(self, inputs: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, inputs, gate):
         return super().forward(inputs) * 1
 
 
 class Noisy(OwnLinear):
     """No linear map: its weight is another in every call."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return linear(inputs, self.weight + torch.randn_like(self.weight), self.bias)
 
 
@@ -105,7 +101,7 @@ def test_what_a_user_registers_is_believed_and_the_rest_is_tried():
 class Tied(nn.Module):
     """A language model whose output projection has the weight of its embeddings."""
 
-    def __init__(self, bias: bool = True) -> None:
+    def __init__(self, bias=True):
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(9, 4, padding_idx=0, dtype=DOUBLE)
@@ -113,7 +109,7 @@ class Tied(nn.Module):
         self.head = nn.Linear(4, 9, bias=bias, dtype=DOUBLE)
         self.head.weight = self.words.weight
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, indices):
         self.entries = self.words(indices)
         self.last = torch.tanh(self.hidden(self.entries))
         self.logits = self.head(self.last)
@@ -123,7 +119,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_tied_weight_takes_in_both_of_its_uses(bias: bool):
+def test_a_tied_weight_takes_in_both_of_its_uses(bias):
     """Rows of the head, and of the embedding turned around: by the definition in docs/kfac.md, and above F of both."""
     model = Tied(bias)
     indices = torch.arange(12).reshape(3, 4) % 9
@@ -152,7 +148,7 @@ def test_a_tied_weight_takes_in_both_of_its_uses(bias: bool):
 
 
 @pytest.mark.parametrize("curvature", ["empirical", "monte-carlo", "type-2"])
-def test_a_tied_weight_has_the_scale_of_both_uses(curvature: str):
+def test_a_tied_weight_has_the_scale_of_both_uses(curvature):
     """With the traces t of A ⊗ G of the same network, untied, that of the tied one is (√t + √t')²."""
     roots = {}
     for is_tied in (False, True):
@@ -172,7 +168,7 @@ def test_a_tied_weight_has_the_scale_of_both_uses(curvature: str):
 
 
 @pytest.mark.parametrize("name", ["words", "head"])
-def test_none_for_either_user_leaves_a_tied_weight(name: str):
+def test_none_for_either_user_leaves_a_tied_weight(name):
     report = KFAC(Tied(), {"": EXACT, name: None}).report()
     assert report.unsupported == {"words": "inverse is None", "head": "inverse is None"}
 
@@ -180,7 +176,7 @@ def test_none_for_either_user_leaves_a_tied_weight(name: str):
 class Experts(nn.Module):
     """Two weights for each of several experts, in two parameters; ``way`` is how they are multiplied with."""
 
-    def __init__(self, way: str = "one-by-one", turned: bool = False) -> None:
+    def __init__(self, way="one-by-one", turned=False):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         up, down = (torch.randn(3, *size, generator=generator) for size in ((8, 4), (4, 8)))
@@ -188,7 +184,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(down.mT.contiguous() if turned else down)
         self.way, self.turned = way, turned
 
-    def product(self, inputs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def product(self, inputs, weight, ends):
         if self.way == "grouped":
             return nn.functional.grouped_mm(inputs, weight if self.turned else weight.transpose(-2, -1), offs=ends)
         products = []
@@ -197,7 +193,7 @@ class Experts(nn.Module):
             products.append(part @ own if self.turned else linear(part, own))
         return torch.cat(products)
 
-    def forward(self, inputs: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, inputs, ends):
         return self.product(self.product(inputs, self.up, ends).relu(), self.down, ends)
 
 
@@ -211,7 +207,7 @@ ENDS, LAST_IS_IDLE = torch.tensor([[4, 8, 12], [5, 12, 12]], dtype=torch.int32)
     [("one-by-one", DOUBLE, 1e-8), pytest.param("grouped", torch.float32, 1e-3, marks=needs_grouped)],
 )
 @both_orders
-def test_each_expert_in_one_parameter_is_a_layer(way: str, dtype: torch.dtype, tolerance: float, turned: bool):
+def test_each_expert_in_one_parameter_is_a_layer(way, dtype, tolerance, turned):
     """One that gets no row in a step keeps its factors."""
     torch.manual_seed(0)
     experts, (first, second) = Experts(way, turned).to(dtype), torch.randn(2, 12, 4, dtype=dtype)
@@ -229,7 +225,7 @@ def test_each_expert_in_one_parameter_is_a_layer(way: str, dtype: torch.dtype, t
 
 
 @both_orders
-def test_what_a_system_makes_of_weights_is_of_each_expert_alone(turned: bool):
+def test_what_a_system_makes_of_weights_is_of_each_expert_alone(turned):
     experts = Experts(turned=turned)
     preconditioner = KFAC(experts, KBFGS())
     stepped(experts, preconditioner, weighted(experts(torch.randn(12, 4), ENDS)))
@@ -239,12 +235,12 @@ def test_what_a_system_makes_of_weights_is_of_each_expert_alone(turned: bool):
 
 
 @both_orders
-def test_the_reduction_that_is_predicted_is_of_all_experts(turned: bool):
+def test_the_reduction_that_is_predicted_is_of_all_experts(turned):
     """β (1 − β/2) ⟨s, ∂W⟩ at the rate β, where s solves with the damped curvature."""
     experts, inputs = Experts(turned=turned), torch.randn(12, 4)
     preconditioner = KFAC(experts, EXACT, clip=None, damping=Adaptive(initial=0.1, every=1))
 
-    def loss_of() -> Tensor:
+    def loss_of():
         return experts(inputs, ENDS).square().mean()
 
     loss = loss_of()
@@ -257,7 +253,7 @@ def test_the_reduction_that_is_predicted_is_of_all_experts(turned: bool):
     assert preconditioner.adapt(loss, loss_of) == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_an_expert_that_was_given_nothing_yet_is_no_cause_for_a_warning(recwarn: pytest.WarningsRecorder):
+def test_an_expert_that_was_given_nothing_yet_is_no_cause_for_a_warning(recwarn):
     experts = Experts()
     stepped(experts, KFAC(experts, EXACT), weighted(experts(torch.randn(12, 4), torch.tensor([6, 12, 12]))))
     assert not [warning for warning in recwarn if "none of the calls" in str(warning.message)]
@@ -265,7 +261,7 @@ def test_an_expert_that_was_given_nothing_yet_is_no_cause_for_a_warning(recwarn:
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["matrix", "offsets"])
-def test_each_index_of_a_bag_is_a_row(mode: str, offsets: list[int] | None):
+def test_each_index_of_a_bag_is_a_row(mode, offsets):
     torch.manual_seed(0)
     module = nn.EmbeddingBag(9, 4, mode=mode, padding_idx=2, dtype=DOUBLE)
     preconditioner = KFAC(module, EXACT, **DENSE)

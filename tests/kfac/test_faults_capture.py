@@ -1,31 +1,28 @@
 """Models under K-FAC that are copied, dropped, frozen, resized or moved, and weights that are shared or replaced."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import io
 import pickle
-from collections.abc import Callable
 from weakref import ref
 
 import pytest
 import torch
 from torch import nn
 
-from brandla.kfac import EKFAC, KFAC, InverseFree, Strategy
-from kfac.networks import EXACT, Batch, Router, batch, gradients, loss_of, mlp, stepped
+from brandla.kfac import EKFAC, KFAC, InverseFree
+from kfac.networks import EXACT, Router, batch, gradients, loss_of, mlp, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 STRATEGIES = pytest.mark.parametrize("strategy", [EXACT, EKFAC(), InverseFree()], ids=["exact", "ekfac", "singd"])
 
 
-def data(seed: int = 0) -> Batch:
+def data(seed=0):
     return batch(10, 6, 4, seed)
 
 
-def through_a_file(model: nn.Module) -> nn.Module:
+def through_a_file(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -33,7 +30,7 @@ def through_a_file(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
-def test_copies_of_a_model_train_by_themselves(copied: Callable[[nn.Module], nn.Module]):
+def test_copies_of_a_model_train_by_themselves(copied):
     model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
     preconditioner, expected = KFAC(model, EXACT), KFAC(reference, EXACT)
     twin = copied(model)
@@ -45,13 +42,13 @@ def test_copies_of_a_model_train_by_themselves(copied: Callable[[nn.Module], nn.
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, pickle.dumps])
-def test_a_preconditioner_is_not_copied(how: Callable[[object], object]):
+def test_a_preconditioner_is_not_copied(how):
     with pytest.raises(TypeError, match=r"KFAC: it cannot be copied or pickled.*state_dict"):
         how(KFAC(mlp(6, 8, 4), EXACT))
 
 
 @pytest.mark.parametrize("other", ["deepcopy", "pickle", "second"])
-def test_attention_takes_another_preconditioner(other: str):
+def test_attention_takes_another_preconditioner(other):
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, dtype=torch.float64))
     inputs = torch.randn(3, 5, 8, dtype=torch.float64)
@@ -112,7 +109,7 @@ def test_weights_that_are_replaced_leave_no_hooks_behind():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_bias_of_two_layers_is_that_of_the_first(training: bool):
+def test_a_bias_of_two_layers_is_that_of_the_first(training):
     """Of two Linears, and of two normalisations."""
     found = []
     for inverse in (EXACT, {"": EXACT, "3": None, "4": None}):
@@ -129,7 +126,7 @@ def test_a_bias_of_two_layers_is_that_of_the_first(training: bool):
 
 
 @STRATEGIES
-def test_a_model_made_on_the_meta_device_gets_its_factors_where_it_goes(strategy: Strategy):
+def test_a_model_made_on_the_meta_device_gets_its_factors_where_it_goes(strategy):
     with torch.device("meta"):
         model = mlp(6, 8, 4)
     preconditioner = KFAC(model, strategy)
@@ -143,7 +140,7 @@ def test_a_model_made_on_the_meta_device_gets_its_factors_where_it_goes(strategy
 
 @pytest.mark.parametrize("given_up", [False, True])
 @STRATEGIES
-def test_a_weight_of_another_size_starts_anew(strategy: Strategy, given_up: bool):
+def test_a_weight_of_another_size_starts_anew(strategy, given_up):
     model = mlp(6, 8, 4)
     preconditioner = KFAC(model, strategy, clip=None)
     stepped(model, preconditioner, loss_of(model, data()))

@@ -1,19 +1,15 @@
 """Curvature of the loss in the outputs: exact, drawn, and the scale that it and a number of terms give the factors."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.functional import hessian
 
 from brandla.kfac import KBFGS, KFAC, Woodbury
-from kfac.networks import DENSE, EXACT, Batch, average, batch, gradients, loss_of, mlp, pooled, stepped
+from kfac.networks import DENSE, EXACT, average, batch, gradients, loss_of, mlp, pooled, stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -21,21 +17,21 @@ DOUBLE = torch.float64
 LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
 
 
-def targets(loss: str, outputs: Tensor) -> Tensor:
+def targets(loss, outputs):
     return outputs.argmax(1) * 0 if loss == "cross_entropy" else torch.zeros_like(outputs)
 
 
-def hessian_of_one(loss: str, hidden: Tensor, rest: nn.Module | None = None) -> Tensor:
+def hessian_of_one(loss, hidden, rest=None):
     """Of one term, in its outputs or in what the rest of a network makes outputs of."""
 
-    def value(own: Tensor) -> Tensor:
+    def value(own):
         outputs = own[None] if rest is None else rest(own[None])
         return LOSSES[loss](outputs, targets(loss, outputs))
 
     return hessian(value, hidden)
 
 
-def curved_step(model: nn.Module, preconditioner: KFAC, data: Batch, loss: str = "cross_entropy") -> list[Tensor]:
+def curved_step(model, preconditioner, data, loss="cross_entropy"):
     """One step with the curvature of the loss in the outputs."""
     outputs = model(data[0])
     preconditioner.curvature(outputs, loss=loss)
@@ -43,7 +39,7 @@ def curved_step(model: nn.Module, preconditioner: KFAC, data: Batch, loss: str =
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws(loss: str):
+def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws(loss):
     """Of n draws, E ‖mean − H‖² = E ‖s sᵀ − H‖² / n. By Markov's inequality 25 times as much has probability 1/25."""
     layer = nn.Linear(2, 4, dtype=DOUBLE)
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=DOUBLE)
@@ -66,7 +62,7 @@ def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_exact_factor_is_the_mean_of_hessians_in_what_a_layer_gives(loss: str):
+def test_exact_factor_is_the_mean_of_hessians_in_what_a_layer_gives(loss):
     """The rest of the network is linear but for kinks: it adds no curvature."""
     model = mlp(5, 6, 4, 3)
     model[1].inplace = model[3].inplace = False
@@ -98,7 +94,7 @@ def test_nothing_but_the_captures_sees_these_passes():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-def test_positions_are_terms_of_their_own_with_weights(flat: bool, weighted: bool, loss: str):
+def test_positions_are_terms_of_their_own_with_weights(flat, weighted, loss):
     """Outputs (N, C, T) of a Linear on (N, T, d): G is the mean over all N T terms, without those of weight 0."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4, dtype=DOUBLE)
@@ -115,7 +111,7 @@ def test_positions_are_terms_of_their_own_with_weights(flat: bool, weighted: boo
     torch.testing.assert_close(average(preconditioner, "output"), expected)
 
 
-def seen_passes(preconditioner: KFAC, steps: int) -> list[list[Tensor]]:
+def seen_passes(preconditioner, steps):
     """What each pass for the curvature sends back from the outputs, step by step."""
     model, (inputs, labels), seen = preconditioner._model, batch(8, 5, 4), []
     for _ in range(steps):
@@ -164,7 +160,7 @@ def test_a_step_without_its_curvature_is_refused():
     ],
     ids=["loss", "weights", "graph", "dtype"],
 )
-def test_bad_arguments_are_refused_and_nothing_is_kept(arguments: dict, error: type[Exception], message: str):
+def test_bad_arguments_are_refused_and_nothing_is_kept(arguments, error, message):
     model = mlp(5, 6, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
     with pytest.raises(error, match=re.escape(message)):
@@ -178,7 +174,7 @@ def test_bad_arguments_are_refused_and_nothing_is_kept(arguments: dict, error: t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+NETWORKS = {
     "linear": (lambda: pooled(nn.Linear(5, 4)), (2, 6, 5)),
     "more-dimensions": (lambda: pooled(nn.Linear(5, 4), nn.Flatten(1, 2)), (2, 2, 3, 5)),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)), (2, 2, 3, 3)),
@@ -197,18 +193,18 @@ CASES = {
 }
 
 
-def drawn(shape: tuple[int, ...], *, indices: bool = False) -> Tensor:
+def drawn(shape, *, indices=False):
     torch.manual_seed(1)
     return torch.randint(7, shape) if indices else torch.randn(shape, dtype=DOUBLE)
 
 
-def of_gradients(preconditioner: KFAC) -> list[Tensor]:
+def of_gradients(preconditioner):
     """The factors that are made of gradients: G, or the blocks of scale and shift."""
     sides = ["input" if layer.curvature.output is None else "output" for layer in preconditioner._layers]
     return [average(preconditioner, side, index) for index, side in enumerate(sides)]
 
 
-def told_step(preconditioner: KFAC, data: Batch, *, tells: bool = True) -> list[Tensor]:
+def told_step(preconditioner, data, *, tells=True):
     model = preconditioner._model
     if tells:
         curved_step(model, preconditioner, data)
@@ -218,16 +214,14 @@ def told_step(preconditioner: KFAC, data: Batch, *, tells: bool = True) -> list[
 
 
 @pytest.mark.parametrize(("make", "shape", "sharing"), CASES.values(), ids=CASES)
-def test_the_mean_over_the_models_own_labels_is_the_exact_factor(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], sharing: str
-):
+def test_the_mean_over_the_models_own_labels_is_the_exact_factor(make, shape, sharing):
     """The mean over all labels of two terms, each with its probability."""
     torch.manual_seed(0)
     model = make().double()
     inputs = drawn(shape, indices=isinstance(model[0], nn.Embedding))
     outputs = model(inputs).detach()
     p = outputs.softmax(1).movedim(1, -1).reshape(2, 3)
-    found: dict[str, list[Tensor]] = {}
+    found = {}
     for kind in ("type-2", "empirical"):
         preconditioner = KFAC(model, EXACT, curvature=kind, sharing=sharing, decay=0.0)
         weighted = []
@@ -251,18 +245,18 @@ def test_untold_each_use_is_a_term():
 class Pooled(nn.Module):
     """The mean over the positions with data."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(5, 4, dtype=DOUBLE), nn.Linear(4, 3, dtype=DOUBLE)
 
-    def forward(self, inputs: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, inputs, valid):
         hidden = self.first(inputs).tanh() * valid[..., None]
         return self.last(hidden.sum(1) / valid.sum(1, keepdim=True).clamp_min(1))
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_terms_are_counted_with_padding_and_samples_of_weight_0_and_without(sharing: str):
+def test_terms_are_counted_with_padding_and_samples_of_weight_0_and_without(sharing):
     """G = M Σ γ γᵀ with M = 3, of the samples one by one, and of all together with padding."""
     model, steps = Pooled(), []
     inputs, labels, lengths = drawn((4, 6, 5)), torch.tensor([0, 2, 1, 0]), torch.tensor([2, 4, 1, 0])
@@ -289,13 +283,13 @@ def test_terms_are_counted_with_padding_and_samples_of_weight_0_and_without(shar
 
 
 @pytest.mark.parametrize("of_positions", [False, True])
-def test_the_natural_gradient_of_a_batch_has_the_same_scale(of_positions: bool):
+def test_the_natural_gradient_of_a_batch_has_the_same_scale(of_positions):
     """F = M Σ v vᵀ over samples, for a loss with a term for each sample or each position."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=False, dtype=DOUBLE)
     inputs = drawn((3, 4, 3))
 
-    def terms() -> Tensor:
+    def terms():
         outputs = layer(inputs)
         return outputs.flatten(0, 1) if of_positions else outputs.mean(1)
 
@@ -313,7 +307,7 @@ def test_the_natural_gradient_of_a_batch_has_the_same_scale(of_positions: bool):
 
 def test_second_passes_compare_gradients_as_they_are():
     """Of two steps, each with a second pass, told and not."""
-    found: list[Any] = []
+    found = []
     for tells in (True, False):
         torch.manual_seed(0)
         model = pooled(nn.Linear(5, 4))

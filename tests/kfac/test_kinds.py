@@ -1,10 +1,7 @@
 """Every kind of layer: the rows that make up its gradient, its step against dense formulas, and training with all."""
 
-from __future__ import annotations
-
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brandla.kfac import KFAC, InverseFree, Strategy, TwoLevel
-from brandla.kfac.capture.layer import Layer
+from brandla.kfac import KFAC, InverseFree, TwoLevel
 from brandla.kfac.systems.structures import STRUCTURES
-from brandla.kfac.values import Rows
 from kfac.networks import (
     DENSE,
     EXACT,
@@ -42,7 +37,7 @@ pytestmark = [
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def captured(module: nn.Module, inputs: Tensor, sharing: str = "expand") -> tuple[Layer, Rows]:
+def captured(module, inputs, sharing="expand"):
     """The layer of a copy of a module after one backward pass of a loss with a random weight for each output."""
     module = copy.deepcopy(module)
     preconditioner = KFAC(module, EXACT, sharing=sharing)
@@ -88,7 +83,7 @@ LINEARS = {
 
 
 @pytest.mark.parametrize(("module", "shape"), (CONVOLUTIONS | LINEARS).values(), ids=CONVOLUTIONS | LINEARS)
-def test_rows_make_up_the_gradient_and_in_reduce_are_means_and_sums(module: nn.Module, shape: tuple[int, ...]):
+def test_rows_make_up_the_gradient_and_in_reduce_are_means_and_sums(module, shape):
     """Σ γ aᵀ over samples and positions, bias included, is what autograd gives; "reduce" goes sample by sample."""
     module = module.double()
     torch.manual_seed(1)
@@ -108,7 +103,7 @@ def test_rows_make_up_the_gradient_and_in_reduce_are_means_and_sums(module: nn.M
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_rows_of_an_embedding_are_one_hot(shape: tuple[int, ...], padding_idx: int | None, sharing: str):
+def test_rows_of_an_embedding_are_one_hot(shape, padding_idx, sharing):
     indices = torch.randint(4, shape, generator=torch.Generator().manual_seed(0))
     layer, rows = captured(nn.Embedding(9, 4, padding_idx=padding_idx).double(), indices, sharing)
     torch.testing.assert_close(rows.gradients.mT @ one_hot(rows.inputs, 9), layer.gradient(), **TOLERANCE)
@@ -119,7 +114,7 @@ def test_rows_of_an_embedding_are_one_hot(shape: tuple[int, ...], padding_idx: i
 BATCH, CHANNELS = 5, 4
 IMAGES = BATCH, CHANNELS, 3, 2
 WITH_STATISTICS = partial(nn.InstanceNorm2d, CHANNELS, affine=True, track_running_stats=True)
-NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+NORMS = {
     "layer": (lambda: nn.LayerNorm(CHANNELS), (BATCH, 3, CHANNELS)),
     "layer-no-shift": (lambda: nn.LayerNorm(CHANNELS, bias=False), (BATCH, 3, CHANNELS)),
     "layer-two-dimensions": (lambda: nn.LayerNorm((2, 2)), (BATCH, 3, 2, 2)),
@@ -137,7 +132,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def random_norm(make: Callable[[], nn.Module]) -> nn.Module:
+def random_norm(make):
     """A normalisation with random scale, shift and running statistics."""
     torch.manual_seed(2)
     module = make().double()
@@ -149,7 +144,7 @@ def random_norm(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "shape"), NORMS.values(), ids=NORMS)
-def test_rows_of_a_normalisation_are_gradients_of_samples(make: Callable[[], nn.Module], shape: tuple[int, ...]):
+def test_rows_of_a_normalisation_are_gradients_of_samples(make, shape):
     """By the scale and shift of each channel, of each sample by itself."""
     module = random_norm(make)
     inputs = torch.randn(shape, dtype=torch.float64)
@@ -174,7 +169,7 @@ def test_rows_of_a_normalisation_are_gradients_of_samples(make: Callable[[], nn.
 class LargestStorage(TorchDispatchMode):
     """Notes the largest storage that an operation returns."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.bytes = 0
 
@@ -186,7 +181,7 @@ class LargestStorage(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["2d", "3d", "transposed-2d"])
-def test_reduce_never_stores_the_windows(name: str):
+def test_reduce_never_stores_the_windows(name):
     """No tensor is larger than the padded input times the kernel's size in one dimension; windows would be."""
     module = {
         "2d": nn.Conv2d(4, 2, 5, padding=2),
@@ -217,24 +212,24 @@ STRATEGIES = full_rank(12)
 class Doubled(nn.Linear):
     """Its product is not one with its input, but is seen."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return super().forward(2 * inputs).relu()
 
 
 class Adapter(nn.Module):
     """Two matrices of one module, by functions and operators, with transposes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.down, self.up = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 4))
         self.up_bias = nn.Parameter(torch.randn(4))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         hidden = inputs @ self.down.transpose(0, 1)
         return torch.addmm(self.up_bias, hidden.tanh().flatten(0, -2), self.up).unflatten(0, inputs.shape[:-1])
 
 
-def two_dilations() -> nn.Module:
+def two_dilations():
     """One kernel that two convolutions use in two ways: a call's rows are made by the module that was called."""
     convolutions = [nn.Conv1d(6, 6, 3, bias=False, dilation=own, padding=own) for own in (1, 2)]
     convolutions[1].weight = convolutions[0].weight
@@ -279,7 +274,7 @@ PAIRS = [
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize(("kind", "system"), PAIRS)
-def test_one_batch_equals_the_dense_formula(kind: str, system: str, application: str, sharing: str):
+def test_one_batch_equals_the_dense_formula(kind, system, application, sharing):
     """With groups, in both forms of the application, in both sharings, by every strategy at full rank."""
     module, shape = MODULES[kind]
     module = copy.deepcopy(module).double()
@@ -301,7 +296,7 @@ def test_one_batch_equals_the_dense_formula(kind: str, system: str, application:
     assert "forward" not in vars(module)
 
 
-def factorial(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+def factorial(model, points):
     """Each point with each residual of a scaled basis: the residuals' second moment is I, whatever the point."""
     outputs = model(points).detach()
     count = outputs[0].numel()
@@ -312,7 +307,7 @@ def factorial(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
 
 # 1 × 1 convolutions but for the first, so that the gradients of positions agree, and their average; and a position that
 # is a sample of its own, so that the mean over samples and positions divides by both.
-DEEP_LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+DEEP_LINEAR = {
     "reduce": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 3, 2, bias=False),
@@ -328,7 +323,7 @@ DEEP_LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("sharing", DEEP_LINEAR)
-def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing: str):
+def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing):
     """F · step = ∂W but for λ: by 2 λ / (smallest nonzero eigenvalue of the factors), and by ε / λ² of rounding."""
     make, shape = DEEP_LINEAR[sharing]
     torch.manual_seed(0)
@@ -344,7 +339,7 @@ def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing: 
     after = gradients(model)
     preconditioner.remove()
 
-    def loss(part: slice) -> Tensor:
+    def loss(part):
         return 0.5 * (model(terms[0][part]) - terms[1][part]).square().sum()
 
     for index, F in enumerate(fishers(model, loss, len(terms[0]))):
@@ -361,7 +356,7 @@ def test_a_step_solves_with_the_fisher_matrix_of_a_deep_linear_network(sharing: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def words(*, attention: bool = True) -> nn.Module:
+def words(*, attention=True):
     model = Words(30, 8, 3, channels=12, kernel=3, attention=attention).float()
     model.activation = torch.relu
     return model
@@ -371,7 +366,7 @@ STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for stru
 
 
 @pytest.mark.parametrize("strategy", (SYSTEMS | STRUCTURED).values(), ids=SYSTEMS | STRUCTURED)
-def test_every_kind_of_layer_trains(strategy: Strategy):
+def test_every_kind_of_layer_trains(strategy):
     """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
     half = strategy in STRUCTURED.values()
     # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
@@ -398,7 +393,7 @@ def test_every_kind_of_layer_trains(strategy: Strategy):
 
 
 @pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"curvature": "type-2"}], ids=str)
-def test_autocast_gives_nearly_the_same_factors(options: dict):
+def test_autocast_gives_nearly_the_same_factors(options):
     """Inputs and gradients in bfloat16, ε = 2⁻⁸, through the layers; factors in float32."""
     states = []
     for enabled in (False, True):

@@ -1,15 +1,12 @@
 """``nn.MultiheadAttention``: the forward pass that takes its place computes the same, and the rows are its own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from brandla.kfac import KBFGS, KFAC, Strategy
+from brandla.kfac import KBFGS, KFAC
 from kfac.networks import DENSE, EXACT, assert_all_near, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
@@ -43,7 +40,7 @@ CALLS = {
 }
 
 
-def attention(**options: object) -> nn.MultiheadAttention:
+def attention(**options):
     torch.manual_seed(0)
     module = nn.MultiheadAttention(D, HEADS, dtype=torch.float64, **options)
     with torch.no_grad():
@@ -52,18 +49,18 @@ def attention(**options: object) -> nn.MultiheadAttention:
     return module
 
 
-def fitting(options: dict, of: str) -> dict:
+def fitting(options, of):
     """Sizes of keys and values that allow one tensor to be both, without making the projections packed."""
     if "kdim" not in options or of == "all":
         return options
     return options | {"kdim": 7, "vdim": 7}
 
 
-def inputs_of(module: nn.MultiheadAttention, of: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(module, of):
     """Queries, keys and values, some of them the same tensor."""
     generator = torch.Generator().manual_seed(1)
 
-    def one(length: int, d: int) -> Tensor:
+    def one(length, d):
         shape = (SAMPLES, length, d) if module.batch_first else (length, SAMPLES, d)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -74,12 +71,12 @@ def inputs_of(module: nn.MultiheadAttention, of: str) -> tuple[Tensor, Tensor, T
     return query, key, one(KEYS, module.vdim) if of == "all" else key
 
 
-def drawn_bool(*shape: int) -> Tensor:
+def drawn_bool(*shape):
     """True for what is left out, which is never all."""
     return (torch.rand(shape) < 0.4).index_fill(1, torch.tensor([0]), False)
 
 
-MASKS: dict[str, Callable[..., Tensor]] = {
+MASKS = {
     "bool": drawn_bool,
     "float": partial(torch.randn, dtype=torch.float64),
     "heads": partial(torch.randn, SAMPLES * HEADS, dtype=torch.float64),
@@ -87,14 +84,14 @@ MASKS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def call_options(options: dict, keys: int) -> dict:
+def call_options(options, keys):
     """Masks in place of their names."""
     torch.manual_seed(2)
     shapes = {"attn_mask": (QUERIES, keys), "key_padding_mask": (SAMPLES, keys)}
     return {name: MASKS[own](*shapes[name]) if name in shapes else own for name, own in options.items()}
 
 
-def of_module(module: nn.MultiheadAttention, options: dict, of: str) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def of_module(module, options, of):
     """Outputs, and gradients of all parameters and of the inputs."""
     inputs = inputs_of(module, of)
     distinct = [part.requires_grad_() for part in {id(part): part for part in inputs}.values()]
@@ -111,7 +108,7 @@ WAYS += [("batch-first", call, of) for call in CALLS for of in INPUTS[:2] if cal
 
 
 @pytest.mark.parametrize(("module_name", "call_name", "of"), WAYS)
-def test_outputs_and_gradients_are_those_of_the_module(module_name: str, call_name: str, of: str):
+def test_outputs_and_gradients_are_those_of_the_module(module_name, call_name, of):
     options, call = fitting(MODULES[module_name], of), CALLS[call_name]
     expected = of_module(attention(**options), call, of)
     module = attention(**options)
@@ -161,7 +158,7 @@ def test_what_the_module_refuses_it_refuses_still():
 class Linears(nn.Module):
     """The same attention by four Linears, with no mask, samples first."""
 
-    def __init__(self, module: nn.MultiheadAttention) -> None:
+    def __init__(self, module):
         super().__init__()
         parts = {name: part.detach().clone() for name, part in module.named_parameters()}
         weights, biases = projections(parts, "weight"), projections(parts, "bias")
@@ -171,7 +168,7 @@ class Linears(nn.Module):
             own.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
             self.linears.append(own.requires_grad_())
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+    def forward(self, *inputs):
         query, key, value = (
             own(part.transpose(0, 1)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for own, part in zip(self.linears, inputs, strict=False)
@@ -180,7 +177,7 @@ class Linears(nn.Module):
         return (self.linears[3](mixed),)
 
 
-def projections(parts: dict[str, Tensor], kind: str) -> list[Tensor]:
+def projections(parts, kind):
     """Weights or biases of queries, keys, values and outputs, or their gradients."""
     own = [part for name, part in parts.items() if name.endswith(kind)]
     return [*own[0].chunk(3), *own[1:]] if f"in_proj_{kind}" in parts else own
@@ -189,7 +186,7 @@ def projections(parts: dict[str, Tensor], kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("of", INPUTS)
 @pytest.mark.parametrize("name", ["packed", "no-bias", "apart"])
 @pytest.mark.parametrize(("strategy", "sharing"), [(EXACT, "expand"), (EXACT, "reduce"), (KBFGS(), "expand")])
-def test_steps_are_those_of_linears(strategy: Strategy, name: str, of: str, sharing: str):
+def test_steps_are_those_of_linears(strategy, name, of, sharing):
     """Also where queries and keys are not equally many, and where weights have a third of one bias each."""
     module, found = attention(**fitting(MODULES[name], of)), []
     for own in (module, Linears(module)):

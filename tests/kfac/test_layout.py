@@ -1,16 +1,13 @@
 """Positions before samples, padding, packed sequences and graphs: the factors are those of the same data without."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
-from brandla.kfac import EKFAC, KBFGS, KFAC, ConjugateGradient, InverseFree, Strategy, TwoLevel, register
+from brandla.kfac import EKFAC, KBFGS, KFAC, ConjugateGradient, InverseFree, TwoLevel, register
 from brandla.kfac.capture.kinds import like
 from kfac.networks import (
     DENSE,
@@ -28,7 +25,7 @@ from kfac.networks import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
-SYSTEMS: list[Strategy] = [
+SYSTEMS = [
     *(EXACT, EKFAC(inverse_every=1), ConjugateGradient()),
     *(InverseFree(preconditioner_every=1), TwoLevel(EXACT)),
 ]
@@ -38,7 +35,7 @@ both_sharings = pytest.mark.parametrize("sharing", ["expand", "reduce"])
 
 
 @pytest.fixture(autouse=True)
-def _unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unrolled(monkeypatch):
     monkeypatch.setattr(like, "_REGISTERED", {})
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
         register(kind, like="unrolled")
@@ -47,21 +44,21 @@ def _unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
 class Model(nn.Module):
     """Every kind of layer that takes samples and positions in either order, beside one that says which."""
 
-    def __init__(self, batch_first: bool) -> None:
+    def __init__(self, batch_first):
         super().__init__()
         self.batch_first = batch_first
         self.entries = nn.Embedding(11, 8)
         self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
         self.head = nn.Linear(8, 5)
 
-    def forward(self, words: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(self, words, padding=None):
         return self.head(self.block(self.entries(words), src_key_padding_mask=padding))
 
 
 class Others(nn.Module):
     """Kinds that are found or registered, and an embedding tied with the head."""
 
-    def __init__(self, batch_first: bool) -> None:
+    def __init__(self, batch_first):
         super().__init__()
         self.batch_first = batch_first
         self.entries = nn.Embedding(11, 8)
@@ -70,7 +67,7 @@ class Others(nn.Module):
         self.head = nn.Linear(8, 11)
         self.head.weight = self.entries.weight
 
-    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, words, padding):
         found = self.norm(self.wide(self.recurrent(self.entries(words))[0]))
         return self.head(self.products(found, found))
 
@@ -84,7 +81,7 @@ class Others(nn.Module):
         (None, "samples first, assumed"),
     ],
 )
-def test_the_order_is_an_option_where_no_module_says_it(option: Any, order: str):
+def test_the_order_is_an_option_where_no_module_says_it(option, order):
     preconditioner = KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), EXACT, batch_first=option)
     assert preconditioner.report().layouts["0"] == order
 
@@ -96,13 +93,13 @@ def test_the_report_says_which_module_has_said_the_order():
     assert "block.norm1: positions first, as block says" in str(report)
 
 
-def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any) -> list[Tensor]:
+def padded_step(own, strategy, filled, **options):
     """The step of three samples of 4 positions, filled up with what the loss and the attention ignore."""
     generator = torch.Generator().manual_seed(1)
     inputs, labels = (torch.randint(most, (3, 9), generator=generator)[:, :filled] for most in (11, 5))
     valid = torch.arange(filled).expand(3, -1) < 4
 
-    def loss(preconditioner: KFAC) -> Tensor:
+    def loss(preconditioner):
         if filled > 4:
             preconditioner.mask(valid.long())
         outputs = own(inputs, ~valid) if own.batch_first else own(inputs.T, ~valid).transpose(0, 1)
@@ -118,8 +115,8 @@ def padded_step(own: nn.Module, strategy: Strategy, filled: int, **options: Any)
     [*((Model, strategy) for strategy in SYSTEMS), (Others, EXACT), (Others, KBFGS())],
     ids=lambda own: getattr(own, "__name__", str(own)),
 )
-def test_neither_the_order_nor_padding_makes_a_difference(make: type[Model | Others], strategy: Strategy, sharing: str):
-    def step(batch_first: bool, filled: int) -> list[Tensor]:
+def test_neither_the_order_nor_padding_makes_a_difference(make, strategy, sharing):
+    def step(batch_first, filled):
         torch.manual_seed(0)
         return padded_step(make(batch_first).double(), strategy, filled, sharing=sharing)
 
@@ -133,7 +130,7 @@ class Entrywise(nn.Sequential):
 
     batch_first = True
 
-    def forward(self, words: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, words, padding):
         return super().forward(words)
 
 
@@ -142,19 +139,19 @@ def test_padding_is_left_out_of_the_curvature_of_outputs_too():
     assert_all_near(*(padded_step(own, EXACT, filled, curvature="type-2") for filled in (4, 9)))
 
 
-BY_CHANCE: dict[str, tuple[nn.Module, Tensor]] = {
+BY_CHANCE = {
     "channels": (nn.Conv1d(5, 5, 1), torch.ones(3, 5, 4)),
     "bags": (nn.EmbeddingBag(9, 4), torch.arange(30).view(15, 2) % 9),
 }
 
 
 @pytest.mark.parametrize(("own", "inputs"), BY_CHANCE.values(), ids=BY_CHANCE)
-def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own: nn.Module, inputs: Tensor):
+def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own, inputs):
     """Channels are no positions, and bags no rows."""
     found = []
     for valid in (None, torch.arange(15).reshape(3, 5) % 2):
 
-        def loss(preconditioner: KFAC, valid: Tensor | None = valid) -> Tensor:
+        def loss(preconditioner, valid=valid):
             preconditioner.mask(valid)
             return own(inputs).square().mean()
 
@@ -163,7 +160,7 @@ def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own: nn.Mod
 
 
 @both_sharings
-def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
+def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing):
     """A and G are those of the positions with data, also where what the padding holds is not finite."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
@@ -187,7 +184,7 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing: str):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first: bool):
+def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first):
     """In the order of the layer's inputs."""
     layer = nn.Linear(5, 4).double()
     preconditioner = KFAC(layer, EXACT, batch_first=batch_first, application="two-sided")
@@ -203,14 +200,14 @@ def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first: bool):
 class Graphs(nn.Module):
     """Graphs as nodes one after the other, then as a padded batch, then with the rows of that in one dimension."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.nodes, self.padded, self.flat = (nn.Linear(5, 5) for _ in range(3))
         self.head = nn.Linear(5, 3)
         self.double()
 
-    def forward(self, nodes: Tensor, sizes: list[int], of: KFAC) -> Tensor:
+    def forward(self, nodes, sizes, of):
         graphs, most = len(sizes), max(sizes)
         index = torch.arange(graphs).repeat_interleave(torch.tensor(sizes))
         valid = torch.arange(most) < torch.tensor(sizes)[:, None]
@@ -223,7 +220,7 @@ class Graphs(nn.Module):
             hidden = self.flat(flat).tanh().unflatten(0, (graphs, most)) * valid[..., None]
         return self.head(hidden.sum(1) / valid.sum(1, keepdim=True))
 
-    def of_one(self, nodes: Tensor) -> Tensor:
+    def of_one(self, nodes):
         """Of a graph by itself: one sample, whose nodes are positions."""
         hidden = self.padded(self.nodes(nodes[None]).tanh()).tanh()
         return self.head(self.flat(hidden).tanh().mean(1))
@@ -231,15 +228,15 @@ class Graphs(nn.Module):
 
 @both_sharings
 @pytest.mark.parametrize("sizes", [[3, 5, 2], [4, 4, 4]], ids=str)
-def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes: list[int], sharing: str):
+def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes, sharing):
     """Also where no graph is padded, and the nodes are as many as the places of the padded batch."""
     own, labels = Graphs(), torch.tensor([0, 2, 1])
     nodes = torch.randn(sum(sizes), 5, dtype=DOUBLE)
 
-    def together(preconditioner: KFAC) -> Tensor:
+    def together(preconditioner):
         return nn.functional.cross_entropy(own(nodes, sizes, preconditioner), labels)
 
-    def apart(preconditioner: KFAC) -> Tensor:
+    def apart(preconditioner):
         return nn.functional.cross_entropy(torch.cat([own.of_one(part) for part in nodes.split(sizes)]), labels)
 
     assert_all_near(*(lone_step(own, loss, sharing=sharing) for loss in (together, apart)))
@@ -250,7 +247,7 @@ def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes: list[int], sharing: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def outputs_of(module: nn.Module) -> Tensor:
+def outputs_of(module):
     """What it makes of 3 × 6 rows; a cell as three time steps."""
     inputs = torch.randn(3, 6, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
     if isinstance(module, nn.RNNBase):
@@ -263,7 +260,7 @@ def outputs_of(module: nn.Module) -> Tensor:
 
 LAYERS = [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")]
 # With the positions of a sample: what gives them is the second dimension, or the first, or nothing.
-CASES: list[tuple[Any, dict[str, Any], int]] = [
+CASES = [
     *((make, {}, 3) for make in LAYERS),
     *((make, {"batch_first": True, "bidirectional": True, "num_layers": 2}, 6) for make in LAYERS),
     *((make, {"bias": bias}, 1) for make in (nn.LSTMCell, nn.GRUCell, nn.RNNCell) for bias in (True, False)),
@@ -273,7 +270,7 @@ CASES: list[tuple[Any, dict[str, Any], int]] = [
 
 @both_sharings
 @pytest.mark.parametrize(("make", "options", "positions"), CASES)
-def test_every_use_of_a_weight_has_its_rows(make: Any, options: dict[str, Any], positions: int, sharing: str):
+def test_every_use_of_a_weight_has_its_rows(make, options, positions, sharing):
     torch.manual_seed(0)
     module = make(4, 5, dtype=DOUBLE, **options)
     plain = outputs_of(module)
@@ -303,12 +300,12 @@ def test_a_cell_takes_single_samples_and_leaves_other_arguments_to_the_module():
         cell(torch.randn(2, 6, dtype=DOUBLE), torch.zeros(2, 4, dtype=DOUBLE))
 
 
-def sequences() -> list[Tensor]:
+def sequences():
     generator = torch.Generator().manual_seed(2)
     return [torch.randn(length, 4, dtype=DOUBLE, generator=generator) for length in (3, 6, 1, 3)]
 
 
-def loss_of(found: tuple[Any, Any]) -> Tensor:
+def loss_of(found):
     output, last = found
     parts = [output.data if isinstance(output, PackedSequence) else output, *(last if type(last) is tuple else [last])]
     return sum(part.square().sum() for part in parts) / 13
@@ -316,25 +313,25 @@ def loss_of(found: tuple[Any, Any]) -> Tensor:
 
 @both_sharings
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make: Any, sharing: str):
+def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make, sharing):
     torch.manual_seed(0)
     module = make(4, 5, num_layers=2, bidirectional=True, dtype=DOUBLE)
     states = torch.randn(2, 4, 4, 5, dtype=DOUBLE)
     packed = pack_sequence(sequences(), enforce_sorted=False)
 
-    def started(of: slice) -> Any:
+    def started(of):
         return tuple(states[:, :, of]) if make is nn.LSTM else states[0, :, of]
 
     plain = module(packed, started(slice(None)))
 
-    def together(preconditioner: KFAC) -> Tensor:
+    def together(preconditioner):
         output = module(packed, started(slice(None)))
         torch.testing.assert_close(output[0].data, plain[0].data)
         torch.testing.assert_close(output[1], plain[1])
         assert torch.equal(output[0].unsorted_indices, packed.unsorted_indices)
         return loss_of(output)
 
-    def apart(preconditioner: KFAC) -> Tensor:
+    def apart(preconditioner):
         own = (module(one[:, None], started(slice(at, at + 1))) for at, one in enumerate(sequences()))
         return sum(map(loss_of, own))
 
@@ -347,10 +344,10 @@ def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
     module = nn.LSTM(4, 5, batch_first=True, dtype=DOUBLE)
     valid = torch.arange(6) < torch.tensor([[3], [6], [1], [3]])
 
-    def packed(preconditioner: KFAC) -> Tensor:
+    def packed(preconditioner):
         return module(pack_sequence(sequences(), enforce_sorted=False))[0].data.square().mean()
 
-    def padded(preconditioner: KFAC) -> Tensor:
+    def padded(preconditioner):
         preconditioner.mask(valid)
         return module(pad_sequence(sequences(), batch_first=True))[0][valid].square().mean()
 

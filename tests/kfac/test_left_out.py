@@ -1,15 +1,12 @@
 """Weights whose gradient autograd leaves out: steps equal those of gradients that it forms, or an error says why."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact
@@ -33,16 +30,16 @@ STRATEGIES = {
 Train = Callable[[nn.Module, KFAC], Iterator[None]]
 
 
-def loss(model: nn.Module, seed: int = 0, count: int = 6) -> Tensor:
+def loss(model, seed=0, count=6):
     inputs, labels = batch(count, WIDTHS[0], WIDTHS[-1], seed)
-    value: Tensor = nn.functional.cross_entropy(model(inputs), labels)
+    value = nn.functional.cross_entropy(model(inputs), labels)
     return value
 
 
-def by_seed(backward: Callable[[nn.Module, int], None]) -> Train:
+def by_seed(backward):
     """Three steps, each after a backward pass from no gradients."""
 
-    def train(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+    def train(model, preconditioner):
         for seed in range(3):
             model.zero_grad()
             backward(model, seed)
@@ -53,12 +50,12 @@ def by_seed(backward: Callable[[nn.Module, int], None]) -> Train:
 
 
 @by_seed
-def plain(model: nn.Module, seed: int) -> None:
+def plain(model, seed):
     loss(model, seed).backward()
 
 
 @by_seed
-def accumulated(model: nn.Module, seed: int) -> None:
+def accumulated(model, seed):
     """Two backward passes a step, after one whose gradients are thrown away."""
     loss(model, seed + 20).backward()
     model.zero_grad()
@@ -67,32 +64,32 @@ def accumulated(model: nn.Module, seed: int) -> None:
 
 
 @by_seed
-def used_twice(model: nn.Module, seed: int) -> None:
+def used_twice(model, seed):
     """A weight is used twice in one pass, with further dimensions: outputs are views, which activations overwrite."""
     hidden = model[:2](batch(6, WIDTHS[0], 3, seed)[0].reshape(3, 2, WIDTHS[0]))
     model[4](model[2:4](model[2:4](hidden))).square().mean().backward()
 
 
 @by_seed
-def penalised(model: nn.Module, seed: int) -> None:
+def penalised(model, seed):
     """Something besides the calls is in a gradient."""
     (loss(model, seed) + model[0].weight.pow(4).sum()).backward()
 
 
 @by_seed
-def checkpointed(model: nn.Module, seed: int) -> None:
+def checkpointed(model, seed):
     """Activations are computed again in the backward pass."""
     inputs, labels = batch(6, WIDTHS[0], WIDTHS[-1], seed)
     nn.functional.cross_entropy(checkpoint(model, inputs, use_reentrant=False), labels).backward()
 
 
-def hooked(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def hooked(model, preconditioner):
     """A weight's gradient has a hook that changes it."""
     model[2].weight.register_hook(lambda gradient: 2 * gradient)
     yield from plain(model, preconditioner)
 
 
-def thawed(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def thawed(model, preconditioner):
     """A weight is frozen for a time, and a bias for another."""
     model[0].weight.requires_grad_(False)
     yield from plain(model, preconditioner)
@@ -102,7 +99,7 @@ def thawed(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
     yield from plain(model, preconditioner)
 
 
-def looked_at(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def looked_at(model, preconditioner):
     """Passes that are none of the training: without gradients, for those of inputs, with torch.func."""
     for _ in plain(model, preconditioner):
         inputs = batch(2, WIDTHS[0], 3)[0].requires_grad_()
@@ -113,12 +110,12 @@ def looked_at(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
         yield
 
 
-def sum_of_outputs(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
-    outputs: Tensor = torch.func.functional_call(model, parameters, (batch(2, WIDTHS[0], 3)[0],))
+def sum_of_outputs(model, parameters):
+    outputs = torch.func.functional_call(model, parameters, (batch(2, WIDTHS[0], 3)[0],))
     return outputs.sum()
 
 
-def late(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def late(model, preconditioner):
     """A backward pass comes a step after its forward pass; weights stay."""
     waiting = loss(model, 9)
     for seed in range(3):
@@ -129,7 +126,7 @@ def late(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
         yield
 
 
-def curved(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def curved(model, preconditioner):
     """The curvature has passes of its own."""
     for seed in range(3):
         model.zero_grad()
@@ -140,14 +137,14 @@ def curved(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
         yield
 
 
-def compiled(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def compiled(model, preconditioner):
     """Autograd forms the gradients of a compiled graph."""
     for _ in plain(torch.compile(model, backend="aot_eager", fullgraph=True), preconditioner):
         assert all(parameter.grad is not None for parameter in model.parameters())
         yield
 
 
-def padded(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
+def padded(model, preconditioner):
     """The loss forgets that a position is padding: the gradient moves by it, and the factors have no part of it."""
     for seed in range(3):
         model.zero_grad()
@@ -156,7 +153,7 @@ def padded(model: nn.Module, preconditioner: KFAC) -> Iterator[None]:
         yield
 
 
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS = [
     {"clip_by": "kl"},
     {"clip_by": "spectral", "clip": 0.01},
     {"clip": None},
@@ -164,7 +161,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"sharing": "reduce"},
     {"inverse": {"": Brand(8), "0": None}},
 ]
-CASES: list[tuple[Train, dict[str, Any]]] = [
+CASES = [
     *((train, {"inverse": own}) for train in (plain, used_twice) for own in STRATEGIES.values()),
     *((train, {"inverse": STRATEGIES[own]}) for train in (accumulated, penalised) for own in ("exact", "brand")),
     *((train, {}) for train in (checkpointed, hooked, thawed, looked_at, late, compiled, padded)),
@@ -175,10 +172,8 @@ PAIR, TWO_SIDED = {"gradient": "pair"}, {"application": "two-sided"}
 
 
 @pytest.mark.parametrize(("train", "options"), CASES, ids=lambda own: getattr(own, "__name__", str(own)))
-def test_steps_are_the_same_whoever_forms_the_gradient_and_however_factors_are_applied(
-    train: Train, options: dict[str, Any]
-):
-    found: list[list[list[Tensor]]] = []
+def test_steps_are_the_same_whoever_forms_the_gradient_and_however_factors_are_applied(train, options):
+    found = []
     # To compile takes as long as all else.
     for way in ({}, PAIR) if train is compiled else ({}, PAIR, TWO_SIDED, PAIR | TWO_SIDED):
         found.append([])
@@ -222,7 +217,7 @@ def test_a_step_without_gradients_does_nothing():
 @pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("factor_every", [1, 2])
-def test_a_batch_that_is_not_finite_gives_no_step(bad: float, factor_every: int):
+def test_a_batch_that_is_not_finite_gives_no_step(bad, factor_every):
     """Also where only an input is, of an output that no gradient comes to, at a step without data for the factors."""
     model = mlp(40, 30, dtype=torch.float32)
     preconditioner = KFAC(model, Brand(4), gradient="pair", factor_every=factor_every)
@@ -272,7 +267,7 @@ def test_weights_are_trained_in_a_copy_after_a_failed_call_and_after_remove():
 
 
 @pytest.mark.parametrize("change", ["zeroed", "clipped", "kept"])
-def test_gradients_that_are_changed_outside_raise(change: str):
+def test_gradients_that_are_changed_outside_raise(change):
     model = mlp(*WIDTHS)
     preconditioner = KFAC(model, Exact(), gradient="pair")
     loss(model).backward()

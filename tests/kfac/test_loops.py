@@ -3,17 +3,13 @@
 Blocks marked "py" run here alone, where the packages are installed.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from brandla.kfac import KFAC, Brand
@@ -31,26 +27,26 @@ SETTINGS = [("float32", None), ("float32", 0.1), ("bfloat16", None)]
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:KFAC. (?!some factors)")]
 
 
-def blocks(page: str) -> dict[str, list[str]]:
+def blocks(page):
     """Return the blocks of a page by the heading that they stand under."""
     parts = re.split(r"^#+ (.*)$", (RECIPES / f"{page}.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
     return {heading: BLOCK.findall(text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def piece(page: str, heading: str, *other: str) -> dict[str, Any]:
+def piece(page, heading, *other):
     """Return what the first block under a heading defines, with one call in another's place if asked."""
     source = blocks(page)[heading][0]
-    names: dict[str, Any] = {"torch": torch}
+    names = {"torch": torch}
     exec(source.replace(*other) if other else source, names)
     return names
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_recipe_runs_as_it_stands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recipe_runs_as_it_stands(page, tmp_path, monkeypatch):
     for package in PAGES[page]:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names = {}
     with torch.random.fork_rng(devices=[]):
         for source in itertools.chain(*blocks(page).values()):
             exec(compile(source, page, "exec"), names)
@@ -63,25 +59,25 @@ def test_the_pieces_are_short():
         assert len([line for line in lines if line.strip() and "import" not in line]) <= 10
 
 
-def network() -> nn.Module:
+def network():
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
 
 
-def loss_of(model: nn.Module, batch: Iterable[Tensor]) -> Tensor:
+def loss_of(model, batch):
     inputs, labels = batch
     return nn.functional.cross_entropy(model(inputs), labels)
 
 
-def examples(count: int = 64) -> TensorDataset:
+def examples(count=64):
     torch.manual_seed(1)
     return TensorDataset(torch.randn(count, 12), torch.randint(8, (count,)))
 
 
-def parts(model: nn.Module) -> tuple[torch.optim.Optimizer, KFAC]:
+def parts(model):
     return torch.optim.SGD(model.parameters(), RATE), KFAC(model, Brand(rank=2))
 
 
-def by_hand(model: nn.Module, losses: Iterable[Callable[[], Tensor]], dtype: str, before: Any, after: Any) -> None:
+def by_hand(model, losses, dtype, before, after):
     """Train, with ``before`` and ``after`` around K-FAC's step; losses are divided already."""
     optimizer, preconditioner = parts(model)
     for number, loss in enumerate(losses, 1):
@@ -96,11 +92,11 @@ def by_hand(model: nn.Module, losses: Iterable[Callable[[], Tensor]], dtype: str
             optimizer.zero_grad()
 
 
-def clip_to(model: nn.Module, most: float | None) -> Callable[[], Any]:
+def clip_to(model, most):
     return lambda: None if most is None else nn.utils.clip_grad_norm_(model.parameters(), most)
 
 
-def expected(dtype: str, before: float | None = None, after: float | None = None) -> dict[str, Tensor]:
+def expected(dtype, before=None, after=None):
     """Train the small network by hand, with gradients clipped before or after K-FAC."""
     torch.manual_seed(0)
     model = network()
@@ -109,11 +105,11 @@ def expected(dtype: str, before: float | None = None, after: float | None = None
     return model.state_dict()
 
 
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def assert_same(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def gpt2(dropout: float) -> nn.Module:
+def gpt2(dropout):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
@@ -121,7 +117,7 @@ def gpt2(dropout: float) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def sentences() -> list[dict[str, Tensor]]:
+def sentences():
     torch.manual_seed(1)
     words = torch.randint(40, (64, 10))
     # No model predicts the first word; how often Trainer counts it depends on its version.
@@ -129,7 +125,7 @@ def sentences() -> list[dict[str, Tensor]]:
     return [{"input_ids": one, "labels": own} for one, own in zip(words, labels, strict=True)]
 
 
-def trainer(optimizer: torch.optim.Optimizer, callback: Any, model: nn.Module, folder: Path, **options: Any) -> Any:
+def trainer(optimizer, callback, model, folder, **options):
     transformers = pytest.importorskip("transformers")
     arguments = transformers.TrainingArguments(
         str(folder),
@@ -148,7 +144,7 @@ def trainer(optimizer: torch.optim.Optimizer, callback: Any, model: nn.Module, f
 
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
-def test_trainer_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | None):
+def test_trainer_trains_as_by_hand(tmp_path, dtype, most):
     torch.manual_seed(0)
     models = [gpt2(0.0), gpt2(0.0)]
     models[1].load_state_dict(models[0].state_dict())
@@ -167,10 +163,10 @@ def test_trainer_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | Non
 
 
 @pytest.mark.parametrize("two_optimizers", [False, True])
-def test_trainer_resumes_to_the_bit(tmp_path: Path, two_optimizers: bool):
+def test_trainer_resumes_to_the_bit(tmp_path, two_optimizers):
     """In the middle of an epoch, with dropout and a shuffled order."""
 
-    def made(model: nn.Module, folder: Path) -> tuple[Any, dict[str, Any]]:
+    def made(model, folder):
         if two_optimizers:
             preconditioner = KFAC(model, {"": Brand(rank=2), "transformer.wte": None})
             optimizer = torch.optim.SGD(preconditioner.parameters(), RATE)
@@ -194,19 +190,19 @@ def test_trainer_resumes_to_the_bit(tmp_path: Path, two_optimizers: bool):
     assert_same(resumed.state_dict(), whole.state_dict())
 
 
-def fitted(folder: Path, model: nn.Module, epochs: int, checkpoint: Path | None = None, **options: Any) -> Any:
+def fitted(folder, model, epochs, checkpoint=None, **options):
     """Train by Lightning."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.inner = model
 
-        def training_step(self, batch: Any) -> Tensor:
+        def training_step(self, batch):
             return loss_of(self.inner, batch)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
+        def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), RATE)
 
     module = Module()
@@ -229,7 +225,7 @@ def fitted(folder: Path, model: nn.Module, epochs: int, checkpoint: Path | None 
 
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
-def test_lightning_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | None):
+def test_lightning_trains_as_by_hand(tmp_path, dtype, most):
     torch.manual_seed(0)
     model = network()
     precision = "bf16-mixed" if dtype == "bfloat16" else "32-true"
@@ -237,7 +233,7 @@ def test_lightning_trains_as_by_hand(tmp_path: Path, dtype: str, most: float | N
     assert_same(model.state_dict(), expected(dtype, after=most))
 
 
-def test_lightning_takes_the_scaler_of_float16(tmp_path: Path):
+def test_lightning_takes_the_scaler_of_float16(tmp_path):
     """On a CPU too: training is that in float32, but for what float16 rounds."""
     precision = pytest.importorskip("lightning.pytorch.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -247,7 +243,7 @@ def test_lightning_takes_the_scaler_of_float16(tmp_path: Path):
     torch.testing.assert_close(model.state_dict(), expected("float32"), rtol=0, atol=1e-3)
 
 
-def test_lightning_resumes_to_the_bit(tmp_path: Path):
+def test_lightning_resumes_to_the_bit(tmp_path):
     whole, first, resumed = network(), network(), network()
     whole.load_state_dict(first.state_dict())
     fitted(tmp_path, whole, 2)
@@ -256,7 +252,7 @@ def test_lightning_resumes_to_the_bit(tmp_path: Path):
     assert_same(resumed.state_dict(), whole.state_dict())
 
 
-def accelerated(model: nn.Module, dtype: str = "float32", most: float | None = None) -> tuple[Any, Any]:
+def accelerated(model, dtype="float32", most=None):
     """Return accelerate's object, and a function that trains on some examples."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -271,14 +267,14 @@ def accelerated(model: nn.Module, dtype: str = "float32", most: float | None = N
 
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
-def test_accelerate_trains_as_by_hand(dtype: str, most: float | None):
+def test_accelerate_trains_as_by_hand(dtype, most):
     torch.manual_seed(0)
     model = network()
     accelerated(model, dtype, most)[1](examples())
     assert_same(model.state_dict(), expected(dtype, before=most))
 
 
-def test_accelerate_resumes_to_the_bit(tmp_path: Path):
+def test_accelerate_resumes_to_the_bit(tmp_path):
     whole, resumed = network(), network()
     accelerator, train = accelerated(whole)
     train(examples())

@@ -1,13 +1,9 @@
 """Mistakes of a training loop: each told once, and nothing is said of a loop that is right."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from brandla.kfac import KFAC, Exact
 from kfac.networks import batch, loss_of, mlp
@@ -15,19 +11,17 @@ from kfac.networks import batch, loss_of, mlp
 STEPS = 13
 
 
-def warned(loop: Callable[[], None]) -> list[str]:
+def warned(loop):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loop()
     return [str(warning.message) for warning in caught]
 
 
-def loop(
-    backward: Callable[[nn.Module, int], None], *, late: bool = False, zero: bool = False, **options: object
-) -> Callable[[], None]:
+def loop(backward, *, late=False, zero=False, **options):
     """A training loop of a small network."""
 
-    def run() -> None:
+    def run():
         model = mlp(10, 12, 4, dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
         preconditioner = KFAC(model, Exact(), **options)
@@ -42,38 +36,38 @@ def loop(
     return run
 
 
-def loss(model: nn.Module, step: int) -> Tensor:
+def loss(model, step):
     return loss_of(model, batch(32, 10, 4, step, torch.float32))
 
 
-def plain(model: nn.Module, step: int) -> None:
+def plain(model, step):
     loss(model, step).backward()
 
 
-def accumulated(model: nn.Module, step: int) -> None:
+def accumulated(model, step):
     for part in range(2):
         (loss(model, step + part) / 2).backward()
 
 
-def summed(model: nn.Module, step: int) -> None:
+def summed(model, step):
     (32 * loss(model, step)).backward()
 
 
-def scaled(model: nn.Module, step: int) -> None:
+def scaled(model, step):
     """What a scaler does, and its unscale_, of which the preconditioner knows nothing."""
     (1024 * loss(model, step)).backward()
     for parameter in model.parameters():
         parameter.grad.data.div_(1024)
 
 
-def of_derivatives(model: nn.Module, step: int) -> None:
+def of_derivatives(model, step):
     inputs = batch(32, 10, 4, step, torch.float32)[0].requires_grad_()
     outputs = model[2](model[0](inputs).tanh())
     (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
     (outputs.square().mean() + 10 * (slope - 1).square().mean()).backward()
 
 
-def broken(model: nn.Module, step: int) -> None:
+def broken(model, step):
     (loss(model, step) * (float("nan") if step > 1 else 1)).backward()
 
 
@@ -83,7 +77,7 @@ def broken(model: nn.Module, step: int) -> None:
     [{}, {"sharing": "reduce"}, {"gradient": "pair"}, {"application": "two-sided"}, {"factor_every": 4}],
     ids=str,
 )
-def test_nothing_is_told_of_a_loop_that_is_right(backward: Callable[[nn.Module, int], None], options: dict):
+def test_nothing_is_told_of_a_loop_that_is_right(backward, options):
     assert warned(loop(backward, **options)) == []
 
 
@@ -99,7 +93,7 @@ def test_nothing_is_told_of_a_loop_that_is_right(backward: Callable[[nn.Module, 
     ],
     ids=["late", "nothing", "sum", "scaler", "derivatives", "not-finite"],
 )
-def test_a_mistake_is_told_once(run: Callable[[], None], message: str):
+def test_a_mistake_is_told_once(run, message):
     (found,) = warned(run)
     assert found.startswith("KFAC: ")
     assert message in found

@@ -1,13 +1,8 @@
 """Models of transformers, torch_geometric and peft, tiny and with random weights: every matrix has its factors."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brandla.kfac import KFAC, Exact
 from kfac.networks import dense_step
@@ -33,7 +28,7 @@ _ADDED = {
         "vision_model.embeddings.class_embedding": "CLIPVisionEmbeddings uses it by itself",
     },
 }
-_SIZES: dict[str, Any] = {
+_SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -63,25 +58,25 @@ _CLIP = {
 }
 
 
-def tokens() -> dict[str, Any]:
+def tokens():
     indices = torch.randint(3, 40, (4, 10))
     return {"input_ids": indices, "labels": indices}
 
 
-def images() -> dict[str, Any]:
+def images():
     return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 2}
 
 
-def speech() -> dict[str, Any]:
+def speech():
     return {"input_features": torch.randn(4, 8, 20), "labels": torch.randint(3, 40, (4, 10))}
 
 
-def pairs() -> dict[str, Any]:
+def pairs():
     return {"input_ids": torch.randint(3, 40, (4, 6)), "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
 
 
 # Configuration, model, what it is configured with, and a batch.
-MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
+MODELS = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "eos_token_id": 0}, tokens),
     "bert": ("BertConfig", "BertForMaskedLM", _SIZES, tokens),
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA, tokens),
@@ -93,14 +88,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Any]]]]
 }
 
 
-def transformer(name: str) -> tuple[nn.Module, dict[str, Any]]:
+def transformer(name):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config, model, options, data = MODELS[name]
     return getattr(transformers, model)(getattr(transformers, config)(**options)), data()
 
 
-def covered(model: nn.Module, loss: Callable[[], Tensor]) -> KFAC:
+def covered(model, loss):
     """Two steps, after which all of its layers have data and all gradients are finite."""
     preconditioner = KFAC(model, Exact())
     for _ in range(2):
@@ -114,7 +109,7 @@ def covered(model: nn.Module, loss: Callable[[], Tensor]) -> KFAC:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_matrix_of_a_transformer_has_its_factors(name: str):
+def test_every_matrix_of_a_transformer_has_its_factors(name):
     model, data = transformer(name)
     preconditioner = covered(model, lambda: model(**data).loss)
     assert preconditioner.report().unsupported == _ADDED.get(name, {})
@@ -123,7 +118,7 @@ def test_every_matrix_of_a_transformer_has_its_factors(name: str):
 @pytest.mark.parametrize(
     ("name", "targets"), [("gpt2", ["c_attn", "c_proj"]), ("llama", ["q_proj", "v_proj"])], ids=["gpt2", "llama"]
 )
-def test_both_matrices_of_an_adapter_have_their_factors(name: str, targets: list[str]):
+def test_both_matrices_of_an_adapter_have_their_factors(name, targets):
     peft = pytest.importorskip("peft")
     model, data = transformer(name)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=name == "gpt2"))
@@ -136,13 +131,13 @@ def test_both_matrices_of_an_adapter_have_their_factors(name: str, targets: list
 class Network(nn.Module):
     """Two graph convolutions; with ``index`` the mean of each graph's nodes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name):
         super().__init__()
         convolution = getattr(pytest.importorskip("torch_geometric").nn, name)
         torch.manual_seed(0)
         self.first, self.second = convolution(6, 8), convolution(8, 3)
 
-    def forward(self, features: Tensor, edges: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, features, edges, index=None):
         nodes = self.second(torch.tanh(self.first(features, edges)), edges)
         if index is None:
             return nodes
@@ -154,7 +149,7 @@ CONVOLUTIONS = {"GCNConv": {"lin"}, "GATConv": {"lin"}, "GATv2Conv": {"lin_l", "
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_every_linear_of_a_graph_network_has_its_factors(name: str, sharing: str):
+def test_every_linear_of_a_graph_network_has_its_factors(name, sharing):
     """Nodes as samples, and graphs: the step is that of the dense definition."""
     model = Network(name).double()
     edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [1, 2, 0, 4, 5, 6, 7, 2]])

@@ -1,9 +1,6 @@
 """What is refused: options of the preconditioner, of every strategy, and models that there is nothing to do for."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,7 +36,7 @@ TWICE = nn.ModuleDict(dict.fromkeys("ab", MODEL[0]))
 
 
 # With a value of the right kind that is out of range, and of another kind.
-VALUES: list[tuple[Callable[[], object], str]] = [
+VALUES = [
     (lambda: KFAC(MODEL, damping=0.0), "KFAC: damping must be finite and > 0; got 0.0"),
     (lambda: KFAC(MODEL, clip=0.0), "clip must be finite and > 0, or None; got 0.0"),
     (lambda: KFAC(MODEL, decay=1.0), "decay must be in [0, 1); got 1.0"),
@@ -108,7 +105,7 @@ VALUES: list[tuple[Callable[[], object], str]] = [
     (lambda: KFAC(nn.Sequential(nn.PReLU(), nn.ReLU())), "PReLU, ReLU, Sequential; name what they compute with"),
     (lambda: PINN(TANH, damping=0), "PINN: damping must be finite and > 0; got 0"),
 ]
-KINDS: list[tuple[Callable[[], object], str]] = [
+KINDS = [
     (lambda: KFAC(MODEL, factor_every=1.5), "factor_every must be an int; got float 1.5"),
     (lambda: KFAC(MODEL, inverse="brand"), "inverse must be a strategy such as Brand(rank=128), or None; got str"),
     (lambda: KFAC(MODEL, inverse=lambda name, module: "brand"), "inverse must be a strategy"),
@@ -136,7 +133,7 @@ KINDS: list[tuple[Callable[[], object], str]] = [
     ("make", "message", "error"),
     [*((*own, ValueError) for own in VALUES), *((*own, TypeError) for own in KINDS)],
 )
-def test_bad_values_and_kinds_are_refused(make: Callable[[], object], message: str, error: type[Exception]):
+def test_bad_values_and_kinds_are_refused(make, message, error):
     with pytest.raises(error, match=re.escape(message)):
         make()
 

@@ -1,13 +1,10 @@
 """What the report says of every factor: its strategy and the reason, its memory, and bounds on its error."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brandla.kfac import (
     EKFAC,
@@ -19,8 +16,6 @@ from brandla.kfac import (
     Exact,
     Foof,
     InverseFree,
-    Report,
-    Strategy,
     Woodbury,
 )
 from kfac.networks import mlp, stepped
@@ -29,7 +24,7 @@ from kfac.systems import factors_of, tensors
 ignoring_small_factors = pytest.mark.filterwarnings("ignore:KFAC")
 
 
-def reported(model: nn.Module, preconditioner: KFAC, batches: list[Tensor]) -> Report:
+def reported(model, preconditioner, batches):
     for inputs in batches:
         stepped(model, preconditioner, model(inputs).square().mean())
     return preconditioner.report()
@@ -57,7 +52,7 @@ def test_it_says_what_each_factor_got_and_why():
 
 
 @pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr)
-def test_it_names_the_strategy_that_was_asked_for(strategy: Strategy):
+def test_it_names_the_strategy_that_was_asked_for(strategy):
     """Also where a batch is larger than a factor."""
     layer = nn.Linear(100, 90, bias=False)
     report = reported(layer, KFAC(layer, strategy), [torch.randn(950, 100)])
@@ -83,13 +78,13 @@ def test_it_shows_groups_and_kinds():
     assert rows["2", "input"].dense_bytes == 4 * 3 * 9
 
 
-def of_both(count: Callable[[int], int]) -> dict[str, int]:
+def of_both(count):
     """The bytes of the input's side of a Linear of 150 inputs and 100 outputs, and of the output's."""
     return {"input": count(150), "output": count(100)}
 
 
 # After a batch of 4 in float32.
-BYTES: dict[str, tuple[Strategy, dict[str, int]]] = {
+BYTES = {
     "brand": (Brand(8), of_both(lambda n: 4 * (8 * n + 8 * 8 + 3))),
     "brand-eigh": (Brand(8, form="eigh"), of_both(lambda n: 4 * (8 * n + 8 + 3))),
     # K and the direction have n numbers each, and the direction's weight is one.
@@ -101,7 +96,7 @@ BYTES: dict[str, tuple[Strategy, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize(("strategy", "expected"), BYTES.values(), ids=BYTES)
-def test_it_has_the_memory_of_each_side(strategy: Strategy, expected: dict[str, int]):
+def test_it_has_the_memory_of_each_side(strategy, expected):
     layer = nn.Linear(150, 100, bias=False)
     report = reported(layer, KFAC(layer, strategy), [torch.randn(4, 150)])
     assert {row.side: row.bytes for row in report.factors} == expected

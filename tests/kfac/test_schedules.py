@@ -1,12 +1,8 @@
 """Options that change with the step, ranks that follow a tolerance or an error bound, damping that follows the loss."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brandla import Rank
 from brandla.kfac import (
@@ -20,13 +16,12 @@ from brandla.kfac import (
     Foof,
     InverseFree,
     Randomized,
-    Strategy,
 )
 from kfac.networks import EXACT, batch, layer_step, loss_of, mlp, stepped
 from kfac.systems import FORMS, factors_of, falling, growing, rule, seldom
 
 
-def steps_of(strategy: Strategy, steps: int) -> Iterator[KFAC]:
+def steps_of(strategy, steps):
     layer = mlp(60, 50, bias=False)[0]
     preconditioner = KFAC(layer, strategy)
     for seed in range(steps):
@@ -34,11 +29,11 @@ def steps_of(strategy: Strategy, steps: int) -> Iterator[KFAC]:
         yield preconditioner
 
 
-def ranks(preconditioner: KFAC) -> list[int | None]:
+def ranks(preconditioner):
     return [row.rank for row in preconditioner.report().factors]
 
 
-MAKERS: dict[str, Callable[..., Strategy]] = {
+MAKERS = {
     **{name: lambda rank, form=form: Brand(rank, **form) for name, form in FORMS.items()},
     "brand-randomized": lambda rank: BrandRandomized(rank, overwrite_every=3),
     "brand-corrected": lambda rank: BrandCorrected(rank, correct_every=2),
@@ -51,7 +46,7 @@ MAKERS: dict[str, Callable[..., Strategy]] = {
 @pytest.mark.parametrize(
     ("schedule", "expected"), [(growing, [4, 6, 8, 10, 12, 12]), (falling, [12, 12, 12, 5, 5, 5])], ids=["up", "down"]
 )
-def test_rank_is_that_of_the_step(make: Callable[..., Strategy], schedule: object, expected: list[int]):
+def test_rank_is_that_of_the_step(make, schedule, expected):
     assert [set(ranks(own)) for own in steps_of(make(schedule), 6)] == [{rank} for rank in expected]
 
 
@@ -61,7 +56,7 @@ def test_a_rank_grows_no_faster_than_there_are_columns():
 
 
 @pytest.mark.parametrize("options", [*FORMS.values(), {"rank": rule}], ids=[*FORMS, "schedule"])
-def test_rank_rules_keep_values_above_their_tolerance(options: dict):
+def test_rank_rules_keep_values_above_their_tolerance(options):
     strategy = Brand(**({"rank": Rank(12, 1e-2)} | options))
     *_, preconditioner = steps_of(strategy, 5)
     for factor in factors_of(preconditioner):
@@ -85,7 +80,7 @@ def test_rank_rules_keep_values_above_their_tolerance(options: dict):
     ],
     ids=["exact", "cholesky", "randomized", "brand-randomized", "brand-corrected", "error-bound", "inverse-free"],
 )
-def test_periods_are_those_of_the_step(strategy: Strategy):
+def test_periods_are_those_of_the_step(strategy):
     seen = []
     for step, preconditioner in enumerate(steps_of(strategy, 9)):
         curvature = preconditioner._layers[0].curvature
@@ -107,7 +102,7 @@ def test_schedules_are_named_by_their_functions_and_nothing_else():
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
-def test_rank_grows_until_the_error_bound_is_met(options: dict[str, str]):
+def test_rank_grows_until_the_error_bound_is_met(options):
     """Columns of a slowly falling spectrum: rank 2 leaves far more than the target, and what is reached keeps to it."""
     layer = mlp(80, 3, bias=False)[0]
     spectrum = torch.arange(1.0, 81, dtype=torch.float64) ** -1.0
@@ -159,17 +154,17 @@ def test_a_batch_of_factors_has_one_rank_and_goes_by_its_worst():
 class Quadratic:
     """A linear model with the squared error, whose exact curvature is A ⊗ (2/C) I, and a step of it."""
 
-    def __init__(self, damping: Adaptive, factor: float = 1.0, **options: object) -> None:
+    def __init__(self, damping, factor=1.0, **options):
         torch.manual_seed(0)
         self.layer = nn.Linear(6, 3, bias=False, dtype=torch.float64)
         self.inputs, self.targets = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
         self.factor = factor
         self.preconditioner = KFAC(self.layer, EXACT, damping=damping, curvature="type-2", **{"clip": None} | options)
 
-    def loss(self) -> Tensor:
+    def loss(self):
         return self.factor * nn.functional.mse_loss(self.layer(self.inputs), self.targets)
 
-    def step(self, rate: float) -> float | None:
+    def step(self, rate):
         self.layer.zero_grad()
         self.preconditioner.curvature(self.layer(self.inputs), loss="mse")
         loss = self.loss()
@@ -182,7 +177,7 @@ class Quadratic:
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
-def test_the_ratio_of_a_quadratic_is_that_of_its_hessian_and_the_damped_one(scale: str, clip: float | None):
+def test_the_ratio_of_a_quadratic_is_that_of_its_hessian_and_the_damped_one(scale, clip):
     task = Quadratic(Adaptive(0.2, every=1), damping_scale=scale, clip=clip)
     before = task.layer.weight.detach().clone()
     ratio = task.step(0.5)
@@ -198,7 +193,7 @@ def test_the_ratio_of_a_quadratic_is_that_of_its_hessian_and_the_damped_one(scal
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.1 * 0.9**2), (4.0, 0.1 / 0.9**2)])
-def test_damping_falls_where_the_model_is_right_and_rises_where_the_loss_is_steeper(factor: float, expected: float):
+def test_damping_falls_where_the_model_is_right_and_rises_where_the_loss_is_steeper(factor, expected):
     """Every second step; its curvature knows nothing of a loss that is multiplied."""
     task = Quadratic(Adaptive(0.1, every=2, factor=0.9), factor)
     assert task.step(1.0) is not None

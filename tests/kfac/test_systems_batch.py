@@ -1,8 +1,5 @@
 """Systems that solve with the rows of a batch or a few: against dense solves with A ⊗ G + λI, and with F = N Σ v vᵀ."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac import KFAC, Brand, ConjugateGradient, Exact, Foof, Strategy, TwoLevel, Woodbury
+from brandla.kfac import KFAC, Brand, ConjugateGradient, Exact, Foof, TwoLevel, Woodbury
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.values import Damping, Now, Rows
 from kfac.networks import (
     DENSE,
     EXACT,
-    Batch,
     Words,
     batch,
     gradients,
@@ -50,7 +46,7 @@ both_spaces = pytest.mark.parametrize("space", ["nicolaides", "residual"])
 
 
 @pytest.mark.parametrize(("strategy", "least"), [(CONVERGED, 0.8), (Woodbury(), 0.9)], ids=["cg", "woodbury"])
-def test_relative_damping_goes_by_the_largest_eigenvalue(strategy: Strategy, least: float):
+def test_relative_damping_goes_by_the_largest_eigenvalue(strategy, least):
     """By d₁ as power iteration finds it, from below: the step is as near as that leaves it."""
     layer, data = mlp(8, 5)[0], batch(10, 8, 5)
     (F,) = fishers(layer, loss_on(layer, data), 10)
@@ -68,7 +64,7 @@ def test_relative_damping_goes_by_the_largest_eigenvalue(strategy: Strategy, lea
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
-def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches: int):
+def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches):
     """With weighted means of their A and G."""
     layer = mlp(8, 5)[0]
     preconditioner = KFAC(layer, ConjugateGradient(60, batches=batches), decay=0.7, **DENSE)
@@ -95,7 +91,7 @@ def test_error_goes_down_at_least_as_fast_as_the_bound():
     (A, G), exact = step.factors, results.pop(200)
     root = (1 + torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1] / DAMPING).sqrt()
 
-    def length(error: Tensor) -> float:
+    def length(error):
         return (error * (G @ error @ A + DAMPING * error)).sum().sqrt().item()
 
     for iterations, result in results.items():
@@ -104,7 +100,7 @@ def test_error_goes_down_at_least_as_fast_as_the_bound():
 
 
 @pytest.mark.parametrize("iterations", [2, 500])
-def test_one_datum_converges_in_two_iterations_and_stays(iterations: int):
+def test_one_datum_converges_in_two_iterations_and_stays(iterations):
     """A ⊗ G + λI has two different eigenvalues. At the solution residual and directions are 0 or rounding: no 0/0."""
     layer, data = mlp(6, 4)[0], batch(1, 6, 4)
     preconditioner = KFAC(layer, ConjugateGradient(iterations), damping=DAMPING, clip=None)
@@ -150,7 +146,7 @@ def test_memory_is_that_of_rows_and_grows_only_with_larger_batches():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assert_solves(model: nn.Module, preconditioner: KFAC, loss: Tensor, known: Sequence[Tensor]) -> None:
+def assert_solves(model, preconditioner, loss, known):
     """A step is that of the dense solve with a known F of each layer."""
     model.zero_grad()
     loss.backward()
@@ -162,7 +158,7 @@ def assert_solves(model: nn.Module, preconditioner: KFAC, loss: Tensor, known: S
 
 @both_applications
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_step_of_each_layer_is_the_dense_solve(application: str, penalty: float):
+def test_step_of_each_layer_is_the_dense_solve(application, penalty):
     """Where the gradient is that of the rows, and where it is not."""
     model, data = mlp(12, 14, 5), batch(9, 12, 5)
     known = fishers(model, loss_on(model, data), 9)
@@ -190,7 +186,7 @@ def test_a_kept_batch_solves_for_later_gradients():
         assert_solves(layer, preconditioner, loss_of(layer, data), known)
 
 
-def rows_of(kind: str, positions: int) -> Rows:
+def rows_of(kind, positions):
     torch.manual_seed(0)
     draw = partial(torch.randn, dtype=torch.float64)
     count = 6 * positions
@@ -202,7 +198,7 @@ def rows_of(kind: str, positions: int) -> Rows:
 
 @pytest.mark.parametrize("positions", [1, 2, 7])
 @pytest.mark.parametrize("kind", ["rows", "groups", "indices"])
-def test_gram_matrix_is_that_of_the_gradients_of_samples(kind: str, positions: int, monkeypatch: pytest.MonkeyPatch):
+def test_gram_matrix_is_that_of_the_gradients_of_samples(kind, positions, monkeypatch):
     """From products and from gradients, in one piece and in many."""
     rows = rows_of(kind, positions)
     inputs = one_hot(rows.inputs, 4) if kind == "indices" else rows.inputs
@@ -232,7 +228,7 @@ def test_inner_products_of_some_features_are_right_on_average():
 
 
 @both_applications
-def test_coefficients_stay_after_so_many_batches(application: str):
+def test_coefficients_stay_after_so_many_batches(application):
     """They belong to places in the order of ‖v‖; a batch of half the size takes every other one."""
     layer = mlp(6, 4)[0]
     preconditioner = KFAC(layer, Woodbury(fixed_after=3), application=application, **DENSE)
@@ -277,11 +273,11 @@ NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
 DATA = batch(9, 12, 5)
 
 
-def small() -> nn.Module:
+def small():
     return mlp(12, 14, 5)
 
 
-def fisher_of(model: nn.Module, data: Batch, uses: Sequence[int] = ()) -> Tensor:
+def fisher_of(model, data, uses=()):
     """F = D (Σ v vᵀ) D, with √N of each layer on D's diagonal: N counts positions, as it does in A and G."""
     samples = len(data[1])
     parts = sample_gradients(model, loss_on(model, data), samples)
@@ -297,9 +293,7 @@ class Alone(NamedTuple):
     preconditioner: KFAC
 
 
-def steps_of(
-    make: Callable[[], nn.Module], data: Batch, inner: Strategy, space: str, **options: object
-) -> tuple[Tensor, Alone]:
+def steps_of(make, data, inner, space, **options):
     """The two-level step, and the inner system's."""
     model, plain = make(), make()
     within, alone = KFAC(model, TwoLevel(inner, space), **options), KFAC(plain, inner, **options)
@@ -310,9 +304,7 @@ def steps_of(
     return flat(layer_steps(model, within, loss_of(model, data))), Alone(first, gradient, alone)
 
 
-def dense_correction(
-    inner: Alone, F: Tensor, space: str, damping: float = DAMPING, now: Now = NOW
-) -> tuple[Tensor, Tensor]:
+def dense_correction(inner, F, space, damping=DAMPING, now=NOW):
     """v₁ + R₀ᵀ (R₀ F R₀ᵀ + λI)⁻¹ R₀ (∇ − (F + λI) v₁) with every matrix formed, and R₀."""
     first, gradient, preconditioner = inner
     sizes = [part.numel() for part in first]
@@ -332,7 +324,7 @@ def dense_correction(
 @both_applications
 @both_spaces
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
-def test_step_is_the_formula_with_the_whole_fisher_matrix(inner: Strategy, space: str, application: str):
+def test_step_is_the_formula_with_the_whole_fisher_matrix(inner, space, application):
     result, own = steps_of(small, DATA, inner, space, application=application, **DENSE)
     expected, _ = dense_correction(own, fisher_of(small(), DATA), space)
     # Condition (F + λ) about 1e2 on both levels.
@@ -341,7 +333,7 @@ def test_step_is_the_formula_with_the_whole_fisher_matrix(inner: Strategy, space
 
 
 @both_spaces
-def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(space: str):
+def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(space):
     result, own = steps_of(small, DATA, EXACT, space, damping=DAMPING, clip=None)
     F, now = fisher_of(small(), DATA), NOW._replace(damping=Damping(DAMPING, "relative"))
     _, R = dense_correction(own, F, space, 1.0, now)
@@ -350,13 +342,13 @@ def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(sp
     assert_near(result, dense_correction(own, F, space, shift, now)[0], 1e-3)
 
 
-def of_positions() -> nn.Module:
+def of_positions():
     torch.manual_seed(0)
     return pooled(nn.Linear(4, 6), width=6)
 
 
 @pytest.mark.parametrize(("kind", "space"), [("linear", "nicolaides"), ("linear", "residual"), ("every", "nicolaides")])
-def test_positions_are_summed_within_a_sample_and_blocks_have_the_scale_of_their_factors(kind: str, space: str):
+def test_positions_are_summed_within_a_sample_and_blocks_have_the_scale_of_their_factors(kind, space):
     """Also in layers of every kind: indices, whole gradients, groups."""
     torch.manual_seed(1)
     labels = torch.randint(3, (8,))

@@ -1,7 +1,5 @@
 """Systems of Kronecker factors: the dense step, mean tails, sketches, Cholesky's failures, FOOF; and EK-FAC."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import brandla
-from brandla.kfac import EKFAC, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized, Strategy
+from brandla.kfac import EKFAC, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Foof, Randomized
 from brandla.kfac.systems.brand import sketch_width
 from brandla.kfac.systems.factor import damped_solves
-from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.values import Damping
 from builders import dense_operator
 from kfac.networks import EXACT, average, batch, damped_inverse, gradients, layer_step, loss_of, mlp, stepped
@@ -25,7 +22,7 @@ DAMPING = 0.03
 FULL_RANK = full_rank(24)
 
 
-def estimates(strategy: Strategy) -> bool:
+def estimates(strategy):
     """Whether d₁ is estimated, from below, and with it the damping."""
     return "cholesky" in (getattr(strategy, "compress", ""), getattr(strategy, "method", ""))
 
@@ -33,9 +30,7 @@ def estimates(strategy: Strategy) -> bool:
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("foof", [False, True], ids=["both", "foof"])
 @pytest.mark.parametrize("strategy", FULL_RANK.values(), ids=FULL_RANK)
-def test_steps_are_those_of_the_dense_average_while_the_rank_holds_all_data(
-    strategy: FactorStrategy, application: str, foof: bool
-):
+def test_steps_are_those_of_the_dense_average_while_the_rank_holds_all_data(strategy, application, foof):
     """(G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹; FOOF leaves out the first. Three batches of 8 have rank 24."""
     layer = mlp(60, 50)[0]
     system = Foof(strategy) if foof else strategy
@@ -64,7 +59,7 @@ class Trained(NamedTuple):
     average: Tensor
 
 
-def trained(strategy: Strategy, steps: int, *, count: int = 8, decay: float = 0.95) -> Trained:
+def trained(strategy, steps, *, count=8, decay=0.95):
     """Train a layer whose inputs have a spectrum that falls by i⁻¹."""
     layer = mlp(60, 50, bias=False)[0]
     preconditioner = KFAC(layer, strategy, damping=DAMPING, clip=None, decay=decay)
@@ -84,7 +79,7 @@ TRUNCATED["randomized"] = Randomized(16, inverse_every=1)
 
 @pytest.mark.parametrize("tail", ["mean", "smallest", 0.5])
 @pytest.mark.parametrize("strategy", TRUNCATED.values(), ids=TRUNCATED)
-def test_tail_is_what_unseen_directions_are_taken_for(strategy: FactorStrategy, tail: float | str):
+def test_tail_is_what_unseen_directions_are_taken_for(strategy, tail):
     """τ = (tr M − tr M̂)/(n − r) for "mean", by dense inverses; in a root every value under τ counts as τ."""
     strategy = replace(strategy, tail=tail)
     preconditioner, _, dense = trained(Foof(strategy), 6)
@@ -112,7 +107,7 @@ def test_the_average_of_sketches_tends_to_that_of_the_batches():
     [(24, 24, None), (24, "auto", None), (96, "auto", 32)],
     ids=["as-wide", "narrow", "wide"],
 )
-def test_only_batches_wider_than_the_sketch_are_sketched(count: int, sketch: int | str, other: int | None):
+def test_only_batches_wider_than_the_sketch_are_sketched(count, sketch, other):
     assert torch.equal(*(trained(Brand(6, sketch=own), 3, count=count).factor for own in (sketch, other)))
 
 
@@ -120,14 +115,14 @@ def test_only_batches_wider_than_the_sketch_are_sketched(count: int, sketch: int
     ("rank", "k", "expected"),
     [(4, 63, 63), (4, 64, 32), (40, 79, 79), (40, 80, 40), (128, 10**5, 128), (128, 128, 128)],
 )
-def test_the_width_of_a_sketch(rank: int, k: int, expected: int):
+def test_the_width_of_a_sketch(rank, k, expected):
     assert sketch_width(rank, k) == expected
 
 
 @pytest.mark.parametrize(
     "strategy", [Exact(), BrandRandomized(6), BrandCorrected(6)], ids=["exact", "randomized", "corrected"]
 )
-def test_the_dense_average_is_that_of_all_columns_of_all_batches(strategy: Strategy):
+def test_the_dense_average_is_that_of_all_columns_of_all_batches(strategy):
     """Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i), also beside a sketch."""
     found = trained(strategy, 4, count=96, decay=0.7)
     torch.testing.assert_close(average(found.preconditioner), found.average)
@@ -183,7 +178,7 @@ def test_report_bounds_staleness_of_a_cholesky_factor():
 
 
 @some_systems("exact", "cholesky", "randomized-eigh")
-def test_layers_below_a_head_that_begins_at_zero_are_preconditioned_soon(strategy: Strategy):
+def test_layers_below_a_head_that_begins_at_zero_are_preconditioned_soon(strategy):
     """Their first gradients are 0, and a rate that warms up from 0 makes the second ones so too."""
     model = mlp(10, 12, 4)
     nn.init.zeros_(model[2].weight)
@@ -223,7 +218,7 @@ def test_foof_divides_an_embedding_by_frequencies():
 ROUNDING = 1e-10
 
 
-def parts_of(preconditioner: KFAC) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def parts_of(preconditioner):
     """S, d_G, U_G, d_A, U_A."""
     corrected = preconditioner._layers[0].curvature
     output, input_ = corrected.bases.output.operand(), corrected.bases.input.operand()
@@ -232,16 +227,14 @@ def parts_of(preconditioner: KFAC) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 @pytest.mark.parametrize("chunk", [1, 2**22])
 @pytest.mark.parametrize("positions", [None, 4])
-def test_second_moments_are_those_of_the_samples_own_gradients(
-    positions: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_second_moments_are_those_of_the_samples_own_gradients(positions, chunk, monkeypatch):
     monkeypatch.setattr("brandla.kfac.systems.ekfac._AT_ONCE", chunk)
     layer = mlp(6, 5)[0]
     inputs = torch.randn(*((9,) if positions is None else (9, positions)), 6, dtype=torch.float64)
     weights = torch.randn(*inputs.shape[:-1], 5, dtype=torch.float64)
     preconditioner = KFAC(layer, EKFAC(inverse_every=1))
 
-    def loss(part: slice) -> Tensor:
+    def loss(part):
         return (torch.tanh(layer(inputs[part])) * weights[part]).sum()
 
     gradients = sample_gradients(layer, loss, 9)
@@ -262,7 +255,7 @@ def test_step_divides_by_second_moments_and_damping():
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
-def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(damping: float):
+def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(damping):
     """A full factorial of inputs and residuals, as in test_kinds: S = d_G d_Aᵀ, and damping acts alike."""
     steps = []
     for system in (EXACT, EKFAC(inverse_every=1)):

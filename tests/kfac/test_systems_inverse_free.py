@@ -1,36 +1,28 @@
 """IKFAC and SINGD against their dense formulas in float64, and structures against matrices written entry by entry."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from brandla.kfac import InverseFree
-from brandla.kfac.systems.inverse_free import InverseFreeCurvature
 from brandla.kfac.systems.structures import (
     STRUCTURES,
     BlockDiagonal,
     Dense,
     Diagonal,
     Hierarchical,
-    Member,
-    Structure,
     Toeplitz,
     Triangular,
 )
-from brandla.kfac.values import Damping, Now, Rows, Scale, Shape
+from brandla.kfac.values import Damping, Now, Rows, Shape
 from kfac.networks import one_hot
 from oracles import gaussian, tolerance
 
 DOUBLE, CPU = torch.float64, torch.device("cpu")
 
 
-def close(actual: Tensor, expected: Tensor, updates: int = 1) -> None:
+def close(actual, expected, updates=1):
     """Compare to rounding of as many updates, of sums of n products of each entry by whatever algorithm."""
     bound = updates * tolerance(max(expected.shape), actual.dtype, expected.norm())
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
@@ -41,7 +33,7 @@ def close(actual: Tensor, expected: Tensor, updates: int = 1) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pattern(structure: Structure, n: int) -> Tensor:
+def pattern(structure, n):
     """Return the number of the parameter in each place of an n × n matrix, −1 where there is a zero."""
     i, j = torch.arange(n)[:, None].expand(n, n), torch.arange(n).expand(n, n)
     own = i * n + j
@@ -62,7 +54,7 @@ def pattern(structure: Structure, n: int) -> Tensor:
     return torch.where(inside, own, -1)
 
 
-def projected(structure: Structure, matrix: Tensor) -> Tensor:
+def projected(structure, matrix):
     """Return the member m, the least of those for which (m + mᵀ)/2 is nearest to a symmetric matrix."""
     numbers = pattern(structure, len(matrix))
     members = torch.stack([(numbers == number).double() for number in numbers.unique() if number >= 0])
@@ -73,7 +65,7 @@ def projected(structure: Structure, matrix: Tensor) -> Tensor:
     return torch.einsum("c,cij->ij", coefficients, members)
 
 
-def drawn(structure: Structure, n: int, seed: int = 0) -> tuple[Member, Tensor]:
+def drawn(structure, n, seed=0):
     """Return a member, and the matrix that it stands for."""
     member = structure.gram(gaussian(n + 3, n, seed=seed))
     return member, structure.dense(member, n)
@@ -88,7 +80,7 @@ sizes = st.sampled_from([1, 2, 3, 7, 12, 13, 17])
 
 
 @given(structures, sizes)
-def test_gram_matrices_are_projections_of_the_dense_ones(structure: Structure, n: int):
+def test_gram_matrices_are_projections_of_the_dense_ones(structure, n):
     """Of rows, and of a member itself."""
     X, (member, dense) = gaussian(5, n, seed=7), drawn(structure, n)
     close(structure.dense(structure.gram(X), n), projected(structure, X.T @ X))
@@ -96,7 +88,7 @@ def test_gram_matrices_are_projections_of_the_dense_ones(structure: Structure, n
 
 
 @given(structures, sizes)
-def test_products_are_those_of_the_dense_matrices(structure: Structure, n: int):
+def test_products_are_those_of_the_dense_matrices(structure, n):
     """With rows, and of two members, which is a member."""
     X, (first, dense), (second, other) = gaussian(4, n, seed=7), drawn(structure, n, 1), drawn(structure, n, 2)
     close(structure.times(X, first), X @ dense)
@@ -107,7 +99,7 @@ def test_products_are_those_of_the_dense_matrices(structure: Structure, n: int):
 
 
 @given(structures, sizes)
-def test_identity_trace_norm_and_sums(structure: Structure, n: int):
+def test_identity_trace_norm_and_sums(structure, n):
     identity, (member, dense) = structure.identity(n, (), DOUBLE, CPU), drawn(structure, n)
     close(structure.dense(identity, n), torch.eye(n, dtype=DOUBLE))
     close(structure.trace(member)[None], dense.trace()[None])
@@ -127,12 +119,12 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("structure", "numbers"), NUMBERS.items(), ids=map(repr, NUMBERS))
-def test_storage_is_what_the_structure_promises(structure: Structure, numbers: int):
+def test_storage_is_what_the_structure_promises(structure, numbers):
     assert sum(part.numel() for part in structure.identity(1000, (), torch.float32, CPU)) == numbers
 
 
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_flops_of_small_structures_grow_slower_than_dense_ones(structure: Structure):
+def test_flops_of_small_structures_grow_slower_than_dense_ones(structure):
     growth = structure.flops(8192) / structure.flops(1024)
     # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
     assert growth == 64 if isinstance(structure, Dense) else growth < 11
@@ -151,52 +143,50 @@ NAMED = pytest.mark.parametrize("structure", STRUCTURES)
 VARIANT = pytest.mark.parametrize("variant", ["singd", "ikfac"])
 
 
-def fresh(
-    variant: str, structure: str | Structure = "dense", shape: Shape = SHAPE, **options: float
-) -> InverseFreeCurvature:
+def fresh(variant, structure="dense", shape=SHAPE, **options):
     return InverseFree(structure, variant=variant, preconditioner_every=1, **options).curvature(shape)
 
 
-def now(step: int = 0, *, scale: Scale = "absolute") -> Now:
+def now(step=0, *, scale="absolute"):
     return Now(step, step, 0.95, Damping(DAMPING, scale), torch.tensor(True))
 
 
-def rows(seed: int = 0, groups: tuple[int, ...] = (), count: int = 20, dtype: torch.dtype = DOUBLE) -> Rows:
+def rows(seed=0, groups=(), count=20, dtype=DOUBLE):
     inputs, gradients = (gaussian(*groups, count, n, seed=100 * seed + n).to(dtype) for n in (D_IN, D_OUT))
     return Rows(inputs, gradients / count, count)
 
 
-def absorbed(curvature: InverseFreeCurvature, data: Iterable[Rows], scale: Scale = "absolute") -> InverseFreeCurvature:
+def absorbed(curvature, data, scale="absolute"):
     for step, own in enumerate(data):
         curvature.absorb(own, now(step, scale=scale))
     return curvature
 
 
-def factors(data: Rows) -> tuple[Tensor, Tensor]:
+def factors(data):
     """A, and G of a loss that is a mean."""
     a, g = data.inputs, data.gradients
     return a.mT @ a / data.uses, data.uses * g.mT @ g
 
 
-def roots(curvature: InverseFreeCurvature) -> list[Tensor]:
+def roots(curvature):
     """K and C as dense matrices."""
     return [side.structure.dense(side.root, side.n) for side in (curvature.input, curvature.output)]
 
 
-def mean(M: Tensor) -> Tensor:
+def mean(M):
     return M.trace() / len(M)
 
 
 class DenseReference:
     """The formulas with dense matrices: m is projected, nothing else is structured."""
 
-    def __init__(self, structure: Structure, variant: str, rate: float, alpha: float) -> None:
+    def __init__(self, structure, variant, rate, alpha):
         self.structure, self.is_singd, self.rate = structure, variant == "singd", rate
         self.alpha = alpha if self.is_singd else 0.0
         self.momenta = [torch.zeros(n, n, dtype=DOUBLE) for n in (D_IN, D_OUT)]
-        self.roots: list[Tensor] = []
+        self.roots = []
 
-    def step(self, *factors: Tensor) -> None:
+    def step(self, *factors):
         """With A and G of a batch."""
         eyes = [torch.eye(len(M), dtype=DOUBLE) for M in factors]
         if not self.roots:
@@ -215,7 +205,7 @@ class DenseReference:
 
 @EACH
 @VARIANT
-def test_updates_are_the_projected_dense_formula_and_steps_its_products(structure: Structure, variant: str):
+def test_updates_are_the_projected_dense_formula_and_steps_its_products(structure, variant):
     """C Cᵀ ∂W K Kᵀ, for a matrix and for a pair."""
     data, reference = [rows(step) for step in range(8)], DenseReference(structure, variant, 0.02, 0.4)
     curvature = absorbed(fresh(variant, structure, rate=0.02, momentum=0.4), data)
@@ -233,7 +223,7 @@ def test_updates_are_the_projected_dense_formula_and_steps_its_products(structur
 
 @NAMED
 @VARIANT
-def test_groups_are_layers_of_their_own(structure: str, variant: str):
+def test_groups_are_layers_of_their_own(structure, variant):
     data = [rows(seed, (2, 3)) for seed in range(3)]
     gradient = gaussian(2, 3, D_OUT, D_IN, seed=5)
     together = absorbed(fresh(variant, structure, SHAPE._replace(groups=(2, 3))), data, "relative")
@@ -245,7 +235,7 @@ def test_groups_are_layers_of_their_own(structure: str, variant: str):
 
 
 @VARIANT
-def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant: str):
+def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant):
     """A last layer that starts at zero sends none back: C has no scale to start at, nor, in SINGD, has K."""
     data = rows()
     silent = data._replace(gradients=torch.zeros_like(data.gradients))
@@ -258,7 +248,7 @@ def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant: 
 
 
 @VARIANT
-def test_relative_damping_leaves_the_scale_of_data_without_effect(variant: str):
+def test_relative_damping_leaves_the_scale_of_data_without_effect(variant):
     data, gradient = [rows(step) for step in range(4)], gaussian(D_OUT, D_IN, seed=1)
     scaled = [Rows(own.inputs * 2**-20, own.gradients * 2**10, own.uses) for own in data]
     expected, found = (absorbed(fresh(variant), own, "relative").solve(gradient, now()) for own in (data, scaled))
@@ -283,7 +273,7 @@ def test_largest_eigenvalue_is_approached_from_below():
 
 @NAMED
 @VARIANT
-def test_a_batch_of_another_scale_does_not_blow_up_the_roots(structure: str, variant: str):
+def test_a_batch_of_another_scale_does_not_blow_up_the_roots(structure, variant):
     """β is cut to 1/‖m‖: I − βm keeps every direction, and the largest value of K grows by 2 at most."""
     shape = SHAPE._replace(dtype=torch.float32)
     curvature = absorbed(fresh(variant, structure, shape, rate=0.1), [rows(0, dtype=torch.float32)])
@@ -296,7 +286,7 @@ def test_a_batch_of_another_scale_does_not_blow_up_the_roots(structure: str, var
 
 
 @VARIANT
-def test_one_hot_inputs_are_a_diagonal_factor(variant: str):
+def test_one_hot_inputs_are_a_diagonal_factor(variant):
     """Indices give what their one-hot rows give to the diagonal structure; −1 is a row of zeros."""
     indices = [torch.randint(-1, D_IN, (20,), generator=torch.Generator().manual_seed(step)) for step in range(5)]
     of_indices = [rows(step)._replace(inputs=own) for step, own in enumerate(indices)]
@@ -308,7 +298,7 @@ def test_one_hot_inputs_are_a_diagonal_factor(variant: str):
 
 
 @VARIANT
-def test_a_single_layer_has_one_side(variant: str):
+def test_a_single_layer_has_one_side(variant):
     """Rows are whole gradients; SINGD with the other factor 1 is IKFAC with momentum."""
     data = rows(groups=(3,))
     shape = SHAPE._replace(groups=(3,), single=True, d_out=1)
@@ -322,7 +312,7 @@ def test_a_single_layer_has_one_side(variant: str):
 
 
 @NAMED
-def test_pairs_are_used_where_they_are_cheaper(structure: str):
+def test_pairs_are_used_where_they_are_cheaper(structure):
     """A pair of k columns costs 2k (c_in + c_out + d_in d_out), the matrix d_out c_in + d_in c_out twice."""
     curvature = fresh("singd", structure, Shape((), 600, 500, torch.float32, torch.device("cpu")))
     own = STRUCTURES[structure]

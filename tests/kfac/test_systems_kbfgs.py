@@ -1,13 +1,10 @@
 """K-BFGS against its definition with dense matrices in float64, and what BFGS's update has to hold."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brandla.kfac import KBFGS, KFAC, Exact
 from brandla.kfac.systems.kbfgs import curved, updated
@@ -21,14 +18,14 @@ TRUE = torch.tensor(True)
 DOUBLE = torch.float64
 
 
-def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+def bfgs(H, s, y):
     """(I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ."""
     rho = 1 / (s @ y)
     left = torch.eye(len(H), dtype=H.dtype) - rho * torch.outer(s, y)
     return left @ H @ left.T + rho * torch.outer(s, s)
 
 
-def powell(H: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def powell(H, s, y):
     if s @ y < 0.2 * (y @ H @ y):
         theta = 0.8 * (y @ H @ y) / (y @ H @ y - s @ y)
         s = theta * s + (1 - theta) * H @ y
@@ -38,12 +35,12 @@ def powell(H: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return s, y
 
 
-def backward(model: nn.Module, loss: Tensor) -> None:
+def backward(model, loss):
     model.zero_grad()
     loss.backward()
 
 
-def iterate(model: nn.Module, preconditioner: KFAC, loss: Callable[[], Tensor], rate: float = 0.3) -> None:
+def iterate(model, preconditioner, loss, rate=0.3):
     """A step of SGD, and a second pass after it."""
     backward(model, loss())
     preconditioner.step()
@@ -54,7 +51,7 @@ def iterate(model: nn.Module, preconditioner: KFAC, loss: Callable[[], Tensor], 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_steps_are_those_of_the_definition(kind: str, sharing: str):
+def test_steps_are_those_of_the_definition(kind, sharing):
     """Mean outputs by a hook, their mean gradient by a common shift of all of them, all else dense."""
     torch.manual_seed(0)
     first = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
@@ -72,7 +69,7 @@ def test_steps_are_those_of_the_definition(kind: str, sharing: str):
     H_A, H_G = torch.linalg.inv(A), torch.eye(4, dtype=DOUBLE)
     s, y = torch.zeros(2, 4, dtype=DOUBLE)
 
-    def means() -> tuple[Tensor, Tensor]:
+    def means():
         output = first(inputs).detach()
         shift = torch.zeros(4, dtype=DOUBLE, requires_grad=True)
         moved = output + (shift if kind == "linear" else shift[:, None])
@@ -97,7 +94,7 @@ def test_steps_are_those_of_the_definition(kind: str, sharing: str):
 
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
 @pytest.mark.parametrize("groups", [(), (3,)])
-def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale: str, groups: tuple[int, ...]):
+def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale, groups):
     """Also for s and y that curve the wrong way; the two conditions hold as equations where they were not met."""
     torch.manual_seed(0)
     H = torch.eye(5, dtype=DOUBLE).expand(*groups, 5, 5).clone()
@@ -132,7 +129,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     model = mlp(6, 8, 4)
     preconditioner, (inputs, labels) = KFAC(model, KBFGS(), **OPTIONS), batch(9, 6, 4)
 
-    def passed(factor: float, call: Callable[[], None]) -> list[Tensor]:
+    def passed(factor, call):
         backward(model, loss_of(model, (factor * inputs, labels)))
         call()
         states = [layer.curvature.state for layer in preconditioner._layers]
@@ -152,7 +149,7 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
     attention, inputs, targets = nn.MultiheadAttention(8, 2), torch.randn(5, 4, 8), torch.randn(5, 4, 8)
     preconditioner = KFAC(attention, KBFGS())
 
-    def loss() -> Tensor:
+    def loss():
         return (attention(inputs, inputs, inputs)[0] - targets).square().mean()
 
     for _ in range(15):
@@ -182,7 +179,7 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
 
 
 @pytest.mark.parametrize("options", [{"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}], ids=str)
-def test_second_pass_is_refused_where_nothing_takes_it(options: dict):
+def test_second_pass_is_refused_where_nothing_takes_it(options):
     with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
         KFAC(mlp(6, 8, 4), **options).second_pass()
 

@@ -1,15 +1,12 @@
 """Steps as training takes them: batches that are not finite, schedules, layers that freeze, scales and precisions."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from brandla.kfac import KBFGS, KFAC, Exact, InverseFree, Strategy
+from brandla.kfac import KBFGS, KFAC, Exact, InverseFree
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.values import Rows
 from kfac.networks import EXACT, batch, gradients, layer_gradient, loss_of, mlp, stepped, train
@@ -20,19 +17,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 on_host_and_device = pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
 
 
-def after(model: nn.Module, preconditioner: KFAC, seed: int) -> list[Tensor]:
+def after(model, preconditioner, seed):
     return stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
 
 
 # What is beyond the range of float32, or is only once it is squared.
-BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+BROKEN = {
     "input": lambda inputs: inputs.masked_fill(torch.arange(60) == 2, math.nan),
     "inputs squared": lambda inputs: 1e20 * inputs,
 }
 LARGE = {"loss": math.inf, "loss squared": 1e22}
 
 
-def broken_backward(model: nn.Module, seed: int, what: str) -> None:
+def broken_backward(model, seed, what):
     inputs, labels = batch(8, 60, 4, seed, torch.float32)
     loss = loss_of(model, (BROKEN.get(what, torch.clone)(inputs), labels))
     (LARGE.get(what, 1) * loss).backward()
@@ -40,7 +37,7 @@ def broken_backward(model: nn.Module, seed: int, what: str) -> None:
         model[-1].weight.grad[0, 0] = math.inf
 
 
-def kept(preconditioner: KFAC) -> list[Tensor]:
+def kept(preconditioner):
     """M of the factors, whose sums decay as their weights do, and whose columns may be turned; or all there is."""
     factors = factors_of(preconditioner)
     found = [own.strategy.average(own.state) if "dense" in own.state else own.operand().dense() for own in factors]
@@ -49,7 +46,7 @@ def kept(preconditioner: KFAC) -> list[Tensor]:
 
 @on_host_and_device
 @every_system
-def test_batches_that_are_not_finite_count_for_nothing(strategy: Strategy, free: bool, monkeypatch: pytest.MonkeyPatch):
+def test_batches_that_are_not_finite_count_for_nothing(strategy, free, monkeypatch):
     """Also where it is the very first one. As on a device, where nobody knows, nothing is read back to find out."""
     monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
     model = mlp(60, 50, 4, dtype=torch.float32)
@@ -76,7 +73,7 @@ def test_complex_gradients_of_other_layers_are_looked_at():
     model = nn.ModuleList([real, of_complex])
     preconditioner = KFAC(model, Exact())
 
-    def forward(inputs: Tensor) -> Tensor:
+    def forward(inputs):
         return of_complex(torch.view_as_complex(real(inputs).unflatten(-1, (8, 2)))).abs()
 
     for skipped in (0, 1):
@@ -95,7 +92,7 @@ def test_a_mask_of_nothing_is_finite():
 
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_mask_keeps_every_bit_or_none(dtype: torch.dtype, finite: bool):
+def test_a_mask_keeps_every_bit_or_none(dtype, finite):
     """Where no look is free, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
     model = nn.Linear(4, 1, bias=False).to(dtype)
     model.weight.grad = torch.tensor([[math.nan, -0.0, -math.inf, 2.0]], dtype=dtype)
@@ -114,7 +111,7 @@ def test_a_mask_keeps_every_bit_or_none(dtype: torch.dtype, finite: bool):
 @every_system
 @pytest.mark.parametrize("of_loss", [True, False])
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
-def test_steps_are_finite_at_every_scale(strategy: Strategy, scale: float, of_loss: bool):
+def test_steps_are_finite_at_every_scale(strategy, scale, of_loss):
     model = mlp(10, 40, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
     for seed in range(2):
@@ -139,9 +136,9 @@ def test_a_layer_that_is_frozen_keeps_its_factor_as_it_is():
 
 
 def test_schedules_are_functions_of_the_step():
-    asked: dict[str, list[int]] = {}
+    asked = {}
 
-    def schedule(name: str, values: list[float | None]) -> object:
+    def schedule(name, values):
         return lambda step: (asked.setdefault(name, []).append(step), values[step % len(values)])[1]
 
     values = {"damping": [0.1, 0.2, 0.3], "clip": [None, 1e-3, 1e-2], "decay": [0.9, 0.5, 0.7], "factor_every": [1] * 3}
@@ -158,7 +155,7 @@ def test_schedules_are_functions_of_the_step():
 
 
 @on_host_and_device
-def test_a_second_step_with_no_new_gradient_does_nothing(free: bool, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_step_with_no_new_gradient_does_nothing(free, monkeypatch):
     monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
@@ -186,20 +183,20 @@ def test_modules_that_are_added_later_are_left_alone():
 OPTIONS = {"damping": 1.0, "clip": None}
 
 
-def model_of() -> nn.Sequential:
+def model_of():
     return mlp(10, 32, 32, 4, dtype=torch.float32)
 
 
-def scaled(scale: float) -> torch.amp.GradScaler:
+def scaled(scale):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1_000_000)
 
 
 def one_step(
-    scaler: torch.amp.GradScaler | None,
-    dtype: torch.dtype | None = None,
-    parts: int = 1,
-    **options: object,
-) -> tuple[KFAC, list[Tensor]]:
+    scaler,
+    dtype=None,
+    parts=1,
+    **options,
+):
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     preconditioner = KFAC(model, EXACT, scaler=scaler, **{**OPTIONS, **options})
@@ -220,7 +217,7 @@ def one_step(
 @pytest.mark.parametrize("curvature", ["empirical", "type-2"])
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_loss_scale_changes_nothing(application, parts, curvature, monkeypatch):
     """A power of two as scale rounds nothing, and is never read back."""
     options = {"application": application, "parts": parts, "curvature": curvature}
     scaler = scaled(2.0**12)
@@ -236,7 +233,7 @@ def test_a_loss_scale_changes_nothing(application: str, parts: int, curvature: s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_agrees_with_full_precision(dtype: torch.dtype):
+def test_autocast_agrees_with_full_precision(dtype):
     """To what rounding does to the gradients themselves, error e, a unit that changes sides of a ReLU included.
 
     With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
@@ -254,7 +251,7 @@ def test_autocast_agrees_with_full_precision(dtype: torch.dtype):
     assert largest_error(found, expected) < 12 * largest_error(*raw)
 
 
-def largest_error(ones: list[Tensor], others: list[Tensor]) -> float:
+def largest_error(ones, others):
     return max(float((one - other).norm() / other.norm()) for one, other in zip(ones, others, strict=True))
 
 
@@ -290,7 +287,7 @@ def test_a_batch_that_overflows_is_skipped_by_all():
         assert all(map(torch.equal, model.parameters(), before)) == (seed == 1)
 
 
-def linear_of(kind: str, dtype: torch.dtype, penalty: float = 0.0, *, autocast: bool) -> list[bool | None]:
+def linear_of(kind, dtype, penalty=0.0, *, autocast):
     """Take one step, and say which layers took the gradient for that of the captured pairs."""
     torch.manual_seed(0)
     if kind == "linear":
@@ -314,20 +311,20 @@ def linear_of(kind: str, dtype: torch.dtype, penalty: float = 0.0, *, autocast: 
 @pytest.mark.parametrize("kind", ["linear", "conv", "attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_rounding_in_half_precision_is_no_penalty(kind: str, dtype: torch.dtype, autocast: bool):
+def test_rounding_in_half_precision_is_no_penalty(kind, dtype, autocast):
     linear = linear_of(kind, dtype, autocast=autocast)
     assert True in linear
     assert False not in linear
 
 
 @pytest.mark.parametrize(("kind", "penalty"), [("linear", 0.03), ("conv", 0.01), ("attention", 0.03)])
-def test_a_penalty_is_seen_under_autocast(kind: str, penalty: float):
+def test_a_penalty_is_seen_under_autocast(kind, penalty):
     """That of the weights as they start is a tenth of the gradient or so."""
     assert True not in linear_of(kind, torch.bfloat16, penalty, autocast=True)
 
 
 @every_system
-def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy: Strategy):
+def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy):
     model = nn.ModuleList([mlp(20, 20, dtype=torch.float32), mlp(20, 20)])
     preconditioner = KFAC(model, strategy)
     for seed in range(2):
@@ -338,7 +335,7 @@ def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy: Strategy)
 
 @every_system
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_default_dtype_changes_nothing(strategy: Strategy, dtype: torch.dtype):
+def test_another_default_dtype_changes_nothing(strategy, dtype):
     found = []
     for default in (torch.float64, torch.float32):
         model = mlp(10, 20, 4, dtype=dtype)
@@ -352,7 +349,7 @@ def test_another_default_dtype_changes_nothing(strategy: Strategy, dtype: torch.
 
 
 @every_system
-def test_factors_follow_a_model_that_gets_another_dtype(strategy: Strategy):
+def test_factors_follow_a_model_that_gets_another_dtype(strategy):
     """From half precision, whose factors are in float32, to float64."""
     model = mlp(10, 40, 4, dtype=torch.bfloat16)
     preconditioner = KFAC(model, strategy)

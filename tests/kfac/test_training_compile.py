@@ -1,16 +1,12 @@
 """Models under torch.compile are captured with no break in their graphs, and take the same steps."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch._functorch.config
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +26,7 @@ WHOLE = partial(torch.compile, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
+def _fresh_compiler():
     torch.compiler.reset()
     counters.clear()
     yield
@@ -38,22 +34,22 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width, dtype=torch.float64)
         self.up = nn.Linear(width, 2 * width, dtype=torch.float64)
         self.down = nn.Linear(2 * width, width, dtype=torch.float64)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True))
 
 
-def blocks(count: int = 1) -> nn.Sequential:
+def blocks(count=1):
     torch.manual_seed(0)
     return nn.Sequential(*(Block(6) for _ in range(count)))
 
 
-def train(model: nn.Module, run: Callable[[Tensor], Tensor], preconditioner: KFAC, steps: int = 3) -> list[Tensor]:
+def train(model, run, preconditioner, steps=3):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for seed in range(steps):
         inputs, labels = batch(8, 6, 6, seed)
@@ -66,8 +62,8 @@ def train(model: nn.Module, run: Callable[[Tensor], Tensor], preconditioner: KFA
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    def forward(inputs: Tensor) -> Tensor:
+def checkpointed(model):
+    def forward(inputs):
         for block in model:
             inputs = checkpoint(block, inputs, use_reentrant=False)
         return inputs
@@ -75,7 +71,7 @@ def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return WHOLE(forward)
 
 
-def alike(model: nn.Module) -> nn.Module:
+def alike(model):
     """Compile each block by itself."""
     for block in model:
         block.compile(backend="aot_eager")
@@ -108,9 +104,7 @@ needs_compiler = pytest.mark.skipif(
         (WHOLE, {"curvature": "monte-carlo"}, 1),
     ],
 )
-def test_compiled_steps_are_those_of_the_model_as_it_is(
-    compiled: Callable[..., Any], options: dict[str, str], graphs: int | None
-):
+def test_compiled_steps_are_those_of_the_model_as_it_is(compiled, options, graphs):
     """Also where the preconditioner is given the compiled model."""
     model, reference = (blocks(4 if compiled is alike else 1) for _ in range(2))
     run = compiled(model)
@@ -185,7 +179,7 @@ def test_removed_hooks_leave_compiled_graphs_alone():
 
 
 def test_the_op_is_registered_as_torch_asks():
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen = []
     ticket = Ticket(
         KFAC(nn.Linear(2, 2))._layers[0].kind, lambda kind, inputs, gradient: seen.append((inputs, gradient))
     )

@@ -1,44 +1,40 @@
 """What is left to the optimizer: modules that are not known, and layers that turn out not to work in training."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from brandla.kfac import KFAC, Brand, Strategy
+from brandla.kfac import KFAC, Brand
 from kfac.networks import EXACT, stepped
 
 FACTORS = pytest.mark.filterwarnings("ignore:KFAC. some factors")
 
 
 class OwnForward(nn.Linear):
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
         return nn.functional.linear(inputs, 2 * self.weight, self.bias)
 
 
 class Loose(nn.Sequential):
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules):
         super().__init__(*modules)
         self.scale = nn.Parameter(torch.ones(()))
 
 
 class OwnConvolution(nn.Conv2d):
-    def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_forward(self, inputs, weight, bias):
         return super()._conv_forward(inputs, weight - weight.mean(), bias)
 
 
 class OwnAttention(nn.MultiheadAttention):
-    def forward(self, query: Tensor) -> Tensor:
+    def forward(self, query):
         return query
 
 
-def of_one_weight(one: nn.Module, other: nn.Module) -> nn.Module:
+def of_one_weight(one, other):
     """Whose numbers are the same, whatever they are used for."""
     other.weight = one.weight
     return nn.ModuleList([one, other])
@@ -49,7 +45,7 @@ UNCALLED = {"1.out_proj": "the attention that holds it never calls it"}
 COMPUTED = "its weight is computed from other parameters"
 PARAMETRIZED = {"1": COMPUTED, "1.parametrizations.weight": "ParametrizationList is not known"}
 # Modules, and why each is left, or parts of it.
-LEFT: dict[str, tuple[Callable[[], nn.Module], str | dict[str, str]]] = {
+LEFT = {
     "unknown": (nn.PReLU, "PReLU is not known"),
     "maximum": (lambda: nn.EmbeddingBag(4, 3, mode="max"), "its gradient is that of a maximum"),
     "no-parameters": (nn.ReLU, {}),
@@ -99,7 +95,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str | dict[str, str]]] = {
 
 @pytest.mark.parametrize(("make", "left"), LEFT.values(), ids=LEFT)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Initializing zero-element")
-def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make: Callable[[], nn.Module], left: Any):
+def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make, left):
     report = KFAC(nn.Sequential(nn.Linear(4, 4), make()), EXACT).report()
     left = {"1": left} if isinstance(left, str) else left
     assert report.unsupported == left
@@ -110,7 +106,7 @@ def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make: Callable[
         assert f"{name}: {reason}" in str(report)
 
 
-def step_and_gradient(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def step_and_gradient(model, preconditioner, loss):
     """For each parameter, what a step makes of its gradient."""
     expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     return zip(stepped(model, preconditioner, loss), expected, strict=True)
@@ -119,7 +115,7 @@ def step_and_gradient(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> I
 @pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
 @FACTORS
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
+def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when):
     """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 3)), torch.randn(5, 4)
@@ -143,7 +139,7 @@ def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when: int):
 
 
 # A module, what a hook of the user makes of its output before it is captured, what it is given, and the reason.
-ODD_CALLS: dict[str, tuple[nn.Module, Callable[[Tensor], Any], Tensor, str]] = {
+ODD_CALLS = {
     "tuple": (nn.Linear(4, 4), lambda own: (own, 1), torch.randn(3, 4), "its output is of type tuple, not a tensor"),
     "dict": (
         *(nn.Conv1d(2, 2, 1), lambda own: {"output": own}, torch.randn(3, 2, 4)),
@@ -175,7 +171,7 @@ ODD_CALLS: dict[str, tuple[nn.Module, Callable[[Tensor], Any], Tensor, str]] = {
 
 @FACTORS
 @pytest.mark.parametrize(("module", "change", "inputs", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
-def test_no_call_makes_training_fail(module: nn.Module, change: Callable[[Tensor], Any], inputs: Tensor, reason: str):
+def test_no_call_makes_training_fail(module, change, inputs, reason):
     module = copy.deepcopy(module)
     module.register_forward_hook(lambda module, args, output: change(output))
     preconditioner = KFAC(module, EXACT)
@@ -211,7 +207,7 @@ def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
     assert preconditioner.report().skipped == 1
 
 
-def by_kind(name: str, module: nn.Module) -> Strategy | None:
+def by_kind(name, module):
     return {"Conv2d": Brand(2), "Linear": EXACT}.get(type(module).__name__)
 
 
@@ -229,7 +225,7 @@ def by_kind(name: str, module: nn.Module) -> Strategy | None:
     [{"0": "reduce", "0.1": "expand"}, lambda name, module: "reduce" if name.startswith("0.0") else "expand"],
     ids=["mapping", "rule"],
 )
-def test_options_hold_for_all_that_a_container_has(inverse: Any, sharing: Any, expected: dict[str, Strategy]):
+def test_options_hold_for_all_that_a_container_has(inverse, sharing, expected):
     """None leaves a layer to the optimizer."""
     block = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -267,9 +263,7 @@ EMPTY = {
 @FACTORS
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(("make", "inputs"), EMPTY.values(), ids=EMPTY)
-def test_an_empty_batch_counts_for_nothing(
-    make: Callable[[], nn.Module], inputs: Callable[[int], Tensor], sharing: str
-):
+def test_an_empty_batch_counts_for_nothing(make, inputs, sharing):
     """As an expert gets that no token was sent to; before any other, and after one."""
     torch.manual_seed(0)
     module = make()
