@@ -90,6 +90,17 @@ def test_a_stream_that_cuts_nothing_loses_nothing(update, case, dtype):
     assert oracles.spectral_norm(dense(tracked.lowrank) - matrix) <= slack
 
 
+@pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
+def test_coordinates_that_are_empty_cost_the_others_no_accuracy(update, dtype):
+    """Columns of zeros stand beside values that are all small against their sum: what is lost is relative to d₁."""
+    n, r, k = 128, 24, 32
+    held, matrix = update.factor.zeros(n, r, dtype=dtype), torch.zeros(n, n, dtype=torch.float64)
+    for columns in oracles.batches("rank-16", n, k, 6, dtype=dtype, seed=1):
+        held, matrix = update(held, columns, decay=0.95, weight=0.05), oracles.updated(matrix, columns, 0.95, 0.05)
+        error = oracles.spectral_norm(matrix - dense(held))
+        assert error <= 16 * oracles.epsilon(dtype) * oracles.spectral_norm(matrix)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "r", "k", "count"), [(64, 12, 8, 200), (24, 6, 2, 1000)], ids=["hundreds", "thousand"])
 def test_many_updates_do_not_drift(update, n, r, k, count):

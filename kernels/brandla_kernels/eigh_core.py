@@ -4,12 +4,13 @@ From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op returns K/σ, where σ is a power of two near the trace of K; the factors D of rows in K = D [S, C; Cᵀ, G] D, by
-which rows of eigenvectors V are multiplied to give V₁ and V₂ of B V = F V₁ + A V₂; and σ, which counts as a constant in
-derivatives. S may be the diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
+The op returns K/σ, where σ is a power of two near the largest entry of K; the factors D of rows in
+K = D [S, C; Cᵀ, G] D, by which rows of eigenvectors V are multiplied to give V₁ and V₂ of B V = F V₁ + A V₂; and σ,
+which counts as a constant in derivatives. S may be the diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
 
 A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
-are from 0, so that no rounding mixes it into their eigenvectors. A K that is not finite, or beyond the dtype of S, is
+are from 0, so that no rounding mixes it into their eigenvectors, and no farther, since what LAPACK rounds is relative
+to the largest value of either sign. A K that is not finite, or beyond the dtype of S, is
 decomposed as 0: σ and the rows are NaN then. One that vanishes in float64 is 0, and its σ is 1.
 """
 
@@ -56,15 +57,15 @@ def eigh_core(
     core, rows = assembled(gram, cross, own, decay, weight)
     diagonal, limits = core.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
     trace = diagonal.detach().sum(-1)
+    near = _power_of_two(diagonal.detach().amax(-1) if core.shape[-1] else trace)
     if _is_plain(core, diagonal, limits):
-        scale = _power_of_two(trace)
-        divisor = scale[..., None, None]
-        return core / divisor if core.requires_grad else core.div_(divisor), rows, scale
+        divisor = near[..., None, None]
+        return core / divisor if core.requires_grad else core.div_(divisor), rows, near
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
     holds = finite & (trace >= TINY)
     empty = ~(holds[..., None] & (diagonal > 0))
-    scale = torch.where(holds, _power_of_two(trace), 1)
+    scale = torch.where(holds, near, 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
     scale = torch.where(finite, scale, math.nan)
     return core, rows + 0 * scale[..., None], scale

@@ -1,7 +1,7 @@
 """What is small around the eigendecomposition of an update: the core before it, values and rotation after it.
 
 ``eigh_core`` and ``eigh_rotation`` have the mathematics. The core takes one program a factor, which goes over its tiles
-twice: for its trace and whether it is finite, and to store it. Each tile of a rotation takes a program of its own.
+twice: for its diagonal and whether it is finite, and to store it. Each tile of a rotation takes a program of its own.
 """
 
 from __future__ import annotations
@@ -48,17 +48,19 @@ def eigh_core_kernel(
     core = (core_ptr + problem * m * m, m, 1, m, m)
 
     nothing = tl.zeros((BLOCK, BLOCK), tl.float64)
-    diagonal = nothing
+    diagonal, largest = nothing, nothing
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
         nothing += 0 * tile
-        diagonal += tl.where(row[:, None] == column[None, :], tile, 0.0)
+        on_diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
+        diagonal += on_diagonal
+        largest = tl.maximum(largest, on_diagonal)
     trace = total_of(diagonal)
     # No comparison with NaN holds.
     finite = (total_of(nothing) == 0) & (trace <= most)
     holds = finite & (trace >= _TINY)
-    scale = tl.where(holds, _power_of_two(trace), 1.0)
+    scale = tl.where(holds, _power_of_two(tl.max(tl.max(largest, 1), 0)), 1.0)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
