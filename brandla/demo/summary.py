@@ -145,6 +145,9 @@ def draw(content: Row, path: Path) -> bool:
         below.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), label=method)
     below.axhline(100 - target, color="grey", linestyle="--", label=f"{target:g} % accuracy")
     below.set(title="Training on digits: test error, %", xlabel="seconds, mean over seeds", xscale="log", yscale="log")
+    below.xaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_minor_formatter("{x:g}")
     for axis in (above, below):
         axis.legend(ncols=2, fontsize=9)
     place = facts["gpus"][0] if settings["device"] != "cpu" and facts["gpus"] else facts["cpu"]
