@@ -10,8 +10,8 @@ which counts as a constant in derivatives. S may be the diagonal d of a root F =
 
 A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
 are from 0, so that no rounding mixes it into their eigenvectors, and no farther, since what LAPACK rounds is relative
-to the largest value of either sign. A K that is not finite, or beyond the dtype of S, is
-decomposed as 0: σ and the rows are NaN then. One that vanishes in float64 is 0, and its σ is 1.
+to the largest value of either sign. A K that is not finite, or beyond the dtype of S, is decomposed as 0: σ and the
+rows are NaN then. One that vanishes in float64 is 0, and its σ is 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from brandla_kernels._op import Cost, op, reads_are_free, recomputed
 
 EMPTY = -1.0
-# The least trace of a core that is no zero.
+# A core with no larger entry is zero.
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -56,14 +56,14 @@ def eigh_core(
     """
     core, rows = assembled(gram, cross, own, decay, weight)
     diagonal, limits = core.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
-    trace = diagonal.detach().sum(-1)
-    near = _power_of_two(diagonal.detach().amax(-1) if core.shape[-1] else trace)
+    largest = diagonal.detach().amax(-1) if core.shape[-1] else diagonal.sum(-1)
+    near = _power_of_two(largest)
     if _is_plain(core, diagonal, limits):
         divisor = near[..., None, None]
         return core / divisor if core.requires_grad else core.div_(divisor), rows, near
     # No comparison with NaN holds.
-    finite = torch.isfinite(core.sum((-2, -1))) & (trace <= limits.max)
-    holds = finite & (trace >= TINY)
+    finite = torch.isfinite(core.sum((-2, -1))) & (diagonal.detach().sum(-1) <= limits.max)
+    holds = finite & (largest >= TINY)
     empty = ~(holds[..., None] & (diagonal > 0))
     scale = torch.where(holds, near, 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)

@@ -48,19 +48,19 @@ def eigh_core_kernel(
     core = (core_ptr + problem * m * m, m, 1, m, m)
 
     nothing = tl.zeros((BLOCK, BLOCK), tl.float64)
-    diagonal, largest = nothing, nothing
+    diagonal, entries = nothing, nothing
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
         nothing += 0 * tile
         on_diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
         diagonal += on_diagonal
-        largest = tl.maximum(largest, on_diagonal)
-    trace = total_of(diagonal)
+        entries = tl.maximum(entries, on_diagonal)
+    largest = tl.max(tl.max(entries, 1), 0)
     # No comparison with NaN holds.
-    finite = (total_of(nothing) == 0) & (trace <= most)
-    holds = finite & (trace >= _TINY)
-    scale = tl.where(holds, _power_of_two(tl.max(tl.max(largest, 1), 0)), 1.0)
+    finite = (total_of(nothing) == 0) & (total_of(diagonal) <= most)
+    holds = finite & (largest >= _TINY)
+    scale = tl.where(holds, _power_of_two(largest), 1.0)
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)

@@ -42,20 +42,22 @@ def test_core_is_that_of_the_torch_form(size, diagonal, dtype, device):
 @pytest.mark.usefixtures("_overflow_is_meant")
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
 def test_a_core_may_be_empty_in_part_or_vanish_or_not_be_finite(diagonal, device):
-    arguments = [torch.stack([part] * 6) for part in products_of(6, 4, torch.float32, diagonal=diagonal)]
+    arguments = [torch.stack([part] * 7) for part in products_of(6, 4, torch.float32, diagonal=diagonal)]
     cross, own, gram, _, weight = arguments
     # Of problem 1 an old and a new column are 0; 2 vanishes in float64, 3 is beyond float32; 4 and 5 are not finite.
+    # All entries of 6 vanish, and their sum does not.
     gram[1, 2], gram[1, ..., 2], cross[1, 2], cross[1, :, 1], own[1, 1], own[1, :, 1] = 0, 0, 0, 0, 0, 0
     for part, factor in ((gram, 0), (cross, 1e-320), (own, 1e-320)):
         part[2] *= factor
     own[3] *= 1e40
     cross[4, 0, 0] = math.nan
     weight[5] = math.inf
+    gram[6], cross[6], own[6] = 0, 0, 0.4 * torch.finfo(torch.float64).tiny / weight[6] * torch.eye(4).double()
     results = kernels.eigh_core(*(part.to(device) for part in arguments))
     assert_same(results, CORE(*arguments), torch.float64)
     core, rows, scale = (part.cpu() for part in results)
-    assert (core.diagonal(dim1=-2, dim2=-1) == EMPTY).sum(-1).tolist() == [0, 2, 10, 10, 10, 10]
-    assert scale.isnan().tolist() == rows.isnan().all(-1).tolist() == [False] * 3 + [True] * 3
+    assert (core.diagonal(dim1=-2, dim2=-1) == EMPTY).sum(-1).tolist() == [0, 2, 10, 10, 10, 10, 10]
+    assert scale.isnan().tolist() == rows.isnan().all(-1).tolist() == [False] * 3 + [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("unit", [False, True], ids=["root", "unit"])
