@@ -18,7 +18,7 @@ _AGAIN, _AT_FIRST = 5, 20
 
 
 def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
-    """Return min(1, clip / RMS of its entries) for the step of each weight, given in parts; on the device.
+    """Return max(1, RMS of its entries / clip) for the step of each weight, given in parts; on the device.
 
     Summed over the entries, which are written in any case: the Gram matrices of a pair are more work unless it is thin,
     and where its terms cancel they are rounding only.
@@ -30,18 +30,18 @@ def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
         torch._foreach_div_(lengths, [bound for bound, step in zip(bounds, members, strict=True) for _ in step])
         of_parts = torch.stack(lengths).unflatten(0, (len(members), -1))
         relative: Tensor = torch.linalg.vector_norm(of_parts, dim=-1)
-        return relative.clamp_min(1).reciprocal().unbind()
+        return relative.clamp_min(1).unbind()
 
     return alike(steps, lambda step: (len(step), step[0].dtype, step[0].device), of)
 
 
 def by_kl(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: float) -> Tensor:
-    """Return min(1, √(clip / Σ ⟨step, ∂W⟩)), one number for all layers.
+    """Return max(1, √(Σ ⟨step, ∂W⟩ / clip)), one number for all layers.
 
     The inner product is the step's squared length in the curvature's metric, twice the divergence that it stands for.
     """
     squared = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
-    return (clip / squared.abs()).sqrt().clamp(max=1.0)
+    return (squared.abs() / clip).sqrt().clamp_min(1)
 
 
 class Spectral(NamedTuple):
@@ -50,10 +50,10 @@ class Spectral(NamedTuple):
     norm: Tensor
     direction: Tensor
 
-    def factors(self, clip: float, weights: int) -> list[Tensor]:
-        """Return min(1, clip / norm) of each of the ``weights`` that a layer's groups are, or of all groups in one."""
+    def divisors(self, clip: float, weights: int) -> list[Tensor]:
+        """Return max(1, norm / clip) of each of the ``weights`` that a layer's groups are, or of all groups in one."""
         norms = self.norm.reshape(weights, -1).amax(-1)
-        return list((clip / norms).clamp(max=1.0).unbind())
+        return list((norms / clip).clamp_min(1).unbind())
 
 
 def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: int) -> list[Spectral]:
@@ -107,13 +107,13 @@ def place(steps: Sequence[Sequence[Written]]) -> None:
         part.step = part.gradient
 
 
-def finish(steps: Sequence[Sequence[Written]], factors: Sequence[Tensor] | None) -> None:
-    """Scale the steps that were placed, and write those for gradients of less precision, scaled."""
+def finish(steps: Sequence[Sequence[Written]], divisors: Sequence[Tensor] | None) -> None:
+    """Divide the steps that were placed, and write those for gradients of less precision, divided."""
     parts = [part for step in steps for part in step]
-    scales = None if factors is None else [own for step, own in zip(steps, factors, strict=True) for _ in step]
+    each = None if divisors is None else [own for step, own in zip(steps, divisors, strict=True) for _ in step]
     inside = [index for index, part in enumerate(parts) if part.step is part.gradient]
-    if scales is not None and inside:
-        torch._foreach_mul_([parts[index].step for index in inside], [scales[index] for index in inside])
+    if each is not None and inside:
+        torch._foreach_div_([parts[index].step for index in inside], [each[index] for index in inside])
     for index, part in enumerate(parts):
         if part.step is not part.gradient:
-            part.gradient.copy_(part.step if scales is None else part.step * scales[index])
+            part.gradient.copy_(part.step if each is None else part.step / each[index])

@@ -541,22 +541,22 @@ class KFAC:
     def _write(self, steps: Sequence[Gradient], gradients: Mapping[Layer, Gradient], clip: float | None) -> None:
         """Overwrite the gradients of layers with their steps, clipped."""
         by, clip = self.options.clip_by, clip if steps else None
-        factors: Sequence[Tensor] | None = None
+        divisors: Sequence[Tensor] | None = None
         # Before anything is written: a gradient, or a step, may be the weight's own.
         if clip is not None and by == "kl":
             weights = sum(layer.kind.weights for layer in gradients)
-            factors = [by_kl(steps, list(gradients.values()), clip)] * weights
+            divisors = [by_kl(steps, list(gradients.values()), clip)] * weights
         elif clip is not None and by == "spectral":
-            factors = []
+            divisors = []
             norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                factors += own.factors(clip, layer.kind.weights)
+                divisors += own.divisors(clip, layer.kind.weights)
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
         place(written)
         if clip is not None and by == "rms":
-            factors = by_rms([[part.step for part in parts] for parts in written], clip)
-        finish(written, factors)
+            divisors = by_rms([[part.step for part in parts] for parts in written], clip)
+        finish(written, divisors)
 
     def _check_alone(self) -> None:
         """Check that no other process waits for the gradients that autograd does not form."""

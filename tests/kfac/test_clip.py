@@ -75,7 +75,7 @@ def test_a_norm_is_found_with_nothing_read_back():
     steps = [torch.empty(3, 5, 4, device=meta), (torch.empty(5, 2, device=meta), torch.empty(7, 2, device=meta))]
     found = spectral(steps, [torch.empty(3, 4, device=meta), None], seed=0)
     assert [own.direction.shape for own in found] == [(3, 4), (7,)]
-    assert len(found[0].factors(0.3, 3)) == 3
+    assert len(found[0].divisors(0.3, 3)) == 3
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
@@ -146,7 +146,7 @@ def test_a_channel_whose_curvature_is_rounding_does_not_outweigh_the_others():
 
 
 def test_a_step_whose_length_is_not_finite_is_none():
-    assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == 0
+    assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == math.inf
 
 
 def cancelling(seed, rest):

@@ -111,6 +111,10 @@ def test_only_batches_wider_than_the_sketch_are_sketched(count, sketch, other):
     assert torch.equal(*(trained(Brand(6, sketch=own), 3, count=count).factor for own in (sketch, other)))
 
 
+def test_a_cpu_decomposes_the_core():
+    assert torch.equal(*(trained(Brand(6, compress=own), 3).factor for own in ("auto", "eigh")))
+
+
 @pytest.mark.parametrize(
     ("rank", "k", "expected"),
     [(4, 63, 63), (4, 64, 32), (40, 79, 79), (40, 80, 40), (128, 10**5, 128), (128, 128, 128)],

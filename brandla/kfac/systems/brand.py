@@ -81,8 +81,9 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
     """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
     keys = [(id(own.state["total"]), own.weight) for own in absorptions]
     distinct = {total: own for (total, _), own in zip(keys, absorptions, strict=True)}
-    decays = {total: own.decayed / own.state["total"] for total, own in distinct.items()}
-    shares = {total: own.finite / own.state["total"] for total, own in distinct.items()}
+    parts = [part for own in distinct.values() for part in (own.decayed, own.finite)]
+    quotients = torch._foreach_div(parts, [own.state["total"] for own in distinct.values() for _ in range(2)])
+    decays, shares = (dict(zip(distinct, quotients[place::2], strict=True)) for place in range(2))
     pairs = dict.fromkeys(keys)
     products = torch._foreach_mul([shares[total] for total, _ in pairs], [weight for _, weight in pairs])
     weights = dict(zip(pairs, products, strict=True))
@@ -139,6 +140,7 @@ class Brand(BrandForm):
         ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
     compress
         As in `brandla.root_update`: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
+        ``"auto"``: that on a GPU, if ``tail`` is 0, and ``"eigh"`` elsewhere, which is the quicker one on a CPU.
     sketch
         A batch A with more columns is first brought down to this many: A Ω for random signs Ω, with A Aᵀ as its
         expectation. The average over batches smooths what the signs add, and ``error_bound`` is for the average of what
@@ -160,7 +162,7 @@ class Brand(BrandForm):
 
     rank: Schedule[int | Rank] | ErrorBound
     form: Literal["root", "eigh"] = "root"
-    compress: Compress = "eigh"
+    compress: Literal["auto"] | Compress = "auto"
     sketch: Sketch = "auto"
 
     def __post_init__(self) -> None:
@@ -168,12 +170,19 @@ class Brand(BrandForm):
         if self.sketch is not None and self.sketch != "auto":
             _check.count("Brand", "sketch", self.sketch, 1)
         _check.choice("Brand", "form", self.form, ("root", "eigh"))
-        _check.choice("Brand", "compress", self.compress, ("eigh", "cholesky"))
-        if self.form == "eigh" and self.compress != "eigh":
-            _check.fail_value("Brand", f"compress must be 'eigh' for form='eigh'; got {self.compress!r}")
+        _check.choice("Brand", "compress", self.compress, ("auto", "eigh", "cholesky"))
+        if self.form == "eigh" and self.compress == "cholesky":
+            _check.fail_value("Brand", "compress must be 'eigh' or 'auto' for form='eigh'; got 'cholesky'")
 
     def first_rank(self) -> int:
         return self.rank.least if isinstance(self.rank, ErrorBound) else super().first_rank()
+
+    def substitute(self, n: int) -> tuple[FactorForm, str] | None:
+        found = super().substitute(n)
+        if found is None or self.compress != "cholesky" or self.tail != 0:
+            return found
+        # The host must not wait there either.
+        return Exact(inverse_every=1, method="cholesky"), found[1]
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
@@ -187,7 +196,11 @@ class Brand(BrandForm):
             ranks = [absorption.state["rank"] for absorption in absorptions]
         else:
             ranks = [at(self.rank, step)] * len(absorptions)
-        self.update(sketched(absorptions, self.sketch, step), ranks, self.compress)
+        compress = self.compress
+        if compress == "auto":
+            # With a tail, each application would wait for the eigenvalues of S instead.
+            compress = "eigh" if self.tail != 0 or reads_are_free(absorptions[0].columns) else "cholesky"
+        self.update(sketched(absorptions, self.sketch, step), ranks, compress)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Read the error bound when it is due, where the rank follows it."""
@@ -201,16 +214,14 @@ class Brand(BrandForm):
         return self.largest_of_each([state])[0]
 
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
-        """Return d₁, which a root that was cut by ``compress="eigh"`` has first on the diagonal of S.
+        """Return d₁: for a root the largest entry on the diagonal of S, which `root_update` leaves there by ``"eigh"``.
 
-        By ``"cholesky"`` the largest entry there stands for it, from below. Two steps of LR leave S nearly diagonal: on
-        the streams of the tests it was 0 to 3 per cent less in the mean, and 14 in one batch of a flat spectrum.
+        By ``"cholesky"`` that entry stands for it, from below. Two steps of LR leave S nearly diagonal: on the streams
+        of the tests it was 0 to 3 per cent less in the mean, and 14 in one batch of a flat spectrum.
         """
         if self.form == "eigh":
             return [state["eigenvalues"][..., 0] for state in states]
         grams = [state["gram"] for state in states]
-        if self.compress == "eigh":
-            return [gram[..., 0, 0] for gram in grams]
         return alike(grams, layout, lambda members: stacked(members).diagonal(dim1=-2, dim2=-1).amax(-1).unbind())
 
     def error_bound(self, state: State) -> Tensor:
