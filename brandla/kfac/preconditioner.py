@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -28,6 +28,7 @@ from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Report, describe
 from brandla.kfac.systems.brand import Brand
+from brandla.kfac.systems.cuda_graph import check_capture, in_place, is_captured
 from brandla.kfac.systems.factor import share_totals
 from brandla.kfac.systems.schedule import Schedule
 from brandla.kfac.systems.strategy import Problem, Strategy
@@ -174,9 +175,8 @@ class KFAC:
         self._trial: Trial | None = None
         self._curvatures = 0
         self._captured = 0
-        # Steps that were looked at on the device, and how many of them were finite.
-        self._looked_at = 0
-        self._finite: Tensor | int = 0
+        # Steps that were looked at on the device, how many of them were finite, and 1.
+        self._counted: list[Tensor] = []
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         known = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
@@ -266,7 +266,8 @@ class KFAC:
         RuntimeError
             If `curvature` is needed and was not called, or gradients are still multiplied by the scale of the
             ``scaler``. With ``gradient="pair"``, if there are several processes, or a gradient was not None before the
-            first backward pass or has changed since the last one.
+            first backward pass or has changed since the last one. While a CUDA graph is captured, for a step that it
+            cannot repeat (``docs/recipes/cuda-graphs.md``).
         """
         if self._removed:
             return
@@ -276,7 +277,11 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
+        captured = is_captured()
+        if captured:
+            self._check_captured(working)
+        keeping = in_place([layer.curvature for layer in working]) if captured else nullcontext()
+        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]), keeping:
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
@@ -289,7 +294,8 @@ class KFAC:
         self._steps += 1
         self._choose_captures()
         self._mistakes.tell_of_layers(self._layers, unseen)
-        self._mistakes.tell_what_came()
+        if not captured:
+            self._mistakes.tell_what_came()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
         """Measure what the last step did to the loss of its batch, and adapt the damping, if that is due.
@@ -368,7 +374,7 @@ class KFAC:
 
         With several processes and factors split among them, all of them must call this.
         """
-        skipped = self._looked_at - int(self._finite)
+        skipped = int(self._counted[0] - self._counted[1]) if self._counted else 0
         with self._replicas.complete():
             return describe(self._layers, self._unsupported, skipped, self._captured, self._orders)
 
@@ -464,7 +470,7 @@ class KFAC:
         # Also those whose data comes from another process.
         for layer in working:
             layer.follow()
-        if self._steps == CHECKED_AT and not self._replicas.several:
+        if self._steps == CHECKED_AT and not self._replicas.several and not is_captured():
             self._mistakes.look_at_rows(layers, scale)
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
@@ -492,10 +498,17 @@ class KFAC:
         for layer in ready:
             layer.seal()
         if not mask.known_finite:
-            self._looked_at, self._finite = self._looked_at + 1, mask.one + self._finite
+            self._count(mask)
             # With a scaler some batches overflow, and are left out by it too.
-            if scale is None:
-                self._mistakes.look_at_skipped(self._looked_at, self._finite, self._steps)
+            if scale is None and not is_captured():
+                self._mistakes.look_at_skipped(self._counted[0], self._counted[1], self._steps)
+
+    def _count(self, mask: Mask) -> None:
+        """Count a step that was looked at on the device, in place, so that replays of a CUDA graph count too."""
+        if not self._counted:
+            looked_at, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.one.device).unbind()
+            self._counted = [looked_at, finite, one]
+        torch._foreach_add_(self._counted[:2], [self._counted[2], mask.one])
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -558,6 +571,24 @@ class KFAC:
             divisors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, divisors)
 
+    def _check_captured(self, layers: Sequence[Layer]) -> None:
+        """Check that a CUDA graph can hold the step."""
+        options = self.options
+        given = {
+            "scaler": self._scaler is not None,
+            "several processes": self._replicas.several,
+            f"curvature={options.curvature!r}": self._takes_curvature,
+            "Adaptive damping": self._adapted is not None,
+            "clip_by='spectral'": options.clip_by == "spectral",
+        }
+        if found := [name for name, is_given in given.items() if is_given]:
+            rule = (
+                "a CUDA graph can capture the step of one process, with the defaults of scaler, curvature and clip_by"
+            )
+            message = f"KFAC.step: {rule}, and a fixed damping; got {found[0]}"
+            raise RuntimeError(message)
+        check_capture({layer.name: layer.curvature for layer in layers if layer.has_gradient})
+
     def _check_alone(self) -> None:
         """Check that no other process waits for the gradients that autograd does not form."""
         if self._replicas.several:
@@ -573,7 +604,8 @@ class KFAC:
     def _now(self, options: AtStep, mask: Mask) -> Now:
         """Return what this step has besides data; an `Adaptive` damping has been found by now."""
         damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
-        return Now(self._steps, self._seed, options.decay, damping, mask.finite)
+        replays = self._counted[0] if is_captured() else 0
+        return Now(self._steps, self._seed, options.decay, damping, mask.finite, replays)
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only where the data will be used."""

@@ -115,7 +115,7 @@ class Now(NamedTuple):
     """What a step of training has besides data.
 
     ``seed`` is new at every step. Where ``finite``, a 0-dim bool tensor, is False, the rows are all 0 and the step
-    counts for nothing.
+    counts for nothing. In a CUDA graph ``replays`` is a 0-dim tensor that each replay finds larger by one.
     """
 
     step: int
@@ -123,6 +123,7 @@ class Now(NamedTuple):
     decay: float
     damping: Damping
     finite: Tensor
+    replays: Tensor | int = 0
 
 
 def inner(one: Gradient, other: Gradient) -> Tensor:

@@ -96,7 +96,8 @@ needs_compiler = pytest.mark.skipif(
     ("compiled", "options", "graphs"),
     [
         (WHOLE, {}, 1),
-        pytest.param(torch.compile, {}, 1, marks=needs_compiler),
+        # On a CPU this mode has no CUDA graphs, and otherwise all that it has on a GPU.
+        pytest.param(partial(torch.compile, mode="reduce-overhead"), {}, 1, marks=needs_compiler),
         # One for the first block, whose input needs no gradient, and one for all others.
         (alike, {}, 2),
         (checkpointed, {}, None),
@@ -115,6 +116,11 @@ def test_compiled_steps_are_those_of_the_model_as_it_is(compiled, options, graph
     assert dict(counters["graph_break"]) == {}
     assert graphs in (None, counters["stats"]["unique_graphs"])
     torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT, **options)))
+
+
+def test_what_is_captured_stays_outside_of_cuda_graphs():
+    """A replay would not run Python, which hands the rows over."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.brandla_kfac.collect.default.tags
 
 
 def test_compiled_blocks_keep_the_names_of_their_layers():

@@ -84,7 +84,7 @@ class Mistakes:
             device = next(iter(found.values())).device
             self._send(list(found), torch.stack([numbers.to(device, torch.float32) for numbers in found.values()]))
 
-    def look_at_skipped(self, looked_at: int, finite: Tensor, step: int) -> None:
+    def look_at_skipped(self, looked_at: Tensor, finite: Tensor, step: int) -> None:
         """Have a warning said where not all steps were finite; now and then, where a copy has to be made."""
         if _NOT_FINITE not in self._told and (reads_are_free(finite) or step % _COPIED_EVERY == 0):
             self._send((), looked_at - finite)

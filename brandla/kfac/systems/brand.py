@@ -108,7 +108,10 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> li
         is_inside = columns.ndim == 2 and not reads_are_free(columns)
         key = k, width, columns.dtype, columns.device, is_inside
         if key not in drawn:
+            replays = absorption.replays
             seed = torch.full((), step, dtype=torch.int64, device=columns.device)
+            if isinstance(replays, Tensor):
+                seed += replays
             drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
         product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
         return absorption._replace(columns=product, weight=absorption.weight / width)
@@ -173,6 +176,11 @@ class Brand(BrandForm):
         _check.choice("Brand", "compress", self.compress, ("auto", "eigh", "cholesky"))
         if self.form == "eigh" and self.compress == "cholesky":
             _check.fail_value("Brand", "compress must be 'eigh' or 'auto' for form='eigh'; got 'cholesky'")
+
+    @property
+    def is_capturable(self) -> bool:
+        never_waits = self.form == "root" and self.compress != "eigh" and self.tail == 0
+        return never_waits and isinstance(self.rank, (int, Rank))
 
     def first_rank(self) -> int:
         return self.rank.least if isinstance(self.rank, ErrorBound) else super().first_rank()

@@ -18,6 +18,10 @@ from brandla.lowrank import stack_numbers, stacked
 class _Whole(FactorForm):
     """A form with nothing left out, whose own solve is as cheap as any: ``tail`` has no part in it."""
 
+    @property
+    def is_capturable(self) -> bool:
+        return True
+
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Nothing falls due."""
 
@@ -36,7 +40,7 @@ class Diagonal(_Whole):
         return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
 
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, indices, decay, weight, finite, _ in absorptions:
+        for state, indices, decay, weight, finite, *_ in absorptions:
             diagonal = state["diagonal"]
             weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)

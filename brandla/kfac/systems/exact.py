@@ -55,6 +55,10 @@ class Exact(DenseForm, FactorStrategy):
             rule = "tail has no meaning for method='cholesky', which leaves no eigenvalue out"
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
+    @property
+    def is_capturable(self) -> bool:
+        return self.method == "cholesky" and self.inverse_every == 1
+
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state = super().start(n, groups, dtype, device)
         if self.method == "eigh":

@@ -119,7 +119,9 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             totals[id(before)] = before, decayed, after
         _, decayed, factor.state["total"] = totals[id(before)]
         # In the weight, the normalisation costs no scaled copy of the columns.
-        absorption = Absorption(factor.state, columns, now.decay, (1 - now.decay) * scale, now.finite, decayed)
+        absorption = Absorption(
+            factor.state, columns, now.decay, (1 - now.decay) * scale, now.finite, decayed, now.replays
+        )
         members.setdefault(factor.strategy, []).append(absorption)
         factors[index] = factor
     for strategy, absorptions in members.items():

@@ -71,6 +71,7 @@ class Absorption(NamedTuple):
     """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
 
     They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last sum of weights.
+    ``replays`` are those of `Now`.
     """
 
     state: State
@@ -79,6 +80,7 @@ class Absorption(NamedTuple):
     weight: float
     finite: Tensor
     decayed: Tensor
+    replays: Tensor | int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,11 @@ class FactorForm(ABC):
             _check.fail_value(type(self).__name__, f"tail must be a number >= 0, 'mean' or 'smallest'; got {tail!r}")
 
     __str__ = spelled
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether every step does the same, and none waits for the device: a CUDA graph may hold it."""
+        return False
 
     @abstractmethod
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:

@@ -1,0 +1,176 @@
+"""Training steps in a CUDA graph, as far as a CPU can show: a tape of a step's kernels runs again on its memory."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+triton = pytest.importorskip("triton")
+
+import brandla  # noqa: E402
+from bench import launches  # noqa: E402
+from brandla import Rank  # noqa: E402
+from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy  # noqa: E402
+from brandla_kernels import OPS  # noqa: E402
+from kfac.systems import factors_of  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:KFAC"),
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter has tests of its own"),
+]
+
+NEVER_WAITS = Brand(8, compress="cholesky")
+
+
+class Tape(launches.Counter):
+    """What a CUDA graph holds: the kernels that were asked for, and the memory of their arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        assert not self.counts.waits, f"{func} waits for the device"
+        name = func.__name__.partition(".")[0]
+        if func.namespace == "brandla":
+            op = OPS[name.replace("_grouped", "")]
+            if op.launch is not None:
+                self.kernels.append((op.torch_form if name in OPS else op.grouped_form, args, {}, result))
+        elif not func.is_view and func.overloadpacket not in launches.FREE:
+            self.kernels.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        with brandla.backend("torch"):
+            for kernel, args, kwargs, results in self.kernels:
+                for old, new in zip(tree_leaves(results), tree_leaves(kernel(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@contextmanager
+def as_on_gpu():
+    """Have functions take the way of a GPU, kernels recorded and not counted."""
+    with launches.on_gpu(), torch.enable_grad(), launches.Counter():
+        yield
+
+
+class Run:
+    """A training run whose inputs stay where they are."""
+
+    def __init__(self, strategy: Strategy = NEVER_WAITS, **options) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(40, 48), launches.Block(48), nn.Linear(48, 10))
+        self.preconditioner = KFAC(self.model, strategy, **options)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        self.inputs, self.labels = torch.zeros(6, 4, 40), torch.zeros(24, dtype=torch.int64)
+        self.data = torch.Generator().manual_seed(1)
+
+    def take(self):
+        """Put the next batch into its place."""
+        self.inputs.normal_(generator=self.data)
+        self.labels.random_(10, generator=self.data)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(self.inputs).flatten(0, 1), self.labels).backward()
+        self.preconditioner.step()
+        self.optimizer.step()
+
+    def warm_up(self, steps=3):
+        for _ in range(steps):
+            self.take()
+            with as_on_gpu():
+                self.step()
+
+    def capture(self, monkeypatch):
+        """Take a step, and return the tape of it."""
+        self.take()
+        self.optimizer.zero_grad()
+        with monkeypatch.context() as patch, launches.on_gpu(), torch.enable_grad(), Tape() as tape:
+            patch.setattr("brandla.kfac.preconditioner.is_captured", lambda: True)
+            self.step()
+        return tape
+
+
+@pytest.mark.parametrize("clip_by", ["rms", "kl"])
+@pytest.mark.parametrize("gradient", ["autograd", "pair"])
+def test_replays_of_a_captured_step_train_as_steps_do(clip_by, gradient, monkeypatch):
+    captured, plain = (Run(clip_by=clip_by, gradient=gradient) for _ in range(2))
+    captured.warm_up()
+    tape = captured.capture(monkeypatch)
+    kept = [own.state for own in factors_of(captured.preconditioner)]
+    before = [state["root"].clone() for state in kept if "root" in state]
+    for _ in range(4):
+        captured.take()
+        tape.replay()
+    plain.warm_up(8)
+    assert not any(map(torch.equal, before, [state["root"] for state in kept if "root" in state]))
+    for one, other in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(kept, [own.state for own in factors_of(plain.preconditioner)], strict=True):
+        for name, part in one.items():
+            if isinstance(part, Tensor):
+                torch.testing.assert_close(part, other[name])
+    # A report counts what replays took in, and left out.
+    assert captured.preconditioner.report().skipped == 0
+    captured.inputs.fill_(float("nan"))
+    tape.replay()
+    assert captured.preconditioner.report().skipped == 1
+    assert all(parameter.isfinite().all() for parameter in captured.model.parameters())
+
+
+def test_signs_of_a_sketch_are_new_at_every_replay(monkeypatch):
+    """E AΩΩᵀAᵀ = AAᵀ: with the same signs every time the error would stay."""
+    run = Run(Brand(20, sketch=4, compress="cholesky"), decay=1 - 1e-9)
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    run.warm_up(1)
+    tape = run.capture(monkeypatch)
+    (factor, *_) = factors_of(run.preconditioner)
+    wide = run.inputs.flatten(0, 1)
+    exact = wide.mT @ wide / len(wide)
+    errors = []
+    for _ in range(40):
+        tape.replay()
+        errors.append(float(torch.linalg.matrix_norm(factor.operand().dense()[:-1, :-1] - exact)))
+    assert errors[-1] < 0.7 * errors[0]
+
+
+REFUSED = [
+    ({"strategy": Brand(8, compress="eigh")}, "got Brand.*compress='eigh'.* for 0"),
+    ({"strategy": Brand(8, compress="cholesky", tail=0.1)}, "got Brand.*tail=0.1.* for 0"),
+    ({"strategy": Brand(lambda step: 8)}, "a rank that is no schedule.*got Brand"),
+    # A factor that is no larger than the rank.
+    ({"strategy": Brand(8)}, "Exact.*method='eigh'.* for 2"),
+    ({"strategy": Exact(method="cholesky")}, "got Exact.*inverse_every=10"),
+    ({"strategy": InverseFree()}, "for 0"),
+    ({"clip_by": "spectral"}, "got clip_by='spectral'"),
+    ({"scaler": torch.amp.GradScaler("cpu")}, "got scaler"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_a_graph_cannot_repeat_is_refused(options, message, monkeypatch):
+    run = Run(**options)
+    run.warm_up(0 if "scaler" in options else 1)
+    with pytest.raises(RuntimeError, match=f"KFAC.step: a CUDA graph.*{message}"):
+        run.capture(monkeypatch)
+
+
+def test_a_step_without_data_before_it_is_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match="factors of 0 have no data yet: take a few steps before the capture"):
+        Run().capture(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "strategy", [Exact(method="cholesky", inverse_every=1), Brand(Rank(8, 1e-3), compress="cholesky")]
+)
+def test_other_systems_that_never_wait_are_captured(strategy, monkeypatch):
+    run = Run(strategy)
+    run.warm_up(2)
+    tape = run.capture(monkeypatch)
+    assert not tape.counts.waits
