@@ -6,7 +6,8 @@ What follows one after another inside a program is not counted, nor are torch's 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -15,11 +16,9 @@ from torch import Tensor
 
 from bench.frame.figures import spelled
 from bench.gpu import cases
-from bench.gpu.cases import Sizes
 from bench.gpu.device import Stub
-from brandla_kernels import OPS
 from brandla_kernels._kernels.ahead import target_named
-from brandla_kernels._kernels.launch import Launch, recording
+from brandla_kernels._kernels.launch import Launch
 
 # Seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host.
 LAUNCH = 4e-6
@@ -46,8 +45,11 @@ GPUS = {
 }
 
 
-class _Unwritten(Stub):
-    """Operands that nothing reads."""
+class _Published(Stub):
+    """A GPU that launches are recorded for, on operands that nothing reads."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.target = lambda: target_named(gpu.target)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -60,37 +62,31 @@ def seconds(launch: Launch, gpu: Gpu) -> dict[str, float]:
     return {"launch": LAUNCH, "bytes": launch.work.bytes / gpu.bytes, "flops": products / busy}
 
 
-def estimates(sizes: Sizes) -> pd.DataFrame:
+def estimates(sizes: cases.Sizes) -> pd.DataFrame:
     """Return a row for each kernel of an op at a size; kernels that an op starts again are added up."""
-    rows = pd.DataFrame(_launches(sizes))
-    keys = ["op", "case", "kernel"]
-    own = {name: rows[rows["gpu"] == name].groupby(keys, sort=False) for name in GPUS}
-    first = next(iter(own.values()))
-    work = first.agg(launches=("bytes", "size"), MB=("bytes", lambda moved: spelled(moved.sum() / 1e6)))
-    work["Gflop"] = first["flops"].agg(_by_bits)
-    times = [groups["seconds"].agg(_in_words).rename(f"{name}, µs") for name, groups in own.items()]
-    return pd.concat([work, *times], axis=1).reset_index()
-
-
-def _launches(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for case in cases.cases(sizes):
-        op, operands = OPS[case.op], cases.operands(case, _Unwritten())
+        kernels: dict[str, dict[str, Any]] = {}
         for name, gpu in GPUS.items():
-            with recording(target_named(gpu.target)) as launches:
-                if op.launch is not None:
-                    op.launch(*operands)
-            for launch in launches:
-                about = {"op": case.op, "case": case.name, "kernel": launch.name, "gpu": name}
-                work = {"bytes": launch.work.bytes, "flops": launch.work.flops}
-                yield about | work | {"seconds": seconds(launch, gpu)}
+            by_kernel: dict[str, list[Launch]] = {}
+            for launch in cases.launches(case, _Published(gpu)):
+                by_kernel.setdefault(launch.name, []).append(launch)
+            for kernel, launches in by_kernel.items():
+                row = kernels.setdefault(kernel, {"op": case.op, "case": case.name, "kernel": kernel} | _work(launches))
+                row[f"{name}, µs"] = _time([seconds(launch, gpu) for launch in launches])
+        rows += kernels.values()
+    return pd.DataFrame(rows)
 
 
-def _by_bits(flops: pd.Series) -> str:
-    totals = pd.DataFrame(list(flops)).sum()
-    return ", ".join(f"{spelled(total / 1e9)} of {bits} bits" for bits, total in totals.items()) or "–"
+def _work(launches: list[Launch]) -> dict[str, Any]:
+    moved, flops = sum(launch.work.bytes for launch in launches), Counter[int]()
+    for launch in launches:
+        flops.update(launch.work.flops)
+    products = ", ".join(f"{spelled(total / 1e9)} of {bits} bits" for bits, total in flops.items())
+    return {"launches": len(launches), "MB": spelled(moved / 1e6), "Gflop": products or "–"}
 
 
-def _in_words(launches: pd.Series) -> str:
+def _time(launches: list[dict[str, float]]) -> str:
     total = sum(parts["launch"] + max(parts["bytes"], parts["flops"]) for parts in launches)
-    sums = pd.DataFrame(list(launches)).sum()
-    return f"{spelled(1e6 * total)} {sums.idxmax()}"
+    longest = max(launches[0], key=lambda part: sum(parts[part] for parts in launches))
+    return f"{spelled(1e6 * total)} {longest}"

@@ -42,17 +42,10 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
 
 
 def facts_of(target: str, case: Specialization) -> Facts:
-    config = case.launch.config
-    found: Facts = {
-        "target": target,
-        "kernel": case.launch.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "tile": dict(config.blocks),
-        "warps": config.num_warps,
-        "stages": config.num_stages,
-        "layout": case.layout.name,
-        "ops": sorted(case.ops),
-    }
+    config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
+    found: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
+    found |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
+    found["ops"] = sorted(case.ops)
     try:
         compiled = compile_for(target, case.launch)
     except RuntimeError as error:

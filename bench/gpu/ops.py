@@ -18,7 +18,7 @@ from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case, Size, forced
 from bench.gpu.device import Times, measure, replayed
 from bench.gpu.frame import Findings
-from bench.profiling import Request, prepare, table_of
+from bench.profiling import Request, table_of
 from bench.studies import roofline
 from brandla_kernels import OPS
 
@@ -105,7 +105,7 @@ def _profile(found: Findings, name: str) -> None:
         call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
         found.add("notes", f"the eager torch update would not pass the same check: {error}")
-    for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
+    for row in table_of(Request(name, *size), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
 
 
@@ -125,5 +125,5 @@ def _core(found: Findings, case: Case) -> None:
     times = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
     own, others = (times.microseconds(name).value for name in ("op", "torch"))
     columns: dict[str, Any] = {"µs": own, "torch form µs": others, "× torch": others / own, "error": error}
-    sizes = {"order": cases.order_of(case), "r": case.size.r, "factors": case.size.cores}
+    sizes = {"order": case.order, "r": case.size.r, "factors": case.size.cores}
     found.row("small core", op=case.op, **sizes, **columns, how=times.how)

@@ -44,7 +44,7 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
 
 def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
     """Yield the ceilings, in bytes or flops per second."""
-    for name, rate in ceilings.intervals():
+    for name, rate in ceilings._asdict().items():
         yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
 
 
