@@ -24,7 +24,7 @@ from bench.estimates import CAPTION, estimates
 from bench.frame.pages import on_terminal
 from bench.studies.roofline import USUAL
 from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults
-from brandla_kernels._kernels.shipped import Specialization, specializations
+from brandla_kernels._kernels.shipped import specializations
 
 Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
@@ -38,25 +38,22 @@ SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
     """Compile every ``parts``-th specialisation for a target and say what came out."""
     torch.set_num_threads(1)
-    return [facts_of(target, case) for case in specializations(target)[part::parts]]
-
-
-def facts_of(target: str, case: Specialization) -> Facts:
-    config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
-    found: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
-    found |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
-    found["ops"] = sorted(case.ops)
-    try:
-        compiled = compile_for(target, case.launch)
-    except RuntimeError as error:
-        nothing = dict.fromkeys(COUNTED, 0) | {"products": [], "matrix_instructions": []}
-        return found | nothing | {"faults": [f"does not compile: {error}"]}
-    return found | {
-        **{name: getattr(compiled, name) for name in COUNTED},
-        "products": sorted({f"{dtype} {precision}" for dtype, precision in compiled.products}),
-        "matrix_instructions": list(compiled.matrix_instructions),
-        "faults": faults(compiled),
-    }
+    found = []
+    for case in specializations(target)[part::parts]:
+        config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
+        facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
+        facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
+        try:
+            compiled = compile_for(target, case.launch)
+        except RuntimeError as error:
+            nothing: Facts = {"products": [], "matrix_instructions": [], "faults": [f"does not compile: {error}"]}
+            facts |= dict.fromkeys(COUNTED, 0) | nothing
+        else:
+            facts |= {name: getattr(compiled, name) for name in COUNTED} | {"faults": faults(compiled)}
+            facts["products"] = sorted({f"{dtype} {precision}" for dtype, precision in compiled.products})
+            facts["matrix_instructions"] = list(compiled.matrix_instructions)
+        found.append(facts | {"ops": sorted(case.ops)})
+    return found
 
 
 def tables(found: list[Facts]) -> Iterator[Table]:

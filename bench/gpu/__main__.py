@@ -116,7 +116,10 @@ class Run:
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
         results.write(STUDY, self.machine, {"sections": found}, self.folder)
-        (self.folder / f"{STUDY}.txt").write_text(frame.text(self.machine, found), encoding="utf-8")
+        with (self.folder / f"{STUDY}.txt").open("w", encoding="utf-8") as file:
+            parts = [frame.section(name, found[name], self.dry) for name in found]
+            whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
+            Console(width=frame.WIDTH, file=file, highlight=False).print(*whole, sep="\n")
         return found
 
     def _stage(self, name: str, end: float) -> None:

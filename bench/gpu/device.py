@@ -25,6 +25,7 @@ CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 # The last cache of a processor that does not say.
 USUAL_CACHE = 32 * 2**20
 Function: TypeAlias = Callable[[], Any]
+Samples: TypeAlias = dict[str, list[float]]
 
 
 class Stub:
@@ -51,7 +52,7 @@ class Stub:
     def synchronize(self) -> None:
         """Wait for the device; raise what went wrong on it."""
 
-    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
+    def alternating(self, functions: Mapping[str, Function], limit: float) -> Samples:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
         self.timed(functions, 0, self.first)
         start = time.perf_counter()
@@ -120,7 +121,7 @@ class Gpu(Stub):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def timed(self, functions: Mapping[str, Function], repeats: int, warm_up: int) -> dict[str, list[float]]:
+    def timed(self, functions: Mapping[str, Function], repeats: int, warm_up: int) -> Samples:
         for name in timing.turns(list(functions), warm_up):
             functions[name]()
         events: dict[str, list[Any]] = {name: [] for name in functions}
@@ -196,26 +197,12 @@ def size_of(arguments: Any) -> int:
 # --- Times
 
 
-class Times(NamedTuple):
-    """Seconds of each call, and how they were taken where that is not always the same."""
+def replayed(
+    device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float
+) -> tuple[Samples, str]:
+    """Return the seconds of calls without the host, and how they were taken.
 
-    samples: dict[str, list[float]]
-    how: str = ""
-
-    def median(self, name: str) -> timing.Interval:
-        return timing.of_median(self.samples[name])
-
-    def microseconds(self, name: str) -> timing.Interval:
-        return timing.Interval(*(1e6 * value for value in self.median(name)))
-
-    def ratio(self, numerator: str, denominator: str) -> timing.Interval:
-        return timing.ratio(self.samples[numerator], self.samples[denominator])
-
-
-def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float) -> Times:
-    """Time calls without the host: as graphs of one call for each set of inputs, divided by their number.
-
-    What cannot be captured is called from the host, and that is said.
+    They are replayed as graphs of one call for each set of inputs. What cannot be captured is called from the host.
     """
     functions, how = {}, {}
     for name, call in calls.items():
@@ -228,7 +215,7 @@ def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Seq
     samples = device.alternating(functions, limit)
     divided = {name: [second / len(inputs) for second in samples[name]] for name in functions}
     same = len(set(how.values())) == 1
-    return Times(divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items()))
+    return divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items())
 
 
 # --- Ceilings: a large copy and large products in torch, in the same run

@@ -1,7 +1,6 @@
 """What every stage stands on: findings that are written line by line as they come, and the report made of the lines."""
 
 import faulthandler
-import io
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
@@ -157,13 +156,6 @@ def sections(path: Path) -> dict[str, Row]:
 
 
 # --- The report
-
-
-def text(machine: Row, found: Mapping[str, Row]) -> str:
-    console = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
-    console.print(heading(machine), *(section(name, found[name], machine["quick"]) for name in found), sep="\n")
-    console.print(verdict(machine, found))
-    return console.export_text()
 
 
 def heading(machine: Row) -> RenderableType:

@@ -6,6 +6,7 @@ One factor, and a network's worth in one call; beside torch's own ways, and agai
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import cycle, islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 import brandla
 from bench.benches import written_out
 from bench.benches.problems import DECAY, WEIGHT, require
+from bench.benches.timing import ratio
 from bench.gpu import cases
-from bench.gpu.device import Device, Times, Work, tensors_in
+from bench.gpu.device import Device, Work, tensors_in
 from bench.gpu.frame import Findings
 from brandla import LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
@@ -100,18 +102,18 @@ def _replayed(found: Findings, name: str, call: Call) -> None:
     _same(f"{name}: replay with new data and call", captured, results[1])
     peers = {peer: partial(other, *static) for peer, other in call.peers.items()}
     ways = {"replay": replay, "eager": lambda: call.function(*static)} | peers
-    times = Times(device.alternating(ways, 2 * found.sizes.seconds))
-    taken = {way: times.microseconds(way).value for way in ways}
+    times = device.alternating(ways, 2 * found.sizes.seconds)
+    taken = {way: 1e6 * median(samples) for way, samples in times.items()}
     own = {f"{way} µs": taken.pop(way) for way in ("replay", "eager")}
     found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
     for peer, microseconds in taken.items():
         found.row("others", call=name, way=peer, **{"µs": microseconds})
     if taken:
         best = "loop" if "loop" in taken else min(taken, key=taken.__getitem__)
-        found.figure(name, f"in a graph: {best} / it", times.ratio(best, "replay"), at_least=call.at_least)
+        found.figure(name, f"in a graph: {best} / it", ratio(times[best], times["replay"]), at_least=call.at_least)
     if call.work is not None:
         floor = found.ceilings.floor(call.work)
-        part, note = floor.seconds / times.median("replay").value, f"bound by {floor.bound_by}"
+        part, note = floor.seconds / median(times["replay"]), f"bound by {floor.bound_by}"
         found.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
 
 
