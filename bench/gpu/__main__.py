@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from io import StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -116,10 +117,10 @@ class Run:
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
         results.write(STUDY, self.machine, {"sections": found}, self.folder)
-        with (self.folder / f"{STUDY}.txt").open("w", encoding="utf-8") as file:
-            parts = [frame.section(name, found[name], self.dry) for name in found]
-            whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
-            Console(width=frame.WIDTH, file=file, highlight=False).print(*whole, sep="\n")
+        text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
+        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
+        Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")
+        (self.folder / f"{STUDY}.txt").write_text(text.getvalue(), encoding="utf-8")
         return found
 
     def _stage(self, name: str, end: float) -> None:
