@@ -91,17 +91,16 @@ def _profile(found: Findings, name: str) -> None:
         captured, ways["graph"] = device.capture(update)
         ways["graph"]()
         call.judge(cases.on_cpu(captured)).accept(name)
-    times = device.alternating(ways, 3 * found.sizes.seconds)
+    taken = device.alternating(ways, 3 * found.sizes.seconds)
+    times = {way: [1e6 * seconds for seconds in samples] for way, samples in taken.items()}
     words, calls = "n {}, r {}, k {}".format(*size), 3 if device.dry else CALLS
     # How long the host takes for a call, with the device left to catch up.
     device.synchronize()
     host = 1e6 * timeit(update, number=calls) / calls
     device.synchronize()
-    taken = {f"{way} µs": 1e6 * median(samples) for way, samples in times.items()}
-    found.row("updates", update=name, **taken, host=host)
+    found.row("updates", update=name, **{f"{way} µs": median(times[way]) for way in ways}, host=host)
     if name == CHOLESKY:
-        in_graph = of_median([1e6 * seconds for seconds in times["graph"]])
-        found.figure(name, f"{words}, in a graph", in_graph, unit="µs", at_most=300)
+        found.figure(name, f"{words}, in a graph", of_median(times["graph"]), unit="µs", at_most=300)
         over_graph = ratio(times["torch"], times["graph"])
         found.figure(name, f"{words}, in a graph: eager torch Brand update / it", over_graph, at_least=10)
     found.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
