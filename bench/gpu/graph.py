@@ -20,7 +20,7 @@ from bench.benches.timing import ratio
 from bench.gpu import cases
 from bench.gpu.device import Device, Work, tensors_in
 from bench.gpu.frame import Findings
-from brandla import LowRankRoot, grouped
+from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
 
 DAMPING = 0.1
@@ -68,17 +68,15 @@ def calls(device: Device) -> dict[str, Call]:
     by_tensor = lambda factor, columns, decay: update(factor, columns, decay=decay)
     kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
     two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
-    one_side = cases.forced(solve)
-    in_turn = lambda left, right, matrix: one_side(right, one_side(left, matrix, DAMPING).mT, DAMPING).mT
     loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
     solve_all, solve_one = (partial(function, damping=DAMPING) for function in (grouped.damped_solve, solve))
     loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
-    ways = {"torch form": cases.forced(kron), "one side, then the other": in_turn}
+    ways = {"torch form": cases.forced(kron), "one side, then the other": _one_by_one}
     return {
         "root_update, cholesky": Call(update, rooted, {"torch Brand update": _brand_of_torch}),
         "grouped.root_update, cholesky": Call(partial(grouped.root_update, **AVERAGE), many, loops, at_least=8),
         "kron_damped_solve": Call(kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, 2, two_sided),
-        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), {"torch form": one_side}),
+        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), {"torch form": cases.forced(solve)}),
         "grouped.damped_solve": Call(solve_all, many, {"loop": loop(solve_one)}),
         "gram_ema_": Call(_gram_ema, moment, {"torch.addmm": _addmm}, at_least=1.5),
         "root_update, cholesky, decay as a tensor": Call(by_tensor, lambda: (*rooted(), number())),
@@ -149,6 +147,14 @@ def _never_waiting(found: Findings, name: str, call: Call) -> None:
 def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return the update of an orthonormal basis in eager torch; a basis of this size takes the same time."""
     return written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
+
+
+def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor) -> Tensor:
+    """Return the two-sided solve as two one-sided ones, each of two products."""
+    for values, vectors in (left, right):
+        inner = (-values / (values + DAMPING) / DAMPING)[:, None] * (vectors.mT @ matrix)
+        matrix = torch.addmm(matrix, vectors, inner, beta=1 / DAMPING).mT
+    return matrix
 
 
 def _gram_ema(matrix: Tensor, columns: Tensor) -> Tensor:

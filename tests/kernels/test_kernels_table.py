@@ -94,8 +94,11 @@ def test_few_programs_have_their_multiprocessors_share_of_the_flops():
 
 
 def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
-    rows = kernels_table.estimates(TOY).set_index(["op", "kernel"])
+    # The last two sizes give cores of one order, and so of one name.
+    sizes = replace(TOY, uneven=((48, 8, 5), (48, 5, 8)))
+    rows = kernels_table.estimates(sizes).set_index(["op", "kernel"])
     assert set(rows.index.get_level_values("op")) == set(OPS)
-    launches = rows["launches"]["kron_damped_apply"]
+    assert rows["launches"]["root_core"].tolist() == [1, 1, 1]
+    launches = rows["launches"]["kron_damped_apply"][:3]
     assert launches.to_dict() == {"damped_project_kernel": 1, "damped_middle_kernel": 1, "tall_product_kernel": 2}
     assert (rows["H200, µs"].str.split().str[1] == "launch").all()
