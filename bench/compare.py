@@ -12,10 +12,9 @@ deviations, even if all calls of a run are off together by as much as one of the
 
 import json
 import math
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +24,7 @@ from rich.console import Console
 from bench.frame import pages, results
 from bench.frame.facts import ROOT, commit_of
 from bench.frame.study import application
+from brandla.demo import machine
 
 RANGES = 3
 # A change below this is of no interest, and figures without scatter, such as memory, are written with five digits.
@@ -38,14 +38,10 @@ MEANINGFUL = 0.5
 # Changes that are shown at either end, besides the regressions.
 SHOWN = 8
 Row = dict[str, Any]
-
-
-class Ratio(NamedTuple):
-    """A figure over the reference of its own run, and √Σs² of the interquartile ranges of the logarithms of both."""
-
-    value: float
-    scatter: float = 0.0
-    more_is_better: bool = False
+# A case, a figure over the reference of its own run, √Σs² of the interquartile ranges of the logarithms of both, and
+# whether more is better.
+COLUMNS = ["case", "value", "scatter", "more"]
+Ratios = Iterator[tuple[str, float, float, bool]]
 
 
 def interquartile(interval: Sequence[float], count: int = 0) -> float:
@@ -61,56 +57,50 @@ def interquartile(interval: Sequence[float], count: int = 0) -> float:
 # --- The ratios of a study
 
 
-def of_updates(study: Row) -> Iterator[tuple[str, Ratio]]:
+def of_updates(study: Row) -> Ratios:
     """Yield the figures in which times of one run are divided by one another."""
     for row in study["figures"]:
         if row.get("unit") in ("×", ""):
             interval = (row["value"], row.get("low", row["value"]), row.get("high", row["value"]))
             more = "at_least" in row or row["case"].endswith("times faster")
-            yield f"{row['group']}: {row['case']}", Ratio(row["value"], interquartile(interval, CALLS), more)
+            yield f"{row['group']}: {row['case']}", row["value"], interquartile(interval, CALLS), more
 
 
-def of_scaling(study: Row) -> Iterator[tuple[str, Ratio]]:
+def of_scaling(study: Row) -> Ratios:
     """Yield all times over the GEMMs of an update, all memory over the factor and its columns, and the exponents."""
     own = lambda rows: (row for row in rows if not row["method"].startswith(PEERS))
     for row in own(study["rows"]):
         case = f"{row['method']}, growth with {row['axis']}: n {row['n']}, r {row['r']}, k {row['k']}"
         # Quotients of times taken in turn: their scatter is that of both.
-        yield case, Ratio(row["over_reference"][0], interquartile(row["over_reference"], row["rounds"]))
+        yield case, row["over_reference"][0], interquartile(row["over_reference"], row["rounds"]), False
         memory = (row["held_bytes"] + row["peak_bytes"]) / (4 * row["n"] * (row["r"] + row["k"]))
-        yield f"memory of {case}", Ratio(memory)
+        yield f"memory of {case}", memory, 0.0, False
     for fit in own(study["exponents"]):
         value, low, _ = fit["exponent"]
         if low is not None and low > 0 and value > MEANINGFUL:
             words = f"{fit['method']}: exponent of {fit['quantity']} in {fit['axis']}, {fit['window']} sizes"
-            yield words, Ratio(value, interquartile(fit["exponent"]))
+            yield words, value, interquartile(fit["exponent"]), False
 
 
-def of_roofline(study: Row) -> Iterator[tuple[str, Ratio]]:
+def of_roofline(study: Row) -> Ratios:
     """Yield the parts of the ceilings; a ceiling scatters by all that its intervals span, before and after the ops."""
     for row in study["rows"]:
         bound = row["bound_by"].split(maxsplit=1)[0]
         rates = [rate for each in study["ceilings"] if each["ceiling"] == bound for rate in each["per_second"]]
         scatter = math.hypot(interquartile(row["of_ceiling"], row["rounds"]), math.log(max(rates) / min(rates)))
-        yield f"{row['op']}, {row['case']}", Ratio(row["of_ceiling"][0], scatter, more_is_better=True)
+        yield f"{row['op']}, {row['case']}", row["of_ceiling"][0], scatter, True
 
 
-def of_cases(study: Row) -> Iterator[tuple[str, Ratio]]:
+def of_cases(study: Row) -> Ratios:
     """Yield the library's times over those of a product around them."""
     for row in study["rows"]:
         if row["by"].startswith("brandla"):
             calls = interquartile(row["over_reference"], row["rounds"])
             scatter = math.hypot(calls, interquartile(row["reference"], row["reference_rounds"]))
-            yield f"{row['by']}: {row['group']}", Ratio(row["over_reference"][0], scatter)
+            yield f"{row['by']}: {row['group']}", row["over_reference"][0], scatter, False
 
 
-RATIOS: dict[str, Callable[[Row], Iterator[tuple[str, Ratio]]]] = {
-    "updates": of_updates,
-    "scaling": of_scaling,
-    "roofline": of_roofline,
-    "functions": of_cases,
-    "ops": of_cases,
-}
+RATIOS = {"updates": of_updates, "scaling": of_scaling, "roofline": of_roofline, "functions": of_cases, "ops": of_cases}
 
 
 # --- Two runs
@@ -118,33 +108,20 @@ RATIOS: dict[str, Callable[[Row], Iterator[tuple[str, Ratio]]]] = {
 
 def changes(name: str, old: Row, new: Row, least: float) -> pd.DataFrame:
     """Return a row for every figure that both runs have: how many times as good the new one is, beside the noise."""
-    table = lambda run: pd.DataFrame.from_dict(dict(RATIOS[name](run)), orient="index", columns=Ratio._fields)
-    both = table(old).merge(table(new), left_index=True, right_index=True, suffixes=("_old", "_new"))
+    table = lambda run: pd.DataFrame(RATIOS[name](run), columns=COLUMNS).drop_duplicates("case", keep="last")
+    both = table(old).merge(table(new), on=["case", "more"], suffixes=("_old", "_new"))
     quotient = both["value_new"] / both["value_old"]
     noise = np.expm1(RANGES * np.hypot(both["scatter_old"], both["scatter_new"])).clip(lower=least)
-    factor = quotient.where(both["more_is_better_old"].astype(bool), 1 / quotient)
-    cells = {"study": name, "case": both.index, "old": both["value_old"], "new": both["value_new"]}
+    factor = quotient.where(both["more"].astype(bool), 1 / quotient)
+    cells = {"study": name, "case": both["case"], "old": both["value_old"], "new": both["value_new"]}
     return pd.DataFrame(cells | {"factor": factor, "noise": noise, "regression": factor < 1 / (1 + noise)})
 
 
-def content_of(path: Path) -> Row | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def committed(path: Path) -> Row | None:
-    command = ["git", "-C", str(ROOT), "show", f"HEAD:{path.relative_to(ROOT).as_posix()}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    return json.loads(done.stdout) if done.returncode == 0 else None
-
-
-def why_not(old: Row | None, new: Row) -> str | None:
-    if old is None:
-        return "nothing is committed for this kind of machine"
-    if old == new:
-        return "not measured anew: the file is the committed one"
-    if old["facts"]["quick"] != new["facts"]["quick"]:
-        return "one of the runs is a short one, whose figures mean nothing"
-    return None
+def committed(folder: str, name: str) -> Row | None:
+    """Return the last committed file of a study."""
+    file = (results.FOLDER / folder / f"{name}.json").relative_to(ROOT).as_posix()
+    content = machine.said("git", "-C", str(ROOT), "show", f"HEAD:{file}")
+    return json.loads(content) if content else None
 
 
 app = application(__doc__)
@@ -157,18 +134,22 @@ def main(
     least: Annotated[float, typer.Option(help="Smallest change that is told (0.1: 10 %).")] = LEAST,
 ) -> None:
     console, found = Console(highlight=False), []
-    for path in sorted(path for path in new.glob("*/*.json") if path.stem in RATIOS):
-        place, name = Path(path.parent.name, path.name), f"{path.parent.name}, {path.stem}"
-        before, after = committed(results.FOLDER / place) if old is None else content_of(old / place), content_of(path)
-        if reason := why_not(before, after):
-            console.print(f"{name}: {reason}")
+    studies = [(path.name, *each) for path in sorted(new.glob("*")) for each in results.read(path).items()]
+    for folder, name, after in studies:
+        if name not in RATIOS:
             continue
-        own = changes(path.stem, before, after, least)
-        noise = f"; noise {100 * own['noise'].median():.2g} % in the middle" if len(own) else ""
-        console.print(
-            f"{name}: {len(own)} ratios of {commit_of(before['facts'])} and {commit_of(after['facts'])}{noise}"
-        )
-        found.append(own)
+        before = committed(folder, name) if old is None else results.read(old / folder).get(name)
+        if before is None:
+            said = "nothing is committed for this kind of machine"
+        elif before == after:
+            said = "not measured anew: the file is the committed one"
+        elif before["facts"]["quick"] != after["facts"]["quick"]:
+            said = "one of the runs is a short one, whose figures mean nothing"
+        else:
+            found.append(own := changes(name, before, after, least))
+            said = f"{len(own)} ratios of {commit_of(before['facts'])} and {commit_of(after['facts'])}"
+            said += f"; noise {100 * own['noise'].median():.2g} % in the middle" if len(own) else ""
+        console.print(f"{folder}, {name}: {said}")
     cells = pd.concat(found) if found else pd.DataFrame(columns=["factor", "regression"])
     cells = cells.sort_values("factor", kind="stable", ignore_index=True)
     worse = cells["regression"].astype(bool)

@@ -1,30 +1,40 @@
 """What every kernel compiles to on every target, as a table: ``python -m bench.kernels_table``. No GPU is needed.
 
 Registers, spills and shared memory are those of the worst of the layouts that a row stands for; occupancy is the share
-of warps that are resident where nothing but these three limits it. A second table estimates times at the sizes of the
-roofline study. Exits with 1 if any specialisation has a fault.
+of warps that are resident where nothing but these three limits it. Exits with 1 if any specialisation has a fault.
+
+A second table estimates times at the sizes of the roofline study, at the published ceilings of GPUs. A launch takes as
+long as its bytes at the memory's bandwidth, or as its products at the rate of their type, whichever is more, and
+`LAUNCH` on top. Where it has fewer programs than the GPU has multiprocessors, the others add no flops. What follows one
+after another inside a program is not counted, nor are torch's own products between the kernels.
 """
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from bench.estimates import CAPTION, estimates
+from bench.frame.figures import spelled
 from bench.frame.pages import on_terminal
+from bench.gpu import cases
+from bench.gpu.device import Stub
 from bench.studies.roofline import USUAL
-from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults
-from brandla_kernels._kernels.shipped import Specialization, specializations
+from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults, target_named
+from brandla_kernels._kernels.launch import Launch
+from brandla_kernels._kernels.shipped import specializations
 
 Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
@@ -38,32 +48,22 @@ SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
     """Compile every ``parts``-th specialisation for a target and say what came out."""
     torch.set_num_threads(1)
-    return [facts_of(target, case) for case in specializations(target)[part::parts]]
-
-
-def facts_of(target: str, case: Specialization) -> Facts:
-    config = case.launch.config
-    found: Facts = {
-        "target": target,
-        "kernel": case.launch.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "tile": dict(config.blocks),
-        "warps": config.num_warps,
-        "stages": config.num_stages,
-        "layout": case.layout.name,
-        "ops": sorted(case.ops),
-    }
-    try:
-        compiled = compile_for(target, case.launch)
-    except RuntimeError as error:
-        nothing = dict.fromkeys(COUNTED, 0) | {"products": [], "matrix_instructions": []}
-        return found | nothing | {"faults": [f"does not compile: {error}"]}
-    return found | {
-        **{name: getattr(compiled, name) for name in COUNTED},
-        "products": sorted({f"{dtype} {precision}" for dtype, precision in compiled.products}),
-        "matrix_instructions": list(compiled.matrix_instructions),
-        "faults": faults(compiled),
-    }
+    found = []
+    for case in specializations(target)[part::parts]:
+        config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
+        facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
+        facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
+        try:
+            compiled = compile_for(target, case.launch)
+        except RuntimeError as error:
+            nothing: Facts = {"products": [], "matrix_instructions": [], "faults": [f"does not compile: {error}"]}
+            facts |= dict.fromkeys(COUNTED, 0) | nothing
+        else:
+            facts |= {name: getattr(compiled, name) for name in COUNTED} | {"faults": faults(compiled)}
+            facts["products"] = sorted({f"{dtype} {precision}" for dtype, precision in compiled.products})
+            facts["matrix_instructions"] = list(compiled.matrix_instructions)
+        found.append(facts | {"ops": sorted(case.ops)})
+    return found
 
 
 def tables(found: list[Facts]) -> Iterator[Table]:
@@ -83,6 +83,82 @@ def tables(found: list[Facts]) -> Iterator[Table]:
         cells["occupancy"] = cells["occupancy"].map("{:.0%}".format)
         yield on_terminal(cells[COLUMNS], f"{target}: {len(own)} specialisations", list(cells["faults"] != ""))
 
+
+# --- Estimates
+
+# Seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host.
+LAUNCH = 4e-6
+CAPTION = (
+    "Estimated, not measured: µs at the published ceilings (docs/references.md), without sparsity, and"
+    f" {LAUNCH * 1e6:.0f} µs a launch, beside what takes longest. Float32 products count as three in TF32 on NVIDIA, as"
+    " float32 matrix products on AMD. Bytes and flops are those on the first GPU."
+)
+
+
+class Gpu(NamedTuple):
+    """What a vendor publishes of a GPU, and the target that its kernels are compiled for."""
+
+    target: str
+    bytes: float  # a second
+    flops: Mapping[int, float]  # a second, of matrix products with the accuracy of numbers of so many bits
+    multiprocessors: int
+
+
+GPUS = {
+    "H200": Gpu("sm_90", 4.8e12, {16: 989.4e12, 32: 494.7e12 / 3, 64: 66.9e12}, 132),
+    "RTX 4090": Gpu("sm_89", 1.008e12, {16: 165.2e12, 32: 82.6e12 / 3, 64: 1.29e12}, 128),
+    "MI300X": Gpu("gfx942", 5.3e12, {16: 1307.4e12, 32: 163.4e12, 64: 163.4e12}, 304),
+}
+
+
+class _Published(Stub):
+    """A GPU that launches are recorded for, on operands that nothing reads."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.target = lambda: target_named(gpu.target)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+
+def seconds(launch: Launch, gpu: Gpu) -> dict[str, float]:
+    """Return the parts of the estimate: the time is that of the launch and the longer of the two others."""
+    busy = min(1.0, math.prod(launch.grid) / gpu.multiprocessors)
+    products = sum(flops / gpu.flops[bits] for bits, flops in launch.work.flops.items())
+    return {"launch": LAUNCH, "bytes": launch.work.bytes / gpu.bytes, "flops": products / busy}
+
+
+def estimates(sizes: cases.Sizes) -> pd.DataFrame:
+    """Return a row for each kernel of an op at a size; kernels that an op starts again are added up."""
+    rows: list[Facts] = []
+    for case in cases.cases(sizes):
+        kernels: dict[str, Facts] = {}
+        for name, gpu in GPUS.items():
+            by_kernel: dict[str, list[Launch]] = {}
+            for launch in cases.launches(case, _Published(gpu)):
+                by_kernel.setdefault(launch.name, []).append(launch)
+            for kernel, launches in by_kernel.items():
+                row = kernels.setdefault(kernel, {"op": case.op, "case": case.name, "kernel": kernel} | _work(launches))
+                row[f"{name}, µs"] = _time([seconds(launch, gpu) for launch in launches])
+        rows += kernels.values()
+    return pd.DataFrame(rows)
+
+
+def _work(launches: list[Launch]) -> Facts:
+    moved, flops = sum(launch.work.bytes for launch in launches), Counter[int]()
+    for launch in launches:
+        flops.update(launch.work.flops)
+    products = ", ".join(f"{spelled(total / 1e9)} of {bits} bits" for bits, total in flops.items())
+    return {"launches": len(launches), "MB": spelled(moved / 1e6), "Gflop": products or "–"}
+
+
+def _time(launches: list[dict[str, float]]) -> str:
+    total = sum(parts["launch"] + max(parts["bytes"], parts["flops"]) for parts in launches)
+    longest = max(launches[0], key=lambda part: sum(parts[part] for parts in launches))
+    return f"{spelled(1e6 * total)} {longest}"
+
+
+# --- The command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Target = StrEnum("Target", {name: name for name in TARGETS})

@@ -7,12 +7,13 @@ bytes a launch takes (`brandla_kernels._kernels.launch`); what torch starts by i
 import json
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -28,7 +29,7 @@ from bench.frame.study import machine_of
 from bench.gpu import cases
 from bench.gpu.cases import FULL
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure
-from brandla_kernels import OPS, Cost
+from brandla_kernels import OPS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALF = ("bfloat16", "float16")
@@ -77,49 +78,39 @@ class Request:
 
     @property
     def case(self) -> cases.Case:
-        """The op as `make gpu` has it."""
+        """The op as `make gpu` has it; of a function the sizes and dtypes."""
         own = "float32" if self.dtype in HALF else self.dtype
         size = cases.Size(self.n, self.r, self.k, self.m, self.cores)
         return cases.Case(self.op, size, DTYPES[own], DTYPES[self.dtype])
 
 
-class Profiled(NamedTuple):
-    """Calls on different tensors, so that none finds its own in the cache; the op's own work, if it is an op."""
-
-    calls: list[Callable[[], Any]]
-    bits: int = 32  # of the numbers that are multiplied
-    cost: Cost | None = None
-    work: Work | None = None
-
-
-def prepare(request: Request, device: Device) -> Profiled:
+def prepare(request: Request, device: Device) -> list[Callable[[], Any]]:
+    """Return calls: of an op on different tensors, so that none finds its own in the cache."""
     if request.op in FUNCTIONS:
         data = DTYPES[request.dtype] if request.dtype in HALF else None
         task = TASKS[request.op].task(Shape(request.n, request.r, request.k, data=data), device)
-        return Profiled([task.call(BRANDLA).again] * FEWEST)
-    case, op = request.case, OPS[request.op]
-    inputs = cases.inputs(case, device)
-    calls = [lambda arguments=arguments: op(*arguments) for arguments in inputs] * -(-FEWEST // len(inputs))
-    return Profiled(calls, 8 * case.dtype.itemsize, cases.cost(case), cases.work(case))
+        return [task.call(BRANDLA).again] * FEWEST
+    inputs = cases.inputs(request.case, device)
+    return [partial(OPS[request.op], *arguments) for arguments in inputs] * -(-FEWEST // len(inputs))
 
 
-# --- Kernels of some calls, as rows of what was measured
-
-
-def made(calls: Sequence[Callable[[], Any]], device: Device) -> None:
+def made(calls: list[Callable[[], Any]], device: Device) -> None:
     for call in calls:
         call()
     device.synchronize()
 
 
-def by_proton(profiled: Profiled, device: Device) -> list[dict[str, Any]]:
+# --- Kernels of some calls, as rows of what was measured
+
+
+def by_proton(calls: list[Callable[[], Any]], device: Device) -> list[dict[str, Any]]:
     import triton.profiler as proton
 
     with tempfile.TemporaryDirectory() as folder:
         name = Path(folder) / "profile"
         session = proton.start(str(name), hook="triton")
         try:
-            made(profiled.calls, device)
+            made(calls, device)
         finally:
             proton.finalize(session)
         tree = json.loads(name.with_suffix(".hatchet").read_text(encoding="utf-8"))
@@ -137,57 +128,62 @@ def frames(node: dict[str, Any], launch: str | None = None) -> Iterator[dict[str
         yield from frames(child, launch)
 
 
-def by_torch(profiled: Profiled, device: Device) -> list[dict[str, Any]]:
+def by_torch(calls: list[Callable[[], Any]], device: Device, bits: int) -> list[dict[str, Any]]:
     """Profile the calls by torch: on a CPU its own calls by the time that is theirs alone, with the flops it knows of.
 
-    Torch does not say in which precision these are: in that of the numbers that the op multiplies.
+    Torch does not say in which precision these are: in that of the numbers that the op multiplies, of so many bits.
     """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not device.dry)
     # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
     with torch.profiler.profile(activities=kinds, with_flops=True, record_shapes=True, acc_events=True) as profiler:
-        made(profiled.calls, device)
-    flops, rows = METRICS[f"flops{profiled.bits}"], []
+        made(calls, device)
+    rows = []
     for event in profiler.key_averages():
-        time = event.self_cpu_time_total if device.dry else event.self_device_time_total
-        rows.append({"kernel": event.key, "launches": event.count, "ns": 1e3 * time, flops: event.flops or 0})
+        time, flops = event.self_cpu_time_total if device.dry else event.self_device_time_total, event.flops or 0
+        rows.append({"kernel": event.key, "launches": event.count, "ns": 1e3 * time, METRICS[f"flops{bits}"]: flops})
     return [row for row in rows if row["ns"] > 0]
 
 
-def table_of(profiled: Profiled, device: Device, limits: Ceilings) -> list[dict[str, Any]]:
+def table_of(request: Request, device: Device, limits: Ceilings) -> list[dict[str, Any]]:
     """Return a row a kernel of one call, the longest first, and one of all together, which has the op's own cost."""
-    made(profiled.calls[:WARM_UP], device)
+    calls, case = prepare(request, device), request.case
+    made(calls[:WARM_UP], device)
     try:
-        rows = (by_torch if device.dry else by_proton)(profiled, device)
+        rows = None if device.dry else by_proton(calls, device)
     except Exception:
         # Proton may find no profiling interface where torch does; flops and bytes are then missing.
-        rows = by_torch(profiled, device)
-    return rows_of(rows, profiled, limits)
+        rows = None
+    rows = by_torch(calls, device, 8 * case.dtype.itemsize) if rows is None else rows
+    return rows_of(rows, len(calls), limits, None if request.op in FUNCTIONS else case)
 
 
-def rows_of(found: list[dict[str, Any]], profiled: Profiled, limits: Ceilings) -> list[dict[str, Any]]:
+def rows_of(
+    found: list[dict[str, Any]], calls: int, limits: Ceilings, case: cases.Case | None = None
+) -> list[dict[str, Any]]:
     """Return measured rows summed by kernel, divided by the calls, with rates and the part of the ceilings."""
     measured = pd.DataFrame(found, columns=["kernel", *MEASURED]).fillna(0)
-    summed = measured.groupby("kernel", sort=False)[MEASURED].sum() / len(profiled.calls)
-    summed = summed[summed["launches"] > 0].sort_values("ns", ascending=False, kind="stable")
+    summed = measured.groupby("kernel", sort=False)[MEASURED].sum() / calls
+    summed = summed[summed["launches"] > 0].sort_values("ns", ascending=False, kind="stable").reset_index()
     total = summed["ns"].sum() / 1e9
 
-    def row(name: str, launches: float, seconds: float, work: Work | None) -> dict[str, Any]:
+    def row(each: dict[str, Any]) -> dict[str, Any]:
         """Return rates and the part of the ceiling that binds; None of what is not known."""
-        times = {"launches": float(launches), "µs": 1e6 * seconds, "% of all": 100 * seconds / max(total, 1e-12)}
+        seconds, work = each["ns"] / 1e9, Work(*(each[name] for name in Work._fields))
+        times = {"µs": 1e6 * seconds, "% of all": 100 * seconds / max(total, 1e-12)}
         known: dict[str, Any] = dict.fromkeys(("TFLOP/s", "GB/s", "of ceiling", "bound by"))
-        if work is not None and any(work) and seconds:
+        if any(work) and seconds:
             floor, flops = limits.floor(work), work.float32 + work.bf16 + work.float64
             known = {"TFLOP/s": flops / seconds / 1e12, "GB/s": work.bytes / seconds / 1e9 if work.bytes else None}
             known |= {"of ceiling": floor.seconds / seconds, "bound by": floor.bound_by}
-        return {"kernel": name, **times, **known}
+        return {"kernel": each["kernel"], "launches": float(each["launches"]), **times, **known}
 
-    every = row("all", summed["launches"].sum(), total, profiled.work)
-    if profiled.cost is not None:
+    least = (cases.work(case) if case else Work())._asdict()
+    every, *rows = map(row, [{"kernel": "all", **summed[MEASURED].sum(), **least}, *summed.to_dict("records")])
+    if case:
         # The rate is of the whole cost; the ceiling, of what cannot be left out.
-        every |= {"TFLOP/s": profiled.cost.flops / total / 1e12, "GB/s": profiled.cost.bytes / total / 1e9}
-    kernels = summed.reset_index().to_dict("records")
-    work_of = lambda each: Work(**{name: each[name] for name in Work._fields})
-    return [every, *(row(each["kernel"], each["launches"], each["ns"] / 1e9, work_of(each)) for each in kernels)]
+        flops, moved = cases.cost(case)
+        every |= {"TFLOP/s": flops / total / 1e12, "GB/s": moved / total / 1e9}
+    return [every, *rows]
 
 
 # --- The command
@@ -212,22 +208,22 @@ def main(
     if (refusal := request.refusal()) is not None:
         raise typer.BadParameter(refusal)
     device = Gpu() if torch.cuda.is_available() else Stub()
-    profiled = prepare(request, device)
     if bare:
+        calls = prepare(request, device)
         # First to compile, then between the marks that ncu and nsys wait for.
-        made(profiled.calls[:WARM_UP], device)
+        made(calls[:WARM_UP], device)
         measured = torch.cuda.profiler.profile() if not device.dry else nullcontext()
         with measured, torch.autograd.profiler.emit_nvtx(enabled=not device.dry):
-            made(profiled.calls[:BARE_CALLS], device)
+            made(calls[:BARE_CALLS], device)
         return
     limits = measure(device, CPU_SIZES if device.dry else FULL)
-    rows, console = table_of(profiled, device, limits), Console(highlight=False)
+    rows, console = table_of(request, device, limits), Console(highlight=False)
     sizes = [f"{name} {value}" for name, value in asdict(request).items() if name != "op"]
     console.print(request.op + ": " + ", ".join(sizes))
     console.print(in_words(machine_of(device)), style="dim")
     console.print(
-        f"ceilings of this run: copy {limits.copy / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
-        f" {limits.float64 / 1e12:.3g}, bf16 {limits.bf16 / 1e12:.3g} TFLOP/s"
+        f"ceilings of this run: copy {limits.copy.value / 1e9:.4g} GB/s, float32 {limits.accurate / 1e12:.3g}, float64"
+        f" {limits.float64.value / 1e12:.3g}, bf16 {limits.bf16.value / 1e12:.3g} TFLOP/s"
     )
     by = "torch's profiler, the torch form on a CPU" if device.dry else "Proton"
     pages.show(pages.on_terminal(pd.DataFrame(rows[: SHOWN + 1]), f"one call, by {by}"), console)

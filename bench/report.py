@@ -7,6 +7,7 @@ is a number behind a mark of its own. ``--check`` writes nothing and fails where
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -261,13 +262,18 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
                 yield docs / csv_of(machine, study, name), cells.to_csv(index=False, lineterminator="\n")
 
 
-def drawn(machines: Machines, docs: Path) -> Iterator[tuple[str, Row, Path, pictures.Draw]]:
-    """Yield the pictures: name, content, folder, and what draws them where there is something to show."""
-    for machine, found in machines.items():
-        for page in PAGES.values():
-            content = found.get(page.studies[0], {})
-            for name, (_, draw) in page.drawn.items() if content and page.seen(content) else ():
-                yield name, content, docs / pages.PICTURES / machine, draw
+def outdated(machines: Machines, docs: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """Yield every file that is not what the results say, and what mends it."""
+    wanted = dict(texts(machines, docs))
+    for path, text in wanted.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            yield path, partial(path.write_text, text, encoding="utf-8")
+    yield from ((path, path.unlink) for path in list((docs / FOLDER).glob("*.csv")) if path not in wanted)
+    for (machine, found), page in product(machines.items(), PAGES.values()):
+        content, at = found.get(page.studies[0], {}), docs / pages.PICTURES / machine
+        for name, (_, draw) in page.drawn.items() if content and page.seen(content) else ():
+            if pictures.stale(name, content, at):
+                yield pictures.path(name, pictures.THEMES[0], at), partial(pictures.write, name, content, at, draw)
 
 
 app = application(__doc__)
@@ -279,21 +285,11 @@ def main(
     docs: Annotated[Path, typer.Option(help="Folder of the pages.")] = ROOT / "docs",
     check: Annotated[bool, typer.Option("--check", help="Fail where a file is not what the results say.")] = False,
 ) -> None:
-    machines = machines_of(folder)
-    wanted = dict(texts(machines, docs))
-    changed = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    left_over = [path for path in (docs / FOLDER).glob("*.csv") if path not in wanted]
-    old = [each for each in drawn(machines, docs) if pictures.stale(*each[:3])]
-    if check:
-        for path in [*changed, *left_over, *(pictures.path(name, pictures.THEMES[0], at) for name, _, at, _ in old)]:
+    for path, mend in outdated(machines_of(folder), docs):
+        if check:
             typer.echo(f"{path.name} is not what the result files say: run make docs-figures", err=True)
             raise typer.Exit(1)
-    for path in left_over:
-        path.unlink()
-    for path in changed:
-        path.write_text(wanted[path], encoding="utf-8")
-    for each in old:
-        pictures.write(*each)
+        mend()
 
 
 if __name__ == "__main__":

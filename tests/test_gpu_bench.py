@@ -13,8 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from bench import report
+from bench.benches.timing import Interval
 from bench.gpu import __main__ as command
-from bench.gpu import cases, frame, graph, ops, tests, tune
+from bench.gpu import cases, frame, graph, ops, programs, tune
 from bench.gpu.__main__ import STAGES, Stage, app
 from bench.gpu.cases import FULL, TOY
 from bench.gpu.device import Ceilings, Stub, Work
@@ -81,8 +82,8 @@ def test_stages_that_start_programs_run_dry(name, tmp_path):
 
 def test_outcomes_of_tests_are_counted_as_far_as_they_came():
     output = "[gw1] [ 10%] PASSED tests/a.py::one[x] \n[gw0] [ 20%] FAILED tests/a.py::two \ntests/a.py::three "
-    assert tests.counts(output) == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
-    assert tests.counts("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
+    assert programs.counts(output) == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert programs.counts("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
 
 
 # --- Faults
@@ -209,7 +210,7 @@ def test_a_wrong_result_is_not_timed(name):
 
 
 def test_the_floor_is_set_by_the_slower_of_products_and_copy():
-    ceilings = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})
+    ceilings = Ceilings(*(Interval(rate, rate, rate) for rate in (1e12, 5e13, 3e14, 8e14, 6e13)))
     assert ceilings.accurate == 1e14
     assert ceilings.floor(Work(float32=10**14, bytes=10**11)) == (1.0, "float32 products")
     assert ceilings.floor(Work(float64=6 * 10**13, float32=10**13, bytes=10**11)) == (1.1, "float64 products")

@@ -7,13 +7,13 @@ import torch
 from typer.testing import CliRunner
 
 from bench import profiling
+from bench.benches.timing import Interval
 from bench.gpu.device import Ceilings, Stub
-from bench.profiling import NAMES, Profiled, Request, app, deeper, frames, prepare, rows_of, table_of
+from bench.profiling import NAMES, Request, app, by_torch, deeper, frames, prepare, rows_of, table_of
 
 SIZES = {"n": 96, "r": 8, "k": 8, "m": 24, "cores": 2}
 SMALL = [part for name, size in SIZES.items() for part in (f"--{name}", str(size))]
-CEILINGS = Ceilings(copy=1e12, float32=5e13, tf32=3e14, bf16=8e14, float64=6e13, samples={})
-ONE_CALL = Profiled([print])
+CEILINGS = Ceilings(*(Interval(rate, rate, rate) for rate in (1e12, 5e13, 3e14, 8e14, 6e13)))
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _known_ceilings_and_few_calls(monkeypatch):
 
 @pytest.mark.parametrize("op", NAMES)
 def test_every_op_and_function_is_profiled_on_a_cpu(op):
-    every, *kernels = table_of(prepare(Request(op, **SIZES), Stub()), Stub(), CEILINGS)
+    every, *kernels = table_of(Request(op, **SIZES), Stub(), CEILINGS)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
     assert any(row["TFLOP/s"] for row in kernels) or op in (
@@ -36,7 +36,7 @@ def test_every_op_and_function_is_profiled_on_a_cpu(op):
 
 
 def test_the_row_of_all_kernels_has_the_cost_of_the_op():
-    every = table_of(prepare(Request("project", **SIZES), Stub()), Stub(), CEILINGS)[0]
+    every = table_of(Request("project", **SIZES), Stub(), CEILINGS)[0]
     seconds = every["µs"] / 1e6
     assert every["TFLOP/s"] * seconds * 1e12 == pytest.approx(2 * 96 * 8 * 8)
     assert every["GB/s"] * seconds * 1e9 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
@@ -83,7 +83,8 @@ def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
 def test_half_precision_is_that_of_the_data():
     case = Request("project", n=96, r=8, k=8, dtype="bfloat16").case
     assert (case.dtype, case.data) == (torch.float32, torch.bfloat16)
-    assert prepare(Request("project", n=96, r=8, k=8, dtype="float64"), Stub()).bits == 64
+    double = Request("project", n=96, r=8, k=8, dtype="float64")
+    assert any(row["float64"] for row in by_torch(prepare(double, Stub()), Stub(), 8 * double.case.dtype.itemsize))
 
 
 def frame(name, metrics, *children):
@@ -101,7 +102,7 @@ def test_a_tree_of_proton_is_summed_by_launch():
         frame("elementwise", {"count": 4, "time (ns)": 100}),
         frame("__proton_launch_metadata", {}, frame("copy", {"count": 9, "time (ns)": 9})),
     )
-    every, *kernels = rows_of(list(frames(tree)), ONE_CALL, CEILINGS)
+    every, *kernels = rows_of(list(frames(tree)), 1, CEILINGS)
     assert (every["launches"], every["µs"]) == (7, pytest.approx(3.6))
     assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [
         ("tall_product_kernel [n=8]", 2, pytest.approx(3.0)),
@@ -114,7 +115,7 @@ def test_a_tree_of_proton_is_summed_by_launch():
 
 def test_a_kernel_is_held_to_the_ceiling_that_binds():
     found = list(frames(frame("project", {"count": 1, "time (ns)": 2000, "flops32": 1e8, "bytes": 1e6})))
-    row = rows_of(found, ONE_CALL, CEILINGS)[1]
+    row = rows_of(found, 1, CEILINGS)[1]
     assert row["TFLOP/s"] == pytest.approx(50)
     assert row["GB/s"] == pytest.approx(500)
     # 10⁸ flops take 1 µs at 10¹⁴ flop/s, and 10⁶ bytes 1 µs at 10¹² byte/s.

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from io import StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from bench.frame import results
 from bench.frame.study import machine_of
-from bench.gpu import frame, graph, ops, smoke, tests, tune
+from bench.gpu import frame, graph, ops, programs, smoke, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
@@ -31,7 +32,7 @@ POLL = 0.5
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 # A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "graph", "tests", "tune"))]
+PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "graph", "programs", "tune"))]
 
 
 class Stage(NamedTuple):
@@ -50,8 +51,8 @@ STAGES = {
     "core": Stage(ops.core, 40),
     "graph": Stage(graph.run, 90),
     "ops": Stage(ops.run, 110),
-    "tests": Stage(tests.run, 130, tests.cases, together=5),
-    "sanitizer": Stage(smoke.sanitize, 45),
+    "tests": Stage(programs.tests, 130, programs.cases, together=5),
+    "sanitizer": Stage(programs.sanitize, 45),
     "tune": Stage(tune.run, 600),
 }
 app = typer.Typer(add_completion=False)
@@ -80,11 +81,8 @@ def main(
         folder = out or Path(scratch if dry_run else os.environ.get("OUT") or results.folder_of(machine))
         folder.mkdir(parents=True, exist_ok=True)
         # A polite end takes the processes along.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        try:
-            found = Run(machine, folder, end).stages(names)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        found = Run(machine, folder, end).stages(names)
     raise typer.Exit(int(any(section["status"] == "failed" for section in found.values())))
 
 
@@ -95,7 +93,6 @@ class Run:
         self.machine, self.folder, self.end, self.dry = machine, folder, end, machine["quick"]
         self.path = folder / f"{STUDY}.jsonl"
         self.path.unlink(missing_ok=True)
-        self._reported = 0
         CONTEXT.set_forkserver_preload(PRELOADED)
 
     def stages(self, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -120,7 +117,10 @@ class Run:
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
         results.write(STUDY, self.machine, {"sections": found}, self.folder)
-        (self.folder / f"{STUDY}.txt").write_text(frame.text(self.machine, found), encoding="utf-8")
+        text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
+        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
+        Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")
+        (self.folder / f"{STUDY}.txt").write_text(text.getvalue(), encoding="utf-8")
         return found
 
     def _stage(self, name: str, end: float) -> None:
@@ -163,9 +163,8 @@ class Run:
         known = frame.sections(self.path)[name]["failures"]
         if last is None or all(failure["case"] != last for failure in known):
             log = logs / str(process.pid)
-            trace = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             # A crash has its place at the head, and then names each compiled module that was loaded.
-            trace = trace.partition("Extension modules")[0]
+            trace = log.read_text("utf-8", "replace").partition("Extension modules")[0] if log.exists() else ""
             trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
             error = f"the process ended with status {process.exitcode}"
             frame.write(self.path, name, "failures", {"case": last or name, "error": error, "traceback": trace})

@@ -71,13 +71,13 @@ class Case(NamedTuple):
         kinds = own if own == columns else f"{own}, {columns} columns"
         n, r, k, _, cores = self.size
         if self.op in SMALL:
-            return f"{cores} cores of order {order_of(self)}"
+            return f"{cores} cores of order {self.order}"
         return f"n {n}, " + (f"r = k {r}" if r == k else f"r {r}, k {k}") + f", {kinds}"
 
-
-def order_of(case: Case) -> int:
-    """Return the order of the small matrices of a case."""
-    return case.size.k + (0 if case.op == "cholesky_inverse_core" else case.size.r)
+    @property
+    def order(self) -> int:
+        """That of the small matrices."""
+        return self.size.k + (0 if self.op == "cholesky_inverse_core" else self.size.r)
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -108,24 +108,17 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
     basis = lambda rows, columns: normal(rows, columns) / rows**0.5
     # U, Z and β, where U Z Uᵀ changes a random vector as much as it is long.
     operator = lambda rows: (basis(rows, r), normal(r) * (rows / r) ** 0.5, normal(1)[0])
+    # U, d, λ and τ, where M̂ is about as large as λ.
+    shift = lambda number: (number.square() + 0.5, number.square())
+    inverse = lambda rows: (basis(rows, r), normal(r).square_(), *shift(normal(1)[0]))
+    rotation = lambda: (basis(n, r), basis(n, k), *(normal(rows, r) / (r + k) ** 0.5 for rows in (r, k)))
 
-    def inverse(rows: int) -> tuple[Tensor, ...]:
-        """Return U, d, λ and τ, where M̂ is about as large as λ."""
-        tall, _, number = operator(rows)
-        return tall, normal(r).square_(), number.square() + 0.5, number.square()
-
-    def rotate() -> tuple[Tensor, ...]:
-        return basis(n, r), basis(n, k), *(normal(rows, r) / (r + k) ** 0.5 for rows in (r, k))
-
-    def core() -> tuple[Tensor, ...]:
-        """Return FᵀF, FᵀA, AᵀA, ρ and w."""
+    def core(*order: int) -> tuple[Any, ...]:
+        """Return FᵀF, FᵀA and AᵀA in some order, then ρ and w."""
         root, columns = normal(cores, 4 * r, r).double(), normal(cores, 4 * r, k).double()
+        grams = ((root.mT @ root).to(case.dtype), root.mT @ columns, columns.mT @ columns)
         numbers = (torch.full((cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
-        return (root.mT @ root).to(case.dtype), root.mT @ columns, columns.mT @ columns, *numbers
-
-    def eigh_core() -> tuple[Tensor, ...]:
-        gram, cross, own, *numbers = core()
-        return cross, own, gram, *numbers
+        return *(grams[place] for place in order), *numbers
 
     def cholesky_core() -> tuple[Any, ...]:
         panel = normal(cores, 4 * k, k).double()
@@ -142,8 +135,8 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
         "gram": lambda: (normal(n, k),),
         "rounded_gram": lambda: (basis(n, k),),
         "cross_gram": lambda: (basis(n, r), data(n, k)),
-        "rotate": rotate,
-        "rotate_": rotate,
+        "rotate": rotation,
+        "rotate_": rotation,
         "gram_ema_": lambda: ((square := normal(n, n)) + square.mT, data(n, k), DECAY, WEIGHT),
         "damped_apply": lambda: (*operator(n), normal(n, k)),
         "kron_damped_apply": lambda: (*operator(n), *operator(wide), normal(n, wide)),
@@ -151,8 +144,8 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
         "pair_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, k), normal(wide, k)),
         "kron_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, wide)),
         "cholesky_inverse_core": cholesky_core,
-        "root_core": lambda: (*core(), r, 0.0, True),
-        "eigh_core": eigh_core,
+        "root_core": lambda: (*core(0, 1, 2), r, 0.0, True),
+        "eigh_core": lambda: core(1, 2, 0),
         "eigh_rotation": eigh_rotation,
         "sketch": lambda: (data(n, wide), normal(1).mul_(2**20).long(), k),
     }
@@ -247,15 +240,15 @@ def check(case: Case, device: Device, call: Callable[..., Any] | None = None) ->
 
 def error_of(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Return the largest relative error over the results; infinity for NaN, and for numbers that are to be equal."""
-
-    def one(part: Tensor, expected: Tensor) -> float:
-        if not expected.is_floating_point():
-            return 0.0 if torch.equal(part, expected) else float("inf")
-        difference = torch.linalg.vector_norm(part.double() - expected)
-        error = float(difference / torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny))
-        return error if error == error else float("inf")
-
-    return max(one(*pair) for pair in zip(got, exact, strict=True))
+    worst = 0.0
+    for part, expected in zip(got, exact, strict=True):
+        if expected.is_floating_point():
+            size = torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny)
+            error = float(torch.linalg.vector_norm(part.double() - expected) / size)
+        else:
+            error = 0.0 if torch.equal(part, expected) else float("inf")
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
 
 
 def allowed(case: Case) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bench.benches import timing
 
 WARM_UP = 3
-FEWEST, MOST = 5, 200
-# A dense decomposition takes seconds on a CPU.
-FEWEST_ON_CPU = 3
+MOST = 200
 # A set of inputs is met again after this many times the size of the last cache.
 CACHES = 2
 MOST_SETS = 64
@@ -28,6 +25,7 @@ CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 # The last cache of a processor that does not say.
 USUAL_CACHE = 32 * 2**20
 Function: TypeAlias = Callable[[], Any]
+Samples: TypeAlias = dict[str, list[float]]
 
 
 class Stub:
@@ -36,6 +34,10 @@ class Stub:
     dry = True
     tensors = torch.device("cpu")
     cache_bytes = 2**11
+    # Calls before all others, and those timed at least: a dense decomposition takes seconds on a CPU.
+    first, fewest = 0, 3
+    # Times calls in turn so many times; before that calls them so many times untimed.
+    timed = staticmethod(timing.alternating)
 
     def __init__(self) -> None:
         self._generator = torch.Generator(self.tensors).manual_seed(0)
@@ -50,14 +52,13 @@ class Stub:
     def synchronize(self) -> None:
         """Wait for the device; raise what went wrong on it."""
 
-    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
+    def alternating(self, functions: Mapping[str, Function], limit: float) -> Samples:
         """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
+        self.timed(functions, 0, self.first)
         start = time.perf_counter()
-        for function in functions.values():
-            function()
+        self.timed(functions, 1, 0)
         rounds = limit / (time.perf_counter() - start)
-        repeats = int(min(max(rounds, FEWEST_ON_CPU), MOST))
-        return timing.alternating(functions, repeats, warm_up=0 if rounds < FEWEST_ON_CPU else 2)
+        return self.timed(functions, int(min(max(rounds, self.fewest), MOST)), 0 if rounds < self.fewest else 2)
 
     def capture(self, function: Function) -> tuple[Any, Callable[[], None]]:
         """Record a call; return its result, which each replay overwrites, and the replay, on the same tensors."""
@@ -109,6 +110,7 @@ class Gpu(Stub):
     """A CUDA or ROCm device: events, graphs, and the cache written over before every timed call."""
 
     dry = False
+    first, fewest = WARM_UP, 5
 
     def __init__(self) -> None:
         self.tensors = torch.device("cuda", torch.cuda.current_device())
@@ -119,26 +121,20 @@ class Gpu(Stub):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def alternating(self, functions: Mapping[str, Function], limit: float) -> dict[str, list[float]]:
-        def timed(rounds: int) -> dict[str, list[float]]:
-            events: dict[str, list[Any]] = {name: [] for name in functions}
-            for name in timing.turns(list(functions), rounds):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
-                self._scratch.fill_(1)
-                start.record()
-                functions[name]()
-                end.record()
-                events[name].append((start, end))
-            self.synchronize()
-            return {name: [start.elapsed_time(end) / 1e3 for start, end in own] for name, own in events.items()}
-
-        for name in timing.turns(list(functions), WARM_UP):
+    def timed(self, functions: Mapping[str, Function], repeats: int, warm_up: int) -> Samples:
+        for name in timing.turns(list(functions), warm_up):
             functions[name]()
+        events: dict[str, list[Any]] = {name: [] for name in functions}
+        for name in timing.turns(list(functions), repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
+            self._scratch.fill_(1)
+            start.record()
+            functions[name]()
+            end.record()
+            events[name].append((start, end))
         self.synchronize()
-        begun = time.perf_counter()
-        timed(1)
-        return timed(int(min(max(limit / (time.perf_counter() - begun), FEWEST), MOST)))
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in own] for name, own in events.items()}
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         stream = torch.cuda.Stream()
@@ -201,26 +197,12 @@ def size_of(arguments: Any) -> int:
 # --- Times
 
 
-class Times(NamedTuple):
-    """Seconds of each call, and how they were taken where that is not always the same."""
+def replayed(
+    device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float
+) -> tuple[Samples, str]:
+    """Return the seconds of calls without the host, and how they were taken.
 
-    samples: dict[str, list[float]]
-    how: str = ""
-
-    def median(self, name: str) -> timing.Interval:
-        return timing.of_median(self.samples[name])
-
-    def microseconds(self, name: str) -> timing.Interval:
-        return timing.Interval(*(1e6 * value for value in self.median(name)))
-
-    def ratio(self, numerator: str, denominator: str) -> timing.Interval:
-        return timing.ratio(self.samples[numerator], self.samples[denominator])
-
-
-def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float) -> Times:
-    """Time calls without the host: as graphs of one call for each set of inputs, divided by their number.
-
-    What cannot be captured is called from the host, and that is said.
+    They are replayed as graphs of one call for each set of inputs. What cannot be captured is called from the host.
     """
     functions, how = {}, {}
     for name, call in calls.items():
@@ -233,7 +215,7 @@ def replayed(device: Device, calls: Mapping[str, Function], inputs: Sequence[Seq
     samples = device.alternating(functions, limit)
     divided = {name: [second / len(inputs) for second in samples[name]] for name in functions}
     same = len(set(how.values())) == 1
-    return Times(divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items()))
+    return divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items())
 
 
 # --- Ceilings: a large copy and large products in torch, in the same run
@@ -248,6 +230,10 @@ class Work(NamedTuple):
     bytes: int = 0
 
 
+def per_second(amount: float, time: timing.Interval) -> timing.Interval:
+    return timing.Interval(*(amount / each for each in (time.value, time.high, time.low)))
+
+
 class Floor(NamedTuple):
     """The least time for a piece of work, and the ceiling that sets it."""
 
@@ -255,59 +241,52 @@ class Floor(NamedTuple):
     bound_by: str
 
     def part_of(self, time: timing.Interval) -> timing.Interval:
-        return timing.Interval(*(self.seconds / each for each in (time.value, time.high, time.low)))
+        return per_second(self.seconds, time)
 
 
 class Ceilings(NamedTuple):
-    """Bytes per second of a copy, read and written, and flops per second of products; samples in seconds."""
+    """Bytes per second of a copy, read and written, and flops per second of products."""
 
-    copy: float
-    float32: float
-    tf32: float
-    bf16: float
-    float64: float
-    samples: dict[str, list[float]]
+    copy: timing.Interval
+    float32: timing.Interval
+    tf32: timing.Interval
+    bf16: timing.Interval
+    float64: timing.Interval
 
     @property
     def accurate(self) -> float:
         """Flops per second of products at float32 accuracy: torch's own, or three TF32 products for one."""
-        return max(self.float32, self.tf32 / 3)
+        return max(self.float32.value, self.tf32.value / 3)
 
     def floor(self, work: Work) -> Floor:
         """Return the least time for work, and the ceiling that sets it; products and copies may overlap."""
         products = {
             "float32 products": work.float32 / self.accurate,
-            "bf16 products": work.bf16 / self.bf16,
-            "float64 products": work.float64 / self.float64,
+            "bf16 products": work.bf16 / self.bf16.value,
+            "float64 products": work.float64 / self.float64.value,
         }
-        moved, computed = work.bytes / self.copy, sum(products.values())
+        moved, computed = work.bytes / self.copy.value, sum(products.values())
         return Floor(moved, "copy") if moved >= computed else Floor(computed, max(products, key=products.__getitem__))
-
-    def intervals(self) -> Iterator[tuple[str, timing.Interval]]:
-        for name, samples in self.samples.items():
-            rate, time = getattr(self, name), timing.of_median(samples)
-            yield name, timing.Interval(*(rate * time.value / each for each in (time.value, time.high, time.low)))
 
 
 def measure(device: Device, sizes: Any) -> Ceilings:
     """Measure all ceilings by the sizes of `cases`, on random data: a product of zeros is faster."""
+
+    def rate(amount: int, call: Function) -> timing.Interval:
+        return per_second(amount, timing.of_median(device.alternating({"it": call}, 2 * sizes.seconds)["it"]))
+
     source = device.normal(sizes.copy // 4)
     target = torch.empty_like(source)
-    calls: dict[str, Function] = {"copy": lambda: target.copy_(source)}
+    rates = {"copy": rate(2 * sizes.copy, lambda: target.copy_(source))}
     kinds = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
-    orders = dict.fromkeys(kinds, sizes.product)
-    if device.tensors.type == "cpu":
-        # Without instructions for bf16 a product takes a hundred times as long as in float32.
-        orders["bf16"] //= 8
+    before = torch.get_float32_matmul_precision()
     for name, dtype in kinds.items():
-        left, right = (device.normal(orders[name], orders[name], dtype=dtype) for _ in range(2))
-        calls[name] = lambda left=left, right=right: left @ right
-    before, samples = torch.get_float32_matmul_precision(), {}
-    for name, call in calls.items():
+        # Without instructions for bf16 a product takes a hundred times as long on a CPU as in float32.
+        order = sizes.product // (8 if name == "bf16" and device.tensors.type == "cpu" else 1)
+        left, right = (device.normal(order, order, dtype=dtype) for _ in range(2))
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         try:
-            samples[name] = device.alternating({name: call}, 2 * sizes.seconds)[name]
+            rates[name] = rate(2 * order**3, lambda left=left, right=right: left @ right)
         finally:
             torch.set_float32_matmul_precision(before)
-    rates = {name: 2 * orders[name] ** 3 / median(samples[name]) for name in kinds}
-    return Ceilings(2 * sizes.copy / median(samples["copy"]), **rates, samples=samples)
+    return Ceilings(**rates)

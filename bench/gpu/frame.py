@@ -1,29 +1,26 @@
 """What every stage stands on: findings that are written line by line as they come, and the report made of the lines."""
 
 import faulthandler
-import io
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from bench.benches.timing import Interval
 from bench.frame import figures, pages
-from bench.frame.facts import ROOT, in_words
+from bench.frame.facts import in_words
 from bench.frame.figures import Figure
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
@@ -94,9 +91,9 @@ class Findings:
     @cached_property
     def ceilings(self) -> Ceilings:
         """The ceilings that this run has measured, if it has all of them; else they are measured now."""
-        rates = {row["ceiling"]: row["per_second"][0] for _, kind, row in lines(self.path) if kind == "ceilings"}
-        whole = {*rates, "samples"} == set(Ceilings._fields)
-        return Ceilings(**rates, samples={}) if whole else measure(self.device, self.sizes)
+        rows = [row for _, kind, row in lines(self.path) if kind == "ceilings"]
+        rates = {row["ceiling"]: Interval(*row["per_second"]) for row in rows}
+        return Ceilings(**rates) if set(rates) == set(Ceilings._fields) else measure(self.device, self.sizes)
 
 
 def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, seconds: float, case: str | None) -> None:
@@ -108,34 +105,6 @@ def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, secon
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
     run(Findings(path, stage, Stub() if dry else Gpu(), seconds, case))
-
-
-class Finished(NamedTuple):
-    status: int | None
-    output: str
-
-    @property
-    def words(self) -> str:
-        return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
-
-
-def command(words: Sequence[str], seconds: float, extra: Mapping[str, str] | None = None) -> Finished:
-    """Run a command from the checkout, with both packages on the path, for at most this long."""
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(extra or {})
-    # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
-        status: int | None = None
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                status = process.wait(timeout=max(seconds, 1.0))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return Finished(status, output.read())
 
 
 # --- The record: of each stage, rows of tables, and what is kept in lists; marks say how far it came
@@ -187,13 +156,6 @@ def sections(path: Path) -> dict[str, Row]:
 
 
 # --- The report
-
-
-def text(machine: Row, found: Mapping[str, Row]) -> str:
-    console = Console(width=WIDTH, file=io.StringIO(), record=True, highlight=False)
-    console.print(heading(machine), *(section(name, found[name], machine["quick"]) for name in found), sep="\n")
-    console.print(verdict(machine, found))
-    return console.export_text()
 
 
 def heading(machine: Row) -> RenderableType:

@@ -6,6 +6,7 @@ One factor, and a network's worth in one call; beside torch's own ways, and agai
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import cycle, islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 import brandla
 from bench.benches import written_out
 from bench.benches.problems import DECAY, WEIGHT, require
+from bench.benches.timing import ratio
 from bench.gpu import cases
-from bench.gpu.device import Device, Times, Work, tensors_in
+from bench.gpu.device import Device, Work, tensors_in
 from bench.gpu.frame import Findings
 from brandla import LowRankEigh, LowRankRoot, grouped
 from brandla_kernels import OPS, gram_ema_
@@ -54,27 +56,27 @@ def calls(device: Device) -> dict[str, Call]:
     (n, r, k), (rank, columns), count, several, (side, wide) = TOY if device.dry else FULL
     # Every third is one larger, as a layer with a bias has it.
     listed = [size + (place % 3 == 0) for place, size in enumerate(islice(cycle(several), count))]
-    eigh = lambda: cases.eigh(device, n, r)
-    block = lambda: device.normal(n, k)
+    eigh, block = partial(cases.eigh, device, n, r), partial(device.normal, n, k)
     rooted = lambda: (LowRankRoot.from_eigh(eigh()), block())
     number = lambda: device.normal(1)[0].abs() + DAMPING
+    many = lambda: (
+        [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed],
+        [device.normal(one, columns) for one in listed],
+    )
+    moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
     update, solve = partial(brandla.root_update, **AVERAGE), brandla.damped_solve
-    by_tensor = lambda factor, columns, decay: brandla.root_update(factor, columns, **AVERAGE | {"decay": decay})
+    by_tensor = lambda factor, columns, decay: update(factor, columns, decay=decay)
     kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
     two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
-    roots = lambda: [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed]
-    many = lambda: (roots(), [device.normal(one, columns) for one in listed])
-    moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
     loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
-    solve_all, solve_one = partial(grouped.damped_solve, damping=DAMPING), partial(solve, damping=DAMPING)
+    solve_all, solve_one = (partial(function, damping=DAMPING) for function in (grouped.damped_solve, solve))
     loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
     ways = {"torch form": cases.forced(kron), "one side, then the other": _one_by_one}
-    torch_form = {"torch form": cases.forced(solve)}
     return {
         "root_update, cholesky": Call(update, rooted, {"torch Brand update": _brand_of_torch}),
         "grouped.root_update, cholesky": Call(partial(grouped.root_update, **AVERAGE), many, loops, at_least=8),
         "kron_damped_solve": Call(kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, 2, two_sided),
-        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), torch_form),
+        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), {"torch form": cases.forced(solve)}),
         "grouped.damped_solve": Call(solve_all, many, {"loop": loop(solve_one)}),
         "gram_ema_": Call(_gram_ema, moment, {"torch.addmm": _addmm}, at_least=1.5),
         "root_update, cholesky, decay as a tensor": Call(by_tensor, lambda: (*rooted(), number())),
@@ -96,36 +98,30 @@ def _replayed(found: Findings, name: str, call: Call) -> None:
     replay()
     device.synchronize()
     _same(f"{name}: replay with new data and call", captured, results[1])
-    ways = {"replay": replay, "eager": lambda: call.function(*static)}
-    ways |= {peer: partial(other, *static) for peer, other in call.peers.items()}
-    times = Times(device.alternating(ways, 2 * found.sizes.seconds))
-    taken = {way: times.microseconds(way).value for way in ways}
+    peers = {peer: partial(other, *static) for peer, other in call.peers.items()}
+    ways = {"replay": replay, "eager": lambda: call.function(*static)} | peers
+    times = device.alternating(ways, 2 * found.sizes.seconds)
+    taken = {way: 1e6 * median(samples) for way, samples in times.items()}
     own = {f"{way} µs": taken.pop(way) for way in ("replay", "eager")}
     found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
     for peer, microseconds in taken.items():
         found.row("others", call=name, way=peer, **{"µs": microseconds})
     if taken:
         best = "loop" if "loop" in taken else min(taken, key=taken.__getitem__)
-        found.figure(name, f"in a graph: {best} / it", times.ratio(best, "replay"), at_least=call.at_least)
+        found.figure(name, f"in a graph: {best} / it", ratio(times[best], times["replay"]), at_least=call.at_least)
     if call.work is not None:
         floor = found.ceilings.floor(call.work)
-        part, note = floor.seconds / times.median("replay").value, f"bound by {floor.bound_by}"
+        part, note = floor.seconds / median(times["replay"]), f"bound by {floor.bound_by}"
         found.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
 
 
 def _is_right(name: str, call: Call, inputs: tuple[Any, ...]) -> None:
-    """Hold a call to its torch form: a dozen sums of n terms, in other orders, each well conditioned.
-
-    Of a root F Fᵀ times a block counts: F alone is not determined.
-    """
-
-    def image(root: LowRankRoot) -> Tensor:
-        probe = torch.cos(torch.arange(len(root.root), device=root.root.device, dtype=root.root.dtype))[:, None]
-        return root.root @ (root.root.mT @ probe)
-
+    """Hold a call to its torch form: a dozen sums of n terms, in other orders, each well conditioned."""
+    # Of a root a column of F Fᵀ counts: F alone is not determined.
+    image, is_root = lambda root: root.root @ root.root[0], lambda part: isinstance(part, LowRankRoot)
     own, torchs = (
-        tensors_in(tree_map_only(LowRankRoot, image, result, is_leaf=lambda part: isinstance(part, LowRankRoot)))
-        for result in (call.function(*inputs), cases.forced(call.function)(*inputs))
+        tensors_in(tree_map_only(LowRankRoot, image, function(*inputs), is_leaf=is_root))
+        for function in (call.function, cases.forced(call.function))
     )
     limit = 64 * max(max(part.shape) for part in own) ** 0.5 * torch.finfo(torch.float32).eps
     error = cases.error_of(own, torchs)
@@ -155,13 +151,10 @@ def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]
 
 def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor) -> Tensor:
     """Return the two-sided solve as two one-sided ones, each of two products."""
-
-    def one(factor: LowRankEigh, rhs: Tensor) -> Tensor:
-        values, vectors = factor
-        inner = (-values / (values + DAMPING) / DAMPING)[:, None] * (vectors.mT @ rhs)
-        return torch.addmm(rhs, vectors, inner, beta=1 / DAMPING)
-
-    return one(right, one(left, matrix).mT).mT
+    for values, vectors in (left, right):
+        inner = (-values / (values + DAMPING) / DAMPING)[:, None] * (vectors.mT @ matrix)
+        matrix = torch.addmm(matrix, vectors, inner, beta=1 / DAMPING).mT
+    return matrix
 
 
 def _gram_ema(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Each is checked against float64 first. An update has a process of its own: two p
 """
 
 from itertools import product
+from statistics import median
 from time import monotonic
 from timeit import timeit
 from typing import Any
@@ -14,11 +15,12 @@ import brandla
 from bench.benches import written_out
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape, check
+from bench.benches.timing import of_median, ratio
 from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case, Size, forced
-from bench.gpu.device import Times, measure, replayed
+from bench.gpu.device import measure, replayed
 from bench.gpu.frame import Findings
-from bench.profiling import Request, prepare, table_of
+from bench.profiling import Request, table_of
 from bench.studies import roofline
 from brandla_kernels import OPS
 
@@ -89,23 +91,24 @@ def _profile(found: Findings, name: str) -> None:
         captured, ways["graph"] = device.capture(update)
         ways["graph"]()
         call.judge(cases.on_cpu(captured)).accept(name)
-    times = Times(device.alternating(ways, 3 * found.sizes.seconds))
+    taken = device.alternating(ways, 3 * found.sizes.seconds)
+    times = {way: [1e6 * seconds for seconds in samples] for way, samples in taken.items()}
     words, calls = "n {}, r {}, k {}".format(*size), 3 if device.dry else CALLS
     # How long the host takes for a call, with the device left to catch up.
     device.synchronize()
     host = 1e6 * timeit(update, number=calls) / calls
     device.synchronize()
-    found.row("updates", update=name, **{f"{way} µs": times.microseconds(way).value for way in ways}, host=host)
+    found.row("updates", update=name, **{f"{way} µs": median(times[way]) for way in ways}, host=host)
     if name == CHOLESKY:
-        found.figure(name, f"{words}, in a graph", times.microseconds("graph"), unit="µs", at_most=300)
-        ratio = times.ratio("torch", "graph")
-        found.figure(name, f"{words}, in a graph: eager torch Brand update / it", ratio, at_least=10)
-    found.figure(name, f"{words}: eager torch Brand update / it", times.ratio("torch", "eager"))
+        found.figure(name, f"{words}, in a graph", of_median(times["graph"]), unit="µs", at_most=300)
+        over_graph = ratio(times["torch"], times["graph"])
+        found.figure(name, f"{words}, in a graph: eager torch Brand update / it", over_graph, at_least=10)
+    found.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
     try:
         call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
         found.add("notes", f"the eager torch update would not pass the same check: {error}")
-    for row in table_of(prepare(Request(name, *size), device), device, found.ceilings)[: KERNELS + 1]:
+    for row in table_of(Request(name, *size), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
 
 
@@ -122,8 +125,8 @@ def core(found: Findings) -> None:
 def _core(found: Findings, case: Case) -> None:
     error, _ = cases.check(case, found.device)
     op, inputs = OPS[case.op], [cases.operands(case, found.device)]
-    times = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
-    own, others = (times.microseconds(name).value for name in ("op", "torch"))
+    times, how = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
+    own, others = (1e6 * median(times[name]) for name in ("op", "torch"))
     columns: dict[str, Any] = {"µs": own, "torch form µs": others, "× torch": others / own, "error": error}
-    sizes = {"order": cases.order_of(case), "r": case.size.r, "factors": case.size.cores}
-    found.row("small core", op=case.op, **sizes, **columns, how=times.how)
+    sizes = {"order": case.order, "r": case.size.r, "factors": case.size.cores}
+    found.row("small core", op=case.op, **sizes, **columns, how=how)

@@ -1,17 +1,12 @@
-"""The first look: each op's kernels on small problems, in a process of its own; and the same under compute-sanitizer.
+"""The first look: each op's kernels on small problems, in a process of its own.
 
 Single, batched and grouped calls, at sizes that fill no tile, held to the torch form. ``python -m bench.gpu.smoke``
 makes the calls without a record, for compute-sanitizer; ``--quick`` makes fewer.
 """
 
-import os
-import re
-import shutil
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from itertools import product
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -20,19 +15,13 @@ import torch
 from bench.benches.problems import require
 from bench.gpu.cases import Case, Size, allowed, error_of, fresh, operands, results
 from bench.gpu.device import Device, Gpu, Stub, tensors_in
-from bench.gpu.frame import Findings, command
+from bench.gpu.frame import Findings
 from brandla_kernels import OPS
+from brandla_kernels._grouped import _padded
 
 # The second is wider than the kernels that keep a Gram matrix in registers allow.
 SIZES = (Size(37, 5, 3, 41, 2), Size(150, 70, 67, 41, 2))
-DTYPES = (torch.float32, torch.float64)
 COMPILATION = 30.0
-NAME = "compute-sanitizer"
-CALLS = [sys.executable, "-m", "bench.gpu.smoke"]
-# Each tensor in an allocation of its own: in a block of torch's allocator an access past its end meets another tensor.
-ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-# Where the tool itself cannot work, which says nothing of the kernels.
-REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
 
 def run(found: Findings) -> None:
@@ -57,7 +46,7 @@ def calls(name: str, device: Device, *, quick: bool) -> Iterator[tuple[str, Case
     """Yield calls of an op: their words, the case, and arguments for one problem, a batch and a list."""
     signature = OPS[name].signature
     positions = {operand.position for operand in signature.operands}
-    for size, dtype in product(SIZES, DTYPES) if not quick else [(SIZES[0], DTYPES[0])]:
+    for size, dtype in list(product(SIZES, (torch.float32, torch.float64)))[: 1 if quick else None]:
         case = Case(name, size, dtype, dtype)
         single, words = operands(case, device), f"{name}, n {size.n}, r {size.r}, k {size.k}, {dtype}"
         yield words, case, single
@@ -74,49 +63,8 @@ def grouped(name: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     arguments = list(problems[0])
     for operand in OPS[name].signature.operands:
         own = [problem[operand.position] for problem in problems]
-        most = [max(sizes) for sizes in zip(*(part.shape for part in own), strict=True)]
-        stack = own[0].new_zeros(len(own), *most)
-        for index, part in enumerate(own):
-            stack[index][tuple(map(slice, part.shape))] = part
-        arguments[operand.position] = own if operand.listed else stack
+        arguments[operand.position] = own if operand.listed else _padded(own)
     return tuple(arguments)
-
-
-# --- compute-sanitizer: no access out of bounds, no race in shared memory
-
-
-def sanitize(found: Findings) -> None:
-    """Make the calls as they are, then under each tool."""
-    if found.device.dry:
-        return found.attempt("as they are", 0, _under, found, [], [*CALLS, "--quick"])
-    found.attempt("as they are", 15, _under, found, [], CALLS)
-    # The CUDA toolkit has it, or NVIDIA's Python packages.
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [Path(root, part, NAME) for root in roots if root for part in ("bin", "compute-sanitizer")]
-    packages = [package for package in metadata.distributions() if (package.name or "").startswith("nvidia-")]
-    places += [Path(str(file.locate())) for one in packages for file in one.files or () if file.name == NAME]
-    tool = shutil.which(NAME) or next((str(path) for path in places if path.is_file()), None)
-    if tool is None:
-        return found.add("skipped", f"{NAME}: not found")
-    for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
-        under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
-        found.attempt(check, 15, _under, found, under, words)
-    return None
-
-
-def _under(found: Findings, tool: list[str], words: list[str]) -> None:
-    finished = command([*tool, *words], found.left() if not found.device.dry else 60, ALONE if tool else None)
-    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
-    errors = int(summary[1]) if summary else None
-    made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
-    check = tool[2] if tool else "none"
-    found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
-    if any(refusal in finished.output for refusal in REFUSALS):
-        found.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
-    elif finished.status is None:
-        found.add("skipped", f"{check}: stopped at its time limit after {made} calls")
-    elif finished.status != 0 or (tool and errors != 0):
-        found.fail(check, f"{errors} errors, {finished.words}", finished.output[-4000:])
 
 
 if __name__ == "__main__":

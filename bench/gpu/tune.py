@@ -54,14 +54,10 @@ def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
             launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
         found.add("notes", problem)
-    timed = []
-    for config in candidates:
-        if not device.dry and found.left() < TIMING:
-            found.add("skipped", f"{choice}, {spelled(config)}: no time left")
-        elif (seconds := _seconds(found, case, choice, config, inputs)) is not None:
-            timed.append((seconds, config))
+    timed = [(seconds, config) for config in candidates if (seconds := _seconds(found, case, choice, config, inputs))]
     if not timed or timed[0][1] is not shipped:
-        return found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
+        found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
+        return
     best, config = min(timed, key=lambda one: one[0])
     gain = timed[0][0] / best
     found.row(
@@ -71,18 +67,20 @@ def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
         **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
         configs={spelled(config): 1e6 * seconds for seconds, config in timed},
     )
-    return None
 
 
 def _seconds(found: Findings, case: Case, choice: str, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
     """Return the median time of a call with these tiles; None, with a note, where they cannot run or are wrong."""
     launch, device = OPS[case.op].launch, found.device
     call = launch if not device.dry else partial(device.recorded, launch)
+    if not device.dry and found.left() < TIMING:
+        found.add("skipped", f"{choice}, {spelled(config)}: no time left")
+        return None
     with choosing({choice: config}):
         try:
             # Not by the op, whose plan has the tiles of its first call.
             cases.check(case, device, None if device.dry else call)
-            return median(replayed(device, {"it": call}, inputs, found.sizes.seconds / 3).samples["it"])
+            return median(replayed(device, {"it": call}, inputs, found.sizes.seconds / 3)[0]["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. A device that no longer answers ends the process.
             device.synchronize()
@@ -112,16 +110,13 @@ def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     made: dict[str, Any] = {}
 
-    def noting(name: str, choose: Callable[..., Any]) -> Callable[..., Any]:
-        def chosen(*args: Any, **kwargs: Any) -> Any:
-            # The question in words, with no target: there is one.
-            asked = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
-            words = [f"{key} {value}".replace("torch.", "") for key, value in asked if key != "target"]
-            choice = f"{name}({', '.join(words)})"
-            made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
-            return made[choice]
-
-        return chosen
+    def chosen(name: str, choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # The question in words, with no target: there is one.
+        asked = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
+        words = [f"{key} {value}".replace("torch.", "") for key, value in asked if key != "target"]
+        choice = f"{name}({', '.join(words)})"
+        made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
+        return made[choice]
 
     def chooses(function: Any) -> bool:
         """Say whether a function answers with tiles or, for a target, with a number of stretches."""
@@ -133,7 +128,7 @@ def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         for name, choose in inspect.getmembers(configs, chooses):
             # What a choice itself asks for is noted too, so nothing is taken from memory.
-            stack.enter_context(mock.patch.object(configs, name, noting(name, inspect.unwrap(choose))))
+            stack.enter_context(mock.patch.object(configs, name, partial(chosen, name, inspect.unwrap(choose))))
         yield made
 
 

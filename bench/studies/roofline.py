@@ -10,6 +10,7 @@ from functools import cache
 
 import pandas as pd
 
+from bench.benches import timing
 from bench.frame import pictures
 from bench.frame.figures import spelled
 from bench.frame.study import Piece, Row, Study, Tables, command
@@ -44,7 +45,7 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
 
 def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
     """Yield the ceilings, in bytes or flops per second."""
-    for name, rate in ceilings.intervals():
+    for name, rate in ceilings._asdict().items():
         yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
 
 
@@ -54,8 +55,9 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, be
     It is timed in turn with its torch form if that is wanted.
     """
     op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device)
-    times = replayed(device, {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {}), sets, sizes.seconds)
-    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), times.median("op")
+    calls = {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {})
+    times, how = replayed(device, calls, sets, sizes.seconds)
+    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.of_median(times["op"])
     row = {
         "n": case.size.n,
         "r": case.size.r,
@@ -69,11 +71,12 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, be
         "bound_by": floor.bound_by,
         "error": error,
         "sets": len(sets),
-        "rounds": len(times.samples["op"]),
+        "rounds": len(times["op"]),
     }
     if not beside_torch:
         return row
-    return row | {"× torch": times.ratio("torch", "op").value, "torch_error": torch_error, "timed_by": times.how}
+    ratio = timing.ratio(times["torch"], times["op"]).value
+    return row | {"× torch": ratio, "torch_error": torch_error, "timed_by": how}
 
 
 # --- Tables

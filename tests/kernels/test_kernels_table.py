@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from typer.testing import CliRunner
 
-from bench import estimates, kernels_table
+from bench import kernels_table
 from bench.gpu.cases import TOY
 from brandla_kernels import OPS
 from brandla_kernels._kernels import shipped
@@ -52,7 +52,7 @@ def test_table_lists_every_kernel_of_every_target(facts):
     assert "v_mfma_f64_16x16x4_f64" in printed
     assert "4 specialisations compiled, 0 with a fault" in printed
     assert "Estimated, not measured" in printed
-    for words in (*estimates.GPUS, "root_core_kernel", "symmetric_product_kernel"):
+    for words in (*kernels_table.GPUS, "root_core_kernel", "symmetric_product_kernel"):
         assert words in printed
 
 
@@ -72,30 +72,33 @@ def test_a_fault_or_a_failure_to_compile_fails_the_command(facts, monkeypatch):
         assert [entry["faults"] for entry in entries] == 2 * [[fault]]
 
 
-@pytest.mark.parametrize("name", estimates.GPUS)
+@pytest.mark.parametrize("name", kernels_table.GPUS)
 def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name):
-    gpu, n, r = estimates.GPUS[name], 65536, 256
+    gpu, n, r = kernels_table.GPUS[name], 65536, 256
     cost = OPS["rotate"].cost(n, r, r, r)
     with recording(target_named(gpu.target)) as launches:
         OPS["rotate"].launch(torch.empty(n, r), torch.empty(n, r), torch.empty(r, r), torch.empty(r, r))
-    (parts,) = (estimates.seconds(launch, gpu) for launch in launches)
+    (parts,) = (kernels_table.seconds(launch, gpu) for launch in launches)
     assert parts["bytes"] == cost.bytes / gpu.bytes
     assert parts["flops"] == cost.flops / gpu.flops[32]
-    assert parts["launch"] == estimates.LAUNCH
+    assert parts["launch"] == kernels_table.LAUNCH
 
 
 def test_few_programs_have_their_multiprocessors_share_of_the_flops():
-    gpu, (r, k) = estimates.GPUS["H200"], (32, 16)
+    gpu, (r, k) = kernels_table.GPUS["H200"], (32, 16)
     gram, cross, own = (torch.empty(2, *shape, dtype=torch.float64) for shape in ((r, r), (r, k), (k, k)))
     with recording(target_named(gpu.target)) as launches:
         OPS["root_core"].launch(gram.float(), cross, own, gram[:, 0, 0], gram[:, 0, 0], r, 0.0, False)
     flops = 2 * OPS["root_core"].cost(r, k, r).flops
-    assert estimates.seconds(launches[0], gpu)["flops"] == pytest.approx(flops / (gpu.flops[64] * 2 / 132))
+    assert kernels_table.seconds(launches[0], gpu)["flops"] == pytest.approx(flops / (gpu.flops[64] * 2 / 132))
 
 
 def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
-    rows = estimates.estimates(TOY).set_index(["op", "kernel"])
+    # The last two sizes give cores of one order, and so of one name.
+    sizes = replace(TOY, uneven=((48, 8, 5), (48, 5, 8)))
+    rows = kernels_table.estimates(sizes).set_index(["op", "kernel"])
     assert set(rows.index.get_level_values("op")) == set(OPS)
-    launches = rows["launches"]["kron_damped_apply"]
+    assert rows["launches"]["root_core"].tolist() == [1, 1, 1]
+    launches = rows["launches"]["kron_damped_apply"][:3]
     assert launches.to_dict() == {"damped_project_kernel": 1, "damped_middle_kernel": 1, "tall_product_kernel": 2}
     assert (rows["H200, µs"].str.split().str[1] == "launch").all()

@@ -1,0 +1,148 @@
+"""Stages that start programs: the tests of the kernels on the device, and the small calls under compute-sanitizer.
+
+The tests are those that the interpreter runs elsewhere: a file, and a process, a shard. As a plugin of pytest this
+module ends a worker whose device no longer answers, so that one failing kernel does not take the other tests with it.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from importlib import util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench.frame.facts import ROOT
+from bench.gpu.frame import KEPT, Findings
+
+
+class Finished(NamedTuple):
+    status: int | None
+    output: str
+
+    @property
+    def words(self) -> str:
+        return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
+
+    def judge(self, found: Findings, case: str, so_far: str = "", error: str = "") -> None:
+        """Record what did not come to its end, or ended badly."""
+        if self.status is None:
+            found.add("skipped", f"{case}: {self.words}{so_far}")
+        elif self.status != 0 or error:
+            found.fail(case, f"{error}{self.words}", self.output[-KEPT:])
+
+
+def command(words: list[str], seconds: float, **variables: str) -> Finished:
+    """Run a command from the checkout, with both packages on the path, for at most this long."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+    # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
+        status: int | None = None
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=max(seconds, 1.0))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return Finished(status, output.read())
+
+
+# --- The tests of the kernels
+
+FOLDER = "tests/kernels/interpreted"
+# Workers of a shard; the most seconds that one takes, and those without which it is not begun.
+WORKERS, MOST, LEAST = 3, 120.0, 15.0
+OUTCOMES = ("passed", "failed", "error", "skipped")
+# Warnings of other versions than those of `constraints.txt` are no failures of a kernel.
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
+
+
+def cases(dry: bool) -> list[str]:
+    """Return the files; all in one for a dry run, which collects and runs none."""
+    files = sorted((ROOT / FOLDER).glob("test_*.py"), key=lambda file: -file.stat().st_size)
+    return [FOLDER] if dry else [file.name for file in files] or [FOLDER]
+
+
+def tests(found: Findings) -> None:
+    for name in cases(found.device.dry):
+        found.attempt(name, LEAST, _collect if found.device.dry else _shard, found, name)
+
+
+def _collect(found: Findings, folder: str) -> None:
+    finished = command([*PYTEST[:3], "-q", "--collect-only", folder], 120, TRITON_INTERPRET="1")
+    found.row("tests that a GPU would run", folder=folder, collected=finished.output.count("::"))
+    finished.judge(found, "collection")
+
+
+def _shard(found: Findings, name: str) -> None:
+    workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
+    finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST), OMP_NUM_THREADS="1")
+    found.row("tests", file=name, **counts(finished.output), status=finished.words)
+    finished.judge(found, name)
+
+
+def counts(output: str) -> dict[str, int]:
+    """Count the outcomes in what pytest printed so far: there is no summary where it was stopped."""
+    found = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
+    return {outcome: found.count(outcome.upper()) for outcome in OUTCOMES}
+
+
+def pytest_runtest_logfinish() -> None:
+    """End a worker that an illegal access has poisoned; xdist starts another."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+# --- compute-sanitizer: no access out of bounds, no race in shared memory
+
+NAME = "compute-sanitizer"
+CALLS = [sys.executable, "-m", "bench.gpu.smoke"]
+# Where the tool itself cannot work, which says nothing of the kernels.
+REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
+
+
+def sanitize(found: Findings) -> None:
+    """Make the calls as they are, then under each tool."""
+    dry = found.device.dry
+    found.attempt("as they are", 15, _under, found, [], CALLS + ["--quick"] * dry)
+    if dry:
+        return
+    # The CUDA toolkit has it, or NVIDIA's Python packages.
+    roots = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"])
+    packaged = Path(torch.__file__).parents[1].glob(f"nvidia*/**/{NAME}")
+    folders = [f"{root}/{part}" for root in roots for part in ("bin", NAME)] + [str(file.parent) for file in packaged]
+    tool = shutil.which(NAME) or shutil.which(NAME, path=os.pathsep.join(folders))
+    if tool is None:
+        found.add("skipped", f"{NAME}: not found")
+        return
+    for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
+        under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
+        found.attempt(check, 15, _under, found, under, words)
+
+
+def _under(found: Findings, tool: list[str], words: list[str]) -> None:
+    # Each tensor in an allocation of its own: in a block of torch's allocator an access past its end meets another one.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
+    finished = command([*tool, *words], 60 if found.device.dry else found.left(), **alone)
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
+    errors, check = int(summary[1]) if summary else None, tool[2] if tool else "none"
+    made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
+    found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
+    if any(refusal in finished.output for refusal in REFUSALS):
+        found.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
+    else:
+        wrong = finished.status != 0 or (tool and errors != 0)
+        finished.judge(found, check, f" after {made} calls", f"{errors} errors, " if wrong else "")
