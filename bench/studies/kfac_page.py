@@ -32,9 +32,10 @@ def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
     """Return of each task that has runs a row a method, with what it keeps besides weights and gradients."""
-    all_runs, found = pd.DataFrame(content.get("runs", []), columns=None if content.get("runs") else ["task"]), {}
+    found = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
-        if len(runs := all_runs[all_runs["task"] == task.name]):
+        runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
+        if len(runs):
             kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
             # The package does not tell what its factors take.
             kept[kept.index == "asdfghjkl"] = math.nan
@@ -69,13 +70,10 @@ def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
 # --- Tables
 
 
-def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> list[str]:
+def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> pd.Series:
     """Return means with their ranges."""
-    cells = []
-    for row in found[[f"{part} mean", f"{part} min", f"{part} max"]].to_numpy().tolist():
-        mean, low, high = map(words, row) if row[0] == row[0] else [NOTHING] * 3
-        cells.append(mean + (f" ({low} to {high})" if low != high else ""))
-    return cells
+    mean, low, high = (found[f"{part} {of}"].astype(object).map(words, "ignore") for of in ("mean", "min", "max"))
+    return (mean + (" (" + low + " to " + high + ")").where(low != high, "")).fillna(NOTHING)
 
 
 def ratio(value: float) -> str:
@@ -93,9 +91,7 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         f"seconds × {BASE}": over_base(found, "seconds").map(ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
         "ms per step": ranged(found, "milliseconds", spelled),
-        "kept, MB": found["bytes"]
-        .map(lambda size: spelled(size / 1e6) if size else "0", na_action="ignore")
-        .fillna("–"),
+        "kept, MB": (found["bytes"] / 1e6).astype(object).map(spelled, "ignore").fillna(NOTHING),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
@@ -105,9 +101,11 @@ def winners(content: Row) -> pd.DataFrame:
     rows = []
     for task, found in summaries(content).items():
         if len(arrived := whole(found)):
-            steps, seconds = (arrived[f"{part} mean"].idxmin() for part in ("step", "seconds"))
-            row = {"task": f"{task.name}, to {task.goal}", "fewest steps": steps, "steps": taken(found, steps)}
-            rows.append(row | {"fewest seconds": seconds, "seconds": taken(found, seconds), BASE: taken(found, BASE)})
+            row = {"task": f"{task.name}, to {task.goal}"}
+            for words, part in (("steps", "step"), ("seconds", "seconds")):
+                best = arrived[f"{part} mean"].idxmin()
+                row |= {f"fewest {words}": best, words: taken(found, best)}
+            rows.append(row | {BASE: taken(found, BASE)})
     return pd.DataFrame(rows)
 
 
@@ -135,10 +133,8 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         yield "Runs that failed", pd.DataFrame(failed)[["task", "method", "seed", "failure"]]
     if len(found := costs(content).map(ratio)):
         yield "A step over SGD's, by width", found.rename(columns=str).rename_axis(columns=None).reset_index()
-    rows = []
-    for method in METHODS:
-        ranges = "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
-        rows.append([method.name, method.words.format(**content["settings"]), ranges])
+    ranges = lambda method: "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
+    rows = [(method.name, method.words.format(**content["settings"]), ranges(method)) for method in METHODS]
     yield "The methods", pd.DataFrame(rows, columns=["method", "what it is", "ranges of the search"])
 
 
@@ -147,13 +143,10 @@ def answer(content: Row) -> str:
     best = winners(content)
     if best.empty:
         return "No method reached a target in every run."
-    counts = [
-        f"the {part} are those of " + ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
-        for part in ("fewest steps", "fewest seconds")
-    ]
+    won = lambda part: ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
+    counts = [f"the {part} are those of {won(part)}" for part in ("fewest steps", "fewest seconds")]
     first = f"On {len(best)} tasks {', and '.join(counts)}."
-    ours = means(content)[1]
-    ours = ours[ours.index.isin(OWN)].sort_values(["tasks", "seconds"], ascending=[False, True])
+    ours = means(content)[1].query("index in @OWN").sort_values(["tasks", "seconds"], ascending=[False, True])
     if ours.empty:
         return f"{first} No K-FAC can be compared with {BASE}: they never both arrived."
     row = ours.iloc[0]
@@ -171,9 +164,8 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    cells = {
-        f"width {task.width}": [taken(found, name) for name in IN_README] for task, found in by_width(content).items()
-    }
+    taken_in = lambda found: [taken(found, name) for name in IN_README]
+    cells = {f"width {task.width}": taken_in(found) for task, found in by_width(content).items()}
     return pd.DataFrame({"method": IN_README} | cells)
 
 
