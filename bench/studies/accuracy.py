@@ -255,14 +255,11 @@ class Decomposed:
         Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
         its basis does not hold.
         """
-        values, vectors = eigenpairs(factor)
-        # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
-        inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
-        inverse.diagonal().add_(1 / self.damping)
-        difference = ((vectors * values) @ vectors.mT - self.matrix).numpy()
-        start = gaussian(len(difference), seed=0).numpy()
+        found, n = eigenpairs(factor), len(self.matrix)
+        inverse = brandla.damped_solve(found, torch.eye(n, dtype=torch.float64), self.damping)
+        difference, start = (found.dense() - self.matrix).numpy(), gaussian(n, seed=0).numpy()
         (largest,) = eigsh(difference, k=1, which="LM", tol=LANCZOS, v0=start, return_eigenvectors=False)
-        outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
+        outside = self.values.sum() - (found.eigenvectors * (self.matrix @ found.eigenvectors)).sum()
         return {
             "inverse": float((inverse - self.inverse).norm() / self.inverse.norm()),
             "spectral": abs(float(largest)) / float(self.values[0]),

@@ -185,7 +185,7 @@ def draw(content: Row, theme: Theme) -> Figure:
     figure, (axis,) = pictures.panels(content, words, theme, ("To the target, as multiples of AdamW's", below, 6.0))
     own, middle = means(content)
     for name, row in middle.iterrows():
-        colour, tasks = theme.colour(*COLOURS[str(name)]), own.loc[[name]]
+        colour, tasks = COLOURS[str(name)][theme.dark], own.loc[[name]]
         axis.plot(tasks["step"], tasks["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
         label = f"{name} ({row['tasks']:.0f})"
         axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=label)
