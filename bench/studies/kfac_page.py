@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
@@ -199,38 +198,34 @@ def draw(content: Row, theme: Theme) -> Figure:
     return figure
 
 
-AGAINST = "against the width of the hidden layers"
-
-
 def draw_costs(content: Row, theme: Theme) -> Figure:
     """Draw the cost of a step over SGD's against the width of the network, with batches in proportion."""
     words = "MLP 784-w-w-10, batches of w / 8; medians of steps"
-    figure, (axis,) = pictures.panels(content, words, theme, ("Cost of a step over SGD's", AGAINST, 5.0))
-    _lines(axis, costs(content), "× SGD", theme)
-    pictures.legend(axis, 3)
-    return figure
+    return _against_width(content, words, theme, ("Cost of a step over SGD's", 5.0, costs(content), "× SGD"))
 
 
 def draw_widths(content: Row, theme: Theme) -> Figure:
     """Draw steps and seconds of MLPs to their target against the width, of the methods that always arrive."""
     found = by_width(content)
     goal = next(iter(found)).goal if found else ""
-    about = [(f"Steps to {goal}", AGAINST, 3.6), (f"Seconds to {goal}", AGAINST, 4.2)]
-    figure, axes = pictures.panels(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *about)
-    for axis, part, unit in zip(axes, ("step", "seconds"), ("steps", "seconds"), strict=True):
-        table = pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
-        _lines(axis, table.reindex(IN_README), unit, theme)
+    means = lambda part: pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
+    steps, seconds = (means(part).reindex(IN_README) for part in ("step", "seconds"))
+    panels = (f"Steps to {goal}", 3.6, steps, "steps"), (f"Seconds to {goal}", 4.2, seconds, "seconds")
+    return _against_width(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *panels)
+
+
+def _against_width(content: Row, words: str, theme: Theme, *drawn: tuple[str, float, pd.DataFrame, str]) -> Figure:
+    """Draw panels, each with a title, its inches, a line a row of a table against the widths of the columns, a unit."""
+    about = [(title, "against the width of the hidden layers", inches) for title, inches, _, _ in drawn]
+    figure, axes = pictures.panels(content, words, theme, *about)
+    for axis, (_, _, table, unit) in zip(axes, drawn, strict=True):
+        lines = table.astype(float).dropna(how="all").T
+        if lines.size:
+            pictures.curves(axis, lines, COLOURS, theme, OWN, marker="o", markersize=4)
+            for side in (axis.xaxis, axis.yaxis):
+                pictures.logarithmic(side, subs=(1, 2, 5))
+            axis.xaxis.set_major_locator(FixedLocator(list(lines.index)))
+            axis.set_xlabel("width")
+        axis.set_ylabel(unit)
     pictures.legend(axes[-1], 3)
     return figure
-
-
-def _lines(axis: Axes, table: pd.DataFrame, unit: str, theme: Theme) -> None:
-    """Draw a line a row against the widths of the columns."""
-    table = table.astype(float).dropna(how="all").T
-    if table.size:
-        pictures.curves(axis, table, COLOURS, theme, OWN, marker="o", markersize=4)
-        for side in (axis.xaxis, axis.yaxis):
-            pictures.logarithmic(side, subs=(1, 2, 5))
-        axis.xaxis.set_major_locator(FixedLocator(list(table.index)))
-        axis.set_xlabel("width")
-    axis.set_ylabel(unit)
