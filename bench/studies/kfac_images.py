@@ -57,44 +57,41 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
 def tried(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return how a trial ended; it does not go on for longer than the best one before it."""
     most = min([row["step"] for row in trials_of(tables, task, method) if row["step"]], default=task.steps)
-    exponent = EXPONENTS[point] if task.follows else 0.0
     if task.follows:
-        numbers = scaled(chosen(other(task, settings), method, settings, tables), task, settings, exponent)
+        given = followed(task, method, settings, tables, EXPONENTS[point])
     else:
-        numbers = method.numbers(points(settings)[point])
+        given = {"numbers": method.numbers(points(settings)[point]), "exponent": 0.0}
     seed, limited = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3)
-    trainer = trainer_of(task, method, numbers, samples, settings, seed)
-    run = train(trainer, limited, samples(task)[2:], seed, settings)
-    return [{"numbers": numbers, "exponent": exponent} | run]
+    trainer = trainer_of(task, method, given["numbers"], samples, settings, seed)
+    return [given | train(trainer, limited, samples(task)[2:], seed, settings)]
 
 
 def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
     return [row for row in tables.get("trials", []) if (row["task"], row["method"]) == (task.name, method.name)]
 
 
-def other(task: Task, settings: Settings) -> Task:
-    return next(own for own in settings.tasks if own.name == task.follows)
+def followed(task: Task, method: Method, settings: Settings, tables: Tables, exponent: float | None = None) -> Row:
+    """Return the numbers of the task that one follows, the rate times a power of the ratio of the widths.
 
-
-def scaled(found: Row, task: Task, settings: Settings, exponent: float) -> Row:
-    """Return numbers with the rate times a power of the ratio of the widths."""
-    ratio = other(task, settings).width / task.width
-    return found["numbers"] | {"rate": float(f"{found['numbers']['rate'] * ratio**exponent:.3g}")}
+    The exponent is the one that was best there, unless another is to be tried.
+    """
+    other = next(own for own in settings.tasks if own.name == task.follows)
+    found = chosen(other, method, settings, tables)
+    exponent = found["exponent"] if exponent is None else exponent
+    rate = found["numbers"]["rate"] * (other.width / task.width) ** exponent
+    return {"numbers": found["numbers"] | {"rate": float(f"{rate:.3g}")}, "exponent": exponent}
 
 
 def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
     """Return the numbers of the best trial: the fewest steps to the target, else the best score at the end.
 
-    A task without trials has those of the one that it follows, the rate at the exponent that was best there.
+    A task without trials has those of the one that it follows.
     """
-
     sign = 1 if task.network.by_loss else -1
     failed = lambda row: row["failure"] is not None
-    if found := trials_of(tables, task, method):
-        order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])
-        return min(found, key=order)
-    followed = chosen(other(task, settings), method, settings, tables)
-    return followed | {"numbers": scaled(followed, task, settings, followed["exponent"])}
+    order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])
+    trials = trials_of(tables, task, method)
+    return min(trials, key=order) if trials else followed(task, method, settings, tables)
 
 
 # --- The runs
