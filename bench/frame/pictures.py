@@ -20,9 +20,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from bench.frame.facts import shortly
-from bench.frame.figures import spelled
+from bench.frame.figures import Row, spelled
 
-Row = dict[str, Any]
 DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
 # Inches of a picture that a phone shows whole, with letters that can be read there.
@@ -30,16 +29,13 @@ NARROW = 4.2
 
 
 class Theme(NamedTuple):
-    """Colours of a page: background, text, what recedes, and whether colours have to be lighter."""
+    """Colours of a page: background, text, what recedes, and whether colours have to be lighter: which of a pair."""
 
     name: str
     background: str
     text: str
     faint: str
     dark: bool
-
-    def colour(self, light: str, dark: str) -> str:
-        return dark if self.dark else light
 
 
 THEMES = (
@@ -135,7 +131,7 @@ def curves(
     """Draw of each column the mean at each place, which the index begins with, and its range; all not solid dashed."""
     for name, values in table.items():
         found = values.dropna().groupby(level=0).agg(["mean", "min", "max"])
-        colour, dashes = theme.colour(*colours[name]), "-" if name in solid else (0, (4, 1.5))
+        colour, dashes = colours[name][theme.dark], "-" if name in solid else (0, (4, 1.5))
         axis.plot(found.index, found["mean"], color=colour, label=name, linestyle=dashes, **style)
         axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
 
@@ -168,7 +164,7 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))
     if spread:
         logarithmic(axis.xaxis)
-    colours = [theme.colour(*(OTHER if label in others else OWN)) for label in values.index]
+    colours = [(OTHER if label in others else OWN)[theme.dark] for label in values.index]
     drawn = axis.barh(range(len(values)), values - first, left=first, height=0.3, color=colours)
     axis.bar_label(drawn, [f"{spelled(value)}{unit}" for value in values], padding=4, fontsize=9)
     for place, label in enumerate(values.index):

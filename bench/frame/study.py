@@ -74,14 +74,12 @@ def application(about: str | None) -> typer.Typer:
     return typer.Typer(help=about, add_completion=False, pretty_exceptions_enable=False)
 
 
-def conduct(
-    study: Study, quick: bool, full: bool, resume: bool, out: Path | None, part: Callable[[Any], Any] = lambda of: of
-) -> None:
-    """Measure what is missing of the settings, or of a part of them; write the file, and print the tables."""
+def conduct(study: Study, quick: bool, full: bool, resume: bool, out: Path | None) -> None:
+    """Measure what is missing of the settings, write the file, and print the tables."""
     if quick and full:
         message = "a run is short or long: leave out --quick or --full"
         raise typer.BadParameter(message)
-    settings = part(study.sizes["quick" if quick else "full" if full and "full" in study.sizes else "usual"])
+    settings = study.sizes["quick" if quick else "full" if full and "full" in study.sizes else "usual"]
     console, start = Console(highlight=False), time.monotonic()
     # A short run leaves room for what else the machine does.
     torch.set_num_threads(1 if quick else study.threads)

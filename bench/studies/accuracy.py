@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 import brandla
@@ -27,7 +27,7 @@ from brandla.correction import ritz_correct
 from brandla.demo import data
 from brandla.demo.studies import observed
 from brandla_kernels import gram_ema_
-from tests.oracles import updated
+from tests.oracles import gaussian, updated
 
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
 FACTORS = ("inputs", "gradients")
@@ -129,10 +129,9 @@ def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Itera
             kept[name].absorb(step, columns[name])
         if step in settings.measured:
             exact = {name: Decomposed(truths[name], settings) for name in FACTORS}
-            candidates = {BEST: {name: exact[name].best(settings.rank) for name in FACTORS}}
-            candidates |= {each.name: {name: kept[name].factors[each.name] for name in FACTORS} for each in chosen}
-            for tracker, factors in candidates.items():
-                row: Row = {"step": step, "tracker": tracker}
+            held = {name: {BEST: exact[name].best(settings.rank)} | kept[name].factors for name in FACTORS}
+            for tracker in held["inputs"]:
+                factors, row = {name: held[name][tracker] for name in FACTORS}, {"step": step, "tracker": tracker}
                 for name in FACTORS:
                     row |= {f"{name} {of}": value for of, value in exact[name].errors(factors[name]).items()}
                 yield row | step_errors(gradient, exact, factors)
@@ -202,22 +201,17 @@ class Kept:
         They are taken into the dense average and into a factor; the average is decomposed as RS or SRE does; and a
         random part of the columns of a factor is corrected.
         """
-        settings, dense, generator = self._settings, self._dense, self._generator
+        settings, dense, random = self._settings, self._dense, {"generator": self._generator}
         average = {"decay": settings.decay, "weight": 1 - settings.decay}
-        options = {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
-        decomposed = lambda decompose: decompose(dense, settings.rank, generator=generator, **options)
+        sketched = random | {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
         count = math.ceil(settings.fraction * settings.rank)
-        chosen = lambda: torch.randperm(settings.rank, generator=generator)[:count]
-
-        def by_svd(_: Any) -> Factor:
-            found = decomposed(brandla.randomized_svd)
-            return brandla.LowRankEigh(found.S, found.U)
-
+        chosen = lambda: torch.randperm(settings.rank, **random)[:count]
+        eigh_of = lambda svd: brandla.LowRankEigh(svd.S, svd.U)
         return {
             "average": lambda _: gram_ema_(dense, columns, **average),
             **{name: partial(update, columns=columns, **average) for name, (update, _) in UPDATES.items()},
-            "svd": by_svd,
-            "eigh": lambda _: decomposed(brandla.randomized_eigh),
+            "svd": lambda _: eigh_of(brandla.randomized_svd(dense, settings.rank, **sketched)),
+            "eigh": lambda _: brandla.randomized_eigh(dense, settings.rank, **sketched),
             "correction": lambda factor: ritz_correct(factor, dense, chosen()),
         }
 
@@ -237,8 +231,7 @@ def observations(settings: Settings, width: int, seed: int) -> Iterator[tuple[di
     """
     model = data.seeded(seed, data.mlp, 64, width, width, 10)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
-    stream = data.batches(data.load("cpu").training, settings.batch, settings.steps, seed)
-    for batch in stream:
+    for batch in data.batches(data.load("cpu").training, settings.batch, settings.steps, seed):
         inputs, gradients = observed(model, optimizer, batch)
         yield {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT
 
@@ -262,19 +255,13 @@ class Decomposed:
         Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
         its basis does not hold.
         """
-        values, vectors = eigenpairs(factor)
-        # M̂ + λI inverted by its eigenvalues, and U taken as orthonormal, as brandla.damped_solve does.
-        inverse = (vectors * (1 / (values + self.damping) - 1 / self.damping)) @ vectors.mT
-        inverse.diagonal().add_(1 / self.damping)
-        difference = (vectors * values) @ vectors.mT - self.matrix
-        matvec = lambda x: (difference @ torch.from_numpy(x).view(-1)).numpy()
-        operator = LinearOperator(difference.shape, matvec=matvec, dtype="float64")
-        start = torch.randn(len(difference), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (largest,) = eigsh(operator, k=1, which="LM", tol=LANCZOS, v0=start.numpy(), return_eigenvectors=False)
-        outside = self.values.sum() - (vectors * (self.matrix @ vectors)).sum()
-        error = torch.linalg.matrix_norm(inverse - self.inverse) / torch.linalg.matrix_norm(self.inverse)
+        found, n = eigenpairs(factor), len(self.matrix)
+        inverse = brandla.damped_solve(found, torch.eye(n, dtype=torch.float64), self.damping)
+        difference, start = (found.dense() - self.matrix).numpy(), gaussian(n, seed=0).numpy()
+        (largest,) = eigsh(difference, k=1, which="LM", tol=LANCZOS, v0=start, return_eigenvectors=False)
+        outside = self.values.sum() - (found.eigenvectors * (self.matrix @ found.eigenvectors)).sum()
         return {
-            "inverse": float(error),
+            "inverse": float((inverse - self.inverse).norm() / self.inverse.norm()),
             "spectral": abs(float(largest)) / float(self.values[0]),
             "trace": float(outside / self.values.sum()),
         }
@@ -291,13 +278,12 @@ def step_errors(gradient: Tensor, exact: dict[str, Decomposed], factors: dict[st
 
     Both are in float64.
     """
-    sides, wide = ("gradients", "inputs"), gradient.double()
-    right = exact["gradients"].inverse @ wide @ exact["inputs"].inverse
-    pairs, dampings = [eigenpairs(factors[side]) for side in sides], [exact[side].damping for side in sides]
-    taken = brandla.kron_damped_solve(*pairs, wide, *dampings)
-    size, own = torch.linalg.matrix_norm(right), torch.linalg.matrix_norm(taken)
-    cosine = ((right * taken).sum() / (size * own)).clamp(-1, 1)
-    error, angle = torch.linalg.matrix_norm(taken - right) / size, torch.rad2deg(torch.acos(cosine))
+    (inputs, gradients), wide = (exact[side] for side in FACTORS), gradient.double()
+    right = gradients.inverse @ wide @ inputs.inverse
+    right_side, left_side = (eigenpairs(factors[side]) for side in FACTORS)
+    taken = brandla.kron_damped_solve(left_side, right_side, wide, gradients.damping, inputs.damping)
+    cosine = ((right * taken).sum() / (right.norm() * taken.norm())).clamp(-1, 1)
+    error, angle = (taken - right).norm() / right.norm(), torch.rad2deg(torch.acos(cosine))
     return {"step error": float(error), "step angle": float(angle)}
 
 

@@ -162,10 +162,9 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 
 def looks_of(content: Row, task: Row) -> pd.DataFrame:
     """Return a row a look of the runs of a task."""
-    runs = [row for row in content.get("runs", []) if row["task"] == task["name"]]
-    looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]) if runs else []
-    columns = ["method", "seed", "numbers", "step", "accuracy", "loss"]
-    return pd.DataFrame(looks, columns=columns).astype({"accuracy": float})
+    runs, about = [row for row in content.get("runs", []) if row["task"] == task["name"]], ["method", "seed", "numbers"]
+    looks = pd.json_normalize(runs, "looks", about) if runs else []
+    return pd.DataFrame(looks, columns=[*about, "step", "accuracy", "loss"]).astype({"accuracy": float})
 
 
 def target_of(content: Row, task: Row) -> float:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from itertools import islice, product
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +17,7 @@ from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
-from tests.oracles import STREAMS, gaussian, orthonormal, power_law, updated
+from tests.oracles import batches, gaussian, orthonormal, power_law, updated
 
 OPTIONS: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT}
 N, RANK, COLUMNS, UPDATES = 256, 64, 16, 1000
@@ -46,8 +46,7 @@ def solves(name: str) -> Iterator[Row]:
     rhs, matrix = gaussian(N, 32, seed=1), torch.zeros(N, N, dtype=torch.float64)
     exact = brandla.LowRankEigh.zeros(N, RANK, dtype=torch.float64)
     root, eigh = brandla.LowRankRoot.zeros(N, RANK), brandla.LowRankEigh.zeros(N, RANK)
-    for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
-        given = columns.float()
+    for given in batches(name, N, COLUMNS, UPDATES, dtype=torch.float32):
         matrix = updated(matrix, given, DECAY, WEIGHT)
         exact = brandla.eigh_update(exact, given.double(), **OPTIONS)
         root, eigh = brandla.root_update(root, given, **OPTIONS), brandla.eigh_update(eigh, given, **OPTIONS)
@@ -67,16 +66,14 @@ def losses(case: str) -> Iterator[Row]:
     for draw in range(DRAWS):
         mixing = orthonormal(n, n, draw) * lengths
         old = mixing @ gaussian(n, 2 * rank, seed=3 * draw + 1) / (2 * rank) ** 0.5
-        root = torch.linalg.svd(old, full_matrices=False)
         new = size * mixing @ gaussian(n, k, seed=3 * draw + 2) / k**0.5
+        root = torch.linalg.svd(old, full_matrices=False)
         panel = torch.cat([root.U[:, :rank] * root.S[:rank], new], -1)
         core = panel.mT @ panel
         two_steps = compressed(core, rank, torch.float64, 0.0, measure=False).rotation
         # One LR step in the order [F, A].
-        identity = torch.eye(core.shape[-1], dtype=core.dtype)
-        factor = torch.linalg.cholesky(core + 1e-14 * core.trace() * identity).mT
-        chosen = factor.square().sum(-1).topk(rank).indices
-        one_step = torch.linalg.qr(core @ factor.mT[:, chosen]).Q
+        factor = torch.linalg.cholesky(core + 1e-14 * core.trace() * torch.eye(len(core), dtype=core.dtype))
+        one_step = torch.linalg.qr(core @ factor[:, factor.square().sum(0).topk(rank).indices]).Q
         best = torch.linalg.eigvalsh(core)[:k].sum()
         left_out = [core.trace() - (kept.mT @ core @ kept).trace() for kept in (two_steps, one_step)]
         ratios.append(torch.stack(left_out) / best)
@@ -87,8 +84,7 @@ def traces(name: str) -> Iterator[Row]:
     """Yield the trace left out by compress="cholesky" over that by "eigh", over a float32 stream: mean and worst."""
     factors = {way: brandla.LowRankRoot.zeros(128, 24) for way in ("eigh", "cholesky")}
     trace, ratios = 0.0, []
-    for columns in islice(STREAMS[name](128, 16, 0), 100):
-        given = columns.float()
+    for given in batches(name, 128, 16, 100, dtype=torch.float32):
         trace = DECAY * trace + WEIGHT * float(given.double().square().sum())
         factors = {way: brandla.root_update(each, given, compress=way, **OPTIONS) for way, each in factors.items()}
         lost = {way: trace - float(each.root.double().square().sum()) for way, each in factors.items()}
@@ -126,8 +122,8 @@ def tails(exponent: float) -> Iterator[Row]:
 def carried(name: str, decay: float) -> Iterator[Row]:
     """Yield ‖FᵀF − S‖₂/d₁ after many float32 updates."""
     root = brandla.LowRankRoot.zeros(N, RANK)
-    for columns in islice(STREAMS[name](N, COLUMNS, 0), UPDATES):
-        root = brandla.root_update(root, columns.float(), decay=decay, weight=WEIGHT)
+    for given in batches(name, N, COLUMNS, UPDATES, dtype=torch.float32):
+        root = brandla.root_update(root, given, decay=decay, weight=WEIGHT)
     yield {"error": defect(root)}
 
 

@@ -40,21 +40,14 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    taking_part = lambda task: [method for method in METHODS if method.takes_part(task)]
+    pairs = [pair for pair in product(settings.tasks, METHODS) if pair[1].takes_part(pair[0])]
     count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
     cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
-    trials = (
-        (task, method, point) for task in settings.tasks for method in taking_part(task) for point in range(count(task))
-    )
+    trials = [(task, method, point) for task, method in pairs for point in range(count(task))]
     yield from each("trials", ("task", "method", "point"), trials, tried, *about, cost=cost)
     steps = product(settings.widths, [method for method in METHODS if method.priced])
     yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width / 512)
-    runs = (
-        (task, method, seed)
-        for seed in settings.seeds
-        for task in settings.tasks
-        for method in (taking_part(task) if seed in settings.seeds[: task.seeds] else ())
-    )
+    runs = [(*pair, seed) for seed in settings.seeds for pair in pairs if seed in settings.seeds[: pair[0].seeds]]
     yield from each("runs", ("task", "method", "seed"), runs, measured, *about, cost=cost)
 
 
@@ -64,64 +57,57 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
 def tried(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return how a trial ended; it does not go on for longer than the best one before it."""
     most = min([row["step"] for row in trials_of(tables, task, method) if row["step"]], default=task.steps)
-    exponent = EXPONENTS[point] if task.follows else 0.0
     if task.follows:
-        numbers = scaled(chosen(other(task, settings), method, settings, tables), task, settings, exponent)
+        given = followed(task, method, settings, tables, EXPONENTS[point])
     else:
-        numbers = method.numbers(points(settings)[point])
-    parts = samples(task)
-    trainer = trainer_of(task, method, numbers, parts, settings, settings.search_seed)
-    limited = replace(task, steps=most, seconds=task.seconds / 3)
-    run = train(trainer, limited, parts[2:], settings.search_seed, settings)
-    return [{"numbers": numbers, "exponent": exponent} | run]
+        given = {"numbers": method.numbers(points(settings)[point]), "exponent": 0.0}
+    seed, limited = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3)
+    trainer = trainer_of(task, method, given["numbers"], samples, settings, seed)
+    return [given | train(trainer, limited, samples(task)[2:], seed, settings)]
 
 
 def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
     return [row for row in tables.get("trials", []) if (row["task"], row["method"]) == (task.name, method.name)]
 
 
-def other(task: Task, settings: Settings) -> Task:
-    return next(own for own in settings.tasks if own.name == task.follows)
+def followed(task: Task, method: Method, settings: Settings, tables: Tables, exponent: float | None = None) -> Row:
+    """Return the numbers of the task that one follows, the rate times a power of the ratio of the widths.
 
-
-def scaled(found: Row, task: Task, settings: Settings, exponent: float) -> Row:
-    """Return numbers with the rate times a power of the ratio of the widths."""
-    ratio = other(task, settings).width / task.width
-    return found["numbers"] | {"rate": float(f"{found['numbers']['rate'] * ratio**exponent:.3g}")}
+    The exponent is the one that was best there, unless another is to be tried.
+    """
+    other = next(own for own in settings.tasks if own.name == task.follows)
+    found = chosen(other, method, settings, tables)
+    exponent = found["exponent"] if exponent is None else exponent
+    rate = found["numbers"]["rate"] * (other.width / task.width) ** exponent
+    return {"numbers": found["numbers"] | {"rate": float(f"{rate:.3g}")}, "exponent": exponent}
 
 
 def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
     """Return the numbers of the best trial: the fewest steps to the target, else the best score at the end.
 
-    A task without trials has those of the one that it follows, the rate at the exponent that was best there.
+    A task without trials has those of the one that it follows.
     """
-
-    def order(row: Row) -> tuple[bool, float, float]:
-        failed = row["failure"] is not None
-        worth = 0.0 if failed else row["score"] if task.network.by_loss else -row["score"]
-        return failed, row["step"] or math.inf, worth
-
-    if found := trials_of(tables, task, method):
-        return min(found, key=order)
-    followed = chosen(other(task, settings), method, settings, tables)
-    return followed | {"numbers": scaled(followed, task, settings, followed["exponent"])}
+    sign = 1 if task.network.by_loss else -1
+    failed = lambda row: row["failure"] is not None
+    order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])
+    trials = trials_of(tables, task, method)
+    return min(trials, key=order) if trials else followed(task, method, settings, tables)
 
 
 # --- The runs
 
 
-def trainer_of(task: Task, method: Method, numbers: Row, parts: Parts, settings: Settings, seed: int) -> Any:
+def trainer_of(task: Task, method: Method, numbers: Row, samples: Samples, settings: Settings, seed: int) -> Any:
     """Return the network of a seed with what trains it by these numbers."""
-    inputs = parts.training.images
+    inputs = samples(task).training.images
     return method.trainer(task.model(inputs.shape[1], str(inputs.device), seed), numbers, settings, task, seed)
 
 
 def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
     numbers = chosen(task, method, settings, tables)["numbers"]
-    parts = samples(task)
-    trainer = trainer_of(task, method, numbers, parts, settings, seed)
-    return [{"numbers": numbers} | train(trainer, task, parts[:2], seed, settings) | kept_bytes(trainer)]
+    trainer = trainer_of(task, method, numbers, samples, settings, seed)
+    return [{"numbers": numbers} | train(trainer, task, samples(task)[:2], seed, settings) | kept_bytes(trainer)]
 
 
 def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, settings: Settings) -> Row:
@@ -172,14 +158,8 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
     period = getattr(settings, method.renews) if method.renews else 1
     often = replace(settings, **({method.renews: 2} if method.renews else {}))
     trainer = method.trainer(task.model(PIXELS, where, 0), method.numbers([0.5] * 3), often, task, 0)
-    if method.name == "SOAP":
-        # It begins with eigendecompositions, which are not repeated.
-        for weight in (weight for weight in trainer.model.parameters() if weight.ndim == 2):
-            bases = [torch.eye(n, device=where) for n in weight.shape]
-            trainer.optimizer.state[weight] |= {"bases": bases, "mean": torch.zeros_like(weight)}
-    draws = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(task.batch, PIXELS, generator=draws), torch.arange(task.batch) % 10
-    batch, times = Split(images.to(where), labels.to(where)), []
+    images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0))
+    batch, times = Split(images.to(where), torch.arange(task.batch).to(where) % 10), []
     while len(times) < LEAST or (len(times) < MOST and sum(times) < 1e3 * settings.cost_seconds):
         times.append(timed(partial(trainer.step, batch), where)[1])
     # Which of two steps renews depends on the method.
@@ -202,22 +182,20 @@ def main(
     folder: Annotated[Path, typer.Option("--data", help="Folder of Fashion-MNIST's four files.")] = FOLDER,
 ) -> None:
     """Take the tasks that are wanted, with the images that they need."""
-
-    def part(settings: Settings) -> Settings:
-        if only is not None:
-            settings = replace(settings, tasks=tuple(task for task in settings.tasks if task.kind == only), widths=())
-        if not settings.tasks:
-            message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
-            raise typer.BadParameter(message, param_hint="--only")
-        if any(task.network.load is garments for task in settings.tasks):
-            check(folder)
-        return settings
-
+    kinds, sizes = {only} if only else {*KINDS}, STUDY.sizes
+    if not kinds <= {*KINDS}:
+        message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
+        raise typer.BadParameter(message, param_hint="--only")
+    if only:
+        of_kind = lambda of: replace(of, tasks=tuple(task for task in of.tasks if task.kind == only), widths=())
+        sizes = {name: of_kind(of) for name, of in sizes.items()}
     for method in METHODS:
         if not method.installed:
             typer.echo(f"{method.name} is left out: it is not installed")
     try:
-        conduct(replace(STUDY, pieces=partial(pieces, folder=folder)), quick, full, resume, out, part)
+        if any(KINDS[kind].load is garments for kind in kinds):
+            check(folder)
+        conduct(replace(STUDY, sizes=sizes, pieces=partial(pieces, folder=folder)), quick, full, resume, out)
     except UnusableError as error:
         typer.echo(f"study-kfac: {error}", err=True)
         raise typer.Exit(2) from None

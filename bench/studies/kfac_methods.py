@@ -1,6 +1,6 @@
 """What the study of K-FAC trains and how: tasks with a target, methods with three numbers to be searched, settings."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
@@ -173,8 +173,6 @@ QUICK = replace(
     most=256,
 )  # fmt: skip
 
-Optimizer = Callable[[Iterable[nn.Parameter], Numbers, Settings], torch.optim.Optimizer]
-
 
 # --- Methods
 
@@ -234,7 +232,8 @@ def points(settings: Settings) -> list[list[float]]:
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 
-OPTIMIZERS: dict[str, Optimizer] = {
+# From weights, the numbers of a trial, and the settings.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda of, by, _: SGD(of, by["rate"], 1 - by["1 − momentum"], weight_decay=by["weight decay"]),
     "AdamW": lambda of, by, _: AdamW(of, by["rate"], (1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"]),
     "Muon": lambda of, by, _: Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"]),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
@@ -32,9 +31,10 @@ def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
     """Return of each task that has runs a row a method, with what it keeps besides weights and gradients."""
-    all_runs, found = pd.DataFrame(content.get("runs", []), columns=None if content.get("runs") else ["task"]), {}
+    found = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
-        if len(runs := all_runs[all_runs["task"] == task.name]):
+        runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
+        if len(runs):
             kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
             # The package does not tell what its factors take.
             kept[kept.index == "asdfghjkl"] = math.nan
@@ -69,13 +69,10 @@ def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
 # --- Tables
 
 
-def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> list[str]:
+def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> pd.Series:
     """Return means with their ranges."""
-    cells = []
-    for row in found[[f"{part} mean", f"{part} min", f"{part} max"]].to_numpy().tolist():
-        mean, low, high = map(words, row) if row[0] == row[0] else [NOTHING] * 3
-        cells.append(mean + (f" ({low} to {high})" if low != high else ""))
-    return cells
+    mean, low, high = (found[f"{part} {of}"].astype(object).map(words, "ignore") for of in ("mean", "min", "max"))
+    return (mean + (" (" + low + " to " + high + ")").where(low != high, "")).fillna(NOTHING)
 
 
 def ratio(value: float) -> str:
@@ -93,9 +90,7 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
         f"seconds × {BASE}": over_base(found, "seconds").map(ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
         "ms per step": ranged(found, "milliseconds", spelled),
-        "kept, MB": found["bytes"]
-        .map(lambda size: spelled(size / 1e6) if size else "0", na_action="ignore")
-        .fillna("–"),
+        "kept, MB": (found["bytes"] / 1e6).astype(object).map(spelled, "ignore").fillna(NOTHING),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
@@ -105,9 +100,11 @@ def winners(content: Row) -> pd.DataFrame:
     rows = []
     for task, found in summaries(content).items():
         if len(arrived := whole(found)):
-            steps, seconds = (arrived[f"{part} mean"].idxmin() for part in ("step", "seconds"))
-            row = {"task": f"{task.name}, to {task.goal}", "fewest steps": steps, "steps": taken(found, steps)}
-            rows.append(row | {"fewest seconds": seconds, "seconds": taken(found, seconds), BASE: taken(found, BASE)})
+            row = {"task": f"{task.name}, to {task.goal}"}
+            for words, part in (("steps", "step"), ("seconds", "seconds")):
+                best = arrived[f"{part} mean"].idxmin()
+                row |= {f"fewest {words}": best, words: taken(found, best)}
+            rows.append(row | {BASE: taken(found, BASE)})
     return pd.DataFrame(rows)
 
 
@@ -135,10 +132,8 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
         yield "Runs that failed", pd.DataFrame(failed)[["task", "method", "seed", "failure"]]
     if len(found := costs(content).map(ratio)):
         yield "A step over SGD's, by width", found.rename(columns=str).rename_axis(columns=None).reset_index()
-    rows = []
-    for method in METHODS:
-        ranges = "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
-        rows.append([method.name, method.words.format(**content["settings"]), ranges])
+    ranges = lambda method: "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
+    rows = [(method.name, method.words.format(**content["settings"]), ranges(method)) for method in METHODS]
     yield "The methods", pd.DataFrame(rows, columns=["method", "what it is", "ranges of the search"])
 
 
@@ -147,13 +142,10 @@ def answer(content: Row) -> str:
     best = winners(content)
     if best.empty:
         return "No method reached a target in every run."
-    counts = [
-        f"the {part} are those of " + ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
-        for part in ("fewest steps", "fewest seconds")
-    ]
+    won = lambda part: ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
+    counts = [f"the {part} are those of {won(part)}" for part in ("fewest steps", "fewest seconds")]
     first = f"On {len(best)} tasks {', and '.join(counts)}."
-    ours = means(content)[1]
-    ours = ours[ours.index.isin(OWN)].sort_values(["tasks", "seconds"], ascending=[False, True])
+    ours = means(content)[1].query("index in @OWN").sort_values(["tasks", "seconds"], ascending=[False, True])
     if ours.empty:
         return f"{first} No K-FAC can be compared with {BASE}: they never both arrived."
     row = ours.iloc[0]
@@ -171,9 +163,8 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    cells = {
-        f"width {task.width}": [taken(found, name) for name in IN_README] for task, found in by_width(content).items()
-    }
+    taken_in = lambda found: [taken(found, name) for name in IN_README]
+    cells = {f"width {task.width}": taken_in(found) for task, found in by_width(content).items()}
     return pd.DataFrame({"method": IN_README} | cells)
 
 
@@ -193,7 +184,7 @@ def draw(content: Row, theme: Theme) -> Figure:
     figure, (axis,) = pictures.panels(content, words, theme, ("To the target, as multiples of AdamW's", below, 6.0))
     own, middle = means(content)
     for name, row in middle.iterrows():
-        colour, tasks = theme.colour(*COLOURS[str(name)]), own.loc[[name]]
+        colour, tasks = COLOURS[str(name)][theme.dark], own.loc[[name]]
         axis.plot(tasks["step"], tasks["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
         label = f"{name} ({row['tasks']:.0f})"
         axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=label)
@@ -207,38 +198,34 @@ def draw(content: Row, theme: Theme) -> Figure:
     return figure
 
 
-AGAINST = "against the width of the hidden layers"
-
-
 def draw_costs(content: Row, theme: Theme) -> Figure:
     """Draw the cost of a step over SGD's against the width of the network, with batches in proportion."""
     words = "MLP 784-w-w-10, batches of w / 8; medians of steps"
-    figure, (axis,) = pictures.panels(content, words, theme, ("Cost of a step over SGD's", AGAINST, 5.0))
-    _lines(axis, costs(content), "× SGD", theme)
-    pictures.legend(axis, 3)
-    return figure
+    return _against_width(content, words, theme, ("Cost of a step over SGD's", 5.0, costs(content), "× SGD"))
 
 
 def draw_widths(content: Row, theme: Theme) -> Figure:
     """Draw steps and seconds of MLPs to their target against the width, of the methods that always arrive."""
     found = by_width(content)
     goal = next(iter(found)).goal if found else ""
-    about = [(f"Steps to {goal}", AGAINST, 3.6), (f"Seconds to {goal}", AGAINST, 4.2)]
-    figure, axes = pictures.panels(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *about)
-    for axis, part, unit in zip(axes, ("step", "seconds"), ("steps", "seconds"), strict=True):
-        table = pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
-        _lines(axis, table.reindex(IN_README), unit, theme)
+    means = lambda part: pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
+    steps, seconds = (means(part).reindex(IN_README) for part in ("step", "seconds"))
+    panels = (f"Steps to {goal}", 3.6, steps, "steps"), (f"Seconds to {goal}", 4.2, seconds, "seconds")
+    return _against_width(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *panels)
+
+
+def _against_width(content: Row, words: str, theme: Theme, *drawn: tuple[str, float, pd.DataFrame, str]) -> Figure:
+    """Draw panels, each with a title, its inches, a line a row of a table against the widths of the columns, a unit."""
+    about = [(title, "against the width of the hidden layers", inches) for title, inches, _, _ in drawn]
+    figure, axes = pictures.panels(content, words, theme, *about)
+    for axis, (_, _, table, unit) in zip(axes, drawn, strict=True):
+        lines = table.astype(float).dropna(how="all").T
+        if lines.size:
+            pictures.curves(axis, lines, COLOURS, theme, OWN, marker="o", markersize=4)
+            for side in (axis.xaxis, axis.yaxis):
+                pictures.logarithmic(side, subs=(1, 2, 5))
+            axis.xaxis.set_major_locator(FixedLocator(list(lines.index)))
+            axis.set_xlabel("width")
+        axis.set_ylabel(unit)
     pictures.legend(axes[-1], 3)
     return figure
-
-
-def _lines(axis: Axes, table: pd.DataFrame, unit: str, theme: Theme) -> None:
-    """Draw a line a row against the widths of the columns."""
-    table = table.astype(float).dropna(how="all").T
-    if table.size:
-        pictures.curves(axis, table, COLOURS, theme, OWN, marker="o", markersize=4)
-        for side in (axis.xaxis, axis.yaxis):
-            pictures.logarithmic(side, subs=(1, 2, 5))
-        axis.xaxis.set_major_locator(FixedLocator(list(table.index)))
-        axis.set_xlabel("width")
-    axis.set_ylabel(unit)

@@ -6,6 +6,7 @@ A weight is a matrix, of convolutions with its windows as columns; vectors are t
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,18 +17,19 @@ from brandla.demo.data import Split
 
 EPS = 1e-8
 State = dict[str, Any]
+Parameters = Iterable[nn.Parameter]
+OfMatrix = Callable[[State, Tensor, State], Tensor]
 
 
 class Matrices(torch.optim.Optimizer):
     """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors.
 
-    ``of_matrix`` of a kind returns the step of a matrix, at rate 1.
+    ``of_matrix`` returns the step of a matrix, at rate 1, from its state, its gradient and the options.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], decay: float, every: int
-    ) -> None:
+    def __init__(self, of_matrix: OfMatrix, parameters: Parameters, rate, betas, decay: float, every: int = 1) -> None:
         super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay, "every": every})
+        self.of_matrix = of_matrix
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -43,58 +45,53 @@ class Matrices(torch.optim.Optimizer):
                 weight.sub_(step, alpha=group["lr"])
 
 
-class Shampoo(Matrices):
-    """L^(−1/4) M R^(−1/4), arXiv 1802.09568, of averages L and R and the mean gradient M, as long as Adam's step."""
-
-    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        usual = adam(state, gradient, group["betas"])
-        take_in(state, gradient, group["betas"][1])
-        if (state["count"] - 1) % group["every"] == 0:
-            state["roots"] = [root(state[side]) for side in ("left", "right")]
-        left, right = state["roots"]
-        step = left @ state["mean"] @ right
-        return step * (usual.norm() / step.norm().clamp_min(EPS))
+def shampoo(state: State, gradient: Tensor, group: State) -> Tensor:
+    """Return L^(−1/4) M R^(−1/4) of averages L and R and the mean gradient M, as long as Adam's step."""
+    usual = adam(state, gradient, group["betas"])
+    take_in(state, gradient, group["betas"][1])
+    if (state["count"] - 1) % group["every"] == 0:
+        state["roots"] = [root(state[side]) for side in ("left", "right")]
+    left, right = state["roots"]
+    step = left @ state["mean"] @ right
+    return step * (usual.norm() / step.norm().clamp_min(EPS))
 
 
-class SOAP(Matrices):
-    """Adam in the eigenbasis of Shampoo's factors, arXiv 2409.11321: renewed by one product and QR now and then."""
-
-    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        take_in(state, gradient, group["betas"][1])
-        if "bases" not in state:
-            state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
-        elif (state["count"] - 1) % group["every"] == 0:
-            known = state["bases"]
-            renewed = [torch.linalg.qr(state[side] @ own).Q for side, own in zip(("left", "right"), known, strict=True)]
-            # The mean gradient is that of the weights: it turns along. Second moments stay, as in the paper.
-            turn = [new.mT @ old for new, old in zip(renewed, known, strict=True)]
-            state["mean"] = turn[0] @ state["mean"] @ turn[1].mT
-            state["bases"] = renewed
-        left, right = state["bases"]
-        return left @ adam(state, left.mT @ gradient @ right, group["betas"]) @ right.mT
+def soap(state: State, gradient: Tensor, group: State) -> Tensor:
+    """Return Adam's step in the eigenbasis of Shampoo's factors, renewed by one product and QR now and then."""
+    take_in(state, gradient, group["betas"][1])
+    if "bases" not in state:
+        state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
+    elif (state["count"] - 1) % group["every"] == 0:
+        known = state["bases"]
+        renewed = [torch.linalg.qr(state[side] @ own).Q for side, own in zip(("left", "right"), known, strict=True)]
+        # The mean gradient is that of the weights: it turns along. Second moments stay, as in the paper.
+        turn = [new.mT @ old for new, old in zip(renewed, known, strict=True)]
+        state["mean"] = turn[0] @ state["mean"] @ turn[1].mT
+        state["bases"] = renewed
+    left, right = state["bases"]
+    return left @ adam(state, left.mT @ gradient @ right, group["betas"]) @ right.mT
 
 
-class Muon(Matrices):
-    """``torch.optim.Muon`` at the length of AdamW's steps; Adam's for everything that is no matrix.
+def muon(state: State, gradient: Tensor, group: State) -> Tensor:
+    """Return U Vᵀ of the SVD of Nesterov's mean gradient, roughly, by five steps of Newton and Schulz.
 
-    Its products are in bfloat16 on a GPU, as there, and in float32 on a CPU: many multiply bfloat16 very slowly.
+    Products are in bfloat16 on a GPU, as in torch, and in float32 on a CPU: many multiply bfloat16 very slowly.
     """
+    beta = group["betas"][0]
+    state["mean"] = mean = state.get("mean", torch.zeros_like(gradient)).lerp(gradient, 1 - beta)
+    tall = gradient.shape[0] > gradient.shape[1]
+    step = gradient.lerp(mean, beta)
+    step = step.mT if tall else step
+    step = (step.bfloat16() if step.is_cuda else step) / step.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = step @ step.mT
+        step = torch.addmm(step, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), step, beta=3.4445)
+    return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
 
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, momentum: float, decay: float) -> None:
-        super().__init__(parameters, rate, (momentum, 0.999), decay, every=1)
 
-    def of_matrix(self, state: State, gradient: Tensor, group: State) -> Tensor:
-        """Return U Vᵀ of the SVD of Nesterov's mean gradient, roughly, by five steps of Newton and Schulz."""
-        beta = group["betas"][0]
-        state["mean"] = mean = state.get("mean", torch.zeros_like(gradient)).lerp(gradient, 1 - beta)
-        tall = gradient.shape[0] > gradient.shape[1]
-        step = gradient.lerp(mean, beta)
-        step = step.mT if tall else step
-        step = (step.bfloat16() if step.is_cuda else step) / step.norm().clamp_min(1e-7)
-        for _ in range(5):
-            gram = step @ step.mT
-            step = torch.addmm(step, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), step, beta=3.4445)
-        return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
+# From their papers, arXiv 1802.09568 and 2409.11321; and ``torch.optim.Muon`` at the length of AdamW's steps.
+Shampoo, SOAP = partial(Matrices, shampoo), partial(Matrices, soap)
+Muon = lambda parameters, rate, momentum, decay: Matrices(muon, parameters, rate, (momentum, 0.999), decay)
 
 
 def unsaid(kind: type[Warning]) -> warnings.catch_warnings:

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
 from bench.benches.problems import UPDATES, Judgement, steady
-from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Call, Shape, check, kron
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, Task, check, kron
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, spelled
@@ -95,11 +95,11 @@ TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, 
 # --- Time and memory at a size
 
 
-def gram_ema(shape: Shape, device: Device) -> Call:
+def gram_ema(shape: Shape, device: Device) -> Task:
     """Return the update of a dense n × n moment."""
     case = cases.Case("gram_ema_", cases.Size(*shape[:3], shape.n, 1))
     judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
-    return Call(OPS["gram_ema_"], cases.operands(case, device), judge)
+    return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
 
 
 def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
@@ -125,11 +125,10 @@ def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device)
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
     # Of two-sided solves the task is that of two sides of n rows.
-    pair = {"kron_damped_solve, pair": partial(kron, pair=True, square=True)}
-    tasks = cache(lambda name: pair[name](shape, device) if name in pair else TASKS[name].task(shape, device))
-    asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names if name != "gram_ema_"}
+    own = {"kron_damped_solve, pair": partial(kron, pair=True, square=True), "gram_ema_": gram_ema}
+    tasks = cache(lambda name: (own[name] if name in own else TASKS[name].task)(shape, device))
+    asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names}
     calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
-    calls |= {"gram_ema_": gram_ema(shape, device)} if "gram_ema_" in names else {}
     for name, call in calls.items():
         check(name, call)
     tall = [name for name in names if name in TALL]

@@ -6,11 +6,12 @@ its early ones.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from itertools import islice, product
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -49,16 +50,9 @@ class Family:
         return {"words": self.words, "sizes": f"{self.n}, {self.r}, {self.k}"}
 
 
-def growing(n: int, k: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of i^−½ columns, each GROWTH times as large as the one before."""
-    for step, columns in enumerate(STREAMS["slow"](n, k, seed)):
-        yield columns * GROWTH**step
-
-
-def dying(n: int, k: int, seed: int) -> Iterator[Tensor]:
-    """Yield sixty batches, then zero batches for good."""
-    for step, columns in enumerate(STREAMS["slow"](n, k, seed)):
-        yield columns if step < 60 else torch.zeros_like(columns)
+def scaled(size: Callable[[int], float]) -> Stream:
+    """Return batches of i^−½ columns, each times the size at its step."""
+    return lambda n, k, seed: (size(step) * columns for step, columns in enumerate(STREAMS["slow"](n, k, seed)))
 
 
 FAMILIES = {
@@ -74,81 +68,65 @@ FAMILIES = {
     "switch": Family("switches to an orthogonal subspace", switching_stream(1.0)),
     "switch-20": Family("switches to a subspace 20 times smaller", switching_stream(1 / 20)),
     "switch-1000": Family("switches to a subspace 1000 times smaller", switching_stream(1 / 1000)),
-    "growing": Family("grows by 2 % a step", growing, steps=1000),
+    "growing": Family("grows by 2 % a step", scaled(lambda step: GROWTH**step), steps=1000),
     "one-column": Family("one column at a time", STREAMS["slow"], k=1, steps=400),
     "many-columns": Family("many more columns than the rank", STREAMS["slow"], r=8, k=96),
     "zeros-between": Family("zero batches between", STREAMS["zeros-between"]),
-    "dies-out": Family("zero batches for good", dying, steps=100),
+    "dies-out": Family("zero batches for good", scaled(lambda step: float(step < 60)), steps=100),
 }
 
 
 # --- Losses, form and the error bound
 
 
-class Truth(NamedTuple):
-    """M after a step, what exact truncated updates discard of its trace, and what rounding adds up to, in float64.
-
-    The last is in units of ε: ROUNDING·‖M‖₂ an update, which decays as everything before it does.
-    """
-
-    matrix: Tensor
-    discarded: float
-    rounding: float
+def appended(svd: brandla.LowRankSVD, columns: Tensor, decay: float, weight: float) -> brandla.LowRankSVD:
+    """Update the SVD of a panel P whose P Pᵀ is the matrix of the other updates."""
+    return brandla.svd_append(svd, columns * weight**0.5, decay=decay**0.5)
 
 
-def reference(family: Family, batches: list[Tensor]) -> Iterator[Truth]:
-    matrix = truncated = torch.zeros(family.n, family.n, dtype=torch.float64)
-    rounding = 0.0
-    for columns in batches:
-        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
-        truncated = oracles.truncated_update(truncated, columns, family.r, DECAY, WEIGHT)
-        rounding = DECAY * rounding + ROUNDING * oracles.spectral_norm(matrix)
-        yield Truth(matrix, float((matrix - truncated).trace()), rounding)
+def factor_of(value: Any) -> Any:
+    """Return what a tracked value holds, or U diag(S²) Uᵀ of an SVD."""
+    is_svd = isinstance(value, brandla.LowRankSVD)
+    return brandla.LowRankEigh(value.S.double().square(), value.U) if is_svd else value.lowrank
 
 
 def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
-    """Yield a row for each update of a family."""
+    """Yield a row for each update of a family, all run beside M in float64; ten looks at errors and bounds."""
     family = FAMILIES[name]
     family = replace(family, steps=min(family.steps, 30)) if quick else family
-    batches = family.batches(DTYPES[dtype])
-    truth = list(reference(family, batches))
-    for update in UPDATES:
-        yield {"update": update, **family.about, "steps": family.steps, **followed(update, family, batches, truth)}
+    n, r, kind, eps = family.n, family.r, DTYPES[dtype], torch.finfo(DTYPES[dtype]).eps
+    updates = {update: function for update, (function, _) in UPDATES.items()}
+    held: dict[str, Any] = {update: brandla.track(of.zeros(n, r, dtype=kind)) for update, (_, of) in UPDATES.items()}
     if family.steps <= 100:
-        yield {"update": "svd_append", **family.about, "steps": family.steps, **appended(family, batches, truth)}
+        updates["svd_append"], held["svd_append"] = appended, brandla.LowRankSVD.zeros(n, 0, r, dtype=kind)
+    matrix = truncated = torch.zeros(n, n, dtype=torch.float64)
+    rounding, defects, looks = 0.0, dict.fromkeys(held, 0.0), {update: [] for update in UPDATES}
+    for step, columns in enumerate(family.batches(kind), 1):
+        matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
+        truncated = oracles.truncated_update(truncated, columns, r, DECAY, WEIGHT)
+        size = oracles.spectral_norm(matrix)
+        # Of each update in units of ε, which decays as everything before it does.
+        rounding = DECAY * rounding + ROUNDING * size
+        for update, function in updates.items():
+            held[update] = value = function(held[update], columns, decay=DECAY, weight=WEIGHT)
+            defects[update] = max(defects[update], defect(factor_of(value)) / eps)
+            if update in looks and (step % max(family.steps // 10, 1) == 0 or step == family.steps):
+                error, bound = oracles.spectral_norm(matrix - dense(value.lowrank)), float(value.error_bound)
+                # The bound need not cover rounding.
+                looks[update].append((error, bound, error <= bound + eps * rounding, (error - bound) / (eps * size)))
+    for update, value in held.items():
+        row = {"update": update, **family.about, "steps": family.steps}
+        row |= lost(matrix, truncated, dense(factor_of(value)), r, eps) | {"defect_over_eps": defects[update]}
+        if update in looks:
+            errors, bounds, holds, above = zip(*looks[update], strict=True)
+            row |= {"error": errors[-1], "bound": bounds[-1], "bound_over_error": bounds[-1] / max(errors[-1], 1e-300)}
+            row |= {"rounding": eps * rounding, "bound_holds": all(holds), "above_bound_over_eps": max(above)}
+        yield row
 
 
-def followed(update: str, family: Family, batches: list[Tensor], truth: list[Truth]) -> Row:
-    """Run an update over a stream with its error bound; the errors are looked at ten times on the way."""
-    function, kind = UPDATES[update]
-    dtype = batches[0].dtype
-    eps = torch.finfo(dtype).eps
-    value = brandla.track(kind.zeros(family.n, family.r, dtype=dtype))
-    worst, looks, every = 0.0, [], max(len(batches) // 10, 1)
-    for step, (columns, true) in enumerate(zip(batches, truth, strict=True), 1):
-        value = function(value, columns, decay=DECAY, weight=WEIGHT)
-        worst = max(worst, defect(value.lowrank) / eps)
-        if step % every == 0 or step == len(batches):
-            error, bound = oracles.spectral_norm(true.matrix - dense(value.lowrank)), float(value.error_bound)
-            # The bound need not cover rounding.
-            above = (error - bound) / (eps * oracles.spectral_norm(true.matrix))
-            looks.append((above, error <= bound + eps * true.rounding))
-    return {
-        **lost(truth[-1], dense(value.lowrank), family.r, eps),
-        "defect_over_eps": worst,
-        "error": error,
-        "bound": bound,
-        "bound_over_error": bound / max(error, 1e-300),
-        "rounding": eps * true.rounding,
-        "bound_holds": all(holds for _, holds in looks),
-        "above_bound_over_eps": max(above for above, _ in looks),
-    }
-
-
-def lost(true: Truth, approximation: Tensor, rank: int, eps: float) -> Row:
+def lost(matrix: Tensor, truncated: Tensor, approximation: Tensor, rank: int, eps: float) -> Row:
     """Return the part of the trace that was lost beside the best of this rank and the exact truncated update."""
-    matrix, exact, _ = true
-    trace, own = float(matrix.trace()), float((matrix - approximation).trace())
+    trace, own, exact = (float(part.trace()) for part in (matrix, matrix - approximation, matrix - truncated))
     best = math.fsum(oracles.eigh(matrix).eigenvalues[rank:].clamp(min=0).tolist())
     rounding = 20 * eps * trace
     return {
@@ -161,18 +139,6 @@ def lost(true: Truth, approximation: Tensor, rank: int, eps: float) -> Row:
         "resolved": best > rounding,
         "within": own <= 1.05 * exact + rounding,
     }
-
-
-def appended(family: Family, batches: list[Tensor], truth: list[Truth]) -> Row:
-    """Run svd_append, whose U diag(S²) Uᵀ is the same matrix."""
-    dtype, worst = batches[0].dtype, 0.0
-    eps = torch.finfo(dtype).eps
-    svd = brandla.LowRankSVD.zeros(family.n, 0, family.r, dtype=dtype)
-    for columns in batches:
-        svd = brandla.svd_append(svd, columns * WEIGHT**0.5, decay=DECAY**0.5)
-        worst = max(worst, orthonormality(svd.U) / eps)
-    left, values = svd.U.double(), svd.S.double()
-    return lost(truth[-1], (left * values.square()) @ left.mT, family.r, eps) | {"defect_over_eps": worst}
 
 
 def dense(factor: Any) -> Tensor:
@@ -204,9 +170,8 @@ def drift(update: str, name: str, dtype: str, quick: bool) -> Iterator[Row]:
 def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
     """Yield ‖Vh Vhᵀ − I‖₂/ε of svd_append, whose right vectors are not corrected."""
     family = replace(FAMILIES[name], n=96, r=16, k=8, steps=50 if quick else 1000)
-    svd = brandla.LowRankSVD.zeros(family.n, 0, family.r)
-    for columns in family.batches(torch.float32):
-        svd = brandla.svd_append(svd, columns, decay=decay)
+    append = partial(brandla.svd_append, decay=decay)
+    svd = reduce(append, family.batches(torch.float32), brandla.LowRankSVD.zeros(family.n, 0, family.r))
     off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
     yield {**family.about, "calls": family.steps, "defect_over_eps": off}
 

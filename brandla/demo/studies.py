@@ -12,6 +12,7 @@ from statistics import mean
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,9 +161,8 @@ class Method(NamedTuple):
 
     def grid(self, trials: int) -> list[float]:
         """Return ``trials`` rates, evenly spaced in their logarithm; of two, those a third from the ends."""
-        low, high = self.rates
-        places = [1 / 3, 2 / 3] if trials == 2 else [trial / max(trials - 1, 1) for trial in range(trials)]
-        return [float(f"{low * (high / low) ** place:.3g}") for place in places]
+        rates = np.geomspace(*self.rates, 4)[1:3] if trials == 2 else np.geomspace(*self.rates, trials)
+        return [float(f"{rate:.3g}") for rate in rates]
 
 
 KFAC_RATES = (0.03, 0.3)
