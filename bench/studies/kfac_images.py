@@ -158,6 +158,11 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
     period = getattr(settings, method.renews) if method.renews else 1
     often = replace(settings, **({method.renews: 2} if method.renews else {}))
     trainer = method.trainer(task.model(PIXELS, where, 0), method.numbers([0.5] * 3), often, task, 0)
+    if method.name == "SOAP":
+        # It begins with eigendecompositions, which are not repeated.
+        for weight in (weight for weight in trainer.model.parameters() if weight.ndim == 2):
+            bases = [torch.eye(n, device=where) for n in weight.shape]
+            trainer.optimizer.state[weight] |= {"bases": bases, "mean": torch.zeros_like(weight)}
     images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0))
     batch, times = Split(images.to(where), torch.arange(task.batch).to(where) % 10), []
     while len(times) < LEAST or (len(times) < MOST and sum(times) < 1e3 * settings.cost_seconds):
