@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from brandla.kfac.systems.form import Absorption, DenseForm, FactorForm, State
-from brandla.kfac.values import Damping, alike, layout
+from brandla.kfac.values import alike, layout
 from brandla.lowrank import stack_numbers, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Whole(FactorForm):
-    """A form with nothing left out, whose own solve is as cheap as any: ``tail`` has no part in it."""
-
-    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Nothing falls due."""
-
-    def error_bound(self, state: State) -> Tensor:
-        return torch.zeros_like(state["total"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diagonal(_Whole):
-    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers.
+class Diagonal(FactorForm):
+    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers, so with no tail.
 
     Its columns are given as indices (k,), −1 for a column of zeros.
     """
@@ -42,17 +31,18 @@ class Diagonal(_Whole):
             diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
 
     def largest(self, state: State) -> Tensor:
-        largest: Tensor = state["diagonal"].amax(-1) / state["total"]
-        return largest
+        return cast(Tensor, state["diagonal"].amax(-1) / state["total"])
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        diagonal: Tensor = state["diagonal"] / state["total"]
-        return block / (diagonal + shift[..., None])[..., None]
+        return block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(_Whole, DenseForm):
-    """Factors of order 1 and 2, many at once, solved with directly at every step."""
+class Blocks(DenseForm):
+    """Factors of order 1 and 2, many at once, solved with directly at every step, so with no tail."""
 
     unread: ClassVar[tuple[str, ...]] = ()
 
@@ -81,11 +71,13 @@ class Blocks(_Whole, DenseForm):
             own, right, added = zip(*members, strict=True)
             averages = _averages(own)
             averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
-            solution: Tensor = torch.linalg.solve_ex(averages, stacked(right)).result
-            return solution.unbind()
+            return torch.linalg.solve_ex(averages, stacked(right)).result.unbind()
 
         problems = list(zip(states, blocks, shifts, strict=True))
         return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
 
 
 def _averages(states: Sequence[State]) -> Tensor:
@@ -93,5 +85,4 @@ def _averages(states: Sequence[State]) -> Tensor:
     sums = stacked([state["dense"] for state in states])
     totals = stack_numbers([state["total"] for state in states], sums)
     assert isinstance(totals, Tensor)
-    averages: Tensor = sums / totals.view(-1, *[1] * (sums.ndim - 1))
-    return averages
+    return sums / totals.view(-1, *[1] * (sums.ndim - 1))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._small import safe_eigh
-from brandla.kfac.systems.form import DenseForm, State, due, due_early
+from brandla.kfac.systems.form import DenseForm, State, due_early
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -41,9 +41,6 @@ class Exact(DenseForm, FactorStrategy):
     >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Exact(inverse_every=10))
     """
 
-    # Whether young factors are renewed more often.
-    early: ClassVar[bool] = True
-
     inverse_every: Schedule[int] = 10
     method: Literal["eigh", "cholesky"] = "eigh"
 
@@ -65,7 +62,7 @@ class Exact(DenseForm, FactorStrategy):
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        if not (due_early if self.early else due)(state, step, self.inverse_every):
+        if not self.is_due(state, step):
             return
         average = self.average(state)
         if self.method == "eigh":
@@ -80,18 +77,19 @@ class Exact(DenseForm, FactorStrategy):
         # What is there stays where M + λI is not positive definite.
         state |= {name: torch.where(where, new, state[name]) for name, (new, where) in renewed.items()}
 
+    def is_due(self, state: State, step: int) -> bool:
+        """Renew young factors more often."""
+        return due_early(state, step, self.inverse_every)
+
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Return all eigenpairs of M."""
         return LowRankEigh(*safe_eigh(average))
 
     def largest(self, state: State) -> Tensor:
-        largest: Tensor = super().largest(state) if self.method == "eigh" else state["largest"]
-        return largest
+        return super().largest(state) if self.method == "eigh" else cast(Tensor, state["largest"])
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        """Solve in the eigenbasis, or by two triangular solves with the λ of the last renewal."""
-        if self.method == "eigh":
-            return super().damped_solve(state, block, shift)
+        """Solve by two triangular solves, with the λ of the last renewal."""
         return torch.cholesky_solve(block, state["cholesky"])
 
     def approximation(self, state: State) -> Tensor:

@@ -28,22 +28,17 @@ class Factor:
     dtype: torch.dtype
     device: torch.device
     strategy: FactorForm = field(init=False)
-    reason: str = ""
+    reason: str = field(init=False)
     state: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.strategy = self.asked
+        self.strategy, self.reason = self.asked.substitute(self.n) or (self.asked, "")
 
     @property
     def started(self) -> bool:
         return bool(self.state)
 
-    def choose(self) -> None:
-        self.strategy, self.reason = self.asked.substitute(self.n) or (self.asked, "")
-
     def begin(self) -> None:
-        """Choose the strategy, and the state before any data."""
-        self.choose()
         self.state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
         # No less than tiny ever: S, which is 0 as well then, is divided by it.
         tiny = torch.finfo(self.dtype).tiny
@@ -73,7 +68,7 @@ class Factor:
         return {"strategy": str(self.strategy), "reason": self.reason, "state": self.state}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
-        fresh = replace(self, reason=saved["reason"], state={})
+        fresh = replace(self, state={})
         if not saved["state"]:
             return fresh
         fresh.begin()
@@ -146,8 +141,11 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     return damping.of_each(alike(factors, lambda own: own.strategy, largest))
 
 
-def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together."""
+def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together.
+
+    None stands for I, undamped.
+    """
 
     def together(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
         own, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
@@ -156,6 +154,9 @@ def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: 
             return strategy.damped_solve_of_each([factor.state for factor in own], right, shifts)
         return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in own])
 
-    operands = [own.operand() for own in factors]
-    problems = list(zip(factors, operands, blocks, shifts_of_each(factors, damping), strict=True))
-    return alike(problems, lambda own: own[0].strategy if own[1] is None else None, together)
+    known = [own for own in factors if own is not None]
+    operands = [own.operand() for own in known]
+    right = [block for own, block in zip(factors, blocks, strict=True) if own is not None]
+    problems = list(zip(known, operands, right, shifts_of_each(known, damping), strict=True))
+    solved = iter(alike(problems, lambda own: own[0].strategy if own[1] is None else None, together))
+    return [block if own is None else next(solved) for own, block in zip(factors, blocks, strict=True)]

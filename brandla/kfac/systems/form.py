@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from brandla import _check
-from brandla.damped import LowRank, damped_solve
+from brandla.damped import LowRank
 from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
@@ -22,18 +23,9 @@ State = dict[str, Any]
 _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
 
 
-def copied(part: Any) -> Any:
-    """Return a state, or a part of it, with copies of its tensors."""
-    if isinstance(part, Mapping):
-        return {name: copied(own) for name, own in part.items()}
-    return part.clone() if isinstance(part, Tensor) else part
-
-
 def tensors_of(part: Any) -> list[Tensor]:
     """Return the tensors of a state, or of a part of it."""
-    if isinstance(part, Mapping):
-        return [tensor for own in part.values() for tensor in tensors_of(own)]
-    return [part] if isinstance(part, Tensor) else []
+    return [own for own in tree_leaves(part) if isinstance(own, Tensor)]
 
 
 def check_shape(
@@ -114,8 +106,7 @@ class FactorForm(ABC):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Take new columns into the states of factors of this form."""
 
-    @abstractmethod
-    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:  # noqa: B027
         """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
 
     def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
@@ -143,10 +134,8 @@ class FactorForm(ABC):
         return [self.largest(state) for state in states]
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        """Return (M + λI)⁻¹ times a block (..., n, m)."""
-        operand = self.operand(state)
-        assert operand is not None, _OWN_SOLVE
-        return damped_solve(operand, block, shift, tail=self.tail)
+        """Return (M + λI)⁻¹ times a block (..., n, m), where there is no low-rank form of M."""
+        raise NotImplementedError(_OWN_SOLVE)
 
     def damped_solve_of_each(
         self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
@@ -182,8 +171,7 @@ class DenseForm(FactorForm):
 
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
-        average: Tensor = state["dense"] / state["total"]
-        return average
+        return cast(Tensor, state["dense"] / state["total"])
 
     def approximation(self, state: State) -> Tensor:
         """Return M̂ as a dense matrix."""
@@ -193,8 +181,7 @@ class DenseForm(FactorForm):
 
     def error_bound(self, state: State) -> Tensor:
         """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
-        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - self.approximation(state))
-        return norm
+        return cast(Tensor, torch.linalg.matrix_norm(self.average(state) - self.approximation(state)))
 
     def keep_trace(self, state: State) -> None:
         """Keep the trace of M, where the tail comes from it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -95,7 +95,7 @@ class Kronecker(Curvature):
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
 
-    def together(members: list[tuple[Gradient, list[tuple[Side, Factor]], Product | None]]) -> Sequence[Gradient]:
+    def together(members: list[tuple[Gradient, dict[Side, Factor], Product | None]]) -> Sequence[Gradient]:
         gradients, sides, products = (list(part) for part in zip(*members, strict=True))
         if products[0] is None:
             return _from_each_side(gradients, sides, damping)
@@ -108,46 +108,34 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
         )
 
     gradients = [problem.gradient for problem in problems]
-    sides = [list(problem.curvature.factors()) for problem in problems]
+    sides = [dict(problem.curvature.factors()) for problem in problems]
     members = list(zip(gradients, sides, map(_product, gradients, sides), strict=True))
     return alike(members, lambda own: own[-1] is None, together)
 
 
-def _product(gradient: Gradient, sides: Sequence[tuple[Side, Factor]]) -> Product | None:
+def _product(gradient: Gradient, sides: Mapping[Side, Factor]) -> Product | None:
     """Return what solves for a matrix at once; None for a pair, or without two factors of a low-rank form."""
     if not isinstance(gradient, Tensor) or len(sides) < 2:
         return None
-    (_, right), (_, left) = sides
+    left, right = sides["output"], sides["input"]
     of_left, of_right = left.operand(), right.operand()
     return None if of_left is None or of_right is None else (left, right, of_left, of_right)
 
 
 def _from_each_side(
-    gradients: Sequence[Gradient], sides: Sequence[Sequence[tuple[Side, Factor]]], damping: Damping
+    gradients: Sequence[Gradient], sides: Sequence[Mapping[Side, Factor]], damping: Damping
 ) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
-
-    def solve(blocks: list[dict[Side, Tensor]]) -> None:
-        taken = [
-            (own, side, factor)
-            for own, factors in zip(blocks, sides, strict=True)
-            for side, factor in factors
-            if side in own
-        ]
-        solved = damped_solves([factor for *_, factor in taken], [own[side] for own, side, _ in taken], damping)
-        for (own, side, _), block in zip(taken, solved, strict=True):
-            own[side] = block
-
+    outputs, inputs = [own.get("output") for own in sides], [own.get("input") for own in sides]
     # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
-    first: list[dict[Side, Tensor]] = [
-        {"output": own} if isinstance(own, Tensor) else {"output": own[0], "input": own[1]} for own in gradients
-    ]
-    solve(first)
-    then: list[dict[Side, Tensor]] = [{} if "input" in own else {"input": own["output"].mT} for own in first]
-    solve(then)
-    return [
-        turned["input"].mT if turned else (own["output"], own["input"]) for own, turned in zip(first, then, strict=True)
-    ]
+    left = [own if isinstance(own, Tensor) else own[0] for own in gradients]
+    right = {index: own[1] for index, own in enumerate(gradients) if not isinstance(own, Tensor)}
+    solved = damped_solves([*outputs, *(inputs[index] for index in right)], [*left, *right.values()], damping)
+    right = dict(zip(right, solved[len(left) :], strict=True))
+    turned = {index: own.mT for index, own in enumerate(solved[: len(left)]) if index not in right}
+    of_turned = damped_solves([inputs[index] for index in turned], list(turned.values()), damping)
+    turned = dict(zip(turned, of_turned, strict=True))
+    return [(own, right[at]) if at in right else turned[at].mT for at, own in enumerate(solved[: len(left)])]
 
 
 @dataclass(frozen=True, kw_only=True)
