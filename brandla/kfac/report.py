@@ -121,10 +121,10 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> It
         bounds: tuple[float | None, float | None] = (None, None)
         if factor.started:
             absolute = factor.strategy.error_bound(factor.state)
-            relative = torch.where(absolute == 0, 0, absolute / factor.strategy.largest(factor.state))
+            relative = torch.where(absolute == 0, 0, absolute / factor.largest())
             bounds = float(absolute.max()), float(relative.max())
         note = factor.reason if factor.started else "no data yet"
-        memory = _bytes(factor.tensors()), math.prod(factor.groups) * factor.n**2 * factor.dtype.itemsize
+        memory = _bytes(factor.tensors()), math.prod(shape.groups) * factor.n**2 * shape.dtype.itemsize
         rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
     for side, remark, tensors in curvature.kept():
         n = shape.d_in if side == "input" else shape.d_out

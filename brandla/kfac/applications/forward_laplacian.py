@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from brandla import _check
 
 _ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish)
+# What each Linear of a pass got, with the bias's 1 or 0 (N, S, d_in), and gave (N, S, d_out).
+Uses: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class Columns(NamedTuple):
@@ -74,13 +76,8 @@ def seeded(points: Tensor) -> Tensor:
     return torch.cat([points[:, None], identity, torch.zeros_like(points[:, None])], dim=1)
 
 
-def propagated(
-    model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or values alone where S = 1.
-
-    What each Linear gets, with the bias's 1 or 0 (N, S, d_in), and gives (N, S, d_out) is added to ``uses``.
-    """
+def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: Uses) -> Tensor:
+    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or values alone where S = 1."""
     for module in model:
         if not isinstance(module, nn.Linear):
             columns = module(columns) if columns.shape[1] == 1 else _activated(module, columns, weights)

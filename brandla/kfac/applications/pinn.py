@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class PINN:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             message = "PINN.backward: it is for one process; got a group of several: train in one"
             raise RuntimeError(message)
-        uses: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = [], []
+        uses: tuple[forward.Uses, forward.Uses] = [], []
         with torch.enable_grad():
             columns = forward.propagated(self._model, forward.seeded(interior), self._weights, uses[0])
             values = forward.propagated(self._model, boundary[:, None], self._weights, uses[1])
@@ -135,19 +135,20 @@ class PINN:
         finite = torch.isfinite(_loss(*residuals))
         terms = [_terms(*parts, finite) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
         now = Now(self._steps, self._steps * 65_537, self._decay, Damping(self._damping, "absolute"), finite)
-        for linear, curvature, inside, outside in zip(self._linears.values(), self.curvatures, *terms, strict=True):
+        layers = zip(self._linears.values(), self.curvatures, *terms, strict=True)
+        for linear, curvature, (inside, own), (outside, other) in layers:
             if isinstance(curvature, SumOfTwo):
-                curvature.absorb(inside.rows(), now)
-                curvature.absorb(outside.rows(), now, "boundary")
+                curvature.absorb(inside, now)
+                curvature.absorb(outside, now, "boundary")
             else:
                 curvature.absorb(_both(inside, outside), now)
-            step = dense(curvature.solve(inside.gradient() + outside.gradient(), now)).to(linear.weight.dtype)
+            step = dense(curvature.solve(own + other, now)).to(linear.weight.dtype)
             linear.weight.grad = step[:, : linear.in_features].clone()
             if linear.bias is not None:
                 linear.bias.grad = step[:, -1].clone()
         self._steps += 1
         self._skipped = ~finite + self._skipped
-        self._captured = sum(part.nbytes for term in chain(*terms) for part in term[:2])
+        self._captured = sum(rows.inputs.nbytes + rows.gradients.nbytes for rows, _ in chain(*terms))
         return _loss(*residuals).detach()
 
     def report(self) -> Report:
@@ -219,26 +220,8 @@ class SumOfTwo(StateCurvature):
         return torch.linalg.solve_triangular(factor.mT, vectors, upper=True), values.clamp_min(0)
 
 
-class Term(NamedTuple):
-    """What one part of the loss has of a layer: z (N S, d_in), g (N S, d_out), and r (N S,) of their points."""
-
-    inputs: Tensor
-    derivatives: Tensor
-    residuals: Tensor
-    points: int
-
-    def gradient(self) -> Tensor:
-        """Return the gradient of ½ mean r²."""
-        return (self.derivatives * self.residuals[:, None]).mT @ self.inputs / self.points
-
-    def rows(self) -> Rows:
-        """Return rows with A = Σ z zᵀ / (N S) and G = Σ g gᵀ / N."""
-        uses = len(self.inputs)
-        return Rows(self.inputs, self.derivatives / (uses * self.points) ** 0.5, uses)
-
-
-def _terms(residuals: Tensor, points: Tensor, uses: list[tuple[Tensor, Tensor]], finite: Tensor) -> list[Term]:
-    """Return the term of each layer, or zeros."""
+def _terms(residuals: Tensor, points: Tensor, uses: forward.Uses, finite: Tensor) -> list[tuple[Rows, Tensor]]:
+    """Return rows with A = Σ z zᵀ / (N S), G = Σ g gᵀ / N, and the gradient of ½ mean r², of each layer; or zeros."""
     if residuals.shape != points.shape[:1]:
         rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
         _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")
@@ -246,15 +229,16 @@ def _terms(residuals: Tensor, points: Tensor, uses: list[tuple[Tensor, Tensor]],
     found = []
     for (inputs, _), own in zip(uses, derivatives, strict=True):
         parts = inputs.flatten(0, 1), own.flatten(0, 1), residuals.detach().repeat_interleave(own.shape[1])
-        found.append(Term(*(torch.where(finite, part, 0) for part in parts), len(points)))
+        z, g, of_points = (torch.where(finite, part, 0) for part in parts)
+        rows = Rows(z, g / (len(z) * len(points)) ** 0.5, len(z))
+        found.append((rows, (g * of_points[:, None]).mT @ z / len(points)))
     return found
 
 
-def _both(inside: Term, outside: Term) -> Rows:
+def _both(inside: Rows, outside: Rows) -> Rows:
     """Return rows with ½ (A_Ω + A_∂) and B_Ω + B_∂."""
-    inputs = [term.inputs / (2 * len(term.inputs)) ** 0.5 for term in (inside, outside)]
-    derivatives = [term.derivatives / term.points**0.5 for term in (inside, outside)]
-    return Rows(torch.cat(inputs), torch.cat(derivatives), 1)
+    inputs = [rows.inputs / (2 * rows.uses) ** 0.5 for rows in (inside, outside)]
+    return Rows(torch.cat(inputs), torch.cat([rows.gradients * rows.uses**0.5 for rows in (inside, outside)]), 1)
 
 
 def _loss(inside: Tensor, outside: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class EigenvalueCorrected(Curvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Divide by the second moments and damping, in the eigenbasis."""
-        input_, output = (own for _, own in self.bases.sides)
+        input_, output = (own for _, own in self.bases.factors())
         (d_in, right), (d_out, left) = (
             (own.state["eigenvalues"], own.state["eigenvectors"]) for own in (input_, output)
         )
@@ -121,8 +121,7 @@ class EigenvalueCorrected(Curvature):
         divisor = divisor + by_output[..., None, None] * d_in[..., None, :]
         divisor += (by_input[..., None] * (d_out + by_output[..., None]))[..., :, None]
         rotated = left.mT @ dense(gradient) @ right
-        solved: Tensor = left @ (rotated / divisor) @ right.mT
-        return solved
+        return cast(Tensor, left @ (rotated / divisor) @ right.mT)
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         return self.bases.factors()
@@ -135,7 +134,7 @@ class EigenvalueCorrected(Curvature):
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 
     def _vectors(self) -> dict[Side, Tensor]:
-        return {side: own.state["eigenvectors"] for side, own in self.bases.sides if own.state}
+        return {side: own.state["eigenvectors"] for side, own in self.bases.factors() if own.state}
 
 
 def _second_moments(samples: Samples, output: Tensor, input_: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.form import Absorption, FactorForm, State, restored, tensors_of
-from brandla.kfac.values import Damping, Now, alike
+from brandla.kfac.values import Damping, Now, Shape, alike
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
@@ -23,10 +23,8 @@ class Factor:
     """One Kronecker factor M, or a batch of them: the strategy it got, why if not the one asked for, and its state."""
 
     n: int
-    groups: tuple[int, ...]
+    shape: Shape
     asked: FactorForm
-    dtype: torch.dtype
-    device: torch.device
     strategy: FactorForm = field(init=False)
     reason: str = field(init=False)
     state: State = field(default_factory=dict)
@@ -39,16 +37,16 @@ class Factor:
         return bool(self.state)
 
     def begin(self) -> None:
-        self.state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
+        groups, dtype, device = self.shape.groups, self.shape.dtype, self.shape.device
+        self.state = self.strategy.start(self.n, groups, dtype, device)
         # No less than tiny ever: S, which is 0 as well then, is divided by it.
-        tiny = torch.finfo(self.dtype).tiny
-        self.state["total"] = torch.full((), tiny, dtype=self.dtype, device=self.device)
+        self.state["total"] = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
         if self.strategy.tail == "mean":
-            self.state.setdefault("trace", torch.zeros(self.groups, dtype=self.dtype, device=self.device))
+            self.state.setdefault("trace", torch.zeros(groups, dtype=dtype, device=device))
 
     def outline(self) -> Iterable[Tensor]:
         """Return tensors of the shapes that the state begins with, and no memory of their own."""
-        return tensors_of(self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta")))
+        return tensors_of(self.strategy.start(self.n, self.shape.groups, self.shape.dtype, torch.device("meta")))
 
     def tensors(self) -> Iterable[Tensor]:
         return tensors_of(self.state)
@@ -62,7 +60,7 @@ class Factor:
         return self.strategy.operand(self.state)
 
     def largest(self) -> Tensor:
-        return self.strategy.largest(self.state)
+        return self.strategy.largest_of_each([self.state])[0]
 
     def parts(self) -> State:
         return {"strategy": str(self.strategy), "reason": self.reason, "state": self.state}
@@ -105,7 +103,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             continue
         if not factor.state:
             factor.begin()
-            factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
+            factor.state["total"] = first.setdefault((factor.shape.dtype, factor.shape.device), factor.state["total"])
         before = factor.state["total"]
         if id(before) not in totals:
             decayed = now.decay * before
@@ -148,10 +146,10 @@ def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], da
     """
 
     def together(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
+        if members[0][1] is None:
+            problems = [(factor.state, block, shift) for factor, _, block, shift in members]
+            return members[0][0].strategy.damped_solve_of_each(problems)
         own, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
-        if operands[0] is None:
-            strategy: FactorForm = own[0].strategy
-            return strategy.damped_solve_of_each([factor.state for factor in own], right, shifts)
         return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in own])
 
     known = [own for own in factors if own is not None]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from brandla import _check
 from brandla.damped import LowRank
 from brandla.kfac.systems.schedule import Schedule, at, spelled
-from brandla.kfac.values import Damping
-from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
+from brandla.kfac.values import Damping, alike, layout
+from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked, stack_numbers, stacked
 from brandla_kernels import gram_ema_
 
 # Tensors, numbers and strings by their names, and mappings of them.
@@ -137,11 +137,9 @@ class FactorForm(ABC):
         """Return (M + λI)⁻¹ times a block (..., n, m), where there is no low-rank form of M."""
         raise NotImplementedError(_OWN_SOLVE)
 
-    def damped_solve_of_each(
-        self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return `damped_solve` of each state."""
-        return [self.damped_solve(*own) for own in zip(states, blocks, shifts, strict=True)]
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
+        """Return `damped_solve` of each state, block and λ."""
+        return [self.damped_solve(*own) for own in problems]
 
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
@@ -187,3 +185,71 @@ class DenseForm(FactorForm):
         """Keep the trace of M, where the tail comes from it."""
         if self.tail == "mean":
             state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(FactorForm):
+    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers, so with no tail.
+
+    Its columns are given as indices (k,), −1 for a column of zeros.
+    """
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        for state, indices, decay, weight, finite, _ in absorptions:
+            diagonal = state["diagonal"]
+            weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
+            diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
+
+    def largest(self, state: State) -> Tensor:
+        return cast(Tensor, state["diagonal"].amax(-1) / state["total"])
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        return block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(DenseForm):
+    """Factors of order 1 and 2, many at once, solved with directly at every step, so with no tail."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
+
+        def of(members: list[State]) -> Sequence[Tensor]:
+            blocks = _averages(members)
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+            if diagonal.shape[-1] == 1:
+                return diagonal[..., 0].unbind()
+            first, last = diagonal.unbind(-1)
+            return ((first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])).unbind()
+
+        return alike(states, lambda state: layout(state["dense"]), of)
+
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
+        """Solve densely; regular, since λ > 0."""
+
+        def of(members: list[tuple[State, Tensor, Tensor]]) -> Sequence[Tensor]:
+            own, right, added = zip(*members, strict=True)
+            averages = _averages(own)
+            averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
+            return torch.linalg.solve_ex(averages, stacked(right)).result.unbind()
+
+        return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
+
+
+def _averages(states: Sequence[State]) -> Tensor:
+    """Return M = S / total of each state, in one tensor."""
+    sums = stacked([state["dense"] for state in states])
+    totals = stack_numbers([state["total"] for state in states], sums)
+    assert isinstance(totals, Tensor)
+    return sums / totals.view(-1, *[1] * (sums.ndim - 1))

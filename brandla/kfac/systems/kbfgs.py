@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -124,8 +124,7 @@ class QuasiNewton(StateCurvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return H_G ∂W H_A."""
-        step: Tensor = self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"]
-        return step
+        return cast(Tensor, self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"])
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from brandla import grouped
-from brandla.damped import LowRank
-from brandla.kfac.systems.diagonal import Blocks, Diagonal
 from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
-from brandla.kfac.systems.form import FactorForm, State
+from brandla.kfac.systems.form import Blocks, Diagonal, FactorForm, State
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, alike
 
-# Both factors of a layer, the output's first, and their low-rank forms.
-Product: TypeAlias = tuple[Factor, Factor, LowRank, LowRank]
+SIDES: tuple[Side, Side] = ("output", "input")
 
 
 @dataclass(frozen=True)
@@ -31,27 +27,17 @@ class Kronecker(Curvature):
 
     input: Factor | None
     output: Factor | None
-    single: bool = False
 
     @classmethod
     def of(cls, shape: Shape, strategy: FactorForm) -> Kronecker:
         """Return the curvature of a layer before any data; an input factor of a known simple form is exact."""
-
-        def fresh(n: int, form: FactorForm) -> Factor:
-            return Factor(n, shape.groups, form, shape.dtype, shape.device)
-
         of_inputs = Diagonal() if shape.one_hot else Blocks() if shape.single else strategy
-        return cls(fresh(shape.d_in, of_inputs), None if shape.single else fresh(shape.d_out, strategy), shape.single)
-
-    @cached_property
-    def sides(self) -> list[tuple[Side, Factor]]:
-        """The factors there are, by their side."""
-        sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))
-        return [(side, own) for side, own in sides if own is not None]
+        output = None if shape.single else Factor(shape.d_out, shape, strategy)
+        return cls(Factor(shape.d_in, shape, of_inputs), output)
 
     @property
     def started(self) -> bool:
-        return not [own for _, own in self.sides if not own.state]
+        return not [own for _, own in self.factors() if not own.state]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
@@ -63,7 +49,7 @@ class Kronecker(Curvature):
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
         ranks, of_column = 0, 2 * entries
-        for _, own in self.sides:
+        for _, own in self.factors():
             rank = own.rank
             if rank is None:
                 return None
@@ -72,61 +58,57 @@ class Kronecker(Curvature):
         return 4 * entries * ranks // of_column if ranks else None
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        return iter(self.sides)
+        sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))
+        return iter([(side, own) for side, own in sides if own is not None])
 
     def intakes(self, rows: Rows) -> list[Intake]:
         """Return the columns that each factor gets of the rows."""
         found: list[Intake] = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
-            found.append((self.input, inputs, rows.uses if self.single else 1 / rows.uses))
+            found.append((self.input, inputs, rows.uses if rows.single else 1 / rows.uses))
         if self.output is not None:
             found.append((self.output, rows.gradients.mT, rows.uses))
         return found
 
     def parts(self) -> State:
-        return {side: own.parts() for side, own in self.sides}
+        return {side: own.parts() for side, own in self.factors()}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
-        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides}
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
         return replace(self, **sides)
 
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
-
-    def together(members: list[tuple[Gradient, dict[Side, Factor], Product | None]]) -> Sequence[Gradient]:
-        gradients, sides, products = (list(part) for part in zip(*members, strict=True))
-        if products[0] is None:
-            return _from_each_side(gradients, sides, damping)
-        left, right, of_left, of_right = (list(part) for part in zip(*products, strict=True))
-        both = shifts_of_each(left + right, damping)
-        shifts = both[: len(left)], both[len(left) :]
-        left_tail, right_tail = ([own.strategy.tail for own in factors] for factors in (left, right))
-        return grouped.kron_damped_solve(
-            of_left, of_right, gradients, *shifts, left_tail=left_tail, right_tail=right_tail
-        )
-
     gradients = [problem.gradient for problem in problems]
     sides = [dict(problem.curvature.factors()) for problem in problems]
-    members = list(zip(gradients, sides, map(_product, gradients, sides), strict=True))
-    return alike(members, lambda own: own[-1] is None, together)
 
+    def is_at_once(index: int) -> bool:
+        """Whether there is a matrix, and two factors of a low-rank form."""
+        ranks = [own.rank for own in sides[index].values()]
+        return isinstance(gradients[index], Tensor) and len(ranks) == 2 and None not in ranks
 
-def _product(gradient: Gradient, sides: Mapping[Side, Factor]) -> Product | None:
-    """Return what solves for a matrix at once; None for a pair, or without two factors of a low-rank form."""
-    if not isinstance(gradient, Tensor) or len(sides) < 2:
-        return None
-    left, right = sides["output"], sides["input"]
-    of_left, of_right = left.operand(), right.operand()
-    return None if of_left is None or of_right is None else (left, right, of_left, of_right)
+    def together(indices: list[int]) -> Sequence[Gradient]:
+        own, factors = [gradients[index] for index in indices], [sides[index] for index in indices]
+        if not is_at_once(indices[0]):
+            return _from_each_side(own, factors, damping)
+        left, right = ([of_layer[side] for of_layer in factors] for side in SIDES)
+        operands: list[list[Any]] = [[factor.operand() for factor in those] for those in (left, right)]
+        shifts, count = shifts_of_each(left + right, damping), len(own)
+        left_tail, right_tail = ([factor.strategy.tail for factor in those] for those in (left, right))
+        return grouped.kron_damped_solve(
+            *operands, own, shifts[:count], shifts[count:], left_tail=left_tail, right_tail=right_tail
+        )
+
+    return alike(range(len(problems)), is_at_once, together)
 
 
 def _from_each_side(
     gradients: Sequence[Gradient], sides: Sequence[Mapping[Side, Factor]], damping: Damping
 ) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
-    outputs, inputs = [own.get("output") for own in sides], [own.get("input") for own in sides]
+    outputs, inputs = ([own.get(side) for own in sides] for side in SIDES)
     # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
     left = [own if isinstance(own, Tensor) else own[0] for own in gradients]
     right = {index: own[1] for index, own in enumerate(gradients) if not isinstance(own, Tensor)}

@@ -61,16 +61,13 @@ class Samples(NamedTuple):
     def some_features(self, most: int, seed: int) -> Samples:
         """Return samples whose a and γ have ``most`` entries, drawn and scaled to right inner products on average."""
         generator = torch.Generator(self.gradients.device).manual_seed(seed)
-
-        def drawn(side: Tensor) -> Tensor:
+        drawn = {"inputs": self.inputs, "gradients": self.gradients}
+        for name, side in drawn.items():
             n = side.shape[-1]
-            if n <= most or not side.is_floating_point():
-                return side
-            chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
-            scale: float = (n / most) ** 0.5
-            return side[..., chosen] * scale
-
-        return self._replace(inputs=drawn(self.inputs), gradients=drawn(self.gradients))
+            if n > most and side.is_floating_point():
+                chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
+                drawn[name] = side[..., chosen] * math.sqrt(n / most)
+        return self._replace(**drawn)
 
     def cut(self, most: int, seed: int) -> Samples:
         """Return samples of ``most`` positions: each turned to the leading singular vectors of its γ over positions."""
