@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import reduce
+from operator import mul
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -117,35 +119,29 @@ class InverseFreeCurvature(Curvature):
         if self.renewed is not None and now.step - self.renewed < at(self.strategy.preconditioner_every, now.step):
             return
         self.renewed = now.step
-        sides, batches = list(self.sides.values()), self._batches(rows)
-        together = self.strategy.variant == "singd" and len(sides) == 2
-        known = [side.largest() for side in sides]
-        for side, batch in zip(sides, batches, strict=True):
-            side.observe(batch, now)
-        dampings = [now.damping.of(side.largest()) for side in sides]
-        means = [batch.mean_eigenvalue() for batch in batches]
-        if together:
-            known, dampings, means = ([first * second] for first, second in (known, dampings, means))
-        power = -0.25 if together else -0.5
-        # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
-        starts = [
-            ((own == 0) & now.finite, (mean + damping).pow(power))
-            for own, mean, damping in zip(known, means, dampings, strict=True)
-        ]
-        for side, start in zip(sides, starts * 2 if together else starts, strict=True):
-            side.restart(*start)
-        seen = [batch.seen_by(side.structure, side.root) for side, batch in zip(sides, batches, strict=True)]
-        own = [side.structure.own_gram(side.root) for side in sides]
-        curvatures: Sequence[Tensor | float] = [1.0] * len(sides)
-        if together:
-            curvatures, tails = (
-                [side.structure.trace(part) / side.n for side, part in zip(sides, parts, strict=True)][::-1]
-                for parts in (seen, own)
-            )
-            dampings = [dampings[0] * tail for tail in tails]
-        towards = zip(curvatures, seen, dampings, own, strict=True)
-        for side, (curvature, look, damping, gram) in zip(sides, towards, strict=True):
-            side.move([(curvature, look), (damping, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
+        sides = list(zip(self.sides.values(), self._batches(rows), strict=True))
+        # What is one number for both sides in SINGD is one for each in IKFAC.
+        for group in [sides] if self.strategy.variant == "singd" else [[own] for own in sides]:
+            known = reduce(mul, [side.largest() for side, _ in group])
+            for side, batch in group:
+                side.observe(batch, now)
+            damping = reduce(mul, [now.damping.of(side.largest()) for side, _ in group])
+            mean = reduce(mul, [batch.mean_eigenvalue() for _, batch in group])
+            # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
+            start = (known == 0) & now.finite, (mean + damping).pow(-0.5 / len(group))
+            for side, _ in group:
+                side.restart(*start)
+            seen = [batch.seen_by(side.structure, side.root) for side, batch in group]
+            own = [side.structure.own_gram(side.root) for side, _ in group]
+            weights: list[tuple[Tensor | float, Tensor]] = [(1.0, damping)]
+            if len(group) == 2:
+                traces = [
+                    [side.structure.trace(part) / side.n for part in parts]
+                    for (side, _), *parts in zip(group, seen, own, strict=True)
+                ]
+                weights = [(curvature, damping * tail) for curvature, tail in reversed(traces)]
+            for (side, _), (curvature, shift), look, gram in zip(group, weights, seen, own, strict=True):
+                side.move([(curvature, look), (shift, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""

@@ -48,14 +48,11 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        ranks, of_column = 0, 2 * entries
-        for _, own in self.factors():
-            rank = own.rank
-            if rank is None:
-                return None
-            ranks += rank
-            of_column += 4 * own.n * rank
-        return 4 * entries * ranks // of_column if ranks else None
+        sizes = [(own.n, own.rank or 0) for _, own in self.factors()]
+        if not sizes or [n for n, rank in sizes if not rank]:
+            return None
+        of_column = 2 * entries + 4 * sum([n * rank for n, rank in sizes])
+        return 4 * entries * sum([rank for _, rank in sizes]) // of_column
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
         sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))

@@ -82,13 +82,9 @@ class Samples(NamedTuple):
 
     def products(self, matrix: Gradient) -> Tensor:
         """√N ⟨v, V⟩ of every sample, shape (S,)."""
-        if not isinstance(matrix, Tensor):
-            left, right = matrix
-            entries = (self.gradients @ left) * (right[self.inputs] if self.one_hot else self.inputs @ right)
-        elif self.one_hot:
-            entries = self.gradients * matrix.mT[self.inputs]
-        else:
-            entries = (self.gradients @ matrix) * self.inputs
+        left, right = (None, matrix.mT) if isinstance(matrix, Tensor) else matrix
+        entries = right[self.inputs] if self.one_hot else self.inputs @ right
+        entries = entries * (self.gradients if left is None else self.gradients @ left)
         return entries.sum(-1).reshape(-1, self.number, self.positions).sum((0, 2)) * math.sqrt(self.uses)
 
     def combined(self, coefficients: Tensor, d_in: int) -> Gradient:
