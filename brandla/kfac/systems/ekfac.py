@@ -32,7 +32,7 @@ class Eigenbasis(Exact):
         """Return the name and options of the strategy that was asked for, as reports and saved states have it."""
         return str(EKFAC(self.inverse_every))
 
-    def is_due(self, state: State, step: int) -> bool:
+    def _is_due(self, state: State, step: int) -> bool:
         """Renew no young factor early: rounding chooses the vectors of its many directions without data."""
         return due(state, step, self.inverse_every)
 

@@ -63,7 +63,7 @@ class Exact(DenseForm, FactorStrategy):
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        if not self.is_due(state, step):
+        if not self._is_due(state, step):
             return
         average = self.average(state)
         if self.method == "eigh":
@@ -78,7 +78,7 @@ class Exact(DenseForm, FactorStrategy):
         # What is there stays where M + λI is not positive definite.
         state |= {name: torch.where(where, new, state[name]) for name, (new, where) in renewed.items()}
 
-    def is_due(self, state: State, step: int) -> bool:
+    def _is_due(self, state: State, step: int) -> bool:
         """Renew young factors more often."""
         return due_early(state, step, self.inverse_every)
 

@@ -207,7 +207,7 @@ class Diagonal(FactorForm):
         return cast(Tensor, state["diagonal"].amax(-1) / state["total"])
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        return block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
+        return cast(Tensor, block / (state["diagonal"] / state["total"] + shift[..., None])[..., None])
 
     def error_bound(self, state: State) -> Tensor:
         return torch.zeros_like(state["total"])
@@ -239,7 +239,7 @@ class Blocks(DenseForm):
             own, right, added = zip(*members, strict=True)
             averages = _averages(own)
             averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
-            return torch.linalg.solve_ex(averages, stacked(right)).result.unbind()
+            return cast(Tensor, torch.linalg.solve_ex(averages, stacked(right)).result).unbind()
 
         return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
 

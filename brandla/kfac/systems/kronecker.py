@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from brandla import grouped
+from brandla.damped import LowRank
 from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
 from brandla.kfac.systems.form import Blocks, Diagonal, FactorForm, State
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
@@ -91,12 +92,11 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
         if not is_at_once(indices[0]):
             return _from_each_side(own, factors, damping)
         left, right = ([of_layer[side] for of_layer in factors] for side in SIDES)
-        operands: list[list[Any]] = [[factor.operand() for factor in those] for those in (left, right)]
-        shifts, count = shifts_of_each(left + right, damping), len(own)
+        of_left, of_right = ([cast(LowRank, factor.operand()) for factor in those] for those in (left, right))
         left_tail, right_tail = ([factor.strategy.tail for factor in those] for those in (left, right))
-        return grouped.kron_damped_solve(
-            *operands, own, shifts[:count], shifts[count:], left_tail=left_tail, right_tail=right_tail
-        )
+        both = shifts_of_each(left + right, damping)
+        shifts = both[: len(left)], both[len(left) :]
+        return grouped.kron_damped_solve(of_left, of_right, own, *shifts, left_tail=left_tail, right_tail=right_tail)
 
     return alike(range(len(problems)), is_at_once, together)
 

@@ -61,13 +61,13 @@ class Samples(NamedTuple):
     def some_features(self, most: int, seed: int) -> Samples:
         """Return samples whose a and γ have ``most`` entries, drawn and scaled to right inner products on average."""
         generator = torch.Generator(self.gradients.device).manual_seed(seed)
-        drawn = {"inputs": self.inputs, "gradients": self.gradients}
-        for name, side in drawn.items():
+        drawn = [self.inputs, self.gradients]
+        for index, side in enumerate(drawn):
             n = side.shape[-1]
             if n > most and side.is_floating_point():
                 chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
-                drawn[name] = side[..., chosen] * math.sqrt(n / most)
-        return self._replace(**drawn)
+                drawn[index] = side[..., chosen] * math.sqrt(n / most)
+        return self._replace(inputs=drawn[0], gradients=drawn[1])
 
     def cut(self, most: int, seed: int) -> Samples:
         """Return samples of ``most`` positions: each turned to the leading singular vectors of its γ over positions."""

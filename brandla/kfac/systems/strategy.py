@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Curvature(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with copies of its tensors."""
-        return tree_map_only(Tensor, Tensor.clone, self.parts())
+        return cast(State, tree_map_only(Tensor, Tensor.clone, self.parts()))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors of the state, to count its memory."""

@@ -173,7 +173,7 @@ class BlockDiagonal(Structure):
     def _cut(self, rows: Tensor) -> Tensor:
         """Return (..., N, n) as (..., ⌈n/b⌉, N, b), filled up with zeros."""
         order = min(self.block, rows.shape[-1])
-        return pad(rows, (0, -rows.shape[-1] % order)).unflatten(-1, (-1, order)).movedim(-2, -3)
+        return cast(Tensor, pad(rows, (0, -rows.shape[-1] % order)).unflatten(-1, (-1, order)).movedim(-2, -3))
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Hierarchical(Structure):
         head, middle, tail = rows.split(self._sizes(rows.shape[-1]), dim=-1)
         below = tail @ bottom
         below[..., : diagonal.shape[-1]] += middle * diagonal[..., None, :]
-        return head @ top + pad(below, (top.shape[-2], 0))
+        return cast(Tensor, head @ top + pad(below, (top.shape[-2], 0)))
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
         top, diagonal, bottom = member
