@@ -112,7 +112,7 @@ class EigenvalueCorrected(Curvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Divide by the second moments and damping, in the eigenbasis."""
-        input_, output = (own for _, own in self.bases.factors())
+        input_, output = (own for _, own in self.bases.sides)
         (d_in, right), (d_out, left) = (
             (own.state["eigenvalues"], own.state["eigenvectors"]) for own in (input_, output)
         )
@@ -134,7 +134,7 @@ class EigenvalueCorrected(Curvature):
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 
     def _vectors(self) -> dict[Side, Tensor]:
-        return {side: own.state["eigenvectors"] for side, own in self.bases.factors() if own.state}
+        return {side: own.state["eigenvectors"] for side, own in self.bases.sides if own.state}
 
 
 def _second_moments(samples: Samples, output: Tensor, input_: Tensor) -> Tensor:

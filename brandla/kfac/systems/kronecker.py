@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
@@ -36,9 +37,15 @@ class Kronecker(Curvature):
         output = None if shape.single else Factor(shape.d_out, shape, strategy)
         return cls(Factor(shape.d_in, shape, of_inputs), output)
 
+    @cached_property
+    def sides(self) -> list[tuple[Side, Factor]]:
+        """The factors there are, by their side."""
+        sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))
+        return [(side, own) for side, own in sides if own is not None]
+
     @property
     def started(self) -> bool:
-        return not [own for _, own in self.factors() if not own.state]
+        return not [own for _, own in self.sides if not own.state]
 
     def absorb(self, rows: Rows, now: Now) -> None:
         absorb_columns(self.intakes(rows), now)
@@ -49,15 +56,17 @@ class Kronecker(Curvature):
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare 4 k Σ n r flops, and 2 k d_out d_in for the product then, with 4 d_out d_in Σ r."""
-        sizes = [(own.n, own.rank or 0) for _, own in self.factors()]
-        if not sizes or [n for n, rank in sizes if not rank]:
-            return None
-        of_column = 2 * entries + 4 * sum([n * rank for n, rank in sizes])
-        return 4 * entries * sum([rank for _, rank in sizes]) // of_column
+        ranks, of_column = 0, 2 * entries
+        for _, own in self.sides:
+            rank = own.rank
+            if rank is None:
+                return None
+            ranks += rank
+            of_column += 4 * own.n * rank
+        return 4 * entries * ranks // of_column if ranks else None
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        sides: tuple[tuple[Side, Factor | None], ...] = (("input", self.input), ("output", self.output))
-        return iter([(side, own) for side, own in sides if own is not None])
+        return iter(self.sides)
 
     def intakes(self, rows: Rows) -> list[Intake]:
         """Return the columns that each factor gets of the rows."""
@@ -70,10 +79,10 @@ class Kronecker(Curvature):
         return found
 
     def parts(self) -> State:
-        return {side: own.parts() for side, own in self.factors()}
+        return {side: own.parts() for side, own in self.sides}
 
     def loaded(self, state: dict[str, Any], where: str) -> Kronecker:
-        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.factors()}
+        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides}
         return replace(self, **sides)
 
 
@@ -84,8 +93,10 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 
     def is_at_once(index: int) -> bool:
         """Whether there is a matrix, and two factors of a low-rank form."""
-        ranks = [own.rank for own in sides[index].values()]
-        return isinstance(gradients[index], Tensor) and len(ranks) == 2 and None not in ranks
+        own = sides[index]
+        if not isinstance(gradients[index], Tensor) or len(own) < 2:
+            return False
+        return own["output"].rank is not None and own["input"].rank is not None
 
     def together(indices: list[int]) -> Sequence[Gradient]:
         own, factors = [gradients[index] for index in indices], [sides[index] for index in indices]
@@ -109,7 +120,7 @@ def _from_each_side(
     # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
     left = [own if isinstance(own, Tensor) else own[0] for own in gradients]
     right = {index: own[1] for index, own in enumerate(gradients) if not isinstance(own, Tensor)}
-    solved = damped_solves([*outputs, *(inputs[index] for index in right)], [*left, *right.values()], damping)
+    solved = damped_solves([*outputs, *[inputs[index] for index in right]], [*left, *right.values()], damping)
     right = dict(zip(right, solved[len(left) :], strict=True))
     turned = {index: own.mT for index, own in enumerate(solved[: len(left)]) if index not in right}
     of_turned = damped_solves([inputs[index] for index in turned], list(turned.values()), damping)
