@@ -13,11 +13,10 @@ from brandla.kfac.systems.brand import Brand
 from brandla.kfac.systems.brand_dense import BrandCorrected, BrandRandomized
 from brandla.kfac.systems.cg import ConjugateGradient
 from brandla.kfac.systems.ekfac import EKFAC
-from brandla.kfac.systems.exact import Exact
+from brandla.kfac.systems.exact import Exact, Randomized
 from brandla.kfac.systems.foof import Foof
 from brandla.kfac.systems.inverse_free import InverseFree
 from brandla.kfac.systems.kbfgs import KBFGS
-from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.schedule import ErrorBound
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.systems.two_level import TwoLevel

@@ -121,14 +121,15 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> It
         bounds: tuple[float | None, float | None] = (None, None)
         if factor.started:
             absolute = factor.strategy.error_bound(factor.state)
-            relative = torch.where(absolute == 0, 0, absolute / factor.strategy.largest(factor.state))
+            relative = torch.where(absolute == 0, 0, absolute / factor.largest())
             bounds = float(absolute.max()), float(relative.max())
         note = factor.reason if factor.started else "no data yet"
-        memory = _bytes(factor.tensors()), math.prod(factor.groups) * factor.n**2 * factor.dtype.itemsize
+        memory = _bytes(factor.tensors()), math.prod(shape.groups) * factor.n**2 * shape.dtype.itemsize
         rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
-    for kept in curvature.kept():
-        dense = math.prod(shape.groups) * kept.n**2 * shape.dtype.itemsize
-        own = kept.side, kept.n, strategy, started or kept.note, None, None, None, _bytes(kept.tensors), dense
+    for side, remark, tensors in curvature.kept():
+        n = shape.d_in if side == "input" else shape.d_out
+        dense = math.prod(shape.groups) * n**2 * shape.dtype.itemsize
+        own = side, n, strategy, started or remark, None, None, None, _bytes(tensors), dense
         rows.append(FactorReport(layer, *own))
     yield from rows
     beside = _bytes(curvature.tensors()) - sum(row.bytes for row in rows)

@@ -33,6 +33,7 @@ def reported(model, preconditioner, batches):
 def test_it_says_what_each_factor_got_and_why():
     model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.PReLU(200), nn.Linear(200, 300))
     preconditioner = KFAC(model, Brand(8))
+    assert preconditioner.report().factors[0].strategy.startswith("Exact(")
     with pytest.warns(UserWarning, match="too small for the strategy"):
         reported(model, preconditioner, [torch.randn(16, 10)])
     # Said once: a second warning would be an error.

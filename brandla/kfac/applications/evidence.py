@@ -9,11 +9,10 @@ from brandla import LowRankEigh, _check, checked, damped_logdet, kron_damped_log
 from brandla.damped import LowRank
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.preconditioner import KFAC
-from brandla.kfac.systems.diagonal import Diagonal
 from brandla.kfac.systems.ekfac import EigenvalueCorrected
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import DenseForm
+from brandla.kfac.systems.form import DenseForm, Diagonal
 from brandla.kfac.systems.kronecker import Kronecker
 
 _KNOWN = "Exact, EKFAC, Randomized, Brand, BrandRandomized or BrandCorrected"
@@ -101,7 +100,7 @@ def _logdet(layer: Layer, damping: Tensor) -> Tensor:
     if not curvature.started:
         _check.fail_value("evidence", f"{layer.name} must have data; take steps of KFAC over the data set first")
     factors = dict(curvature.factors())
-    if isinstance(curvature, Kronecker) and curvature.single:
+    if isinstance(curvature, Kronecker) and layer.shape.single and factors:
         return damped_logdet(_operand(factors["input"]), damping, tail=factors["input"].strategy.tail).sum()
     if not isinstance(curvature, (Kronecker, EigenvalueCorrected)) or len(factors) < 2:
         rule = f"{layer.name}: the strategy must be {_KNOWN}, whose curvature is a Kronecker product"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from brandla import _check
 
 _ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish)
+# What each Linear of a pass got, with the bias's 1 or 0 (N, S, d_in), and gave (N, S, d_out).
+Uses: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class Columns(NamedTuple):
@@ -18,13 +20,6 @@ class Columns(NamedTuple):
     value: Tensor
     gradient: Tensor
     laplacian: Tensor
-
-
-class Use(NamedTuple):
-    """One use of a Linear: its input z with the bias's 1 or 0 (N, S, d_in), and its output (N, S, d_out)."""
-
-    inputs: Tensor
-    output: Tensor
 
 
 def forward_laplacian(model: nn.Sequential, points: Tensor, weights: Tensor | None = None) -> Columns:
@@ -81,14 +76,11 @@ def seeded(points: Tensor) -> Tensor:
     return torch.cat([points[:, None], identity, torch.zeros_like(points[:, None])], dim=1)
 
 
-def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: list[Use]) -> Tensor:
-    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or values alone where S = 1.
-
-    What each Linear gets and gives is added to ``uses``.
-    """
+def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: Uses) -> Tensor:
+    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or values alone where S = 1."""
     for module in model:
         if not isinstance(module, nn.Linear):
-            columns = _activated(module, columns, weights)
+            columns = module(columns) if columns.shape[1] == 1 else _activated(module, columns, weights)
             continue
         inputs = columns
         columns = columns @ module.weight.mT
@@ -96,7 +88,7 @@ def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, us
             # Derivatives have no bias.
             ones = torch.zeros_like(inputs[..., :1]).index_fill(1, torch.tensor([0], device=inputs.device), 1)
             inputs, columns = torch.cat([inputs, ones], dim=-1), columns + ones * module.bias
-        uses.append(Use(inputs.detach(), columns))
+        uses.append((inputs.detach(), columns))
     return columns
 
 
@@ -108,9 +100,6 @@ def columns_of(columns: Tensor) -> Columns:
 def _activated(module: nn.Module, columns: Tensor, weights: Tensor | None) -> Tensor:
     """σ(z), σ' ∂z, and σ' Δz + σ'' Σ w (∂z)²."""
     value, derivatives, laplacian = columns[:, :1], columns[:, 1:-1], columns[:, -1:]
-    if columns.shape[1] == 1:
-        activated: Tensor = module(value)
-        return activated
     with torch.enable_grad():
         value = value if value.requires_grad else value.detach().requires_grad_()
         activated = module(value)

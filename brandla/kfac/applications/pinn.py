@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from brandla import _check
-from brandla.kfac.applications.forward_laplacian import (
-    Columns,
-    Use,
-    check_model,
-    columns_of,
-    forward_laplacian,
-    propagated,
-    seeded,
-)
+from brandla.kfac.applications import forward_laplacian as forward
 from brandla.kfac.report import Report, rows_of
 from brandla.kfac.systems.kronecker import FactorStrategy, Kronecker
-from brandla.kfac.systems.sum_of_two import SumOfTwo
-from brandla.kfac.values import Damping, Now, Rows, Shape, dense
+from brandla.kfac.systems.strategy import StateCurvature
+from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, dense
+from brandla_kernels import gram_ema_
 
 # From `Columns` at points (N, d), or from values (M, m) at points (M, d), to one residual for each point.
-Residual: TypeAlias = Callable[[Columns, Tensor], Tensor]
+Residual: TypeAlias = Callable[[forward.Columns, Tensor], Tensor]
 BoundaryResidual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -81,7 +75,7 @@ class PINN:
         decay: float = 0.95,
         weights: Tensor | None = None,
     ) -> None:
-        check_model("PINN", model)
+        forward.check_model("PINN", model)
         if inverse is not None and not isinstance(inverse, FactorStrategy):
             rule = "inverse must be None or a strategy of factors such as Brand(rank=32)"
             _check.fail_type("PINN", f"{rule}; got {type(inverse).__name__}")
@@ -92,12 +86,11 @@ class PINN:
         self._model, self._damping, self._decay, self._weights = model, damping, decay, weights
         modules = model.named_modules(remove_duplicate=False)
         self._linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-        self._shapes = [
-            Shape((), own.out_features, own.in_features + (own.bias is not None), own.weight.dtype, own.weight.device)
-            for own in self._linears.values()
-        ]
-        if inverse is None:
-            self._shapes = [shape._replace(dtype=torch.float64) for shape in self._shapes]
+        self._shapes = []
+        for own in self._linears.values():
+            dtype = torch.float64 if inverse is None else own.weight.dtype
+            d_in = own.in_features + (own.bias is not None)
+            self._shapes.append(Shape((), own.out_features, d_in, dtype, own.weight.device))
         self.curvatures: list[SumOfTwo | Kronecker] = [
             SumOfTwo(shape) if inverse is None else Kronecker.of(shape, inverse) for shape in self._shapes
         ]
@@ -108,7 +101,7 @@ class PINN:
     @torch.no_grad()
     def loss(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
         """Return the loss alone, with the parameters of `backward`."""
-        inside = residual(forward_laplacian(self._model, interior, self._weights), interior)
+        inside = residual(forward.forward_laplacian(self._model, interior, self._weights), interior)
         return _loss(inside, at_boundary(self._model(boundary), boundary))
 
     def backward(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
@@ -134,25 +127,28 @@ class PINN:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             message = "PINN.backward: it is for one process; got a group of several: train in one"
             raise RuntimeError(message)
-        uses: tuple[list[Use], list[Use]] = [], []
+        uses: tuple[forward.Uses, forward.Uses] = [], []
         with torch.enable_grad():
-            columns = propagated(self._model, seeded(interior), self._weights, uses[0])
-            values = propagated(self._model, boundary[:, None], self._weights, uses[1])
-            residuals = residual(columns_of(columns), interior), at_boundary(values[:, 0], boundary)
+            columns = forward.propagated(self._model, forward.seeded(interior), self._weights, uses[0])
+            values = forward.propagated(self._model, boundary[:, None], self._weights, uses[1])
+            residuals = residual(forward.columns_of(columns), interior), at_boundary(values[:, 0], boundary)
         finite = torch.isfinite(_loss(*residuals))
         terms = [_terms(*parts, finite) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
         now = Now(self._steps, self._steps * 65_537, self._decay, Damping(self._damping, "absolute"), finite)
-        for linear, curvature, inside, outside in zip(self._linears.values(), self.curvatures, *terms, strict=True):
-            curvature.absorb(_both(inside, outside) if isinstance(curvature, Kronecker) else inside.rows(), now)
+        layers = zip(self._linears.values(), self.curvatures, *terms, strict=True)
+        for linear, curvature, (inside, own), (outside, other) in layers:
             if isinstance(curvature, SumOfTwo):
-                curvature.absorb_boundary(outside.rows(), now)
-            step = dense(curvature.solve(inside.gradient() + outside.gradient(), now)).to(linear.weight.dtype)
+                curvature.absorb(inside, now)
+                curvature.absorb(outside, now, "boundary")
+            else:
+                curvature.absorb(_both(inside, outside), now)
+            step = dense(curvature.solve(own + other, now)).to(linear.weight.dtype)
             linear.weight.grad = step[:, : linear.in_features].clone()
             if linear.bias is not None:
                 linear.bias.grad = step[:, -1].clone()
         self._steps += 1
         self._skipped = ~finite + self._skipped
-        self._captured = sum(part.nbytes for term in chain(*terms) for part in term[:2])
+        self._captured = sum(rows.inputs.nbytes + rows.gradients.nbytes for rows, _ in chain(*terms))
         return _loss(*residuals).detach()
 
     def report(self) -> Report:
@@ -180,44 +176,69 @@ class PINN:
         self.curvatures, self._steps = loaded, state["steps"]
 
 
-class Term(NamedTuple):
-    """What one part of the loss has of a layer: z (N S, d_in), g (N S, d_out), and r (N S,) of their points."""
+@dataclass
+class SumOfTwo(StateCurvature):
+    """A_Ω ⊗ B_Ω + A_∂ ⊗ B_∂ of one layer, each an exponential average, in the dtype of its shape: float64."""
 
-    inputs: Tensor
-    derivatives: Tensor
-    residuals: Tensor
-    points: int
+    loader: ClassVar[str] = "PINN.load_state_dict"
+    remark: ClassVar[str] = "inside and at the boundary"
+    of_sides: ClassVar[Mapping[Side, Sequence[str]]] = {
+        "input": ("interior input", "boundary input", "total"),
+        "output": ("interior output", "boundary output"),
+    }
 
-    def gradient(self) -> Tensor:
-        """Return the gradient of ½ mean r²."""
-        return (self.derivatives * self.residuals[:, None]).mT @ self.inputs / self.points
+    def absorb(self, rows: Rows, now: Now, term: str = "interior") -> None:
+        """Take in the rows of a term; a step begins with those inside."""
+        if term == "interior":
+            total = self.state.get("total", torch.zeros((), dtype=self.shape.dtype, device=self.shape.device))
+            self.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(self.shape.dtype)
+        for side, own, scale in (("input", rows.inputs, 1 / rows.uses), ("output", rows.gradients, rows.uses)):
+            start = torch.zeros(own.shape[-1], own.shape[-1], dtype=self.shape.dtype, device=own.device)
+            known = self.state.setdefault(f"{term} {side}", start)
+            gram_ema_(known, own.mT.to(known.dtype), now.decay, (1 - now.decay) * scale)
 
-    def rows(self) -> Rows:
-        """Return rows with A = Σ z zᵀ / (N S) and G = Σ g gᵀ / N."""
-        uses = len(self.inputs)
-        return Rows(self.inputs, self.derivatives / (uses * self.points) ** 0.5, uses)
+    def solve(self, gradient: Gradient, now: Now) -> Gradient:
+        """Return K₂ [(K₂ᵀ ∂W K₁) / (1 + s₂ s₁ᵀ)] K₁ᵀ, with KᵀM_ΩK = I and KᵀM_∂K = diag(s) on each side."""
+        (right, s_in), (left, s_out) = (self._pencil(side, now.damping.value) for side in self.of_sides)
+        rotated = left.mT @ dense(gradient).to(right.dtype) @ right
+        return left @ (rotated / (1 + s_out[:, None] * s_in)) @ right.mT
+
+    def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the order of each matrix."""
+        sides = {name: self.shape.d_in if name.endswith("input") else self.shape.d_out for name in state}
+        return {name: (n, n) for name, n in sides.items() if name != "total"}
+
+    def _pencil(self, side: Side, damping: float) -> tuple[Tensor, Tensor]:
+        """Return K and s of the two factors of a side, each plus λI."""
+        total = self.state["total"].clamp_min(torch.finfo(self.shape.dtype).tiny)
+        inside, outside = (self.state[f"{term} {side}"] / total for term in ("interior", "boundary"))
+        for part in (inside, outside):
+            part.diagonal().add_(damping)
+        factor = torch.linalg.cholesky_ex(inside).L
+        half = torch.linalg.solve_triangular(factor, outside, upper=False)
+        values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
+        return torch.linalg.solve_triangular(factor.mT, vectors, upper=True), values.clamp_min(0)
 
 
-def _terms(residuals: Tensor, points: Tensor, uses: list[Use], finite: Tensor) -> list[Term]:
-    """Return the term of each layer, or zeros."""
+def _terms(residuals: Tensor, points: Tensor, uses: forward.Uses, finite: Tensor) -> list[tuple[Rows, Tensor]]:
+    """Return rows with A = Σ z zᵀ / (N S), G = Σ g gᵀ / N, and the gradient of ½ mean r², of each layer; or zeros."""
     if residuals.shape != points.shape[:1]:
         rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
         _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")
-    derivatives = torch.autograd.grad(residuals.sum(), [use.output for use in uses])
+    derivatives = torch.autograd.grad(residuals.sum(), [output for _, output in uses])
     found = []
-    for use, own in zip(uses, derivatives, strict=True):
-        of_points = residuals.detach().repeat_interleave(own.shape[1])
-        parts = use.inputs.flatten(0, 1), own.flatten(0, 1), of_points
-        inputs, of_columns, of_points = (torch.where(finite, part, 0) for part in parts)
-        found.append(Term(inputs, of_columns, of_points, len(points)))
+    for (inputs, _), own in zip(uses, derivatives, strict=True):
+        parts = inputs.flatten(0, 1), own.flatten(0, 1), residuals.detach().repeat_interleave(own.shape[1])
+        z, g, of_points = (torch.where(finite, part, 0) for part in parts)
+        rows = Rows(z, g / (len(z) * len(points)) ** 0.5, len(z))
+        found.append((rows, (g * of_points[:, None]).mT @ z / len(points)))
     return found
 
 
-def _both(inside: Term, outside: Term) -> Rows:
+def _both(inside: Rows, outside: Rows) -> Rows:
     """Return rows with ½ (A_Ω + A_∂) and B_Ω + B_∂."""
-    inputs = [term.inputs / (2 * len(term.inputs)) ** 0.5 for term in (inside, outside)]
-    derivatives = [term.derivatives / term.points**0.5 for term in (inside, outside)]
-    return Rows(torch.cat(inputs), torch.cat(derivatives), 1)
+    inputs = [rows.inputs / (2 * rows.uses) ** 0.5 for rows in (inside, outside)]
+    return Rows(torch.cat(inputs), torch.cat([rows.gradients * rows.uses**0.5 for rows in (inside, outside)]), 1)
 
 
 def _loss(inside: Tensor, outside: Tensor) -> Tensor:

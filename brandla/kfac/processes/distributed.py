@@ -204,10 +204,8 @@ class Split(Gather):
         factor = self._factor(unit)
         if factor is None:
             return float(part.kept + part.width) * part.width**2
-        if not factor.started:
-            factor.choose()
         # Of n × n numbers that is n²(k + n), of n × r numbers n r (k + r), and of vectors their length.
-        vectors = len(factor.groups) + 1
+        vectors = len(factor.shape.groups) + 1
         return float(
             sum(own.numel() * (own.shape[-1] + part.kept if own.ndim > vectors else 1) for own in factor.outline())
         )

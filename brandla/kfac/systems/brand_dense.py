@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch import Tensor
 from brandla import _check
 from brandla.correction import ritz_correct
 from brandla.kfac.systems.brand import BrandForm, sketched
+from brandla.kfac.systems.exact import Randomized
 from brandla.kfac.systems.form import Absorption, DenseForm, State, due
-from brandla.kfac.systems.randomized import Randomized
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
@@ -130,5 +130,4 @@ class BrandRandomized(DenseBrand):
 
     def largest(self, state: State) -> Tensor:
         """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
-        largest: Tensor = state["gram"][..., 0, 0]
-        return largest
+        return cast(Tensor, state["gram"][..., 0, 0])

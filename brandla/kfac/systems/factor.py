@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.form import Absorption, FactorForm, State, restored, tensors_of
-from brandla.kfac.values import Damping, Now, alike
+from brandla.kfac.values import Damping, Now, Shape, alike
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
@@ -23,37 +23,30 @@ class Factor:
     """One Kronecker factor M, or a batch of them: the strategy it got, why if not the one asked for, and its state."""
 
     n: int
-    groups: tuple[int, ...]
+    shape: Shape
     asked: FactorForm
-    dtype: torch.dtype
-    device: torch.device
     strategy: FactorForm = field(init=False)
-    reason: str = ""
+    reason: str = field(init=False)
     state: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.strategy = self.asked
+        self.strategy, self.reason = self.asked.substitute(self.n) or (self.asked, "")
 
     @property
     def started(self) -> bool:
         return bool(self.state)
 
-    def choose(self) -> None:
-        self.strategy, self.reason = self.asked.substitute(self.n) or (self.asked, "")
-
     def begin(self) -> None:
-        """Choose the strategy, and the state before any data."""
-        self.choose()
-        self.state = self.strategy.start(self.n, self.groups, self.dtype, self.device)
+        groups, dtype, device = self.shape.groups, self.shape.dtype, self.shape.device
+        self.state = self.strategy.start(self.n, groups, dtype, device)
         # No less than tiny ever: S, which is 0 as well then, is divided by it.
-        tiny = torch.finfo(self.dtype).tiny
-        self.state["total"] = torch.full((), tiny, dtype=self.dtype, device=self.device)
+        self.state["total"] = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
         if self.strategy.tail == "mean":
-            self.state.setdefault("trace", torch.zeros(self.groups, dtype=self.dtype, device=self.device))
+            self.state.setdefault("trace", torch.zeros(groups, dtype=dtype, device=device))
 
     def outline(self) -> Iterable[Tensor]:
         """Return tensors of the shapes that the state begins with, and no memory of their own."""
-        return tensors_of(self.strategy.start(self.n, self.groups, self.dtype, torch.device("meta")))
+        return tensors_of(self.strategy.start(self.n, self.shape.groups, self.shape.dtype, torch.device("meta")))
 
     def tensors(self) -> Iterable[Tensor]:
         return tensors_of(self.state)
@@ -67,13 +60,13 @@ class Factor:
         return self.strategy.operand(self.state)
 
     def largest(self) -> Tensor:
-        return self.strategy.largest(self.state)
+        return self.strategy.largest_of_each([self.state])[0]
 
     def parts(self) -> State:
         return {"strategy": str(self.strategy), "reason": self.reason, "state": self.state}
 
     def loaded(self, saved: dict[str, Any], where: str) -> Factor:
-        fresh = replace(self, reason=saved["reason"], state={})
+        fresh = replace(self, state={})
         if not saved["state"]:
             return fresh
         fresh.begin()
@@ -110,7 +103,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             continue
         if not factor.state:
             factor.begin()
-            factor.state["total"] = first.setdefault((factor.dtype, factor.device), factor.state["total"])
+            factor.state["total"] = first.setdefault((factor.shape.dtype, factor.shape.device), factor.state["total"])
         before = factor.state["total"]
         if id(before) not in totals:
             decayed = now.decay * before
@@ -148,16 +141,22 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     return damping.of_each(alike(factors, lambda own: own.strategy, largest))
 
 
-def damped_solves(factors: Sequence[Factor], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together."""
+def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together.
+
+    None stands for I, undamped.
+    """
 
     def together(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
+        if members[0][1] is None:
+            problems = [(factor.state, block, shift) for factor, _, block, shift in members]
+            return members[0][0].strategy.damped_solve_of_each(problems)
         own, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
-        if operands[0] is None:
-            strategy: FactorForm = own[0].strategy
-            return strategy.damped_solve_of_each([factor.state for factor in own], right, shifts)
         return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in own])
 
-    operands = [own.operand() for own in factors]
-    problems = list(zip(factors, operands, blocks, shifts_of_each(factors, damping), strict=True))
-    return alike(problems, lambda own: own[0].strategy if own[1] is None else None, together)
+    known = [own for own in factors if own is not None]
+    operands = [own.operand() for own in known]
+    right = [block for own, block in zip(factors, blocks, strict=True) if own is not None]
+    problems = list(zip(known, operands, right, shifts_of_each(known, damping), strict=True))
+    solved = iter(alike(problems, lambda own: own[0].strategy if own[1] is None else None, together))
+    return [block if own is None else next(solved) for own, block in zip(factors, blocks, strict=True)]

@@ -41,5 +41,4 @@ class Foof(KroneckerStrategy):
         check_inner(self, self.inner, FactorStrategy, "a strategy of factors such as Brand(rank=128)")
 
     def curvature(self, shape: Shape) -> Curvature:
-        both = Kronecker.of(shape, self.inner)
-        return Kronecker(None if shape.single else both.input, None, shape.single)
+        return Kronecker(None if shape.single else Kronecker.of(shape, self.inner).input, None)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from brandla import _check
-from brandla.damped import LowRank, damped_solve
+from brandla.damped import LowRank
 from brandla.kfac.systems.schedule import Schedule, at, spelled
-from brandla.kfac.values import Damping
-from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked
+from brandla.kfac.values import Damping, alike, layout
+from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked, stack_numbers, stacked
 from brandla_kernels import gram_ema_
 
 # Tensors, numbers and strings by their names, and mappings of them.
@@ -22,18 +23,9 @@ State = dict[str, Any]
 _OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
 
 
-def copied(part: Any) -> Any:
-    """Return a state, or a part of it, with copies of its tensors."""
-    if isinstance(part, Mapping):
-        return {name: copied(own) for name, own in part.items()}
-    return part.clone() if isinstance(part, Tensor) else part
-
-
 def tensors_of(part: Any) -> list[Tensor]:
     """Return the tensors of a state, or of a part of it."""
-    if isinstance(part, Mapping):
-        return [tensor for own in part.values() for tensor in tensors_of(own)]
-    return [part] if isinstance(part, Tensor) else []
+    return [own for own in tree_leaves(part) if isinstance(own, Tensor)]
 
 
 def check_shape(
@@ -121,8 +113,7 @@ class FactorForm(ABC):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Take new columns into the states of factors of this form."""
 
-    @abstractmethod
-    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
+    def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:  # noqa: B027
         """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
 
     def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
@@ -150,16 +141,12 @@ class FactorForm(ABC):
         return [self.largest(state) for state in states]
 
     def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        """Return (M + λI)⁻¹ times a block (..., n, m)."""
-        operand = self.operand(state)
-        assert operand is not None, _OWN_SOLVE
-        return damped_solve(operand, block, shift, tail=self.tail)
+        """Return (M + λI)⁻¹ times a block (..., n, m), where there is no low-rank form of M."""
+        raise NotImplementedError(_OWN_SOLVE)
 
-    def damped_solve_of_each(
-        self, states: Sequence[State], blocks: Sequence[Tensor], shifts: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return `damped_solve` of each state."""
-        return [self.damped_solve(*own) for own in zip(states, blocks, shifts, strict=True)]
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
+        """Return `damped_solve` of each state, block and λ."""
+        return [self.damped_solve(*own) for own in problems]
 
     @abstractmethod
     def error_bound(self, state: State) -> Tensor:
@@ -189,8 +176,7 @@ class DenseForm(FactorForm):
 
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
-        average: Tensor = state["dense"] / state["total"]
-        return average
+        return cast(Tensor, state["dense"] / state["total"])
 
     def approximation(self, state: State) -> Tensor:
         """Return M̂ as a dense matrix."""
@@ -200,10 +186,85 @@ class DenseForm(FactorForm):
 
     def error_bound(self, state: State) -> Tensor:
         """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
-        norm: Tensor = torch.linalg.matrix_norm(self.average(state) - self.approximation(state))
-        return norm
+        return cast(Tensor, torch.linalg.matrix_norm(self.average(state) - self.approximation(state)))
 
     def keep_trace(self, state: State) -> None:
         """Keep the trace of M, where the tail comes from it."""
         if self.tail == "mean":
             state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(FactorForm):
+    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers, so with no tail.
+
+    Its columns are given as indices (k,), −1 for a column of zeros.
+    """
+
+    @property
+    def is_capturable(self) -> bool:
+        return True
+
+    def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
+        return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
+
+    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+        for state, indices, decay, weight, finite, *_ in absorptions:
+            diagonal = state["diagonal"]
+            weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
+            diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
+
+    def largest(self, state: State) -> Tensor:
+        return cast(Tensor, state["diagonal"].amax(-1) / state["total"])
+
+    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+        return cast(Tensor, block / (state["diagonal"] / state["total"] + shift[..., None])[..., None])
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(DenseForm):
+    """Factors of order 1 and 2, many at once, solved with directly at every step, so with no tail."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def is_capturable(self) -> bool:
+        return True
+
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
+
+        def of(members: list[State]) -> Sequence[Tensor]:
+            blocks = _averages(members)
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+            if diagonal.shape[-1] == 1:
+                return diagonal[..., 0].unbind()
+            first, last = diagonal.unbind(-1)
+            return ((first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])).unbind()
+
+        return alike(states, lambda state: layout(state["dense"]), of)
+
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
+        """Solve densely; regular, since λ > 0."""
+
+        def of(members: list[tuple[State, Tensor, Tensor]]) -> Sequence[Tensor]:
+            own, right, added = zip(*members, strict=True)
+            averages = _averages(own)
+            averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
+            return cast(Tensor, torch.linalg.solve_ex(averages, stacked(right)).result).unbind()
+
+        return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
+
+    def error_bound(self, state: State) -> Tensor:
+        return torch.zeros_like(state["total"])
+
+
+def _averages(states: Sequence[State]) -> Tensor:
+    """Return M = S / total of each state, in one tensor."""
+    sums = stacked([state["dense"] for state in states])
+    totals = stack_numbers([state["total"] for state in states], sums)
+    assert isinstance(totals, Tensor)
+    return sums / totals.view(-1, *[1] * (sums.ndim - 1))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from functools import reduce
+from operator import mul
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -117,35 +119,29 @@ class InverseFreeCurvature(Curvature):
         if self.renewed is not None and now.step - self.renewed < at(self.strategy.preconditioner_every, now.step):
             return
         self.renewed = now.step
-        sides, batches = list(self.sides.values()), self._batches(rows)
-        together = self.strategy.variant == "singd" and len(sides) == 2
-        known = [side.largest() for side in sides]
-        for side, batch in zip(sides, batches, strict=True):
-            side.observe(batch, now)
-        dampings = [now.damping.of(side.largest()) for side in sides]
-        means = [batch.mean_eigenvalue() for batch in batches]
-        if together:
-            known, dampings, means = ([first * second] for first, second in (known, dampings, means))
-        power = -0.25 if together else -0.5
-        # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
-        starts = [
-            ((own == 0) & now.finite, (mean + damping).pow(power))
-            for own, mean, damping in zip(known, means, dampings, strict=True)
-        ]
-        for side, start in zip(sides, starts * 2 if together else starts, strict=True):
-            side.restart(*start)
-        seen = [batch.seen_by(side.structure, side.root) for side, batch in zip(sides, batches, strict=True)]
-        own = [side.structure.own_gram(side.root) for side in sides]
-        curvatures: Sequence[Tensor | float] = [1.0] * len(sides)
-        if together:
-            curvatures, tails = (
-                [side.structure.trace(part) / side.n for side, part in zip(sides, parts, strict=True)][::-1]
-                for parts in (seen, own)
-            )
-            dampings = [dampings[0] * tail for tail in tails]
-        towards = zip(curvatures, seen, dampings, own, strict=True)
-        for side, (curvature, look, damping, gram) in zip(sides, towards, strict=True):
-            side.move([(curvature, look), (damping, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
+        sides = list(zip(self.sides.values(), self._batches(rows), strict=True))
+        # What is one number for both sides in SINGD is one for each in IKFAC.
+        for group in [sides] if self.strategy.variant == "singd" else [[own] for own in sides]:
+            known = reduce(mul, [side.largest() for side, _ in group])
+            for side, batch in group:
+                side.observe(batch, now)
+            damping = reduce(mul, [now.damping.of(side.largest()) for side, _ in group])
+            mean = reduce(mul, [batch.mean_eigenvalue() for _, batch in group])
+            # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
+            start = (known == 0) & now.finite, (mean + damping).pow(-0.5 / len(group))
+            for side, _ in group:
+                side.restart(*start)
+            seen = [batch.seen_by(side.structure, side.root) for side, batch in group]
+            own = [side.structure.own_gram(side.root) for side, _ in group]
+            weights: list[tuple[Tensor | float, Tensor]] = [(1.0, damping)]
+            if len(group) == 2:
+                traces = [
+                    [side.structure.trace(part) / side.n for part in parts]
+                    for (side, _), *parts in zip(group, seen, own, strict=True)
+                ]
+                weights = [(curvature, damping * tail) for curvature, tail in reversed(traces)]
+            for (side, _), (curvature, shift), look, gram in zip(group, weights, seen, own, strict=True):
+                side.move([(curvature, look), (shift, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
@@ -164,7 +160,7 @@ class InverseFreeCurvature(Curvature):
 
     def kept(self) -> Iterator[Kept]:
         for side, own in self.sides.items():
-            yield Kept(side, own.n, repr(own.structure), tensors_of(own.parts()))
+            yield side, repr(own.structure), tensors_of(own.parts())
 
     def parts(self) -> State:
         return {**{side: own.parts() for side, own in self.sides.items()}, "renewed": self.renewed}
@@ -179,19 +175,22 @@ class InverseFreeCurvature(Curvature):
 
     def _batches(self, rows: Rows) -> list[Batch]:
         """Return A and G of the rows, as `Kronecker` has them."""
-        dtype = self.input.direction.dtype
+        dtype, indices = self.input.direction.dtype, rows.inputs
         if self.output is None:
-            return [RowBatch(rows.inputs.to(dtype), rows.uses)]
-        G = RowBatch(rows.gradients.to(dtype), rows.uses)
-        if not rows.inputs.is_floating_point():
-            return [CountBatch.of(rows.inputs, 1 / rows.uses, self.input.n, dtype), G]
-        return [RowBatch(rows.inputs.to(dtype), 1 / rows.uses), G]
+            return [Batch(rows.inputs.to(dtype), rows.uses)]
+        G = Batch(rows.gradients.to(dtype), rows.uses)
+        if indices.is_floating_point():
+            return [Batch(rows.inputs.to(dtype), 1 / rows.uses), G]
+        # A row of zeros is at no index, which is −1.
+        shares = (indices >= 0).to(dtype) / rows.uses
+        frequencies = shares.new_zeros(self.input.n).index_add_(0, indices.clamp(min=0), shares)
+        return [CountBatch(frequencies.sqrt()[None], 1.0), G]
 
     def _from_output(self, columns: Tensor) -> Tensor:
         return columns if self.output is None else self.output.apply(columns.mT).mT
 
 
-class RowBatch(NamedTuple):
+class Batch(NamedTuple):
     """The factor M = scale · XᵀX of one batch, by its rows X (*groups, N, n)."""
 
     rows: Tensor
@@ -204,8 +203,7 @@ class RowBatch(NamedTuple):
 
     def times(self, vector: Tensor) -> Tensor:
         """Return scale · Xᵀ(X v)."""
-        image: Tensor = self.rows.mT @ (self.rows @ vector[..., None])
-        return self.scale * image.squeeze(-1)
+        return self.scale * (self.rows.mT @ (self.rows @ vector[..., None])).squeeze(-1)
 
     def mean_eigenvalue(self) -> Tensor:
         """Return tr M / n, shape (*groups,)."""
@@ -216,32 +214,14 @@ class RowBatch(NamedTuple):
         return structure.combine((self.scale, structure.gram(structure.times(self.rows, root))))
 
 
-class CountBatch(NamedTuple):
-    """The factor M = diag(f) of one-hot rows, for the frequencies f (n,) of each place; its structure is diagonal."""
-
-    frequencies: Tensor
-
-    @classmethod
-    def of(cls, indices: Tensor, scale: float, n: int, dtype: torch.dtype) -> CountBatch:
-        """Count indices (N,), −1 being a row of zeros, ``scale`` for each."""
-        shares = scale * (indices >= 0).to(dtype)
-        return cls(shares.new_zeros(n).index_add_(0, indices.clamp(min=0), shares))
+class CountBatch(Batch):
+    """The factor M = diag(f) of one-hot rows, by one row √f, whose trace and projection are those of all the rows."""
 
     def start(self) -> Tensor:
-        return self.frequencies
+        return self.rows[0].square()
 
     def times(self, vector: Tensor) -> Tensor:
-        return self.frequencies * vector
-
-    def mean_eigenvalue(self) -> Tensor:
-        return self.frequencies.mean(-1)
-
-    def seen_by(self, structure: Structure, root: Member) -> Member:
-        """Return Π(KᵀMK) = K² f."""
-        return (root[0].square() * self.frequencies,)
-
-
-Batch: TypeAlias = RowBatch | CountBatch
+        return self.rows[0].square() * vector
 
 
 @dataclass
@@ -315,20 +295,17 @@ class InverseRoot:
         if state["structure"] != repr(self.structure):
             rule = f"{where}: the structure must be {self.structure!r}; the state has {state['structure']}"
             _check.fail_value("KFAC.load_state_dict", rule)
-        tensors: dict[str, Any] = {
-            name: tuple(
-                restored(state[name][str(index)], part, f"{where}: {name}") for index, part in enumerate(member)
-            )
-            for name, member in (("root", self.root), ("momentum", self.momentum))
-        }
-        for name, like in (("direction", self.direction), ("total", self.total)):
-            tensors[name] = restored(state[name], like, f"{where}: {name}")
-        return replace(self, **tensors)
+        own: dict[str, Any] = {}
+        for name, like in self.parts().items():
+            if isinstance(like, dict):
+                own[name] = tuple(restored(state[name][key], part, f"{where}: {name}") for key, part in like.items())
+            elif isinstance(like, Tensor):
+                own[name] = restored(state[name], like, f"{where}: {name}")
+        return replace(self, **own)
 
 
 def _length(vectors: Tensor) -> Tensor:
     """Return lengths along the last dimension, also where squares overflow or vanish: of M v, data to the fourth."""
     largest = vectors.abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1)
-    length: Tensor = torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1)
-    return length
+    return cast(Tensor, torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -124,8 +124,7 @@ class QuasiNewton(StateCurvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return H_G ∂W H_A."""
-        step: Tensor = self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"]
-        return step
+        return cast(Tensor, self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"])
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
         """Keep the mean output of this pass and its gradient."""
@@ -137,13 +136,11 @@ class QuasiNewton(StateCurvature):
         """Take the change since `note` into the running s and y, and them into H_G."""
         if "noted" not in self.state:
             return
-        finite = now.finite & self.state["noted"].bool()
+        finite = now.finite & self.state.pop("noted").bool()
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
             known, share = self.state[name], finite.to(self.shape.dtype) * (1 - self.strategy.average)
-            self.state[name] = (1 - share) * known + share * (after - self.state[before])
-        for name in ("outputs", "gradients", "noted"):
-            del self.state[name]
+            self.state[name] = (1 - share) * known + share * (after - self.state.pop(before))
         inverse, s, y = (self.state[name].double() for name in ("output", "s", "y"))
         s, y = curved(inverse, s, y, self.strategy.curved, now.damping)
         # Where a common shift changes no loss, as that of an attention's keys, y is the rounding of its sum.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from brandla import grouped
 from brandla.damped import LowRank
-from brandla.kfac.systems.diagonal import Blocks, Diagonal
 from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
-from brandla.kfac.systems.form import FactorForm, State
+from brandla.kfac.systems.form import Blocks, Diagonal, FactorForm, State
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, alike
 
-# Both factors of a layer, the output's first, and their low-rank forms.
-Product: TypeAlias = tuple[Factor, Factor, LowRank, LowRank]
+SIDES: tuple[Side, Side] = ("output", "input")
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,13 @@ class Kronecker(Curvature):
 
     input: Factor | None
     output: Factor | None
-    single: bool = False
 
     @classmethod
     def of(cls, shape: Shape, strategy: FactorForm) -> Kronecker:
         """Return the curvature of a layer before any data; an input factor of a known simple form is exact."""
-
-        def fresh(n: int, form: FactorForm) -> Factor:
-            return Factor(n, shape.groups, form, shape.dtype, shape.device)
-
         of_inputs = Diagonal() if shape.one_hot else Blocks() if shape.single else strategy
-        return cls(fresh(shape.d_in, of_inputs), None if shape.single else fresh(shape.d_out, strategy), shape.single)
+        output = None if shape.single else Factor(shape.d_out, shape, strategy)
+        return cls(Factor(shape.d_in, shape, of_inputs), output)
 
     @cached_property
     def sides(self) -> list[tuple[Side, Factor]]:
@@ -79,7 +73,7 @@ class Kronecker(Curvature):
         found: list[Intake] = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
-            found.append((self.input, inputs, rows.uses if self.single else 1 / rows.uses))
+            found.append((self.input, inputs, rows.uses if rows.single else 1 / rows.uses))
         if self.output is not None:
             found.append((self.output, rows.gradients.mT, rows.uses))
         return found
@@ -94,60 +88,44 @@ class Kronecker(Curvature):
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
     """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem, all sides of pairs together, and all of matrices."""
+    gradients = [problem.gradient for problem in problems]
+    sides = [dict(problem.curvature.factors()) for problem in problems]
 
-    def together(members: list[tuple[Gradient, list[tuple[Side, Factor]], Product | None]]) -> Sequence[Gradient]:
-        gradients, sides, products = (list(part) for part in zip(*members, strict=True))
-        if products[0] is None:
-            return _from_each_side(gradients, sides, damping)
-        left, right, of_left, of_right = (list(part) for part in zip(*products, strict=True))
+    def is_at_once(index: int) -> bool:
+        """Whether there is a matrix, and two factors of a low-rank form."""
+        own = sides[index]
+        if not isinstance(gradients[index], Tensor) or len(own) < 2:
+            return False
+        return own["output"].rank is not None and own["input"].rank is not None
+
+    def together(indices: list[int]) -> Sequence[Gradient]:
+        own, factors = [gradients[index] for index in indices], [sides[index] for index in indices]
+        if not is_at_once(indices[0]):
+            return _from_each_side(own, factors, damping)
+        left, right = ([of_layer[side] for of_layer in factors] for side in SIDES)
+        of_left, of_right = ([cast(LowRank, factor.operand()) for factor in those] for those in (left, right))
+        left_tail, right_tail = ([factor.strategy.tail for factor in those] for those in (left, right))
         both = shifts_of_each(left + right, damping)
         shifts = both[: len(left)], both[len(left) :]
-        left_tail, right_tail = ([own.strategy.tail for own in factors] for factors in (left, right))
-        return grouped.kron_damped_solve(
-            of_left, of_right, gradients, *shifts, left_tail=left_tail, right_tail=right_tail
-        )
+        return grouped.kron_damped_solve(of_left, of_right, own, *shifts, left_tail=left_tail, right_tail=right_tail)
 
-    gradients = [problem.gradient for problem in problems]
-    sides = [list(problem.curvature.factors()) for problem in problems]
-    members = list(zip(gradients, sides, map(_product, gradients, sides), strict=True))
-    return alike(members, lambda own: own[-1] is None, together)
-
-
-def _product(gradient: Gradient, sides: Sequence[tuple[Side, Factor]]) -> Product | None:
-    """Return what solves for a matrix at once; None for a pair, or without two factors of a low-rank form."""
-    if not isinstance(gradient, Tensor) or len(sides) < 2:
-        return None
-    (_, right), (_, left) = sides
-    of_left, of_right = left.operand(), right.operand()
-    return None if of_left is None or of_right is None else (left, right, of_left, of_right)
+    return alike(range(len(problems)), is_at_once, together)
 
 
 def _from_each_side(
-    gradients: Sequence[Gradient], sides: Sequence[Sequence[tuple[Side, Factor]]], damping: Damping
+    gradients: Sequence[Gradient], sides: Sequence[Mapping[Side, Factor]], damping: Damping
 ) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
-
-    def solve(blocks: list[dict[Side, Tensor]]) -> None:
-        taken = [
-            (own, side, factor)
-            for own, factors in zip(blocks, sides, strict=True)
-            for side, factor in factors
-            if side in own
-        ]
-        solved = damped_solves([factor for *_, factor in taken], [own[side] for own, side, _ in taken], damping)
-        for (own, side, _), block in zip(taken, solved, strict=True):
-            own[side] = block
-
+    outputs, inputs = ([own.get(side) for own in sides] for side in SIDES)
     # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
-    first: list[dict[Side, Tensor]] = [
-        {"output": own} if isinstance(own, Tensor) else {"output": own[0], "input": own[1]} for own in gradients
-    ]
-    solve(first)
-    then: list[dict[Side, Tensor]] = [{} if "input" in own else {"input": own["output"].mT} for own in first]
-    solve(then)
-    return [
-        turned["input"].mT if turned else (own["output"], own["input"]) for own, turned in zip(first, then, strict=True)
-    ]
+    left = [own if isinstance(own, Tensor) else own[0] for own in gradients]
+    right = {index: own[1] for index, own in enumerate(gradients) if not isinstance(own, Tensor)}
+    solved = damped_solves([*outputs, *[inputs[index] for index in right]], [*left, *right.values()], damping)
+    right = dict(zip(right, solved[len(left) :], strict=True))
+    turned = {index: own.mT for index, own in enumerate(solved[: len(left)]) if index not in right}
+    of_turned = damped_solves([inputs[index] for index in turned], list(turned.values()), damping)
+    turned = dict(zip(turned, of_turned, strict=True))
+    return [(own, right[at]) if at in right else turned[at].mT for at, own in enumerate(solved[: len(left)])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,16 +61,13 @@ class Samples(NamedTuple):
     def some_features(self, most: int, seed: int) -> Samples:
         """Return samples whose a and γ have ``most`` entries, drawn and scaled to right inner products on average."""
         generator = torch.Generator(self.gradients.device).manual_seed(seed)
-
-        def drawn(side: Tensor) -> Tensor:
+        drawn = [self.inputs, self.gradients]
+        for index, side in enumerate(drawn):
             n = side.shape[-1]
-            if n <= most or not side.is_floating_point():
-                return side
-            chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
-            scale: float = (n / most) ** 0.5
-            return side[..., chosen] * scale
-
-        return self._replace(inputs=drawn(self.inputs), gradients=drawn(self.gradients))
+            if n > most and side.is_floating_point():
+                chosen = torch.randperm(n, generator=generator, device=side.device)[:most]
+                drawn[index] = side[..., chosen] * math.sqrt(n / most)
+        return self._replace(inputs=drawn[0], gradients=drawn[1])
 
     def cut(self, most: int, seed: int) -> Samples:
         """Return samples of ``most`` positions: each turned to the leading singular vectors of its γ over positions."""
@@ -85,13 +82,9 @@ class Samples(NamedTuple):
 
     def products(self, matrix: Gradient) -> Tensor:
         """√N ⟨v, V⟩ of every sample, shape (S,)."""
-        if not isinstance(matrix, Tensor):
-            left, right = matrix
-            entries = (self.gradients @ left) * (right[self.inputs] if self.one_hot else self.inputs @ right)
-        elif self.one_hot:
-            entries = self.gradients * matrix.mT[self.inputs]
-        else:
-            entries = (self.gradients @ matrix) * self.inputs
+        left, right = (None, matrix.mT) if isinstance(matrix, Tensor) else matrix
+        entries = right[self.inputs] if self.one_hot else self.inputs @ right
+        entries = entries * (self.gradients if left is None else self.gradients @ left)
         return entries.sum(-1).reshape(-1, self.number, self.positions).sum((0, 2)) * math.sqrt(self.uses)
 
     def combined(self, coefficients: Tensor, d_in: int) -> Gradient:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from brandla import _check
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import State, check_shape, copied, tensors_of
+from brandla.kfac.systems.form import State, check_shape, tensors_of
 from brandla.kfac.systems.schedule import spelled
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each, scaled, sizes
 
@@ -31,13 +32,8 @@ class Problem(NamedTuple):
     reduced: bool = False
 
 
-class Kept(NamedTuple):
-    """For reports: the memory of one side of a layer, where that is no factor."""
-
-    side: Side
-    n: int
-    note: str
-    tensors: Iterable[Tensor]
+# For reports: one side of a layer where that is no factor, a remark, and what it keeps.
+Kept: TypeAlias = tuple[Side, str, list[Tensor]]
 
 
 class Curvature(ABC):
@@ -77,8 +73,7 @@ class Curvature(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with copies of its tensors."""
-        state: State = copied(self.parts())
-        return state
+        return cast(State, tree_map_only(Tensor, Tensor.clone, self.parts()))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors of the state, to count its memory."""
@@ -110,8 +105,7 @@ class StateCurvature(Curvature):
 
     def kept(self) -> Iterator[Kept]:
         for side, names in self.of_sides.items():
-            n = self.shape.d_in if side == "input" else self.shape.d_out
-            yield Kept(side, n, self.remark, [self.state[name] for name in names if name in self.state])
+            yield side, self.remark, [self.state[name] for name in names if name in self.state]
 
     def parts(self) -> State:
         return self.state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import log2
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,6 @@ class Dense(Structure):
         return (torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X K: 2n² flops a row."""
         return rows @ member[0]
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
@@ -150,7 +149,6 @@ class BlockDiagonal(Structure):
         return (blocks.expand(*groups, *blocks.shape).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X K: 2nb flops a row."""
         return (self._cut(rows) @ member[0]).movedim(-3, -2).flatten(-2)[..., : rows.shape[-1]]
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
@@ -175,8 +173,7 @@ class BlockDiagonal(Structure):
     def _cut(self, rows: Tensor) -> Tensor:
         """Return (..., N, n) as (..., ⌈n/b⌉, N, b), filled up with zeros."""
         order = min(self.block, rows.shape[-1])
-        parts: Tensor = pad(rows, (0, -rows.shape[-1] % order)).unflatten(-1, (-1, order))
-        return parts.movedim(-2, -3)
+        return cast(Tensor, pad(rows, (0, -rows.shape[-1] % order)).unflatten(-1, (-1, order)).movedim(-2, -3))
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,6 @@ class Diagonal(Structure):
         return (torch.ones(*groups, n, dtype=dtype, device=device),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X K: n flops a row."""
         return rows * member[0][..., None, :]
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
@@ -236,13 +232,11 @@ class Hierarchical(Structure):
         return tuple(part.expand(*groups, *part.shape).clone() for part in parts)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X K: 2n (first + last) flops a row."""
         top, diagonal, bottom = member
         head, middle, tail = rows.split(self._sizes(rows.shape[-1]), dim=-1)
         below = tail @ bottom
         below[..., : diagonal.shape[-1]] += middle * diagonal[..., None, :]
-        above: Tensor = head @ top
-        return above + pad(below, (top.shape[-2], 0))
+        return cast(Tensor, head @ top + pad(below, (top.shape[-2], 0)))
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
         top, diagonal, bottom = member
@@ -335,14 +329,12 @@ def _length(n: int) -> int:
 
 
 def _transform(rows: Tensor) -> Tensor:
-    transform: Tensor = rfft(rows, _length(rows.shape[-1]))
-    return transform
+    return cast(Tensor, rfft(rows, _length(rows.shape[-1])))
 
 
 def _back(transform: Tensor, like: Tensor) -> Tensor:
     n = like.shape[-1]
-    rows: Tensor = irfft(transform, _length(n))
-    return rows[..., :n]
+    return cast(Tensor, irfft(transform, _length(n))[..., :n])
 
 
 def _lengths(values: Tensor) -> Tensor:

@@ -69,8 +69,7 @@ class TwoLevel(Strategy):
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
         steps = self.inner.steps(problems, now)
-        rows = {index: problem.rows for index, problem in enumerate(problems) if problem.rows is not None}
-        samples = {index: Samples.of(own) for index, own in rows.items()}
+        samples = {index: Samples.of(own.rows) for index, own in enumerate(problems) if own.rows is not None}
         if not samples:
             return steps
         usual = mode(own.number for own in samples.values())
