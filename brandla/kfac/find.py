@@ -29,7 +29,7 @@ def find_layers(
     for group in map(_with_turned, groups):
         first, *others = group
         strategies = [of_module(inverse, kind.name) for kind in group]
-        unlike = [kind for kind in others if not _is_alike(first, kind)]
+        unlike = [own for own in others if not (own.turned or type(own) is type(first)) or own.shape != first.shape]
         if unlike:
             left |= {kind.name: f"its weight is also that of {first.name}, used differently" for kind in others}
             left[first.name] = f"its weight is also that of {unlike[0].name}, used differently"
@@ -95,10 +95,6 @@ def _with_turned(group: list[Kind]) -> list[Kind]:
             others[index] = TurnedEmbeddingKind(kind.module)
             others[index].name = kind.name
     return [first, *others]
-
-
-def _is_alike(one: Kind, other: Kind) -> bool:
-    return (type(one) is type(other) or other.turned) and one.shape == other.shape
 
 
 def _leave_known_bias(group: list[Kind], biases: dict[int, Kind]) -> dict[str, str]:

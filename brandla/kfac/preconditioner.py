@@ -15,7 +15,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
 from brandla.kfac.adaptive import Adaptive, Trial
-from brandla.kfac.capture import fisher, passes
+from brandla.kfac.capture import fisher
 from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
@@ -224,7 +224,7 @@ class KFAC:
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
         elif any("curvature" in layer.capture.wanted for layer in self._layers):
-            passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
+            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
 
     def mask(self, valid: Tensor | None) -> None:
@@ -276,13 +276,13 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
+        with whole_gradients([part for layer in working for part in (layer.kind.weight, layer.kind.bias)]):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(working, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
-        self._captured = sum([layer.end() for layer in self._layers])
+        self._captured = sum([layer.capture.clear() for layer in self._layers])
         self._recorder.forget_terms()
         self._recorder.valid = None
         self._curvatures = 0
@@ -360,7 +360,7 @@ class KFAC:
             problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
             strategy.second_pass(problems, now)
         for layer in self._layers:
-            layer.end()
+            layer.capture.clear()
         self._recorder.forget_terms()
 
     def report(self) -> Report:
@@ -460,7 +460,7 @@ class KFAC:
     def _step(self, working: list[Layer], layers: list[Layer]) -> None:
         """Take the step of the layers with a gradient, among those that can be preconditioned."""
         options = self.options.at(self._steps)
-        scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
+        scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
         # Also those whose data comes from another process.
         for layer in working:
             layer.follow()
@@ -478,7 +478,7 @@ class KFAC:
             gradient
             for layer in own | pairs
             if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
-            for gradient in (layer.weight.grad, layer.bias_gradient)
+            for gradient in (layer.kind.weight.grad, layer.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
@@ -507,12 +507,12 @@ class KFAC:
             )
             raise RuntimeError(message)
         if self._takes_curvature:
-            return passes.rows(layers)
+            return fisher.rows_of(layers)
         return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
     def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
-        number: Tensor | float = 0 if self._takes_curvature else passes.terms(rows, "loss")
+        number: Tensor | float = 0 if self._takes_curvature else fisher.terms_of(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
             raise RuntimeError(message)

@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from brandla._sharded import everywhere
 from brandla.kfac.capture.calls import Call, Pass, Recorder
@@ -59,9 +59,6 @@ class Layer:
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
-        # The weight and the bias that is trained, while a step lasts.
-        self.weight: Any = None
-        self.bias: nn.Parameter | None = None
         # The rows of the gradient that autograd has not formed, while it is empty memory.
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
@@ -72,29 +69,22 @@ class Layer:
         self.direction: Tensor | None = None
 
     def begin(self) -> None:
-        """Find the weight and the bias for a step: in the next one a sharded weight may be another tensor."""
-        self.weight, self.bias = self.kind.weight, self.kind.bias
+        """Look at what was captured for a step."""
         self.unformed, self._paired = None, []
         self.capture.keep_reached()
-
-    def end(self) -> int:
-        """Forget what was captured for a step, and return how many bytes that were."""
-        self.weight = self.bias = None
-        return self.capture.clear()
 
     @property
     def bias_gradient(self) -> Tensor | None:
         """The part of the bias's gradient that belongs to this weight, to be written to."""
-        if self.bias is None or self.bias.grad is None:
-            return None
-        return self.kind.bias_part(self.bias.grad)
+        bias = self.kind.bias
+        return None if bias is None or bias.grad is None else self.kind.bias_part(bias.grad)
 
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
         if self.capture.left_out and self._left_out():
             return True
-        gradient: Tensor | None = self.weight.grad
+        gradient: Tensor | None = self.kind.weight.grad
         return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
 
     @property
@@ -159,11 +149,12 @@ class Layer:
             )
             raise RuntimeError(message)
         rows = self._whole(rows if len(calls) == len(self._calls("loss")) else None, calls, scale)
-        if self.weight.grad is None:
-            self.weight.grad = torch.empty_like(self.weight)
+        weight = self.kind.weight
+        if weight.grad is None:
+            weight.grad = torch.empty_like(weight)
             self.unformed = rows
         else:
-            self.weight.grad.add_(self._product(rows))
+            weight.grad.add_(self._product(rows))
         return rows
 
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -189,7 +180,7 @@ class Layer:
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
         rows = self._whole(None, calls, scale)
-        product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
+        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
 
@@ -204,7 +195,7 @@ class Layer:
 
         Only where the rows are so few that they take the gradient's place.
         """
-        if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
+        if not self.linear or self.sharing != "expand" or self.kind.weight.dtype != self.shape.dtype:
             return False
         return not [call for call in self.capture.calls if call.valid is not None] and bool(self._pair_calls())
 
@@ -232,7 +223,7 @@ class Layer:
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
         kind, bias, d_in = self.kind, self.bias_gradient, self.shape.d_in - self.has_bias
-        parts = [self._put(step, slice(d_in), kind.weight_part(self.weight.grad), kind.tensor)]
+        parts = [self._put(step, slice(d_in), kind.weight_part(self.kind.weight.grad), kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
         if kind.weights == 1:
@@ -242,8 +233,8 @@ class Layer:
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
-        if self.weight.grad is not None:
-            self._written = Noted(self.weight.grad)
+        if self.kind.weight.grad is not None:
+            self._written = Noted(self.kind.weight.grad)
 
     def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
@@ -282,7 +273,7 @@ class Layer:
     def _pair_calls(self) -> list[Call]:
         """Return the calls whose pair may be the gradient, if it is cheaper to apply than that; else none."""
         kind, shape = self.kind, self.shape
-        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
+        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and kind.bias is None):
             return self._paired
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
@@ -304,34 +295,31 @@ class Layer:
 
         Rows of padding are 0. As a ``whole``, there is one row for every sample and position, as it was captured.
         """
-        inputs, gradients, turned, positions = [], [], [], set()
-        # By whether they are turned.
-        counts = [0, 0]
-        valid: list[list[Tensor]] = [[], []]
+        by_side = ([call for call in calls if call.kind.turned == turned] for turned in (False, True))
+        (rows, valid), *others = [self._of_side(own, of, scale, whole=whole) for own in by_side if own]
+        for turned, _ in others:
+            rows = _with_turned(rows, turned)
+        return self._without_padding(rows, valid, of) if valid else rows
+
+    def _of_side(self, calls: list[Call], of: Pass, scale: Tensor | None, *, whole: bool) -> tuple[Rows, list[Tensor]]:
+        """Return the rows of calls that are all turned, or all not, and masks of those that are no padding."""
+        inputs, gradients, valid, positions, count = [], [], [], set(), 0
         found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
         # First the first gradients of all calls, then the second ones.
         for index, call, gradient in sorted(found, key=itemgetter(0)):
             full, is_new = gradient.to(self.shape.dtype), of == "loss" or index == 0
             uses, own = self._uses(call, full if scale is None else full / scale, whole=whole)
             if own is not None and is_new:
-                valid[call.kind.turned].append(own)
+                valid.append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
-            turned.append(call.kind.turned)
             if is_new or self.is_turned:
-                counts[call.kind.turned] += samples * position_count
+                count += samples * position_count
             if is_new or self.is_turned or self.kind.single:
                 inputs.append(self._input_rows(uses))
-        if self.is_turned:
-            inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
-        # Turned uses are more terms of the same curvature, and no more terms of the loss.
-        main = 0 if counts[0] else 1
-        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
-        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
-        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
-        return self._without_padding(rows, valid[main], of) if valid[main] else rows
+        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single), valid
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
@@ -385,33 +373,29 @@ class Layer:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
         norm, gradient = torch.linalg.vector_norm, self.gradient()
         call = next(call for call in self.capture.calls if call.gradients["loss"])
-        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.weight))
+        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
         # In half precision rows are rounded independently of each other, and the gradient once more.
         bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
         bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
         return bool(norm(first @ second.mT - gradient) <= bound)
 
 
-def _balanced(inputs: list[Tensor], gradients: list[Tensor], turned: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    """Scale the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
+def _with_turned(rows: Rows, turned: Rows) -> Rows:
+    """Add the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
 
-    The energies are Σ‖·‖²; that s makes the trace of the product of both factors least.
+    The energies are Σ‖·‖²; that s makes the trace of the product of both factors least. These rows are more terms of
+    the same curvature, and no more terms of the loss.
     """
-    scale = (_ratio(inputs, turned) / _ratio(gradients, turned)).sqrt()
-    # Where one kind of uses has no rows, or rows of zeros, there is nothing to balance.
+    norm = torch.linalg.vector_norm
+    ratios = [norm(other) / norm(own) for own, other in zip(rows[:2], turned[:2], strict=True)]
+    scale = (ratios[0] / ratios[1]).sqrt()
+    # Where one kind of uses has rows of zeros, there is nothing to balance.
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1)
-    return (
-        [part / scale if own else part for part, own in zip(inputs, turned, strict=True)],
-        [part * scale if own else part for part, own in zip(gradients, turned, strict=True)],
+    return rows._replace(
+        inputs=_joined([rows.inputs, turned.inputs / scale]),
+        gradients=_joined([rows.gradients, turned.gradients * scale]),
+        positions=rows.positions if rows.positions == turned.positions else 1,
     )
-
-
-def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
-    """Return the ratio of the norms of all rows of turned uses and of all others."""
-    sums = [parts[0].new_zeros(()), parts[0].new_zeros(())]
-    for part, own in zip(parts, turned, strict=True):
-        sums[own] = sums[own] + part.square().sum()
-    return sums[True].sqrt() / sums[False].sqrt()
 
 
 def by_strategy(layers: Collection[Layer]) -> list[tuple[Strategy, list[Layer]]]:
@@ -422,4 +406,4 @@ def by_strategy(layers: Collection[Layer]) -> list[tuple[Strategy, list[Layer]]]
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)

@@ -62,19 +62,17 @@ def used_inside(module: nn.Module) -> list[Kind] | str | None:
 
 
 class InsideForward(OwnForward):
-    """The forward pass of a module, watched for products with its parameters. Not inside graphs of torch.compile."""
+    """The forward pass of a module, watched for products with its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        self.in_sight = self._run
         # The parameters that were used so far.
         self.seen: set[str] = set()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = type(self.module).forward
-        if torch.compiler.is_compiling() or not self.is_watched():
-            return own(self.module, *args, **kwargs)
-        with _Products({name: part for name, part in self.module._parameters.items() if part is not None}, self._used):
-            return own(self.module, *args, **kwargs)
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Products({name: part for name, part in module._parameters.items() if part is not None}, self._used):
+            return type(module).forward(module, *args, **kwargs)
 
     def _used(self, use: _Use, output: Tensor) -> Tensor:
         name, weight = use.view.name, use.view.weight

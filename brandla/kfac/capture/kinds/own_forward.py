@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from types import FunctionType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from brandla.kfac.capture.kinds.kind import Kind, Record, Uses
 
 
-class OwnForward(ABC):
+class OwnForward:
     """Takes the place of the forward pass of one module while anything is attached to it."""
+
+    # Whether calls inside graphs of torch.compile are watched too.
+    compiles = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.attached: dict[str, list[Attachment]] = {}
+        # What a call runs, with the module as its first argument, if anybody wants to know of it.
+        self.in_sight: Callable[..., Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -33,9 +39,11 @@ class OwnForward(ABC):
         """Have copies of the module, and what is loaded from a file, compute the same and record nothing."""
         return type(self), (self.module,)
 
-    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's."""
+        is_hidden = torch.compiler.is_compiling() and not self.compiles
+        run = type(self.module).forward if is_hidden or not self.is_watched() else self.in_sight
+        return run(self.module, *args, **kwargs)
 
     def is_watched(self, part: str | None = None) -> bool:
         """Say whether anybody wants the calls of a weight now, or those of any."""
@@ -47,6 +55,13 @@ class OwnForward(ABC):
         for own in self.attached.get(part, ()):
             output = own.record(own.kind if valid is None else own.kind.knowing(valid=valid), inputs, output)
         return output
+
+
+def finding(function: Any, **names: Any) -> FunctionType:
+    """Return a function of torch's that finds others than its own by these names of its module."""
+    # Without a name of its own it is no part of that module to the compiler.
+    found = {key: part for key, part in function.__globals__.items() if key != "__name__"} | names
+    return FunctionType(function.__code__, found, None, function.__defaults__, function.__closure__)
 
 
 class ForwardKind(Kind):
