@@ -8,7 +8,9 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import EmbeddingKind, Kind, LinearKind, TurnedEmbeddingKind, is_leaf, kinds_of
+from brandla.kfac.capture.kinds import kinds_of
+from brandla.kfac.capture.kinds.kind import Kind, is_leaf
+from brandla.kfac.capture.kinds.linear import EmbeddingKind, LinearKind, TurnedEmbeddingKind
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy

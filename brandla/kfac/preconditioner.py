@@ -23,7 +23,7 @@ from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, layouts, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, set_order, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Report, describe
@@ -179,13 +179,7 @@ class KFAC:
         self._finite: Tensor | int = 0
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
-        known = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
-        # The order of samples and positions, in words.
-        self._orders: dict[str, str] = {}
-        for layer in self._layers:
-            if layer.name in known:
-                layer.batch_first, why = known[layer.name]
-                self._orders[layer.name] = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
+        set_order(model, batch_first, self._layers)
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -370,7 +364,7 @@ class KFAC:
         """
         skipped = self._looked_at - int(self._finite)
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, skipped, self._captured, self._orders)
+            return describe(self._layers, self._unsupported, skipped, self._captured)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from brandla._sharded import everywhere
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
-from brandla.kfac.capture.kinds import Kind, Uses
+from brandla.kfac.capture.kinds.kind import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
 from brandla.kfac.values import Gradient, Noted, Rows, Shape, by_kind
 
@@ -43,8 +43,8 @@ class Layer:
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing
-        # Whether inputs are (samples, positions, ...); the other way, it is (positions, samples, ...).
-        self.batch_first = True
+        # Whether inputs are (samples, positions, ...), or else (positions, samples, ...); and that in words.
+        self.batch_first, self.order = True, ""
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
         # Of the weight and its bias as a matrix, as the curvature is made for it. That of a frozen weight takes no
@@ -54,7 +54,7 @@ class Layer:
             self.shape = self.shape._replace(device=torch.device("meta"))
         # What there was of the weight when the shape was last looked at.
         self._layout: tuple[Any, ...] = ()
-        self.curvature: Curvature = self.fresh()
+        self.curvature: Curvature = strategy.curvature(self.shape)
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
@@ -100,10 +100,6 @@ class Layer:
             return False
         return not (self.curvature.started or self.kind.was_seen)
 
-    def fresh(self) -> Curvature:
-        """Return a curvature before any data."""
-        return self.strategy.curvature(self.shape)
-
     def follow(self, *, thaws: bool = False) -> None:
         """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew.
 
@@ -118,7 +114,7 @@ class Layer:
         if shape != known:
             self.shape = shape
             goes_on = self.curvature.started and shape[:3] == known[:3]
-            fresh = self.fresh()
+            fresh = self.strategy.curvature(shape)
             self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
 
     def attach(self, kind: Kind) -> None:
@@ -326,7 +322,7 @@ class Layer:
         kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
-        if not self.batch_first and gradient.ndim > 1 + own:
+        if (kind.positions_first or not self.batch_first) and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None

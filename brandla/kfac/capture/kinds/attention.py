@@ -6,7 +6,7 @@ projections of ours in place of the function's.
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward, find
 
 
 class AttentionKind(ForwardKind):
-    """One projection of an attention: inputs and gradients are (positions, samples, d), as they are inside of it."""
+    """One projection of an attention: inputs and outputs are (positions, samples, d) inside of it."""
 
     positions_first = True
 
@@ -74,41 +74,38 @@ class PackedKind(AttentionKind):
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         parts, gradients = _parts(inputs, gradient)
-        longest = max(map(len, parts))
-        scales = [(longest / len(part)) ** 0.5 for part in parts]
+        lengths = [part.shape[1] for part in parts]
+
+        def filled(rows: list[Tensor], power: float) -> Tensor:
+            scaled = [own * (max(lengths) / length) ** power for own, length in zip(rows, lengths, strict=True)]
+            pads = [(0, 0, 0, max(lengths) - length) for length in lengths]
+            return torch.stack(list(map(functional.pad, scaled, pads)))
+
         ones = [part.new_ones(*part.shape[:2], 1) for part in parts]
-        return Uses(
-            torch.stack([_filled(part * scale, longest) for part, scale in zip(parts, scales, strict=True)]),
-            torch.stack([_filled(part / scale, longest) for part, scale in zip(gradients, scales, strict=True)]),
-            torch.stack([_filled(part * scale, longest) for part, scale in zip(ones, scales, strict=True)]),
-        )
+        return Uses(filled(parts, 0.5), filled(gradients, -0.5), filled(ones, 0.5))
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Average and sum over the positions of each projection."""
         parts, gradients = _parts(inputs, gradient)
-        averages = [part.mean(0, dtype=full_dtype(inputs)) for part in parts]
-        sums = [part.sum(0, dtype=full_dtype(gradient)) for part in gradients]
-        return Uses(torch.stack(averages)[:, :, None], torch.stack(sums)[:, :, None])
+        averages = [part.mean(1, keepdim=True, dtype=full_dtype(inputs)) for part in parts]
+        sums = [part.sum(1, keepdim=True, dtype=full_dtype(gradient)) for part in gradients]
+        return Uses(torch.stack(averages), torch.stack(sums))
 
 
 def _parts(inputs: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return inputs and gradients of each projection, (positions, samples, d)."""
+    """Return inputs and gradients of each projection, (samples, positions, d)."""
     if gradient.shape[-1] > inputs.shape[-1]:
         return [inputs] * 3, list(gradient.chunk(3, dim=-1))
-    more = len(gradient) - len(inputs)
+    length, total = inputs.shape[1], gradient.shape[1]
+    more = total - length
     if more > 0:
-        query, key = inputs.split((len(inputs) - more, more))
+        query, key = inputs.split((length - more, more), 1)
         parts = [query, key, key]
     else:
-        keys = (len(gradient) + more) // 2
-        query, key, value, _ = inputs.split((-more, keys, keys, -more))
+        keys = (total + more) // 2
+        query, key, value, _ = inputs.split((-more, keys, keys, -more), 1)
         parts = [query, key, value]
-    return parts, list(gradient.split([len(part) for part in parts]))
-
-
-def _filled(part: Tensor, length: int) -> Tensor:
-    """Put samples first, and fill up with zeros to so many positions."""
-    return nn.functional.pad(part.transpose(0, 1), (0, 0, 0, length - len(part)))
+    return parts, list(gradient.split([part.shape[1] for part in parts], 1))
 
 
 class AttentionForward(OwnForward):
@@ -118,9 +115,7 @@ class AttentionForward(OwnForward):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        functions = ModuleType("functional")
-        vars(functions).update(vars(functional))
-        functions.multi_head_attention_forward = finding(  # type: ignore[attr-defined]
+        attend = finding(
             functional.multi_head_attention_forward,
             _in_projection_packed=self._packed,
             _in_projection=self._apart,
@@ -128,6 +123,7 @@ class AttentionForward(OwnForward):
             # What looks at the functions that are called is to see those inside.
             has_torch_function=lambda _: False,
         )
+        functions = SimpleNamespace(**{**vars(functional), "multi_head_attention_forward": attend})
         self.in_sight = finding(nn.MultiheadAttention.forward, F=functions)
         # Positions and samples of the queries of the call that is going on.
         self._size = torch.Size()

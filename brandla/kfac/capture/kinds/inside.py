@@ -66,11 +66,10 @@ class InsideForward(OwnForward):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.in_sight = self._run
         # The parameters that were used so far.
         self.seen: set[str] = set()
 
-    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def in_sight(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _Products({name: part for name, part in module._parameters.items() if part is not None}, self._used):
             return type(module).forward(module, *args, **kwargs)
 
@@ -92,8 +91,8 @@ class InsideForward(OwnForward):
         return join([self._told(f"{name}.{index}", use, *piece) for index, piece in pieces])
 
     def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
-        for own in self.attached.get(part, ()):
-            own.kind.transposed = use.view.is_transposed
+        for kind, _, _ in self.attached.get(part, ()):
+            kind.transposed = use.view.is_transposed
         return self.recorded(part, inputs, output) if output.numel() else output
 
 

@@ -37,7 +37,7 @@ class CellKind(ForwardKind):
 
 
 class RecurrentKind(CellKind):
-    """One weight of a recurrent layer: inputs and gradients are (time steps, samples, d)."""
+    """One weight of a recurrent layer: inputs and outputs are (time steps, samples, d)."""
 
     types = ()
     positions_first = True
