@@ -248,9 +248,7 @@ class Layer:
         return Written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
-        if not self.capture.left_out or self.bias_gradient is None:
-            return []
-        return [call for call in self._calls("loss") if call.left_out]
+        return [] if self.bias_gradient is None else [call for call in self._calls("loss") if call.left_out]
 
     def _whole(self, rows: Rows | None, calls: list[Call], scale: Tensor | None) -> Rows:
         """Return rows whose product is the loss's gradient from these calls: those of the factors, if they are such."""

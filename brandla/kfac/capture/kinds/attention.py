@@ -130,8 +130,8 @@ class AttentionForward(OwnForward):
 
     def _projected(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Project outputs, given as a matrix (positions · samples, d) and captured as (positions, samples, d)."""
-        output = linear(inputs, weight, bias).view(*self._size, -1)
-        return self.recorded("out_proj", inputs.view(*self._size, -1), output).flatten(0, 1)
+        output = linear(inputs, weight, bias).unflatten(0, self._size)
+        return self.recorded("out_proj", inputs.unflatten(0, self._size), output).flatten(0, 1)
 
     def _apart(self, *of_call: Any) -> tuple[Tensor, ...]:
         """Project queries, keys and values (positions, samples, d) by three weights, with three biases."""
@@ -151,7 +151,7 @@ class AttentionForward(OwnForward):
             joint = self.recorded("in_proj", query, linear(query, weight, bias))
             # Three blocks, as the module makes them.
             return tuple(joint.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous())
-        outputs = functional._in_projection_packed(query, key, value, weight, bias)
+        outputs = functional._in_projection_packed(query, key, value, weight, bias)  # type: ignore[attr-defined]
         if not self.is_watched("in_proj"):
             return tuple(outputs)
         # One after the other, as `PackedKind` tells them apart.

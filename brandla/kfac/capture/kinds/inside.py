@@ -97,10 +97,14 @@ class InsideForward(OwnForward):
 
 
 class _View(NamedTuple):
-    """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ."""
+    """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ.
+
+    Its ``tensor`` is kept, so that no other can get the identity of that.
+    """
 
     name: str
     weight: Tensor
+    tensor: Tensor
     place: int | None = None
     is_transposed: bool = False
 
@@ -119,26 +123,21 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, parts: dict[str, Tensor], tell: Callable[[_Use, Tensor], Tensor]) -> None:
         super().__init__()
-        self._views = {id(part): (part, _View(name, part)) for name, part in parts.items()}
+        self._views = {id(part): _View(name, part, part) for name, part in parts.items()}
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         view = self._made(func, args, output)
         if view is not None:
-            # The tensor is kept, so that no other can get its identity.
-            self._views[id(output)] = output, view
+            self._views[id(output)] = view._replace(tensor=output)
             return output
         use = self._use(func, args, kwargs or {})
         return output if use is None else self._tell(use, output)
 
-    def _view(self, part: object) -> _View | None:
-        found = self._views.get(id(part))
-        return None if found is None else found[1]
-
     def _made(self, func: Any, args: Any, output: Any) -> _View | None:
         """Return the view of a parameter that an operation has made."""
-        view = self._view(args[0]) if args else None
+        view = self._views.get(id(args[0])) if args else None
         if view is None:
             return None
         if func in _TRANSPOSES and (output.shape, output.stride()) == (args[0].mT.shape, args[0].mT.stride()):
@@ -161,7 +160,7 @@ class _Products(TorchFunctionMode):
             bias, inputs, weight = args[:3]
         else:
             return None
-        view, known = self._view(weight), self._view(bias)
+        view, known = self._views.get(id(weight)), self._views.get(id(bias))
         if view is None:
             return None
         offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if func in _GROUPED else None

@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from brandla.kfac.capture.kinds.kind import Kind, own_forward, why_left
 from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward, finding
 
-_Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# h and c, which is h again where there is none.
+_State: TypeAlias = tuple[Tensor, Tensor]
+_Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], _State]
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
@@ -95,9 +97,9 @@ class RecurrentForward(OwnForward):
         layer, ways = self.module, _ways(self.module)
         h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
         states = zip(h.unbind(), c.unbind(), strict=True)
-        ended: list[tuple[Tensor, Tensor]] = []
+        ended: list[_State] = []
         for index in range(layer.num_layers):
-            runs = [self._run(cell, f"l{index}{way}", steps, *next(states), valid) for way in ways]
+            runs = [self._run(cell, f"l{index}{way}", steps, next(states), valid) for way in ways]
             steps = torch.cat([output for output, _ in runs], -1)
             ended += [state for _, state in runs]
             if layer.dropout and index < layer.num_layers - 1:
@@ -105,12 +107,10 @@ class RecurrentForward(OwnForward):
         last = [torch.stack(part) for part in zip(*ended, strict=True)]
         return [steps, *last] if isinstance(layer, nn.LSTM) else [steps, last[0]]
 
-    def _run(
-        self, cell: _Cell, name: str, steps: Tensor, h: Tensor, c: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run one layer in one direction; return h of all time steps, and the last h and c.
+    def _run(self, cell: _Cell, name: str, steps: Tensor, state: _State, valid: Tensor | None) -> tuple[Tensor, _State]:
+        """Run one layer in one direction; return h of all time steps, and the last state.
 
-        Time steps of a sample that are not ``valid`` leave its h and c as they are.
+        Time steps of a sample that are not ``valid`` leave its state as it is.
         """
         layer, reverse = self.module, name.endswith("_reverse")
         of_input, of_hidden = (
@@ -122,18 +122,18 @@ class RecurrentForward(OwnForward):
         before, after = [], []
         times = reversed(range(len(steps))) if reverse else range(len(steps))
         for time in times:
-            before.append(h.detach())
-            new_h, new_c = cell(made[time], linear(h, *of_hidden) + added[time], h, c)
+            before.append(state[0].detach())
+            h, c = cell(made[time], linear(state[0], *of_hidden) + added[time], *state)
             if valid is not None:
                 is_there = valid[:, time, None]
-                new_h, new_c = torch.where(is_there, new_h, h), torch.where(is_there, new_c, c)
-            h, c = new_h, new_c
+                h, c = torch.where(is_there, h, state[0]), torch.where(is_there, c, state[1])
+            state = h, c
             after.append(h)
         if reverse:
             before, after = before[::-1], after[::-1]
         if after:
             self.recorded(f"weight_hh_{name}", torch.stack(before), added, valid)
-        return torch.stack(after), (h, c)
+        return torch.stack(after), state
 
 
 def _ways(layer: Any) -> list[str]:
