@@ -270,13 +270,13 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-        with whole_gradients([part for layer in working for part in (layer.kind.weight, layer.kind.bias)]):
+        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(working, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
-        self._captured = sum([layer.capture.clear() for layer in self._layers])
+        self._captured = sum([layer.end() for layer in self._layers])
         self._recorder.forget_terms()
         self._recorder.valid = None
         self._curvatures = 0
@@ -354,7 +354,7 @@ class KFAC:
             problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
             strategy.second_pass(problems, now)
         for layer in self._layers:
-            layer.capture.clear()
+            layer.end()
         self._recorder.forget_terms()
 
     def report(self) -> Report:
@@ -454,7 +454,7 @@ class KFAC:
     def _step(self, working: list[Layer], layers: list[Layer]) -> None:
         """Take the step of the layers with a gradient, among those that can be preconditioned."""
         options = self.options.at(self._steps)
-        scale = loss_scale(self._scaler, layers[0].kind.weight.device) if layers else None
+        scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
         # Also those whose data comes from another process.
         for layer in working:
             layer.follow()
@@ -472,7 +472,7 @@ class KFAC:
             gradient
             for layer in own | pairs
             if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
-            for gradient in (layer.kind.weight.grad, layer.bias_gradient)
+            for gradient in (layer.weight.grad, layer.bias_gradient)
         ]
         mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
         mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)

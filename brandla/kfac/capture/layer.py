@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brandla._sharded import everywhere
 from brandla.kfac.capture.calls import Call, Pass, Recorder
@@ -59,6 +59,9 @@ class Layer:
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
         self.is_turned = False
+        # The weight and the bias that is trained, while a step lasts.
+        self.weight: Any = None
+        self.bias: nn.Parameter | None = None
         # The rows of the gradient that autograd has not formed, while it is empty memory.
         self.unformed: Rows | None = None
         # The calls of this step whose pair is to be applied, once that is known.
@@ -69,22 +72,29 @@ class Layer:
         self.direction: Tensor | None = None
 
     def begin(self) -> None:
-        """Look at what was captured for a step."""
+        """Find the weight and the bias for a step: in the next one a sharded weight may be another tensor."""
+        self.weight, self.bias = self.kind.weight, self.kind.bias
         self.unformed, self._paired = None, []
         self.capture.keep_reached()
+
+    def end(self) -> int:
+        """Forget what was captured for a step, and return how many bytes that were."""
+        self.weight = self.bias = None
+        return self.capture.clear()
 
     @property
     def bias_gradient(self) -> Tensor | None:
         """The part of the bias's gradient that belongs to this weight, to be written to."""
-        bias = self.kind.bias
-        return None if bias is None or bias.grad is None else self.kind.bias_part(bias.grad)
+        if self.bias is None or self.bias.grad is None:
+            return None
+        return self.kind.bias_part(self.bias.grad)
 
     @property
     def has_gradient(self) -> bool:
         """Whether there is anything to precondition: a gradient that somebody has written to since the last step."""
         if self.capture.left_out and self._left_out():
             return True
-        gradient: Tensor | None = self.kind.weight.grad
+        gradient: Tensor | None = self.weight.grad
         return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
 
     @property
@@ -145,12 +155,11 @@ class Layer:
             )
             raise RuntimeError(message)
         rows = self._whole(rows if len(calls) == len(self._calls("loss")) else None, calls, scale)
-        weight = self.kind.weight
-        if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
+        if self.weight.grad is None:
+            self.weight.grad = torch.empty_like(self.weight)
             self.unformed = rows
         else:
-            weight.grad.add_(self._product(rows))
+            self.weight.grad.add_(self._product(rows))
         return rows
 
     def pair(self, rows: Rows | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -176,7 +185,7 @@ class Layer:
         if not (calls and self.kind.leaves_out and self._may_be_pairs):
             return None
         rows = self._whole(None, calls, scale)
-        product, gradient = self._product(rows), self.kind.matrix(self.kind.weight.grad.to(self.shape.dtype))
+        product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
 
@@ -191,7 +200,7 @@ class Layer:
 
         Only where the rows are so few that they take the gradient's place.
         """
-        if not self.linear or self.sharing != "expand" or self.kind.weight.dtype != self.shape.dtype:
+        if not self.linear or self.sharing != "expand" or self.weight.dtype != self.shape.dtype:
             return False
         return not [call for call in self.capture.calls if call.valid is not None] and bool(self._pair_calls())
 
@@ -219,7 +228,7 @@ class Layer:
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
         kind, bias, d_in = self.kind, self.bias_gradient, self.shape.d_in - self.has_bias
-        parts = [self._put(step, slice(d_in), kind.weight_part(self.kind.weight.grad), kind.tensor)]
+        parts = [self._put(step, slice(d_in), kind.weight_part(self.weight.grad), kind.tensor)]
         if self.has_bias and bias is not None:
             parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
         if kind.weights == 1:
@@ -229,8 +238,8 @@ class Layer:
     def seal(self) -> None:
         """Note that the gradient is a step now: until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
-        if self.kind.weight.grad is not None:
-            self._written = Noted(self.kind.weight.grad)
+        if self.weight.grad is not None:
+            self._written = Noted(self.weight.grad)
 
     def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
@@ -267,7 +276,7 @@ class Layer:
     def _pair_calls(self) -> list[Call]:
         """Return the calls whose pair may be the gradient, if it is cheaper to apply than that; else none."""
         kind, shape = self.kind, self.shape
-        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and kind.bias is None):
+        if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
             return self._paired
         calls = self._calls("loss")
         if calls and (self.unformed is not None or self._may_be_pairs):
@@ -289,14 +298,9 @@ class Layer:
 
         Rows of padding are 0. As a ``whole``, there is one row for every sample and position, as it was captured.
         """
-        by_side = ([call for call in calls if call.kind.turned == turned] for turned in (False, True))
-        (rows, valid), *others = [self._of_side(own, of, scale, whole=whole) for own in by_side if own]
-        for turned, _ in others:
-            rows = _with_turned(rows, turned)
-        return self._without_padding(rows, valid, of) if valid else rows
-
-    def _of_side(self, calls: list[Call], of: Pass, scale: Tensor | None, *, whole: bool) -> tuple[Rows, list[Tensor]]:
-        """Return the rows of calls that are all turned, or all not, and masks of those that are no padding."""
+        if self.is_turned and len(by_side := by_kind(calls, [call.kind.turned for call in calls])) > 1:
+            main, turned = sorted(by_side, key=lambda own: own[0].kind.turned)
+            return _with_turned(*(self._stacked(own, of, scale, whole=whole) for own in (main, turned)))
         inputs, gradients, valid, positions, count = [], [], [], set(), 0
         found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
         # First the first gradients of all calls, then the second ones.
@@ -313,7 +317,10 @@ class Layer:
             if is_new or self.is_turned or self.kind.single:
                 inputs.append(self._input_rows(uses))
         position_count = positions.pop() if len(positions) == 1 else 1
-        return Rows(_joined(inputs), _joined(gradients), count, position_count, self.kind.single), valid
+        joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
+        gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
+        rows = Rows(joined, gammas, count, position_count, self.kind.single)
+        return self._without_padding(rows, valid, of) if valid else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
@@ -367,7 +374,7 @@ class Layer:
         """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
         norm, gradient = torch.linalg.vector_norm, self.gradient()
         call = next(call for call in self.capture.calls if call.gradients["loss"])
-        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.kind.weight))
+        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.weight))
         # In half precision rows are rounded independently of each other, and the gradient once more.
         bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
         bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
@@ -400,4 +407,4 @@ def by_strategy(layers: Collection[Layer]) -> list[tuple[Strategy, list[Layer]]]
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """Put rows, or indices, of several calls one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
+    return torch.cat(parts, dim=-2 if parts[0].ndim > 1 else 0)
