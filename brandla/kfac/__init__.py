@@ -4,7 +4,7 @@ from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.applications.evidence import evidence
 from brandla.kfac.applications.forward_laplacian import Columns, forward_laplacian
 from brandla.kfac.applications.pinn import PINN
-from brandla.kfac.capture.kinds import register
+from brandla.kfac.capture.kinds.like import register
 from brandla.kfac.preconditioner import KFAC
 from brandla.kfac.report import FactorReport, Report
 from brandla.kfac.state import read_state

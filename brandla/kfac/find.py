@@ -8,7 +8,9 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import EmbeddingKind, Kind, LinearKind, TurnedEmbeddingKind, is_leaf, kinds_of
+from brandla.kfac.capture.kinds import kinds_of
+from brandla.kfac.capture.kinds.kind import Kind, is_leaf
+from brandla.kfac.capture.kinds.linear import EmbeddingKind, LinearKind, TurnedEmbeddingKind
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy
@@ -29,7 +31,7 @@ def find_layers(
     for group in map(_with_turned, groups):
         first, *others = group
         strategies = [of_module(inverse, kind.name) for kind in group]
-        unlike = [kind for kind in others if not _is_alike(first, kind)]
+        unlike = [own for own in others if not (own.turned or type(own) is type(first)) or own.shape != first.shape]
         if unlike:
             left |= {kind.name: f"its weight is also that of {first.name}, used differently" for kind in others}
             left[first.name] = f"its weight is also that of {unlike[0].name}, used differently"
@@ -95,10 +97,6 @@ def _with_turned(group: list[Kind]) -> list[Kind]:
             others[index] = TurnedEmbeddingKind(kind.module)
             others[index].name = kind.name
     return [first, *others]
-
-
-def _is_alike(one: Kind, other: Kind) -> bool:
-    return (type(one) is type(other) or other.turned) and one.shape == other.shape
 
 
 def _leave_known_bias(group: list[Kind], biases: dict[int, Kind]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import nn
 from brandla import _check
 from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.capture.fisher import CurvatureType
-from brandla.kfac.capture.layer import Sharing
+from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.values import Scale
@@ -119,14 +119,17 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
     return rule
 
 
-def layouts(model: nn.Module, batch_first: ByModule[bool | None], names: Iterable[str]) -> dict[str, tuple[bool, str]]:
-    """Check ``batch_first``, and say of each of these layers whether samples come before positions, and why."""
+def set_order(model: nn.Module, batch_first: ByModule[bool | None], layers: Iterable[Layer]) -> None:
+    """Check ``batch_first``, and tell each layer whether samples come before positions, and why."""
     rule = by_module(model, "batch_first", batch_first, None)
     for value in rule.values():
         if not isinstance(value, bool | None):
             _check.fail_value("KFAC", f"batch_first must be True, False or None; got {value!r}")
     modules = dict(named_modules(model))
-    return {name: _layout(rule, modules, name) for name in names}
+    for layer in layers:
+        if layer.kind.may_lead:
+            layer.batch_first, why = _layout(rule, modules, layer.name)
+            layer.order = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
 
 
 def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> tuple[bool, str]:

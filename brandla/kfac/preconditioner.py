@@ -15,7 +15,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla.kfac import state
 from brandla.kfac.adaptive import Adaptive, Trial
-from brandla.kfac.capture import fisher, passes
+from brandla.kfac.capture import fisher
 from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
@@ -23,7 +23,7 @@ from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
 from brandla.kfac.find import find_layers
-from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, layouts, sharings, strategies
+from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, set_order, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
 from brandla.kfac.processes.sharded import whole_gradients
 from brandla.kfac.report import Report, describe
@@ -179,13 +179,7 @@ class KFAC:
         self._counted: list[Tensor] = []
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
-        known = layouts(model, batch_first, [layer.name for layer in self._layers if layer.kind.may_lead])
-        # The order of samples and positions, in words.
-        self._orders: dict[str, str] = {}
-        for layer in self._layers:
-            if layer.name in known:
-                layer.batch_first, why = known[layer.name]
-                self._orders[layer.name] = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
+        set_order(model, batch_first, self._layers)
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
@@ -224,7 +218,7 @@ class KFAC:
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
         elif any("curvature" in layer.capture.wanted for layer in self._layers):
-            passes.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
+            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
             self._curvatures += 1
 
     def mask(self, valid: Tensor | None) -> None:
@@ -376,7 +370,7 @@ class KFAC:
         """
         skipped = int(self._counted[0] - self._counted[1]) if self._counted else 0
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, skipped, self._captured, self._orders)
+            return describe(self._layers, self._unsupported, skipped, self._captured)
 
     def remove(self) -> None:
         """Take every hook off the model: steps leave gradients as they are from then on."""
@@ -520,12 +514,12 @@ class KFAC:
             )
             raise RuntimeError(message)
         if self._takes_curvature:
-            return passes.rows(layers)
+            return fisher.rows_of(layers)
         return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
     def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
-        number: Tensor | float = 0 if self._takes_curvature else passes.terms(rows, "loss")
+        number: Tensor | float = 0 if self._takes_curvature else fisher.terms_of(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
             raise RuntimeError(message)

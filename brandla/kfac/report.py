@@ -101,16 +101,15 @@ class Report:
         return "\n".join(lines)
 
 
-def describe(
-    layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int, layouts: dict[str, str]
-) -> Report:
+def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int) -> Report:
     """Read every factor; waits for the device."""
     refused = {layer.name: "frozen" for layer in layers if layer.is_frozen and not layer.curvature.started}
     refused |= {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal}
     active = [layer for layer in layers if layer.name not in refused]
     parts = [(layer.name, str(layer.strategy), layer.shape, layer.curvature) for layer in active]
     rows = [row for own in parts for row in rows_of(*own)]
-    return Report(rows, unsupported | refused, skipped, captured_bytes, layouts)
+    orders = {layer.name: layer.order for layer in layers if layer.order}
+    return Report(rows, unsupported | refused, skipped, captured_bytes, orders)
 
 
 def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> Iterator[FactorReport]:

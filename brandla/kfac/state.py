@@ -107,7 +107,7 @@ def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
         _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")
     curvature = saved.get("curvature", {})
     if not saved["tensors"]:
-        return layer.fresh()
+        return layer.strategy.curvature(layer.shape)
     if missing := sorted(set(saved["tensors"].split(", ")) - set(_tensors(curvature))):
         remedy = (
             "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"

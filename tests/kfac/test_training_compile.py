@@ -1,5 +1,6 @@
 """Models under torch.compile are captured with no break in their graphs, and take the same steps."""
 
+import copy
 import shutil
 from functools import partial
 
@@ -147,6 +148,24 @@ def test_steps_with_no_capture_do_not_compile_again():
     train(model, run, KFAC(model, EXACT, factor_every=3, application="two-sided"), steps=7)
     # With and without the tap.
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, dtype=torch.float64)
+
+    def forward(self, inputs):
+        return self.attention(inputs, inputs, inputs)[0]
+
+
+def test_an_attention_is_compiled_once_for_all_inputs():
+    torch.manual_seed(0)
+    model = Attention(6)
+    reference = copy.deepcopy(model)
+    found = train(model, torch.compile(model, backend="eager"), KFAC(model, EXACT))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT)))
 
 
 def test_a_model_that_ran_before_says_that_it_is_not_seen():

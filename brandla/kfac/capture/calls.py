@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from brandla.kfac.capture.kinds import Kind, Uses
+from brandla.kfac.capture.kinds.kind import Kind, Uses
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
 from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
-from brandla.kfac.capture.kinds import Kind
-from brandla.kfac.capture.kinds.kind import OwnHook
-from brandla.kfac.capture.tap import Ticket, tap
+from brandla.kfac.capture.kinds.kind import Kind, OwnHook
+from brandla.kfac.capture.tap import Tap, Ticket
 from brandla.kfac.values import Noted
 
 
@@ -51,9 +51,8 @@ class Capture:
         self._handles: list[Any] = []
         # The weight whose gradient is noted, and the hook that does it.
         self._noting: tuple[Tensor, Any] | None = None
-        # Whether autograd does not form the weight's gradient in the last call, and the weight while it is run.
+        # Whether autograd does not form the weight's gradient in the last call.
         self._is_leaving = False
-        self._switched_off: Tensor | None = None
         # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
         self._of_first_draw: list[Call] = []
         self._task: tuple[int, int] = (-1, -1)
@@ -62,11 +61,7 @@ class Capture:
 
     def attach(self, kind: Kind) -> None:
         """Watch a module that uses the weight."""
-        ticket = Ticket(kind, self.collect_compiled)
-
-        def record(kind: Kind, inputs: Any, output: Any) -> Any:
-            return self.record(kind, inputs, output, ticket)
-
+        record = partial(self.record, Ticket(kind, self.collect_compiled))
         self._handles += kind.attach(record, lambda: self.enabled and torch.is_grad_enabled())
 
     def leave_out(self) -> None:
@@ -147,7 +142,7 @@ class Capture:
             self._forget_passes()
             self.edges = []
 
-    def record(self, kind: Kind, inputs: Any, output: Any, ticket: Ticket) -> Any:
+    def record(self, ticket: Ticket, kind: Kind, inputs: Any, output: Any) -> Any:
         """Watch the output of a call, and return the output to go on with."""
         weight = kind.weight
         if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
@@ -161,7 +156,7 @@ class Capture:
             self.refusal = refusal
         elif output.requires_grad:
             if torch.compiler.is_compiling():
-                return tap(output, inputs, ticket.number)
+                return Tap.apply(output, inputs.detach(), ticket.number)  # type: ignore[no-untyped-call]
             groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
             call = Call(kind, kept(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
@@ -227,12 +222,11 @@ class Capture:
         """Leave the gradient out of the call that comes, if that is captured and nobody else waits for it."""
         self._is_leaving = self._may_leave_out()
         if self._is_leaving:
-            self._switched_off = self._kind.weight.requires_grad_(False)
+            self._kind.weight.requires_grad_(False)
 
     def _switch_on(self, *_: Any) -> None:
-        if self._switched_off is not None:
-            self._switched_off.requires_grad_(True)
-            self._switched_off = None
+        if self._is_leaving:
+            self._kind.weight.requires_grad_(True)
 
     def _may_leave_out(self) -> bool:
         if torch.compiler.is_compiling() or _is_functional() or not torch.is_grad_enabled():

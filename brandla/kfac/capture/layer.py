@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from brandla._sharded import everywhere
 from brandla.kfac.capture.calls import Call, Pass, Recorder
 from brandla.kfac.capture.hooks import Capture
-from brandla.kfac.capture.kinds import Kind, Uses
+from brandla.kfac.capture.kinds.kind import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
 from brandla.kfac.values import Gradient, Noted, Rows, Shape, by_kind
 
@@ -43,8 +43,8 @@ class Layer:
         self.kind = kind
         self.strategy = strategy
         self.sharing = sharing
-        # Whether inputs are (samples, positions, ...); the other way, it is (positions, samples, ...).
-        self.batch_first = True
+        # Whether inputs are (samples, positions, ...), or else (positions, samples, ...); and that in words.
+        self.batch_first, self.order = True, ""
         self.has_bias = kind.bias is not None
         self.capture = Capture(kind, recorder)
         # Of the weight and its bias as a matrix, as the curvature is made for it. That of a frozen weight takes no
@@ -54,7 +54,7 @@ class Layer:
             self.shape = self.shape._replace(device=torch.device("meta"))
         # What there was of the weight when the shape was last looked at.
         self._layout: tuple[Any, ...] = ()
-        self.curvature: Curvature = self.fresh()
+        self.curvature: Curvature = strategy.curvature(self.shape)
         # Whether the gradient is the sum of the captured pairs: None until looked at, once.
         self.linear: bool | None = None if kind.pairs else False
         # Whether the weight is used in its transpose, too.
@@ -110,10 +110,6 @@ class Layer:
             return False
         return not (self.curvature.started or self.kind.was_seen)
 
-    def fresh(self) -> Curvature:
-        """Return a curvature before any data."""
-        return self.strategy.curvature(self.shape)
-
     def follow(self, *, thaws: bool = False) -> None:
         """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew.
 
@@ -128,7 +124,7 @@ class Layer:
         if shape != known:
             self.shape = shape
             goes_on = self.curvature.started and shape[:3] == known[:3]
-            fresh = self.fresh()
+            fresh = self.strategy.curvature(shape)
             self.curvature = fresh.loaded(self.curvature.state_dict(), self.name) if goes_on else fresh
 
     def attach(self, kind: Kind) -> None:
@@ -261,9 +257,7 @@ class Layer:
         return Written(arranged(first @ second.mT), gradient)
 
     def _left_out(self) -> list[Call]:
-        if not self.capture.left_out or self.bias_gradient is None:
-            return []
-        return [call for call in self._calls("loss") if call.left_out]
+        return [] if self.bias_gradient is None else [call for call in self._calls("loss") if call.left_out]
 
     def _whole(self, rows: Rows | None, calls: list[Call], scale: Tensor | None) -> Rows:
         """Return rows whose product is the loss's gradient from these calls: those of the factors, if they are such."""
@@ -304,41 +298,36 @@ class Layer:
 
         Rows of padding are 0. As a ``whole``, there is one row for every sample and position, as it was captured.
         """
-        inputs, gradients, turned, positions = [], [], [], set()
-        # By whether they are turned.
-        counts = [0, 0]
-        valid: list[list[Tensor]] = [[], []]
+        if self.is_turned and len(by_side := by_kind(calls, [call.kind.turned for call in calls])) > 1:
+            main, turned = sorted(by_side, key=lambda own: own[0].kind.turned)
+            return _with_turned(*(self._stacked(own, of, scale, whole=whole) for own in (main, turned)))
+        inputs, gradients, valid, positions, count = [], [], [], set(), 0
         found = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[of])]
         # First the first gradients of all calls, then the second ones.
         for index, call, gradient in sorted(found, key=itemgetter(0)):
             full, is_new = gradient.to(self.shape.dtype), of == "loss" or index == 0
             uses, own = self._uses(call, full if scale is None else full / scale, whole=whole)
             if own is not None and is_new:
-                valid[call.kind.turned].append(own)
+                valid.append(own)
             samples, position_count = uses.gradients.shape[-3:-1]
             positions.add(position_count)
             gradients.append(uses.gradients.flatten(-3, -2))
-            turned.append(call.kind.turned)
             if is_new or self.is_turned:
-                counts[call.kind.turned] += samples * position_count
+                count += samples * position_count
             if is_new or self.is_turned or self.kind.single:
                 inputs.append(self._input_rows(uses))
-        if self.is_turned:
-            inputs, gradients = _balanced(inputs, gradients, turned)
         position_count = positions.pop() if len(positions) == 1 else 1
-        # Turned uses are more terms of the same curvature, and no more terms of the loss.
-        main = 0 if counts[0] else 1
         joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
         gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
-        rows = Rows(joined, gammas, counts[main], position_count, self.kind.single)
-        return self._without_padding(rows, valid[main], of) if valid[main] else rows
+        rows = Rows(joined, gammas, count, position_count, self.kind.single)
+        return self._without_padding(rows, valid, of) if valid else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
         kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
-        if not self.batch_first and gradient.ndim > 1 + own:
+        if (kind.positions_first or not self.batch_first) and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
         by_sample = reduce and groups is None
@@ -392,26 +381,22 @@ class Layer:
         return bool(norm(first @ second.mT - gradient) <= bound)
 
 
-def _balanced(inputs: list[Tensor], gradients: list[Tensor], turned: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    """Scale the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
+def _with_turned(rows: Rows, turned: Rows) -> Rows:
+    """Add the rows of turned uses, a by 1/s and γ by s, so that on both sides their energies have one ratio.
 
-    The energies are Σ‖·‖²; that s makes the trace of the product of both factors least.
+    The energies are Σ‖·‖²; that s makes the trace of the product of both factors least. These rows are more terms of
+    the same curvature, and no more terms of the loss.
     """
-    scale = (_ratio(inputs, turned) / _ratio(gradients, turned)).sqrt()
-    # Where one kind of uses has no rows, or rows of zeros, there is nothing to balance.
+    norm = torch.linalg.vector_norm
+    ratios = [norm(other) / norm(own) for own, other in zip(rows[:2], turned[:2], strict=True)]
+    scale = (ratios[0] / ratios[1]).sqrt()
+    # Where one kind of uses has rows of zeros, there is nothing to balance.
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1)
-    return (
-        [part / scale if own else part for part, own in zip(inputs, turned, strict=True)],
-        [part * scale if own else part for part, own in zip(gradients, turned, strict=True)],
+    return rows._replace(
+        inputs=_joined([rows.inputs, turned.inputs / scale]),
+        gradients=_joined([rows.gradients, turned.gradients * scale]),
+        positions=rows.positions if rows.positions == turned.positions else 1,
     )
-
-
-def _ratio(parts: list[Tensor], turned: list[bool]) -> Tensor:
-    """Return the ratio of the norms of all rows of turned uses and of all others."""
-    sums = [parts[0].new_zeros(()), parts[0].new_zeros(())]
-    for part, own in zip(parts, turned, strict=True):
-        sums[own] = sums[own] + part.square().sum()
-    return sums[True].sqrt() / sums[False].sqrt()
 
 
 def by_strategy(layers: Collection[Layer]) -> list[tuple[Strategy, list[Layer]]]:

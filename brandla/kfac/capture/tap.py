@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from brandla.kfac.capture.kinds import Kind
+from brandla.kfac.capture.kinds.kind import Kind
 
 _numbers = itertools.count()
 _tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
@@ -51,7 +51,7 @@ def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """The identity; a copy, since an activation may overwrite it. The compiler fuses it with what comes next."""
 
     @staticmethod
@@ -63,10 +63,3 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         inputs, ticket = ctx.saved_tensors
         return collect(ticket, inputs, gradients[0]), None, None
-
-
-def tap(output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:
-    """Return the output, whose gradient is collected on its way back."""
-    # torch leaves Function.apply without annotations.
-    tapped: Tensor = _Tap.apply(output, inputs.detach(), ticket)  # type: ignore[no-untyped-call]
-    return tapped

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere, is_dtensor
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -22,7 +19,7 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
     """
     # Tensors hash by a function of Python's.
     known = {id(parameter): parameter for parameter in parameters if parameter is not None}
-    sharded = [
+    sharded: list[tuple[Any, Any]] = [
         (parameter, parameter.grad)
         for parameter in known.values()
         if type(parameter.grad) is not Tensor and parameter.grad is not None and is_dtensor(parameter.grad)
@@ -32,13 +29,13 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
     try:
         yield
         for parameter, gradient in sharded:
-            _write(cast("DTensor", gradient), cast(Tensor, parameter.grad))
+            _write(gradient, parameter.grad)
     finally:
         for parameter, gradient in sharded:
             parameter.grad = gradient
 
 
-def _write(gradient: DTensor, whole: Tensor) -> None:
+def _write(gradient: Any, whole: Tensor) -> None:
     """Copy this process's part of a tensor that is the same in all; nothing is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 

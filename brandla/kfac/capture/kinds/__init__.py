@@ -6,24 +6,12 @@ from torch import nn
 
 from brandla.kfac.capture.kinds.attention import AttentionKind
 from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
-from brandla.kfac.capture.kinds.embedding import BagKind, EmbeddingKind, TurnedEmbeddingKind
 from brandla.kfac.capture.kinds.inside import used_inside
-from brandla.kfac.capture.kinds.kind import Kind, Uses, is_leaf, own_forward
-from brandla.kfac.capture.kinds.like import of_map, register, registered
-from brandla.kfac.capture.kinds.linear import BilinearKind, LinearKind
+from brandla.kfac.capture.kinds.kind import Kind, own_forward
+from brandla.kfac.capture.kinds.like import of_map, registered
+from brandla.kfac.capture.kinds.linear import BagKind, BilinearKind, EmbeddingKind, LinearKind
 from brandla.kfac.capture.kinds.norm import NormKind
 from brandla.kfac.capture.kinds.recurrent import CellKind
-
-__all__ = [
-    "EmbeddingKind",
-    "Kind",
-    "LinearKind",
-    "TurnedEmbeddingKind",
-    "Uses",
-    "is_leaf",
-    "kinds_of",
-    "register",
-]
 
 _FAMILIES: tuple[type[Kind], ...] = (
     LinearKind,

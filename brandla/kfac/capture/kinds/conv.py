@@ -23,9 +23,7 @@ class ConvKind(Kind):
     @classmethod
     def left(cls, module: Any) -> str:
         """Say so where what the forward pass calls is not the type's own."""
-        name, own = "_conv_forward", type(module)
-        pairs = [(getattr(own, name, None), getattr(kind, name, None)) for kind in cls.types if issubclass(own, kind)]
-        return "" if any(one is other for one, other in pairs) else own_forward(module)
+        return own_forward(module, *cls.types, method="_conv_forward")
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:

@@ -62,19 +62,16 @@ def used_inside(module: nn.Module) -> list[Kind] | str | None:
 
 
 class InsideForward(OwnForward):
-    """The forward pass of a module, watched for products with its parameters. Not inside graphs of torch.compile."""
+    """The forward pass of a module, watched for products with its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         # The parameters that were used so far.
         self.seen: set[str] = set()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = type(self.module).forward
-        if torch.compiler.is_compiling() or not self.is_watched():
-            return own(self.module, *args, **kwargs)
-        with _Products({name: part for name, part in self.module._parameters.items() if part is not None}, self._used):
-            return own(self.module, *args, **kwargs)
+    def in_sight(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Products({name: part for name, part in module._parameters.items() if part is not None}, self._used):
+            return type(module).forward(module, *args, **kwargs)
 
     def _used(self, use: _Use, output: Tensor) -> Tensor:
         name, weight = use.view.name, use.view.weight
@@ -94,16 +91,20 @@ class InsideForward(OwnForward):
         return join([self._told(f"{name}.{index}", use, *piece) for index, piece in pieces])
 
     def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
-        for own in self.attached.get(part, ()):
-            own.kind.transposed = use.view.is_transposed
+        for kind, _, _ in self.attached.get(part, ()):
+            kind.transposed = use.view.is_transposed
         return self.recorded(part, inputs, output) if output.numel() else output
 
 
 class _View(NamedTuple):
-    """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ."""
+    """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ.
+
+    Its ``tensor`` is kept, so that no other can get the identity of that.
+    """
 
     name: str
     weight: Tensor
+    tensor: Tensor
     place: int | None = None
     is_transposed: bool = False
 
@@ -122,26 +123,21 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, parts: dict[str, Tensor], tell: Callable[[_Use, Tensor], Tensor]) -> None:
         super().__init__()
-        self._views = {id(part): (part, _View(name, part)) for name, part in parts.items()}
+        self._views = {id(part): _View(name, part, part) for name, part in parts.items()}
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         view = self._made(func, args, output)
         if view is not None:
-            # The tensor is kept, so that no other can get its identity.
-            self._views[id(output)] = output, view
+            self._views[id(output)] = view._replace(tensor=output)
             return output
         use = self._use(func, args, kwargs or {})
         return output if use is None else self._tell(use, output)
 
-    def _view(self, part: object) -> _View | None:
-        found = self._views.get(id(part))
-        return None if found is None else found[1]
-
     def _made(self, func: Any, args: Any, output: Any) -> _View | None:
         """Return the view of a parameter that an operation has made."""
-        view = self._view(args[0]) if args else None
+        view = self._views.get(id(args[0])) if args else None
         if view is None:
             return None
         if func in _TRANSPOSES and (output.shape, output.stride()) == (args[0].mT.shape, args[0].mT.stride()):
@@ -164,7 +160,7 @@ class _Products(TorchFunctionMode):
             bias, inputs, weight = args[:3]
         else:
             return None
-        view, known = self._view(weight), self._view(bias)
+        view, known = self._views.get(id(weight)), self._views.get(id(bias))
         if view is None:
             return None
         offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if func in _GROUPED else None

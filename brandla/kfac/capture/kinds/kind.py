@@ -140,8 +140,7 @@ class Kind:
         """
         if not (self.may_lead or self.positions_first):
             return None
-        leading = valid.T if self.positions_first else valid
-        if inputs.shape[:2] == gradient.shape[:2] == leading.shape and gradient.ndim > 2:
+        if inputs.shape[:2] == gradient.shape[:2] == valid.shape and gradient.ndim > 2:
             return valid
         if inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2:
             return (valid if batch_first else valid.T).reshape(-1, 1)
@@ -245,11 +244,12 @@ def _nothing(*_: Any) -> None:
 COMPUTED = "its weight is computed from other parameters"
 
 
-def own_forward(module: nn.Module, *types: type[nn.Module]) -> str:
+def own_forward(module: nn.Module, *types: type[nn.Module], method: str = "forward") -> str:
     """Say so where the forward pass of a module is not that of one of these types: a subclass may have its own."""
-    if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in types):
+    own = type(module)
+    if any(issubclass(own, kind) and getattr(own, method, None) is getattr(kind, method, None) for kind in types):
         return ""
-    return f"{type(module).__name__} has a forward pass of its own"
+    return f"{own.__name__} has a forward pass of its own"
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class NormKind(Kind):
     types = (*_BATCH, *_INSTANCE, *_LAST, nn.GroupNorm)
     single = True
     # Running mean and variance, in a call that goes by them.
-    _fixed: tuple[Tensor, Tensor] | None = None
+    _fixed: ClassVar[dict[str, Tensor]] = {}
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
         super().__init__(module, weight, bias)
@@ -54,10 +54,9 @@ class NormKind(Kind):
 
     def of_call(self) -> Kind:
         """Return a kind that keeps the running statistics, if the module goes by them now."""
-        mean: Tensor | None = getattr(self.module, "running_mean", None)
-        if mean is None or self.module.training:
+        if self.module.training or getattr(self.module, "running_mean", None) is None:
             return self
-        return self.knowing(_fixed=(mean.clone(), self.module.running_var.clone()))
+        return self.knowing(_fixed={name: part.clone() for name, part in self.module._buffers.items()})
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return (channels, samples, 1, 2): the gradients of scale and shift of each sample."""
@@ -71,18 +70,12 @@ class NormKind(Kind):
         return Uses(rows, rows)
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        norm = self.module
-        if self._fixed is not None:
-            return nn.functional.batch_norm(inputs, *self._fixed, eps=norm.eps)
-        if isinstance(norm, nn.LayerNorm):
-            return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
-        if isinstance(norm, nn.RMSNorm):
-            return nn.functional.rms_norm(inputs, norm.normalized_shape, eps=norm.eps)
-        if isinstance(norm, nn.GroupNorm):
-            return nn.functional.group_norm(inputs, norm.num_groups, eps=norm.eps)
-        if isinstance(norm, _INSTANCE):
-            return nn.functional.instance_norm(inputs, eps=norm.eps)
-        return nn.functional.batch_norm(inputs, None, None, training=True, eps=norm.eps)
+        """Run the module with no scale and shift, by the statistics of the call or else those of the inputs."""
+        plain: Any = self.module.__new__(type(self.module))
+        parameters, buffers = dict.fromkeys(self.module._parameters), dict.fromkeys(self.module._buffers) | self._fixed
+        vars(plain).update(vars(self.module), _parameters=parameters, _buffers=buffers, training=not self._fixed)
+        output: Tensor = type(plain).forward(plain, inputs)
+        return output
 
     def _by_channel(self, part: Tensor) -> Tensor:
         """Reshape to (samples, channels, positions)."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import chain
+from types import FunctionType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Record, Uses
+from brandla.kfac.capture.kinds.kind import Kind, Record
 
 
-class OwnForward(ABC):
+class OwnForward:
     """Takes the place of the forward pass of one module while anything is attached to it."""
+
+    # Whether calls inside graphs of torch.compile are watched too.
+    compiles = False
+    # What a call runs, with the module as its first argument, if anybody wants to know of it.
+    in_sight: Callable[..., Any]
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.attached: dict[str, list[Attachment]] = {}
+        # By part: who is told of its uses, by what, and a function that says whether that is wanted now.
+        self.attached: dict[str, list[tuple[ForwardKind, Record, Callable[[], bool]]]] = {}
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -33,20 +39,29 @@ class OwnForward(ABC):
         """Have copies of the module, and what is loaded from a file, compute the same and record nothing."""
         return type(self), (self.module,)
 
-    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's."""
+        is_hidden = torch.compiler.is_compiling() and not self.compiles
+        run = type(self.module).forward if is_hidden or not self.is_watched() else self.in_sight
+        return run(self.module, *args, **kwargs)
 
     def is_watched(self, part: str | None = None) -> bool:
         """Say whether anybody wants the calls of a weight now, or those of any."""
-        attached: Iterable[Attachment] = chain(*self.attached.values()) if part is None else self.attached.get(part, ())
-        return any(own.is_wanted() for own in attached)
+        attached = chain(*self.attached.values()) if part is None else self.attached.get(part, ())
+        return any(is_wanted() for _, _, is_wanted in attached)
 
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""
-        for own in self.attached.get(part, ()):
-            output = own.record(own.kind if valid is None else own.kind.knowing(valid=valid), inputs, output)
+        for kind, record, _ in self.attached.get(part, ()):
+            output = record(kind if valid is None else kind.knowing(valid=valid), inputs, output)
         return output
+
+
+def finding(function: Any, **names: Any) -> FunctionType:
+    """Return a function of torch's that finds others than its own by these names of its module."""
+    # Without a name of its own it is no part of that module to the compiler.
+    found = {key: part for key, part in function.__globals__.items() if key != "__name__"} | names
+    return FunctionType(function.__code__, found, None, function.__defaults__, function.__closure__)
 
 
 class ForwardKind(Kind):
@@ -61,30 +76,15 @@ class ForwardKind(Kind):
 
     def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
         """Have the forward pass call ``record``; the module's own attribute shadows that of its class."""
-        attachment = Attachment(self._forward, self, record, is_wanted)
-        self._forward.attached.setdefault(self.part, []).append(attachment)
+        self._forward.attached.setdefault(self.part, []).append((self, record, is_wanted))
         self._forward.module.forward = self._forward.forward
-        return [attachment]
-
-    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        if self.positions_first:
-            inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
-        return super().uses(inputs, gradient)
-
-
-@dataclass(eq=False)
-class Attachment:
-    """A weight whose uses are reported, and what takes that off again."""
-
-    forward: OwnForward
-    kind: Kind
-    record: Record
-    is_wanted: Callable[[], bool]
+        return [self]
 
     def remove(self) -> None:
         """Report no more; the last one gives the module its forward pass back. A second time does nothing."""
-        attached = self.forward.attached
-        if self in attached[self.kind.part]:
-            attached[self.kind.part].remove(self)
+        attached = self._forward.attached
+        others = [own for own in attached[self.part] if own[0] is not self]
+        if len(others) < len(attached[self.part]):
+            attached[self.part] = others
             if not any(attached.values()):
-                vars(self.forward.module).pop("forward", None)
+                vars(self._forward.module).pop("forward", None)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import _VF, Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils._pytree import tree_map_only
 
 from brandla.kfac.capture.kinds.kind import Kind, own_forward, why_left
-from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward
+from brandla.kfac.capture.kinds.own_forward import ForwardKind, OwnForward, finding
 
+# h and c, which is h again where there is none.
+_State: TypeAlias = tuple[Tensor, Tensor]
+_Cell: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], _State]
 _FUSED: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
@@ -28,34 +32,14 @@ class CellKind(ForwardKind):
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
         if not isinstance(module, cls.types):
             return None
-        forward = CellForward.of(module)
-        if forward is None or own_forward(module, *cls.types):
+        if own_forward(module, *cls.types) or (forward := RecurrentForward.of(module)) is None:
             return own_forward(module)
         reason = why_left(module, "weight_ih", "weight_hh")
         return reason or [cls(forward, f"weight_{name}", f"bias_{name}") for name in ("ih", "hh")]
 
 
-class CellForward(OwnForward):
-    """Computes what a cell does, with its products in sight, while they are to be captured."""
-
-    def forward(self, inputs: Tensor, hx: Any = None) -> Any:
-        cell = self.module
-        shape = (*inputs.shape[:-1], cell.hidden_size)
-        states = (inputs.new_zeros(shape),) * 2 if hx is None else hx if isinstance(cell, nn.LSTMCell) else (hx, hx)
-        fits = inputs.ndim in (1, 2) and all(state.shape == shape for state in states)
-        if torch.compiler.is_compiling() or not fits or not self.is_watched():
-            return type(cell).forward(cell, inputs, hx)
-        h, c = states
-        products = [
-            self.recorded(f"weight_{of}", own, linear(own, getattr(cell, f"weight_{of}"), getattr(cell, f"bias_{of}")))
-            for of, own in (("ih", inputs), ("hh", h))
-        ]
-        h, c = _cell(cell)(products[0], products[1], h, c)
-        return (h, c) if isinstance(cell, nn.LSTMCell) else h
-
-
 class RecurrentKind(CellKind):
-    """One weight of a recurrent layer: inputs and gradients are (time steps, samples, d)."""
+    """One weight of a recurrent layer: inputs and outputs are (time steps, samples, d)."""
 
     types = ()
     positions_first = True
@@ -63,8 +47,7 @@ class RecurrentKind(CellKind):
 
 def unrolled(module: nn.Module) -> list[Kind] | str:
     """Return the weights of a recurrent layer that is to run step by step."""
-    forward = RecurrentForward.of(module)
-    if forward is None or own_forward(module, *_FUSED):
+    if own_forward(module, *_FUSED) or (forward := RecurrentForward.of(module)) is None:
         return own_forward(module)
     layer: Any = module
     if getattr(layer, "proj_size", 0):
@@ -75,57 +58,61 @@ def unrolled(module: nn.Module) -> list[Kind] | str:
 
 
 class RecurrentForward(OwnForward):
-    """Computes what a recurrent layer does, one time step after another, while the products are to be captured.
+    """Runs what a cell, or a recurrent layer, does with the products in sight: a layer one time step after another.
 
     A packed sequence becomes a padded batch, whose padding counts in no factor, in the order in which it is packed.
-    Other calls are left to the module: those with no gradients, and in steps that take no data in.
     """
 
-    def forward(self, inputs: Any, hx: Any = None) -> Any:
-        layer = self.module
-        is_wanted = not torch.compiler.is_compiling() and self.is_watched()
-        if is_wanted and isinstance(inputs, PackedSequence):
-            steps, lengths = pad_packed_sequence(PackedSequence(inputs.data, inputs.batch_sizes))
-            valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
-            if hx is not None:
-                hx = layer.permute_hidden(hx, inputs.sorted_indices)
-            steps, last = self._through(steps, hx, valid)
-            packed = inputs._replace(data=pack_padded_sequence(steps, lengths).data)
-            return packed, layer.permute_hidden(last, inputs.unsorted_indices)
-        if not is_wanted or not isinstance(inputs, Tensor) or inputs.ndim not in (2, 3):
-            return type(layer).forward(layer, inputs, hx)
-        if inputs.ndim == 2:
-            steps, last = self._through(inputs[:, None], tree_map_only(Tensor, lambda part: part[:, None], hx))
-            return steps[:, 0], tree_map_only(Tensor, lambda part: part[:, 0], last)
-        steps, last = self._through(inputs.transpose(0, 1) if layer.batch_first else inputs, hx)
-        return steps.transpose(0, 1) if layer.batch_first else steps, last
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        layers = {name: partial(self._layer, cell) for name, cell in _CELLS.items()}
+        cells = {f"{name}_cell": partial(self._cell, name, cell) for name, cell in _CELLS.items()}
+        self.in_sight = finding(type(module).forward, _VF=SimpleNamespace(**layers, **cells))
 
-    def _through(self, steps: Tensor, hx: Any, valid: Tensor | None = None) -> tuple[Tensor, Any]:
+    def _cell(self, name: str, cell: _Cell, inputs: Tensor, hx: Any, *weights: Any) -> Any:
+        """As torch's function for one cell, which says what is wrong where it does not fit."""
+        states = hx if name == "lstm" else (hx, hx)
+        if any(state.shape != (len(inputs), self.module.hidden_size) for state in states):
+            return getattr(_VF, f"{name}_cell")(inputs, hx, *weights)
+        products = [
+            self.recorded(f"weight_{of}", own, linear(own, weight, bias))
+            for of, own, weight, bias in zip(("ih", "hh"), (inputs, states[0]), weights[:2], weights[2:], strict=True)
+        ]
+        after = cell(*products, *states)
+        return after if name == "lstm" else after[0]
+
+    def _layer(self, cell: _Cell, inputs: Tensor, *of_call: Any) -> tuple[Tensor, ...]:
+        """As torch's function for all layers: of inputs, states and weights, or of packed data and its sizes first."""
+        batch_first = self.module.batch_first
+        if isinstance(of_call[1], list):
+            steps, *last = self._through(cell, inputs.transpose(0, 1) if batch_first else inputs, of_call[0])
+            return steps.transpose(0, 1) if batch_first else steps, *last
+        steps, lengths = pad_packed_sequence(PackedSequence(inputs, of_call[0]))
+        valid = (torch.arange(len(steps)) < lengths[:, None]).to(steps.device)
+        steps, *last = self._through(cell, steps, of_call[1], valid)
+        return pack_padded_sequence(steps, lengths).data, *last
+
+    def _through(self, cell: _Cell, steps: Tensor, hx: Any, valid: Tensor | None = None) -> list[Tensor]:
         """Run (time steps, samples, d) through all layers; return their output, and the last states of each."""
         layer, ways = self.module, _ways(self.module)
-        if hx is None:
-            h = c = steps.new_zeros(layer.num_layers * len(ways), steps.shape[1], layer.hidden_size)
-        else:
-            h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
+        h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
         states = zip(h.unbind(), c.unbind(), strict=True)
-        ended: list[tuple[Tensor, Tensor]] = []
+        ended: list[_State] = []
         for index in range(layer.num_layers):
-            runs = [self._run(f"l{index}{way}", steps, *next(states), valid, reverse=bool(way)) for way in ways]
+            runs = [self._run(cell, f"l{index}{way}", steps, next(states), valid) for way in ways]
             steps = torch.cat([output for output, _ in runs], -1)
             ended += [state for _, state in runs]
             if layer.dropout and index < layer.num_layers - 1:
                 steps = dropout(steps, layer.dropout, layer.training)
-        last = tuple(torch.stack(part) for part in zip(*ended, strict=True))
-        return steps, last if isinstance(layer, nn.LSTM) else last[0]
+        last = [torch.stack(part) for part in zip(*ended, strict=True)]
+        return [steps, *last] if isinstance(layer, nn.LSTM) else [steps, last[0]]
 
-    def _run(
-        self, name: str, steps: Tensor, h: Tensor, c: Tensor, valid: Tensor | None, *, reverse: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run one layer in one direction; return h of all time steps, and the last h and c.
+    def _run(self, cell: _Cell, name: str, steps: Tensor, state: _State, valid: Tensor | None) -> tuple[Tensor, _State]:
+        """Run one layer in one direction; return h of all time steps, and the last state.
 
-        Time steps of a sample that are not ``valid`` leave its h and c as they are.
+        Time steps of a sample that are not ``valid`` leave its state as it is.
         """
-        layer, cell = self.module, _cell(self.module)
+        layer, reverse = self.module, name.endswith("_reverse")
         of_input, of_hidden = (
             (getattr(layer, f"weight_{of}_{name}"), getattr(layer, f"bias_{of}_{name}", None)) for of in ("ih", "hh")
         )
@@ -135,32 +122,22 @@ class RecurrentForward(OwnForward):
         before, after = [], []
         times = reversed(range(len(steps))) if reverse else range(len(steps))
         for time in times:
-            before.append(h.detach())
-            new_h, new_c = cell(made[time], linear(h, *of_hidden) + added[time], h, c)
+            before.append(state[0].detach())
+            h, c = cell(made[time], linear(state[0], *of_hidden) + added[time], *state)
             if valid is not None:
                 is_there = valid[:, time, None]
-                new_h, new_c = torch.where(is_there, new_h, h), torch.where(is_there, new_c, c)
-            h, c = new_h, new_c
+                h, c = torch.where(is_there, h, state[0]), torch.where(is_there, c, state[1])
+            state = h, c
             after.append(h)
         if reverse:
             before, after = before[::-1], after[::-1]
         if after:
             self.recorded(f"weight_hh_{name}", torch.stack(before), added, valid)
-        return torch.stack(after), (h, c)
+        return torch.stack(after), state
 
 
 def _ways(layer: Any) -> list[str]:
     return ["", "_reverse"] if layer.bidirectional else [""]
-
-
-def _cell(layer: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what makes the next h and c of a layer's products with the input and with h, its h and its c."""
-    if isinstance(layer, nn.LSTM | nn.LSTMCell):
-        return _lstm
-    if isinstance(layer, nn.GRU | nn.GRUCell):
-        return _gru
-    activation = torch.relu if layer.nonlinearity == "relu" else torch.tanh
-    return lambda made, hidden, h, c: (activation(made + hidden), c)
 
 
 def _lstm(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,3 +151,17 @@ def _gru(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     new = (new + (reset + of_reset).sigmoid() * of_new).tanh()
     kept = (kept + of_kept).sigmoid()
     return (1 - kept) * new + kept * h, c
+
+
+def _rnn(activation: Callable[[Tensor], Tensor], *of_call: Tensor) -> tuple[Tensor, Tensor]:
+    made, hidden, _, c = of_call
+    return activation(made + hidden), c
+
+
+# By torch's names: what makes the next h and c of the products with the input and with h, and of h and c.
+_CELLS: dict[str, _Cell] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": partial(_rnn, torch.tanh),
+    "rnn_relu": partial(_rnn, torch.relu),
+}
