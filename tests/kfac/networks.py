@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from brandla.kfac import KFAC, Exact, Strategy
-from brandla.kfac.capture.layer import Layer
 
 Batch = tuple[Tensor, Tensor]
+Tensors = Tensor | Iterable[Tensor]
 EXACT = Exact(inverse_every=1)
 # What `assert_dense_step` takes a preconditioner to have.
 DENSE: dict[str, Any] = {"damping": 0.03, "damping_scale": "absolute", "clip": None}
@@ -64,12 +65,10 @@ def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """Copies of all gradients."""
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
 def loss_of(model: nn.Module, data: Batch) -> Tensor:
-    """Cross-entropy of a batch."""
     return nn.functional.cross_entropy(model(data[0]), data[1])
 
 
@@ -179,37 +178,40 @@ def assert_dense_step(preconditioner: KFAC, tolerance: float = 1e-8) -> None:
 
     The rows make up the gradient, where positions are not summed over first.
     """
-    expected = [_step_of_rows(layer) for layer in preconditioner._layers]
+    expected = []
+    for layer in preconditioner._layers:
+        rows, gradient = layer.rows("loss", None), layer.gradient()
+        assert rows is not None
+        if layer.kind.single:
+            factors = [rows.uses * rows.inputs.mT @ rows.inputs]
+        else:
+            inputs = one_hot(rows.inputs, layer.shape.d_in) if layer.kind.one_hot else rows.inputs
+            if layer.sharing == "expand":
+                torch.testing.assert_close(rows.gradients.mT @ inputs, gradient)
+            factors = [inputs.mT @ inputs / rows.uses, rows.uses * rows.gradients.mT @ rows.gradients]
+        eyes = (DENSE["damping"] * torch.eye(factor.shape[-1], dtype=factor.dtype) for factor in factors)
+        A, *G = (torch.linalg.inv(factor + eye) for factor, eye in zip(factors, eyes, strict=True))
+        expected.append((G[0] @ gradient if G else gradient) @ A)
     preconditioner.step()
     # Two orders of summation, magnified by the condition of the damped factors, at most 1e5 on either side.
-    assert_all_near([layer.gradient() for layer in preconditioner._layers], expected, tolerance)
+    assert_near([layer.gradient() for layer in preconditioner._layers], expected, tolerance)
 
 
-def _step_of_rows(layer: Layer) -> Tensor:
-    rows, gradient = layer.rows("loss", None), layer.gradient()
-    assert rows is not None
-
-    def solved(factor: Tensor) -> Tensor:
-        return torch.linalg.inv(factor + DENSE["damping"] * torch.eye(factor.shape[-1], dtype=factor.dtype))
-
-    if layer.kind.single:
-        return gradient @ solved(rows.uses * rows.inputs.mT @ rows.inputs)
-    inputs = one_hot(rows.inputs, layer.shape.d_in) if layer.kind.one_hot else rows.inputs
-    if layer.sharing == "expand":
-        torch.testing.assert_close(rows.gradients.mT @ inputs, gradient)
-    A, G = inputs.mT @ inputs / rows.uses, rows.uses * rows.gradients.mT @ rows.gradients
-    return solved(G) @ gradient @ solved(A)
-
-
-def assert_all_near(ones: Iterable[Tensor], others: Iterable[Tensor], tolerance: float = 1e-6) -> None:
-    """Compare each relative to its largest entry."""
+def assert_near(result: Tensors, expected: Tensors, tolerance: float = 1e-6) -> None:
+    """Compare relative to the largest entry, of several tensors each by itself."""
+    ones, others = ([own] if isinstance(own, Tensor) else own for own in (result, expected))
     for one, other in zip(ones, others, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
 
 
-class OwnLinear(nn.Module):
-    """A Linear of somebody's own."""
+def through_a_file(content: Any, *, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
+
+class OwnLinear(nn.Module):
     def __init__(self, d_in: int = 6, d_out: int = 4, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(d_out, d_in, dtype=torch.float64))

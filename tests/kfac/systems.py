@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from brandla.kfac import (
 )
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import FactorStrategy
-from kfac.networks import Batch, layer_gradient, loss_of, stepped
+from kfac.networks import layer_gradient
 
 SYSTEMS: dict[str, Strategy] = {
     "exact": Exact(inverse_every=3),
@@ -58,9 +58,9 @@ FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "choles
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 
 
-def some_systems(*names: str) -> pytest.MarkDecorator:
-    """Run a test with a few of the systems."""
-    return pytest.mark.parametrize("strategy", [SYSTEMS[name] for name in names], ids=names)
+def some_systems(*own: str | Strategy) -> pytest.MarkDecorator:
+    """Run a test with a few of the systems, by their names or as they are."""
+    return pytest.mark.parametrize("strategy", [SYSTEMS[one] if isinstance(one, str) else one for one in own], ids=str)
 
 
 def growing(step: int) -> int:
@@ -108,20 +108,12 @@ def factors_of(preconditioner: KFAC) -> list[Factor]:
     return [factor for _, factor in preconditioner._layers[0].curvature.factors()]
 
 
-Loss = Callable[[slice], Tensor]
-
-
-def loss_on(model: nn.Module, data: Batch) -> Loss:
-    """The loss of a part of a batch."""
-    return lambda part: loss_of(model, (data[0][part], data[1][part]))
-
-
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The modules with parameters of their own."""
     return [module for module in model.modules() if list(module.parameters(recurse=False))]
 
 
-def sample_gradients(model: nn.Module, loss: Loss, samples: int) -> list[list[Tensor]]:
+def sample_gradients(model: nn.Module, loss: Callable[[slice], Tensor], samples: int) -> list[list[Tensor]]:
     """Gradients, by sample and layer, of each sample's own part of a mean loss, as matrices with the bias's column."""
     parts = []
     for index in range(samples):
@@ -132,35 +124,16 @@ def sample_gradients(model: nn.Module, loss: Loss, samples: int) -> list[list[Te
     return parts
 
 
-def fisher(parts: Sequence[Sequence[Tensor]], uses: int) -> Tensor:
-    """N Σ v vᵀ, v the gradient of a sample over all layers, one behind the other."""
-    rows = torch.stack([flat(of_sample) for of_sample in parts])
-    return uses * rows.T @ rows
-
-
-def fishers(model: nn.Module, loss: Loss, samples: int) -> list[Tensor]:
-    """N Σ v vᵀ of each layer."""
-    parts = sample_gradients(model, loss, samples)
-    return [fisher([[own] for own in of_layer], samples) for of_layer in zip(*parts, strict=True)]
-
-
 def damped_solve(F: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
     """(F + λI)⁻¹ times a gradient, as a vector."""
     eye = torch.eye(len(F), dtype=F.dtype)
     return torch.linalg.solve(F + damping * eye, gradient.reshape(-1)).reshape(gradient.shape)
 
 
-def flat(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices as one vector."""
-    return torch.cat([matrix.reshape(-1) for matrix in matrices])
-
-
-def layer_steps(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
-    """Gradients of the layers, as matrices, after a backward pass and a step."""
-    stepped(model, preconditioner, loss)
-    return [layer_gradient(layer) for layer in layers_of(model)]
-
-
-def assert_near(result: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare relative to the largest entry."""
-    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+def layer_steps(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the layers, as matrices, after a backward pass and after a step."""
+    model.zero_grad()
+    loss.backward()
+    before = [layer_gradient(layer) for layer in layers_of(model)]
+    preconditioner.step()
+    return before, [layer_gradient(layer) for layer in layers_of(model)]

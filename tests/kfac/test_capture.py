@@ -2,31 +2,21 @@
 
 import gc
 import weakref
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch._functorch.config
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC, Brand, Exact
-from kfac.networks import (
-    EXACT,
-    batch,
-    gradients,
-    layer_gradient,
-    loss_of,
-    mlp,
-    stepped,
-)
+from kfac.networks import EXACT, batch, gradients, layer_gradient, loss_of, mlp, stepped
 
 # Small networks have factors too small for Brand; that they say so is tested with the report.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
 CROSS_ENTROPY = nn.functional.cross_entropy
-Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
 
 def plainly(model, inputs):
@@ -73,7 +63,9 @@ def steps(forward, parts, **options):
         (plainly, {"factor_every": 2}),
         (plainly, {"curvature": "empirical"}),
         (plainly, {"curvature": "type-2"}),
+        (plainly, {"gradient": "pair"}),
         (checkpointed, {}),
+        (checkpointed, {"gradient": "pair"}),
         (checkpointed, {"curvature": "type-2"}),
         (reentrant, {}),
         (offloaded, {}),
@@ -137,8 +129,8 @@ class Training:
     # What leaves no trace. It comes with another batch, and a larger loss.
 
     def give_up(self):
-        self.labels = batch(10, 6, 4, 100)[1]
-        (50 * self.loss_of(batch(10, 6, 4, 100)[0])).backward()
+        inputs, self.labels = batch(10, 6, 4, 100)
+        (50 * self.loss_of(inputs)).backward()
 
     def give_up_the_graph(self):
         (50 * self.loss).backward(retain_graph=True)

@@ -1,7 +1,6 @@
 """Checkpoints: training goes on from them bit by bit, also through torch.distributed.checkpoint; what is refused."""
 
 import copy
-import io
 import re
 
 import pytest
@@ -22,7 +21,7 @@ from brandla.kfac import (
     Randomized,
     read_state,
 )
-from kfac.networks import assert_equal, batch, mlp, train
+from kfac.networks import assert_equal, batch, mlp, through_a_file, train
 from kfac.systems import SYSTEMS, falling, growing, rule, seldom, some_systems
 
 # Of torch.distributed one process is what is meant.
@@ -59,13 +58,6 @@ def trained(strategy, model=None, steps=1, **options):
     return model, preconditioner
 
 
-def reloaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def assert_same(one, other):
     """The same numbers and tensors, in the same order."""
     for left, right in zip(tree_leaves(one), tree_leaves(other), strict=True):
@@ -76,43 +68,39 @@ def assert_same(one, other):
 SPECTRAL = {"clip_by": "spectral", "clip": 0.01}
 
 
-@pytest.mark.parametrize("strategy", STREAMS.values(), ids=STREAMS)
-def test_training_goes_on_bit_equal(strategy):
-    """And a state stays as it is meanwhile."""
+WAYS = {
+    **{(name, "file"): own for name, own in STREAMS.items()},
+    **{(name, way): SYSTEMS[name] for name in ("exact", "brand", "singd") for way in ("read", "in-place")},
+}
+
+
+@pytest.mark.parametrize("name", WAYS, ids="-".join)
+def test_training_goes_on_bit_equal(name, tmp_path):
+    """From a file and through torch.distributed, and a state stays as it is meanwhile."""
+    strategy, (_, way) = WAYS[name], name
     model, preconditioner = trained(strategy, steps=4, **SPECTRAL)
     state = {"model": copy.deepcopy(model.state_dict()), "kfac": preconditioner.state_dict()}
-    checkpoint = reloaded(state)
+    checkpoint = through_a_file(state)
+    if way != "file":
+        dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
     train(model, preconditioner, data(4, 7))
     assert_same(state, checkpoint)
-    fresh, resumed = trained(strategy, network(9), steps=0, **SPECTRAL)
-    fresh.load_state_dict(checkpoint["model"])
-    resumed.load_state_dict(checkpoint["kfac"])
-    train(fresh, resumed, data(4, 7))
-    assert_equal(model, fresh)
-    assert [row.rank for row in preconditioner.report().factors] == [row.rank for row in resumed.report().factors]
-
-
-@some_systems("exact", "brand", "singd")
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "started"])
-def test_training_goes_on_through_torch_distributed(strategy, fresh, tmp_path):
-    model, preconditioner = trained(strategy, steps=5, **SPECTRAL)
-    dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
-    train(model, preconditioner, data(5, 9))
-    other, resumed = trained(strategy, network(9), 0 if fresh else 2, **SPECTRAL)
-    if fresh:
-        resumed.load_state_dict(read_state(tmp_path))
-        dcp.load({"model": other.state_dict()}, checkpoint_id=tmp_path)
-    else:
+    other, resumed = trained(strategy, network(9), steps=2 if way == "in-place" else 0, **SPECTRAL)
+    if way == "in-place":
         dcp.load({"model": other.state_dict(), "kfac": resumed}, checkpoint_id=tmp_path)
-    train(other, resumed, data(5, 9))
-    if fresh and isinstance(strategy, Exact):
+    else:
+        other.load_state_dict(checkpoint["model"])
+        resumed.load_state_dict(checkpoint["kfac"] if way == "file" else read_state(tmp_path))
+    train(other, resumed, data(4, 7))
+    if name == ("exact", "read"):
         # Products with eigenvectors that lay by columns, and now lie by rows, round differently.
         torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
     else:
         assert_equal(model, other)
+    assert [row.rank for row in preconditioner.report().factors] == [row.rank for row in resumed.report().factors]
 
 
-@pytest.mark.parametrize("strategy", [Brand(6), InverseFree()], ids=["brand", "singd"])
+@some_systems("brand", InverseFree())
 def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy, tmp_path):
     """Its tensors have no place yet, and would be left out."""
     dcp.save({"kfac": trained(strategy)[1]}, checkpoint_id=tmp_path)

@@ -5,14 +5,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from brandla.kfac import KBFGS, KFAC, Adaptive, Brand, register
+from brandla.kfac import KFAC, Adaptive, Brand, register
 from brandla.kfac.capture.kinds import like
 from kfac.networks import (
     DENSE,
     EXACT,
     Conv1D,
     OwnLinear,
-    RMSNorm,
     assert_dense_step,
     average,
     damped_inverse,
@@ -22,7 +21,6 @@ from kfac.networks import (
     stepped,
     weighted,
 )
-from kfac.systems import sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -34,44 +32,6 @@ DOUBLE = torch.float64
 def _registered(monkeypatch):
     """What a test registers goes with it."""
     monkeypatch.setattr(like, "_REGISTERED", {})
-
-
-class LayerScale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.randn(6, dtype=DOUBLE))
-
-    def forward(self, inputs):
-        return inputs * self.gamma
-
-
-class Shifted(nn.LayerNorm):
-    def forward(self, inputs):
-        return super().forward(inputs - 1)
-
-
-SCALES = {
-    "rms": RMSNorm,
-    "gemma": lambda: RMSNorm(offset=1.0),
-    "scale": LayerScale,
-    "own-layer-norm": lambda: Shifted(6, dtype=DOUBLE),
-}
-
-
-@pytest.mark.parametrize("make", SCALES.values(), ids=SCALES)
-def test_what_scales_a_function_of_its_input_has_gradients_of_samples_as_rows(make):
-    torch.manual_seed(0)
-    module = make()
-    inputs, weights = torch.randn(2, 5, 2, 6, dtype=DOUBLE)
-
-    def loss(part):
-        return (module(inputs[part]) * weights[part]).sum()
-
-    expected = 5 * torch.stack([own for (own,) in sample_gradients(module, loss, 5)], 1)
-    preconditioner = KFAC(module, EXACT, **DENSE)
-    loss(slice(None)).backward()
-    torch.testing.assert_close(preconditioner._layers[0].rows("loss", None).inputs, expected)
-    assert_dense_step(preconditioner)
 
 
 class Gated(OwnLinear):
@@ -221,34 +181,26 @@ def test_each_expert_in_one_parameter_is_a_layer(way, dtype, tolerance, turned):
     assert [*map(torch.equal, before, after)] == [True, False]
     names = [layer.name for layer in preconditioner._layers]
     assert names == ["up.0", "up.1", "up.2", "down.0", "down.1", "down.2"]
+    weights = [weight.mT if turned else weight for name in ("up", "down") for weight in experts.get_parameter(name)]
+    assert all(map(torch.equal, (layer.parameters() for layer in preconditioner._layers), weights))
     assert preconditioner.report().unsupported == {}
 
 
 @both_orders
-def test_what_a_system_makes_of_weights_is_of_each_expert_alone(turned):
-    experts = Experts(turned=turned)
-    preconditioner = KFAC(experts, KBFGS())
-    stepped(experts, preconditioner, weighted(experts(torch.randn(12, 4), ENDS)))
-    weights = [weight.mT if turned else weight for name in ("up", "down") for weight in experts.get_parameter(name)]
-    found = [layer.parameters() for layer in preconditioner._layers]
-    assert [*map(torch.equal, found, weights)] == [True] * 6
-
-
-@both_orders
 def test_the_reduction_that_is_predicted_is_of_all_experts(turned):
-    """β (1 − β/2) ⟨s, ∂W⟩ at the rate β, where s solves with the damped curvature."""
-    experts, inputs = Experts(turned=turned), torch.randn(12, 4)
-    preconditioner = KFAC(experts, EXACT, clip=None, damping=Adaptive(initial=0.1, every=1))
+    """And of scales: β (1 − β/2) ⟨s, ∂W⟩ at the rate β, where s solves with the damped curvature."""
+    model, inputs = nn.ModuleList([Experts(turned=turned), nn.LayerNorm(4)]), torch.randn(12, 4)
+    preconditioner = KFAC(model, EXACT, clip=None, damping=Adaptive(initial=0.1, every=1))
 
     def loss_of():
-        return experts(inputs, ENDS).square().mean()
+        return model[1](inputs + model[0](inputs, ENDS)).square().mean()
 
     loss = loss_of()
     loss.backward()
-    before = gradients(experts)
+    before = gradients(model)
     preconditioner.step()
-    torch.optim.SGD(experts.parameters(), 0.1).step()
-    slope = sum((one * other).sum() for one, other in zip(before, gradients(experts), strict=True))
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    slope = sum((one * other).sum() for one, other in zip(before, gradients(model), strict=True))
     expected = (loss - loss_of()) / (slope * (0.1 - 0.1**2 / 2))
     assert preconditioner.adapt(loss, loss_of) == pytest.approx(expected.item(), rel=1e-3)
 
@@ -257,25 +209,6 @@ def test_an_expert_that_was_given_nothing_yet_is_no_cause_for_a_warning(recwarn)
     experts = Experts()
     stepped(experts, KFAC(experts, EXACT), weighted(experts(torch.randn(12, 4), torch.tensor([6, 12, 12]))))
     assert not [warning for warning in recwarn if "none of the calls" in str(warning.message)]
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["matrix", "offsets"])
-def test_each_index_of_a_bag_is_a_row(mode, offsets):
-    torch.manual_seed(0)
-    module = nn.EmbeddingBag(9, 4, mode=mode, padding_idx=2, dtype=DOUBLE)
-    preconditioner = KFAC(module, EXACT, **DENSE)
-    indices = torch.arange(8) % 5
-    weighted(module(indices.view(2, 4)) if offsets is None else module(indices, torch.tensor(offsets))).backward()
-    assert_dense_step(preconditioner)
-
-
-def test_calls_by_keyword_and_of_one_vector_are_seen():
-    for module in (Conv1D(), nn.Linear(6, 4, dtype=DOUBLE)):
-        preconditioner = KFAC(module, EXACT, **DENSE)
-        name = "inputs" if isinstance(module, Conv1D) else "input"
-        weighted(module(**{name: torch.randn(6, dtype=DOUBLE)})).backward()
-        assert_dense_step(preconditioner)
 
 
 def test_two_optimizers_split_a_model():

@@ -2,8 +2,8 @@
 
 import copy
 import gc
-import io
 import pickle
+from functools import partial
 from weakref import ref
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import EKFAC, KFAC, InverseFree
-from kfac.networks import EXACT, Router, batch, gradients, loss_of, mlp, stepped
+from kfac.networks import EXACT, Router, batch, gradients, loss_of, mlp, stepped, through_a_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -22,14 +22,7 @@ def data(seed=0):
     return batch(10, 6, 4, seed)
 
 
-def through_a_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
+@pytest.mark.parametrize("copied", [copy.deepcopy, partial(through_a_file, weights_only=False)])
 def test_copies_of_a_model_train_by_themselves(copied):
     model, reference = mlp(6, 8, 4), mlp(6, 8, 4)
     preconditioner, expected = KFAC(model, EXACT), KFAC(reference, EXACT)

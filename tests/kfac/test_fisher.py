@@ -31,11 +31,14 @@ def hessian_of_one(loss, hidden, rest=None):
     return hessian(value, hidden)
 
 
-def curved_step(model, preconditioner, data, loss="cross_entropy"):
-    """One step with the curvature of the loss in the outputs."""
-    outputs = model(data[0])
-    preconditioner.curvature(outputs, loss=loss)
-    return stepped(model, preconditioner, LOSSES[loss](outputs, data[1]))
+def curved_step(preconditioner, data, loss="cross_entropy", *, tells=True):
+    """The factors made of gradients, G or the blocks of scale and shift, after a step that tells of outputs."""
+    outputs = preconditioner._model(data[0])
+    if tells:
+        preconditioner.curvature(outputs, loss=loss)
+    stepped(preconditioner._model, preconditioner, LOSSES[loss](outputs, data[1]))
+    sides = ["input" if layer.curvature.output is None else "output" for layer in preconditioner._layers]
+    return [average(preconditioner, side, index) for index, side in enumerate(sides)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -55,8 +58,7 @@ def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws
     for count in (100, 10_000):
         preconditioner = KFAC(layer, EXACT, curvature="monte-carlo", seed=3)
         data = torch.zeros(count, 2, dtype=DOUBLE), targets(loss, logits.expand(count, 4))
-        curved_step(layer, preconditioner, data, loss)
-        error = (average(preconditioner, "output") - H).square().sum()
+        error = (curved_step(preconditioner, data, loss)[0] - H).square().sum()
         assert 1 / 25 < error * count / moments < 25
         preconditioner.remove()
 
@@ -68,11 +70,11 @@ def test_exact_factor_is_the_mean_of_hessians_in_what_a_layer_gives(loss):
     model[1].inplace = model[3].inplace = False
     inputs, _ = batch(7, 5, 3)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
-    curved_step(model, preconditioner, (inputs, targets(loss, model(inputs))), loss)
-    for index, layer in enumerate((0, 2)):
+    found = curved_step(preconditioner, (inputs, targets(loss, model(inputs))), loss)
+    for layer, G in zip((0, 2, 4), found, strict=True):
         given = model[: layer + 1](inputs).detach()
         expected = torch.stack([hessian_of_one(loss, own, model[layer + 1 :]) for own in given])
-        torch.testing.assert_close(average(preconditioner, "output", index), expected.mean(0))
+        torch.testing.assert_close(G, expected.mean(0))
 
 
 def test_nothing_but_the_captures_sees_these_passes():
@@ -140,38 +142,28 @@ def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
     torch.testing.assert_close(gradients(preconditioner._model), gradients(resumed._model), rtol=0, atol=0)
 
 
-def test_a_step_without_its_curvature_is_refused():
-    model = mlp(5, 6, 4)
-    with pytest.raises(RuntimeError, match=r"KFAC.step: curvature='monte-carlo' needs a call of .*got none"):
-        stepped(model, KFAC(model, EXACT, curvature="monte-carlo"), loss_of(model, batch(8, 5, 4)))
+BAD = [
+    ({"loss": "hinge"}, ValueError, "KFAC.curvature: loss must be 'cross_entropy' or 'mse'; got 'hinge'"),
+    ({"weights": torch.ones(3)}, ValueError, "weights must be one for each term, (8,); got shape (3,)"),
+    ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be what the model gave"),
+    ({"outputs": torch.ones(8, 4).cfloat().requires_grad_()}, TypeError, "outputs must be real; got complex64"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"loss": "hinge"}, ValueError, "KFAC.curvature: loss must be 'cross_entropy' or 'mse'; got 'hinge'"),
-        ({"weights": torch.ones(3)}, ValueError, "weights must be one for each term, (8,); got shape (3,)"),
-        ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be what the model gave"),
-        (
-            {"outputs": torch.ones(8, 4, dtype=torch.complex64, requires_grad=True)},
-            TypeError,
-            "KFAC.curvature: outputs must be real; got complex64",
-        ),
-    ],
-    ids=["loss", "weights", "graph", "dtype"],
-)
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=["loss", "weights", "graph", "dtype"])
 def test_bad_arguments_are_refused_and_nothing_is_kept(arguments, error, message):
-    model = mlp(5, 6, 4)
+    """Nor is there a step without curvature."""
+    model, data = mlp(5, 6, 4), batch(8, 5, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
     with pytest.raises(error, match=re.escape(message)):
-        preconditioner.curvature(**{"outputs": model(batch(8, 5, 4)[0]), **arguments})
+        preconditioner.curvature(**{"outputs": model(data[0]), **arguments})
     assert all(layer.capture.calls == [] for layer in preconditioner._layers)
     assert preconditioner._recorder.running == "loss"
+    with pytest.raises(RuntimeError, match=r"KFAC.step: curvature='type-2' needs a call of .*got none"):
+        stepped(model, preconditioner, loss_of(model, data))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How many terms a loss has, once told: the G of its own gradients is that of the model's labels, in expectation
-# ---------------------------------------------------------------------------------------------------------------------
+# --- How many terms a loss has, once told: the G of its own gradients is that of the model's labels, in expectation
 
 
 NETWORKS = {
@@ -183,10 +175,7 @@ NETWORKS = {
     "scale": (lambda: pooled(nn.LayerNorm(4)), (2, 5, 4)),
 }
 # A term at each of two positions of the output, which four of the first layer go into.
-SEGMENTATION = (
-    lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.AvgPool1d(2), nn.Conv1d(4, 3, 1)),
-    (1, 2, 4),
-)
+SEGMENTATION = (lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.AvgPool1d(2), nn.Conv1d(4, 3, 1)), (1, 2, 4))
 CASES = {
     **{f"{name}-{way}": (*case, way) for name, case in NETWORKS.items() for way in ("expand", "reduce")},
     "segmentation": (*SEGMENTATION, "expand"),
@@ -196,21 +185,6 @@ CASES = {
 def drawn(shape, *, indices=False):
     torch.manual_seed(1)
     return torch.randint(7, shape) if indices else torch.randn(shape, dtype=DOUBLE)
-
-
-def of_gradients(preconditioner):
-    """The factors that are made of gradients: G, or the blocks of scale and shift."""
-    sides = ["input" if layer.curvature.output is None else "output" for layer in preconditioner._layers]
-    return [average(preconditioner, side, index) for index, side in enumerate(sides)]
-
-
-def told_step(preconditioner, data, *, tells=True):
-    model = preconditioner._model
-    if tells:
-        curved_step(model, preconditioner, data)
-    else:
-        stepped(model, preconditioner, loss_of(model, data))
-    return of_gradients(preconditioner)
 
 
 @pytest.mark.parametrize(("make", "shape", "sharing"), CASES.values(), ids=CASES)
@@ -228,7 +202,7 @@ def test_the_mean_over_the_models_own_labels_is_the_exact_factor(make, shape, sh
         for labels in product(range(3), repeat=2):
             target = torch.tensor(labels).reshape(outputs.movedim(1, -1).shape[:-1])
             weight = p[0, labels[0]] * p[1, labels[1]]
-            weighted.append([weight * own for own in told_step(preconditioner, (inputs, target))])
+            weighted.append([weight * own for own in curved_step(preconditioner, (inputs, target))])
         found[kind] = [sum(parts) for parts in zip(*weighted, strict=True)]
         preconditioner.remove()
     torch.testing.assert_close(found["empirical"], found["type-2"])
@@ -238,7 +212,7 @@ def test_untold_each_use_is_a_term():
     """Four positions of each of two samples are four times as much as one term a sample; where they agree, the same."""
     torch.manual_seed(0)
     model, data = NETWORKS["convolution"][0]().double(), (drawn((2, 2, 3, 3)), torch.tensor([0, 2]))
-    told, untold = (told_step(KFAC(model, EXACT), data, tells=tells) for tells in (True, False))
+    told, untold = (curved_step(KFAC(model, EXACT), data, tells=tells) for tells in (True, False))
     torch.testing.assert_close(untold, [4 * told[0], told[1]])
 
 
@@ -274,7 +248,7 @@ def test_terms_are_counted_with_padding_and_samples_of_weight_0_and_without(shar
             ((losses * weights).sum() / 3).backward()
         rows_of = preconditioner._layers[0].rows("loss", None)
         preconditioner.step()
-        G = of_gradients(preconditioner)[0]
+        G = average(preconditioner, "output")
         if parts is apart:
             torch.testing.assert_close(G, 3 * rows_of.gradients.mT @ rows_of.gradients)
         steps.append([G, model.first.weight.grad])

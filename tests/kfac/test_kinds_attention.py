@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KBFGS, KFAC
-from kfac.networks import DENSE, EXACT, assert_all_near, weighted
+from kfac.networks import DENSE, EXACT, assert_near, weighted
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -130,8 +130,7 @@ def test_outputs_and_gradients_are_those_of_the_module(module_name, call_name, o
 
 
 def test_one_sample_without_a_batch_dimension():
-    expected = attention()
-    module = attention()
+    expected, module = attention(), attention()
     preconditioner = KFAC(module, EXACT)
     query, key = torch.randn(QUERIES, D, dtype=torch.float64), torch.randn(KEYS, D, dtype=torch.float64)
     padding = torch.tensor([False, True, False, False, True])
@@ -199,7 +198,7 @@ def test_steps_are_those_of_linears(strategy, name, of, sharing):
                 torch.optim.SGD(own.parameters(), 0.1).step()
         found.append({key: part.grad for key, part in own.named_parameters()})
     for kind in ("weight", "bias"):
-        assert_all_near(*(projections(gradients, kind) for gradients in found), 1e-8)
+        assert_near(*(projections(gradients, kind) for gradients in found), 1e-8)
 
 
 def test_evaluation_takes_the_path_of_the_module():

@@ -1,6 +1,7 @@
 """Positions before samples, padding, packed sequences and graphs: the factors are those of the same data without."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,21 +15,18 @@ from kfac.networks import (
     EXACT,
     Conv1D,
     RMSNorm,
-    assert_all_near,
     assert_dense_step,
+    assert_near,
     average,
     gradients,
     lone_step,
-    stepped,
     weighted,
     with_one,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
-SYSTEMS = [
-    *(EXACT, EKFAC(inverse_every=1), ConjugateGradient()),
-    *(InverseFree(preconditioner_every=1), TwoLevel(EXACT)),
-]
+# Of conjugate gradients few iterations: rounding grows from one to the next until they have converged.
+SYSTEMS = [EXACT, ConjugateGradient(iterations=3), InverseFree(preconditioner_every=1), TwoLevel(EXACT), KBFGS()]
 DOUBLE = torch.float64
 
 both_sharings = pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -42,33 +40,21 @@ def _unrolled(monkeypatch):
 
 
 class Model(nn.Module):
-    """Every kind of layer that takes samples and positions in either order, beside one that says which."""
+    """Every kind of layer that takes samples and positions in either order, some found or registered, one tied."""
 
     def __init__(self, batch_first):
         super().__init__()
         self.batch_first = batch_first
         self.entries = nn.Embedding(11, 8)
         self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, words, padding=None):
-        return self.head(self.block(self.entries(words), src_key_padding_mask=padding))
-
-
-class Others(nn.Module):
-    """Kinds that are found or registered, and an embedding tied with the head."""
-
-    def __init__(self, batch_first):
-        super().__init__()
-        self.batch_first = batch_first
-        self.entries = nn.Embedding(11, 8)
         self.recurrent = nn.LSTM(8, 8, batch_first=batch_first)
         self.wide, self.norm, self.products = Conv1D(8, 8), RMSNorm(8), nn.Bilinear(8, 8, 8)
         self.head = nn.Linear(8, 11)
         self.head.weight = self.entries.weight
 
     def forward(self, words, padding):
-        found = self.norm(self.wide(self.recurrent(self.entries(words))[0]))
+        found = self.recurrent(self.block(self.entries(words), src_key_padding_mask=padding))[0]
+        found = self.norm(self.wide(found))
         return self.head(self.products(found, found))
 
 
@@ -109,20 +95,20 @@ def padded_step(own, strategy, filled, **options):
     return lone_step(own, loss, strategy, **options)
 
 
-@both_sharings
 @pytest.mark.parametrize(
-    ("make", "strategy"),
-    [*((Model, strategy) for strategy in SYSTEMS), (Others, EXACT), (Others, KBFGS())],
-    ids=lambda own: getattr(own, "__name__", str(own)),
+    ("strategy", "sharing"),
+    # With few rows rounding decides the eigenvectors of EK-FAC.
+    [*product(SYSTEMS, ("expand", "reduce")), (EKFAC(inverse_every=1), "expand")],
+    ids=str,
 )
-def test_neither_the_order_nor_padding_makes_a_difference(make, strategy, sharing):
+def test_neither_the_order_nor_padding_makes_a_difference(strategy, sharing):
     def step(batch_first, filled):
         torch.manual_seed(0)
-        return padded_step(make(batch_first).double(), strategy, filled, sharing=sharing)
+        return padded_step(Model(batch_first).double(), strategy, filled, sharing=sharing)
 
     data = step(True, 4)
     for batch_first, filled in ((False, 4), (True, 9), (False, 9)):
-        assert_all_near(step(batch_first, filled), data, 1e-6)
+        assert_near(step(batch_first, filled), data, 1e-6)
 
 
 class Entrywise(nn.Sequential):
@@ -136,7 +122,7 @@ class Entrywise(nn.Sequential):
 
 def test_padding_is_left_out_of_the_curvature_of_outputs_too():
     own = Entrywise(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    assert_all_near(*(padded_step(own, EXACT, filled, curvature="type-2") for filled in (4, 9)))
+    assert_near(*(padded_step(own, EXACT, filled, curvature="type-2") for filled in (4, 9)))
 
 
 BY_CHANCE = {
@@ -156,22 +142,28 @@ def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own, inputs
             return own(inputs).square().mean()
 
         found.append(lone_step(own, loss))
-    assert_all_near(*found)
+    assert_near(*found)
 
 
-@both_sharings
-def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing):
-    """A and G are those of the positions with data, also where what the padding holds is not finite."""
+@pytest.mark.parametrize(
+    ("sharing", "batch_first"), [("expand", None), ("reduce", None), ("expand", True), ("expand", False)]
+)
+def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing, batch_first):
+    """A and G are those of the positions with data; also where rows are in one dimension, in either order."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
-    preconditioner = KFAC(layer, EXACT, sharing=sharing, application="two-sided")
+    preconditioner = KFAC(layer, EXACT, sharing=sharing, batch_first=batch_first, application="two-sided")
     inputs, gradients = [], []
+
+    def laid(part):
+        return part if batch_first is None else (part if batch_first else part.transpose(0, 1)).reshape(12, -1)
+
     for lengths in ([1, 3, 2], [4, 4, 1]):
         valid = torch.arange(4) < torch.tensor(lengths)[:, None]
         points = torch.randn(3, 4, 5, dtype=DOUBLE)
         factors = torch.randn(3, 4, 4, dtype=DOUBLE) * valid[..., None]
         preconditioner.mask(valid)
-        (layer(points) * factors).sum().backward()
+        (layer(laid(points)) * laid(factors)).sum().backward()
         for point, factor, length in zip(points, factors, lengths, strict=True):
             own, gradient = point[:length], factor[:length]
             inputs.append(own if sharing == "expand" else own.mean(0, keepdim=True))
@@ -181,20 +173,6 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing):
     a, g = with_one(torch.cat(inputs)), torch.cat(gradients)
     torch.testing.assert_close(average(preconditioner), a.T @ a / len(a))
     torch.testing.assert_close(average(preconditioner, "output"), len(g) * g.T @ g)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_a_mask_fits_positions_and_samples_in_one_dimension(batch_first):
-    """In the order of the layer's inputs."""
-    layer = nn.Linear(5, 4).double()
-    preconditioner = KFAC(layer, EXACT, batch_first=batch_first, application="two-sided")
-    valid = torch.arange(4) < torch.tensor([2, 4, 1])[:, None]
-    points = torch.randn(3, 4, 5, dtype=DOUBLE)
-    preconditioner.mask(valid)
-    flat = (points if batch_first else points.transpose(0, 1)).reshape(12, 5)
-    stepped(layer, preconditioner, layer(flat).sum())
-    kept = with_one(points[valid])
-    torch.testing.assert_close(average(preconditioner), kept.T @ kept / 7)
 
 
 class Graphs(nn.Module):
@@ -239,12 +217,10 @@ def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes, sharing):
     def apart(preconditioner):
         return nn.functional.cross_entropy(torch.cat([own.of_one(part) for part in nodes.split(sizes)]), labels)
 
-    assert_all_near(*(lone_step(own, loss, sharing=sharing) for loss in (together, apart)))
+    assert_near(*(lone_step(own, loss, sharing=sharing) for loss in (together, apart)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells, recurrent layers and packed sequences
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Cells, recurrent layers and packed sequences
 
 
 def outputs_of(module):
@@ -335,7 +311,7 @@ def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make, sharin
         own = (module(one[:, None], started(slice(at, at + 1))) for at, one in enumerate(sequences()))
         return sum(map(loss_of, own))
 
-    assert_all_near(*(lone_step(module, loss, sharing=sharing) for loss in (together, apart)))
+    assert_near(*(lone_step(module, loss, sharing=sharing) for loss in (together, apart)))
 
 
 def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
@@ -351,4 +327,4 @@ def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
         preconditioner.mask(valid)
         return module(pad_sequence(sequences(), batch_first=True))[0][valid].square().mean()
 
-    assert_all_near(*(lone_step(module, loss, EKFAC(inverse_every=1)) for loss in (packed, padded)))
+    assert_near(*(lone_step(module, loss, EKFAC(inverse_every=1)) for loss in (packed, padded)))

@@ -13,8 +13,19 @@ from brandla.kfac.systems.brand import sketch_width
 from brandla.kfac.systems.factor import damped_solves
 from brandla.kfac.values import Damping
 from builders import dense_operator
-from kfac.networks import EXACT, average, batch, damped_inverse, gradients, layer_step, loss_of, mlp, stepped
-from kfac.systems import assert_near, factors_of, full_rank, layer_steps, sample_gradients, some_systems
+from kfac.networks import (
+    EXACT,
+    assert_near,
+    average,
+    batch,
+    damped_inverse,
+    gradients,
+    layer_step,
+    loss_of,
+    mlp,
+    stepped,
+)
+from kfac.systems import factors_of, full_rank, layer_steps, sample_gradients, some_systems
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 
@@ -123,9 +134,7 @@ def test_the_width_of_a_sketch(rank, k, expected):
     assert sketch_width(rank, k) == expected
 
 
-@pytest.mark.parametrize(
-    "strategy", [Exact(), BrandRandomized(6), BrandCorrected(6)], ids=["exact", "randomized", "corrected"]
-)
+@some_systems(Exact(), BrandRandomized(6), BrandCorrected(6))
 def test_the_dense_average_is_that_of_all_columns_of_all_batches(strategy):
     """Σ ρ^(t−i) A_i A_iᵀ over Σ ρ^(t−i), also beside a sketch."""
     found = trained(strategy, 4, count=96, decay=0.7)
@@ -215,9 +224,7 @@ def test_foof_divides_an_embedding_by_frequencies():
     assert_near(model.weight.grad, gradient / (frequencies + DAMPING * 0.5)[:, None], 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EK-FAC: against explicit gradients of samples
-# ---------------------------------------------------------------------------------------------------------------------
+# --- EK-FAC: against explicit gradients of samples
 
 ROUNDING = 1e-10
 
@@ -260,28 +267,20 @@ def test_step_divides_by_second_moments_and_damping():
 
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
 def test_step_is_that_of_exact_where_the_fisher_matrix_is_a_kronecker_product(damping):
-    """A full factorial of inputs and residuals, as in test_kinds: S = d_G d_Aᵀ, and damping acts alike."""
+    """A full factorial of inputs and residuals: S = d_G d_Aᵀ, and damping acts alike.
+
+    Also in a direction without data: a penalty puts gradient on an input that is never active.
+    """
     steps = []
     for system in (EXACT, EKFAC(inverse_every=1)):
         layer = mlp(5, 4, bias=False)[0]
         inputs = torch.randn(7, 5, dtype=torch.float64).repeat_interleave(4, dim=0)
+        inputs[:, 2] = 0
         targets = layer(inputs).detach() - 2 * torch.eye(4, dtype=torch.float64).repeat(7, 1)
         preconditioner = KFAC(layer, system, damping=damping, clip=None)
-        steps += layer_steps(layer, preconditioner, (0.5 * (layer(inputs) - targets).square().sum(1)).mean())
-    assert_near(steps[1], steps[0], ROUNDING)
-
-
-def test_a_direction_without_data_gets_the_step_of_exact():
-    """Weight decay puts gradient on an input that is never active."""
-    steps = []
-    for system in (EXACT, EKFAC(inverse_every=1)):
-        layer = mlp(6, 5, bias=False)[0]
-        inputs = torch.randn(12, 6, dtype=torch.float64)
-        inputs[:, 2] = 0
-        preconditioner = KFAC(layer, system, damping=DAMPING, clip=None)
-        (step,) = layer_steps(layer, preconditioner, layer(inputs).square().mean() + layer.weight[:, 2].sum())
-        steps.append(step[:, 2])
-    assert steps[0].abs().min() > 1
+        loss = (0.5 * (layer(inputs) - targets).square().sum(1)).mean() + layer.weight[:, 2].sum()
+        steps += layer_steps(layer, preconditioner, loss)[1]
+    assert steps[0][:, 2].abs().min() > 1
     assert_near(steps[1], steps[0], 1e-8)
 
 

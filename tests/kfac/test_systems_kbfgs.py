@@ -9,8 +9,7 @@ from torch import nn
 from brandla.kfac import KBFGS, KFAC, Exact
 from brandla.kfac.systems.kbfgs import curved, updated
 from brandla.kfac.values import Damping, Now, Rows, Shape
-from kfac.networks import batch, gradients, layer_gradient, loss_of, mlp, with_one
-from kfac.systems import assert_near
+from kfac.networks import assert_near, batch, gradients, layer_gradient, loss_of, mlp, with_one
 
 DAMPING = 0.3
 OPTIONS = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
@@ -182,11 +181,3 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
 def test_second_pass_is_refused_where_nothing_takes_it(options):
     with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
         KFAC(mlp(6, 8, 4), **options).second_pass()
-
-
-def test_it_trains_with_second_passes():
-    model, data = mlp(10, 20, 4, dtype=torch.float32), batch(40, 10, 4, dtype=torch.float32)
-    preconditioner, before = KFAC(model, KBFGS()), loss_of(model, data).item()
-    for _ in range(30):
-        iterate(model, preconditioner, partial(loss_of, model, data))
-    assert loss_of(model, data).item() < 0.5 * before

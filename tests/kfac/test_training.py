@@ -1,6 +1,7 @@
 """Steps as training takes them: batches that are not finite, schedules, layers that freeze, scales and precisions."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -21,18 +22,14 @@ def after(model, preconditioner, seed):
     return stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
 
 
-# What is beyond the range of float32, or is only once it is squared.
-BROKEN = {
-    "input": lambda inputs: inputs.masked_fill(torch.arange(60) == 2, math.nan),
-    "inputs squared": lambda inputs: 1e20 * inputs,
-}
-LARGE = {"loss": math.inf, "loss squared": 1e22}
-
-
 def broken_backward(model, seed, what):
+    """With what is beyond the range of float32, or is only once it is squared."""
     inputs, labels = batch(8, 60, 4, seed, torch.float32)
-    loss = loss_of(model, (BROKEN.get(what, torch.clone)(inputs), labels))
-    (LARGE.get(what, 1) * loss).backward()
+    if what == "input":
+        inputs[:, 2] = math.nan
+    if what == "inputs squared":
+        inputs *= 1e20
+    ({"loss": math.inf, "loss squared": 1e22}.get(what, 1) * loss_of(model, (inputs, labels))).backward()
     if what == "gradient":
         model[-1].weight.grad[0, 0] = math.inf
 
@@ -68,22 +65,28 @@ def test_batches_that_are_not_finite_count_for_nothing(strategy, free, monkeypat
     assert all(torch.isfinite(part).all() for part in tensors(preconditioner))
 
 
-def test_complex_gradients_of_other_layers_are_looked_at():
-    real, of_complex = nn.Linear(10, 16), nn.Linear(8, 4, dtype=torch.complex64)
-    model = nn.ModuleList([real, of_complex])
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_gradients_of_other_layers_are_looked_at(kind):
+    torch.manual_seed(0)
+    if kind == "complex":
+        other = nn.Linear(10, 2, dtype=torch.complex64)
+        inputs = torch.randn(5, 10, dtype=torch.complex64)
+    else:
+        other, inputs = nn.Embedding(6, 2, sparse=True), torch.tensor([1, 2, 1])
+    model = nn.Sequential(other, nn.Linear(2, 4))
     preconditioner = KFAC(model, Exact())
-
-    def forward(inputs):
-        return of_complex(torch.view_as_complex(real(inputs).unflatten(-1, (8, 2)))).abs()
-
     for skipped in (0, 1):
         model.zero_grad()
-        loss_of(forward, batch(8, 10, 4, dtype=torch.float32)).backward()
+        hidden = other(inputs)
+        model[1](hidden.abs() if kind == "complex" else hidden).square().sum().backward()
         if skipped:
-            of_complex.bias.grad[0] = complex(0, math.nan)
+            grad = other.weight.grad
+            (grad._values() if grad.is_sparse else torch.view_as_real(grad))[..., 1] = math.nan
         preconditioner.step()
         assert preconditioner.report().skipped == skipped
-    assert not any(gradient.any() for gradient in gradients(model))
+        found = [part.to_dense() if part.is_sparse else part for part in gradients(model)]
+        assert all(bool(part.abs().sum()) == (not skipped) for part in found)
+    assert other.weight.grad.is_sparse == (kind == "sparse")
 
 
 def test_a_mask_of_nothing_is_finite():
@@ -175,9 +178,7 @@ def test_modules_that_are_added_later_are_left_alone():
     assert torch.equal(layer_gradient(model[-1]), before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision: autocast, loss scaling, models in half precision or in several
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Precision: autocast, loss scaling, models in half precision or in several
 
 # Well-conditioned, so that what rounding does to the gradients is not made larger.
 OPTIONS = {"damping": 1.0, "clip": None}
@@ -191,12 +192,7 @@ def scaled(scale):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1_000_000)
 
 
-def one_step(
-    scaler,
-    dtype=None,
-    parts=1,
-    **options,
-):
+def one_step(scaler, dtype=None, parts=1, **options):
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     preconditioner = KFAC(model, EXACT, scaler=scaler, **{**OPTIONS, **options})
@@ -215,11 +211,11 @@ def one_step(
 
 
 @pytest.mark.parametrize("curvature", ["empirical", "type-2"])
-@pytest.mark.parametrize("application", ["auto", "two-sided"])
+@pytest.mark.parametrize("way", [{}, {"application": "two-sided"}, {"gradient": "pair"}], ids=str)
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_loss_scale_changes_nothing(application, parts, curvature, monkeypatch):
+def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
     """A power of two as scale rounds nothing, and is never read back."""
-    options = {"application": application, "parts": parts, "curvature": curvature}
+    options = {"parts": parts, "curvature": curvature, **way}
     scaler = scaled(2.0**12)
     monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
     preconditioner, found = one_step(scaler, **options)
@@ -227,13 +223,13 @@ def test_a_loss_scale_changes_nothing(application, parts, curvature, monkeypatch
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     disabled = one_step(torch.amp.GradScaler("cpu", enabled=False), **options)[1]
     torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
-    # Unscaling is known to be all that happened to the gradient.
-    linear = [layer.linear for layer in preconditioner._layers]
-    assert linear == ([True] * 3 if application == "auto" else [None] * 3)
+    # Unscaling is known to be all that happened to the gradient; of one that is left out, nobody asks.
+    assert [layer.linear for layer in preconditioner._layers] == [None if way else True] * 3
 
 
+@pytest.mark.parametrize("gradient", ["autograd", "pair"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_agrees_with_full_precision(dtype):
+def test_autocast_agrees_with_full_precision(dtype, gradient):
     """To what rounding does to the gradients themselves, error e, a unit that changes sides of a ReLU included.
 
     With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
@@ -246,7 +242,7 @@ def test_autocast_agrees_with_full_precision(dtype):
             loss = loss_of(model, batch(16, 10, 4, dtype=torch.float32))
         (loss * 1024).backward()
         raw.append(gradients(model))
-    _, found = one_step(scaled(2.0**10) if dtype == torch.float16 else None, dtype)
+    _, found = one_step(scaled(2.0**10) if dtype == torch.float16 else None, dtype, gradient=gradient)
     _, expected = one_step(None)
     assert largest_error(found, expected) < 12 * largest_error(*raw)
 
@@ -287,8 +283,17 @@ def test_a_batch_that_overflows_is_skipped_by_all():
         assert all(map(torch.equal, model.parameters(), before)) == (seed == 1)
 
 
-def linear_of(kind, dtype, penalty=0.0, *, autocast):
-    """Take one step, and say which layers took the gradient for that of the captured pairs."""
+# Of the square of the weights as they start: a tenth of the gradient or so.
+PENALTIES = {"linear": 0.03, "conv": 0.01, "attention": 0.03}
+ROUNDED = [
+    *((*own, 0.0) for own in product(PENALTIES, (torch.bfloat16, torch.float16), (True, False))),
+    *((kind, torch.bfloat16, True, penalty) for kind, penalty in PENALTIES.items()),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "autocast", "penalty"), ROUNDED)
+def test_a_penalty_is_seen_and_rounding_in_half_precision_is_none(kind, dtype, autocast, penalty):
+    """By which layers take the gradient for that of the captured pairs."""
     torch.manual_seed(0)
     if kind == "linear":
         model, inputs = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)), 3 * torch.rand(6, 64)
@@ -305,32 +310,9 @@ def linear_of(kind, dtype, penalty=0.0, *, autocast):
         loss = nn.functional.cross_entropy(model(inputs).flatten(1), torch.arange(len(inputs)) % 4)
     loss = loss + penalty * sum(parameter.float().square().sum() for parameter in model.parameters())
     stepped(model, preconditioner, loss)
-    return [layer.linear for layer in preconditioner._layers]
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv", "attention"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("autocast", [True, False])
-def test_rounding_in_half_precision_is_no_penalty(kind, dtype, autocast):
-    linear = linear_of(kind, dtype, autocast=autocast)
-    assert True in linear
-    assert False not in linear
-
-
-@pytest.mark.parametrize(("kind", "penalty"), [("linear", 0.03), ("conv", 0.01), ("attention", 0.03)])
-def test_a_penalty_is_seen_under_autocast(kind, penalty):
-    """That of the weights as they start is a tenth of the gradient or so."""
-    assert True not in linear_of(kind, torch.bfloat16, penalty, autocast=True)
-
-
-@every_system
-def test_layers_of_two_precisions_are_solved_each_in_its_own(strategy):
-    model = nn.ModuleList([mlp(20, 20, dtype=torch.float32), mlp(20, 20)])
-    preconditioner = KFAC(model, strategy)
-    for seed in range(2):
-        inputs, _ = batch(8, 20, 4, seed, torch.float32)
-        found = stepped(model, preconditioner, model[1](model[0](inputs).double()).square().mean())
-        assert all(part.isfinite().all() for part in found)
+    linear = [layer.linear for layer in preconditioner._layers]
+    assert (True in linear) == (not penalty)
+    assert penalty or False not in linear
 
 
 @every_system
@@ -349,12 +331,18 @@ def test_another_default_dtype_changes_nothing(strategy, dtype):
 
 
 @every_system
-def test_factors_follow_a_model_that_gets_another_dtype(strategy):
-    """From half precision, whose factors are in float32, to float64."""
-    model = mlp(10, 40, 4, dtype=torch.bfloat16)
+def test_layers_are_solved_each_in_its_own_precision_which_may_change(strategy):
+    """Half precision has factors in float32."""
+    model = nn.ModuleList([mlp(10, 40, 40), mlp(40, 4)])
     preconditioner = KFAC(model, strategy)
-    for dtype, of_factors in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        found = stepped(model.to(dtype), preconditioner, loss_of(model, batch(8, 10, 4, dtype=dtype)))
-        assert {part.dtype for part in tensors(preconditioner)} <= {of_factors, torch.float64}
-        assert {part.dtype for part in found} == {dtype}
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float64)):
+        for own, dtype in zip(model, dtypes, strict=True):
+            own.to(dtype)
+        inputs, labels = batch(8, 10, 4, dtype=dtypes[0])
+        outputs = model[1](model[0](inputs).to(dtypes[1]))
+        found = stepped(model, preconditioner, nn.functional.cross_entropy(outputs, labels))
         assert all(part.isfinite().all() for part in found)
+        assert [part.dtype for part in found] == [dtypes[0]] * 4 + [dtypes[1]] * 2
+        for layer, dtype in zip(preconditioner._layers, dtypes[:1] + dtypes, strict=True):
+            own = torch.promote_types(dtype, torch.float32)
+            assert {part.dtype for part in layer.curvature.tensors()} <= {own, torch.float64}

@@ -88,8 +88,7 @@ BUILT_SOON = {
     "compile_threads": 1,
 }
 needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None or " " in torch.__file__,
-    reason="needs g++, and an environment whose path has no space",
+    shutil.which("g++") is None or " " in torch.__file__, reason="needs g++, and an environment whose path has no space"
 )
 
 

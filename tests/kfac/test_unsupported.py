@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from brandla.kfac import KFAC, Brand
 from kfac.networks import EXACT, stepped
 
-FACTORS = pytest.mark.filterwarnings("ignore:KFAC. some factors")
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors")
 
 
 class OwnForward(nn.Linear):
@@ -57,19 +57,13 @@ LEFT = {
     "scaled-embedding": (lambda: nn.Embedding(4, 3, scale_grad_by_freq=True), "its gradient is scaled by frequency"),
     "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics are of several processes"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), PARAMETRIZED),
-    "spectral": (
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)),
-        PARAMETRIZED,
-    ),
+    "spectral": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)), PARAMETRIZED),
     "spectral-norm-by-hooks": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), COMPUTED),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "its weight is not real"),
     "empty": (lambda: nn.Linear(4, 0), "its weight is empty"),
     "attention-with-bias": (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), {"1": ADDS, **UNCALLED}),
     "attention-with-zeros": (lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True), {"1": ADDS, **UNCALLED}),
-    "own-attention": (
-        lambda: OwnAttention(4, 2),
-        {"1": "OwnAttention has a forward pass of its own", **UNCALLED},
-    ),
+    "own-attention": (lambda: OwnAttention(4, 2), {"1": "OwnAttention has a forward pass of its own", **UNCALLED}),
     "recurrent": (
         lambda: nn.LSTM(4, 4),
         "LSTM is not known: its time steps are one fused call; brandla.kfac.register(torch.nn.LSTM,"
@@ -113,7 +107,6 @@ def step_and_gradient(model, preconditioner, loss):
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
-@FACTORS
 @pytest.mark.parametrize("when", [0, 2])
 def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when):
     """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
@@ -169,7 +162,6 @@ ODD_CALLS = {
 }
 
 
-@FACTORS
 @pytest.mark.parametrize(("module", "change", "inputs", "reason"), ODD_CALLS.values(), ids=ODD_CALLS)
 def test_no_call_makes_training_fail(module, change, inputs, reason):
     module = copy.deepcopy(module)
@@ -183,28 +175,12 @@ def test_no_call_makes_training_fail(module, change, inputs, reason):
     assert preconditioner.report().unsupported == {"(model)": reason}
 
 
-@FACTORS
 def test_a_weight_that_is_parametrized_later_is_dropped():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     preconditioner = KFAC(model, EXACT)
     nn.utils.parametrizations.weight_norm(model[1])
     with pytest.warns(UserWarning, match="1: its weight is computed from other parameters"):
         stepped(model, preconditioner, model(torch.randn(5, 4)).square().sum())
-
-
-@pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
-@FACTORS
-def test_sparse_gradients_of_other_layers_do_not_disturb_the_step():
-    """Neither where all is finite nor where it is not: then they become 0 like the others."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3))
-    preconditioner = KFAC(model, EXACT)
-    stepped(model, preconditioner, model(torch.tensor([1, 2, 1])).square().sum())
-    assert model[0].weight.grad.is_sparse
-    assert model[0].weight.grad.to_dense()[1].abs().sum() > 0
-    stepped(model, preconditioner, (model(torch.tensor([1, 2, 1])) * float("inf")).sum())
-    assert model[0].weight.grad.to_dense().abs().sum() == 0
-    assert preconditioner.report().skipped == 1
 
 
 def by_kind(name, module):
@@ -235,22 +211,6 @@ def test_options_hold_for_all_that_a_container_has(inverse, sharing, expected):
     assert set(preconditioner.report().unsupported.values()) == {"inverse is None"}
 
 
-def test_running_statistics_are_those_of_the_call():
-    """A call in evaluation mode goes by the statistics that held then, whatever comes before the step."""
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(3, dtype=torch.float64)
-    inputs = torch.randn(5, 3, dtype=torch.float64)
-    norm(3 * inputs)
-    preconditioner = KFAC(norm, EXACT)
-    norm.eval()
-    norm(inputs).square().sum().backward()
-    norm.train()
-    with torch.no_grad():
-        norm(100 * inputs)
-    (layer,) = preconditioner._layers
-    torch.testing.assert_close(layer.rows("loss", None).inputs.sum(-2), layer.gradient()[:, 0])
-
-
 EMPTY = {
     "linear": (lambda: nn.Linear(4, 3), lambda count: torch.randn(count, 4)),
     "linear-positions": (lambda: nn.Linear(4, 3), lambda count: torch.randn(2, count, 4)),
@@ -260,7 +220,6 @@ EMPTY = {
 }
 
 
-@FACTORS
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(("make", "inputs"), EMPTY.values(), ids=EMPTY)
 def test_an_empty_batch_counts_for_nothing(make, inputs, sharing):

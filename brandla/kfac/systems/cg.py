@@ -75,7 +75,9 @@ class RowsOfBatches(StateCurvature):
     def absorb(self, rows: Rows, now: Now) -> None:
         """Keep the rows, a and g, the gradients of single terms of the loss: the new ones in front, if finite."""
         count = rows.gradients.shape[-2]
-        scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": rows.inputs}
+        # Of a tied weight there are more rows than uses.
+        inputs = rows.inputs * (count / rows.uses) ** 0.5
+        scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": inputs}
         for side, new in scaled.items():
             known = self.state.get(f"{side} rows", new[..., :0, :])
             weights = self.state.get(f"{side} weights", new.new_empty(0))
