@@ -182,7 +182,7 @@ def test_svd_lowrank_over_update(in_turn, figures) -> None:
 def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
     n, r = (1024, 64) if quick else (4096, 128)
     spectrum = np.arange(1, n + 1) ** -exponent
-    truth = problems.matrix_of_spectrum(spectrum, seed=0)
+    truth = problems.matrix_of_spectrum(n, spectrum)
     matrix = truth.float()
     # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
     counts = {powers: f"power_iterations {powers}" for powers in (POWERS, POWERS + 1, 2 * POWERS)}
