@@ -17,11 +17,13 @@ from bench.benches.bench_functions import row_of
 from bench.gpu.device import Cpu, Floor
 
 
-def test_calls_take_turns():
-    order = []
-    seconds = timing.alternating({name: partial(order.append, name) for name in "ab"}, 3, warm_up=1)
+def test_calls_take_turns_and_the_record_is_the_first_ones():
+    order, kept = [], []
+    benchmark = SimpleNamespace(_make_stats=lambda iterations: SimpleNamespace(update=kept.append))
+    seconds = timing.in_turn(benchmark, {name: partial(order.append, name) for name in "ab"}, 3, warm_up=1)
     assert "".join(order) == "ab" + "abbaab"
-    assert {name: len(own) for name, own in seconds.items()} == {"a": 3, "b": 3}
+    assert kept == seconds["a"] != seconds["b"]
+    assert len(kept) == len(seconds["b"]) == 3
 
 
 def test_the_fit_recovers_a_known_exponent_within_its_interval():

@@ -76,16 +76,9 @@ def study(request: pytest.FixtureRequest) -> Study:
 
 @pytest.fixture
 def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]]:
-    """Return `timing.alternating`, of few turns in a short run; the record of the case keeps the first call's times."""
-
-    def times(calls: dict[str, Callable[[], Any]], rounds: int, **options: Any) -> dict[str, list[float]]:
-        seconds = timing.alternating(calls, min(rounds, 3) if quick else rounds, **options)
-        record = benchmark._make_stats(iterations=1)
-        for second in seconds[next(iter(calls))]:
-            record.update(second)
-        return seconds
-
-    return times
+    """Return `timing.in_turn` of this case; a short run takes few turns."""
+    most = 3 if quick else float("inf")
+    return lambda calls, rounds, **options: timing.in_turn(benchmark, calls, min(rounds, most), **options)
 
 
 @pytest.fixture
