@@ -25,7 +25,7 @@ from bench.frame.pictures import Bars
 from bench.frame.study import machine_of
 from bench.gpu import cases
 from bench.gpu.cases import Case, fresh
-from bench.gpu.device import Device, Floor, Work, device_of, measure, size_of
+from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure, size_of
 from bench.studies import roofline
 from brandla.demo.frame import plain
 from brandla_kernels import OPS
@@ -86,15 +86,16 @@ def task_of(name: str, shape: Shape, device: Device) -> Task:
     return together(name.removeprefix("grouped."), shapes, device)
 
 
-def test_function(name, by, shape, device, case) -> None:
-    with case(name, by, shape) as timed:
+def test_function(name, by, shape, device, timed) -> None:
+    def right() -> Right:
         task = task_of(name, shape, device)
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
         calls = [partial(call.function, *fresh(call.arguments)) for _ in range(count)]
-        with at_best(calls[0]) if call.on_numpy else nullcontext() as threads:
-            timed(calls, task.work, error=judged.error, orthogonality=judged.orthogonality, blas_threads=threads)
+        return Right(calls, task.work, judged.error, judged.orthogonality, call.on_numpy)
+
+    timed(name, by, shape, right)
 
 
 # --- Ops
@@ -104,14 +105,16 @@ def shape_of(case: Case) -> Shape:
     return Shape(*case.size[:3], case.dtype, None if case.data == case.dtype else case.data)
 
 
-def test_op(op_case, by, device, case) -> None:
-    op = OPS[op_case.op]
-    with case(op_case.op, by, shape_of(op_case)) as timed:
+def test_op(op_case, by, device, timed) -> None:
+    def right() -> Right:
+        op = OPS[op_case.op]
         call = {BRANDLA: op, TORCH_FORM: cases.forced(op)}.get(by) or torch.compile(op.torch_form, dynamic=False)
         error, _ = cases.check(op_case, device, call)
         on_gpu = device.tensors.type == "cuda"
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
-        timed([partial(call, *one) for one in inputs], cases.work(op_case), error=error, orthogonality=None)
+        return Right([partial(call, *one) for one in inputs], cases.work(op_case), error)
+
+    timed(op_case.op, by, shape_of(op_case), right)
 
 
 # The name of its result file.
@@ -121,65 +124,72 @@ test_op.study = "ops"
 # --- How a case is timed, and what is kept of it
 
 
+class Right(NamedTuple):
+    """Calls on copies of the inputs, so that no cache holds them, whose result was checked."""
+
+    calls: list[Callable[[], Any]]
+    work: Work
+    error: float
+    orthogonality: float | None = None
+    on_numpy: bool | None = None
+
+
 @pytest.fixture(scope="module")
 def device(quick) -> Device:
     return device_of(quick)
 
 
 @pytest.fixture(scope="module")
-def machine(device) -> Row:
-    found = machine_of(device)
-    return {name: found.get(name) for name in FACTS}
+def run(device) -> tuple[Ceilings, Callable[[], list[float]], Row]:
+    """Return the ceilings, a function that times a square product after a rest, and the facts of the machine.
 
-
-@pytest.fixture(scope="module")
-def ceilings(device):
-    """Return what every time is also given as a part of."""
-    sizes = cases.TOY if device.dry else cases.FULL if device.tensors.type == "cuda" else roofline.USUAL
-    return measure(device, sizes)
-
-
-@pytest.fixture(scope="module")
-def reference(device) -> Callable[[], list[float]]:
-    """Return a function that times a square product, after a rest.
-
-    The device times it: pytest-benchmark has one function a case, and that is what the case is about.
+    The device times the product: pytest-benchmark has one function a case, and that is what the case is about.
     """
+    sizes = cases.TOY if device.dry else cases.FULL if device.tensors.type == "cuda" else roofline.USUAL
     left, right = (device.normal(REFERENCE, REFERENCE) for _ in range(2))
 
     def times() -> list[float]:
         time.sleep(0.0 if device.dry else REST)
         return device.alternating({"it": lambda: left @ right}, REFERENCE_SECONDS)["it"]
 
-    return times
+    machine = machine_of(device)
+    return measure(device, sizes), times, {name: machine.get(name) for name in FACTS}
 
 
 @pytest.fixture
-def case(benchmark, quick, study, machine, ceilings, reference):
-    """Return what opens a case, in which a result is checked, and timed by the function that is yielded."""
+def timed(benchmark, quick, study, run) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
+    """Return a function that times what another one returns, and keeps the row.
 
-    @contextmanager
-    def opened(function: str, by: str, shape: Shape) -> Iterator[Callable[..., None]]:
+    With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
+    """
+    ceilings, reference, machine = run
+
+    def kept(function: str, by: str, shape: Shape, right: Callable[[], Right]) -> None:
         benchmark.group = f"{function} {shape}"
-        dtype = str(shape.dtype).removeprefix("torch.")
-        sizes = {"shape": str(shape), "n": shape.n, "r": shape.r, "k": shape.k, "dtype": dtype}
-        about = {"group": benchmark.group, "by": by, "function": function, **sizes}
-
-        def timed(copies: list[Callable[[], Any]], work: Work, **judged: Any) -> None:
-            around = reference()
-            measured(benchmark, copies, 2 if quick else None)
-            around += reference()
+        sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
+        about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
+        with tolerated(study, about):
+            calls, work, error, orthogonality, on_numpy = right()
+            with at_best(calls[0]) if on_numpy else nullcontext() as threads:
+                start = time.perf_counter()
+                calls[0]()
+                wanted = SECONDS / len(calls) / (time.perf_counter() - start)
+                rounds = 2 if quick else int(min(max(wanted, FEWEST), MOST))
+                in_turn = itertools.cycle(calls)
+                call = lambda: next(in_turn)()  # noqa: PLW0108 (the call that comes next is what is timed)
+                around, warm_up = reference(), 1 if wanted > FEWEST else 0
+                benchmark.pedantic(call, rounds=rounds, iterations=len(calls), warmup_rounds=warm_up)
+                around += reference()
             floor, flops = ceilings.floor(work), work.float32 + work.float64 + work.bf16
-            row = about | judged | {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
+            row = about | {"error": error, "orthogonality": orthogonality}
+            row |= {"blas_threads": threads} if on_numpy is not None else {}
+            row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
             benchmark.extra_info.update(plain(row | machine))
             if benchmark.stats:
                 study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
 
-        with tolerated(study, about):
-            yield timed
-
-    return opened
+    return kept
 
 
 @contextmanager
@@ -194,21 +204,6 @@ def tolerated(study: Study, about: Row) -> Iterator[None]:
         reason = f"{type(error).__name__}: {said}"[:LONGEST]
         study.refused.append(about | {"reason": reason})
         pytest.skip(f"not timed: {reason}")
-
-
-def measured(benchmark: Any, copies: list[Callable[[], Any]], rounds: int | None) -> None:
-    """Time calls on copies of the inputs in turn, so that no cache holds them.
-
-    With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
-    The call was checked before, and so is warm.
-    """
-    start = time.perf_counter()
-    copies[0]()
-    wanted = SECONDS / len(copies) / (time.perf_counter() - start)
-    rounds = rounds or int(min(max(wanted, FEWEST), MOST))
-    in_turn = itertools.cycle(copies)
-    call = lambda: next(in_turn)()  # noqa: PLW0108 (the call that comes next is what is timed)
-    benchmark.pedantic(call, rounds=rounds, iterations=len(copies), warmup_rounds=1 if wanted > FEWEST else 0)
 
 
 def row_of(times: list[float], around: list[float], floor: Floor) -> Row:

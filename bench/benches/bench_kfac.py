@@ -280,10 +280,8 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
 
     # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
     runs = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds])
-    middles, (what, unit) = (
-        runs.astype(float).fillna(inf).median(),
-        ("steps", "") if part == "step" else ("seconds", "s"),
-    )
+    middles = runs.astype(float).fillna(inf).median()
+    what, unit = ("steps", "") if part == "step" else ("seconds", "s")
     numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
     note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
     figures(f"B-KFAC / AdamW, {what}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
