@@ -259,12 +259,9 @@ def trials(setting, quick) -> dict[str, pd.DataFrame]:
         "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
         "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),
     }
-
-    def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
-        rate = float(f"{rate:.3g}")
-        return {"rate": rate, "strategy": strategy, **train(rate, strategy, setting, most)}
-
-    return {name: pd.DataFrame(itertools.starmap(tried, pairs)) for name, pairs in choices.items()}
+    rounded = {name: [(strategy, float(f"{rate:.3g}")) for strategy, rate in own] for name, own in choices.items()}
+    tried = lambda strategy, rate: {"rate": rate, "strategy": strategy} | train(rate, strategy, setting, most)
+    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in rounded.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")

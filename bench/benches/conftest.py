@@ -34,8 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if config.getoption("quick") else THREADS)
     # A collection in one call of many would be its outlier.
     config.option.benchmark_disable_gc = True
-    # Times of calls in turn are handed over, what is refused before it is timed is told by its own words, and figures
-    # of whole runs time no call.
+    # Times of calls in turn are handed over, what is refused is told by its own words, and whole runs time no call.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
