@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from math import inf
 from statistics import fmean, median
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -240,16 +240,6 @@ def train(
     return kfac_images.train(trainer, task, parts, seed, Settings((), look_after=1, look_every=0.0))
 
 
-def choose(trials: pd.DataFrame, part: Literal["step", "seconds"]) -> pd.Series:
-    """Return the trial that reached the target in the least of what the row measures.
-
-    Those that took equally many steps are told apart by their score at the end, and so are those that did not arrive at
-    all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
-    """
-    needed = trials["step"].astype(float).fillna(inf) * (trials["milliseconds"] if part == "seconds" else 1)
-    return trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False]).iloc[0]
-
-
 @pytest.fixture(scope="module")
 def trials(setting, quick) -> dict[str, pd.DataFrame]:
     """Return as many trials of each method, one run each: rates evenly spaced in their logarithm, with strategies."""
@@ -269,7 +259,13 @@ def trials(setting, quick) -> dict[str, pd.DataFrame]:
 def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
-    chosen = {name: choose(tried, part) for name, tried in trials.items()}
+    # Those that took equally many steps are told apart by their score at the end, and so are those that did not arrive.
+    # Seconds are steps times the median step, which a disturbance in one of them leaves alone.
+    chosen = {}
+    for name, tried in trials.items():
+        needed = tried["step"].astype(float).fillna(inf) * (tried["milliseconds"] if part == "seconds" else 1)
+        ranked = tried.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False])
+        chosen[name] = ranked.iloc[0]
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
