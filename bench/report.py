@@ -15,7 +15,7 @@ import pandas as pd
 import typer
 
 from bench.benches import bench_kfac
-from bench.benches.cases import Functions
+from bench.benches.bench_functions import Functions
 from bench.benches.problems import UPDATES
 from bench.frame import pages, pictures, results
 from bench.frame.facts import ROOT, place, shortly

@@ -13,23 +13,17 @@ from typer.testing import CliRunner
 
 from bench import compare
 from bench.benches import peers, timing
-from bench.benches.cases import row_of
+from bench.benches.bench_functions import row_of
 from bench.gpu.device import Cpu, Floor
 
 
 def test_calls_take_turns_and_the_record_is_the_first_ones():
-    seconds, order, data = {"a": 1.0, "b": 2.0}, [], []
-
-    def pedantic(target, setup, warmup_rounds, rounds):
-        for number in range(warmup_rounds + rounds):
-            target(*setup()[0])
-            data.extend([seconds[order[-1]]] if number >= warmup_rounds else [])
-
-    benchmark = SimpleNamespace(pedantic=pedantic, stats=SimpleNamespace(stats=SimpleNamespace(data=data)))
-    calls = {name: partial(order.append, name) for name in seconds}
-    assert timing.in_turn(benchmark, calls, 3, warm_up=1) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    order, kept = [], []
+    benchmark = SimpleNamespace(_make_stats=lambda iterations: SimpleNamespace(update=kept.append))
+    seconds = timing.in_turn(benchmark, {name: partial(order.append, name) for name in "ab"}, 3, warm_up=1)
     assert "".join(order) == "ab" + "abbaab"
-    assert data == [1.0] * 3
+    assert kept == seconds["a"] != seconds["b"]
+    assert len(kept) == len(seconds["b"]) == 3
 
 
 def test_the_fit_recovers_a_known_exponent_within_its_interval():
@@ -43,29 +37,6 @@ def test_the_fit_recovers_a_known_exponent_within_its_interval():
         held += fit.low <= 2 <= fit.high
     # 95 % of 200, less four deviations of a binomial.
     assert held >= 190 - 4 * (200 * 0.95 * 0.05) ** 0.5
-
-
-def test_the_event_timer_tells_microseconds_apart_after_an_hour(monkeypatch):
-    clock = [0.0]
-
-    class FakeEvent:
-        def __init__(self, enable_timing):
-            self.synchronize = lambda: None
-
-        def record(self):
-            self.at = clock[0]
-
-        def elapsed_time(self, other):
-            # As coarse as CUDA's.
-            return float(torch.tensor(1e3 * (other.at - self.at), dtype=torch.float32))
-
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    timer = timing.EventTimer()
-    clock[0] = 3600.0
-    start = timer()
-    clock[0] += 25e-6
-    # Sums of an hour in float64 are good to 1e-12 s, differences of 25 µs in float32 to 1e-11 s.
-    assert timer() - start == pytest.approx(25e-6, abs=1e-10)
 
 
 def test_memory_and_calls_are_counted():

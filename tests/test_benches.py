@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from bench.benches import peers, tasks
-from bench.benches.cases import opened
+from bench.benches.bench_functions import tolerated
 from bench.benches.problems import LOSS_ALLOWED, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame.figures import Study
@@ -155,7 +154,7 @@ def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(t
 def test_a_wrong_result_of_ours_fails_and_a_peers_is_skipped():
     study = Study()
     for by, outcome in ((BRANDLA, WrongResultError), ("torch.lobpcg", pytest.skip.Exception)):
-        with pytest.raises(outcome, match="off"), opened(SimpleNamespace(), None, study, "a group", by):
+        with pytest.raises(outcome, match="off"), tolerated(study, {"by": by}):
             raise WrongResultError("off")
     assert [row["by"] for row in study.refused] == ["torch.lobpcg"]
 

@@ -5,12 +5,12 @@ float32, two threads. A short run takes scikit-learn's digits.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from math import inf
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,15 +23,17 @@ from bench.benches.timing import Interval, ratio, torch_calls
 from bench.frame.figures import read, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
-from bench.frame.samples import CLASSES, mnist, standardised
+from bench.frame.samples import mnist, standardised
+from bench.studies import kfac_images
+from bench.studies.kfac_methods import Settings, Task
 from bench.studies.networks import two_hidden
 from bench.studies.peers import Maker, maker
 from brandla.demo import data
 from brandla.demo.data import Parts, Split, seeded
-from brandla.demo.studies import Trainer, follow
+from brandla.demo.studies import Trainer
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
-Step = Callable[[], None]
+Step = Callable[[Split], None]
 BATCH, RANK, LESS = 128, 128, 64
 # Renewals of the systems that have them, in steps.
 PERIOD = 10
@@ -64,54 +66,47 @@ PAIR = ', gradient="pair"'
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 
 
-# --- Steps that are timed
+# --- Steps that are timed, each made of a network
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """Images, the width of the hidden layers, and the size of a batch."""
 
     shown: Parts
     width: int = 1024
     batch: int = BATCH
 
-    @property
-    def pixels(self) -> int:
-        return self.shown.training.images.shape[1]
-
-    def network(self, seed: int = 0) -> nn.Module:
-        return seeded(seed, two_hidden, self.pixels, self.width)
+    def network(self, seed: int = 0) -> nn.Sequential:
+        return seeded(seed, two_hidden, self.shown.training.images.shape[1], self.width)
 
     def batches(self) -> Iterator[Split]:
         """Return an endless stream of batches, the same for every method."""
-        epochs = (data.batches(self.shown.training, self.batch, 1000, 0) for _ in itertools.count())
-        return itertools.chain.from_iterable(epochs)
+        return data.batches(self.shown.training, self.batch, sys.maxsize, 0)
 
-    def stepping(self, step: Callable[[Split], None]) -> Step:
-        batches = self.batches()
+    def stepping(self, make: Callable[[nn.Sequential], Step]) -> Callable[[], None]:
+        """Return a call that takes the next batch."""
+        step, batches = make(self.network()), self.batches()
         return lambda: step(next(batches))
 
 
-def sgd(setting: Setting, name: str = "SGD") -> Step:
+def sgd(model: nn.Module, name: str = "SGD") -> Step:
     """Return SGD's step, with the preconditioner of a name if there is one, curvature at every step."""
-    model, strategy = setting.network(), STRATEGIES.get(name.removesuffix(PAIR))
+    strategy = STRATEGIES.get(name.removesuffix(PAIR))
     kfac = None if strategy is None else KFAC(model, strategy, **options_of(name))
-    return setting.stepping(Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step)
+    return Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step
 
 
-def singd(setting: Setting) -> Step:
+def singd(model: nn.Module) -> Step:
     """Return a step of SINGD with dense structures, of the package ``singd``."""
     from singd.optim.optimizer import SINGD
 
-    model = setting.network()
-    return setting.stepping(Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step)
+    return Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step
 
 
-def asdfghjkl(setting: Setting) -> Step:
+def asdfghjkl(model: nn.Module) -> Step:
     """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
-    model = setting.network()
-    made = maker(model, setting.batch, PERIOD, 0.03, 0.05)
-    return setting.stepping(Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step)
+    made = maker(model, BATCH, PERIOD, 0.03, 0.05)
+    return Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step
 
 
 # Other people's steps: the package, the step, and how many times as long as ours it is to take.
@@ -121,32 +116,31 @@ PEERS = {
 }
 
 
-def bare(setting: Setting, rank: int, columns: int) -> Step:
+def bare(model: nn.Sequential, rank: int, columns: int) -> Step:
     """Return SGD's step, and of B-KFAC's only the root form's products with tall matrices and eigendecompositions.
 
     That is a floor. Of each low-rank factor: new columns beside the root and one another, the rotation of both, and the
     application to the pair whose product is the gradient. Then that product. Nothing truncates, damps or checks.
     """
-    plain, width, batch = sgd(setting), setting.width, setting.batch
-    order, pixels = rank + columns, setting.pixels
-    # Inputs with their bias, and gradients of the hidden layers.
-    sides = [torch.randn(n, batch) for n in (pixels + 1, width, width + 1, width, width + 1)]
-    roots = [torch.randn(len(side), rank) / width**0.5 for side in sides]
-    signs, rotation = torch.randn(batch, columns), torch.randn(order, rank)
+    plain, order = sgd(model), rank + columns
+    # Inputs with their bias, and gradients; those of the last layer are too few for a low-rank factor.
+    sizes = [n for one in model if isinstance(one, nn.Linear) for n in (one.in_features + 1, one.out_features)]
+    *sides, last = (torch.randn(n, BATCH) for n in sizes)
+    roots = [torch.randn(len(side), rank) / len(side) ** 0.5 for side in sides]
+    signs, rotation = torch.randn(BATCH, columns), torch.randn(order, rank)
     added = torch.randn(len(sides), order, columns)
     cores = torch.diag(torch.logspace(0, -4, order)) + 0.05 / order * added @ added.mT
-    last = torch.randn(batch, CLASSES)
 
-    def step() -> None:
-        plain()
+    def step(batch: Split) -> None:
+        plain(batch)
         torch.linalg.eigh(cores)
         solved = []
         for side, root in zip(sides, roots, strict=True):
-            taken = side @ signs if columns < batch else side
+            taken = side @ signs if columns < BATCH else side
             _ = root.mT @ taken, taken.mT @ taken
             new = (root @ rotation[:rank]).addmm_(taken, rotation[rank:])
             solved.append(new @ (new.mT @ side))
-        for inputs, gradients in zip(solved[::2], (*solved[1::2], last.mT), strict=True):
+        for inputs, gradients in zip(solved[::2], (*solved[1::2], last), strict=True):
             _ = gradients @ inputs.mT
 
     return step
@@ -167,30 +161,29 @@ def setting(quick) -> Setting:
 @pytest.fixture(scope="module")
 def step_of(setting):
     """Return a function from a name to its step, each on a network of its own."""
-    return cache(partial(sgd, setting))
+    return cache(lambda name: setting.stepping(partial(sgd, name=name)))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
 @pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO)])
-def test_step_over_sgd(name, step_of, in_turn, figures) -> None:
-    seconds = in_turn({one: step_of(one) for one in (name, "SGD")}, 6 * PERIOD, warm_up=PERIOD)
-    figures(name, by_period(seconds[name], seconds["SGD"]), at_most=HELD_TO.get(name))
+def test_step_over_sgd(name, step_of, over) -> None:
+    limit = HELD_TO.get(name)
+    over(name, step_of(name), step_of("SGD"), 6 * PERIOD, ratio=by_period, warm_up=PERIOD, at_most=limit)
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
 @pytest.mark.parametrize(("rank", "columns"), [(RANK, BATCH), (LESS, COLUMNS)])
-def test_floor_of_a_step(rank, columns, setting, step_of, in_turn, figures) -> None:
-    pair = {"floor": bare(setting, rank, columns), "SGD": step_of("SGD")}
-    seconds = in_turn(pair, 6 * PERIOD, warm_up=PERIOD)
+def test_floor_of_a_step(rank, columns, setting, step_of, over) -> None:
     name = f"only the tall products and eigh of the root form, rank {rank}, {columns} columns"
-    figures(name, by_period(seconds["floor"], seconds["SGD"]))
+    floor = setting.stepping(partial(bare, rank=rank, columns=columns))
+    over(name, floor, step_of("SGD"), 6 * PERIOD, ratio=by_period, warm_up=PERIOD)
 
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
 def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
     sized = Setting(setting.shown, width, batch)
-    steps = {name: sgd(sized, name) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
+    steps = {name: sized.stepping(partial(sgd, name=name)) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, own in seconds.items():
@@ -225,7 +218,7 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
     package, step, least = PEERS[peer]
     pytest.importorskip(package)
-    seconds = in_turn({"ours": step_of(name), "theirs": step(setting)}, 4 * PERIOD, warm_up=PERIOD)
+    seconds = in_turn({"ours": step_of(name), "theirs": setting.stepping(step)}, 4 * PERIOD, warm_up=PERIOD)
     figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
@@ -235,33 +228,16 @@ def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -
 def train(
     rate: float, strategy: Strategy | None, setting: Setting, most: int, seed: int = SEARCH_SEED, **options: Any
 ) -> dict[str, Any]:
-    """Train to the target, judging after each step: steps and seconds, infinite where ``most`` steps did not arrive.
+    """Train to the target, judging after each step, as the study does; the search has its own parts of the images.
 
-    Beside them the median step and the mean score on the way. The search trains and judges on its own parts of the
-    images. Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
+    Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
     """
-    training, judged = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
-    model = setting.network(seed)
-    kind = torch.optim.AdamW if strategy is None else torch.optim.SGD
+    model, kind = setting.network(seed), torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07, **options)
     trainer = Trainer(model, kind(model.parameters(), rate), kfac)
-    batches = data.batches(training, setting.batch, most, seed)
-    judge, reached = lambda model: {"accuracy": data.accuracy(model, judged)}, lambda look: look["accuracy"] >= TARGET
-    run = follow(trainer, batches, judge, range(1, most + 1), until=reached)
-    looks = run["evaluations"]
-    needed = looks[-1] if reached(looks[-1]) else {"step": inf, "seconds": inf}
-    score = fmean(look["accuracy"] for look in looks)
-    return {"steps": needed["step"], "seconds": needed["seconds"], "step": median(run["milliseconds"]), "score": score}
-
-
-def choose(trials: pd.DataFrame, part: Literal["steps", "seconds"]) -> pd.Series:
-    """Return the trial that reached the target in the least of what the row measures.
-
-    Those that took equally many steps are told apart by their mean score on the way, and so are those that did not
-    arrive at all. Seconds are steps times the median step, which a disturbance in one of them leaves alone.
-    """
-    needed = trials["steps"] * (trials["step"] if part == "seconds" else 1)
-    return trials.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False]).iloc[0]
+    task = Task("MNIST", "mlp", setting.width, setting.batch, most, inf, TARGET)
+    parts = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
+    return kfac_images.train(trainer, task, parts, seed, Settings((), look_after=1, look_every=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -273,33 +249,38 @@ def trials(setting, quick) -> dict[str, pd.DataFrame]:
         "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
         "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),
     }
-
-    def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
-        rate = float(f"{rate:.3g}")
-        return {"rate": rate, "strategy": strategy, **train(rate, strategy, setting, most)}
-
-    return {name: pd.DataFrame(itertools.starmap(tried, pairs)) for name, pairs in choices.items()}
+    rounded = {name: [(strategy, float(f"{rate:.3g}")) for strategy, rate in own] for name, own in choices.items()}
+    tried = lambda strategy, rate: {"rate": rate, "strategy": strategy} | train(rate, strategy, setting, most)
+    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in rounded.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")
-@pytest.mark.parametrize(("part", "limit"), [("steps", 0.3), ("seconds", 0.45)])
+@pytest.mark.parametrize(("part", "limit"), [("step", 0.3), ("seconds", 0.45)])
 def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
-    chosen = {name: choose(tried, part) for name, tried in trials.items()}
+    # Those that took equally many steps are told apart by their score at the end, and so are those that did not arrive.
+    # Seconds are steps times the median step, which a disturbance in one of them leaves alone.
+    chosen = {}
+    for name, tried in trials.items():
+        needed = tried["step"].astype(float).fillna(inf) * (tried["milliseconds"] if part == "seconds" else 1)
+        ranked = tried.assign(needed=needed).sort_values(["needed", "score"], ascending=[True, False])
+        chosen[name] = ranked.iloc[0]
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
         return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options_of(name))[part]
 
     # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
-    middles = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds]).median()
+    runs = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds])
+    middles = runs.astype(float).fillna(inf).median()
+    what, unit = ("steps", "") if part == "step" else ("seconds", "s")
     numbers = "; ".join(f"{name}: rate {trial['rate']}, {trial['strategy']}" for name, trial in chosen.items())
     note = f"{len(trials['AdamW'])} trials each, chosen: {numbers}"
-    figures(f"B-KFAC / AdamW, {part}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
-    figures(f"B-KFAC{PAIR} / AdamW, {part}", middles["B-KFAC" + PAIR] / middles["AdamW"])
+    figures(f"B-KFAC / AdamW, {what}", middles["B-KFAC"] / middles["AdamW"], at_most=limit, note=note)
+    figures(f"B-KFAC{PAIR} / AdamW, {what}", middles["B-KFAC" + PAIR] / middles["AdamW"])
     for name, middle in middles.items():
-        figures(f"{name}, {part}", middle, unit="" if part == "steps" else "s")
+        figures(f"{name}, {what}", middle, unit=unit)
 
 
 # --- The page

@@ -5,13 +5,12 @@ Each case checks its result against float64 first and does not time a wrong one.
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse.linalg
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 import brandla
@@ -53,21 +52,17 @@ def in_words(n: int, r: int, k: int) -> str:
     return f"n {n}, r {r}, k {k}"
 
 
-def right_call(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Call:
-    """Return an update in the steady state of a stream, or a damped solve, whose result is right."""
-    shape, device = Shape(n, r, k), Stub()
-    task = symmetric_update(name, shape, device, exponent) if name in UPDATES else TASKS[name].task(shape, device)
-    call = task.call(BRANDLA)
-    check(name, call)
+def right(task: Task, by: str = BRANDLA) -> Call:
+    """Return a call whose result is right."""
+    call = task.call(by)
+    check(by, call)
     return call
 
 
-def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
-    """Return calls of implementations on tensors of their own, whose results are right."""
-    calls = {by: task.call(by) for by in names}
-    for by, call in calls.items():
-        check(by, call)
-    return {by: partial(call.function, *fresh(call.arguments)) for by, call in calls.items()}
+def task_of(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Task:
+    """Return an update in the steady state of a stream, or a damped solve."""
+    shape, device = Shape(n, r, k), Stub()
+    return symmetric_update(name, shape, device, exponent) if name in UPDATES else TASKS[name].task(shape, device)
 
 
 # --- Against the products an update needs
@@ -76,15 +71,13 @@ def calls_of(task: Task, *names: str) -> dict[str, Callable[[], Any]]:
 @pytest.mark.benchmark(group=OVER_GEMMS)
 @pytest.mark.parametrize("size", LIMITS, ids=str)
 @every_update
-def test_update_over_its_gemms(name, size, in_turn, figures) -> None:
-    update = right_call(name, *size)
+def test_update_over_its_gemms(name, size, over, figures) -> None:
+    update, words = right(task_of(name, *size)), f"{name}, {in_words(*size)}"
     count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
-    seconds = in_turn({"update": update.again, "gemms": update_floor(update.arguments)}, count)
-    over, words = ratio(seconds["update"], seconds["gemms"]), f"{name}, {in_words(*size)}"
     limit, before = LIMITS[size]
-    figures(words, over, at_most=limit if name == ROOT else None)
+    quotient = over(words, update.again, update_floor(update.arguments), count, at_most=limit if name == ROOT else None)
     limit = {EIGH: 0.6 if size[0] <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
-    figures(words, Interval(*(value / before for value in over)), group=OVER_BEFORE, at_most=limit)
+    figures(words, Interval(*(value / before for value in quotient)), group=OVER_BEFORE, at_most=limit)
 
 
 @pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
@@ -123,19 +116,18 @@ def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], obj
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
 @every_update
-def test_update_of_a_steep_stream(name, in_turn, figures) -> None:
+def test_update_of_a_steep_stream(name, over) -> None:
     # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
-    update = right_call(name, *SHAPES[0], exponent=1.5)
-    seconds = in_turn({"update": update.again, "gemms": update_floor(update.arguments)}, 150)
-    figures(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", ratio(seconds["update"], seconds["gemms"]))
+    update = right(task_of(name, *SHAPES[0], exponent=1.5))
+    over(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", update.again, update_floor(update.arguments), 150)
 
 
 @pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
 @pytest.mark.parametrize("name", [ROOT, EIGH])
 def test_list_over_one_call_each(name, in_turn, figures) -> None:
     shape = Shape(1024, 64, 32)
-    calls = calls_of(together(name, [shape] * FACTORS, Stub()), BRANDLA, ONE_BY_ONE)
-    seconds = in_turn(calls, 150)
+    task = together(name, [shape] * FACTORS, Stub())
+    seconds = in_turn({by: right(task, by).again for by in (BRANDLA, ONE_BY_ONE)}, 150)
     figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
@@ -166,15 +158,13 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
 
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
-def test_svd_lowrank_over_update(in_turn, figures) -> None:
+def test_svd_lowrank_over_update(over) -> None:
     # ρ M̂ + w A Aᵀ as a dense matrix, which is handed to the peer for nothing.
-    update, r = right_call(EIGH, *SHAPES[0]), SHAPES[0][1]
+    update, r = right(task_of(EIGH, *SHAPES[0])), SHAPES[0][1]
     factor, columns = update.arguments
     matrix = DECAY * factor.dense() + WEIGHT * columns @ columns.mT
     peer = lambda: torch.svd_lowrank(matrix, q=r, niter=2)
-    seconds = in_turn({"peer": peer, "update": update.again}, 25)
-    words = f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}"
-    figures(words, ratio(seconds["peer"], seconds["update"]), at_least=50)
+    over(f"torch.svd_lowrank (q {r}, niter 2), {in_words(*SHAPES[0])}", peer, update.again, 25, at_least=50)
 
 
 @pytest.mark.benchmark(group="randomized_eigh and torch.svd_lowrank, the same rank and sketch")
@@ -182,31 +172,27 @@ def test_svd_lowrank_over_update(in_turn, figures) -> None:
 def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
     n, r = (1024, 64) if quick else (4096, 128)
     spectrum = np.arange(1, n + 1) ** -exponent
-    truth = problems.matrix_of_spectrum(spectrum, seed=0)
+    truth = problems.matrix_of_spectrum(n, spectrum)
     matrix = truth.float()
     # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
-    counts = {powers: f"power_iterations {powers}" for powers in (POWERS, POWERS + 1, 2 * POWERS)}
-    calls = {
-        words: partial(brandla.randomized_eigh, matrix, r, power_iterations=powers) for powers, words in counts.items()
-    }
-    calls["theirs"] = partial(svd_lowrank, matrix, r)
+    own = lambda powers: partial(brandla.randomized_eigh, matrix, r, power_iterations=powers)
+    calls = {f"power_iterations {powers}": own(powers) for powers in (POWERS, POWERS + 1, 2 * POWERS)}
+    same, theirs = next(iter(calls)), "svd_lowrank"
+    calls[theirs] = partial(svd_lowrank, matrix, r)
     errors = {words: relative_errors(call, truth, spectrum, r) for words, call in calls.items()}
-    theirs = errors.pop("theirs")
-    for words, own in errors.items():
-        require(max(own) < 2, f"randomized_eigh, {words}: {max(own):.2f} times the best error")
+    said = {words: "{:.3f} and {:.3f}".format(*each) for words, each in errors.items()}
+    for words, each in errors.items():
+        require(words == theirs or max(each) < 2, f"randomized_eigh, {words}: {max(each):.2f} times the best error")
     seconds = in_turn(calls, 15)
-    for words, own in errors.items():
-        same = words == counts[POWERS]
+    for words in (words for words in calls if words != theirs):
         case = f"i^−{exponent:g}, n {n}, r {r}: {words} against niter {POWERS}"
-        speedup = ratio(seconds["theirs"], seconds[words])
-        figures(f"{case}, times faster", speedup, at_least=2.0 if same else None)
-        worse = max(one / other for one, other in zip(own, theirs, strict=True))
-        both = [f"{frobenius:.3f} and {spectral:.3f}" for frobenius, spectral in (own, theirs)]
-        note = f"error over the best, Frobenius and spectral: {both[0]}; svd_lowrank {both[1]}"
-        figures(f"{case}, error over its error", worse, at_most=1.0 if same else None, note=note)
+        speedup, worse = ratio(seconds[theirs], seconds[words]), max(errors[words] / errors[theirs])
+        figures(f"{case}, times faster", speedup, at_least=2.0 if words == same else None)
+        note = f"error over the best, Frobenius and spectral: {said[words]}; {theirs} {said[theirs]}"
+        figures(f"{case}, error over its error", worse, at_most=1.0 if words == same else None, note=note)
 
 
-def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray, r: int) -> tuple[float, float]:
+def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray, r: int) -> np.ndarray:
     """Return the median errors of three draws over the best ones of this rank, in the Frobenius and spectral norms."""
     draws = []
     for seed in range(3):
@@ -214,17 +200,16 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
         left, right = problems.halves(call())
         error = (truth - left @ right.mT).numpy()
         # By Lanczos, to a thousandth.
-        options = {"k": 1, "tol": 1e-3, "return_singular_vectors": False, "v0": np.ones(len(error))}
-        largest = float(scipy.sparse.linalg.svds(error, **options)[0])
-        draws.append((float(np.linalg.norm(error) / np.linalg.norm(spectrum[r:])), largest / spectrum[r]))
-    frobenius, spectral = zip(*draws, strict=True)
-    return median(frobenius), median(spectral)
+        (largest,) = svds(error, k=1, tol=1e-3, return_singular_vectors=False, v0=np.ones(len(error)))
+        draws.append((np.linalg.norm(error) / np.linalg.norm(spectrum[r:]), largest / spectrum[r]))
+    return np.median(draws, axis=0)
 
 
 @pytest.mark.benchmark(group="scikit-learn IncrementalPCA / svd_append")
 def test_incremental_pca_over_append(in_turn, figures) -> None:
     shape = Shape(4096, 64, 64)
-    calls = calls_of(TASKS["svd_append, centred"].task(shape, Stub()), BRANDLA, INCREMENTAL)
+    task = TASKS["svd_append, centred"].task(shape, Stub())
+    calls = {by: right(task, by).again for by in (BRANDLA, INCREMENTAL)}
     with at_best(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
@@ -236,34 +221,26 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
 
 
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
-def test_solve_over_its_gemms(in_turn, figures) -> None:
-    solve = right_call("damped_solve", *SHAPES[0])
+def test_solve_over_its_gemms(over) -> None:
+    solve = right(task_of("damped_solve", *SHAPES[0]))
     factor, rhs, _ = solve.arguments
     basis = factor.eigenvectors
-    seconds = in_turn({"solve": solve.again, "gemms": lambda: basis @ (basis.mT @ rhs)}, 500)
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
-    figures(words, ratio(seconds["solve"], seconds["gemms"]), at_most=1.05)
-
-
-WRITTEN_OUT = {
-    ROOT: (written_out.root_update, (DECAY, WEIGHT)),
-    EIGH: (written_out.eigh_update, (DECAY, WEIGHT)),
-    "damped_solve": (written_out.damped_solve, ()),
-}
+    over(words, solve.again, lambda: basis @ (basis.mT @ rhs), 500, at_most=1.05)
 
 
 @pytest.mark.benchmark(group="small factors: a call / its torch primitives written out")
 @pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
-@pytest.mark.parametrize("name", WRITTEN_OUT)
-def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
-    right, (by_hand, numbers) = right_call(name, n, r, k), WRITTEN_OUT[name]
-    call, hand = right.again, partial(by_hand, *right.arguments, *numbers)
+@pytest.mark.parametrize("name", [ROOT, EIGH, "damped_solve"])
+def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
+    checked = right(task_of(name, n, r, k))
+    numbers = AVERAGE if name in UPDATES else {}
+    call, hand = checked.again, partial(getattr(written_out, name), *checked.arguments, **numbers)
     one, other = (found if isinstance(found, Tensor) else found.dense() for found in (call(), hand()))
     error = float(torch.linalg.matrix_norm(one - other) / torch.linalg.matrix_norm(other))
     require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
-    seconds = in_turn({"call": call, "hand": hand}, 1500)
     note = f"{torch_calls(call)} and {torch_calls(hand)} torch calls"
-    figures(f"{name}, {in_words(n, r, k)}", ratio(seconds["call"], seconds["hand"]), at_most=1.25, note=note)
+    over(f"{name}, {in_words(n, r, k)}", call, hand, 1500, at_most=1.25, note=note)
 
 
 # --- Memory
@@ -274,7 +251,7 @@ def test_overhead_of_a_small_call(name, n, r, k, in_turn, figures) -> None:
 @every_update
 def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
-    update = right_call(name, n, r, k)
+    update = right(task_of(name, n, r, k))
     own, columns = fresh(update.arguments)
     options = AVERAGE | getattr(UPDATES[name][0], "keywords", {})
     in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), own, columns, **options)

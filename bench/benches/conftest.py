@@ -3,9 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,26 +11,15 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from bench.benches import cases, timing
-from bench.benches.cases import Run
+from bench.benches import timing
 from bench.frame import pages, results
 from bench.frame.facts import facts, in_words
 from bench.frame.figures import Figure, Study, judged
 from bench.frame.study import INTERRUPTED, THREADS, machine_of
-from bench.gpu.cases import TOY
-from bench.gpu.device import Device, device_of, measure
-from bench.studies import roofline
+from bench.gpu.device import device_of
 
-
-@dataclass
-class Found:
-    started: float = field(default_factory=time.monotonic)
-    studies: dict[str, Study] = field(default_factory=dict)
-    # Facts of the device, where functions or ops were measured.
-    machine: dict[str, Any] | None = None
-
-
-FOUND = pytest.StashKey[Found]()
+STARTED = time.monotonic()
+STUDIES = pytest.StashKey[dict[str, Study]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,36 +29,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(_threads(config))
-    config.stash[FOUND] = Found()
+    config.stash[STUDIES] = {}
+    # A short run leaves room for what else the machine does.
+    torch.set_num_threads(1 if config.getoption("quick") else THREADS)
     # A collection in one call of many would be its outlier.
     config.option.benchmark_disable_gc = True
-    # What is refused before it is timed is told by its own words; figures of whole runs time no call.
-    config.addinivalue_line("markers", "study(name): the result file of a case, where it is not that of its file")
+    # Times of calls in turn are handed over, what is refused is told by its own words, and whole runs time no call.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     # Before the first case it is a collection that failed.
-    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[FOUND].studies:
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[STUDIES]:
         session.exitstatus = INTERRUPTED
 
 
-def name_of(node: Any) -> str:
-    """Return the name of the study that a case belongs to: that of its mark, or of its file."""
-    mark = node.get_closest_marker("study")
-    return mark.args[0] if mark else node.module.__name__.rpartition("bench_")[2]
-
-
-def _threads(config: pytest.Config) -> int:
-    # A short run leaves room for what else the machine does.
-    return 1 if config.getoption("quick") else THREADS
-
-
 @pytest.fixture(autouse=True, scope="session")
-def _same_threads_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
+def _same_threads_for_all() -> Iterator[None]:
     # NumPy's BLAS, under scikit-learn, has a thread pool of its own.
-    with threadpool_limits(_threads(request.config)):
+    with threadpool_limits(torch.get_num_threads()):
         yield
 
 
@@ -88,9 +63,14 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("quick"))
 
 
+def name_of(node: Any) -> str:
+    """Return the name of the study that a case belongs to: that of its function, or of its file."""
+    return getattr(node.function, "study", node.module.__name__.rpartition("bench_")[2])
+
+
 @pytest.fixture
 def study(request: pytest.FixtureRequest) -> Study:
-    return request.config.stash[FOUND].studies.setdefault(name_of(request.node), Study())
+    return request.config.stash[STUDIES].setdefault(name_of(request.node), Study())
 
 
 @pytest.fixture
@@ -105,69 +85,64 @@ def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Ite
     """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
 
     def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
-        study.figures.append(Figure.of(group or benchmark.group or "", case, value, **about))
+        study.figures.append(Figure.of(group or benchmark.group, case, value, **about))
         benchmark.extra_info[case if group is None else f"{group}: {case}"] = study.figures[-1].record()
 
     yield keep
     if benchmark.stats:
-        found, parts = benchmark.stats.stats, ("median", "q1", "q3")
-        milliseconds = {f"{part}_ms": 1e3 * getattr(found, part) for part in parts}
-        about = {"group": benchmark.group or "", "name": request.node.name}
+        found = benchmark.stats.stats
+        milliseconds = {f"{part}_ms": 1e3 * getattr(found, part) for part in ("median", "q1", "q3")}
+        about = {"group": benchmark.group, "name": request.node.name}
         study.timings.append(about | milliseconds | {"rounds": found.rounds})
 
 
-@pytest.fixture(scope="session")
-def device(quick: bool) -> Device:
-    return device_of(quick)
-
-
-@pytest.fixture(scope="session")
-def run(request: pytest.FixtureRequest, device: Device) -> Run:
-    """Return what all cases have in common; the ceilings are what every time is also given as a part of."""
-    sizes = TOY if device.dry else roofline.FULL if device.tensors.type == "cuda" else roofline.USUAL
-    machine = request.config.stash[FOUND].machine = machine_of(device)
-    return Run(device.dry, machine, measure(device, sizes), cases.reference_on(device))
-
-
 @pytest.fixture
-def case(benchmark: Any, run: Run, study: Study) -> Callable[..., AbstractContextManager[Callable[..., None]]]:
-    return partial(cases.opened, benchmark, run, study)
+def over(in_turn: Any, figures: Any) -> Callable[..., timing.Interval]:
+    """Return a function that keeps, and returns, the ratio of the times of two calls in turn."""
+
+    def keep(case, call, other, rounds, *, ratio=timing.ratio, warm_up=timing.WARM_UP, **about):
+        quotient = ratio(*in_turn({"call": call, "other": other}, rounds, warm_up=warm_up).values())
+        figures(case, quotient, **about)
+        return quotient
+
+    return keep
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     # Times of cases are in pytest-benchmark's own tables.
-    machine, console = facts(config.getoption("quick")), Console(highlight=False)
-    for name, study in config.stash[FOUND].studies.items():
+    console = Console(highlight=False)
+    for name, study in config.stash[STUDIES].items():
         for group, shown in judged(study.figures).groupby("what", sort=False):
             red = list(shown["met"] == "**no**")
             pages.show(pages.on_terminal(shown.drop(columns="what"), f"bench_{name}: {group}", red), console)
-    console.print(in_words(machine))
-    terminalreporter.write_line(_kept(terminalreporter, config, machine))
+    console.print(in_words(facts(config.getoption("quick"))))
+    for line in _kept(terminalreporter, config):
+        terminalreporter.write_line(line)
 
 
-def _kept(reporter: pytest.TerminalReporter, config: pytest.Config, machine: dict[str, Any]) -> str:
+def _kept(reporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[str]:
     """Write the result files of a run that was right, and say what was done.
 
     Of what Ctrl-C stopped, rows are kept, and the file says that some are missing. Figures are looked up by their
     names: a part of them makes no file.
     """
-    found, count = config.stash[FOUND], {name: len(those) for name, those in reporter.stats.items()}
+    studies, session, quick = config.stash[STUDIES], reporter._session, config.getoption("quick")
+    refused = sum(len(study.refused) for study in studies.values())
+    if session.testsfailed or len(reporter.stats.get("skipped", [])) > refused:
+        yield "no result file: the run was not right"
+        return
+    if reporter.stats.get("deselected") or config.getoption("benchmark_disable"):
+        yield "no result file: the run was not whole"
+        return
     ended = {report.nodeid for report in reporter.stats.get("", []) if report.when == "teardown"}
-    left = Counter(name_of(item) for item in reporter._session.items if item.nodeid not in ended)
-    skipped = count.get("skipped", 0) - sum(len(study.refused) for study in found.studies.values())
-    if skipped + sum(count.get(outcome, 0) for outcome in ("failed", "error", "xfailed")):
-        return "no result file: the run was not right"
-    if count.get("deselected") or config.getoption("benchmark_disable"):
-        return "no result file: the run was not whole"
-    lines = []
-    for name, study in found.studies.items():
+    left = Counter(name_of(item) for item in session.items if item.nodeid not in ended)
+    for name, study in studies.items():
         missing = left[name]
         if missing and not study.cases:
-            lines.append(f"not written: {name} was interrupted")
+            yield f"not written: {name} was interrupted"
             continue
-        measured = found.machine if study.cases and found.machine else machine
-        about = {"seconds": time.monotonic() - found.started, "full": config.getoption("full")}
-        path = results.write(name, measured | about | {"interrupted": missing > 0}, study.record())
+        machine = machine_of(device_of(quick)) if study.cases else facts(quick)
+        about = {"seconds": time.monotonic() - STARTED, "full": config.getoption("full"), "interrupted": missing > 0}
+        path = results.write(name, machine | about, study.record())
         words = f", interrupted: {missing} cases are missing" if missing else ""
-        lines.append(f"written: {path.relative_to(results.ROOT)}{words}")
-    return "\n".join(lines)
+        yield f"written: {path.relative_to(results.ROOT)}{words}"

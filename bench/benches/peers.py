@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, util
-from statistics import median
+from timeit import Timer
 from typing import Any, NamedTuple
 
 import scipy.sparse.linalg
@@ -83,9 +83,6 @@ SYMMETRIC = GENERAL | {
 }
 INCREMENTAL = "scikit-learn IncrementalPCA"
 
-
-# Calls that decide at most, and seconds after which no more are made.
-MOST, SECONDS = 7, 0.25
 # Seconds after a call in which the threads of a BLAS stop to spin.
 REST = 0.1
 
@@ -101,13 +98,9 @@ def at_best(call: Callable[[], Any]) -> Iterator[int]:
     typical: dict[int, float] = {}
     # One thread first: it leaves none behind that spin.
     for threads in sorted({1, torch.get_num_threads()}):
-        seconds: list[float] = []
         with threadpool_limits(threads, "blas"):
-            while len(seconds) < MOST and sum(seconds) < SECONDS:
-                start = time.perf_counter()
-                call()
-                seconds.append(time.perf_counter() - start)
-        typical[threads] = median(seconds)
+            number, seconds = Timer(call, timer=time.perf_counter).autorange()
+        typical[threads] = seconds / number
     best = min(typical, key=typical.__getitem__)
     if best < max(typical):
         time.sleep(REST)

@@ -61,10 +61,14 @@ def steady(
     return factor, next(stream)
 
 
-def matrix_of_spectrum(eigenvalues: np.ndarray, seed: int) -> Tensor:
-    """Return a dense float64 matrix with these eigenvalues: cosine transforms of their diagonal, random signs."""
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(len(eigenvalues), 1))
-    return torch.from_numpy(signs * scipy.fft.dctn(np.diag(eigenvalues), norm="ortho") * signs.T)
+def matrix_of_spectrum(n: int, values: np.ndarray) -> Tensor:
+    """Return a dense float64 matrix of n rows with these singular values, and as eigenvalues where there are n.
+
+    It is the cosine transform of their diagonal along either side, with random signs.
+    """
+    m = len(values)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=n)
+    return torch.from_numpy(signs[:, None] * scipy.fft.dctn(np.eye(n, m) * values, norm="ortho") * signs[:m])
 
 
 class WrongResultError(AssertionError):
@@ -108,18 +112,18 @@ def in_small(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def approximation(
-    target: tuple[Tensor, Tensor] | Tensor, rank: int, eps: float, slack: float, most: float = DEFECT_ALLOWED
+    target: Sequence[tuple[Tensor, Tensor]] | Tensor, rank: int, eps: float, slack: float, most: float = DEFECT_ALLOWED
 ) -> Callable[[Any], Judgement]:
     """Return the check that a result is the best approximation of a rank, but for ``slack`` and rounding.
 
-    The target is F, G with X = F Gᵀ, or X itself, with singular values 1/i, in float64.
+    The target is pairs F, G with X = Σ F Gᵀ, or X itself, with singular values 1/i, in float64.
     """
     if isinstance(target, Tensor):
         spectrum = 1 / torch.arange(1, min(target.shape) + 1, dtype=torch.float64)
         left_out = lambda left, right: target - left @ right.mT
     else:
-        spectrum = torch.linalg.svdvals(in_small([target]))
-        left_out = lambda left, right: in_small([target, (left, -right)])
+        spectrum = torch.linalg.svdvals(in_small(target))
+        left_out = lambda left, right: in_small([*target, (left, -right)])
     norm, best = (float(torch.linalg.vector_norm(spectrum[start:])) for start in (0, rank))
     # Each of the directions that matter may be off by a few ε‖X‖.
     rounding = 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
@@ -160,11 +164,3 @@ def defect(factor: Symmetric) -> float:
 def spectral_norm(symmetric: Tensor) -> float:
     """Return ‖M‖₂, infinite where an entry is."""
     return float(torch.linalg.eigvalsh(symmetric).abs().max()) if symmetric.isfinite().all() else float("inf")
-
-
-def powered(factor: LowRankEigh, vectors: Tensor, damping: float, exponent: float = -1.0) -> Tensor:
-    """Return (U diag(d) Uᵀ + λI)^p V in float64."""
-    (levels, directions), vectors = (part.double() for part in factor), vectors.double()
-    outside = damping**exponent
-    inside = ((levels + damping) ** exponent - outside)[:, None] * (directions.mT @ vectors)
-    return outside * vectors + directions @ inside

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
@@ -19,7 +20,7 @@ from bench.gpu.cases import eigh, error_of, forced, on_cpu
 from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
 
-DAMPING, EXPONENT = 0.1, -0.5
+DAMPING, EXPONENT, PANELS = 0.1, -0.5, 4
 BRANDLA, TORCH_FORM, ONE_BY_ONE = "brandla", "brandla, torch form", "one call each"
 OWN = (BRANDLA, TORCH_FORM)
 # Where these fail the run fails; where others do, that is a finding.
@@ -98,7 +99,7 @@ def approximating(function, arguments, target, slack, shape, device, work) -> Ta
 
     @cache
     def given() -> tuple[Tensor, int]:
-        dense = target if isinstance(target, Tensor) else target[0] @ target[1].mT
+        dense = target if isinstance(target, Tensor) else sum(left @ right.mT for left, right in target)
         return dense.to(device.tensors, shape.dtype), shape.r
 
     judge_of = lambda peer: allowed(peer.slack, PEER_DEFECT_ALLOWED)
@@ -123,7 +124,7 @@ def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 
     factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
     columns = columns.to(shape.data or shape.dtype)
     (left, right), added = problems.halves(on_cpu(factor)), columns.double().cpu()
-    target = torch.cat([DECAY * left, WEIGHT * added], dim=1), torch.cat([right, added], dim=1)
+    target = [(DECAY * left, right), (WEIGHT * added, added)]
     function = partial(UPDATES[name][0], decay=DECAY, weight=WEIGHT)
     work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
     return approximating(function, (factor, columns), target, problems.LOSS_ALLOWED[name], shape, device, work)
@@ -136,8 +137,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
     left, right = problems.halves(on_cpu(svd))
-    added = [side.double().cpu() for side in sides]
-    target = torch.cat([DECAY * left, added[0]], dim=1), torch.cat([right, added[1]], dim=1)
+    target = [(DECAY * left, right), tuple(side.double().cpu() for side in sides)]
     work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
     function = partial(brandla.svd_update, decay=DECAY)
     return approximating(function, (svd, *sides), target, EXACT, shape, device, work)
@@ -150,8 +150,8 @@ def svd_append(shape: Shape, device: Device) -> Task:
     svd = svd_factor(shape, device, m)
     columns = next(problems.columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
     left, right = problems.halves(on_cpu(svd))
-    unit = torch.eye(k, dtype=torch.float64)
-    target = torch.cat([DECAY * left, columns.double()], dim=1), torch.block_diag(right, unit)
+    unit = torch.eye(m + k, dtype=torch.float64)
+    target = [(DECAY * left, unit[:, :m] @ right), (columns.double(), unit[:, m:])]
     work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
     function, arguments = partial(brandla.svd_append, decay=DECAY), (svd, columns.to(device.tensors))
     return approximating(function, arguments, target, EXACT, shape, device, work)
@@ -164,8 +164,7 @@ def downdate(shape: Shape, device: Device) -> Task:
     values, vectors = on_cpu(factor)
     # Half of each of the last k values goes.
     columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
-    left, right = problems.halves(LowRankEigh(values.double().index_fill(0, torch.arange(r - k, r), 0.0), vectors))
-    target = torch.cat([left, columns], dim=1), torch.cat([right, columns], dim=1)
+    target = [problems.halves(LowRankEigh(values[: r - k], vectors[:, : r - k])), (columns, columns)]
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
     return approximating(brandla.eigh_downdate, arguments, target, EXACT, shape, device, work)
@@ -178,12 +177,13 @@ def refresh(shape: Shape, device: Device) -> Task:
     right = eigh(device, 2 * n, r, shape.dtype).eigenvectors
     matrix = (vectors * values.sqrt()) @ right.mT
     exact = on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
-    judge = problems.approximation(problems.halves(exact), r, shape.eps, EXACT)
+    judge = problems.approximation([problems.halves(exact)], r, shape.eps, EXACT)
     function = partial(brandla.eigh_refresh, decay=DECAY, weight=WEIGHT)
     work = shape.work(12 * n * n * r, 3 * 2 * n * n)
     return Task(function, (LowRankEigh(values, vectors), matrix), lambda found: judge(found[0]), work)
 
 
+# Of the columns that a centred decomposition has before.
 BATCHES = 5
 
 
@@ -216,28 +216,18 @@ def centred_append(shape: Shape, device: Device) -> Task:
 def randomized(name: str, shape: Shape, device: Device) -> Task:
     """Return a randomized decomposition of a dense matrix with singular values 1/i, symmetric or n × n/2."""
     n, r, _ = shape[:3]
-    symmetric = name == "randomized_eigh"
-    m = n if symmetric else n // 2
-    truth = problems.matrix_of_spectrum((1 / torch.arange(1, m + 1, dtype=torch.float64)).numpy(), seed=0)
-    if not symmetric:
-        # A reflection I − 2vvᵀ, cut to m columns, has orthonormal columns.
-        normal = torch.nn.functional.normalize(torch.cos(torch.arange(n, dtype=torch.float64)), dim=0)
-        truth = torch.cat([truth, truth.new_zeros(n - m, m)]) - 2 * torch.outer(normal, normal[:m] @ truth)
-    products = POWERS + 1 if symmetric else 2 * POWERS + 2
+    m, products = (n, POWERS + 1) if name == "randomized_eigh" else (n // 2, 2 * POWERS + 2)
+    truth = problems.matrix_of_spectrum(n, 1 / np.arange(1, m + 1))
     arguments = (truth.to(device.tensors, shape.dtype), r)
     function = partial(getattr(brandla, name), oversample=OVERSAMPLE, power_iterations=POWERS)
     work = shape.work(products * 2 * n * m * min(r + OVERSAMPLE, m), products * n * m)
     return approximating(function, arguments, truth, SKETCHED, shape, device, work)
 
 
-PANELS = 4
-
-
-def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
-    """Return Q and R of an n × r panel, or of several, whose columns lean on one another."""
+def orthonormal(shape: Shape, device: Device, *batch: int) -> Task:
+    """Return Q and R of an n × r panel, or of a batch, whose columns lean on one another."""
     n, r, _ = shape[:3]
     lengths = 1 / torch.arange(1, r + 1, dtype=shape.dtype, device=device.tensors)
-    batch = () if panels is None else (panels,)
     panel = (device.normal(*batch, n, r, dtype=shape.dtype) + 1) * lengths
     exact = panel.double().cpu()
 
@@ -247,7 +237,7 @@ def orthonormal(shape: Shape, device: Device, *, panels: int | None) -> Task:
         off = max(map(problems.orthonormality, q.reshape(-1, n, r)))
         return Judgement(float(error.max()), DEFECT_ALLOWED * shape.eps, off / shape.eps)
 
-    work = shape.work((panels or 1) * 8 * n * r**2, (panels or 1) * 2 * n * r)
+    work = shape.work(8 * panel.numel() * r, 2 * panel.numel())
     return Task(brandla.orthonormalize, (panel,), judge, work, given=lambda: (panel,))
 
 
@@ -258,24 +248,29 @@ def equal_to(expected: Any, shape: Shape) -> Judge:
 
 
 def damped(name: str, shape: Shape, device: Device) -> Task:
-    """Return a damped solve or power with k right-hand sides, or the determinant."""
+    """Return a solve, a power or a determinant: of a factor with k right-hand sides, or of a Kronecker product.
+
+    That has one damping, and is applied to an n × n / 2 matrix. Others get what is dense, of one factor with λI.
+    """
     n, r, k = shape[:3]
-    factor, function = eigh(device, n, r, shape.dtype), getattr(brandla, name)
-    exact = on_cpu(factor)
-    if name == "damped_logdet":
-        judge = equal_to((exact.eigenvalues.double() + DAMPING).log().sum() + (n - r) * math.log(DAMPING), shape)
-        return Task(function, (factor, DAMPING), judge, shape.work(0, r), given=lambda: (dense_of(factor),))
-    rhs = device.normal(n, k, dtype=shape.dtype)
-    exponent = (EXPONENT,) if name == "damped_power" else ()
-    judge = equal_to(problems.powered(exact, rhs.cpu(), DAMPING, *exponent), shape)
-    work, given = shape.work(4 * n * r * k, n * (r + 2 * k)), lambda: (dense_of(factor), rhs)
-    return Task(function, (factor, rhs, DAMPING, *exponent), judge, work, given=given)
-
-
-def dense_of(factor: LowRankEigh) -> Tensor:
-    """Return U diag(d) Uᵀ + λI."""
-    shift = DAMPING * torch.eye(factor.n, dtype=factor.eigenvalues.dtype, device=factor.eigenvalues.device)
-    return factor.dense() + shift
+    joint, logdet, options = name.startswith("kron"), name.endswith("logdet"), (EXPONENT,) * name.endswith("power")
+    m = n // 2 if joint else 1 if logdet else k
+    sides = [eigh(device, rows, r, shape.dtype) for rows in ((n, m) if joint else (n,))]
+    data = () if logdet else (device.normal(n, m, dtype=shape.dtype),)
+    # For a single factor the other side is the identity.
+    (d, u), (e, v) = on_cpu([*sides, (torch.ones(m), torch.eye(m))])[:2]
+    levels, u, v = _joint_levels(d.double(), e.double()), u.double(), v.double()
+    if logdet:
+        expected = levels.log().sum() + (n * m - levels.numel()) * math.log(DAMPING)
+        work = shape.work(0, r * len(sides))
+    else:
+        power, right = options[0] if options else -1.0, on_cpu(data[0]).double()
+        outside = DAMPING**power
+        expected = outside * right + u @ ((levels**power - outside) * (u.mT @ right @ v)) @ v.mT
+        work = shape.work(4 * n * m * r * len(sides), 3 * n * m if joint else n * (r + 2 * k))
+    given = lambda: (*(_dense(side, 0.0 if joint else DAMPING) for side in sides), *data)
+    arguments = (*sides, *data, DAMPING, *options)
+    return Task(getattr(brandla, name), arguments, equal_to(expected, shape), work, given=given)
 
 
 def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> Task:
@@ -283,34 +278,27 @@ def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> T
     n, r, k = shape[:3]
     m = n if square else n // 2
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
-    solved = lambda side, rhs: problems.powered(on_cpu(sides[side]), rhs, DAMPING)
+
+    def solved(side: LowRankEigh, rhs: Tensor) -> Tensor:
+        (levels, directions), rhs = (part.double() for part in on_cpu(side)), rhs.double().cpu()
+        inside = (levels / (levels + DAMPING))[:, None] * (directions.mT @ rhs)
+        return (rhs - directions @ inside) / DAMPING
+
     if pair:
-        data = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
-        expected: Any = [solved(side, rhs.cpu()) for side, rhs in enumerate(data)]
+        data: Any = tuple(device.normal(rows, k, dtype=shape.dtype) for rows in (n, m))
+        expected: Any = list(map(solved, sides, data))
         work = shape.work(4 * (n + m) * r * k, (n + m) * (r + 2 * k))
     else:
         data = device.normal(n, m, dtype=shape.dtype)
-        expected, work = solved(1, solved(0, data.cpu()).mT).mT, shape.work(8 * n * m * r, 3 * n * m)
-    given, arguments = lambda: (*map(dense_of, sides), data), (*sides, data, DAMPING, DAMPING)
+        expected, work = solved(sides[1], solved(sides[0], data).mT).mT, shape.work(8 * n * m * r, 3 * n * m)
+    given, arguments = lambda: (*(_dense(side, DAMPING) for side in sides), data), (*sides, data, DAMPING, DAMPING)
     return Task(brandla.kron_damped_solve, arguments, equal_to(expected, shape), work, given=given)
 
 
-def joint(name: str, shape: Shape, device: Device) -> Task:
-    """Return a power or the determinant of a Kronecker product with one damping, for an n × n / 2 matrix."""
-    n, r, _ = shape[:3]
-    m = n // 2
-    sides = [eigh(device, rows, shape.r, shape.dtype) for rows in (n, m)]
-    dense = lambda: tuple(side.dense() for side in sides)
-    (g, u), (a, v) = ([part.double() for part in on_cpu(side)] for side in sides)
-    levels = _joint_levels(g, a)
-    if name == "kron_damped_logdet":
-        judge = equal_to(levels.log().sum() + (n * m - r**2) * math.log(DAMPING), shape)
-        return Task(brandla.kron_damped_logdet, (*sides, DAMPING), judge, shape.work(0, 2 * r), given=dense)
-    data = device.normal(n, m, dtype=shape.dtype)
-    exact, outside = on_cpu(data).double(), DAMPING**EXPONENT
-    judge = equal_to(outside * exact + u @ ((levels**EXPONENT - outside) * (u.mT @ exact @ v)) @ v.mT, shape)
-    arguments, work = (*sides, data, DAMPING, EXPONENT), shape.work(8 * n * m * r, 3 * n * m)
-    return Task(brandla.kron_damped_power, arguments, judge, work, given=lambda: (*dense(), data))
+def _dense(factor: LowRankEigh, shift: float) -> Tensor:
+    matrix = factor.dense()
+    matrix.diagonal().add_(shift)
+    return matrix
 
 
 # --- Others' ways, of dense matrices
@@ -359,30 +347,30 @@ class Entry(NamedTuple):
 
 SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
-_SLOGDET = Peer(lambda matrix: torch.linalg.slogdet(matrix).logabsdet, slow=True)
-_PCA = Peer(IncrementalPCA.partial_fit, package="sklearn")
 _BOTH = {SOLVE: Peer(_solve_both, slow=True)}
+# Of what is damped by one number.
+_DAMPED = {
+    "damped_solve": {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
+    "damped_power": {DENSE_EIGH: Peer(_power, slow=True)},
+    "damped_logdet": {"torch.linalg.slogdet, dense": Peer(lambda one: torch.linalg.slogdet(one)[1], slow=True)},
+    "kron_damped_power": {DENSE_EIGH: Peer(_joint_power, slow=True)},
+    "kron_damped_logdet": {DENSE_EIGH: Peer(_joint_logdet, slow=True)},
+}
 TASKS: dict[str, Entry] = {
     **{name: Entry(partial(symmetric_update, name), SYMMETRIC, takes_half=True) for name in UPDATES},
     "eigh_downdate": Entry(downdate, {}),
     "eigh_refresh": Entry(refresh, {}),
     "svd_update": Entry(svd_update, GENERAL),
     "svd_append": Entry(svd_append, GENERAL, takes_half=True),
-    "svd_append, centred": Entry(centred_append, {INCREMENTAL: _PCA}),
+    "svd_append, centred": Entry(centred_append, {INCREMENTAL: Peer(IncrementalPCA.partial_fit, package="sklearn")}),
     "randomized_eigh": Entry(partial(randomized, "randomized_eigh"), SYMMETRIC),
     "randomized_svd": Entry(partial(randomized, "randomized_svd"), GENERAL),
-    "orthonormalize": Entry(partial(orthonormal, panels=None), _QR),
+    "orthonormalize": Entry(orthonormal, _QR),
     "orthonormalize, batched": Entry(
-        partial(orthonormal, panels=PANELS), _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)}
+        lambda shape, device: orthonormal(shape, device, PANELS),
+        _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)},
     ),
-    "damped_solve": Entry(
-        partial(damped, "damped_solve"),
-        {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
-    ),
-    "damped_power": Entry(partial(damped, "damped_power"), {DENSE_EIGH: Peer(_power, slow=True)}),
-    "damped_logdet": Entry(partial(damped, "damped_logdet"), {"torch.linalg.slogdet, dense": _SLOGDET}),
-    "kron_damped_power": Entry(partial(joint, "kron_damped_power"), {DENSE_EIGH: Peer(_joint_power, slow=True)}),
-    "kron_damped_logdet": Entry(partial(joint, "kron_damped_logdet"), {DENSE_EIGH: Peer(_joint_logdet, slow=True)}),
+    **{name: Entry(partial(damped, name), peers) for name, peers in _DAMPED.items()},
     "kron_damped_solve": Entry(partial(kron, pair=False), _BOTH),
     "kron_damped_solve, pair": Entry(partial(kron, pair=True), _BOTH),
 }

@@ -1,8 +1,6 @@
 """Times taken in turn, so that whatever slows the machine down slows all candidates alike, and what is said of them.
 
-pytest-benchmark times one function after the other. The benchmarks therefore hand it calls in turn, by `in_turn`;
-studies, which run without pytest, take the times themselves, by `alternating`. Beside times, what else a call takes:
-memory at its peak, and calls that reach torch's own operators.
+Beside times, what else a call takes: memory at its peak, and calls that reach torch's own operators.
 """
 
 import gc
@@ -37,9 +35,13 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def alternating(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP, rest: float = 0.0
 ) -> dict[str, list[float]]:
-    """Call all functions ``repeats`` times in turn, and return their seconds; first ``warm_up`` times untimed."""
+    """Call all functions ``repeats`` times in turn, and return their seconds; first ``warm_up`` times untimed.
+
+    Before each timed call there are ``rest`` seconds of sleep: threads of one BLAS library spin for a while after a
+    call, and would take a core from a function that uses another.
+    """
     for name in turns(list(functions), warm_up):
         functions[name]()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -47,6 +49,7 @@ def alternating(
     gc.disable()
     try:
         for name in turns(list(functions), repeats):
+            sleep(rest)
             start = perf_counter()
             functions[name]()
             seconds[name].append(perf_counter() - start)
@@ -56,30 +59,13 @@ def alternating(
 
 
 def in_turn(
-    benchmark: Any, calls: Mapping[str, Callable[[], Any]], rounds: int, *, rest: float = 0.0, warm_up: int = WARM_UP
+    benchmark: Any, calls: Mapping[str, Callable[[], Any]], rounds: int, **options: Any
 ) -> dict[str, list[float]]:
-    """Let pytest-benchmark time calls in turn, and return the seconds of each; first ``warm_up`` times untimed.
-
-    Before each call there are ``rest`` seconds of sleep: threads of one BLAS library spin for a while after a call, and
-    would take a core from a function that uses another. The record of the case keeps the times of the first call alone.
-    """
-    names = list(calls)
-    coming = itertools.chain(turns(names, warm_up), turns(names, rounds))
-
-    def rested() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
-        sleep(rest)
-        return (calls[next(coming)],), {}
-
-    def one(call: Callable[[], Any]) -> None:
-        # The result goes before the next call, which then finds its memory free.
-        call()
-
-    benchmark.pedantic(one, setup=rested, warmup_rounds=warm_up * len(names), rounds=rounds * len(names))
-    kept = benchmark.stats.stats.data
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name, second in zip(turns(names, rounds), kept, strict=True):
-        seconds[name].append(second)
-    kept[:] = seconds[names[0]]
+    """Return `alternating`; pytest-benchmark's record of the case keeps the times of the first call."""
+    seconds = alternating(calls, rounds, **options)
+    record = benchmark._make_stats(iterations=1)
+    for second in seconds[next(iter(calls))]:
+        record.update(second)
     return seconds
 
 
@@ -103,31 +89,13 @@ def slope(sizes: Sequence[int], times: Sequence[float]) -> Interval:
     return Interval(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
 
 
-class EventTimer:
-    """A timer for pytest-benchmark on a GPU: seconds on the device's own clock, between events recorded at each call.
-
-    A call waits for the device, so that the work queued since the one before lies between their events. Times are
-    summed up from call to call: an event's float32 milliseconds since a distant start would be too coarse.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._last = self._now()
-
-    def __call__(self) -> float:
-        now = self._now()
-        self._seconds += self._last.elapsed_time(now) / 1e3
-        self._last = now
-        return self._seconds
-
-    def _now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        return event
+def once_done() -> float:
+    """Return the time at which the GPU has done all that was queued."""
+    torch.cuda.synchronize()
+    return perf_counter()
 
 
-TIMER = EventTimer() if torch.cuda.is_available() else perf_counter
+TIMER = once_done if torch.cuda.is_available() else perf_counter
 
 
 # --- Memory and calls

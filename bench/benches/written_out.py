@@ -6,6 +6,7 @@ the library takes beyond these is its overhead.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,17 +49,19 @@ def brand_update(values: Tensor, basis: Tensor, columns: Tensor, decay: float, w
 def root_update(root: LowRankRoot, columns: Tensor, decay: float, weight: float) -> LowRankRoot:
     """`brandla.root_update` at the old rank."""
     factor, gram = root
-    values, rotation = _leading(_core(factor, gram, columns, decay, weight), gram.shape[0], gram.dtype)
-    return LowRankRoot(_rotated(factor, columns, rotation, decay, weight), torch.diag(values))
+    lengths, rotation = _leading(factor, gram, columns, decay, weight, gram.dtype)
+    above, below = rotation[: len(gram)] * decay**0.5, rotation[len(gram) :] * weight**0.5
+    return LowRankRoot((factor @ above).addmm_(columns, below), torch.diag(lengths))
 
 
 def eigh_update(eigh: LowRankEigh, columns: Tensor, decay: float, weight: float) -> LowRankEigh:
     """`brandla.eigh_update` at the old rank, of columns that need no polish."""
     values, vectors = eigh
     lengths = values.sqrt()[:, None]
-    core = _core(vectors, torch.diag(values), columns, decay, weight, lengths)
-    found, rotation = _leading(core, len(values), torch.float64)
-    new = _rotated(vectors, columns, rotation * found.rsqrt(), decay, weight, lengths)
+    found, rotation = _leading(vectors, torch.diag(values), columns, decay, weight, torch.float64, lengths)
+    rotation = rotation * found.rsqrt()
+    above, below = rotation[: len(values)] * lengths * decay**0.5, rotation[len(values) :] * weight**0.5
+    new = (vectors @ above.to(vectors.dtype)).addmm_(columns, below.to(vectors.dtype))
     signs = torch.ones(len(values), 4, dtype=new.dtype)
     bool((new.mT @ (new @ signs) - signs).square().sum() < 1)
     return LowRankEigh(found.to(vectors.dtype), new)
@@ -71,25 +74,14 @@ def damped_solve(eigh: LowRankEigh, rhs: Tensor, damping: float) -> Tensor:
     return rhs / damping + basis @ (middle[:, None] * (basis.mT @ rhs))
 
 
-def _core(
-    tall: Tensor, gram: Tensor, columns: Tensor, decay: float, weight: float, lengths: Tensor | float = 1.0
-) -> Tensor:
-    """Return BᵀB in float64 for B = [√ρ F, √w A], F = ``tall`` times ``lengths``."""
+def _leading(
+    tall: Tensor, gram: Tensor, columns: Tensor, decay: float, weight: float, dtype: torch.dtype, lengths: Any = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return as many leading eigenpairs of BᵀB as before, for B = [√ρ F, √w A] and F = ``tall`` times ``lengths``."""
     cross = (tall.mT @ columns).double() * lengths * (decay * weight) ** 0.5
     own = (columns.mT @ columns).double() * weight
-    return torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, own], dim=1)])
-
-
-def _leading(core: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    core = torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, own], dim=1)])
     scale = core.diagonal().amax()
     values, vectors = torch.linalg.eigh((core / scale).to(dtype))
     bool(torch.isfinite(values.sum() + vectors.sum()))
-    return values.flip(0)[:rank].clamp_min(0) * scale.to(dtype), vectors.flip(1)[:, :rank]
-
-
-def _rotated(
-    tall: Tensor, columns: Tensor, rotation: Tensor, decay: float, weight: float, lengths: Tensor | float = 1.0
-) -> Tensor:
-    r = tall.shape[1]
-    above, below = rotation[:r] * lengths * decay**0.5, rotation[r:] * weight**0.5
-    return (tall @ above.to(tall.dtype)).addmm_(columns, below.to(tall.dtype))
+    return values.flip(0)[: len(gram)].clamp_min(0) * scale.to(dtype), vectors.flip(1)[:, : len(gram)]
