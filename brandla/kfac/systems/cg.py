@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from brandla import _check
-from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
@@ -94,12 +93,7 @@ class RowsOfBatches(StateCurvature):
         """Return the iterate of conjugate gradients, each group by itself; no read-back."""
         matrix = dense(gradient)
         left, right = self._root("output"), self._root("input")
-        # RᵀR and R Rᵀ have the same largest eigenvalue.
-        of_left, of_right = (
-            largest_eigenvalue(root @ root.mT if root.shape[-2] <= root.shape[-1] else root.mT @ root)
-            for root in (left, right)
-        )
-        shift = now.damping.of(of_left * of_right)[..., None, None]
+        shift = now.damping.of(_largest(left) * _largest(right))[..., None, None]
 
         def times(part: Tensor) -> Tensor:
             """Return G X A + λ X."""
@@ -134,6 +128,20 @@ class RowsOfBatches(StateCurvature):
         weights = self.state[f"{side} weights"]
         shares = _ratio(weights, weights.sum())
         return cast(Tensor, self.state[f"{side} rows"] * shares.sqrt()[:, None])
+
+
+def _largest(root: Tensor) -> Tensor:
+    """Estimate the largest eigenvalue of RᵀR from below by power iteration from its longest row, with no sync."""
+    tiny = torch.finfo(root.dtype).tiny
+    # The length of RᵀR v is a sum of fourth powers.
+    scale = root.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    root = root / scale
+    longest = torch.linalg.vector_norm(root, dim=-1).argmax(-1, keepdim=True)
+    vector = torch.take_along_dim(root, longest[..., None], dim=-2).mT
+    for _ in range(4):
+        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
+        vector = root.mT @ (root @ vector)
+    return cast(Tensor, torch.linalg.vector_norm(vector, dim=(-2, -1)) * scale[..., 0, 0].square())
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

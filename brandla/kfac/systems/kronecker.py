@@ -116,16 +116,22 @@ def _from_each_side(
     gradients: Sequence[Gradient], sides: Sequence[Mapping[Side, Factor]], damping: Damping
 ) -> list[Gradient]:
     """Solve with the factors there are: matrices from the left and then from the right, both sides of pairs at once."""
-    outputs, inputs = ([own.get(side) for own in sides] for side in SIDES)
     # W or P for the factor of the outputs, and Q for that of the inputs, which gets what came of W after it.
-    left = [own if isinstance(own, Tensor) else own[0] for own in gradients]
-    right = {index: own[1] for index, own in enumerate(gradients) if not isinstance(own, Tensor)}
-    solved = damped_solves([*outputs, *[inputs[index] for index in right]], [*left, *right.values()], damping)
-    right = dict(zip(right, solved[len(left) :], strict=True))
-    turned = {index: own.mT for index, own in enumerate(solved[: len(left)]) if index not in right}
-    of_turned = damped_solves([inputs[index] for index in turned], list(turned.values()), damping)
-    turned = dict(zip(turned, of_turned, strict=True))
-    return [(own, right[at]) if at in right else turned[at].mT for at, own in enumerate(solved[: len(left)])]
+    blocks: dict[tuple[int, Side], Tensor] = {}
+    for at, own in enumerate(gradients):
+        if isinstance(own, Tensor):
+            blocks[at, "output"] = own
+        else:
+            # In the order in which factors take data in: small parts of theirs are then stacked without a copy.
+            blocks[at, "input"], blocks[at, "output"] = own[1], own[0]
+    solved = damped_solves([sides[at].get(side) for at, side in blocks], list(blocks.values()), damping)
+    found = dict(zip(blocks, solved, strict=True))
+    matrices = [at for at, own in enumerate(gradients) if isinstance(own, Tensor)]
+    after = damped_solves(
+        [sides[at].get("input") for at in matrices], [found[at, "output"].mT for at in matrices], damping
+    )
+    steps = dict(zip(matrices, after, strict=True))
+    return [steps[at].mT if at in steps else (found[at, "output"], found[at, "input"]) for at in range(len(gradients))]
 
 
 @dataclass(frozen=True, kw_only=True)
