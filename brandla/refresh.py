@@ -105,7 +105,10 @@ def check_refresh(
 
 
 class Refresh(NamedTuple):
-    """Arguments of `eigh_refresh` that fit together: of one factor, of a batch, or of a list with d stacked."""
+    """Arguments of `eigh_refresh` that fit together: of one factor, of a batch, or of a list with d stacked.
+
+    They stand for M = U diag(ρd) Uᵀ + w G Gᵀ.
+    """
 
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
@@ -116,48 +119,34 @@ class Refresh(NamedTuple):
 
     def one(self) -> tuple[LowRankEigh, Tensor]:
         """Return the factor, or the batch, with its permutation."""
-        values, vectors, order = self._refreshed()
+        values, vectors, order = self.refreshed()
         return LowRankEigh(values, vectors), order
 
-    def each(self) -> list[tuple[LowRankEigh, Tensor]]:
-        """Return the factors of a list, each with its permutation."""
-        return [(LowRankEigh(*own), order) for *own, order in zip(*self._refreshed(), strict=True)]
-
-    def _refreshed(self) -> tuple[Tensor, Tall, Tensor]:
-        kept, weight = (self.values * over(self.decay))[..., None], over(self.weight, 2)
-        average, vectors = _Average(self.vectors, kept, self.matrix, weight), self.vectors
+    def refreshed(self) -> tuple[Tensor, Tall, Tensor]:
+        """Return the new values, vectors and permutations."""
+        # In products ρd stands in place of d, and both as they multiply coefficients.
+        matrix = self._replace(values=(self.values * over(self.decay))[..., None], weight=over(self.weight, 2))
+        vectors = self.vectors
         for _ in range(self.iterations):
-            nearly, transform, _ = factorize(average.image(_begun(vectors)))
+            nearly, transform, _ = factorize(matrix._image(_begun(vectors)))
             vectors = times(nearly, transform)
-        values, order = average.quotients(vectors).sort(dim=-1, descending=True, stable=True)
+        quotients = matrix._quotients(*matrix._coefficients(vectors))
+        values, order = quotients.sort(dim=-1, descending=True, stable=True)
         if isinstance(vectors, list):
             return values, times(nearly, tall.columns_at(transform, order)), order
         return values, tall.columns_at(vectors, order), order
 
-
-class _Average(NamedTuple):
-    """M = U diag(ρd) Uᵀ + w G Gᵀ, in products."""
-
-    vectors: Tall  # U      (..., n, r)
-    values: Tensor  # ρd    (..., r, 1)
-    matrix: Any
-    weight: float | Tensor  # or (..., 1, 1)
-
-    def image(self, block: Tall) -> Tall:
+    def _image(self, block: Tall) -> Tall:
         """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
         old, new = self._coefficients(block)
         if isinstance(block, list):
-            scale = scale_of(self._summed(old, new)[..., None, :])
+            scale = scale_of(self._quotients(old, new)[..., None, :])
             return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
         image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
         return image / scale_of(image)
 
-    def quotients(self, block: Tall) -> Tensor:
-        """Return the diagonal of XᵀMX."""
-        return self._summed(*self._coefficients(block))
-
-    def _summed(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return it as sums of squares of the coefficients."""
+    def _quotients(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return the diagonal of XᵀMX as sums of squares of UᵀX and GᵀX."""
         return (self.values * old.square()).sum(-2) + (self.weight * new.square()).sum(-2)
 
     def _coefficients(self, block: Tall) -> tuple[Tensor, Tensor]:
@@ -173,7 +162,8 @@ def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, T
     stacked = torch.stack(values)
     wide = [matrix.to(stacked.dtype) for matrix in matrices]
     numbers = stack_numbers(decays, stacked), stack_numbers(weights, stacked)
-    return Refresh(stacked, list(vectors), wide, *numbers, iterations).each()
+    refreshed = Refresh(stacked, list(vectors), wide, *numbers, iterations).refreshed()
+    return [(LowRankEigh(*own), order) for *own, order in zip(*refreshed, strict=True)]
 
 
 def _begun(vectors: Tall) -> Tall:
