@@ -24,7 +24,6 @@ from brandla.lowrank import (
     Tracked,
     check_symmetric,
     over,
-    parts_of,
     stack_numbers,
     two_numbers,
 )
@@ -171,6 +170,17 @@ class Side(NamedTuple):
             return self.rows.count(basis) - r
         return stack_numbers([each.shape[-2] - r for each in basis], small)
 
+    def data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
+        """Check that a tall argument is of the kind, the dtype and the device of the factor, and return it in those."""
+        if self.rows is not WHOLE or type(tensor) is not Tensor:
+            self.rows.admit(function, name, tensor)
+        return _check.matching_data(function, name, tensor, of_name, self.basis)
+
+    def here(self, function: str, name: str, block: Tensor) -> Tensor:
+        """Check that the batch shapes of a tall argument and of the factor broadcast, and return what is here of it."""
+        check_batch(function, name, block, self.basis)
+        return block if self.rows is WHOLE else self.rows.local(function, name, block)
+
     def counted(self) -> tuple[Tensor, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
         return self._counted(self._plain_levels())
@@ -279,24 +289,21 @@ def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
-def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Tensor, Rows]:
-    """Check a factor, tracked or not, and return its tall matrix with the rows of it that are here."""
-    factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    small, basis = check_symmetric(function, name, factor)
-    if type(basis) is Tensor:
-        return basis, WHOLE
-    return basis, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
-
-
 def check_side(
-    function: str, names: tuple[str, str, str], lowrank: LowRank, damping: Number, tail: Tail, rows: Rows
+    function: str,
+    lowrank: LowRank,
+    damping: Number,
+    tail: Tail,
+    names: tuple[str, str, str] = ("lowrank", "damping", "tail"),
 ) -> Side:
-    """Check λ and τ, and return them beside what is here of a factor that has been checked."""
+    """Check a factor, tracked or not, λ and τ, and return what is here of them."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, damping_name, tail_name = names
-    small, basis = parts_of(factor)
+    small, basis = check_symmetric(function, name, factor)
+    small_name, basis_name = (f"{name}.{part}" for part in NAMES[type(factor)])
+    rows = rows_of(function, basis_name, basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
-        small = rows.small(function, f"{name}.{NAMES[type(factor)][0]}", small)
+        small = rows.small(function, small_name, small)
         damping = rows.small(function, damping_name, damping)
         tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
@@ -314,9 +321,7 @@ def check_side(
     else:
         _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
-    if rows is not WHOLE:
-        basis = rows.local(function, f"{name}.{NAMES[type(factor)][1]}", basis)
-    return Side(type(factor), small, basis, damping, given, rows)
+    return Side(type(factor), small, rows.local(function, basis_name, basis), damping, given, rows)
 
 
 def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
