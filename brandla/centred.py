@@ -9,13 +9,19 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import rows_of
-from brandla._value import number, value
+from brandla._value import Value, number
 from brandla.lowrank import LowRankSVD
 from brandla_kernels import project, without_autocast
 
 
-@value("brandla.merge joins two streams; decay= of brandla.svd_append scales what was seen")
-class Centred(NamedTuple):
+class _CentredParts(NamedTuple):
+    svd: LowRankSVD
+    mean: Tensor
+    weight: Tensor
+    scatter: Tensor
+
+
+class Centred(Value, _CentredParts):
     """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
 
     Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
@@ -42,20 +48,8 @@ class Centred(NamedTuple):
     torch.Size([8, 5])
     """
 
-    svd: LowRankSVD
-    mean: Tensor
-    weight: Tensor
-    scatter: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the decomposition; mean, weight and scatter are float64."""
-        return self.svd.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parts."""
-        return self.svd.device
+    __slots__ = ()
+    _remedy = "brandla.merge joins two streams; decay= of brandla.svd_append scales what was seen"
 
     def to(self, *args: Any, **kwargs: Any) -> Centred:
         """Return the value on another device, or its decomposition in another dtype: arguments as in `Tensor.to`."""

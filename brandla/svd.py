@@ -153,8 +153,10 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     panel = torch.cat([vectors * (old * over(decay))[..., None, :], columns], dim=-1)
     left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
-    joined: Any = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
-    updated: SVD = Centred(joined, *sums) if sums else joined
+    joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
+    # mypy takes the body once for each kind of argument.
+    found: Any = Centred(joined, *sums) if sums else joined
+    updated: SVD = found
     return updated
 
 
