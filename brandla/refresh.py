@@ -1,4 +1,7 @@
-"""The basis of a stream of wide matrices, refreshed by products: the step of SOAP, KL-Shampoo, COSMOS and Dion."""
+"""Eigenbases brought up to date against a matrix: by products with wide data, or in part by Rayleigh–Ritz.
+
+The first is the step of SOAP, KL-Shampoo, COSMOS and Dion.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
+from brandla._small import safe_eigh
 from brandla.lowrank import LowRankEigh, over, stack_numbers
 from brandla.orthonormal import factorize, times
-from brandla.randomized import LinearOperator, adjoint_product, check_matrix, product, scale_of
+from brandla.randomized import LinearOperator, check_matrix, product, scale_of
 from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 
 
@@ -152,7 +156,7 @@ class Refresh(NamedTuple):
     def _coefficients(self, block: Tall) -> tuple[Tensor, Tensor]:
         """Return UᵀX and GᵀX."""
         listed = isinstance(block, list)
-        image = project(self.matrix, block) if listed else adjoint_product("eigh_refresh", self.matrix, block)
+        image = project(self.matrix, block) if listed else product("eigh_refresh", self.matrix, block, adjoint=True)
         return project(self.vectors, block), image
 
 
@@ -190,3 +194,30 @@ def _begun(vectors: Tall) -> Tall:
     return rotate(
         vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
     )
+
+
+def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
+    """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
+
+    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E. The truncation errors that updates left in those
+    directions go. Raises as `brandla.eigh_update` does.
+
+    Parameters
+    ----------
+    eigh
+        d (..., r) and U (..., n, r).
+    matrix
+        M, shape (..., n, n), symmetric positive semi-definite.
+    subset
+        Indices s of the columns to correct, shape (m,), int64.
+    """
+    function = "ritz_correct"
+    _check.eigh(function, "eigh", eigh)
+    matrix = _check.matching_data(function, "matrix", matrix, "eigh", eigh.eigenvectors)
+    _check.shape(function, "matrix", matrix, (*eigh.eigenvalues.shape[:-1], eigh.n, eigh.n), "the order of eigh")
+    chosen = eigh.eigenvectors.index_select(-1, subset)
+    values, rotation = safe_eigh(chosen.mT @ (matrix @ chosen))
+    corrected = eigh.eigenvalues.index_copy(-1, subset, values)
+    vectors = eigh.eigenvectors.index_copy(-1, subset, chosen @ rotation)
+    ordered, order = corrected.sort(descending=True)
+    return LowRankEigh(ordered, tall.columns_at(vectors, order))
