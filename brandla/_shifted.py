@@ -300,10 +300,10 @@ def check_side(
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, damping_name, tail_name = names
     small, basis = check_symmetric(function, name, factor)
-    small_name, basis_name = (f"{name}.{part}" for part in NAMES[type(factor)])
-    rows = rows_of(function, basis_name, basis, small)
+    small_name, basis_name = NAMES[type(factor)]
+    rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
-        small = rows.small(function, small_name, small)
+        small = rows.small(function, f"{name}.{small_name}", small)
         damping = rows.small(function, damping_name, damping)
         tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
@@ -321,7 +321,9 @@ def check_side(
     else:
         _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
-    return Side(type(factor), small, rows.local(function, basis_name, basis), damping, given, rows)
+    if rows is not WHOLE:
+        basis = rows.local(function, f"{name}.{basis_name}", basis)
+    return Side(type(factor), small, basis, damping, given, rows)
 
 
 def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
