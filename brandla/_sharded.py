@@ -25,10 +25,7 @@ Small = TypeVar("Small", bound=float | Tensor | None)
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that are here of a tall matrix: all of them or, with a mesh, those of a DTensor's shard, perhaps none.
-
-    With no mesh nothing has to be summed, and results are what arguments were.
-    """
+    """Which rows of a tall matrix are here: all or, with a mesh, those of a DTensor's shard, perhaps none."""
 
     mesh: DeviceMesh | None = None
     n: int = 0  # rows in all, with a mesh
@@ -67,10 +64,7 @@ class Rows:
         return local.shape[-2] if self.mesh is None else self.n
 
     def total(self, part: Tensor) -> Tensor:
-        """Return an inner product over all rows, the same bits in every process, from one over the rows here.
-
-        It may overwrite that.
-        """
+        """Return an inner product over all rows, the same everywhere, from one over those here, which may be lost."""
         if self.mesh is None:
             return part
         group = self.mesh.get_group()

@@ -1,7 +1,4 @@
-"""A low-rank factor with its shift λ and its tail τ: the operator M̂ + τ(I − P) + λI, as the ops apply its powers.
-
-M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: ``docs/damped.md``.
-"""
+"""A low-rank factor with its shift λ and its tail τ, as the ops apply its powers: derivations in ``docs/damped.md``."""
 
 from __future__ import annotations
 
@@ -121,10 +118,7 @@ class Side(NamedTuple):
         return self if isinstance(self.small, Tensor) else self._replace(small=torch.stack(self.small))
 
     def inverse(self) -> Inverse | None:
-        """Return the inverse with its coefficients left to the op.
-
-        None where a look at values is free, which saves work, where Z takes eigenvalues of S, or of some rows alone.
-        """
+        """Return the inverse; None where a look at values is free, Z takes eigenvalues of S, or some rows are away."""
         small, basis = self.small, self.basis
         single = isinstance(small, Tensor)
         like = small if single else small[0]
@@ -242,15 +236,13 @@ class Side(NamedTuple):
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _plain_levels(self) -> Spectrum | None:
-        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them.
-
-        An S that has nothing beside its diagonal, as `root_update` leaves it, shows them where a look at it is free.
-        """
+        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
         small = self.small
         if not self.is_root:
             return Spectrum(small)
         if not ops.reads_are_free(small) or small.requires_grad:
             return None
+        # `root_update` leaves nothing beside the diagonal.
         diagonal = small.diagonal(dim1=-2, dim2=-1)
         return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
 
@@ -347,9 +339,6 @@ def check_exponent(function: str, exponent: float) -> float:
 
 
 def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
-    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all.
-
-    Where the traces agree the derivative is 0.
-    """
+    """(tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree."""
     left_out = torch.nn.functional.threshold(trace - rows.small("tail", "the factor", factor.trace()), 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

@@ -106,16 +106,11 @@ def damped_power(
     Parameters
     ----------
     lowrank, rhs, damping, tail
-        As in `damped_solve`.
+        As in `damped_solve`, and so is the result.
     exponent
         p, any real number; −1 is `damped_solve`.
     diagonal
         None: beside a diagonal only the inverse and the determinant have a low-rank form.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of ``rhs``, in the dtype of the factor.
 
     Examples
     --------
@@ -142,12 +137,7 @@ def damped_logdet(
     Parameters
     ----------
     lowrank, damping, tail, diagonal
-        As in `damped_solve`.
-
-    Returns
-    -------
-    Tensor
-        Of the batch shape of the factor, in its dtype.
+        As in `damped_solve`. The result is of the batch shape of the factor, in its dtype.
 
     Notes
     -----

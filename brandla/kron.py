@@ -17,7 +17,6 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
 from brandla._shifted import (
-    Inverse,
     LowRank,
     Number,
     Shifted,
@@ -183,7 +182,12 @@ class Kron(NamedTuple):
         data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
         first, second = self.left.inverse(), self.right.inverse()
         if first is not None and second is not None:
-            return _inverse_applied(first, second, data)
+            if not isinstance(data, tuple):
+                return ops.kron_damped_inverse(*aligned(first, second, data))
+            (*left_parts, p), (*right_parts, q) = aligned(first, data[0]), aligned(second, data[1])
+            if left_parts[2].shape != right_parts[2].shape:  # sides of different batch shapes
+                return first @ data[0], second @ data[1]
+            return ops.pair_damped_inverse(*left_parts, *right_parts, p, q)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
             p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)
@@ -192,18 +196,6 @@ class Kron(NamedTuple):
             return ops.kron_damped_apply(*aligned(left, right, data))
         right = Shifted(*map(left_rows.shared, right))
         return left_rows.tall_result(left.on((right @ data.mT).mT, left_rows))
-
-
-def _inverse_applied(left: Inverse, right: Inverse, data: Any) -> Any:
-    """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
-    if not isinstance(data, tuple):
-        return ops.kron_damped_inverse(*aligned(left, right, data))
-    (*left_parts, first), (*right_parts, second) = aligned(left, data[0]), aligned(right, data[1])
-    if left_parts[2].shape != right_parts[2].shape:
-        # Sides of different batch shapes.
-        return left @ data[0], right @ data[1]
-    operands = [*left_parts, *right_parts, first, second]
-    return ops.pair_damped_inverse(*operands)
 
 
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
@@ -225,10 +217,7 @@ class Joint(NamedTuple):
     fitted: Tensor | None  # in place of the products of eigenvalues in both spans
 
     def parts(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
-        """Return the eigenvalues in both spans (..., s, r), in the left one (..., s), in the right one and in neither.
-
-        They are those of A ⊗ G + δI for values of G (..., s) and of A (..., r), and their tails.
-        """
+        """Return those of A ⊗ G + δI in both spans (..., s, r), in the left (..., s), in the right and in neither."""
         both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
         neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
         in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)

@@ -109,10 +109,7 @@ def check_refresh(
 
 
 class Refresh(NamedTuple):
-    """Arguments of `eigh_refresh` that fit together: of one factor, of a batch, or of a list with d stacked.
-
-    They stand for M = U diag(ρd) Uᵀ + w G Gᵀ.
-    """
+    """M = U diag(ρd) Uᵀ + w G Gᵀ of `eigh_refresh`: of one factor, of a batch, or of a list with d stacked."""
 
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
@@ -171,10 +168,8 @@ def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, T
 
 
 def _begun(vectors: Tall) -> Tall:
-    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and nearly independent.
-
-    What lay in the span of the others would outweigh them in M U, and take their places.
-    """
+    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and independent."""
+    # What lay in the span of the others would outweigh them in M U, and take their places.
     members = vectors if isinstance(vectors, list) else [vectors]
     if reads_are_free(members[0]) and not any((own == 0).all(-2).any().item() for own in members):
         return vectors

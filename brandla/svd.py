@@ -12,8 +12,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import leading, safe_svd, signs_of, unit_scaled
-from brandla.centred import Centred, less
-from brandla.lowrank import LowRankSVD, Rank, most_of, over, tolerance_of
+from brandla.lowrank import Centred, LowRankSVD, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -102,10 +101,8 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
         mean, as in principal component analysis.
     columns
         A, shape (..., m, k): appended to the right.
-    decay
-        ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k), by default the old rank r.
+    decay, rank
+        As in `svd_update`, the rank at most min(m, r + k). A decay below 1 forgets old columns.
 
     Returns
     -------
@@ -223,10 +220,7 @@ def _here(
 
 
 def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of a panel: those of its QR's R in float64, else of BᵀB = V S² Vᵀ.
-
-    A Gram matrix in float64 resolves all that float32 data holds.
-    """
+    """Return U, S and V of a panel: in float64 by QR. A float64 Gram matrix resolves all that float32 data holds."""
     dtype = panel.dtype
     if dtype == torch.float64:
         times_basis, triangle = _factored(panel, rows)
@@ -244,10 +238,7 @@ def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple
 
 
 def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Return what multiplies by Q, which is not formed, and T in float64, for a panel P = Q T.
-
-    By QR in float64, else by D PᵀP D = V Λ Vᵀ in float64 with unit columns P D: then Q may have zero columns.
-    """
+    """Return what multiplies by Q, and T: of a panel P = Q T in float64 by QR, else from the eigenvectors of PᵀP."""
     if panel.dtype == torch.float64:
         basis, triangle = rows.qr(panel)
         return basis.matmul, triangle
@@ -268,10 +259,7 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
 
 
 def _recentred(state: Centred, columns: Tensor, decay: float | Tensor, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return a batch about its own mean, with the distance between the means in the direction this leaves free.
-
-    Beside it, the new mean, weight and scatter.
-    """
+    """Return a batch about its own mean, with the distance between the means in it, and the new sums of the stream."""
     function, mean = "svd_append", state.mean
     rows.admit(function, "svd.mean", mean)
     mean = rows.local(function, "svd.mean", mean, -1)
