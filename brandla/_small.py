@@ -188,7 +188,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
 
 
 def largest_of_gram(gram: Tensor) -> Tensor:
-    """Estimate it by two power iterations from all unit vectors, in few operations. Exact for a diagonal matrix."""
+    """Estimate the same by two power iterations from all unit vectors, in few operations. Exact for a diagonal."""
     if gram.shape[-1] == 0:
         return gram.sum((-2, -1))
     tiny = torch.finfo(gram.dtype).tiny

@@ -187,7 +187,8 @@ class Kron(NamedTuple):
             (*left_parts, p), (*right_parts, q) = aligned(first, data[0]), aligned(second, data[1])
             if left_parts[2].shape != right_parts[2].shape:  # sides of different batch shapes
                 return first @ data[0], second @ data[1]
-            return ops.pair_damped_inverse(*left_parts, *right_parts, p, q)
+            operands = [*left_parts, *right_parts, p, q]
+            return ops.pair_damped_inverse(*operands)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
             p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)

@@ -265,8 +265,9 @@ def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, i
             _check.fail_type(function, f"{rule}; {type(matrix).__name__} has no {', '.join(missing)}")
         if len(matrix.shape) != 2:
             _check.fail_value(function, f"a linear operator must have shape (m, n); got {tuple(matrix.shape)}")
-        if not isinstance(matrix.dtype, torch.dtype) or not matrix.dtype.is_floating_point:
-            _check.fail_type(function, f"matrix.dtype must be a real floating-point torch.dtype; got {matrix.dtype!r}")
+        dtype: object = matrix.dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            _check.fail_type(function, f"matrix.dtype must be a real floating-point torch.dtype; got {dtype!r}")
     return int(matrix.shape[-2]), int(matrix.shape[-1])
 
 
