@@ -282,11 +282,7 @@ def _smallest(values: Tensor) -> Tensor:
 
 
 def check_side(
-    function: str,
-    lowrank: LowRank,
-    damping: Number,
-    tail: Tail,
-    names: tuple[str, str, str] = ("lowrank", "damping", "tail"),
+    function: str, lowrank: LowRank, damping: Number, tail: Tail, names: Sequence[str] = ("lowrank", "damping", "tail")
 ) -> Side:
     """Check a factor, tracked or not, λ and τ, and return what is here of them."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank

@@ -130,12 +130,9 @@ class _Held:
         return self.value.to(device)
 
 
-def _is_value(part: object) -> bool:
-    return isinstance(part, Value)
-
-
 def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return state_dict | {"state": tree_map_only(_is_value, _Held, state_dict["state"], is_leaf=_is_value)}
+    held = tree_map_only(Value, _Held, state_dict["state"], is_leaf=lambda part: isinstance(part, Value))
+    return state_dict | {"state": held}
 
 
 def _release(optimizer: torch.optim.Optimizer) -> None:

@@ -306,38 +306,24 @@ def _padded(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def check_kron(
-    function: str,
-    left: LowRank,
-    right: LowRank,
-    matrix: Tensor | tuple[Tensor, Tensor],
-    left_damping: Number,
-    right_damping: Number,
-    *,
-    left_tail: Tail,
-    right_tail: Tail,
+    function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    first = check_side(function, left, left_damping, left_tail, ("left", "left_damping", "left_tail"))
-    second = check_side(function, right, right_damping, right_tail, ("right", "right_damping", "right_tail"))
+    first = check_side(function, left, left_damping, tails["left_tail"], ("left", "left_damping", "left_tail"))
+    second = check_side(function, right, right_damping, tails["right_tail"], ("right", "right_damping", "right_tail"))
     _check.together(function, "right", second.basis, "left", first.basis)
-    check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
-    return Kron(first, second, check_data(function, matrix, first, second))
+    check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
+    return Kron(first, second, check_data(function, data, first, second))
 
 
 def check_joint(
-    function: str,
-    left: LowRank,
-    right: LowRank,
-    damping: Number,
-    *,
-    left_tail: Tail,
-    right_tail: Tail,
-    values: Tensor | None,
+    function: str, left: LowRank, right: LowRank, damping: Number, *, values: Tensor | None, **tails: Tail
 ) -> Joint:
     """Check the factors of a product with one damping."""
     sides = []
-    for name, lowrank, tail in (("left", left, left_tail), ("right", right, right_tail)):
-        sides.append(check_side(function, lowrank, 1.0, tail, (name, "damping", f"{name}_tail")))
+    for name, lowrank in (("left", left), ("right", right)):
+        tail = f"{name}_tail"
+        sides.append(check_side(function, lowrank, 1.0, tails[tail], (name, "damping", tail)))
         if sides[-1].rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
